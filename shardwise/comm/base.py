@@ -93,7 +93,7 @@ class Communicator(ABC):
         weight_bias: float = 0.0,
         strategy: str = "AUTO",
     ) -> "tuple[Tensor, Tensor]":
-        """(rmsnorm(s) * (weight + weight_bias), s) with s = all_reduce(tensor) + residual. Shapes [..., H], weight [H]."""
+        """(rmsnorm(s) * (weight + weight_bias), s) with s = all_reduce(tensor) + residual. [..., H], weight [H]."""
 
     @abstractmethod
     def all_gather_object(self, value: Any) -> list[Any]:

@@ -26,7 +26,7 @@ class RankInfo:
             raise ValueError(f"{self.source}: rank {self.rank} is not in [0, world={self.world})")
         if not 0 <= self.local_rank < self.local_world <= self.world:
             raise ValueError(
-                f"{self.source}: local rank {self.local_rank} of {self.local_world} does not fit a world of {self.world}"
+                f"{self.source}: local rank {self.local_rank} of {self.local_world} does not fit in world {self.world}"
             )
 
 
