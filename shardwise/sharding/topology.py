@@ -1,0 +1,147 @@
+"""What the machine can do: devices, links, and the small JSON file that describes both.
+
+Built-in devices carry datasheet rates scaled to what a plain copy or a large matrix product reaches; a file written by
+`shardwise bench comm --calibrate` replaces them by measured figures. Units are in the names: bytes, seconds, FLOP/s.
+"""
+
+import json
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Link:
+    """One rank's connection to its peers."""
+
+    bandwidth_bytes_per_second: float
+    """One direction, as a large collective reaches it."""
+    latency_seconds: float
+    """A small all-reduce between two ranks, launch included."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Device:
+    """One accelerator, or one CPU rank."""
+
+    name: str
+    memory_bytes: int
+    memory_bandwidth_bytes_per_second: float
+    """As a copy reaches it, bytes read plus bytes written."""
+    flops_16bit: float
+    """Dense bf16/fp16 matrix products."""
+    flops_8bit: float
+    """Dense FP8 matrix products; equal to `flops_16bit` where the hardware has no FP8."""
+    launch_seconds: float
+    """Host-independent cost of one kernel inside a captured graph."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Topology:
+    """A homogeneous cluster: `ranks_per_node` devices on each of `nodes` hosts."""
+
+    device: Device
+    intra: Link
+    """Between ranks of one node."""
+    inter: Link
+    """Between nodes, for each rank."""
+    ranks_per_node: int = 8
+    nodes: int = 1
+    source: str = "built in"
+    """Where the figures come from."""
+
+    def link(self, ranks: int) -> Link:
+        """The slowest link that a group of `ranks` consecutive ranks crosses."""
+        return self.intra if ranks <= self.ranks_per_node else self.inter
+
+
+def _device(name, memory_gib, bandwidth_tb, tflops16, tflops8, launch_us=1.5) -> Device:
+    return Device(
+        name=name,
+        memory_bytes=int(memory_gib * 2**30),
+        memory_bandwidth_bytes_per_second=bandwidth_tb * 1e12,
+        flops_16bit=tflops16 * 1e12,
+        flops_8bit=tflops8 * 1e12,
+        launch_seconds=launch_us * 1e-6,
+    )
+
+
+def _link(gb_per_second: float, latency_us: float) -> Link:
+    return Link(bandwidth_bytes_per_second=gb_per_second * 1e9, latency_seconds=latency_us * 1e-6)
+
+
+_NETWORK = _link(45, 20)
+
+# H200: copy 4.3 TB/s, bf16 product 790 TFLOP/s and NVLink push 400 GB/s measured on the device; the other accelerators
+# take the same fractions (0.90, 0.80, 0.88) of their datasheets. cpu: one core of a server VM, measured GEMV and GEMM.
+BUILT_IN = {
+    topology.device.name: topology
+    for topology in (
+        Topology(device=_device("h200", 139.8, 4.3, 790, 1580), intra=_link(400, 4.5), inter=_NETWORK),
+        Topology(device=_device("h100", 79.6, 3.0, 790, 1580), intra=_link(400, 4.5), inter=_NETWORK),
+        Topology(device=_device("b200", 179.0, 7.2, 1800, 3600), intra=_link(790, 4.5), inter=_NETWORK),
+        Topology(device=_device("a100", 79.3, 1.83, 250, 250), intra=_link(264, 6.0), inter=_link(22, 20)),
+        Topology(device=_device("mi300x", 191.5, 4.7, 1045, 2090), intra=_link(56, 8.0), inter=_NETWORK),
+        Topology(
+            device=_device("cpu", 16.0, 0.014, 0.1, 0.1, launch_us=5.0),
+            intra=_link(4, 10.0),
+            inter=_link(1, 60.0),
+            ranks_per_node=2,
+        ),
+    )
+}
+
+
+def load(name_or_file: str, *, nodes: int = 1) -> Topology:
+    """A built-in device by name, or a topology file. Raises ValueError naming file and field."""
+    if name_or_file in BUILT_IN:
+        return replace(BUILT_IN[name_or_file], nodes=nodes)
+    path = Path(name_or_file)
+    if not path.is_file():
+        raise ValueError(f"--device {name_or_file}: neither a file nor one of {', '.join(BUILT_IN)}")
+    try:
+        data = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not a JSON file: {error}") from None
+    return replace(from_json(data, str(path)), nodes=nodes)
+
+
+def save(topology: Topology, path: str | Path) -> None:
+    """Write `topology` as JSON, readable by `load`."""
+    Path(path).write_text(json.dumps({"schema_version": SCHEMA_VERSION, **asdict(topology)}, indent=2) + "\n")
+
+
+def from_json(data: object, source: str) -> Topology:
+    """Topology from the JSON object that `save` wrote. Raises ValueError naming `source` and field."""
+    record = _object(data, source, "")
+    version = record.pop("schema_version", None)
+    if version != SCHEMA_VERSION:
+        raise ValueError(f"{source}: schema_version is {version!r}, this version reads {SCHEMA_VERSION}")
+    parts = {"device": Device, "intra": Link, "inter": Link}
+    for key, kind in parts.items():
+        record[key] = _build(kind, record.get(key), source, key + ".")
+    return _build(Topology, record, source, "")
+
+
+def _object(data: object, source: str, where: str) -> dict:
+    if not isinstance(data, dict):
+        raise ValueError(f"{source}: {where or 'the file'} is {type(data).__name__}, should be an object")
+    return dict(data)
+
+
+def _build(kind, data: object, source: str, prefix: str):
+    record = _object(data, source, prefix.rstrip("."))
+    known = {field.name for field in fields(kind)}
+    unknown = sorted(set(record) - known)
+    if unknown:
+        raise ValueError(f"{source}: unknown field {prefix}{unknown[0]}; known: {', '.join(sorted(known))}")
+    for name, value in record.items():
+        if isinstance(value, str | Device | Link):
+            continue
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
+            raise ValueError(f"{source}: {prefix}{name} is {value!r}, should be a positive number")
+    try:
+        return kind(**record)
+    except TypeError as error:
+        raise ValueError(f"{source}: {prefix or 'topology'}: {str(error).split(') ')[-1]}") from None

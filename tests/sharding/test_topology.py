@@ -1,0 +1,40 @@
+import json
+
+import pytest
+
+from shardwise.sharding import topology
+
+
+@pytest.mark.parametrize("name", topology.BUILT_IN)
+def test_a_built_in_topology_survives_its_file(name, tmp_path):
+    file = tmp_path / "machine.json"
+    topology.save(topology.BUILT_IN[name], file)
+    assert topology.load(str(file)) == topology.BUILT_IN[name]
+
+
+def test_groups_beyond_a_node_use_the_slow_link():
+    h200 = topology.load("h200", nodes=2)
+    assert h200.link(8) is h200.intra and h200.link(16) is h200.inter and h200.nodes == 2
+
+
+@pytest.mark.parametrize(
+    "change, complaint",
+    [
+        ({"device": 3}, "device is int, should be an object"),
+        ({"ranks_per_node": -1}, "ranks_per_node is -1, should be a positive number"),
+        ({"colour": 1}, "unknown field colour"),
+        ({"schema_version": 9}, "schema_version is 9"),
+        ({"intra": {"latency_seconds": 1e-6}}, "bandwidth_bytes_per_second"),
+    ],
+)
+def test_a_wrong_file_is_refused_by_field(change, complaint, tmp_path):
+    file = tmp_path / "machine.json"
+    topology.save(topology.BUILT_IN["h200"], file)
+    file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
+    with pytest.raises(ValueError, match=complaint):
+        topology.load(str(file))
+
+
+def test_an_unknown_device_lists_the_known_ones():
+    with pytest.raises(ValueError, match="h200, h100, b200"):
+        topology.load("h9000")
