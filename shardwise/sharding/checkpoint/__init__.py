@@ -1,0 +1,1 @@
+"""Checkpoint readers: headers without torch, and the loader that reads one rank's ranges."""
