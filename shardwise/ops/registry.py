@@ -23,6 +23,8 @@ from dataclasses import dataclass, field
 
 import torch
 
+from shardwise.ops.triton_support import interpreting
+
 CATEGORIES = (
     "attention",
     "mla",
@@ -61,6 +63,8 @@ class Need:
 
     name: str
     probe: Callable[[], tuple[bool, str]]
+    on_cpu: Callable[[], bool] = lambda: False
+    """Whether operators with this need take CPU tensors."""
 
     @functools.cached_property
     def state(self) -> tuple[bool, str]:
@@ -68,26 +72,23 @@ class Need:
 
 
 def _package(module: str, install: str) -> Callable[[], tuple[bool, str]]:
+    """A package whose kernels run on CUDA devices only."""
+
     def probe():
-        found = importlib.util.find_spec(module) is not None
-        return found, f"{module} is installed" if found else f"the package {install} is not installed"
+        if importlib.util.find_spec(module) is None:
+            return False, f"the package {install} is not installed"
+        return _cuda()
 
     return probe
-
-
-def interpreting() -> bool:
-    """True when Triton kernels run in its interpreter, on CPU tensors (TRITON_INTERPRET=1 before the import)."""
-    return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
 def _triton() -> tuple[bool, str]:
     if importlib.util.find_spec("triton") is None:
         return False, "the package triton is not installed"
-    if torch.cuda.is_available():
-        return True, "triton on " + torch.cuda.get_device_name()
     if interpreting():
         return True, "triton's interpreter on CPU tensors"
-    return False, "no CUDA device (TRITON_INTERPRET=1 runs it slowly on the CPU)"
+    present, reason = _cuda()
+    return present, reason if present else f"{reason} (TRITON_INTERPRET=1 runs it slowly on the CPU)"
 
 
 def _cuda() -> tuple[bool, str]:
@@ -101,7 +102,7 @@ def _nvcc() -> tuple[bool, str]:
     return path is not None, path or "no CUDA compiler (nvcc) on PATH or under CUDA_HOME"
 
 
-TRITON = Need("triton", _triton)
+TRITON = Need("triton", _triton, on_cpu=interpreting)
 CUDA = Need("cuda", _cuda)
 NVCC = Need("nvcc", _nvcc)
 FLASHINFER = Need("flashinfer", _package("flashinfer", "flashinfer-python"))
@@ -203,25 +204,32 @@ def _describe(function, mutates, needs, instead, namespace) -> OpInfo:
 def _define(info: OpInfo, function: Callable, fake: Callable) -> None:
     library = _LIBRARIES.setdefault(info.namespace, torch.library.Library(info.namespace, "FRAGMENT"))
     library.define(info.name + info.schema, tags=(torch.Tag.pt2_compliant_tag,))
-    body = _guarded(info, function) if info.needs else function
-    for key in ("CPU", "CUDA"):
-        library.impl(info.name, body, key)
+    library.impl(info.name, _guarded(info, function, on_cpu=True), "CPU")
+    library.impl(info.name, _guarded(info, function, on_cpu=False), "CUDA")
     torch.library.register_fake(info.qualified_name, fake, lib=library)
 
 
-def _guarded(info: OpInfo, function: Callable) -> Callable:
-    """Check the needs at the first call only; afterwards one attribute test per call."""
+def _guarded(info: OpInfo, function: Callable, on_cpu: bool) -> Callable:
+    """Check the needs at the first call only; afterwards one test of a flag per call."""
+    if not info.needs:
+        return function
     checked = False
 
     @functools.wraps(function)
     def call(*args, **kwargs):
         nonlocal checked
         if not checked:
-            available, reason = info.availability()
-            if not available:
-                alternative = f"; call {info.namespace}::{info.instead} instead" if info.instead else ""
-                raise OperatorUnavailable(f"{info.qualified_name} cannot run here: {reason}{alternative}")
+            _require(info, on_cpu)
             checked = True
         return function(*args, **kwargs)
 
     return call
+
+
+def _require(info: OpInfo, on_cpu: bool) -> None:
+    available, reason = info.availability()
+    if available and on_cpu and not all(need.on_cpu() for need in info.needs):
+        available, reason = False, "its tensors are on the CPU"
+    if not available:
+        alternative = f"; call {info.namespace}::{info.instead} instead" if info.instead else ""
+        raise OperatorUnavailable(f"{info.qualified_name} cannot run here: {reason}{alternative}")

@@ -1,0 +1,1 @@
+"""Flash linear attention: the delta rule and its gated form."""

@@ -1,0 +1,35 @@
+"""Linear layer and dense top-k router in plain PyTorch."""
+
+import torch
+
+from shardwise.ops.registry import operator
+
+
+def _linear(input, weight, bias):
+    return torch.nn.functional.linear(input, weight, bias)
+
+
+@operator(fake=_linear)
+def torch_linear_simple(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """input @ weight.T + bias. input [..., in], weight [out, in], bias [out] or None."""
+    return torch.nn.functional.linear(input, weight, bias)
+
+
+def _router(hidden_states, weight, bias, top_k=2):
+    return hidden_states.new_empty((hidden_states.numel() // hidden_states.shape[-1], weight.shape[0]))
+
+
+@operator(fake=_router)
+def torch_moe_router(
+    hidden_states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, top_k: int = 2
+) -> torch.Tensor:
+    """Dense routing weights: softmax over the top_k logits of each token, zero elsewhere.
+
+    hidden_states [B, S, H] or [T, H], weight [E, H], bias [E] -> [T, E] in the dtype of the logits.
+    """
+    experts = weight.shape[0]
+    if not 1 <= top_k <= experts:
+        raise ValueError(f"torch_moe_router: top_k = {top_k} must lie in 1..{experts}, the number of experts")
+    logits = torch.nn.functional.linear(hidden_states.reshape(-1, hidden_states.shape[-1]), weight, bias)
+    values, chosen = logits.topk(top_k, dim=-1)
+    return torch.zeros_like(logits).scatter_(-1, chosen, values.softmax(-1))

@@ -1,0 +1,1 @@
+"""State-space mixers (Mamba2) and their causal convolution."""

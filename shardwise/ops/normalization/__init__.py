@@ -1,0 +1,1 @@
+"""RMS and L2 normalization, plain, gated, fused with the residual addition, and over a sharded dimension."""

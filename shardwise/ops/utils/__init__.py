@@ -1,0 +1,1 @@
+"""Gathers that batches need around the model."""
