@@ -1,0 +1,1 @@
+"""The parallel runtime: tokenizer, layers, caches, scheduler, sampler, engine."""

@@ -1,0 +1,167 @@
+"""Text to token ids and back, from GGUF metadata or a Hugging Face folder. Needs no transformers and no torch."""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer as Backend
+
+from shardwise.parallel.chat import render_chat
+from shardwise.sharding.checkpoint.gguf import GgufFile
+from shardwise.sharding.checkpoint.header import CheckpointError
+from shardwise.sharding.checkpoint.resolve import Checkpoint
+
+
+class Tokenizer:
+    """One model's tokenizer with its special ids and its chat template."""
+
+    def __init__(
+        self,
+        backend: Backend,
+        *,
+        bos_id: int | None = None,
+        stop_ids: Sequence[int] = (),
+        chat_template: str | None = None,
+    ):
+        self._backend = backend
+        self.bos_id = bos_id
+        self.stop_ids = tuple(stop_ids)
+        """Ids that end a generation."""
+        self.chat_template = chat_template
+
+    def encode(self, text: str, *, special: bool = True) -> list[int]:
+        """Token ids of `text`; `special` adds what the tokenizer puts around a text (BOS), if anything."""
+        return self._backend.encode(text, add_special_tokens=special).ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of `ids` without special tokens; invalid UTF-8 becomes U+FFFD."""
+        return self._backend.decode(list(ids), skip_special_tokens=True)
+
+    def encode_chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
+        """Ids of a conversation (`{"role", "content"}` each) up to where the assistant answers.
+
+        ValueError when the model has no chat template.
+        """
+        if self.chat_template is None:
+            raise ValueError("this model has no chat template: pass the prompt as raw text (--raw)")
+        tokens = {"bos_token": self._token(self.bos_id), "eos_token": self._token(next(iter(self.stop_ids), None))}
+        return self.encode(render_chat(self.chat_template, messages, **tokens), special=False)
+
+    def stream(self) -> Callable[[int], str]:
+        """A function that takes one id after the other and returns the text that became certain, often ``""``.
+
+        Text is held back while it ends inside a UTF-8 character, so the pieces join to what `decode` gives, without
+        an incomplete last character.
+        """
+        state = decoders.DecodeStream(skip_special_tokens=True)
+        return lambda token: state.step(self._backend, token) or ""
+
+    def _token(self, token_id: int | None) -> str:
+        return "" if token_id is None else self._backend.id_to_token(token_id) or ""
+
+
+def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
+    """The tokenizer that comes with a checkpoint. CheckpointError when it has none or of an unknown kind."""
+    return _from_gguf(checkpoint.gguf) if checkpoint.gguf is not None else _from_folder(checkpoint)
+
+
+_GPT2_WORDS = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+
+
+def _words(number: str) -> pre_tokenizers.PreTokenizer:
+    """Llama 3's word pattern; Qwen2's differs only in how many digits make a piece."""
+    pattern = (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
+        + number
+        + r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    )
+    split = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
+    return pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+
+
+# GGUF's `tokenizer.ggml.pre` -> how text falls into words before the merges.
+_PRE_TOKENIZERS: dict[str, Callable[[], pre_tokenizers.PreTokenizer]] = {
+    "gpt-2": lambda: _GPT2_WORDS,
+    "smollm": lambda: pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), _GPT2_WORDS]),
+    "llama-bpe": lambda: _words(r"\p{N}{1,3}"),
+    "qwen2": lambda: _words(r"\p{N}"),
+}
+_CONTROL, _USER_DEFINED = 3, 4  # values of `tokenizer.ggml.token_type`
+
+
+def _from_gguf(file: GgufFile) -> Tokenizer:
+    meta = file.metadata
+    kind, words = meta.get("tokenizer.ggml.model"), meta.get("tokenizer.ggml.pre", "gpt-2")
+    if kind != "gpt2" or words not in _PRE_TOKENIZERS:
+        raise CheckpointError(
+            f"{file.path}: tokenizer.ggml.model {kind!r} with tokenizer.ggml.pre {words!r} is not supported; "
+            f"supported: 'gpt2' with {', '.join(_PRE_TOKENIZERS)}"
+        )
+    tokens, types = meta["tokenizer.ggml.tokens"], meta["tokenizer.ggml.token_type"]
+    merges = [tuple(merge.split(" ", 1)) for merge in meta["tokenizer.ggml.merges"]]
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    backend = Backend(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=words == "llama-bpe"))
+    backend.pre_tokenizer = _PRE_TOKENIZERS[words]()
+    backend.decoder = decoders.ByteLevel()
+    marked = [(token, kind) for token, kind in zip(tokens, types, strict=True) if kind in (_CONTROL, _USER_DEFINED)]
+    backend.add_special_tokens([AddedToken(token, normalized=False) for token, kind in marked if kind == _CONTROL])
+    backend.add_tokens([AddedToken(token, normalized=False) for token, kind in marked if kind == _USER_DEFINED])
+    bos = meta.get("tokenizer.ggml.bos_token_id")
+    if meta.get("tokenizer.ggml.add_bos_token", words == "llama-bpe") and bos is not None:
+        _prepend(backend, tokens[bos], bos)
+    stops = (meta.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom"))
+    return Tokenizer(
+        backend,
+        bos_id=bos,
+        stop_ids=dict.fromkeys(i for i in stops if i is not None),
+        chat_template=meta.get("tokenizer.chat_template"),
+    )
+
+
+def _prepend(backend: Backend, token: str, token_id: int) -> None:
+    from tokenizers.processors import TemplateProcessing
+
+    backend.post_processor = TemplateProcessing(single=f"{token} $A", special_tokens=[(token, token_id)])
+
+
+def _from_folder(checkpoint: Checkpoint) -> Tokenizer:
+    folder = checkpoint.path
+    file = folder / "tokenizer.json"
+    if not file.is_file():
+        raise CheckpointError(f"{folder}: tokenizer.json is missing (other tokenizer formats are not supported)")
+    backend = Backend.from_file(str(file))
+    settings = _read_json(folder / "tokenizer_config.json")
+    named = {name: _content(settings.get(name)) for name in ("bos_token", "eos_token")}
+    stops = _eos_ids(_read_json(folder / "generation_config.json")) or _eos_ids(checkpoint.config)
+    if named["eos_token"] is not None:
+        stops = [*stops, backend.token_to_id(named["eos_token"])]
+    template_file = folder / "chat_template.jinja"
+    return Tokenizer(
+        backend,
+        bos_id=backend.token_to_id(named["bos_token"]) if named["bos_token"] is not None else None,
+        stop_ids=dict.fromkeys(i for i in stops if i is not None),
+        chat_template=template_file.read_text() if template_file.is_file() else _default_template(settings),
+    )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_bytes()) if path.is_file() else {}
+
+
+def _content(token: Any) -> str | None:
+    """A special token is a string or an object with the field `content`."""
+    return token.get("content") if isinstance(token, dict) else token
+
+
+def _eos_ids(config: dict[str, Any]) -> list[int]:
+    ids = config.get("eos_token_id")
+    return [] if ids is None else list(ids) if isinstance(ids, list) else [ids]
+
+
+def _default_template(settings: dict[str, Any]) -> str | None:
+    template = settings.get("chat_template")
+    if isinstance(template, list):  # several named templates
+        template = next((t["template"] for t in template if t.get("name") == "default"), None)
+    return template
