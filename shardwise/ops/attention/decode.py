@@ -1,0 +1,239 @@
+"""One decode step of attention in one kernel: QK-norm, RoPE, append to the cache, attention over it, combine.
+
+Not a registered operator: the runtime's fused decode step calls it directly. The key/value cache is paged; a plain
+cache [slots, max_seq, ...] is the case of one page a sequence. Each (sequence, KV head) is cut into `splits` runs of
+keys (flash decoding); the last program to finish combines them in fixed order, so results repeat bit for bit.
+
+bf16 or fp16, float32 softmax. CUDA only, or Triton's interpreter with fp16.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from shardwise.ops.triton_support import interpreting, tl, triton
+
+
+@triton.jit
+def _rotate(first, second, cos, sin):
+    return first * cos - second * sin, second * cos + first * sin
+
+
+@triton.jit
+def _unit(first, second, weight_ptr, half, eps, HALF: tl.constexpr, ON: tl.constexpr):
+    """RMS-normalise rows given as two halves of the head; identity when not ON."""
+    if ON:
+        scale = 1.0 / tl.sqrt((tl.sum(first * first, 1) + tl.sum(second * second, 1)) / (2 * HALF) + eps)
+        first = first * scale[:, None] * tl.load(weight_ptr + half)[None, :].to(tl.float32)
+        second = second * scale[:, None] * tl.load(weight_ptr + HALF + half)[None, :].to(tl.float32)
+    return first, second
+
+
+@triton.jit
+def _decode_kernel(
+    qkv_ptr,  # [B, (N + 2 Nkv) D]
+    k_cache_ptr,  # [pages, PAGE, Nkv, D]
+    v_cache_ptr,  # [pages, PAGE, Nkv, D]
+    table_ptr,  # int32 [B, max_pages]
+    position_ptr,  # int32 [B], keys already cached; negative: the row is padding
+    rope_ptr,  # float32 [max_position, D]: cos of the first half, then sin
+    q_norm_ptr,  # [D]
+    k_norm_ptr,  # [D]
+    sinks_ptr,  # [N]
+    out_ptr,  # [B, N D]
+    partial_ptr,  # float32 [B Nkv, splits, GROUP_PAD, D + 2]
+    counter_ptr,  # int32 [B Nkv], zero between calls
+    kv_heads,
+    max_pages,
+    scale,
+    eps,
+    window,
+    GROUP: tl.constexpr,
+    GROUP_PAD: tl.constexpr,
+    HALF: tl.constexpr,
+    PAGE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SPLITS: tl.constexpr,
+    QK_NORM: tl.constexpr,
+    SINKS: tl.constexpr,
+    WINDOW: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    pair = tl.program_id(0)
+    split = tl.program_id(1)
+    sequence = pair // kv_heads
+    head = pair % kv_heads
+    D: tl.constexpr = 2 * HALF
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    position = tl.load(position_ptr + sequence)
+    half = tl.arange(0, HALF)
+    whole = tl.arange(0, D)
+    group = tl.arange(0, GROUP_PAD)
+    live = group < GROUP
+    row = qkv_ptr + sequence.to(tl.int64) * (kv_heads * (GROUP + 2) * D)
+    if position < 0:
+        if split == 0:
+            place = (sequence.to(tl.int64) * kv_heads + head) * GROUP * D + group[:, None] * D + whole[None, :]
+            tl.store(out_ptr + place, tl.zeros([GROUP_PAD, D], out_ptr.dtype.element_ty), mask=live[:, None])
+        return
+
+    cos = tl.load(rope_ptr + position.to(tl.int64) * D + half)[None, :]
+    sin = tl.load(rope_ptr + position.to(tl.int64) * D + HALF + half)[None, :]
+    q_at = row + (head * GROUP + group[:, None]) * D + half[None, :]
+    q1 = tl.load(q_at, mask=live[:, None], other=0.0).to(tl.float32)
+    q2 = tl.load(q_at + HALF, mask=live[:, None], other=0.0).to(tl.float32)
+    q1, q2 = _unit(q1, q2, q_norm_ptr, half, eps, HALF, QK_NORM)
+    q1, q2 = _rotate(q1, q2, cos, sin)
+    q1 = (q1 * scale).to(qkv_ptr.dtype.element_ty)
+    q2 = (q2 * scale).to(qkv_ptr.dtype.element_ty)
+
+    top = tl.full([GROUP_PAD], float("-inf"), tl.float32)
+    weight = tl.zeros([GROUP_PAD], tl.float32)
+    total = tl.zeros([GROUP_PAD, D], tl.float32)
+    if split == 0:  # this token's own key and value: rotate, store, and start the softmax with them
+        k_at = row + (kv_heads * GROUP + head) * D + half[None, :]
+        k1 = tl.load(k_at).to(tl.float32)
+        k2 = tl.load(k_at + HALF).to(tl.float32)
+        k1, k2 = _unit(k1, k2, k_norm_ptr, half, eps, HALF, QK_NORM)
+        k1, k2 = _rotate(k1, k2, cos, sin)
+        k1 = k1.to(k_cache_ptr.dtype.element_ty)
+        k2 = k2.to(k_cache_ptr.dtype.element_ty)
+        v = tl.load(row + (kv_heads * (GROUP + 1) + head) * D + whole)
+        page = tl.load(table_ptr + sequence * max_pages + position // PAGE).to(tl.int64)
+        slot = ((page * PAGE + position % PAGE) * kv_heads + head) * D
+        tl.store(k_cache_ptr + slot + half[None, :], k1)
+        tl.store(k_cache_ptr + slot + HALF + half[None, :], k2)
+        tl.store(v_cache_ptr + slot + whole, v.to(v_cache_ptr.dtype.element_ty))
+        top = tl.sum(q1.to(tl.float32) * k1.to(tl.float32), 1) + tl.sum(q2.to(tl.float32) * k2.to(tl.float32), 1)
+        weight += 1.0
+        total += v.to(tl.float32)[None, :]
+
+    first = 0
+    if WINDOW:
+        first = tl.maximum(position - window + 1, 0)
+    blocks = tl.cdiv(position - first // BLOCK * BLOCK, BLOCK)
+    run = tl.cdiv(blocks, SPLITS)
+    begin = first // BLOCK * BLOCK + split * run * BLOCK
+    end = tl.minimum(begin + run * BLOCK, position)
+    keys = tl.arange(0, BLOCK)
+    for start in range(begin, end, BLOCK):
+        at = start + keys
+        seen = (at < position) & (at >= first)
+        page = tl.load(table_ptr + sequence * max_pages + start // PAGE).to(tl.int64)
+        slots = ((page * PAGE + start % PAGE + keys) * kv_heads + head) * D
+        k1 = tl.load(k_cache_ptr + slots[None, :] + half[:, None], mask=seen[None, :], other=0.0)
+        k2 = tl.load(k_cache_ptr + slots[None, :] + HALF + half[:, None], mask=seen[None, :], other=0.0)
+        v = tl.load(v_cache_ptr + slots[:, None] + whole[None, :], mask=seen[:, None], other=0.0)
+        scores = tl.dot(q1, k1) + tl.dot(q2, k2)
+        scores = tl.where(seen[None, :], scores, float("-inf"))
+        new_top = tl.maximum(top, tl.max(scores, 1))
+        decay = tl.where(top == float("-inf"), 0.0, tl.exp(top - new_top))
+        p = tl.where(seen[None, :], tl.exp(scores - tl.where(new_top == float("-inf"), 0.0, new_top)[:, None]), 0.0)
+        total = total * decay[:, None] + tl.dot(p.to(v.dtype), v)
+        weight = weight * decay + tl.sum(p, 1)
+        top = new_top
+
+    stride: tl.constexpr = GROUP_PAD * (D + 2)
+    mine = partial_ptr + (pair.to(tl.int64) * SPLITS + split) * stride
+    tl.store(mine + group[:, None] * D + whole[None, :], total)
+    tl.store(mine + GROUP_PAD * D + group, top)
+    tl.store(mine + GROUP_PAD * D + GROUP_PAD + group, weight)
+    tl.debug_barrier()  # all of this program's stores come before its arrival
+    arrived = tl.atomic_add(counter_ptr + pair, 1, sem="acq_rel", scope="gpu")
+    if arrived != SPLITS - 1:
+        return
+    tl.store(counter_ptr + pair, 0)
+    top = tl.full([GROUP_PAD], float("-inf"), tl.float32)
+    weight = tl.zeros([GROUP_PAD], tl.float32)
+    total = tl.zeros([GROUP_PAD, D], tl.float32)
+    for other in range(SPLITS):
+        theirs = partial_ptr + (pair.to(tl.int64) * SPLITS + other) * stride
+        part = tl.load(theirs + group[:, None] * D + whole[None, :], cache_modifier=".cg")
+        part_top = tl.load(theirs + GROUP_PAD * D + group, cache_modifier=".cg")
+        part_weight = tl.load(theirs + GROUP_PAD * D + GROUP_PAD + group, cache_modifier=".cg")
+        new_top = tl.maximum(top, part_top)
+        old_scale = tl.where(top == float("-inf"), 0.0, tl.exp(top - new_top))
+        part_scale = tl.where(part_top == float("-inf"), 0.0, tl.exp(part_top - new_top))
+        total = total * old_scale[:, None] + part * part_scale[:, None]
+        weight = weight * old_scale + part_weight * part_scale
+        top = new_top
+    if SINKS:
+        sink = tl.load(sinks_ptr + head * GROUP + group, mask=live, other=0.0).to(tl.float32)
+        weight += tl.exp(sink - top)
+    place = (sequence.to(tl.int64) * kv_heads + head) * GROUP * D + group[:, None] * D + whole[None, :]
+    result = total / weight[:, None]
+    tl.store(out_ptr + place, result.to(out_ptr.dtype.element_ty), mask=live[:, None])
+
+
+@dataclass(frozen=True)
+class DecodeWorkspace:
+    """What `fused_decode_attention` keeps between calls; one per stream, shared by all layers."""
+
+    partial: torch.Tensor
+    counter: torch.Tensor
+    splits: int
+
+    @staticmethod
+    def create(batch: int, heads: int, kv_heads: int, head_dim: int, splits: int, device) -> "DecodeWorkspace":
+        pad = max(16, triton.next_power_of_2(heads // kv_heads))
+        return DecodeWorkspace(
+            torch.empty(batch * kv_heads * splits * pad * (head_dim + 2), dtype=torch.float32, device=device),
+            torch.zeros(batch * kv_heads, dtype=torch.int32, device=device),
+            splits,
+        )
+
+
+def splits_for(batch: int, kv_heads: int, max_keys: int, processors: int, block: int = 64) -> int:
+    """Runs of keys a (sequence, head) pair is cut into: enough to fill the device, none shorter than a block."""
+    fill = triton.cdiv(2 * processors, batch * kv_heads)
+    return max(1, min(fill, triton.cdiv(max_keys, block), 64))
+
+
+def fused_decode_attention(
+    qkv: torch.Tensor,  # [B, (N + 2 Nkv) D], before QK-norm and RoPE
+    k_cache: torch.Tensor,  # [pages, page_size, Nkv, D]
+    v_cache: torch.Tensor,  # [pages, page_size, Nkv, D]
+    page_table: torch.Tensor,  # int32 [B, max_pages]
+    positions: torch.Tensor,  # int32 [B]: keys already cached; negative marks a padding row, which yields zeros
+    rope: torch.Tensor,  # float32 [max_position, D]: cos of the first half, then sin
+    workspace: DecodeWorkspace,
+    *,
+    heads: int,
+    scale: float | None = None,
+    q_norm: torch.Tensor | None = None,  # [D]
+    k_norm: torch.Tensor | None = None,  # [D]
+    eps: float = 1e-6,
+    sinks: torch.Tensor | None = None,  # [N]
+    window: int | None = None,
+    out: torch.Tensor | None = None,  # [B, N D]
+    pdl: bool = False,
+) -> torch.Tensor:
+    """Attention of one new token a sequence; its key and value are appended to the cache. Returns [B, N D].
+
+    D a power of two from 32 to 256, page_size a multiple of 64 (or of itself when smaller and a power of two),
+    NeoX pairing over the whole head. `window` counts the keys seen, the new token's included.
+    """
+    page_size, kv_heads, head_dim = k_cache.shape[1:]
+    batch = qkv.shape[0]
+    block = min(64, page_size)
+    if head_dim & (head_dim - 1) or not 32 <= head_dim <= 256 or page_size % block or heads % kv_heads:
+        raise ValueError(
+            f"fused_decode_attention: head size {head_dim} (a power of two, 32 to 256), page size {page_size} "
+            f"(a multiple of {block}), {heads} heads over {kv_heads} KV heads"
+        )
+    if (q_norm is None) != (k_norm is None):
+        raise ValueError("fused_decode_attention: q_norm and k_norm come together")
+    group = heads // kv_heads
+    out = qkv.new_empty(batch, heads * head_dim) if out is None else out
+    pdl = pdl and not interpreting()
+    _decode_kernel[(batch * kv_heads, workspace.splits)](
+        qkv, k_cache, v_cache, page_table, positions, rope, q_norm, k_norm, sinks, out,
+        workspace.partial, workspace.counter, kv_heads, page_table.shape[1],
+        head_dim**-0.5 if scale is None else scale, eps, window or 0,
+        GROUP=group, GROUP_PAD=max(16, triton.next_power_of_2(group)), HALF=head_dim // 2, PAGE=page_size,
+        BLOCK=block, SPLITS=workspace.splits, QK_NORM=q_norm is not None, SINKS=sinks is not None,
+        WINDOW=bool(window), PDL=pdl, num_warps=4, launch_pdl=pdl,
+    )  # fmt: skip
+    return out

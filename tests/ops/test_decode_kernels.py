@@ -1,0 +1,114 @@
+"""The fused decode kernels against plain float64 maths."""
+
+import pytest
+import torch
+
+from shardwise.ops.attention.decode import DecodeWorkspace, fused_decode_attention
+from shardwise.ops.linear.decode import Tile, skinny_linear
+from shardwise.ops.triton_support import interpreting
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = pytest.mark.skipif(
+    not (torch.cuda.is_available() or interpreting()), reason="needs a CUDA device or Triton's interpreter"
+)
+
+
+def randn(*shape, dtype=torch.float16, scale=1.0):
+    return (torch.randn(*shape, dtype=torch.float64) * scale).to(DEVICE, dtype)
+
+
+def close(actual, expected, tolerance=4e-3):
+    error = (actual.double() - expected).norm() / expected.norm()
+    assert error < tolerance, f"relative error {error:.1e}"
+
+
+def rms_norm(x, weight, eps, bias=0.0):
+    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps) * (weight + bias)
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+@pytest.mark.parametrize("n, k", [(40, 256), (37, 200)])
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("form", ["plain", "bias", "residual", "gated"])
+def test_skinny_linear(tokens, n, k, norm, form):
+    torch.manual_seed(0)
+    x, weight = randn(tokens, k), randn(2 * n if form == "gated" else n, k, scale=k**-0.5)
+    norm_weight = randn(k) if norm else None
+    bias = randn(n) if form == "bias" else None
+    residual = randn(tokens, n) if form == "residual" else None
+    got = skinny_linear(
+        x, weight, norm_weight=norm_weight, eps=1e-5, norm_bias=1.0 if norm else 0.0, bias=bias, residual=residual,
+        gated=form == "gated", tile=Tile(4, 128, 4),
+    )  # fmt: skip
+    wide = rms_norm(x.double(), norm_weight.double(), 1e-5, 1.0) if norm else x.double()
+    expected = wide @ weight.double().T
+    if form == "gated":
+        expected = torch.nn.functional.silu(expected[:, :n]) * expected[:, n:]
+    close(got, expected + sum(term.double() for term in (bias, residual) if term is not None))
+
+
+def rotate(x, rope):
+    half = x.shape[-1] // 2
+    cos, sin = rope[..., :half], rope[..., half:]
+    return torch.cat([x[..., :half] * cos - x[..., half:] * sin, x[..., half:] * cos + x[..., :half] * sin], -1)
+
+
+def oracle(qkv, k_cache, v_cache, table, position, rope, heads, q_norm, k_norm, sinks, window, row):
+    """Output [N, D] of one sequence, and its new key and value [Nkv, D]."""
+    page_size, kv_heads, dim = k_cache.shape[1:]
+    parts = qkv.view(heads + 2 * kv_heads, dim)
+    q, k, v = parts[:heads], parts[heads : heads + kv_heads], parts[heads + kv_heads :]
+    if q_norm is not None:
+        q, k = rms_norm(q, q_norm, 1e-6), rms_norm(k, k_norm, 1e-6)
+    q, k = rotate(q, rope[position]), rotate(k, rope[position])
+    pages = table[row, : position // page_size + 1].long()
+    keys = torch.cat([k_cache[pages].reshape(-1, kv_heads, dim)[:position], k[None]])
+    values = torch.cat([v_cache[pages].reshape(-1, kv_heads, dim)[:position], v[None]])
+    if window:
+        keys, values = keys[-window:], values[-window:]
+    scores = torch.einsum("gqd,sgd->gqs", q.view(kv_heads, -1, dim), keys) * dim**-0.5
+    if sinks is not None:
+        scores = torch.cat([scores, sinks.view(kv_heads, -1, 1)], -1)
+    p = scores.softmax(-1)[..., : keys.shape[0]]
+    return torch.einsum("gqs,sgd->gqd", p, values).reshape(heads, dim), k, v
+
+
+@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize("heads, kv_heads", [(6, 2), (4, 4)])
+@pytest.mark.parametrize("options", ["plain", "qk_norm", "sinks", "window"])
+def test_fused_decode_attention(splits, heads, kv_heads, options):
+    torch.manual_seed(1)
+    dim, page_size, positions = 32, 16, [0, 37, 16, -1]
+    batch, max_pages = len(positions), 4
+    k_cache, v_cache = (
+        randn(batch * max_pages, page_size, kv_heads, dim),
+        randn(batch * max_pages, page_size, kv_heads, dim),
+    )
+    table = torch.randperm(batch * max_pages).view(batch, max_pages).int().to(DEVICE)
+    angles = torch.rand(64, dim // 2, dtype=torch.float64) * 6
+    rope = torch.cat([angles.cos(), angles.sin()], -1).to(DEVICE)
+    qkv = randn(batch, (heads + 2 * kv_heads) * dim)
+    q_norm, k_norm = (randn(dim), randn(dim)) if options == "qk_norm" else (None, None)
+    sinks = randn(heads) if options == "sinks" else None
+    window = 9 if options == "window" else None
+    before_k, before_v = k_cache.double(), v_cache.double()
+    got = fused_decode_attention(
+        qkv, k_cache, v_cache, table, torch.tensor(positions, dtype=torch.int32, device=DEVICE), rope.float(),
+        DecodeWorkspace.create(batch, heads, kv_heads, dim, splits, DEVICE),
+        heads=heads, q_norm=q_norm, k_norm=k_norm, sinks=sinks, window=window,
+    )  # fmt: skip
+    wide = [None if t is None else t.double() for t in (q_norm, k_norm, sinks)]
+    for row, position in enumerate(positions):
+        if position < 0:
+            assert not got[row].any()
+            continue
+        expected, k, v = oracle(
+            qkv[row].double(), before_k, before_v, table, position, rope, heads, *wide, window, row
+        )  # fmt: skip
+        close(got[row].view(heads, dim), expected)
+        page = table[row, position // page_size].item()
+        close(k_cache[page, position % page_size], k)
+        close(v_cache[page, position % page_size], v)
+        before_k[page, position % page_size] = k_cache[page, position % page_size].double()
+        before_v[page, position % page_size] = v_cache[page, position % page_size].double()
+    assert torch.equal(k_cache.double(), before_k) and torch.equal(v_cache.double(), before_v)
