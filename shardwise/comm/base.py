@@ -38,6 +38,14 @@ class CollectiveTimeout(CommError):
         self.missing = missing
 
 
+class PeerLost(CommError):
+    """A rank's process is gone; `missing` holds the ranks (of the world) that are."""
+
+    def __init__(self, text: str, missing: tuple[int, ...] = ()):
+        super().__init__(text)
+        self.missing = missing
+
+
 class CollectiveMismatch(CommError):
     """Ranks disagree on operation, shape, dtype, group or strategy (check mode)."""
 

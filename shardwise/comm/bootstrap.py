@@ -1,0 +1,167 @@
+"""Rendezvous: how ranks that share nothing yet exchange their first few bytes.
+
+A store holds small values by key: a folder (ranks started locally), torch's TCPStore (torchrun, Ray), or a store of
+your own with `set` and `get`. `Rendezvous` turns a store, an MPI communicator or a process group into the one thing
+that transports need: everyone's value, in rank order.
+"""
+
+import os
+import pickle
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Protocol
+from urllib.parse import quote
+
+from shardwise.comm.base import CollectiveTimeout, CommError
+from shardwise.comm.rank import RankInfo
+
+STORE_ENV = "SHARDWISE_STORE"
+"""Folder of the store that a local launcher made for its ranks."""
+
+
+class Store(Protocol):
+    """Key-value store seen by all ranks of a job. A key is set once."""
+
+    def set(self, key: str, value: bytes) -> None: ...
+
+    def get(self, key: str, timeout: float) -> bytes:
+        """Wait for the key at most `timeout` seconds, then raise TimeoutError."""
+        ...
+
+
+class FolderStore:
+    """Store in a folder that all ranks see: one file a key, written under another name and renamed."""
+
+    def __init__(self, folder: str | os.PathLike):
+        self.folder = Path(folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+
+    def _path(self, key: str) -> Path:
+        return self.folder / (quote(key, safe="") + ".value")
+
+    def set(self, key: str, value: bytes) -> None:
+        path = self._path(key)
+        unfinished = path.with_suffix(f".{os.getpid()}.tmp")
+        unfinished.write_bytes(value)
+        unfinished.rename(path)
+
+    def get(self, key: str, timeout: float) -> bytes:
+        end = time.monotonic() + timeout
+        pause = 0.0005
+        while True:
+            try:
+                return self._path(key).read_bytes()
+            except FileNotFoundError:
+                if time.monotonic() > end:
+                    raise TimeoutError(f"key {key!r} was not set within {timeout:g} s in {self.folder}") from None
+            time.sleep(pause)
+            pause = min(pause * 1.5, 0.02)
+
+
+class TorchStore:
+    """A torch.distributed store (TCPStore, PrefixStore, ...) as ours."""
+
+    def __init__(self, store):
+        self.store = store
+
+    def set(self, key: str, value: bytes) -> None:
+        self.store.set(key, value)
+
+    def get(self, key: str, timeout: float) -> bytes:
+        import torch.distributed as dist
+
+        try:
+            self.store.wait([key], timedelta(seconds=timeout))
+            return self.store.get(key)
+        except (dist.DistStoreError, RuntimeError) as error:
+            raise TimeoutError(f"key {key!r} was not set within {timeout:g} s: {error}") from None
+
+
+def tcp_store(info: RankInfo, host: str, port: int, timeout: float) -> TorchStore:
+    """Torch's TCPStore at `host:port`, served by rank 0."""
+    import torch.distributed as dist
+
+    store = dist.TCPStore(
+        host, port, info.world, info.rank == 0, timeout=timedelta(seconds=timeout), wait_for_workers=False
+    )
+    return TorchStore(store)
+
+
+def store_from_environment(info: RankInfo, timeout: float, environ=os.environ) -> Store:
+    """The store that the launcher announced: a folder, or MASTER_ADDR and MASTER_PORT."""
+    if environ.get(STORE_ENV):
+        return FolderStore(environ[STORE_ENV])
+    if environ.get("MASTER_ADDR") and environ.get("MASTER_PORT"):
+        return _torchrun_store(info, timeout, environ)
+    raise CommError(
+        f"rank {info.rank} of {info.world} ({info.source}) has no rendezvous: neither {STORE_ENV} nor MASTER_ADDR and "
+        "MASTER_PORT are set. Start ranks with `shardwise run -n`, torchrun or mpirun, or pass store= to create()"
+    )
+
+
+def _torchrun_store(info: RankInfo, timeout: float, environ) -> TorchStore:
+    import torch.distributed as dist
+
+    port = int(environ["MASTER_PORT"])
+    if environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # torchrun's agent serves it, no rank does
+        agent = dist.TCPStore(
+            environ["MASTER_ADDR"], port, info.world, False, timeout=timedelta(seconds=timeout), wait_for_workers=False
+        )
+        attempt = environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        return TorchStore(dist.PrefixStore(f"shardwise/{attempt}", agent))
+    return tcp_store(info, environ["MASTER_ADDR"], port, timeout)
+
+
+class Rendezvous(ABC):
+    """A group that can gather small Python values before it has a transport."""
+
+    def __init__(self, rank: int, ranks: Sequence[int]):
+        self.rank = rank
+        self.ranks = tuple(ranks)
+        self.size = len(self.ranks)
+
+    @abstractmethod
+    def gather(self, key: str, value: Any, timeout: float) -> list[Any]:
+        """Everyone's `value`, in rank order. Raises CollectiveTimeout naming who did not come. Use a key once."""
+
+
+class StoreRendezvous(Rendezvous):
+    """Through a store; `prefix` keeps jobs and groups that share one apart."""
+
+    def __init__(self, store: Store, rank: int, ranks: Sequence[int], prefix: str = "world"):
+        super().__init__(rank, ranks)
+        self.store = store
+        self.prefix = prefix
+
+    def gather(self, key: str, value: Any, timeout: float) -> list[Any]:
+        self.store.set(f"{self.prefix}/{key}/{self.rank}", pickle.dumps(value))
+        end = time.monotonic() + timeout
+        values: list[Any] = []
+        missing: list[int] = []
+        for rank in range(self.size):
+            try:
+                blob = self.store.get(f"{self.prefix}/{key}/{rank}", max(0.01, end - time.monotonic()))
+                values.append(pickle.loads(blob))
+            except TimeoutError:
+                missing.append(self.ranks[rank])
+        if missing:
+            raise CollectiveTimeout(
+                f"rendezvous {self.prefix}/{key}, rank {self.ranks[self.rank]}: rank(s) "
+                f"{', '.join(map(str, missing))} did not arrive within {timeout:g} s",
+                tuple(missing),
+            )
+        return values
+
+
+class GroupRendezvous(Rendezvous):
+    """Through an existing group, whose own deadlines hold."""
+
+    def __init__(self, group):
+        super().__init__(group.rank, group.ranks)
+        self.group = group
+
+    def gather(self, key: str, value: Any, timeout: float) -> list[Any]:
+        return self.group.all_gather_object(value)

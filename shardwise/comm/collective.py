@@ -1,0 +1,416 @@
+"""What all transports share: argument checks, sequence numbers, the flight record, check mode, composed collectives.
+
+A transport implements the `_`-methods at the end of `Collective` on contiguous one-dimensional tensors and inherits
+the rest, so that shapes, ragged sizes, errors and records are the same everywhere.
+"""
+
+import os
+import pickle
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shardwise import partition
+from shardwise.comm import compose, watch
+from shardwise.comm.base import STRATEGIES, CollectiveMismatch, Communicator, CommError
+from shardwise.comm.watch import FLIGHT, Deadlines
+
+FINGERPRINT_BYTES = 256
+_MULTICAST = "needs NVLink multicast, which is never used here; use AUTO, ONESHOT or TWOSHOT"
+UNUSABLE = {
+    "UB": "user buffers reduce through NVLS: " + _MULTICAST,
+    "MNNVL": "multi-node NVLink kernels write through multicast objects: " + _MULTICAST,
+    "NCCL_SYMMETRIC": "NCCL's symmetric kernels reduce through NVLS: " + _MULTICAST,
+}
+
+
+def environment_flag(name: str) -> bool:
+    """True for 1, true, yes, on; False when unset or 0, false, no, off. Raises ValueError otherwise."""
+    text = os.environ.get(name, "0").strip().lower()
+    if text in ("1", "true", "yes", "on"):
+        return True
+    if text in ("0", "", "false", "no", "off"):
+        return False
+    raise ValueError(f"{name}={text!r}: legal are 1 and 0")
+
+
+def require_strategy(strategy: str) -> None:
+    """ValueError for an unknown name; CommError with the reason for a strategy that needs multicast."""
+    if strategy not in STRATEGIES:
+        raise ValueError(f"unknown strategy {strategy!r}; legal: {', '.join(STRATEGIES)}")
+    if strategy in UNUSABLE:
+        raise CommError(f"strategy {strategy}: {UNUSABLE[strategy]}")
+
+
+class Collective(Communicator):
+    """Base of the transports. `name` tells groups apart in messages: world, world/0, ..."""
+
+    strategies: tuple[str, ...] = ("AUTO", "NCCL", "MIN_LATENCY", "ONESHOT", "TWOSHOT")
+    """What `all_reduce` takes by name; on CPU groups NCCL means the transport's own default algorithm."""
+
+    def __init__(
+        self,
+        *,
+        rank: int,
+        ranks: Sequence[int],
+        transport: str,
+        name: str = "world",
+        deadlines: Deadlines | None = None,
+        check: bool | None = None,
+        deterministic: bool | None = None,
+    ):
+        self.rank = rank
+        self.ranks = tuple(ranks)
+        self.size = len(self.ranks)
+        self.transport = transport
+        self.name = name
+        self.deadlines = deadlines or Deadlines.from_environment()
+        self.check = environment_flag("SHARDWISE_CHECK") if check is None else check
+        self.deterministic = environment_flag("SHARDWISE_DETERMINISTIC") if deterministic is None else deterministic
+        self.sequence = 0
+        self.broken: str | None = None
+        self._world_rank = self.ranks[rank]
+        self._splits = 0
+
+    def __repr__(self) -> str:
+        return f"<{self.transport} group {self.name}: rank {self.rank} of {self.size}>"
+
+    # The protocol
+
+    def all_reduce(self, tensor: Tensor, *, out: Tensor | None = None, strategy: str = "AUTO") -> Tensor:
+        compose.require_summable(tensor.dtype, "all_reduce")
+        if strategy != "AUTO":
+            self._require(strategy)
+        target = _target(tensor, out)
+        source = tensor.detach().contiguous()
+        entry = self._begin("all_reduce", tensor.shape, tensor.dtype, strategy)
+        flat = target if target.is_contiguous() else torch.empty_like(source)
+        if source.numel():
+            self._reduce(source.view(-1), flat.view(-1), strategy)
+        if flat is not target:
+            target.copy_(flat)
+        entry[watch.END] = watch.now()
+        return target
+
+    def all_gather(self, tensor: Tensor, dim: int = 0, sizes: Sequence[int] | None = None) -> Tensor:
+        dim = _dimension(tensor, dim, "all_gather")
+        sizes = self._gather_sizes(tensor, dim, sizes)
+        entry = self._begin("all_gather", tensor.shape, tensor.dtype, "", dim, sizes)
+        shape = list(tensor.shape)
+        per_unit = tensor.numel() // shape[dim] if shape[dim] else _product(shape[:dim] + shape[dim + 1 :])
+        counts = [size * per_unit for size in sizes]
+        joined = torch.empty(sum(counts), dtype=tensor.dtype, device=tensor.device)
+        parts = list(joined.split(counts))
+        if joined.numel():
+            self._all_gather(_bytes(tensor), [_bytes(part) for part in parts])
+        entry[watch.END] = watch.now()
+        if dim == 0:
+            return joined.view(sum(sizes), *shape[1:])
+        shaped = [part.view(*shape[:dim], size, *shape[dim + 1 :]) for part, size in zip(parts, sizes, strict=True)]
+        return torch.cat(shaped, dim)
+
+    def reduce_scatter(self, tensor: Tensor, dim: int = 0, sizes: Sequence[int] | None = None) -> Tensor:
+        compose.require_summable(tensor.dtype, "reduce_scatter")
+        dim = _dimension(tensor, dim, "reduce_scatter")
+        sizes = self._scatter_sizes(tensor, dim, sizes)
+        entry = self._begin("reduce_scatter", tensor.shape, tensor.dtype, "", dim, sizes)
+        pieces = [piece.contiguous() for piece in tensor.detach().split(list(sizes), dim)]
+        mine = torch.empty_like(pieces[self.rank])
+        if tensor.numel():
+            self._reduce_scatter([piece.view(-1) for piece in pieces], mine.view(-1))
+        entry[watch.END] = watch.now()
+        return mine
+
+    def all_to_all(
+        self, tensor: Tensor, send_sizes: Sequence[int] | None = None, recv_sizes: Sequence[int] | None = None
+    ) -> Tensor:
+        sends = self._send_sizes(tensor, send_sizes, recv_sizes)
+        entry = self._begin("all_to_all", tensor.shape[1:], tensor.dtype, "")
+        table = self._exchange_sizes(sends, recv_sizes)
+        receives = tuple(row[self.rank] for row in table)
+        if recv_sizes is not None and tuple(recv_sizes) != receives:
+            raise self._fail(
+                CollectiveMismatch(
+                    f"{self._where(entry)}: recv_sizes {tuple(recv_sizes)}, but the peers send {receives} rows"
+                )
+            )
+        result = torch.empty((sum(receives), *tensor.shape[1:]), dtype=tensor.dtype, device=tensor.device)
+        outgoing = [_bytes(part) for part in tensor.split(list(sends))]
+        incoming = [_bytes(part) for part in result.split(list(receives))]
+        if any(any(row) for row in table) and _product(tensor.shape[1:]):
+            self._all_to_all(outgoing, incoming, table)
+        entry[watch.END] = watch.now()
+        return result
+
+    def broadcast(self, tensor: Tensor, root: int = 0) -> Tensor:
+        if not 0 <= root < self.size:
+            raise ValueError(f"broadcast: root {root} is no rank of a group of {self.size}")
+        entry = self._begin("broadcast", tensor.shape, tensor.dtype, "", root)
+        flat = tensor.detach() if tensor.is_contiguous() else tensor.detach().contiguous()
+        if flat.numel():
+            self._broadcast(_bytes(flat), root)
+        if not tensor.is_contiguous() and self.rank != root:
+            tensor.detach().copy_(flat)
+        entry[watch.END] = watch.now()
+        return tensor
+
+    def barrier(self) -> None:
+        entry = self._begin("barrier", (), "", "")
+        self._barrier()
+        entry[watch.END] = watch.now()
+
+    def all_reduce_residual_rms_norm(
+        self,
+        tensor: Tensor,
+        residual: Tensor,
+        weight: Tensor,
+        eps: float,
+        *,
+        weight_bias: float = 0.0,
+        strategy: str = "AUTO",
+    ) -> tuple[Tensor, Tensor]:
+        compose.check_norm_arguments(tensor, residual, weight)
+        return compose.residual_rms_norm(self.all_reduce(tensor, strategy=strategy), residual, weight, eps, weight_bias)
+
+    def all_gather_object(self, value: Any) -> list[Any]:
+        entry = self._begin("all_gather_object", (), "", "")
+        blob = pickle.dumps(value)
+        counts = [int.from_bytes(size, "little") for size in self._exchange(len(blob).to_bytes(8, "little"))]
+        joined = torch.empty(sum(counts), dtype=torch.uint8)
+        parts = list(joined.split(counts))
+        self._gather_control(torch.frombuffer(bytearray(blob), dtype=torch.uint8), parts)
+        entry[watch.END] = watch.now()
+        return [pickle.loads(part.numpy().tobytes()) for part in parts]
+
+    def split(self, color: int, key: int | None = None) -> Communicator:
+        wanted = self.all_gather_object((color, self.rank if key is None else key))
+        return self.split_known([c for c, _ in wanted], [k for _, k in wanted])
+
+    def split_known(self, colors: Sequence[int], keys: Sequence[int] | None = None) -> Communicator:
+        """`split` where every rank knows the colors and keys of all ranks already."""
+        if keys is None:
+            keys = range(self.size)
+        color = colors[self.rank]
+        members = sorted((keys[rank], rank) for rank in range(self.size) if colors[rank] == color)
+        self._splits += 1
+        name = f"{self.name}/{self._splits}.{color}"
+        if len(set(colors)) == self.size:
+            return self._alone(name)
+        return self._split(name, [rank for _, rank in members], list(colors))
+
+    def _alone(self, name: str) -> Communicator:
+        from shardwise.comm.fake import FakeCommunicator  # which derives from this class
+
+        return FakeCommunicator(
+            0,
+            (self._world_rank,),
+            name=name,
+            deadlines=self.deadlines,
+            check=self.check,
+            deterministic=self.deterministic,
+        )
+
+    def abort(self, reason: str) -> None:
+        self.broken = self.broken or reason
+        self._abort(reason)
+
+    def close(self) -> None:
+        self.broken = self.broken or "the group is closed"
+
+    # For transports
+
+    def _require(self, strategy: str) -> None:
+        require_strategy(strategy)
+        if strategy not in self.strategies:
+            raise CommError(
+                f"strategy {strategy} cannot run on transport {self.transport} (group {self.name}); "
+                f"legal here: {', '.join(self.strategies)}"
+            )
+
+    def _begin(self, op: str, shape, dtype, strategy: str, *details) -> list:
+        if self.broken is not None:
+            raise CommError(f"{op} on group {self.name}, rank {self._world_rank}: {self.broken}")
+        self.sequence = sequence = self.sequence + 1
+        entry = [sequence, op, shape, dtype, strategy, self.name, self._world_rank, watch.now(), 0]
+        FLIGHT.ring.append(entry)
+        if self.check:
+            self._compare(entry, details)
+        return entry
+
+    def _compare(self, entry: list, details: tuple) -> None:
+        """Check mode: no byte of the payload moves before all ranks have shown the same call."""
+        shape = tuple(entry[watch.SHAPE])
+        if entry[watch.OP] == "all_gather":  # the lengths on its dimension may differ; they stand in `sizes`
+            shape = tuple(-1 if i == details[0] else n for i, n in enumerate(shape))
+        call = (
+            f"#{entry[watch.SEQUENCE]} {entry[watch.OP]} shape={shape} dtype={entry[watch.DTYPE]} "
+            f"strategy={entry[watch.STRATEGY]} group={entry[watch.GROUP]} {details}"
+        )
+        calls = self._exchange(call.encode()[:FINGERPRINT_BYTES])
+        for rank, other in enumerate(calls):
+            if other != calls[0]:
+                raise self._fail(
+                    CollectiveMismatch(
+                        f"ranks disagree in group {self.name}: rank {self.ranks[0]} called {calls[0].decode()}; "
+                        f"rank {self.ranks[rank]} called {other.decode()}"
+                    )
+                )
+
+    def _fail(self, error: CommError) -> CommError:
+        """Mark the group broken, dump the flight record, and hand `error` back to raise."""
+        self.broken = self.broken or str(error)
+        path = FLIGHT.dump(self._world_rank)
+        if path:
+            error.add_note(f"flight record: {path}")
+        return error
+
+    def _where(self, entry: list | None = None) -> str:
+        entry = entry or [self.sequence, "collective"]
+        return f"{entry[watch.OP]} #{entry[watch.SEQUENCE]} on group {self.name}, rank {self._world_rank}"
+
+    def _last_entry(self) -> list | None:
+        for entry in reversed(FLIGHT.ring):
+            if entry[watch.RANK] == self._world_rank and entry[watch.GROUP] == self.name:
+                return entry
+        return None
+
+    def _reduce(self, source: Tensor, target: Tensor, strategy: str) -> None:
+        if strategy in ("ONESHOT", "MIN_LATENCY") or (strategy in ("AUTO", "NCCL") and self.deterministic):
+            self._reduce_one_shot(source, target)
+        elif strategy == "TWOSHOT":
+            self._reduce_two_shot(source, target)
+        else:
+            self._all_reduce(source, target)
+
+    def _reduce_one_shot(self, source: Tensor, target: Tensor) -> None:
+        gathered = torch.empty((self.size, source.numel()), dtype=source.dtype, device=source.device)
+        self._all_gather(_bytes(source), [_bytes(row) for row in gathered])
+        compose.ordered_sum(list(gathered), target)
+
+    def _reduce_two_shot(self, source: Tensor, target: Tensor) -> None:
+        sizes = list(partition.lengths(source.numel(), self.size))
+        mine = torch.empty(sizes[self.rank], dtype=source.dtype, device=source.device)
+        self._reduce_scatter(list(source.split(sizes)), mine)
+        self._all_gather(_bytes(mine), [_bytes(part) for part in target.split(sizes)])
+
+    def _gather_sizes(self, tensor: Tensor, dim: int, sizes: Sequence[int] | None) -> tuple[int, ...]:
+        if sizes is None:
+            return (tensor.shape[dim],) * self.size
+        sizes = tuple(sizes)
+        if len(sizes) != self.size or min(sizes) < 0:
+            raise ValueError(f"all_gather: sizes {sizes} must hold one length for each of the {self.size} ranks")
+        if sizes[self.rank] != tensor.shape[dim]:
+            raise ValueError(
+                f"all_gather: sizes[{self.rank}] = {sizes[self.rank]}, but this rank's tensor has {tensor.shape[dim]} "
+                f"on dim {dim} (shape {tuple(tensor.shape)})"
+            )
+        return sizes
+
+    def _scatter_sizes(self, tensor: Tensor, dim: int, sizes: Sequence[int] | None) -> tuple[int, ...]:
+        if sizes is None:
+            return partition.lengths(tensor.shape[dim], self.size)
+        sizes = tuple(sizes)
+        if len(sizes) != self.size or min(sizes) < 0 or sum(sizes) != tensor.shape[dim]:
+            raise ValueError(
+                f"reduce_scatter: sizes {sizes} must hold {self.size} lengths that add up to {tensor.shape[dim]} "
+                f"(dim {dim} of shape {tuple(tensor.shape)})"
+            )
+        return sizes
+
+    def _send_sizes(self, tensor: Tensor, send_sizes, recv_sizes) -> tuple[int, ...]:
+        if tensor.dim() == 0:
+            raise ValueError("all_to_all: a scalar has no rows to deal; give a tensor of at least one dimension")
+        rows = tensor.shape[0]
+        if send_sizes is None:
+            if recv_sizes is not None:
+                raise ValueError("all_to_all: recv_sizes without send_sizes; give both, send_sizes alone, or neither")
+            if rows % self.size:
+                raise ValueError(
+                    f"all_to_all: {rows} rows are not divisible by {self.size} ranks; give send_sizes for ragged parts"
+                )
+            return (rows // self.size,) * self.size
+        sends = tuple(send_sizes)
+        if len(sends) != self.size or min(sends) < 0 or sum(sends) != rows:
+            raise ValueError(f"all_to_all: send_sizes {sends} must hold {self.size} counts that add up to {rows} rows")
+        return sends
+
+    def _exchange_sizes(self, sends: tuple[int, ...], recv_sizes: Sequence[int] | None) -> list[tuple[int, ...]]:
+        """Row i: how many rows rank i sends to each member. `recv_sizes` serves the transport that has no peers."""
+        blob = b"".join(size.to_bytes(8, "little") for size in sends)
+        rows = self._exchange_long(blob)
+        return [tuple(int.from_bytes(row[i : i + 8], "little") for i in range(0, len(row), 8)) for row in rows]
+
+    def _exchange_long(self, blob: bytes) -> list[bytes]:
+        """Equal-sized control messages of any length, through frames of `_exchange`."""
+        frames = [self._exchange(blob[i : i + FINGERPRINT_BYTES]) for i in range(0, len(blob), FINGERPRINT_BYTES)]
+        return [b"".join(frame[rank] for frame in frames) for rank in range(self.size)]
+
+    def _gather_control(self, source: Tensor, parts: list[Tensor]) -> None:
+        """`_all_gather` for bytes on the CPU; a transport that moves only CUDA tensors overrides it."""
+        self._all_gather(source, parts)
+
+    @abstractmethod
+    def _all_reduce(self, source: Tensor, target: Tensor) -> None:
+        """Sum of all ranks' `source` into `target`, the same length and dtype, perhaps the same memory."""
+
+    @abstractmethod
+    def _all_gather(self, source: Tensor, parts: list[Tensor]) -> None:
+        """Bytes: rank i's `source` into parts[i], on every rank."""
+
+    @abstractmethod
+    def _reduce_scatter(self, parts: list[Tensor], target: Tensor) -> None:
+        """Sum over the ranks of their parts[rank] into this rank's `target`."""
+
+    @abstractmethod
+    def _all_to_all(self, send: list[Tensor], receive: list[Tensor], table: list[tuple[int, ...]]) -> None:
+        """Bytes: send[j] to rank j's receive[rank]; table[i][j] rows go from i to j."""
+
+    @abstractmethod
+    def _broadcast(self, data: Tensor, root: int) -> None:
+        """Bytes of `root`'s data into everyone's."""
+
+    @abstractmethod
+    def _barrier(self) -> None: ...
+
+    @abstractmethod
+    def _exchange(self, blob: bytes) -> list[bytes]:
+        """Everyone's control message of at most FINGERPRINT_BYTES, in group order; lengths may differ."""
+
+    @abstractmethod
+    def _split(self, name: str, members: list[int], colors: list[int]) -> Communicator:
+        """Group of `members` (ranks of this group, in the new order); `colors` of all ranks of this group."""
+
+    @abstractmethod
+    def _abort(self, reason: str) -> None: ...
+
+
+def _target(tensor: Tensor, out: Tensor | None) -> Tensor:
+    if out is None:
+        return torch.empty_like(tensor, memory_format=torch.contiguous_format)
+    if out.shape != tensor.shape or out.dtype != tensor.dtype or out.device != tensor.device:
+        raise ValueError(
+            f"all_reduce: out is {tuple(out.shape)} {out.dtype} on {out.device}, it must be like tensor: "
+            f"{tuple(tensor.shape)} {tensor.dtype} on {tensor.device}"
+        )
+    return out.detach()
+
+
+def _dimension(tensor: Tensor, dim: int, op: str) -> int:
+    if not -tensor.dim() <= dim < tensor.dim():
+        raise ValueError(f"{op}: dim {dim} is not in a tensor of shape {tuple(tensor.shape)}")
+    return dim % tensor.dim()
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    """The memory of a tensor (of its contiguous copy, if it is not contiguous) as uint8."""
+    return tensor.detach().contiguous().view(-1).view(torch.uint8)
+
+
+def _product(numbers) -> int:
+    result = 1
+    for number in numbers:
+        result *= number
+    return result

@@ -1,0 +1,74 @@
+"""Sums in fixed rank order, and collectives composed of simpler ones. Shared by the transports.
+
+The order is always rank 0 first, then 1, 2, ...; 16-bit floats accumulate in float32 and are rounded once. So every
+rank gets the same bits, whatever the size or the algorithm.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+SUMMABLE = frozenset(
+    (
+        torch.float64,
+        torch.float32,
+        torch.bfloat16,
+        torch.float16,
+        torch.int64,
+        torch.int32,
+        torch.int16,
+        torch.int8,
+        torch.uint8,
+    )
+)
+HALVES = frozenset((torch.bfloat16, torch.float16))
+
+
+def require_summable(dtype: torch.dtype, op: str) -> None:
+    """TypeError for a dtype that no transport sums."""
+    if dtype not in SUMMABLE:
+        legal = ", ".join(sorted(str(d).removeprefix("torch.") for d in SUMMABLE))
+        raise TypeError(f"{op}: cannot sum {dtype}; legal: {legal}; convert the tensor first")
+
+
+def ordered_sum(parts: Sequence[Tensor], out: Tensor) -> Tensor:
+    """Sum of equal-shaped `parts` in their order, into `out`, which may be one of them."""
+    if len(parts) == 1:
+        return out.copy_(parts[0])
+    if len(parts) == 2:  # torch adds two 16-bit floats in float32 and rounds once
+        return torch.add(parts[0], parts[1], out=out)
+    if out.dtype in HALVES:
+        total = parts[0].float()
+    else:
+        total = parts[0].clone()
+    for part in parts[1:]:
+        total.add_(part)
+    return out.copy_(total)
+
+
+def residual_rms_norm(
+    reduced: Tensor, residual: Tensor, weight: Tensor, eps: float, weight_bias: float
+) -> tuple[Tensor, Tensor]:
+    """(rmsnorm(s) * (weight + weight_bias), s), s = reduced + residual. `reduced` is overwritten with s.
+
+    Shapes [..., H], weight [H]. The norm is computed in float32 from s as it is returned (rounded to its dtype).
+    """
+    total = reduced.add_(residual)
+    wide = total.float()
+    scale = torch.rsqrt(wide.square().mean(-1, keepdim=True).add_(eps))
+    gain = weight.float() + weight_bias if weight_bias else weight.float()
+    return (wide * scale).mul_(gain).to(total.dtype), total
+
+
+def check_norm_arguments(tensor: Tensor, residual: Tensor, weight: Tensor) -> None:
+    """ValueError unless residual matches tensor [..., H] and weight is [H]."""
+    if residual.shape != tensor.shape or residual.dtype != tensor.dtype:
+        raise ValueError(
+            f"all_reduce_residual_rms_norm: residual is {tuple(residual.shape)} {residual.dtype}, "
+            f"it must be like tensor: {tuple(tensor.shape)} {tensor.dtype}"
+        )
+    if weight.shape != tensor.shape[-1:]:
+        raise ValueError(
+            f"all_reduce_residual_rms_norm: weight is {tuple(weight.shape)}, it must be [H] = {tuple(tensor.shape[-1:])}"
+        )

@@ -1,0 +1,87 @@
+"""Transport `fake`: one process that plays one rank of any world. Shapes are right, values are this rank's own.
+
+At world 1 it is exact and is what a single process runs on. At larger worlds it serves dry runs: every peer is
+taken to hold the same values as this rank, so a sum is `size` times the input.
+"""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from shardwise.comm import watch
+from shardwise.comm.collective import Collective
+from shardwise.comm.watch import Deadlines
+
+
+class FakeCommunicator(Collective):
+    """Rank `rank` of a world whose other members are imagined."""
+
+    def __init__(
+        self,
+        rank: int = 0,
+        ranks: Sequence[int] = (0,),
+        *,
+        name: str = "world",
+        deadlines: Deadlines | None = None,
+        check: bool | None = None,
+        deterministic: bool | None = None,
+    ):
+        super().__init__(
+            rank=rank,
+            ranks=ranks,
+            transport="fake",
+            name=name,
+            deadlines=deadlines,
+            check=check,
+            deterministic=deterministic,
+        )
+
+    def all_reduce(self, tensor: Tensor, *, out: Tensor | None = None, strategy: str = "AUTO") -> Tensor:
+        if out is tensor and self.size == 1 and strategy == "AUTO" and self.broken is None:
+            return tensor  # the decode path of a single process: nothing to do, so nothing is recorded
+        return super().all_reduce(tensor, out=out, strategy=strategy)
+
+    def _all_reduce(self, source: Tensor, target: Tensor) -> None:
+        if target.data_ptr() != source.data_ptr():
+            target.copy_(source)
+        if self.size > 1:
+            target.mul_(self.size)
+
+    def _all_gather(self, source: Tensor, parts: list[Tensor]) -> None:
+        for part in parts:
+            length = min(part.numel(), source.numel())
+            part.zero_()[:length].copy_(source[:length])
+
+    def _reduce_scatter(self, parts: list[Tensor], target: Tensor) -> None:
+        self._all_reduce(parts[self.rank], target)
+
+    def _all_to_all(self, send: list[Tensor], receive: list[Tensor], table: list[tuple[int, ...]]) -> None:
+        for part in receive:
+            length = min(part.numel(), send[self.rank].numel())
+            part.zero_()[:length].copy_(send[self.rank][:length])
+
+    def _exchange_sizes(self, sends: tuple[int, ...], recv_sizes: Sequence[int] | None) -> list[tuple[int, ...]]:
+        receives = recv_sizes or (sends[self.rank],) * self.size
+        return [(count,) * self.size for count in receives]
+
+    def _broadcast(self, data: Tensor, root: int) -> None:
+        pass
+
+    def _barrier(self) -> None:
+        pass
+
+    def _exchange(self, blob: bytes) -> list[bytes]:
+        return [blob] * self.size
+
+    def _split(self, name: str, members: list[int], colors: list[int]) -> "FakeCommunicator":
+        return FakeCommunicator(
+            members.index(self.rank),
+            [self.ranks[i] for i in members],
+            name=name,
+            deadlines=self.deadlines,
+            check=self.check,
+            deterministic=self.deterministic,
+        )
+
+    def _abort(self, reason: str) -> None:
+        watch.FLIGHT.dump(self._world_rank)
