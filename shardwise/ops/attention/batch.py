@@ -1,0 +1,98 @@
+"""The shape of one step's batch: which flat tokens belong to which sequence, and where its cache continues.
+
+A batch is flattened to T tokens: prefill sequences first, then one token for each decode sequence, then padding.
+Metadata tensors may be longer than the batch; entries beyond its sequences are ignored.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Counts of one step. Extend (speculative) sequences count as prefill: both bring several tokens."""
+
+    prefill: int
+    prefill_tokens: int
+    decode: int
+
+    @property
+    def sequences(self) -> int:
+        return self.prefill + self.decode
+
+    @property
+    def tokens(self) -> int:
+        return self.prefill_tokens + self.decode
+
+
+def read_batch(op: str, batch_info_host: torch.Tensor) -> Batch:
+    """Read `batch_info_host`, int [3] (prefill, prefill tokens, decode) or int [6+] (prefill, prefill tokens,
+    extend, extend tokens, decode, decode tokens). It belongs on the host: on a CUDA device the read synchronises.
+    """
+    info = batch_info_host.tolist()
+    if len(info) == 3:
+        batch = Batch(*info)
+    elif len(info) >= 6:
+        batch = Batch(info[0] + info[2], info[1] + info[3], info[4])
+    else:
+        raise ValueError(f"{op}: batch_info_host has {len(info)} entries; legal: 3, or 6 and more")
+    if min(info) < 0 or (batch.prefill == 0 and batch.prefill_tokens > 0):
+        raise ValueError(f"{op}: batch_info_host is {info}; legal: counts >= 0, prefill tokens only with sequences")
+    return batch
+
+
+@dataclass(frozen=True)
+class Span:
+    """One sequence's part of a step: flat tokens [start, start + length), cache row `slot` filled up to `past`."""
+
+    start: int
+    length: int
+    past: int
+    slot: int
+
+    @property
+    def total(self) -> int:
+        """Tokens in the cache after this step."""
+        return self.past + self.length
+
+
+def read_spans(
+    op: str,
+    batch: Batch,
+    tokens: int,  # T, padding included
+    seq_len: torch.Tensor | None,  # int [>= prefill]; decode sequences have length 1
+    input_pos: torch.Tensor,  # int [>= sequences]
+    slot_idx: torch.Tensor,  # int [>= sequences]
+    cache_shape: tuple[int, ...],  # [slots, max_seq, ...]
+) -> list[Span]:
+    """The sequences of a step, from metadata that is read on the host (a CUDA tensor synchronises)."""
+    if batch.tokens > tokens:
+        raise ValueError(f"{op}: batch_info_host counts {batch.tokens} tokens, q holds {tokens}")
+    count = batch.sequences
+    positions = _read(op, "input_pos", input_pos, count)
+    slots = _read(op, "slot_idx", slot_idx, count)
+    lengths = _read(op, "seq_len", seq_len, batch.prefill) if batch.prefill else []
+    if sum(lengths) != batch.prefill_tokens:
+        raise ValueError(f"{op}: seq_len of the prefill sequences is {lengths}, batch_info_host counts "
+                         f"{batch.prefill_tokens} prefill tokens; legal: an equal sum")  # fmt: skip
+    spans, start = [], 0
+    for length, past, slot in zip(lengths + [1] * batch.decode, positions, slots, strict=True):
+        if not -1 <= slot < cache_shape[0]:
+            raise ValueError(f"{op}: slot_idx holds {slot}; legal: -1 (padding) to {cache_shape[0] - 1}")
+        if past < 0 or length < 0 or past + length > cache_shape[1]:
+            raise ValueError(
+                f"{op}: input_pos {past} + seq_len {length} leaves the cache of {cache_shape[1]} positions"
+            )
+        spans.append(Span(start, length, past, slot))
+        start += length
+    return spans
+
+
+def _read(op: str, name: str, tensor: torch.Tensor | None, count: int) -> list[int]:
+    if count == 0:
+        return []
+    if tensor is None or tensor.numel() < count:
+        came = "None" if tensor is None else f"{tensor.numel()} entries"
+        raise ValueError(f"{op}: {name} is {came}; legal: an entry for each of the {count} sequences")
+    return tensor[:count].tolist()

@@ -1,0 +1,88 @@
+"""Argument checks shared by the attention operators, and the head counts that they derive."""
+
+from dataclasses import dataclass
+
+import torch
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Head counts and sizes of one attention call."""
+
+    queries: int
+    """N"""
+    keys: int
+    """Nkv"""
+    size: int
+    """D"""
+    value_size: int
+    """Dv"""
+
+    @property
+    def group(self) -> int:
+        """Query heads for each KV head."""
+        return self.queries // self.keys
+
+
+def shape(tensor: torch.Tensor) -> list[int]:
+    return list(tensor.shape)
+
+
+def check_float(op: str, name: str, tensor: torch.Tensor) -> None:
+    if tensor.dtype not in FLOATS:
+        raise TypeError(f"{op}: {name} is {tensor.dtype}; legal: float16, bfloat16, float32, float64")
+
+
+def check_sinks(op: str, sinks: torch.Tensor | None, heads: int) -> None:
+    if sinks is not None and sinks.numel() != heads:
+        raise ValueError(
+            f"{op}: sinks has {sinks.numel()} elements; legal: one logit for each of the {heads} query heads"
+        )
+
+
+def default_scale(scale: float | None, head_size: int) -> float:
+    return head_size**-0.5 if scale is None else scale
+
+
+def check_cached(op, q, k, v, k_cache, v_cache, sinks) -> Heads:
+    """Check the tensors of an operator with an unpaged cache [slots, max_seq, Nkv, D]; returns its heads.
+
+    q is [b, s, N, D] or [b, s, N*D], k and v likewise with Nkv heads of size D and Dv.
+    """
+    check_float(op, "q", q)
+    if k_cache.dim() != 4 or v_cache.dim() != 4 or k_cache.shape[:3] != v_cache.shape[:3]:
+        raise ValueError(f"{op}: k_cache {shape(k_cache)} and v_cache {shape(v_cache)}; "
+                         "legal: [slots, max_seq, Nkv, D] and [slots, max_seq, Nkv, Dv]")  # fmt: skip
+    kv_heads, size, value_size = k_cache.shape[2], k_cache.shape[3], v_cache.shape[3]
+    heads = Heads(check_tokens(op, "q", q, q, size), kv_heads, size, value_size)
+    for name, tensor, width in (("k", k, size), ("v", v, value_size)):
+        if check_tokens(op, name, tensor, q, width) != kv_heads:
+            raise ValueError(f"{op}: {name} {shape(tensor)} does not hold the cache's {kv_heads} heads of size {width}")
+        if tensor.dtype != q.dtype:
+            raise TypeError(f"{op}: {name} is {tensor.dtype}, q is {q.dtype}; legal: one dtype")
+    if kv_heads == 0 or heads.queries % kv_heads:
+        raise ValueError(f"{op}: {heads.queries} query heads over {kv_heads} KV heads; legal: a multiple")
+    check_sinks(op, sinks, heads.queries)
+    return heads
+
+
+def check_tokens(op: str, name: str, tensor: torch.Tensor, q: torch.Tensor, size: int) -> int:
+    """Heads of `tensor`, [b, s, heads, size] or [b, s, heads * size] with q's b and s."""
+    heads, rest = divmod(tensor.shape[-1], size) if tensor.dim() == 3 else (tensor.shape[-2], tensor.shape[-1] - size)
+    if tensor.dim() not in (3, 4) or rest or tensor.shape[:2] != q.shape[:2]:
+        raise ValueError(f"{op}: {name} has shape {shape(tensor)}; legal: {shape(q)[:2]} followed by "
+                         f"heads, {size} or by heads * {size}")  # fmt: skip
+    return heads
+
+
+def cached_output_shape(q, k_cache, v_cache) -> list[int]:
+    """Shape of the result: q's, with Dv in place of D."""
+    if q.dim() == 4:
+        return [*q.shape[:-1], v_cache.shape[-1]]
+    return [*q.shape[:-1], q.shape[-1] // k_cache.shape[-1] * v_cache.shape[-1]]
+
+
+def fake_cached(q, k_cache, v_cache) -> torch.Tensor:
+    return q.new_empty(cached_output_shape(q, k_cache, v_cache))
