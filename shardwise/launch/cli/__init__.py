@@ -1,0 +1,101 @@
+"""The `shardwise` command: a table of verbs, each in its own module, imported only when it is asked for."""
+
+import argparse
+import importlib
+import importlib.util
+import sys
+import traceback
+from collections.abc import Sequence
+
+VERBS = {
+    "plan": "what a model becomes under a layout: shapes, bytes and collectives of every rank, without weights",
+    "run": "run a model split over several ranks",
+    "bench": "measure: comm, ops, moe or generate",
+    "shard": "write per-rank checkpoints",
+    "doctor": "what this machine offers, and what is wrong with it",
+    "ops": "the operator library: what exists, what runs here and why not",
+    "explain": "read a failure.json aloud",
+}
+BENCHES = {
+    "comm": "collectives, beside their peers",
+    "ops": "operators, beside other backends",
+    "moe": "mixture-of-experts layers",
+    "generate": "a whole model: prefill and decode",
+}
+DONE, FAILED, USAGE = 0, 1, 2
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb; the return value is the process's exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _dispatch(words)
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        sys.stderr.close()  # the reader of our output left; there is nobody to tell
+        return FAILED
+    except Exception as error:
+        if "--debug" in words:
+            traceback.print_exc()
+        return _complain(error)
+
+
+def _dispatch(words: list[str]) -> int:
+    from shardwise import __version__
+
+    parser = argparse.ArgumentParser(
+        prog="shardwise", description="Plan, load and run language models over many ranks."
+    )
+    parser.add_argument("--version", action="version", version=f"shardwise {__version__}")
+    table = parser.add_subparsers(title="verbs", dest="verb", metavar="VERB", required=True)
+    for verb, help in VERBS.items():
+        table.add_parser(verb, help=help, add_help=False)
+    chosen, rest = parser.parse_known_args(words[:1])[0].verb, words[1:]
+    if chosen == "bench":
+        return _bench(rest)
+    return _run_module(f"shardwise {chosen}", chosen, VERBS[chosen], rest)
+
+
+def _bench(words: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="shardwise bench", description=VERBS["bench"])
+    table = parser.add_subparsers(title="what to measure", dest="what", metavar="WHAT", required=True)
+    for what, help in BENCHES.items():
+        table.add_parser(what, help=help, add_help=False)
+    what = parser.parse_args(words[:1]).what
+    return _run_module(f"shardwise bench {what}", f"bench_{what}", BENCHES[what], words[1:])
+
+
+def _run_module(prog: str, module: str, description: str, words: list[str]) -> int:
+    name = f"{__name__}.{module}"
+    if importlib.util.find_spec(name) is None:
+        print(f"{prog}: this verb is not part of this installation", file=sys.stderr)
+        return USAGE
+    verb = importlib.import_module(name)
+    parser = argparse.ArgumentParser(prog=prog, description=description)
+    verb.add_arguments(parser)
+    if "--debug" not in parser._option_string_actions:
+        parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    return verb.run(parser.parse_args(words))
+
+
+class UsageError(ValueError):
+    """The command line asks for something contradictory or unknown; exit code 2."""
+
+
+def _complain(error: Exception) -> int:
+    """One sentence for an error that its text explains, with the name of its type for any other."""
+    from shardwise.launch.failure import INPUT_ERRORS
+
+    outcome = getattr(error, "exit_code", None)
+    if outcome is not None:  # a job that failed: its report is the text
+        print(error, file=sys.stderr)
+        return outcome
+    text = " ".join(str(error).split()) or type(error).__name__
+    ours = type(error).__module__.split(".")[0] == "shardwise"
+    known = ours or isinstance(error, (*INPUT_ERRORS, ImportError))
+    print(
+        f"shardwise: error: {text if known else f'{type(error).__name__}: {text} (--debug shows where)'}",
+        file=sys.stderr,
+    )
+    return USAGE if isinstance(error, UsageError) else FAILED

@@ -1,0 +1,161 @@
+"""What is known about a failed rank, and which of several failures is the cause.
+
+A rank that dies drags others down: their collectives break or time out. Those are victims. The primary failure is
+the earliest one (nanoseconds) among those that no other rank explains.
+"""
+
+import json
+import os
+import socket
+import time
+import traceback
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+INPUT_ERRORS = (ValueError, FileNotFoundError, IsADirectoryError, PermissionError, NotImplementedError)
+"""Errors that their text alone explains: one sentence for the user, the traceback only in failure.json."""
+_PEER_WORDS = ("closed by peer", "connection reset", "broken pipe", "connection refused", "socket closed")
+
+
+@dataclass(frozen=True)
+class Failure:
+    """One rank's failure. `failure.json` holds this of the culprit, and its victims under `victims`."""
+
+    rank: int
+    world: int
+    host: str
+    pid: int
+    phase: str
+    """What the rank was doing: starting, joining, planning, loading, generating, …"""
+    what: str
+    """One sentence: the exception's type and text, the signal, or the exit code."""
+    exit_code: int
+    """As the job's exit code: the rank's own, 128 + signal, or 124 for a missed deadline."""
+    time_ns: int
+    victim: bool = False
+    """Another rank's failure explains this one."""
+    missing: tuple[int, ...] = ()
+    """World ranks that this rank waited for in vain."""
+    last_collective: str | None = None
+    trace: str | None = None
+    """The Python traceback, where there was an exception."""
+    input_error: bool = False
+    hint: str | None = None
+    log: str | None = None
+    """Path of the rank's log."""
+    victims: tuple["Failure", ...] = field(default=())
+
+    def to_json(self) -> dict:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: dict) -> "Failure":
+        known = {name: data[name] for name in cls.__dataclass_fields__ if name in data}
+        known["missing"] = tuple(known.get("missing", ()))
+        known["victims"] = tuple(cls.from_json(victim) for victim in known.get("victims", ()))
+        return cls(**known)
+
+
+def from_exception(error: BaseException, *, rank: int, world: int, phase: str, last_collective: str | None) -> Failure:
+    """The failure of this process by `error`, which may be a SystemExit or KeyboardInterrupt."""
+    missing = tuple(getattr(error, "missing", ()))
+    return Failure(
+        rank=rank,
+        world=world,
+        host=socket.gethostname(),
+        pid=os.getpid(),
+        phase=phase,
+        what=_sentence(error),
+        exit_code=124 if missing else exit_code(error),
+        time_ns=time.time_ns(),
+        victim=_is_victim(error),
+        missing=missing,
+        last_collective=last_collective,
+        trace="".join(traceback.format_exception(error)),
+        input_error=isinstance(error, INPUT_ERRORS),
+    )
+
+
+def exit_code(error: BaseException) -> int:
+    """The process exit code that Python would give `error`; never 0, since the rank did not finish its work."""
+    if isinstance(error, KeyboardInterrupt):
+        return 130
+    if not isinstance(error, SystemExit):
+        return 1
+    return (error.code if isinstance(error.code, int) else 1) or 1
+
+
+def _sentence(error: BaseException) -> str:
+    if isinstance(error, SystemExit):
+        return f"SystemExit({error.code!r})"
+    text = str(error).strip()
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def _is_victim(error: BaseException) -> bool:
+    names = {cls.__name__ for cls in type(error).__mro__}
+    if "CollectiveMismatch" in names:  # every member sees it; none of them is the victim of another
+        return False
+    if names & {"CommError", "DistBackendError", "DistNetworkError", "DistStoreError", "ConnectionError"}:
+        return True
+    return isinstance(error, RuntimeError) and any(word in str(error).lower() for word in _PEER_WORDS)
+
+
+def primary(failures: Iterable[Failure]) -> Failure | None:
+    """The cause among `failures`, with the others as its `victims`; None for none."""
+    ordered = sorted(failures, key=lambda failure: (failure.victim, failure.time_ns, failure.rank))
+    if not ordered:
+        return None
+    first, *others = ordered
+    return Failure(**{**_shallow(first), "victims": tuple(others)})
+
+
+def _shallow(failure: Failure) -> dict:
+    return {name: getattr(failure, name) for name in Failure.__dataclass_fields__}
+
+
+def write(folder: Path, failure: Failure) -> Path:
+    """Store one rank's failure and renew `failure.json`, the folder's cause with its victims; atomic."""
+    folder.mkdir(parents=True, exist_ok=True)
+    _replace(folder / f"failure-rank-{failure.rank}.json", failure.to_json())
+    cause = primary(read_all(folder))
+    assert cause is not None
+    return _replace(folder / "failure.json", cause.to_json())
+
+
+def read_all(folder: Path) -> list[Failure]:
+    """Failures of all ranks that wrote one into `folder`, by rank."""
+    files = sorted(folder.glob("failure-rank-*.json"), key=lambda path: int(path.stem.rsplit("-", 1)[1]))
+    return [Failure.from_json(json.loads(path.read_text())) for path in files]
+
+
+def _replace(path: Path, data: dict) -> Path:
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial.write_text(json.dumps(data, indent=1) + "\n")
+    partial.replace(path)
+    return path
+
+
+def report(failure: Failure, *, path: Path | None = None, debug: bool = False) -> str:
+    """The short text for a terminal: who, where, what, who suffered, where to read more."""
+    if failure.input_error and not debug:
+        return f"shardwise: error: {failure.what.split(': ', 1)[-1]}"
+    lines = [
+        f"shardwise: rank {failure.rank} of {failure.world} failed (host {failure.host}, pid {failure.pid}) "
+        f"while {failure.phase}: {failure.what}"
+    ]
+    if failure.last_collective:
+        lines.append(f"  last collective: {failure.last_collective}")
+    if failure.hint:
+        lines.append(f"  hint: {failure.hint}")
+    if failure.victims:
+        ranks = ", ".join(str(victim.rank) for victim in failure.victims)
+        lines.append(f"  followed by rank {ranks}: {failure.victims[0].what.splitlines()[0]}")
+    if failure.log:
+        lines.append(f"  log of the rank: {failure.log}")
+    if path:
+        lines.append(f"  report: {path} (shardwise explain {path})")
+    if debug and failure.trace:
+        lines.append(failure.trace.rstrip())
+    return "\n".join(lines)

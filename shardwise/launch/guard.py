@@ -1,0 +1,170 @@
+"""The one guard around every rank's body.
+
+Whatever ends the body early, SystemExit included, becomes a `failure.json`, and then the whole job ends in the way
+its launcher understands: MPI_Abort, or the process's exit code. A rank is also bound to the life of its launcher,
+so that a killed launcher leaves nobody behind.
+"""
+
+import contextlib
+import ctypes
+import faulthandler
+import json
+import os
+import signal
+import socket
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NoReturn, TypeVar
+
+from shardwise.comm import watch
+from shardwise.comm.rank import RankInfo
+from shardwise.launch import failure as failures
+from shardwise.launch.failure import Failure
+from shardwise.launch.link import Link
+
+T = TypeVar("T")
+PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
+VICTIM_PAUSE = 2.0
+"""Seconds that a victim leaves to the culprit, so that the launcher sees the culprit's exit, and its words, first."""
+ECHO_PAUSE = 0.5
+"""Seconds after which a rank that failed like rank 0 can rely on rank 0 having said so."""
+
+
+class Guard:
+    """Knows who this rank is, where its reports go and how to end its job."""
+
+    def __init__(self, info: RankInfo, folder: Path, link: Link | None = None, debug: bool = False):
+        self.info = info
+        self.folder = folder
+        self.link = link
+        self.debug = debug
+
+    def run(self, body: Callable[[], T]) -> T:
+        """`body()`. When it raises anything at all this process ends, and with it the job."""
+        try:
+            return body()
+        except BaseException as error:
+            if isinstance(error, SystemExit) and error.code in (None, 0):
+                raise
+            self.fail(error)
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Name what this rank does inside the block, here and to the parent."""
+        self._tell({"event": "phase", "phase": name})
+        with watch.phase(name):
+            yield
+
+    def fail(self, error: BaseException) -> NoReturn:
+        """Report `error` and end the job."""
+        last = watch.FLIGHT.last(self.info.rank) if self.info.world > 1 else None
+        found = failures.from_exception(
+            error,
+            rank=self.info.rank,
+            world=self.info.world,
+            phase=watch.current_phase(),
+            last_collective=_collective(last),
+        )
+        path = None
+        with contextlib.suppress(OSError):  # a full disk must not keep the job from ending
+            watch.FLIGHT.dump(self.info.rank)
+            path = failures.write(self.folder, found)
+            _tell_torchrun(found)
+        self._tell({"event": "failed", "failure": found.to_json()})
+        if found.victim and not found.missing:
+            time.sleep(VICTIM_PAUSE)  # whoever is still here after it was not ended by the culprit's exit
+        if self.link is None:
+            self._print(found, path)
+        elif found.trace:
+            print(found.trace, file=sys.stderr)
+        end_job(found.exit_code)
+
+    def _tell(self, event: dict) -> None:
+        if self.link is not None:
+            with contextlib.suppress(OSError):  # the parent may be gone; ending still matters
+                self.link.send(event)
+
+    def _print(self, found: Failure, path: Path | None) -> None:
+        if self.info.rank and found.input_error:
+            time.sleep(ECHO_PAUSE)
+            if any(other.rank == 0 and other.what == found.what for other in failures.read_all(self.folder)):
+                return
+        prefix = f"[r{self.info.rank}/{self.info.world} {socket.gethostname()}:{os.getpid()}] "
+        text = failures.report(found, path=path, debug=self.debug)
+        if not found.input_error and found.trace:
+            text = f"{found.trace.rstrip()}\n{text}"
+        print("".join(f"{prefix}{line}\n" for line in text.splitlines()), end="", file=sys.stderr)
+
+
+def end_job(code: int) -> NoReturn:
+    """End this process, and with it the job, with `code`; no exit handler runs, since those may wait for peers."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(Exception):
+            stream.flush()
+    mpi = sys.modules.get("mpi4py.MPI")
+    if mpi is not None and mpi.Is_initialized() and not mpi.Is_finalized():
+        mpi.COMM_WORLD.Abort(code)
+    os._exit(code)
+
+
+def bind_to_parent(supervisor: tuple[int, int] | None = None) -> None:
+    """Have the kernel kill this process when the process that started it dies.
+
+    supervisor: (pid, start tick) of the process behind a launcher, checked once: it may have died before we could
+    ask the kernel to tell us.
+    """
+    parent = os.getppid()
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
+    gone = os.getppid() != parent or (supervisor is not None and not watch.process_alive(*supervisor))
+    if gone:
+        os._exit(128 + signal.SIGKILL)
+
+
+def report_crashes() -> None:
+    """Python stacks of all threads on stderr: at a fatal signal, and whenever SIGUSR2 arrives."""
+    faulthandler.enable()
+    faulthandler.register(signal.SIGUSR2, all_threads=True, chain=False)
+
+
+def job_folder(info: RankInfo) -> Path:
+    """Where the reports of a job go that the user's own launcher started: the same for its ranks on one host."""
+    chosen = os.environ.get(watch.LOG_FOLDER_ENV)
+    if chosen:
+        return Path(chosen)
+    parent = os.getppid()
+    name = f"{info.source.replace(' ', '').lower()}-{parent}-{watch.process_start(parent)}"
+    return Path(tempfile.gettempdir()) / f"shardwise-{os.getuid()}" / name
+
+
+def guard_script(info: RankInfo) -> None:
+    """For a script that builds its own `LLM` under mpirun or torchrun: an uncaught exception ends the whole job.
+
+    sys.exit is not seen by the hook; its exit may wait for peers in MPI_Finalize, so that wait is bounded.
+    """
+    import atexit
+
+    keeper = Guard(info, job_folder(info))
+    sys.excepthook = lambda kind, error, trace: keeper.fail(error)
+    seconds = watch.Deadlines.from_environment().stop
+    atexit.register(lambda: faulthandler.dump_traceback_later(seconds, exit=True))
+
+
+def _collective(row: dict | None) -> str | None:
+    if row is None:
+        return None
+    state = "pending" if not row["end"] else "done"
+    return f"{row['op']} #{row['sequence']} {row['dtype']}{row['shape']} in {row['group']} ({state})"
+
+
+def _tell_torchrun(found: Failure) -> None:
+    """torchrun prints the message of the file it names here as the root cause."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path:
+        extra = {"py_callstack": found.trace or "", "timestamp": str(found.time_ns // 10**9)}
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Path(path).write_text(json.dumps({"message": {"message": found.what, "extraInfo": extra}}))

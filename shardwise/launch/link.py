@@ -1,0 +1,180 @@
+"""The line between a rank and the process that started it: JSON objects, one a line, over a stream socket.
+
+A Unix socket in the job's private folder where all ranks are on this host; TCP with a secret of the job otherwise
+(Ray). Ranks send events (phase, progress, text, done, failed); the parent sends commands, the same to every rank.
+"""
+
+import contextlib
+import hmac
+import json
+import os
+import selectors
+import socket
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from shardwise.comm.watch import process_start
+
+Address = str | tuple[str, int]
+
+
+class Link:
+    """A rank's end. Raises ConnectionError when the parent is gone."""
+
+    def __init__(self, address: Address, token: str, rank: int):
+        self._socket = _connect(address)
+        self._lines = self._socket.makefile("r", encoding="utf-8")
+        pid = os.getpid()
+        self.send(
+            {
+                "event": "hello",
+                "token": token,
+                "rank": rank,
+                "pid": pid,
+                "started": process_start(pid),
+                "host": socket.gethostname(),
+            }
+        )
+
+    def send(self, event: dict) -> None:
+        self._socket.sendall(json.dumps(event).encode() + b"\n")
+
+    def commands(self) -> Iterator[dict]:
+        """What the parent asks for, until it closes the line or says stop."""
+        for line in self._lines:
+            command = json.loads(line)
+            if command["command"] == "stop":
+                return
+            yield command
+
+    def close(self) -> None:
+        self._lines.close()
+        self._socket.close()
+
+
+def _connect(address: Address) -> socket.socket:
+    family = socket.AF_UNIX if isinstance(address, str) else socket.AF_INET
+    line = socket.socket(family, socket.SOCK_STREAM)
+    line.connect(address if isinstance(address, str) else tuple(address))
+    return line
+
+
+@dataclass(frozen=True)
+class Hello:
+    """A rank that reported: enough to name it, and to end it without hitting a stranger who got its pid."""
+
+    rank: int
+    pid: int
+    started: int
+    host: str
+
+
+@dataclass
+class _Peer:
+    line: socket.socket
+    rank: int | None = None
+    pending: bytes = b""
+
+
+class Hub:
+    """The parent's end: all ranks' events in the order in which they came."""
+
+    def __init__(self, folder: Path, token: str, tcp_host: str | None = None):
+        self._token = token
+        self._selector = selectors.DefaultSelector()
+        self._listener, self.address = _listen(folder, tcp_host)
+        self._selector.register(self._listener, selectors.EVENT_READ, None)
+        self._peers: dict[int, _Peer] = {}
+        self._events: deque[dict] = deque()
+        self.hello: dict[int, Hello] = {}
+
+    def watch(self, descriptor: int) -> None:
+        """Wake `wait` when `descriptor` becomes readable."""
+        self._selector.register(descriptor, selectors.EVENT_READ, "sentinel")
+
+    def forget(self, descriptor: int) -> None:
+        with contextlib.suppress(KeyError):
+            self._selector.unregister(descriptor)
+
+    def wait(self, seconds: float) -> tuple[list[dict], list[int]]:
+        """(events of ranks, descriptors that woke us); both empty when the time is over."""
+        woken = []
+        for key, _ in self._selector.select(seconds):
+            if key.data is None:
+                self._accept()
+            elif key.data == "sentinel":
+                woken.append(key.fd)
+            else:
+                self._read(key.data)
+        events = list(self._events)
+        self._events.clear()
+        return events, woken
+
+    def send(self, command: dict) -> None:
+        """The same command to every rank that is still connected."""
+        text = json.dumps(command).encode() + b"\n"
+        for peer in list(self._peers.values()):
+            with contextlib.suppress(OSError):
+                peer.line.sendall(text)
+
+    def close(self) -> None:
+        for key in list(self._selector.get_map().values()):
+            if key.data != "sentinel":
+                key.fileobj.close()  # type: ignore[union-attr]
+        self._selector.close()
+        self._peers.clear()
+        if isinstance(self.address, str):
+            Path(self.address).unlink(missing_ok=True)
+
+    def _accept(self) -> None:
+        line, _ = self._listener.accept()
+        self._selector.register(line, selectors.EVENT_READ, _Peer(line))
+
+    def _read(self, peer: _Peer) -> None:
+        try:
+            data = peer.line.recv(1 << 16)
+        except OSError:
+            data = b""
+        if not data:
+            self._drop(peer)
+            return
+        *lines, peer.pending = (peer.pending + data).split(b"\n")
+        for line in lines:
+            if not self._deliver(peer, json.loads(line)):
+                return
+
+    def _deliver(self, peer: _Peer, event: dict) -> bool:
+        if event["event"] == "hello":
+            if not hmac.compare_digest(str(event.pop("token")), self._token):
+                self._drop(peer)
+                return False
+            peer.rank = event["rank"]
+            self._peers[peer.rank] = peer
+            self.hello[peer.rank] = Hello(event["rank"], event["pid"], event["started"], event["host"])
+        elif peer.rank is None:
+            self._drop(peer)
+            return False
+        self._events.append({**event, "rank": peer.rank})
+        return True
+
+    def _drop(self, peer: _Peer) -> None:
+        self._selector.unregister(peer.line)
+        peer.line.close()
+        if peer.rank is not None and self._peers.get(peer.rank) is peer:
+            del self._peers[peer.rank]
+
+
+def _listen(folder: Path, tcp_host: str | None) -> tuple[socket.socket, Address]:
+    if tcp_host is None:
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        path = str(folder / "link")
+        listener.bind(path)
+        address: Address = path
+    else:
+        listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+        listener.bind((tcp_host, 0))
+        address = (tcp_host, listener.getsockname()[1])
+    listener.listen(128)
+    return listener, address
