@@ -15,7 +15,7 @@ from torch import Tensor
 
 from shardwise import partition
 from shardwise.comm import compose, watch
-from shardwise.comm.base import STRATEGIES, CollectiveMismatch, Communicator, CommError
+from shardwise.comm.base import STRATEGIES, CollectiveMismatch, CommError, Communicator
 from shardwise.comm.watch import FLIGHT, Deadlines
 
 FINGERPRINT_BYTES = 256
@@ -72,11 +72,16 @@ class Collective(Communicator):
         self.deterministic = environment_flag("SHARDWISE_DETERMINISTIC") if deterministic is None else deterministic
         self.sequence = 0
         self.broken: str | None = None
+        self.reason = "asked for by name"
         self._world_rank = self.ranks[rank]
         self._splits = 0
 
     def __repr__(self) -> str:
         return f"<{self.transport} group {self.name}: rank {self.rank} of {self.size}>"
+
+    def why(self) -> str:
+        """One line: what moves this group's bytes, and for what reason. The same on all ranks."""
+        return f"group {self.name} of {self.size}: {self.transport} ({self.reason})"
 
     # The protocol
 
@@ -140,8 +145,9 @@ class Collective(Communicator):
         result = torch.empty((sum(receives), *tensor.shape[1:]), dtype=tensor.dtype, device=tensor.device)
         outgoing = [_bytes(part) for part in tensor.split(list(sends))]
         incoming = [_bytes(part) for part in result.split(list(receives))]
-        if any(any(row) for row in table) and _product(tensor.shape[1:]):
-            self._all_to_all(outgoing, incoming, table)
+        row_bytes = _product(tensor.shape[1:]) * tensor.element_size()
+        if row_bytes and any(any(row) for row in table):
+            self._all_to_all(outgoing, incoming, [tuple(count * row_bytes for count in row) for row in table])
         entry[watch.END] = watch.now()
         return result
 
@@ -366,7 +372,7 @@ class Collective(Communicator):
 
     @abstractmethod
     def _all_to_all(self, send: list[Tensor], receive: list[Tensor], table: list[tuple[int, ...]]) -> None:
-        """Bytes: send[j] to rank j's receive[rank]; table[i][j] rows go from i to j."""
+        """Bytes: send[j] to rank j's receive[rank]; table[i][j] bytes go from i to j."""
 
     @abstractmethod
     def _broadcast(self, data: Tensor, root: int) -> None:

@@ -70,5 +70,6 @@ def check_norm_arguments(tensor: Tensor, residual: Tensor, weight: Tensor) -> No
         )
     if weight.shape != tensor.shape[-1:]:
         raise ValueError(
-            f"all_reduce_residual_rms_norm: weight is {tuple(weight.shape)}, it must be [H] = {tuple(tensor.shape[-1:])}"
+            f"all_reduce_residual_rms_norm: weight is {tuple(weight.shape)}, "
+            f"it must be [H] = {tuple(tensor.shape[-1:])}"
         )

@@ -4,11 +4,13 @@ The choice is made from facts that all ranks share, so every rank comes to the s
 what was chosen and for what reason.
 """
 
+import os
 import platform
 import sys
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-from shardwise.comm.base import TRANSPORTS, Communicator, CommError
+from shardwise.comm.base import TRANSPORTS, CommError, Communicator
 from shardwise.comm.bootstrap import Rendezvous, Store, StoreRendezvous, store_from_environment
 from shardwise.comm.rank import Groups, RankInfo
 from shardwise.comm.watch import Deadlines
@@ -16,7 +18,7 @@ from shardwise.comm.watch import Deadlines
 if TYPE_CHECKING:
     from shardwise.sharding.layout import ParallelLayout
 
-MPI_SOURCES = ("Open MPI", "MPICH")
+MPI_SOURCES = ("Open MPI", "MPICH", "MVAPICH")
 
 
 def shared_memory_usable() -> tuple[bool, str]:
@@ -63,15 +65,100 @@ def create(
         return FakeCommunicator(info.rank, range(info.world), **options)
     if transport == "threads":
         raise CommError("transport threads has no processes to join: use shardwise.testing.run_threads")
-    from shardwise.comm.choose import Factory
+    makers = {"cpu": _create_cpu, "cuda": _create_cuda}
+    return makers[device](_Request(info, transport, store, process_group, mpi_comm, options))
 
-    return Factory(info, device, store, process_group, mpi_comm, options).make(transport)
+
+@dataclass(frozen=True)
+class _Request:
+    info: RankInfo
+    transport: str
+    store: Store | None
+    process_group: Any
+    mpi_comm: Any
+    options: dict[str, Any]
+
+    @property
+    def speaks_mpi(self) -> bool:
+        return self.mpi_comm is not None or (self.info.source in MPI_SOURCES and self.store is None)
+
+    def rendezvous(self) -> Rendezvous:
+        """However these ranks can find each other."""
+        deadlines = self.options["deadlines"]
+        if self.process_group is not None:
+            from shardwise.comm.torch_dist import ProcessGroupRendezvous
+
+            return ProcessGroupRendezvous(self.process_group)
+        if self.speaks_mpi:
+            from shardwise.comm.mpi import MpiRendezvous, world_communicator
+
+            return MpiRendezvous(self.mpi_comm or world_communicator())
+        store = self.store or store_from_environment(self.info, deadlines.rendezvous)
+        return StoreRendezvous(store, self.info.rank, range(self.info.world))
 
 
-def rendezvous(info: RankInfo, store: Store | None, deadlines: Deadlines) -> Rendezvous:
-    """Through `store`, or through the one that the environment names."""
-    store = store or store_from_environment(info, deadlines.rendezvous)
-    return StoreRendezvous(store, info.rank, range(info.world))
+def _create_cpu(request: _Request) -> Communicator:
+    if request.transport in ("nccl", "p2p", "flashinfer"):
+        raise CommError(f"transport {request.transport} moves CUDA tensors: pass device='cuda', or use auto")
+    if request.transport == "mpi":
+        return _mpi(request)
+    if request.transport == "gloo":
+        return _torch_dist(request, request.rendezvous(), "gloo")
+    meeting = request.rendezvous()
+    usable, reason = _one_host(meeting, request.options["deadlines"].rendezvous)
+    if usable:
+        group = _shared_memory(request, meeting)
+    elif request.transport == "shm":
+        raise CommError(f"transport shm cannot serve rank {request.info.rank}: {reason}")
+    elif request.speaks_mpi:
+        group = _mpi(request)
+    else:
+        group = _torch_dist(request, meeting, "gloo")
+    if request.transport == "auto":
+        group.reason = reason
+    return group
+
+
+def _one_host(meeting: Rendezvous, limit: float) -> tuple[bool, str]:
+    """(shared memory can serve all ranks, reason), the same on every rank."""
+    usable, reason = shared_memory_usable()
+    host = None
+    if usable:
+        from shardwise.comm.segment import Identity
+
+        host = Identity.mine().host
+    facts = meeting.gather("host", (host, reason), limit)
+    for rank, (_, why) in enumerate(facts):
+        if facts[rank][0] is None:
+            return False, f"rank {meeting.ranks[rank]}: {why}"
+    hosts = {name for name, _ in facts}
+    if len(hosts) > 1:
+        return False, f"the ranks are in {len(hosts)} hosts or containers"
+    return True, f"{meeting.size} ranks on one host, {reason}"
+
+
+def _shared_memory(request: _Request, meeting: Rendezvous) -> Communicator:
+    from shardwise.comm.shm import ShmCommunicator
+
+    return ShmCommunicator.join(meeting, cores=len(os.sched_getaffinity(0)), **request.options)
+
+
+def _mpi(request: _Request) -> Communicator:
+    from shardwise.comm.mpi import MpiCommunicator, world_communicator
+
+    return MpiCommunicator(request.mpi_comm or world_communicator(), **request.options)
+
+
+def _torch_dist(request: _Request, meeting: Rendezvous, backend: str) -> Communicator:
+    from shardwise.comm.torch_dist import TorchDistCommunicator
+
+    if request.process_group is not None:
+        return TorchDistCommunicator.adopt(request.process_group, **request.options)
+    return TorchDistCommunicator.join(meeting, backend, **request.options)
+
+
+def _create_cuda(request: _Request) -> Communicator:
+    raise CommError("CUDA")
 
 
 def make_groups(world: Communicator, layout: "ParallelLayout | None" = None) -> Groups:

@@ -94,7 +94,7 @@ class FlightRecord:
         self._writing = threading.Lock()
 
     def rows(self) -> list[dict]:
-        """Oldest first: sequence, op, shape, dtype, strategy, group, rank, begin and end in nanoseconds (end 0: pending)."""
+        """Oldest first. `begin` and `end` are nanoseconds of the monotonic clock; end 0: still pending."""
         return [_row(entry) for entry in list(self.ring)]
 
     def last(self, rank: int | None = None) -> dict | None:

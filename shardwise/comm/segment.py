@@ -1,0 +1,212 @@
+"""A piece of memory that the ranks of one host share, and how they wait for each other in it.
+
+The memory is a memfd: it has no name that could be left behind, and the size limit of /dev/shm (64 MiB in many
+containers) does not hold for it. It goes when the last rank has dropped its tensors and views, or died.
+
+A *round* is the only pattern of communication. In round e every rank writes into its half `e & 1`, publishes e in
+its flag word, waits until all flags are at least e, and reads the others' halves. A half may be overwritten in
+round e + 2: by then all ranks have published e + 1, and they did that after their reads of round e. So a round costs
+one synchronisation and nothing is ever cleared.
+
+Memory order: the protocol needs stores to become visible in program order, and loads not to pass later stores. x86-64
+gives both to plain accesses (an aligned 8-byte flag is written by one move; glibc's non-temporal copies end with a
+fence). Other machines do not, and Python has no fence: there `strategy.shared_memory_usable` refuses.
+"""
+
+import mmap
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from shardwise.comm import watch
+
+LINE = 64
+PAGE = 4096
+FRAME = 512
+"""Bytes of a control frame: its length in 8 bytes, then the message."""
+REASON = 1024
+SPINS = 4000
+"""Reads of a flag (about 50 ns each) before the first yield: more than a rank lags behind in a decode step."""
+YIELD_SECONDS = 0.02
+SHORT_SLEEP, LONG_SLEEP = 50e-6, 1e-3
+LOOK_SECONDS = 0.05
+"""How often a waiting rank looks whether its peers still live."""
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Where a process lives: two processes with the same `host` can share memory."""
+
+    host: str
+    pid: int
+    started: int
+
+    @classmethod
+    def mine(cls) -> "Identity":
+        with open("/proc/sys/kernel/random/boot_id") as file:
+            boot = file.read().strip()
+        namespace = os.readlink("/proc/self/ns/pid")
+        return cls(f"{boot} {namespace} uid {os.getuid()}", os.getpid(), watch.process_start(os.getpid()))
+
+
+class WaitFailed(Exception):
+    """Round not completed: `missing` ranks of the group, because they are late, lost, or the group was aborted."""
+
+    def __init__(self, kind: str, missing: tuple[int, ...], reason: str):
+        super().__init__(reason)
+        self.kind = kind
+        self.missing = missing
+        self.reason = reason
+
+
+class Segment:
+    """One group's memory: page 0 is common, then a control page for each rank, then two halves for each rank."""
+
+    def __init__(self, fd: int, size: int, rank: int, half: int, members: list[Identity], crowded: bool):
+        self.size = size
+        self.rank = rank
+        self.half = half
+        self.members = members
+        self.map = mmap.mmap(fd, self.length(size, half), mmap.MAP_SHARED | mmap.MAP_POPULATE)
+        self.view = memoryview(self.map)
+        self.words = self.view[: PAGE * (1 + size)].cast("q")
+        self.epoch = 0
+        self.flag = self._word(rank)
+        self.others = tuple((peer, self._word(peer)) for peer in range(size) if peer != rank)
+        self.peer_words = tuple(word for _, word in self.others)
+        self.spins = 0 if crowded else SPINS
+
+    @staticmethod
+    def length(size: int, half: int) -> int:
+        return PAGE * (1 + size) + 2 * size * half
+
+    @staticmethod
+    def _word(rank: int) -> int:
+        return PAGE * (1 + rank) // 8
+
+    def half_offset(self, rank: int, parity: int) -> int:
+        """Where rank's half begins in the map."""
+        return PAGE * (1 + self.size) + (2 * rank + parity) * self.half
+
+    @property
+    def aborted(self) -> str | None:
+        """Reason of the abort, if there was one."""
+        if not self.words[0]:
+            return None
+        length = self.words[1]
+        return bytes(self.view[16 : 16 + length]).decode(errors="replace")
+
+    def abort(self, reason: str) -> None:
+        """End all present and later rounds of all ranks. The first reason stays."""
+        if self.words[0]:
+            return
+        blob = reason.encode()[:REASON]
+        self.view[16 : 16 + len(blob)] = blob
+        self.words[1] = len(blob)
+        self.words[0] = 1
+
+    def round(self, limit: float) -> None:
+        """Publish the half that was written for round `epoch + 1`, and wait for all ranks' halves of it."""
+        self.epoch = epoch = self.epoch + 1
+        words = self.words
+        words[self.flag] = epoch
+        for word in self.peer_words:
+            spins = self.spins
+            while words[word] < epoch:
+                spins -= 1
+                if spins < 0:
+                    self._wait(epoch, limit)
+                    return
+
+    def frame_round(self, blob: bytes, limit: float) -> list[bytes]:
+        """A round that carries one small message from each rank, in the control pages."""
+        parity = (self.epoch + 1) & 1
+        start = self._frame(self.rank, parity)
+        self.view[start + 8 : start + 8 + len(blob)] = blob
+        self.words[start // 8] = len(blob)
+        self.round(limit)
+        frames = []
+        for rank in range(self.size):
+            start = self._frame(rank, parity)
+            frames.append(bytes(self.view[start + 8 : start + 8 + self.words[start // 8]]))
+        return frames
+
+    @staticmethod
+    def _frame(rank: int, parity: int) -> int:
+        return PAGE * (1 + rank) + LINE + parity * FRAME
+
+    def _wait(self, epoch: int, limit: float) -> None:
+        """The slow side of a round: yield, then sleep, and look for aborts, deaths and the deadline."""
+        begin = time.monotonic()
+        look = begin + LOOK_SECONDS
+        turns = 0
+        while any(self.words[word] < epoch for word in self.peer_words):
+            turns += 1
+            if turns & 15:
+                os.sched_yield()
+                continue
+            now = time.monotonic()
+            if self.words[0]:
+                raise WaitFailed("aborted", (), self.aborted or "")
+            if now > look:
+                self._look(epoch, now - begin, limit)
+                look = now + LOOK_SECONDS
+            if now - begin > YIELD_SECONDS:
+                time.sleep(SHORT_SLEEP if now - begin < 1 else LONG_SLEEP)
+
+    def _look(self, epoch: int, waited: float, limit: float) -> None:
+        absent = [peer for peer, word in self.others if self.words[word] < epoch]
+        gone = [p for p in absent if not watch.process_alive(self.members[p].pid, self.members[p].started)]
+        gone = [peer for peer in gone if self.words[self._word(peer)] < epoch]  # it may have arrived, then ended
+        if gone:
+            pids = ", ".join(str(self.members[peer].pid) for peer in gone)
+            raise WaitFailed("lost", tuple(gone), f"process {pids} is gone")
+        if absent and waited > limit:
+            raise WaitFailed("late", tuple(absent), f"did not arrive within {limit:g} s")
+
+
+def share(
+    gather: Callable[[str, object], list], members: list[int], rank: int, half: int, crowded: bool, key: str
+) -> Segment:
+    """Segment of `members` (ranks in `gather`'s numbering), of which this process is number `rank`.
+
+    gather(key, value) gives everyone's value; all its ranks call `share`, each with its own group's members.
+    Raises OSError where the memory cannot be shared; then it does so on every rank of `gather`.
+    """
+    leads = rank == 0
+    size = len(members)
+    fd = -1
+    problem = None
+    try:
+        if leads:
+            fd = os.memfd_create("shardwise", os.MFD_CLOEXEC)
+            os.ftruncate(fd, Segment.length(size, half))
+        everyone = gather(key + "/offer", (Identity.mine(), fd))
+        people = [everyone[member][0] for member in members]
+        segment = None
+        try:
+            segment = _map(everyone[members[0]], fd, people, rank, half, crowded)
+        except OSError as error:
+            problem = f"process {os.getpid()}: {error}"
+        problems = [text for text in gather(key + "/mapped", problem) if text]
+    finally:
+        if fd >= 0:
+            os.close(fd)
+    if problems or segment is None:
+        raise OSError("; ".join(problems))
+    return segment
+
+
+def _map(offer: tuple[Identity, int], own_fd: int, people: list[Identity], rank: int, half: int, crowded: bool):
+    leader, fd = offer
+    hosts = {person.host for person in people}
+    if len(hosts) > 1:
+        raise OSError(f"the ranks are on {len(hosts)} hosts, in different containers, or of different users")
+    if own_fd >= 0:
+        return Segment(own_fd, len(people), rank, half, people, crowded)
+    opened = os.open(f"/proc/{leader.pid}/fd/{fd}", os.O_RDWR)
+    try:
+        return Segment(opened, len(people), rank, half, people, crowded)
+    finally:
+        os.close(opened)

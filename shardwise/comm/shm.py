@@ -1,0 +1,300 @@
+"""Transport `shm`: shared memory between the ranks of one host, CPU tensors.
+
+Sums run in rank order (rank 0 first) whatever the algorithm, so all ranks get the same bits at every size. Payloads
+beyond a half's capacity go in chunks, one round each.
+
+The all-reduce of a decode step (a few KiB, sixty times a token) has its own path without allocation: views of the
+memory are kept by (dtype, shape), and one round is one copy, one flag, one add.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from shardwise import partition
+from shardwise.comm import compose, watch
+from shardwise.comm.base import CollectiveTimeout, CommError, PeerLost
+from shardwise.comm.bootstrap import Rendezvous
+from shardwise.comm.collective import Collective
+from shardwise.comm.segment import Segment, WaitFailed, share
+from shardwise.comm.watch import FLIGHT
+
+CHUNK = 512 * 1024
+"""Bytes of a chunk: two ranks' chunks and results stay in a 2 MiB second-level cache."""
+ONE_PHASE_LIMIT = 128 * 1024
+"""Bytes up to which every rank sums everything itself; beyond, each sums its part and the parts are gathered."""
+KEPT_PLANS = 512
+
+
+class ShmCommunicator(Collective):
+    """One rank's end of a group in shared memory. Made by `join` or `split`."""
+
+    def __init__(self, segment: Segment, ranks: Sequence[int], root: "ShmCommunicator | None" = None, **options):
+        super().__init__(rank=segment.rank, ranks=ranks, transport="shm", **options)
+        self.segment = segment
+        self._root = root or self
+        self._words = segment.words
+        self._root_words = self._root.segment.words
+        self._plans: dict[tuple, tuple | None] = {}
+        with torch.inference_mode(False):  # views made in inference mode could not be written outside of it
+            memory = torch.frombuffer(segment.map, dtype=torch.uint8)
+            self._halves = tuple(
+                tuple(memory[segment.half_offset(rank, parity) :][: segment.half] for rank in range(self.size))
+                for parity in (0, 1)
+            )
+
+    @classmethod
+    def join(cls, meeting: Rendezvous, *, cores: int, **options) -> "ShmCommunicator":
+        """World group of `meeting`'s ranks. Raises CommError on every rank if one cannot share memory."""
+        limit = options["deadlines"].rendezvous
+        try:
+            segment = share(
+                lambda key, value: meeting.gather(key, value, limit),
+                list(range(meeting.size)),
+                meeting.rank,
+                _half(meeting.size),
+                meeting.size > cores,
+                "shm",
+            )
+        except OSError as error:
+            raise CommError(f"transport shm cannot serve rank {meeting.ranks[meeting.rank]}: {error}") from None
+        return cls(segment, meeting.ranks, **options)
+
+    # The decode path
+
+    def all_reduce(self, tensor: Tensor, *, out: Tensor | None = None, strategy: str = "AUTO") -> Tensor:
+        plan = self._plans.get((tensor.dtype, tensor.shape))
+        if plan is None or strategy != "AUTO" or self.check or tensor.requires_grad or not tensor.is_cpu:
+            return self._all_reduce_any(tensor, out, strategy)
+        if self.broken is not None or self._root_words[0]:
+            raise self._refused("all_reduce")
+        self.sequence = sequence = self.sequence + 1
+        entry = [sequence, "all_reduce", tensor.shape, tensor.dtype, "", self.name, self._world_rank, watch.now(), 0]
+        FLIGHT.ring.append(entry)
+        if out is None:
+            out = torch.empty_like(tensor)
+        elif out is not tensor and (out.shape != tensor.shape or out.dtype != tensor.dtype):
+            return super().all_reduce(tensor, out=out)  # which raises
+        segment = self.segment
+        slots = plan[(segment.epoch + 1) & 1]
+        slots[self.rank].copy_(tensor)
+        self._round()
+        compose.ordered_sum(slots, out)
+        entry[8] = watch.now()
+        return out
+
+    def _all_reduce_any(self, tensor: Tensor, out: Tensor | None, strategy: str) -> Tensor:
+        """The general path; small shapes are planned here for the next time."""
+        if 0 < tensor.numel() * tensor.element_size() <= ONE_PHASE_LIMIT and tensor.is_cpu:
+            compose.require_summable(tensor.dtype, "all_reduce")
+            if len(self._plans) >= KEPT_PLANS:
+                self._plans.clear()
+            with torch.inference_mode(False):
+                self._plans[tensor.dtype, tensor.shape] = tuple(
+                    tuple(_typed(half, tensor.dtype, tensor.numel()).view(tensor.shape) for half in halves)
+                    for halves in self._halves
+                )
+        return super().all_reduce(tensor, out=out, strategy=strategy)
+
+    # Rounds
+
+    def _round(self) -> None:
+        try:
+            self.segment.round(self.deadlines.in_phase(watch._phase))
+        except WaitFailed as error:
+            raise self._broken_round(error) from None
+
+    def _exchange(self, blob: bytes) -> list[bytes]:
+        try:
+            return self.segment.frame_round(blob, self.deadlines.in_phase(watch._phase))
+        except WaitFailed as error:
+            raise self._broken_round(error) from None
+
+    def _broken_round(self, error: WaitFailed) -> CommError:
+        where = self._where(self._last_entry())
+        missing = tuple(self.ranks[peer] for peer in error.missing)
+        names = ", ".join(map(str, missing))
+        if error.kind == "late":
+            return self._fail(CollectiveTimeout(f"{where}: rank(s) {names} {error.reason}", missing))
+        if error.kind == "lost":
+            return self._fail(PeerLost(f"{where}: rank(s) {names} will not arrive: {error.reason}", missing))
+        return self._fail(CommError(f"{where}: {error.reason}"))
+
+    def _refused(self, op: str) -> CommError:
+        reason = self.broken or self._root.segment.aborted
+        return CommError(f"{op} on group {self.name}, rank {self._world_rank}: {reason}")
+
+    def _begin(self, op: str, shape, dtype, strategy: str, *details) -> list:
+        if self.broken is None and self._root_words[0]:
+            self.broken = self._root.segment.aborted
+        return super()._begin(op, shape, dtype, strategy, *details)
+
+    def _writing(self) -> tuple[Tensor, ...]:
+        """All ranks' halves of the round that comes next."""
+        return self._halves[(self.segment.epoch + 1) & 1]
+
+    # Collectives on flat tensors
+
+    def _reduce(self, source: Tensor, target: Tensor, strategy: str) -> None:
+        small = source.numel() * source.element_size() <= ONE_PHASE_LIMIT
+        if strategy in ("ONESHOT", "MIN_LATENCY") or (strategy in ("AUTO", "NCCL") and small):
+            self._reduce_one_shot(source, target)
+        else:
+            self._all_reduce(source, target)
+
+    def _reduce_one_shot(self, source: Tensor, target: Tensor) -> None:
+        chunk = CHUNK // source.element_size()
+        for piece, result in zip(source.split(chunk), target.split(chunk), strict=True):
+            slots = [_typed(half, source.dtype, piece.numel()) for half in self._writing()]
+            slots[self.rank].copy_(piece)
+            self._round()
+            compose.ordered_sum(slots, result)
+
+    def _all_reduce(self, source: Tensor, target: Tensor) -> None:
+        """Reduce-scatter and all-gather; the gather of one chunk shares its round with the scatter of the next."""
+        chunk = CHUNK // source.element_size()
+        pieces, results = source.split(chunk), target.split(chunk)
+        for number in range(len(pieces) + 1):
+            halves = self._writing()
+            ahead = _Chunk(halves, pieces[number], self) if number < len(pieces) else None
+            behind = results[number - 1] if number else None
+            if ahead:
+                ahead.write()
+            if behind is not None:
+                self._write_result(halves, behind)
+            self._round()
+            if ahead:
+                ahead.sum_into(results[number])
+            if behind is not None:
+                self._read_results(halves, behind)
+
+    def _write_result(self, halves: Sequence[Tensor], result: Tensor) -> None:
+        start, stop = partition.extent(result.numel(), self.size, self.rank)
+        _typed(halves[self.rank][CHUNK:], result.dtype, stop - start).copy_(result[start:stop])
+
+    def _read_results(self, halves: Sequence[Tensor], result: Tensor) -> None:
+        for peer in range(self.size):
+            if peer != self.rank:
+                start, stop = partition.extent(result.numel(), self.size, peer)
+                result[start:stop].copy_(_typed(halves[peer][CHUNK:], result.dtype, stop - start))
+
+    def _all_gather(self, source: Tensor, parts: list[Tensor]) -> None:
+        parts[self.rank].copy_(source)
+        longest = max(part.numel() for part in parts)
+        for start in range(0, longest, CHUNK):
+            halves = self._writing()
+            mine = source[start : start + CHUNK]
+            halves[self.rank][: mine.numel()].copy_(mine)
+            self._round()
+            for peer, part in enumerate(parts):
+                piece = part[start : start + CHUNK]
+                if peer != self.rank and piece.numel():
+                    piece.copy_(halves[peer][: piece.numel()])
+
+    def _reduce_scatter(self, parts: list[Tensor], target: Tensor) -> None:
+        width = target.element_size()
+        quota = CHUNK // self.size // width
+        longest = max(part.numel() for part in parts)
+        for start in range(0, longest, quota):
+            halves = self._writing()
+            for peer, part in enumerate(parts):
+                piece = part[start : start + quota]
+                _typed(halves[self.rank][peer * quota * width :], part.dtype, piece.numel()).copy_(piece)
+            self._round()
+            result = target[start : start + quota]
+            if result.numel():
+                place = self.rank * quota * width
+                compose.ordered_sum([_typed(h[place:], target.dtype, result.numel()) for h in halves], result)
+
+    def _all_to_all(self, send: list[Tensor], receive: list[Tensor], table: list[tuple[int, ...]]) -> None:
+        receive[self.rank].copy_(send[self.rank])
+        quota = CHUNK // self.size
+        longest = max(max(row) for row in table)
+        for start in range(0, longest, quota):
+            halves = self._writing()
+            for peer, part in enumerate(send):
+                piece = part[start : start + quota]
+                if peer != self.rank and piece.numel():
+                    halves[self.rank][peer * quota :][: piece.numel()].copy_(piece)
+            self._round()
+            for peer, part in enumerate(receive):
+                piece = part[start : start + quota]
+                if peer != self.rank and piece.numel():
+                    piece.copy_(halves[peer][self.rank * quota :][: piece.numel()])
+
+    def _broadcast(self, data: Tensor, root: int) -> None:
+        for piece in data.split(CHUNK):
+            halves = self._writing()
+            if self.rank == root:
+                halves[root][: piece.numel()].copy_(piece)
+            self._round()
+            if self.rank != root:
+                piece.copy_(halves[root][: piece.numel()])
+
+    def _barrier(self) -> None:
+        self._round()
+
+    def _split(self, name: str, members: list[int], colors: list[int]) -> "ShmCommunicator":
+        segment = share(
+            lambda key, value: self.all_gather_object(value),
+            members,
+            members.index(self.rank),
+            _half(len(members)),
+            self.segment.spins == 0,
+            name,
+        )
+        return ShmCommunicator(
+            segment,
+            [self.ranks[i] for i in members],
+            self._root,
+            name=name,
+            deadlines=self.deadlines,
+            check=self.check,
+            deterministic=self.deterministic,
+        )
+
+    def _abort(self, reason: str) -> None:
+        self.segment.abort(reason)
+        self._root.segment.abort(reason)
+
+    def close(self) -> None:
+        super().close()
+        self._plans.clear()
+        self._halves = ()
+
+
+class _Chunk:
+    """One chunk of a two-phase all-reduce: everyone's parts of it lie in the halves, this rank sums its own part."""
+
+    def __init__(self, halves: Sequence[Tensor], source: Tensor, group: ShmCommunicator):
+        self.source = source
+        self.rank = group.rank
+        self.size = group.size
+        self.slots = [_typed(half, source.dtype, source.numel()) for half in halves]
+
+    def _extent(self, rank: int) -> slice:
+        return slice(*partition.extent(self.source.numel(), self.size, rank))
+
+    def write(self) -> None:
+        if self.size == 2:  # nobody reads this rank's own part
+            part = self._extent(1 - self.rank)
+            self.slots[self.rank][part].copy_(self.source[part])
+        else:
+            self.slots[self.rank].copy_(self.source)
+
+    def sum_into(self, result: Tensor) -> None:
+        part = self._extent(self.rank)
+        terms = [slot[part] for slot in self.slots]
+        if self.size == 2:
+            terms[self.rank] = self.source[part]
+        compose.ordered_sum(terms, result[part])
+
+
+def _half(size: int) -> int:
+    """Bytes of a half: a chunk, and this rank's part of the chunk before."""
+    return CHUNK + -(-CHUNK // size // 64) * 64 + 64
+
+
+def _typed(memory: Tensor, dtype: torch.dtype, count: int) -> Tensor:
+    return memory[: count * dtype.itemsize].view(dtype)
