@@ -4,12 +4,16 @@ Kernel files write `from shardwise.ops.triton_support import tl, triton` and imp
 they serve declare the need `TRITON`, so a placeholder is never launched.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
+
+import torch
 
 try:
     import triton
     import triton.language as tl
+    from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 except ImportError:
 
     class _Missing:
@@ -17,8 +21,8 @@ except ImportError:
 
         constexpr = int
 
-        def jit(self, function: Callable) -> Callable:
-            return function
+        def jit(self, function: Callable | None = None, **_options: Any) -> Callable:
+            return function if function is not None else lambda decorated: decorated
 
     triton = tl = _Missing()  # type: ignore[assignment]
 
@@ -27,6 +31,23 @@ def interpreting() -> bool:
     """True when kernels run in Triton's interpreter, on CPU tensors (TRITON_INTERPRET=1 before the import)."""
     knobs = getattr(triton, "knobs", None)
     return knobs is not None and bool(knobs.runtime.interpret)
+
+
+@functools.cache
+def dependent_launch(device: torch.device) -> bool:
+    """Whether kernels may start while their predecessor drains (compute capability 9.0 and later)."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
+
+
+@triton.jit
+def await_predecessor(PDL: tl.constexpr):
+    """First statement of a kernel launched with launch_pdl: no memory of earlier kernels is touched before it.
+
+    Its successor may be scheduled from here on; that one waits for this whole kernel in the same way.
+    """
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
 
 
 class Launcher:
@@ -39,27 +60,34 @@ class Launcher:
 
     def __init__(self, kernel: Any):
         self._kernel = kernel
-        self._runners: dict[Any, Callable] = {}
+        self._compiled: dict[Any, Any] = {}
 
-    def __call__(self, key: Any, grid: tuple[int, int, int], args: tuple, **options: int) -> None:
+    def __call__(self, device: torch.device, key: Any, grid: tuple[int, int, int], args: tuple, **options: Any) -> None:
         """Run on `grid` with `args`, all of the kernel's parameters in order, constexprs included.
 
-        key      hashable; must cover the grid, the device, the dtypes, the 16-byte alignment of the pointers (see
-                 `aligned`), every integer argument and every option
-        options  num_warps, num_stages
+        key      hashable; must cover the dtypes, the 16-byte alignment of the pointers (see `aligned`), every
+                 constexpr, every integer argument that is specialised, and every option
+        options  num_warps, num_stages, launch_pdl
         """
-        runner = self._runners.get(key)
-        if runner is not None:
-            runner(*args)
+        if 0 in grid:
             return
-        compiled = self._kernel[grid](*args, **options)
-        if not interpreting():
-            self._runners[key] = compiled[grid]
+        if interpreting():
+            options.pop("launch_pdl", None)
+            self._kernel[grid](*args, **options)
+            return
+        if device.index != torch.cuda.current_device():
+            with torch.cuda.device(device):
+                return self(device, key, grid, args, **options)
+        compiled = self._compiled.get((device.index, key))
+        if compiled is None:
+            self._compiled[device.index, key] = self._kernel[grid](*args, **options)
+        else:
+            compiled[grid](*args)
 
 
-def aligned(*tensors: Any) -> int:
-    """The 16-byte misalignment of the tensors' addresses together; 0 when all are aligned."""
+def aligned(*tensors: Any) -> Any:
+    """Key part for the 16-byte alignment of the tensors' addresses: 0 when all are aligned."""
     bits = 0
     for tensor in tensors:
         bits |= tensor.data_ptr()
-    return bits & 15
+    return bits & 15 and tuple(tensor.data_ptr() % 16 == 0 for tensor in tensors)

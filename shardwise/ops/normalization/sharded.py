@@ -1,0 +1,49 @@
+"""RMS norm of a hidden dimension that is dealt to the ranks of the tensor-parallel group."""
+
+import torch
+import torch.distributed as dist
+
+from shardwise.comm.rank import current_groups
+from shardwise.ops.registry import operator
+
+
+def _like(input, weight, eps, world_size):
+    return torch.empty_like(input)
+
+
+@operator(fake=_like, instead="torch_rmsnorm")
+def sharded_rmsnorm(input: torch.Tensor, weight: torch.Tensor, eps: float, world_size: int) -> torch.Tensor:
+    """weight * x / sqrt(mean(x²) + eps) with the mean over the whole dimension.
+
+    input [..., h] and weight [h] are this rank's part; parts may differ in length and count by it. The group is the
+    current tensor-parallel group, else torch.distributed's default group, and must have `world_size` ranks.
+    """
+    wide = input.float()
+    squares = wide.square().sum(-1, keepdim=True)
+    # The length rides along, so that uneven parts weigh right without a second collective.
+    sums = torch.cat((squares.flatten(), squares.new_tensor([float(input.shape[-1])])))
+    sums = _all_reduce(sums, world_size)
+    mean = (sums[:-1] / sums[-1]).view(squares.shape)
+    normed = (wide * torch.rsqrt(mean + eps)).to(input.dtype)
+    return torch.empty_like(input).copy_(normed * weight)
+
+
+def _all_reduce(sums: torch.Tensor, world_size: int) -> torch.Tensor:
+    groups = current_groups()
+    if groups is not None:
+        size, reduce = groups.tp.size, groups.tp.all_reduce
+    elif dist.is_available() and dist.is_initialized():
+        size, reduce = dist.get_world_size(), _default_group
+    else:
+        size, reduce = 1, lambda tensor: tensor
+    if size != world_size:
+        raise ValueError(
+            f"sharded_rmsnorm: world_size = {world_size}, but the current tensor-parallel group has {size} ranks; "
+            "run inside shardwise.comm.rank.use_groups or initialise torch.distributed"
+        )
+    return reduce(sums)
+
+
+def _default_group(tensor: torch.Tensor) -> torch.Tensor:
+    dist.all_reduce(tensor)
+    return tensor

@@ -1,0 +1,123 @@
+"""RMS norms as Triton kernels: one pass over memory, statistics and weight in float32, one rounding at the end."""
+
+import torch
+
+from shardwise.ops.normalization.reference import check_gated
+from shardwise.ops.registry import TRITON, operator
+from shardwise.ops.triton_support import Launcher, aligned, await_predecessor, dependent_launch, tl, triton
+
+
+@triton.jit(do_not_specialize=["eps", "groups"])
+def _norm_kernel(
+    x_ptr,
+    gate_ptr,
+    weight_ptr,
+    out_ptr,
+    eps,
+    groups,
+    x_stride,
+    gate_stride,
+    PER_ROW: tl.constexpr,  # groups in a row
+    SIZE: tl.constexpr,  # elements in a group
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,  # groups in a program
+    GATED: tl.constexpr,
+    NORM_FIRST: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    group = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    column = tl.arange(0, BLOCK)[None, :]
+    mask = (group < groups) & (column < SIZE)
+    within = (group % PER_ROW) * SIZE + column
+    await_predecessor(PDL)
+    x = tl.load(x_ptr + (group // PER_ROW) * x_stride + within, mask=mask, other=0.0).to(tl.float32)
+    weight = tl.load(weight_ptr + within, mask=mask, other=0.0).to(tl.float32)
+    if GATED:
+        gate = tl.load(gate_ptr + (group // PER_ROW) * gate_stride + within, mask=mask, other=0.0).to(tl.float32)
+        silu = gate * tl.sigmoid(gate)
+        if not NORM_FIRST:
+            x *= silu
+    scale = tl.rsqrt(tl.sum(x * x, axis=1, keep_dims=True) / SIZE + eps)
+    out = x * scale * weight
+    if GATED and NORM_FIRST:
+        out *= silu
+    tl.store(out_ptr + group * SIZE + column, out.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+_launch = Launcher(_norm_kernel)
+
+
+def _tile(size: int, groups: int) -> tuple[int, int, int]:
+    """(BLOCK, ROWS, num_warps): 16-byte accesses of a 16-bit row, and several short groups in one program."""
+    block = 1 << (size - 1).bit_length()
+    rows = max(1, min(1024 // block, groups))
+    rows = 1 << (rows.bit_length() - 1)
+    warps = min(16, max(1, rows * block // 512))
+    return block, rows, warps
+
+
+def _rows(x: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """`x`, or a contiguous copy where its rows have no common stride, and the stride between rows."""
+    if x.is_contiguous():
+        return x, x.shape[-1]
+    if x.stride(-1) == 1 and x.dim() >= 2 and x.shape[:-2].numel() == 1:
+        return x, x.stride(-2)
+    return x.contiguous(), x.shape[-1]
+
+
+def _normalize(x, weight, gate, eps, size, norm_first) -> torch.Tensor:
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    if x.numel() == 0:
+        return out
+    x, x_stride = _rows(x)
+    gate, gate_stride = (x, 0) if gate is None else _rows(gate)
+    gated, per_row, groups = gate is not x, x.shape[-1] // size, x.numel() // size
+    weight = weight.contiguous()
+    block, rows, warps = _tile(size, groups)
+    device = x.device
+    pdl = dependent_launch(device)
+    odd = aligned(x, gate, weight, out)
+    key = (x.dtype, gate.dtype, weight.dtype, odd, x_stride, gate_stride, per_row, size, rows, gated, norm_first)
+    _launch(
+        device,
+        key,
+        ((groups + rows - 1) // rows, 1, 1),
+        (x, gate, weight, out, eps, groups, x_stride, gate_stride)
+        + (per_row, size, block, rows, gated, norm_first, pdl),
+        num_warps=warps,
+        launch_pdl=pdl,
+    )
+    return out
+
+
+def _like(input, *_args):
+    return torch.empty_like(input, memory_format=torch.contiguous_format)
+
+
+@operator(fake=_like, needs=(TRITON,), instead="torch_rmsnorm")
+def triton_rms_norm(input: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """weight * x / sqrt(mean(x²) + eps), rounded once to x's dtype. input [..., H], weight [H] -> contiguous."""
+    if weight.shape != input.shape[-1:]:
+        raise ValueError(
+            f"triton_rms_norm: weight {tuple(weight.shape)} does not match the last dimension of input "
+            f"{tuple(input.shape)}"
+        )
+    return _normalize(input, weight, None, eps, input.shape[-1], False)
+
+
+def _gated_like(x, weight, gate, eps, group_size, norm_before_gate=False):
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+@operator(fake=_gated_like, needs=(TRITON,), instead="torch_rmsnorm_gated")
+def triton_rmsnorm_gated(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    gate: torch.Tensor | None,
+    eps: float,
+    group_size: int,
+    norm_before_gate: bool = False,
+) -> torch.Tensor:
+    """Grouped RMS norm with a SiLU gate before or after it, as `torch_rmsnorm_gated`; contiguous, in x's dtype."""
+    check_gated("triton_rmsnorm_gated", x, weight, gate, group_size)
+    return _normalize(x, weight, gate, eps, group_size, norm_before_gate)

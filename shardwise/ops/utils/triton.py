@@ -1,0 +1,62 @@
+"""Gather and scatter in one Triton kernel, for tokens of overlapped batches that are fixed up on the device."""
+
+import torch
+
+from shardwise.ops.registry import TRITON, operator
+from shardwise.ops.triton_support import Launcher, aligned, await_predecessor, dependent_launch, tl, triton
+
+_BLOCK = 1024
+
+
+@triton.jit(do_not_specialize=["count", "source_size", "target_size"])
+def _kernel(
+    source_ptr,
+    gather_ptr,
+    scatter_ptr,
+    out_ptr,
+    count,
+    source_size,
+    target_size,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    await_predecessor(PDL)
+    gather = tl.load(gather_ptr + i, mask=i < count, other=-1).to(tl.int64)
+    scatter = tl.load(scatter_ptr + i, mask=i < count, other=-1).to(tl.int64)
+    valid = (gather >= 0) & (gather < source_size) & (scatter >= 0) & (scatter < target_size)
+    tl.store(out_ptr + scatter, tl.load(source_ptr + gather, mask=valid, other=0), mask=valid)
+
+
+_launch = Launcher(_kernel)
+
+
+def _nothing(ungathered_input, gather_ids, mask_indices, out):
+    return None
+
+
+@operator(fake=_nothing, mutates=("out",), needs=(TRITON,))
+def triton_utils_fused_gather_scatter(
+    ungathered_input: torch.Tensor, gather_ids: torch.Tensor, mask_indices: torch.Tensor, out: torch.Tensor
+) -> None:
+    """out.view(-1)[mask_indices[i]] = ungathered_input.view(-1)[gather_ids[i]], in place.
+
+    gather_ids, mask_indices: int32 or int64, of one length. Pairs with an index out of range are skipped.
+    """
+    name = "triton_utils_fused_gather_scatter"
+    if gather_ids.numel() != mask_indices.numel():
+        raise ValueError(f"{name}: {gather_ids.numel()} gather_ids but {mask_indices.numel()} mask_indices")
+    if not out.is_contiguous():
+        raise ValueError(f"{name}: out is written in place and must be contiguous, got strides {out.stride()}")
+    source, gather, scatter = ungathered_input.contiguous(), gather_ids.contiguous(), mask_indices.contiguous()
+    count = gather.numel()
+    pdl = dependent_launch(out.device)
+    odd = aligned(source, gather, scatter, out)
+    _launch(
+        out.device,
+        (source.dtype, gather.dtype, scatter.dtype, out.dtype, odd),
+        ((count + _BLOCK - 1) // _BLOCK, 1, 1),
+        (source, gather, scatter, out, count, source.numel(), out.numel(), _BLOCK, pdl),
+        num_warps=4,
+        launch_pdl=pdl,
+    )

@@ -1,0 +1,74 @@
+"""Samples of the utilities."""
+
+import torch
+from operator_samples import Sample
+
+
+def gather_scatter_args(count, dtype=torch.int64, index=torch.int32):
+    def build(device):
+        source = torch.randint(0, 1000, (3 * count,), device=device).to(dtype)
+        gather = torch.randint(0, 3 * count, (count,), device=device, dtype=index)
+        scatter = torch.randperm(2 * count, device=device)[:count].to(index)
+        return source, gather, scatter, torch.zeros(2, count, device=device, dtype=dtype)
+
+    return build
+
+
+def gather_scatter(source, gather, scatter, out):
+    flat = out.flatten().clone()
+    flat[scatter.long()] = source.flatten()[gather.long()]
+    return (flat.view_as(out),)
+
+
+def logits_args(*shape, rows, required=1):
+    def build(device):
+        tokens = max(shape[:2])
+        indices = torch.randint(0, tokens, (tokens,), device=device)
+        return torch.randn(*shape, device=device), indices, torch.tensor([rows, required], dtype=torch.int32)
+
+    return build
+
+
+def logits(hidden, indices, info):
+    rows, required = info.tolist()
+    if not required:
+        return (hidden,)
+    flat = hidden.flatten(0, 1)[indices[:rows]]
+    return (flat[:, None] if hidden.shape[1] == 1 else flat[None],)
+
+
+def out_of_range(device):
+    index = torch.tensor([-1, 5, 2, 1], device=device)
+    return (
+        torch.arange(3, device=device),
+        index,
+        torch.tensor([0, 1, 2, 9], device=device),
+        torch.zeros(3, device=device),
+    )
+
+
+def skipping(source, gather, scatter, out):
+    return (torch.tensor([0.0, 0.0, 2.0]),)
+
+
+SAMPLES = [
+    Sample(op="triton_utils_fused_gather_scatter", build=gather_scatter_args(50), oracle=gather_scatter, traced=True),
+    Sample(
+        op="triton_utils_fused_gather_scatter",
+        build=gather_scatter_args(1500, torch.bfloat16, torch.int64),
+        oracle=gather_scatter,
+        note="two programs",
+    ),
+    Sample(op="triton_utils_fused_gather_scatter", build=out_of_range, oracle=skipping, note="out of range"),
+    Sample(op="gather_logits_before_lm_head", build=logits_args(1, 9, 4, rows=3), oracle=logits, bound=True),
+    Sample(
+        op="gather_logits_before_lm_head", build=logits_args(5, 1, 4, rows=2), oracle=logits, bound=True, note="rows"
+    ),
+    Sample(
+        op="gather_logits_before_lm_head",
+        build=logits_args(1, 9, 4, rows=0, required=0),
+        oracle=logits,
+        traced=True,
+        note="none",
+    ),
+]
