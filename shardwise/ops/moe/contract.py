@@ -1,0 +1,117 @@
+"""What all MoE operators agree on: activation numbers, argument checks, the local expert range, the mapping text.
+
+Weight names: w1 = gate, w3 = up, w2 = down; y = w2(act(x w1^T) * (x w3^T)), not gated: y = w2(act(x w1^T)).
+"""
+
+import functools
+import json
+from dataclasses import dataclass, fields
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from shardwise.partition import extent
+
+SILU, SWIGLU, RELU2 = 4, 5, 8
+_NAMES = {SILU: "Silu", SWIGLU: "Swiglu", RELU2: "Relu2"}
+
+
+def activation(name: str, is_gated_mlp: bool, act_fn: int) -> str:
+    """'silu' (gated SiLU: Silu and Swiglu) or 'relu2' (not gated: relu squared); ValueError for another pair."""
+    if is_gated_mlp and act_fn in (SILU, SWIGLU):
+        return "silu"
+    if not is_gated_mlp and act_fn == RELU2:
+        return "relu2"
+    raise ValueError(
+        f"{name}: is_gated_mlp={is_gated_mlp} with act_fn={act_fn} ({_NAMES.get(act_fn, 'other')}); legal are gated "
+        f"with Silu ({SILU}) or Swiglu ({SWIGLU}), and not gated with Relu2 ({RELU2})"
+    )
+
+
+def reference_activation(name: str, is_gated_mlp: bool, act_fn: int):
+    """Elementwise function of the gate; the reference takes SiLU and relu2 with and without a gate."""
+    if act_fn in (SILU, SWIGLU):
+        return F.silu
+    if act_fn == RELU2:
+        return lambda values: F.relu(values).square()
+    raise ValueError(f"{name}: act_fn={act_fn}; legal are Silu ({SILU}), Swiglu ({SWIGLU}) and Relu2 ({RELU2})")
+
+
+def check_routing(name: str, x: Tensor, selected_experts: Tensor, routing_weights: Tensor) -> Tensor:
+    """`x` as [T, H]; errors unless ids and weights are [T, K] with integer ids."""
+    if x.dim() < 2:
+        raise ValueError(f"{name}: x must be [T, H] or [B, S, H], got {tuple(x.shape)}")
+    tokens = x.reshape(-1, x.shape[-1])
+    if selected_experts.dim() != 2 or selected_experts.shape[0] != tokens.shape[0]:
+        raise ValueError(
+            f"{name}: selected_experts must be [T, K] with T = {tokens.shape[0]}, got {tuple(selected_experts.shape)}"
+        )
+    if selected_experts.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{name}: selected_experts must be int32 or int64, got {selected_experts.dtype}")
+    if routing_weights.shape != selected_experts.shape:
+        raise ValueError(
+            f"{name}: routing_weights {tuple(routing_weights.shape)} must have the shape of selected_experts "
+            f"{tuple(selected_experts.shape)}"
+        )
+    return tokens
+
+
+def check_stacked(name: str, x: Tensor, first: Tensor, second: Tensor, gated: bool, packed: int = 1) -> tuple[int, int]:
+    """(experts, intermediate) of stacked weights first [E, 2I or I, H/packed] and second [E, H, I/packed]."""
+    hidden = x.shape[-1]
+    if first.dim() != 3 or second.dim() != 3:
+        raise ValueError(f"{name}: stacked weights must have 3 dimensions, got {first.dim()} and {second.dim()}")
+    intermediate = first.shape[1] // (2 if gated else 1)
+    legal = (
+        first.shape[2] * packed == hidden
+        and tuple(second.shape) == (first.shape[0], hidden, intermediate // packed)
+        and first.shape[1] == intermediate * (2 if gated else 1)
+    )
+    if not legal:
+        rows = "2I" if gated else "I"
+        raise ValueError(
+            f"{name}: weights {tuple(first.shape)} and {tuple(second.shape)} do not fit x [..., {hidden}]; need "
+            f"[E, {rows}, H{'/2' if packed == 2 else ''}] and [E, H, I{'/2' if packed == 2 else ''}]"
+        )
+    return first.shape[0], intermediate
+
+
+@dataclass(frozen=True)
+class ExpertMapping:
+    """The part of a serialised mapping that the operators read: a JSON object with these names, others ignored."""
+
+    enable_attention_dp: bool = False
+    moe_ep_size: int = 1
+    num_experts: int = 0
+    """Experts of the whole layer; 0: every rank holds as many as this one."""
+
+    @property
+    def exchanges_tokens(self) -> bool:
+        """Tokens are data-parallel and experts are not: the operator moves tokens to their experts."""
+        return self.enable_attention_dp and self.moe_ep_size > 1
+
+    def local_range(self, local_experts: int, rank: int) -> tuple[int, int]:
+        """Global ids [start, stop) of the experts of `rank`, which holds `local_experts` of them."""
+        start, stop = extent(self.num_experts or local_experts * self.moe_ep_size, self.moe_ep_size, rank)
+        if stop - start != local_experts:
+            raise ValueError(
+                f"mapping_config: rank {rank} of {self.moe_ep_size} holds {local_experts} experts, but its share of "
+                f"num_experts={self.num_experts} is {stop - start}"
+            )
+        return start, stop
+
+
+@functools.cache
+def parse_mapping(text: str) -> ExpertMapping:
+    """ExpertMapping of a `mapping_config` argument; "" means none. ValueError if it is no JSON object."""
+    if not text:
+        return ExpertMapping()
+    try:
+        values = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"mapping_config is no JSON: {error}; got {text[:80]!r}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"mapping_config must be a JSON object, got {text[:80]!r}")
+    names = [field.name for field in fields(ExpertMapping)]
+    return ExpertMapping(**{name: values[name] for name in names if name in values})

@@ -1,0 +1,87 @@
+"""Tokens to their experts and back, for attention data parallelism: every rank has its own tokens, ids are global.
+
+Without `max_num_tokens` each row travels once to every rank that holds one of its experts (ragged all-to-all; row
+counts pass through the host). With it, all ranks gather `max_num_tokens` padded rows, compute, and scatter the
+sums: fixed sizes, no host synchronisation, so it can stand in a CUDA graph.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from shardwise.comm.base import Communicator
+from shardwise.comm.rank import current_groups
+from shardwise.ops.moe.contract import ExpertMapping
+from shardwise.partition import extent
+
+Compute = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(x [T, H], local ids [T, K], weights [T, K]) to [T, H]; ids outside the local experts are skipped."""
+
+
+def exchange_tokens(
+    name: str,
+    mapping: ExpertMapping,
+    max_num_tokens: int,
+    local_experts: int,
+    x: Tensor,  # [T, H]
+    ids: Tensor,  # [T, K], global
+    weights: Tensor,  # [T, K]
+    compute: Compute,
+) -> Tensor:
+    """Sum over all ranks' experts for this rank's tokens, [T, H] in x's dtype. A collective of the moe_ep group."""
+    group = _group(name, mapping)
+    start, _ = mapping.local_range(local_experts, group.rank)
+    total = mapping.num_experts or local_experts * group.size
+    if max_num_tokens:
+        return _gather_and_scatter(name, group, max_num_tokens, start, x, ids, weights, compute)
+    return _dispatch_and_combine(group, total, start, x, ids, weights, compute)
+
+
+def _group(name: str, mapping: ExpertMapping) -> Communicator:
+    groups = current_groups()
+    if groups is None:
+        raise RuntimeError(
+            f"{name}: mapping_config asks for a token exchange over {mapping.moe_ep_size} ranks, but no groups are "
+            "set; run inside shardwise.comm.rank.use_groups(...)"
+        )
+    if groups.moe_ep.size != mapping.moe_ep_size:
+        raise ValueError(
+            f"{name}: mapping_config says moe_ep_size={mapping.moe_ep_size}, the current moe_ep group has "
+            f"{groups.moe_ep.size} ranks"
+        )
+    return groups.moe_ep
+
+
+def _gather_and_scatter(name, group, limit, start, x, ids, weights, compute) -> Tensor:
+    tokens = x.shape[0]
+    if tokens > limit:
+        raise ValueError(f"{name}: {tokens} tokens exceed max_num_tokens={limit}")
+    missing = limit - tokens
+    pad = torch.nn.functional.pad
+    every_x = group.all_gather(pad(x, (0, 0, 0, missing)))
+    every_id = group.all_gather(pad(ids, (0, 0, 0, missing), value=-1))
+    every_weight = group.all_gather(pad(weights, (0, 0, 0, missing)))
+    partial = compute(every_x, every_id - start, every_weight)
+    return group.reduce_scatter(partial, sizes=[limit] * group.size)[:tokens]
+
+
+def _dispatch_and_combine(group, total, start, x, ids, weights, compute) -> Tensor:
+    """Partial sums are added in rank order, in float32."""
+    rows = [_rows_for(ids, *extent(total, group.size, rank)) for rank in range(group.size)]
+    send = [len(part) for part in rows]
+    order = torch.cat(rows)
+    receive = [counts[group.rank] for counts in group.all_gather_object(send)]
+    there_x, there_ids, there_weights = (
+        group.all_to_all(tensor[order].contiguous(), send, receive) for tensor in (x, ids, weights)
+    )
+    back = group.all_to_all(compute(there_x, there_ids - start, there_weights), receive, send)
+    out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+    for part, partial in zip(rows, back.split(send), strict=True):
+        out[part] += partial.float()
+    return out.to(x.dtype)
+
+
+def _rows_for(ids: Tensor, start: int, stop: int) -> Tensor:
+    """Tokens that have an expert in [start, stop)."""
+    return ((ids >= start) & (ids < stop)).any(dim=1).nonzero().squeeze(1)

@@ -1,0 +1,1 @@
+"""Quantised formats: packing helpers, and the quantised linear operators."""

@@ -1,0 +1,157 @@
+"""Quantised linears in plain PyTorch, on CPU and CUDA. FP8 uses the GPU's own matrix units where it has them."""
+
+import functools
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from shardwise.ops.quantization.floats import e4m3_encode
+from shardwise.ops.quantization.nvfp4 import dequantize_nvfp4, quantize_nvfp4, unswizzle_scales
+from shardwise.ops.registry import operator
+
+
+def _same_shape(x, scale):
+    return torch.empty_like(x)
+
+
+@operator(fake=_same_shape)
+def torch_quant_fn(x: Tensor, scale: Tensor) -> Tensor:
+    """Fake int8 quantisation: clamp(round(x / scale), -128, 127) * scale, ties to even; x's shape and dtype."""
+    return (torch.clamp(torch.round(x / scale), -128, 127) * scale).to(x.dtype)
+
+
+def _fp8_linear_fake(input, weight_fp8, bias=None, input_scale=None, weight_scale=None):
+    return input.new_empty(*input.shape[:-1], weight_fp8.shape[0])
+
+
+@operator(fake=_fp8_linear_fake)
+def torch_quant_fp8_linear(
+    input: Tensor,
+    weight_fp8: Tensor,
+    bias: Tensor | None = None,
+    input_scale: Tensor | None = None,
+    weight_scale: Tensor | None = None,
+) -> Tensor:
+    """Linear layer on float8_e4m3fn operands with one scale each.
+
+    input         [..., K] floating point, quantised here to clamp(input / input_scale, -448, 448)
+    weight_fp8    [N, K] float8_e4m3fn
+    bias          [N] or None
+    input_scale, weight_scale   one float32 element, required
+    Returns [..., N] in input's dtype: codes' product * input_scale * weight_scale + bias, summed in float32.
+    """
+    check_fp8_linear("torch_quant_fp8_linear", input, weight_fp8, bias, input_scale, weight_scale)
+    codes = e4m3_encode(input.reshape(-1, input.shape[-1]).float() / input_scale)
+    out = scaled_mm(codes, weight_fp8, input_scale, weight_scale, input.dtype)
+    out = out.view(*input.shape[:-1], weight_fp8.shape[0])
+    return out if bias is None else (out + bias).to(input.dtype)
+
+
+def check_fp8_linear(name, input, weight_fp8, bias, input_scale, weight_scale) -> None:
+    """TypeError or ValueError naming operator and argument."""
+    if weight_fp8.dtype != torch.float8_e4m3fn:
+        raise TypeError(f"{name}: weight_fp8 must be float8_e4m3fn, got {weight_fp8.dtype}")
+    if weight_fp8.dim() != 2 or weight_fp8.shape[1] != input.shape[-1]:
+        raise ValueError(
+            f"{name}: weight_fp8 must be [N, K] with K = {input.shape[-1]} as in input, got {tuple(weight_fp8.shape)}"
+        )
+    for label, scale in (("input_scale", input_scale), ("weight_scale", weight_scale)):
+        if scale is None or scale.numel() != 1:
+            got = "None" if scale is None else tuple(scale.shape)
+            raise ValueError(f"{name}: {label} must be a tensor with one element, got {got}")
+    if bias is not None and bias.numel() != weight_fp8.shape[0]:
+        raise ValueError(f"{name}: bias must have N = {weight_fp8.shape[0]} elements, got {tuple(bias.shape)}")
+
+
+def scaled_mm(codes: Tensor, weight: Tensor, s_in: Tensor, s_weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """e4m3 [M, K] x e4m3 [N, K]^T * s_in * s_weight in `dtype`, on the GPU's FP8 units if it has them."""
+    if not _native_fp8(codes.device):
+        return (codes.float() @ weight.float().t() * (s_in.float() * s_weight.float()).reshape(())).to(dtype)
+    columns = weight.shape[0]
+    pad_n, pad_k = -columns % 16, -codes.shape[1] % 16
+    if pad_n or pad_k:
+        codes, weight = _pad_fp8(codes, 0, pad_k), _pad_fp8(weight, pad_n, pad_k)
+    scales = (s.reshape(1).float() for s in (s_in, s_weight))
+    out = torch._scaled_mm(codes.contiguous(), weight.contiguous().t(), *scales, out_dtype=dtype, use_fast_accum=True)
+    return out[:, :columns]
+
+
+@functools.cache
+def _native_fp8(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
+
+
+def _pad_fp8(codes: Tensor, rows: int, columns: int) -> Tensor:
+    return F.pad(codes.view(torch.uint8), (0, columns, 0, rows)).view(torch.float8_e4m3fn)
+
+
+def _bmm_fake(input, mat2, input_scale, weight_scale):
+    dtype = torch.bfloat16 if input.dtype == torch.float8_e4m3fn else input.dtype
+    return input.new_empty(input.shape[0], input.shape[1], mat2.shape[2], dtype=dtype)
+
+
+@operator(fake=_bmm_fake)
+def torch_quant_fp8_bmm(input: Tensor, mat2: Tensor, input_scale: Tensor, weight_scale: Tensor) -> Tensor:
+    """Batched matrix product on float8_e4m3fn codes: [B, M, K] x [B, K, N] * input_scale * weight_scale.
+
+    Operands that are not e4m3 are quantised with their scale first. Returns [B, M, N] in input's dtype; bfloat16
+    when input is already e4m3.
+    """
+    if input.dim() != 3 or mat2.dim() != 3 or input.shape[0] != mat2.shape[0] or input.shape[2] != mat2.shape[1]:
+        raise ValueError(
+            f"torch_quant_fp8_bmm: need [B, M, K] and [B, K, N], got {tuple(input.shape)} and {tuple(mat2.shape)}"
+        )
+    dtype = torch.bfloat16 if input.dtype == torch.float8_e4m3fn else input.dtype
+    left, right = _codes(input, input_scale), _codes(mat2, weight_scale)
+    if not _native_fp8(input.device):
+        return (torch.bmm(left.float(), right.float()) * (input_scale.float() * weight_scale.float())).to(dtype)
+    pairs = zip(left, right.transpose(1, 2), strict=True)
+    return torch.stack([scaled_mm(a, b, input_scale, weight_scale, dtype) for a, b in pairs])
+
+
+def _codes(values: Tensor, scale: Tensor) -> Tensor:
+    return values if values.dtype == torch.float8_e4m3fn else e4m3_encode(values.float() / scale)
+
+
+def _nvfp4_linear_fake(input, weight_fp4, bias=None, input_scale=None, weight_scale=None, alpha=None):
+    return input.new_empty(*input.shape[:-1], weight_fp4.shape[0])
+
+
+@operator(fake=_nvfp4_linear_fake)
+def torch_quant_nvfp4_linear(
+    input: Tensor,
+    weight_fp4: Tensor,
+    bias: Tensor | None = None,
+    input_scale: Tensor | None = None,
+    weight_scale: Tensor | None = None,
+    alpha: Tensor | None = None,
+) -> Tensor:
+    """Linear layer on NVFP4 operands (see quantization/nvfp4.py).
+
+    input         [..., K], quantised here in blocks of 16 with the global scale `input_scale` = 2688 / amax
+    weight_fp4    uint8 [N, K/2]; weight_scale: its swizzled e4m3 block scales, uint8 or e4m3
+    alpha         1 / (input_scale * weight's global scale), one element
+    Returns [..., N] in input's dtype: alpha * sum(code * block scale products) + bias, summed in float32.
+    """
+    name = "torch_quant_nvfp4_linear"
+    if input_scale is None or weight_scale is None or alpha is None:
+        raise ValueError(f"{name}: input_scale, weight_scale and alpha are all required")
+    weight = nvfp4_weight(name, weight_fp4, weight_scale, input.shape[-1])
+    packed, scales = quantize_nvfp4(input.reshape(-1, input.shape[-1]), input_scale.float())
+    out = dequantize_nvfp4(packed, scales) @ weight.t() * alpha.float()
+    out = out if bias is None else out + bias
+    return out.to(input.dtype).view(*input.shape[:-1], weight_fp4.shape[0])
+
+
+def nvfp4_weight(name: str, packed: Tensor, swizzled: Tensor, columns: int) -> Tensor:
+    """Float32 [N, K] code * block scale of a packed weight with swizzled scales; named errors for what does not fit."""
+    if packed.dtype != torch.uint8:
+        raise TypeError(f"{name}: the NVFP4 weight must be uint8, got {packed.dtype}")
+    if swizzled.dtype not in (torch.uint8, torch.float8_e4m3fn):
+        raise TypeError(f"{name}: block scales must be uint8 or float8_e4m3fn, got {swizzled.dtype}")
+    if packed.dim() != 2 or packed.shape[1] * 2 != columns or columns % 16:
+        raise ValueError(
+            f"{name}: the NVFP4 weight must be [N, K/2], K = {columns} (a multiple of 16), got {tuple(packed.shape)}"
+        )
+    return dequantize_nvfp4(packed, unswizzle_scales(swizzled, packed.shape[0], columns // 16))
