@@ -1,0 +1,123 @@
+"""What family files are written with: linears, norms and attention in the checkpoint's names and storage format."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from shardwise.sharding.axes import Axis, Dim, LogicalAxis, along, fixed
+from shardwise.sharding.config import Config
+from shardwise.sharding.formats import DTYPES, Linear, bias
+from shardwise.sharding.quantization import Quantization, quantization_of
+from shardwise.sharding.spec import Embedding, Head, Layer, ModelSpec, Norm, Rope, TensorSpec
+
+Tensors = tuple[TensorSpec, ...]
+
+
+@dataclass
+class Builder:
+    """Builds blocks of one model. `config` is the text decoder's section."""
+
+    config: Config
+    name: str
+    architecture: str
+    prefix: str = "model."
+    norm_eps: float = 1e-6
+    norm_kind: str = "rms"
+    norm_bias: bool = False
+    norm_weight_offset: float = 0.0
+    notes: list[str] = field(default_factory=list)
+
+    def __post_init__(self):
+        c = self.config
+        self.hidden_size = c.integer("hidden_size", "n_embd", most=1 << 20)
+        self.hidden = fixed(self.hidden_size)
+        declared = c.text("torch_dtype", "dtype", default="bfloat16")
+        if declared not in DTYPES:
+            raise c.error(("torch_dtype",), declared, " or ".join(DTYPES))
+        self.dtype = DTYPES[declared]
+        self.quantization: Quantization = quantization_of(c)
+
+    def linear(self, role: str, name: str, out: Dim, inner: Dim, *, bias_too: bool = False, **options: Any) -> Tensors:
+        """A weight [out, in] in its storage format, and its bias. `options`: lead, experts, transposed, suffix, plain."""
+        plain = options.pop("plain", False)
+        linear = Linear(role, name, out, inner, self.dtype, **options)
+        tensors = (linear.weight(self.dtype),) if plain else self.quantization.store(linear)
+        return (*tensors, bias(linear, bool(inner.axes))) if bias_too else tensors
+
+    def vector(self, role: str, name: str, *dims: Dim, dtype: str | None = None) -> TensorSpec:
+        """A tensor that is never quantised; `name` is complete."""
+        return TensorSpec(role, name, dims, dtype or self.dtype)
+
+    def norm(self, where: str, name: str, dim: Dim | None = None, *, kind: str | None = None) -> Norm:
+        """A norm over `dim` (hidden by default); `name` is the module's."""
+        dims = (dim or self.hidden,)
+        tensors = (self.vector(f"{where}.weight", f"{name}.weight", *dims),)
+        if self.norm_bias:
+            tensors += (self.vector(f"{where}.bias", f"{name}.bias", *dims),)
+        return Norm(tensors, kind=kind or self.norm_kind, eps=self.norm_eps, weight_offset=self.norm_weight_offset)
+
+    def layers(self, count: int, make: Any, *keys: Any) -> tuple[Layer, ...]:
+        """`make(key)` for every layer, where layers with equal keys share one object. `keys`: one sequence of length count."""
+        made: dict[Any, Layer] = {}
+        sequence = keys[0] if keys else [None] * count
+        return tuple(made[k] if k in made else made.setdefault(k, make(k)) for k in sequence)
+
+    def model(self, layers: tuple[Layer, ...], *, tied_default: bool = False, **options: Any) -> ModelSpec:
+        """Embedding, layers, final norm and head. Options override the names and hyperparameters of the ends:
+
+        embed_name, head_name, final_norm_name, embedding_multiplier, head_multiplier, softcap, embedding_tensors, tied.
+        """
+        c = self.config
+        vocab = LogicalAxis(Axis.VOCAB, c.integer("vocab_size", most=1 << 30))
+        tied = options.pop("tied", None)
+        tied = c.flag("tie_word_embeddings", default=tied_default) if tied is None else tied
+        embed_name = options.pop("embed_name", f"{self.prefix}embed_tokens")
+        head_name = options.pop("head_name", "lm_head")
+        embed = (self.vector("embed.weight", f"{embed_name}.weight", along(vocab), self.hidden),)
+        head = () if tied else self.linear("head", head_name, along(vocab), self.hidden)
+        eos = c.raw("eos_token_id")
+        return ModelSpec(
+            name=self.name,
+            architecture=self.architecture,
+            hidden=self.hidden_size,
+            vocab=vocab.units,
+            embedding=Embedding(
+                embed + options.pop("embedding_tensors", ()),
+                vocab=vocab.units,
+                multiplier=options.pop("embedding_multiplier", 1.0),
+                learned_positions=options.pop("learned_positions", 0),
+            ),
+            layers=layers,
+            final_norm=self.norm("final_norm", options.pop("final_norm_name", f"{self.prefix}norm")),
+            head=Head(
+                head, tied=tied, softcap=options.pop("softcap", None), multiplier=options.pop("head_multiplier", 1.0)
+            ),
+            dtype=self.dtype,
+            quantization=self.quantization.name,
+            max_positions=c.integer("max_position_embeddings", "n_positions", default=0, least=0),
+            bos_token_id=c.integer("bos_token_id", default=None, least=0)
+            if not isinstance(c.raw("bos_token_id"), list)
+            else None,
+            eos_token_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
+            notes=tuple(self.notes),
+            **options,
+        )
+
+    def rope(
+        self, head_dim: int, *, theta: float | None = None, partial: float | None = None, scaled: bool = True
+    ) -> Rope:
+        """Rotary embedding from `rope_theta`, `partial_rotary_factor`, `rope_scaling` or `rope_parameters`."""
+        c = self.config
+        scaling = c.own("rope_scaling") if c.has("rope_scaling") else c.own("rope_parameters")
+        theta = theta or scaling.number("rope_theta", default=None) or c.number("rope_theta", default=10000.0)
+        if partial is None:
+            partial = c.number("partial_rotary_factor", default=scaling.number("partial_rotary_factor", default=1.0))
+        kind = scaling.text("rope_type", "type", default="default") if scaled else "default"
+        fields = (
+            {k: tuple(v) if isinstance(v, list) else v for k, v in scaling.data.items()} if kind != "default" else {}
+        )
+        original = c.raw("original_max_position_embeddings")
+        if fields and original and "original_max_position_embeddings" not in fields:
+            fields["original_max_position_embeddings"] = original
+        drop = ("rope_type", "type", "rope_theta", "partial_rotary_factor")
+        pairs = tuple(sorted((k, v) for k, v in fields.items() if k not in drop and v is not None))
+        return Rope(theta=float(theta), dim=int(head_dim * partial), kind=kind, scaling=pairs)

@@ -1,0 +1,127 @@
+"""Checked access to a published config.json: wrong types and impossible sizes raise with file and field named."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+MAX_CONFIG_BYTES = 64 << 20
+"""Published files are below 100 KB; long ignore lists reach 2 MB."""
+
+_REQUIRED: Any = object()
+
+
+class ConfigError(ValueError):
+    """A config cannot describe a model; the text names file, field, value and what is expected."""
+
+
+class Config:
+    """Fields of one JSON object. Several names mean aliases, first one present (and not null) wins.
+
+    A nested section falls back to its parent, because checkpoints put shared fields at either level.
+    """
+
+    def __init__(self, data: Mapping[str, Any], source: str, parent: "Config | None" = None):
+        self.data, self.source, self.parent = data, source, parent
+
+    def raw(self, *names: str) -> Any:
+        """The first of these fields that is present and not null, else None."""
+        for name in names:
+            if self.data.get(name) is not None:
+                return self.data[name]
+        return self.parent.raw(*names) if self.parent else None
+
+    def has(self, *names: str) -> bool:
+        return self.raw(*names) is not None
+
+    def integer(self, *names: str, default: Any = _REQUIRED, least: int = 1, most: int = 1 << 40) -> int:
+        """An integer in `[least, most]`; whole floats are accepted, as some exporters write them."""
+        value = self._get(names, default)
+        if value is default:
+            return value
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise self.error(names, value, "an integer")
+        if not least <= value <= most:
+            raise self.error(names, value, f"an integer from {least} to {most}")
+        return value
+
+    def number(self, *names: str, default: Any = _REQUIRED) -> float:
+        value = self._get(names, default)
+        if value is default:
+            return value
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            raise self.error(names, value, "a number")
+        return float(value)
+
+    def flag(self, *names: str, default: bool = False) -> bool:
+        value = self._get(names, default)
+        if not isinstance(value, bool):
+            raise self.error(names, value, "true or false")
+        return value
+
+    def text(self, *names: str, default: Any = _REQUIRED) -> str:
+        value = self._get(names, default)
+        if value is default:
+            return value
+        if not isinstance(value, str):
+            raise self.error(names, value, "a string")
+        return value
+
+    def list(self, *names: str, default: Any = _REQUIRED, length: int | None = None, of: type | tuple = object) -> list:
+        """A list, of `length` items where given, each an instance of `of`."""
+        value = self._get(names, default)
+        if value is default:
+            return value
+        if not isinstance(value, list) or not all(isinstance(item, of) for item in value):
+            raise self.error(names, value, "a list" if of is object else f"a list of {getattr(of, '__name__', of)}")
+        if length is not None and len(value) != length:
+            raise self.error(names, value, f"a list of {length} items, one a layer, not {len(value)}")
+        return value
+
+    def section(self, *names: str) -> "Config":
+        """A nested object; an empty one where it is missing."""
+        value = self._get(names, {})
+        if not isinstance(value, Mapping):
+            raise self.error(names, value, "an object")
+        return Config(value, self.source, self)
+
+    def own(self, *names: str) -> "Config":
+        """Like `section`, without falling back to this config."""
+        return Config(self.section(*names).data, self.source)
+
+    def error(self, names: tuple[str, ...], value: Any, expected: str) -> ConfigError:
+        shown = json.dumps(value, default=str)
+        shown = shown if len(shown) < 60 else shown[:57] + "..."
+        return ConfigError(f"{self.source}: {' / '.join(names)} is {shown}, expected {expected}")
+
+    def _get(self, names: tuple[str, ...], default: Any) -> Any:
+        value = self.raw(*names)
+        if value is not None:
+            return value
+        if default is _REQUIRED:
+            raise ConfigError(
+                f"{self.source}: {' / '.join(names)} is missing; the planner needs it for this architecture"
+            )
+        return default
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; ConfigError for anything else. `Infinity` and `NaN` literals are accepted."""
+    try:
+        size = path.stat().st_size
+        if size > MAX_CONFIG_BYTES:
+            raise ConfigError(f"{path}: {size} bytes, a config has at most {MAX_CONFIG_BYTES}")
+        data = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+    except RecursionError:
+        raise ConfigError(f"{path}: nested too deeply for a config") from None
+    except ValueError as error:
+        raise ConfigError(f"{path}: not valid JSON: {error}") from None
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path}: holds a {type(data).__name__}, expected one JSON object")
+    return data

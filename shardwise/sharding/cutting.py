@@ -1,0 +1,150 @@
+"""Which cut every axis of a model gets under a layout, and why a layout is refused.
+
+The cut unit of an axis is the least common multiple over all tensors on it of what their storage binds together:
+quantisation blocks, scale groups, packed words. Whole heads that such a unit does not divide share a scale block.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from math import gcd, lcm
+
+from shardwise.sharding.axes import MESH_AXIS, Axis, LogicalAxis, MeshAxis
+from shardwise.sharding.checkpoint.header import STORAGE
+from shardwise.sharding.cuts import Cut, CutKind, IllegalCut
+from shardwise.sharding.layout import ParallelLayout
+from shardwise.sharding.spec import TensorSpec
+
+_PARTNERS = {
+    Axis.KV_HEADS: Axis.Q_HEADS,
+    Axis.O_GROUPS: Axis.Q_HEADS,
+    Axis.SSM_GROUPS: Axis.SSM_HEADS,
+    Axis.DELTA_K_HEADS: Axis.DELTA_V_HEADS,
+}
+"""Axes that are dealt group by group together with another one and so need the same cut unit."""
+
+
+class IllegalLayout(ValueError):
+    """The model cannot be cut this way; `reasons` has one sentence for each axis that does not fit."""
+
+    def __init__(self, text: str, reasons: tuple[str, ...]):
+        super().__init__(text)
+        self.reasons = reasons
+
+
+@dataclass(frozen=True, slots=True)
+class Grain:
+    """The cut unit of an axis (of a group, where the axis is grouped) and the tensor that asks for it."""
+
+    units: int = 1
+    because: str = ""
+
+
+def mesh_size(layout: ParallelLayout, axis: LogicalAxis) -> int:
+    """Ranks that an axis is dealt to."""
+    return getattr(layout, MESH_AXIS[axis.axis])
+
+
+def choose_cuts(
+    tensors: Iterable[TensorSpec], layout: ParallelLayout, pad: frozenset[Axis] = frozenset()
+) -> tuple[dict[LogicalAxis, Cut], tuple[str, ...]]:
+    """A cut for every axis that occurs, and warnings. IllegalLayout lists every axis that cannot be cut."""
+    tensors = tuple(tensors)
+    grains = grains_of(tensors)
+    cuts: dict[LogicalAxis, Cut] = {}
+    reasons: list[str] = []
+    warnings: list[str] = []
+    for axis in axes_of(tensors):
+        try:
+            cuts[axis] = _cut(axis, mesh_size(layout, axis), grains[_key(axis)], axis.axis in pad, warnings)
+        except IllegalCut as error:
+            reasons.append(_reason(axis, layout, str(error), grains[_key(axis)], tensors))
+    if reasons:
+        raise IllegalLayout(f"{layout} does not fit: " + "; ".join(reasons), tuple(reasons))
+    return cuts, tuple(dict.fromkeys(warnings))
+
+
+def axes_of(tensors: Iterable[TensorSpec]) -> tuple[LogicalAxis, ...]:
+    """Distinct axes in order of first use."""
+    seen: dict[LogicalAxis, None] = {}
+    for tensor in tensors:
+        if tensor.experts:
+            seen.setdefault(tensor.experts)
+        for dim in tensor.dims:
+            seen.update(dict.fromkeys(dim.axes))
+    return tuple(seen)
+
+
+def grains_of(tensors: Iterable[TensorSpec]) -> Mapping[object, Grain]:
+    """The cut unit of every axis, by `_key`: units that stand alone, or groups."""
+    grains: dict[object, Grain] = {}
+    for tensor in tensors:
+        if tensor.experts:
+            grains.setdefault(_key(tensor.experts), Grain())
+        for position, dim in enumerate(tensor.dims):
+            block = dim.per
+            if position == len(tensor.dims) - 1:
+                block *= STORAGE[tensor.dtype][0]
+            for segment in dim.segments:
+                if segment.axis is None:
+                    continue
+                size = segment.size * segment.axis.per_group
+                unit = block // gcd(block, size)
+                old = grains.setdefault(_key(segment.axis), Grain())
+                if old.units % unit:
+                    grains[_key(segment.axis)] = Grain(lcm(old.units, unit), tensor.name)
+    return grains
+
+
+def _key(axis: LogicalAxis) -> object:
+    return (_PARTNERS.get(axis.axis, axis.axis), axis.groups or axis.units)
+
+
+def _cut(axis: LogicalAxis, parts: int, grain: Grain, pad: bool, warnings: list[str]) -> Cut:
+    items = axis.groups or axis.units
+    shares_blocks = (
+        grain.units > 1 and axis.axis not in (Axis.MLP, Axis.EXPERT_MLP) and -(-items // grain.units) < parts
+    )
+    if shares_blocks:
+        warnings.append(
+            f"{grain.because}: {grain.units} {axis.axis} share a quantisation block, {items} on {parts} ranks cannot keep "
+            "blocks whole: neighbouring ranks both hold the block at the cut"
+        )
+    cut = Cut(axis, parts, 1 if shares_blocks else grain.units, pad and (not axis.groups or parts <= axis.groups))
+    if cut.kind is CutKind.UNEVEN:
+        warnings.append(_imbalance(cut))
+    return cut
+
+
+def _imbalance(cut: Cut) -> str:
+    most, least = cut.share(0).length, cut.share(cut.parts - 1).length
+    lengths = [cut.share(i).length for i in range(cut.parts)]
+    most, least = max(lengths), min(lengths)
+    unit = f" in blocks of {cut.grain}" if cut.grain > 1 else ""
+    excess = most * cut.parts / sum(lengths) - 1
+    return (
+        f"{cut.axis.units} {cut.axis.axis} on {cut.parts} ranks are uneven{unit}: {most} to {least}, "
+        f"the fullest rank holds {excess:.1%} more than an even share"
+    )
+
+
+def _reason(axis: LogicalAxis, layout: ParallelLayout, why: str, grain: Grain, tensors: tuple[TensorSpec, ...]) -> str:
+    mesh = MESH_AXIS[axis.axis]
+    because = f" ({grain.because} is stored in such blocks)" if grain.units > 1 else ""
+    tensor = next(t for t in tensors if t.experts == axis or any(axis in d.axes for d in t.dims))
+    return f"{tensor.name}: {why}{because}; {', or '.join(_offers(axis, mesh, grain, layout))}"
+
+
+def _offers(axis: LogicalAxis, mesh: MeshAxis, grain: Grain, layout: ParallelLayout) -> list[str]:
+    offers = [f"smaller {mesh} (at most {largest(axis, grain)})"]
+    if not axis.groups and axis.axis in (Axis.MLP, Axis.EXPERT_MLP, Axis.VOCAB):
+        offers.append(f"--pad {axis.axis}")
+    if axis.axis is Axis.EXPERT_MLP:
+        offers.append(f"expert parallel instead (--ep {layout.world})")
+    if mesh is MeshAxis.TP:
+        offers.append("attention data parallel for the rest (--attn-dp)")
+    return offers
+
+
+def largest(axis: LogicalAxis, grain: Grain) -> int:
+    """The most ranks that the axis can be dealt to."""
+    return axis.units if axis.groups else -(-axis.units // grain.units)

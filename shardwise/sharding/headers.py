@@ -1,0 +1,106 @@
+"""Binds a model to the headers of its checkpoint: storage types come from the file, shapes must agree."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from shardwise.sharding.axes import LogicalAxis
+from shardwise.sharding.checkpoint.header import CheckpointError, TensorEntry
+from shardwise.sharding.spec import Block, Layer, ModelSpec, Moe, TensorSpec
+
+SHOWN = 5
+"""Tensor names that a message lists before it only counts."""
+
+
+def bind(model: ModelSpec, tensors: Mapping[str, TensorEntry]) -> ModelSpec:
+    """The model with the storage types of `tensors`. CheckpointError for missing tensors and for shapes that differ.
+
+    Tensors that the model does not have are counted in its notes.
+    """
+    binder = _Binder(tensors)
+    groups: dict[Any, Layer] = {}
+    layers = []
+    for number, layer in enumerate(model.layers):
+        bound, types = binder.layer(layer, number)
+        layers.append(groups.setdefault((id(layer), types), bound))
+    bound = replace(
+        model,
+        embedding=binder.block(model.embedding),
+        layers=tuple(layers),
+        final_norm=binder.block(model.final_norm),
+        head=binder.block(model.head),
+        others=tuple(binder.block(b) for b in model.others),
+    )
+    binder.raise_if_wrong(model)
+    extra = {t.path(layer) for e in model.extras for t in e.tensors for layer in (e.layers or (None,))}
+    unknown = [n for n in tensors if n not in binder.used and n not in extra]
+    if unknown:
+        note = f"{len(unknown)} tensors of the checkpoint are not part of {model.architecture}: {_some(unknown)}"
+        bound = replace(bound, notes=(*bound.notes, note))
+    return bound
+
+
+class _Binder:
+    """Looks up specs and gathers what is wrong, so that one message names it all."""
+
+    def __init__(self, tensors: Mapping[str, TensorEntry]):
+        self.tensors = tensors
+        self.used: set[str] = set()
+        self.missing: list[str] = []
+        self.misfits: list[str] = []
+
+    def layer(self, layer: Layer, number: int) -> tuple[Layer, tuple[str, ...]]:
+        def blocks(items: tuple[Block, ...]) -> tuple[Block, ...]:
+            return tuple(self.block(b, number) for b in items)
+
+        def norm(block):
+            return self.block(block, number) if block else None
+
+        bound = replace(
+            layer,
+            mixers=blocks(layer.mixers),
+            feed_forward=blocks(layer.feed_forward),
+            others=blocks(layer.others),
+            mixer_norm=norm(layer.mixer_norm),
+            mixer_post_norm=norm(layer.mixer_post_norm),
+            feed_forward_norm=norm(layer.feed_forward_norm),
+            feed_forward_post_norm=norm(layer.feed_forward_post_norm),
+        )
+        return bound, tuple(t.dtype for t in bound.tensors)
+
+    def block(self, block: Block, layer: int | None = None) -> Any:
+        bound = replace(block, tensors=tuple(self.tensor(t, layer) for t in block.tensors))
+        if isinstance(block, Moe) and block.shared is not None:
+            bound = replace(bound, shared=self.block(block.shared, layer))
+        return bound
+
+    def tensor(self, spec: TensorSpec, layer: int | None) -> TensorSpec:
+        experts: LogicalAxis | None = spec.experts
+        dtypes: dict[str, str] = {}
+        for expert in range(experts.units) if experts else (None,):
+            name = spec.path(layer, expert)
+            entry = self.tensors.get(name)
+            if entry is None:
+                self.missing.append(name)
+                continue
+            self.used.add(name)
+            dtypes[entry.dtype] = name
+            if entry.shape != spec.shape:
+                self.misfits.append(f"{name} has shape {list(entry.shape)}, the config says {list(spec.shape)}")
+        if len(dtypes) > 1:
+            self.misfits.append(f"experts of {spec.name} have different types: {' and '.join(dtypes)}")
+        return replace(spec, dtype=next(iter(dtypes), spec.dtype))
+
+    def raise_if_wrong(self, model: ModelSpec) -> None:
+        where = next(iter(self.tensors.values())).path.parent if self.tensors else "the checkpoint"
+        if self.missing:
+            raise CheckpointError(
+                f"{where}: {len(self.missing)} tensors of {model.architecture} are missing: {_some(self.missing)}; "
+                f"the checkpoint has {len(self.tensors)} tensors"
+            )
+        if self.misfits:
+            raise CheckpointError(f"{where}: {'; '.join(self.misfits[:SHOWN])}")
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")

@@ -1,0 +1,78 @@
+"""The rank grid: `tp * attn_dp = world = moe_tp * moe_ep`."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+
+class Coordinates(NamedTuple):
+    """Where a rank stands on each mesh axis: tp is fastest inside attn_dp, moe_ep fastest inside moe_tp."""
+
+    tp: int
+    attn_dp: int
+    moe_tp: int
+    moe_ep: int
+
+
+@dataclass(frozen=True, slots=True)
+class ParallelLayout:
+    """Sizes of the mesh axes. `moe_tp` left at 0 becomes `world / moe_ep`.
+
+    Embedding, head, attention, dense MLP and shared experts are cut over tp (and replicated over attn_dp); routed
+    experts are dealt over moe_ep and each is cut over moe_tp. ValueError names the equation that does not hold.
+    """
+
+    tp: int = 1
+    attn_dp: int = 1
+    moe_tp: int = 0
+    moe_ep: int = 1
+
+    def __post_init__(self):
+        for name in ("tp", "attn_dp", "moe_tp", "moe_ep"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise TypeError(f"{name} is {value!r}, expected an integer")
+            if value < (0 if name == "moe_tp" else 1):
+                raise ValueError(f"{name} is {value}, expected at least 1")
+        if self.moe_tp == 0:
+            if self.world % self.moe_ep:
+                raise ValueError(
+                    self._misfit(f"world % ep = {self.world} % {self.moe_ep} = {self.world % self.moe_ep}")
+                )
+            object.__setattr__(self, "moe_tp", self.world // self.moe_ep)
+        if self.moe_tp * self.moe_ep != self.world:
+            raise ValueError(
+                self._misfit(
+                    f"moe_tp * ep = {self.moe_tp} * {self.moe_ep} = {self.moe_tp * self.moe_ep} != {self.world}"
+                )
+            )
+
+    @property
+    def world(self) -> int:
+        return self.tp * self.attn_dp
+
+    def coordinates(self, rank: int) -> Coordinates:
+        """Position of `rank` on every mesh axis; ValueError outside of `[0, world)`."""
+        if not 0 <= rank < self.world:
+            raise ValueError(f"rank {rank} is not in [0, world={self.world})")
+        return Coordinates(rank % self.tp, rank // self.tp, rank // self.moe_ep, rank % self.moe_ep)
+
+    def __str__(self) -> str:
+        parts = [f"tp {self.tp}"]
+        if self.attn_dp > 1:
+            parts.append(f"attn_dp {self.attn_dp}")
+        if self.moe_ep > 1 or self.moe_tp != self.tp:
+            parts.append(f"moe_tp {self.moe_tp} x ep {self.moe_ep}")
+        return ", ".join(parts)
+
+    def _misfit(self, equation: str) -> str:
+        experts = self.moe_ep * max(self.moe_tp, 1)
+        offer = ""
+        if experts % self.tp == 0 and experts > self.world:
+            offer = f": give --attn-dp {experts // self.tp}, so that the world is {experts}"
+        else:
+            fits = [ep for ep in range(1, self.world + 1) if self.world % ep == 0]
+            offer = f": ep must divide the world; legal are {', '.join(map(str, fits))}"
+        return (
+            f"tp * attn_dp = world = moe_tp * ep does not hold: tp * attn_dp = {self.tp} * {self.attn_dp} = {self.world}, "
+            f"{equation}{offer}"
+        )

@@ -1,0 +1,183 @@
+"""`plan(model, ...)`: a layout applied to a model. For every rank and tensor the index ranges, bytes and collectives."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from shardwise.partition import extent
+from shardwise.sharding.axes import Axis, LogicalAxis
+from shardwise.sharding.collectives import Collective, collectives
+from shardwise.sharding.cutting import choose_cuts
+from shardwise.sharding.layout import Coordinates, ParallelLayout
+from shardwise.sharding.memory import CacheEntry, cache_entries
+from shardwise.sharding.names import NameIndex, expand
+from shardwise.sharding.shards import Cuts, TensorPattern, TensorShard, local_count
+from shardwise.sharding.source import load_model
+from shardwise.sharding.spec import ModelSpec, TensorSpec
+
+
+@dataclass(frozen=True, slots=True)
+class RankTotals:
+    """Sums over what one rank holds."""
+
+    rank: int
+    coordinates: Coordinates
+    weight_bytes: int
+    """As stored, with scales, biases and padding; without extras."""
+    parameters: int
+    """Logical parameters, replicated ones included."""
+    tensors: int
+    kv_bytes_per_token: int
+    """All attention layers at full length; `Plan.cache_bytes` knows windows."""
+    state_bytes_per_sequence: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A model under a layout. Everything else is derived, on demand and cached."""
+
+    model: ModelSpec
+    layout: ParallelLayout
+    cuts: Cuts
+    patterns: tuple[TensorPattern, ...]
+    """In model order; those of extras that are not loaded come last and count nowhere."""
+    warnings: tuple[str, ...]
+    kv_itemsize: int = 2
+
+    def shard(self, rank: int, tensor_name: str) -> TensorShard:
+        """What `rank` holds of the tensor; KeyError for a name that the model does not have."""
+        pattern, _, expert = self._names.find(tensor_name)
+        return self.cuts.shard(pattern.spec, self.layout.coordinates(rank), tensor_name, expert)
+
+    def names(self) -> Iterator[str]:
+        """Every tensor name of the model, expanded, in model order, extras left out."""
+        for pattern in self.loaded:
+            yield from (name for name, _ in expand(pattern))
+
+    def shards(self, rank: int) -> Iterator[TensorShard]:
+        """Every tensor that the rank holds part of, expanded, in model order."""
+        at = self.layout.coordinates(rank)
+        for pattern in self.loaded:
+            for name, expert in expand(pattern):
+                shard = self.cuts.shard(pattern.spec, at, name, expert)
+                if shard.held:
+                    yield shard
+
+    def pattern_shard(self, pattern: TensorPattern, rank: int) -> TensorShard:
+        """What `rank` holds of each tensor of a pattern (of each expert that is its own)."""
+        return self.cuts.shard(pattern.spec, self.layout.coordinates(rank), pattern.spec.name)
+
+    def pattern_count(self, pattern: TensorPattern, rank: int) -> int:
+        """Tensors of the pattern that `rank` holds."""
+        return local_count(pattern, self.cuts, self.layout.coordinates(rank))
+
+    def experts(self, rank: int, axis: LogicalAxis) -> tuple[int, ...]:
+        """Expert numbers on `rank` in slot order, for the expert axis of a `Moe` block."""
+        return self.cuts.held_experts(axis, self.layout.coordinates(rank))
+
+    @property
+    def loaded(self) -> tuple[TensorPattern, ...]:
+        """Patterns that a run loads."""
+        return tuple(p for p in self.patterns if p.part == "text")
+
+    @cached_property
+    def ranks(self) -> tuple[RankTotals, ...]:
+        """Totals of every rank, in rank order."""
+        return tuple(self.rank(r) for r in range(self.layout.world))
+
+    def rank(self, rank: int) -> RankTotals:
+        """Totals of one rank."""
+        at = self.layout.coordinates(rank)
+        weight_bytes = parameters = tensors = 0
+        for pattern in self.loaded:
+            shard, count = self.pattern_shard(pattern, rank), self.pattern_count(pattern, rank)
+            weight_bytes += shard.nbytes * count
+            parameters += prod(shard.local_shape) * pattern.spec.values * count
+            tensors += count if all(shard.local_shape) else 0
+        cache = self.cache(rank)
+        return RankTotals(
+            rank,
+            at,
+            weight_bytes,
+            parameters,
+            tensors,
+            sum(c.layers * c.token_bytes // c.tokens_per_entry for c in cache),
+            sum(c.layers * c.sequence_bytes for c in cache),
+        )
+
+    def cache(self, rank: int) -> tuple[CacheEntry, ...]:
+        """KV and state cache of every kind of layer on `rank`."""
+        at = self.layout.coordinates(rank)
+        return cache_entries(self.model, lambda axis: self.cuts.share(axis, at), self.kv_itemsize)
+
+    def cache_bytes(self, rank: int, context: int, batch: int = 1) -> int:
+        """Cache of `batch` sequences of `context` tokens on `rank`, sliding windows and compression respected."""
+        return batch * sum(entry.bytes_at(context) for entry in self.cache(rank))
+
+    @property
+    def parameters(self) -> int:
+        """Logical parameters of the text decoder, each once."""
+        return sum(p.count * p.spec.parameters for p in self.loaded)
+
+    @cached_property
+    def collectives(self) -> tuple[Collective, ...]:
+        """Collectives of one forward pass, activations in 2 bytes (4 where the model is float32)."""
+        return collectives(self.model, self.layout, 4 if self.model.dtype == "F32" else 2)
+
+    @cached_property
+    def _names(self) -> NameIndex:
+        return NameIndex(self.patterns)
+
+
+def plan(
+    model: ModelSpec | Mapping[str, Any] | str | Path,
+    layout: ParallelLayout | None = None,
+    *,
+    tp: int = 1,
+    ep: int = 1,
+    moe_tp: int = 0,
+    attn_dp: int = 1,
+    pad: Iterable[str] = (),
+    kv_itemsize: int = 2,
+) -> Plan:
+    """The plan of `model` under a layout.
+
+    `model`: a ModelSpec, the object of a config.json, a path to a config.json, a model folder or a GGUF file, or a name
+    that `checkpoint.resolve` knows. `layout`, or the sizes of its mesh axes. `pad`: axes whose ranks get equal lengths
+    by padding. `kv_itemsize`: bytes of a cached key or value element.
+    Raises IllegalLayout (a ValueError) with reasons and alternatives, ConfigError for an unusable config,
+    CheckpointError for unreadable headers.
+    """
+    spec = model if isinstance(model, ModelSpec) else load_model(model)
+    layout = layout or ParallelLayout(tp, attn_dp, moe_tp, ep)
+    patterns = patterns_of(spec)
+    specs = tuple(p.spec for p in patterns if p.part == "text")
+    by_axis, warnings = choose_cuts(specs, layout, frozenset(Axis(p) for p in pad))
+    placement = {axis: place_experts(axis, layout) for axis in by_axis if axis.axis is Axis.EXPERTS}
+    cuts = Cuts(layout, by_axis, placement)
+    cuts.check(specs)
+    return Plan(spec, layout, cuts, patterns, warnings + spec.notes, kv_itemsize)
+
+
+def place_experts(axis: LogicalAxis, layout: ParallelLayout) -> tuple[tuple[int, ...], ...]:
+    """Experts of each moe_ep coordinate: contiguous, remainder to the first."""
+    return tuple(tuple(range(*extent(axis.units, layout.moe_ep, i))) for i in range(layout.moe_ep))
+
+
+def patterns_of(model: ModelSpec) -> tuple[TensorPattern, ...]:
+    """Tensor patterns of a model in order; layers that share a tensor's spec are joined."""
+    ends = [TensorPattern(t, None) for t in model.embedding.tensors]
+    tail = [t for block in (*model.others, model.final_norm, model.head) for t in block.tensors]
+    layers: dict[TensorSpec, list[int]] = {}
+    for layer, numbers in model.layer_groups():
+        for tensor in layer.tensors:
+            layers.setdefault(tensor, []).extend(numbers)
+    inside = [TensorPattern(t, tuple(sorted(numbers))) for t, numbers in layers.items()]
+    extras = [TensorPattern(t, e.layers or None, e.name) for e in model.extras for t in e.tensors]
+    return (*ends, *inside, *(TensorPattern(t, None) for t in tail), *extras)
+
+
+__all__ = ["Plan", "RankTotals", "patterns_of", "place_experts", "plan"]

@@ -1,0 +1,138 @@
+"""A rank's part of every tensor, on patterns with multiplicities, and the self-check of all parts together."""
+
+from dataclasses import dataclass
+from math import prod
+
+from shardwise.sharding.axes import MESH_AXIS, SHARED_BY_RANKS, LogicalAxis, Range, Share, span
+from shardwise.sharding.checkpoint.header import STORAGE
+from shardwise.sharding.cuts import Cut
+from shardwise.sharding.layout import Coordinates, ParallelLayout
+from shardwise.sharding.spec import TensorSpec
+
+
+@dataclass(frozen=True, slots=True)
+class TensorPattern:
+    """All stored tensors of one spec: one for each of `layers` (None: outside of the layers), times its experts."""
+
+    spec: TensorSpec
+    layers: tuple[int, ...] | None
+    part: str = "text"
+    """`text` for what a run loads by default, else the name of the extra it belongs to."""
+
+    @property
+    def count(self) -> int:
+        """Tensors of this pattern in the checkpoint."""
+        repeats = 1 if self.layers is None else len(self.layers)
+        return repeats * (self.spec.experts.units if self.spec.experts else 1)
+
+
+@dataclass(frozen=True, slots=True)
+class TensorShard:
+    """One rank's part of one stored tensor."""
+
+    name: str
+    role: str
+    global_shape: tuple[int, ...]
+    local_shape: tuple[int, ...]
+    """With padding, if the axis is padded: then larger than the ranges."""
+    ranges: tuple[tuple[Range, ...], ...]
+    """For each dim the index ranges to read, ascending; joined in order they fill the local dim from its start."""
+    dtype: str
+    nbytes: int
+    """Bytes of the part as stored: whole quantisation blocks, padding included. 0 where the rank holds none of it."""
+    held: bool = True
+    """False for an expert of another rank."""
+
+    @property
+    def whole(self) -> bool:
+        """True where the rank holds the full tensor."""
+        return self.held and self.local_shape == self.global_shape
+
+
+@dataclass(frozen=True)
+class Cuts:
+    """The cut of every axis, applied to dims, tensors and ranks."""
+
+    layout: ParallelLayout
+    by_axis: dict[LogicalAxis, Cut]
+    placement: dict[LogicalAxis, tuple[tuple[int, ...], ...]]
+    """Expert numbers held by each moe_ep coordinate, in slot order, for each expert axis."""
+
+    def share(self, axis: LogicalAxis, at: Coordinates) -> Share:
+        """What the rank at these coordinates holds of `axis`."""
+        mesh = MESH_AXIS[axis.axis]
+        if axis in self.placement:
+            held = self.placement[axis][at.moe_ep]
+            return Share(tuple((e, e + 1) for e in sorted(set(held))), len(set(held)))
+        return self.by_axis[axis].share(getattr(at, mesh))
+
+    def held_experts(self, axis: LogicalAxis, at: Coordinates) -> tuple[int, ...]:
+        """Experts of the rank, in slot order; one that is held twice occurs twice."""
+        return self.placement[axis][at.moe_ep]
+
+    def shard(self, spec: TensorSpec, at: Coordinates, name: str, expert: int | None = None) -> TensorShard:
+        """The part of one tensor named `name` at these coordinates."""
+        shape = spec.shape
+        if spec.experts and expert is not None and expert not in self.placement[spec.experts][at.moe_ep]:
+            return TensorShard(name, spec.role, shape, (0,) * len(shape), ((),) * len(shape), spec.dtype, 0, held=False)
+        dims = [dim.local(lambda axis: self.share(axis, at)) for dim in spec.dims]
+        ranges = tuple(r for r, _ in dims)
+        local = tuple(length for _, length in dims)
+        return TensorShard(name, spec.role, shape, local, ranges, spec.dtype, _nbytes(spec.dtype, local, ranges))
+
+    def check(self, specs: tuple[TensorSpec, ...]) -> None:
+        """AssertionError unless the parts of each tensor are the tensor and overlap only where that is declared."""
+        for dim in {dim for spec in specs for dim in spec.dims if dim.axes}:
+            self._check_dim(dim)
+        for spec in specs:
+            meshes = [MESH_AXIS[m] for dim in spec.dims for m in {a.axis for a in dim.axes}]
+            cut_twice = [
+                m for m in set(meshes) if len({d for d in spec.dims if any(MESH_AXIS[a.axis] is m for a in d.axes)}) > 1
+            ]
+            assert not cut_twice, f"{spec.name}: two dims are cut over {cut_twice}, so no rank set covers the tensor"
+        for axis, placement in self.placement.items():
+            held = {e for experts in placement for e in experts}
+            assert held == set(range(axis.units)), f"experts {sorted(set(range(axis.units)) - held)} are on no rank"
+
+    def _check_dim(self, dim) -> None:
+        mesh = {MESH_AXIS[a.axis] for a in dim.axes}
+        assert len(mesh) == 1, f"one dim cut over {sorted(mesh)}"
+        axis_size = getattr(self.layout, mesh.pop())
+        coordinates = [Coordinates(i, 0, i, i) for i in range(axis_size)]
+        parts = [dim.local(lambda axis, at=at: self.share(axis, at))[0] for at in coordinates]
+        points = sorted(r for part in parts for r in part)
+        reached = 0
+        for start, stop in points:
+            assert start <= reached, f"elements {reached} to {start} of a dim of {dim.length} are on no rank"
+            reached = max(reached, stop)
+        assert reached == dim.length, f"elements {reached} to {dim.length} of a dim are on no rank"
+        total = sum(span(part) for part in parts)
+        assert total == dim.length or self._overlap_declared(dim), (
+            f"undeclared overlap: {total} of {dim.length} elements"
+        )
+
+    def _overlap_declared(self, dim) -> bool:
+        return (
+            dim.per > 1
+            or any(s.axis is None for s in dim.segments)
+            or any(a in self.placement or a.axis in SHARED_BY_RANKS for a in dim.axes)
+        )
+
+
+def _nbytes(dtype: str, local: tuple[int, ...], ranges: tuple[tuple[Range, ...], ...]) -> int:
+    block, size = STORAGE[dtype]
+    if block == 1:
+        return prod(local) * size
+    blocks = sum(-(-b // block) - a // block for a, b in ranges[-1])
+    padding = local[-1] - span(ranges[-1])
+    return prod(local[:-1]) * (blocks + -(-padding // block)) * size
+
+
+def local_count(pattern: TensorPattern, cuts: Cuts, at: Coordinates) -> int:
+    """Tensors of the pattern that the rank holds, copies of redundant experts included."""
+    repeats = 1 if pattern.layers is None else len(pattern.layers)
+    experts = pattern.spec.experts
+    return repeats * (len(cuts.held_experts(experts, at)) if experts else 1)
+
+
+__all__ = ["Cuts", "TensorPattern", "TensorShard", "local_count"]

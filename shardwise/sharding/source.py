@@ -1,0 +1,31 @@
+"""From what a user names to a ModelSpec: a config, a folder with headers, a GGUF file, a known name."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from shardwise.sharding.config import Config, read_config
+from shardwise.sharding.families import build
+from shardwise.sharding.spec import ModelSpec
+
+
+def load_model(model: Mapping[str, Any] | str | Path) -> ModelSpec:
+    """The model as its config describes it; where there are tensors beside the config, bound to their headers."""
+    if isinstance(model, Mapping):
+        meta = model.get("_meta")
+        name = meta.get("name") if isinstance(meta, Mapping) else model.get("_name_or_path")
+        return build(Config(model, "config"), str(name or "config"))
+    path = Path(model).expanduser()
+    if path.is_file() and path.suffix == ".json":
+        return build(Config(read_config(path), str(path)), path.parent.resolve().name)
+    return _from_checkpoint(model)
+
+
+def _from_checkpoint(model: str | Path) -> ModelSpec:
+    from shardwise.sharding.checkpoint.resolve import open_checkpoint
+    from shardwise.sharding.headers import bind
+
+    checkpoint = open_checkpoint(model)
+    spec = build(Config(checkpoint.config, str(checkpoint.path)), checkpoint.name)
+    has_tensors = checkpoint.gguf is not None or any(checkpoint.path.glob("*.safetensors"))
+    return bind(spec, {name: stored.entry for name, stored in checkpoint.tensors.items()}) if has_tensors else spec

@@ -1,0 +1,374 @@
+"""The one description of a model: blocks that carry their tensors with logical axes, and their hyperparameters.
+
+The planner, the checkpoint loader and the runtime's modules all read this; there is no second description. Everything is
+frozen, compares by value and is free of torch. Roles (`q.weight`, `gate.scale`, ...) name a tensor inside its block and
+are the same for all families; names are those of a Hugging Face checkpoint (the GGUF reader presents its tensors so).
+"""
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+from math import prod
+
+from shardwise.sharding.axes import Dim, LogicalAxis
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """One stored tensor, or one pattern of them: `{layer}` and `{expert}` in the name stand for numbers."""
+
+    role: str
+    name: str
+    dims: tuple[Dim, ...]
+    dtype: str
+    """Storage type as the file format names it: `BF16`, `F8_E4M3`, `U8`, GGUF's `Q4_1`."""
+    values: int = 1
+    """Logical parameters in one stored element: 8 for int32 words of 4-bit weights, 0 for scales, zeros and indices."""
+    row_parallel_bias: bool = False
+    """A bias behind a row-parallel matmul: every rank holds it, exactly one adds it."""
+    experts: LogicalAxis | None = None
+    """Set where the name has `{expert}`: one such tensor an expert of this axis."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Global shape, as stored."""
+        return tuple(dim.length for dim in self.dims)
+
+    @property
+    def parameters(self) -> int:
+        """Logical parameters of one tensor of this pattern."""
+        return prod(self.shape) * self.values
+
+    def path(self, layer: int | None = None, expert: int | None = None) -> str:
+        """The name with its numbers filled in."""
+        return self.name.replace("{layer}", str(layer)).replace("{expert}", str(expert))
+
+
+@dataclass(frozen=True)
+class Block:
+    """Tensors that belong together. Subclasses add the hyperparameters of one kind of block."""
+
+    tensors: tuple[TensorSpec, ...] = ()
+
+    @cached_property
+    def roles(self) -> dict[str, TensorSpec]:
+        return {t.role: t for t in self.tensors}
+
+    def with_tensors(self, tensors: tuple[TensorSpec, ...]) -> "Block":
+        return replace(self, tensors=tensors)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Embedding(Block):
+    """Role `embed.weight` [vocab, hidden]; positions that are learned: `positions.weight`."""
+
+    vocab: int
+    multiplier: float = 1.0
+    learned_positions: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Norm(Block):
+    """Role `<where>.weight`, and `<where>.bias` for `layer`. `kind`: `rms` or `layer`."""
+
+    kind: str = "rms"
+    eps: float = 1e-6
+    weight_offset: float = 0.0
+    """Added to the stored weight: 1.0 for Gemma-like norms."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rope:
+    """Rotary embedding. `scaling` keeps the published fields; `kind` is its name (`default`, `llama3`, `yarn`, ...)."""
+
+    theta: float
+    dim: int
+    """Leading elements of a head that are rotated."""
+    interleaved: bool = False
+    """Pairs are neighbours (2i, 2i+1) instead of halves (i, i + dim / 2)."""
+    kind: str = "default"
+    scaling: tuple[tuple[str, object], ...] = ()
+    """Sorted (field, value) pairs: factor, low_freq_factor, original_max_position_embeddings, long_factor, ..."""
+
+    @property
+    def parameters(self) -> dict[str, object]:
+        return dict(self.scaling)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attention(Block):
+    """Softmax attention. Roles q, k, v, o (or fused qkv, kv), with `.bias`; q_norm, k_norm, v_norm; sinks.
+
+    Head axes: `q_axis.units` query heads in `q_axis.groups` groups, one KV head a group.
+    """
+
+    q_axis: LogicalAxis
+    kv_axis: LogicalAxis
+    head_dim: int
+    v_head_dim: int
+    scale: float
+    rope: Rope | None
+    window: int | None = None
+    """Positions that a query sees, itself included."""
+    chunk: int | None = None
+    """Attention stays inside chunks of this many positions (Llama 4)."""
+    softcap: float | None = None
+    sinks: bool = False
+    qk_norm: str | None = None
+    """`head`: over each head; `all_heads`: over all heads of q or k at once, which needs a mean across ranks."""
+    qk_norm_after_rope: bool = False
+    qk_norm_weighted: bool = True
+    v_norm: bool = False
+    norm_eps: float = 1e-6
+    norm_weight_offset: float = 0.0
+    output_gate: str | None = None
+    """`per_element` (query projection twice as wide, [query | gate] in each head) or `per_head`: sigmoid on the output."""
+    k_is_v: bool = False
+    """No value projection: values are the keys before norm and rotation."""
+    value_scale: float = 1.0
+    key_multiplier: float = 1.0
+    qk_clip: float | None = None
+    temperature: tuple[float, float] | None = None
+    """(floor, scale) of the position-dependent query temperature (Llama 4 layers without rotation)."""
+    alibi: bool = False
+
+    @property
+    def heads(self) -> int:
+        return self.q_axis.units
+
+    @property
+    def kv_heads(self) -> int:
+        return self.kv_axis.units
+
+
+@dataclass(frozen=True, kw_only=True)
+class MlaAttention(Block):
+    """Multi-head latent attention. Roles q (or q_a, q_a_norm, q_b), kv_a, kv_a_norm, kv_b, o; indexer roles `index_*`."""
+
+    q_axis: LogicalAxis
+    q_rank: int | None
+    kv_rank: int
+    nope_dim: int
+    rope_dim: int
+    v_head_dim: int
+    scale: float
+    rope: Rope | None
+    norm_eps: float = 1e-6
+    index_heads: int = 0
+    index_head_dim: int = 0
+    index_topk: int = 0
+    output_gate: str | None = None
+
+    @property
+    def heads(self) -> int:
+        return self.q_axis.units
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompressedAttention(Block):
+    """DeepSeek-V4 attention: one KV head, low-rank queries, grouped low-rank output, sinks, optional KV compression."""
+
+    q_axis: LogicalAxis
+    o_axis: LogicalAxis
+    head_dim: int
+    rope_dim: int
+    q_rank: int
+    o_rank: int
+    scale: float
+    rope: Rope | None
+    window: int
+    compress_ratio: int = 0
+    norm_eps: float = 1e-6
+    index_heads: int = 0
+    index_head_dim: int = 0
+    index_topk: int = 0
+
+    @property
+    def heads(self) -> int:
+        return self.q_axis.units
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mamba2(Block):
+    """Mamba-2. Roles in_proj ([z | x | B | C | dt]), conv ([x | B | C]), A_log, D, dt_bias, norm, out_proj."""
+
+    head_axis: LogicalAxis
+    group_axis: LogicalAxis
+    head_dim: int
+    state: int
+    conv_kernel: int
+    conv_bias: bool
+    gated_norm: bool
+    norm_before_gate: bool = False
+    norm_groups: int = 1
+    norm_eps: float = 1e-5
+    chunk: int = 256
+    dt_limits: tuple[float, float] = (0.0, float("inf"))
+    activation: str = "silu"
+    in_multiplier: float = 1.0
+    out_multiplier: float = 1.0
+    segment_multipliers: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class GatedDelta(Block):
+    """Gated delta rule. Roles in_qkvz and in_ba (per key-head group) or in_qkv, in_z, in_b, in_a; conv, A_log, dt_bias,
+    norm, out_proj. `kind`: `scalar` gates (Qwen) or `channel` gates (Kimi delta attention: q, k, v, g, b on their own)."""
+
+    k_axis: LogicalAxis
+    v_axis: LogicalAxis
+    k_head_dim: int
+    v_head_dim: int
+    conv_kernel: int
+    kind: str = "scalar"
+    norm_eps: float = 1e-6
+    activation: str = "silu"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenseMlp(Block):
+    """Roles gate, up, down (or fused gate_up), with `.bias`. `gated` false: up and down only."""
+
+    mlp_axis: LogicalAxis
+    activation: str
+    gated: bool = True
+    gate_up_interleaved: bool = False
+    limit: float | None = None
+    alpha: float | None = None
+    gate_multiplier: float = 1.0
+    down_multiplier: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Routing:
+    """How a token picks its experts."""
+
+    top_k: int
+    score: str = "softmax"
+    """`softmax`, `sigmoid` or `sqrtsoftplus`."""
+    softmax_after_topk: bool = False
+    normalize: bool = True
+    bias_correction: bool = False
+    """Role `router.correction` is added to the scores for the choice only."""
+    groups: int = 1
+    top_groups: int = 1
+    group_score: str = "max"
+    """`max` of a group's scores or `top2_sum`."""
+    scale: float = 1.0
+    scores_scale_input: bool = False
+    """The score multiplies the expert's input, not its output (Llama 4)."""
+    hash_layer: bool = False
+    """Experts come from a table by token id (role `router.table`), not from scores."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Moe(Block):
+    """Routed experts. Roles router.weight; per expert or stacked gate, up, down or gate_up; the shared expert is a
+    `DenseMlp` with its own roles. Stacked tensors carry the expert axis as their first dim."""
+
+    expert_axis: LogicalAxis
+    mlp_axis: LogicalAxis
+    routing: Routing
+    activation: str
+    gated: bool = True
+    stacked: bool = False
+    transposed: bool = False
+    """Stacked tensors are [E, in, out] instead of [E, out, in]."""
+    gate_up_interleaved: bool = False
+    limit: float | None = None
+    alpha: float | None = None
+    shared: DenseMlp | None = None
+    shared_gated: bool = False
+    """Role shared_gate.weight: a sigmoid of it scales the shared expert's output."""
+    latent: int = 0
+    """Experts work in this smaller width between roles latent_down and latent_up; 0: at hidden size."""
+
+    @property
+    def all_tensors(self) -> tuple[TensorSpec, ...]:
+        return self.tensors + (self.shared.tensors if self.shared else ())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layer:
+    """One decoder layer. Several mixers (or feed-forwards) read the same input and their outputs are summed.
+
+    `parallel_residual`: the feed-forward reads the mixer's input. Norms that a family lacks are None. A layer without
+    mixer or without feed-forward has an empty tuple there.
+    """
+
+    mixers: tuple[Block, ...] = ()
+    feed_forward: tuple[Block, ...] = ()
+    mixer_norm: Norm | None = None
+    mixer_post_norm: Norm | None = None
+    feed_forward_norm: Norm | None = None
+    feed_forward_post_norm: Norm | None = None
+    parallel_residual: bool = False
+    residual_multiplier: float = 1.0
+    others: tuple[Block, ...] = ()
+    """Blocks that belong to neither: hyper-connections, layer scalars, the norms of parallel feed-forwards."""
+
+    @property
+    def blocks(self) -> tuple[Block, ...]:
+        norms = (self.mixer_norm, self.mixer_post_norm, self.feed_forward_norm, self.feed_forward_post_norm)
+        return (
+            tuple(n for n in norms[:2] if n)
+            + self.mixers
+            + tuple(n for n in norms[2:] if n)
+            + self.feed_forward
+            + self.others
+        )
+
+    @cached_property
+    def tensors(self) -> tuple[TensorSpec, ...]:
+        return tuple(t for b in self.blocks for t in (b.all_tensors if isinstance(b, Moe) else b.tensors))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Head(Block):
+    """Role `head.weight` [vocab, hidden]; none where `tied`: the embedding's tensor is used."""
+
+    tied: bool
+    softcap: float | None = None
+    multiplier: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Extra:
+    """A part of the checkpoint that a run does not load by default: vision tower, MTP layers."""
+
+    name: str
+    tensors: tuple[TensorSpec, ...] = ()
+    layers: tuple[int, ...] = ()
+    """Numbers that `{layer}` of its tensors stands for."""
+    note: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSpec:
+    """A whole text decoder."""
+
+    name: str
+    architecture: str
+    hidden: int
+    vocab: int
+    embedding: Embedding
+    layers: tuple[Layer, ...]
+    """Equal layers are the same object."""
+    final_norm: Norm
+    head: Head
+    dtype: str
+    """Storage type of weights that are not quantised."""
+    quantization: str = "none"
+    max_positions: int = 0
+    bos_token_id: int | None = None
+    eos_token_ids: tuple[int, ...] = ()
+    extras: tuple[Extra, ...] = ()
+    others: tuple[Block, ...] = ()
+    notes: tuple[str, ...] = ()
+    """What the reader should know: assumptions of the family, fields that were inferred."""
+
+    def layer_groups(self) -> tuple[tuple[Layer, tuple[int, ...]], ...]:
+        """Distinct layers with the numbers of the layers that are alike."""
+        groups: dict[int, tuple[Layer, list[int]]] = {}
+        for number, layer in enumerate(self.layers):
+            groups.setdefault(id(layer), (layer, []))[1].append(number)
+        return tuple((layer, tuple(numbers)) for layer, numbers in groups.values())
