@@ -1,0 +1,75 @@
+"""`shardwise bench ops`: operators timed on one GPU beside their peers and a plain copy of the same bytes."""
+
+import argparse
+import json
+import platform
+import sys
+from pathlib import Path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of the verb."""
+    parser.add_argument("--category", metavar="NAME", action="append", help="only this category; may be repeated")
+    parser.add_argument("--full", action="store_true", help="the whole sweep of sizes instead of a few")
+    parser.add_argument("--json", nargs="?", const="-", metavar="FILE", help="JSON to FILE or standard output")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure and print; 1 without a CUDA device, 2 for an unknown category."""
+    import torch
+
+    from shardwise.ops.bench_cases import CATEGORIES
+
+    unknown = [name for name in args.category or () if name not in CATEGORIES]
+    if unknown:
+        print(f"shardwise bench ops: unknown category {unknown[0]}: choose of {', '.join(CATEGORIES)}", file=sys.stderr)
+        return 2
+    if not torch.cuda.is_available():
+        print("shardwise bench ops: no CUDA device; `shardwise ops` tells what runs here", file=sys.stderr)
+        return 1
+    table = sys.stderr if args.json == "-" else sys.stdout
+    rows = [row for name in args.category or CATEGORIES for row in _measure(CATEGORIES[name](args.full), name, table)]
+    if args.json is not None:
+        text = json.dumps({"machine": _machine(), "rows": rows}, indent=1)
+        print(text) if args.json == "-" else Path(args.json).write_text(text + "\n")
+    return 0
+
+
+def _measure(cases, category: str, table) -> list[dict]:
+    from shardwise.ops.measure import copy_microseconds, device_microseconds, host_microseconds
+
+    rows = []
+    print(f"{'operator':42} {'size':28} {'µs':>9} {'host µs':>8} {'copy µs':>9} {'GB/s':>7}  peers µs", file=table)
+    for case in cases:
+        row = {
+            "category": category,
+            "operator": case.operator,
+            "size": case.size,
+            "bytes": case.moved_bytes,
+            "us": device_microseconds(case.call),
+            "host_us": host_microseconds(case.call, calls=200, repeats=3),
+            "copy_us": copy_microseconds(case.moved_bytes),
+            "peers_us": {name: device_microseconds(call) for name, call in case.peers.items()},
+        }
+        row["gb_per_s"] = row["bytes"] / row["us"] / 1e3
+        rows.append(row)
+        peers = "  ".join(f"{name} {time:.2f}" for name, time in row["peers_us"].items())
+        print(
+            f"{case.operator:42} {case.size:28} {row['us']:9.2f} {row['host_us']:8.2f} {row['copy_us']:9.2f} "
+            f"{row['gb_per_s']:7.0f}  {peers}",
+            file=table,
+            flush=True,
+        )
+    return rows
+
+
+def _machine() -> dict:
+    import torch
+
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda}
+    for name in ("triton", "flashinfer", "fla"):
+        try:
+            versions[name] = __import__(name).__version__
+        except ImportError:
+            versions[name] = None
+    return {"gpu": torch.cuda.get_device_name(), **versions}
