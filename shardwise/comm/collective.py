@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from shardwise import partition
-from shardwise.comm import compose, watch
+from shardwise.comm import arguments, compose, watch
+from shardwise.comm.arguments import as_bytes
 from shardwise.comm.base import STRATEGIES, CollectiveMismatch, CommError, Communicator
 from shardwise.comm.watch import FLIGHT, Deadlines
 
@@ -89,7 +90,7 @@ class Collective(Communicator):
         compose.require_summable(tensor.dtype, "all_reduce")
         if strategy != "AUTO":
             self._require(strategy)
-        target = _target(tensor, out)
+        target = arguments.reduce_target(tensor, out)
         source = tensor.detach().contiguous()
         entry = self._begin("all_reduce", tensor.shape, tensor.dtype, strategy)
         flat = target if target.is_contiguous() else torch.empty_like(source)
@@ -101,38 +102,43 @@ class Collective(Communicator):
         return target
 
     def all_gather(self, tensor: Tensor, dim: int = 0, sizes: Sequence[int] | None = None) -> Tensor:
-        dim = _dimension(tensor, dim, "all_gather")
-        sizes = self._gather_sizes(tensor, dim, sizes)
+        dim = arguments.dimension(tensor, dim, "all_gather")
+        sizes = arguments.gather_sizes(tensor, dim, sizes, self.rank, self.size)
         entry = self._begin("all_gather", tensor.shape, tensor.dtype, "", dim, sizes)
-        shape = list(tensor.shape)
-        per_unit = tensor.numel() // shape[dim] if shape[dim] else _product(shape[:dim] + shape[dim + 1 :])
-        counts = [size * per_unit for size in sizes]
+        unit = arguments.unit_elements(tensor, dim)
+        counts = [size * unit for size in sizes]
         joined = torch.empty(sum(counts), dtype=tensor.dtype, device=tensor.device)
-        parts = list(joined.split(counts))
         if joined.numel():
-            self._all_gather(_bytes(tensor), [_bytes(part) for part in parts])
+            width = tensor.element_size()
+            self._all_gather(as_bytes(tensor), as_bytes(joined), [count * width for count in counts])
         entry[watch.END] = watch.now()
+        shape = list(tensor.shape)
         if dim == 0:
             return joined.view(sum(sizes), *shape[1:])
-        shaped = [part.view(*shape[:dim], size, *shape[dim + 1 :]) for part, size in zip(parts, sizes, strict=True)]
-        return torch.cat(shaped, dim)
+        parts = zip(joined.split(counts), sizes, strict=True)
+        return torch.cat([part.view(*shape[:dim], size, *shape[dim + 1 :]) for part, size in parts], dim)
 
     def reduce_scatter(self, tensor: Tensor, dim: int = 0, sizes: Sequence[int] | None = None) -> Tensor:
         compose.require_summable(tensor.dtype, "reduce_scatter")
-        dim = _dimension(tensor, dim, "reduce_scatter")
-        sizes = self._scatter_sizes(tensor, dim, sizes)
+        dim = arguments.dimension(tensor, dim, "reduce_scatter")
+        sizes = arguments.scatter_sizes(tensor, dim, sizes, self.size)
         entry = self._begin("reduce_scatter", tensor.shape, tensor.dtype, "", dim, sizes)
-        pieces = [piece.contiguous() for piece in tensor.detach().split(list(sizes), dim)]
-        mine = torch.empty_like(pieces[self.rank])
+        unit = arguments.unit_elements(tensor, dim)
+        shape = (*tensor.shape[:dim], sizes[self.rank], *tensor.shape[dim + 1 :])
+        mine = torch.empty(shape, dtype=tensor.dtype, device=tensor.device)
         if tensor.numel():
-            self._reduce_scatter([piece.view(-1) for piece in pieces], mine.view(-1))
+            if dim == 0:
+                joined = tensor.detach().contiguous().view(-1)
+            else:
+                joined = torch.cat([piece.reshape(-1) for piece in tensor.detach().split(list(sizes), dim)])
+            self._reduce_scatter(joined, [size * unit for size in sizes], mine.view(-1))
         entry[watch.END] = watch.now()
         return mine
 
     def all_to_all(
         self, tensor: Tensor, send_sizes: Sequence[int] | None = None, recv_sizes: Sequence[int] | None = None
     ) -> Tensor:
-        sends = self._send_sizes(tensor, send_sizes, recv_sizes)
+        sends = arguments.send_sizes(tensor, send_sizes, recv_sizes, self.size)
         entry = self._begin("all_to_all", tensor.shape[1:], tensor.dtype, "")
         table = self._exchange_sizes(sends, recv_sizes)
         receives = tuple(row[self.rank] for row in table)
@@ -143,11 +149,10 @@ class Collective(Communicator):
                 )
             )
         result = torch.empty((sum(receives), *tensor.shape[1:]), dtype=tensor.dtype, device=tensor.device)
-        outgoing = [_bytes(part) for part in tensor.split(list(sends))]
-        incoming = [_bytes(part) for part in result.split(list(receives))]
-        row_bytes = _product(tensor.shape[1:]) * tensor.element_size()
+        row_bytes = arguments.unit_elements(tensor, 0) * tensor.element_size()
         if row_bytes and any(any(row) for row in table):
-            self._all_to_all(outgoing, incoming, [tuple(count * row_bytes for count in row) for row in table])
+            sizes = [tuple(count * row_bytes for count in row) for row in table]
+            self._all_to_all(as_bytes(tensor), as_bytes(result), sizes)
         entry[watch.END] = watch.now()
         return result
 
@@ -157,7 +162,7 @@ class Collective(Communicator):
         entry = self._begin("broadcast", tensor.shape, tensor.dtype, "", root)
         flat = tensor.detach() if tensor.is_contiguous() else tensor.detach().contiguous()
         if flat.numel():
-            self._broadcast(_bytes(flat), root)
+            self._broadcast(as_bytes(flat), root)
         if not tensor.is_contiguous() and self.rank != root:
             tensor.detach().copy_(flat)
         entry[watch.END] = watch.now()
@@ -186,10 +191,9 @@ class Collective(Communicator):
         blob = pickle.dumps(value)
         counts = [int.from_bytes(size, "little") for size in self._exchange(len(blob).to_bytes(8, "little"))]
         joined = torch.empty(sum(counts), dtype=torch.uint8)
-        parts = list(joined.split(counts))
-        self._gather_control(torch.frombuffer(bytearray(blob), dtype=torch.uint8), parts)
+        self._gather_control(torch.frombuffer(bytearray(blob), dtype=torch.uint8), joined, counts)
         entry[watch.END] = watch.now()
-        return [pickle.loads(part.numpy().tobytes()) for part in parts]
+        return [pickle.loads(part.numpy().tobytes()) for part in joined.split(counts)]
 
     def split(self, color: int, key: int | None = None) -> Communicator:
         wanted = self.all_gather_object((color, self.rank if key is None else key))
@@ -284,64 +288,32 @@ class Collective(Communicator):
         return None
 
     def _reduce(self, source: Tensor, target: Tensor, strategy: str) -> None:
-        if strategy in ("ONESHOT", "MIN_LATENCY") or (strategy in ("AUTO", "NCCL") and self.deterministic):
+        if strategy in ("ONESHOT", "MIN_LATENCY"):
             self._reduce_one_shot(source, target)
-        elif strategy == "TWOSHOT":
+        elif strategy == "TWOSHOT" or self.deterministic:
             self._reduce_two_shot(source, target)
         else:
             self._all_reduce(source, target)
 
     def _reduce_one_shot(self, source: Tensor, target: Tensor) -> None:
         gathered = torch.empty((self.size, source.numel()), dtype=source.dtype, device=source.device)
-        self._all_gather(_bytes(source), [_bytes(row) for row in gathered])
+        self._all_gather(as_bytes(source), as_bytes(gathered), [source.numel() * source.element_size()] * self.size)
         compose.ordered_sum(list(gathered), target)
 
     def _reduce_two_shot(self, source: Tensor, target: Tensor) -> None:
-        sizes = list(partition.lengths(source.numel(), self.size))
-        mine = torch.empty(sizes[self.rank], dtype=source.dtype, device=source.device)
-        self._reduce_scatter(list(source.split(sizes)), mine)
-        self._all_gather(_bytes(mine), [_bytes(part) for part in target.split(sizes)])
+        counts = partition.lengths(source.numel(), self.size)
+        mine = torch.empty(counts[self.rank], dtype=source.dtype, device=source.device)
+        self._ordered_reduce_scatter(source, counts, mine)
+        width = source.element_size()
+        self._all_gather(as_bytes(mine), as_bytes(target), [count * width for count in counts])
 
-    def _gather_sizes(self, tensor: Tensor, dim: int, sizes: Sequence[int] | None) -> tuple[int, ...]:
-        if sizes is None:
-            return (tensor.shape[dim],) * self.size
-        sizes = tuple(sizes)
-        if len(sizes) != self.size or min(sizes) < 0:
-            raise ValueError(f"all_gather: sizes {sizes} must hold one length for each of the {self.size} ranks")
-        if sizes[self.rank] != tensor.shape[dim]:
-            raise ValueError(
-                f"all_gather: sizes[{self.rank}] = {sizes[self.rank]}, but this rank's tensor has {tensor.shape[dim]} "
-                f"on dim {dim} (shape {tuple(tensor.shape)})"
-            )
-        return sizes
-
-    def _scatter_sizes(self, tensor: Tensor, dim: int, sizes: Sequence[int] | None) -> tuple[int, ...]:
-        if sizes is None:
-            return partition.lengths(tensor.shape[dim], self.size)
-        sizes = tuple(sizes)
-        if len(sizes) != self.size or min(sizes) < 0 or sum(sizes) != tensor.shape[dim]:
-            raise ValueError(
-                f"reduce_scatter: sizes {sizes} must hold {self.size} lengths that add up to {tensor.shape[dim]} "
-                f"(dim {dim} of shape {tuple(tensor.shape)})"
-            )
-        return sizes
-
-    def _send_sizes(self, tensor: Tensor, send_sizes, recv_sizes) -> tuple[int, ...]:
-        if tensor.dim() == 0:
-            raise ValueError("all_to_all: a scalar has no rows to deal; give a tensor of at least one dimension")
-        rows = tensor.shape[0]
-        if send_sizes is None:
-            if recv_sizes is not None:
-                raise ValueError("all_to_all: recv_sizes without send_sizes; give both, send_sizes alone, or neither")
-            if rows % self.size:
-                raise ValueError(
-                    f"all_to_all: {rows} rows are not divisible by {self.size} ranks; give send_sizes for ragged parts"
-                )
-            return (rows // self.size,) * self.size
-        sends = tuple(send_sizes)
-        if len(sends) != self.size or min(sends) < 0 or sum(sends) != rows:
-            raise ValueError(f"all_to_all: send_sizes {sends} must hold {self.size} counts that add up to {rows} rows")
-        return sends
+    def _ordered_reduce_scatter(self, joined: Tensor, counts: Sequence[int], target: Tensor) -> None:
+        """Reduce-scatter with this package's order of summation, whatever the library underneath does."""
+        width = joined.element_size()
+        received = torch.empty((self.size, target.numel()), dtype=joined.dtype, device=joined.device)
+        self._all_to_all(as_bytes(joined), as_bytes(received), [tuple(count * width for count in counts)] * self.size)
+        if target.numel():
+            compose.ordered_sum(list(received), target)
 
     def _exchange_sizes(self, sends: tuple[int, ...], recv_sizes: Sequence[int] | None) -> list[tuple[int, ...]]:
         """Row i: how many rows rank i sends to each member. `recv_sizes` serves the transport that has no peers."""
@@ -354,25 +326,25 @@ class Collective(Communicator):
         frames = [self._exchange(blob[i : i + FINGERPRINT_BYTES]) for i in range(0, len(blob), FINGERPRINT_BYTES)]
         return [b"".join(frame[rank] for frame in frames) for rank in range(self.size)]
 
-    def _gather_control(self, source: Tensor, parts: list[Tensor]) -> None:
+    def _gather_control(self, source: Tensor, joined: Tensor, counts: Sequence[int]) -> None:
         """`_all_gather` for bytes on the CPU; a transport that moves only CUDA tensors overrides it."""
-        self._all_gather(source, parts)
+        self._all_gather(source, joined, counts)
 
     @abstractmethod
     def _all_reduce(self, source: Tensor, target: Tensor) -> None:
         """Sum of all ranks' `source` into `target`, the same length and dtype, perhaps the same memory."""
 
     @abstractmethod
-    def _all_gather(self, source: Tensor, parts: list[Tensor]) -> None:
-        """Bytes: rank i's `source` into parts[i], on every rank."""
+    def _all_gather(self, source: Tensor, joined: Tensor, counts: Sequence[int]) -> None:
+        """Bytes: rank i's `source` of counts[i] into its place in `joined`, on every rank."""
+
+    def _reduce_scatter(self, joined: Tensor, counts: Sequence[int], target: Tensor) -> None:
+        """Sum over the ranks of the part of `joined` that is this rank's (counts[rank] elements) into `target`."""
+        self._ordered_reduce_scatter(joined, counts, target)
 
     @abstractmethod
-    def _reduce_scatter(self, parts: list[Tensor], target: Tensor) -> None:
-        """Sum over the ranks of their parts[rank] into this rank's `target`."""
-
-    @abstractmethod
-    def _all_to_all(self, send: list[Tensor], receive: list[Tensor], table: list[tuple[int, ...]]) -> None:
-        """Bytes: send[j] to rank j's receive[rank]; table[i][j] bytes go from i to j."""
+    def _all_to_all(self, source: Tensor, target: Tensor, table: list[tuple[int, ...]]) -> None:
+        """Bytes: table[i][j] of them go from rank i's `source` to rank j's `target`, both in rank order."""
 
     @abstractmethod
     def _broadcast(self, data: Tensor, root: int) -> None:
@@ -391,32 +363,3 @@ class Collective(Communicator):
 
     @abstractmethod
     def _abort(self, reason: str) -> None: ...
-
-
-def _target(tensor: Tensor, out: Tensor | None) -> Tensor:
-    if out is None:
-        return torch.empty_like(tensor, memory_format=torch.contiguous_format)
-    if out.shape != tensor.shape or out.dtype != tensor.dtype or out.device != tensor.device:
-        raise ValueError(
-            f"all_reduce: out is {tuple(out.shape)} {out.dtype} on {out.device}, it must be like tensor: "
-            f"{tuple(tensor.shape)} {tensor.dtype} on {tensor.device}"
-        )
-    return out.detach()
-
-
-def _dimension(tensor: Tensor, dim: int, op: str) -> int:
-    if not -tensor.dim() <= dim < tensor.dim():
-        raise ValueError(f"{op}: dim {dim} is not in a tensor of shape {tuple(tensor.shape)}")
-    return dim % tensor.dim()
-
-
-def _bytes(tensor: Tensor) -> Tensor:
-    """The memory of a tensor (of its contiguous copy, if it is not contiguous) as uint8."""
-    return tensor.detach().contiguous().view(-1).view(torch.uint8)
-
-
-def _product(numbers) -> int:
-    result = 1
-    for number in numbers:
-        result *= number
-    return result

@@ -47,18 +47,16 @@ class FakeCommunicator(Collective):
         if self.size > 1:
             target.mul_(self.size)
 
-    def _all_gather(self, source: Tensor, parts: list[Tensor]) -> None:
-        for part in parts:
-            length = min(part.numel(), source.numel())
-            part.zero_()[:length].copy_(source[:length])
+    def _all_gather(self, source: Tensor, joined: Tensor, counts: Sequence[int]) -> None:
+        for part in joined.split(list(counts)):
+            _fill(part, source)
 
-    def _reduce_scatter(self, parts: list[Tensor], target: Tensor) -> None:
-        self._all_reduce(parts[self.rank], target)
+    def _reduce_scatter(self, joined: Tensor, counts: Sequence[int], target: Tensor) -> None:
+        self._all_reduce(joined.split(list(counts))[self.rank], target)
 
-    def _all_to_all(self, send: list[Tensor], receive: list[Tensor], table: list[tuple[int, ...]]) -> None:
-        for part in receive:
-            length = min(part.numel(), send[self.rank].numel())
-            part.zero_()[:length].copy_(send[self.rank][:length])
+    def _all_to_all(self, source: Tensor, target: Tensor, table: list[tuple[int, ...]]) -> None:
+        for part in target.split([row[self.rank] for row in table]):
+            _fill(part, source)
 
     def _exchange_sizes(self, sends: tuple[int, ...], recv_sizes: Sequence[int] | None) -> list[tuple[int, ...]]:
         receives = recv_sizes or (sends[self.rank],) * self.size
@@ -85,3 +83,9 @@ class FakeCommunicator(Collective):
 
     def _abort(self, reason: str) -> None:
         watch.FLIGHT.dump(self._world_rank)
+
+
+def _fill(part: Tensor, source: Tensor) -> None:
+    """As much of `source` as an imagined peer's part holds, zeros beyond."""
+    length = min(part.numel(), source.numel())
+    part.zero_()[:length].copy_(source[:length])

@@ -179,10 +179,10 @@ class ShmCommunicator(Collective):
                 start, stop = partition.extent(result.numel(), self.size, peer)
                 result[start:stop].copy_(_typed(halves[peer][CHUNK:], result.dtype, stop - start))
 
-    def _all_gather(self, source: Tensor, parts: list[Tensor]) -> None:
+    def _all_gather(self, source: Tensor, joined: Tensor, counts: Sequence[int]) -> None:
+        parts = joined.split(list(counts))
         parts[self.rank].copy_(source)
-        longest = max(part.numel() for part in parts)
-        for start in range(0, longest, CHUNK):
+        for start in range(0, max(counts), CHUNK):
             halves = self._writing()
             mine = source[start : start + CHUNK]
             halves[self.rank][: mine.numel()].copy_(mine)
@@ -192,13 +192,12 @@ class ShmCommunicator(Collective):
                 if peer != self.rank and piece.numel():
                     piece.copy_(halves[peer][: piece.numel()])
 
-    def _reduce_scatter(self, parts: list[Tensor], target: Tensor) -> None:
+    def _reduce_scatter(self, joined: Tensor, counts: Sequence[int], target: Tensor) -> None:
         width = target.element_size()
         quota = CHUNK // self.size // width
-        longest = max(part.numel() for part in parts)
-        for start in range(0, longest, quota):
+        for start in range(0, max(counts), quota):
             halves = self._writing()
-            for peer, part in enumerate(parts):
+            for peer, part in enumerate(joined.split(list(counts))):
                 piece = part[start : start + quota]
                 _typed(halves[self.rank][peer * quota * width :], part.dtype, piece.numel()).copy_(piece)
             self._round()
@@ -207,18 +206,19 @@ class ShmCommunicator(Collective):
                 place = self.rank * quota * width
                 compose.ordered_sum([_typed(h[place:], target.dtype, result.numel()) for h in halves], result)
 
-    def _all_to_all(self, send: list[Tensor], receive: list[Tensor], table: list[tuple[int, ...]]) -> None:
-        receive[self.rank].copy_(send[self.rank])
+    def _all_to_all(self, source: Tensor, target: Tensor, table: list[tuple[int, ...]]) -> None:
+        outgoing = source.split(table[self.rank])
+        incoming = target.split([row[self.rank] for row in table])
+        incoming[self.rank].copy_(outgoing[self.rank])
         quota = CHUNK // self.size
-        longest = max(max(row) for row in table)
-        for start in range(0, longest, quota):
+        for start in range(0, max(map(max, table)), quota):
             halves = self._writing()
-            for peer, part in enumerate(send):
+            for peer, part in enumerate(outgoing):
                 piece = part[start : start + quota]
                 if peer != self.rank and piece.numel():
                     halves[self.rank][peer * quota :][: piece.numel()].copy_(piece)
             self._round()
-            for peer, part in enumerate(receive):
+            for peer, part in enumerate(incoming):
                 piece = part[start : start + quota]
                 if peer != self.rank and piece.numel():
                     piece.copy_(halves[peer][self.rank * quota :][: piece.numel()])

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from shardwise.comm import compose, watch
+from shardwise.comm.arguments import starts
 from shardwise.comm.base import CollectiveTimeout, CommError
 from shardwise.comm.collective import Collective
 from shardwise.comm.watch import Deadlines
@@ -115,18 +116,21 @@ class ThreadsCommunicator(Collective):
     def _all_reduce(self, source: Tensor, target: Tensor) -> None:
         compose.ordered_sum(self._meet(_snapshot(source)), target)
 
-    def _all_gather(self, source: Tensor, parts: list[Tensor]) -> None:
-        for part, value in zip(parts, self._meet(_snapshot(source)), strict=True):
+    def _all_gather(self, source: Tensor, joined: Tensor, counts: Sequence[int]) -> None:
+        for part, value in zip(joined.split(list(counts)), self._meet(_snapshot(source)), strict=True):
             part.copy_(value)
 
-    def _reduce_scatter(self, parts: list[Tensor], target: Tensor) -> None:
-        rows = self._meet([_snapshot(part) for part in parts])
-        compose.ordered_sum([row[self.rank] for row in rows], target)
+    def _reduce_scatter(self, joined: Tensor, counts: Sequence[int], target: Tensor) -> None:
+        start = starts(counts)[self.rank]
+        parts = [value[start : start + counts[self.rank]] for value in self._meet(_snapshot(joined))]
+        compose.ordered_sum(parts, target)
 
-    def _all_to_all(self, send: list[Tensor], receive: list[Tensor], table: list[tuple[int, ...]]) -> None:
-        rows = self._meet([_snapshot(part) for part in send])
-        for part, row in zip(receive, rows, strict=True):
-            part.copy_(row[self.rank])
+    def _all_to_all(self, source: Tensor, target: Tensor, table: list[tuple[int, ...]]) -> None:
+        values = self._meet(_snapshot(source))
+        receives = [row[self.rank] for row in table]
+        for part, value, row in zip(target.split(receives), values, table, strict=True):
+            start = starts(row)[self.rank]
+            part.copy_(value[start : start + row[self.rank]])
 
     def _broadcast(self, data: Tensor, root: int) -> None:
         values = self._meet(_snapshot(data) if self.rank == root else None)
