@@ -81,7 +81,7 @@ class Plan:
     @property
     def loaded(self) -> tuple[TensorPattern, ...]:
         """Patterns that a run loads."""
-        return tuple(p for p in self.patterns if p.part == "text")
+        return tuple(p for p in self.patterns if p.loaded)
 
     @cached_property
     def ranks(self) -> tuple[RankTotals, ...]:
@@ -120,7 +120,7 @@ class Plan:
     @property
     def parameters(self) -> int:
         """Logical parameters of the text decoder, each once."""
-        return sum(p.count * p.spec.parameters for p in self.loaded)
+        return sum(p.count * p.spec.parameters for p in self.patterns if p.part == "text")
 
     @cached_property
     def collectives(self) -> tuple[Collective, ...]:
@@ -141,20 +141,21 @@ def plan(
     moe_tp: int = 0,
     attn_dp: int = 1,
     pad: Iterable[str] = (),
+    extras: Iterable[str] = (),
     kv_itemsize: int = 2,
 ) -> Plan:
     """The plan of `model` under a layout.
 
     `model`: a ModelSpec, the object of a config.json, a path to a config.json, a model folder or a GGUF file, or a name
     that `checkpoint.resolve` knows. `layout`, or the sizes of its mesh axes. `pad`: axes whose ranks get equal lengths
-    by padding. `kv_itemsize`: bytes of a cached key or value element.
+    by padding. `extras`: names of extras to load as well (`vision`, `mtp`). `kv_itemsize`: bytes of a cached key or value element.
     Raises IllegalLayout (a ValueError) with reasons and alternatives, ConfigError for an unusable config,
     CheckpointError for unreadable headers.
     """
     spec = model if isinstance(model, ModelSpec) else load_model(model)
     layout = layout or ParallelLayout(tp, attn_dp, moe_tp, ep)
-    patterns = patterns_of(spec)
-    specs = tuple(p.spec for p in patterns if p.part == "text")
+    patterns = patterns_of(spec, frozenset(extras))
+    specs = tuple(p.spec for p in patterns if p.loaded)
     by_axis, warnings = choose_cuts(specs, layout, frozenset(Axis(p) for p in pad))
     placement = {axis: place_experts(axis, layout) for axis in by_axis if axis.axis is Axis.EXPERTS}
     cuts = Cuts(layout, by_axis, placement)
@@ -167,7 +168,7 @@ def place_experts(axis: LogicalAxis, layout: ParallelLayout) -> tuple[tuple[int,
     return tuple(tuple(range(*extent(axis.units, layout.moe_ep, i))) for i in range(layout.moe_ep))
 
 
-def patterns_of(model: ModelSpec) -> tuple[TensorPattern, ...]:
+def patterns_of(model: ModelSpec, load_extras: frozenset[str] = frozenset()) -> tuple[TensorPattern, ...]:
     """Tensor patterns of a model in order; layers that share a tensor's spec are joined."""
     ends = [TensorPattern(t, None) for t in model.embedding.tensors]
     tail = [t for block in (*model.others, model.final_norm, model.head) for t in block.tensors]
@@ -176,8 +177,7 @@ def patterns_of(model: ModelSpec) -> tuple[TensorPattern, ...]:
         for tensor in layer.tensors:
             layers.setdefault(tensor, []).extend(numbers)
     inside = [TensorPattern(t, tuple(sorted(numbers))) for t, numbers in layers.items()]
-    extras = [TensorPattern(t, e.layers or None, e.name) for e in model.extras for t in e.tensors]
+    extras = [
+        TensorPattern(t, e.layers or None, e.name, e.name in load_extras) for e in model.extras for t in e.tensors
+    ]
     return (*ends, *inside, *(TensorPattern(t, None) for t in tail), *extras)
-
-
-__all__ = ["Plan", "RankTotals", "patterns_of", "place_experts", "plan"]

@@ -17,7 +17,9 @@ class TensorPattern:
     spec: TensorSpec
     layers: tuple[int, ...] | None
     part: str = "text"
-    """`text` for what a run loads by default, else the name of the extra it belongs to."""
+    """`text` for the decoder, else the name of the extra it belongs to."""
+    loaded: bool = True
+    """Part of what a run loads, and so of the ranks' totals."""
 
     @property
     def count(self) -> int:
@@ -133,6 +135,3 @@ def local_count(pattern: TensorPattern, cuts: Cuts, at: Coordinates) -> int:
     repeats = 1 if pattern.layers is None else len(pattern.layers)
     experts = pattern.spec.experts
     return repeats * (len(cuts.held_experts(experts, at)) if experts else 1)
-
-
-__all__ = ["Cuts", "TensorPattern", "TensorShard", "local_count"]

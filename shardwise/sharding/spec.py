@@ -10,6 +10,7 @@ from functools import cached_property
 from math import prod
 
 from shardwise.sharding.axes import Dim, LogicalAxis
+from shardwise.sharding.checkpoint.header import stored_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +38,11 @@ class TensorSpec:
     def parameters(self) -> int:
         """Logical parameters of one tensor of this pattern."""
         return prod(self.shape) * self.values
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of one whole tensor of this pattern."""
+        return stored_bytes(self.shape, self.dtype)
 
     def path(self, layer: int | None = None, expert: int | None = None) -> str:
         """The name with its numbers filled in."""
@@ -363,6 +369,8 @@ class ModelSpec:
     eos_token_ids: tuple[int, ...] = ()
     extras: tuple[Extra, ...] = ()
     others: tuple[Block, ...] = ()
+    fingerprint: str = ""
+    """SHA-256 of the config that this was built from."""
     notes: tuple[str, ...] = ()
     """What the reader should know: assumptions of the family, fields that were inferred."""
 

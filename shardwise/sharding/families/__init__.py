@@ -1,6 +1,9 @@
 """Model families: which file describes which published architecture."""
 
+import hashlib
 import importlib
+import json
+from dataclasses import replace
 
 from shardwise.sharding.config import Config, ConfigError
 from shardwise.sharding.spec import ModelSpec
@@ -27,4 +30,10 @@ def build(config: Config, name: str) -> ModelSpec:
             f"{config.source}: architectures is {listed}; known are {', '.join(sorted(ARCHITECTURES))}"
         )
     module = importlib.import_module(f"{__name__}.{ARCHITECTURES[architecture]}")
-    return module.build(config, name, architecture)
+    return replace(module.build(config, name, architecture), fingerprint=_fingerprint(config))
+
+
+def _fingerprint(config: Config) -> str:
+    """SHA-256 of the config's fields in sorted order; `_meta` and other underscored keys are about the file."""
+    fields = {key: value for key, value in config.data.items() if not key.startswith("_")}
+    return hashlib.sha256(json.dumps(fields, sort_keys=True, default=str).encode()).hexdigest()

@@ -1,0 +1,110 @@
+"""A plan as text for people: tensors and their cuts, ranks and their bytes, collectives, warnings."""
+
+from collections.abc import Iterable, Sequence
+
+from shardwise.sharding.plan import Plan
+from shardwise.sharding.shards import TensorPattern
+
+_UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
+
+
+def text_report(plan: Plan) -> str:
+    """The whole plan, a few lines for each tensor pattern, rank and collective."""
+    model, layout = plan.model, plan.layout
+    head = (
+        f"{model.name}  {model.architecture}  {count_text(plan.parameters)} parameters, {len(model.layers)} layers, "
+        f"quantization {model.quantization}\nlayout: {layout}  (world {layout.world})"
+    )
+    parts = [head, tensor_table(plan), rank_table(plan)]
+    if plan.collectives:
+        parts.append(collective_table(plan))
+    parts += [f"extra, not loaded: {e.name}" + (f" ({e.note})" if e.note else "") for e in model.extras]
+    parts += [f"warning: {w}" for w in plan.warnings]
+    return "\n\n".join(parts)
+
+
+def tensor_table(plan: Plan) -> str:
+    """One line a pattern: how often, global and first rank's shape, type, bytes on the fullest rank."""
+    rows = [_tensor_row(plan, p) for p in plan.loaded]
+    return table(("tensor", "count", "global", "cut", "local (rank 0)", "type", "bytes (rank 0)"), rows)
+
+
+def rank_table(plan: Plan) -> str:
+    """One line a rank; ranks that hold the same amounts share a line."""
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for r in plan.ranks:
+        key = (r.weight_bytes, r.kv_bytes_per_token, r.state_bytes_per_sequence, r.tensors)
+        groups.setdefault(key, []).append(r.rank)
+    rows = [
+        (_ranks(ranks), size_text(weights), str(tensors), f"{kv} B", size_text(state) if state else "-")
+        for (weights, kv, state, tensors), ranks in groups.items()
+    ]
+    return table(("rank", "weights", "tensors", "KV cache a token", "state a sequence"), rows)
+
+
+def collective_table(plan: Plan) -> str:
+    rows = [(c.where, c.op, c.axis, str(c.count), f"{c.bytes_per_token} B") for c in plan.collectives]
+    return table(("collective after", "operation", "over", "a step", "payload a token"), rows)
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Columns padded to their widest cell, two spaces between them."""
+    lines = [head, *rows]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines)
+
+
+def size_text(nbytes: int) -> str:
+    """Bytes with a binary unit, three digits."""
+    value, unit = float(nbytes), 0
+    while value >= 1024 and unit < len(_UNITS) - 1:
+        value, unit = value / 1024, unit + 1
+    return f"{nbytes} B" if not unit else f"{value:.3f} {_UNITS[unit]}"
+
+
+def count_text(n: int) -> str:
+    """A count with M, B or T."""
+    for limit, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M")):
+        if n >= limit:
+            return f"{n / limit:.3f} {unit}"
+    return str(n)
+
+
+def _tensor_row(plan: Plan, pattern: TensorPattern) -> tuple[str, ...]:
+    shard, local = plan.pattern_shard(pattern, 0), plan.pattern_count(pattern, 0)
+    shape = " x ".join(map(str, shard.global_shape)) or "scalar"
+    mine = " x ".join(map(str, shard.local_shape)) or "scalar"
+    return (
+        pattern.spec.name,
+        str(pattern.count),
+        shape,
+        cut_text(plan, pattern),
+        mine if local == pattern.count else f"{local} of {mine}",
+        shard.dtype,
+        size_text(shard.nbytes * local),
+    )
+
+
+def cut_text(plan: Plan, pattern: TensorPattern) -> str:
+    """How a pattern is cut: `dim 0 q_heads (uneven)`, `experts (even)`, or `replicated`."""
+    cuts = plan.cuts.by_axis
+    found = [
+        f"{a.axis} ({cuts[a].kind})"
+        for a in ([pattern.spec.experts] if pattern.spec.experts else [])
+        if cuts[a].parts > 1
+    ]
+    for i, dim in enumerate(pattern.spec.dims):
+        found += [f"dim {i} {a.axis} ({cuts[a].kind})" for a in dim.axes if cuts[a].parts > 1]
+    if found:
+        return ", ".join(found)
+    return "replicated" if plan.layout.world > 1 else "whole"
+
+
+def _ranks(ranks: list[int]) -> str:
+    spans: list[list[int]] = []
+    for r in ranks:
+        if spans and r == spans[-1][1] + 1:
+            spans[-1][1] = r
+        else:
+            spans.append([r, r])
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in spans)
