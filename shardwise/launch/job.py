@@ -1,0 +1,195 @@
+"""A job: one function run on every rank, by a launcher of ours. What benchmarks, `run` and `LLM` start.
+
+    results = run_job("package.module:function", {"size": 4096}, world=2)
+
+calls `function(context)` on two new ranks and returns what each of them returned (JSON values).
+"""
+
+import json
+import os
+import secrets
+import shutil
+import signal
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from shardwise.comm import watch
+from shardwise.comm.watch import Deadlines
+from shardwise.launch.failure import Failure
+
+LAUNCHERS = ("local", "torchrun", "mpi", "ray")
+
+
+class JobFailed(RuntimeError):
+    """A rank failed. The text is the report for a terminal; `failure` the cause, `exit_code` the job's."""
+
+    def __init__(self, text: str, failure: Failure, path: Path | None = None):
+        super().__init__(text)
+        self.failure = failure
+        self.exit_code = failure.exit_code
+        self.path = path
+        """The `failure.json`."""
+
+
+class Interrupted(BaseException):
+    """A signal asked this process to end; `exit_code` is 128 + signal."""
+
+    def __init__(self, signum: int):
+        super().__init__(signal.Signals(signum).name)
+        self.signum = signum
+        self.exit_code = 128 + signum
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What the ranks shall do, and where their files go."""
+
+    target: str
+    """`module:function`, called as function(context) on every rank."""
+    payload: Mapping[str, Any]
+    """JSON values for the function."""
+    world: int
+    environment: Mapping[str, str] = field(default_factory=dict)
+    """Variables that the ranks get beside the parent's."""
+    deadlines: Deadlines = field(default_factory=Deadlines.from_environment)
+    folder: Path = field(default_factory=lambda: Path(tempfile.mkdtemp(prefix="shardwise-")))
+    """Private to the job: socket, store, description. Removed when the job went well."""
+    token: str = field(default_factory=lambda: secrets.token_hex(16))
+    debug: bool = False
+
+    @property
+    def logs(self) -> Path:
+        """One log a rank, and the reports of failures; SHARDWISE_LOG_DIR chooses another place."""
+        chosen = os.environ.get(watch.LOG_FOLDER_ENV)
+        return Path(chosen).absolute() if chosen else self.folder / "logs"
+
+    @property
+    def store(self) -> Path:
+        return self.folder / "store"
+
+    def log(self, rank: int) -> Path:
+        return self.logs / f"rank-{rank}.log"
+
+    def describe(self, address: str | tuple[str, int]) -> dict:
+        """What a rank must know, as JSON values."""
+        pid = os.getpid()
+        return {
+            "target": self.target,
+            "payload": dict(self.payload),
+            "world": self.world,
+            "address": address,
+            "token": self.token,
+            "logs": str(self.logs),
+            "deadlines": asdict(self.deadlines),
+            "supervisor": [pid, watch.process_start(pid)],
+        }
+
+    def prepare(self) -> None:
+        """Make the folders; reports that an earlier job left in a chosen log folder go."""
+        self.logs.mkdir(parents=True, exist_ok=True)
+        for old in [*self.logs.glob("failure*.json"), *self.logs.glob("rank-*.log")]:
+            old.unlink(missing_ok=True)
+
+    def write(self, description: dict) -> None:
+        (self.folder / "job.json").write_text(json.dumps(description))
+
+    def clean(self, failed: bool) -> None:
+        """Remove the private folder; after a failure the logs stay."""
+        if not failed:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            return
+        shutil.rmtree(self.store, ignore_errors=True)
+        (self.folder / "job.json").unlink(missing_ok=True)
+        if self.logs.parent != self.folder:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def run_job(
+    target: str,
+    payload: Mapping[str, Any] | None = None,
+    *,
+    world: int,
+    launcher: str = "local",
+    environment: Mapping[str, str] | None = None,
+    on_event: Callable[[dict], None] = lambda event: None,
+    deadline: float | None = None,
+    debug: bool = False,
+) -> list[Any]:
+    """Run `target` on `world` new ranks; returns each rank's result, by rank.
+
+    on_event   called with what ranks emit: {"event": ..., "rank": ..., ...}
+    deadline   seconds for the whole job once all ranks are there (None: no bound of its own)
+    Raises JobFailed when a rank fails, ValueError or RuntimeError when the launcher cannot start it here.
+    """
+    from shardwise.launch.supervise import Supervisor
+
+    job = Job(target=target, payload=payload or {}, world=world, environment=environment or {}, debug=debug)
+    with Supervisor(job, backend(launcher)) as supervisor:
+        return supervisor.finish(on_event, deadline)
+
+
+def backend(launcher: str, **options: Any):
+    """The launcher of that name. Raises ValueError for an unknown one."""
+    if launcher == "local":
+        from shardwise.launch.local import Local
+
+        return Local()
+    if launcher == "torchrun":
+        from shardwise.launch.torchrun import Torchrun
+
+        return Torchrun()
+    if launcher == "mpi":
+        from shardwise.launch.mpi import Mpi
+
+        return Mpi()
+    if launcher == "ray":
+        from shardwise.launch.ray import Ray
+
+        return Ray(**options)
+    raise ValueError(f"unknown launcher {launcher!r}; legal: {', '.join(LAUNCHERS)}")
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """SIGTERM, SIGINT and SIGHUP raise Interrupted inside this block; only the main thread gets signals."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(signum: int, frame: FrameType | None) -> None:
+        raise Interrupted(signum)
+
+    caught = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+    before = {signum: signal.signal(signum, interrupt) for signum in caught}
+    try:
+        yield
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+
+
+def rank_environment(job: Job) -> dict[str, str]:
+    """This process's environment as a rank of ours shall see it, before its place is added."""
+    from shardwise.launch import env
+
+    root = str(Path(__file__).resolve().parents[2])
+    search = [root, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+    return {
+        **env.without_launcher(os.environ),
+        **env.NO_MULTICAST,
+        watch.LOG_FOLDER_ENV: str(job.logs),
+        "PYTHONPATH": os.pathsep.join(dict.fromkeys(search)),
+        "PYTHONUNBUFFERED": "1",
+        **job.environment,
+    }
+
+
+def worker_command(job: Job) -> list[str]:
+    return [sys.executable, "-m", "shardwise.launch.worker", str(job.folder)]

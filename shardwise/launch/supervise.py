@@ -1,0 +1,245 @@
+"""The parent of a job: hears its ranks, sees them die, names the cause, and leaves nobody behind.
+
+Ranks report over the link before they load anything; from then on their pids are watched, whoever started them. At
+the first sign of trouble the supervisor waits shortly for what the others have to say, ends everything it started,
+and raises `JobFailed` with the cause.
+"""
+
+import contextlib
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable
+from typing import Any
+
+from shardwise.comm import watch
+from shardwise.launch import failure as failures
+from shardwise.launch import postmortem
+from shardwise.launch.backend import Backend
+from shardwise.launch.failure import Failure
+from shardwise.launch.job import Interrupted, Job, JobFailed
+from shardwise.launch.link import Hub
+
+SETTLE = 0.2
+"""Seconds to hear of failures that came before the first one we heard of."""
+VERDICT = 6.0
+"""Seconds that a launcher gets to end by itself and say who died; torchrun and mpirun need 1 to 3."""
+DUMP = 0.3
+"""Seconds for a rank that hangs to write its stacks."""
+
+
+class Supervisor:
+    """Context manager around a running job. Commands go out with `send`, events come in by `next_events`."""
+
+    def __init__(self, job: Job, backend: Backend):
+        self.job = job
+        self.backend = backend
+        self.phases = {rank: "start" for rank in range(job.world)}
+        self.results: dict[int, Any] = {}
+        self._failed: dict[int, Failure] = {}
+        self._died: dict[int, int] = {}
+        self._pidfds: dict[int, int] = {}
+        self._trouble: float | None = None
+        self._kills = postmortem.out_of_memory_kills()
+        self._hub: Hub | None = None
+        self._early: list[dict] = []
+        self._ended = False
+
+    def __enter__(self) -> "Supervisor":
+        try:
+            self.job.prepare()
+            self._hub = Hub(self.job.folder, self.job.token, self.backend.tcp_host)
+            description = self.job.describe(self._hub.address)
+            self.job.write(description)
+            self.backend.start(self.job, description)
+            for sentinel in self.backend.sentinels():
+                self._hub.watch(sentinel)
+            return self
+        except BaseException as error:
+            self.__exit__(type(error), error, None)
+            raise
+
+    def __exit__(self, kind, error, trace) -> None:
+        if not self._ended:
+            self._end(error.signum if isinstance(error, Interrupted) else signal.SIGTERM)
+            self._release(failed=False)
+
+    @property
+    def hub(self) -> Hub:
+        assert self._hub is not None, "the job was not started"
+        return self._hub
+
+    def send(self, command: dict) -> None:
+        """The same command to every rank."""
+        self.hub.send(command)
+
+    def wait_for_ranks(self) -> None:
+        """Until every rank has reported; `Deadlines.start` bounds it."""
+        end = time.monotonic() + self.job.deadlines.start
+        early = []
+        while len(self.hub.hello) < self.job.world:
+            early += self.next_events(end - time.monotonic(), "a rank to report")
+        self._early = early
+
+    def finish(self, on_event: Callable[[dict], None] = lambda event: None, deadline: float | None = None) -> list[Any]:
+        """Until every rank's function has returned and every process has ended; the results by rank."""
+        self.wait_for_ranks()
+        end = time.monotonic() + deadline if deadline else None
+        while len(self.results) < self.job.world:
+            for event in self.next_events(end - time.monotonic() if end else None, "the job to end"):
+                on_event(event)
+        self.backend.wait(self.job.deadlines.stop)
+        self._end(signal.SIGTERM)
+        self._release(failed=False)
+        return [self.results[rank] for rank in range(self.job.world)]
+
+    def next_events(self, seconds: float | None, waiting_for: str) -> list[dict]:
+        """The next events of the ranks' own. Raises JobFailed for a failure, or after `seconds` without any event.
+
+        May be empty when only the supervisor's own bookkeeping moved on.
+        """
+        if self._early:
+            early, self._early = self._early, []
+            return early
+        end = None if seconds is None else time.monotonic() + seconds
+        while True:
+            left = 3600.0 if end is None else end - time.monotonic()
+            if left <= 0:
+                self._stalled(seconds or 0.0, waiting_for)
+            before = len(self.hub.hello) + len(self.results)
+            events = self._take(left)
+            if self._trouble is not None:
+                self._collapse()
+            if events or len(self.hub.hello) + len(self.results) != before:
+                return events
+
+    def _take(self, seconds: float) -> list[dict]:
+        """Wait once; book what concerns the supervisor, return the rest."""
+        events, woken = self.hub.wait(max(0.0, seconds))
+        rest = []
+        for event in events:
+            kind, rank = event["event"], event["rank"]
+            if kind == "hello":
+                self._watch(rank)
+            elif kind == "phase":
+                self.phases[rank] = event["phase"]
+            elif kind == "failed":
+                self._failed[rank] = Failure.from_json(event["failure"])
+                self._trouble = self._trouble or time.monotonic()
+            elif kind == "done":
+                self.results[rank] = event["value"]
+            else:
+                rest.append(event)
+        for descriptor in woken:
+            self._ended_process(descriptor)
+        return rest
+
+    def _watch(self, rank: int) -> None:
+        hello = self.hub.hello[rank]
+        if hello.host != socket.gethostname():
+            return
+        try:
+            descriptor = os.pidfd_open(hello.pid)
+        except ProcessLookupError:  # gone already; its launcher's sentinel tells
+            return
+        self._pidfds[descriptor] = rank
+        self.hub.watch(descriptor)
+
+    def _ended_process(self, descriptor: int) -> None:
+        self.hub.forget(descriptor)
+        rank = self._pidfds.get(descriptor)
+        if rank is not None:
+            self._died.setdefault(rank, time.time_ns())
+        dead = [rank] if rank is not None else [*self.backend.exits()]
+        early = [rank for rank in dead if rank not in self.results]
+        launcher_left = rank is None and not self.backend.running() and len(self.results) < self.job.world
+        if early or launcher_left:
+            self._trouble = self._trouble or time.monotonic()
+
+    def _collapse(self) -> None:
+        """Hear the others out, end everything, raise the cause."""
+        assert self._trouble is not None
+        while not self._settled(time.monotonic() - self._trouble):
+            self._take(0.05)
+        stacks = self._stacks_of_missing()
+        died = dict(self._died)  # without those that we end now
+        self._end(signal.SIGTERM)
+        self._take(0.0)
+        found = postmortem.failures(
+            self.job,
+            self.backend,
+            self.hub.hello,
+            self.phases,
+            reported={**{each.rank: each for each in failures.read_all(self.job.logs)}, **self._failed},
+            died=died,
+            finished=set(self.results),
+            stacks=stacks,
+            out_of_memory=postmortem.out_of_memory_kills() > self._kills,
+        )
+        self._raise(found)
+
+    def _settled(self, seconds: float) -> bool:
+        if not self.backend.running():
+            return True
+        causes = [each for each in self._failed.values() if not each.victim or each.missing]
+        if causes or (self.backend.exits().keys() - self.results.keys()):
+            return seconds > SETTLE
+        return seconds > VERDICT
+
+    def _stalled(self, seconds: float, waiting_for: str) -> None:
+        """Nothing came for too long: every rank shows its stacks, the one that is furthest behind is named."""
+        late = [rank for rank in range(self.job.world) if rank not in self.hub.hello]
+        late = late or [rank for rank in range(self.job.world) if rank not in self.results]
+        stacks = self._dump_stacks(late)
+        self._end(signal.SIGTERM)
+        self._raise(postmortem.stall(self.job, self.hub.hello, self.phases, late, stacks, seconds, waiting_for))
+
+    def _stacks_of_missing(self) -> dict[int, str]:
+        missing = {rank for each in self._failed.values() for rank in each.missing}
+        return self._dump_stacks(sorted(missing - self._failed.keys() - self._died.keys()))
+
+    def _dump_stacks(self, ranks: list[int]) -> dict[int, str]:
+        """What each rank is doing, from its log; {} for ranks that cannot be asked."""
+        lengths = {}
+        for rank in ranks:
+            hello = self.hub.hello.get(rank)
+            log = self.job.log(rank)
+            if hello and hello.host == socket.gethostname() and watch.process_alive(hello.pid, hello.started):
+                lengths[rank] = log.stat().st_size if log.exists() else 0
+                os.kill(hello.pid, signal.SIGUSR2)
+        if lengths:
+            time.sleep(DUMP)
+        return {rank: postmortem.tail(self.job.log(rank), start=length) for rank, length in lengths.items()}
+
+    def _raise(self, found: list[Failure]) -> None:
+        path = None
+        for each in found:
+            path = failures.write(self.job.logs, each)
+        cause = failures.primary(found)
+        assert cause is not None
+        text = failures.report(cause, path=path, debug=self.job.debug)
+        self._release(failed=True)
+        raise JobFailed(text, cause, path)
+
+    def _end(self, signum: int) -> None:
+        """End what was started: ask, wait, kill. Ranks are hit only while (pid, start time) is still theirs."""
+        if self.backend.running():
+            self.backend.signal(signum)
+            if not self.backend.wait(self.job.deadlines.stop if signum != signal.SIGKILL else 0.0):
+                self.backend.signal(signal.SIGKILL)
+                self.backend.wait(self.job.deadlines.stop)
+        for hello in self.hub.hello.values() if self._hub else ():
+            if hello.host == socket.gethostname() and watch.process_alive(hello.pid, hello.started):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(hello.pid, signal.SIGKILL)
+
+    def _release(self, failed: bool) -> None:
+        self._ended = True
+        for descriptor in self._pidfds:
+            os.close(descriptor)
+        self._pidfds.clear()
+        if self._hub is not None:
+            self._hub.close()
+        self.backend.close()
+        self.job.clean(failed)

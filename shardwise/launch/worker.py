@@ -1,0 +1,122 @@
+"""The body of every rank that a launcher of ours starts: `python -m shardwise.launch.worker JOB_FOLDER`
+
+Order matters: be bound to the parent's life, have a log, know the rank, then report — all before the job's own
+function is imported, so that a rank that dies early is a named one.
+"""
+
+import importlib
+import json
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from shardwise.comm import watch
+from shardwise.comm.rank import RankInfo
+from shardwise.comm.watch import Deadlines
+from shardwise.launch import env, guard
+from shardwise.launch.guard import Guard
+from shardwise.launch.link import Link
+
+
+@dataclass(frozen=True)
+class RankContext:
+    """What a job's function gets: who it is, what to do, and the line to whoever asked."""
+
+    info: RankInfo
+    payload: dict
+    deadlines: Deadlines
+    guard: Guard
+    link: Link | None
+    """None where the ranks were started by the user's own torchrun or mpirun."""
+    store: Any = None
+    """Rendezvous for `comm.strategy.create` where the environment does not name one."""
+    on_event: Callable[[dict], None] = lambda event: None
+
+    def emit(self, event: str, **values: Any) -> None:
+        """Tell the parent something: JSON values."""
+        if self.link is not None:
+            self.link.send({"event": event, **values})
+        else:
+            self.on_event({"event": event, "rank": self.info.rank, **values})
+
+    def phase(self, name: str):
+        """Context manager: name what this rank does, for reports."""
+        return self.guard.phase(name)
+
+    def communicator(self, *, device: str = "cpu", transport: str = "auto"):
+        """The world group of this rank."""
+        from shardwise.comm.strategy import create
+
+        with self.phase("rendezvous"):
+            return create(self.info, transport=transport, device=device, store=self.store, deadlines=self.deadlines)
+
+
+def main(folder: Path) -> None:
+    """Run the job that `folder/job.json` describes, as the rank that the environment names; does not return."""
+    description = json.loads((folder / "job.json").read_text())
+    guard.bind_to_parent(tuple(description["supervisor"]))
+    info = env.detect()
+    own_log(Path(description["logs"]) / f"rank-{info.rank}.log")
+    guard.report_crashes()
+    run_rank(description, info)
+    leave()
+
+
+def run_rank(description: dict, info: RankInfo, make_store: Callable[[Link], Any] | None = None) -> None:
+    """Report to the parent, run the job's function in the guard, say how it went."""
+    env.prepare_rank(info)
+    link = Link(description["address"], description["token"], info.rank)
+    keeper = Guard(info, Path(description["logs"]), link)
+
+    def body() -> Any:
+        if info.world != description["world"]:
+            raise ValueError(
+                f"{info.source} started {info.world} ranks, but the job was planned for {description['world']}"
+            )
+        context = RankContext(
+            info=info,
+            payload=description["payload"],
+            deadlines=Deadlines(**description["deadlines"]),
+            guard=keeper,
+            link=link,
+            store=make_store(link) if make_store else None,
+        )
+        return resolve(description["target"])(context)
+
+    link.send({"event": "done", "value": keeper.run(body)})
+    link.close()
+
+
+def resolve(target: str) -> Callable[[RankContext], Any]:
+    """The function that `module:name` names. Raises ValueError when there is none."""
+    module, _, name = target.partition(":")
+    function = getattr(importlib.import_module(module), name, None)
+    if function is None:
+        raise ValueError(f"job target {target!r}: module {module} has no function {name!r}")
+    return function
+
+
+def own_log(path: Path) -> None:
+    """This rank's stdout and stderr, those of C libraries too, go to its log."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    for stream in (1, 2):
+        os.dup2(descriptor, stream)
+    os.close(descriptor)
+
+
+def leave() -> None:
+    """End a rank that finished its work: MPI wants its farewell, nothing else is worth the wait."""
+    mpi = sys.modules.get("mpi4py.MPI")
+    if mpi is not None and mpi.Is_initialized() and not mpi.Is_finalized():
+        with watch.phase("stop"):
+            mpi.Finalize()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
