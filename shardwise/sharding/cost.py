@@ -1,0 +1,266 @@
+"""What a plan costs on a machine: memory of the fullest rank, and the time of a prefill and of a decode step.
+
+A step is max(bytes / bandwidth, operations / rate) + communication + launches. Bytes are what must be read once: the
+weights that take part (of routed experts the expected share that the batch touches) and the cache. The fullest rank
+decides, since all ranks wait for it. Nothing here is fitted to a model; the machine's figures are `topology.py`'s.
+"""
+
+from dataclasses import dataclass
+from math import prod
+
+from shardwise.sharding.axes import Axis, MeshAxis
+from shardwise.sharding.collectives import Collective
+from shardwise.sharding.plan import Plan
+from shardwise.sharding.shards import TensorPattern
+from shardwise.sharding.spec import Attention, GatedDelta, Mamba2, MlaAttention, Moe
+from shardwise.sharding.topology import Topology
+
+KERNELS_PER_DENSE_LAYER = 5
+"""The fused decode step: projection, attention, output, gate and up, down."""
+KERNELS_PER_MOE_LAYER = 4
+"""Routing, two grouped products, combine, in place of the dense products."""
+KERNELS_PER_STEP = 4
+"""Embedding, final norm with head, sampling."""
+ACTIVATION_BYTES = 2
+HIDDEN_VECTORS = 3
+"""Alive at once a token: residual, normed input, partial output."""
+INNER_VECTORS = 2
+"""And the widest projection of a layer with its activation."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Workload:
+    """What the ranks serve at once, over all of them."""
+
+    batch: int = 1
+    """Sequences."""
+    context: int = 4096
+    """Tokens a sequence when decoding."""
+    prompt: int = 1024
+    """New tokens a sequence in prefill, chunks of which are `chunk` tokens."""
+    chunk: int = 8192
+    """Most tokens of one prefill step on one data-parallel rank."""
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """Bytes on the fullest rank."""
+
+    device: int
+    weights: int
+    cache: int
+    workspace: int
+
+    @property
+    def left(self) -> int:
+        return self.device - self.weights - self.cache - self.workspace
+
+    @property
+    def fits(self) -> bool:
+        return self.left >= 0
+
+
+@dataclass(frozen=True, slots=True)
+class StepTime:
+    """Seconds of one step by cause. Memory traffic and arithmetic overlap; the rest adds up."""
+
+    weights: float
+    cache: float
+    compute: float
+    communication: float
+    launch: float
+
+    @property
+    def total(self) -> float:
+        return max(self.weights + self.cache, self.compute) + self.communication + self.launch
+
+    @property
+    def bound(self) -> str:
+        """What takes longest."""
+        parts = {"communication": self.communication, "launch": self.launch}
+        if self.compute > self.weights + self.cache:
+            parts["compute"] = self.compute
+        else:
+            parts |= {"weights": self.weights, "cache": self.cache}
+        return max(parts, key=parts.__getitem__)
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """Cost of a plan under a workload."""
+
+    memory: Memory
+    decode: StepTime
+    """One token of every sequence."""
+    prefill: StepTime
+    """All prompts of the batch."""
+    batch: int
+
+    @property
+    def decode_tokens_per_second(self) -> float:
+        return self.batch / self.decode.total
+
+
+@dataclass(frozen=True, slots=True)
+class Traffic:
+    """Weights of one rank by how a step uses them: bytes read, and logical parameters multiplied."""
+
+    dense_bytes: int
+    dense_parameters: int
+    expert_bytes: int
+    expert_parameters: int
+    eight_bit: bool
+    """FP8 operands on both sides, so that products run at the 8-bit rate."""
+
+
+def estimate(plan: Plan, topology: Topology, workload: Workload) -> Estimate:
+    """Memory and time of `plan` on `topology`."""
+    rank = fullest_rank(plan)
+    traffic = traffic_of(plan, rank)
+    sequences = -(-workload.batch // plan.layout.attn_dp)
+    return Estimate(
+        memory_of(plan, topology, workload, rank),
+        _decode(plan, topology, workload, traffic, rank, sequences),
+        _prefill(plan, topology, workload, traffic, rank, sequences),
+        workload.batch,
+    )
+
+
+def fullest_rank(plan: Plan) -> int:
+    """The rank with the most weight bytes, the first of equals."""
+    return max(plan.ranks, key=lambda r: (r.weight_bytes, -r.rank)).rank
+
+
+def memory_of(plan: Plan, topology: Topology, workload: Workload, rank: int) -> Memory:
+    """Weights, cache of the rank's sequences, activations of one prefill chunk and logits of one step."""
+    sequences = -(-workload.batch // plan.layout.attn_dp)
+    tokens = min(workload.chunk, sequences * workload.prompt)
+    vectors = HIDDEN_VECTORS * plan.model.hidden + INNER_VECTORS * _widest(plan, rank)
+    return Memory(
+        topology.device.memory_bytes,
+        plan.ranks[rank].weight_bytes,
+        plan.cache_bytes(rank, max(workload.context, workload.prompt), sequences),
+        tokens * vectors * ACTIVATION_BYTES + sequences * plan.model.vocab * 4,
+    )
+
+
+def _widest(plan: Plan, rank: int) -> int:
+    """Elements a token of the rank's widest layer projection, of the chosen experts together where they are routed."""
+    chosen = _moe(plan).routing.top_k if _moe(plan) else 1
+    shapes = ((p, plan.pattern_shard(p, rank).local_shape) for p in plan.loaded if p.layers)
+    return max((s[-2] * (chosen if _is_routed(p) else 1) for p, s in shapes if len(s) in (2, 3)), default=0)
+
+
+def traffic_of(plan: Plan, rank: int) -> Traffic:
+    """Sums over the rank's patterns. An untied embedding is looked up, not streamed."""
+    sums = {"dense": [0, 0], "expert": [0, 0]}
+    eight = total = 0
+    for pattern in plan.loaded:
+        if pattern.spec.role == "embed.weight" and not plan.model.head.tied:
+            continue
+        shard, count = plan.pattern_shard(pattern, rank), plan.pattern_count(pattern, rank)
+        into = sums["expert" if _is_routed(pattern) else "dense"]
+        into[0] += shard.nbytes * count
+        into[1] += prod(shard.local_shape) * pattern.spec.values * count
+        total += shard.nbytes * count
+        eight += shard.nbytes * count if pattern.spec.dtype.startswith("F8") else 0
+    return Traffic(*sums["dense"], *sums["expert"], eight_bit=eight > total / 2)
+
+
+def _is_routed(pattern: TensorPattern) -> bool:
+    return pattern.spec.experts is not None or any(a.axis is Axis.EXPERTS for d in pattern.spec.dims for a in d.axes)
+
+
+def _decode(plan: Plan, topology: Topology, work: Workload, traffic: Traffic, rank: int, sequences: int) -> StepTime:
+    device = topology.device
+    read = traffic.dense_bytes + traffic.expert_bytes * touched_share(plan, work.batch)
+    cache = plan.cache_bytes(rank, work.context, sequences)
+    return StepTime(
+        weights=read / device.memory_bandwidth_bytes_per_second,
+        cache=cache / device.memory_bandwidth_bytes_per_second,
+        compute=_products(plan, topology, traffic, sequences, work.batch),
+        communication=_communication(plan, topology, sequences),
+        launch=_kernels(plan) * device.launch_seconds,
+    )
+
+
+def _prefill(plan: Plan, topology: Topology, work: Workload, traffic: Traffic, rank: int, sequences: int) -> StepTime:
+    device = topology.device
+    tokens = sequences * work.prompt
+    steps = -(-tokens // work.chunk)
+    read = traffic.dense_bytes + traffic.expert_bytes * touched_share(plan, tokens * plan.layout.attn_dp)
+    attention = sequences * _attention_operations(plan, rank, work.prompt) / device.flops_16bit
+    return StepTime(
+        weights=steps * read / device.memory_bandwidth_bytes_per_second,
+        cache=plan.cache_bytes(rank, work.prompt, sequences) / device.memory_bandwidth_bytes_per_second,
+        compute=_products(plan, topology, traffic, tokens, tokens * plan.layout.attn_dp) + attention,
+        communication=steps * _communication(plan, topology, -(-tokens // steps)),
+        launch=steps * _kernels(plan) * device.launch_seconds,
+    )
+
+
+def _products(plan: Plan, topology: Topology, traffic: Traffic, tokens: int, all_tokens: int) -> float:
+    """Seconds of the matrix products: own tokens through dense weights, everybody's through this rank's experts."""
+    rate = topology.device.flops_8bit if traffic.eight_bit else topology.device.flops_16bit
+    experts = traffic.expert_parameters * _chosen_share(plan) * all_tokens
+    return 2 * (traffic.dense_parameters * tokens + experts) / rate
+
+
+def _moe(plan: Plan) -> Moe | None:
+    return next((f for layer, _ in plan.model.layer_groups() for f in layer.feed_forward if isinstance(f, Moe)), None)
+
+
+def _chosen_share(plan: Plan) -> float:
+    moe = _moe(plan)
+    return moe.routing.top_k / moe.expert_axis.units if moe else 0.0
+
+
+def touched_share(plan: Plan, tokens: int) -> float:
+    """Expected share of a rank's routed experts that `tokens` independent tokens choose."""
+    return 1.0 - (1.0 - _chosen_share(plan)) ** tokens
+
+
+def _attention_operations(plan: Plan, rank: int, prompt: int) -> float:
+    """Scores and weighted sums of one causal prompt on this rank."""
+    at = plan.layout.coordinates(rank)
+    total = 0.0
+    for layer, numbers in plan.model.layer_groups():
+        for mixer in layer.mixers:
+            if isinstance(mixer, Mamba2 | GatedDelta) or not hasattr(mixer, "q_axis"):
+                continue
+            width = {
+                Attention: lambda m: m.head_dim + m.v_head_dim,
+                MlaAttention: lambda m: m.nope_dim + m.rope_dim + m.v_head_dim,
+            }.get(type(mixer), lambda m: 2 * m.head_dim)(mixer)
+            seen = min(prompt / 2, getattr(mixer, "window", None) or prompt)
+            total += len(numbers) * 2 * plan.cuts.share(mixer.q_axis, at).length * width * prompt * seen
+    return total
+
+
+def _kernels(plan: Plan) -> int:
+    return KERNELS_PER_STEP + sum(
+        len(layer.mixers) * 3 + sum(KERNELS_PER_MOE_LAYER if isinstance(f, Moe) else 2 for f in layer.feed_forward)
+        for layer in plan.model.layers
+    )
+
+
+def _communication(plan: Plan, topology: Topology, tokens: int) -> float:
+    return sum(c.count * collective_seconds(c, plan, topology, tokens) for c in plan.collectives)
+
+
+def collective_seconds(collective: Collective, plan: Plan, topology: Topology, tokens: int) -> float:
+    """Latency plus the bytes that cross one rank's link, for `tokens` tokens of one data-parallel rank."""
+    layout = plan.layout
+    size = layout.world if collective.axis == "world" else getattr(layout, collective.axis)
+    if size == 1:
+        return 0.0
+    stride = layout.moe_ep if collective.axis == MeshAxis.MOE_TP else 1
+    link = topology.link(size * stride)
+    payload = collective.bytes_per_token * tokens
+    crossing = payload * (size - 1) / size * (2 if collective.op == "all_reduce" else 1)
+    if collective.axis == "world" and collective.op != "all_reduce":
+        crossing *= layout.attn_dp
+    return link.latency_seconds + crossing / link.bandwidth_bytes_per_second
+
+
+__all__ = ["Estimate", "Memory", "StepTime", "Workload", "collective_seconds", "estimate", "fullest_rank", "memory_of"]

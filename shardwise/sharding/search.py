@@ -1,0 +1,91 @@
+"""Every layout of a model on a number of devices: ranked where legal, with the reason where not."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import StrEnum
+
+from shardwise.sharding.cost import Estimate, Workload, estimate
+from shardwise.sharding.cutting import IllegalLayout
+from shardwise.sharding.layout import ParallelLayout
+from shardwise.sharding.plan import Plan, plan
+from shardwise.sharding.spec import ModelSpec, Moe
+from shardwise.sharding.topology import Topology
+
+
+class Objective(StrEnum):
+    LATENCY = "latency"
+    THROUGHPUT = "throughput"
+    MEMORY = "memory"
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A legal layout and what it costs."""
+
+    plan: Plan
+    estimate: Estimate
+    replicas: int
+    """Copies of the model that the devices hold side by side."""
+
+    @property
+    def layout(self) -> ParallelLayout:
+        return self.plan.layout
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Decoding, over all replicas, each at the workload's batch."""
+        return self.replicas * self.estimate.decode_tokens_per_second
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    layout: ParallelLayout
+    reasons: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SearchResult:
+    ranked: tuple[Candidate, ...]
+    """Those that fit, best first; then those that do not, by bytes missing."""
+    refused: tuple[Refusal, ...]
+
+
+def search(
+    model: ModelSpec, topology: Topology, workload: Workload, *, devices: int, objective: Objective
+) -> SearchResult:
+    """All layouts whose world divides `devices`; the rest of the devices hold replicas."""
+    found: list[Candidate] = []
+    refused: list[Refusal] = []
+    for layout in layouts(devices, any(isinstance(f, Moe) for layer in model.layers for f in layer.feed_forward)):
+        try:
+            planned = plan(model, layout)
+        except IllegalLayout as error:
+            refused.append(Refusal(layout, error.reasons))
+            continue
+        found.append(Candidate(planned, estimate(planned, topology, workload), devices // layout.world))
+    return SearchResult(tuple(sorted(found, key=lambda c: _rank(c, objective))), tuple(refused))
+
+
+def layouts(devices: int, experts: bool) -> Iterator[ParallelLayout]:
+    """Layouts with `tp * attn_dp = moe_tp * moe_ep` dividing `devices`; for a dense model replicas replace attn_dp."""
+    for world in _divisors(devices):
+        for tp in _divisors(world):
+            if not experts:
+                if tp == world:
+                    yield ParallelLayout(tp)
+                continue
+            yield from (ParallelLayout(tp, world // tp, world // ep, ep) for ep in _divisors(world))
+
+
+def _divisors(n: int) -> list[int]:
+    return [d for d in range(1, n + 1) if n % d == 0]
+
+
+def _rank(candidate: Candidate, objective: Objective) -> tuple:
+    memory = candidate.estimate.memory
+    figure = {
+        Objective.LATENCY: candidate.estimate.decode.total,
+        Objective.THROUGHPUT: -candidate.tokens_per_second,
+        Objective.MEMORY: -memory.left,
+    }[objective]
+    return (not memory.fits, figure if memory.fits else -memory.left, candidate.layout.world)
