@@ -1,0 +1,175 @@
+"""Assembles this rank's decoder from a ModelSpec's blocks.
+
+A new family is data (a spec); it needs code here only where it has a block with new maths, which is then one entry in
+`MIXERS` or `FEED_FORWARDS`.
+"""
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from shardwise.comm.rank import Groups
+from shardwise.parallel.attention import AttentionMixer
+from shardwise.parallel.cache import LayerShape, Masking
+from shardwise.parallel.decoder import Decoder, DecoderLayer
+from shardwise.parallel.layers import (
+    GatedMlp,
+    Linear,
+    Norm,
+    PlainMlp,
+    ResidualNorm,
+    RowLinear,
+    VocabEmbedding,
+    VocabHead,
+    activation_named,
+)
+from shardwise.parallel.rotary import RotaryAngles
+from shardwise.parallel.supported import check_supported
+from shardwise.parallel.weights import Weights
+from shardwise.sharding import spec
+
+
+class DecoderBuilder:
+    """Turns the plan's model into this rank's layers. UnsupportedModel names the block that has no implementation."""
+
+    def __init__(self, weights: Weights, groups: Groups):
+        self.weights, self.groups = weights, groups
+        self.model = weights.plan.model
+        self._rotary: dict[spec.Rope, RotaryAngles] = {}
+
+    def build(self) -> Decoder:
+        model = self.model
+        check_supported(model, mixers=tuple(MIXERS), feed_forwards=tuple(FEED_FORWARDS))
+        table = self.weights.take(model.embedding, "embed.weight")
+        shard = self.weights.shard(model.embedding.roles["embed.weight"])
+        embedding = VocabEmbedding(
+            weight=table,
+            vocab=shard.ranges[0][0] if shard.ranges[0] else (0, 0),
+            group=self.groups.tp,
+            multiplier=model.embedding.multiplier,
+        )
+        norms = [self._norm(layer.mixer_norm, "mixer_norm", i) for i, layer in enumerate(model.layers)]
+        norms.append(self._norm(model.final_norm, "final_norm", None))
+        layers = [self._layer(layer, i, norms[i + 1]) for i, layer in enumerate(model.layers)]
+        decoder = Decoder(embedding=embedding, first_norm=norms[0], layers=layers, head=self._head(table))
+        self.weights.finish()
+        return decoder
+
+    def cache_shapes(self) -> list[LayerShape]:
+        """This rank's KV cache of every layer."""
+        return [
+            LayerShape(*_local_heads(self.weights, layer.mixers[0], i)[1:]) for i, layer in enumerate(self.model.layers)
+        ]
+
+    def _layer(self, layer: spec.Layer, number: int, next_norm: Norm) -> DecoderLayer:
+        def joining(norm: Norm, post: spec.Norm | None, role: str) -> ResidualNorm:
+            return ResidualNorm(
+                norm=norm,
+                group=self.groups.tp,
+                post=self._norm(post, role, number),
+                multiplier=layer.residual_multiplier,
+            )
+
+        mixer, feed_forward = layer.mixers[0], layer.feed_forward[0]
+        return DecoderLayer(
+            mixer=MIXERS[type(mixer)](self, mixer, number),
+            between=joining(
+                self._norm(layer.feed_forward_norm, "feed_forward_norm", number),
+                layer.mixer_post_norm,
+                "mixer_post_norm",
+            ),
+            feed_forward=FEED_FORWARDS[type(feed_forward)](self, feed_forward, number),
+            after=joining(next_norm, layer.feed_forward_post_norm, "feed_forward_post_norm"),
+        )
+
+    def _norm(self, norm: spec.Norm | None, role: str, layer: int | None) -> Norm | None:
+        if norm is None:
+            return None
+        return Norm(
+            weight=self.weights.take(norm, f"{role}.weight", layer=layer), eps=norm.eps, offset=norm.weight_offset
+        )
+
+    def _head(self, table: Tensor) -> VocabHead:
+        head, plan = self.model.head, self.weights.plan
+        named = (self.model.embedding.roles["embed.weight"] if head.tied else head.roles["head.weight"]).path()
+        weight = table if head.tied else self.weights.take(head, "head.weight")
+        tp = plan.layout.tp
+        return VocabHead(
+            linear=Linear(weight=weight, keep=head.tied),
+            sizes=tuple(plan.shard(rank, named).local_shape[0] for rank in range(tp)),
+            group=self.groups.tp,
+            vocab=self.model.vocab,
+            softcap=head.softcap,
+            multiplier=head.multiplier,
+        )
+
+    def linear(self, block: spec.Block, *roles: str, layer: int) -> Linear:
+        """Column-parallel: the roles' outputs one behind the other."""
+        weight = self.weights.take(block, *(f"{role}.weight" for role in roles), layer=layer)
+        return Linear(weight=weight, bias=self.weights.take(block, *(f"{role}.bias" for role in roles), layer=layer))
+
+    def row_linear(self, block: spec.Block, role: str, layer: int) -> RowLinear:
+        return RowLinear(
+            weight=self.weights.take(block, f"{role}.weight", layer=layer),
+            bias=self.weights.take(block, f"{role}.bias", layer=layer),
+            group=self.groups.tp,
+        )
+
+    def rotary(self, rope: spec.Rope | None) -> RotaryAngles | None:
+        """Layers with equal rotation share one object, so that a step computes its angles once."""
+        if rope is not None and rope not in self._rotary:
+            self._rotary[rope] = RotaryAngles(
+                rope, max_positions=self.model.max_positions, dtype=self.weights.dtype, device=self.weights.device
+            )
+        return None if rope is None else self._rotary[rope]
+
+
+def _attention(builder: DecoderBuilder, block: spec.Attention, layer: int) -> AttentionMixer:
+    weights = builder.weights
+    heads, kv_heads, head_dim, v_head_dim = _local_heads(weights, block, layer)
+    norms = {
+        role: Norm(
+            weight=weights.take(block, f"{role}.weight", layer=layer),
+            eps=block.norm_eps,
+            offset=block.norm_weight_offset,
+        )
+        for role in ("q_norm", "k_norm")
+        if f"{role}.weight" in block.roles
+    }
+    fused = "qkv.weight" in block.roles
+    return AttentionMixer(
+        layer=layer,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        v_head_dim=v_head_dim,
+        qkv=builder.linear(block, *(("qkv",) if fused else ("q", "k", "v")), layer=layer),
+        out=builder.row_linear(block, "o", layer),
+        masking=Masking(
+            scale=block.scale,
+            window=block.window,
+            softcap=block.softcap,
+            sinks=weights.take(block, "sinks", layer=layer),
+        ),
+        rotary=builder.rotary(block.rope),
+        **norms,
+    )
+
+
+def _local_heads(weights: Weights, block: spec.Attention, layer: int) -> tuple[int, int, int, int]:
+    at = weights.plan.layout.coordinates(weights.rank)
+    q, kv = (weights.plan.cuts.share(axis, at).length for axis in (block.q_axis, block.kv_axis))
+    return q, kv, block.head_dim, block.v_head_dim
+
+
+def _dense_mlp(builder: DecoderBuilder, block: spec.DenseMlp, layer: int) -> GatedMlp | PlainMlp:
+    activation = activation_named(block.activation)
+    down = builder.row_linear(block, "down", layer)
+    if not block.gated:
+        return PlainMlp(up=builder.linear(block, "up", layer=layer), down=down, activation=activation)
+    roles = ("gate_up",) if "gate_up.weight" in block.roles else ("gate", "up")
+    return GatedMlp(gate_up=builder.linear(block, *roles, layer=layer), down=down, activation=activation)
+
+
+MIXERS: dict[type, Callable] = {spec.Attention: _attention}
+FEED_FORWARDS: dict[type, Callable] = {spec.DenseMlp: _dense_mlp}

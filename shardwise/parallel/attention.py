@@ -1,0 +1,49 @@
+"""The attention mixer: fused projection, per-head norms, rotation, cached attention, output projection."""
+
+from torch import Tensor
+
+from shardwise.parallel.batch import Batch
+from shardwise.parallel.cache import KvCache, Masking
+from shardwise.parallel.layers import Linear, Norm, RowLinear
+from shardwise.parallel.rotary import RotaryAngles, rotate
+
+
+class AttentionMixer:
+    """Attention of this rank's heads: `heads` query heads that share `kv_heads` KV heads evenly.
+
+    The projection's rows are [queries | keys | values]. Returns this rank's partial sum.
+    """
+
+    def __init__(
+        self,
+        *,
+        layer: int,
+        heads: int,
+        kv_heads: int,
+        head_dim: int,
+        v_head_dim: int,
+        qkv: Linear,
+        out: RowLinear,
+        masking: Masking,
+        rotary: RotaryAngles | None = None,
+        q_norm: Norm | None = None,
+        k_norm: Norm | None = None,
+    ):
+        self.layer, self.heads, self.kv_heads = layer, heads, kv_heads
+        self.head_dim, self.v_head_dim = head_dim, v_head_dim
+        self.qkv, self.out, self.masking = qkv, out, masking
+        self.rotary, self.q_norm, self.k_norm = rotary, q_norm, k_norm
+        self._keys_end = (heads + kv_heads) * head_dim
+
+    def __call__(self, x: Tensor, batch: Batch, cache: KvCache) -> Tensor:
+        tokens = x.shape[0]
+        qkv = self.qkv(x)
+        qk = qkv[:, : self._keys_end].view(tokens, self.heads + self.kv_heads, self.head_dim)
+        values = qkv[:, self._keys_end :].view(tokens, self.kv_heads, self.v_head_dim)
+        if self.q_norm is not None:
+            qk[:, : self.heads] = self.q_norm(qk[:, : self.heads])
+            qk[:, self.heads :] = self.k_norm(qk[:, self.heads :])
+        if self.rotary is not None:
+            qk = rotate(qk, *batch.rotation(self.rotary))
+        attended = cache.attend(self.layer, qk[:, : self.heads], qk[:, self.heads :], values, batch, self.masking)
+        return self.out(attended.view(tokens, -1))

@@ -1,0 +1,41 @@
+"""The decoder: a stack of layers between embedding and head, run on one batch at a time."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from shardwise.parallel.batch import Batch
+from shardwise.parallel.cache import KvCache
+from shardwise.parallel.layers import Norm, ResidualNorm, VocabEmbedding, VocabHead
+
+
+@dataclass
+class DecoderLayer:
+    """One layer between two norms: it takes a normed input and leaves the last partial sum to the next norm."""
+
+    mixer: Callable[[Tensor, Batch, KvCache], Tensor]
+    between: ResidualNorm
+    feed_forward: Callable[[Tensor], Tensor]
+    after: ResidualNorm
+    """Adds the feed-forward's result and norms it for the next layer."""
+
+    def __call__(self, x: Tensor, residual: Tensor, batch: Batch, cache: KvCache) -> tuple[Tensor, Tensor]:
+        x, residual = self.between(self.mixer(x, batch, cache), residual)
+        return self.after(self.feed_forward(x), residual)
+
+
+class Decoder:
+    """Embedding, layers, head of one rank."""
+
+    def __init__(self, *, embedding: VocabEmbedding, first_norm: Norm, layers: list[DecoderLayer], head: VocabHead):
+        self.embedding, self.first_norm, self.layers, self.head = embedding, first_norm, layers, head
+
+    def __call__(self, batch: Batch, cache: KvCache) -> Tensor:
+        """Logits float32 [number of spans that want them, V], identical on every rank."""
+        residual = self.embedding(batch.tokens)
+        x = self.first_norm(residual)
+        for layer in self.layers:
+            x, residual = layer(x, residual, batch, cache)
+        rows = batch.logits_rows
+        return self.head(x if rows is None else x[rows])

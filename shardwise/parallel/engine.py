@@ -1,0 +1,247 @@
+"""The engine: loads this rank's part of a model and generates. Every rank calls it alike and gets the same result."""
+
+import resource
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from shardwise.comm.rank import Groups
+from shardwise.parallel.assemble import DecoderBuilder
+from shardwise.parallel.cache import KvCache, SlotCache
+from shardwise.parallel.sampler import SamplingParams, sample
+from shardwise.parallel.scheduler import Request, Scheduler
+from shardwise.parallel.text import TextStream
+from shardwise.parallel.tokenizer import Tokenizer, load_tokenizer
+from shardwise.parallel.weights import Progress, Weights
+from shardwise.sharding.checkpoint.resolve import Checkpoint, open_checkpoint
+from shardwise.sharding.plan import Plan
+
+Prompt = str | Sequence[int] | Sequence[dict[str, str]]
+"""Raw text, token ids, or a conversation of {"role", "content"} messages that the chat template formats."""
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+MAX_BATCH = 64
+STEP_TOKENS = 2048
+"""Tokens of one step at most: bounds activations and how long a running request waits for a new prompt."""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenEvent:
+    """One generated token of one request."""
+
+    request: int
+    """Number of the prompt in the call."""
+    token_id: int
+    text: str
+    """Text that became certain with this token, often ``""``; the events' texts join to the completion's."""
+    finished: bool = False
+    finish_reason: str | None = None
+    """`stop` (a stop id or text) or `length`, in the last event of a request."""
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """The answer to one prompt."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    """Without the stop id that ended it."""
+    prompt_tokens: int
+    finish_reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class RankStats:
+    """What one rank holds and held."""
+
+    rank: int
+    weight_bytes: int
+    cache_bytes: int
+    peak_rss_bytes: int
+    """Of the process, which ranks that are threads share."""
+    load_seconds: float
+
+
+class Engine:
+    """One rank's end of a running model.
+
+    model        what `open_checkpoint` takes, or a Checkpoint
+    plan         a plan of that model; its layout has the size of `groups.world`
+    dtype        of weights and activations: a torch dtype, its name, or "auto" (float32 on the CPU, bfloat16 on GPUs)
+    on_progress  called with (bytes read, bytes to read) while the weights load
+    """
+
+    def __init__(
+        self,
+        model: str | Path | Checkpoint,
+        plan: Plan,
+        groups: Groups,
+        *,
+        dtype: torch.dtype | str = "auto",
+        device: torch.device | str = "cpu",
+        on_progress: Progress | None = None,
+    ):
+        started = time.perf_counter()
+        if plan.layout.world != groups.world.size:
+            raise ValueError(f"the plan is for {plan.layout.world} ranks, the job has {groups.world.size}")
+        self.plan, self.groups = plan, groups
+        self.device = torch.device(device)
+        self.dtype = _dtype(dtype, self.device)
+        self.checkpoint = model if isinstance(model, Checkpoint) else open_checkpoint(model)
+        self._weights = Weights(
+            self.checkpoint,
+            plan,
+            groups.world.rank,
+            dtype=self.dtype,
+            device=self.device,
+            on_progress=on_progress,
+        )
+        with torch.inference_mode():
+            builder = DecoderBuilder(self._weights, groups)
+            self._decoder = builder.build()
+        self._cache_shapes = builder.cache_shapes()
+        self._cache: KvCache | None = None
+        self._load_seconds = time.perf_counter() - started
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        return load_tokenizer(self.checkpoint)
+
+    @property
+    def max_length(self) -> int:
+        """Tokens that prompt and answer may have together."""
+        return self.plan.model.max_positions or sys.maxsize
+
+    def generate(
+        self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
+    ) -> list[Completion]:
+        """Completions of all prompts, in their order. Arguments and errors as for `stream`."""
+        requests = self._requests(prompts, params)
+        texts = [""] * len(requests)
+        reasons = [""] * len(requests)
+        for event in self._run(requests):
+            texts[event.request] += event.text
+            reasons[event.request] = event.finish_reason or ""
+        return [
+            Completion(text, self._answer(request), len(request.prompt), reason)
+            for request, text, reason in zip(requests, texts, reasons, strict=True)
+        ]
+
+    def stream(
+        self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
+    ) -> Iterator[TokenEvent]:
+        """Tokens of all prompts as they come; `params` for all prompts or one for each.
+
+        ValueError for an empty prompt, or one that leaves no room in the context. Leaving the iterator early aborts
+        what is unfinished: every rank must leave it after the same event.
+        """
+        yield from self._run(self._requests(prompts, params))
+
+    def stats(self) -> RankStats:
+        return RankStats(
+            rank=self.groups.world.rank,
+            weight_bytes=self._weights.held_bytes,
+            cache_bytes=self._cache.nbytes() if self._cache else 0,
+            peak_rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            load_seconds=self._load_seconds,
+        )
+
+    def _requests(self, prompts: Sequence[Prompt], params: Any) -> list[Request]:
+        if isinstance(prompts, str):
+            raise TypeError("prompts is one text; pass a list of prompts")
+        params = params or SamplingParams()
+        each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
+        if len(each) != len(prompts):
+            raise ValueError(f"{len(prompts)} prompts with {len(each)} sampling parameters; give one, or one for each")
+        if any(p.temperature > 0 and p.seed is None for p in each):
+            drawn = self.groups.world.broadcast_object(torch.seed() % 2**62)
+            each = [replace(p, seed=drawn + i) if p.seed is None else p for i, p in enumerate(each)]
+        return [self._request(i, prompt, p) for i, (prompt, p) in enumerate(zip(prompts, each, strict=True))]
+
+    def _request(self, number: int, prompt: Prompt, params: SamplingParams) -> Request:
+        ids = self._encode(prompt)
+        if not ids:
+            raise ValueError(f"prompt {number} has no tokens")
+        if len(ids) >= self.max_length:
+            raise ValueError(f"prompt {number} has {len(ids)} tokens, the model's context holds {self.max_length}")
+        generator = None
+        if params.temperature > 0:
+            generator = torch.Generator(self.device).manual_seed(params.seed)
+        return Request(number, ids, params, TextStream(self.tokenizer.stream(), params.stop), generator)
+
+    def _encode(self, prompt: Prompt) -> list[int]:
+        if isinstance(prompt, str):
+            return self.tokenizer.encode(prompt)
+        if prompt and isinstance(prompt[0], dict):
+            return self.tokenizer.encode_chat(prompt)
+        vocab = self.plan.model.vocab
+        wrong = [i for i in prompt if not 0 <= i < vocab]
+        if wrong:
+            raise ValueError(f"token id {wrong[0]} is not in the vocabulary of {vocab}")
+        return [int(i) for i in prompt]
+
+    def _run(self, requests: list[Request]) -> Iterator[TokenEvent]:
+        cache = self._cache_for(requests)
+        scheduler = Scheduler(slots=cache.slots, step_tokens=STEP_TOKENS, device=self.device)
+        scheduler.add(requests)
+        while scheduler.has_work:
+            step = scheduler.next_step()
+            # Entered for each step: a generator that is suspended inside would leave its caller in inference mode.
+            with torch.inference_mode():
+                tokens = self._sample(self._decoder(step.batch, cache), step.sampled)
+            for request, token in zip(step.sampled, tokens, strict=True):
+                event = self._accept(request, token)
+                if event.finished:
+                    scheduler.finish(request)
+                yield event
+
+    def _sample(self, logits: torch.Tensor, requests: list[Request]) -> list[int]:
+        if all(request.params.temperature == 0 for request in requests):
+            return logits.argmax(-1).tolist()
+        return [sample(row, request.params, request.generator) for row, request in zip(logits, requests, strict=True)]
+
+    def _accept(self, request: Request, token: int) -> TokenEvent:
+        params = request.params
+        request.tokens.append(token)
+        if token in params.stop_token_ids or (token in self.tokenizer.stop_ids and not params.ignore_eos):
+            return TokenEvent(request.number, token, request.text.flush(), True, "stop")
+        text = request.text.push(token)
+        if request.text.stopped:
+            return TokenEvent(request.number, token, text, True, "stop")
+        length = len(request.prompt) + len(request.tokens)
+        if len(request.tokens) == params.max_new_tokens or length == self.max_length:
+            return TokenEvent(request.number, token, text + request.text.flush(), True, "length")
+        return TokenEvent(request.number, token, text)
+
+    def _answer(self, request: Request) -> tuple[int, ...]:
+        params = request.params
+        last = request.tokens[-1]
+        ended = last in params.stop_token_ids or (last in self.tokenizer.stop_ids and not params.ignore_eos)
+        return tuple(request.tokens[:-1] if ended else request.tokens)
+
+    def _cache_for(self, requests: list[Request]) -> KvCache:
+        """The cache that these requests need: as many rows as run at once, as long as the longest may become."""
+        longest = max((len(r.prompt) + r.params.max_new_tokens for r in requests), default=1)
+        length, slots = min(longest, self.max_length), max(1, min(len(requests), MAX_BATCH))
+        if self._cache is None or self._cache.max_length < length or self._cache.slots < slots:
+            self._cache = None
+            self._cache = SlotCache(
+                self._cache_shapes, slots=slots, max_length=length, dtype=self.dtype, device=self.device
+            )
+        return self._cache
+
+
+def _dtype(dtype: torch.dtype | str, device: torch.device) -> torch.dtype:
+    if dtype == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    if isinstance(dtype, str):
+        if dtype not in DTYPES:
+            raise ValueError(f"dtype {dtype!r} is unknown, legal: auto, {', '.join(DTYPES)}")
+        return DTYPES[dtype]
+    return dtype

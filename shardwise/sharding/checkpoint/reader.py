@@ -1,0 +1,133 @@
+"""Read index ranges of stored tensors, in bounded pieces, dequantised where the file is quantised. Free of torch.
+
+Files are mapped, so only the pages of the wanted rows and blocks are read; a piece holds at most PIECE_ELEMENTS.
+"""
+
+import mmap
+from collections.abc import Iterator, Sequence
+from functools import cache
+from math import prod
+from pathlib import Path
+
+import numpy as np
+
+from shardwise.sharding.axes import Range, span
+from shardwise.sharding.checkpoint.gguf_model import StoredTensor
+from shardwise.sharding.checkpoint.header import STORAGE, CheckpointError
+
+PIECE_ELEMENTS = 1 << 20
+"""Bounds the temporaries of the dequantisers; smaller pieces cost more calls than they save cache misses."""
+
+NUMPY = {
+    "F64": np.float64,
+    "F32": np.float32,
+    "F16": np.float16,
+    "BF16": np.uint16,
+    "F8_E4M3": np.uint8,
+    "F8_E5M2": np.uint8,
+    "F8_E8M0": np.uint8,
+    "I64": np.int64,
+    "I32": np.int32,
+    "I16": np.int16,
+    "I8": np.int8,
+    "U64": np.uint64,
+    "U32": np.uint32,
+    "U16": np.uint16,
+    "U8": np.uint8,
+    "BOOL": np.bool_,
+}
+"""Array type of plain storage types; bfloat16 and float8 come as their bits. All others are dequantised to float32."""
+
+
+class Reader:
+    """Maps each file once; `close` (or the last reference) unmaps."""
+
+    def __init__(self):
+        self._files: dict[Path, np.ndarray] = {}
+
+    def pieces(self, stored: StoredTensor, ranges: Sequence[Sequence[Range]]) -> Iterator[tuple[Range, np.ndarray]]:
+        """The part of a tensor that `ranges` select, piece by piece along the first dimension.
+
+        ranges   for each dimension, disjoint ascending index ranges, joined
+        Yields ((start, stop) in the selected part's first dimension, array [stop - start, ...]). An array may be a
+        view of the file: copy it, do not write it.
+        """
+        shape = stored.entry.shape
+        if not shape:
+            yield (0, 1), self._data(stored).reshape(1)
+            return
+        rest = prod(span(r) for r in ranges[1:])
+        rows = max(1, PIECE_ELEMENTS // max(1, rest))
+        done = 0
+        for start, stop in ranges[0]:
+            # A one-dimensional quantised tensor is cut into blocks below, not here.
+            step = rows if len(shape) > 1 else stop - start
+            for first in range(start, stop, step):
+                last = min(first + step, stop)
+                yield (done, done + last - first), self._part(stored, [[(first, last)], *ranges[1:]])
+                done += last - first
+
+    def _part(self, stored: StoredTensor, ranges: Sequence[Sequence[Range]]) -> np.ndarray:
+        quantised = stored.entry.dtype not in NUMPY
+        data, lead = self._data(stored), len(ranges) - 1 if quantised else len(ranges)
+        for dim in range(lead):
+            if dim == 0 and stored.interleaved_head:
+                data = data[_interleaved_rows(ranges[0][0], stored.interleaved_head)]
+            else:
+                data = _select(data, dim, ranges[dim])
+        return _dequantised(data, stored.entry.dtype, ranges[-1]) if quantised else data
+
+    def _data(self, stored: StoredTensor) -> np.ndarray:
+        """The whole tensor as a view of its file; quantised ones as bytes [..., blocks, bytes of a block]."""
+        entry = stored.entry
+        raw = self._file(entry.path)[entry.offset : entry.offset + entry.nbytes]
+        if entry.dtype in NUMPY:
+            return raw.view(NUMPY[entry.dtype]).reshape(entry.shape)
+        elements, size = STORAGE[entry.dtype]
+        return raw.reshape(*entry.shape[:-1], entry.shape[-1] // elements, size)
+
+    def _file(self, path: Path) -> np.ndarray:
+        if path not in self._files:
+            with path.open("rb") as file:
+                # A private writable mapping: torch warns about read-only arrays that it shares memory with.
+                self._files[path] = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY), np.uint8)
+        return self._files[path]
+
+    def close(self) -> None:
+        self._files.clear()
+
+
+def _select(data: np.ndarray, dim: int, ranges: Sequence[Range]) -> np.ndarray:
+    parts = [data[(slice(None),) * dim + (slice(a, b),)] for a, b in ranges]
+    return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=dim)
+
+
+def _interleaved_rows(rows: Range, head: int) -> np.ndarray:
+    """Stored rows of `rows`: within a head, row `half * head/2 + j` lies at `2j + half`."""
+    index = np.arange(*rows)
+    inside = index % head
+    return index - inside + 2 * (inside % (head // 2)) + inside // (head // 2)
+
+
+def _dequantised(blocks: np.ndarray, dtype: str, ranges: Sequence[Range]) -> np.ndarray:
+    """Elements `ranges` of the last dimension, from the blocks that enclose them."""
+    from gguf.quants import dequantize
+
+    per, kind = STORAGE[dtype][0], _kind(dtype)
+    parts = []
+    for start, stop in ranges:
+        low, high = start // per, -(-stop // per)
+        wanted = np.ascontiguousarray(blocks[..., low:high, :]).reshape(*blocks.shape[:-2], -1)
+        values = dequantize(wanted.reshape(1, -1) if wanted.ndim == 1 else wanted, kind)
+        parts.append(values.reshape(*blocks.shape[:-2], -1)[..., start - low * per : stop - low * per])
+    return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=-1)
+
+
+@cache
+def _kind(dtype: str):
+    from gguf import GGMLQuantizationType
+
+    try:
+        return GGMLQuantizationType[dtype]
+    except KeyError:
+        raise CheckpointError(f"storage type {dtype} cannot be dequantised by the installed gguf package") from None
