@@ -105,7 +105,7 @@ def _create_cpu(request: _Request) -> Communicator:
     if request.transport == "gloo":
         return _torch_dist(request, request.rendezvous(), "gloo")
     meeting = request.rendezvous()
-    usable, reason = _one_host(meeting, request.options["deadlines"].rendezvous)
+    usable, reason = one_host(meeting, request.options["deadlines"].rendezvous)
     if usable:
         group = _shared_memory(request, meeting)
     elif request.transport == "shm":
@@ -119,7 +119,7 @@ def _create_cpu(request: _Request) -> Communicator:
     return group
 
 
-def _one_host(meeting: Rendezvous, limit: float) -> tuple[bool, str]:
+def one_host(meeting: Rendezvous, limit: float) -> tuple[bool, str]:
     """(shared memory can serve all ranks, reason), the same on every rank."""
     usable, reason = shared_memory_usable()
     host = None

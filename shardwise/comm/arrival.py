@@ -1,0 +1,123 @@
+"""How MPI ranks wait for each other before a blocking call: with a deadline, and naming who is missing.
+
+On one host through a page of shared memory (about a microsecond, and it sees dead processes and aborts); across
+hosts through MPI's own non-blocking barrier, with small messages for the roll call.
+"""
+
+import os
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from shardwise.comm.bootstrap import Rendezvous
+from shardwise.comm.segment import Identity, Segment, WaitFailed, share
+
+MissingRanks = WaitFailed
+ROLL_CALL_SECONDS = 1.5
+LATE_TAG, ABORT_TAG = 1, 2
+EMPTY_HALF = 64
+
+
+class Arrivals(ABC):
+    """Where the ranks of one MPI communicator meet."""
+
+    @abstractmethod
+    def meet(self, limit: float) -> None:
+        """Return when all ranks are here. Raises MissingRanks after `limit` seconds, on an abort, for a dead rank."""
+
+    @abstractmethod
+    def abort(self, reason: str) -> None:
+        """End all present and later meetings of all ranks."""
+
+    @abstractmethod
+    def split(self, comm, members: Sequence[int]) -> "Arrivals":
+        """For the sub-group `comm` of `members` (ranks here); called by all ranks."""
+
+
+class SegmentArrivals(Arrivals):
+    """Flags in shared memory."""
+
+    def __init__(self, segment: Segment, gather: Callable[[str, Any], list], root: "SegmentArrivals | None" = None):
+        self.segment = segment
+        self.gather = gather
+        self.root = root or self
+
+    @classmethod
+    def try_make(cls, meeting: Rendezvous, limit: float) -> "SegmentArrivals | None":
+        """None where the ranks cannot share memory (several hosts, other machines than x86-64)."""
+        from shardwise.comm.strategy import one_host
+
+        def gather(key: str, value: Any) -> list:
+            return meeting.gather(key, value, limit)
+
+        if not one_host(meeting, limit)[0]:
+            return None
+        crowded = meeting.size > len(os.sched_getaffinity(0))
+        return cls(share(gather, list(range(meeting.size)), meeting.rank, EMPTY_HALF, crowded, "arrivals"), gather)
+
+    def meet(self, limit: float) -> None:
+        if self.root.segment.words[0]:
+            raise WaitFailed("aborted", (), self.root.segment.aborted or "")
+        self.segment.round(limit)
+
+    def abort(self, reason: str) -> None:
+        self.segment.abort(reason)
+        self.root.segment.abort(reason)
+
+    def split(self, comm, members: Sequence[int]) -> "SegmentArrivals":
+        rank = list(members).index(self.segment.rank)
+        crowded = self.segment.spins == 0
+        segment = share(self.gather, list(members), rank, EMPTY_HALF, crowded, "arrivals")
+        return SegmentArrivals(segment, lambda key, value: comm.allgather(value), self.root)
+
+
+class MessageArrivals(Arrivals):
+    """A non-blocking barrier on a duplicate of the communicator, and messages beside it."""
+
+    def __init__(self, comm):
+        self.comm = comm.Dup()
+        self.rank = comm.Get_rank()
+        self.size = comm.Get_size()
+        self.count = 0
+
+    def meet(self, limit: float) -> None:
+        self.count += 1
+        request = self.comm.Ibarrier()
+        begin = time.monotonic()
+        turns = 0
+        while not request.Test():
+            turns += 1
+            if turns & 63 == 0:
+                self._look(time.monotonic() - begin, limit)
+                os.sched_yield()
+
+    def _look(self, waited: float, limit: float) -> None:
+        if self.comm.Iprobe(tag=ABORT_TAG):
+            raise WaitFailed("aborted", (), self.comm.recv(tag=ABORT_TAG))
+        if waited > limit:
+            present = self._roll_call()
+            missing = tuple(rank for rank in range(self.size) if rank not in present)
+            raise WaitFailed("late", missing, f"did not arrive within {limit:g} s")
+
+    def _roll_call(self) -> set[int]:
+        """Who else waits at this meeting: their deadlines end at about the same time, and they say so."""
+        self._tell(LATE_TAG, self.count)
+        present = {self.rank}
+        end = time.monotonic() + ROLL_CALL_SECONDS
+        while time.monotonic() < end and len(present) < self.size:
+            for peer in range(self.size):
+                if peer != self.rank and self.comm.Iprobe(source=peer, tag=LATE_TAG):
+                    if self.comm.recv(source=peer, tag=LATE_TAG) == self.count:
+                        present.add(peer)
+            time.sleep(0.005)
+        return present
+
+    def _tell(self, tag: int, value: Any) -> None:
+        self._sent = [self.comm.isend(value, dest=peer, tag=tag) for peer in range(self.size) if peer != self.rank]
+
+    def abort(self, reason: str) -> None:
+        self._tell(ABORT_TAG, reason)
+
+    def split(self, comm, members: Sequence[int]) -> "MessageArrivals":
+        return MessageArrivals(comm)

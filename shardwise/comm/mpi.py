@@ -1,0 +1,242 @@
+"""Transport `mpi`: mpi4py. MPI is initialised when a world communicator is asked for, never by an import.
+
+CPU tensors go through the buffer protocol without a copy; bf16 and fp16, which MPI cannot add, are summed as
+float32. CUDA tensors are staged through pinned host memory, unless the library itself says that it takes device
+pointers.
+
+MPI's blocking calls are the fast ones and cannot be left, so ranks meet first (`arrival.py`: with a deadline, and
+naming who is missing) and only then enter the library together.
+"""
+
+import atexit
+import ctypes
+import functools
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shardwise.comm import compose, watch
+from shardwise.comm.arguments import starts
+from shardwise.comm.arrival import Arrivals, MessageArrivals, MissingRanks, SegmentArrivals
+from shardwise.comm.base import CollectiveTimeout, CommError, PeerLost
+from shardwise.comm.bootstrap import Rendezvous
+from shardwise.comm.collective import FINGERPRINT_BYTES, Collective
+
+PIECE = 1 << 28
+"""Elements of one call: MPI counts are 32-bit integers."""
+_failed = False
+
+
+@functools.cache
+def library():
+    """mpi4py's MPI module with MPI initialised. Raises CommError with the reason where there is none."""
+    try:
+        import mpi4py
+
+        mpi4py.rc.initialize = False
+        mpi4py.rc.finalize = False
+        from mpi4py import MPI
+    except (ImportError, RuntimeError) as error:
+        raise CommError(f"transport mpi needs mpi4py and an MPI library: {error}") from None
+    if not MPI.Is_initialized():
+        MPI.Init_thread(MPI.THREAD_SERIALIZED)
+        atexit.register(_finalize, MPI)
+    return MPI
+
+
+def _finalize(MPI) -> None:
+    """Leave MPI, unless a collective failed: then finalising would wait for ranks that will not come."""
+    if not _failed and not MPI.Is_finalized():
+        MPI.Finalize()
+
+
+def world_communicator():
+    """A communicator of our own over all ranks that mpirun started."""
+    return library().COMM_WORLD.Dup()
+
+
+@functools.cache
+def takes_device_pointers() -> tuple[bool, str]:
+    """(MPI reads and writes CUDA memory, reason): what the loaded library answers, not what it is believed to be."""
+    library()
+    with open("/proc/self/maps") as maps:
+        paths = sorted({match[0] for match in re.findall(r"(/\S*/libmpi[.\w]*\.so[.\d]*)()", maps.read())})
+    for path in paths:
+        try:
+            query = ctypes.CDLL(path).MPIX_Query_cuda_support
+        except (OSError, AttributeError):
+            continue
+        return (True, f"{path} is CUDA-aware") if query() else (False, f"{path} is built without CUDA")
+    return False, "the MPI library has no MPIX_Query_cuda_support"
+
+
+class MpiRendezvous(Rendezvous):
+    """Through an MPI communicator."""
+
+    def __init__(self, comm):
+        super().__init__(comm.Get_rank(), range(comm.Get_size()))
+        self.comm = comm
+
+    def gather(self, key: str, value: Any, timeout: float) -> list[Any]:
+        return self.comm.allgather(value)
+
+
+class MpiCommunicator(Collective):
+    """One rank's end of an MPI communicator, which stays the caller's."""
+
+    def __init__(self, comm, ranks: Sequence[int] | None = None, *, arrivals: Arrivals | None = None, **options):
+        size = comm.Get_size()
+        super().__init__(rank=comm.Get_rank(), ranks=ranks or range(size), transport="mpi", **options)
+        self.comm = comm
+        self._mpi = library()
+        self._types = _datatypes(self._mpi)
+        self._arrivals = arrivals or _arrivals(comm, options["deadlines"].rendezvous)
+        self._owned: list = []
+
+    # Meeting, then moving
+
+    def _meet(self) -> None:
+        try:
+            self._arrivals.meet(self.deadlines.in_phase(watch.current_phase()))
+        except MissingRanks as error:
+            raise self._missing(error) from None
+
+    def _missing(self, error: MissingRanks) -> CommError:
+        global _failed
+        _failed = True
+        where = self._where(self._last_entry())
+        missing = tuple(self.ranks[peer] for peer in error.missing)
+        names = ", ".join(map(str, missing))
+        if error.kind == "late":
+            return self._fail(CollectiveTimeout(f"{where}: rank(s) {names or '?'} {error.reason}", missing))
+        if error.kind == "lost":
+            return self._fail(PeerLost(f"{where}: rank(s) {names} will not arrive: {error.reason}", missing))
+        return self._fail(CommError(f"{where}: {error.reason}"))
+
+    def _host(self, tensor: Tensor, *, filled: bool = True) -> Tensor:
+        """The tensor itself where MPI can read it, else pinned host memory (`filled` with its values)."""
+        if tensor.is_cpu:
+            return tensor
+        if takes_device_pointers()[0]:
+            torch.cuda.current_stream(tensor.device).synchronize()
+            return tensor
+        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        return host.copy_(tensor) if filled else host
+
+    def _buffer(self, tensor: Tensor, *extra) -> list:
+        """What mpi4py takes: memory, counts, datatype."""
+        memory = tensor.numpy() if tensor.is_cpu else tensor
+        return [memory, *extra, self._types[tensor.dtype]]
+
+    def _all_reduce(self, source: Tensor, target: Tensor) -> None:
+        if source.dtype in compose.HALVES:
+            wide = source.float()
+            self._all_reduce(wide, wide)
+            target.copy_(wide)
+            return
+        host = self._host(target, filled=False)
+        if source.data_ptr() != host.data_ptr():
+            host.copy_(source)
+        self._meet()
+        for piece in host.split(PIECE):
+            self.comm.Allreduce(self._mpi.IN_PLACE, self._buffer(piece))
+        if host is not target:
+            target.copy_(host)
+
+    def _all_gather(self, source: Tensor, joined: Tensor, counts: Sequence[int]) -> None:
+        host = self._host(joined, filled=False)
+        self._meet()
+        if joined.numel() <= PIECE:
+            places = (list(counts), starts(counts))
+            self.comm.Allgatherv(self._buffer(self._host(source)), self._buffer(host, *places))
+        else:
+            parts = host.split(list(counts))
+            parts[self.rank].copy_(source)
+            for root, part in enumerate(parts):
+                for piece in part.split(PIECE):
+                    self.comm.Bcast(self._buffer(piece), root=root)
+        if host is not joined:
+            joined.copy_(host)
+
+    def _all_to_all(self, source: Tensor, target: Tensor, table: list[tuple[int, ...]]) -> None:
+        host = self._host(target, filled=False)
+        sends, receives = table[self.rank], [row[self.rank] for row in table]
+        outgoing = self._host(source)
+        self._meet()
+        if max(sum(row) for row in (*table, *zip(*table, strict=True))) <= PIECE:
+            self.comm.Alltoallv(
+                self._buffer(outgoing, list(sends), starts(sends)), self._buffer(host, receives, starts(receives))
+            )
+        else:
+            self._all_to_all_by_pairs(outgoing.split(list(sends)), host.split(receives))
+        if host is not target:
+            target.copy_(host)
+
+    def _all_to_all_by_pairs(self, outgoing: Sequence[Tensor], incoming: Sequence[Tensor]) -> None:
+        for distance in range(self.size):
+            to, origin = (self.rank + distance) % self.size, (self.rank - distance) % self.size
+            requests = [self.comm.Irecv(self._buffer(p), source=origin) for p in incoming[origin].split(PIECE)]
+            requests += [self.comm.Isend(self._buffer(p), dest=to) for p in outgoing[to].split(PIECE)]
+            self._mpi.Request.Waitall(requests)
+
+    def _broadcast(self, data: Tensor, root: int) -> None:
+        host = self._host(data)
+        self._meet()
+        for piece in host.split(PIECE):
+            self.comm.Bcast(self._buffer(piece), root=root)
+        if host is not data:
+            data.copy_(host)
+
+    def _barrier(self) -> None:
+        if torch.cuda.is_initialized():
+            torch.cuda.current_stream().synchronize()
+        self._meet()
+
+    def _exchange(self, blob: bytes) -> list[bytes]:
+        width = 8 + FINGERPRINT_BYTES
+        frame = bytearray(len(blob).to_bytes(8, "little") + blob.ljust(FINGERPRINT_BYTES, b"\0"))
+        frames = bytearray(width * self.size)
+        self._meet()
+        self.comm.Allgather([frame, self._mpi.BYTE], [frames, self._mpi.BYTE])
+        rows = [frames[i : i + width] for i in range(0, len(frames), width)]
+        return [bytes(row[8 : 8 + int.from_bytes(row[:8], "little")]) for row in rows]
+
+    def _split(self, name: str, members: list[int], colors: list[int]) -> "MpiCommunicator":
+        self._meet()
+        comm = self.comm.Split(colors[self.rank], members.index(self.rank))
+        group = MpiCommunicator(
+            comm,
+            [self.ranks[i] for i in members],
+            arrivals=self._arrivals.split(comm, members),
+            name=name,
+            deadlines=self.deadlines,
+            check=self.check,
+            deterministic=self.deterministic,
+        )
+        return group
+
+    def _abort(self, reason: str) -> None:
+        global _failed
+        _failed = True
+        self._arrivals.abort(reason)
+
+
+def _arrivals(comm, limit: float) -> Arrivals:
+    """Shared memory where all ranks are on one host, else messages."""
+    shared = SegmentArrivals.try_make(MpiRendezvous(comm), limit)
+    return shared or MessageArrivals(comm)
+
+
+def _datatypes(MPI) -> dict[torch.dtype, Any]:
+    return {
+        torch.float64: MPI.DOUBLE,
+        torch.float32: MPI.FLOAT,
+        torch.int64: MPI.INT64_T,
+        torch.int32: MPI.INT32_T,
+        torch.int16: MPI.INT16_T,
+        torch.int8: MPI.INT8_T,
+        torch.uint8: MPI.UINT8_T,
+    }

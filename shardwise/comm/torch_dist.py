@@ -1,0 +1,280 @@
+"""Transports `gloo` and `nccl`: torch.distributed. Rides on an existing ProcessGroup, or makes one from a rendezvous.
+
+Gloo sums are done in our own fixed order for 16-bit floats (gloo would round at every step); other dtypes use its
+ring. NCCL sums in its own order and rounds 16-bit floats at every hop; deterministic mode takes the fixed order on both.
+
+A wait on gloo is cut into slices; between them the rank looks for an abort and for the deadline. At the deadline
+every waiting rank writes its name into the store, and who did not write is missing. NCCL runs on the GPU's stream,
+where torch's watchdog holds the deadline.
+"""
+
+import contextlib
+import os
+import socket
+import time
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from shardwise.comm import compose, watch
+from shardwise.comm.arguments import starts
+from shardwise.comm.base import CollectiveTimeout, CommError, PeerLost
+from shardwise.comm.bootstrap import Rendezvous, TorchStore
+from shardwise.comm.collective import FINGERPRINT_BYTES, Collective
+
+SLICE = timedelta(seconds=0.5)
+ROLL_CALL_SECONDS = 1.5
+"""How long a rank that gave up waits for the others to write their names: their deadlines end at about the same time."""
+LOST_SIGNS = ("Connection closed by peer", "Connection reset", "Broken pipe", "Socket closed")
+
+
+class ProcessGroupRendezvous(Rendezvous):
+    """Through a torch.distributed group that somebody else made."""
+
+    def __init__(self, group: dist.ProcessGroup):
+        super().__init__(dist.get_rank(group), dist.get_process_group_ranks(group))
+        self.group = group
+
+    def gather(self, key: str, value: Any, timeout: float) -> list[Any]:
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=self.group)
+        return values
+
+
+class TorchDistCommunicator(Collective):
+    """One rank's end of a torch.distributed group."""
+
+    def __init__(self, group: dist.ProcessGroup, backend: str, store: TorchStore, *, control=None, **options):
+        ranks = dist.get_process_group_ranks(group)
+        super().__init__(rank=dist.get_rank(group), ranks=ranks, transport=backend, **options)
+        self.group = group
+        self.store = store
+        self.control: Collective | None = control
+        """NCCL moves CUDA tensors only: control messages go through a CPU group of the same ranks."""
+        self._owner = False
+
+    @classmethod
+    def join(cls, meeting: Rendezvous, backend: str, **options) -> "TorchDistCommunicator":
+        """Group of `meeting`'s ranks; torch.distributed is initialised if it is not yet."""
+        limit = options["deadlines"].rendezvous
+        store = _served_store(meeting, limit)
+        owner = not dist.is_initialized()
+        if owner:
+            dist.init_process_group(
+                backend,
+                store=dist.PrefixStore("torch", store.store),
+                rank=meeting.rank,
+                world_size=meeting.size,
+                timeout=timedelta(seconds=max(options["deadlines"].collective, options["deadlines"].load)),
+            )
+            group = dist.group.WORLD
+        else:
+            group = dist.new_group(list(meeting.ranks), backend=backend)
+        communicator = cls(group, backend, store, **options)
+        communicator._owner = owner
+        return communicator
+
+    @classmethod
+    def adopt(cls, group: dist.ProcessGroup, **options) -> "TorchDistCommunicator":
+        """Ride on `group`, which stays the caller's."""
+        store = _served_store(ProcessGroupRendezvous(group), options["deadlines"].rendezvous)
+        return cls(group, dist.get_backend(group), store, **options)
+
+    # Waiting
+
+    def _done(self, work: dist.Work | None) -> None:
+        if work is None:
+            return
+        if self.transport == "nccl":
+            work.wait()
+            return
+        limit = self.deadlines.in_phase(watch.current_phase())
+        end = time.monotonic() + limit
+        while True:
+            try:
+                work.wait(SLICE)
+                return
+            except RuntimeError as error:
+                if work.is_completed() or not _timed_out(error):
+                    raise self._library_failed(error) from error
+            self._look_for_abort()
+            if time.monotonic() > end:
+                raise self._late(limit)
+
+    def _look_for_abort(self) -> None:
+        if self._aborts.check(["abort"]):
+            reason = self._aborts.get("abort").decode(errors="replace")
+            raise self._fail(CommError(f"{self._where(self._last_entry())}: {reason}"))
+
+    @property
+    def _aborts(self) -> dist.Store:
+        return self.store.store
+
+    def _library_failed(self, error: Exception) -> CommError:
+        where = self._where(self._last_entry())
+        with contextlib.suppress(Exception):  # the store is gone when rank 0 is
+            self._look_for_abort()
+        if any(sign in str(error) for sign in LOST_SIGNS):
+            return self._fail(PeerLost(f"{where}: a peer's connection broke, its process is gone: {error}"))
+        return self._fail(CommError(f"{where}: {self.transport} failed: {error}"))
+
+    def _late(self, limit: float) -> CollectiveTimeout:
+        """Roll call through the store: whoever waits for the same collective answers."""
+        place = f"late/{self.name}/{self.sequence}"
+        missing = []
+        end = time.monotonic() + ROLL_CALL_SECONDS
+        try:
+            self.store.set(f"{place}/{self.rank}", b"here")
+            for rank in range(self.size):
+                try:
+                    self.store.get(f"{place}/{rank}", max(0.01, end - time.monotonic()))
+                except TimeoutError:
+                    missing.append(self.ranks[rank])
+        except RuntimeError as error:
+            return self._fail(
+                CollectiveTimeout(f"{self._where(self._last_entry())}: not done within {limit:g} s, no roll call: {error}")
+            )
+        names = ", ".join(map(str, missing)) or "none; a rank is slow or its call differs"
+        text = f"{self._where(self._last_entry())}: rank(s) {names} did not arrive within {limit:g} s"
+        return self._fail(CollectiveTimeout(text, tuple(missing)))
+
+    @contextlib.contextmanager
+    def _calls(self):
+        try:
+            yield
+        except CommError:
+            raise
+        except RuntimeError as error:
+            raise self._library_failed(error) from error
+
+    # Collectives on flat tensors
+
+    def _all_reduce(self, source: Tensor, target: Tensor) -> None:
+        if source.dtype in compose.HALVES and self.transport == "gloo" and self.size > 2:
+            self._reduce_two_shot(source, target)
+            return
+        wide = source.int() if source.dtype == torch.int16 else None
+        if wide is None and source.data_ptr() != target.data_ptr():
+            target.copy_(source)
+        buffer = target if wide is None else wide
+        with self._calls():
+            self._done(dist.all_reduce(buffer, group=self.group, async_op=True))
+        if wide is not None:
+            target.copy_(wide)
+
+    def _all_gather(self, source: Tensor, joined: Tensor, counts: Sequence[int]) -> None:
+        with self._calls():
+            if len(set(counts)) == 1:
+                self._done(dist.all_gather_into_tensor(joined, source, group=self.group, async_op=True))
+                return
+            longest = max(counts)
+            padded = source.new_zeros(longest)
+            padded[: source.numel()] = source
+            gathered = source.new_empty(longest * self.size)
+            self._done(dist.all_gather_into_tensor(gathered, padded, group=self.group, async_op=True))
+        rows = gathered.view(self.size, longest)
+        for row, start, count in zip(rows, starts(counts), counts, strict=True):
+            joined[start : start + count].copy_(row[:count])
+
+    def _reduce_scatter(self, joined: Tensor, counts: Sequence[int], target: Tensor) -> None:
+        if self.transport != "nccl" or self.deterministic or len(set(counts)) > 1 or joined.dtype == torch.int16:
+            self._ordered_reduce_scatter(joined, counts, target)
+            return
+        with self._calls():
+            self._done(dist.reduce_scatter_tensor(target, joined, group=self.group, async_op=True))
+
+    def _all_to_all(self, source: Tensor, target: Tensor, table: list[tuple[int, ...]]) -> None:
+        receives = [row[self.rank] for row in table]
+        with self._calls():
+            work = dist.all_to_all_single(
+                target, source, receives, list(table[self.rank]), group=self.group, async_op=True
+            )
+            self._done(work)
+
+    def _broadcast(self, data: Tensor, root: int) -> None:
+        with self._calls():
+            self._done(dist.broadcast(data, group_src=root, group=self.group, async_op=True))
+
+    def _barrier(self) -> None:
+        if self.control is not None:
+            torch.cuda.current_stream().synchronize()
+            self.control.barrier()
+            return
+        self._exchange(b"")
+
+    def _exchange(self, blob: bytes) -> list[bytes]:
+        if self.control is not None:
+            return self.control._exchange(blob)
+        width = 8 + FINGERPRINT_BYTES
+        mine = bytearray(len(blob).to_bytes(8, "little") + blob.ljust(FINGERPRINT_BYTES, b"\0"))
+        joined = torch.empty(width * self.size, dtype=torch.uint8)
+        self._all_gather(torch.frombuffer(mine, dtype=torch.uint8), joined, [width] * self.size)
+        frames = joined.view(self.size, width).numpy()
+        return [frame[8 : 8 + int.from_bytes(frame[:8].tobytes(), "little")].tobytes() for frame in frames]
+
+    def _gather_control(self, source: Tensor, joined: Tensor, counts: Sequence[int]) -> None:
+        (self.control or self)._all_gather(source, joined, counts)
+
+    def _split(self, name: str, members: list[int], colors: list[int]) -> "TorchDistCommunicator":
+        ranks = [self.ranks[i] for i in members]
+        group = dist.new_group(ranks, backend=dist.get_backend(self.group), use_local_synchronization=True)
+        control = self.control.split_known(colors) if self.control is not None else None
+        return TorchDistCommunicator(
+            group,
+            self.transport,
+            self.store,
+            control=control,
+            name=name,
+            deadlines=self.deadlines,
+            check=self.check,
+            deterministic=self.deterministic,
+        )
+
+    def _abort(self, reason: str) -> None:
+        with contextlib.suppress(RuntimeError):  # rank 0 may be gone, and the store with it
+            self.store.set("abort", reason.encode())
+        if self.control is not None:
+            self.control.abort(reason)
+
+    def close(self) -> None:
+        closed = self.broken == "the group is closed"
+        super().close()
+        if self._owner and not closed and dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _timed_out(error: Exception) -> bool:
+    text = str(error).lower()
+    return "timed out" in text or "timeout" in text
+
+
+def _served_store(meeting: Rendezvous, limit: float) -> TorchStore:
+    """A TCPStore that rank 0 serves on a port of the system's choice, told to the others by `meeting`."""
+    options = {"timeout": timedelta(seconds=limit), "wait_for_workers": False}
+    store = None
+    place = None
+    if meeting.rank == 0:
+        host = _own_address()
+        store = dist.TCPStore(host, 0, meeting.size, True, **options)
+        place = (host, store.port)
+    host, port = meeting.gather("tcp-store", place, limit)[0]
+    if store is None:
+        store = dist.TCPStore(host, port, meeting.size, False, **options)
+    return TorchStore(store)
+
+
+def _own_address() -> str:
+    """An address of this host that its peers can reach: MASTER_ADDR where a launcher set it, else by name."""
+    given = os.environ.get("MASTER_ADDR")
+    if given:
+        return given
+    name = socket.gethostname()
+    try:
+        address = socket.gethostbyname(name)
+    except OSError:
+        return "127.0.0.1"
+    return address
