@@ -1,0 +1,64 @@
+"""How the Triton attention kernels are cut: tile sizes from the head size, splits from the batch."""
+
+import functools
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Rows (queries) and columns (keys) of one tile, and how it is compiled."""
+
+    rows: int
+    keys: int
+    warps: int
+    stages: int
+
+
+def power_of_two(number: int, least: int = 16) -> int:
+    """The next power of two; tl.dot takes no dimension below 16."""
+    return max(least, 1 << (number - 1).bit_length())
+
+
+def decode_tile(group: int, size: int, value_size: int, itemsize: int) -> Tile:
+    """32 KB of keys and values a stage: with 3 stages two programs fit an SM and keep its memory queue full."""
+    row_bytes = (power_of_two(size) + power_of_two(value_size)) * itemsize
+    keys = min(128, max(16, power_of_two(32768 // row_bytes)))
+    return Tile(rows=power_of_two(group), keys=keys, warps=4, stages=3)
+
+
+def prefill_tile(rows: int, size: int, value_size: int, itemsize: int) -> Tile:
+    """`rows` is the mean number of (token, head) rows of a sequence: short ones take the smaller tile."""
+    widest = max(power_of_two(size), power_of_two(value_size))
+    if itemsize > 2:  # float32 products run on the plain cores and fill registers twice as fast
+        return Tile(rows=32, keys=32 if widest <= 128 else 16, warps=4, stages=1)
+    if widest > 128:
+        return Tile(rows=64, keys=32, warps=4, stages=2)
+    if rows <= 64:
+        return Tile(rows=64, keys=64, warps=4, stages=3)
+    return Tile(rows=128, keys=128 if widest <= 64 else 64, warps=8, stages=3)
+
+
+@functools.cache
+def resident_programs(device: torch.device) -> int:
+    """Decode programs that run at once on the device: two on each SM."""
+    if device.type != "cuda":
+        return 8
+    return 2 * torch.cuda.get_device_properties(device).multi_processor_count
+
+
+MAX_SPLITS = 128
+
+
+@functools.lru_cache(maxsize=4096)
+def choose_splits(programs: int, resident: int, max_seq: int, keys: int) -> int:
+    """Splits of every sequence's keys, so that `programs` (sequences x KV heads) fill the device in whole waves.
+
+    The time of a step is about waves / splits; each further split adds a share of the reduction, so the least
+    number within 5 % of the best time is taken.
+    """
+    most = max(1, min(MAX_SPLITS, -(-max_seq // keys), 2 * resident // max(1, programs)))
+    times = {splits: -(-programs * splits // resident) / splits for splits in range(1, most + 1)}
+    best = min(times.values())
+    return min(splits for splits, time in times.items() if time <= 1.05 * best)

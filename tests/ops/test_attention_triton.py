@@ -1,0 +1,165 @@
+"""The Triton attention operator against the float64 oracle: in the interpreter here, compiled where there is a GPU."""
+
+import oracles_attention as oracle
+import pytest
+import torch
+from oracles_attention import Step
+
+from shardwise.ops.attention import tiles
+from shardwise.ops.attention.tiles import Tile, choose_splits
+from shardwise.ops.attention.triton import OP
+from shardwise.ops.registry import operators
+
+INFO = next(info for info in operators() if info.name == OP)
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = pytest.mark.skipif(not INFO.availability()[0], reason=INFO.availability()[1])
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+# tl.dot of bfloat16 gives garbage in the interpreter.
+DTYPES = list(TOLERANCE) if DEVICE == "cuda" else [torch.float32, torch.float16]
+
+STEPS = {
+    "prefill": Step([21, 3], [0, 0], [2, 0]),
+    "chunked prefill": Step([4, 18], [20, 1], [1, 3]),
+    "decode": Step([1, 1, 1], [38, 0, 15], [0, 3, 1], decode=3),
+    "mixed": Step([17, 5, 1, 1], [2, 0, 36, 0], [0, 3, 1, 2], decode=2),
+    "zero length": Step([0, 4, 0], [0, 1, 2], [3, 1, 0]),
+    "padding": Step([3, 2, 1, 1], [1, 0, 20, 0], [1, -1, 0, -1], decode=2, padding=3),
+    "only padding": Step([], [], [], padding=2),
+    "empty": Step([], [], []),
+}
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch):
+    """Tiles so small that these small shapes take several of them, in the interpreter."""
+    if DEVICE == "cpu":
+        monkeypatch.setattr(tiles, "decode_tile", lambda group, *_: Tile(tiles.power_of_two(group), 16, 1, 1))
+        monkeypatch.setattr(tiles, "prefill_tile", lambda *_: Tile(16, 16, 1, 1))
+
+
+def build(step, heads=4, kv_heads=2, size=16, value_size=16, dtype=torch.float32, cache_dtype=None, max_seq=40):
+    generator = torch.Generator().manual_seed(7)
+
+    def random(*shape):
+        return torch.randn(*shape, generator=generator).to(dtype).to(DEVICE)
+
+    q, k = random(step.tokens, heads, size), random(step.tokens, kv_heads, size)
+    v = random(step.tokens, kv_heads, value_size)
+    caches = random(4, max_seq, kv_heads, size), random(4, max_seq, kv_heads, value_size)
+    return q, k, v, *(cache.to(cache_dtype or dtype) for cache in caches)
+
+
+def run(step, q, k, v, k_cache, v_cache, scale=None, sinks=None, window=None):
+    operator = torch.ops.auto_deploy.triton_attention_flattened_mha_with_cache
+    out = operator(q[None], k[None], v[None], *step.metadata(DEVICE), k_cache, v_cache, scale, sinks, window)
+    return out[0]
+
+
+def check(step, tensors, **options):
+    dtype = tensors[0].dtype
+    want, k_want, v_want = oracle.cached_attention(step, *(x.cpu() for x in tensors), **options)
+    if options.get("sinks") is not None:
+        options["sinks"] = options["sinks"].to(DEVICE)
+    out = run(step, *tensors, **options)
+    assert out.dtype == dtype and out.is_contiguous()
+    torch.testing.assert_close(out.double().cpu(), want, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+    for cache, cache_want in zip(tensors[3:], (k_want, v_want), strict=True):
+        assert torch.equal(cache.float().cpu(), cache_want.float())
+
+
+@pytest.mark.parametrize("name", STEPS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_steps_equal_oracle(name, dtype):
+    check(STEPS[name], build(STEPS[name], dtype=dtype))
+
+
+@pytest.mark.parametrize("heads", [
+    {"heads": 3, "kv_heads": 1}, {"heads": 2, "kv_heads": 2}, {"size": 20, "value_size": 9},
+], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "options", [{}, {"window": 7}, {"sinks": True}, {"sinks": True, "window": 18, "scale": 0.7}], ids=str
+)
+def test_heads_and_options(heads, options):
+    tensors = build(STEPS["mixed"], **heads)
+    options = dict(options)
+    if "sinks" in options:
+        options["sinks"] = torch.linspace(-1, 3, tensors[0].shape[1]).reshape(-1, 1)
+    check(STEPS["mixed"], tensors, **options)
+
+
+@pytest.mark.parametrize("splits", [1, 2, 3, 7])
+def test_any_number_of_splits(monkeypatch, splits):
+    monkeypatch.setattr(tiles, "choose_splits", lambda *_: splits)
+    sinks = torch.linspace(-1, 3, 4)
+    for options in ({}, {"sinks": sinks}, {"window": 17, "sinks": sinks}):
+        check(STEPS["decode"], build(STEPS["decode"]), **options)
+
+
+def test_fp8_cache():
+    tensors = build(STEPS["mixed"], dtype=torch.float16, cache_dtype=torch.float8_e4m3fn)
+    if DEVICE == "cpu":  # the interpreter rounds to fp8 otherwise than torch does
+        tensors = tuple(x.clamp(-1, 1).round() if x.dtype == torch.float16 else x for x in tensors)
+    check(STEPS["mixed"], tensors)
+
+
+def test_a_sequence_that_leaves_the_cache_is_neither_read_nor_stored():
+    step = Step([4, 3, 1, 1], [38, 0, 40, 2], [0, 4, 1, 9], decode=2)
+    tensors = build(step)
+    before = [x.clone() for x in tensors[3:]]
+    out = run(step, *tensors)
+    assert not out.any()
+    # The prefill that starts inside the cache stores what fits.
+    for cache, old in zip(tensors[3:], before, strict=True):
+        assert torch.equal(cache[1:], old[1:]) and torch.equal(cache[0, :38], old[0, :38])
+
+
+def test_strided_flattened_and_generate_shapes():
+    step = STEPS["decode"]
+    q, k, v, k_cache, v_cache = build(step)
+    want = run(step, q, k, v, k_cache.clone(), v_cache.clone())
+    fused = torch.cat([x.reshape(3, 1, -1) for x in (q, k, v)], dim=-1)
+    parts = fused.split([64, 32, 32], dim=-1)
+    info, _, input_pos, slots, _ = step.metadata(DEVICE)
+    wide = [torch.stack((x, x), dim=2)[:, :, 0] for x in (k_cache, v_cache)]
+    operator = torch.ops.auto_deploy.triton_attention_flattened_mha_with_cache
+    out = operator(*parts, info, None, input_pos.long(), slots.int(), None, *wide, None)
+    assert out.shape == (3, 1, 64)
+    torch.testing.assert_close(out.view(3, 4, 16), want)
+
+
+def test_bad_arguments():
+    step = STEPS["mixed"]
+    q, k, v, k_cache, v_cache = build(step)
+    with pytest.raises(ValueError, match="q holds 20"):
+        run(step, q[:20], k[:20], v[:20], k_cache, v_cache)
+    with pytest.raises(ValueError, match="3 query heads over 2 KV heads"):
+        run(step, q[:, :3], k, v, k_cache, v_cache)
+    with pytest.raises(ValueError, match="sinks has 3 elements"):
+        run(step, q, k, v, k_cache, v_cache, sinks=torch.zeros(3, device=DEVICE))
+    with pytest.raises(ValueError, match="stride 2 in its last dimension; legal: 1"):
+        run(step, q, k, v, torch.stack((k_cache, k_cache), dim=-1)[..., 0], v_cache)
+    with pytest.raises(TypeError, match="legal: float16, bfloat16, float32"):
+        run(step, *(x.double() for x in (q, k, v)), k_cache, v_cache)
+    with pytest.raises(ValueError, match="slot_idx is 3 entries"):
+        info, seq_len, input_pos, slots, cu_seqlen = step.metadata(DEVICE)
+        torch.ops.auto_deploy.triton_attention_flattened_mha_with_cache(
+            q[None], k[None], v[None], info, seq_len, input_pos, slots[:3], cu_seqlen, k_cache, v_cache, None
+        )
+
+
+def test_passes_opcheck():
+    step = STEPS["mixed"]
+    q, k, v, k_cache, v_cache = build(step)
+    operator = torch.ops.auto_deploy.triton_attention_flattened_mha_with_cache
+    arguments = (q[None], k[None], v[None], *step.metadata(DEVICE), k_cache, v_cache, None)
+    torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+@pytest.mark.parametrize(("programs", "splits"), [(8, 32), (64, 4), (256, 1), (1024, 1), (96, 5)])
+def test_splits_fill_the_device_in_whole_waves(programs, splits):
+    assert choose_splits(programs, resident=264, max_seq=32768, keys=64) == splits
+
+
+def test_splits_are_no_more_than_blocks():
+    assert choose_splits(8, resident=264, max_seq=100, keys=64) == 2
+    assert choose_splits(8, resident=264, max_seq=64, keys=64) == 1
