@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from shardwise.comm.bootstrap import Rendezvous
-from shardwise.comm.segment import Identity, Segment, WaitFailed, share
+from shardwise.comm.segment import Segment, WaitFailed, share
 
 MissingRanks = WaitFailed
 ROLL_CALL_SECONDS = 1.5
@@ -107,11 +107,15 @@ class MessageArrivals(Arrivals):
         end = time.monotonic() + ROLL_CALL_SECONDS
         while time.monotonic() < end and len(present) < self.size:
             for peer in range(self.size):
-                if peer != self.rank and self.comm.Iprobe(source=peer, tag=LATE_TAG):
-                    if self.comm.recv(source=peer, tag=LATE_TAG) == self.count:
-                        present.add(peer)
+                if self._answered(peer):
+                    present.add(peer)
             time.sleep(0.005)
         return present
+
+    def _answered(self, peer: int) -> bool:
+        if peer == self.rank or not self.comm.Iprobe(source=peer, tag=LATE_TAG):
+            return False
+        return self.comm.recv(source=peer, tag=LATE_TAG) == self.count
 
     def _tell(self, tag: int, value: Any) -> None:
         self._sent = [self.comm.isend(value, dest=peer, tag=tag) for peer in range(self.size) if peer != self.rank]

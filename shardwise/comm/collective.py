@@ -38,10 +38,15 @@ def environment_flag(name: str) -> bool:
     raise ValueError(f"{name}={text!r}: legal are 1 and 0")
 
 
-def require_strategy(strategy: str) -> None:
-    """ValueError for an unknown name; CommError with the reason for a strategy that needs multicast."""
+def require_strategy_name(strategy: str) -> None:
+    """ValueError for an unknown name."""
     if strategy not in STRATEGIES:
         raise ValueError(f"unknown strategy {strategy!r}; legal: {', '.join(STRATEGIES)}")
+
+
+def require_strategy(strategy: str) -> None:
+    """ValueError for an unknown name; CommError with the reason for a strategy that needs multicast."""
+    require_strategy_name(strategy)
     if strategy in UNUSABLE:
         raise CommError(f"strategy {strategy}: {UNUSABLE[strategy]}")
 
@@ -51,6 +56,8 @@ class Collective(Communicator):
 
     strategies: tuple[str, ...] = ("AUTO", "NCCL", "MIN_LATENCY", "ONESHOT", "TWOSHOT")
     """What `all_reduce` takes by name; on CPU groups NCCL means the transport's own default algorithm."""
+    devices: tuple[str, ...] = ("cpu",)
+    """Types of the devices whose tensors it moves."""
 
     def __init__(
         self,
@@ -90,6 +97,7 @@ class Collective(Communicator):
         compose.require_summable(tensor.dtype, "all_reduce")
         if strategy != "AUTO":
             self._require(strategy)
+        self._require_device(tensor, "all_reduce")
         target = arguments.reduce_target(tensor, out)
         source = tensor.detach().contiguous()
         entry = self._begin("all_reduce", tensor.shape, tensor.dtype, strategy)
@@ -102,6 +110,7 @@ class Collective(Communicator):
         return target
 
     def all_gather(self, tensor: Tensor, dim: int = 0, sizes: Sequence[int] | None = None) -> Tensor:
+        self._require_device(tensor, "all_gather")
         dim = arguments.dimension(tensor, dim, "all_gather")
         sizes = arguments.gather_sizes(tensor, dim, sizes, self.rank, self.size)
         entry = self._begin("all_gather", tensor.shape, tensor.dtype, "", dim, sizes)
@@ -120,6 +129,7 @@ class Collective(Communicator):
 
     def reduce_scatter(self, tensor: Tensor, dim: int = 0, sizes: Sequence[int] | None = None) -> Tensor:
         compose.require_summable(tensor.dtype, "reduce_scatter")
+        self._require_device(tensor, "reduce_scatter")
         dim = arguments.dimension(tensor, dim, "reduce_scatter")
         sizes = arguments.scatter_sizes(tensor, dim, sizes, self.size)
         entry = self._begin("reduce_scatter", tensor.shape, tensor.dtype, "", dim, sizes)
@@ -138,6 +148,7 @@ class Collective(Communicator):
     def all_to_all(
         self, tensor: Tensor, send_sizes: Sequence[int] | None = None, recv_sizes: Sequence[int] | None = None
     ) -> Tensor:
+        self._require_device(tensor, "all_to_all")
         sends = arguments.send_sizes(tensor, send_sizes, recv_sizes, self.size)
         entry = self._begin("all_to_all", tensor.shape[1:], tensor.dtype, "")
         table = self._exchange_sizes(sends, recv_sizes)
@@ -157,6 +168,7 @@ class Collective(Communicator):
         return result
 
     def broadcast(self, tensor: Tensor, root: int = 0) -> Tensor:
+        self._require_device(tensor, "broadcast")
         if not 0 <= root < self.size:
             raise ValueError(f"broadcast: root {root} is no rank of a group of {self.size}")
         entry = self._begin("broadcast", tensor.shape, tensor.dtype, "", root)
@@ -238,6 +250,13 @@ class Collective(Communicator):
             raise CommError(
                 f"strategy {strategy} cannot run on transport {self.transport} (group {self.name}); "
                 f"legal here: {', '.join(self.strategies)}"
+            )
+
+    def _require_device(self, tensor: Tensor, op: str) -> None:
+        if tensor.device.type not in self.devices:
+            raise TypeError(
+                f"{op} on group {self.name}: the tensor is on {tensor.device}, transport {self.transport} moves "
+                f"{' and '.join(self.devices)} tensors; make the group with create(..., device={tensor.device.type!r})"
             )
 
     def _begin(self, op: str, shape, dtype, strategy: str, *details) -> list:

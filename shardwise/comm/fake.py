@@ -16,6 +16,8 @@ from shardwise.comm.watch import Deadlines
 class FakeCommunicator(Collective):
     """Rank `rank` of a world whose other members are imagined."""
 
+    devices = ("cpu", "cuda")
+
     def __init__(
         self,
         rank: int = 0,

@@ -87,6 +87,8 @@ class MpiRendezvous(Rendezvous):
 class MpiCommunicator(Collective):
     """One rank's end of an MPI communicator, which stays the caller's."""
 
+    devices = ("cpu", "cuda")
+
     def __init__(self, comm, ranks: Sequence[int] | None = None, *, arrivals: Arrivals | None = None, **options):
         size = comm.Get_size()
         super().__init__(rank=comm.Get_rank(), ranks=ranks or range(size), transport="mpi", **options)

@@ -161,6 +161,37 @@ def _create_cuda(request: _Request) -> Communicator:
     raise CommError("CUDA")
 
 
+_defaults: dict[tuple[int, str], Communicator] = {}
+
+
+def default_size() -> int:
+    """Ranks of torch.distributed's default group, 1 where it is not initialised."""
+    if "torch.distributed" not in sys.modules:
+        return 1
+    import torch.distributed as dist
+
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def default_group(device: str) -> Communicator:
+    """The group for code that runs outside of `use_groups`: torch.distributed's default group, or this rank alone.
+
+    Made at the first call, which every rank of the default group must reach.
+    """
+    alone = default_size() == 1
+    if alone:
+        key, info, group = (0, device), RankInfo(), None
+    else:
+        import torch.distributed as dist
+
+        group = dist.group.WORLD
+        key = (id(group), device)
+        info = RankInfo(dist.get_rank(), dist.get_world_size(), source="torch.distributed")
+    if key not in _defaults:
+        _defaults[key] = create(info, device=device, process_group=group)
+    return _defaults[key]
+
+
 def make_groups(world: Communicator, layout: "ParallelLayout | None" = None) -> Groups:
     """One communicator a mesh axis. Every rank of `world` calls it; None means tensor parallelism over all ranks.
 

@@ -73,6 +73,8 @@ class Board:
 class ThreadsCommunicator(Collective):
     """One thread's end of a group."""
 
+    devices = ("cpu", "cuda")
+
     def __init__(
         self,
         board: Board,

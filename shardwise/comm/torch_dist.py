@@ -1,7 +1,7 @@
 """Transports `gloo` and `nccl`: torch.distributed. Rides on an existing ProcessGroup, or makes one from a rendezvous.
 
 Gloo sums are done in our own fixed order for 16-bit floats (gloo would round at every step); other dtypes use its
-ring. NCCL sums in its own order and rounds 16-bit floats at every hop; deterministic mode takes the fixed order on both.
+ring. NCCL sums in its own order and rounds 16-bit floats at every hop. Deterministic mode takes our order on both.
 
 A wait on gloo is cut into slices; between them the rank looks for an abort and for the deadline. At the deadline
 every waiting rank writes its name into the store, and who did not write is missing. NCCL runs on the GPU's stream,
@@ -28,7 +28,7 @@ from shardwise.comm.collective import FINGERPRINT_BYTES, Collective
 
 SLICE = timedelta(seconds=0.5)
 ROLL_CALL_SECONDS = 1.5
-"""How long a rank that gave up waits for the others to write their names: their deadlines end at about the same time."""
+"""How long a rank that gave up waits for the others to write their names, as their deadlines end a little later."""
 LOST_SIGNS = ("Connection closed by peer", "Connection reset", "Broken pipe", "Socket closed")
 
 
@@ -50,6 +50,7 @@ class TorchDistCommunicator(Collective):
 
     def __init__(self, group: dist.ProcessGroup, backend: str, store: TorchStore, *, control=None, **options):
         ranks = dist.get_process_group_ranks(group)
+        self.devices = ("cuda",) if backend == "nccl" else ("cpu",)
         super().__init__(rank=dist.get_rank(group), ranks=ranks, transport=backend, **options)
         self.group = group
         self.store = store
@@ -136,7 +137,9 @@ class TorchDistCommunicator(Collective):
                     missing.append(self.ranks[rank])
         except RuntimeError as error:
             return self._fail(
-                CollectiveTimeout(f"{self._where(self._last_entry())}: not done within {limit:g} s, no roll call: {error}")
+                CollectiveTimeout(
+                    f"{self._where(self._last_entry())}: not done within {limit:g} s, no roll call: {error}"
+                )
             )
         names = ", ".join(map(str, missing)) or "none; a rank is slow or its call differs"
         text = f"{self._where(self._last_entry())}: rank(s) {names} did not arrive within {limit:g} s"

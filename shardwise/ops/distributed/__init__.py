@@ -1,0 +1,1 @@
+"""Collective operators on the current tensor-parallel group."""
