@@ -46,4 +46,4 @@ class AttentionMixer:
         if self.rotary is not None:
             qk = rotate(qk, *batch.rotation(self.rotary))
         attended = cache.attend(self.layer, qk[:, : self.heads], qk[:, self.heads :], values, batch, self.masking)
-        return self.out(attended.view(tokens, -1))
+        return self.out(attended.reshape(tokens, -1))

@@ -4,7 +4,7 @@ import resource
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ import torch
 from shardwise.comm.rank import Groups
 from shardwise.parallel.assemble import DecoderBuilder
 from shardwise.parallel.cache import KvCache, SlotCache
+from shardwise.parallel.results import Completion, RankStats, TokenEvent
 from shardwise.parallel.sampler import SamplingParams, sample
 from shardwise.parallel.scheduler import Request, Scheduler
 from shardwise.parallel.text import TextStream
@@ -29,43 +30,6 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 MAX_BATCH = 64
 STEP_TOKENS = 2048
 """Tokens of one step at most: bounds activations and how long a running request waits for a new prompt."""
-
-
-@dataclass(frozen=True, slots=True)
-class TokenEvent:
-    """One generated token of one request."""
-
-    request: int
-    """Number of the prompt in the call."""
-    token_id: int
-    text: str
-    """Text that became certain with this token, often ``""``; the events' texts join to the completion's."""
-    finished: bool = False
-    finish_reason: str | None = None
-    """`stop` (a stop id or text) or `length`, in the last event of a request."""
-
-
-@dataclass(frozen=True, slots=True)
-class Completion:
-    """The answer to one prompt."""
-
-    text: str
-    token_ids: tuple[int, ...]
-    """Without the stop id that ended it."""
-    prompt_tokens: int
-    finish_reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class RankStats:
-    """What one rank holds and held."""
-
-    rank: int
-    weight_bytes: int
-    cache_bytes: int
-    peak_rss_bytes: int
-    """Of the process, which ranks that are threads share."""
-    load_seconds: float
 
 
 class Engine:

@@ -1,0 +1,40 @@
+"""What an engine hands out. Free of torch, so that the process that only started the ranks can use it."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class TokenEvent:
+    """One generated token of one request."""
+
+    request: int
+    """Number of the prompt in the call."""
+    token_id: int
+    text: str
+    """Text that became certain with this token, often ``""``; the events' texts join to the completion's."""
+    finished: bool = False
+    finish_reason: str | None = None
+    """`stop` (a stop id or text) or `length`, in the last event of a request."""
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """The answer to one prompt."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    """Without the stop id that ended it."""
+    prompt_tokens: int
+    finish_reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class RankStats:
+    """What one rank holds and held."""
+
+    rank: int
+    weight_bytes: int
+    cache_bytes: int
+    peak_rss_bytes: int
+    """Of the process, which ranks that are threads share."""
+    load_seconds: float
