@@ -169,3 +169,48 @@ def pre_norm_layer(
         feed_forward_norm=b.norm("feed_forward_norm", f"{prefix}.{norms[1]}"),
         **options,
     )
+
+
+def stacked_moe(
+    b: Builder,
+    module: str,
+    experts: int,
+    width: int,
+    routing: Routing,
+    *,
+    activation: str | None = None,
+    names: tuple[str, str] = ("experts.gate_up_proj", "experts.down_proj"),
+    suffix: str = "",
+    router: str = "gate",
+    router_bias: bool = False,
+    correction: str | None = None,
+    bias: bool = False,
+    interleaved: bool = False,
+    transposed: bool = False,
+    extra: Tensors = (),
+    **options: Any,
+) -> Moe:
+    """Experts stacked in 3-D tensors [E, out, in] ([E, in, out] if `transposed`), gate and up in one.
+
+    `interleaved`: rows are gate 0, up 0, gate 1, up 1, ...; else all gates come before all ups.
+    """
+    expert_axis, axis = LogicalAxis(Axis.EXPERTS, experts), LogicalAxis(Axis.EXPERT_MLP, width)
+    mlp, lead = along(axis), (along(expert_axis),)
+    gate_up = along(axis, 2) if interleaved else concat(mlp, mlp)
+    shared = {"lead": lead, "suffix": suffix, "transposed": transposed, "bias_too": bias}
+    tensors = b.linear("router", f"{module}.{router}", fixed(experts), b.hidden, plain=True, bias_too=router_bias)
+    if correction:
+        tensors += (b.vector("router.correction", f"{module}.{correction}", fixed(experts), dtype="F32"),)
+    tensors += b.linear("gate_up", f"{module}.{names[0]}", gate_up, b.hidden, **shared)
+    tensors += b.linear("down", f"{module}.{names[1]}", b.hidden, mlp, **shared)
+    return Moe(
+        tensors + extra,
+        expert_axis=expert_axis,
+        mlp_axis=axis,
+        routing=routing,
+        activation=activation or activation_of(b),
+        stacked=True,
+        transposed=transposed,
+        gate_up_interleaved=interleaved,
+        **options,
+    )

@@ -1,5 +1,6 @@
 """What family files are written with: linears, norms and attention in the checkpoint's names and storage format."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -7,7 +8,7 @@ from shardwise.sharding.axes import Axis, Dim, LogicalAxis, along, fixed
 from shardwise.sharding.config import Config
 from shardwise.sharding.formats import DTYPES, Linear, bias
 from shardwise.sharding.quantization import Quantization, quantization_of
-from shardwise.sharding.spec import Embedding, Head, Layer, ModelSpec, Norm, Rope, TensorSpec
+from shardwise.sharding.spec import Embedding, Extra, Head, Layer, ModelSpec, Norm, Rope, TensorSpec
 
 Tensors = tuple[TensorSpec, ...]
 
@@ -25,6 +26,9 @@ class Builder:
     norm_bias: bool = False
     norm_weight_offset: float = 0.0
     notes: list[str] = field(default_factory=list)
+    extras: list[Extra] = field(default_factory=list)
+    layer_number: int | None = None
+    """The layer that is being built: storage may differ from layer to layer."""
 
     def __post_init__(self):
         c = self.config
@@ -40,7 +44,7 @@ class Builder:
         """A weight [out, in] in its storage format, and its bias. `options`: lead, experts, transposed, suffix, plain."""
         plain = options.pop("plain", False)
         linear = Linear(role, name, out, inner, self.dtype, **options)
-        tensors = (linear.weight(self.dtype),) if plain else self.quantization.store(linear)
+        tensors = (linear.weight(self.dtype),) if plain else self.quantization.store(linear, self.layer_number)
         return (*tensors, bias(linear, bool(inner.axes))) if bias_too else tensors
 
     def vector(self, role: str, name: str, *dims: Dim, dtype: str | None = None) -> TensorSpec:
@@ -55,11 +59,20 @@ class Builder:
             tensors += (self.vector(f"{where}.bias", f"{name}.bias", *dims),)
         return Norm(tensors, kind=kind or self.norm_kind, eps=self.norm_eps, weight_offset=self.norm_weight_offset)
 
-    def layers(self, count: int, make: Any, *keys: Any) -> tuple[Layer, ...]:
-        """`make(key)` for every layer, where layers with equal keys share one object. `keys`: one sequence of length count."""
+    def layers(self, make: Callable[[Any], Layer], keys: Sequence[Any]) -> tuple[Layer, ...]:
+        """`make(key)` for the key of every layer; layers that are equal share one object."""
         made: dict[Any, Layer] = {}
-        sequence = keys[0] if keys else [None] * count
-        return tuple(made[k] if k in made else made.setdefault(k, make(k)) for k in sequence)
+        layers = []
+        for number, key in enumerate(keys):
+            self.layer_number = number
+            if self.quantization.by_layer:
+                layer = make(key)
+                stored = tuple((t.name, t.dtype) for t in layer.tensors)
+                layers.append(made.setdefault((key, stored), layer))
+            else:
+                layers.append(made[key] if key in made else made.setdefault(key, make(key)))
+        self.layer_number = None
+        return tuple(layers)
 
     def model(self, layers: tuple[Layer, ...], *, tied_default: bool = False, **options: Any) -> ModelSpec:
         """Embedding, layers, final norm and head. Options override the names and hyperparameters of the ends:
@@ -99,6 +112,7 @@ class Builder:
             else None,
             eos_token_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
             notes=tuple(self.notes),
+            extras=tuple(self.extras),
             **options,
         )
 

@@ -4,9 +4,9 @@ A format turns one linear weight, given by its output dims and its input dim, in
 scales and zeros are the same dims at a coarser grain (`Dim.coarse`), so they are cut where the weight is cut.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from shardwise.sharding.axes import Dim, LogicalAxis
+from shardwise.sharding.axes import Dim, LogicalAxis, fixed
 from shardwise.sharding.spec import TensorSpec
 
 DTYPES = {
@@ -35,15 +35,36 @@ class Linear:
     suffix: str = ".weight"
 
     def tensor(
-        self, part: str, suffix: str, out: Dim | None, inner: Dim | None, dtype: str, values: int = 0
+        self,
+        part: str,
+        suffix: str,
+        out: Dim | None,
+        inner: Dim | None,
+        dtype: str,
+        values: int = 0,
+        optional: bool = False,
     ) -> TensorSpec:
         """One stored tensor; a dim given as None is absent."""
         pair = (inner, out) if self.transposed else (out, inner)
         dims = self.lead + tuple(d for d in pair if d is not None)
-        return TensorSpec(f"{self.role}.{part}", self.name + suffix, dims, dtype, values, experts=self.experts)
+        role, name = f"{self.role}.{part}", self.name + suffix
+        return TensorSpec(role, name, dims, dtype, values, experts=self.experts, optional=optional)
 
     def weight(self, dtype: str, values: int = 1, suffix: str | None = None) -> TensorSpec:
         return self.tensor("weight", self.suffix if suffix is None else suffix, self.out, self.inner, dtype, values)
+
+    def companion(self, name: str) -> str:
+        """Suffix of a tensor beside the weight: `.weight_scale`, or `_weight_scale` where weights have no suffix."""
+        return f".{name}" if self.suffix else f"_{name}"
+
+    def input_scale(self, static: bool) -> tuple[TensorSpec, ...]:
+        """The scale of a statically quantised input."""
+        name = self.companion("input_scale")
+        return (self.tensor("input_scale", name, None, None, "F32", optional=True),) if static else ()
+
+    def turned(self) -> "Linear":
+        """The same weight, stored the other way round."""
+        return replace(self, transposed=not self.transposed)
 
 
 class Format:
@@ -56,6 +77,158 @@ class Format:
 
 
 PLAIN = Format()
+SCALAR = fixed(1)
+
+
+@dataclass(frozen=True)
+class Fp8(Format):
+    """One byte a weight. Scales: `block` (a, b) tiles, or one a row (`channel`), or one a tensor."""
+
+    block: tuple[int, int] | None = None
+    channel: bool = False
+    static_input: bool = False
+    scale: str = "weight_scale"
+    scale_dtype: str = "F32"
+    one_element: bool = False
+    """The per-tensor scale has shape [1] instead of []."""
+    dtype: str = "F8_E4M3"
+    name = "fp8"
+
+    def store(self, linear: Linear) -> tuple[TensorSpec, ...]:
+        weight = linear.weight(self.dtype)
+        suffix = linear.companion(self.scale)
+        if self.block:
+            out, inner = linear.out.coarse(self.block[0]), linear.inner.coarse(self.block[1])
+        elif self.channel:
+            out, inner = linear.out, SCALAR
+        else:
+            out, inner = (SCALAR if self.one_element else None), None
+        scale = linear.tensor("scale", suffix, out, inner, self.scale_dtype)
+        return (weight, scale) + linear.input_scale(self.static_input)
+
+
+@dataclass(frozen=True)
+class Packed4(Format):
+    """Two 4-bit floats a byte with one scale a `group` of inputs: NVFP4 (16, e4m3, global scale), MXFP4 (32, e8m0)."""
+
+    group: int
+    name: str
+    weight: str = "weight"
+    weight_dtype: str = "U8"
+    scale: str = "weight_scale"
+    scale_dtype: str = "F8_E4M3"
+    global_scale: str = ""
+    input_scale: str = ""
+    one_element: bool = False
+
+    def store(self, linear: Linear) -> tuple[TensorSpec, ...]:
+        inner = linear.inner
+        suffix = linear.companion(self.weight)
+        weight = linear.tensor("weight", suffix, linear.out, inner.coarse(2), self.weight_dtype, values=2)
+        scale = linear.tensor(
+            "scale", linear.companion(self.scale), linear.out, inner.coarse(self.group), self.scale_dtype
+        )
+        single = SCALAR if self.one_element else None
+        more = [(self.global_scale, "global_scale"), (self.input_scale, "input_scale")]
+        parts = [linear.tensor(role, linear.companion(name), single, None, "F32") for name, role in more if name]
+        return (weight, scale, *parts)
+
+
+@dataclass(frozen=True)
+class Gptq(Format):
+    """GPTQ: int32 words along the input, zeros and scales a group, `g_idx` a row.
+
+    With act-order the groups of neighbouring input rows are arbitrary, so a row-parallel weight keeps all scales.
+    """
+
+    bits: int
+    group: int
+    act_order: bool
+    name = "gptq"
+
+    def store(self, linear: Linear) -> tuple[TensorSpec, ...]:
+        pack = 32 // self.bits
+        group = self.group if self.group > 0 else linear.inner.length
+        groups = linear.inner.coarse(group)
+        if self.act_order and linear.inner.axes:
+            groups = fixed(groups.length)
+        turned = linear.turned()
+        return (
+            turned.tensor("weight", ".qweight", linear.out, linear.inner.coarse(pack), "I32", pack),
+            turned.tensor("zeros", ".qzeros", linear.out.coarse(pack), groups, "I32"),
+            turned.tensor("scale", ".scales", linear.out, groups, "F16"),
+            turned.tensor("group_index", ".g_idx", None, linear.inner, "I32", optional=not self.act_order),
+        )
+
+
+@dataclass(frozen=True)
+class Awq(Format):
+    """AWQ: int32 words along the output, zeros and scales a group of inputs."""
+
+    bits: int
+    group: int
+    name = "awq"
+
+    def store(self, linear: Linear) -> tuple[TensorSpec, ...]:
+        pack, turned = 32 // self.bits, linear.turned()
+        group = self.group if self.group > 0 else linear.inner.length
+        groups = linear.inner.coarse(group)
+        return (
+            turned.tensor("weight", ".qweight", linear.out.coarse(pack), linear.inner, "I32", pack),
+            turned.tensor("zeros", ".qzeros", linear.out.coarse(pack), groups, "I32"),
+            turned.tensor("scale", ".scales", linear.out, groups, "F16"),
+        )
+
+
+@dataclass(frozen=True)
+class PackedInt(Format):
+    """compressed-tensors `pack-quantized`: int32 words along the input, scales a group, the unpacked shape beside."""
+
+    bits: int
+    group: int
+    symmetric: bool
+    act_order: bool
+    name = "compressed-tensors int"
+
+    def store(self, linear: Linear) -> tuple[TensorSpec, ...]:
+        pack = 32 // self.bits
+        groups = linear.inner.coarse(self.group) if self.group > 0 else SCALAR
+        if self.act_order and linear.inner.axes:
+            groups = fixed(groups.length)
+        parts = [
+            linear.tensor("weight", ".weight_packed", linear.out, linear.inner.coarse(pack), "I32", pack),
+            linear.tensor("scale", ".weight_scale", linear.out, groups, linear.dtype),
+        ]
+        if not self.symmetric:
+            parts.append(linear.tensor("zeros", ".weight_zero_point", linear.out.coarse(pack), groups, "I32"))
+        if self.act_order:
+            parts.append(linear.tensor("group_index", ".weight_g_idx", None, linear.inner, "I32"))
+        parts.append(linear.tensor("shape", ".weight_shape", fixed(2), None, "I64", optional=True))
+        return tuple(parts)
+
+
+NVFP4 = Packed4(16, "nvfp4", global_scale="weight_scale_2", input_scale="input_scale")
+"""As ModelOpt writes it."""
+NVFP4_WEIGHT_ONLY = Packed4(16, "nvfp4", global_scale="weight_scale_2")
+NVFP4_COMPRESSED = Packed4(
+    16, "nvfp4", "weight_packed", global_scale="weight_global_scale", input_scale="input_global_scale", one_element=True
+)
+MXFP4_COMPRESSED = Packed4(32, "mxfp4", "weight_packed", scale_dtype="U8")
+MXFP8 = Fp8(block=(1, 32), scale_dtype="U8")
+
+
+class Mxfp4Blocks(Format):
+    """gpt-oss: `_blocks` [E, rows, in / 32, 16 bytes] and `_scales` [E, rows, in / 32]. Rows are outputs."""
+
+    name = "mxfp4"
+
+    def store(self, linear: Linear) -> tuple[TensorSpec, ...]:
+        blocks = linear.inner.coarse(32)
+        dims = (*linear.lead, linear.out, blocks)
+        return (
+            TensorSpec(f"{linear.role}.weight", f"{linear.name}_blocks", (*dims, fixed(16)), "U8", 2),
+            TensorSpec(f"{linear.role}.scale", f"{linear.name}_scales", dims, "U8", 0),
+        )
 
 
 def bias(linear: Linear, row_parallel: bool) -> TensorSpec:

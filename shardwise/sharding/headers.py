@@ -49,7 +49,7 @@ class _Binder:
         self.missing: list[str] = []
         self.misfits: list[str] = []
 
-    def layer(self, layer: Layer, number: int) -> tuple[Layer, tuple[str, ...]]:
+    def layer(self, layer: Layer, number: int) -> tuple[Layer, tuple[tuple[str, str], ...]]:
         def blocks(items: tuple[Block, ...]) -> tuple[Block, ...]:
             return tuple(self.block(b, number) for b in items)
 
@@ -66,20 +66,23 @@ class _Binder:
             feed_forward_norm=norm(layer.feed_forward_norm),
             feed_forward_post_norm=norm(layer.feed_forward_post_norm),
         )
-        return bound, tuple(t.dtype for t in bound.tensors)
+        return bound, tuple((t.name, t.dtype) for t in bound.tensors)
 
     def block(self, block: Block, layer: int | None = None) -> Any:
-        bound = replace(block, tensors=tuple(self.tensor(t, layer) for t in block.tensors))
+        tensors = (self.tensor(t, layer) for t in block.tensors)
+        bound = replace(block, tensors=tuple(t for t in tensors if t is not None))
         if isinstance(block, Moe) and block.shared is not None:
             bound = replace(bound, shared=self.block(block.shared, layer))
         return bound
 
-    def tensor(self, spec: TensorSpec, layer: int | None) -> TensorSpec:
+    def tensor(self, spec: TensorSpec, layer: int | None) -> TensorSpec | None:
         experts: LogicalAxis | None = spec.experts
         dtypes: dict[str, str] = {}
         for expert in range(experts.units) if experts else (None,):
             name = spec.path(layer, expert)
             entry = self.tensors.get(name)
+            if entry is None and spec.optional:
+                return None
             if entry is None:
                 self.missing.append(name)
                 continue

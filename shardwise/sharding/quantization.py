@@ -1,27 +1,215 @@
 """Which storage format each module of a checkpoint has, from `quantization_config` or `hf_quant_config`."""
 
-from dataclasses import dataclass
+import fnmatch
+import re
+from dataclasses import dataclass, field
+from functools import cached_property
 
 from shardwise.sharding.config import Config
-from shardwise.sharding.formats import PLAIN, Format, Linear
+from shardwise.sharding.formats import (
+    MXFP4_COMPRESSED,
+    MXFP8,
+    NVFP4,
+    NVFP4_COMPRESSED,
+    NVFP4_WEIGHT_ONLY,
+    PLAIN,
+    Awq,
+    Format,
+    Fp8,
+    Gptq,
+    Linear,
+    Mxfp4Blocks,
+    PackedInt,
+)
 from shardwise.sharding.spec import TensorSpec
+
+_LAYER = re.compile(r"\.\d+(\.|\*|$)")
+_MODELOPT = {
+    "FP8": Fp8(static_input=True),
+    "NVFP4": NVFP4,
+    "W4A16_NVFP4": NVFP4_WEIGHT_ONLY,
+    "MXFP8": MXFP8,
+    "FP8_PB_WO": Fp8(block=(128, 128)),
+    "FP8_PER_CHANNEL_PER_TOKEN": Fp8(channel=True),
+}
+
+
+class NamePatterns:
+    """A list of module names, prefixes, globs (`*`) and `re:` expressions, as published configs write them."""
+
+    def __init__(self, patterns: list[str] | tuple[str, ...]):
+        self.patterns = tuple(patterns)
+        plain = [p for p in self.patterns if not p.startswith("re:") and "*" not in p and "?" not in p]
+        self._exact = frozenset(plain)
+        starts = [p[:-1] for p in self.patterns if p.endswith("*") and "*" not in p[:-1] and not p.startswith("re:")]
+        self._starts = (*(f"{p}." for p in plain), *starts)
+        globs = [p for p in self.patterns if "*" in p and not p.startswith("re:") and p[:-1] not in starts]
+        expressions = [f"(?:{p[3:]})" for p in self.patterns if p.startswith("re:")]
+        # A glob of a module covers what is below it.
+        expressions += [f"(?:{fnmatch.translate(p)}|{fnmatch.translate(p + '.*')})" for p in globs]
+        self._expression = re.compile("|".join(expressions)) if expressions else None
+
+    @cached_property
+    def by_layer(self) -> bool:
+        """Whether some pattern names the number of a layer."""
+        return any(_LAYER.search(p) for p in self.patterns)
+
+    def match(self, module: str) -> bool:
+        """A listed name, something below it, or a name that ends in a listed component."""
+        if module in self._exact or module.startswith(self._starts):
+            return True
+        if any(part in self._exact for part in module.split(".")):
+            return True
+        return self._expression is not None and self._expression.match(module) is not None
 
 
 @dataclass(frozen=True)
 class Quantization:
-    """Picks the format of a module."""
+    """Picks the format of a module by its name. The head is stored plainly unless it is named."""
 
     name: str = "none"
     default: Format = PLAIN
+    ignored: NamePatterns = field(default_factory=lambda: NamePatterns(()))
+    chosen: tuple[tuple[NamePatterns, Format], ...] = ()
+    """First match wins, before `ignored` and `default`."""
+    head: bool = False
 
-    def store(self, linear: Linear) -> tuple[TensorSpec, ...]:
-        return self.default.store(linear)
+    @cached_property
+    def by_layer(self) -> bool:
+        """Whether layers that look alike may be stored differently."""
+        return self.ignored.by_layer or any(patterns.by_layer for patterns, _ in self.chosen)
+
+    def store(self, linear: Linear, layer: int | None) -> tuple[TensorSpec, ...]:
+        """The tensors of a weight in this checkpoint; its name's numbers are `layer` and the first expert."""
+        return self.format_of(linear, layer).store(linear)
+
+    def format_of(self, linear: Linear, layer: int | None) -> Format:
+        if self.default is PLAIN and not self.chosen:
+            return PLAIN
+        module = linear.name.replace("{layer}", str(layer)).replace("{expert}", "0")
+        for patterns, chosen in self.chosen:
+            if patterns.match(module):
+                return chosen
+        if self.ignored.match(module) or (linear.role == "head" and not self.head):
+            return PLAIN
+        return self.default
 
 
 def quantization_of(config: Config) -> Quantization:
-    """ConfigError for a method that the planner does not know."""
+    """How the checkpoint stores its weights. ConfigError for a method that the planner does not know."""
     section = config.own("quantization_config")
-    method = section.text("quant_method", default="none")
-    if method != "none":
-        raise config.error(("quantization_config.quant_method",), method, "none")
-    return Quantization()
+    modelopt = config.own("hf_quant_config").own("quantization")
+    method = section.text("quant_method", default="").lower()
+    algorithm = modelopt.text("quant_algo", default="") or section.text("quant_algo", default="")
+    if algorithm:
+        return _modelopt(modelopt if modelopt.data else section, section, algorithm)
+    if not method:
+        return Quantization()
+    readers = {
+        "fp8": _fp8,
+        "mxfp4": _mxfp4,
+        "gptq": _gptq,
+        "awq": _awq,
+        "compressed-tensors": _compressed,
+    }
+    if method not in readers:
+        raise config.error(("quantization_config.quant_method",), method, " or ".join(sorted([*readers, "modelopt"])))
+    return readers[method](section)
+
+
+def _fp8(c: Config) -> Quantization:
+    block = c.list("weight_block_size", default=None, length=None, of=int)
+    static = c.text("activation_scheme", default="dynamic") == "static"
+    ignored = NamePatterns(c.list("modules_to_not_convert", "ignored_layers", default=[], of=str))
+    if block is None:
+        return Quantization("fp8", Fp8(static_input=static), ignored)
+    if len(block) != 2 or min(block) < 1:
+        raise c.error(("quantization_config.weight_block_size",), block, "two positive integers")
+    form = Fp8(block=(block[0], block[1]), scale="weight_scale_inv", static_input=static)
+    return Quantization(f"fp8 {block[0]}x{block[1]}", form, ignored)
+
+
+def _mxfp4(c: Config) -> Quantization:
+    ignored = NamePatterns(c.list("modules_to_not_convert", default=[], of=str))
+    return Quantization("mxfp4", Mxfp4Blocks(), ignored)
+
+
+def _gptq(c: Config) -> Quantization:
+    bits, group = c.integer("bits", most=8), c.integer("group_size", least=-1)
+    _whole_words(c, bits)
+    act_order = c.flag("desc_act")
+    return Quantization(f"gptq {bits} bit", Gptq(bits, group, act_order), head=c.flag("lm_head"))
+
+
+def _awq(c: Config) -> Quantization:
+    bits, group = c.integer("bits", "w_bit", most=8), c.integer("group_size", "q_group_size", least=-1)
+    _whole_words(c, bits)
+    ignored = NamePatterns(c.list("modules_to_not_convert", default=[], of=str))
+    return Quantization(f"awq {bits} bit", Awq(bits, group), ignored)
+
+
+def _whole_words(c: Config, bits: int) -> None:
+    if 32 % bits:
+        raise c.error(("quantization_config.bits",), bits, "2, 4 or 8")
+
+
+def _compressed(c: Config) -> Quantization:
+    """compressed-tensors: one format a group of targets."""
+    ignored = NamePatterns(c.list("ignore", default=[], of=str))
+    groups = c.own("config_groups")
+    chosen: list[tuple[NamePatterns, Format]] = []
+    default, names = PLAIN, []
+    for key in groups.data:
+        group = groups.own(key)
+        form, name = _compressed_format(group, group.text("format", default="") or c.text("format", default=""))
+        names.append(name)
+        targets = [t for t in group.list("targets", default=["Linear"], of=str) if t != "Linear"]
+        if targets:
+            chosen.append((NamePatterns(targets), form))
+        else:
+            default = form
+    return Quantization(" + ".join(dict.fromkeys(names)), default, ignored, tuple(chosen))
+
+
+def _compressed_format(group: Config, form: str) -> tuple[Format, str]:
+    weights = group.own("weights")
+    bits, kind = weights.integer("num_bits", default=8), weights.text("type", default="float")
+    if form == "nvfp4-pack-quantized":
+        return NVFP4_COMPRESSED, "nvfp4"
+    if form == "mxfp4-pack-quantized":
+        return MXFP4_COMPRESSED, "mxfp4"
+    strategy = weights.text("strategy", default="tensor")
+    if form == "pack-quantized":
+        size = weights.integer("group_size", default=-1, least=-1)
+        ordered = weights.raw("actorder") not in (None, False, "weight")
+        packed = PackedInt(bits, size, bool(weights.flag("symmetric", default=True)), ordered)
+        return packed, f"int{bits} group {size}"
+    if bits != 8:
+        raise weights.error(("quantization_config.format",), form, "a packed format for weights below 8 bits")
+    block = weights.list("block_structure", default=None, of=int)
+    static = group.own("input_activations").raw("dynamic") is False
+    dtype = "F8_E4M3" if kind == "float" else "I8"
+    scale_dtype = "BF16"
+    if strategy == "block" and block:
+        return Fp8(block=(block[0], block[1]), scale_dtype=scale_dtype, dtype=dtype), f"fp8 {block[0]}x{block[1]}"
+    channel = strategy == "channel"
+    name = f"{'fp8' if kind == 'float' else 'int8'} per {'channel' if channel else 'tensor'}"
+    return Fp8(channel=channel, static_input=static, scale_dtype=scale_dtype, one_element=True, dtype=dtype), name
+
+
+def _modelopt(c: Config, section: Config, algorithm: str) -> Quantization:
+    """NVIDIA ModelOpt: one algorithm with excluded modules, or a table of modules."""
+    excluded = c.list("exclude_modules", "ignore", default=section.list("ignore", default=[], of=str), of=str)
+    if algorithm != "MIXED_PRECISION":
+        if algorithm not in _MODELOPT:
+            raise c.error(("quant_algo",), algorithm, " or ".join([*_MODELOPT, "MIXED_PRECISION"]))
+        return Quantization(algorithm.lower(), _MODELOPT[algorithm], NamePatterns(excluded))
+    by_format: dict[str, list[str]] = {}
+    table = c.own("quantized_layers")
+    for module in table.data:
+        algo = table.own(module).text("quant_algo")
+        if algo not in _MODELOPT:
+            raise c.error((f"quantized_layers.{module}.quant_algo",), algo, " or ".join(_MODELOPT))
+        by_format.setdefault(algo, []).append(module)
+    chosen = tuple((NamePatterns(modules), _MODELOPT[algo]) for algo, modules in by_format.items())
+    return Quantization(" + ".join(a.lower() for a in by_format) or "mixed", PLAIN, NamePatterns(excluded), chosen)

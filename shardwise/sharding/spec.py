@@ -26,6 +26,8 @@ class TensorSpec:
     """Logical parameters in one stored element: 8 for int32 words of 4-bit weights, 0 for scales, zeros and indices."""
     row_parallel_bias: bool = False
     """A bias behind a row-parallel matmul: every rank holds it, exactly one adds it."""
+    optional: bool = False
+    """Some checkpoints of this format leave it out; binding to headers then drops it."""
     experts: LogicalAxis | None = None
     """Set where the name has `{expert}`: one such tensor an expert of this axis."""
 

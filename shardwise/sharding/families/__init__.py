@@ -8,13 +8,37 @@ from dataclasses import replace
 from shardwise.sharding.config import Config, ConfigError
 from shardwise.sharding.spec import ModelSpec
 
-ARCHITECTURES: dict[str, str] = {
-    "LlamaForCausalLM": "llama",
-    "MistralForCausalLM": "llama",
-    "Qwen2ForCausalLM": "llama",
-    "Qwen3ForCausalLM": "llama",
+FAMILIES: dict[str, tuple[str, ...]] = {
+    "llama": (
+        "LlamaForCausalLM",
+        "MistralForCausalLM",
+        "Mistral3ForConditionalGeneration",
+        "Qwen2ForCausalLM",
+        "Qwen3ForCausalLM",
+        "Qwen3VLForConditionalGeneration",
+        "MiMoForCausalLM",
+        "MiniCPMForCausalLM",
+    ),
+    "phi3": ("Phi3ForCausalLM",),
+    "mixtral": ("MixtralForCausalLM",),
+    "qwen_moe": (
+        "Qwen2MoeForCausalLM",
+        "Qwen3MoeForCausalLM",
+        "Qwen3VLMoeForConditionalGeneration",
+    ),
+    "olmo": (
+        "Olmo2ForCausalLM",
+        "Olmo3ForCausalLM",
+        "OlmoeForCausalLM",
+    ),
+    "gpt_oss": ("GptOssForCausalLM",),
 }
-"""Architecture name in config.json to module below this package; each has `build(config, name, architecture)`."""
+"""Module below this package to the architecture names of config.json that it describes.
+
+Each module has `build(config, name, architecture) -> ModelSpec`.
+"""
+
+ARCHITECTURES = {architecture: module for module, names in FAMILIES.items() for architecture in names}
 
 
 class UnknownArchitecture(ConfigError):

@@ -1,43 +1,73 @@
-"""Llama 2/3, Mistral, Qwen2, Qwen3 and their kin: pre-norm, GQA, gated MLP."""
+"""Llama 2/3, Mistral, Qwen2, Qwen3, MiMo, MiniCPM and their kin: pre-norm, GQA, gated MLP."""
+
+from typing import Any
 
 from shardwise.sharding.blocks import attention, dense_mlp, pre_norm_layer
 from shardwise.sharding.builder import Builder
 from shardwise.sharding.config import Config
+from shardwise.sharding.mtp import mtp_layers
 from shardwise.sharding.spec import Layer, ModelSpec
 
-LAYER = "model.layers.{layer}"
+QKV_BIAS = ("Qwen2ForCausalLM", "MiMoForCausalLM")
+HEAD_NORM = ("Qwen3ForCausalLM", "Qwen3VLForConditionalGeneration")
 
 
 def build(config: Config, name: str, architecture: str) -> ModelSpec:
-    b = Builder(config, name, architecture, norm_eps=config.number("rms_norm_eps", default=1e-6))
-    count = config.integer("num_hidden_layers")
-    width = config.integer("intermediate_size")
-    qkv_bias = config.flag("attention_bias", default=architecture == "Qwen2ForCausalLM")
-    windows = _windows(config, architecture, count)
+    text = config.section("text_config")
+    prefix, head = "model.", "lm_head"
+    if architecture == "Qwen3VLForConditionalGeneration":
+        prefix = "model.language_model."
+    elif architecture == "Mistral3ForConditionalGeneration":
+        prefix, head = "language_model.model.", "language_model.lm_head"
+    b = Builder(text, name, architecture, prefix=prefix, norm_eps=text.number("rms_norm_eps", default=1e-6))
+    count, width = text.integer("num_hidden_layers"), text.integer("intermediate_size")
+    module = f"{prefix}layers.{{layer}}"
+    qkv_bias = text.flag("attention_bias", default=architecture in QKV_BIAS)
+    extra_depth = _minicpm(text) if architecture == "MiniCPMForCausalLM" else {}
 
     def layer(window: int | None) -> Layer:
         mixer = attention(
             b,
-            f"{LAYER}.self_attn",
+            f"{module}.self_attn",
             qkv_bias=qkv_bias,
-            o_bias=False if architecture == "Qwen2ForCausalLM" else qkv_bias,
-            qk_norm="head" if architecture == "Qwen3ForCausalLM" else None,
+            o_bias=qkv_bias and architecture not in QKV_BIAS,
+            qk_norm="head" if architecture in HEAD_NORM else None,
             window=window,
         )
-        feed_forward = dense_mlp(b, f"{LAYER}.mlp", width, bias=config.flag("mlp_bias"))
-        return pre_norm_layer(b, mixer, feed_forward, prefix=LAYER)
+        feed_forward = dense_mlp(b, f"{module}.mlp", width, bias=text.flag("mlp_bias"))
+        return pre_norm_layer(b, mixer, feed_forward, prefix=module, **extra_depth.get("layer", {}))
 
-    return b.model(b.layers(count, layer, windows))
+    layers = b.layers(layer, windows(text, architecture, count))
+    if architecture == "MiMoForCausalLM":
+        mtp_layers(
+            b,
+            text,
+            layers[-1],
+            module,
+            base="model.mtp_layers.{layer}",
+            names=("token_layernorm", "hidden_layernorm", "input_proj", "final_layernorm"),
+        )
+    return b.model(layers, head_name=head, **extra_depth.get("model", {}))
 
 
-def _windows(config: Config, architecture: str, count: int) -> list[int | None]:
+def windows(config: Config, architecture: str, count: int) -> list[int | None]:
     """Sliding window of every layer. Mistral: all layers; Qwen: layers from `max_window_layers` on, if switched on."""
-    window = config.integer("sliding_window", default=None, least=1)
-    if architecture == "LlamaForCausalLM" or window is None:
+    window = config.integer("sliding_window", default=None)
+    if architecture in ("LlamaForCausalLM", "MiniCPMForCausalLM") or window is None:
         return [None] * count
-    if architecture == "MistralForCausalLM":
+    if architecture.startswith("Mistral"):
         return [window] * count
     if not config.flag("use_sliding_window"):
         return [None] * count
-    full = config.integer("max_window_layers", default=count, least=0)
-    return [None] * min(full, count) + [window] * max(count - full, 0)
+    full = min(config.integer("max_window_layers", default=count, least=0), count)
+    return [None] * full + [window] * (count - full)
+
+
+def _minicpm(c: Config) -> dict[str, dict[str, Any]]:
+    """Scaled embedding, residuals scaled by depth, head input scaled by width."""
+    depth = c.number("scale_depth", default=1.0) / c.integer("num_hidden_layers") ** 0.5
+    width = c.integer("hidden_size") / c.integer("dim_model_base", default=c.integer("hidden_size"))
+    return {
+        "layer": {"residual_multiplier": depth},
+        "model": {"embedding_multiplier": c.number("scale_emb", default=1.0), "head_multiplier": 1 / width},
+    }

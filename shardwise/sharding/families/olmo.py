@@ -1,0 +1,48 @@
+"""OLMo 2, OLMo 3 (norms after the blocks, QK-norm over all heads) and OLMoE (pre-norm, experts)."""
+
+from shardwise.sharding.blocks import attention, dense_mlp, moe, pre_norm_layer
+from shardwise.sharding.builder import Builder
+from shardwise.sharding.config import Config
+from shardwise.sharding.spec import Layer, ModelSpec, Routing
+
+LAYER = "model.layers.{layer}"
+
+
+def build(config: Config, name: str, architecture: str) -> ModelSpec:
+    b = Builder(config, name, architecture, norm_eps=config.number("rms_norm_eps", default=1e-5))
+    count = config.integer("num_hidden_layers")
+    window = config.integer("sliding_window", default=None)
+    types = config.list("layer_types", default=None, length=count, of=str)
+    windows = [window if t == "sliding_attention" else None for t in types or ["full_attention"] * count]
+
+    def layer(window: int | None) -> Layer:
+        # OLMo 3 stretches the rotation of its full-attention layers only.
+        rope = b.rope(
+            b.config.integer("head_dim", default=b.hidden_size // config.integer("num_attention_heads")),
+            scaled=window is None,
+        )
+        mixer = attention(
+            b,
+            f"{LAYER}.self_attn",
+            qkv_bias=config.flag("attention_bias"),
+            qk_norm="all_heads",
+            window=window,
+            rope=rope,
+            qk_clip=config.number("clip_qkv", default=None),
+        )
+        if architecture == "OlmoeForCausalLM":
+            return pre_norm_layer(b, mixer, _experts(b, config), prefix=LAYER)
+        return Layer(
+            mixers=(mixer,),
+            feed_forward=(dense_mlp(b, f"{LAYER}.mlp", config.integer("intermediate_size")),),
+            mixer_post_norm=b.norm("mixer_post_norm", f"{LAYER}.post_attention_layernorm"),
+            feed_forward_post_norm=b.norm("feed_forward_post_norm", f"{LAYER}.post_feedforward_layernorm"),
+        )
+
+    return b.model(b.layers(layer, windows))
+
+
+def _experts(b: Builder, c: Config):
+    experts = c.integer("num_experts")
+    routing = Routing(top_k=c.integer("num_experts_per_tok", most=experts), normalize=c.flag("norm_topk_prob"))
+    return moe(b, f"{LAYER}.mlp", experts, c.integer("intermediate_size"), routing)

@@ -1,0 +1,62 @@
+"""Qwen1.5/2-MoE (shared expert with a gate), Qwen3-MoE, and the text part of Qwen3-VL-MoE (stacked experts)."""
+
+from shardwise.sharding.axes import fixed
+from shardwise.sharding.blocks import attention, dense_mlp, moe, pre_norm_layer, stacked_moe
+from shardwise.sharding.builder import Builder
+from shardwise.sharding.config import Config
+from shardwise.sharding.families.llama import windows
+from shardwise.sharding.spec import Layer, ModelSpec, Moe, Routing
+
+
+def build(config: Config, name: str, architecture: str) -> ModelSpec:
+    text = config.section("text_config")
+    nested = architecture == "Qwen3VLMoeForConditionalGeneration"
+    prefix = "model.language_model." if nested else "model."
+    b = Builder(text, name, architecture, prefix=prefix, norm_eps=text.number("rms_norm_eps", default=1e-6))
+    module = f"{prefix}layers.{{layer}}"
+    count = text.integer("num_hidden_layers")
+    old = architecture == "Qwen2MoeForCausalLM"
+
+    def layer(key: tuple[bool, int | None]) -> Layer:
+        sparse, window = key
+        mixer = attention(
+            b,
+            f"{module}.self_attn",
+            qkv_bias=text.flag("qkv_bias", default=True) if old else text.flag("attention_bias"),
+            o_bias=False if old else text.flag("attention_bias"),
+            qk_norm=None if old else "head",
+            window=window,
+        )
+        dense = None if sparse else dense_mlp(b, f"{module}.mlp", text.integer("intermediate_size"))
+        return pre_norm_layer(b, mixer, dense or _experts(b, text, f"{module}.mlp", nested), prefix=module)
+
+    keys = list(zip(sparse_layers(text, count), windows(text, architecture, count), strict=True))
+    return b.model(b.layers(layer, keys))
+
+
+def sparse_layers(c: Config, count: int) -> list[bool]:
+    """Which layers have experts: every `decoder_sparse_step`-th, except `mlp_only_layers`."""
+    step = c.integer("decoder_sparse_step", default=1)
+    dense = set(c.list("mlp_only_layers", default=[], of=int))
+    return [i not in dense and (i + 1) % step == 0 for i in range(count)]
+
+
+def _experts(b: Builder, c: Config, module: str, stacked: bool) -> Moe:
+    experts = c.integer("num_experts", "num_local_experts")
+    routing = Routing(top_k=c.integer("num_experts_per_tok", most=experts), normalize=c.flag("norm_topk_prob"))
+    width = c.integer("moe_intermediate_size")
+    if stacked:
+        return stacked_moe(b, module, experts, width, routing, transposed=True)
+    shared = c.integer("shared_expert_intermediate_size", default=0, least=0)
+    if not shared:
+        return moe(b, module, experts, width, routing)
+    return moe(b, module, experts, width, routing, **shared_expert(b, module, shared))
+
+
+def shared_expert(b: Builder, module: str, width: int) -> dict:
+    """The shared expert of `width` with its sigmoid gate, as options of a MoE block."""
+    return {
+        "shared": dense_mlp(b, f"{module}.shared_expert", width, role="shared."),
+        "shared_gated": True,
+        "extra": b.linear("shared_gate", f"{module}.shared_expert_gate", fixed(1), b.hidden, plain=True),
+    }
