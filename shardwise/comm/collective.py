@@ -107,7 +107,7 @@ class Collective(Communicator):
         if flat is not target:
             target.copy_(flat)
         entry[watch.END] = watch.now()
-        return target
+        return target if out is None else out
 
     def all_gather(self, tensor: Tensor, dim: int = 0, sizes: Sequence[int] | None = None) -> Tensor:
         self._require_device(tensor, "all_gather")

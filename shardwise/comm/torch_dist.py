@@ -48,13 +48,26 @@ class ProcessGroupRendezvous(Rendezvous):
 class TorchDistCommunicator(Collective):
     """One rank's end of a torch.distributed group."""
 
-    def __init__(self, group: dist.ProcessGroup, backend: str, store: TorchStore, *, control=None, **options):
-        ranks = dist.get_process_group_ranks(group)
+    def __init__(
+        self,
+        group: dist.ProcessGroup,
+        backend: str,
+        store: TorchStore,
+        *,
+        ranks: Sequence[int] | None = None,
+        control: Collective | None = None,
+        **options,
+    ):
+        torch_order = dist.get_process_group_ranks(group)
+        ranks = list(ranks or torch_order)
         self.devices = ("cuda",) if backend == "nccl" else ("cpu",)
-        super().__init__(rank=dist.get_rank(group), ranks=ranks, transport=backend, **options)
+        super().__init__(rank=ranks.index(dist.get_rank()), ranks=ranks, transport=backend, **options)
         self.group = group
         self.store = store
-        self.control: Collective | None = control
+        self._place = [torch_order.index(rank) for rank in ranks]
+        """Where torch has our ranks: it sorts the members of every group."""
+        self._sorted = self._place == list(range(self.size))
+        self.control = control
         """NCCL moves CUDA tensors only: control messages go through a CPU group of the same ranks."""
         self._owner = False
 
@@ -171,7 +184,7 @@ class TorchDistCommunicator(Collective):
 
     def _all_gather(self, source: Tensor, joined: Tensor, counts: Sequence[int]) -> None:
         with self._calls():
-            if len(set(counts)) == 1:
+            if self._sorted and len(set(counts)) == 1:
                 self._done(dist.all_gather_into_tensor(joined, source, group=self.group, async_op=True))
                 return
             longest = max(counts)
@@ -180,27 +193,34 @@ class TorchDistCommunicator(Collective):
             gathered = source.new_empty(longest * self.size)
             self._done(dist.all_gather_into_tensor(gathered, padded, group=self.group, async_op=True))
         rows = gathered.view(self.size, longest)
-        for row, start, count in zip(rows, starts(counts), counts, strict=True):
-            joined[start : start + count].copy_(row[:count])
+        for place, start, count in zip(self._place, starts(counts), counts, strict=True):
+            joined[start : start + count].copy_(rows[place, :count])
 
     def _reduce_scatter(self, joined: Tensor, counts: Sequence[int], target: Tensor) -> None:
-        if self.transport != "nccl" or self.deterministic or len(set(counts)) > 1 or joined.dtype == torch.int16:
+        native = self.transport == "nccl" and self._sorted and len(set(counts)) == 1 and joined.dtype != torch.int16
+        if not native or self.deterministic:
             self._ordered_reduce_scatter(joined, counts, target)
             return
         with self._calls():
             self._done(dist.reduce_scatter_tensor(target, joined, group=self.group, async_op=True))
 
     def _all_to_all(self, source: Tensor, target: Tensor, table: list[tuple[int, ...]]) -> None:
-        receives = [row[self.rank] for row in table]
+        sends, receives = list(table[self.rank]), [row[self.rank] for row in table]
+        outgoing, incoming = source, target
+        if not self._sorted:
+            order = sorted(range(self.size), key=self._place.__getitem__)
+            parts = source.split(sends)
+            outgoing, incoming = torch.cat([parts[rank] for rank in order]), torch.empty_like(target)
+            sends, receives = [sends[rank] for rank in order], [receives[rank] for rank in order]
         with self._calls():
-            work = dist.all_to_all_single(
-                target, source, receives, list(table[self.rank]), group=self.group, async_op=True
-            )
-            self._done(work)
+            self._done(dist.all_to_all_single(incoming, outgoing, receives, sends, group=self.group, async_op=True))
+        if not self._sorted:
+            parts = incoming.split(receives)
+            target.copy_(torch.cat([parts[place] for place in self._place]))
 
     def _broadcast(self, data: Tensor, root: int) -> None:
         with self._calls():
-            self._done(dist.broadcast(data, group_src=root, group=self.group, async_op=True))
+            self._done(dist.broadcast(data, group_src=self._place[root], group=self.group, async_op=True))
 
     def _barrier(self) -> None:
         if self.control is not None:
@@ -230,6 +250,7 @@ class TorchDistCommunicator(Collective):
             group,
             self.transport,
             self.store,
+            ranks=ranks,
             control=control,
             name=name,
             deadlines=self.deadlines,

@@ -1,0 +1,18 @@
+"""What the ranks do that the tests start as processes. Importable, so that worker processes find it by name."""
+
+import conformance
+import torch
+
+from shardwise.comm.strategy import create
+
+
+def conform(info, store, transport, options):
+    """All cases on one transport; the result lists (case, seconds)."""
+    torch.set_num_threads(1)
+    group = create(info, transport=transport, store=store, **options)
+    fixed = conformance.FIXED_ORDER_CASES if transport != "gloo" or options.get("deterministic") else ()
+    passed = conformance.run(group, conformance.CASES + fixed)
+    why = group.why()
+    group.barrier()
+    group.close()
+    return passed, why

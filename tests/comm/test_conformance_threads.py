@@ -1,0 +1,28 @@
+"""The conformance suite on ranks as threads, and on one rank alone."""
+
+import conformance
+import pytest
+
+from shardwise.comm.rank import RankInfo, current_groups
+from shardwise.comm.strategy import create
+from shardwise.testing import run_threads
+
+
+def _case(case, world, **options):
+    run_threads(world, lambda: conformance.run(current_groups().world, (case,)), **options)
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 5])
+@pytest.mark.parametrize("case", conformance.CASES + conformance.FIXED_ORDER_CASES, ids=lambda c: c.__name__)
+def test_threads(case, world):
+    _case(case, world)
+
+
+@pytest.mark.parametrize("options", [{"check": True}, {"deterministic": True}], ids=["check", "deterministic"])
+def test_threads_in_modes(options):
+    run_threads(3, lambda: conformance.run(current_groups().world), **options)
+
+
+@pytest.mark.parametrize("case", conformance.CASES, ids=lambda c: c.__name__)
+def test_one_rank_alone(case):
+    conformance.run(create(RankInfo()), (case,))

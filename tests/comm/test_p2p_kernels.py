@@ -1,0 +1,188 @@
+"""The kernels' arithmetic, addressing and re-arming, one rank at a time in Triton's interpreter.
+
+Programs run one after another there, so what the peers push is laid into the rank's slots before the launch, and
+what the rank pushes is read from theirs after it.
+"""
+
+import pytest
+import torch
+
+from shardwise import partition
+
+pytest.importorskip("triton")
+kernels = pytest.importorskip("shardwise.comm.p2p.kernels")
+ptx = pytest.importorskip("shardwise.comm.p2p.ptx")
+
+interpreted = pytest.mark.skipif(not ptx.INTERPRET.value, reason="kernels of this process are compiled for a GPU")
+pytestmark = interpreted
+ARMED = -1
+EPS = 1e-5
+
+
+class Slots:
+    """All ranks' slots in CPU memory, addressed as the kernels do."""
+
+    def __init__(self, world: int, rows: int, chunks: int):
+        self.world, self.row_words = world, chunks * 4
+        self.region_words = rows * self.row_words
+        words = 2 * (world - 1) * self.region_words
+        self.memory = [torch.full((words,), ARMED, dtype=torch.int32) for _ in range(world)]
+
+    @property
+    def addresses(self) -> tuple[int, ...]:
+        return tuple(memory.data_ptr() for memory in self.memory)
+
+    def row(self, owner: int, source: int, parity: int, row: int) -> torch.Tensor:
+        index = source - 1 if source > owner else source
+        start = (parity * (self.world - 1) + index) * self.region_words + row * self.row_words
+        return self.memory[owner][start : start + self.row_words]
+
+
+def words(values: torch.Tensor, row_words: int) -> torch.Tensor:
+    padded = torch.zeros(row_words * 4 // values.element_size(), dtype=values.dtype)
+    padded[: values.numel()] = values
+    return padded.view(torch.int32)
+
+
+def launch(
+    kernel, world, rank, slots, tensors, rows, width, total, chunks, *, fused, call, aligned=True, grid=2, ahead=0
+):  # fmt: skip
+    counters = torch.full((kernels.COUNTERS,), call, dtype=torch.int32)
+    abort = torch.zeros(1, dtype=torch.int32)
+    records = torch.zeros(world, dtype=torch.int64)
+    lanes = max(32, 1 << (chunks - 1).bit_length())
+    kernel[(grid,)](
+        *tensors, slots.addresses, counters, abort.data_ptr(), records.data_ptr(), slots.region_words * 4, 10**9,
+        rows, width, total, chunks, EPS, 1.0,
+        WORLD=world, RANK=rank, LANES=lanes, ALIGNED=aligned, FUSED=fused, AHEAD=ahead, PDL=False,
+    )  # fmt: skip
+    assert counters.eq(call + 1).all(), "every copy of the call counter moves on"
+    assert not records.any()
+
+
+def ordered_sum(parts: list[torch.Tensor]) -> torch.Tensor:
+    total = parts[0].float()
+    for part in parts[1:]:
+        total = total + part.float()
+    return total.to(parts[0].dtype)
+
+
+def check_close(found: torch.Tensor, expected: torch.Tensor) -> None:
+    """The interpreter truncates float32 to bfloat16, so a value may be one unit in the last place off, twice."""
+    unit = {torch.float32: 2**-22, torch.float16: 2**-10, torch.bfloat16: 2**-6}[found.dtype]
+    assert torch.isfinite(found).all()
+    assert ((found.double() - expected.double()).abs() <= unit * (expected.double().abs() + 1)).all()
+
+
+def random_rows(world: int, rows: int, width: int, dtype: torch.dtype) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(world * 1000 + rows * 10 + width)
+    return [torch.randn(rows, width, generator=generator).to(dtype) for _ in range(world)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("world, rank", [(2, 0), (2, 1), (4, 2)])
+@pytest.mark.parametrize("ahead", [0, 2])
+def test_one_shot_sums_pushes_and_rearms(world, rank, dtype, ahead):
+    rows, width, call = 5, 64, 7
+    chunks = width * dtype.itemsize // 16
+    x = random_rows(world, rows, width, dtype)
+    slots = Slots(world, rows, chunks)
+    for source in set(range(world)) - {rank}:
+        for row in range(rows):
+            slots.row(rank, source, call & 1, row).copy_(words(x[source][row], slots.row_words))
+    out = torch.full_like(x[rank], float("nan"))
+    tensors = (x[rank], x[rank], x[rank], out, out)
+    launch(kernels.one_shot, world, rank, slots, tensors, rows, width, rows * width, chunks,
+           fused=False, call=call, ahead=ahead)  # fmt: skip
+    check_close(out, ordered_sum(x))
+    assert slots.memory[rank].eq(ARMED).all(), "what was taken is armed again"
+    for peer in set(range(world)) - {rank}:
+        for row in range(rows):
+            assert torch.equal(slots.row(peer, rank, call & 1, row), words(x[rank][row], slots.row_words))
+
+
+@pytest.mark.parametrize("width, aligned", [(64, True), (51, False)])
+@pytest.mark.parametrize("kernel", ["one_shot", "two_shot"])
+@pytest.mark.parametrize("world, rank, rows", [(2, 1, 5), (4, 1, 3), (4, 3, 9), (8, 5, 9)])
+def test_fused_equals_the_three_steps(kernel, world, rank, rows, width, aligned):
+    dtype, call = torch.float16, 4
+    chunks = -(-width * 2 // 16)
+    x = random_rows(world, rows, width, dtype)
+    residual, weight = random_rows(1, rows, width, dtype)[0], random_rows(1, 1, width, dtype)[0][0]
+    total = ordered_sum(x)
+    slots = Slots(world, rows + world, chunks)
+    lay_peers = lay_one_shot if kernel == "one_shot" else lay_two_shot
+    lay_peers(slots, world, rank, x, total, call & 1)
+    out, residual_out = torch.full_like(total, float("nan")), torch.full_like(total, float("nan"))
+    tensors = (x[rank], residual, weight, out, residual_out)
+    launch(getattr(kernels, kernel), world, rank, slots, tensors, rows, width, rows * width, chunks,
+           fused=True, call=call, aligned=aligned, grid=2)  # fmt: skip
+    stream = (total.float() + residual.float()).to(dtype)
+    scale = torch.rsqrt(stream.float().square().mean(-1, keepdim=True) + EPS)
+    check_close(residual_out, stream)
+    check_close(out, stream.float() * scale * (weight.float() + 1))
+    assert slots.memory[rank].eq(ARMED).all()
+
+
+def lay_one_shot(slots, world, rank, x, total, parity):
+    for source in set(range(world)) - {rank}:
+        for row in range(len(total)):
+            slots.row(rank, source, parity, row).copy_(words(x[source][row], slots.row_words))
+
+
+def lay_two_shot(slots, world, rank, x, total, parity):
+    rows = len(total)
+    start, stop = partition.extent(rows, world, rank)
+    for peer in set(range(world)) - {rank}:
+        for place, row in enumerate(range(start, stop)):
+            slots.row(rank, peer, parity, place).copy_(words(x[peer][row], slots.row_words))
+        for place, row in enumerate(range(*partition.extent(rows, world, peer))):
+            place += -(-rows // world)
+            slots.row(rank, peer, parity, place).copy_(words(total[row], slots.row_words))
+
+
+def test_two_shot_pushes_contributions_and_sums():
+    world, rank, rows, width, call = 4, 1, 10, 32, 3
+    chunks = width * 4 // 16
+    x = random_rows(world, rows, width, torch.float32)
+    total = ordered_sum(x)
+    slots = Slots(world, rows + world, chunks)
+    lay_two_shot(slots, world, rank, x, total, call & 1)
+    out = torch.full_like(total, float("nan"))
+    launch(kernels.two_shot, world, rank, slots, (x[rank], x[rank], x[rank], out, out), rows, width, rows * width,
+           chunks, fused=False, call=call, ahead=1)  # fmt: skip
+    assert torch.equal(out, total)
+    start, stop = partition.extent(rows, world, rank)
+    for peer in (0, 2, 3):
+        for place, row in enumerate(range(*partition.extent(rows, world, peer))):
+            assert torch.equal(slots.row(peer, rank, call & 1, place), words(x[rank][row], slots.row_words))
+        for place, row in enumerate(range(start, stop)):
+            found = slots.row(peer, rank, call & 1, -(-rows // world) + place)
+            assert torch.equal(found, words(total[row], slots.row_words))
+
+
+def test_the_last_row_of_a_flat_tensor_may_be_short():
+    world, rank, width, total = 2, 0, 128, 300
+    x = random_rows(world, 1, total, torch.float32)
+    slots = Slots(world, 3, width * 4 // 16)
+    for row in range(3):
+        slots.row(0, 1, 0, row).copy_(words(x[1][0, row * width : (row + 1) * width], slots.row_words))
+    out = torch.full((384,), float("nan"))
+    launch(kernels.one_shot, world, rank, slots, (x[0], x[0], x[0], out, out), 3, width, total, 32, fused=False, call=0)
+    assert torch.equal(out[:total], (x[0] + x[1])[0])
+    assert out[total:].isnan().all(), "nothing is written past the end"
+
+
+def test_a_word_that_means_not_arrived_is_sent_as_another_nan():
+    world, width = 2, 32
+    x = torch.zeros(1, width)
+    x.view(torch.int32)[0, 5] = ARMED
+    slots = Slots(world, 1, 8)
+    slots.row(0, 1, 0, 0).copy_(words(torch.ones(width), slots.row_words))
+    out = torch.zeros(1, width)
+    launch(kernels.one_shot, world, 0, slots, (x, x, x, out, out), 1, width, width, 8, fused=False, call=0, grid=1)
+    sent = slots.row(1, 0, 0, 0)
+    assert not sent.eq(ARMED).any()
+    assert sent.view(torch.float32)[5].isnan()
+    assert out[0, 5].isnan()
+    assert out.isnan().sum() == 1
