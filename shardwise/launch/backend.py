@@ -24,16 +24,20 @@ class Backend(ABC):
     """Where the parent listens for ranks; None: a Unix socket, all ranks are on this host."""
 
     @abstractmethod
+    def prepare(self, job: Job) -> None:
+        """Find what starting takes. Raises FileNotFoundError, ValueError or RuntimeError when this machine lacks it."""
+
+    @abstractmethod
     def start(self, job: Job, description: dict) -> None:
-        """Start the ranks. Raises ValueError or RuntimeError, in one sentence, when this machine cannot."""
+        """Start the ranks."""
 
     @abstractmethod
     def sentinels(self) -> list[int]:
         """Descriptors that become readable when something that was started has ended."""
 
     @abstractmethod
-    def exits(self) -> dict[int, int]:
-        """Exit code of each rank that is known to have ended, as subprocess spells it: negative for a signal."""
+    def exits(self) -> dict[int, int | None]:
+        """Exit code of each rank that is known to have ended: negative for a signal, None where nobody knows."""
 
     @abstractmethod
     def running(self) -> bool:
@@ -109,7 +113,7 @@ class LauncherProcess(Backend):
         self._log: Path | None = None
 
     @abstractmethod
-    def blame(self, text: str) -> dict[int, int]:
+    def blame(self, text: str) -> dict[int, int | None]:
         """Exit codes by rank (as `exits`) that the launcher's own words report."""
 
     def launch(self, job: Job, command: Sequence[str], environment: dict[str, str]) -> None:
@@ -131,7 +135,7 @@ class LauncherProcess(Backend):
     def sentinels(self) -> list[int]:
         return [] if self._sentinel is None else [self._sentinel]
 
-    def exits(self) -> dict[int, int]:
+    def exits(self) -> dict[int, int | None]:
         return {} if self.running() else self.blame(self._words())
 
     def running(self) -> bool:

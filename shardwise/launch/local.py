@@ -21,6 +21,9 @@ class Local(Backend):
         self._processes: list[subprocess.Popen] = []
         self._sentinels: list[int] = []
 
+    def prepare(self, job: Job) -> None:
+        pass  # an interpreter is there: this one
+
     def start(self, job: Job, description: dict) -> None:
         for rank in range(job.world):
             process = self._keeper.call(lambda rank=rank: self._spawn(job, rank))
@@ -45,9 +48,9 @@ class Local(Backend):
     def sentinels(self) -> list[int]:
         return self._sentinels
 
-    def exits(self) -> dict[int, int]:
-        codes = {rank: process.poll() for rank, process in enumerate(self._processes)}
-        return {rank: code for rank, code in codes.items() if code is not None}
+    def exits(self) -> dict[int, int | None]:
+        ended = [rank for rank, process in enumerate(self._processes) if process.poll() is not None]
+        return {rank: self._processes[rank].returncode for rank in ended}
 
     def running(self) -> bool:
         return any(process.poll() is None for process in self._processes)

@@ -61,15 +61,18 @@ class Mpi(LauncherProcess):
 
     name = "mpi"
 
+    def prepare(self, job: Job) -> None:
+        self._flavour = find()
+
     def start(self, job: Job, description: dict) -> None:
-        flavour = find()
+        flavour = self._flavour
         environment = rank_environment(job)
         if os.geteuid() == 0:  # Open MPI refuses root unless told twice; containers run as root
             environment |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
         slots = len(os.sched_getaffinity(0))
         self.launch(job, [flavour.path, *flavour.flags(job.world, slots), *worker_command(job)], environment)
 
-    def blame(self, text: str) -> dict[int, int]:
+    def blame(self, text: str) -> dict[int, int | None]:
         match = _SIGNALLED.search(text)
         if match:
             return {int(match[1]): -int(match[2])}

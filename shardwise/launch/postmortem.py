@@ -60,7 +60,7 @@ def stall(
     return [_late(job, rank, hello.get(rank), phases[rank], what, stacks.get(rank)) for rank in late]
 
 
-def _deaths(backend: Backend, died: dict[int, int], known: Iterable[int]) -> dict[int, int]:
+def _deaths(backend: Backend, died: dict[int, int], known: Iterable[int]) -> dict[int, int | None]:
     """Exit code of each rank that ended on its own without a word."""
     exits = {rank: code for rank, code in backend.exits().items() if rank not in known}
     own = {rank: code for rank, code in exits.items() if code not in _ENDED_BY_US or rank in died}
@@ -71,14 +71,14 @@ def _deaths(backend: Backend, died: dict[int, int], known: Iterable[int]) -> dic
 
 
 def _from_exit(
-    job: Job, rank: int, code: int, hello: Hello | None, phase: str, when: int | None, out_of_memory: bool
+    job: Job, rank: int, code: int | None, hello: Hello | None, phase: str, when: int | None, out_of_memory: bool
 ) -> Failure:
     log = tail(job.log(rank))
     crash = log[log.rindex(_FATAL) :] if _FATAL in log else None
     blank = _late(job, rank, hello, phase, _spell(code), crash)
     return replace(
         blank,
-        exit_code=128 - code if code < 0 else code or 1,
+        exit_code=128 - code if code and code < 0 else code or 1,
         time_ns=when or time.time_ns(),
         hint=_hint(code, out_of_memory, log, crash),
     )
@@ -119,13 +119,15 @@ def _launcher_failed(job: Job, backend: Backend, hello: dict[int, Hello]) -> Fai
     return replace(blank, exit_code=128 - code if code and code < 0 else code or 1, log=None)
 
 
-def _spell(code: int) -> str:
+def _spell(code: int | None) -> str:
+    if code is None:
+        return "its process died; the launcher does not know of what"
     if code < 0:
         return f"killed by {signal.Signals(-code).name}"
     return f"ended with exit code {code}" if code else "ended before its work was done, with exit code 0"
 
 
-def _hint(code: int, out_of_memory: bool, log: str, crash: str | None) -> str | None:
+def _hint(code: int | None, out_of_memory: bool, log: str, crash: str | None) -> str | None:
     if code == -signal.SIGKILL:
         if out_of_memory:
             return (

@@ -43,11 +43,13 @@ class Supervisor:
         self._trouble: float | None = None
         self._kills = postmortem.out_of_memory_kills()
         self._hub: Hub | None = None
+        self._store: dict | None = None
         self._early: list[dict] = []
         self._ended = False
 
     def __enter__(self) -> "Supervisor":
         try:
+            self.backend.prepare(self.job)
             self.job.prepare()
             self._hub = Hub(self.job.folder, self.job.token, self.backend.tcp_host)
             description = self.job.describe(self._hub.address)
@@ -59,6 +61,13 @@ class Supervisor:
         except BaseException as error:
             self.__exit__(type(error), error, None)
             raise
+
+    def stop(self) -> None:
+        """Ask the ranks to end by themselves, which frees what they share; end them if they do not."""
+        if not self._ended:
+            self.send({"command": "stop"})
+            self.backend.wait(self.job.deadlines.stop)
+        self.__exit__(None, None, None)
 
     def __exit__(self, kind, error, trace) -> None:
         if not self._ended:
@@ -122,11 +131,15 @@ class Supervisor:
             kind, rank = event["event"], event["rank"]
             if kind == "hello":
                 self._watch(rank)
+                self._announce_store()
             elif kind == "phase":
                 self.phases[rank] = event["phase"]
             elif kind == "failed":
                 self._failed[rank] = Failure.from_json(event["failure"])
                 self._trouble = self._trouble or time.monotonic()
+            elif kind == "store":
+                self._store = {"command": "store", "host": event["host"], "port": event["port"]}
+                self._announce_store()
             elif kind == "done":
                 self.results[rank] = event["value"]
             else:
@@ -134,6 +147,12 @@ class Supervisor:
         for descriptor in woken:
             self._ended_process(descriptor)
         return rest
+
+    def _announce_store(self) -> None:
+        """Where rank 0 serves the rendezvous, to all ranks, once all of them are there to hear it."""
+        if self._store and len(self.hub.hello) == self.job.world:
+            self.send(self._store)
+            self._store = None
 
     def _watch(self, rank: int) -> None:
         hello = self.hub.hello[rank]

@@ -14,13 +14,16 @@ class Torchrun(LauncherProcess):
 
     name = "torchrun"
 
+    def prepare(self, job: Job) -> None:
+        pass  # torchrun is a part of torch
+
     def start(self, job: Job, description: dict) -> None:
         environment = rank_environment(job)
         environment.setdefault("OMP_NUM_THREADS", "1")  # torchrun sets the same, with a warning
         command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(job.world)]
         self.launch(job, [*command, "-m", "shardwise.launch.worker", str(job.folder)], environment)
 
-    def blame(self, text: str) -> dict[int, int]:
+    def blame(self, text: str) -> dict[int, int | None]:
         _, found, report = text.rpartition("Root Cause")
         match = _ROOT_CAUSE.search(report) if found else None
         return {int(match[1]): int(match[2])} if match else {}

@@ -4,6 +4,7 @@ Order matters: be bound to the parent's life, have a log, know the rank, then re
 function is imported, so that a rank that dies early is a named one.
 """
 
+import functools
 import importlib
 import json
 import os
@@ -31,8 +32,8 @@ class RankContext:
     guard: Guard
     link: Link | None
     """None where the ranks were started by the user's own torchrun or mpirun."""
-    store: Any = None
-    """Rendezvous for `comm.strategy.create` where the environment does not name one."""
+    make_store: Callable[[], Any] | None = None
+    """Makes the rendezvous for `comm.strategy.create` where the environment does not name one."""
     on_event: Callable[[dict], None] = lambda event: None
 
     def emit(self, event: str, **values: Any) -> None:
@@ -51,7 +52,8 @@ class RankContext:
         from shardwise.comm.strategy import create
 
         with self.phase("rendezvous"):
-            return create(self.info, transport=transport, device=device, store=self.store, deadlines=self.deadlines)
+            store = self.make_store() if self.make_store else None
+            return create(self.info, transport=transport, device=device, store=store, deadlines=self.deadlines)
 
 
 def main(folder: Path) -> None:
@@ -65,7 +67,7 @@ def main(folder: Path) -> None:
     leave()
 
 
-def run_rank(description: dict, info: RankInfo, make_store: Callable[[Link], Any] | None = None) -> None:
+def run_rank(description: dict, info: RankInfo, make_store: Callable[[RankInfo, Link], Any] | None = None) -> None:
     """Report to the parent, run the job's function in the guard, say how it went."""
     env.prepare_rank(info)
     link = Link(description["address"], description["token"], info.rank)
@@ -82,7 +84,7 @@ def run_rank(description: dict, info: RankInfo, make_store: Callable[[Link], Any
             deadlines=Deadlines(**description["deadlines"]),
             guard=keeper,
             link=link,
-            store=make_store(link) if make_store else None,
+            make_store=functools.partial(make_store, info, link) if make_store else None,
         )
         return resolve(description["target"])(context)
 

@@ -1,0 +1,257 @@
+"""`LLM`: a model split over ranks, from a plain script or inside one that torchrun or mpirun started.
+
+    from shardwise import LLM, SamplingParams
+
+    with LLM("smollm2", tp=2) as llm:
+        print(llm.generate(["Hello"], SamplingParams(max_new_tokens=32))[0].text)
+
+A plain script starts the ranks itself, as processes of their own (no main guard needed). Under torchrun or mpirun the
+script already runs on every rank: each makes the same calls and gets the same results.
+"""
+
+import atexit
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from typing import Any, Protocol
+
+from shardwise.comm.rank import RankInfo
+from shardwise.comm.watch import Deadlines
+from shardwise.launch import env, guard
+from shardwise.launch.job import Job, backend
+from shardwise.launch.session import SERVE, Answer, ModelConfig, Session, params_to_json
+from shardwise.launch.supervise import Supervisor
+from shardwise.parallel.results import Completion, RankStats, TokenEvent
+from shardwise.parallel.sampler import SamplingParams
+
+Prompt = str | Sequence[int] | Sequence[dict[str, str]]
+Progress = Callable[[int, int], None]
+"""Called with (bytes read, bytes to read) of rank 0 while the weights load."""
+
+
+class Runner(Protocol):
+    """Where the ranks are: in processes of ours, or around us."""
+
+    transport: str
+
+    def stream(self, prompts: Sequence[Any], params: Sequence[SamplingParams]) -> Iterator[TokenEvent | Answer]: ...
+
+    def stats(self) -> list[RankStats]: ...
+
+    def close(self) -> None: ...
+
+
+class LLM:
+    """A running model.
+
+    model       a known name, a GGUF file, a Hugging Face folder or a hub id
+    tp          tensor parallel ranks; under torchrun or mpirun it defaults to the world, else to 1
+    attn_dp, moe_tp, ep   the other sizes of the grid: tp * attn_dp = world = moe_tp * ep
+    launcher    local, torchrun, mpi or ray starts the ranks; inside torchrun or mpirun leave it at None
+    dtype       auto (float32 on the CPU, bfloat16 on GPUs), float32, bfloat16, float16
+    device      auto, cpu or cuda
+    transport   auto, or one of `shardwise.comm.base.TRANSPORTS`
+    Raises ValueError for a layout that does not fit the model or the launcher's world, FileNotFoundError for a missing
+    model, JobFailed when a rank fails.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        tp: int | None = None,
+        attn_dp: int = 1,
+        moe_tp: int = 0,
+        ep: int = 1,
+        launcher: str | None = None,
+        dtype: str = "auto",
+        device: str = "auto",
+        transport: str = "auto",
+        ray_address: str | None = None,
+        on_progress: Progress | None = None,
+        debug: bool = False,
+    ):
+        info = env.detect()
+        layout = layout_for(info, tp=tp, attn_dp=attn_dp, moe_tp=moe_tp, ep=ep, launcher=launcher)
+        self.config = ModelConfig(model=str(model), **layout, dtype=dtype, device=device, transport=transport)
+        self.launcher = launcher or (info.source if within(info) else "local")
+        if within(info):
+            self._runner: Runner = SpmdRunner(self.config, info, on_progress)
+        else:
+            check_plan(self.config)
+            options = {"address": ray_address, "device": device} if self.launcher == "ray" else {}
+            self._runner = ParentRunner(self.config, self.launcher, options, on_progress, debug)
+        self._closer = weakref.finalize(self, self._runner.close)
+        self.last_answer: Answer | None = None
+        """Times of the last call that was read to its end."""
+
+    @property
+    def transport(self) -> str:
+        """What moves the bytes between the ranks: gloo, nccl, mpi, shm, p2p, …"""
+        return self._runner.transport
+
+    def generate(
+        self, prompts: Sequence[Prompt] | str, params: SamplingParams | Sequence[SamplingParams] | None = None
+    ) -> list[Completion]:
+        """Completions in the order of the prompts. A prompt is raw text, token ids, or a list of chat messages."""
+        for _ in self.stream(prompts, params):
+            pass
+        assert self.last_answer is not None
+        return list(self.last_answer.completions)
+
+    def stream(
+        self, prompts: Sequence[Prompt] | str, params: SamplingParams | Sequence[SamplingParams] | None = None
+    ) -> Iterator[TokenEvent]:
+        """Tokens of all prompts as they come; the iterator must be read to its end. ValueError as `generate`."""
+        listed = [prompts] if isinstance(prompts, str) else list(prompts)
+        each = _one_each(params, len(listed))
+        if not self._closer.alive:
+            raise RuntimeError("this LLM is closed")
+        for item in self._runner.stream(listed, each):
+            if isinstance(item, Answer):
+                self.last_answer = item
+            else:
+                yield item
+
+    def stats(self) -> list[RankStats]:
+        """Of every rank after the last call, by rank; under torchrun or mpirun of all ranks as well."""
+        return self._runner.stats()
+
+    def close(self) -> None:
+        """End the ranks and free what they hold; idempotent."""
+        self._closer()
+
+    def __enter__(self) -> "LLM":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+def within(info: RankInfo) -> bool:
+    """Whether somebody else's launcher started this very process as a rank."""
+    return info.source != RankInfo().source
+
+
+def layout_for(
+    info: RankInfo, *, tp: int | None, attn_dp: int, moe_tp: int, ep: int, launcher: str | None = None
+) -> dict[str, int]:
+    """Sizes of the grid; tp defaults to the launcher's world. ValueError names both sides of a contradiction."""
+    if within(info) and launcher is not None:
+        raise ValueError(
+            f"launcher {launcher!r} was asked for, but this process is already rank {info.rank} of {info.world} "
+            f"started by {info.source}: drop one of them"
+        )
+    if within(info):
+        if tp is None:
+            if info.world % attn_dp:
+                raise ValueError(f"attn_dp {attn_dp} does not divide the {info.world} ranks that {info.source} started")
+            tp = info.world // attn_dp
+        if tp * attn_dp != info.world:
+            raise ValueError(
+                f"tp {tp} x attn_dp {attn_dp} needs {tp * attn_dp} ranks, but {info.source} started {info.world} "
+                f"({env.explain()}): change one of them"
+            )
+    return {"tp": tp or 1, "attn_dp": attn_dp, "moe_tp": moe_tp, "ep": ep}
+
+
+def check_plan(config: ModelConfig) -> None:
+    """Let errors of model and layout come up here, before any rank starts; needs no torch."""
+    from shardwise.sharding.layout import ParallelLayout
+    from shardwise.sharding.plan import plan
+
+    plan(config.model, ParallelLayout(config.tp, config.attn_dp, config.moe_tp, config.ep))
+
+
+def _one_each(params: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:
+    if params is None or isinstance(params, SamplingParams):
+        return [params or SamplingParams()] * count
+    if len(params) != count:
+        raise ValueError(f"{count} prompts with {len(params)} sampling parameters; give one, or one for each")
+    return list(params)
+
+
+class ParentRunner:
+    """Ranks that this process started and watches."""
+
+    def __init__(
+        self, config: ModelConfig, launcher: str, options: dict, on_progress: Progress | None, debug: bool = False
+    ):
+        deadlines = Deadlines.from_environment()
+        world = config.tp * config.attn_dp
+        job = Job(target=SERVE, payload=asdict(config), world=world, deadlines=deadlines, debug=debug)
+        self._silence = deadlines.collective + deadlines.stop
+        self._stats: dict[int, RankStats] = {}
+        self._supervisor = Supervisor(job, backend(launcher, **options)).__enter__()
+        self._closed = False
+        atexit.register(self.close)  # before the keeper's thread ends with the interpreter
+        self._load(deadlines.load, on_progress)
+
+    def _load(self, seconds: float, on_progress: Progress | None) -> None:
+        ready: dict[int, str] = {}
+        self._supervisor.wait_for_ranks()
+        while len(ready) < self._supervisor.job.world:
+            for event in self._supervisor.next_events(seconds, "the ranks to load the model"):
+                if event["event"] == "ready":
+                    ready[event["rank"]] = event["transport"]
+                elif event["event"] == "progress" and on_progress is not None:
+                    on_progress(event["done"], event["total"])
+        self.transport = ready[0]
+
+    def stream(self, prompts: Sequence[Any], params: Sequence[SamplingParams]) -> Iterator[TokenEvent | Answer]:
+        self._stats.clear()
+        given = [prompt if isinstance(prompt, str) else list(prompt) for prompt in prompts]
+        self._supervisor.send(
+            {"command": "generate", "prompts": given, "params": [params_to_json(each) for each in params]}
+        )
+        answer = None
+        while len(self._stats) < self._supervisor.job.world:
+            for event in self._supervisor.next_events(self._silence, "the next token"):
+                kind, rank = event.pop("event"), event.pop("rank")
+                if kind == "token":
+                    yield TokenEvent(**event)
+                elif kind == "answer":
+                    answer = Answer.from_json(event["answer"])
+                elif kind == "stats":
+                    self._stats[rank] = RankStats(rank=rank, **event)
+        assert answer is not None
+        yield answer
+
+    def stats(self) -> list[RankStats]:
+        return [self._stats[rank] for rank in sorted(self._stats)]
+
+    def close(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        atexit.unregister(self.close)
+        self._supervisor.stop()
+
+
+class SpmdRunner:
+    """This process is one of the ranks."""
+
+    def __init__(self, config: ModelConfig, info: RankInfo, on_progress: Progress | None):
+        from shardwise.launch.worker import RankContext
+
+        guard.guard_script(info)
+        env.prepare_rank(info)
+        deadlines = Deadlines.from_environment()
+
+        def on_event(event: dict) -> None:
+            if on_progress is not None and event["event"] == "progress":
+                on_progress(event["done"], event["total"])
+
+        keeper = guard.Guard(info, guard.job_folder(info))
+        context = RankContext(info, asdict(config), deadlines, keeper, link=None, on_event=on_event)
+        self._session = Session(context, config)
+        self.transport = self._session.transport
+
+    def stream(self, prompts: Sequence[Any], params: Sequence[SamplingParams]) -> Iterator[TokenEvent | Answer]:
+        yield from self._session.stream(prompts, params)
+
+    def stats(self) -> list[RankStats]:
+        return self._session.engine.groups.world.all_gather_object(self._session.stats())
+
+    def close(self) -> None:
+        self._session.close()

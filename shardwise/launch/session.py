@@ -1,0 +1,223 @@
+"""One rank's end of a loaded model: groups, plan and engine, and the loop that serves its parent's commands.
+
+Under the user's own torchrun or mpirun there is no parent: `LLM` and `run` open a `Session` in every rank and call it
+alike (SPMD).
+"""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from shardwise.parallel.results import Completion, RankStats, TokenEvent
+from shardwise.parallel.sampler import SamplingParams
+
+if TYPE_CHECKING:
+    from shardwise.launch.worker import RankContext
+
+SERVE = "shardwise.launch.session:serve"
+"""The job target of a model that waits for its parent's commands."""
+PROGRESS_STEPS = 100
+"""Progress events per load at most, so that a fast disk is not slowed by telling of it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Which model the ranks load, and how; JSON values all."""
+
+    model: str
+    tp: int = 1
+    attn_dp: int = 1
+    moe_tp: int = 0
+    ep: int = 1
+    dtype: str = "auto"
+    device: str = "auto"
+    """auto: cuda where every rank of a host can have a GPU, else cpu."""
+    transport: str = "auto"
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One call's completions, with its times in seconds."""
+
+    completions: tuple[Completion, ...]
+    time_to_first_token: float
+    """From the call to the first token of the first prompt that got one."""
+    seconds: float
+    """From the call to the last token."""
+
+    @property
+    def new_tokens(self) -> int:
+        return sum(len(completion.token_ids) for completion in self.completions)
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Decode rate behind the first token; of the whole call when it gave one token only."""
+        decoding = self.seconds - self.time_to_first_token
+        if self.new_tokens > 1 and decoding > 0:
+            return (self.new_tokens - 1) / decoding
+        return self.new_tokens / self.seconds if self.seconds > 0 else 0.0
+
+    def to_json(self) -> dict:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: dict) -> "Answer":
+        completions = [{**each, "token_ids": tuple(each["token_ids"])} for each in data["completions"]]
+        return cls(**{**data, "completions": tuple(Completion(**each) for each in completions)})
+
+
+@dataclass
+class Tally:
+    """Collects the events of one call into its Answer."""
+
+    prompt_tokens: Sequence[int]
+    stop_ids: Callable[[int], set[int]]
+    """Ids that end the answer of request number i and do not belong to it."""
+    started: float = field(default_factory=time.perf_counter)
+    first: float = 0.0
+
+    def __post_init__(self) -> None:
+        self._texts = ["" for _ in self.prompt_tokens]
+        self._ids: list[list[int]] = [[] for _ in self.prompt_tokens]
+        self._reasons = ["" for _ in self.prompt_tokens]
+
+    def add(self, event: TokenEvent) -> None:
+        self.first = self.first or time.perf_counter()
+        number = event.request
+        self._texts[number] += event.text
+        self._reasons[number] = event.finish_reason or ""
+        if not (event.finish_reason == "stop" and event.token_id in self.stop_ids(number)):
+            self._ids[number].append(event.token_id)
+
+    def answer(self) -> Answer:
+        now = time.perf_counter()
+        columns = zip(self._texts, self._ids, self.prompt_tokens, self._reasons, strict=True)
+        completions = tuple(Completion(text, tuple(ids), count, reason) for text, ids, count, reason in columns)
+        return Answer(completions, (self.first or now) - self.started, now - self.started)
+
+
+class Session:
+    """A model on this rank. Every rank makes the same calls; all get the same events."""
+
+    def __init__(self, context: "RankContext", config: ModelConfig):
+        from shardwise.comm.rank import use_groups
+        from shardwise.comm.strategy import make_groups
+
+        self.context, self.config = context, config
+        self.device = choose_device(config.device, context.info)
+        plan, checkpoint = _plan(config)
+        world = context.communicator(device=self.device.split(":")[0], transport=config.transport)
+        groups = make_groups(world, plan.layout)
+        self.transport = world.transport
+        self._stack = ExitStack()
+        self._stack.callback(world.close)
+        self._stack.enter_context(use_groups(groups))
+        with context.phase("load"):
+            from shardwise.parallel.engine import Engine
+
+            self.engine = Engine(
+                checkpoint, plan, groups, dtype=config.dtype, device=self.device, on_progress=self._progress()
+            )
+            _ = self.engine.tokenizer  # read once here, not at the first prompt
+            world.barrier()
+
+    def stream(self, prompts: Sequence[Any], params: Sequence[SamplingParams]) -> Iterator[TokenEvent | Answer]:
+        """Tokens as they come, then the Answer."""
+        tokenizer = self.engine.tokenizer
+        ids = [self._encode(prompt) for prompt in prompts]
+        ends = [{*each.stop_token_ids, *(() if each.ignore_eos else tokenizer.stop_ids)} for each in params]
+        tally = Tally([len(each) for each in ids], lambda number: ends[number])
+        with self.context.phase("run"):
+            for event in self.engine.stream(ids, params):
+                tally.add(event)
+                yield event
+        yield tally.answer()
+
+    def stats(self) -> RankStats:
+        return self.engine.stats()
+
+    def close(self) -> None:
+        self._stack.close()
+
+    def _encode(self, prompt: Any) -> list[int]:
+        """Ids of raw text, of a conversation, or as given."""
+        if isinstance(prompt, str):
+            return self.engine.tokenizer.encode(prompt)
+        if prompt and isinstance(prompt[0], dict):
+            return self.engine.tokenizer.encode_chat(prompt)
+        return [int(token) for token in prompt]
+
+    def _progress(self) -> Callable[[int, int], None] | None:
+        """Rank 0 tells how far it is, rarely."""
+        if self.context.info.rank:
+            return None
+        told = -1
+
+        def progress(done: int, total: int) -> None:
+            nonlocal told
+            step = done * PROGRESS_STEPS // max(1, total)
+            if step != told:
+                told = step
+                self.context.emit("progress", done=done, total=total)
+
+        return progress
+
+
+def _plan(config: ModelConfig):
+    from shardwise.sharding.checkpoint.resolve import open_checkpoint
+    from shardwise.sharding.layout import ParallelLayout
+    from shardwise.sharding.plan import plan
+
+    layout = ParallelLayout(config.tp, config.attn_dp, config.moe_tp, config.ep)
+    return plan(config.model, layout), open_checkpoint(config.model)
+
+
+def choose_device(wanted: str, info) -> str:
+    """cpu, or this rank's cuda device. Raises ValueError when cuda is asked for and not there."""
+    if wanted == "cpu":
+        return "cpu"
+    if wanted not in ("auto", "cuda"):
+        raise ValueError(f"device {wanted!r} is unknown, legal: auto, cpu, cuda")
+    import torch
+
+    count = torch.cuda.device_count()
+    if wanted == "cuda" and not count:
+        raise ValueError("device cuda: no CUDA device is visible to this rank; legal here: cpu")
+    alone = count == 1 and info.local_world > 1  # a launcher that shows each rank its own GPU only
+    if not count or (wanted == "auto" and count < info.local_world and not (alone and info.source == "Ray")):
+        return "cpu"
+    device = f"cuda:{info.local_rank % count}"
+    torch.cuda.set_device(device)
+    return device
+
+
+def serve(context: "RankContext") -> None:
+    """Load the model of `payload`, then answer the parent's commands until it says stop."""
+    session = Session(context, ModelConfig(**context.payload))
+    context.emit("ready", transport=session.transport, device=session.device)
+    assert context.link is not None
+    for command in context.link.commands():
+        params = [params_from_json(each) for each in command["params"]]
+        for item in session.stream(command["prompts"], params):
+            if context.info.rank == 0:
+                _pass_on(context, item)
+        context.emit("stats", **asdict(session.stats()))
+    with context.phase("stop"):
+        session.close()
+
+
+def _pass_on(context: "RankContext", item: TokenEvent | Answer) -> None:
+    if isinstance(item, TokenEvent):
+        context.emit("token", **asdict(item))
+    else:
+        context.emit("answer", answer=item.to_json())
+
+
+def params_to_json(params: SamplingParams) -> dict:
+    return asdict(params)
+
+
+def params_from_json(data: dict) -> SamplingParams:
+    return replace(SamplingParams(), **data)
