@@ -1,0 +1,115 @@
+"""Where the chunked scan cuts a batch of several sequences.
+
+Cuts lie at every multiple of the chunk size and at every sequence's start, so that a piece belongs to one sequence.
+"""
+
+import torch
+
+from shardwise.ops.attention.batch import Batch, read_batch
+from shardwise.ops.registry import TRITON, operator
+from shardwise.ops.state_batch import prefill_bounds
+from shardwise.ops.triton_support import Launcher, aligned, tl, triton
+
+
+def _metadata(position_ids, batch_info_host, seq_len, cu_seqlen, chunk_size):
+    tokens = position_ids.numel() if position_ids.dim() == 2 and position_ids.shape[1] > 1 else 0
+    make = torch.empty
+    return [make(shape, dtype=torch.int32, device=cu_seqlen.device) for shape in ((tokens,), (tokens,), (1, tokens))]
+
+
+@operator(fake=_metadata)
+def mamba_ssm_prepare_metadata(
+    position_ids: torch.Tensor,
+    batch_info_host: torch.Tensor,
+    seq_len: torch.Tensor,
+    cu_seqlen: torch.Tensor,
+    chunk_size: int,
+) -> list[torch.Tensor]:
+    """int32 chunk_indices and chunk_offsets (the physical chunk of every piece, and where in it the piece begins)
+    and seq_idx_prefill [1, prefill tokens] (the sequence of every token), on cu_seqlen's device.
+
+    On a CUDA device nothing is synchronised: the first two have the length min(tokens, cdiv(tokens, chunk_size) +
+    sequences - 1), which is never exceeded, and -1 where there is no piece. The fake gives upper bounds.
+    """
+    op = "mamba_ssm_prepare_metadata"
+    if chunk_size < 1:
+        raise ValueError(f"{op}: chunk_size must be positive, got {chunk_size}")
+    batch = read_batch(op, batch_info_host)
+    if not batch.prefill_tokens:
+        return [torch.empty(shape, dtype=torch.int32, device=cu_seqlen.device) for shape in ((0,), (0,), (1, 0))]
+    if cu_seqlen.is_cuda and TRITON.state[0]:
+        return _on_device(op, batch, cu_seqlen, chunk_size)
+    return _on_host(prefill_bounds(op, batch, cu_seqlen), chunk_size, cu_seqlen.device)
+
+
+def _on_host(bounds: list[int], chunk: int, device: torch.device) -> list[torch.Tensor]:
+    cuts = sorted({*range(0, bounds[-1], chunk), *(begin for begin in bounds[:-1] if begin < bounds[-1])})
+    rows = [[cut // chunk for cut in cuts], [cut % chunk for cut in cuts]]
+    sequences = [i for i in range(len(bounds) - 1) for _ in range(bounds[i], bounds[i + 1])]
+    return [torch.tensor(row, dtype=torch.int32, device=device) for row in (*rows, [sequences])]
+
+
+@triton.jit
+def first_piece(bounds_ptr, sequence, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
+    """How many pieces lie before the start of `sequence`."""
+    start = tl.load(bounds_ptr + sequence)
+    count = tl.cdiv(start, CHUNK)
+    for begin in range(0, sequence, BLOCK):
+        j = begin + tl.arange(0, BLOCK)
+        low = tl.load(bounds_ptr + j, mask=j < sequence, other=0)
+        high = tl.load(bounds_ptr + j + 1, mask=j < sequence, other=0)
+        count += tl.sum(((low < high) & (low % CHUNK != 0)).to(tl.int32), axis=0)
+    return count
+
+
+@triton.jit(do_not_specialize=["sequences", "tokens", "pieces"])
+def _pieces_kernel(
+    bounds_ptr,
+    index_ptr,
+    offset_ptr,
+    owner_ptr,
+    sequences,
+    tokens,
+    pieces,
+    CHUNK: tl.constexpr,
+    SEQUENCES: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    j = tl.arange(0, SEQUENCES)
+    low = tl.load(bounds_ptr + j, mask=j < sequences, other=0)
+    high = tl.load(bounds_ptr + j + 1, mask=j < sequences, other=0)
+    owner = tl.sum(((high[None, :] <= i[:, None]) & (j < sequences)[None, :]).to(tl.int32), axis=1)
+    tl.store(owner_ptr + i, owner, mask=i < tokens)
+    # Pieces up to the end of sequence j: whole chunks, and one more for every start inside a chunk.
+    ends = tl.cdiv(high, CHUNK) + tl.cumsum(((low < high) & (low % CHUNK != 0)).to(tl.int32), axis=0)
+    done = (ends[None, :] <= i[:, None]) & (j < sequences)[None, :]
+    owner = tl.sum(done.to(tl.int32), axis=1)
+    before = tl.max(tl.where(done, ends[None, :], 0), axis=1)
+    start = tl.load(bounds_ptr + owner, mask=owner < sequences, other=0)
+    local = i - before
+    cut = tl.where(local == 0, start, (start // CHUNK + local) * CHUNK)
+    exists = owner < sequences
+    tl.store(index_ptr + i, tl.where(exists, cut // CHUNK, -1), mask=i < pieces)
+    tl.store(offset_ptr + i, tl.where(exists, cut % CHUNK, -1), mask=i < pieces)
+
+
+_launch = Launcher(_pieces_kernel)
+
+
+def _on_device(op: str, batch: Batch, cu_seqlen: torch.Tensor, chunk: int) -> list[torch.Tensor]:
+    if cu_seqlen.numel() < batch.prefill + 1:
+        raise ValueError(f"{op}: cu_seqlen has {cu_seqlen.numel()} entries; {batch.prefill} sequences need one more")
+    tokens = batch.prefill_tokens
+    pieces = min(tokens, -(-tokens // chunk) + batch.prefill - 1)
+    buffer = torch.empty(2 * pieces + tokens, dtype=torch.int32, device=cu_seqlen.device)
+    index, offset, owner = buffer.split((pieces, pieces, tokens))
+    width, block = max(1 << (batch.prefill - 1).bit_length(), 2), 128
+    _launch(
+        buffer.device,
+        (cu_seqlen.dtype, aligned(cu_seqlen, index, offset, owner), chunk, width),
+        (-(-max(tokens, pieces) // block), 1, 1),
+        (cu_seqlen, index, offset, owner, batch.prefill, tokens, pieces, chunk, width, block),
+        num_warps=4,
+    )
+    return [index, offset, owner[None]]
