@@ -4,9 +4,12 @@
 ranks; its function must be importable (`module:name`) and its arguments picklable.
 """
 
+import contextlib
 import contextvars
+import importlib
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -79,50 +82,72 @@ def run_processes(
     *args: Any,
     timeout: float = 120.0,
     env: Mapping[str, str] | None = None,
+    mpi: bool = False,
 ) -> list[Any]:
     """`target` ("module:function"), called as `function(info, store, *args)` in `world` processes; results in order.
 
+    mpi    the ranks are started by mpirun and get `store=None`
+    env    set in the ranks, on top of this process's environment
     Raises RankFailed for the rank that failed first, TimeoutError when the ranks need longer than `timeout` seconds.
     No process is left behind.
     """
     with tempfile.TemporaryDirectory(prefix="shardwise-") as folder:
         (Path(folder) / "args").write_bytes(pickle.dumps((target, args)))
-        ranks = [_start(rank, world, folder, env or {}) for rank in range(world)]
+        start = _start_mpi if mpi else _start_local
+        started = start(world, folder, {**os.environ, "PYTHONPATH": _python_path(), **(env or {})})
         try:
-            _wait(ranks, folder, time.monotonic() + timeout, timeout)
+            _wait(started, folder, timeout)
         finally:
-            for process in ranks:
-                if process.poll() is None:
-                    os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+            _end(started)
         return [pickle.loads((Path(folder) / f"result{rank}").read_bytes()) for rank in range(world)]
 
 
-def _start(rank: int, world: int, folder: str, env: Mapping[str, str]) -> subprocess.Popen:
-    command = [sys.executable, "-m", "shardwise.testing", folder, str(rank), str(world)]
+def _python_path() -> str:
+    return os.pathsep.join(filter(None, sys.path))
+
+
+def _start_local(world: int, folder: str, env: dict[str, str]) -> list[subprocess.Popen]:
+    env.setdefault("OMP_NUM_THREADS", "1")
+    command = [sys.executable, "-m", "shardwise.testing", folder]
+    return [_spawn([*command, str(rank), str(world)], folder, rank, env) for rank in range(world)]
+
+
+def _start_mpi(world: int, folder: str, env: dict[str, str]) -> list[subprocess.Popen]:
+    beside = Path(sys.executable).parent / "mpirun"
+    mpirun = str(beside) if beside.exists() else shutil.which("mpirun")
+    if mpirun is None:
+        raise FileNotFoundError("mpirun is neither beside the Python interpreter nor on PATH")
+    env = {"OMP_NUM_THREADS": "1", "OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1", **env}
+    command = [mpirun, "--oversubscribe", "-n", str(world), sys.executable, "-m", "shardwise.testing", folder]
+    return [_spawn(command, folder, 0, env)]
+
+
+def _spawn(command: list[str], folder: str, rank: int, env: dict[str, str]) -> subprocess.Popen:
     with open(Path(folder) / f"log{rank}", "wb") as log:
-        return subprocess.Popen(
-            command,
-            env={"OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), **env},
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
+        return subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
 
 
-def _wait(ranks: list[subprocess.Popen], folder: str, end: float, timeout: float) -> None:
-    while any(process.poll() is None for process in ranks):
-        for rank, process in enumerate(ranks):
-            if process.poll() not in (None, 0):
-                raise RankFailed(_log(folder, rank, process.returncode), rank)
+def _wait(started: list[subprocess.Popen], folder: str, timeout: float) -> None:
+    end = time.monotonic() + timeout
+    while True:
+        codes = [process.poll() for process in started]
+        for rank, code in enumerate(codes):
+            if code not in (None, 0):
+                raise RankFailed(_log(folder, rank, code), rank)
+        late = [rank for rank, code in enumerate(codes) if code is None]
+        if not late:
+            return
         if time.monotonic() > end:
-            late = [rank for rank, process in enumerate(ranks) if process.poll() is None]
             logs = "\n".join(_log(folder, rank, None) for rank in late)
             raise TimeoutError(f"rank(s) {late} still run after {timeout:g} s\n{logs}")
         time.sleep(0.005)
-    for rank, process in enumerate(ranks):
-        if process.returncode != 0:
-            raise RankFailed(_log(folder, rank, process.returncode), rank)
+
+
+def _end(started: list[subprocess.Popen]) -> None:
+    for process in started:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # also what a rank has started and left
+        process.wait()
 
 
 def _log(folder: str, rank: int, code: int | None) -> str:
@@ -130,18 +155,21 @@ def _log(folder: str, rank: int, code: int | None) -> str:
     return f"rank {rank} exit code {code}:\n{text[-4000:]}"
 
 
-def _rank_main(folder: str, rank: int, world: int) -> None:
-    import importlib
-
+def _rank_main(folder: str, place: list[str]) -> None:
     from shardwise.comm.bootstrap import FolderStore
+    from shardwise.launch.env import detect
 
     target, args = pickle.loads((Path(folder) / "args").read_bytes())
     module, _, name = target.partition(":")
     function = getattr(importlib.import_module(module), name)
-    info = RankInfo(rank, world, rank, world, source="local")
-    result = function(info, FolderStore(Path(folder) / "store"), *args)
-    (Path(folder) / f"result{rank}").write_bytes(pickle.dumps(result))
+    if place:
+        rank, world = map(int, place)
+        info, store = RankInfo(rank, world, rank, world, source="local"), FolderStore(Path(folder) / "store")
+    else:
+        info, store = detect(), None
+    result = function(info, store, *args)
+    (Path(folder) / f"result{info.rank}").write_bytes(pickle.dumps(result))
 
 
 if __name__ == "__main__":
-    _rank_main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
+    _rank_main(sys.argv[1], sys.argv[2:])

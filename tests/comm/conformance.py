@@ -245,7 +245,9 @@ def gradients_are_ignored(group):
         assert not result.requires_grad
         assert_sum(result, [x.detach() for x in inputs])
     with torch.inference_mode():
-        assert_sum(group.all_reduce(torch.ones(5) * (group.rank + 1)), [torch.ones(5) * (r + 1) for r in range(group.size)])
+        assert_sum(
+            group.all_reduce(torch.ones(5) * (group.rank + 1)), [torch.ones(5) * (r + 1) for r in range(group.size)]
+        )
     assert_sum(group.all_reduce(mine.detach()), [x.detach() for x in inputs])
 
 
@@ -289,5 +291,3 @@ def run(group, cases=CASES) -> list[str]:
 
 def _with(shape, dim, size):
     return tuple(size if i == dim else n for i, n in enumerate(shape))
-
-

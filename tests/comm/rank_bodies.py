@@ -3,7 +3,10 @@
 import conformance
 import torch
 
+from shardwise.comm import mpi
+from shardwise.comm.arrival import MessageArrivals
 from shardwise.comm.strategy import create
+from shardwise.comm.watch import Deadlines
 
 
 def conform(info, store, transport, options):
@@ -16,3 +19,10 @@ def conform(info, store, transport, options):
     group.barrier()
     group.close()
     return passed, why
+
+
+def conform_without_shared_memory(info, store):
+    torch.set_num_threads(1)
+    comm = mpi.world_communicator()
+    group = mpi.MpiCommunicator(comm, arrivals=MessageArrivals(comm), deadlines=Deadlines())
+    return conformance.run(group)

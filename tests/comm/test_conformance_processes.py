@@ -1,4 +1,4 @@
-"""The conformance suite on real processes: shared memory and gloo."""
+"""The conformance suite on real processes: shared memory, gloo, MPI."""
 
 import conformance
 import pytest
@@ -24,3 +24,20 @@ def test_conformance(transport, world, options):
         assert why == results[0][1], "ranks give different reasons"
     expected = "shm (2 ranks on one host" if transport == "auto" else f"{transport} (asked for by name)"
     assert expected in results[0][1]
+
+
+def test_conformance_mpi():
+    results = run_processes(3, "rank_bodies:conform", "mpi", {}, mpi=True)
+    assert all(len(passed) == len(conformance.CASES + conformance.FIXED_ORDER_CASES) for passed, _ in results)
+    assert "mpi (asked for by name)" in results[0][1]
+
+
+def test_conformance_mpi_across_hosts():
+    """Without shared memory the ranks meet by messages; the cases and their results are the same."""
+    passed = run_processes(2, "rank_bodies:conform_without_shared_memory", mpi=True)
+    assert len(passed[0]) == len(conformance.CASES)
+
+
+def test_mpi_mode_rides_shared_memory_on_one_host():
+    results = run_processes(2, "rank_bodies:conform", "auto", {}, mpi=True)
+    assert "shm (2 ranks on one host" in results[0][1]
