@@ -1,0 +1,107 @@
+"""The per-rank folder: how its files are named and what they say of themselves.
+
+`rank-00001-of-00008.safetensors` holds what rank 1 loads, in the order in which it loads it. The file's metadata has
+the plan's hash and, for every tensor that is cut, its global shape and index ranges, so that a folder can be merged
+without the model's code. `source.json` keeps the headers of the original files, byte for byte.
+"""
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from shardwise.sharding.axes import Range
+from shardwise.sharding.checkpoint.header import STORAGE, CheckpointError
+
+PLAN, SOURCE, JOURNAL = "plan.json", "source.json", "shard.journal"
+PARTIAL = ".partial"
+REST = "rest.safetensors"
+"""Tensors that no rank loads (extras, leftover buffers), kept whole so that nothing is lost."""
+ALIGNMENT = 64
+"""Data starts at a multiple of this many bytes, so that a loader can map it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """Where a cut tensor's part lies: ranges of every dim in the original, filling the part from its start."""
+
+    shape: tuple[int, ...]
+    ranges: tuple[tuple[Range, ...], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class RankTensor:
+    """One tensor of a rank's file."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    """Of the part, padding included."""
+    nbytes: int
+    cut: Cut | None
+    """None: the whole tensor."""
+
+
+def file_name(rank: int, world: int) -> str:
+    return f"rank-{rank:05d}-of-{world:05d}.safetensors"
+
+
+def header_of(tensors: Iterable[RankTensor], plan_hash: str, rank: int, world: int) -> bytes:
+    """The safetensors header, with its length in front, of a rank's file."""
+    fields: dict[str, object] = {}
+    cuts: dict[str, object] = {}
+    end = 0
+    for tensor in tensors:
+        span = [end, end := end + tensor.nbytes]
+        fields[tensor.name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": span}
+        if tensor.cut:
+            cuts[tensor.name] = [tensor.cut.shape, tensor.cut.ranges]
+    fields["__metadata__"] = {
+        "format": "pt",
+        "shardwise_plan": plan_hash,
+        "shardwise_rank": f"{rank}/{world}",
+        "shardwise_cuts": json.dumps(cuts, separators=(",", ":")),
+    }
+    text = json.dumps(fields, separators=(",", ":")).encode()
+    text += b" " * (-(8 + len(text)) % ALIGNMENT)
+    return len(text).to_bytes(8, "little") + text
+
+
+def read_header(path: Path) -> tuple[dict[str, RankTensor], dict[str, int], str]:
+    """(tensors, byte offset of each in the file, plan hash) of a rank's file; CheckpointError if it is none."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if length > path.stat().st_size:
+            raise CheckpointError(f"{path}: header length {length} exceeds the file: truncated")
+        try:
+            fields = json.loads(file.read(length))
+            metadata = fields.pop("__metadata__")
+            cuts = json.loads(metadata["shardwise_cuts"])
+            plan_hash = metadata["shardwise_plan"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{path}: not a per-rank file: {error!r}") from None
+    tensors, offsets = {}, {}
+    for name, entry in fields.items():
+        begin, end = entry["data_offsets"]
+        cut = Cut(tuple(cuts[name][0]), _ranges(cuts[name][1])) if name in cuts else None
+        tensors[name] = RankTensor(name, entry["dtype"], tuple(entry["shape"]), end - begin, cut)
+        offsets[name] = 8 + length + begin
+    return tensors, offsets, plan_hash
+
+
+def _ranges(listed: list) -> tuple[tuple[Range, ...], ...]:
+    return tuple(tuple((a, b) for a, b in dim) for dim in listed)
+
+
+def in_blocks(shape: tuple[int, ...], dtype: str) -> tuple[int, ...]:
+    """The shape in stored units: the last dim counts blocks, and a dim for the bytes of one follows."""
+    block, size = STORAGE[dtype]
+    return (*shape[:-1], shape[-1] // block, size) if shape else (size,)
+
+
+def ranges_in_blocks(ranges: tuple[tuple[Range, ...], ...], dtype: str) -> tuple[tuple[Range, ...], ...]:
+    """Index ranges in stored units; the enclosing blocks along the last dim."""
+    block = STORAGE[dtype][0]
+    if block == 1 or not ranges:
+        return ranges
+    return (*ranges[:-1], tuple((a // block, -(-b // block)) for a, b in ranges[-1]))
