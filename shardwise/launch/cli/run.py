@@ -1,0 +1,229 @@
+"""`shardwise run MODEL`: a model split over several ranks answers prompts.
+
+Starts the ranks itself, or runs inside a rank that torchrun or mpirun started; then every rank makes the same calls
+and rank 0 speaks.
+"""
+
+import argparse
+import json
+import os
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from shardwise.comm.watch import LOG_FOLDER_ENV
+from shardwise.launch import env
+from shardwise.launch.cli import DONE, UsageError
+from shardwise.launch.job import LAUNCHERS, interruptible
+
+if TYPE_CHECKING:
+    from shardwise.comm.rank import RankInfo
+    from shardwise.launch.llm import LLM
+    from shardwise.parallel.sampler import SamplingParams
+
+DEFAULT_PROMPT = "Name three primary colors."
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="a known name (smollm2), GGUF file, model folder or hub id")
+    grid = parser.add_argument_group("ranks")
+    grid.add_argument("-n", "--world", type=int, metavar="N", help="ranks in all (default tp x attn-dp)")
+    grid.add_argument("--tp", type=int, metavar="N", help="tensor parallel ranks (default world / attn-dp)")
+    grid.add_argument("--attn-dp", type=int, default=1, metavar="N", help="attention data parallel groups")
+    grid.add_argument("--ep", type=int, default=1, metavar="N", help="expert parallel ranks")
+    grid.add_argument("--moe-tp", type=int, default=0, metavar="N", help="ranks that share an expert")
+    grid.add_argument(
+        "--launcher", metavar="NAME", help=f"who starts the ranks: {', '.join(LAUNCHERS)} (default local)"
+    )
+    grid.add_argument("--ray-address", metavar="ADDRESS", help="an existing Ray cluster, for instance auto")
+    grid.add_argument("--transport", default="auto", metavar="NAME", help="what moves the bytes (default auto)")
+    grid.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    grid.add_argument("--log-dir", metavar="DIR", help="where the ranks' logs and failure.json go")
+    text = parser.add_argument_group("prompts and answers")
+    source = text.add_mutually_exclusive_group()
+    source.add_argument("--prompt", metavar="TEXT", help=f"default: {DEFAULT_PROMPT}")
+    source.add_argument("--prompts", metavar="FILE", help="one prompt a line, or a JSON list of texts; - is stdin")
+    text.add_argument("--raw", action="store_true", help="do not wrap prompts in the model's chat template")
+    text.add_argument("--max-new-tokens", type=int, default=128, metavar="N")
+    text.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 (default): greedy")
+    text.add_argument("--top-p", type=float, default=1.0, metavar="P")
+    text.add_argument("--top-k", type=int, default=0, metavar="K")
+    text.add_argument("--seed", type=int, metavar="S")
+    text.add_argument("--stop", action="append", default=[], metavar="TEXT", help="text that ends an answer")
+    text.add_argument("--ignore-eos", action="store_true", help="go on behind the model's own end of text")
+    text.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
+    text.add_argument("--json", nargs="?", const="-", metavar="FILE", help="the result as one JSON object")
+
+
+def run(args: argparse.Namespace) -> int:
+    """0; errors come out as exceptions. Nothing of torch is imported unless this process is itself a rank."""
+    info = env.detect()
+    tp = _tensor_parallel(args, info)
+    params = _sampling(args)
+    texts = _prompts(args)
+    _set_log_folder(args.log_dir)
+    if info.source != type(info)().source:
+        return _inside_rank(args, info, tp, params, texts)
+    with interruptible():
+        return _generate(args, tp, params, texts, speaks=True)
+
+
+def _inside_rank(
+    args: argparse.Namespace, info: "RankInfo", tp: int | None, params: "SamplingParams", texts: list[str]
+) -> int:
+    from shardwise.launch import guard
+
+    keeper = guard.Guard(info, guard.job_folder(info), debug=args.debug)
+    guard.bind_to_parent()
+    guard.report_crashes()
+    keeper.run(lambda: _generate(args, tp, params, texts, speaks=info.rank == 0))
+    from shardwise.launch.worker import leave
+
+    leave()
+    return DONE
+
+
+def _generate(
+    args: argparse.Namespace, tp: int | None, params: "SamplingParams", texts: list[str], *, speaks: bool
+) -> int:
+    from shardwise.launch.llm import LLM
+    from shardwise.launch.progress import LoadProgress
+
+    prompts = texts if args.raw else [[{"role": "user", "content": text}] for text in texts]
+    with LoadProgress(sys.stderr, enabled=speaks) as progress:
+        llm = LLM(
+            args.model,
+            tp=tp,
+            attn_dp=args.attn_dp,
+            moe_tp=args.moe_tp,
+            ep=args.ep,
+            launcher=args.launcher,
+            dtype=args.dtype,
+            device=args.device,
+            transport=args.transport,
+            ray_address=args.ray_address,
+            on_progress=progress.update,
+            debug=args.debug,
+        )
+    with llm:
+        show = speaks and args.json != "-"
+        printed = ""
+        for event in llm.stream(prompts, params):
+            if show and len(texts) == 1:
+                print(event.text, end="", flush=True)
+                printed += event.text
+        result = _result(llm)
+        if show:
+            _show(llm, texts, printed)
+        if speaks and args.json:
+            _write(json.dumps(result, ensure_ascii=False, indent=1), args.json)
+    return DONE
+
+
+def _result(llm: "LLM") -> dict:
+    """The JSON object: of one prompt's answer, or of a list of answers under `completions`."""
+    answer, stats = llm.last_answer, llm.stats()
+    assert answer is not None
+    each = [
+        {
+            "text": completion.text,
+            "token_ids": list(completion.token_ids),
+            "prompt_tokens": completion.prompt_tokens,
+            "new_tokens": len(completion.token_ids),
+            "finish_reason": completion.finish_reason,
+        }
+        for completion in answer.completions
+    ]
+    head = each[0] if len(each) == 1 else {"completions": each}
+    return {
+        **head,
+        "tokens_per_second": answer.tokens_per_second,
+        "time_to_first_token_seconds": answer.time_to_first_token,
+        "seconds": answer.seconds,
+        "ranks": [asdict(rank) for rank in stats],
+        "launcher": llm.launcher,
+        "transport": llm.transport,
+        "model": llm.config.model,
+        "layout": {name: getattr(llm.config, name) for name in ("tp", "attn_dp", "moe_tp", "ep")},
+    }
+
+
+def _show(llm: "LLM", texts: list[str], printed: str) -> None:
+    answer = llm.last_answer
+    assert answer is not None
+    if len(texts) > 1:
+        for text, completion in zip(texts, answer.completions, strict=True):
+            print(f"> {text}\n{completion.text}\n")
+    elif not printed.endswith("\n"):
+        print()
+    peaks = ", ".join(f"{rank.peak_rss_bytes / 2**20:.0f}" for rank in llm.stats())
+    print(
+        f"{answer.new_tokens} tokens, {answer.tokens_per_second:.1f} tokens/s, first token after "
+        f"{answer.time_to_first_token:.2f} s, peak memory a rank {peaks} MiB "
+        f"({llm.launcher}, {llm.transport}, {len(llm.stats())} ranks)",
+        file=sys.stderr,
+    )
+
+
+def _tensor_parallel(args: argparse.Namespace, info: "RankInfo") -> int | None:
+    """--tp, or what -n leaves for it. UsageError names both sides of a contradiction."""
+    from shardwise.launch.llm import layout_for
+
+    if args.launcher is not None and args.launcher not in LAUNCHERS:
+        raise UsageError(f"unknown launcher {args.launcher!r}; legal: {', '.join(LAUNCHERS)}")
+    for name in ("world", "tp", "attn_dp", "ep"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise UsageError(f"--{name.replace('_', '-')} {value}: must be at least 1")
+    tp = args.tp
+    if args.world is not None:
+        if args.world % args.attn_dp or (tp is not None and tp * args.attn_dp != args.world):
+            asked = f"--tp {tp} x " if tp is not None else ""
+            raise UsageError(f"-n {args.world} contradicts {asked}--attn-dp {args.attn_dp}: tp x attn-dp is the world")
+        tp = args.world // args.attn_dp
+    try:
+        layout_for(info, tp=tp, attn_dp=args.attn_dp, moe_tp=args.moe_tp, ep=args.ep, launcher=args.launcher)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    return tp
+
+
+def _sampling(args: argparse.Namespace) -> "SamplingParams":
+    from shardwise.parallel.sampler import SamplingParams
+
+    names = ("max_new_tokens", "temperature", "top_p", "top_k", "seed", "stop", "ignore_eos")
+    try:
+        return SamplingParams(**{name: getattr(args, name) for name in names})
+    except ValueError as error:
+        raise UsageError(f"--{str(error).replace('_', '-')}") from None
+
+
+def _prompts(args: argparse.Namespace) -> list[str]:
+    if args.prompts is None:
+        return [DEFAULT_PROMPT if args.prompt is None else args.prompt]
+    text = sys.stdin.read() if args.prompts == "-" else Path(args.prompts).read_text()
+    if text.lstrip().startswith("["):
+        try:
+            prompts = json.loads(text)
+        except ValueError as error:
+            raise ValueError(f"{args.prompts}: begins like a JSON list but is none: {error}") from None
+        if not all(isinstance(prompt, str) for prompt in prompts):
+            raise ValueError(f"{args.prompts}: a JSON list of texts is expected")
+    else:
+        prompts = [line for line in text.splitlines() if line.strip()]
+    if not prompts:
+        raise ValueError(f"{args.prompts}: holds no prompt")
+    return prompts
+
+
+def _set_log_folder(folder: str | None) -> None:
+    if folder is not None:
+        os.environ[LOG_FOLDER_ENV] = str(Path(folder).absolute())
+
+
+def _write(text: str, target: str) -> None:
+    if target == "-":
+        print(text)
+    else:
+        Path(target).write_text(text + "\n")

@@ -1,0 +1,61 @@
+"""Loading, shown: a bar on a terminal, one line per ten percent elsewhere."""
+
+import contextlib
+import time
+from typing import Any, TextIO
+
+GB = 1e9
+
+
+class LoadProgress:
+    """Context manager; `update(done, total)` takes bytes of rank 0's part."""
+
+    def __init__(self, stream: TextIO, enabled: bool = True):
+        self._stream, self._enabled = stream, enabled
+        self._bar: Any = None
+        self._task: Any = None
+        self._started: float | None = None
+        self._tenths = 0
+
+    def __enter__(self) -> "LoadProgress":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def update(self, done: int, total: int) -> None:
+        if not self._enabled:
+            return
+        if self._started is None:
+            self._started = time.perf_counter()
+        if self._stream.isatty():
+            self._draw(done, total)
+        else:
+            self._line(done, total)
+
+    def _draw(self, done: int, total: int) -> None:
+        if self._bar is None:
+            self._bar, self._task = _bar(self._stream, total)
+        self._bar.update(self._task, completed=done)
+
+    def _line(self, done: int, total: int) -> None:
+        tenths = 10 * done // max(1, total)
+        if tenths <= self._tenths:
+            return
+        self._tenths = tenths
+        seconds = time.perf_counter() - (self._started or 0.0)
+        rate = f", {done / seconds / GB:.2f} GB/s" if seconds > 0.05 else ""
+        with contextlib.suppress(OSError):  # a closed stderr is no reason to stop loading
+            print(f"loading {10 * tenths} % of rank 0's {total / 2**20:.1f} MiB{rate}", file=self._stream, flush=True)
+
+
+def _bar(stream: TextIO, total: int) -> tuple[Any, Any]:
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+    columns = (TextColumn("loading"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    bar = Progress(*columns, console=Console(file=stream), transient=True)
+    task = bar.add_task("loading", total=total)
+    bar.start()
+    return bar, task
