@@ -1,0 +1,13 @@
+"""All-reduce between GPUs of one host through each other's memory: plain CUDA IPC, kernels in stock Triton.
+
+    ptx.py           the instructions, with twins for the interpreter
+    kernels.py       one-shot and two-shot, plain and fused with residual add and RMSNorm
+    workspace.py     the buffers, their exchange, what says that a wait gave up
+    launch.py        from tensors to launches
+    table.py         which strategy and launch for which size, with the measurement that set it
+    communicator.py  the Communicator on top
+    flashinfer.py    the same Communicator over FlashInfer's TRT-LLM kernels
+    model.py         the protocol without a GPU, under faults
+
+NVLink multicast is never used.
+"""

@@ -1,0 +1,164 @@
+"""From tensors to kernel launches: rows, lanes, warps and grid of a call."""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from shardwise.comm.p2p import kernels
+from shardwise.comm.p2p.workspace import Workspace
+
+CHUNK_BYTES = 16
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_REGISTERS, _THREADS, _BLOCKS = 65536, 2048, 32
+"""What one multiprocessor of Hopper holds."""
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """How a kernel is launched; the result does not depend on it."""
+
+    strategy: str
+    """ONESHOT or TWOSHOT."""
+    warps: int
+    ahead: int = 0
+    """Rows that a block pushes before it awaits the first."""
+    blocks_per_sm: int = 1
+    lanes: int = 512
+    """Chunks of a row, when the call may choose (plain)."""
+    registers: int | None = None
+    """Bound on a thread's registers, so that more blocks are resident."""
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """How the elements of a call fall on rows."""
+
+    count: int
+    width: int
+    total: int
+    chunks: int
+    lanes: int
+    aligned: bool
+
+
+def _next_power_of_two(n: int) -> int:
+    return 1 << (n - 1).bit_length()
+
+
+def _aligned(*tensors: Tensor) -> bool:
+    return all(tensor.data_ptr() % CHUNK_BYTES == 0 for tensor in tensors)
+
+
+def _plain_rows(x: Tensor, out: Tensor, lanes: int) -> _Rows:
+    per_chunk = CHUNK_BYTES // x.element_size()
+    width, total = lanes * per_chunk, x.numel()
+    aligned = _aligned(x, out) and total % per_chunk == 0
+    return _Rows(-(-total // width), width, total, lanes, lanes, aligned)
+
+
+def _token_rows(x: Tensor, *others: Tensor) -> _Rows:
+    hidden = x.shape[-1]
+    chunks = -(-hidden * x.element_size() // CHUNK_BYTES)
+    aligned = hidden * x.element_size() % CHUNK_BYTES == 0 and _aligned(x, *others)
+    return _Rows(x.numel() // hidden, hidden, x.numel(), chunks, max(32, _next_power_of_two(chunks)), aligned)
+
+
+class Launcher:
+    """Launches on one workspace. Tensors are contiguous and lie on the workspace's device."""
+
+    def __init__(self, workspace: Workspace, deadline_seconds: float, pdl: bool | None = None):
+        self.workspace = workspace
+        self.deadline_ns = int(deadline_seconds * 1e9)
+        properties = torch.cuda.get_device_properties(workspace.device)
+        self.multiprocessors = properties.multi_processor_count
+        self.pdl = properties.major >= 9 if pdl is None else pdl
+        self._resident: dict[tuple, int] = {}
+
+    def all_reduce(self, x: Tensor, out: Tensor, tuning: Tuning) -> None:
+        """out = sum of x over the ranks. Same shape and dtype; `out` may be `x`."""
+        self._run(_plain_rows(x, out, tuning.lanes), tuning, x, x, x, out, out, 0.0, 0.0, False)
+
+    def fused(
+        self,
+        x: Tensor,  # [T, H]
+        residual: Tensor,  # [T, H]
+        weight: Tensor,  # [H]
+        eps: float,
+        weight_bias: float,
+        out: Tensor,  # [T, H]
+        residual_out: Tensor,  # [T, H]; may be `residual`
+        tuning: Tuning,
+    ) -> None:
+        """residual_out = sum of x over the ranks + residual; out = its RMSNorm times (weight + weight_bias)."""
+        rows = _token_rows(x, residual, weight, out, residual_out)
+        self._run(rows, tuning, x, residual, weight, out, residual_out, eps, weight_bias, True)
+
+    def rows_that_fit(self, row_bytes: int, strategy: str) -> int:
+        """Rows that one call may have."""
+        rows = self.workspace.region_bytes // row_bytes
+        return rows if strategy == "ONESHOT" else max(0, rows // 2 * self.workspace.size - self.workspace.size)
+
+    def _run(self, rows, tuning, x, residual, weight, out, residual_out, eps, weight_bias, fused) -> None:
+        limit = self.rows_that_fit(rows.chunks * CHUNK_BYTES, tuning.strategy)
+        if limit < 1:
+            raise ValueError(
+                f"a row of {rows.chunks * CHUNK_BYTES} bytes does not fit the workspace's region of "
+                f"{self.workspace.region_bytes} bytes: make the communicator with a larger region_bytes"
+            )
+        for first in range(0, rows.count, limit):
+            count = min(limit, rows.count - first)
+            start, stop = first * rows.width, min(rows.total, (first + count) * rows.width)
+            parts = [
+                tensor.view(-1)[start:stop] if tensor is not weight or not fused else weight
+                for tensor in (x, residual, weight, out, residual_out)
+            ]
+            self._launch(replace(rows, count=count, total=stop - start), tuning, parts, eps, weight_bias, fused)
+
+    def _launch(self, rows: _Rows, tuning: Tuning, tensors, eps: float, weight_bias: float, fused: bool) -> None:
+        workspace = self.workspace
+        kernel = kernels.one_shot if tuning.strategy == "ONESHOT" else kernels.two_shot
+        positional = (
+            *tensors,
+            workspace.slots,
+            workspace.counters,
+            workspace.abort,
+            workspace.records.data_ptr(),
+            workspace.region_bytes,
+            self.deadline_ns,
+            rows.count,
+            rows.width,
+            rows.total,
+            rows.chunks,
+            eps,
+            weight_bias,
+        )
+        options = {
+            "WORLD": workspace.size,
+            "RANK": workspace.rank,
+            "LANES": rows.lanes,
+            "ALIGNED": rows.aligned,
+            "FUSED": fused,
+            "AHEAD": tuning.ahead,
+            "PDL": self.pdl,
+            "num_warps": min(tuning.warps, rows.lanes // 32),
+            "launch_pdl": self.pdl,
+            "maxnreg": tuning.registers,
+        }
+        work = rows.count if tuning.strategy == "ONESHOT" else -(-rows.count // workspace.size)
+        with torch.cuda.device(workspace.device):
+            resident = self._resident_blocks(kernel, positional, options, tensors[0].dtype)
+            grid = min(work, resident, tuning.blocks_per_sm * self.multiprocessors, kernels.COUNTERS)
+            kernel[(grid,)](*positional, **options)
+
+    def _resident_blocks(self, kernel, positional, options, dtype) -> int:
+        """Blocks of this kernel that the device holds at once: a wait must never keep its partner from starting."""
+        key = (kernel.__name__, dtype, *options.values())
+        if key not in self._resident:
+            compiled = kernel.warmup(*positional, grid=(1,), **options)
+            compiled._init_handles()
+            threads = 32 * options["num_warps"]
+            registers = max(8, -(-compiled.n_regs // 8) * 8)
+            per_sm = min(_REGISTERS // (registers * threads), _THREADS // threads, _BLOCKS)
+            self._resident[key] = per_sm * self.multiprocessors
+        return self._resident[key]

@@ -1,0 +1,238 @@
+"""Every PTX instruction that the peer-to-peer kernels use, each with a plain-Triton twin for the interpreter.
+
+A *chunk* is 16 bytes: four 32-bit words. Kernels hold one chunk a lane as four int32 tensors of one shape, so a
+warp's access to 32 neighbouring chunks is one 512-byte burst. Words that travel to a peer carry their own
+validity: a word that still equals ARMED has not arrived. PTX gives atomicity for each element of a vector access
+only, therefore a reader checks all four words; with that, `relaxed.sys` accesses are all the ordering that the
+protocol needs, since nothing but the words themselves is read after they are seen.
+
+ARMED is the all-ones word. As data it is a NaN in every supported type (float32, or a pair of bfloat16 or float16),
+and `disarm` turns it into another NaN before it is sent: sums are unchanged.
+
+The interpreter runs programs one after another, so its twin of `wait_chunk` looks once and reports what it saw.
+"""
+
+import triton
+import triton.language as tl
+from triton.knobs import runtime as _runtime
+from triton.language.extra import cuda as tl_cuda
+
+INTERPRET = tl.constexpr(_runtime.interpret)
+ARMED = tl.constexpr(-1)
+
+_LOAD = """
+{
+    .reg .pred p;
+    setp.ne.b32 p, $5, 0;
+    mov.b32 $0, 0; mov.b32 $1, 0; mov.b32 $2, 0; mov.b32 $3, 0;
+    @p ld.%s.v4.b32 {$0, $1, $2, $3}, [$4];
+}
+"""
+LOAD = tl.constexpr(_LOAD % "global")
+PEEK = tl.constexpr(_LOAD % "relaxed.sys.global")
+
+_STORE = """
+{
+    .reg .pred p;
+    setp.ne.b32 p, $2, 0;
+    @p st.%s.v4.b32 [$1], {$3, $4, $5, $6};
+    mov.b32 $0, 0;
+}
+"""
+STORE = tl.constexpr(_STORE % "global")
+PUSH = tl.constexpr(_STORE % "relaxed.sys.global")
+
+REARM = tl.constexpr("""
+{
+    .reg .pred p;
+    .reg .b32 armed;
+    setp.ne.b32 p, $2, 0;
+    mov.b32 armed, -1;
+    @p st.relaxed.sys.global.v4.b32 [$1], {armed, armed, armed, armed};
+    mov.b32 $0, 0;
+}
+""")
+
+# The clock is read, and the abort word looked at, once in 1024 looks (about 0.5 ms): the fast path pays nothing.
+WAIT = tl.constexpr("""
+{
+    .reg .pred p, q;
+    .reg .b32 n, a;
+    .reg .b64 begun, now;
+    mov.b32 $0, $8; mov.b32 $1, $9; mov.b32 $2, $10; mov.b32 $3, $11;
+    mov.b32 n, 0;
+    mov.b64 begun, 0;
+LOOK:
+    setp.eq.s32 p, $0, -1;
+    setp.eq.or.s32 p, $1, -1, p;
+    setp.eq.or.s32 p, $2, -1, p;
+    setp.eq.or.s32 p, $3, -1, p;
+    @!p bra LEAVE;
+    add.u32 n, n, 1;
+    and.b32 a, n, 1023;
+    setp.ne.u32 q, a, 0;
+    @q bra AGAIN;
+    ld.relaxed.sys.global.b32 a, [$5];
+    setp.ne.s32 q, a, 0;
+    @q bra LEAVE;
+    mov.u64 now, %globaltimer;
+    setp.eq.u64 q, begun, 0;
+    @q mov.b64 begun, now;
+    sub.u64 now, now, begun;
+    setp.lt.u64 q, now, $7;
+    @q bra AGAIN;
+    st.relaxed.sys.global.b32 [$5], 1;
+    st.relaxed.sys.global.b64 [$6], $12;
+    bra LEAVE;
+AGAIN:
+    ld.relaxed.sys.global.v4.b32 {$0, $1, $2, $3}, [$4];
+    bra LOOK;
+LEAVE:
+}
+""")
+
+
+@triton.jit
+def load_chunk(words, lane, mask):
+    """Four words of chunk `lane` of ordinary memory; zero where masked. `words`: int32 pointer, 16-byte aligned."""
+    if INTERPRET:
+        at = words + lane * 4
+        return (
+            tl.load(at, mask, 0),
+            tl.load(at + 1, mask, 0),
+            tl.load(at + 2, mask, 0),
+            tl.load(at + 3, mask, 0),
+        )
+    else:
+        return tl.inline_asm_elementwise(
+            LOAD,
+            "=&r,=&r,=&r,=&r,l,r",
+            [words + lane * 4, mask.to(tl.int32)],
+            dtype=(tl.int32, tl.int32, tl.int32, tl.int32),
+            is_pure=False,
+            pack=1,
+        )
+
+
+@triton.jit
+def peek_chunk(words, lane, mask):
+    """As load_chunk, of memory that a peer is writing: one look, which may find ARMED words."""
+    if INTERPRET:
+        return load_chunk(words, lane, mask)
+    else:
+        return tl.inline_asm_elementwise(
+            PEEK,
+            "=&r,=&r,=&r,=&r,l,r",
+            [words + lane * 4, mask.to(tl.int32)],
+            dtype=(tl.int32, tl.int32, tl.int32, tl.int32),
+            is_pure=False,
+            pack=1,
+        )
+
+
+@triton.jit
+def wait_chunk(seen, words, lane, abort, record, what, deadline_ns):
+    """Look at chunk `lane` until none of its words is ARMED. `seen`: what the first look found (masked lanes: zero).
+
+    After `deadline_ns`, or once another lane has given up, ARMED words are returned: NaN in every type. The lane
+    that gives up sets the int32 at `abort` (this device) and stores the int64 `what` at `record` (pinned host memory).
+    """
+    if INTERPRET:
+        return seen
+    else:
+        return tl.inline_asm_elementwise(
+            WAIT,
+            "=&r,=&r,=&r,=&r,l,l,l,l,r,r,r,r,l",
+            [words + lane * 4, abort, record, deadline_ns, seen[0], seen[1], seen[2], seen[3], what],
+            dtype=(tl.int32, tl.int32, tl.int32, tl.int32),
+            is_pure=False,
+            pack=1,
+        )
+
+
+@triton.jit
+def store_chunk(words, lane, mask, chunk):
+    """Write a chunk to ordinary memory of this device."""
+    if INTERPRET:
+        for i in tl.static_range(4):
+            tl.store(words + lane * 4 + i, chunk[i], mask)
+    else:
+        tl.inline_asm_elementwise(
+            STORE,
+            "=r,l,r,r,r,r,r",
+            [words + lane * 4, mask.to(tl.int32), chunk[0], chunk[1], chunk[2], chunk[3]],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+
+
+@triton.jit
+def push_chunk(words, lane, mask, chunk):
+    """Write a chunk where another device, or another kernel's peer, will look for it."""
+    if INTERPRET:
+        store_chunk(words, lane, mask, chunk)
+    else:
+        tl.inline_asm_elementwise(
+            PUSH,
+            "=r,l,r,r,r,r,r",
+            [words + lane * 4, mask.to(tl.int32), chunk[0], chunk[1], chunk[2], chunk[3]],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+
+
+@triton.jit
+def rearm_chunk(words, lane, mask):
+    """Mark a chunk of this device's workspace as not arrived."""
+    if INTERPRET:
+        for i in tl.static_range(4):
+            tl.store(words + lane * 4 + i, ARMED, mask)
+    else:
+        tl.inline_asm_elementwise(
+            REARM, "=r,l,r", [words + lane * 4, mask.to(tl.int32)], dtype=tl.int32, is_pure=False, pack=1
+        )
+
+
+@triton.jit
+def disarm_word(word):
+    return tl.where(word == ARMED, 0x7FFFFFFF, word)
+
+
+@triton.jit
+def disarm(chunk):
+    """The chunk as it may be sent: no word equals ARMED (one NaN becomes another)."""
+    return disarm_word(chunk[0]), disarm_word(chunk[1]), disarm_word(chunk[2]), disarm_word(chunk[3])
+
+
+@triton.jit
+def round_pair(low, high, HALF: tl.constexpr):
+    """Two float32 rounded to nearest even and packed in a word, `low` in the low half. HALF: float16, else bfloat16."""
+    if INTERPRET:
+        kind: tl.constexpr = tl.float16 if HALF else tl.bfloat16
+        low_bits = low.to(kind).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
+        return low_bits | (high.to(kind).to(tl.int16, bitcast=True).to(tl.int32) << 16)
+    else:
+        if HALF:
+            return tl.inline_asm_elementwise(
+                "cvt.rn.f16x2.f32 $0, $2, $1;", "=r,r,r", [low, high], dtype=tl.int32, is_pure=True, pack=1
+            )
+        else:
+            return tl.inline_asm_elementwise(
+                "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,r,r", [low, high], dtype=tl.int32, is_pure=True, pack=1
+            )
+
+
+@triton.jit
+def dependency_wait(PDL: tl.constexpr):
+    """Wait for the kernels before this one, when it was launched to overlap with their end."""
+    if PDL:
+        tl_cuda.gdc_wait()
+
+
+@triton.jit
+def dependency_launch(PDL: tl.constexpr):
+    """Let the next kernel of the stream start its prologue."""
+    if PDL:
+        tl_cuda.gdc_launch_dependents()

@@ -1,0 +1,172 @@
+"""Memory that the ranks of one host push into: allocation, exchange of handles, and what says that a wait gave up."""
+
+import os
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from shardwise.comm.base import CollectiveTimeout, CommError
+from shardwise.comm.p2p import cuda
+from shardwise.comm.p2p.kernels import COUNTERS, ONE_SHOT, TWO_SHOT_GATHER, TWO_SHOT_REDUCE
+
+if TYPE_CHECKING:
+    from shardwise.comm.base import Communicator
+
+SLOTS = 2
+HEADER_BYTES = 4096
+"""In front of the slots: the abort word, alone on its cache line."""
+_GRAIN = 2 << 20
+"""cudaMalloc packs smaller allocations in one mapping, which a handle would share whole."""
+REGION_BYTES = {2: 64 << 20, 4: 32 << 20, 8: 16 << 20}
+"""Default for one peer and slot: 128 to 224 MiB of workspace. Larger messages are sent in several calls."""
+
+_PHASES = {
+    ONE_SHOT.value: "one-shot exchange",
+    TWO_SHOT_REDUCE.value: "two-shot reduce-scatter",
+    TWO_SHOT_GATHER.value: "two-shot all-gather",
+}
+
+
+class P2PUnavailable(CommError):
+    """This group cannot use GPU peer-to-peer memory; the text names every rank that cannot and its reason."""
+
+
+@dataclass(frozen=True)
+class _Export:
+    """What a rank tells the others about its buffer."""
+
+    host: str
+    process: int
+    device: int
+    address: int
+    handle: bytes
+    region_bytes: int
+
+
+def host_identity() -> str:
+    """Equal on two processes exactly when they can open each other's CUDA handles: same kernel, same IPC namespace."""
+    with open("/proc/sys/kernel/random/boot_id") as file:
+        boot = file.read().strip()
+    return f"{socket.gethostname()} {boot} {os.readlink('/proc/self/ns/ipc')}"
+
+
+class Workspace:
+    """One rank's buffer and its view of the peers' buffers.
+
+    slots     addresses, valid on this device, of every rank's slots, in group order
+    abort     address of this rank's abort word: nonzero ends all waits of this rank's kernels
+    counters  int32 tensor, the call number (kernels.py)
+    records   pinned int64 tensor, one a rank: what this rank waited for when that rank did not come
+    """
+
+    def __init__(self, bootstrap: "Communicator", device: int, region_bytes: int | None = None):
+        """Called by every rank of `bootstrap`, which serves only to exchange handles. Raises P2PUnavailable alike."""
+        self.rank, self.size, self.ranks = bootstrap.rank, bootstrap.size, tuple(bootstrap.ranks)
+        self.device = device
+        self.region_bytes = region_bytes or REGION_BYTES.get(self.size, 0)
+        self.timed_out: CollectiveTimeout | None = None
+        self._base = 0
+        self._opened: dict[int, int] = {}
+        export = self._agree(bootstrap, self._allocate)
+        exports = bootstrap.all_gather_object(export)
+        addresses = self._agree(bootstrap, lambda: self._open(exports))
+        self.slots = tuple(address + HEADER_BYTES for address in addresses)
+        self.peer_aborts = tuple(addresses)
+        self.abort = self._base
+        self.counters = torch.zeros(COUNTERS, dtype=torch.int32, device=f"cuda:{device}")
+        self.records = torch.zeros(self.size, dtype=torch.int64, pin_memory=True)
+        self._seen = self.records.numpy()
+        torch.cuda.synchronize(device)
+        bootstrap.all_gather_object(None)  # no rank may push before all are armed
+
+    def _agree(self, bootstrap: "Communicator", step):
+        """Result of `step` if it succeeded on every rank; else P2PUnavailable on every rank."""
+        result, reason = None, None
+        try:
+            result = step()
+        except (CommError, OSError, ValueError) as error:
+            reason = str(error)
+        reasons = bootstrap.all_gather_object(reason)
+        if any(reasons):
+            self._release()
+            failed = [f"rank {self.ranks[r]}: {text}" for r, text in enumerate(reasons) if text]
+            raise P2PUnavailable("GPU peer-to-peer is not available: " + "; ".join(failed))
+        return result
+
+    def _allocate(self) -> _Export:
+        if self.size not in (2, 4, 8):
+            raise ValueError(f"a group of {self.size} ranks; the kernels are built for 2, 4 and 8")
+        if self.region_bytes < 4096 or self.region_bytes % 4096:
+            raise ValueError(f"region_bytes {self.region_bytes} is not a positive multiple of 4096")
+        size = HEADER_BYTES + SLOTS * (self.size - 1) * self.region_bytes
+        size = (size + _GRAIN - 1) // _GRAIN * _GRAIN
+        self._base = cuda.malloc(size, self.device)
+        cuda.fill(self._base, 0xFF, size, self.device)
+        cuda.fill(self._base, 0, HEADER_BYTES, self.device)
+        return _Export(
+            host=host_identity(),
+            process=os.getpid(),
+            device=self.device,
+            address=self._base,
+            handle=cuda.share(self._base, self.device),
+            region_bytes=self.region_bytes,
+        )
+
+    def _open(self, exports: Sequence[_Export]) -> list[int]:
+        return [self._base if r == self.rank else self._open_peer(r, export) for r, export in enumerate(exports)]
+
+    def _open_peer(self, peer: int, export: _Export) -> int:
+        mine = host_identity()
+        if export.host != mine:
+            raise CommError(f"rank {self.ranks[peer]} runs on another host or in another container ({export.host})")
+        if export.region_bytes != self.region_bytes:
+            raise CommError(f"region_bytes {self.region_bytes} here, {export.region_bytes} on rank {self.ranks[peer]}")
+        if export.process == os.getpid():  # a rank that is a thread of this process: CUDA refuses its handle
+            cuda.enable_peer_access(self.device, export.device)
+            return export.address
+        self._opened[peer] = cuda.open_shared(export.handle, self.device)
+        return self._opened[peer]
+
+    def check(self) -> None:
+        """Raise CollectiveTimeout if a kernel of this rank gave up waiting, now or earlier."""
+        if self.timed_out is None and self._seen.any():
+            self.timed_out = self._timeout()
+        if self.timed_out is not None:
+            raise self.timed_out
+
+    def _timeout(self) -> CollectiveTimeout:
+        found = [(r, int(value)) for r, value in enumerate(self._seen) if value]
+        missing = tuple(self.ranks[r] for r, _ in found)
+        waits = [
+            f"call {value & 0x7FFFFFFF} ({_PHASES[value >> 32]}) never received rank {self.ranks[r]}'s data"
+            for r, value in found
+        ]
+        return CollectiveTimeout(
+            f"GPU peer-to-peer all-reduce, rank {self.ranks[self.rank]} of group {self.ranks}: " + "; ".join(waits),
+            missing,
+        )
+
+    def stop_waits(self, reason_stream: torch.cuda.Stream | None = None) -> None:
+        """End the waits of all ranks' kernels, running ones included; the workspace is unusable afterwards."""
+        stream = reason_stream or torch.cuda.Stream(self.device)
+        one = torch.ones(1, dtype=torch.int32, pin_memory=True)
+        for address in self.peer_aborts:
+            cuda.copy(address, one.data_ptr(), 4, stream)
+        stream.synchronize()
+
+    def close(self) -> None:
+        """Give the memory back. Peers must not be inside a call."""
+        if self._base:
+            torch.cuda.synchronize(self.device)
+        self._release()
+
+    def _release(self) -> None:
+        for address in self._opened.values():
+            cuda.close_shared(address, self.device)
+        self._opened.clear()
+        if self._base:
+            cuda.free(self._base, self.device)
+            self._base = 0
