@@ -2,16 +2,20 @@
 
 The choice is made from facts that all ranks share, so every rank comes to the same one; `why()` of the result says
 what was chosen and for what reason.
+
+GPU peer-to-peer kernels come from `p2p.communicator.create(bootstrap, *, transport, fallback)`: `bootstrap` is a CPU
+group of the same ranks, `transport` "p2p" or "flashinfer", `fallback` the NCCL group for calls without a kernel. It
+raises CommError with the reason, on every rank alike, where the GPUs cannot reach each other.
 """
 
 import os
 import platform
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from shardwise.comm.base import TRANSPORTS, CommError, Communicator
-from shardwise.comm.bootstrap import Rendezvous, Store, StoreRendezvous, store_from_environment
+from shardwise.comm.bootstrap import GroupRendezvous, Rendezvous, Store, StoreRendezvous, store_from_environment
 from shardwise.comm.rank import Groups, RankInfo
 from shardwise.comm.watch import Deadlines
 
@@ -158,7 +162,33 @@ def _torch_dist(request: _Request, meeting: Rendezvous, backend: str) -> Communi
 
 
 def _create_cuda(request: _Request) -> Communicator:
-    raise CommError("CUDA")
+    """CPU group for control, NCCL on it, peer-to-peer kernels where the GPUs reach each other."""
+    import torch
+
+    from shardwise.comm.device import with_kernels
+    from shardwise.comm.torch_dist import TorchDistCommunicator
+
+    info = request.info
+    if request.transport == "mpi":
+        return _mpi(request)  # which stages CUDA tensors through pinned memory
+    if request.transport in ("gloo", "shm"):
+        raise CommError(f"transport {request.transport} moves CPU tensors: pass device='cpu', or use auto")
+    if not torch.cuda.is_available():
+        raise CommError(f"device cuda, rank {info.rank}: no CUDA device is available")
+    if request.process_group is None:
+        torch.cuda.set_device(info.local_rank % torch.cuda.device_count())
+    control = _create_cpu(replace(request, transport="auto"))
+    if request.process_group is not None:
+        nccl = TorchDistCommunicator.adopt(request.process_group, control=control, **request.options)
+    else:
+        nccl = TorchDistCommunicator.join(GroupRendezvous(control), "nccl", control=control, **request.options)
+    if request.transport == "nccl":
+        return nccl
+    if request.transport == "auto":
+        return with_kernels(nccl, "p2p", "")
+    from shardwise.comm.p2p.communicator import create as create_p2p
+
+    return create_p2p(control, transport=request.transport, fallback=nccl)
 
 
 _defaults: dict[tuple[int, str], Communicator] = {}
