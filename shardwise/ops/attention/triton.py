@@ -221,20 +221,20 @@ class _Step:
         splits = tiles.choose_splits(batch.decode * heads.keys, tiles.resident_programs(device), reach, tile.keys)
         rows = batch.decode * heads.queries * splits
         partial = self.out if splits == 1 else self.q.new_empty(rows * (heads.value_size + 1), dtype=torch.float32)
-        key = self._key(tile, splits)
+        key = self._key(tile, splits > 1, tiles.power_of_two(splits, 2))
         sinks = self.q if self.sinks is None else self.sinks
-        place = (batch.prefill, batch.prefill_tokens, slots, max_seq, rows)
+        place = (batch.prefill, batch.prefill_tokens, slots, max_seq, rows, splits)
         _decode(
             device, key, (batch.decode * heads.keys * splits, 1, 1),
             (self.q, self.k, self.v, self.k_cache, self.v_cache, self.out, partial, self.input_pos, self.slot_idx,
              sinks, self.scale, *place, *self.call.strides, heads.keys, heads.group, heads.size, heads.value_size,
-             tile.rows, tile.keys, block_d, block_dv, splits, self.window, self.sinks is not None, pdl),
+             tile.rows, tile.keys, block_d, block_dv, splits > 1, self.window, self.sinks is not None, pdl),
             num_warps=tile.warps, num_stages=tile.stages, launch_pdl=pdl,
         )  # fmt: skip
         if splits > 1:
             _reduce(
                 device, key, (batch.decode * heads.queries, 1, 1),
                 (partial, self.out, self.input_pos, self.slot_idx, sinks, *place, heads.queries, heads.value_size,
-                 tile.keys, block_dv, splits, tiles.power_of_two(splits, 2), self.window, self.sinks is not None, pdl),
+                 tile.keys, block_dv, tiles.power_of_two(splits, 2), self.window, self.sinks is not None, pdl),
                 num_warps=4, launch_pdl=pdl,
             )  # fmt: skip

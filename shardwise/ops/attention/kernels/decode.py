@@ -9,19 +9,19 @@ from shardwise.ops.triton_support import await_predecessor, tl, triton
 
 
 @triton.jit
-def _split_length(visible, SPLITS: tl.constexpr, BLOCK_N: tl.constexpr):
+def _split_length(visible, splits, BLOCK_N: tl.constexpr):
     """Keys of a split: the same whole number of blocks for each, the last one may hold fewer."""
-    return tl.cdiv(tl.cdiv(visible, SPLITS), BLOCK_N) * BLOCK_N
+    return tl.cdiv(tl.cdiv(visible, splits), BLOCK_N) * BLOCK_N
 
 
-@triton.jit(do_not_specialize=["scale", "first_sequence", "first_token", "slots", "max_seq", "rows"])
+@triton.jit(do_not_specialize=["scale", "first_sequence", "first_token", "slots", "max_seq", "rows", "splits"])
 def decode_kernel(
     q_ptr,  # [T, N, D]
     k_ptr,  # [T, Nkv, D]
     v_ptr,  # [T, Nkv, Dv]
     k_cache_ptr,
     v_cache_ptr,
-    out_ptr,  # [T, N, Dv], written when SPLITS is 1
+    out_ptr,  # [T, N, Dv], written when SPLIT is off
     partial_ptr,  # float32 [rows, Dv] results of the splits, then [rows] their log2 sums
     input_pos_ptr,
     slot_ptr,
@@ -32,6 +32,7 @@ def decode_kernel(
     slots,
     max_seq,
     rows,
+    splits,
     Q_STRIDES: tl.constexpr,  # token, head
     K_STRIDES: tl.constexpr,
     V_STRIDES: tl.constexpr,
@@ -45,15 +46,15 @@ def decode_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
-    SPLITS: tl.constexpr,
+    SPLIT: tl.constexpr,
     WINDOW: tl.constexpr,
     HAS_SINKS: tl.constexpr,
     PDL: tl.constexpr,
 ):
     # KV heads run fastest: programs that start together read neighbouring memory.
     head = tl.program_id(0) % KV_HEADS
-    split = tl.program_id(0) // KV_HEADS % SPLITS
-    index = tl.program_id(0) // (KV_HEADS * SPLITS)
+    split = tl.program_id(0) // KV_HEADS % splits
+    index = tl.program_id(0) // (KV_HEADS * splits)
     group = tl.arange(0, BLOCK_M)
     d = tl.arange(0, BLOCK_D)
     dv = tl.arange(0, BLOCK_DV)
@@ -64,7 +65,7 @@ def decode_kernel(
     slot = tl.load(slot_ptr + first_sequence + index).to(tl.int64)
     live = (slot >= 0) & (slot < slots) & (position >= 0) & (position < max_seq)
     lowest = tl.maximum(position - WINDOW + 1, 0) if WINDOW > 0 else 0
-    length = _split_length(position + 1 - lowest, SPLITS, BLOCK_N)
+    length = _split_length(position + 1 - lowest, splits, BLOCK_N)
     begin = lowest + split * length
     if live & (begin <= position):
         query_row = q_ptr + token * Q_STRIDES[0] + (head * GROUP + group)[:, None] * Q_STRIDES[1]
@@ -110,24 +111,24 @@ def decode_kernel(
             highest = risen
         query_head = head * GROUP + group
         stored = in_group[:, None] & (dv < DV)[None, :]
-        if SPLITS == 1:
+        if not SPLIT:
             if HAS_SINKS:
                 sink = tl.load(sinks_ptr + query_head, mask=in_group, other=0.0).to(tl.float32)
                 total += tl.exp2(sink * 1.4426950408889634 - highest)
             target = out_ptr + (token * KV_HEADS * GROUP + query_head)[:, None] * DV + dv[None, :]
             tl.store(target, (acc / total[:, None]).to(out_ptr.dtype.element_ty), mask=stored)
         else:
-            row = (index.to(tl.int64) * KV_HEADS * GROUP + query_head) * SPLITS + split
+            row = (index.to(tl.int64) * KV_HEADS * GROUP + query_head) * splits + split
             tl.store(partial_ptr + row[:, None] * DV + dv[None, :], acc / total[:, None], mask=stored)
             sums = partial_ptr + rows.to(tl.int64) * DV
             tl.store(sums + row, highest + tl.log2(total), mask=in_group)
-    elif SPLITS == 1:
+    elif not SPLIT:
         target = out_ptr + (token * KV_HEADS * GROUP + head * GROUP + group)[:, None] * DV + dv[None, :]
         zeros = tl.zeros((BLOCK_M, BLOCK_DV), out_ptr.dtype.element_ty)
         tl.store(target, zeros, mask=in_group[:, None] & (dv < DV)[None, :])
 
 
-@triton.jit(do_not_specialize=["first_sequence", "first_token", "slots", "max_seq", "rows"])
+@triton.jit(do_not_specialize=["first_sequence", "first_token", "slots", "max_seq", "rows", "splits"])
 def reduce_kernel(
     partial_ptr,
     out_ptr,
@@ -139,11 +140,11 @@ def reduce_kernel(
     slots,
     max_seq,
     rows,
+    splits,
     HEADS: tl.constexpr,
     DV: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_DV: tl.constexpr,
-    SPLITS: tl.constexpr,
     BLOCK_SPLITS: tl.constexpr,
     WINDOW: tl.constexpr,
     HAS_SINKS: tl.constexpr,
@@ -159,8 +160,8 @@ def reduce_kernel(
     slot = tl.load(slot_ptr + first_sequence + index).to(tl.int64)
     live = (slot >= 0) & (slot < slots) & (position >= 0) & (position < max_seq)
     visible = tl.minimum(position + 1, WINDOW) if WINDOW > 0 else position + 1
-    used = (split < tl.cdiv(visible, tl.maximum(_split_length(visible, SPLITS, BLOCK_N), 1))) & live
-    row = tl.program_id(0).to(tl.int64) * SPLITS + split
+    used = (split < tl.cdiv(visible, tl.maximum(_split_length(visible, splits, BLOCK_N), 1))) & live
+    row = tl.program_id(0).to(tl.int64) * splits + split
     sums = tl.load(partial_ptr + rows.to(tl.int64) * DV + row, mask=used, other=float("-inf"))
     highest = tl.max(sums, 0)
     weights = tl.where(used, tl.exp2(sums - highest), 0.0)

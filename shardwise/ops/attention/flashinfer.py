@@ -1,0 +1,241 @@
+"""Attention over a paged cache by FlashInfer: plans made once a step (`planner.py`), reused by every layer."""
+
+import functools
+from dataclasses import dataclass
+
+import torch
+
+from shardwise.ops.attention.batch import Batch, read_batch
+from shardwise.ops.attention.checks import Heads, check_tokens, default_scale, shape
+from shardwise.ops.attention.planner import DecodeFamily, Pages, Planner, planner, select_pages, token_positions
+from shardwise.ops.registry import CUDA, FLASHINFER, operator
+
+FP8 = torch.float8_e4m3fn
+
+
+def _fake_metadata(position_ids, batch_info_host, cu_seqlen, seq_len_with_cache):
+    return [position_ids.new_empty(position_ids.numel(), dtype=torch.int32) for _ in range(2)]
+
+
+@operator(fake=_fake_metadata)
+def flashinfer_attention_prepare_metadata(
+    position_ids: torch.Tensor,
+    batch_info_host: torch.Tensor,
+    cu_seqlen: torch.Tensor,
+    seq_len_with_cache: torch.Tensor,
+) -> list[torch.Tensor]:
+    """The sequence of every flat token and its absolute position, both int32 [b * s] (-1 for padding tokens).
+
+    position_ids [b, s] gives the number of tokens, cu_seqlen [B + 1] and seq_len_with_cache [B] the sequences.
+    Starts a new step: plans of `flashinfer_attention_mha_with_cache` become stale. Plain PyTorch, runs anywhere.
+    """
+    op = "flashinfer_attention_prepare_metadata"
+    batch = read_batch(op, batch_info_host)
+    return token_positions(
+        op, "attention", position_ids, batch.tokens, batch.sequences, batch.prefill == 0, cu_seqlen, seq_len_with_cache
+    )
+
+
+@dataclass(frozen=True)
+class _Parameters:
+    """What a plan depends on besides the batch."""
+
+    heads: Heads
+    page_size: int
+    dtype: torch.dtype
+    cache_dtype: torch.dtype
+    scale: float
+
+    def plan_arguments(self) -> dict:
+        return {
+            "num_qo_heads": self.heads.queries,
+            "num_kv_heads": self.heads.keys,
+            "page_size": self.page_size,
+            "q_data_type": self.dtype,
+            "kv_data_type": self.cache_dtype,
+            "sm_scale": self.scale,
+        }
+
+
+@functools.cache
+def _backend(device: torch.device) -> str:
+    """FlashInfer's FA2 kernels on Hopper: its FA3 kernels take no fp8 cache with 16-bit queries."""
+    return "fa2" if torch.cuda.get_device_capability(device)[0] == 9 else "auto"
+
+
+def _create_decode(owner: Planner, buffers):
+    from flashinfer import BatchDecodeWithPagedKVCacheWrapper as Wrapper
+
+    options = {} if buffers is None else {
+        "use_cuda_graph": True,
+        "paged_kv_indptr_buffer": buffers.indptr,
+        "paged_kv_indices_buffer": buffers.indices,
+        "paged_kv_last_page_len_buffer": buffers.last_page_len,
+    }  # fmt: skip
+    return Wrapper(owner.workspace, "HND", use_tensor_cores=True, backend=_backend(owner.device), **options)
+
+
+def _plan_decode(parameters: _Parameters, wrapper, pages: Pages) -> None:
+    wrapper.plan(
+        pages.indptr, pages.indices, pages.last_page_len, head_dim=parameters.heads.size, seq_lens=pages.lengths,
+        **parameters.plan_arguments(),
+    )  # fmt: skip
+
+
+def _create_prefill(owner: Planner):
+    from flashinfer import BatchPrefillWithPagedKVCacheWrapper as Wrapper
+
+    return Wrapper(owner.workspace, "HND", backend=_backend(owner.device))
+
+
+def _plan_prefill(parameters: _Parameters, wrapper, qo_indptr: torch.Tensor, pages: Pages) -> None:
+    wrapper.plan(
+        qo_indptr, pages.indptr, pages.indices, pages.last_page_len, head_dim_qk=parameters.heads.size, causal=True,
+        seq_lens=pages.lengths, **parameters.plan_arguments(),
+    )  # fmt: skip
+
+
+def _fake(
+    q,
+    k,
+    v,
+    batch_info_host,
+    cu_seqlen_host,
+    cu_num_pages,
+    cu_num_pages_host,
+    cache_loc,
+    last_page_len,
+    last_page_len_host,
+    seq_len_with_cache_host,
+    flashinfer_batch_indices,
+    flashinfer_positions,
+    kv_cache,
+    scale,
+    k_scale,
+    v_scale,
+):
+    return torch.empty_like(q, memory_format=torch.contiguous_format)
+
+
+@operator(
+    fake=_fake, mutates=("kv_cache",), needs=(CUDA, FLASHINFER), instead="triton_attention_flattened_mha_with_cache"
+)
+def flashinfer_attention_mha_with_cache(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    batch_info_host: torch.Tensor,
+    cu_seqlen_host: torch.Tensor,
+    cu_num_pages: torch.Tensor,
+    cu_num_pages_host: torch.Tensor,
+    cache_loc: torch.Tensor,
+    last_page_len: torch.Tensor,
+    last_page_len_host: torch.Tensor,
+    seq_len_with_cache_host: torch.Tensor,
+    flashinfer_batch_indices: torch.Tensor,
+    flashinfer_positions: torch.Tensor,
+    kv_cache: torch.Tensor,
+    scale: float | None,
+    k_scale: float,
+    v_scale: float,
+) -> torch.Tensor:
+    """Append k and v to a paged cache and attend to it, causally.
+
+    q [b, s, N, D] or [b, s, N*D], k and v likewise with Nkv heads, float16 or bfloat16; kv_cache [pages, 2, Nkv,
+    page_size, D] holds keys in [:, 0] and values in [:, 1]. With a float8_e4m3fn cache it holds k / k_scale and
+    v / v_scale, saturated; for other caches the scales do not count. Pages of all sequences lie one behind the other
+    in cache_loc; the *_host tensors are on the CPU, int32. flashinfer_batch_indices and flashinfer_positions come
+    from `flashinfer_attention_prepare_metadata`, which must be called once a step. Returns a tensor like q,
+    contiguous, 0 for padding tokens.
+    """
+    op = "flashinfer_attention_mha_with_cache"
+    batch = read_batch(op, batch_info_host)
+    heads = _check(op, q, k, v, kv_cache, batch)
+    tokens, count = q.shape[0] * q.shape[1], batch.tokens
+    q_flat = _flat(q, tokens, heads.queries, heads.size)
+    k_flat, v_flat = (_flat(x, tokens, heads.keys, heads.size)[:count] for x in (k, v))
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    out_flat = out.view(tokens, heads.queries, heads.size)
+    if count < tokens:
+        out_flat[count:].zero_()
+    if count == 0:
+        return out
+    quantised = kv_cache.dtype == FP8
+    _append(
+        *((_to_fp8(k_flat, k_scale), _to_fp8(v_flat, v_scale)) if quantised else (k_flat, v_flat)),
+        flashinfer_batch_indices[:count], flashinfer_positions[:count], kv_cache, cache_loc,
+        cu_num_pages[: batch.sequences + 1], last_page_len[: batch.sequences],
+    )  # fmt: skip
+    scales = {"k_scale": k_scale, "v_scale": v_scale} if quantised else {}
+    parameters = _Parameters(heads, kv_cache.shape[3], q.dtype, kv_cache.dtype, default_scale(scale, heads.size))
+    owner = planner("attention", q.device)
+    host = (cu_num_pages_host, cache_loc, last_page_len_host, seq_len_with_cache_host)
+    split = batch.prefill_tokens
+    if split:
+        wrapper = owner.planned(
+            ("prefill", parameters),
+            lambda: _create_prefill(owner),
+            lambda w: _plan_prefill(
+                parameters, w, cu_seqlen_host[: batch.prefill + 1], select_pages(0, batch.prefill, *host)
+            ),
+        )
+        _run(wrapper, q_flat[:split], kv_cache, out_flat[:split], scales)
+    if batch.decode:
+        family = DecodeFamily(_create_decode, functools.partial(_plan_decode, parameters))
+        wrapper = owner.planned_decode(
+            parameters,
+            lambda: select_pages(batch.prefill, batch.sequences, *host),
+            batch.decode,
+            kv_cache.shape[0],
+            family,
+        )
+        _run(wrapper, q_flat[split:count], kv_cache, out_flat[split:count], scales)
+    return out
+
+
+def _append(k, v, batch_indices, positions, kv_cache, cache_loc, cu_num_pages, last_page_len) -> None:
+    from flashinfer.page import append_paged_kv_cache
+
+    append_paged_kv_cache(
+        k, v, batch_indices, positions, kv_cache, cache_loc, cu_num_pages, last_page_len, kv_layout="HND"
+    )
+
+
+def _run(wrapper, q, kv_cache, out, scales) -> None:
+    # FlashInfer multiplies v_scale into `out` in place, so the caller's slice holds the final result.
+    wrapper.run(q, kv_cache, out=out, **scales)
+
+
+def _to_fp8(tensor: torch.Tensor, scale: float) -> torch.Tensor:
+    if scale != 1.0:
+        tensor = tensor.float() / scale
+    return tensor.clamp(-448.0, 448.0).to(FP8)  # a plain cast turns an overflow into NaN
+
+
+def _flat(tensor: torch.Tensor, tokens: int, heads: int, size: int) -> torch.Tensor:
+    flat = tensor.reshape(tokens, heads, size)
+    return flat if flat.stride(2) == 1 and flat.stride(1) == size else flat.contiguous()
+
+
+def _check(op: str, q, k, v, kv_cache, batch: Batch) -> Heads:
+    if kv_cache.dim() != 5 or kv_cache.shape[1] != 2:
+        raise ValueError(f"{op}: kv_cache has shape {shape(kv_cache)}; legal: [pages, 2, Nkv, page_size, D]")
+    if q.dtype not in (torch.float16, torch.bfloat16):
+        raise TypeError(f"{op}: q is {q.dtype}; legal: float16, bfloat16")
+    if kv_cache.dtype not in (q.dtype, FP8):
+        raise TypeError(f"{op}: kv_cache is {kv_cache.dtype}; legal: q's {q.dtype} or float8_e4m3fn")
+    kv_heads, size = kv_cache.shape[2], kv_cache.shape[4]
+    if size not in (64, 128, 256):
+        raise ValueError(
+            f"{op}: head size {size}; legal: 64, 128, 256; or call triton_attention_flattened_mha_with_cache"
+        )
+    heads = Heads(check_tokens(op, "q", q, q, size), kv_heads, size, size)
+    for name, tensor in (("k", k), ("v", v)):
+        if check_tokens(op, name, tensor, q, size) != kv_heads or tensor.dtype != q.dtype:
+            raise ValueError(f"{op}: {name} is {shape(tensor)} {tensor.dtype}; legal: {kv_heads} heads of size {size}, "
+                             f"{q.dtype}")  # fmt: skip
+    if kv_heads == 0 or heads.queries % kv_heads:
+        raise ValueError(f"{op}: {heads.queries} query heads over {kv_heads} KV heads; legal: a multiple")
+    if batch.tokens > q.shape[0] * q.shape[1]:
+        raise ValueError(f"{op}: batch_info_host counts {batch.tokens} tokens, q holds {q.shape[0] * q.shape[1]}")
+    return heads

@@ -1,0 +1,236 @@
+"""FlashInfer wrappers, planned once a step and shared by all layers.
+
+A plan cuts one step's ragged batch into work for the device. It is made on the host, from host metadata, by the
+first layer that needs it; the operator that prepares a step's metadata makes the plans of the last step stale.
+
+Under CUDA graphs a plan must be renewed outside the graph, in buffers that stay. Inside `decode_graphs()` decode
+batches use wrappers with such buffers, one for each batch size:
+
+    with decode_graphs():
+        step()                              # creates and plans the wrappers
+        with torch.cuda.graph(graph): step()
+    ...
+    replan_decode(host metadata of the next step); graph.replay()
+"""
+
+import contextlib
+import functools
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+# FlashInfer asks for 128 MB; large batches of split sequences with 256-wide heads need twice that.
+WORKSPACE_BYTES = 256 * 1024 * 1024
+
+
+@dataclass(frozen=True)
+class Pages:
+    """Host metadata of the sequences [first, last) of a paged step, and their pages on the device."""
+
+    indptr: torch.Tensor
+    """int32 [n + 1] on the host, starts at 0"""
+    indices: torch.Tensor
+    """int32 [indptr[-1]], page ids"""
+    last_page_len: torch.Tensor
+    """int32 [n] on the host"""
+    lengths: torch.Tensor
+    """int32 [n] on the host, tokens in the cache after this step"""
+
+    @property
+    def sequences(self) -> int:
+        return self.lengths.numel()
+
+
+def select_pages(
+    first: int,
+    last: int,
+    cu_num_pages_host: torch.Tensor,
+    cache_loc: torch.Tensor,
+    last_page_len_host: torch.Tensor,
+    seq_len_with_cache_host: torch.Tensor,
+) -> Pages:
+    indptr = cu_num_pages_host[first : last + 1]
+    begin, end = int(indptr[0]), int(indptr[-1])
+    return Pages(
+        indptr if begin == 0 else indptr - begin,
+        cache_loc[begin:end],
+        last_page_len_host[first:last],
+        seq_len_with_cache_host[first:last],
+    )
+
+
+@dataclass
+class Planner:
+    """The wrappers of one device and one family of operators, and which of them hold the current step's plan."""
+
+    device: torch.device
+    graphs: bool = False
+    """Whether decode batches use wrappers that CUDA graphs can hold."""
+    _wrappers: dict[tuple, Any] = field(default_factory=dict)
+    _planned: set[tuple] = field(default_factory=set)
+    _replans: dict[tuple, Callable[[Pages], None]] = field(default_factory=dict)
+
+    @functools.cached_property
+    def workspace(self) -> torch.Tensor:
+        return torch.zeros(WORKSPACE_BYTES, dtype=torch.uint8, device=self.device)
+
+    def reset(self) -> None:
+        """Make all plans stale; inside a graph capture they stay, for a captured kernel uses them at every replay."""
+        if self.device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
+            self._planned.clear()
+
+    def planned(self, key: tuple, create: Callable[[], Any], plan: Callable[[Any], None]) -> Any:
+        """The wrapper of `key`, created at its first use and planned at its first use in a step."""
+        if key in self._planned:
+            return self._wrappers[key]
+        if torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                f"a FlashInfer plan for {key} is needed inside a CUDA graph capture, where none can be made; "
+                "run the same step once inside decode_graphs() before capturing it"
+            )
+        if key not in self._wrappers:
+            self._wrappers[key] = create()
+        plan(self._wrappers[key])
+        self._planned.add(key)
+        return self._wrappers[key]
+
+    def planned_decode(
+        self, parameters: Hashable, pages: Callable[[], Pages], sequences: int, page_count: int, family: "DecodeFamily"
+    ) -> Any:
+        """The decode wrapper for `parameters`; with `graphs` on, the one of this batch size with fixed buffers."""
+        if not self.graphs:
+            key = ("decode", parameters)
+            return self.planned(key, lambda: family.create(self, None), lambda w: family.plan(w, pages()))
+        graph_key = ("graph", parameters, sequences)
+
+        def create():
+            wrapper = family.create(self, GraphBuffers.of(sequences, page_count, self.device))
+            self._replans[graph_key] = lambda renewed: family.plan(wrapper, renewed)
+            return wrapper
+
+        return self.planned(graph_key, create, lambda w: family.plan(w, pages()))
+
+    def replan(self, pages: Pages) -> None:
+        """Renew the plans of the graph wrappers of this batch size, before their graph is replayed."""
+        found = [key for key in self._replans if key[-1] == pages.sequences]
+        if not found:
+            raise ValueError(f"no decode graph of batch size {pages.sequences} was prepared inside decode_graphs()")
+        for key in found:
+            self._replans[key](pages)
+            self._planned.add(key)
+
+
+@dataclass(frozen=True)
+class GraphBuffers:
+    """Device buffers of a wrapper that a CUDA graph holds."""
+
+    qo_indptr: torch.Tensor
+    indptr: torch.Tensor
+    indices: torch.Tensor
+    last_page_len: torch.Tensor
+
+    @classmethod
+    def of(cls, sequences: int, page_count: int, device: torch.device) -> "GraphBuffers":
+        """`page_count` is the most pages that the batch can hold: all of the cache."""
+
+        def zeros(count):
+            return torch.zeros(count, dtype=torch.int32, device=device)
+
+        return cls(zeros(sequences + 1), zeros(sequences + 1), zeros(page_count), zeros(sequences))
+
+
+@dataclass(frozen=True)
+class DecodeFamily:
+    """How one operator's decode wrapper is made and planned."""
+
+    create: Callable[[Planner, GraphBuffers | None], Any]
+    plan: Callable[[Any, Pages], None]
+
+
+_PLANNERS: dict[tuple[str, torch.device], Planner] = {}
+
+
+def planner(family: str, device: torch.device) -> Planner:
+    """The planner of an operator family ("attention", "mla") on a device."""
+    key = (family, device)
+    if key not in _PLANNERS:
+        _PLANNERS[key] = Planner(device, graphs=_graphs_on)
+    return _PLANNERS[key]
+
+
+_graphs_on = False
+
+
+@contextlib.contextmanager
+def decode_graphs():
+    """Let decode batches use wrappers whose buffers stay, so that the step can be captured in a CUDA graph."""
+    global _graphs_on
+    before = _graphs_on
+    _switch(True)
+    try:
+        yield
+    finally:
+        _switch(before)
+
+
+def _switch(on: bool) -> None:
+    global _graphs_on
+    _graphs_on = on
+    for each in _PLANNERS.values():
+        each.graphs = on
+
+
+def replan_decode(
+    cu_num_pages_host: torch.Tensor,  # int32 [B + 1]
+    cache_loc: torch.Tensor,  # int32 on the device
+    last_page_len_host: torch.Tensor,  # int32 [B]
+    seq_len_with_cache_host: torch.Tensor,  # int32 [B]
+) -> None:
+    """Plan the captured decode graphs of batch size B for the step that is replayed next, on cache_loc's device."""
+    count = last_page_len_host.numel()
+    pages = select_pages(0, count, cu_num_pages_host, cache_loc, last_page_len_host, seq_len_with_cache_host)
+    found = [each for (_, device), each in _PLANNERS.items() if device == cache_loc.device and each._replans]
+    if not found:
+        raise ValueError(f"no decode graph was prepared on {cache_loc.device} inside decode_graphs()")
+    for each in found:
+        each.replan(pages)
+
+
+def token_positions(
+    op: str,
+    family: str,
+    position_ids: torch.Tensor,
+    tokens: int,
+    sequences: int,
+    decode_only: bool,
+    cu_seqlen: torch.Tensor,
+    seq_len_with_cache: torch.Tensor,
+) -> list[torch.Tensor]:
+    """Sequence and absolute position of every token, both int32 [b * s]; -1 for padding behind the last token.
+
+    Starts a new step: the family's plans become stale. Nothing is read from the device.
+    """
+    count = position_ids.numel()
+    if tokens > count:
+        raise ValueError(f"{op}: batch_info_host counts {tokens} tokens, position_ids holds {count}")
+    for name, tensor, least in (
+        ("cu_seqlen", cu_seqlen, sequences + 1),
+        ("seq_len_with_cache", seq_len_with_cache, sequences),
+    ):
+        if not decode_only and tensor.numel() < least:
+            raise ValueError(f"{op}: {name} has {tensor.numel()} entries; legal: {least} and more")
+    planner(family, position_ids.device).reset()
+    lengths = seq_len_with_cache[:sequences].int()
+    index = torch.arange(count, dtype=torch.int32, device=position_ids.device)
+    if decode_only:
+        batch_indices, positions = index[:tokens].clone(), lengths - 1
+    else:
+        ends = cu_seqlen[1 : sequences + 1].int()
+        batch_indices = torch.searchsorted(ends, index[:tokens], right=True, out_int32=True)
+        positions = (lengths - ends)[batch_indices] + index[:tokens]
+    if tokens == count:
+        return [batch_indices, positions]
+    padding = index.new_full((count - tokens,), -1)
+    return [torch.cat((batch_indices, padding)), torch.cat((positions, padding))]

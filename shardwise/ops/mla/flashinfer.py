@@ -1,0 +1,256 @@
+"""Multi-head latent attention over a paged latent cache by FlashInfer.
+
+Prefill without a cached prefix expands keys and values and runs ragged attention; with one, and in decode, the weight
+is absorbed into queries and outputs and the kernel reads the latent pages. Plans are made once a step.
+"""
+
+import functools
+from dataclasses import dataclass
+
+import torch
+
+from shardwise.ops.attention.batch import Batch, read_batch
+from shardwise.ops.attention.checks import shape
+from shardwise.ops.attention.planner import DecodeFamily, Pages, Planner, planner, select_pages, token_positions
+from shardwise.ops.mla.checks import LatentHeads, check_latent, split_weight
+from shardwise.ops.mla.reference import fake_cached_mla
+from shardwise.ops.registry import CUDA, FLASHINFER, operator
+
+
+def _fake_metadata(position_ids, batch_info_host, cu_seqlen, seq_len_with_cache):
+    return [position_ids.new_empty(position_ids.numel(), dtype=torch.int32) for _ in range(2)]
+
+
+@operator(fake=_fake_metadata)
+def flashinfer_mla_prepare_metadata(
+    position_ids: torch.Tensor,
+    batch_info_host: torch.Tensor,
+    cu_seqlen: torch.Tensor,
+    seq_len_with_cache: torch.Tensor,
+) -> list[torch.Tensor]:
+    """The sequence of every flat token and its absolute position, both int32 [b * s] (-1 for padding tokens).
+
+    As `flashinfer_attention_prepare_metadata`, for the plans of `flashinfer_mla_with_cache`. Runs anywhere.
+    """
+    op = "flashinfer_mla_prepare_metadata"
+    batch = read_batch(op, batch_info_host)
+    return token_positions(
+        op, "mla", position_ids, batch.tokens, batch.sequences, batch.prefill == 0, cu_seqlen, seq_len_with_cache
+    )
+
+
+@dataclass(frozen=True)
+class _Parameters:
+    """What a plan depends on besides the batch."""
+
+    heads: LatentHeads
+    page_size: int
+    dtype: torch.dtype
+    scale: float
+
+
+def _create_absorbed(owner: Planner, buffers):
+    from flashinfer.mla import BatchMLAPagedAttentionWrapper as Wrapper
+
+    if buffers is None:
+        return Wrapper(owner.workspace)
+    return Wrapper(
+        owner.workspace, use_cuda_graph=True, qo_indptr=buffers.qo_indptr, kv_indptr=buffers.indptr,
+        kv_indices=buffers.indices, kv_len_arr=buffers.last_page_len,
+    )  # fmt: skip
+
+
+def _plan_absorbed(parameters: _Parameters, causal: bool, wrapper, qo_indptr: torch.Tensor, pages: Pages) -> None:
+    heads = parameters.heads
+    wrapper.plan(
+        qo_indptr, pages.indptr, pages.indices, pages.lengths, heads.count, heads.rank, heads.rope,
+        parameters.page_size, causal, parameters.scale, parameters.dtype, parameters.dtype,
+    )  # fmt: skip
+
+
+def _plan_decode(parameters: _Parameters, wrapper, pages: Pages) -> None:
+    # One query sees every key up to its own, so no mask is needed.
+    _plan_absorbed(parameters, False, wrapper, torch.arange(pages.sequences + 1, dtype=torch.int32), pages)
+
+
+def _create_ragged(owner: Planner):
+    from flashinfer import BatchPrefillWithRaggedKVCacheWrapper as Wrapper
+
+    return Wrapper(owner.workspace, "NHD", backend="fa2")
+
+
+def _plan_ragged(parameters: _Parameters, wrapper, indptr: torch.Tensor) -> None:
+    heads = parameters.heads
+    wrapper.plan(
+        indptr, indptr, heads.count, heads.count, heads.nope + heads.rope, head_dim_vo=heads.value, causal=True,
+        use_fp16_qk_reduction=False, sm_scale=parameters.scale, q_data_type=parameters.dtype,
+    )  # fmt: skip
+
+
+def _fake(
+    q_nope,
+    q_pe,
+    compressed_kv,
+    kpe,
+    kv_b_proj_weight,
+    batch_info_host,
+    cu_seqlen_host,
+    cu_num_pages,
+    cu_num_pages_host,
+    cache_loc,
+    last_page_len,
+    last_page_len_host,
+    seq_len_with_cache_host,
+    flashinfer_batch_indices,
+    flashinfer_positions,
+    ckv_cache,
+    kpe_cache,
+    scale,
+    kv_lora_rank,
+):
+    return fake_cached_mla(q_nope, kv_b_proj_weight)
+
+
+@operator(
+    fake=_fake,
+    mutates=("ckv_cache", "kpe_cache"),
+    needs=(CUDA, FLASHINFER),
+    instead="torch_cached_mla_with_cache",
+)
+def flashinfer_mla_with_cache(
+    q_nope: torch.Tensor,
+    q_pe: torch.Tensor,
+    compressed_kv: torch.Tensor,
+    kpe: torch.Tensor,
+    kv_b_proj_weight: torch.Tensor,
+    batch_info_host: torch.Tensor,
+    cu_seqlen_host: torch.Tensor,
+    cu_num_pages: torch.Tensor,
+    cu_num_pages_host: torch.Tensor,
+    cache_loc: torch.Tensor,
+    last_page_len: torch.Tensor,
+    last_page_len_host: torch.Tensor,
+    seq_len_with_cache_host: torch.Tensor,
+    flashinfer_batch_indices: torch.Tensor,
+    flashinfer_positions: torch.Tensor,
+    ckv_cache: torch.Tensor,
+    kpe_cache: torch.Tensor,
+    scale: float | None,
+    kv_lora_rank: int,
+) -> torch.Tensor:
+    """Append latents to a paged cache and attend to it, causally.
+
+    q_nope [b, s, N, Dn], q_pe [b, s, N, Dr], compressed_kv [b, s, R], kpe [b, s, 1, Dr], kv_b_proj_weight
+    [N * (Dn + Dv), R]; ckv_cache [pages, page_size, R], kpe_cache [pages, page_size, Dr], both of q's dtype, float16 or
+    bfloat16. FlashInfer's kernels fix R = 512 and Dr = 64. Page metadata as in `flashinfer_attention_mha_with_cache`,
+    batch indices and positions from `flashinfer_mla_prepare_metadata`, called once a step. Returns [b, s, N, Dv], 0
+    for padding tokens.
+    """
+    op = "flashinfer_mla_with_cache"
+    heads = check_latent(op, q_nope, q_pe, compressed_kv, kpe, kv_b_proj_weight)
+    batch = read_batch(op, batch_info_host)
+    tokens = q_nope.shape[0] * q_nope.shape[1]
+    _check(op, heads, q_nope, ckv_cache, kpe_cache, kv_lora_rank, batch, tokens)
+    q_nope, q_pe = q_nope.reshape(tokens, heads.count, -1), q_pe.reshape(tokens, heads.count, -1)
+    latent, kpe = compressed_kv.reshape(tokens, -1)[: batch.tokens], kpe.reshape(tokens, -1)[: batch.tokens]
+    out = q_nope.new_empty(tokens, heads.count, heads.value)
+    out[batch.tokens :].zero_()
+    step = _Step(
+        batch, _Parameters(heads, ckv_cache.shape[1], q_nope.dtype, heads.scale(scale)), kv_b_proj_weight, ckv_cache,
+        kpe_cache, cu_seqlen_host, (cu_num_pages_host, cache_loc, last_page_len_host, seq_len_with_cache_host),
+    )  # fmt: skip
+    if batch.tokens:
+        _append(
+            latent, kpe, flashinfer_batch_indices[: batch.tokens], flashinfer_positions[: batch.tokens], ckv_cache,
+            kpe_cache, cache_loc, cu_num_pages[: batch.sequences + 1], last_page_len[: batch.sequences],
+        )  # fmt: skip
+    split = batch.prefill_tokens
+    if split and step.has_prefix():
+        step.run_absorbed(step.prefill_wrapper(), q_nope[:split], q_pe[:split], out[:split])
+    elif split:
+        step.run_ragged(q_nope[:split], q_pe[:split], latent[:split], kpe[:split], out[:split])
+    if batch.decode:
+        part = slice(split, batch.tokens)
+        step.run_absorbed(step.decode_wrapper(), q_nope[part], q_pe[part], out[part])
+    return out.view(*compressed_kv.shape[:2], heads.count, heads.value)
+
+
+def _append(latent, kpe, batch_indices, positions, ckv_cache, kpe_cache, cache_loc, cu_num_pages, last_page_len):
+    from flashinfer.page import append_paged_mla_kv_cache
+
+    append_paged_mla_kv_cache(
+        latent.contiguous(), kpe.contiguous(), batch_indices, positions, ckv_cache, kpe_cache, cache_loc, cu_num_pages,
+        last_page_len,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Step:
+    """One call's tensors and host metadata."""
+
+    batch: Batch
+    parameters: _Parameters
+    weight: torch.Tensor
+    ckv_cache: torch.Tensor
+    kpe_cache: torch.Tensor
+    cu_seqlen_host: torch.Tensor
+    pages: tuple[torch.Tensor, ...]
+
+    @property
+    def owner(self) -> Planner:
+        return planner("mla", self.ckv_cache.device)
+
+    def has_prefix(self) -> bool:
+        """Whether any prefill sequence continues in the cache."""
+        starts = self.cu_seqlen_host[: self.batch.prefill + 1]
+        return bool((self.pages[3][: self.batch.prefill] > starts.diff()).any())
+
+    def prefill_wrapper(self):
+        count, parameters = self.batch.prefill, self.parameters
+
+        def plan(wrapper):
+            starts = self.cu_seqlen_host[: count + 1]
+            _plan_absorbed(parameters, True, wrapper, starts, select_pages(0, count, *self.pages))
+
+        return self.owner.planned(("prefix", parameters), lambda: _create_absorbed(self.owner, None), plan)
+
+    def decode_wrapper(self):
+        first, last = self.batch.prefill, self.batch.sequences
+        family = DecodeFamily(_create_absorbed, functools.partial(_plan_decode, self.parameters))
+        return self.owner.planned_decode(
+            self.parameters, lambda: select_pages(first, last, *self.pages), self.batch.decode,
+            self.ckv_cache.shape[0], family,
+        )  # fmt: skip
+
+    def run_absorbed(self, wrapper, q_nope, q_pe, out) -> None:
+        w_key, w_value = split_weight(self.weight, self.parameters.heads)
+        absorbed = torch.bmm(q_nope.transpose(0, 1), w_key).transpose(0, 1)
+        mixed = wrapper.run(absorbed.contiguous(), q_pe.contiguous(), self.ckv_cache, self.kpe_cache)
+        out.copy_(torch.bmm(mixed.transpose(0, 1), w_value.transpose(1, 2)).transpose(0, 1))
+
+    def run_ragged(self, q_nope, q_pe, latent, kpe, out) -> None:
+        heads, parameters = self.parameters.heads, self.parameters
+        indptr = self.cu_seqlen_host[: self.batch.prefill + 1]
+        wrapper = self.owner.planned(
+            ("ragged", parameters), lambda: _create_ragged(self.owner), lambda w: _plan_ragged(parameters, w, indptr)
+        )
+        both = (latent @ self.weight.t()).view(-1, heads.count, heads.nope + heads.value)
+        key = torch.cat((both[..., : heads.nope], kpe[:, None].expand(-1, heads.count, -1)), dim=-1)
+        query = torch.cat((q_nope, q_pe), dim=-1)
+        wrapper.run(query, key, both[..., heads.nope :].contiguous(), out=out)
+
+
+def _check(op: str, heads: LatentHeads, q_nope, ckv_cache, kpe_cache, kv_lora_rank, batch: Batch, tokens: int) -> None:
+    if q_nope.dtype not in (torch.float16, torch.bfloat16):
+        raise TypeError(f"{op}: q_nope is {q_nope.dtype}; legal: float16, bfloat16")
+    for name, cache, width in (("ckv_cache", ckv_cache, heads.rank), ("kpe_cache", kpe_cache, heads.rope)):
+        if cache.dim() != 3 or cache.shape[2] != width:
+            raise ValueError(f"{op}: {name} has shape {shape(cache)}; legal: [pages, page_size, {width}]")
+        if cache.dtype != q_nope.dtype:
+            raise TypeError(f"{op}: {name} is {cache.dtype}; legal: q_nope's {q_nope.dtype} (FlashInfer's latent "
+                            "kernels take no mixed dtypes)")  # fmt: skip
+    if heads.rank != 512 or heads.rope != 64 or kv_lora_rank != heads.rank:
+        raise ValueError(f"{op}: R {heads.rank}, Dr {heads.rope}, kv_lora_rank {kv_lora_rank}; legal: 512, 64, 512; "
+                         "or call torch_cached_mla_with_cache")  # fmt: skip
+    if batch.tokens > tokens:
+        raise ValueError(f"{op}: batch_info_host counts {batch.tokens} tokens, q_nope holds {tokens}")
