@@ -41,6 +41,9 @@ class DecoderBuilder:
         model = self.model
         check_supported(model, mixers=tuple(MIXERS), feed_forwards=tuple(FEED_FORWARDS))
         table = self.weights.take(model.embedding, "embed.weight")
+        head = self._head_linear(table)
+        if model.head.tied:
+            table = head.weight.t()  # the head's memory
         shard = self.weights.shard(model.embedding.roles["embed.weight"])
         embedding = VocabEmbedding(
             weight=table,
@@ -51,7 +54,7 @@ class DecoderBuilder:
         norms = [self._norm(layer.mixer_norm, "mixer_norm", i) for i, layer in enumerate(model.layers)]
         norms.append(self._norm(model.final_norm, "final_norm", None))
         layers = [self._layer(layer, i, norms[i + 1]) for i, layer in enumerate(model.layers)]
-        decoder = Decoder(embedding=embedding, first_norm=norms[0], layers=layers, head=self._head(table))
+        decoder = Decoder(embedding=embedding, first_norm=norms[0], layers=layers, head=self._head(head))
         self.weights.finish()
         return decoder
 
@@ -89,14 +92,16 @@ class DecoderBuilder:
             weight=self.weights.take(norm, f"{role}.weight", layer=layer), eps=norm.eps, offset=norm.weight_offset
         )
 
-    def _head(self, table: Tensor) -> VocabHead:
+    def _head_linear(self, table: Tensor) -> Linear:
+        head = self.model.head
+        return Linear(weight=table if head.tied else self.weights.take(head, "head.weight"))
+
+    def _head(self, linear: Linear) -> VocabHead:
         head, plan = self.model.head, self.weights.plan
-        named = (self.model.embedding.roles["embed.weight"] if head.tied else head.roles["head.weight"]).path()
-        weight = table if head.tied else self.weights.take(head, "head.weight")
-        tp = plan.layout.tp
+        stored = self.model.embedding.roles["embed.weight"] if head.tied else head.roles["head.weight"]
         return VocabHead(
-            linear=Linear(weight=weight, keep=head.tied),
-            sizes=tuple(plan.shard(rank, named).local_shape[0] for rank in range(tp)),
+            linear=linear,
+            sizes=tuple(plan.shard(rank, stored.path()).local_shape[0] for rank in range(plan.layout.tp)),
             group=self.groups.tp,
             vocab=self.model.vocab,
             softcap=head.softcap,

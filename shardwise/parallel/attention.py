@@ -33,17 +33,18 @@ class AttentionMixer:
         self.head_dim, self.v_head_dim = head_dim, v_head_dim
         self.qkv, self.out, self.masking = qkv, out, masking
         self.rotary, self.q_norm, self.k_norm = rotary, q_norm, k_norm
-        self._keys_end = (heads + kv_heads) * head_dim
+        self._widths = [(heads + kv_heads) * head_dim, kv_heads * v_head_dim]
+        self._heads = [heads, kv_heads]
 
     def __call__(self, x: Tensor, batch: Batch, cache: KvCache) -> Tensor:
         tokens = x.shape[0]
-        qkv = self.qkv(x)
-        qk = qkv[:, : self._keys_end].view(tokens, self.heads + self.kv_heads, self.head_dim)
-        values = qkv[:, self._keys_end :].view(tokens, self.kv_heads, self.v_head_dim)
+        qk, v = self.qkv(x).split_with_sizes(self._widths, 1)
+        qk = qk.view(tokens, -1, self.head_dim)
+        v = v.view(tokens, self.kv_heads, self.v_head_dim)
+        q, k = qk.split_with_sizes(self._heads, 1)
         if self.q_norm is not None:
-            qk[:, : self.heads] = self.q_norm(qk[:, : self.heads])
-            qk[:, self.heads :] = self.k_norm(qk[:, self.heads :])
+            q.copy_(self.q_norm(q))
+            k.copy_(self.k_norm(k))
         if self.rotary is not None:
-            qk = rotate(qk, *batch.rotation(self.rotary))
-        attended = cache.attend(self.layer, qk[:, : self.heads], qk[:, self.heads :], values, batch, self.masking)
-        return self.out(attended.reshape(tokens, -1))
+            rotate(qk, *batch.rotation(self.rotary))
+        return self.out(cache.attend(self.layer, q, k, v, batch, self.masking).reshape(tokens, -1))

@@ -21,9 +21,8 @@ class Linear:
     one thread, torch 2.13).
     """
 
-    def __init__(self, *, weight: Tensor, bias: Tensor | None = None, keep: bool = False):
-        """`keep`: use the [out, in] memory as it is, because something else (a tied embedding) reads it, too."""
-        self.weight = weight.t() if keep or weight.is_cuda else weight.t().contiguous()  # [in, out]
+    def __init__(self, *, weight: Tensor, bias: Tensor | None = None):
+        self.weight = weight.t() if weight.is_cuda else weight.t().contiguous()  # [in, out]
         self.bias = bias
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -45,8 +44,14 @@ class Norm:
     def __init__(self, *, weight: Tensor, eps: float, offset: float = 0.0):
         self.weight = weight + offset if offset else weight
         self.eps = eps
+        self._zero = weight.new_zeros(())
 
     def __call__(self, x: Tensor) -> Tensor:
+        if x.dtype == torch.float32 and x.dim() == 2 and x.shape[0] == 1 and not x.is_cuda:
+            # One row: three kernels instead of rms_norm's six (5 µs against 9 to 17, 61 times a token).
+            row = x[0]
+            factor = (float(row.dot(row)) / row.shape[0] + self.eps) ** -0.5
+            return torch.addcmul(self._zero, x, self.weight, value=factor)
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
@@ -126,9 +131,11 @@ class GatedMlp:
 
     def __init__(self, *, gate_up: Linear, down: RowLinear, activation: Callable[[Tensor], Tensor]):
         self.gate_up, self.down, self.activation = gate_up, down, activation
+        self._halves = [gate_up.weight.shape[1] // 2] * 2
 
     def __call__(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        both = self.gate_up(x)
+        gate, up = both.split_with_sizes(self._halves, -1)
         return self.down(self.activation(gate).mul_(up))
 
 

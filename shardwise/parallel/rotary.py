@@ -27,12 +27,12 @@ class RotaryAngles:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """NeoX rotation of the leading `cos.shape[-1]` elements of each head. x [T, N, D]; a new contiguous tensor."""
-    dim, (tokens, heads, size) = cos.shape[-1], x.shape
-    turned = x if dim == size else x[..., :dim]
-    swapped = turned.reshape(tokens, heads, 2, dim // 2).flip(2).view(tokens, heads, dim)
-    out = torch.addcmul(turned * cos, swapped, sin)
-    return out if dim == size else torch.cat((out, x[..., dim:]), -1)
+    """NeoX rotation of the leading `cos.shape[-1]` elements of each head, in place. x [T, N, D], any strides."""
+    dim = cos.shape[-1]
+    turned = x if dim == x.shape[-1] else x[..., :dim]
+    swapped = turned.roll(dim // 2, -1)
+    turned.mul_(cos).addcmul_(swapped, sin)
+    return x
 
 
 def inverse_frequencies(rope: Rope, max_positions: int) -> tuple[Tensor, float]:
