@@ -13,6 +13,8 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from shardwise.comm.base import CollectiveMismatch, CollectiveTimeout, CommError
+
 INPUT_ERRORS = (ValueError, FileNotFoundError, IsADirectoryError, PermissionError, NotImplementedError)
 """Errors that their text alone explains: one sentence for the user, the traceback only in failure.json."""
 _PEER_WORDS = ("closed by peer", "connection reset", "broken pipe", "connection refused", "socket closed")
@@ -59,7 +61,8 @@ class Failure:
 
 def from_exception(error: BaseException, *, rank: int, world: int, phase: str, last_collective: str | None) -> Failure:
     """The failure of this process by `error`, which may be a SystemExit or KeyboardInterrupt."""
-    missing = tuple(getattr(error, "missing", ()))
+    late = isinstance(error, CollectiveTimeout)  # PeerLost names ranks too, but those died of something else
+    missing = error.missing if late else ()
     return Failure(
         rank=rank,
         world=world,
@@ -67,7 +70,7 @@ def from_exception(error: BaseException, *, rank: int, world: int, phase: str, l
         pid=os.getpid(),
         phase=phase,
         what=_sentence(error),
-        exit_code=124 if missing else exit_code(error),
+        exit_code=124 if late else exit_code(error),
         time_ns=time.time_ns(),
         victim=_is_victim(error),
         missing=missing,
@@ -94,10 +97,14 @@ def _sentence(error: BaseException) -> str:
 
 
 def _is_victim(error: BaseException) -> bool:
-    names = {cls.__name__ for cls in type(error).__mro__}
-    if "CollectiveMismatch" in names:  # every member sees it; none of them is the victim of another
+    if isinstance(error, CollectiveMismatch):  # every member sees it; none of them is the victim of another
         return False
-    if names & {"CommError", "DistBackendError", "DistNetworkError", "DistStoreError", "ConnectionError"}:
+    names = {cls.__name__ for cls in type(error).__mro__}  # of torch, which must not be imported for this
+    if isinstance(error, CommError | ConnectionError) or names & {
+        "DistBackendError",
+        "DistNetworkError",
+        "DistStoreError",
+    }:
         return True
     return isinstance(error, RuntimeError) and any(word in str(error).lower() for word in _PEER_WORDS)
 

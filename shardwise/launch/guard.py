@@ -92,6 +92,9 @@ class Guard:
             time.sleep(ECHO_PAUSE)
             if any(other.rank == 0 and other.what == found.what for other in failures.read_all(self.folder)):
                 return
+        if found.input_error and self.info.rank == 0:
+            print(failures.report(found, debug=self.debug), file=sys.stderr)
+            return
         prefix = f"[r{self.info.rank}/{self.info.world} {socket.gethostname()}:{os.getpid()}] "
         text = failures.report(found, path=path, debug=self.debug)
         if not found.input_error and found.trace:

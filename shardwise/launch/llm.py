@@ -114,7 +114,7 @@ class LLM:
                 yield item
 
     def stats(self) -> list[RankStats]:
-        """Of every rank after the last call, by rank; under torchrun or mpirun of all ranks as well."""
+        """Of every rank, by rank, as they were after the last call."""
         return self._runner.stats()
 
     def close(self) -> None:
@@ -246,12 +246,14 @@ class SpmdRunner:
         context = RankContext(info, asdict(config), deadlines, keeper, link=None, on_event=on_event)
         self._session = Session(context, config)
         self.transport = self._session.transport
+        self._stats: list[RankStats] = []
 
     def stream(self, prompts: Sequence[Any], params: Sequence[SamplingParams]) -> Iterator[TokenEvent | Answer]:
         yield from self._session.stream(prompts, params)
+        self._stats = self._session.engine.groups.world.all_gather_object(self._session.stats())
 
     def stats(self) -> list[RankStats]:
-        return self._session.engine.groups.world.all_gather_object(self._session.stats())
+        return self._stats
 
     def close(self) -> None:
         self._session.close()

@@ -1,11 +1,13 @@
 """The `shardwise` command: a table of verbs, each in its own module, imported only when it is asked for."""
 
 import argparse
+import contextlib
 import importlib
 import importlib.util
 import sys
 import traceback
 from collections.abc import Sequence
+from typing import NoReturn
 
 VERBS = {
     "plan": "what a model becomes under a layout: shapes, bytes and collectives of every rank, without weights",
@@ -23,6 +25,8 @@ BENCHES = {
     "generate": "a whole model: prefill and decode",
 }
 DONE, FAILED, USAGE = 0, 1, 2
+ECHO_PAUSE = 0.5
+"""Seconds that a rank other than 0 waits before it complains of the command line."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -72,11 +76,28 @@ def _run_module(prog: str, module: str, description: str, words: list[str]) -> i
         print(f"{prog}: this verb is not part of this installation", file=sys.stderr)
         return USAGE
     verb = importlib.import_module(name)
-    parser = argparse.ArgumentParser(prog=prog, description=description)
+    parser = _VerbParser(prog=prog, description=description)
     verb.add_arguments(parser)
     if "--debug" not in parser._option_string_actions:
         parser.add_argument("--debug", action="store_true", help="show tracebacks")
     return verb.run(parser.parse_args(words))
+
+
+class _VerbParser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        _after_rank_0()
+        super().error(message)
+
+
+def _after_rank_0() -> None:
+    """Let rank 0 speak first: where all ranks make the same mistake, its exit ends the others before they repeat it."""
+    import time
+
+    from shardwise.launch import env
+
+    with contextlib.suppress(ValueError):
+        if env.detect().rank > 0:
+            time.sleep(ECHO_PAUSE)
 
 
 class UsageError(ValueError):
@@ -87,6 +108,7 @@ def _complain(error: Exception) -> int:
     """One sentence for an error that its text explains, with the name of its type for any other."""
     from shardwise.launch.failure import INPUT_ERRORS
 
+    _after_rank_0()
     outcome = getattr(error, "exit_code", None)
     if outcome is not None:  # a job that failed: its report is the text
         print(error, file=sys.stderr)
