@@ -78,14 +78,17 @@ class Planner:
 
     def reset(self) -> None:
         """Make all plans stale; inside a graph capture they stay, for a captured kernel uses them at every replay."""
-        if self.device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
+        if not self._capturing():
             self._planned.clear()
+
+    def _capturing(self) -> bool:
+        return self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
     def planned(self, key: tuple, create: Callable[[], Any], plan: Callable[[Any], None]) -> Any:
         """The wrapper of `key`, created at its first use and planned at its first use in a step."""
         if key in self._planned:
             return self._wrappers[key]
-        if torch.cuda.is_current_stream_capturing():
+        if self._capturing():
             raise RuntimeError(
                 f"a FlashInfer plan for {key} is needed inside a CUDA graph capture, where none can be made; "
                 "run the same step once inside decode_graphs() before capturing it"

@@ -43,7 +43,7 @@ def check_latent(op: str, q_nope, q_pe, compressed_kv, kpe, weight, head_dim: in
     sequence = 3 - head_dim
     fits = compressed_kv.shape[0] == q_nope.shape[0] == kpe.shape[0] and compressed_kv.shape[1] == kpe.shape[sequence]
     if not fits or kpe.shape[head_dim] != 1 or kpe.shape[3] != q_pe.shape[3]:
-        raise ValueError(f"{op}: compressed_kv {shape(compressed_kv)} and kpe {shape(kpe)} do not fit q_pe {shape(q_pe)}"
+        raise ValueError(f"{op}: compressed_kv {shape(compressed_kv)}, kpe {shape(kpe)} do not fit q_pe {shape(q_pe)}"
                          "; legal: [B, S, R], and one rotated key of q_pe's size a token")  # fmt: skip
     count, rank = q_nope.shape[head_dim], compressed_kv.shape[2]
     value, rest = divmod(weight.shape[0], count)

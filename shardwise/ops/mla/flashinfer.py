@@ -151,8 +151,8 @@ def flashinfer_mla_with_cache(
     batch = read_batch(op, batch_info_host)
     tokens = q_nope.shape[0] * q_nope.shape[1]
     _check(op, heads, q_nope, ckv_cache, kpe_cache, kv_lora_rank, batch, tokens)
-    q_nope, q_pe = q_nope.reshape(tokens, heads.count, -1), q_pe.reshape(tokens, heads.count, -1)
-    latent, kpe = compressed_kv.reshape(tokens, -1)[: batch.tokens], kpe.reshape(tokens, -1)[: batch.tokens]
+    q_nope, q_pe = q_nope.flatten(0, 1), q_pe.flatten(0, 1)
+    latent, kpe = compressed_kv.flatten(0, 1)[: batch.tokens], kpe.flatten(0, 2)[: batch.tokens]
     out = q_nope.new_empty(tokens, heads.count, heads.value)
     out[batch.tokens :].zero_()
     step = _Step(

@@ -123,8 +123,8 @@ def torch_cached_mla_with_cache(
     tokens = q_nope.shape[0] * q_nope.shape[1]
     spans = read_spans(op, read_batch(op, batch_info_host), tokens, seq_len, input_pos, slot_idx, mla_cache.shape)
     wide = compute_dtype(q_nope.dtype)
-    query = torch.cat((q_nope, q_pe), dim=-1).reshape(tokens, heads.count, -1).to(wide) * heads.scale(scale)
-    new = torch.cat((compressed_kv.reshape(tokens, -1), kpe.reshape(tokens, -1)), dim=-1)
+    query = torch.cat((q_nope, q_pe), dim=-1).flatten(0, 1).to(wide) * heads.scale(scale)
+    new = torch.cat((compressed_kv, kpe.squeeze(2)), dim=-1).flatten(0, 1)
     weight = kv_b_proj_weight.to(wide)
     out = query.new_zeros(tokens, heads.count, heads.value)
     for span in spans:

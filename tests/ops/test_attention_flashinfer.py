@@ -1,0 +1,212 @@
+"""FlashInfer attention: the metadata and the planner everywhere, the operator where there is a GPU."""
+
+import pytest
+import torch
+from oracles_attention import Step
+from paging import PAGE_SIZE, Paged
+
+from shardwise.ops.attention.flashinfer import flashinfer_attention_prepare_metadata
+from shardwise.ops.attention.planner import DecodeFamily, Planner, decode_graphs, planner, replan_decode, select_pages
+from shardwise.ops.attention.reference import torch_cached_attention_with_cache
+from shardwise.ops.registry import OperatorUnavailable, operators
+
+OP = torch.ops.auto_deploy.flashinfer_attention_mha_with_cache
+INFO = next(info for info in operators() if info.name == "flashinfer_attention_mha_with_cache")
+needs_gpu = pytest.mark.skipif(not INFO.availability()[0], reason=INFO.availability()[1])
+STEPS = {
+    "prefill": Step([33, 5], [0, 0], [0, 1]),
+    "chunked prefill": Step([7, 20], [30, 3], [0, 1]),
+    "decode": Step([1, 1, 1], [70, 0, 15], [0, 1, 2], decode=3),
+    "mixed": Step([9, 40, 1, 1], [20, 0, 65, 16], [0, 1, 2, 3], decode=2),
+    "zero length": Step([4, 0, 1], [12, 5, 3], [0, 1, 2], decode=1),
+    "padding": Step([3, 1, 1], [0, 9, 31], [0, 1, 2], decode=2, padding=4),
+}
+
+
+@pytest.mark.parametrize("name", STEPS)
+@pytest.mark.parametrize("family", ["attention", "mla"])
+def test_metadata_names_sequence_and_position_of_every_token(name, family):
+    step = STEPS[name]
+    operator = getattr(torch.ops.auto_deploy, f"flashinfer_{family}_prepare_metadata")
+    arguments = Paged.of(step).metadata_inputs(step, "cpu")
+    sequences, positions = operator(*arguments)
+    expected = [
+        (i, past + t) for i, (n, past) in enumerate(zip(step.lengths, step.past, strict=True)) for t in range(n)
+    ] + [(-1, -1)] * step.padding
+    assert sequences.dtype == positions.dtype == torch.int32
+    assert list(zip(sequences.tolist(), positions.tolist(), strict=True)) == expected
+    torch.library.opcheck(operator, arguments)
+
+
+def test_metadata_makes_plans_stale_and_checks_its_arguments():
+    step = STEPS["mixed"]
+    owner = planner("attention", torch.device("cpu"))
+    owner.planned(("prefill", "test"), lambda: "wrapper", lambda w: None)
+    arguments = Paged.of(step).metadata_inputs(step, "cpu")
+    flashinfer_attention_prepare_metadata(*arguments)
+    assert not owner._planned
+    with pytest.raises(ValueError, match="counts 51 tokens, position_ids holds 5"):
+        flashinfer_attention_prepare_metadata(torch.zeros(5), *arguments[1:])
+    with pytest.raises(ValueError, match="cu_seqlen has 4 entries; legal: 5"):
+        flashinfer_attention_prepare_metadata(*arguments[:2], arguments[2][:4], arguments[3])
+
+
+class Recorder:
+    """Stands for FlashInfer's wrappers: notes what was created and planned."""
+
+    def __init__(self):
+        self.created, self.plans = [], []
+        self.family = DecodeFamily(self.create, self.plan)
+
+    def create(self, owner, buffers):
+        self.created.append(buffers)
+        return f"wrapper {len(self.created)}"
+
+    def plan(self, wrapper, pages):
+        self.plans.append((wrapper, pages.indptr.tolist(), pages.indices.tolist()))
+
+
+def pages_of(paged, first, last):
+    return select_pages(first, last, paged.cu_num_pages_host, paged.cache_loc, paged.last_page_len_host,
+                        paged.seq_len_with_cache_host)  # fmt: skip
+
+
+def test_decode_is_planned_once_a_step_over_its_own_pages():
+    recorder, owner, paged = Recorder(), Planner(torch.device("cpu")), Paged.of(STEPS["mixed"])
+    for _ in range(3):
+        owner.planned_decode("layer", lambda: pages_of(paged, 2, 4), 2, 100, recorder.family)
+    assert recorder.created == [None]
+    assert recorder.plans == [("wrapper 1", [0, 5, 7], paged.cache_loc[5:12].tolist())]
+    owner._planned.clear()
+    owner.planned_decode("layer", lambda: pages_of(paged, 2, 4), 2, 100, recorder.family)
+    assert len(recorder.created) == 1 and len(recorder.plans) == 2
+
+
+def test_graph_wrappers_are_made_for_each_batch_size_and_replanned_by_it():
+    recorder, paged = Recorder(), Paged.of(STEPS["decode"])
+    host = (paged.cu_num_pages_host, paged.cache_loc, paged.last_page_len_host, paged.seq_len_with_cache_host)
+    owner = planner("attention", torch.device("cpu"))
+    with decode_graphs():
+        for count in (3, 2, 3):
+            owner.planned_decode("layer", lambda count=count: pages_of(paged, 0, count), count, 100, recorder.family)
+    assert [len(buffers.last_page_len) for buffers in recorder.created] == [3, 2]
+    assert not owner.graphs
+    replan_decode(*host)
+    assert [wrapper for wrapper, *_ in recorder.plans] == ["wrapper 1", "wrapper 2", "wrapper 1"]
+    with pytest.raises(ValueError, match="no decode graph of batch size 1"):
+        replan_decode(host[0][:2], host[1], host[2][:1], host[3][:1])
+
+
+@pytest.mark.skipif(INFO.availability()[0], reason="available here")
+def test_without_flashinfer_the_error_names_what_to_call():
+    empty = torch.zeros(0)
+    with pytest.raises(
+        OperatorUnavailable, match="call auto_deploy::triton_attention_flattened_mha_with_cache instead"
+    ):
+        OP(*[empty] * 14, None, 1.0, 1.0)
+
+
+def reference(step, q, k, v, paged, kv_cache, scales=(1.0, 1.0), scale=None):
+    """The same step over an unpaged copy of the cache, on the CPU in float32."""
+    heads, size = kv_cache.shape[2], kv_cache.shape[4]
+    longest = max(n + past for n, past in zip(step.lengths, step.past, strict=True))
+    caches = [torch.zeros(len(step.lengths), longest, heads, size) for _ in range(2)]
+    for which, (cache, factor) in enumerate(zip(caches, scales, strict=True)):
+        paged_cache = kv_cache[:, which].transpose(1, 2).float() * factor
+        for i, past in enumerate(step.past):
+            cache[i, :past] = paged.gather(paged_cache, i)[:past]
+    flat = [x.cpu().float()[None] for x in (q, k, v)]
+    info, seq_len, input_pos, _, cu_seqlen = step.metadata()
+    slots = torch.arange(len(step.lengths))
+    out = torch_cached_attention_with_cache(*flat, info, seq_len, input_pos, slots, cu_seqlen, *caches, scale)
+    return out[0], caches
+
+
+def build(step, paged, heads=8, kv_heads=2, size=64, dtype=torch.bfloat16, cache_dtype=None):
+    generator = torch.Generator(device="cuda").manual_seed(5)
+
+    def random(*shape):
+        return torch.randn(*shape, generator=generator, device="cuda").to(dtype)
+
+    pages = len(paged.cache_loc) + 2
+    tensors = [random(step.tokens, n, size) for n in (heads, kv_heads, kv_heads)]
+    return *tensors, random(pages, 2, kv_heads, PAGE_SIZE, size).to(cache_dtype or dtype)
+
+
+def run(step, paged, q, k, v, kv_cache, k_scale=1.0, v_scale=1.0, prepare=True):
+    metadata = flashinfer_attention_prepare_metadata(*paged.metadata_inputs(step, "cuda")) if prepare else prepare
+    return OP(q[None], k[None], v[None], *paged.arguments(), *metadata, kv_cache, None, k_scale, v_scale)[0]
+
+
+@needs_gpu
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", STEPS)
+def test_operator_equals_reference(name):
+    step = STEPS[name]
+    paged = Paged.of(step, "cuda")
+    tensors = build(step, paged)
+    cpu = Paged.of(step)
+    want, caches = reference(step, *tensors[:3], cpu, tensors[3].cpu())
+    out = run(step, paged, *tensors)
+    torch.testing.assert_close(out.float().cpu(), want, atol=2e-2, rtol=2e-2)
+    assert not out[step.tokens - step.padding :].any()
+    for which in range(2):
+        written = tensors[3][:, which].transpose(1, 2).cpu()
+        for i, total in enumerate(cpu.seq_len_with_cache_host.tolist()):
+            torch.testing.assert_close(cpu.gather(written, i).float(), caches[which][i, :total])
+
+
+@needs_gpu
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["chunked prefill", "decode"])
+def test_fp8_cache_honours_its_scales(name):
+    step = STEPS[name]
+    paged, scales = Paged.of(step, "cuda"), (0.02, 0.25)
+    q, k, v, kv_cache = build(step, paged, cache_dtype=torch.float8_e4m3fn)
+    kv_cache = (kv_cache.float() * 20).clamp(-448, 448).to(torch.float8_e4m3fn)
+    quantised = [(x.float() / s).clamp(-448, 448).to(torch.float8_e4m3fn).float() * s
+                 for x, s in zip((k, v), scales, strict=True)]  # fmt: skip
+    want, _ = reference(step, q, *quantised, Paged.of(step), kv_cache.cpu(), scales)
+    out = run(step, paged, q, k, v, kv_cache, *scales)
+    torch.testing.assert_close(out.float().cpu(), want, atol=6e-2, rtol=6e-2)
+
+
+@needs_gpu
+@pytest.mark.gpu
+def test_decode_under_a_cuda_graph_follows_replans():
+    first, later = Step([1, 1], [20, 5], [0, 1], decode=2), Step([1, 1], [21, 6], [0, 1], decode=2)
+    paged = Paged.of(first, "cuda")
+    tensors = build(first, paged)
+    static = [x.clone() for x in tensors]
+    with decode_graphs():
+        run(first, paged, *static)
+        graph = torch.cuda.CUDAGraph()
+        inputs = paged.metadata_inputs(first, "cuda")
+        with torch.cuda.graph(graph):
+            metadata = flashinfer_attention_prepare_metadata(*inputs)
+            out = run(first, paged, *static, prepare=metadata)
+    for step in (first, later):
+        renewed = Paged.of(step)
+        want, _ = reference(step, *tensors[:3], renewed, static[3].cpu())
+        inputs[3].copy_(renewed.seq_len_with_cache_host)
+        paged.last_page_len.copy_(renewed.last_page_len_host)
+        replan_decode(renewed.cu_num_pages_host, paged.cache_loc, renewed.last_page_len_host,
+                      renewed.seq_len_with_cache_host)  # fmt: skip
+        graph.replay()
+        torch.testing.assert_close(out.float().cpu(), want, atol=2e-2, rtol=2e-2)
+
+
+@needs_gpu
+@pytest.mark.gpu
+def test_bad_arguments():
+    step = STEPS["mixed"]
+    paged = Paged.of(step, "cuda")
+    q, k, v, kv_cache = build(step, paged)
+    with pytest.raises(TypeError, match="q is torch.float32; legal: float16, bfloat16"):
+        run(step, paged, q.float(), k.float(), v.float(), kv_cache)
+    with pytest.raises(ValueError, match="head size 32; legal: 64, 128, 256"):
+        run(step, paged, q[..., :32], k[..., :32], v[..., :32], kv_cache[..., :32])
+    with pytest.raises(ValueError, match=r"legal: \[pages, 2, Nkv, page_size, D\]"):
+        run(step, paged, q, k, v, kv_cache[:, 0])
+    with pytest.raises(TypeError, match="kv_cache is torch.float32"):
+        run(step, paged, q, k, v, kv_cache.float())

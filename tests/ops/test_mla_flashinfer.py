@@ -1,0 +1,120 @@
+"""FlashInfer MLA against the plain PyTorch operator, where there is a GPU."""
+
+import pytest
+import torch
+from oracles_attention import Step
+from paging import PAGE_SIZE, Paged
+
+from shardwise.ops.attention.planner import decode_graphs, replan_decode
+from shardwise.ops.mla.flashinfer import flashinfer_mla_prepare_metadata
+from shardwise.ops.mla.reference import torch_cached_mla_with_cache
+from shardwise.ops.registry import OperatorUnavailable, operators
+
+OP = torch.ops.auto_deploy.flashinfer_mla_with_cache
+INFO = next(info for info in operators() if info.name == "flashinfer_mla_with_cache")
+needs_gpu = pytest.mark.skipif(not INFO.availability()[0], reason=INFO.availability()[1])
+HEADS, NOPE, ROPE, VALUE, RANK = 16, 128, 64, 128, 512
+STEPS = {
+    "prefill": Step([33, 5], [0, 0], [0, 1]),
+    "chunked prefill": Step([7, 20], [30, 0], [0, 1]),
+    "decode": Step([1, 1, 1], [70, 0, 15], [0, 1, 2], decode=3),
+    "mixed": Step([9, 40, 1, 1], [0, 0, 65, 16], [0, 1, 2, 3], decode=2),
+    "padding": Step([3, 1, 1], [4, 9, 31], [0, 1, 2], decode=2, padding=4),
+}
+
+
+@pytest.mark.skipif(INFO.availability()[0], reason="available here")
+def test_without_flashinfer_the_error_names_what_to_call():
+    with pytest.raises(OperatorUnavailable, match="call auto_deploy::torch_cached_mla_with_cache instead"):
+        OP(*[torch.zeros(0)] * 17, None, RANK)
+
+
+def build(step, pages, dtype=torch.bfloat16):
+    generator = torch.Generator(device="cuda").manual_seed(5)
+
+    def random(*shape):
+        return torch.randn(*shape, generator=generator, device="cuda").to(dtype)
+
+    tokens = step.tokens
+    weight = (random(HEADS * (NOPE + VALUE), RANK).float() / RANK**0.5).to(dtype)
+    tensors = (random(1, tokens, HEADS, NOPE), random(1, tokens, HEADS, ROPE), random(1, tokens, RANK),
+               random(1, tokens, 1, ROPE), weight)  # fmt: skip
+    return tensors, random(pages, PAGE_SIZE, RANK), random(pages, PAGE_SIZE, ROPE)
+
+
+def reference(step, tensors, paged, ckv_cache, kpe_cache):
+    """The same step over an unpaged copy of the cache, on the CPU in float32; also that copy."""
+    longest = max(n + past for n, past in zip(step.lengths, step.past, strict=True))
+    cache = torch.zeros(len(step.lengths), longest, RANK + ROPE)
+    both = torch.cat((ckv_cache, kpe_cache), dim=-1).cpu().float()
+    for i, past in enumerate(step.past):
+        cache[i, :past] = paged.gather(both, i)[:past]
+    info, seq_len, input_pos, _, cu_seqlen = step.metadata()
+    metadata = (info, seq_len, input_pos, torch.arange(len(step.lengths)), cu_seqlen)
+    return torch_cached_mla_with_cache(*(x.cpu().float() for x in tensors), *metadata, cache), cache
+
+
+@needs_gpu
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", STEPS)
+def test_operator_equals_reference(name):
+    step = STEPS[name]
+    paged, cpu = Paged.of(step, "cuda"), Paged.of(step)
+    tensors, ckv_cache, kpe_cache = build(step, len(paged.cache_loc) + 2)
+    want, cache = reference(step, tensors, cpu, ckv_cache, kpe_cache)
+    metadata = flashinfer_mla_prepare_metadata(*paged.metadata_inputs(step, "cuda"))
+    out = OP(*tensors, *paged.arguments(), *metadata, ckv_cache, kpe_cache, None, RANK)
+    assert out.shape == (1, step.tokens, HEADS, VALUE)
+    torch.testing.assert_close(out.float().cpu(), want, atol=3e-2, rtol=3e-2)
+    both = torch.cat((ckv_cache, kpe_cache), dim=-1).cpu().float()
+    for i, total in enumerate(cpu.seq_len_with_cache_host.tolist()):
+        torch.testing.assert_close(cpu.gather(both, i), cache[i, :total])
+
+
+@needs_gpu
+@pytest.mark.gpu
+def test_decode_under_a_cuda_graph_follows_replans():
+    first, later = Step([1, 1], [20, 5], [0, 1], decode=2), Step([1, 1], [21, 6], [0, 1], decode=2)
+    paged = Paged.of(first, "cuda")
+    tensors, ckv_cache, kpe_cache = build(first, len(paged.cache_loc) + 2)
+    inputs = paged.metadata_inputs(first, "cuda")
+
+    def step():
+        metadata = flashinfer_mla_prepare_metadata(*inputs)
+        return OP(*tensors, *paged.arguments(), *metadata, ckv_cache, kpe_cache, None, RANK)
+
+    with decode_graphs():
+        step()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = step()
+    for now in (first, later):
+        renewed = Paged.of(now)
+        want, _ = reference(now, tensors, renewed, ckv_cache, kpe_cache)
+        inputs[3].copy_(renewed.seq_len_with_cache_host)
+        paged.last_page_len.copy_(renewed.last_page_len_host)
+        replan_decode(renewed.cu_num_pages_host, paged.cache_loc, renewed.last_page_len_host,
+                      renewed.seq_len_with_cache_host)  # fmt: skip
+        graph.replay()
+        torch.testing.assert_close(out.float().cpu(), want, atol=3e-2, rtol=3e-2)
+
+
+@needs_gpu
+@pytest.mark.gpu
+def test_bad_arguments():
+    step = STEPS["mixed"]
+    paged = Paged.of(step, "cuda")
+    tensors, ckv_cache, kpe_cache = build(step, len(paged.cache_loc) + 2)
+    metadata = flashinfer_mla_prepare_metadata(*paged.metadata_inputs(step, "cuda"))
+
+    def call(tensors=tensors, ckv=ckv_cache, rank=RANK):
+        return OP(*tensors, *paged.arguments(), *metadata, ckv, kpe_cache, None, rank)
+
+    with pytest.raises(TypeError, match="q_nope is torch.float32"):
+        call([x.float() for x in tensors])
+    with pytest.raises(ValueError, match=r"ckv_cache has shape .* legal: \[pages, page_size, 512\]"):
+        call(ckv=ckv_cache[..., :256])
+    with pytest.raises(TypeError, match="ckv_cache is torch.float32"):
+        call(ckv=ckv_cache.float())
+    with pytest.raises(ValueError, match="kv_lora_rank 256; legal: 512, 64, 512"):
+        call(rank=256)
