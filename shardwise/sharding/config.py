@@ -1,7 +1,7 @@
 """Checked access to a published config.json: wrong types and impossible sizes raise with file and field named."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,16 @@ class Config:
     A nested section falls back to its parent, because checkpoints put shared fields at either level.
     """
 
-    def __init__(self, data: Mapping[str, Any], source: str, parent: "Config | None" = None):
+    def __init__(
+        self,
+        data: Mapping[str, Any],
+        source: str,
+        parent: "Config | None" = None,
+        names: Container[str] | None = None,
+    ):
         self.data, self.source, self.parent = data, source, parent
+        self.names = names if names is not None else parent.names if parent else None
+        """Tensor names of the checkpoint beside the config, where there is one: some families have two spellings."""
 
     def raw(self, *names: str) -> Any:
         """The first of these fields that is present and not null, else None."""

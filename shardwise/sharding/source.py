@@ -26,6 +26,7 @@ def _from_checkpoint(model: str | Path) -> ModelSpec:
     from shardwise.sharding.headers import bind
 
     checkpoint = open_checkpoint(model)
-    spec = build(Config(checkpoint.config, str(checkpoint.path)), checkpoint.name)
     has_tensors = checkpoint.gguf is not None or any(checkpoint.path.glob("*.safetensors"))
-    return bind(spec, {name: stored.entry for name, stored in checkpoint.tensors.items()}) if has_tensors else spec
+    entries = {name: stored.entry for name, stored in checkpoint.tensors.items()} if has_tensors else None
+    spec = build(Config(checkpoint.config, str(checkpoint.path), names=entries), checkpoint.name)
+    return bind(spec, entries) if entries is not None else spec

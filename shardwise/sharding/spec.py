@@ -134,6 +134,8 @@ class Attention(Block):
     """No value projection: values are the keys before norm and rotation."""
     value_scale: float = 1.0
     key_multiplier: float = 1.0
+    in_multiplier: float = 1.0
+    out_multiplier: float = 1.0
     qk_clip: float | None = None
     temperature: tuple[float, float] | None = None
     """(floor, scale) of the position-dependent query temperature (Llama 4 layers without rotation)."""

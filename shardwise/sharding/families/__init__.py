@@ -19,6 +19,7 @@ FAMILIES: dict[str, tuple[str, ...]] = {
         "MiMoForCausalLM",
         "MiniCPMForCausalLM",
     ),
+    "llama4": ("Llama4ForConditionalGeneration",),
     "phi3": ("Phi3ForCausalLM",),
     "mixtral": ("MixtralForCausalLM",),
     "qwen_moe": (
@@ -26,12 +27,65 @@ FAMILIES: dict[str, tuple[str, ...]] = {
         "Qwen3MoeForCausalLM",
         "Qwen3VLMoeForConditionalGeneration",
     ),
+    "qwen_next": (
+        "Qwen3NextForCausalLM",
+        "Qwen3_5ForConditionalGeneration",
+        "Qwen3_5MoeForConditionalGeneration",
+    ),
+    "deepseek": (
+        "DeepseekForCausalLM",
+        "DeepseekV2ForCausalLM",
+        "DeepseekV3ForCausalLM",
+        "DeepseekV32ForCausalLM",
+        "KimiK25ForConditionalGeneration",
+        "GlmMoeDsaForCausalLM",
+        "Glm4MoeForCausalLM",
+    ),
+    "deepseek_v4": ("DeepseekV4ForCausalLM",),
+    "kimi_linear": (
+        "KimiLinearForCausalLM",
+        "KimiK3ForConditionalGeneration",
+    ),
+    "gpt_oss": ("GptOssForCausalLM",),
+    "minimax": (
+        "MiniMaxM2ForCausalLM",
+        "MiniMaxM3ForCausalLM",
+        "MiniMaxM3SparseForConditionalGeneration",
+    ),
+    "nemotron_h": ("NemotronHForCausalLM",),
+    "gemma": (
+        "GemmaForCausalLM",
+        "Gemma2ForCausalLM",
+        "Gemma3ForCausalLM",
+        "Gemma3ForConditionalGeneration",
+    ),
+    "gemma4": ("Gemma4ForConditionalGeneration",),
     "olmo": (
         "Olmo2ForCausalLM",
         "Olmo3ForCausalLM",
         "OlmoeForCausalLM",
     ),
-    "gpt_oss": ("GptOssForCausalLM",),
+    "hybrid": (
+        "GraniteMoeHybridForCausalLM",
+        "BambaForCausalLM",
+        "FalconH1ForCausalLM",
+    ),
+    "mimo_v2": ("MiMoV2FlashForCausalLM",),
+    "step": (
+        "Step3p7FlashForCausalLM",
+        "Step3p7ForConditionalGeneration",
+    ),
+    "plain_norm": (
+        "CohereForCausalLM",
+        "Cohere2ForCausalLM",
+        "Starcoder2ForCausalLM",
+    ),
+    "internlm2": ("InternLM2ForCausalLM",),
+    "gpt2": (
+        "GPT2LMHeadModel",
+        "GPTBigCodeForCausalLM",
+    ),
+    "nas": ("DeciLMForCausalLM",),
 }
 """Module below this package to the architecture names of config.json that it describes.
 

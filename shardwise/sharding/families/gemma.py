@@ -1,0 +1,70 @@
+"""Gemma 1, 2 and 3: scaled tied embedding, norms with weight offset 1, norms after the blocks from Gemma 2 on."""
+
+from shardwise.sharding.blocks import attention, dense_mlp
+from shardwise.sharding.builder import Builder
+from shardwise.sharding.config import Config
+from shardwise.sharding.spec import Layer, ModelSpec, Rope
+
+LOCAL_THETA = 10000.0
+
+
+def build(config: Config, name: str, architecture: str) -> ModelSpec:
+    text = config.section("text_config")
+    nested = "language_model." if architecture == "Gemma3ForConditionalGeneration" else ""
+    b = Builder(text, name, architecture, prefix=f"{nested}model.", norm_weight_offset=1.0)
+    b.norm_eps = text.number("rms_norm_eps", default=1e-6)
+    module, count = f"{b.prefix}layers.{{layer}}", text.integer("num_hidden_layers")
+    first, third = architecture == "GemmaForCausalLM", architecture.startswith("Gemma3")
+    head_dim = text.integer("head_dim", default=256)
+
+    def layer(window: int | None) -> Layer:
+        mixer = attention(
+            b,
+            f"{module}.self_attn",
+            qkv_bias=text.flag("attention_bias"),
+            scale=text.number("query_pre_attn_scalar", default=float(head_dim)) ** -0.5,
+            softcap=text.number("attn_logit_softcapping", default=None),
+            window=window,
+            rope=_rope(b, head_dim, local=third and window is not None),
+            qk_norm="head" if third else None,
+        )
+        feed_forward = dense_mlp(b, f"{module}.mlp", text.integer("intermediate_size"), activation=_activation(text))
+        norms = {"mixer_norm": "input_layernorm", "feed_forward_norm": "post_attention_layernorm"}
+        if not first:
+            norms["mixer_post_norm"] = "post_attention_layernorm"
+            norms["feed_forward_norm"] = "pre_feedforward_layernorm"
+            norms["feed_forward_post_norm"] = "post_feedforward_layernorm"
+        built = {where: b.norm(where, f"{module}.{norm}") for where, norm in norms.items()}
+        return Layer(mixers=(mixer,), feed_forward=(feed_forward,), **built)
+
+    return b.model(
+        b.layers(layer, _windows(text, architecture, count)),
+        tied_default=True,
+        head_name=f"{nested}lm_head",
+        embedding_multiplier=b.hidden_size**0.5,
+        softcap=text.number("final_logit_softcapping", default=None),
+    )
+
+
+def _activation(c: Config) -> str:
+    """The first Gemma published `gelu` and meant its tanh approximation."""
+    named = c.text("hidden_activation", "hidden_act", default="gelu_pytorch_tanh")
+    return "gelu_pytorch_tanh" if named == "gelu" else named
+
+
+def _rope(b: Builder, head_dim: int, local: bool) -> Rope:
+    if local:
+        return b.rope(head_dim, theta=b.config.number("rope_local_base_freq", default=LOCAL_THETA), scaled=False)
+    return b.rope(head_dim)
+
+
+def _windows(c: Config, architecture: str, count: int) -> list[int | None]:
+    """Gemma 2 alternates window and full, Gemma 3 has one full layer after `sliding_window_pattern` - 1 windows."""
+    if architecture == "GemmaForCausalLM":
+        return [None] * count
+    window = c.integer("sliding_window", default=4096)
+    types = c.list("layer_types", default=None, length=count, of=str)
+    if types:
+        return [window if t == "sliding_attention" else None for t in types]
+    pattern = 2 if architecture == "Gemma2ForCausalLM" else c.integer("sliding_window_pattern", default=6)
+    return [None if (i + 1) % pattern == 0 else window for i in range(count)]

@@ -1,0 +1,95 @@
+"""Gemma 4: local and global heads of different sizes, values that are the keys, dense MLP and experts side by side."""
+
+from dataclasses import replace
+
+from shardwise.sharding.axes import fixed
+from shardwise.sharding.blocks import attention, dense_mlp, head_axes, stacked_moe
+from shardwise.sharding.builder import Builder
+from shardwise.sharding.config import Config
+from shardwise.sharding.spec import Attention, Block, Layer, ModelSpec, Rope, Routing
+
+PREFIX = "model.language_model."
+LAYER = f"{PREFIX}layers.{{layer}}"
+
+
+def build(config: Config, name: str, architecture: str) -> ModelSpec:
+    text = config.section("text_config")
+    b = Builder(text, name, architecture, prefix=PREFIX, norm_eps=text.number("rms_norm_eps", default=1e-6))
+    count = text.integer("num_hidden_layers")
+    types = text.list("layer_types", length=count, of=str)
+
+    def layer(kind: str) -> Layer:
+        feed_forward: tuple[Block, ...] = (dense_mlp(b, f"{LAYER}.mlp", text.integer("intermediate_size")),)
+        others: tuple[Block, ...] = (_scalar(b),)
+        if text.flag("enable_moe_block"):
+            feed_forward += (_experts(b, text),)
+            others += tuple(
+                b.norm(f"feed_forward_{role}", f"{LAYER}.{where}_feedforward_layernorm_{i}")
+                for role, where, i in (
+                    ("mlp_post_norm", "post", 1),
+                    ("moe_norm", "pre", 2),
+                    ("moe_post_norm", "post", 2),
+                )
+            )
+        return Layer(
+            mixers=(_mixer(b, text, kind == "full_attention"),),
+            feed_forward=feed_forward,
+            mixer_norm=b.norm("mixer_norm", f"{LAYER}.input_layernorm"),
+            mixer_post_norm=b.norm("mixer_post_norm", f"{LAYER}.post_attention_layernorm"),
+            feed_forward_norm=b.norm("feed_forward_norm", f"{LAYER}.pre_feedforward_layernorm"),
+            feed_forward_post_norm=b.norm("feed_forward_post_norm", f"{LAYER}.post_feedforward_layernorm"),
+            others=others,
+        )
+
+    return b.model(
+        b.layers(layer, types),
+        tied_default=True,
+        embedding_multiplier=b.hidden_size**0.5,
+        softcap=text.number("final_logit_softcapping", default=None),
+    )
+
+
+def _mixer(b: Builder, c: Config, full: bool) -> Attention:
+    heads = c.integer("num_attention_heads")
+    local = c.integer("num_key_value_heads", default=heads)
+    kv = c.integer("num_global_key_value_heads", default=local) if full else local
+    head_dim = c.integer("global_head_dim", "head_dim") if full else c.integer("head_dim")
+    ropes = c.own("rope_parameters").own("full_attention" if full else "sliding_attention")
+    rope = Rope(
+        theta=ropes.number("rope_theta", default=1e6 if full else 1e4),
+        dim=int(head_dim * ropes.number("partial_rotary_factor", default=1.0)),
+        kind=ropes.text("rope_type", default="default"),
+    )
+    return attention(
+        b,
+        f"{LAYER}.self_attn",
+        heads=(*head_axes(b, heads, kv), head_dim),
+        scale=1.0,
+        rope=rope,
+        window=None if full else c.integer("sliding_window"),
+        qk_norm="head",
+        v_norm=True,
+        k_is_v=full and c.flag("attention_k_eq_v"),
+    )
+
+
+def _experts(b: Builder, c: Config):
+    experts = c.integer("num_experts")
+    block = stacked_moe(
+        b,
+        LAYER,
+        experts,
+        c.integer("moe_intermediate_size"),
+        Routing(top_k=c.integer("top_k_experts", "num_experts_per_tok", most=experts)),
+        router="router.proj",
+    )
+    scales = (
+        b.vector("router.input_scale", f"{LAYER}.router.scale", b.hidden),
+        b.vector("router.expert_scale", f"{LAYER}.router.per_expert_scale", fixed(experts)),
+    )
+    return replace(block, tensors=block.tensors + scales)
+
+
+def _scalar(b: Builder) -> Block:
+    """The factor on the layer's output."""
+    return Block((replace(b.vector("layer_scalar", f"{LAYER}.layer_scalar", fixed(1)), values=0, optional=True),))
