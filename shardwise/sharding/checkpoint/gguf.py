@@ -180,7 +180,7 @@ class _Reader:
         self.field = field
         value = self.number(_U64)
         if value * least_bytes > self.size - self.position:
-            raise self.error(f"{value} entries cannot fit a file of {self.size} bytes")
+            raise self.error(f"{value} entries cannot fit a file of {self.size} bytes: truncated or corrupt")
         return value
 
     def string(self) -> str:

@@ -98,7 +98,8 @@ def gguf_config(file: GgufFile) -> dict[str, Any]:
 
 def gguf_tensors(file: GgufFile) -> dict[str, StoredTensor]:
     """The file's tensors under Hugging Face names, in file order. CheckpointError names a tensor without one."""
-    head = gguf_config(file)["head_dim"] if file.metadata["general.architecture"] == "llama" else 0
+    config = gguf_config(file)
+    head = config["head_dim"] if config["model_type"] == "llama" else 0
     tensors: dict[str, StoredTensor] = {}
     for entry in file.tensors.values():
         for name, part in _named(file, entry):

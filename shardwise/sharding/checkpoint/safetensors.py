@@ -82,7 +82,7 @@ def _read_index(folder: Path, index: Path) -> dict[str, TensorEntry]:
 
 
 def _shard_path(folder: Path, index: Path, name: str, file: Any) -> Path:
-    if not isinstance(file, str) or Path(file).name != file or "\\" in file:
+    if not isinstance(file, str) or file in ("", "..") or Path(file).name != file or "\\" in file:
         raise CheckpointError(f"{index}: weight_map[{name}] is {file!r}, expected the name of a file beside the index")
     path = folder / file
     if not path.is_file():
