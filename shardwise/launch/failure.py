@@ -158,7 +158,8 @@ def report(failure: Failure, *, path: Path | None = None, debug: bool = False) -
         lines.append(f"  hint: {failure.hint}")
     if failure.victims:
         ranks = ", ".join(str(victim.rank) for victim in failure.victims)
-        lines.append(f"  followed by rank {ranks}: {failure.victims[0].what.splitlines()[0]}")
+        same = failure.victims[0].what == failure.what
+        lines.append(f"  followed by rank {ranks}: {'the same' if same else failure.victims[0].what.splitlines()[0]}")
     if failure.log:
         lines.append(f"  log of the rank: {failure.log}")
     if path:

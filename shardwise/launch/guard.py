@@ -28,7 +28,7 @@ from shardwise.launch.link import Link
 T = TypeVar("T")
 PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 VICTIM_PAUSE = 2.0
-"""Seconds that a victim leaves to the culprit, so that the launcher sees the culprit's exit, and its words, first."""
+"""Seconds that a victim leaves to the culprit: its exit and words come first, or its stacks while it still hangs."""
 ECHO_PAUSE = 0.5
 """Seconds after which a rank that failed like rank 0 can rely on rank 0 having said so."""
 
@@ -54,9 +54,11 @@ class Guard:
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Name what this rank does inside the block, here and to the parent."""
+        before = watch.current_phase()
         self._tell({"event": "phase", "phase": name})
         with watch.phase(name):
             yield
+        self._tell({"event": "phase", "phase": before})
 
     def fail(self, error: BaseException) -> NoReturn:
         """Report `error` and end the job."""
@@ -74,7 +76,7 @@ class Guard:
             path = failures.write(self.folder, found)
             _tell_torchrun(found)
         self._tell({"event": "failed", "failure": found.to_json()})
-        if found.victim and not found.missing:
+        if found.victim:
             time.sleep(VICTIM_PAUSE)  # whoever is still here after it was not ended by the culprit's exit
         if self.link is None:
             self._print(found, path)

@@ -99,15 +99,19 @@ class Hub:
             self._selector.unregister(descriptor)
 
     def wait(self, seconds: float) -> tuple[list[dict], list[int]]:
-        """(events of ranks, descriptors that woke us); both empty when the time is over."""
-        woken = []
-        for key, _ in self._selector.select(seconds):
-            if key.data is None:
-                self._accept()
-            elif key.data == "sentinel":
-                woken.append(key.fd)
-            else:
-                self._read(key.data)
+        """(events of ranks, descriptors that woke us); both empty when the time is over.
+
+        Beside a descriptor that tells of an end stands everything that was said before that end.
+        """
+        ready = self._selector.select(seconds)
+        woken = [key.fd for key, _ in ready if key.data == "sentinel"]
+        while lines := [key for key, _ in ready if key.data != "sentinel"]:
+            for key in lines:
+                if key.data is None:
+                    self._accept()
+                else:
+                    self._read(key.data)
+            ready = self._selector.select(0) if woken else []
         events = list(self._events)
         self._events.clear()
         return events, woken

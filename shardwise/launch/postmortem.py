@@ -56,7 +56,7 @@ def stall(
 ) -> list[Failure]:
     """Failures of the ranks in `late` after `seconds` in which nothing was heard."""
     state = ", ".join(f"rank {rank}: {phase if rank in hello else 'never reported'}" for rank, phase in phases.items())
-    what = f"nothing happened for {seconds:g} s while waiting for {waiting_for} ({state})"
+    what = f"the parent waited {seconds:.3g} s in vain for {waiting_for} ({state})"
     return [_late(job, rank, hello.get(rank), phases[rank], what, stacks.get(rank)) for rank in late]
 
 

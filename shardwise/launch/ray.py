@@ -32,6 +32,8 @@ class Ray(Backend):
         self._group: Any = None
         self._actors: list[Any] = []
         self._ended: dict[int, int | None] = {}
+        self._killed: set[int] = set()
+        """Ranks that ended because we said so: their ends explain nothing."""
         self._reader, self._writer = os.pipe()
         self._closing = threading.Event()
         self._watcher: threading.Thread | None = None
@@ -125,7 +127,7 @@ class Ray(Backend):
         return [self._reader]
 
     def exits(self) -> dict[int, int | None]:
-        return dict(self._ended)
+        return {rank: code for rank, code in self._ended.items() if rank not in self._killed}
 
     def running(self) -> bool:
         return len(self._ended) < len(self._actors)
@@ -135,6 +137,7 @@ class Ray(Backend):
 
         for rank, actor in enumerate(self._actors):
             if rank not in self._ended:
+                self._killed.add(rank)
                 ray.kill(actor)
 
     def close(self) -> None:

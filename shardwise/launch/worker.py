@@ -4,7 +4,6 @@ Order matters: be bound to the parent's life, have a log, know the rank, then re
 function is imported, so that a rank that dies early is a named one.
 """
 
-import functools
 import importlib
 import json
 import os
@@ -72,6 +71,12 @@ def run_rank(description: dict, info: RankInfo, make_store: Callable[[RankInfo, 
     env.prepare_rank(info)
     link = Link(description["address"], description["token"], info.rank)
     keeper = Guard(info, Path(description["logs"]), link)
+    served: list[Any] = []  # rank 0's store must outlive its own use of it: the others may still read
+
+    def store() -> Any:
+        assert make_store is not None
+        served.append(make_store(info, link))
+        return served[-1]
 
     def body() -> Any:
         if info.world != description["world"]:
@@ -84,7 +89,7 @@ def run_rank(description: dict, info: RankInfo, make_store: Callable[[RankInfo, 
             deadlines=Deadlines(**description["deadlines"]),
             guard=keeper,
             link=link,
-            make_store=functools.partial(make_store, info, link) if make_store else None,
+            make_store=store if make_store else None,
         )
         return resolve(description["target"])(context)
 

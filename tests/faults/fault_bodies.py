@@ -4,7 +4,6 @@ import os
 import signal
 import sys
 import time
-from pathlib import Path
 
 
 def crash(context):
@@ -16,15 +15,26 @@ def crash(context):
         time.sleep(60)
 
 
-def fail_then_drag(context):
-    """Rank 0 complains of its peer before rank 1, slower, tells of its own failure, which came first."""
-    if context.info.rank == 1:
-        try:
-            raise KeyError("the cause")
-        except KeyError:
-            raise
+def drag_down(context):
+    """Rank 1 fails; rank 0 hears of it as a broken connection, and its complaint is the first to arrive."""
+    if context.info.rank == 0:
+        time.sleep(0.05)
+        raise ConnectionError("connection closed by peer")
     time.sleep(0.1)
-    raise ConnectionError("connection closed by peer")
+    raise KeyError("the cause")
+
+
+def absent_from_rendezvous(context):
+    """Rank 1 fails before it joins; rank 0 waits for it."""
+    if context.info.rank == 1:
+        time.sleep(0.2)
+        raise RuntimeError("no device for this rank")
+    context.communicator()
+
+
+def wait(context):
+    with context.phase("run"):
+        time.sleep(60)
 
 
 def skip_collective(context):
@@ -40,13 +50,6 @@ def skip_collective(context):
 
 def forget_to_come():
     time.sleep(60)
-
-
-def mismatch(context):
-    """The ranks disagree on the shape."""
-    import torch
-
-    context.communicator().all_reduce(torch.ones(4 + context.info.rank))
 
 
 def talk(context):
@@ -92,7 +95,3 @@ FAULTS = {
     "SIGKILL": lambda: os.kill(os.getpid(), signal.SIGKILL),
     "SIGSEGV": segfault,
 }
-
-
-def import_fails(context):
-    raise AssertionError(f"not reached {Path.cwd()}")
