@@ -12,6 +12,7 @@ LIMIT = [0.01, 0.8]
 MIXED = Batch(prefill=(5, 0, 11, 1), decode=3, slots=(4, 6, 0, 2, 5, -1, 1), resumes=(True, False, False, True))
 PADDED = Batch(prefill=(9, 3), decode=1, slots=(-1, 1, 0), resumes=(False, True), padding=2, entries=6)
 DECODE = Batch(prefill=(), decode=4, slots=(2, -1, 0, 6), resumes=())
+LONG = Batch(prefill=(70, 3, 33), decode=0, slots=(0, 3, 5), resumes=(True, True, False))
 PREFILL = Batch(prefill=(37,), decode=0, slots=(3,), resumes=(True,))
 
 
@@ -164,7 +165,28 @@ SAMPLES = [
             traced=name == "mixed",
             note=name,
         )
-        for op in ("torch_cached_ssm",)
+        for op in ("torch_cached_ssm", "triton_cached_ssm")
+        for name, batch in BATCHES.items()
+    ),
+    *(
+        Sample(
+            op="triton_cached_ssm",
+            build=cached_ssm_args("triton_cached_ssm", batch, 3, 1, 20, 24, 16, torch.float16, torch.float32),
+            oracle=cached_ssm(batch),
+            atol=0.02,
+            note=f"{name} fp16, uneven sizes",
+        )
+        for name, batch in {"mixed": MIXED, "prefill": PREFILL}.items()
+    ),
+    *(
+        Sample(
+            op="flashinfer_cached_ssm",
+            build=cached_ssm_args("flashinfer_cached_ssm", batch, 8, 2, 64, 128, 16, HALF, torch.float32),
+            oracle=cached_ssm(batch),
+            atol=0.2,
+            traced=name == "mixed",
+            note=name,
+        )
         for name, batch in BATCHES.items()
     ),
     *(
@@ -188,5 +210,32 @@ SAMPLES = [
             note=name,
         )
         for name, batch in BATCHES.items()
+    ),
+    *(
+        Sample(
+            op=op,
+            build=cached_conv_args(op, batch),
+            oracle=cached_conv(batch, True),
+            traced=name == "mixed",
+            note=name,
+        )
+        for op in ("triton_cached_causal_conv1d", "cuda_cached_causal_conv1d")
+        for name, batch in BATCHES.items()
+    ),
+    *(
+        Sample(
+            op=op,
+            build=cached_conv_args(op, batch, 40, K, dtype, None, False, True),
+            oracle=cached_conv(batch, True),
+            atol=atol,
+            note=f"{name} K={K} {dtype}",
+        )
+        for op in ("triton_cached_causal_conv1d", "cuda_cached_causal_conv1d")
+        for name, batch, K, dtype, atol in (
+            ("mixed", MIXED, 2, torch.float32, 1e-5),
+            ("prefill", PREFILL, 3, torch.float16, 2**-9),
+            ("decode", DECODE, 4, HALF, 2**-6),
+            ("long", LONG, 4, HALF, 2**-6),
+        )
     ),
 ]

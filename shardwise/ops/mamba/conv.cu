@@ -1,0 +1,275 @@
+// Depthwise causal convolution in place, with a state cache of the last K - 1 inputs of every sequence.
+//
+// A thread owns V neighbouring channels and walks over tokens, so that no other thread reads what it overwrites.
+// Prefill works on blocks of tokens in parallel: `save` first copies the K - 1 inputs before each block and updates
+// the caches, then `prefill` computes. V = 1 takes any strides; the wide form moves 16 bytes at once.
+#include <cstdint>
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+namespace {
+
+struct Args {
+  void* x;
+  const void* weight;  // [C, K]
+  const void* bias;    // [C] or null
+  const void* bounds;  // [sequences + 1]
+  const void* slots;
+  const bool* resumes;
+  void* cache;
+  void* halo;  // [blocks, K - 1, C]
+  int64_t x_t, x_c, cache_slot, cache_c, cache_k, slot_count;
+  int32_t channels, sequences, rows, blocks;
+  int32_t wide_bounds, wide_slots, silu;
+};
+
+constexpr int kThreads = 128;
+constexpr int kGroup = 4;
+
+__device__ int64_t index_at(const void* data, int wide, int64_t i) {
+  return wide ? static_cast<const int64_t*>(data)[i] : static_cast<const int32_t*>(data)[i];
+}
+
+template <typename T, int V>
+struct alignas(sizeof(T) * V) Pack {
+  T value[V];
+};
+
+template <typename T, int V>
+__device__ Pack<T, V> load(const T* from) {
+  return *reinterpret_cast<const Pack<T, V>*>(from);
+}
+
+template <typename T, int V>
+__device__ void store(T* to, const Pack<T, V>& pack) {
+  *reinterpret_cast<Pack<T, V>*>(to) = pack;
+}
+
+__device__ float wide(float x) { return x; }
+__device__ float wide(__half x) { return __half2float(x); }
+__device__ float wide(__nv_bfloat16 x) { return __bfloat162float(x); }
+__device__ void narrow(float x, float& to) { to = x; }
+__device__ void narrow(float x, __half& to) { to = __float2half_rn(x); }
+__device__ void narrow(float x, __nv_bfloat16& to) { to = __float2bfloat16_rn(x); }
+
+__device__ float activate(float x, int silu) { return silu ? x / (1.0f + __expf(-x)) : x; }
+
+struct Block {
+  int64_t start, end, local;  // sequence's first token, its end, tokens of it before this block
+  int sequence;               // == sequences: the block is not used
+};
+
+// Every sequence begins a new block: a warp scans the block counts of 32 sequences at a time.
+__device__ Block find_block(const Args& a, int64_t block) {
+  __shared__ Block found;
+  if (threadIdx.x < 32) {
+    int64_t before = 0;
+    int sequence = a.sequences;
+    for (int base = 0; base < a.sequences; base += 32) {
+      int i = base + threadIdx.x;
+      int64_t count = 0;
+      if (i < a.sequences)
+        count = (index_at(a.bounds, a.wide_bounds, i + 1) - index_at(a.bounds, a.wide_bounds, i) + a.rows - 1) / a.rows;
+      int64_t sum = count;
+      for (int step = 1; step < 32; step *= 2) {
+        int64_t other = __shfl_up_sync(~0u, sum, step);
+        if (threadIdx.x >= step) sum += other;
+      }
+      unsigned beyond = __ballot_sync(~0u, before + sum > block);
+      if (beyond) {
+        int lane = __ffs(beyond) - 1;
+        before += __shfl_sync(~0u, sum - count, lane);
+        sequence = base + lane;
+        break;
+      }
+      before += __shfl_sync(~0u, sum, 31);
+    }
+    if (threadIdx.x == 0) {
+      found.sequence = sequence;
+      found.local = (block - before) * a.rows;
+      found.start = sequence < a.sequences ? index_at(a.bounds, a.wide_bounds, sequence) : 0;
+      found.end = sequence < a.sequences ? index_at(a.bounds, a.wide_bounds, sequence + 1) : 0;
+    }
+  }
+  __syncthreads();
+  return found;
+}
+
+__device__ int64_t live_slot(const Args& a, int64_t sequence) {
+  int64_t slot = index_at(a.slots, a.wide_slots, sequence);
+  return slot < a.slot_count ? slot : -1;
+}
+
+template <typename T, int K, int V>
+__global__ void save(Args a) {
+  Block b = find_block(a, blockIdx.x);
+  int64_t c = (int64_t(blockIdx.y) * kThreads + threadIdx.x) * V;
+  if (b.sequence >= a.sequences || c >= a.channels) return;
+  int64_t slot = live_slot(a, b.sequence);
+  if (slot < 0) return;
+  T* x = static_cast<T*>(a.x) + c * a.x_c;
+  T* cache = static_cast<T*>(a.cache) + slot * a.cache_slot + c * a.cache_c;
+  T* halo = static_cast<T*>(a.halo) + int64_t(blockIdx.x) * (K - 1) * a.channels + c;
+  Pack<T, V> past[K - 1];
+  bool resume = a.resumes[b.sequence];
+  for (int k = 0; k < K - 1; ++k)
+    for (int v = 0; v < V; ++v)
+      past[k].value[v] = resume && b.local == 0 ? cache[v * a.cache_c + k * a.cache_k] : T(0.0f);
+#pragma unroll
+  for (int k = 0; k < K - 1; ++k) {
+    int64_t row = b.local + k - (K - 1);
+    store<T, V>(halo + k * int64_t(a.channels), row >= 0 ? load<T, V>(x + (b.start + row) * a.x_t) : past[k]);
+  }
+  if (b.local != 0) return;
+  int64_t length = b.end - b.start;
+#pragma unroll
+  for (int k = 0; k < K - 1; ++k) {
+    int64_t row = length + k - (K - 1);
+    Pack<T, V> last = past[0];
+    if (row >= 0) {
+      last = load<T, V>(x + (b.start + row) * a.x_t);
+    } else {
+#pragma unroll
+      for (int j = 0; j < K - 1; ++j)
+        if (j == length + k) last = past[j];
+    }
+    for (int v = 0; v < V; ++v) cache[v * a.cache_c + k * a.cache_k] = last.value[v];
+  }
+}
+
+template <typename T, int K, int V>
+struct Taps {
+  float weight[K][V], bias[V];
+
+  __device__ Taps(const Args& a, int64_t c) {
+    const T* from = static_cast<const T*>(a.weight) + c * K;  // V channels are K packs in a row
+    Pack<T, V> raw[K];
+#pragma unroll
+    for (int j = 0; j < K; ++j) raw[j] = load<T, V>(from + j * V);
+#pragma unroll
+    for (int i = 0; i < V * K; ++i) weight[i % K][i / K] = wide(raw[i / V].value[i % V]);
+    Pack<T, V> offset{};
+    if (a.bias) offset = load<T, V>(static_cast<const T*>(a.bias) + c);
+#pragma unroll
+    for (int v = 0; v < V; ++v) bias[v] = a.bias ? wide(offset.value[v]) : 0.0f;
+  }
+
+  // The result of one token; `past` then ends with that token.
+  __device__ Pack<T, V> step(Pack<T, V> (&past)[K - 1], const Pack<T, V>& x, int silu) const {
+    Pack<T, V> out;
+#pragma unroll
+    for (int v = 0; v < V; ++v) {
+      float sum = bias[v] + weight[K - 1][v] * wide(x.value[v]);
+#pragma unroll
+      for (int k = 0; k < K - 1; ++k) sum += weight[k][v] * wide(past[k].value[v]);
+      narrow(activate(sum, silu), out.value[v]);
+    }
+#pragma unroll
+    for (int k = 0; k + 1 < K - 1; ++k) past[k] = past[k + 1];
+    past[K - 2] = x;
+    return out;
+  }
+};
+
+template <typename T, int K, int V>
+__global__ void prefill(Args a) {
+  Block b = find_block(a, blockIdx.x);
+  int64_t c = (int64_t(blockIdx.y) * kThreads + threadIdx.x) * V;
+  if (b.sequence >= a.sequences || c >= a.channels || live_slot(a, b.sequence) < 0) return;
+  const Taps<T, K, V> taps(a, c);
+  const T* halo = static_cast<const T*>(a.halo) + int64_t(blockIdx.x) * (K - 1) * a.channels + c;
+  Pack<T, V> past[K - 1];
+#pragma unroll
+  for (int k = 0; k < K - 1; ++k) past[k] = load<T, V>(halo + k * int64_t(a.channels));
+  T* x = static_cast<T*>(a.x) + (b.start + b.local) * a.x_t + c * a.x_c;
+  int count = int(min(int64_t(a.rows), b.end - b.start - b.local));
+  Pack<T, V> now[kGroup], next[kGroup];
+#pragma unroll
+  for (int i = 0; i < kGroup; ++i)
+    if (i < count) next[i] = load<T, V>(x + i * a.x_t);
+  for (int first = 0; first < count; first += kGroup) {
+#pragma unroll
+    for (int i = 0; i < kGroup; ++i) {
+      now[i] = next[i];
+      if (first + kGroup + i < count) next[i] = load<T, V>(x + (first + kGroup + i) * a.x_t);
+    }
+#pragma unroll
+    for (int i = 0; i < kGroup; ++i)
+      if (first + i < count) store<T, V>(x + (first + i) * a.x_t, taps.step(past, now[i], a.silu));
+  }
+}
+
+template <typename T, int K, int V>
+__global__ void decode(Args a) {
+  int64_t c = (int64_t(blockIdx.y) * kThreads + threadIdx.x) * V;
+  int64_t slot = live_slot(a, blockIdx.x);
+  if (c >= a.channels || slot < 0) return;
+  T* x = static_cast<T*>(a.x) + int64_t(blockIdx.x) * a.x_t + c * a.x_c;
+  T* cache = static_cast<T*>(a.cache) + slot * a.cache_slot + c * a.cache_c;
+  Pack<T, V> input = load<T, V>(x), past[K - 1];
+  if constexpr (V > 1) {  // the wide form is only taken for a dense cache: V channels are K - 1 packs in a row
+    Pack<T, V> raw[K - 1];
+#pragma unroll
+    for (int j = 0; j < K - 1; ++j) raw[j] = load<T, V>(cache + j * V);
+#pragma unroll
+    for (int i = 0; i < V * (K - 1); ++i) past[i % (K - 1)].value[i / (K - 1)] = raw[i / V].value[i % V];
+  } else {
+#pragma unroll
+    for (int k = 0; k < K - 1; ++k) past[k].value[0] = cache[k * a.cache_k];
+  }
+  const Taps<T, K, V> taps(a, c);
+  Pack<T, V> out = taps.step(past, input, a.silu);
+  store<T, V>(x, out);
+  if constexpr (V > 1) {
+    Pack<T, V> raw[K - 1];
+#pragma unroll
+    for (int i = 0; i < V * (K - 1); ++i) raw[i / V].value[i % V] = past[i % (K - 1)].value[i / (K - 1)];
+#pragma unroll
+    for (int j = 0; j < K - 1; ++j) store<T, V>(cache + j * V, raw[j]);
+  } else {
+#pragma unroll
+    for (int k = 0; k < K - 1; ++k) cache[k * a.cache_k] = past[k].value[0];
+  }
+}
+
+template <typename T, int K, int V>
+void run(const Args& a, bool is_decode, cudaStream_t stream) {
+  dim3 grid(a.blocks, (a.channels + kThreads * V - 1) / (kThreads * V));
+  if (is_decode) {
+    decode<T, K, V><<<grid, kThreads, 0, stream>>>(a);
+  } else {
+    save<T, K, V><<<grid, kThreads, 0, stream>>>(a);
+    prefill<T, K, V><<<grid, kThreads, 0, stream>>>(a);
+  }
+}
+
+template <typename T, int K>
+void run_wide(const Args& a, bool is_decode, bool vector, cudaStream_t stream) {
+  if (vector)
+    run<T, K, 16 / sizeof(T)>(a, is_decode, stream);
+  else
+    run<T, K, 1>(a, is_decode, stream);
+}
+
+template <typename T>
+bool run_taps(const Args& a, int taps, bool is_decode, bool vector, cudaStream_t stream) {
+  switch (taps) {
+    case 2: run_wide<T, 2>(a, is_decode, vector, stream); return true;
+    case 3: run_wide<T, 3>(a, is_decode, vector, stream); return true;
+    case 4: run_wide<T, 4>(a, is_decode, vector, stream); return true;
+    default: return false;
+  }
+}
+
+}  // namespace
+
+// type: 0 float, 1 half, 2 bfloat16. Returns a cudaError_t, or -1 for a type or number of taps without a kernel.
+extern "C" int shardwise_causal_conv(const Args* args, int type, int taps, int is_decode, int vector, void* stream) {
+  auto queue = static_cast<cudaStream_t>(stream);
+  bool known = false;
+  if (type == 0) known = run_taps<float>(*args, taps, is_decode, vector, queue);
+  if (type == 1) known = run_taps<__half>(*args, taps, is_decode, vector, queue);
+  if (type == 2) known = run_taps<__nv_bfloat16>(*args, taps, is_decode, vector, queue);
+  return known ? static_cast<int>(cudaGetLastError()) : -1;
+}

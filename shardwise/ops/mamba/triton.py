@@ -1,0 +1,46 @@
+"""The state-space scan over a flat batch, on our own Triton kernels; gradients are not provided."""
+
+import torch
+
+from shardwise.ops.mamba.scan import decode, prefill, prepare
+from shardwise.ops.registry import TRITON, operator
+
+
+def like_hidden(hidden_states, *_args):
+    """Fake of the cached state-space operators."""
+    return torch.empty_like(hidden_states, memory_format=torch.contiguous_format)
+
+
+@operator(fake=like_hidden, mutates=("ssm_state_cache",), needs=(TRITON,), instead="torch_cached_ssm")
+def triton_cached_ssm(
+    hidden_states: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    D: torch.Tensor,
+    dt: torch.Tensor,
+    dt_bias: torch.Tensor,
+    batch_info_host: torch.Tensor,
+    cu_seqlen: torch.Tensor,
+    slot_idx: torch.Tensor,
+    use_initial_states: torch.Tensor,
+    chunk_indices: torch.Tensor,
+    chunk_offsets: torch.Tensor,
+    seq_idx_prefill: torch.Tensor,
+    ssm_state_cache: torch.Tensor,
+    time_step_limit: list[float],
+    chunk_size: int,
+) -> torch.Tensor:
+    """As `torch_cached_ssm`, with the pieces that `mamba_ssm_prepare_metadata` cut for the same chunk_size.
+
+    Nothing is synchronised. A slot outside the cache is treated as -1.
+    """
+    batch, one = prepare(
+        "triton_cached_ssm", hidden_states, A, B, C, D, dt, dt_bias, batch_info_host, slot_idx, use_initial_states,
+        ssm_state_cache, time_step_limit, chunk_size,
+    )  # fmt: skip
+    if batch.prefill_tokens:
+        prefill(one, batch, cu_seqlen, use_initial_states, chunk_indices, chunk_offsets, seq_idx_prefill, chunk_size)
+    if batch.decode:
+        decode(one, batch)
+    return one.out.view(hidden_states.shape)
