@@ -106,7 +106,7 @@ class Planner:
         if not self.graphs:
             key = ("decode", parameters)
             return self.planned(key, lambda: family.create(self, None), lambda w: family.plan(w, pages()))
-        graph_key = ("graph", parameters, sequences)
+        graph_key = ("graph", parameters, page_count, sequences)
 
         def create():
             wrapper = family.create(self, GraphBuffers.of(sequences, page_count, self.device))
@@ -117,7 +117,8 @@ class Planner:
 
     def replan(self, pages: Pages) -> None:
         """Renew the plans of the graph wrappers of this batch size, before their graph is replayed."""
-        found = [key for key in self._replans if key[-1] == pages.sequences]
+        count = pages.indices.numel()  # a cache with fewer pages is not the one that these belong to
+        found = [key for key in self._replans if key[-1] == pages.sequences and key[-2] >= count]
         if not found:
             raise ValueError(f"no decode graph of batch size {pages.sequences} was prepared inside decode_graphs()")
         for key in found:
