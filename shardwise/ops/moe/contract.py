@@ -77,6 +77,21 @@ def check_stacked(name: str, x: Tensor, first: Tensor, second: Tensor, gated: bo
     return first.shape[0], intermediate
 
 
+def check_same_dtype(name: str, x: Tensor, *weights: Tensor) -> None:
+    """TypeError unless x and the weights share one floating dtype."""
+    if not x.dtype.is_floating_point or any(weight.dtype != x.dtype for weight in weights):
+        raise TypeError(f"{name}: x and weights must share a dtype, got {[str(t.dtype) for t in (x, *weights)]}")
+
+
+def check_fp8(name: str, experts: int, first: Tensor, second: Tensor, *scales: Tensor) -> None:
+    """TypeError unless the weights are e4m3; ValueError unless there is a scale for every expert."""
+    if first.dtype != torch.float8_e4m3fn or second.dtype != torch.float8_e4m3fn:
+        raise TypeError(f"{name}: weights must be float8_e4m3fn, got {first.dtype} and {second.dtype}")
+    for scale in scales:
+        if tuple(scale.shape) != (experts,):
+            raise ValueError(f"{name}: scales of the weights must be [E] = [{experts}], got {tuple(scale.shape)}")
+
+
 @dataclass(frozen=True)
 class ExpertMapping:
     """The part of a serialised mapping that the operators read: a JSON object with these names, others ignored."""

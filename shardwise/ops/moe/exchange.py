@@ -12,11 +12,33 @@ from torch import Tensor
 
 from shardwise.comm.base import Communicator
 from shardwise.comm.rank import current_groups
-from shardwise.ops.moe.contract import ExpertMapping
+from shardwise.ops.moe.contract import ExpertMapping, check_routing, parse_mapping
 from shardwise.partition import extent
 
 Compute = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(x [T, H], local ids [T, K], weights [T, K]) to [T, H]; ids outside the local experts are skipped."""
+
+
+def run_routed(
+    name: str,
+    x: Tensor,  # [T, H] or [B, S, H]
+    selected_experts: Tensor,
+    routing_weights: Tensor,
+    local_experts: int,
+    compute: Compute,
+    mapping_config: str,
+    max_num_tokens: int,
+) -> Tensor:
+    """`compute` on checked [T, H] tokens, with or without a token exchange; x's shape."""
+    tokens = check_routing(name, x, selected_experts, routing_weights).contiguous()
+    mapping = parse_mapping(mapping_config)
+    if mapping.exchanges_tokens:
+        out = exchange_tokens(
+            name, mapping, max_num_tokens, local_experts, tokens, selected_experts, routing_weights, compute
+        )
+    else:
+        out = compute(tokens, selected_experts, routing_weights)
+    return out.view(x.shape)
 
 
 def exchange_tokens(

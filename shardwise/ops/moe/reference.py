@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from shardwise.ops.moe.contract import check_routing, check_stacked, parse_mapping, reference_activation
-from shardwise.ops.moe.exchange import exchange_tokens
+from shardwise.ops.moe.contract import check_stacked, reference_activation
+from shardwise.ops.moe.exchange import run_routed
 from shardwise.ops.quantization.mxfp4 import check_mxfp4, dequantize_mxfp4
 from shardwise.ops.registry import operator
 from shardwise.partition import extent
@@ -92,19 +92,11 @@ def run_experts(
     apply_routing_on_input: bool,
 ) -> Tensor:
     """Routed sum over `experts` local experts, `mlp(expert, rows)` each; exchanges tokens if the mapping says so."""
-    tokens = check_routing(name, x, selected_experts, routing_weights)
 
     def compute(rows: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         return _routed_sum(rows, ids, weights, experts, mlp, apply_routing_on_input)
 
-    mapping = parse_mapping(mapping_config)
-    if mapping.exchanges_tokens:
-        out = exchange_tokens(
-            name, mapping, max_num_tokens, experts, tokens, selected_experts, routing_weights, compute
-        )
-    else:
-        out = compute(tokens, selected_experts, routing_weights)
-    return out.view(x.shape)
+    return run_routed(name, x, selected_experts, routing_weights, experts, compute, mapping_config, max_num_tokens)
 
 
 def _routed_sum(x, ids, weights, experts, mlp, on_input) -> Tensor:

@@ -1,0 +1,119 @@
+"""MXFP4 mixture of experts for gpt-oss: four or five launches, weights read as they lie, packed once.
+
+router product + top-k + softmax (and grouping, for few tokens) -> grouping -> gate/up GEMM with the activation ->
+down GEMM -> weighted sum. Intermediate rows stand in the order of experts; nothing is sorted but indices.
+"""
+
+import torch
+from torch import Tensor
+
+from shardwise.ops.moe.mxfp4_gemm import mxfp4_gemm
+from shardwise.ops.moe.mxfp4_layout import TILE, PackedMXFP4
+from shardwise.ops.moe.routing import Routing, combine, group_pairs, most_blocks, multiprocessors, power_of_two
+from shardwise.ops.moe.routing_kernels import route_kernel
+from shardwise.ops.moe.tiles import Plan, Tiles
+from shardwise.ops.moe.workspace import Workspace
+from shardwise.ops.triton_support import Launcher, aligned, dependent_launch, interpreting
+
+_route, _gemm = Launcher(route_kernel), Launcher(mxfp4_gemm)
+_GROUP_IN_ROUTER = 16  # tokens of one router block; more are grouped by a launch of their own
+
+
+def choose_plan(pairs: int, experts: int) -> Plan:
+    """Few pairs an expert: narrow blocks, many programs, bandwidth. Many: wide blocks for the matrix units."""
+    each = pairs / max(1, experts)
+    if each <= 4:
+        few = pairs <= 64
+        return Plan(16, Tiles(64, 128, 4, 4, 4), Tiles(64, 128, 4, 4, 4, 2 if few else 1))
+    if each <= 12:
+        return Plan(16, Tiles(128, 128, 8, 4, 2), Tiles(128, 128, 8, 4, 2))
+    if each <= 24:
+        return Plan(32, Tiles(128, 128, 8, 4, 2), Tiles(128, 128, 8, 4, 2))
+    if each <= 64:
+        return Plan(64, Tiles(128, 64, 8, 4, 2), Tiles(128, 64, 8, 4, 2))
+    return Plan(128, Tiles(128, 64, 8, 4, 1), Tiles(128, 64, 8, 4, 1))
+
+
+def mxfp4_moe(
+    tokens: Tensor,  # [T, H]
+    router_weight: Tensor,  # [E, H]
+    router_bias: Tensor,  # [E]
+    top_k: int,
+    up: PackedMXFP4,
+    down: PackedMXFP4,
+    alpha: float,
+    limit: float,
+    first: int,
+    plan: Plan | None = None,
+) -> Tensor:
+    """Partial sum [T, H] over the local experts, whose first is `first`; a token without one gives exact zero."""
+    count, hidden = tokens.shape
+    if count == 0:
+        return torch.empty_like(tokens)
+    if count * top_k * max(hidden, up.rows) >= 2**31:
+        raise ValueError(f"{count} tokens x {top_k} choices x {max(hidden, up.rows)} columns exceed 2**31 elements")
+    local = up.words.shape[0]
+    plan = plan or choose_plan(count * top_k, local)
+    space = Workspace.of(tokens.device, count)
+    routing = _run_router(space, tokens, router_weight, router_bias, top_k, first, local, plan.bt)
+    pairs, size = count * top_k, up.rows // 2
+    wide = tokens.dtype if count > Workspace.KEPT_TOKENS else torch.float32
+    inner = space.take("inner", (pairs, size), tokens.dtype)
+    values = space.take("values", (plan.down.splits, pairs, hidden), wide)
+    _run_gemm(plan.up, plan.bt, tokens, up, inner, routing, alpha, limit, top_k, gated=True)
+    _run_gemm(plan.down, plan.bt, inner, down, values, routing, alpha, limit, top_k, gated=False)
+    return combine(values, routing, tokens.dtype)
+
+
+def _run_router(space, tokens, weight, bias, top_k, first, local, block) -> Routing:
+    count, hidden = tokens.shape
+    experts, pairs = weight.shape[0], count * top_k
+    bt, be, splits, warps = (16, 16, 4, 4) if count <= 64 else (64, 64, 2, 4)
+    group = count <= _GROUP_IN_ROUTER
+    logits = space.take("logits", (splits, count, experts), torch.float32)
+    ids = space.take("ids", (count, top_k), torch.int32)
+    weights = space.take("weights", (count, top_k), torch.float32)
+    order = space.take("order", (pairs,), torch.int32)
+    blocks = space.take("blocks", (1 + 3 * most_blocks(pairs, local, block),), torch.int32)
+    e_block, k_block = power_of_two(experts), power_of_two(top_k)
+    device, pdl = tokens.device, dependent_launch(tokens.device)
+    weight = weight.to(tokens.dtype)
+    grid = (-(-count // bt), -(-experts // be), splits)
+    counters = space.counters(grid[0])
+    constants = (bt, be, 128, splits, e_block, top_k, k_block, group, block, interpreting(), pdl)
+    _route(
+        device,
+        (tokens.dtype, bias.dtype, aligned(tokens, weight, bias), hidden, experts, constants),
+        grid,
+        (tokens, weight, bias, logits, ids, weights, order, blocks, counters, count, hidden, experts, first, local)
+        + constants,
+        num_warps=warps,
+        launch_pdl=pdl,
+    )
+    routing = Routing(ids, weights, order, blocks, first, local)
+    if not group:
+        group_pairs(routing, block)
+    return routing
+
+
+def _run_gemm(tiles, bt, x, packed, out, routing, alpha, limit, top_k, gated) -> None:
+    tiles_n, tiles_k = packed.words.shape[1:3]
+    pairs = routing.order.shape[0]
+    even = packed.columns % tiles.bk == 0 and tiles_k * TILE // tiles.bk % tiles.splits == 0
+    device, pdl = x.device, dependent_launch(x.device)
+    n_tiles = -(-tiles_n * TILE // tiles.bn)
+    bound = most_blocks(pairs, routing.local, bt) * n_tiles * tiles.splits
+    constants = (
+        (top_k, gated, tiles.bn, bt, tiles.bk, tiles.splits)
+        + (packed.wide, even, tiles.stages, interpreting(), pdl)
+    )  # fmt: skip
+    _gemm(
+        device,
+        (x.dtype, out.dtype, aligned(x, out), packed.columns, out.shape[-1], tiles_n, tiles_k, tiles.warps, constants),
+        (min(bound, tiles.per_sm * multiprocessors(device)), 1, 1),
+        (x, packed.words, packed.scales, packed.bias, out, routing.order, routing.blocks, alpha, limit, pairs)
+        + (packed.columns, out.shape[-1], tiles_n, tiles_k, x.stride(0))
+        + constants,
+        num_warps=tiles.warps,
+        launch_pdl=pdl,
+    )

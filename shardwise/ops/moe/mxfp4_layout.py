@@ -1,0 +1,112 @@
+"""MXFP4 weights in the order in which a tensor-core fragment consumes them, made once per weight tensor.
+
+A tile is 64 rows x 64 columns. Its codes are 512 int32 words [4 slabs of 16 rows, 8 rows, 4 lanes, 4 k-steps of 16]:
+the four words of one (row, lane) are 16 contiguous bytes and hold what one thread of the m64k16 fragment needs for
+four k-steps. A word holds 2 rows (r, r + 8) x 2 k-halves (k, k + 8) x 2 neighbours in k. The four bits of a code lie
+where one shift and one mask bring them to the sign, the low exponent and the high mantissa bits of a bfloat16 (see
+`mxfp4_convert.py`). Its scales are 32 words [4 slabs, 8 rows], bytes (row r: k-blocks 0, 1; row r + 8: the same).
+
+Gate and up rows are dealt to rows r and r + 8 of a slab, so that one thread holds both for the activation.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+
+TILE = 64
+# Bit of (sign, exponent high, exponent low, mantissa) inside a 16-bit half, for the four registers of a word; the
+# sign of register 1 crosses to the other half.
+BITS = ((15, 8, 7, 6), (5, 14, 13, 12), (9, 2, 1, 0), (11, 4, 3, 10))
+MAX_NARROW_SCALE = 128  # 2**126 * 2**(scale - 127) is a finite bfloat16 up to here
+
+
+@dataclass(frozen=True)
+class PackedMXFP4:
+    """One expert matrix stack [E, N, K], re-laid out; N and K are padded to multiples of 64 with zeros."""
+
+    words: Tensor  # int32 [E, N/64, K/64, 4, 8, 4, 4]
+    scales: Tensor  # int32 [E, N/64, K/64, 4, 8]
+    bias: Tensor  # float32 [E, N padded], in the packed row order
+    rows: int  # N
+    columns: int  # K
+    wide: bool  # some scale exceeds MAX_NARROW_SCALE: the kernel multiplies in two steps
+
+
+def pack_mxfp4(blocks: Tensor, scales: Tensor, bias: Tensor, paired: bool) -> PackedMXFP4:
+    """Re-lay out blocks uint8 [E, N, K/32, 16], scales uint8 [E, N, K/32] and bias [E, N].
+
+    paired   rows alternate gate, up (even, odd); False for plain rows
+    Works on any device; expert by expert, so that the peak is one expert's codes.
+    """
+    experts, rows, groups, _ = blocks.shape
+    columns = groups * 32
+    tiles_n, tiles_k = -(-rows // TILE), -(-columns // TILE)
+    order = _row_order(rows, tiles_n * TILE, paired, blocks.device)
+    words = torch.empty((experts, tiles_n, tiles_k, 4, 8, 4, 4), dtype=torch.int32, device=blocks.device)
+    packed_scales = torch.empty((experts, tiles_n, tiles_k, 4, 8), dtype=torch.int32, device=blocks.device)
+    for expert in range(experts):
+        words[expert] = _pack_codes(blocks[expert].flatten(1), order, tiles_n, tiles_k)
+        packed_scales[expert] = _pack_scales(scales[expert], order, tiles_n, tiles_k)
+    padded_bias = F.pad(bias.float(), (0, 1))[:, order]
+    highest = int(scales.max()) if scales.numel() else 0
+    return PackedMXFP4(words, packed_scales, padded_bias.contiguous(), rows, columns, highest > MAX_NARROW_SCALE)
+
+
+def _row_order(rows: int, padded: int, paired: bool, device: torch.device) -> Tensor:
+    """Source row of every packed row; `rows` (one past the end) for padding."""
+    position = torch.arange(padded, device=device)
+    if paired:
+        slab, half, row = position // 16, position // 8 % 2, position % 8
+        position = 2 * (8 * slab + row) + half
+    return position.clamp(max=rows)
+
+
+def _pack_codes(codes: Tensor, order: Tensor, tiles_n: int, tiles_k: int) -> Tensor:
+    """Bytes [N, K/2] (low nibble first) to words [N/64, K/64, 4, 8, 4, 4]."""
+    padded = F.pad(codes, (0, tiles_k * TILE // 2 - codes.shape[1], 0, 1))[order]
+    # columns of a tile: k-step (4), k-half (2), lane (4), then the two nibbles of the byte
+    view = padded.view(tiles_n, 4, 2, 8, tiles_k, 4, 2, 4).permute(0, 4, 1, 3, 7, 5, 6, 2)
+    # now [N/64, K/64, slab, row, lane, step, k-half, row-half]; register = 2 * k-half + row-half
+    word = torch.zeros(view.shape[:-2], dtype=torch.int64, device=codes.device)
+    for register, bits in enumerate(BITS):
+        pair = view[..., register // 2, register % 2].to(torch.int64)
+        for half in (0, 1):
+            nibble = (pair >> (4 * half)) & 0xF
+            for source, target in zip((3, 2, 1, 0), bits, strict=True):
+                crosses = register == 1 and source == 3
+                word |= ((nibble >> source) & 1) << (target + 16 * (half ^ crosses))
+    return torch.where(word >= 2**31, word - 2**32, word).to(torch.int32)
+
+
+def _pack_scales(scales: Tensor, order: Tensor, tiles_n: int, tiles_k: int) -> Tensor:
+    """Bytes [N, K/32] to words [N/64, K/64, 4, 8]."""
+    padded = F.pad(scales, (0, tiles_k * 2 - scales.shape[1], 0, 1))[order]
+    view = padded.view(tiles_n, 4, 2, 8, tiles_k, 2).permute(0, 4, 1, 3, 2, 5)  # [.., slab, row, row-half, k-block]
+    return _join_bytes(view.flatten(-2))
+
+
+def _join_bytes(parts: Tensor) -> Tensor:
+    """Four bytes of the last dimension to one int32, the first lowest."""
+    shifts = torch.tensor([0, 8, 16, 24], device=parts.device)
+    word = (parts.to(torch.int64) << shifts).sum(-1)
+    return torch.where(word >= 2**31, word - 2**32, word).to(torch.int32)
+
+
+_CACHE: dict[tuple, tuple[StorageWeakRef, int, PackedMXFP4]] = {}
+
+
+def packed_once(blocks: Tensor, scales: Tensor, bias: Tensor, paired: bool) -> PackedMXFP4:
+    """`pack_mxfp4` of these tensors, kept as long as the memory of `blocks` lives and is not written to."""
+    key = (blocks.data_ptr(), blocks.shape, blocks.stride(), paired)
+    version = 0 if blocks.is_inference() else blocks._version
+    found = _CACHE.get(key)
+    if found is not None and not found[0].expired() and found[1] == version:
+        return found[2]
+    for stale in [other for other, entry in _CACHE.items() if entry[0].expired()]:
+        del _CACHE[stale]
+    packed = pack_mxfp4(blocks, scales, bias, paired)
+    _CACHE[key] = (StorageWeakRef(blocks.untyped_storage()), version, packed)
+    return packed

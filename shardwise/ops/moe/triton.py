@@ -1,0 +1,185 @@
+"""Mixture of experts as Triton kernels: MXFP4 with its routing inside (gpt-oss), bf16 and fp8 with given routing."""
+
+import torch
+from torch import Tensor
+
+from shardwise.ops.moe.contract import RELU2, SILU, activation, check_fp8, check_same_dtype, check_stacked
+from shardwise.ops.moe.exchange import run_routed
+from shardwise.ops.moe.grouped import FP8Scales, grouped_moe
+from shardwise.ops.moe.mxfp4 import mxfp4_moe
+from shardwise.ops.moe.mxfp4_layout import packed_once
+from shardwise.ops.moe.reference import check_mxfp4_moe
+from shardwise.ops.registry import TRITON, operator
+from shardwise.ops.triton_support import interpreting
+from shardwise.partition import extent
+
+
+def _mxfp4_fake(hidden_states, *_args):
+    return torch.empty_like(hidden_states, memory_format=torch.contiguous_format)
+
+
+@operator(fake=_mxfp4_fake, needs=(TRITON,), instead="torch_moe_dense_mlp")
+def triton_mxfp4_moe(
+    hidden_states: Tensor,
+    router_weight: Tensor,
+    router_bias: Tensor,
+    top_k: int,
+    gate_up_blocks: Tensor,
+    gate_up_bias: Tensor,
+    gate_up_scales: Tensor,
+    alpha: float,
+    limit: float,
+    down_blocks: Tensor,
+    down_bias: Tensor,
+    down_scales: Tensor,
+) -> Tensor:
+    """gpt-oss mixture of experts, routing included, with MXFP4 weights as its checkpoints store them.
+
+    hidden_states    [T, H] or [B, S, H]
+    router_weight    [E, H], router_bias [E]: the top_k largest logits, softmax over these
+    gate_up_blocks   uint8 [E, 2I, H/32, 16], rows gate (even) and up (odd); gate_up_scales uint8 [E, 2I, H/32],
+                     gate_up_bias [E, 2I]
+    down_blocks      uint8 [E, H, I/32, 16], down_scales uint8 [E, H, I/32], down_bias [E, H]
+    alpha, limit     activation (up + 1) * gate * sigmoid(alpha * gate), gate <= limit, -limit <= up <= limit
+    Returns hidden_states' shape and dtype. Products are bfloat16 with float32 sums, biases float32.
+
+    The weights are re-laid out at the first call and kept as long as the block tensors live; call
+    `prepare_mxfp4` at load to choose the moment. TypeError and ValueError name the argument that does not fit.
+    """
+    return triton_mxfp4_moe_ep(
+        hidden_states, router_weight, router_bias, top_k, gate_up_blocks, gate_up_bias, gate_up_scales, alpha, limit,
+        down_blocks, down_bias, down_scales, 1, 0,
+    )  # fmt: skip
+
+
+@operator(fake=_mxfp4_fake, needs=(TRITON,), instead="torch_moe_dense_mlp")
+def triton_mxfp4_moe_ep(
+    hidden_states: Tensor,
+    router_weight: Tensor,
+    router_bias: Tensor,
+    top_k: int,
+    gate_up_blocks: Tensor,
+    gate_up_bias: Tensor,
+    gate_up_scales: Tensor,
+    alpha: float,
+    limit: float,
+    down_blocks: Tensor,
+    down_bias: Tensor,
+    down_scales: Tensor,
+    ep_size: int,
+    ep_rank: int,
+) -> Tensor:
+    """`triton_mxfp4_moe` for the experts of one rank: its partial sum, to be all-reduced by the caller.
+
+    The router is whole (E experts); expert tensors hold `partition.extent(E, ep_size, ep_rank)` only. A token none
+    of whose experts is local gives exact zero.
+    """
+    name = "triton_mxfp4_moe" if ep_size == 1 else "triton_mxfp4_moe_ep"
+    check_mxfp4_moe(
+        name, hidden_states, router_weight, router_bias, top_k, gate_up_blocks, gate_up_bias, gate_up_scales,
+        down_blocks, down_bias, down_scales, ep_size, ep_rank,
+    )  # fmt: skip
+    tokens = hidden_states.reshape(-1, hidden_states.shape[-1]).contiguous()
+    if not interpreting():
+        tokens = tokens.to(torch.bfloat16)
+    up = packed_once(gate_up_blocks, gate_up_scales, gate_up_bias, paired=True)
+    down = packed_once(down_blocks, down_scales, down_bias, paired=False)
+    first, _ = extent(router_weight.shape[0], ep_size, ep_rank)
+    out = mxfp4_moe(tokens, router_weight, router_bias, top_k, up, down, alpha, limit, first)
+    return out.to(hidden_states.dtype).view(hidden_states.shape)
+
+
+def prepare_mxfp4(
+    gate_up_blocks: Tensor,
+    gate_up_scales: Tensor,
+    gate_up_bias: Tensor,
+    down_blocks: Tensor,
+    down_scales: Tensor,
+    down_bias: Tensor,
+) -> None:
+    """Re-lay out the weights of one layer now, for later calls of the operators with the same tensors.
+
+    The packed copy takes the size of the originals (padded to multiples of 64) and is given back with them.
+    """
+    packed_once(gate_up_blocks, gate_up_scales, gate_up_bias, paired=True)
+    packed_once(down_blocks, down_scales, down_bias, paired=False)
+
+
+def _routed_fake(x, *_args, **_options):
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+@operator(fake=_routed_fake, needs=(TRITON,), instead="torch_moe")
+def triton_moe_fused(
+    x: Tensor,
+    selected_experts: Tensor,
+    routing_weights: Tensor,
+    w1_stacked_weight: Tensor,
+    w2_stacked_weight: Tensor,
+    is_gated_mlp: bool = False,
+    act_fn: int = 8,
+    mapping_config: str = "",
+    max_num_tokens: int = 0,
+    apply_routing_on_input: bool = False,
+) -> Tensor:
+    """Mixture of experts with stacked weights on grouped GEMMs, in x's dtype (bf16, fp16).
+
+    x [T, H] or [B, S, H]; selected_experts int [T, K], ids outside [0, E) are skipped; routing_weights [T, K].
+    Not gated with Relu2 (8): w1_stacked_weight [E, I, H]. Gated with Silu (4) or Swiglu (5): [E, 2I, H], I rows of
+    w3 (up), then I rows of w1 (gate). w2_stacked_weight [E, H, I]. Sums in float32, in a fixed order.
+    mapping_config, max_num_tokens, apply_routing_on_input as in `torch_moe`.
+    """
+    name = "triton_moe_fused"
+    act = activation(name, is_gated_mlp, act_fn)
+    experts, _ = check_stacked(name, x, w1_stacked_weight, w2_stacked_weight, is_gated_mlp)
+    check_same_dtype(name, x, w1_stacked_weight, w2_stacked_weight)
+
+    def compute(rows: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        return grouped_moe(
+            rows, ids, weights, w1_stacked_weight.contiguous(), w2_stacked_weight.contiguous(), act,
+            apply_routing_on_input,
+        )  # fmt: skip
+
+    return run_routed(name, x, selected_experts, routing_weights, experts, compute, mapping_config, max_num_tokens)
+
+
+@operator(fake=_routed_fake, needs=(TRITON,), instead="torch_quant_fp8_moe")
+def triton_quant_fp8_moe(
+    x: Tensor,
+    selected_experts: Tensor,
+    routing_weights: Tensor,
+    w1_weight: Tensor,
+    w2_weight: Tensor,
+    w3_weight: Tensor,
+    w1_input_scale: Tensor,
+    w2_input_scale: Tensor,
+    w3_input_scale: Tensor,
+    w1_weight_scale: Tensor,
+    w2_weight_scale: Tensor,
+    w3_weight_scale: Tensor,
+    is_gated_mlp: bool = False,
+    act_fn: int = 4,
+    mapping_config: str = "",
+    max_num_tokens: int = 0,
+    apply_routing_on_input: bool = False,
+) -> Tensor:
+    """Mixture of experts on e4m3 weights and activations, stacked as in `triton_moe_fused`.
+
+    w1_weight e4m3 [E, I, H] with Relu2, or [E, 2I, H] (w3 rows, then w1 rows, one scale for both) when gated;
+    w2_weight e4m3 [E, H, I]; the w3 arguments are not used. Input scales [1] or [E], of which the first counts;
+    weight scales [E]. x is quantised to clamp(x / w1_input_scale, -448, 448), the activation with w2_input_scale.
+    Not gated, Silu (the schema's default) is read as Relu2.
+    """
+    name = "triton_quant_fp8_moe"
+    act = activation(name, is_gated_mlp, RELU2 if not is_gated_mlp and act_fn == SILU else act_fn)
+    experts, _ = check_stacked(name, x, w1_weight, w2_weight, is_gated_mlp)
+    check_fp8(name, experts, w1_weight, w2_weight, w1_weight_scale, w2_weight_scale)
+    s1, s2 = w1_input_scale.reshape(-1)[:1].float(), w2_input_scale.reshape(-1)[:1].float()
+    scales = FP8Scales(s1, w1_weight_scale.float() * s1, s2, w2_weight_scale.float() * s2)
+
+    def compute(rows: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        return grouped_moe(
+            rows, ids, weights, w1_weight.contiguous(), w2_weight.contiguous(), act, apply_routing_on_input, scales
+        )
+
+    return run_routed(name, x, selected_experts, routing_weights, experts, compute, mapping_config, max_num_tokens)
