@@ -16,7 +16,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -83,11 +83,13 @@ def run_processes(
     timeout: float = 120.0,
     env: Mapping[str, str] | None = None,
     mpi: bool = False,
+    may_die: Collection[int] = (),
 ) -> list[Any]:
     """`target` ("module:function"), called as `function(info, store, *args)` in `world` processes; results in order.
 
-    mpi    the ranks are started by mpirun and get `store=None`
-    env    set in the ranks, on top of this process's environment
+    mpi      the ranks are started by mpirun and get `store=None`
+    env      set in the ranks, on top of this process's environment
+    may_die  ranks whose end, however it comes, is part of the test: their result is None
     Raises RankFailed for the rank that failed first, TimeoutError when the ranks need longer than `timeout` seconds.
     No process is left behind.
     """
@@ -96,10 +98,17 @@ def run_processes(
         start = _start_mpi if mpi else _start_local
         started = start(world, folder, {**os.environ, "PYTHONPATH": _python_path(), **(env or {})})
         try:
-            _wait(started, folder, timeout)
+            _wait(started, folder, timeout, may_die)
         finally:
             _end(started)
-        return [pickle.loads((Path(folder) / f"result{rank}").read_bytes()) for rank in range(world)]
+        return [_result(folder, rank, may_die) for rank in range(world)]
+
+
+def _result(folder: str, rank: int, may_die: Collection[int]) -> Any:
+    path = Path(folder) / f"result{rank}"
+    if rank in may_die and not path.exists():
+        return None
+    return pickle.loads(path.read_bytes())
 
 
 def _python_path() -> str:
@@ -127,12 +136,12 @@ def _spawn(command: list[str], folder: str, rank: int, env: dict[str, str]) -> s
         return subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
 
 
-def _wait(started: list[subprocess.Popen], folder: str, timeout: float) -> None:
+def _wait(started: list[subprocess.Popen], folder: str, timeout: float, may_die: Collection[int]) -> None:
     end = time.monotonic() + timeout
     while True:
         codes = [process.poll() for process in started]
         for rank, code in enumerate(codes):
-            if code not in (None, 0):
+            if code not in (None, 0) and rank not in may_die:
                 raise RankFailed(_log(folder, rank, code), rank)
         late = [rank for rank, code in enumerate(codes) if code is None]
         if not late:

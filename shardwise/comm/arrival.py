@@ -38,10 +38,9 @@ class Arrivals(ABC):
 class SegmentArrivals(Arrivals):
     """Flags in shared memory."""
 
-    def __init__(self, segment: Segment, gather: Callable[[str, Any], list], root: "SegmentArrivals | None" = None):
+    def __init__(self, segment: Segment, gather: Callable[[str, Any], list]):
         self.segment = segment
         self.gather = gather
-        self.root = root or self
 
     @classmethod
     def try_make(cls, meeting: Rendezvous, limit: float) -> "SegmentArrivals | None":
@@ -54,22 +53,28 @@ class SegmentArrivals(Arrivals):
         if not one_host(meeting, limit)[0]:
             return None
         crowded = meeting.size > len(os.sched_getaffinity(0))
-        return cls(share(gather, list(range(meeting.size)), meeting.rank, EMPTY_HALF, crowded, "arrivals"), gather)
+        members = list(range(meeting.size))
+        return cls(share(gather, members, meeting.rank, EMPTY_HALF, key="arrivals", crowded=crowded), gather)
 
     def meet(self, limit: float) -> None:
-        if self.root.segment.words[0]:
-            raise WaitFailed("aborted", (), self.root.segment.aborted or "")
+        if self.segment.root.words[0]:
+            raise WaitFailed("aborted", (), self.segment.aborted or "")
         self.segment.round(limit)
 
     def abort(self, reason: str) -> None:
         self.segment.abort(reason)
-        self.root.segment.abort(reason)
 
     def split(self, comm, members: Sequence[int]) -> "SegmentArrivals":
-        rank = list(members).index(self.segment.rank)
-        crowded = self.segment.spins == 0
-        segment = share(self.gather, list(members), rank, EMPTY_HALF, crowded, "arrivals")
-        return SegmentArrivals(segment, lambda key, value: comm.allgather(value), self.root)
+        segment = share(
+            self.gather,
+            list(members),
+            list(members).index(self.segment.rank),
+            EMPTY_HALF,
+            key="arrivals",
+            crowded=self.segment.spins == 0,
+            root=self.segment.root,
+        )
+        return SegmentArrivals(segment, lambda key, value: comm.allgather(value))
 
 
 class MessageArrivals(Arrivals):

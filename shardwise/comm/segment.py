@@ -63,7 +63,16 @@ class WaitFailed(Exception):
 class Segment:
     """One group's memory: page 0 is common, then a control page for each rank, then two halves for each rank."""
 
-    def __init__(self, fd: int, size: int, rank: int, half: int, members: list[Identity], crowded: bool):
+    def __init__(
+        self,
+        fd: int,
+        size: int,
+        rank: int,
+        half: int,
+        members: list[Identity],
+        crowded: bool,
+        root: "Segment | None" = None,
+    ):
         self.size = size
         self.rank = rank
         self.half = half
@@ -71,6 +80,8 @@ class Segment:
         self.map = mmap.mmap(fd, self.length(size, half), mmap.MAP_SHARED | mmap.MAP_POPULATE)
         self.view = memoryview(self.map)
         self.words = self.view[: PAGE * (1 + size)].cast("q")
+        self.root = root or self
+        """The world's segment: an abort there ends the rounds of its sub-groups."""
         self.epoch = 0
         self.flag = self._word(rank)
         self.others = tuple((peer, self._word(peer)) for peer in range(size) if peer != rank)
@@ -91,20 +102,20 @@ class Segment:
 
     @property
     def aborted(self) -> str | None:
-        """Reason of the abort, if there was one."""
-        if not self.words[0]:
-            return None
-        length = self.words[1]
-        return bytes(self.view[16 : 16 + length]).decode(errors="replace")
+        """Reason of the abort of this group or of the world, if there was one."""
+        for segment in (self, self.root):
+            if segment.words[0]:
+                return bytes(segment.view[16 : 16 + segment.words[1]]).decode(errors="replace")
+        return None
 
     def abort(self, reason: str) -> None:
-        """End all present and later rounds of all ranks. The first reason stays."""
-        if self.words[0]:
-            return
+        """End all present and later rounds of all ranks, of the world too. The first reason stays."""
         blob = reason.encode()[:REASON]
-        self.view[16 : 16 + len(blob)] = blob
-        self.words[1] = len(blob)
-        self.words[0] = 1
+        for segment in (self, self.root):
+            if not segment.words[0]:
+                segment.view[16 : 16 + len(blob)] = blob
+                segment.words[1] = len(blob)
+                segment.words[0] = 1
 
     def round(self, limit: float) -> None:
         """Publish the half that was written for round `epoch + 1`, and wait for all ranks' halves of it."""
@@ -147,7 +158,7 @@ class Segment:
                 os.sched_yield()
                 continue
             now = time.monotonic()
-            if self.words[0]:
+            if self.words[0] or self.root.words[0]:
                 raise WaitFailed("aborted", (), self.aborted or "")
             if now > look:
                 self._look(epoch, now - begin, limit)
@@ -167,46 +178,49 @@ class Segment:
 
 
 def share(
-    gather: Callable[[str, object], list], members: list[int], rank: int, half: int, crowded: bool, key: str
+    gather: Callable[[str, object], list],
+    members: list[int],
+    rank: int,
+    half: int,
+    *,
+    key: str,
+    crowded: bool = False,
+    root: Segment | None = None,
 ) -> Segment:
     """Segment of `members` (ranks in `gather`'s numbering), of which this process is number `rank`.
 
     gather(key, value) gives everyone's value; all its ranks call `share`, each with its own group's members.
     Raises OSError where the memory cannot be shared; then it does so on every rank of `gather`.
     """
-    leads = rank == 0
-    size = len(members)
     fd = -1
-    problem = None
+    segment = problem = None
     try:
-        if leads:
+        if rank == 0:
             fd = os.memfd_create("shardwise", os.MFD_CLOEXEC)
-            os.ftruncate(fd, Segment.length(size, half))
+            os.ftruncate(fd, Segment.length(len(members), half))
         everyone = gather(key + "/offer", (Identity.mine(), fd))
         people = [everyone[member][0] for member in members]
-        segment = None
         try:
-            segment = _map(everyone[members[0]], fd, people, rank, half, crowded)
+            opened = _open(everyone[members[0]], people)
+            try:
+                segment = Segment(opened, len(members), rank, half, people, crowded, root)
+            finally:
+                os.close(opened)
         except OSError as error:
             problem = f"process {os.getpid()}: {error}"
         problems = [text for text in gather(key + "/mapped", problem) if text]
     finally:
         if fd >= 0:
             os.close(fd)
-    if problems or segment is None:
+    if segment is None or problems:
         raise OSError("; ".join(problems))
     return segment
 
 
-def _map(offer: tuple[Identity, int], own_fd: int, people: list[Identity], rank: int, half: int, crowded: bool):
+def _open(offer: tuple[Identity, int], people: list[Identity]) -> int:
+    """A descriptor of the leader's memory."""
     leader, fd = offer
     hosts = {person.host for person in people}
     if len(hosts) > 1:
         raise OSError(f"the ranks are on {len(hosts)} hosts, in different containers, or of different users")
-    if own_fd >= 0:
-        return Segment(own_fd, len(people), rank, half, people, crowded)
-    opened = os.open(f"/proc/{leader.pid}/fd/{fd}", os.O_RDWR)
-    try:
-        return Segment(opened, len(people), rank, half, people, crowded)
-    finally:
-        os.close(opened)
+    return os.open(f"/proc/{leader.pid}/fd/{fd}", os.O_RDWR)

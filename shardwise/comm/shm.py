@@ -30,12 +30,10 @@ KEPT_PLANS = 512
 class ShmCommunicator(Collective):
     """One rank's end of a group in shared memory. Made by `join` or `split`."""
 
-    def __init__(self, segment: Segment, ranks: Sequence[int], root: "ShmCommunicator | None" = None, **options):
+    def __init__(self, segment: Segment, ranks: Sequence[int], **options):
         super().__init__(rank=segment.rank, ranks=ranks, transport="shm", **options)
         self.segment = segment
-        self._root = root or self
-        self._words = segment.words
-        self._root_words = self._root.segment.words
+        self._root_words = segment.root.words
         self._plans: dict[tuple, tuple | None] = {}
         with torch.inference_mode(False):  # views made in inference mode could not be written outside of it
             memory = torch.frombuffer(segment.map, dtype=torch.uint8)
@@ -54,8 +52,8 @@ class ShmCommunicator(Collective):
                 list(range(meeting.size)),
                 meeting.rank,
                 _half(meeting.size),
-                meeting.size > cores,
-                "shm",
+                key="shm",
+                crowded=meeting.size > cores,
             )
         except OSError as error:
             raise CommError(f"transport shm cannot serve rank {meeting.ranks[meeting.rank]}: {error}") from None
@@ -122,12 +120,12 @@ class ShmCommunicator(Collective):
         return self._fail(CommError(f"{where}: {error.reason}"))
 
     def _refused(self, op: str) -> CommError:
-        reason = self.broken or self._root.segment.aborted
+        reason = self.broken or self.segment.aborted
         return CommError(f"{op} on group {self.name}, rank {self._world_rank}: {reason}")
 
     def _begin(self, op: str, shape, dtype, strategy: str, *details) -> list:
         if self.broken is None and self._root_words[0]:
-            self.broken = self._root.segment.aborted
+            self.broken = self.segment.aborted
         return super()._begin(op, shape, dtype, strategy, *details)
 
     def _writing(self) -> tuple[Tensor, ...]:
@@ -241,13 +239,13 @@ class ShmCommunicator(Collective):
             members,
             members.index(self.rank),
             _half(len(members)),
-            self.segment.spins == 0,
-            name,
+            key=name,
+            crowded=self.segment.spins == 0,
+            root=self.segment.root,
         )
         return ShmCommunicator(
             segment,
             [self.ranks[i] for i in members],
-            self._root,
             name=name,
             deadlines=self.deadlines,
             check=self.check,
@@ -256,7 +254,6 @@ class ShmCommunicator(Collective):
 
     def _abort(self, reason: str) -> None:
         self.segment.abort(reason)
-        self._root.segment.abort(reason)
 
     def close(self) -> None:
         super().close()

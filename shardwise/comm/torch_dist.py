@@ -8,9 +8,11 @@ every waiting rank writes its name into the store, and who did not write is miss
 where torch's watchdog holds the deadline.
 """
 
+import atexit
 import contextlib
 import os
 import socket
+import threading
 import time
 from collections.abc import Sequence
 from datetime import timedelta
@@ -26,10 +28,19 @@ from shardwise.comm.base import CollectiveTimeout, CommError, PeerLost
 from shardwise.comm.bootstrap import Rendezvous, TorchStore
 from shardwise.comm.collective import FINGERPRINT_BYTES, Collective
 
-SLICE = timedelta(seconds=0.5)
+SLICE = timedelta(seconds=0.2)
 ROLL_CALL_SECONDS = 1.5
 """How long a rank that gave up waits for the others to write their names, as their deadlines end a little later."""
-LOST_SIGNS = ("Connection closed by peer", "Connection reset", "Broken pipe", "Socket closed")
+_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+"""torch 2.13 renames them; 2.11 knows the old names only."""
+LOST_SIGNS = (
+    "Connection closed by peer",
+    "Connection was likely closed",
+    "Connection reset",
+    "Broken pipe",
+    "Socket closed",
+)
 
 
 class ProcessGroupRendezvous(Rendezvous):
@@ -90,6 +101,8 @@ class TorchDistCommunicator(Collective):
             group = dist.new_group(list(meeting.ranks), backend=backend)
         communicator = cls(group, backend, store, **options)
         communicator._owner = owner
+        if owner:
+            atexit.register(_leave, options["deadlines"].stop)
         return communicator
 
     @classmethod
@@ -185,13 +198,13 @@ class TorchDistCommunicator(Collective):
     def _all_gather(self, source: Tensor, joined: Tensor, counts: Sequence[int]) -> None:
         with self._calls():
             if self._sorted and len(set(counts)) == 1:
-                self._done(dist.all_gather_into_tensor(joined, source, group=self.group, async_op=True))
+                self._done(_gather(joined, source, group=self.group, async_op=True))
                 return
             longest = max(counts)
             padded = source.new_zeros(longest)
             padded[: source.numel()] = source
             gathered = source.new_empty(longest * self.size)
-            self._done(dist.all_gather_into_tensor(gathered, padded, group=self.group, async_op=True))
+            self._done(_gather(gathered, padded, group=self.group, async_op=True))
         rows = gathered.view(self.size, longest)
         for place, start, count in zip(self._place, starts(counts), counts, strict=True):
             joined[start : start + count].copy_(rows[place, :count])
@@ -202,7 +215,7 @@ class TorchDistCommunicator(Collective):
             self._ordered_reduce_scatter(joined, counts, target)
             return
         with self._calls():
-            self._done(dist.reduce_scatter_tensor(target, joined, group=self.group, async_op=True))
+            self._done(_scatter(target, joined, group=self.group, async_op=True))
 
     def _all_to_all(self, source: Tensor, target: Tensor, table: list[tuple[int, ...]]) -> None:
         sends, receives = list(table[self.rank]), [row[self.rank] for row in table]
@@ -261,6 +274,7 @@ class TorchDistCommunicator(Collective):
     def _abort(self, reason: str) -> None:
         with contextlib.suppress(RuntimeError):  # rank 0 may be gone, and the store with it
             self.store.set("abort", reason.encode())
+            time.sleep(2 * SLICE.total_seconds())  # peers look once a slice; this rank may serve the store, and leave
         if self.control is not None:
             self.control.abort(reason)
 
@@ -269,6 +283,14 @@ class TorchDistCommunicator(Collective):
         super().close()
         if self._owner and not closed and dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _leave(limit: float) -> None:
+    """At exit: gloo aborts a process that ends with its threads running. A broken group may not end: no longer wait."""
+    if dist.is_initialized():
+        leaving = threading.Thread(target=dist.destroy_process_group, daemon=True)
+        leaving.start()
+        leaving.join(limit)
 
 
 def _timed_out(error: Exception) -> bool:

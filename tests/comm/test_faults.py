@@ -1,0 +1,153 @@
+"""A rank that is late, dead, or calls something else: the others are told which one, in bounded time."""
+
+import json
+import time
+
+import pytest
+import torch
+
+from shardwise.comm import watch
+from shardwise.comm.base import CollectiveMismatch, CollectiveTimeout, CommError
+from shardwise.comm.rank import current_groups
+from shardwise.comm.watch import Deadlines
+from shardwise.testing import run_processes, run_threads
+
+TRANSPORTS = ("shm", "gloo", "mpi")
+
+
+def test_threads_name_the_missing_rank():
+    def body():
+        group = current_groups().world
+        group.all_reduce(torch.ones(2))
+        if group.rank == 1:
+            time.sleep(1.0)
+            return
+        with pytest.raises(CollectiveTimeout) as caught:
+            group.all_reduce(torch.ones(2))
+        assert caught.value.missing == (1,)
+        assert f"all_reduce #2 on group world, rank {group.rank}: rank(s) 1 did not arrive" in str(caught.value)
+        with pytest.raises(CommError, match="did not arrive"):
+            group.barrier()
+
+    run_threads(3, body, deadlines=Deadlines(collective=0.3))
+
+
+def test_threads_wait_for_a_slow_rank():
+    def body():
+        group = current_groups().world
+        if group.rank == 0:
+            time.sleep(0.3)
+        return group.all_reduce(torch.ones(2)).tolist()
+
+    assert run_threads(2, body, deadlines=Deadlines(collective=5)) == [[2.0, 2.0]] * 2
+
+
+def test_a_failing_thread_unblocks_the_others():
+    def body():
+        group = current_groups().world.split(0)
+        if group.rank == 2:
+            raise KeyError("lost key")
+        group.barrier()
+
+    begin = time.monotonic()
+    with pytest.raises(KeyError):
+        run_threads(3, body, deadlines=Deadlines(collective=60))
+    assert time.monotonic() - begin < 10
+
+
+@pytest.mark.parametrize("how", ["shape", "dtype", "op"])
+def test_threads_in_check_mode_name_both_calls(how):
+    def body():
+        group = current_groups().world
+        odd = group.rank == 1
+        x = torch.ones(5 if odd and how == "shape" else 4, dtype=torch.int32 if odd and how == "dtype" else torch.int64)
+        with pytest.raises(CollectiveMismatch) as caught:
+            if how == "op" and odd:
+                group.reduce_scatter(x)
+            else:
+                group.all_reduce(x)
+        text = str(caught.value)
+        assert "rank 0 called #1 all_reduce shape=(4,) dtype=torch.int64" in text
+        assert {"shape": "shape=(5,)", "dtype": "torch.int32", "op": "rank 1 called #1 reduce_scatter"}[how] in text
+
+    run_threads(3, body, check=True)
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_a_late_rank_is_named(transport):
+    mpi = transport == "mpi"
+    results = run_processes(3, "fault_ranks:one_rank_is_late", transport, 2, mpi=mpi, may_die=(0, 2) if mpi else (2,))
+    for rank in (0, 1):
+        (kind, text, missing, seconds), again, last = results[rank]
+        assert kind == "CollectiveTimeout", text
+        assert missing == (2,)
+        assert f"all_reduce #2 on group world, rank {rank}: rank(s) 2 did not arrive within 0.7 s" in text
+        assert 0.6 < seconds < 4
+        assert again[0] == "CommError" and "did not arrive" in again[1]
+        assert (last["op"], last["sequence"], last["end"]) == ("all_reduce", 2, 0)
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_a_slow_rank_is_waited_for(transport):
+    results = run_processes(2, "fault_ranks:one_rank_is_slow", transport, 1, mpi=transport == "mpi")
+    assert [kind for kind, *_ in results] == ["nothing"] * 2
+    assert results[0][3] > 0.3
+
+
+@pytest.mark.parametrize("how", ["kill", "exit"])
+@pytest.mark.parametrize("transport", ["shm", "gloo"])
+def test_a_dead_rank_is_noticed_long_before_the_deadline(transport, how):
+    results = run_processes(3, "fault_ranks:one_rank_dies", transport, 1, how, may_die=(1,))
+    kind, text, missing, seconds = results[0]
+    assert kind == "PeerLost" and "all_reduce #2 on group world, rank 0" in text and "is gone" in text
+    assert seconds < 10
+    if transport == "shm":
+        assert missing == (1,)
+
+
+@pytest.mark.parametrize("in_sub_group", [False, True])
+@pytest.mark.parametrize("transport", ["shm", "gloo"])
+def test_abort_unblocks_waiting_peers(transport, in_sub_group):
+    results = run_processes(4, "fault_ranks:one_rank_aborts", transport, in_sub_group)
+    for rank in (0, 2):
+        kind, text, _, seconds = results[rank]
+        assert kind == "CommError" and "rank 0 ran out of ideas" in text
+        assert seconds < 10
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+@pytest.mark.parametrize("how", ["shape", "op"])
+def test_check_mode_names_both_calls(transport, how):
+    results = run_processes(2, "fault_ranks:calls_differ", transport, how, mpi=transport == "mpi")
+    for kind, text, _, _ in results:
+        assert kind == "CollectiveMismatch"
+        assert "rank 0 called #2 all_reduce shape=(4,)" in text
+        assert ("rank 1 called #2 all_reduce shape=(5,)" if how == "shape" else "rank 1 called #2 barrier") in text
+
+
+@pytest.mark.parametrize("how", ["dtype", "strategy", "root"])
+def test_check_mode_sees_every_part_of_a_call(how):
+    for kind, text, _, _ in run_processes(2, "fault_ranks:calls_differ", "shm", how):
+        assert kind == "CollectiveMismatch", text
+
+
+def test_a_failure_dumps_the_flight_record(tmp_path, monkeypatch):
+    monkeypatch.setenv(watch.LOG_FOLDER_ENV, str(tmp_path))
+
+    def body():
+        group = current_groups().world
+        for _ in range(300):
+            group.barrier()
+        if group.rank == 0:
+            with pytest.raises(CollectiveTimeout) as caught:
+                group.all_gather(torch.ones(3, 2), 1)
+            return caught.value.__notes__
+        time.sleep(0.5)
+
+    notes = run_threads(2, body, deadlines=Deadlines(collective=0.2))[0]
+    record = json.loads((tmp_path / "flight-rank0.json").read_text())
+    assert str(tmp_path / "flight-rank0.json") in notes[0]
+    assert len(record["collectives"]) == watch.FLIGHT_LENGTH
+    last = record["collectives"][-1]
+    assert (last["op"], last["shape"], last["dtype"], last["sequence"]) == ("all_gather", [3, 2], "float32", 301)
+    assert last["end"] == 0 and record["collectives"][-2]["end"] > 0
