@@ -73,17 +73,25 @@ def oracle(qkv, k_cache, v_cache, table, position, rope, heads, q_norm, k_norm, 
     return torch.einsum("gqs,sgd->gqd", p, values).reshape(heads, dim), k, v
 
 
+def pages_of(layout, pages, page_size, kv_heads, dim):
+    """Key and value pages [pages, page_size, Nkv, D] in one of the memory orders that callers keep."""
+    if layout == "heads first":
+        both = randn(pages, 2, kv_heads, page_size, dim)
+        return both[:, 0].transpose(1, 2), both[:, 1].transpose(1, 2)
+    if layout == "rows joined":
+        both = randn(pages, page_size, 2, kv_heads, dim)
+        return both[:, :, 0], both[:, :, 1]
+    return randn(pages, page_size, kv_heads, dim), randn(pages, page_size, kv_heads, dim)
+
+
 @pytest.mark.parametrize("splits", [1, 3])
-@pytest.mark.parametrize("heads, kv_heads", [(6, 2), (4, 4)])
+@pytest.mark.parametrize("heads, kv_heads, layout", [(6, 2, "plain"), (6, 2, "heads first"), (4, 4, "rows joined")])
 @pytest.mark.parametrize("options", ["plain", "qk_norm", "sinks", "window"])
-def test_fused_decode_attention(splits, heads, kv_heads, options):
+def test_fused_decode_attention(splits, heads, kv_heads, layout, options):
     torch.manual_seed(1)
     dim, page_size, positions = 32, 16, [0, 37, 16, -1]
     batch, max_pages = len(positions), 4
-    k_cache, v_cache = (
-        randn(batch * max_pages, page_size, kv_heads, dim),
-        randn(batch * max_pages, page_size, kv_heads, dim),
-    )
+    k_cache, v_cache = pages_of(layout, batch * max_pages, page_size, kv_heads, dim)
     table = torch.randperm(batch * max_pages).view(batch, max_pages).int().to(DEVICE)
     angles = torch.rand(64, dim // 2, dtype=torch.float64) * 6
     rope = torch.cat([angles.cos(), angles.sin()], -1).to(DEVICE)

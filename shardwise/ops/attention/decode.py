@@ -32,8 +32,8 @@ def _unit(first, second, weight_ptr, half, eps, HALF: tl.constexpr, ON: tl.const
 @triton.jit
 def _decode_kernel(
     qkv_ptr,  # [B, (N + 2 Nkv) D]
-    k_cache_ptr,  # [pages, PAGE, Nkv, D]
-    v_cache_ptr,  # [pages, PAGE, Nkv, D]
+    k_cache_ptr,  # [pages, PAGE, Nkv, D], strided
+    v_cache_ptr,  # the same, with the same strides
     table_ptr,  # int32 [B, max_pages]
     position_ptr,  # int32 [B], keys already cached; negative: the row is padding
     rope_ptr,  # float32 [max_position, D]: cos of the first half, then sin
@@ -45,6 +45,9 @@ def _decode_kernel(
     counter_ptr,  # int32 [B Nkv], zero between calls
     kv_heads,
     max_pages,
+    page_stride,
+    token_stride,
+    head_stride,
     scale,
     eps,
     window,
@@ -66,7 +69,7 @@ def _decode_kernel(
     D: tl.constexpr = 2 * HALF
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
+    # Position, angles and page table are constant for the whole step: they load while the kernel before drains.
     position = tl.load(position_ptr + sequence)
     half = tl.arange(0, HALF)
     whole = tl.arange(0, D)
@@ -74,6 +77,8 @@ def _decode_kernel(
     live = group < GROUP
     row = qkv_ptr + sequence.to(tl.int64) * (kv_heads * (GROUP + 2) * D)
     if position < 0:
+        if PDL:
+            tl.extra.cuda.gdc_wait()
         if split == 0:
             place = (sequence.to(tl.int64) * kv_heads + head) * GROUP * D + group[:, None] * D + whole[None, :]
             tl.store(out_ptr + place, tl.zeros([GROUP_PAD, D], out_ptr.dtype.element_ty), mask=live[:, None])
@@ -81,6 +86,8 @@ def _decode_kernel(
 
     cos = tl.load(rope_ptr + position.to(tl.int64) * D + half)[None, :]
     sin = tl.load(rope_ptr + position.to(tl.int64) * D + HALF + half)[None, :]
+    if PDL:
+        tl.extra.cuda.gdc_wait()
     q_at = row + (head * GROUP + group[:, None]) * D + half[None, :]
     q1 = tl.load(q_at, mask=live[:, None], other=0.0).to(tl.float32)
     q2 = tl.load(q_at + HALF, mask=live[:, None], other=0.0).to(tl.float32)
@@ -102,7 +109,7 @@ def _decode_kernel(
         k2 = k2.to(k_cache_ptr.dtype.element_ty)
         v = tl.load(row + (kv_heads * (GROUP + 1) + head) * D + whole)
         page = tl.load(table_ptr + sequence * max_pages + position // PAGE).to(tl.int64)
-        slot = ((page * PAGE + position % PAGE) * kv_heads + head) * D
+        slot = page * page_stride + position % PAGE * token_stride + head * head_stride
         tl.store(k_cache_ptr + slot + half[None, :], k1)
         tl.store(k_cache_ptr + slot + HALF + half[None, :], k2)
         tl.store(v_cache_ptr + slot + whole, v.to(v_cache_ptr.dtype.element_ty))
@@ -122,7 +129,7 @@ def _decode_kernel(
         at = start + keys
         seen = (at < position) & (at >= first)
         page = tl.load(table_ptr + sequence * max_pages + start // PAGE).to(tl.int64)
-        slots = ((page * PAGE + start % PAGE + keys) * kv_heads + head) * D
+        slots = page * page_stride + (start % PAGE + keys).to(tl.int64) * token_stride + head * head_stride
         k1 = tl.load(k_cache_ptr + slots[None, :] + half[:, None], mask=seen[None, :], other=0.0)
         k2 = tl.load(k_cache_ptr + slots[None, :] + HALF + half[:, None], mask=seen[None, :], other=0.0)
         v = tl.load(v_cache_ptr + slots[:, None] + whole[None, :], mask=seen[:, None], other=0.0)
@@ -137,9 +144,9 @@ def _decode_kernel(
 
     stride: tl.constexpr = GROUP_PAD * (D + 2)
     mine = partial_ptr + (pair.to(tl.int64) * SPLITS + split) * stride
-    tl.store(mine + group[:, None] * D + whole[None, :], total)
-    tl.store(mine + GROUP_PAD * D + group, top)
-    tl.store(mine + GROUP_PAD * D + GROUP_PAD + group, weight)
+    tl.store(mine + group[:, None] * D + whole[None, :], total, mask=live[:, None])
+    tl.store(mine + GROUP_PAD * D + group, top, mask=live)
+    tl.store(mine + GROUP_PAD * D + GROUP_PAD + group, weight, mask=live)
     tl.debug_barrier()  # all of this program's stores come before its arrival
     arrived = tl.atomic_add(counter_ptr + pair, 1, sem="acq_rel", scope="gpu")
     if arrived != SPLITS - 1:
@@ -148,11 +155,12 @@ def _decode_kernel(
     top = tl.full([GROUP_PAD], float("-inf"), tl.float32)
     weight = tl.zeros([GROUP_PAD], tl.float32)
     total = tl.zeros([GROUP_PAD, D], tl.float32)
-    for other in range(SPLITS):
+    for other in tl.range(SPLITS, loop_unroll_factor=4):
         theirs = partial_ptr + (pair.to(tl.int64) * SPLITS + other) * stride
-        part = tl.load(theirs + group[:, None] * D + whole[None, :], cache_modifier=".cg")
-        part_top = tl.load(theirs + GROUP_PAD * D + group, cache_modifier=".cg")
-        part_weight = tl.load(theirs + GROUP_PAD * D + GROUP_PAD + group, cache_modifier=".cg")
+        at = theirs + group[:, None] * D + whole[None, :]
+        part = tl.load(at, mask=live[:, None], other=0.0, cache_modifier=".cg")
+        part_top = tl.load(theirs + GROUP_PAD * D + group, mask=live, other=0.0, cache_modifier=".cg")
+        part_weight = tl.load(theirs + GROUP_PAD * D + GROUP_PAD + group, mask=live, other=1.0, cache_modifier=".cg")
         new_top = tl.maximum(top, part_top)
         old_scale = tl.where(top == float("-inf"), 0.0, tl.exp(top - new_top))
         part_scale = tl.where(part_top == float("-inf"), 0.0, tl.exp(part_top - new_top))
@@ -213,7 +221,9 @@ def fused_decode_attention(
     """Attention of one new token a sequence; its key and value are appended to the cache. Returns [B, N D].
 
     D a power of two from 32 to 256, page_size a multiple of 64 (or of itself when smaller and a power of two),
-    NeoX pairing over the whole head. `window` counts the keys seen, the new token's included.
+    NeoX pairing over the whole head. The caches may be views with equal strides and contiguous heads: a plain cache
+    [slots, max_seq, Nkv, D], or one of FlashInfer's [pages, 2, Nkv, page_size, D] transposed. `window` counts the keys
+    seen, the new token's included.
     """
     page_size, kv_heads, head_dim = k_cache.shape[1:]
     batch = qkv.shape[0]
@@ -223,6 +233,11 @@ def fused_decode_attention(
             f"fused_decode_attention: head size {head_dim} (a power of two, 32 to 256), page size {page_size} "
             f"(a multiple of {block}), {heads} heads over {kv_heads} KV heads"
         )
+    if k_cache.stride() != v_cache.stride() or k_cache.stride(-1) != 1:
+        raise ValueError(
+            f"fused_decode_attention: caches with strides {k_cache.stride()} and {v_cache.stride()}, need equal ones "
+            "with contiguous heads"
+        )
     if (q_norm is None) != (k_norm is None):
         raise ValueError("fused_decode_attention: q_norm and k_norm come together")
     group = heads // kv_heads
@@ -230,7 +245,7 @@ def fused_decode_attention(
     pdl = pdl and not interpreting()
     _decode_kernel[(batch * kv_heads, workspace.splits)](
         qkv, k_cache, v_cache, page_table, positions, rope, q_norm, k_norm, sinks, out,
-        workspace.partial, workspace.counter, kv_heads, page_table.shape[1],
+        workspace.partial, workspace.counter, kv_heads, page_table.shape[1], *k_cache.stride()[:3],
         head_dim**-0.5 if scale is None else scale, eps, window or 0,
         GROUP=group, GROUP_PAD=max(16, triton.next_power_of_2(group)), HALF=head_dim // 2, PAGE=page_size,
         BLOCK=block, SPLITS=workspace.splits, QK_NORM=q_norm is not None, SINKS=sinks is not None,
