@@ -1,0 +1,114 @@
+import json
+import random
+
+import pytest
+from tokenizers import Tokenizer as Backend
+from tokenizers import decoders, models, pre_tokenizers
+
+from shardwise.parallel.chat import render_chat
+from shardwise.parallel.tokenizer import load_tokenizer
+from shardwise.sharding.checkpoint.header import CheckpointError
+from shardwise.sharding.checkpoint.resolve import Checkpoint, open_checkpoint
+
+CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi <b>&</b> 你好"}]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(smollm2_path):
+    return load_tokenizer(open_checkpoint(smollm2_path))
+
+
+def texts() -> list[str]:
+    choice = random.Random(0).choice
+    letters = "abC Zé你🙂.,;'\"\n\t_-(){}ßđ"
+    made = ["".join(choice(letters) for _ in range(60)) for _ in range(400)]
+    fixed = [
+        "",
+        " ",
+        "In 2024, 12345 apples cost $1,000.50.",
+        "don't WE'LL I've it's",
+        "  leading and   inner   spaces  ",
+        "<|im_start|>user\nhello<|im_end|>\n<|endoftext|>",
+        "def f(x):\n    return x**2  # naïve\n\n\n",
+        "日本語のテキスト ✓ 👩‍👩‍👧",
+    ]
+    return fixed + made
+
+
+def test_ids_equal_those_of_transformers_for_the_same_file(tokenizer, transformers_tokenizer):
+    for text in texts():
+        assert tokenizer.encode(text) == transformers_tokenizer.encode(text, add_special_tokens=False), repr(text)
+
+
+def test_digits_stand_alone_as_the_named_pretokenizer_says(tokenizer):
+    # "smollm" splits digits off before words are formed; Transformers forms words first and gets " ", " ", "5".
+    assert [tokenizer.decode([i]) for i in tokenizer.encode("a  57")] == ["a", "  ", "5", "7"]
+
+
+def test_the_chat_prompt_equals_transformers(tokenizer, transformers_tokenizer):
+    expected = transformers_tokenizer.apply_chat_template(CHAT, add_generation_prompt=True, return_dict=True)
+    assert tokenizer.encode_chat(CHAT) == list(expected["input_ids"])
+
+
+def test_special_ids_come_from_the_metadata(tokenizer):
+    assert tokenizer.bos_id == 1
+    assert tokenizer.stop_ids == (2,)
+
+
+def test_streamed_pieces_join_to_the_text_and_never_hold_half_a_character(tokenizer):
+    for text in texts():
+        ids = tokenizer.encode(text)
+        push = tokenizer.stream()
+        pieces = [push(i) for i in ids]
+        assert "\ufffd" not in "".join(pieces)
+        assert "".join(pieces) == tokenizer.decode(ids)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    backend = Backend(models.BPE(vocab={"a": 0, "b": 1, "<s>": 2, "</s>": 3, "<end>": 4}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(["<s>", "</s>", "<end>"])
+    backend.save(str(tmp_path / "tokenizer.json"))
+    return tmp_path
+
+
+def load(folder, config=None):
+    return load_tokenizer(Checkpoint("folder", folder, config or {}))
+
+
+def test_a_folder_gives_special_tokens_and_template(folder):
+    settings = {"bos_token": {"content": "<s>"}, "eos_token": "</s>", "chat_template": "{{ bos_token }}ab"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [4, 3]}))
+    tokenizer = load(folder, {"eos_token_id": 1})
+    assert (tokenizer.bos_id, tokenizer.stop_ids) == (2, (4, 3))
+    assert tokenizer.encode_chat(CHAT) == [2, 0, 1]
+    (folder / "chat_template.jinja").write_text("ba")
+    assert load(folder).encode_chat(CHAT) == [1, 0]
+
+
+def test_stop_ids_come_from_the_config_where_nothing_else_names_them(folder):
+    assert load(folder, {"eos_token_id": 1}).stop_ids == (1,)
+    assert load(folder).stop_ids == ()
+
+
+def test_a_model_without_template_says_what_to_do(folder):
+    with pytest.raises(ValueError, match="no chat template.*--raw"):
+        load(folder).encode_chat(CHAT)
+
+
+def test_a_folder_without_tokenizer_is_refused(tmp_path):
+    with pytest.raises(CheckpointError, match="tokenizer.json is missing"):
+        load(tmp_path)
+
+
+def test_templates_run_in_a_sandbox_and_speak_for_themselves():
+    with pytest.raises(ValueError, match="chat template: roles must alternate"):
+        render_chat("{{ raise_exception('roles must alternate') }}", CHAT)
+    with pytest.raises(ValueError, match="chat template"):
+        render_chat("{{ messages.__class__.__mro__ }}", CHAT)
+    with pytest.raises(ValueError, match="chat template"):
+        render_chat("{% for %}", CHAT)
+    assert render_chat("{{ messages[1].content | tojson }}", CHAT) == '"Hi <b>&</b> 你好"'
