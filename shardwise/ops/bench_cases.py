@@ -87,9 +87,7 @@ def rope_cases(tokens: tuple[int, ...], heads: int = 32, kv_heads: int = 8, size
         yield Case(name, label, q_bytes + k_bytes, ours(name, q, k, positions, table), peers)
 
 
-CATEGORIES: dict[str, Callable[[bool], Iterator[Case]]] = {
-    "normalization": lambda full: norm_cases(
-        (1, 8, 64, 512, 2048, 8192, 16384) if full else (1, 512, 8192), (2880, 4096, 7168) if full else (4096,)
-    ),
-    "rope": lambda full: rope_cases((1, 64, 1024, 8192, 16384) if full else (1, 8192)),
-}
+def normalization_cases(full: bool) -> Iterator[Case]:
+    """All normalization operators."""
+    tokens = (1, 8, 64, 512, 2048, 8192, 16384) if full else (1, 512, 8192)
+    yield from norm_cases(tokens, (2880, 4096, 7168) if full else (4096,))

@@ -27,10 +27,13 @@ except ImportError:
     triton = tl = _Missing()  # type: ignore[assignment]
 
 
+# Triton decides when a kernel is decorated; reading its switch costs a microsecond, too much for every launch.
+_INTERPRETING = hasattr(triton, "knobs") and bool(triton.knobs.runtime.interpret)
+
+
 def interpreting() -> bool:
     """True when kernels run in Triton's interpreter, on CPU tensors (TRITON_INTERPRET=1 before the import)."""
-    knobs = getattr(triton, "knobs", None)
-    return knobs is not None and bool(knobs.runtime.interpret)
+    return _INTERPRETING
 
 
 @functools.cache
@@ -83,6 +86,54 @@ class Launcher:
             self._compiled[device.index, key] = self._kernel[grid](*args, **options)
         else:
             compiled[grid](*args)
+
+
+class Kernel:
+    """A kernel whose parameters are in three runs: pointers, numbers that change freely, and what it is compiled for.
+
+    The second run must be marked do_not_specialize; the third (specialised integers and constexprs) is, with dtypes
+    and alignment, the key under which the compiled form is kept. Addresses are passed as numbers, which spares
+    Triton a driver query for each pointer.
+    """
+
+    def __init__(self, kernel: Any):
+        self._kernel = kernel
+        self._compiled: dict[Any, Any] = {}
+
+    def __call__(
+        self,
+        device: torch.device,
+        grid: tuple[int, int, int],
+        pointers: tuple[torch.Tensor, ...],
+        free: tuple[float, ...],
+        fixed: tuple[Any, ...],
+        *,
+        warps: int,
+        stages: int = 2,
+        pdl: bool = False,
+    ) -> None:
+        """Run on `grid`; an empty grid is no launch."""
+        if 0 in grid:
+            return
+        if _INTERPRETING:
+            self._kernel[grid](*pointers, *free, *fixed)
+            return
+        if device.index != torch.cuda.current_device():
+            with torch.cuda.device(device):
+                return self(device, grid, pointers, free, fixed, warps=warps, stages=stages, pdl=pdl)
+        addresses = [tensor.data_ptr() for tensor in pointers]
+        bits = 0
+        for address in addresses:
+            bits |= address
+        odd = bits & 15 and tuple(address % 16 == 0 for address in addresses)
+        key = (device.index, odd, warps, *[tensor.dtype for tensor in pointers], *fixed)
+        compiled = self._compiled.get(key)
+        if compiled is not None:
+            compiled[grid](*addresses, *free, *fixed)
+            return
+        self._compiled[key] = self._kernel[grid](
+            *pointers, *free, *fixed, num_warps=warps, num_stages=stages, launch_pdl=pdl
+        )
 
 
 def aligned(*tensors: Any) -> Any:

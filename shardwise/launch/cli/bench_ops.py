@@ -18,7 +18,7 @@ def run(args: argparse.Namespace) -> int:
     """Measure and print; 1 without a CUDA device, 2 for an unknown category."""
     import torch
 
-    from shardwise.ops.bench_cases import CATEGORIES
+    from shardwise.ops.bench import CATEGORIES
 
     unknown = [name for name in args.category or () if name not in CATEGORIES]
     if unknown:

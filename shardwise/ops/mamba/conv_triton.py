@@ -8,7 +8,7 @@ import torch
 
 from shardwise.ops.mamba.conv import ConvBatch, halo, nothing, prepare
 from shardwise.ops.registry import TRITON, operator
-from shardwise.ops.triton_support import Launcher, aligned, tl, triton
+from shardwise.ops.triton_support import Kernel, tl, triton
 
 ROWS = 32
 
@@ -172,9 +172,9 @@ def _decode_kernel(
     tl.store(row, out.to(x_ptr.dtype.element_ty), mask=c < channels)
 
 
-_launch_save = Launcher(_save_kernel)
-_launch_prefill = Launcher(_prefill_kernel)
-_launch_decode = Launcher(_decode_kernel)
+_launch_save = Kernel(_save_kernel)
+_launch_prefill = Kernel(_prefill_kernel)
+_launch_decode = Kernel(_decode_kernel)
 
 
 def _power(n: int) -> int:
@@ -186,25 +186,23 @@ def _prefill(one: ConvBatch) -> None:
     saved, sequences, slots = halo(one, ROWS), one.batch.prefill, one.cache.shape[0]
     width, lookup = min(128, _power(channels)), _power(sequences)
     bias = one.weight if one.bias is None else one.bias
-    tensors = (one.x, one.weight, bias, one.bounds, one.slots, one.resumes, one.cache, saved)
-    strides, cache_strides = one.x.stride(), one.cache.stride()
-    key = (*(t.dtype for t in tensors), aligned(*tensors), strides, cache_strides, K, width, lookup)
     grid = (saved.shape[0], -(-channels // width), 1)
+    free, strides = (sequences, slots, channels), one.x.stride()
     _launch_save(
         one.x.device,
-        key,
         grid,
-        (one.x, one.bounds, one.slots, one.resumes, one.cache, saved, sequences, slots, channels)
-        + (*strides, *cache_strides, K, _power(K - 1), ROWS, width, lookup),
-        num_warps=2,
+        (one.x, one.bounds, one.slots, one.resumes, one.cache, saved),
+        free,
+        (*strides, *one.cache.stride(), K, _power(K - 1), ROWS, width, lookup),
+        warps=2,
     )
     _launch_prefill(
         one.x.device,
-        (*key, one.bias is None, one.silu),
         grid,
-        (one.x, one.weight, bias, one.bounds, one.slots, saved, sequences, slots, channels)
-        + (*strides, K, ROWS, width, lookup, one.bias is not None, one.silu),
-        num_warps=4,
+        (one.x, one.weight, bias, one.bounds, one.slots, saved),
+        free,
+        (*strides, K, ROWS, width, lookup, one.bias is not None, one.silu),
+        warps=4,
     )
 
 
@@ -213,15 +211,13 @@ def _decode(one: ConvBatch) -> None:
     x, slots = one.x[one.batch.prefill_tokens : one.batch.tokens], one.slots[one.batch.prefill :]
     width = min(256, _power(channels))
     bias = one.weight if one.bias is None else one.bias
-    tensors = (x, one.weight, bias, slots, one.cache)
-    key = (*(t.dtype for t in tensors), aligned(*tensors), x.stride(), one.cache.stride(), K, width)
     _launch_decode(
         x.device,
-        (*key, one.bias is None, one.silu),
         (x.shape[0], -(-channels // width), 1),
-        (*tensors, one.cache.shape[0], channels, *x.stride(), *one.cache.stride(), K, _power(K - 1), width)
-        + (one.bias is not None, one.silu),
-        num_warps=4,
+        (x, one.weight, bias, slots, one.cache),
+        (one.cache.shape[0], channels),
+        (*x.stride(), *one.cache.stride(), K, _power(K - 1), width, one.bias is not None, one.silu),
+        warps=4,
     )
 
 

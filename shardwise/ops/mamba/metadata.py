@@ -8,7 +8,7 @@ import torch
 from shardwise.ops.attention.batch import Batch, read_batch
 from shardwise.ops.registry import TRITON, operator
 from shardwise.ops.state_batch import prefill_bounds
-from shardwise.ops.triton_support import Launcher, aligned, tl, triton
+from shardwise.ops.triton_support import Kernel, tl, triton
 
 
 def _metadata(position_ids, batch_info_host, seq_len, cu_seqlen, chunk_size):
@@ -94,7 +94,7 @@ def _pieces_kernel(
     tl.store(offset_ptr + i, tl.where(exists, cut % CHUNK, -1), mask=i < pieces)
 
 
-_launch = Launcher(_pieces_kernel)
+_launch = Kernel(_pieces_kernel)
 
 
 def _on_device(op: str, batch: Batch, cu_seqlen: torch.Tensor, chunk: int) -> list[torch.Tensor]:
@@ -107,9 +107,10 @@ def _on_device(op: str, batch: Batch, cu_seqlen: torch.Tensor, chunk: int) -> li
     width, block = max(1 << (batch.prefill - 1).bit_length(), 2), 128
     _launch(
         buffer.device,
-        (cu_seqlen.dtype, aligned(cu_seqlen, index, offset, owner), chunk, width),
         (-(-max(tokens, pieces) // block), 1, 1),
-        (cu_seqlen, index, offset, owner, batch.prefill, tokens, pieces, chunk, width, block),
-        num_warps=4,
+        (cu_seqlen, index, offset, owner),
+        (batch.prefill, tokens, pieces),
+        (chunk, width, block),
+        warps=4,
     )
     return [index, offset, owner[None]]

@@ -9,12 +9,12 @@ from shardwise.ops.attention.batch import Batch, read_batch
 from shardwise.ops.mamba import ssd_kernels as kernels
 from shardwise.ops.mamba.checks import check_ssm
 from shardwise.ops.state_batch import check_counts
-from shardwise.ops.triton_support import Launcher, aligned
+from shardwise.ops.triton_support import Kernel
 
-_launch_steps = Launcher(kernels.steps_kernel)
-_launch_states = Launcher(kernels.states_kernel)
-_launch_outputs = Launcher(kernels.outputs_kernel)
-_launch_decode = Launcher(kernels.decode_kernel)
+_launch_steps = Kernel(kernels.steps_kernel)
+_launch_states = Kernel(kernels.states_kernel)
+_launch_outputs = Kernel(kernels.outputs_kernel)
+_launch_decode = Kernel(kernels.decode_kernel)
 
 
 @dataclass(frozen=True)
@@ -58,11 +58,6 @@ def _rows(t: Tensor) -> Tensor:
     return t if t.stride(-1) == 1 else t.contiguous()
 
 
-def _dtypes(one: Inputs) -> tuple:
-    tensors = (one.x, one.A, one.B, one.C, one.D, one.dt, one.dt_bias, one.slots, one.cache)
-    return *(t.dtype for t in tensors), aligned(*tensors, one.out)
-
-
 def _power(n: int) -> int:
     """The next power of two that a matrix product accepts."""
     return max(16, 1 << (n - 1).bit_length())
@@ -77,55 +72,50 @@ def prefill(
     device, slots = one.x.device, one.cache.shape[0]
     steps = torch.empty((2, heads, tokens), dtype=torch.float32, device=device)
     states = torch.empty((pieces, heads, P, N), dtype=one.x.dtype, device=device)
-    cuts = (index, offset, owner, bounds)
-    common = (_dtypes(one), *(t.dtype for t in cuts), resumes.dtype, aligned(*cuts, resumes, steps[1]), chunk)
+    cuts, limit = (index, offset, owner, bounds), (float(one.limit[0]), float(one.limit[1]))
     _launch_steps(
         device,
-        (common, one.dt.stride(0)),
         (pieces, heads, 1),
-        (one.dt, one.dt_bias, one.A, *cuts, steps[0], steps[1], tokens, heads, *map(float, one.limit), one.dt.stride(0))
-        + (chunk, 1 << (chunk - 1).bit_length()),
-        num_warps=4,
+        (one.dt, one.dt_bias, one.A, *cuts, steps[0], steps[1]),
+        (tokens, heads, *limit),
+        (one.dt.stride(0), chunk, 1 << (chunk - 1).bit_length()),
+        warps=4,
     )
     x_strides, B_strides, C_strides = one.x.stride()[:2], one.B.stride()[:2], one.C.stride()[:2]
     block_p, block_n, block_t = min(64, _power(P)), min(64, _power(N)), min(64, _power(chunk))
-    tiles = -(-P // block_p) * -(-N // block_n)
     _launch_states(
         device,
-        (common, x_strides, B_strides, one.cache.stride(), P, N, ratio),
-        (batch.prefill, heads, tiles),
-        (one.x, one.B, steps[0], steps[1], bounds, one.slots, resumes, one.cache, states, tokens, heads, slots)
-        + (*x_strides, *B_strides, *one.cache.stride()[:3], ratio, P, N, chunk, block_p, block_n, block_t, 64, exact),
-        num_warps=4,
-        num_stages=3,
+        (batch.prefill, heads, -(-P // block_p) * -(-N // block_n)),
+        (one.x, one.B, steps[0], steps[1], bounds, one.slots, resumes, one.cache, states),
+        (tokens, heads, slots),
+        (*x_strides, *B_strides, *one.cache.stride()[:3], ratio, P, N, chunk, block_p, block_n, block_t, 64, exact),
+        warps=4,
+        stages=3,
     )
     block_m = min(64 if exact else 128, _power(chunk))
     _launch_outputs(
         device,
-        (common, x_strides, B_strides, C_strides, P, N, ratio),
         (pieces, heads, -(-chunk // block_m)),
-        (one.x, one.B, one.C, one.D, steps[0], steps[1], *cuts, one.slots, states, one.out, tokens, heads, slots)
-        + (*x_strides, *B_strides, *C_strides, ratio, P, N, chunk, _power(P), _power(N), block_m, block_t, exact),
-        num_warps=8 if block_m == 128 else 4,
-        num_stages=2,
+        (one.x, one.B, one.C, one.D, steps[0], steps[1], *cuts, one.slots, states, one.out),
+        (tokens, heads, slots),
+        (*x_strides, *B_strides, *C_strides, ratio, P, N, chunk, _power(P), _power(N), block_m, block_t, exact),
+        warps=8 if block_m == 128 else 4,
     )
 
 
 def decode(one: Inputs, batch: Batch) -> None:
     """One step of every decode sequence."""
-    first, count = batch.prefill_tokens, batch.decode
-    (heads, P), N = one.x.shape[1:], one.B.shape[2]
-    x, B, C, dt, out = (t[first : first + count] for t in (one.x, one.B, one.C, one.dt, one.out))
-    slots = one.slots[batch.prefill :]
-    strides = (*x.stride()[:2], dt.stride(0), *B.stride()[:2], *C.stride()[:2], *one.cache.stride()[:3])
-    ratio, block_n = heads // B.shape[1], 1 << (N - 1).bit_length()
+    span = slice(batch.prefill_tokens, batch.tokens)
+    x, B, C, dt, out = one.x[span], one.B[span], one.C[span], one.dt[span], one.out[span]
+    (heads, P), N = x.shape[1:], B.shape[2]
+    block_n = 1 << (N - 1).bit_length()
     block_p = min(1 << (P - 1).bit_length(), max(1, 2048 // block_n))
-    key = (_dtypes(one), aligned(x, B, C, dt, out, slots), strides, ratio, P, N, block_p)
     _launch_decode(
         x.device,
-        key,
-        (count, heads, -(-P // block_p)),
-        (x, dt, one.dt_bias, one.A, B, C, one.D, slots, one.cache, out, heads, one.cache.shape[0])
-        + (*map(float, one.limit), *strides, ratio, P, N, block_p, block_n),
-        num_warps=4,
+        (batch.decode, heads, -(-P // block_p)),
+        (x, dt, one.dt_bias, one.A, B, C, one.D, one.slots[batch.prefill :], one.cache, out),
+        (heads, one.cache.shape[0], float(one.limit[0]), float(one.limit[1])),
+        (*x.stride()[:2], dt.stride(0), *B.stride()[:2], *C.stride()[:2], *one.cache.stride()[:3])
+        + (heads // B.shape[1], P, N, block_p, block_n),
+        warps=4,
     )

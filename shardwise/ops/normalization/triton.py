@@ -1,10 +1,12 @@
 """RMS norms as Triton kernels: one pass over memory, statistics and weight in float32, one rounding at the end."""
 
+import functools
+
 import torch
 
 from shardwise.ops.normalization.reference import check_gated
 from shardwise.ops.registry import TRITON, operator
-from shardwise.ops.triton_support import Launcher, aligned, await_predecessor, dependent_launch, tl, triton
+from shardwise.ops.triton_support import Kernel, await_predecessor, dependent_launch, tl, triton
 
 
 @triton.jit(do_not_specialize=["eps", "groups"])
@@ -44,16 +46,18 @@ def _norm_kernel(
     tl.store(out_ptr + group * SIZE + column, out.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-_launch = Launcher(_norm_kernel)
+_launch = Kernel(_norm_kernel)
 
 
-def _tile(size: int, groups: int) -> tuple[int, int, int]:
-    """(BLOCK, ROWS, num_warps): 16-byte accesses of a 16-bit row, and several short groups in one program."""
-    block = 1 << (size - 1).bit_length()
+@functools.lru_cache(maxsize=4096)
+def _plan(shape: torch.Size, size: int, device: torch.device) -> tuple:
+    """(groups, grid, constants, warps, pdl): several short groups share a program; warps by a sweep on an H200."""
+    groups, block = shape.numel() // size, 1 << (size - 1).bit_length()
     rows = max(1, min(1024 // block, groups))
     rows = 1 << (rows.bit_length() - 1)
-    warps = min(16, max(1, rows * block // 512))
-    return block, rows, warps
+    warps = min(16, max(2, rows * block // 1024))
+    constants = (shape[-1] // size, size, block, rows)
+    return groups, ((groups + rows - 1) // rows, 1, 1), constants, warps, dependent_launch(device)
 
 
 def _rows(x: torch.Tensor) -> tuple[torch.Tensor, int]:
@@ -69,23 +73,18 @@ def _normalize(x, weight, gate, eps, size, norm_first) -> torch.Tensor:
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     if x.numel() == 0:
         return out
+    groups, grid, constants, warps, pdl = _plan(x.shape, size, x.device)
     x, x_stride = _rows(x)
-    gate, gate_stride = (x, 0) if gate is None else _rows(gate)
-    gated, per_row, groups = gate is not x, x.shape[-1] // size, x.numel() // size
-    weight = weight.contiguous()
-    block, rows, warps = _tile(size, groups)
-    device = x.device
-    pdl = dependent_launch(device)
-    odd = aligned(x, gate, weight, out)
-    key = (x.dtype, gate.dtype, weight.dtype, odd, x_stride, gate_stride, per_row, size, rows, gated, norm_first)
+    gated = gate is not None
+    gate, gate_stride = _rows(gate) if gated else (x, 0)
     _launch(
-        device,
-        key,
-        ((groups + rows - 1) // rows, 1, 1),
-        (x, gate, weight, out, eps, groups, x_stride, gate_stride)
-        + (per_row, size, block, rows, gated, norm_first, pdl),
-        num_warps=warps,
-        launch_pdl=pdl,
+        x.device,
+        grid,
+        (x, gate, weight.contiguous(), out),
+        (eps, groups),
+        (x_stride, gate_stride, *constants, gated, norm_first, pdl),
+        warps=warps,
+        pdl=pdl,
     )
     return out
 

@@ -3,7 +3,7 @@
 import torch
 
 from shardwise.ops.registry import TRITON, operator
-from shardwise.ops.triton_support import Launcher, aligned, await_predecessor, dependent_launch, tl, triton
+from shardwise.ops.triton_support import Kernel, await_predecessor, dependent_launch, tl, triton
 
 _BLOCK = 1024
 
@@ -28,7 +28,7 @@ def _kernel(
     tl.store(out_ptr + scatter, tl.load(source_ptr + gather, mask=valid, other=0), mask=valid)
 
 
-_launch = Launcher(_kernel)
+_launch = Kernel(_kernel)
 
 
 def _nothing(ungathered_input, gather_ids, mask_indices, out):
@@ -51,12 +51,12 @@ def triton_utils_fused_gather_scatter(
     source, gather, scatter = ungathered_input.contiguous(), gather_ids.contiguous(), mask_indices.contiguous()
     count = gather.numel()
     pdl = dependent_launch(out.device)
-    odd = aligned(source, gather, scatter, out)
     _launch(
         out.device,
-        (source.dtype, gather.dtype, scatter.dtype, out.dtype, odd),
         ((count + _BLOCK - 1) // _BLOCK, 1, 1),
-        (source, gather, scatter, out, count, source.numel(), out.numel(), _BLOCK, pdl),
-        num_warps=4,
-        launch_pdl=pdl,
+        (source, gather, scatter, out),
+        (count, source.numel(), out.numel()),
+        (_BLOCK, pdl),
+        warps=4,
+        pdl=pdl,
     )

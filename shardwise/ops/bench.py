@@ -1,0 +1,13 @@
+"""The categories that `shardwise bench ops` measures."""
+
+from collections.abc import Callable, Iterator
+
+from shardwise.ops.bench_cases import Case, normalization_cases, rope_cases
+from shardwise.ops.bench_states import fla_cases, mamba_cases
+
+CATEGORIES: dict[str, Callable[[bool], Iterator[Case]]] = {
+    "normalization": normalization_cases,
+    "rope": lambda full: rope_cases((1, 64, 1024, 8192, 16384) if full else (1, 8192)),
+    "mamba": mamba_cases,
+    "fla": fla_cases,
+}
