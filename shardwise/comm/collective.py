@@ -91,6 +91,12 @@ class Collective(Communicator):
         """One line: what moves this group's bytes, and for what reason. The same on all ranks."""
         return f"group {self.name} of {self.size}: {self.transport} ({self.reason})"
 
+    def explain(self, op: str, payload: int) -> str:
+        """Which algorithm serves `op` on `payload` bytes when the strategy is AUTO, and why."""
+        if op.startswith("all_reduce") and self.deterministic:
+            return "TWOSHOT in fixed rank order: deterministic mode has one algorithm for all sizes"
+        return f"the only algorithm of transport {self.transport}"
+
     # The protocol
 
     def all_reduce(self, tensor: Tensor, *, out: Tensor | None = None, strategy: str = "AUTO") -> Tensor:

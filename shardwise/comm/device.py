@@ -46,14 +46,17 @@ class CudaCommunicator(Communicator):
         self.deadlines = nccl.deadlines
         self._crossover = CROSSOVERS.get(self.size, Crossover(0, 0))
 
-    def why(self, payload: int | None = None, *, fused: bool = False) -> str:
-        """One line: what moves `payload` bytes, and for what reason. The same on all ranks."""
-        text = f"group {self.name} of {self.size}: {self.transport} ({self.reason})"
-        if payload is None or self.kernels is None:
-            return text
-        limit = self._crossover.fused if fused else self._crossover.plain
+    def why(self) -> str:
+        """One line: what moves this group's bytes, and for what reason. The same on all ranks."""
+        return f"group {self.name} of {self.size}: {self.transport} ({self.reason})"
+
+    def explain(self, op: str, payload: int) -> str:
+        """Which of the two serves `op` on `payload` bytes when the strategy is AUTO, and why."""
+        if self.kernels is None or not op.startswith("all_reduce"):
+            return f"nccl: {self.reason if self.kernels is None else 'no kernel of ours does it'}"
+        limit = self._crossover.fused if op.endswith("norm") else self._crossover.plain
         chosen, relation = ("p2p", "up to") if payload <= limit else ("nccl", "beyond")
-        return f"{text}; {payload} bytes: {chosen}, {relation} the measured crossover of {limit} bytes"
+        return f"{chosen}: {relation} the measured crossover of {limit} bytes"
 
     def _choose(self, tensor: Tensor, strategy: str, fused: bool) -> Any:
         if strategy == "AUTO":

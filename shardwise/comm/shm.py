@@ -59,6 +59,13 @@ class ShmCommunicator(Collective):
             raise CommError(f"transport shm cannot serve rank {meeting.ranks[meeting.rank]}: {error}") from None
         return cls(segment, meeting.ranks, **options)
 
+    def explain(self, op: str, payload: int) -> str:
+        if not op.startswith("all_reduce"):
+            return f"rounds of {CHUNK >> 10} KiB a rank"
+        if payload <= ONE_PHASE_LIMIT:
+            return f"ONESHOT: every rank sums all, measured faster up to {ONE_PHASE_LIMIT >> 10} KiB"
+        return f"TWOSHOT: each rank sums its part, measured faster beyond {ONE_PHASE_LIMIT >> 10} KiB"
+
     # The decode path
 
     def all_reduce(self, tensor: Tensor, *, out: Tensor | None = None, strategy: str = "AUTO") -> Tensor:

@@ -1,0 +1,191 @@
+"""`shardwise bench comm`: collectives of a transport, beside its peers in the same run."""
+
+import argparse
+import json
+import os
+import platform
+import re
+import sys
+from pathlib import Path
+
+BODY = "shardwise.comm.bench:"
+UNITS = {"": 1, "b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
+SWEEP = "1KiB,4KiB,16KiB,64KiB,256KiB,1MiB,4MiB,16MiB"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of the verb."""
+    parser.add_argument(
+        "--transport", default="auto", help="shm, gloo, mpi, nccl, p2p, flashinfer (default auto)"
+    )
+    parser.add_argument("--world", type=int, default=2, help="ranks to start (default 2)")
+    parser.add_argument("--sizes", type=sizes, default=sizes(SWEEP), help=f"payloads, default {SWEEP}")
+    parser.add_argument("--op", default="all_reduce", help="operations, comma separated, or all (default all_reduce)")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16", "float64"])
+    parser.add_argument("--strategy", default="AUTO", help="AUTO, ONESHOT, TWOSHOT, NCCL, ...")
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    parser.add_argument("--peers", default="auto", help="gloo, mpi, nccl, none; default: all that run here")
+    parser.add_argument("--json", nargs="?", const="-", metavar="FILE", help="JSON to FILE or standard output")
+    parser.add_argument("--why", action="store_true", help="say which transport and algorithm serve, and why")
+    parser.add_argument(
+        "--calibrate", metavar="FILE", help="write a topology file with this machine's measured link, for plan --device"
+    )
+
+
+def sizes(text: str) -> list[int]:
+    """Bytes of "4KiB,1MiB". Raises ArgumentTypeError for anything else."""
+    result = []
+    for word in text.split(","):
+        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", word)
+        if not match or match[2].lower() not in UNITS:
+            raise argparse.ArgumentTypeError(f"{word!r} is no size; write for instance 4KiB,16MiB")
+        result.append(int(float(match[1]) * UNITS[match[2].lower()]))
+    return result
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure, print the table, write the files; 1 if any result was wrong."""
+    from shardwise.comm.bench import OPS
+    from shardwise.launch.cli import UsageError
+
+    ops = list(OPS) if args.op == "all" else args.op.split(",")
+    unknown = [op for op in ops if op not in OPS]
+    if unknown:
+        raise UsageError(f"unknown operation {unknown[0]!r}; legal: all, {', '.join(OPS)}")
+    if args.world < 1:
+        raise UsageError(f"--world {args.world}: a job has at least one rank")
+    payload = {
+        "transport": args.transport,
+        "device": _device(args),
+        "sizes": args.sizes,
+        "ops": ops,
+        "dtype": args.dtype,
+        "strategy": args.strategy,
+    }
+    launcher = "mpi" if args.transport == "mpi" else "local"
+    rows, why = _measure("job", payload, args.world, launcher)
+    notes = []
+    if "all_reduce" in ops and args.world > 1:
+        for peer in _peers(args, payload["device"]):
+            rows += _peer(peer, payload, args.world, notes)
+    _print(rows, why if args.why else [], notes, sys.stderr if args.json == "-" else sys.stdout)
+    _write(args, rows, why)
+    return 1 if any(row["wrong"] for row in rows) else 0
+
+
+def _device(args: argparse.Namespace) -> str:
+    if args.device != "auto":
+        return args.device
+    if args.transport in ("nccl", "p2p", "flashinfer"):
+        return "cuda"
+    if args.transport in ("shm", "gloo", "mpi"):
+        return "cpu"
+    import torch
+
+    return "cuda" if torch.cuda.device_count() >= args.world else "cpu"
+
+
+def _peers(args: argparse.Namespace, device: str) -> list[str]:
+    if args.peers == "none":
+        return []
+    if args.peers != "auto":
+        return args.peers.split(",")
+    return ["nccl"] if device == "cuda" else ["gloo", "mpi"]
+
+
+def _measure(body: str, payload: dict, world: int, launcher: str) -> tuple[list[dict], list[str]]:
+    from shardwise.launch.job import run_job
+
+    threads = {"OMP_NUM_THREADS": "1"}  # one thread a rank: this measures moving, not adding in parallel
+    results = run_job(BODY + body, payload, world=world, launcher=launcher, environment=threads)
+    return merge([result["rows"] for result in results]), results[0]["why"]
+
+
+def merge(ranks: list[list[dict]]) -> list[dict]:
+    """One row for all ranks: the slowest rank's times, everyone's wrong elements."""
+    merged = []
+    for same in zip(*ranks, strict=True):
+        slowest = max(same, key=lambda row: row["p50_us"])
+        worst = {"p99_us": max(row["p99_us"] for row in same), "wrong": sum(row["wrong"] for row in same)}
+        merged.append({**slowest, **worst})
+    return merged
+
+
+def _peer(peer: str, payload: dict, world: int, notes: list[str]) -> list[dict]:
+    try:
+        return _measure(f"peer_{peer}", payload, world, "mpi" if peer == "mpi" else "local")[0]
+    except (RuntimeError, ValueError, FileNotFoundError) as error:
+        notes.append(f"peer:{peer} was not measured: {str(error).splitlines()[0]}")
+        return []
+
+
+def _print(rows: list[dict], why: list[str], notes: list[str], out) -> None:
+    header = ("size B", "type", "op", "transport", "strategy", "p50 us", "p99 us", "algbw", "busbw GB/s", "wrong")
+    print("{:>11} {:>9} {:<28} {:<10} {:<8} {:>10} {:>10} {:>8} {:>10} {:>6}".format(*header), file=out)
+    for row in rows:
+        print(
+            f"{row['bytes']:>11} {row['dtype']:>9} {row['op']:<28} {row['transport']:<10} {row['strategy']:<8} "
+            f"{row['p50_us']:>10.1f} {row['p99_us']:>10.1f} {row['algbw_gbps']:>8.2f} {row['busbw_gbps']:>10.2f} "
+            f"{row['wrong']:>6}",
+            file=out,
+        )
+    for line in [*why, *notes]:
+        print(line, file=out)
+
+
+def _write(args: argparse.Namespace, rows: list[dict], why: list[str]) -> None:
+    if args.json is not None:
+        text = json.dumps({"machine": _machine(), "why": why, "rows": rows}, indent=1)
+        print(text) if args.json == "-" else Path(args.json).write_text(text + "\n")
+    if args.calibrate:
+        _calibrate(args, [row for row in rows if not row["transport"].startswith("peer:")])
+
+
+def _machine() -> dict:
+    import torch
+
+    with open("/proc/cpuinfo") as file:
+        names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
+    return {
+        "cpu": names[0] if names else platform.machine(),
+        "cores": len(os.sched_getaffinity(0)),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+
+
+def _calibrate(args: argparse.Namespace, rows: list[dict]) -> None:
+    """A topology whose link inside the host is the one measured; the device's own figures stay the built-in ones."""
+    from dataclasses import replace
+
+    from shardwise.launch.cli import UsageError
+    from shardwise.sharding import topology
+
+    sums = [row for row in rows if row["op"] == "all_reduce"]
+    if len(sums) < 2:
+        raise UsageError("--calibrate needs all_reduce at two sizes at least: a small one and a large one")
+    base = topology.load(_built_in(_device(args)))
+    link = topology.Link(
+        bandwidth_bytes_per_second=max(row["busbw_gbps"] for row in sums) * 1e9,
+        latency_seconds=min(row["p50_us"] for row in sums) * 1e-6,
+    )
+    measured = replace(
+        base,
+        intra=link,
+        ranks_per_node=max(args.world, base.ranks_per_node),
+        source=f"shardwise bench comm, {sums[0]['transport']}, world {args.world}",
+    )
+    topology.save(measured, args.calibrate)
+
+
+def _built_in(device: str) -> str:
+    """The built-in device that this machine's accelerator is."""
+    from shardwise.sharding import topology
+
+    if device == "cpu":
+        return "cpu"
+    import torch
+
+    name = torch.cuda.get_device_name().lower()
+    return next((known for known in topology.BUILT_IN if known in name), "h200")
