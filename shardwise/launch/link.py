@@ -8,10 +8,12 @@ import contextlib
 import hmac
 import json
 import os
+import select
 import selectors
 import socket
+import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +28,7 @@ class Link:
     def __init__(self, address: Address, token: str, rank: int):
         self._socket = _connect(address)
         self._lines = self._socket.makefile("r", encoding="utf-8")
+        self._closed = False
         pid = os.getpid()
         self.send(
             {
@@ -49,7 +52,24 @@ class Link:
                 return
             yield command
 
+    def call_when_lost(self, function: Callable[[], None]) -> None:
+        """Call `function` in a thread of its own when the parent's end goes away before this one is closed."""
+
+        def watch() -> None:
+            hangup = select.poll()
+            hangup.register(self._socket, select.POLLRDHUP)
+            hangup.poll()
+            if not self._closed:
+                function()
+
+        threading.Thread(target=watch, name="shardwise-link", daemon=True).start()
+
+    def closing(self) -> None:
+        """From now on the parent may go away."""
+        self._closed = True
+
     def close(self) -> None:
+        self.closing()
         self._lines.close()
         self._socket.close()
 

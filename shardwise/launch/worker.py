@@ -7,6 +7,7 @@ function is imported, so that a rank that dies early is a named one.
 import importlib
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -71,6 +72,7 @@ def run_rank(description: dict, info: RankInfo, make_store: Callable[[RankInfo, 
     env.prepare_rank(info)
     link = Link(description["address"], description["token"], info.rank)
     keeper = Guard(info, Path(description["logs"]), link)
+    link.call_when_lost(lambda: os._exit(128 + signal.SIGKILL))
     served: list[Any] = []  # rank 0's store must outlive its own use of it: the others may still read
 
     def store() -> Any:
@@ -93,7 +95,9 @@ def run_rank(description: dict, info: RankInfo, make_store: Callable[[RankInfo, 
         )
         return resolve(description["target"])(context)
 
-    link.send({"event": "done", "value": keeper.run(body)})
+    value = keeper.run(body)
+    link.closing()
+    link.send({"event": "done", "value": value})
     link.close()
 
 
