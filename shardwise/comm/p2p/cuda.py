@@ -61,7 +61,7 @@ def malloc(size: int, device: int) -> int:
     pointer = ctypes.c_void_p()
     with torch.cuda.device(device):
         _call("cudaMalloc", ctypes.byref(pointer), size)
-    return pointer.value
+    return pointer.value or 0
 
 
 def free(address: int, device: int) -> None:
@@ -95,7 +95,7 @@ def open_shared(handle: bytes, device: int) -> int:
     pointer = ctypes.c_void_p()
     with torch.cuda.device(device):
         _call("cudaIpcOpenMemHandle", ctypes.byref(pointer), _Handle.from_buffer_copy(handle), _LAZY_PEER_ACCESS)
-    return pointer.value
+    return pointer.value or 0
 
 
 def close_shared(address: int, device: int) -> None:

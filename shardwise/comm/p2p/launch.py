@@ -22,7 +22,11 @@ class Tuning:
     """ONESHOT or TWOSHOT."""
     warps: int
     ahead: int = 0
-    """Rows that a block pushes before it awaits the first."""
+    """Turns that a block pushes before it awaits the first (TWOSHOT)."""
+    pushers: int = 0
+    """Blocks that only push, while the others only sum (ONESHOT). 0: every block does both."""
+    patient: bool = False
+    """Pause between looks at what has not arrived: leaves more of the L2 cache to the others."""
     blocks_per_sm: int = 1
     lanes: int = 512
     """Chunks of a row, when the call may choose (plain)."""
@@ -75,9 +79,9 @@ class Launcher:
         self.pdl = properties.major >= 9 if pdl is None else pdl
         self._resident: dict[tuple, int] = {}
 
-    def all_reduce(self, x: Tensor, out: Tensor, tuning: Tuning) -> None:
-        """out = sum of x over the ranks. Same shape and dtype; `out` may be `x`."""
-        self._run(_plain_rows(x, out, tuning.lanes), tuning, x, x, x, out, out, 0.0, 0.0, False)
+    def all_reduce(self, x: Tensor, out: Tensor, tuning: Tuning, *, launch: bool = True) -> None:
+        """out = sum of x over the ranks. Same shape and dtype; `out` may be `x`. `launch=False` compiles only."""
+        self._run(_plain_rows(x, out, tuning.lanes), tuning, x, x, x, out, out, 0.0, 0.0, False, launch)
 
     def fused(
         self,
@@ -89,17 +93,19 @@ class Launcher:
         out: Tensor,  # [T, H]
         residual_out: Tensor,  # [T, H]; may be `residual`
         tuning: Tuning,
+        *,
+        launch: bool = True,
     ) -> None:
         """residual_out = sum of x over the ranks + residual; out = its RMSNorm times (weight + weight_bias)."""
         rows = _token_rows(x, residual, weight, out, residual_out)
-        self._run(rows, tuning, x, residual, weight, out, residual_out, eps, weight_bias, True)
+        self._run(rows, tuning, x, residual, weight, out, residual_out, eps, weight_bias, True, launch)
 
     def rows_that_fit(self, row_bytes: int, strategy: str) -> int:
         """Rows that one call may have."""
         rows = self.workspace.region_bytes // row_bytes
         return rows if strategy == "ONESHOT" else max(0, rows // 2 * self.workspace.size - self.workspace.size)
 
-    def _run(self, rows, tuning, x, residual, weight, out, residual_out, eps, weight_bias, fused) -> None:
+    def _run(self, rows, tuning, x, residual, weight, out, residual_out, eps, weight_bias, fused, launch) -> None:
         limit = self.rows_that_fit(rows.chunks * CHUNK_BYTES, tuning.strategy)
         if limit < 1:
             raise ValueError(
@@ -113,11 +119,19 @@ class Launcher:
                 tensor.view(-1)[start:stop] if tensor is not weight or not fused else weight
                 for tensor in (x, residual, weight, out, residual_out)
             ]
-            self._launch(replace(rows, count=count, total=stop - start), tuning, parts, eps, weight_bias, fused)
+            self._launch(replace(rows, count=count, total=stop - start), tuning, parts, eps, weight_bias, fused, launch)
 
-    def _launch(self, rows: _Rows, tuning: Tuning, tensors, eps: float, weight_bias: float, fused: bool) -> None:
+    def _launch(self, rows: _Rows, tuning: Tuning, tensors, eps, weight_bias, fused: bool, launch: bool) -> None:
+        kernel, positional, options = self._arguments(rows, tuning, tensors, eps, weight_bias, fused)
+        turns = rows.count if tuning.strategy == "ONESHOT" else -(-rows.count // self.workspace.size)
+        with torch.cuda.device(self.workspace.device):
+            resident = self._resident_blocks(kernel, positional, options, tensors[0].dtype)
+            grid = min(turns + tuning.pushers, resident, tuning.blocks_per_sm * self.multiprocessors, kernels.COUNTERS)
+            if launch:
+                kernel[(grid,)](*positional, **options)
+
+    def _arguments(self, rows: _Rows, tuning: Tuning, tensors, eps, weight_bias, fused: bool):
         workspace = self.workspace
-        kernel = kernels.one_shot if tuning.strategy == "ONESHOT" else kernels.two_shot
         positional = (
             *tensors,
             workspace.slots,
@@ -130,8 +144,6 @@ class Launcher:
             rows.width,
             rows.total,
             rows.chunks,
-            eps,
-            weight_bias,
         )
         options = {
             "WORLD": workspace.size,
@@ -139,17 +151,16 @@ class Launcher:
             "LANES": rows.lanes,
             "ALIGNED": rows.aligned,
             "FUSED": fused,
-            "AHEAD": tuning.ahead,
+            "PATIENT": tuning.patient,
             "PDL": self.pdl,
             "num_warps": min(tuning.warps, rows.lanes // 32),
             "launch_pdl": self.pdl,
             "maxnreg": tuning.registers,
         }
-        work = rows.count if tuning.strategy == "ONESHOT" else -(-rows.count // workspace.size)
-        with torch.cuda.device(workspace.device):
-            resident = self._resident_blocks(kernel, positional, options, tensors[0].dtype)
-            grid = min(work, resident, tuning.blocks_per_sm * self.multiprocessors, kernels.COUNTERS)
-            kernel[(grid,)](*positional, **options)
+        if tuning.strategy == "TWOSHOT":
+            return kernels.two_shot, (*positional, eps, weight_bias), {**options, "AHEAD": tuning.ahead}
+        pushers = tuning.pushers if rows.count > 1 else 0
+        return kernels.one_shot, (*positional, pushers, eps, weight_bias), {**options, "SPLIT": pushers > 0}
 
     def _resident_blocks(self, kernel, positional, options, dtype) -> int:
         """Blocks of this kernel that the device holds at once: a wait must never keep its partner from starting."""

@@ -12,6 +12,9 @@ and `disarm` turns it into another NaN before it is sent: sums are unchanged.
 The interpreter runs programs one after another, so its twin of `wait_chunk` looks once and reports what it saw.
 """
 
+# Triton's language, not Python's, where types are concerned.
+# mypy: ignore-errors
+
 import triton
 import triton.language as tl
 from triton.knobs import runtime as _runtime
@@ -54,7 +57,7 @@ REARM = tl.constexpr("""
 """)
 
 # The clock is read, and the abort word looked at, once in 1024 looks (about 0.5 ms): the fast path pays nothing.
-WAIT = tl.constexpr("""
+_WAIT = """
 {
     .reg .pred p, q;
     .reg .b32 n, a;
@@ -75,7 +78,7 @@ LOOK:
     ld.relaxed.sys.global.b32 a, [$5];
     setp.ne.s32 q, a, 0;
     @q bra LEAVE;
-    mov.u64 now, %globaltimer;
+    mov.u64 now, %%globaltimer;
     setp.eq.u64 q, begun, 0;
     @q mov.b64 begun, now;
     sub.u64 now, now, begun;
@@ -85,11 +88,14 @@ LOOK:
     st.relaxed.sys.global.b64 [$6], $12;
     bra LEAVE;
 AGAIN:
+    %s
     ld.relaxed.sys.global.v4.b32 {$0, $1, $2, $3}, [$4];
     bra LOOK;
 LEAVE:
 }
-""")
+"""
+WAIT = tl.constexpr(_WAIT % "")
+WAIT_PATIENTLY = tl.constexpr(_WAIT % "nanosleep.u32 100;")
 
 
 @triton.jit
@@ -131,7 +137,7 @@ def peek_chunk(words, lane, mask):
 
 
 @triton.jit
-def wait_chunk(seen, words, lane, abort, record, what, deadline_ns):
+def wait_chunk(seen, words, lane, abort, record, what, deadline_ns, PATIENT: tl.constexpr):
     """Look at chunk `lane` until none of its words is ARMED. `seen`: what the first look found (masked lanes: zero).
 
     After `deadline_ns`, or once another lane has given up, ARMED words are returned: NaN in every type. The lane
@@ -140,8 +146,9 @@ def wait_chunk(seen, words, lane, abort, record, what, deadline_ns):
     if INTERPRET:
         return seen
     else:
+        asm: tl.constexpr = WAIT_PATIENTLY if PATIENT else WAIT
         return tl.inline_asm_elementwise(
-            WAIT,
+            asm,
             "=&r,=&r,=&r,=&r,l,l,l,l,r,r,r,r,l",
             [words + lane * 4, abort, record, deadline_ns, seen[0], seen[1], seen[2], seen[3], what],
             dtype=(tl.int32, tl.int32, tl.int32, tl.int32),

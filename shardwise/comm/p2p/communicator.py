@@ -1,0 +1,207 @@
+"""Transport `p2p`: all-reduce, plain and fused with residual add and RMSNorm, on this package's kernels.
+
+A kernel waits at most for the group's deadline. That a wait gave up is seen at the next call, or by `check_waits()`
+after the stream was synchronised, which is also what tells of a captured graph's replays.
+"""
+
+import threading
+
+import torch
+from torch import Tensor
+
+from shardwise.comm import compose, watch
+from shardwise.comm.base import CollectiveTimeout, CommError, Communicator
+from shardwise.comm.collective import Collective
+from shardwise.comm.p2p import table
+from shardwise.comm.p2p.delegate import Delegating, with_reason
+from shardwise.comm.p2p.launch import DTYPES, Launcher, Tuning
+from shardwise.comm.p2p.workspace import P2PUnavailable, Workspace
+
+SELF_TEST_SECONDS = 10.0
+_SELF_TEST_WORDS = 256
+
+
+class P2PCommunicator(Delegating):
+    """One rank's end of a group of GPUs that write into each other's memory."""
+
+    def __init__(self, beyond: Collective, *, region_bytes: int | None = None):
+        """Every rank of `beyond` calls it, with its GPU as the current device.
+
+        beyond        a group of the same ranks for all that the kernels do not do, and for the exchange of handles
+        region_bytes  workspace for one peer; 2 * (size - 1) times that is allocated. Larger calls go in pieces
+        Raises P2PUnavailable on every rank when one cannot, or when the links fail their test.
+        """
+        super().__init__(beyond, "p2p")
+        self.device = torch.cuda.current_device()
+        self.workspace = Workspace(beyond, self.device, region_bytes)
+        self._flying = threading.Lock()
+        self._stream: torch.cuda.Stream | None = None
+        try:
+            self._test_links()
+        except P2PUnavailable:
+            self.workspace.close()
+            raise
+        self.launcher = Launcher(self.workspace, self.deadlines.collective)
+        self.reason = f"CUDA IPC between {self.size} GPUs of one host, links tested"
+
+    @classmethod
+    def or_beyond(cls, beyond: Collective, *, region_bytes: int | None = None) -> Collective:
+        """The group on these kernels where they run, else `beyond` itself with the reason."""
+        try:
+            return cls(beyond, region_bytes=region_bytes)
+        except P2PUnavailable as error:
+            return with_reason(beyond, str(error))
+
+    def explain(self, nbytes: int, *, fused: bool = False, strategy: str = "AUTO") -> str:
+        """What a call of `nbytes` a rank runs on, and the measurement behind it. The same on all ranks."""
+        return table.choose(self.size, nbytes, fused, strategy).reason
+
+    def all_reduce_residual_rms_norm(
+        self,
+        tensor: Tensor,
+        residual: Tensor,
+        weight: Tensor,
+        eps: float,
+        *,
+        weight_bias: float = 0.0,
+        strategy: str = "AUTO",
+    ) -> tuple[Tensor, Tensor]:
+        compose.check_norm_arguments(tensor, residual, weight)
+        if strategy != "AUTO":
+            self._require(strategy)
+        self._require_device(tensor, "all_reduce_residual_rms_norm")
+        tuning = self._tuning(tensor, strategy, fused=True)
+        row_bytes = tensor.shape[-1] * tensor.element_size()
+        if tuning is None or weight.dtype != tensor.dtype or row_bytes > self.workspace.region_bytes:
+            return super().all_reduce_residual_rms_norm(
+                tensor, residual, weight, eps, weight_bias=weight_bias, strategy=strategy
+            )
+        entry = self._begin("all_reduce_residual_rms_norm", tensor.shape, tensor.dtype, strategy, eps, weight_bias)
+        x, residual, weight = (t.detach().contiguous() for t in (tensor, residual, weight))
+        normed, total = torch.empty_like(x), torch.empty_like(x)
+        if x.numel():
+            with self._flight():
+                self.launcher.fused(x, residual, weight, eps, weight_bias, normed, total, tuning)
+        entry[watch.END] = watch.now()
+        return normed, total
+
+    def check_waits(self) -> None:
+        """Raise CollectiveTimeout if a kernel gave up waiting. Call after synchronising, graph replays included."""
+        try:
+            self.workspace.check()
+        except CollectiveTimeout as error:
+            if self.broken is None:
+                raise self._fail(error) from None
+            raise
+
+    def synchronize(self) -> None:
+        """Wait for this rank's stream, then `check_waits`."""
+        torch.cuda.current_stream(self.device).synchronize()
+        self.check_waits()
+
+    def _begin(self, op: str, shape, dtype, strategy: str, *details) -> list:
+        self.check_waits()
+        return super()._begin(op, shape, dtype, strategy, *details)
+
+    def _tuning(self, tensor: Tensor, strategy: str, fused: bool) -> Tuning | None:
+        if strategy == "NCCL" or tensor.dtype not in DTYPES:
+            return None
+        wanted = "MIN_LATENCY" if self.deterministic and strategy == "AUTO" else strategy
+        return table.choose(self.size, tensor.numel() * tensor.element_size(), fused, wanted).tuning
+
+    def _reduce(self, source: Tensor, target: Tensor, strategy: str) -> None:
+        tuning = self._tuning(source, strategy, fused=False)
+        if tuning is None:
+            self.beyond._reduce(source, target, "AUTO")
+            return
+        with self._flight():
+            self.launcher.all_reduce(source, target, tuning)
+
+    def _flight(self) -> "_SingleFlight":
+        return _SingleFlight(self)
+
+    def _test_links(self) -> None:
+        """Each rank sends what only it can send; who receives something else, or nothing, names the link."""
+        launcher = Launcher(self.workspace, SELF_TEST_SECONDS)
+        x = torch.zeros(self.size, _SELF_TEST_WORDS, device=f"cuda:{self.device}")
+        x[self.rank] = torch.arange(1, _SELF_TEST_WORDS + 1, device=x.device) * (self.ranks[self.rank] + 1)
+        out = torch.empty_like(x)
+        tuning = Tuning("ONESHOT", warps=4, lanes=128)
+        launcher.all_reduce(x, out, tuning, launch=False)
+        self.beyond.all_gather_object(None)  # the deadline must not run while a peer still compiles
+        launcher.all_reduce(x, out, tuning)
+        torch.cuda.synchronize(self.device)
+        broken = self._broken_links(out)
+        reports = [text for texts in self.beyond.all_gather_object(broken) for text in texts]
+        if reports:
+            raise P2PUnavailable("GPU peer-to-peer is disabled, its self-test failed: " + "; ".join(reports))
+
+    def _broken_links(self, out: Tensor) -> list[str]:
+        here = self.ranks[self.rank]
+        try:
+            self.workspace.check()
+        except CollectiveTimeout as error:
+            return [f"rank {here} received nothing from rank {rank}" for rank in error.missing]
+        expected = torch.arange(1, _SELF_TEST_WORDS + 1, dtype=torch.float32)
+        rows = out.cpu()
+        return [
+            f"rank {here} received wrong data from rank {rank}"
+            for place, rank in enumerate(self.ranks)
+            if not torch.equal(rows[place], expected * (rank + 1))
+        ]
+
+    def _split(self, name: str, members: list[int], colors: list[int]) -> Communicator:
+        group = P2PCommunicator.or_beyond(self._split_beyond(members, colors))
+        group.name = name
+        return group
+
+    def _abort(self, reason: str) -> None:
+        self.workspace.stop_waits()
+        super()._abort(reason)
+
+    def close(self) -> None:
+        self.workspace.close()
+        super().close()
+
+
+def create(control: Collective, *, transport: str = "p2p", fallback: Collective | None = None) -> Collective:
+    """The group `transport` (p2p or flashinfer) of `control`'s ranks. Raises P2PUnavailable on every rank alike.
+
+    `fallback` serves what the kernels do not; without one, `control` does, where it moves CUDA tensors at all.
+    """
+    beyond = fallback or control
+    if transport == "p2p":
+        return P2PCommunicator(beyond)
+    if transport == "flashinfer":
+        from shardwise.comm.p2p.flashinfer import FlashInferCommunicator
+
+        return FlashInferCommunicator(beyond)
+    raise ValueError(f"transport {transport!r} has no peer-to-peer kernels; legal: p2p, flashinfer")
+
+
+class _SingleFlight:
+    """A workspace serves one call at a time, on the device as on the host.
+
+    Another stream waits for the last one's calls; another thread inside a call is an error. While a graph is being
+    captured nothing is known about when it will run: replays and eager calls of one group belong on one stream.
+    """
+
+    def __init__(self, communicator: P2PCommunicator):
+        self.communicator = communicator
+
+    def __enter__(self) -> None:
+        communicator = self.communicator
+        if not communicator._flying.acquire(blocking=False):
+            raise CommError(
+                f"two threads are inside calls on group {communicator.name} (p2p): one workspace serves one call at a "
+                "time; give each thread a group of its own (split)"
+            )
+        if torch.cuda.is_current_stream_capturing():
+            return
+        stream = torch.cuda.current_stream(communicator.device)
+        if communicator._stream is not None and communicator._stream != stream:
+            stream.wait_stream(communicator._stream)
+        communicator._stream = stream
+
+    def __exit__(self, *error) -> None:
+        self.communicator._flying.release()

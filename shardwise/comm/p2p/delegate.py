@@ -1,0 +1,72 @@
+"""A group whose all-reduce runs on its own kernels, and everything else on another group of the same ranks."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from shardwise.comm.collective import Collective
+
+
+class Delegating(Collective):
+    """`beyond` moves CUDA tensors (NCCL, or MPI through pinned memory) and carries control messages."""
+
+    devices = ("cuda",)
+
+    def __init__(self, beyond: Collective, transport: str):
+        super().__init__(
+            rank=beyond.rank,
+            ranks=beyond.ranks,
+            transport=transport,
+            name=beyond.name,
+            deadlines=beyond.deadlines,
+            check=beyond.check,
+            deterministic=beyond.deterministic,
+        )
+        self.beyond = beyond
+        own_kernels = ("AUTO", "MIN_LATENCY", "ONESHOT", "TWOSHOT")
+        self.strategies = (*own_kernels, "NCCL") if beyond.transport == "nccl" else own_kernels
+
+    def _all_reduce(self, source: Tensor, target: Tensor) -> None:
+        self.beyond._all_reduce(source, target)
+
+    def _all_gather(self, source: Tensor, joined: Tensor, counts: Sequence[int]) -> None:
+        self.beyond._all_gather(source, joined, counts)
+
+    def _reduce_scatter(self, joined: Tensor, counts: Sequence[int], target: Tensor) -> None:
+        self.beyond._reduce_scatter(joined, counts, target)
+
+    def _all_to_all(self, source: Tensor, target: Tensor, table: list[tuple[int, ...]]) -> None:
+        self.beyond._all_to_all(source, target, table)
+
+    def _broadcast(self, data: Tensor, root: int) -> None:
+        self.beyond._broadcast(data, root)
+
+    def _barrier(self) -> None:
+        torch.cuda.current_stream().synchronize()
+        self.beyond._barrier()
+
+    def _exchange(self, blob: bytes) -> list[bytes]:
+        return self.beyond._exchange(blob)
+
+    def _gather_control(self, source: Tensor, joined: Tensor, counts: Sequence[int]) -> None:
+        self.beyond._gather_control(source, joined, counts)
+
+    def _split_beyond(self, members: list[int], colors: list[int]) -> Collective:
+        order = [members.index(rank) if rank in members else 0 for rank in range(self.size)]
+        group = self.beyond.split_known(colors, order)
+        assert isinstance(group, Collective)
+        return group
+
+    def _abort(self, reason: str) -> None:
+        self.beyond.abort(reason)
+
+    def close(self) -> None:
+        super().close()
+        self.beyond.close()
+
+
+def with_reason(group: Collective, reason: str) -> Collective:
+    """`group`, which says `reason` when asked why it serves."""
+    group.reason = reason
+    return group

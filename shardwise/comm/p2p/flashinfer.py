@@ -1,0 +1,147 @@
+"""Transport `flashinfer`: the same meaning on TRT-LLM's all-reduce kernels, as FlashInfer ships them.
+
+The workspace is plain CUDA IPC memory, from `trtllm_create_ipc_workspace_for_all_reduce_fusion` with
+`use_symm_dev_mem=False` and from nothing else: FlashInfer's other workspaces touch multicast objects. Its exchange
+of handles uses torch.distributed, so MPI mode has only `p2p`. The kernels have no deadline and no abort: a rank that
+never comes leaves the others spinning until torch's watchdog or the supervisor ends the job.
+"""
+
+import importlib.util
+
+import torch
+from torch import Tensor
+
+from shardwise.comm import compose, watch
+from shardwise.comm.base import Communicator
+from shardwise.comm.collective import Collective
+from shardwise.comm.p2p.delegate import Delegating, with_reason
+from shardwise.comm.p2p.workspace import P2PUnavailable
+
+WORLDS = (2, 4, 8, 16)
+HALVES = (torch.bfloat16, torch.float16)
+_VECTOR = 8
+"""Elements of a 16-byte access; the hidden size must be a multiple."""
+_FLAT_HIDDEN = 1024
+"""Hidden size that a flat tensor is given; other lengths go to `beyond`."""
+ONE_SHOT_BYTES = 8 << 20
+"""Above it a group of more than two takes the two-shot kernel when AUTO chooses."""
+
+
+class FlashInferCommunicator(Delegating):
+    """One rank's end of a group on one host, demo mode only."""
+
+    def __init__(self, beyond: Collective, *, max_tokens: int = 2048, max_hidden: int = 8192):
+        """Every rank of `beyond` (transport nccl) calls it. A call may have max_tokens * max_hidden elements.
+
+        Larger calls, float32, and shapes that the kernels do not take go to `beyond`.
+        """
+        super().__init__(beyond, "flashinfer")
+        self.max_elements = max_tokens * max_hidden
+        reason = self._obstacle()
+        reasons = beyond.all_gather_object(reason)
+        if any(reasons):
+            failed = [f"rank {self.ranks[r]}: {text}" for r, text in enumerate(reasons) if text]
+            raise P2PUnavailable("FlashInfer's all-reduce is not available: " + "; ".join(failed))
+        from flashinfer.comm import trtllm_ar
+
+        self._library = trtllm_ar
+        trtllm_ar.get_trtllm_comm_module()  # compiles at the first use of a machine, about two minutes
+        self._handles, self._workspace = trtllm_ar.trtllm_create_ipc_workspace_for_all_reduce_fusion(
+            self.rank,
+            self.size,
+            max_tokens,
+            max_hidden,
+            group=beyond.group,  # type: ignore[attr-defined]
+            use_symm_dev_mem=False,
+        )
+        self.reason = "FlashInfer's TRT-LLM kernels over CUDA IPC"
+
+    def _obstacle(self) -> str | None:
+        if importlib.util.find_spec("flashinfer") is None:
+            return "the package flashinfer-python is not installed"
+        if self.beyond.transport != "nccl":
+            return "its workspace is exchanged over torch.distributed, this group has none; use transport p2p"
+        if self.size not in WORLDS:
+            return f"groups of {', '.join(map(str, WORLDS))} ranks, not {self.size}"
+        return None
+
+    def all_reduce_residual_rms_norm(
+        self,
+        tensor: Tensor,
+        residual: Tensor,
+        weight: Tensor,
+        eps: float,
+        *,
+        weight_bias: float = 0.0,
+        strategy: str = "AUTO",
+    ) -> tuple[Tensor, Tensor]:
+        compose.check_norm_arguments(tensor, residual, weight)
+        hidden = tensor.shape[-1]
+        fits = self._fits(tensor) and hidden % _VECTOR == 0 and weight.dtype == tensor.dtype
+        if strategy == "NCCL" or weight_bias or not fits:
+            return super().all_reduce_residual_rms_norm(
+                tensor, residual, weight, eps, weight_bias=weight_bias, strategy=strategy
+            )
+        self._require_device(tensor, "all_reduce_residual_rms_norm")
+        entry = self._begin("all_reduce_residual_rms_norm", tensor.shape, tensor.dtype, strategy, eps)
+        x, residual, weight = (t.detach().contiguous() for t in (tensor, residual, weight))
+        normed, total = torch.empty_like(x), torch.empty_like(x)
+        norm = {
+            "residual_in": residual,
+            "residual_out": total,
+            "norm_out": normed,
+            "rms_gamma": weight,
+            "rms_eps": eps,
+        }
+        self._run(x, hidden, strategy, self._library.AllReduceFusionPattern.kARResidualRMSNorm, **norm)
+        entry[watch.END] = watch.now()
+        return normed, total
+
+    def _fits(self, tensor: Tensor) -> bool:
+        return tensor.dtype in HALVES and 0 < tensor.numel() <= self.max_elements
+
+    def _reduce(self, source: Tensor, target: Tensor, strategy: str) -> None:
+        if strategy == "NCCL" or not self._fits(source) or source.numel() % _FLAT_HIDDEN:
+            self.beyond._reduce(source, target, "AUTO")
+            return
+        pattern = self._library.AllReduceFusionPattern.kAllReduce
+        self._run(source, _FLAT_HIDDEN, strategy, pattern, allreduce_out=target)
+
+    def _run(self, x: Tensor, hidden: int, strategy: str, pattern: int, **tensors) -> None:
+        tokens = x.numel() // hidden
+        one_shot = strategy in ("ONESHOT", "MIN_LATENCY") or (
+            strategy == "AUTO" and (self.size == 2 or x.numel() * x.element_size() <= ONE_SHOT_BYTES)
+        )
+        absent = ("allreduce_out", "residual_in", "residual_out", "norm_out", "rms_gamma", "rms_eps")
+        self._library.trtllm_allreduce_fusion(
+            allreduce_in=x,
+            world_size=self.size,
+            world_rank=self.rank,
+            token_num=tokens,
+            hidden_dim=hidden,
+            workspace_ptrs=self._workspace,
+            launch_with_pdl=True,
+            trigger_completion_at_end=True,
+            fp32_acc=True,
+            pattern_code=pattern,
+            use_oneshot=one_shot or tokens <= self.size,
+            **{name: tensors.get(name) for name in absent},
+            quant_out=None,
+            scale_out=None,
+            scale_factor=None,
+            layout_code=None,
+        )
+
+    def _split(self, name: str, members: list[int], colors: list[int]) -> Communicator:
+        beyond = self._split_beyond(members, colors)
+        beyond.name = name
+        return with_reason(beyond, "sub-groups of a flashinfer group use NCCL: its workspace serves the whole group")
+
+    def close(self) -> None:
+        if self._handles:
+            self._library.trtllm_destroy_ipc_workspace_for_all_reduce_fusion(
+                self._handles,
+                group=self.beyond.group,  # type: ignore[attr-defined]
+            )
+            self._handles = []
+        super().close()
