@@ -10,7 +10,7 @@ from shardwise.ops.mamba.conv import ConvBatch, halo, nothing, prepare
 from shardwise.ops.registry import TRITON, operator
 from shardwise.ops.triton_support import Kernel, tl, triton
 
-ROWS = 32
+ROWS, WIDTH, DECODE_WIDTH = 32, 128, 256
 
 
 @triton.jit
@@ -184,7 +184,7 @@ def _power(n: int) -> int:
 def _prefill(one: ConvBatch) -> None:
     channels, K = one.weight.shape
     saved, sequences, slots = halo(one, ROWS), one.batch.prefill, one.cache.shape[0]
-    width, lookup = min(128, _power(channels)), _power(sequences)
+    width, lookup = min(WIDTH, _power(channels)), _power(sequences)
     bias = one.weight if one.bias is None else one.bias
     grid = (saved.shape[0], -(-channels // width), 1)
     free, strides = (sequences, slots, channels), one.x.stride()
@@ -209,7 +209,7 @@ def _prefill(one: ConvBatch) -> None:
 def _decode(one: ConvBatch) -> None:
     channels, K = one.weight.shape
     x, slots = one.x[one.batch.prefill_tokens : one.batch.tokens], one.slots[one.batch.prefill :]
-    width = min(256, _power(channels))
+    width = min(DECODE_WIDTH, _power(channels))
     bias = one.weight if one.bias is None else one.bias
     _launch_decode(
         x.device,

@@ -11,6 +11,11 @@ from shardwise.ops.mamba.checks import check_ssm
 from shardwise.ops.state_batch import check_counts
 from shardwise.ops.triton_support import Kernel
 
+# Tile sizes, warps and pipeline stages.
+STATES = {"P": 64, "N": 64, "T": 64, "warps": 4, "stages": 3}
+OUTPUTS = {"M": 128, "T": 64, "warps": 8, "stages": 2}
+DECODE = {"elements": 2048, "warps": 4}
+
 _launch_steps = Kernel(kernels.steps_kernel)
 _launch_states = Kernel(kernels.states_kernel)
 _launch_outputs = Kernel(kernels.outputs_kernel)
@@ -82,24 +87,26 @@ def prefill(
         warps=4,
     )
     x_strides, B_strides, C_strides = one.x.stride()[:2], one.B.stride()[:2], one.C.stride()[:2]
-    block_p, block_n, block_t = min(64, _power(P)), min(64, _power(N)), min(64, _power(chunk))
+    block_p, block_n = min(STATES["P"], _power(P)), min(STATES["N"], _power(N))
+    block_t = min(STATES["T"], _power(chunk))
     _launch_states(
         device,
         (batch.prefill, heads, -(-P // block_p) * -(-N // block_n)),
         (one.x, one.B, steps[0], steps[1], bounds, one.slots, resumes, one.cache, states),
         (tokens, heads, slots),
         (*x_strides, *B_strides, *one.cache.stride()[:3], ratio, P, N, chunk, block_p, block_n, block_t, 64, exact),
-        warps=4,
-        stages=3,
+        warps=STATES["warps"],
+        stages=STATES["stages"],
     )
-    block_m = min(64 if exact else 128, _power(chunk))
+    block_m, block_t = min(64 if exact else OUTPUTS["M"], _power(chunk)), min(OUTPUTS["T"], _power(chunk))
     _launch_outputs(
         device,
         (pieces, heads, -(-chunk // block_m)),
         (one.x, one.B, one.C, one.D, steps[0], steps[1], *cuts, one.slots, states, one.out),
         (tokens, heads, slots),
         (*x_strides, *B_strides, *C_strides, ratio, P, N, chunk, _power(P), _power(N), block_m, block_t, exact),
-        warps=8 if block_m == 128 else 4,
+        warps=OUTPUTS["warps"],
+        stages=OUTPUTS["stages"],
     )
 
 
@@ -109,7 +116,7 @@ def decode(one: Inputs, batch: Batch) -> None:
     x, B, C, dt, out = one.x[span], one.B[span], one.C[span], one.dt[span], one.out[span]
     (heads, P), N = x.shape[1:], B.shape[2]
     block_n = 1 << (N - 1).bit_length()
-    block_p = min(1 << (P - 1).bit_length(), max(1, 2048 // block_n))
+    block_p = min(1 << (P - 1).bit_length(), max(1, DECODE["elements"] // block_n))
     _launch_decode(
         x.device,
         (batch.decode, heads, -(-P // block_p)),
@@ -117,5 +124,5 @@ def decode(one: Inputs, batch: Batch) -> None:
         (heads, one.cache.shape[0], float(one.limit[0]), float(one.limit[1])),
         (*x.stride()[:2], dt.stride(0), *B.stride()[:2], *C.stride()[:2], *one.cache.stride()[:3])
         + (heads // B.shape[1], P, N, block_p, block_n),
-        warps=4,
+        warps=DECODE["warps"],
     )

@@ -1,0 +1,191 @@
+"""Operators with a state per sequence: pieces equal the whole, bad metadata raises, other implementations agree."""
+
+import math
+
+import pytest
+import samples_fla
+import samples_mamba
+import torch
+from mamba_oracle import Batch
+
+import shardwise.ops  # noqa: F401  (registers the operators)
+from shardwise.ops.registry import TRITON
+
+OPS = torch.ops.auto_deploy
+pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+needs_triton = pytest.mark.skipif(not TRITON.state[0], reason="needs triton")
+SSM_OPS = ["torch_cached_ssm", pytest.param("triton_cached_ssm", marks=needs_triton)]
+CONV_OPS = ["torch_cached_causal_conv1d", pytest.param("triton_cached_causal_conv1d", marks=needs_triton)]
+
+
+def run_ssm(op, inputs, batch, state, chunk):
+    info, seq_len, bounds, slots, resumes = batch.tensors(inputs[0].device)
+    rest = (bounds, slots, resumes)
+    if op == "torch_cached_ssm":
+        return OPS.torch_cached_ssm(*inputs, info, seq_len, *rest, state, samples_mamba.LIMIT, chunk)
+    positions = torch.zeros(inputs[0].shape[:2], dtype=torch.int64, device=inputs[0].device)
+    pieces = OPS.mamba_ssm_prepare_metadata(positions, info, seq_len, bounds, chunk)
+    return getattr(OPS, op)(*inputs, info, *rest, *pieces, state, samples_mamba.LIMIT, chunk)
+
+
+def cuts(total, seed):
+    """A random partition of `total` tokens, with pieces of one token among them."""
+    torch.manual_seed(seed)
+    lengths = []
+    while sum(lengths) < total:
+        lengths.append(min(int(torch.randint(1, 9, ())) if torch.rand(()) > 0.3 else 1, total - sum(lengths)))
+    return lengths
+
+
+@pytest.mark.parametrize("op", SSM_OPS)
+@pytest.mark.parametrize("seed", range(3))
+def test_a_prompt_fed_in_pieces_gives_the_whole_scan(op, seed):
+    lengths = cuts(29, seed)
+    inputs = samples_mamba.ssm_inputs(29, 4, 2, 16, 16, torch.float32, DEVICE)
+    whole = OPS.torch_ssm(*inputs, samples_mamba.LIMIT, 8)
+    state, parts, start = torch.randn(2, 4, 16, 16, device=DEVICE), [], 0
+    for number, length in enumerate(lengths):
+        part = [t[:, start : start + length].contiguous() if t.dim() > 2 else t for t in inputs]
+        batch = Batch((), 1, (1,), ()) if length == 1 and number else Batch((length,), 0, (1,), (number > 0,))
+        parts.append(run_ssm(op, part, batch, state, 8))
+        start += length
+    torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("op", CONV_OPS)
+def test_a_prompt_fed_in_pieces_gives_the_whole_convolution(op):
+    x, weight, bias = torch.randn(1, 29, 8), torch.randn(8, 1, 4), torch.randn(8)
+    x, weight, bias = x.to(DEVICE), weight.to(DEVICE), bias.to(DEVICE)
+    whole = OPS.torch_causal_conv1d(x, weight, bias, 1, 3, 1, 8)
+    in_place = op != "torch_cached_causal_conv1d"
+    state, parts, start = torch.randn(1, 8, 3 if in_place else 4, device=DEVICE), [], 0
+    for number, length in enumerate(cuts(29, 5)):
+        part = x[:, start : start + length].clone()
+        batch = Batch((), 1, (0,), ()) if length == 1 and number else Batch((length,), 0, (0,), (number > 0,))
+        tail = (*batch.tensors(DEVICE), state, 1, 3, 1, 8, "zeros")
+        result = getattr(OPS, op)(part, weight, bias, *tail, *((None,) if in_place else ()))
+        parts.append(part if in_place else result)
+        start += length
+    torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_prompt_fed_in_pieces_gives_the_whole_delta_rule(seed):
+    q, k, v, g, beta = samples_fla.inputs(True, 1, 150, 2, 4, 16, 8, torch.float32, "cpu")
+    whole = OPS.torch_gated_delta_rule(q, k, v, g, beta, 0.3)
+    state, parts, start = torch.randn(1, 4, 16, 8), [], 0
+    for number, length in enumerate(cuts(150, seed)):
+        one = slice(start, start + length)
+        batch = Batch((length,), 0, (0,), (number > 0,))
+        info, _, bounds, slots, resumes = batch.tensors("cpu")
+        part = [t[:, one] for t in (q, k, v, g, beta)]
+        parts.append(OPS.torch_cached_gated_delta_rule(*part, info, bounds, slots, resumes, state, 0.3))
+        start += length
+    torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 64])
+def test_the_chunk_size_does_not_change_the_scan(chunk):
+    inputs = samples_mamba.ssm_inputs(21, 4, 1, 8, 4, torch.float64, "cpu")
+    args = [t.double() for t in inputs]
+    torch.testing.assert_close(
+        OPS.torch_ssm(*args, [0.0, math.inf], chunk), OPS.torch_ssm(*args, [0.0, math.inf], 7), rtol=1e-4, atol=1e-4
+    )
+
+
+BAD = {
+    "slot_idx holds 9": {"slots": (9, 0)},
+    "cu_seqlen begins": {"bounds": [0, 4, 3]},
+    "counts 7 tokens": {"info": [2, 7, 0]},
+    "legal: 3, or 6": {"info": [2, 5]},
+}
+
+
+@pytest.mark.parametrize("words,change", BAD.items())
+@pytest.mark.parametrize("op", ["torch_cached_ssm", "torch_cached_causal_conv1d", "torch_cached_delta_rule"])
+def test_bad_metadata_is_refused_in_words(op, words, change):
+    batch = Batch((3, 2), 0, change.get("slots", (1, 0)), (True, False))
+    info, seq_len, bounds, slots, resumes = batch.tensors("cpu")
+    bounds = torch.tensor(change["bounds"], dtype=torch.int32) if "bounds" in change else bounds
+    info = torch.tensor(change["info"], dtype=torch.int32) if "info" in change else info
+    with pytest.raises(ValueError, match=words) as caught:
+        if op == "torch_cached_ssm":
+            inputs = samples_mamba.ssm_inputs(5, 4, 2, 8, 4, torch.float32, "cpu")
+            state = torch.zeros(3, 4, 8, 4)
+            OPS.torch_cached_ssm(*inputs, info, seq_len, bounds, slots, resumes, state, [0.0, 1.0], 4)
+        elif op == "torch_cached_causal_conv1d":
+            tail = (info, seq_len, bounds, slots, resumes, torch.zeros(3, 6, 4), 1, 3, 1, 6, "zeros")
+            OPS.torch_cached_causal_conv1d(torch.zeros(1, 5, 6), torch.zeros(6, 1, 4), None, *tail)
+        else:
+            values = samples_fla.inputs(False, 1, 5, 2, 2, 4, 4, torch.float32, "cpu")
+            OPS.torch_cached_delta_rule(*values, info, bounds, slots, resumes, torch.zeros(3, 2, 4, 4), 1.0)
+    assert op in str(caught.value)
+
+
+def test_a_state_cache_for_another_kernel_size_is_refused():
+    info, seq_len, bounds, slots, resumes = Batch((5,), 0, (0,), (True,)).tensors("cpu")
+    tail = (info, seq_len, bounds, slots, resumes, torch.zeros(3, 6, 3), 1, 3, 1, 6, "zeros")
+    with pytest.raises(ValueError, match="K = 4"):
+        OPS.torch_cached_causal_conv1d(torch.zeros(1, 5, 6), torch.zeros(6, 1, 4), None, *tail)
+
+
+def test_groups_that_do_not_divide_the_heads_are_refused():
+    inputs = samples_mamba.ssm_inputs(5, 4, 3, 8, 4, torch.float32, "cpu")
+    with pytest.raises(ValueError, match="groups 3 must divide the number of heads 4"):
+        OPS.torch_ssm(*inputs, [0.0, 1.0], 4)
+
+
+REAL = Batch((1000, 300, 0, 2048), 8, (5, 3, 0, 11, 1, 2, -1, 4, 6, 7, 8, 9), (True, False, True, False))
+
+
+def relative(result, expected):
+    result, expected = result.double(), expected.double()
+    return ((result - expected).norm() / expected.norm()).item()
+
+
+@pytest.mark.parametrize("op", ["triton_cached_ssm", "flashinfer_cached_ssm"])
+@pytest.mark.parametrize("cache", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("chunk", [128, 256])
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_the_scan_agrees_at_real_sizes(op, cache, chunk):
+    torch.manual_seed(0)
+    inputs = samples_mamba.ssm_inputs(REAL.tokens, 24, 8, 64, 128, torch.bfloat16, "cuda")
+    state = torch.randn(12, 24, 64, 128, device="cuda").to(cache)
+    reference = state.clone()
+    expected = run_ssm("torch_cached_ssm", inputs, REAL, reference, chunk)
+    result = run_ssm(op, inputs, REAL, state, chunk)
+    assert relative(result, expected) < 1e-2
+    assert relative(state, reference) < 1e-2
+
+
+@pytest.mark.parametrize("op", ["triton_cached_causal_conv1d", "cuda_cached_causal_conv1d"])
+@pytest.mark.parametrize("channels", [4096, 1001])
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_the_convolution_agrees_at_real_sizes(op, channels):
+    torch.manual_seed(0)
+    args = list(samples_mamba.cached_conv_args(op, REAL, channels, 4, torch.bfloat16)("cuda"))
+    position = next(i for i, a in enumerate(args) if isinstance(a, torch.Tensor) and a.dim() == 3 and i > 1)
+    args[position] = torch.randn(12, channels, 3, device="cuda", dtype=torch.bfloat16)
+    expected = samples_mamba.cached_conv(REAL, True)(*[a.clone() if isinstance(a, torch.Tensor) else a for a in args])
+    getattr(OPS, op)(*args)
+    assert relative(args[0].cpu(), expected[0]) < 1e-2
+    assert torch.equal(args[position].double().cpu(), expected[1])
+
+
+@pytest.mark.parametrize("name", ["fla_cached_delta_rule", "fla_cached_gated_delta_rule"])
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_the_delta_rule_agrees_at_real_sizes(name):
+    torch.manual_seed(0)
+    gated = "gated" in name
+    values = samples_fla.inputs(gated, 1, REAL.tokens, 8, 16 if gated else 8, 128, 128, torch.bfloat16, "cuda")
+    info, _, bounds, slots, resumes = REAL.tensors("cuda")
+    state = torch.randn(12, 16 if gated else 8, 128, 128, device="cuda")
+    reference = state.clone()
+    tail = (info, bounds, slots, resumes)
+    expected = getattr(OPS, name.replace("fla", "torch", 1))(*values, *tail, reference, 0.1)
+    assert relative(getattr(OPS, name)(*values, *tail, state, 0.1), expected) < 2e-2
+    assert relative(state, reference) < 2e-2
