@@ -117,21 +117,40 @@ class Builder:
         )
 
     def rope(
-        self, head_dim: int, *, theta: float | None = None, partial: float | None = None, scaled: bool = True
+        self,
+        head_dim: int,
+        *,
+        theta: float | None = None,
+        partial: float | None = None,
+        scaled: bool = True,
+        kind: str = "full_attention",
+        default_theta: float | None = None,
     ) -> Rope:
-        """Rotary embedding from `rope_theta`, `partial_rotary_factor`, `rope_scaling` or `rope_parameters`."""
+        """Rotary embedding from `rope_theta`, `partial_rotary_factor`, `rope_scaling` or `rope_parameters`.
+
+        `kind`: which kind of layer, where `rope_parameters` differ by kind. `default_theta` replaces `rope_theta`
+        where the parameters of that kind do not say.
+        """
         c = self.config
-        scaling = c.own("rope_scaling") if c.has("rope_scaling") else c.own("rope_parameters")
-        theta = theta or scaling.number("rope_theta", default=None) or c.number("rope_theta", default=10000.0)
+        fields = c.own("rope_scaling") if c.has("rope_scaling") else c.own("rope_parameters")
+        if isinstance(fields.raw(kind), dict):
+            fields = fields.own(kind)
+        if theta is None:
+            theta = fields.number("rope_theta", default=default_theta) or c.number("rope_theta", default=10000.0)
         if partial is None:
-            partial = c.number("partial_rotary_factor", default=scaling.number("partial_rotary_factor", default=1.0))
-        kind = scaling.text("rope_type", "type", default="default") if scaled else "default"
-        fields = (
-            {k: tuple(v) if isinstance(v, list) else v for k, v in scaling.data.items()} if kind != "default" else {}
-        )
-        original = c.raw("original_max_position_embeddings")
-        if fields and original and "original_max_position_embeddings" not in fields:
-            fields["original_max_position_embeddings"] = original
-        drop = ("rope_type", "type", "rope_theta", "partial_rotary_factor")
-        pairs = tuple(sorted((k, v) for k, v in fields.items() if k not in drop and v is not None))
-        return Rope(theta=float(theta), dim=int(head_dim * partial), kind=kind, scaling=pairs)
+            partial = fields.number("partial_rotary_factor", default=None)
+            partial = c.number("partial_rotary_factor", default=1.0) if partial is None else partial
+        name = fields.text("rope_type", "type", default="default") if scaled else "default"
+        return Rope(theta=theta, dim=int(head_dim * partial), kind=name, scaling=self._scaling(fields, name))
+
+    def _scaling(self, fields: Config, name: str) -> tuple[tuple[str, object], ...]:
+        """The published fields of a rope scaling, sorted, without those that `Rope` has of its own."""
+        if name == "default":
+            return ()
+        own = ("rope_type", "type", "rope_theta", "partial_rotary_factor")
+        present = {k: v for k, v in fields.data.items() if k not in own and v is not None}
+        found = {k: tuple(v) if isinstance(v, list) else v for k, v in present.items()}
+        original = self.config.raw("original_max_position_embeddings")
+        if original:
+            found.setdefault("original_max_position_embeddings", original)
+        return tuple(sorted(found.items()))

@@ -36,11 +36,15 @@ class Config:
         """The first of these fields that is present and not null, else None."""
         for name in names:
             if self.data.get(name) is not None:
-                return self.data[name]
+                return _plain(self.data[name])
         return self.parent.raw(*names) if self.parent else None
 
     def has(self, *names: str) -> bool:
         return self.raw(*names) is not None
+
+    def has_tensor(self, name: str) -> bool:
+        """Whether a checkpoint is known and holds this tensor."""
+        return self.names is not None and name in self.names
 
     def integer(self, *names: str, default: Any = _REQUIRED, least: int = 1, most: int = 1 << 40) -> int:
         """An integer in `[least, most]`; whole floats are accepted, as some exporters write them."""
@@ -113,6 +117,13 @@ class Config:
                 f"{self.source}: {' / '.join(names)} is missing; the planner needs it for this architecture"
             )
         return default
+
+
+def _plain(value: Any) -> Any:
+    """Transformers writes an infinite number as `{"__float__": "Infinity"}`."""
+    if isinstance(value, dict) and value.keys() == {"__float__"}:
+        return float(value["__float__"])
+    return [_plain(v) for v in value] if isinstance(value, list) else value
 
 
 def read_config(path: Path) -> dict[str, Any]:

@@ -65,14 +65,15 @@ class ParallelLayout:
         return ", ".join(parts)
 
     def _misfit(self, equation: str) -> str:
-        experts = self.moe_ep * max(self.moe_tp, 1)
-        offer = ""
-        if experts % self.tp == 0 and experts > self.world:
-            offer = f": give --attn-dp {experts // self.tp}, so that the world is {experts}"
+        wanted = self.moe_ep * max(self.moe_tp, 1)
+        if wanted > self.world and wanted % self.tp == 0:
+            offer = f"give --attn-dp {wanted // self.tp}, so that the world is {wanted}"
+        elif self.world % self.moe_ep == 0:
+            offer = f"leave --moe-tp out, so that it is {self.world // self.moe_ep}"
         else:
             fits = [ep for ep in range(1, self.world + 1) if self.world % ep == 0]
-            offer = f": ep must divide the world; legal are {', '.join(map(str, fits))}"
+            offer = f"ep must divide the world; legal are {', '.join(map(str, fits))}"
         return (
-            f"tp * attn_dp = world = moe_tp * ep does not hold: tp * attn_dp = {self.tp} * {self.attn_dp} = {self.world}, "
-            f"{equation}{offer}"
+            f"tp * attn_dp = world = moe_tp * ep does not hold: tp * attn_dp = {self.tp} * {self.attn_dp} "
+            f"= {self.world}, {equation}: {offer}"
         )

@@ -10,9 +10,8 @@ def expand(pattern: TensorPattern) -> Iterator[tuple[str, int | None]]:
     """(name, expert number) of every tensor of a pattern: layers outside, experts inside."""
     experts = range(pattern.spec.experts.units) if pattern.spec.experts else (None,)
     for layer in pattern.layers or (None,):
-        base = pattern.spec.path(layer) if layer is not None else pattern.spec.name
         for expert in experts:
-            yield (base if expert is None else base.replace("{expert}", str(expert))), expert
+            yield pattern.spec.path(layer, expert), expert
 
 
 class NameIndex:

@@ -47,8 +47,9 @@ class TensorSpec:
         return stored_bytes(self.shape, self.dtype)
 
     def path(self, layer: int | None = None, expert: int | None = None) -> str:
-        """The name with its numbers filled in."""
-        return self.name.replace("{layer}", str(layer)).replace("{expert}", str(expert))
+        """The name with the numbers that are given filled in."""
+        name = self.name if layer is None else self.name.replace("{layer}", str(layer))
+        return name if expert is None else name.replace("{expert}", str(expert))
 
 
 @dataclass(frozen=True)

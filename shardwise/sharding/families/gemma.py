@@ -54,7 +54,8 @@ def _activation(c: Config) -> str:
 
 def _rope(b: Builder, head_dim: int, local: bool) -> Rope:
     if local:
-        return b.rope(head_dim, theta=b.config.number("rope_local_base_freq", default=LOCAL_THETA), scaled=False)
+        theta = b.config.number("rope_local_base_freq", default=None)
+        return b.rope(head_dim, theta=theta, scaled=False, kind="sliding_attention", default_theta=LOCAL_THETA)
     return b.rope(head_dim)
 
 

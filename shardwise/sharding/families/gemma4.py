@@ -18,7 +18,7 @@ def build(config: Config, name: str, architecture: str) -> ModelSpec:
     count = text.integer("num_hidden_layers")
     types = text.list("layer_types", length=count, of=str)
 
-    def layer(kind: str) -> Layer:
+    def layer(key: tuple[str, int, int]) -> Layer:
         feed_forward: tuple[Block, ...] = (dense_mlp(b, f"{LAYER}.mlp", text.integer("intermediate_size")),)
         others: tuple[Block, ...] = (_scalar(b),)
         if text.flag("enable_moe_block"):
@@ -32,7 +32,7 @@ def build(config: Config, name: str, architecture: str) -> ModelSpec:
                 )
             )
         return Layer(
-            mixers=(_mixer(b, text, kind == "full_attention"),),
+            mixers=(_mixer(b, text, *key),),
             feed_forward=feed_forward,
             mixer_norm=b.norm("mixer_norm", f"{LAYER}.input_layernorm"),
             mixer_post_norm=b.norm("mixer_post_norm", f"{LAYER}.post_attention_layernorm"),
@@ -42,19 +42,26 @@ def build(config: Config, name: str, architecture: str) -> ModelSpec:
         )
 
     return b.model(
-        b.layers(layer, types),
+        b.layers(layer, [(kind, *_heads(text, kind, i)) for i, kind in enumerate(types)]),
         tied_default=True,
         embedding_multiplier=b.hidden_size**0.5,
         softcap=text.number("final_logit_softcapping", default=None),
     )
 
 
-def _mixer(b: Builder, c: Config, full: bool) -> Attention:
-    heads = c.integer("num_attention_heads")
-    local = c.integer("num_key_value_heads", default=heads)
-    kv = c.integer("num_global_key_value_heads", default=local) if full else local
-    head_dim = c.integer("global_head_dim", "head_dim") if full else c.integer("head_dim")
-    ropes = c.own("rope_parameters").own("full_attention" if full else "sliding_attention")
+def _heads(c: Config, kind: str, layer: int) -> tuple[int, int]:
+    """Head size and KV heads of a layer: `global_*` fields, or overrides by layer number."""
+    own = c.own("per_layer_config").own(str(layer))
+    head_dim, kv = c.integer("head_dim"), c.integer("num_key_value_heads", default=c.integer("num_attention_heads"))
+    if kind == "full_attention":
+        head_dim = c.integer("global_head_dim", default=head_dim)
+        kv = c.integer("num_global_key_value_heads", default=kv)
+    return own.integer("head_dim", default=head_dim), own.integer("num_key_value_heads", default=kv)
+
+
+def _mixer(b: Builder, c: Config, kind: str, head_dim: int, kv: int) -> Attention:
+    full = kind == "full_attention"
+    ropes = c.own("rope_parameters").own(kind)
     rope = Rope(
         theta=ropes.number("rope_theta", default=1e6 if full else 1e4),
         dim=int(head_dim * ropes.number("partial_rotary_factor", default=1.0)),
@@ -63,7 +70,7 @@ def _mixer(b: Builder, c: Config, full: bool) -> Attention:
     return attention(
         b,
         f"{LAYER}.self_attn",
-        heads=(*head_axes(b, heads, kv), head_dim),
+        heads=(*head_axes(b, c.integer("num_attention_heads"), kv), head_dim),
         scale=1.0,
         rope=rope,
         window=None if full else c.integer("sliding_window"),

@@ -9,7 +9,7 @@ from shardwise.sharding.spec import Attention, DenseMlp, Layer, ModelSpec
 
 def build(config: Config, name: str, architecture: str) -> ModelSpec:
     # The published GPT-2 files leave the first component out.
-    root = "" if config.names is not None and "wte.weight" in config.names else "transformer."
+    root = "" if config.has_tensor("wte.weight") else "transformer."
     b = Builder(config, name, architecture, prefix=root, norm_kind="layer", norm_bias=True)
     b.norm_eps = config.number("layer_norm_epsilon", default=1e-5)
     module = f"{root}h.{{layer}}"

@@ -45,7 +45,8 @@ def build(config: Config, name: str, architecture: str) -> ModelSpec:
 
 def _types(b: Builder, c: Config, count: int) -> list[str]:
     if c.has("layer_types", "layers_block_type"):
-        return c.list("layer_types", "layers_block_type", length=count, of=str)
+        types = c.list("layer_types", "layers_block_type", length=count, of=str)
+        return ["mamba" if t in ("mamba", "linear_attention") else "attention" for t in types]
     if not c.has("attn_layer_indices"):
         b.notes.append("no layer is said to be attention (attn_layer_indices): all are planned as Mamba-2")
     indices = set(c.list("attn_layer_indices", default=[], of=int))

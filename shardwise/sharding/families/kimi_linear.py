@@ -22,6 +22,10 @@ def build(config: Config, name: str, architecture: str) -> ModelSpec:
     if text.has("attn_res_block_size"):
         b.notes.append("attention residuals (attn_res_block_size) hold small tensors that the planner does not list")
 
+    # Transformers gives the dense layers the experts' name when it writes them.
+    renamed = config.has_tensor(f"{b.prefix}layers.0.block_sparse_moe.up_proj.weight")
+    dense_name = "block_sparse_moe" if renamed else "mlp"
+
     def layer(key: tuple[bool, bool]) -> Layer:
         is_delta, sparse = key
         if is_delta:
@@ -37,7 +41,7 @@ def build(config: Config, name: str, architecture: str) -> ModelSpec:
             mixer = mla(b, f"{module}.self_attn", output_gate=gate)
             mixer = replace(mixer, rope=None) if text.flag("mla_use_nope") else mixer
         experts = _experts(b, text, f"{module}.block_sparse_moe") if sparse else None
-        dense = dense_mlp(b, f"{module}.mlp", text.integer("intermediate_size"))
+        dense = dense_mlp(b, f"{module}.{dense_name}", text.integer("intermediate_size"))
         return pre_norm_layer(b, mixer, experts or dense, prefix=module)
 
     keys = list(zip(((i + 1) in delta for i in range(count)), sparse_layers(b, count), strict=True))

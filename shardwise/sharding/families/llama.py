@@ -52,8 +52,8 @@ def build(config: Config, name: str, architecture: str) -> ModelSpec:
 
 def windows(config: Config, architecture: str, count: int) -> list[int | None]:
     """Sliding window of every layer. Mistral: all layers; Qwen: layers from `max_window_layers` on, if switched on."""
-    window = config.integer("sliding_window", default=None)
-    if architecture in ("LlamaForCausalLM", "MiniCPMForCausalLM") or window is None:
+    window = config.integer("sliding_window", default=0, least=0)
+    if architecture in ("LlamaForCausalLM", "MiniCPMForCausalLM") or not window:
         return [None] * count
     if architecture.startswith("Mistral"):
         return [window] * count

@@ -39,7 +39,11 @@ def _mixer(b: Builder, c: Config, local: bool) -> Attention:
         v_head_dim=c.integer(f"{swa}v_head_dim", "v_head_dim"),
         qkv_bias=c.flag("attention_bias"),
         o_bias=False,
-        rope=b.rope(head_dim, theta=c.number("swa_rope_theta" if local else "rope_theta")),
+        rope=b.rope(
+            head_dim,
+            theta=c.number("swa_rope_theta", default=None) if local else None,
+            kind="sliding_attention" if local else "full_attention",
+        ),
         window=c.integer("sliding_window", "sliding_window_size") if local else None,
         sinks=sinks,
         names={"sinks": "attention_sink_bias"},

@@ -48,7 +48,7 @@ def _dense(b: Builder, c: Config, module: str):
 
 def _experts(b: Builder, c: Config, module: str) -> Moe:
     experts = c.integer("num_local_experts")
-    corrected = c.flag("use_routing_bias")
+    corrected = c.flag("use_routing_bias", default=True)
     width = c.integer("moe_intermediate_size", "intermediate_size")
     shared = c.integer("shared_intermediate_size", default=0, least=0)
     return moe(

@@ -11,6 +11,7 @@ from shardwise.sharding.spec import Extra, Layer, ModelSpec, Moe, Routing
 LAYER = "backbone.layers.{layer}"
 MIXER = f"{LAYER}.mixer"
 LETTERS = {"M": "mamba", "*": "attention", "E": "moe", "-": "mlp"}
+SYNONYMS = {"linear_attention": "mamba", "full_attention": "attention"}
 
 
 def build(config: Config, name: str, architecture: str) -> ModelSpec:
@@ -36,7 +37,7 @@ def _types(c: Config, pattern: str, listed: str) -> list[str]:
     unknown = set(letters) - set(LETTERS)
     if unknown:
         raise c.error((pattern,), letters, f"letters of {''.join(LETTERS)}")
-    types = [LETTERS[x] for x in letters] or c.list(listed, of=str)
+    types = [LETTERS[x] for x in letters] or [SYNONYMS.get(t, t) for t in c.list(listed, "layer_types", of=str)]
     count = c.integer("num_hidden_layers", default=len(types))
     if count != len(types) or set(types) - set(LETTERS.values()):
         raise c.error((pattern, listed), types, f"{count} of {', '.join(LETTERS.values())}")

@@ -18,6 +18,9 @@ def build(config: Config, name: str, architecture: str) -> ModelSpec:
     b.norm_eps = text.number("rms_norm_eps", default=1e-6)
     module, count = f"{prefix}layers.{{layer}}", text.integer("num_hidden_layers")
 
+    # Transformers writes one tensor an expert where the published Qwen3.5 files stack them.
+    per_expert = first or config.has_tensor(f"{prefix}layers.0.mlp.experts.0.up_proj.weight")
+
     def layer(key: tuple[str, bool]) -> Layer:
         kind, sparse = key
         if kind == "linear_attention":
@@ -31,7 +34,7 @@ def build(config: Config, name: str, architecture: str) -> ModelSpec:
                 output_gate="per_element" if text.flag("attn_output_gate", default=True) else None,
                 rope=b.rope(text.integer("head_dim"), partial=_partial(text)),
             )
-        feed_forward = _experts(b, text, f"{module}.mlp", first) if sparse else _dense(b, text, f"{module}.mlp")
+        feed_forward = _experts(b, text, f"{module}.mlp", per_expert) if sparse else _dense(b, text, f"{module}.mlp")
         return pre_norm_layer(b, mixer, feed_forward, prefix=module)
 
     sparse = sparse_layers(text, count) if text.has("num_experts") else [False] * count

@@ -1,0 +1,67 @@
+"""Checkpoints written by Transformers: bytes to the byte, and all ranks' slices together are the model again."""
+
+import re
+
+import numpy as np
+import pytest
+from safetensors import safe_open
+from tiny_models import MODELS, write
+
+from shardwise.sharding.checkpoint.safetensors import read_safetensors_folder
+from shardwise.sharding.cutting import IllegalLayout
+from shardwise.sharding.plan import plan
+
+NOT_TEXT = re.compile("visual|vision|multi_modal")
+LAYOUTS = [{"tp": 1}, {"tp": 2}, {"tp": 3, "ep": 3}, {"tp": 4, "ep": 2}, {"tp": 2, "attn_dp": 2, "ep": 4}]
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def checkpoint(request, tmp_path_factory):
+    """(folder, all tensors) of one tiny model."""
+    folder = tmp_path_factory.mktemp(request.param)
+    write(request.param, folder)
+    tensors = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, "np") as opened:
+            tensors |= {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    return folder, tensors
+
+
+def take(array, ranges):
+    """The elements of `array` inside the ranges of every dim."""
+    for axis, dim in enumerate(ranges):
+        array = np.take(array, [i for a, b in dim for i in range(a, b)], axis=axis)
+    return array
+
+
+def put(full, part, ranges):
+    """Write `part` back to where it was taken from."""
+    full[np.ix_(*([i for a, b in dim for i in range(a, b)] for dim in ranges))] = part
+
+
+def test_every_byte_of_the_text_model_is_planned(checkpoint):
+    folder, _ = checkpoint
+    entries = read_safetensors_folder(folder)
+    text = {name: entry.nbytes for name, entry in entries.items() if not NOT_TEXT.search(name)}
+    made = plan(folder)
+    assert set(made.names()) == set(text)
+    assert made.ranks[0].weight_bytes == sum(text.values())
+    assert {s.name: s.nbytes for s in made.shards(0)} == text
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_slices_of_all_ranks_are_the_model(checkpoint, layout):
+    folder, tensors = checkpoint
+    try:
+        made = plan(folder, **layout)
+    except IllegalLayout as error:
+        assert "ranks" in str(error)
+        pytest.skip(f"refused: {error}")
+    merged = {name: np.full(tensors[name].shape, np.nan, tensors[name].dtype) for name in made.names()}
+    for rank in range(made.layout.world):
+        for shard in made.shards(rank):
+            part = take(tensors[shard.name], shard.ranges)
+            assert part.shape == shard.local_shape and part.nbytes == shard.nbytes
+            put(merged[shard.name], part, shard.ranges)
+    for name, array in merged.items():
+        assert np.array_equal(array, tensors[name]), name
