@@ -5,7 +5,7 @@ import pytest
 import torch
 from oracles_attention import Step
 
-from shardwise.ops.attention import tiles
+from shardwise.ops.attention import tiles, triton
 from shardwise.ops.attention.tiles import Tile, choose_splits
 from shardwise.ops.attention.triton import OP
 from shardwise.ops.registry import operators
@@ -33,6 +33,7 @@ STEPS = {
 def small_tiles(monkeypatch):
     """Tiles so small that these small shapes take several of them, in the interpreter."""
     if DEVICE == "cpu":
+        monkeypatch.setattr(triton, "_CALLS", {})
         monkeypatch.setattr(tiles, "decode_tile", lambda group, *_: Tile(tiles.power_of_two(group), 16, 1, 1))
         monkeypatch.setattr(tiles, "prefill_tile", lambda *_: Tile(16, 16, 1, 1))
 
