@@ -26,6 +26,12 @@ def test_conformance(transport, world, options):
     assert expected in results[0][1]
 
 
+def test_conformance_without_reading_peers():
+    for passed, algorithm in run_processes(3, "rank_bodies:conform_in_chunks"):
+        assert len(passed) > len(conformance.CASES)
+        assert "in shared memory" in algorithm
+
+
 def test_conformance_mpi():
     results = run_processes(3, "rank_bodies:conform", "mpi", {}, mpi=True)
     assert all(len(passed) == len(conformance.CASES + conformance.FIXED_ORDER_CASES) for passed, _ in results)
