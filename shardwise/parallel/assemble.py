@@ -6,6 +6,7 @@ A new family is data (a spec); it needs code here only where it has a block with
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from shardwise.comm.rank import Groups
@@ -23,6 +24,8 @@ from shardwise.parallel.layers import (
     VocabHead,
     activation_named,
 )
+from shardwise.parallel.load_experts import load_experts
+from shardwise.parallel.moe import MoeBlock
 from shardwise.parallel.rotary import RotaryAngles
 from shardwise.parallel.supported import check_supported
 from shardwise.parallel.weights import Weights
@@ -94,7 +97,7 @@ class DecoderBuilder:
 
     def _head_linear(self, table: Tensor) -> Linear:
         head = self.model.head
-        return Linear(weight=table if head.tied else self.weights.take(head, "head.weight"))
+        return Linear(weight=table if head.tied else self.weights.linear(head, "head"))
 
     def _head(self, linear: Linear) -> VocabHead:
         head, plan = self.model.head, self.weights.plan
@@ -110,12 +113,12 @@ class DecoderBuilder:
 
     def linear(self, block: spec.Block, *roles: str, layer: int) -> Linear:
         """Column-parallel: the roles' outputs one behind the other."""
-        weight = self.weights.take(block, *(f"{role}.weight" for role in roles), layer=layer)
+        weight = self.weights.linear(block, *roles, layer=layer)
         return Linear(weight=weight, bias=self.weights.take(block, *(f"{role}.bias" for role in roles), layer=layer))
 
     def row_linear(self, block: spec.Block, role: str, layer: int) -> RowLinear:
         return RowLinear(
-            weight=self.weights.take(block, f"{role}.weight", layer=layer),
+            weight=self.weights.linear(block, role, layer=layer),
             bias=self.weights.take(block, f"{role}.bias", layer=layer),
             group=self.groups.tp,
         )
@@ -167,14 +170,33 @@ def _local_heads(weights: Weights, block: spec.Attention, layer: int) -> tuple[i
     return q, kv, block.head_dim, block.v_head_dim
 
 
-def _dense_mlp(builder: DecoderBuilder, block: spec.DenseMlp, layer: int) -> GatedMlp | PlainMlp:
+def dense_mlp(builder: DecoderBuilder, block: spec.DenseMlp, layer: int, prefix: str = "") -> GatedMlp | PlainMlp:
+    """`prefix`: what the roles of a shared expert begin with."""
     activation = activation_named(block.activation)
-    down = builder.row_linear(block, "down", layer)
+    down = builder.row_linear(block, f"{prefix}down", layer)
     if not block.gated:
-        return PlainMlp(up=builder.linear(block, "up", layer=layer), down=down, activation=activation)
-    roles = ("gate_up",) if "gate_up.weight" in block.roles else ("gate", "up")
-    return GatedMlp(gate_up=builder.linear(block, *roles, layer=layer), down=down, activation=activation)
+        return PlainMlp(up=builder.linear(block, f"{prefix}up", layer=layer), down=down, activation=activation)
+    roles = ("gate_up",) if f"{prefix}gate_up.weight" in block.roles else ("gate", "up")
+    gate_up = builder.linear(block, *(prefix + role for role in roles), layer=layer)
+    return GatedMlp(gate_up=gate_up, down=down, activation=activation)
+
+
+def moe(builder: DecoderBuilder, block: spec.Moe, layer: int) -> MoeBlock:
+    weights, plan = builder.weights, builder.weights.plan
+    local = plan.experts(weights.rank, block.expert_axis)
+    slots = torch.full((block.expert_axis.units,), -1, dtype=torch.int64)
+    slots[list(local)] = torch.arange(len(local))
+    gated = "shared_gate.weight" in block.roles
+    return MoeBlock(
+        router=builder.linear(block, "router", layer=layer),
+        routing=block.routing,
+        slots=slots.to(weights.device),
+        experts=load_experts(weights, block, layer, local, adds_bias=builder.groups.moe_tp.rank == 0),
+        correction=weights.take(block, "router.correction", layer=layer, dtype=torch.float32),
+        shared=None if block.shared is None else dense_mlp(builder, block.shared, layer, "shared."),
+        shared_gate=builder.linear(block, "shared_gate", layer=layer) if gated else None,
+    )
 
 
 MIXERS: dict[type, Callable] = {spec.Attention: _attention}
-FEED_FORWARDS: dict[type, Callable] = {spec.DenseMlp: _dense_mlp}
+FEED_FORWARDS: dict[type, Callable] = {spec.DenseMlp: dense_mlp, spec.Moe: moe}

@@ -34,7 +34,7 @@ class Batch:
     def __init__(self, spans: Sequence[Span], tokens: Sequence[int], device: torch.device):
         self.spans = tuple(spans)
         self.device = device
-        self.tokens = torch.tensor(tokens, dtype=torch.int64, device=device)  # [T]
+        self.ids = tuple(tokens)
         self.prefills = sum(span.length != 1 for span in self.spans)
         self._rotations: dict[object, tuple[Tensor, Tensor]] = {}
         if any(span.length == 1 for span in self.spans[: self.prefills]):
@@ -42,11 +42,16 @@ class Batch:
 
     @property
     def size(self) -> int:
-        return self.tokens.shape[0]
+        return len(self.ids)
 
     @property
     def is_single_token(self) -> bool:
         return len(self.spans) == 1 and self.prefills == 0
+
+    @cached_property
+    def tokens(self) -> Tensor:
+        """int64 [T]."""
+        return torch.tensor(self.ids, dtype=torch.int64, device=self.device)
 
     @cached_property
     def positions(self) -> Tensor:

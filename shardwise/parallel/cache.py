@@ -83,6 +83,10 @@ class SlotCache(KvCache):
         )
         return out[0]
 
+    def rows(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys and values [slots, max_length, Nkv, D], views with equal strides where D = Dv."""
+        return self._layers[layer]
+
     def nbytes(self) -> int:
         return sum(t.numel() * t.element_size() for pair in self._layers for t in pair)
 

@@ -37,7 +37,7 @@ class DecodeGraphs:
     def _fill(self, batch: Batch, size: int) -> None:
         self._copied.synchronize()  # the pinned buffer is free again
         count = len(batch.spans)
-        self._host[0, :count] = torch.tensor([s.token for s in batch.spans])
+        self._host[0, :count] = torch.tensor(batch.ids)
         self._host[1, :count] = torch.tensor([s.past for s in batch.spans])
         self._host[2, :count] = torch.tensor([s.slot for s in batch.spans])
         self._host[0, count:size] = 0

@@ -62,7 +62,7 @@ class DecodeStep:
         if reason:
             raise ValueError(f"no fused decode step: {reason}")
         self.decoder, self.cache, self.pdl = decoder, cache, pdl
-        device = cache.keys[0].device
+        device = cache.rows(0)[0].device
         processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
         self._workspaces: dict[tuple[int, int, int], list[DecodeWorkspace]] = {}
         self._rope: dict[RotaryAngles | None, Tensor] = {}
@@ -70,7 +70,7 @@ class DecodeStep:
             self._prepare(layer.mixer, max_batch, processors, device)
 
     def __call__(self, tokens: Tensor, positions: Tensor, slots: Tensor) -> Tensor:
-        """tokens int64 [B]; positions int32 [B], negative for padding rows; slots int32 [B, 1]. Logits float32 [B, V]."""
+        """tokens int64 [B]; positions int32 [B], negative for padding rows; slots int32 [B, 1] -> float32 [B, V]."""
         x = self.decoder.embedding(tokens)
         stream = Stream(x, x, self.decoder.first_norm)
         for number, layer in enumerate(self.decoder.layers):
@@ -83,8 +83,7 @@ class DecodeStep:
         qkv = self._product(mixer.qkv, stream)
         attended = fused_decode_attention(
             qkv,
-            self.cache.keys[number],
-            self.cache.values[number],
+            *self.cache.rows(number),
             slots,
             positions,
             self._rope[mixer.rotary],

@@ -14,6 +14,7 @@ import torch
 from shardwise.comm.rank import Groups
 from shardwise.parallel.assemble import DecoderBuilder
 from shardwise.parallel.cache import KvCache, SlotCache
+from shardwise.parallel.decoder import memory_bytes
 from shardwise.parallel.results import Completion, RankStats, TokenEvent
 from shardwise.parallel.sampler import SamplingParams, sample
 from shardwise.parallel.scheduler import Request, Scheduler
@@ -58,7 +59,7 @@ class Engine:
         self.device = torch.device(device)
         self.dtype = _dtype(dtype, self.device)
         self.checkpoint = model if isinstance(model, Checkpoint) else open_checkpoint(model)
-        self._weights = Weights(
+        weights = Weights(
             self.checkpoint,
             plan,
             groups.world.rank,
@@ -67,8 +68,9 @@ class Engine:
             on_progress=on_progress,
         )
         with torch.inference_mode():
-            builder = DecoderBuilder(self._weights, groups)
+            builder = DecoderBuilder(weights, groups)
             self._decoder = builder.build()
+        self._weight_bytes = memory_bytes(self._decoder)
         self._cache_shapes = builder.cache_shapes()
         self._cache: KvCache | None = None
         self._load_seconds = time.perf_counter() - started
@@ -110,7 +112,7 @@ class Engine:
     def stats(self) -> RankStats:
         return RankStats(
             rank=self.groups.world.rank,
-            weight_bytes=self._weights.held_bytes,
+            weight_bytes=self._weight_bytes,
             cache_bytes=self._cache.nbytes() if self._cache else 0,
             peak_rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
             load_seconds=self._load_seconds,

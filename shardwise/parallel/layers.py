@@ -117,7 +117,10 @@ class VocabHead:
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [B, H] -> [B, V]."""
-        logits = self.linear(x)
+        return self.finish(self.linear(x))
+
+    def finish(self, logits: Tensor) -> Tensor:
+        """This rank's columns of the logits -> all of them, scaled and capped."""
         if self.group.size > 1:
             logits = self.group.all_gather(logits, dim=-1, sizes=self.sizes)
         logits = logits[:, : self.vocab].float()

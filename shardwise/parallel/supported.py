@@ -30,6 +30,8 @@ _LEGAL: dict[type, dict[str, tuple]] = {
         "gate_multiplier": (1.0,),
         "down_multiplier": (1.0,),
     },
+    spec.Moe: {"gated": (True,), "latent": (0,)},
+    spec.Routing: {"scores_scale_input": (False,), "hash_layer": (False,)},
     spec.Norm: {"kind": ("rms",)},
     spec.Embedding: {"learned_positions": (0,)},
 }
@@ -50,6 +52,8 @@ def check_supported(model: spec.ModelSpec, *, mixers: tuple[type, ...], feed_for
             )
         for block in layer.blocks:
             _check_options(model, block, where)
+            if isinstance(block, spec.Moe):
+                _check_options(model, block.routing, where)
 
 
 def _check_structure(model: spec.ModelSpec, layer: spec.Layer, where: str) -> None:
@@ -62,7 +66,7 @@ def _check_structure(model: spec.ModelSpec, layer: spec.Layer, where: str) -> No
         raise UnsupportedModel(f"{model.architecture}, {where}: blocks without a norm before them are not supported")
 
 
-def _check_options(model: spec.ModelSpec, block: spec.Block, where: str) -> None:
+def _check_options(model: spec.ModelSpec, block: spec.Block | spec.Routing, where: str) -> None:
     for name, legal in _LEGAL.get(type(block), {}).items():
         value = getattr(block, name)
         if value not in legal:

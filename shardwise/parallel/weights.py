@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from shardwise.parallel.dequantise import Scaled, dequantise
 from shardwise.sharding.checkpoint.header import CheckpointError
 from shardwise.sharding.checkpoint.reader import NUMPY, Reader
 from shardwise.sharding.checkpoint.resolve import Checkpoint
@@ -40,30 +41,40 @@ class Weights:
         self._taken: set[str] = set()
         self._read_bytes = 0
         self._total_bytes = sum(shard.nbytes for shard in plan.shards(rank))
-        self.held_bytes = 0
-        """Bytes of the tensors given out so far."""
 
     def shard(self, spec: TensorSpec, layer: int | None = None, expert: int | None = None) -> TensorShard:
         return self.plan.shard(self.rank, spec.path(layer, expert))
 
-    def take(self, block: Block, *roles: str, layer: int | None = None, expert: int | None = None) -> Tensor | None:
+    def take(
+        self,
+        block: Block,
+        *roles: str,
+        layer: int | None = None,
+        expert: int | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Tensor | None:
         """The rank's shards of these roles' tensors, joined along the first dimension; None when the block has none.
 
-        CheckpointError for a tensor that the checkpoint lacks or holds in another shape.
+        `dtype` replaces the runtime's. CheckpointError for a tensor that is missing or has another shape.
         """
         specs = [block.roles[role] for role in roles if role in block.roles]
         if not specs:
             return None
         shards = [self.shard(spec, layer, expert) for spec in specs]
-        first = shards[0]
-        rows = sum(shard.local_shape[0] for shard in shards)
-        out = torch.empty(rows, *first.local_shape[1:], dtype=self._runtime_dtype(first), device=self.device)
+        rows = sum(shard.local_shape[0] if shard.local_shape else 1 for shard in shards)
+        dtype = dtype or self._runtime_dtype(shards[0])
+        out = torch.empty(rows, *shards[0].local_shape[1:], dtype=dtype, device=self.device)
         start = 0
         for shard in shards:
-            self._fill(out[start : start + shard.local_shape[0]], shard)
-            start += shard.local_shape[0]
-        self.held_bytes += out.numel() * out.element_size()
+            stop = start + (shard.local_shape[0] if shard.local_shape else 1)
+            self._fill(out[start:stop], shard)
+            start = stop
         return out
+
+    def linear(self, block: Block, *roles: str, layer: int | None = None, expert: int | None = None) -> Tensor:
+        """Weights of linear layers in the runtime's dtype, dequantised where they are stored with scales, joined."""
+        parts = [self._plain(block, role, layer, expert) for role in roles]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def finish(self) -> None:
         """CheckpointError unless every tensor of the plan that this rank holds was given out once."""
@@ -71,6 +82,27 @@ class Weights:
         if left:
             raise CheckpointError(f"{len(left)} tensors of the model are used by no layer of the runtime: {left[:5]}")
         self._reader.close()
+
+    def _plain(self, block: Block, role: str, layer: int | None, expert: int | None) -> Tensor:
+        weight = self.take(block, f"{role}.weight", layer=layer, expert=expert)
+        scale_role = f"{role}.scale"
+        if scale_role not in block.roles:
+            return weight
+        scale = self.take(
+            block, scale_role, layer=layer, expert=expert, dtype=self._scale_dtype(block.roles[scale_role])
+        )
+        self.take(
+            block, f"{role}.input_scale", layer=layer, expert=expert
+        )  # of static activation scaling: not used here
+        place = Scaled(
+            weight=self.shard(block.roles[f"{role}.weight"], layer, expert).ranges,
+            scale=self.shard(block.roles[scale_role], layer, expert).ranges,
+            per=tuple(dim.per for dim in block.roles[scale_role].dims),
+        )
+        return dequantise(weight, scale, place, self.dtype)
+
+    def _scale_dtype(self, spec: TensorSpec) -> torch.dtype | None:
+        return torch.float32 if spec.dtype in _FLOATS else None
 
     def _runtime_dtype(self, shard: TensorShard) -> torch.dtype:
         if shard.dtype in _FLOATS or shard.dtype not in NUMPY:
@@ -89,7 +121,7 @@ class Weights:
                 f"{stored.entry.path}: tensor {shard.name} has shape {list(stored.entry.shape)}, "
                 f"the model needs {list(shard.global_shape)}"
             )
-        filled = tuple(sum(b - a for a, b in ranges) for ranges in shard.ranges)
+        filled = tuple(sum(b - a for a, b in ranges) for ranges in shard.ranges) or (1,)
         if filled != tuple(out.shape):
             out.zero_()  # a padded axis
         inside = out[tuple(slice(0, n) for n in filled)]

@@ -27,10 +27,47 @@ FAMILIES = {
     "qwen2": ("qwen2", {}),
     "qwen3": ("qwen3", dict(attention_bias=False)),
 }
+MOE_FAMILIES = {
+    "mixtral": ("mixtral", dict(num_local_experts=5, num_experts_per_tok=2)),
+    "qwen2_moe": (
+        "qwen2_moe",
+        dict(
+            num_experts=5,
+            num_experts_per_tok=2,
+            moe_intermediate_size=36,
+            shared_expert_intermediate_size=40,
+            norm_topk_prob=False,
+        ),
+    ),
+    "qwen3_moe with a dense layer": (
+        "qwen3_moe",
+        dict(num_experts=7, num_experts_per_tok=3, moe_intermediate_size=36, norm_topk_prob=True, mlp_only_layers=[1]),
+    ),
+    "gpt_oss": (
+        "gpt_oss",
+        dict(
+            seed=1,
+            num_local_experts=5,
+            num_experts_per_tok=2,
+            sliding_window=4,
+            layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+        ),
+    ),
+}
+FAMILIES |= MOE_FAMILIES
 LAYOUTS = [ParallelLayout(tp=n) for n in (1, 2, 3, 4)]
+MOE_LAYOUTS = [
+    ParallelLayout(tp=2, moe_ep=2),
+    ParallelLayout(tp=3, moe_ep=3),
+    ParallelLayout(tp=4, moe_ep=4),
+    ParallelLayout(tp=4, moe_ep=2),
+]
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+CASES = [(name, layout) for name in FAMILIES for layout in LAYOUTS + (MOE_LAYOUTS if name in MOE_FAMILIES else [])]
+
+
+@pytest.fixture(scope="module")
 def family(request, tmp_path_factory):
     """A checkpoint with Transformers' tokens."""
     model_type, fields = FAMILIES[request.param]
@@ -38,7 +75,7 @@ def family(request, tmp_path_factory):
     return folder, expected_tokens(folder)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize(("family", "layout"), CASES, indirect=["family"], ids=str)
 def test_greedy_tokens_equal_transformers(family, layout):
     folder, expected = family
     for completions in generate(folder, layout):

@@ -31,9 +31,9 @@ COMMON = dict(
 )
 
 
-def write(folder: Path, model_type: str, **fields) -> Path:
+def write(folder: Path, model_type: str, *, seed: int = 0, **fields) -> Path:
     """A checkpoint folder of random weights, large enough that its logits differ clearly."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     config = AutoConfig.for_model(model_type, **{**COMMON, "head_dim": 16, **fields})
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     for name, parameter in model.named_parameters():

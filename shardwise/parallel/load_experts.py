@@ -1,0 +1,61 @@
+"""Loads this rank's experts, whatever way a checkpoint stores them, into the one form that `Experts` computes with."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from shardwise.parallel.layers import activation_named
+from shardwise.parallel.moe import Experts, GatedUnit
+from shardwise.parallel.weights import Weights
+from shardwise.sharding import spec
+
+
+def load_experts(weights: Weights, block: spec.Moe, layer: int, local: Sequence[int], *, adds_bias: bool) -> Experts:
+    """`local`: expert numbers in slot order. `adds_bias`: this rank adds the second bias, which each rank has whole."""
+    stacked = _stacked(weights, block, layer) if block.stacked else _separate(weights, block, layer, local)
+    up_gate, down, up_gate_bias, down_bias = stacked
+    return Experts(
+        up_gate=up_gate,
+        down=down,
+        unit=GatedUnit(activation=activation_named(block.activation), alpha=block.alpha, limit=block.limit),
+        up_gate_bias=up_gate_bias,
+        down_bias=down_bias if adds_bias else None,
+    )
+
+
+def _separate(weights: Weights, block: spec.Moe, layer: int, local: Sequence[int]) -> tuple:
+    """One tensor an expert. Filled one by one, so that no second copy of all experts exists."""
+    shards = {
+        role: weights.shard(block.roles[f"{role}.weight"], layer, local[0]).local_shape for role in ("up", "down")
+    }
+    width, hidden = shards["up"]
+    make = {"dtype": weights.dtype, "device": weights.device}
+    up_gate, down = torch.empty(len(local), 2 * width, hidden, **make), torch.empty(len(local), hidden, width, **make)
+    for slot, expert in enumerate(local):
+        up_gate[slot, :width] = weights.linear(block, "up", layer=layer, expert=expert)
+        up_gate[slot, width:] = weights.linear(block, "gate", layer=layer, expert=expert)
+        down[slot] = weights.linear(block, "down", layer=layer, expert=expert)
+    return up_gate, down, None, None
+
+
+def _stacked(weights: Weights, block: spec.Moe, layer: int) -> tuple:
+    """3-D tensors, gate and up in one; quantised ones always have [E, out, in]."""
+    up_gate, down = (weights.linear(block, role, layer=layer) for role in ("gate_up", "down"))
+    if block.transposed and "gate_up.scale" not in block.roles:
+        up_gate, down = up_gate.transpose(1, 2), down.transpose(1, 2).contiguous()
+    gate_up_bias = weights.take(block, "gate_up.bias", layer=layer)
+    return (
+        _up_before_gate(up_gate, block.gate_up_interleaved),
+        down,
+        None if gate_up_bias is None else _up_before_gate(gate_up_bias, block.gate_up_interleaved),
+        weights.take(block, "down.bias", layer=layer),
+    )
+
+
+def _up_before_gate(both: Tensor, interleaved: bool) -> Tensor:
+    """[E, 2I, ...] with gate rows first, or gate and up rows in turn -> up rows first."""
+    if interleaved:
+        return torch.cat((both[:, 1::2], both[:, 0::2]), 1)
+    gate, up = both.chunk(2, dim=1)
+    return torch.cat((up, gate), 1)
