@@ -61,8 +61,8 @@ class Failure:
 
 def from_exception(error: BaseException, *, rank: int, world: int, phase: str, last_collective: str | None) -> Failure:
     """The failure of this process by `error`, which may be a SystemExit or KeyboardInterrupt."""
-    late = isinstance(error, CollectiveTimeout)  # PeerLost names ranks too, but those died of something else
-    missing = error.missing if late else ()
+    # PeerLost names ranks too, but those died of something else.
+    missing = error.missing if isinstance(error, CollectiveTimeout) else ()
     return Failure(
         rank=rank,
         world=world,
@@ -70,7 +70,7 @@ def from_exception(error: BaseException, *, rank: int, world: int, phase: str, l
         pid=os.getpid(),
         phase=phase,
         what=_sentence(error),
-        exit_code=124 if late else exit_code(error),
+        exit_code=124 if isinstance(error, CollectiveTimeout) else exit_code(error),
         time_ns=time.time_ns(),
         victim=_is_victim(error),
         missing=missing,
@@ -144,9 +144,12 @@ def _replace(path: Path, data: dict) -> Path:
     return path
 
 
-def report(failure: Failure, *, path: Path | None = None, debug: bool = False) -> str:
-    """The short text for a terminal: who, where, what, who suffered, where to read more."""
-    if failure.input_error and not debug:
+def report(failure: Failure, *, path: Path | None = None, debug: bool = False, sentence: bool = True) -> str:
+    """The short text for a terminal: who, where, what, who suffered, where to read more.
+
+    sentence   input errors, which every rank would report alike, are that one sentence
+    """
+    if failure.input_error and sentence and not debug:
         return f"shardwise: error: {failure.what.split(': ', 1)[-1]}"
     lines = [
         f"shardwise: rank {failure.rank} of {failure.world} failed (host {failure.host}, pid {failure.pid}) "

@@ -1,6 +1,7 @@
 """Ranks as children of this process: a fresh interpreter each, so that plain scripts need no main guard."""
 
 import contextlib
+import functools
 import os
 import subprocess
 
@@ -26,7 +27,7 @@ class Local(Backend):
 
     def start(self, job: Job, description: dict) -> None:
         for rank in range(job.world):
-            process = self._keeper.call(lambda rank=rank: self._spawn(job, rank))
+            process = self._keeper.call(functools.partial(self._spawn, job, rank))
             self._processes.append(process)
             self._sentinels.append(os.pidfd_open(process.pid))
 

@@ -114,6 +114,8 @@ def _complain(error: Exception) -> int:
         print(error, file=sys.stderr)
         return outcome
     text = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, OSError) and error.filename is not None:
+        text = f"{error.filename}: {error.strerror}"
     ours = type(error).__module__.split(".")[0] == "shardwise"
     known = ours or isinstance(error, (*INPUT_ERRORS, ImportError))
     print(
