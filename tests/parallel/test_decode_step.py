@@ -86,12 +86,11 @@ def one_launch_at_a_time(monkeypatch):
         monkeypatch.setattr(decode_step, name, locked)
 
 
-@pytest.mark.parametrize("world", [1, 2])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family, world", [*((family, 1) for family in FAMILIES), ("llama with biases", 2)])
 def test_logits_equal_the_decoders(family, world, tmp_path):
     model_type, fields = FAMILIES[family]
-    folder = write(tmp_path, model_type, num_hidden_layers=2, **fields)
-    for worst in run_threads(world, _compare, folder, world, [1, 2, 3, 1]):
+    folder = write(tmp_path, model_type, num_hidden_layers=1, **fields)
+    for worst in run_threads(world, _compare, folder, world, [2, 3]):
         assert worst < 1e-2
 
 
