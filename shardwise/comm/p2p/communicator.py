@@ -52,9 +52,11 @@ class P2PCommunicator(Delegating):
         except P2PUnavailable as error:
             return with_reason(beyond, str(error))
 
-    def explain(self, nbytes: int, *, fused: bool = False, strategy: str = "AUTO") -> str:
-        """What a call of `nbytes` a rank runs on, and the measurement behind it. The same on all ranks."""
-        return table.choose(self.size, nbytes, fused, strategy).reason
+    def explain(self, op: str, payload: int) -> str:
+        if not op.startswith("all_reduce"):
+            return f"{self.beyond.transport}: no kernel of this package does it"
+        strategy = "MIN_LATENCY" if self.deterministic else "AUTO"
+        return table.choose(self.size, payload, op.endswith("norm"), strategy).reason
 
     def all_reduce_residual_rms_norm(
         self,
@@ -86,10 +88,13 @@ class P2PCommunicator(Delegating):
         return normed, total
 
     def check_waits(self) -> None:
-        """Raise CollectiveTimeout if a kernel gave up waiting. Call after synchronising, graph replays included."""
+        """Raise CollectiveTimeout if a kernel gave up waiting, CommError if a peer's abort ended it.
+
+        Call it after synchronising, also after replays of a graph.
+        """
         try:
             self.workspace.check()
-        except CollectiveTimeout as error:
+        except CommError as error:
             if self.broken is None:
                 raise self._fail(error) from None
             raise
@@ -191,6 +196,8 @@ class _SingleFlight:
 
     def __enter__(self) -> None:
         communicator = self.communicator
+        limit = communicator.deadlines.in_phase(watch.current_phase())
+        communicator.launcher.deadline_ns = int(limit * 1e9)
         if not communicator._flying.acquire(blocking=False):
             raise CommError(
                 f"two threads are inside calls on group {communicator.name} (p2p): one workspace serves one call at a "

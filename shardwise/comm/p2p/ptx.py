@@ -77,15 +77,18 @@ LOOK:
     @q bra AGAIN;
     ld.relaxed.sys.global.b32 a, [$5];
     setp.ne.s32 q, a, 0;
-    @q bra LEAVE;
+    @q bra ENDED;
     mov.u64 now, %%globaltimer;
     setp.eq.u64 q, begun, 0;
     @q mov.b64 begun, now;
     sub.u64 now, now, begun;
     setp.lt.u64 q, now, $7;
     @q bra AGAIN;
-    st.relaxed.sys.global.b32 [$5], 1;
     st.relaxed.sys.global.b64 [$6], $12;
+    st.relaxed.sys.global.b32 [$5], 1;
+    bra LEAVE;
+ENDED:
+    st.relaxed.sys.global.b64 [$6 + 64], $12;
     bra LEAVE;
 AGAIN:
     %s
@@ -141,7 +144,8 @@ def wait_chunk(seen, words, lane, abort, record, what, deadline_ns, PATIENT: tl.
     """Look at chunk `lane` until none of its words is ARMED. `seen`: what the first look found (masked lanes: zero).
 
     After `deadline_ns`, or once another lane has given up, ARMED words are returned: NaN in every type. The lane
-    that gives up sets the int32 at `abort` (this device) and stores the int64 `what` at `record` (pinned host memory).
+    that gives up stores the int64 `what` at `record` (pinned host memory) and sets the int32 at `abort` (this device);
+    a lane that was waiting when another, or a peer, had set it stores `what` 64 bytes behind `record`.
     """
     if INTERPRET:
         return seen

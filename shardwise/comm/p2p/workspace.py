@@ -23,6 +23,9 @@ _GRAIN = 2 << 20
 REGION_BYTES = {2: 64 << 20, 4: 32 << 20, 8: 16 << 20}
 """Default for one peer and slot: 128 to 224 MiB of workspace. Larger messages are sent in several calls."""
 
+RECORDS = 8
+"""Places for the ranks whose data a kernel gave up waiting for; behind them as many for waits that were ended."""
+
 _PHASES = {
     ONE_SHOT.value: "one-shot exchange",
     TWO_SHOT_REDUCE.value: "two-shot reduce-scatter",
@@ -59,7 +62,7 @@ class Workspace:
     slots     addresses, valid on this device, of every rank's slots, in group order
     abort     address of this rank's abort word: nonzero ends all waits of this rank's kernels
     counters  int32 tensor, the call number (kernels.py)
-    records   pinned int64 tensor, one a rank: what this rank waited for when that rank did not come
+    records   pinned int64 tensor: what this rank waited for when a rank did not come, or its wait was ended
     """
 
     def __init__(self, bootstrap: "Communicator", device: int, region_bytes: int | None = None):
@@ -67,7 +70,7 @@ class Workspace:
         self.rank, self.size, self.ranks = bootstrap.rank, bootstrap.size, tuple(bootstrap.ranks)
         self.device = device
         self.region_bytes = region_bytes or REGION_BYTES.get(self.size, 0)
-        self.timed_out: CollectiveTimeout | None = None
+        self.failure: CommError | None = None
         self._base = 0
         self._opened: dict[int, int] = {}
         export = self._agree(bootstrap, self._allocate)
@@ -77,7 +80,7 @@ class Workspace:
         self.peer_aborts = tuple(addresses)
         self.abort = self._base
         self.counters = torch.zeros(COUNTERS, dtype=torch.int32, device=f"cuda:{device}")
-        self.records = torch.zeros(self.size, dtype=torch.int64, pin_memory=True)
+        self.records = torch.zeros(2 * RECORDS, dtype=torch.int64, pin_memory=True)
         self._seen = self.records.numpy()
         torch.cuda.synchronize(device)
         bootstrap.all_gather_object(None)  # no rank may push before all are armed
@@ -131,37 +134,46 @@ class Workspace:
         return self._opened[peer]
 
     def check(self) -> None:
-        """Raise CollectiveTimeout if a kernel of this rank gave up waiting, now or earlier."""
-        if self.timed_out is None and self._seen.any():
-            self.timed_out = self._timeout()
-        if self.timed_out is not None:
-            raise self.timed_out
+        """Raise CollectiveTimeout if a kernel of this rank ever gave up waiting, CommError if a peer ended its wait."""
+        if self.failure is None and self._seen.any():
+            self.failure = self._describe()
+        if self.failure is not None:
+            raise self.failure
 
-    def _timeout(self) -> CollectiveTimeout:
-        found = [(r, int(value)) for r, value in enumerate(self._seen) if value]
-        missing = tuple(self.ranks[r] for r, _ in found)
-        waits = [
-            f"call {value & 0x7FFFFFFF} ({_PHASES[value >> 32]}) never received rank {self.ranks[r]}'s data"
-            for r, value in found
-        ]
-        return CollectiveTimeout(
-            f"GPU peer-to-peer all-reduce, rank {self.ranks[self.rank]} of group {self.ranks}: " + "; ".join(waits),
-            missing,
-        )
+    def _describe(self) -> CommError:
+        late = self._waits(self._seen[:RECORDS])
+        where = f"GPU peer-to-peer all-reduce, rank {self.ranks[self.rank]} of group {self.ranks}"
+        if not late:
+            ended = self._waits(self._seen[RECORDS:])
+            return CommError(f"{where}: aborted by a rank of the group; " + "; ".join(ended.values()))
+        return CollectiveTimeout(f"{where}: " + "; ".join(late.values()), tuple(late))
 
-    def stop_waits(self, reason_stream: torch.cuda.Stream | None = None) -> None:
+    def _waits(self, records) -> dict[int, str]:
+        """By world rank of the sender: which wait, in words."""
+        return {
+            self.ranks[
+                r
+            ]: f"call {value & 0x7FFFFFFF} ({_PHASES[value >> 32]}) never received rank {self.ranks[r]}'s data"
+            for r, value in enumerate(map(int, records))
+            if value
+        }
+
+    def stop_waits(self) -> None:
         """End the waits of all ranks' kernels, running ones included; the workspace is unusable afterwards."""
-        stream = reason_stream or torch.cuda.Stream(self.device)
+        stream = torch.cuda.Stream(self.device)
         one = torch.ones(1, dtype=torch.int32, pin_memory=True)
         for address in self.peer_aborts:
             cuda.copy(address, one.data_ptr(), 4, stream)
         stream.synchronize()
 
     def close(self) -> None:
-        """Give the memory back. Peers must not be inside a call."""
-        if self._base:
+        """Give the memory back, unless a wait gave up: a peer that comes late would still write into it.
+
+        Otherwise every word that a peer sent here has been taken, so no peer is still writing.
+        """
+        if self._base and self.failure is None:
             torch.cuda.synchronize(self.device)
-        self._release()
+            self._release()
 
     def _release(self) -> None:
         for address in self._opened.values():
