@@ -19,7 +19,7 @@ except ImportError:
     class _Missing:
         """Stands for triton and triton.language while kernel files are imported; nothing of it can run."""
 
-        constexpr = int
+        constexpr = staticmethod(lambda value=None: value)
 
         def jit(self, function: Callable | None = None, **_options: Any) -> Callable:
             return function if function is not None else lambda decorated: decorated
