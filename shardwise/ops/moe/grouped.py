@@ -5,13 +5,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from shardwise.ops.moe.grouped_gemm import grouped_gemm, quantize_kernel
+from shardwise.ops.moe.grouped_gemm import grouped_gemm
 from shardwise.ops.moe.routing import Routing, combine, group_pairs, most_blocks, multiprocessors
 from shardwise.ops.moe.tiles import Plan, Tiles
 from shardwise.ops.moe.workspace import Workspace
+from shardwise.ops.quantization.triton_fp8 import quantize
 from shardwise.ops.triton_support import Launcher, aligned, dependent_launch, interpreting
 
-_gemm, _quantize = Launcher(grouped_gemm), Launcher(quantize_kernel)
+_gemm = Launcher(grouped_gemm)
 
 
 @dataclass(frozen=True)
@@ -70,22 +71,6 @@ def grouped_moe(
     _run_gemm(plan.up, plan.bt, x, first, inner, routing, act, True, on_input, up_scale, inner_scale)
     _run_gemm(plan.down, plan.bt, inner, second, values, routing, "none", False, False, down_scale, None)
     return combine(values, routing, tokens.dtype, weighted=not on_input)
-
-
-def quantize(values: Tensor, scale: Tensor) -> Tensor:
-    """float8_e4m3fn of clamp(values / scale, -448, 448) in one launch; `scale` one float32 element."""
-    out = torch.empty(values.shape, dtype=torch.float8_e4m3fn, device=values.device)
-    size, block = values.numel(), 2048
-    pdl = dependent_launch(values.device)
-    _quantize(
-        values.device,
-        (values.dtype, aligned(values, scale), size % 16 == 0, size == 1),
-        (-(-size // block), 1, 1),
-        (values, scale, out, size, block, pdl),
-        num_warps=8,
-        launch_pdl=pdl,
-    )
-    return out
 
 
 def _run_gemm(tiles, bt, x, w, out, routing, act, gather, weight_in, scale, quant) -> None:

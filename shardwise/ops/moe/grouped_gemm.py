@@ -3,6 +3,7 @@
 Weights on the left make the tile's long side theirs: 64 rows of weights for as few as 16 tokens.
 """
 
+from shardwise.ops.quantization.triton_fp8 import encode_e4m3
 from shardwise.ops.triton_support import await_predecessor, tl, triton
 
 
@@ -81,18 +82,10 @@ def grouped_gemm(
             acc *= gate / (1.0 + tl.exp(-gate))
         if ACT == "relu2":
             acc = tl.maximum(acc, 0.0) * tl.maximum(acc, 0.0)
-        if QUANTIZE:
-            acc = tl.minimum(tl.maximum(acc / tl.load(quant_ptr), -448.0), 448.0)
         at = position if GATHER else split * pairs + pair
         out = out_ptr + at.to(tl.int64)[None, :] * out_rows + n[:, None]
-        tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=real[:, None] & valid[None, :])
-
-
-@triton.jit
-def quantize_kernel(x_ptr, scale_ptr, out_ptr, size, BLOCK: tl.constexpr, PDL: tl.constexpr):
-    """e4m3 of clamp(x / scale, -448, 448), elementwise."""
-    await_predecessor(PDL)
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    x = tl.load(x_ptr + at, mask=at < size, other=0.0).to(tl.float32)
-    value = tl.minimum(tl.maximum(x / tl.load(scale_ptr), -448.0), 448.0)
-    tl.store(out_ptr + at, value.to(out_ptr.dtype.element_ty), mask=at < size)
+        if QUANTIZE:
+            value = encode_e4m3(acc / tl.load(quant_ptr), INTERPRET)
+        else:
+            value = acc.to(out_ptr.dtype.element_ty)
+        tl.store(out, value, mask=real[:, None] & valid[None, :])

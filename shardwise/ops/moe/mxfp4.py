@@ -60,15 +60,20 @@ def mxfp4_moe(
     wide = tokens.dtype if count > Workspace.KEPT_TOKENS else torch.float32
     inner = space.take("inner", (pairs, size), tokens.dtype)
     values = space.take("values", (plan.down.splits, pairs, hidden), wide)
-    _run_gemm(plan.up, plan.bt, tokens, up, inner, routing, alpha, limit, top_k, gated=True)
-    _run_gemm(plan.down, plan.bt, inner, down, values, routing, alpha, limit, top_k, gated=False)
+    run_gemm(plan.up, plan.bt, tokens, up, inner, routing, "swiglu", alpha, limit)
+    run_gemm(plan.down, plan.bt, inner, down, values, routing, "none")
     return combine(values, routing, tokens.dtype)
+
+
+def _router_shape(count: int) -> tuple[int, int, int, int]:
+    """(tokens, experts, parts of K, warps) of a router program."""
+    return (16, 16, 4, 4) if count <= 512 else (64, 64, 2, 4)
 
 
 def _run_router(space, tokens, weight, bias, top_k, first, local, block) -> Routing:
     count, hidden = tokens.shape
     experts, pairs = weight.shape[0], count * top_k
-    bt, be, splits, warps = (16, 16, 4, 4) if count <= 64 else (64, 64, 2, 4)
+    bt, be, splits, warps = _router_shape(count)
     group = count <= _GROUP_IN_ROUTER
     logits = space.take("logits", (splits, count, experts), torch.float32)
     ids = space.take("ids", (count, top_k), torch.int32)
@@ -96,23 +101,38 @@ def _run_router(space, tokens, weight, bias, top_k, first, local, block) -> Rout
     return routing
 
 
-def _run_gemm(tiles, bt, x, packed, out, routing, alpha, limit, top_k, gated) -> None:
+def run_gemm(
+    tiles: Tiles,
+    bt: int,
+    x: Tensor,
+    packed: PackedMXFP4,
+    out: Tensor,
+    routing: Routing,
+    act: str,
+    alpha: float = 1.0,
+    limit: float = 0.0,
+    factor: Tensor | None = None,
+    on_input: bool = False,
+) -> None:
+    """One grouped GEMM with packed weights, see `mxfp4_gemm`; `factor` float32 [E] with NVFP4."""
     tiles_n, tiles_k = packed.words.shape[1:3]
-    pairs = routing.order.shape[0]
+    pairs, top_k = routing.order.shape[0], routing.ids.shape[1]
     even = packed.columns % tiles.bk == 0 and tiles_k * TILE // tiles.bk % tiles.splits == 0
     device, pdl = x.device, dependent_launch(x.device)
     n_tiles = -(-tiles_n * TILE // tiles.bn)
     bound = most_blocks(pairs, routing.local, bt) * n_tiles * tiles.splits
     constants = (
-        (top_k, gated, tiles.bn, bt, tiles.bk, tiles.splits)
-        + (packed.wide, even, tiles.stages, interpreting(), pdl)
+        (top_k, act, on_input, tiles.bn, bt, tiles.bk, tiles.splits)
+        + (packed.format, even, tiles.stages, interpreting(), pdl)
     )  # fmt: skip
+    factor = packed.bias if factor is None else factor
+    kinds = (x.dtype, out.dtype, routing.weights.dtype, aligned(x, out, factor, routing.weights))
     _gemm(
         device,
-        (x.dtype, out.dtype, aligned(x, out), packed.columns, out.shape[-1], tiles_n, tiles_k, tiles.warps, constants),
+        (kinds, packed.columns, out.shape[-1], tiles_n, tiles_k, tiles.warps, constants),
         (min(bound, tiles.per_sm * multiprocessors(device)), 1, 1),
-        (x, packed.words, packed.scales, packed.bias, out, routing.order, routing.blocks, alpha, limit, pairs)
-        + (packed.columns, out.shape[-1], tiles_n, tiles_k, x.stride(0))
+        (x, packed.words, packed.scales, packed.bias, out, routing.order, routing.blocks, factor, routing.weights)
+        + (alpha, limit, pairs, packed.columns, out.shape[-1], tiles_n, tiles_k, x.stride(0))
         + constants,
         num_warps=tiles.warps,
         launch_pdl=pdl,

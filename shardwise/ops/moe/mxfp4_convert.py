@@ -57,12 +57,30 @@ _SHAPE = tl.constexpr("=h,=h,=h,=h,=h,=h,=h,=h,r,r,r")
 
 
 @triton.jit
-def _factor(scale, WIDE: tl.constexpr):
-    """Two equal bfloat16 in one word: 2**(scale - 127), times 2**126 unless WIDE."""
-    if WIDE:  # 0 is the subnormal 2**-127, 255 is NaN
+def _factor(scale, FORMAT: tl.constexpr):
+    """Two equal bfloat16 in one word: 2**126 * 2**(scale - 127) if "narrow", otherwise the scale alone."""
+    if FORMAT == "narrow":
+        return scale * 0x00800080 + 0x3F003F00
+    if FORMAT == "wide":  # e8m0: 0 is the subnormal 2**-127, 255 is NaN
         bits = tl.where(scale == 0, 0x40, tl.where(scale == 255, 0x7FC0, scale << 7))
-        return bits | (bits << 16)
-    return scale * 0x00800080 + 0x3F003F00
+    else:  # e4m3, whose exponent and mantissa in a float's bits are the value times 2**-120
+        value = ((scale & 0x7F) << 20).to(tl.float32, bitcast=True) * (2.0**120)
+        bits = tl.where((scale & 0x7F) == 0x7F, 0x7FC0, value.to(tl.int32, bitcast=True) >> 16)
+    return bits | (bits << 16)
+
+
+@triton.jit
+def _factors(scale, CHUNKS: tl.constexpr, SLABS: tl.constexpr, FORMAT: tl.constexpr):
+    """Factors of rows r and r + 8 for the four k-steps, [C, S, 8, 1, 4]."""
+    step = tl.arange(0, 4)[None, None, None, None, :]
+    if FORMAT == "nvfp4":  # two words a row pair, a byte a k-step
+        near, far = tl.split(tl.reshape(scale, (CHUNKS, SLABS, 8, 2)))
+        near = (near[:, :, :, None, None] >> (step * 8)) & 0xFF
+        far = (far[:, :, :, None, None] >> (step * 8)) & 0xFF
+    else:  # one word a row pair: two blocks of r, two of r + 8
+        block = tl.reshape(scale, (CHUNKS, SLABS, 8))[:, :, :, None, None] >> (step // 2 * 8)
+        near, far = block & 0xFF, (block >> 16) & 0xFF
+    return _factor(near, FORMAT), _factor(far, FORMAT)
 
 
 @triton.jit
@@ -76,9 +94,9 @@ def _plain_value(bits, factor, unit):
 
 
 @triton.jit
-def _plain(word, low, high, WIDE: tl.constexpr):
+def _plain(word, low, high, FORMAT: tl.constexpr):
     """The eight values in float32; a narrow factor carries 2**126 of the instructions' detour through subnormals."""
-    unit = 1.0 if WIDE else 2.0**-126
+    unit = 2.0**-126 if FORMAT == "narrow" else 1.0
     turned = ((word >> 6) & 0x03FFFFFF) | (word << 26)
     fourth = ((word << 4) & -0x7E7F7E80) | ((word >> 4) & 0x00400040)
     third = word << 6
@@ -95,24 +113,22 @@ def _plain(word, low, high, WIDE: tl.constexpr):
 
 
 @triton.jit
-def dequantize_tile(word, scale, WIDE: tl.constexpr, INTERPRET: tl.constexpr):
-    """word int32 [4 lanes, 8 rows, S, C, 4 steps], scale int32 [8, S, C] to a bfloat16 tile [16 S, 64 C].
+def dequantize_tile(word, scale, CHUNKS: tl.constexpr, FORMAT: tl.constexpr, INTERPRET: tl.constexpr):
+    """word int32 [C * S, 128] or [2 * C * S, 64] and scale int32 [C * S, 8] (NVFP4: 16), chunk-major, to a bfloat16
+    tile [16 S, 64 C]; float32 when interpreted.
 
-    The order of the dimensions makes the compiler deal words to threads as the fragment wants them, so that nothing
-    moves between threads. Float32 when interpreted.
+    Lines of 128 or 64 words make the compiler deal 16 bytes to each lane and slabs to warps, which is how the
+    fragment wants them: nothing moves between threads.
     """
-    SLABS: tl.constexpr = word.shape[2]
-    CHUNKS: tl.constexpr = word.shape[3]
-    step = tl.arange(0, 4)[None, None, None, None, :]
-    block = scale[None, :, :, :, None] >> (step // 2 * 8)
-    low = _factor(block & 0xFF, WIDE)
-    high = _factor((block >> 16) & 0xFF, WIDE)
+    SLABS: tl.constexpr = scale.shape[0] // CHUNKS
+    word = tl.reshape(word, (CHUNKS, SLABS, 8, 4, 4))
+    low, high = _factors(scale, CHUNKS, SLABS, FORMAT)
     low, _ = tl.broadcast(low, word)
     high, _ = tl.broadcast(high, word)
     if INTERPRET:
-        a0, a1, b0, b1, c0, c1, d0, d1 = _plain(word, low, high, WIDE)
+        a0, a1, b0, b1, c0, c1, d0, d1 = _plain(word, low, high, FORMAT)
     else:
-        if WIDE:
+        if FORMAT != "narrow":
             a0, a1, b0, b1, c0, c1, d0, d1 = tl.inline_asm_elementwise(
                 _WIDE, _SHAPE, [word, low, high], dtype=(tl.int16,) * 8, is_pure=True, pack=1
             )
@@ -122,8 +138,8 @@ def dequantize_tile(word, scale, WIDE: tl.constexpr, INTERPRET: tl.constexpr):
             )
     near = tl.join(tl.join(a0, a1), tl.join(b0, b1))  # [.., pair, row half] of k-half 0
     far = tl.join(tl.join(c0, c1), tl.join(d0, d1))
-    both = tl.join(near, far)  # [lane, row, slab, chunk, step, pair, row half, k-half]
-    tile = tl.permute(both, (2, 6, 1, 3, 4, 7, 0, 5))
+    both = tl.join(near, far)  # [chunk, slab, row, lane, step, pair, row half, k-half]
+    tile = tl.permute(both, (1, 6, 2, 0, 4, 7, 3, 5))
     tile = tl.reshape(tile, (SLABS * 16, CHUNKS * 64))
     if INTERPRET:
         return tile

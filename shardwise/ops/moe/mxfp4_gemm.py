@@ -11,35 +11,40 @@ from shardwise.ops.triton_support import await_predecessor, tl, triton
 @triton.jit
 def _tile_product(
     x_ptr, word_ptr, scale_ptr, rows, row_mask, first_slab, k_start, k_stop, tiles_k, columns, stride_x,
-    BN: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, WIDE: tl.constexpr, INTERPRET: tl.constexpr,
+    BN: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, FORMAT: tl.constexpr, INTERPRET: tl.constexpr,
     STAGES: tl.constexpr, EVEN_K: tl.constexpr,
 ):  # fmt: skip
     """[BN, BT] float32 sum over the k-tiles of 64 in [k_start, k_stop); pointers at the expert's weights."""
     CHUNKS: tl.constexpr = BK // 64
     SLABS: tl.constexpr = BN // 16
-    chunk = tl.arange(0, CHUNKS)
-    slab = first_slab + tl.arange(0, SLABS)
-    tile = ((slab // 4)[:, None] * tiles_k + chunk[None, :]) * 4 + (slab % 4)[:, None]  # [S, C]
-    row = tl.arange(0, 8)
-    lane = tl.arange(0, 4)[:, None, None, None, None]
-    scale_at = tile[None, :, :] * 8 + row[:, None, None]
-    word_at = tile[None, None, :, :, None] * 128 + row[None, :, None, None, None] * 16 + lane * 4
-    word_at += tl.arange(0, 4)[None, None, None, None, :]
+    part = tl.arange(0, CHUNKS * SLABS)
+    chunk = part // SLABS
+    slab = first_slab + part % SLABS
+    tile = ((slab // 4) * tiles_k + chunk) * 4 + slab % 4
+    # Loads of equal shape share one thread layout; these words must not get the one of an x tile of 128 columns.
+    HALVES: tl.constexpr = 2 if BK == 128 else 1
+    line = tl.arange(0, CHUNKS * SLABS * HALVES)
+    line_tile = ((first_slab + line // HALVES % SLABS) // 4 * tiles_k + line // HALVES // SLABS) * 4
+    line_tile += (first_slab + line // HALVES % SLABS) % 4
+    word_at = (line_tile * 128 + line % HALVES * 64)[:, None] + tl.arange(0, 128 // HALVES)[None, :]
+    SCALES: tl.constexpr = 16 if FORMAT == "nvfp4" else 8
+    scale_at = tile[:, None] * SCALES + tl.arange(0, SCALES)[None, :]
     column = tl.arange(0, BK)
     x_at = rows[:, None] * stride_x + column[None, :]
     acc = tl.zeros((BN, BT), dtype=tl.float32)
     for k in tl.range(k_start, k_stop, CHUNKS, num_stages=STAGES):
         if EVEN_K:
             words = tl.load(word_ptr + word_at + k * 512)
-            scales = tl.load(scale_ptr + scale_at + k * 32)
+            scales = tl.load(scale_ptr + scale_at + k * (4 * SCALES))
             x = tl.load(x_ptr + x_at + k * 64, mask=row_mask[:, None], other=0.0)
         else:
             inside = (chunk + k) < k_stop
-            words = tl.load(word_ptr + word_at + k * 512, mask=inside[None, None, None, :, None], other=0)
-            scales = tl.load(scale_ptr + scale_at + k * 32, mask=inside[None, None, :], other=0)
+            line_inside = (line // HALVES // SLABS + k) < k_stop
+            words = tl.load(word_ptr + word_at + k * 512, mask=line_inside[:, None], other=0)
+            scales = tl.load(scale_ptr + scale_at + k * (4 * SCALES), mask=inside[:, None], other=0)
             within = (column + k * 64) < columns
             x = tl.load(x_ptr + x_at + k * 64, mask=row_mask[:, None] & within[None, :], other=0.0)
-        weights = dequantize_tile(words, scales, WIDE, INTERPRET)
+        weights = dequantize_tile(words, scales, CHUNKS, FORMAT, INTERPRET)
         if INTERPRET:
             acc += tl.dot(weights, tl.trans(x).to(tl.float32), input_precision="ieee")
         else:
@@ -48,27 +53,34 @@ def _tile_product(
 
 
 @triton.jit
-def _swiglu(acc, alpha, limit, BN: tl.constexpr, BT: tl.constexpr):
+def _gated(acc, alpha, limit, ACT: tl.constexpr, BN: tl.constexpr, BT: tl.constexpr):
     """Gate in rows 0..7 and up in rows 8..15 of each slab: [BN, BT] to [BN / 2, BT]."""
     halves = tl.permute(tl.reshape(acc, (BN // 16, 2, 8, BT)), (0, 2, 3, 1))
     gate, up = tl.split(halves)
-    gate = tl.reshape(tl.minimum(gate, limit), (BN // 2, BT))
-    up = tl.reshape(tl.minimum(tl.maximum(up, -limit), limit), (BN // 2, BT))
+    gate = tl.reshape(gate, (BN // 2, BT))
+    up = tl.reshape(up, (BN // 2, BT))
+    if ACT == "silu":
+        return up * gate / (1.0 + tl.exp(-gate))
+    gate = tl.minimum(gate, limit)
+    up = tl.minimum(tl.maximum(up, -limit), limit)
     return (up + 1.0) * gate / (1.0 + tl.exp(-alpha * gate))
 
 
 @triton.jit(do_not_specialize=["alpha", "limit", "pairs"])
 def mxfp4_gemm(
-    x_ptr, word_ptr, scale_ptr, bias_ptr, out_ptr, sorted_ptr, block_ptr, alpha, limit, pairs, columns,
-    out_rows, tiles_n, tiles_k, stride_x,
-    TOP_K: tl.constexpr, GATED: tl.constexpr, BN: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr,
-    SPLITS: tl.constexpr, WIDE: tl.constexpr, EVEN_K: tl.constexpr, STAGES: tl.constexpr, INTERPRET: tl.constexpr,
-    PDL: tl.constexpr,
+    x_ptr, word_ptr, scale_ptr, bias_ptr, out_ptr, sorted_ptr, block_ptr, factor_ptr, routing_ptr, alpha, limit, pairs,
+    columns, out_rows, tiles_n, tiles_k, stride_x,
+    TOP_K: tl.constexpr, ACT: tl.constexpr, WEIGHT_IN: tl.constexpr, BN: tl.constexpr, BT: tl.constexpr,
+    BK: tl.constexpr, SPLITS: tl.constexpr, FORMAT: tl.constexpr, EVEN_K: tl.constexpr, STAGES: tl.constexpr,
+    INTERPRET: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Persistent over (token block, n tile, k split).
 
-    GATED       x rows are tokens, gathered by pair // TOP_K; writes the activation at the sorted position, [pairs, N/2]
-    otherwise   x rows are sorted positions; writes partial sums at the pair, [SPLITS, pairs, N]
+    ACT         "swiglu" (gpt-oss), "silu", "relu2": x rows are tokens, gathered by pair // TOP_K; writes the activation
+                at the sorted position, [pairs, N/2] or, with relu2, [pairs, N]
+                "none": x rows are sorted positions; writes partial sums at the pair, [SPLITS, pairs, N]
+    factor_ptr  float32 [E], multiplied on the products of NVFP4
+    WEIGHT_IN   products are multiplied with routing_ptr[pair], which is the routing weight applied to the input
     block_ptr   int32 [1 + 3 * blocks]: number of blocks, then (expert, first and end of sorted positions) of each;
                 only the first BT positions of a block are its own
     """
@@ -86,23 +98,29 @@ def mxfp4_gemm(
         position = start + tl.arange(0, BT)
         valid = position < stop
         pair = tl.load(sorted_ptr + position, mask=valid, other=0)
-        rows = pair // TOP_K if GATED else position
+        rows = position if ACT == "none" else pair // TOP_K
         k_start = split * per_split
         k_stop = tl.minimum(k_start + per_split, tiles_k)
         tile_base = expert.to(tl.int64) * tiles_n * tiles_k
         acc = _tile_product(
-            x_ptr, word_ptr + tile_base * 512, scale_ptr + tile_base * 32, rows, valid,
+            x_ptr, word_ptr + tile_base * 512, scale_ptr + tile_base * (64 if FORMAT == "nvfp4" else 32), rows, valid,
             n_tile * (BN // 16), k_start, k_stop, tiles_k, columns, stride_x,
-            BN, BT, BK, WIDE, INTERPRET, STAGES, EVEN_K,
+            BN, BT, BK, FORMAT, INTERPRET, STAGES, EVEN_K,
         )  # fmt: skip
         n = n_tile * BN + tl.arange(0, BN)
         bias = tl.load(bias_ptr + expert * tiles_n * 64 + n, mask=(n < tiles_n * 64) & (split == 0), other=0.0)
+        if FORMAT == "nvfp4":
+            acc *= tl.load(factor_ptr + expert)
+        if WEIGHT_IN:
+            acc *= tl.load(routing_ptr + pair, mask=valid, other=0.0).to(tl.float32)[None, :]
         acc += bias[:, None]
-        if GATED:
-            value = _swiglu(acc, alpha, limit, BN, BT)
-            i = n_tile * (BN // 2) + tl.arange(0, BN // 2)
-            out = out_ptr + position.to(tl.int64)[None, :] * out_rows + i[:, None]
-            tl.store(out, value.to(out_ptr.dtype.element_ty), mask=(i < out_rows)[:, None] & valid[None, :])
+        at = position if ACT != "none" else split * pairs + pair
+        if (ACT == "swiglu") | (ACT == "silu"):
+            value = _gated(acc, alpha, limit, ACT, BN, BT)
+            n = n_tile * (BN // 2) + tl.arange(0, BN // 2)
+        elif ACT == "relu2":
+            value = tl.maximum(acc, 0.0) * tl.maximum(acc, 0.0)
         else:
-            out = out_ptr + (split * pairs + pair).to(tl.int64)[None, :] * out_rows + n[:, None]
-            tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=(n < out_rows)[:, None] & valid[None, :])
+            value = acc
+        out = out_ptr + at.to(tl.int64)[None, :] * out_rows + n[:, None]
+        tl.store(out, value.to(out_ptr.dtype.element_ty), mask=(n < out_rows)[:, None] & valid[None, :])

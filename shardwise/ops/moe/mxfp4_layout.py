@@ -9,6 +9,7 @@ where one shift and one mask bring them to the sign, the low exponent and the hi
 Gate and up rows are dealt to rows r and r + 8 of a slab, so that one thread holds both for the activation.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -25,14 +26,15 @@ MAX_NARROW_SCALE = 128  # 2**126 * 2**(scale - 127) is a finite bfloat16 up to h
 
 @dataclass(frozen=True)
 class PackedMXFP4:
-    """One expert matrix stack [E, N, K], re-laid out; N and K are padded to multiples of 64 with zeros."""
+    """A stack of expert matrices [E, N, K], re-laid out; N and K are padded to multiples of 64 with zeros."""
 
     words: Tensor  # int32 [E, N/64, K/64, 4, 8, 4, 4]
     scales: Tensor  # int32 [E, N/64, K/64, 4, 8]
     bias: Tensor  # float32 [E, N padded], in the packed row order
     rows: int  # N
     columns: int  # K
-    wide: bool  # some scale exceeds MAX_NARROW_SCALE: the kernel multiplies in two steps
+    format: str
+    """"narrow"; "wide" where some scale exceeds MAX_NARROW_SCALE and the kernel multiplies in two steps; "nvfp4"."""
 
 
 def pack_mxfp4(blocks: Tensor, scales: Tensor, bias: Tensor, paired: bool) -> PackedMXFP4:
@@ -44,27 +46,32 @@ def pack_mxfp4(blocks: Tensor, scales: Tensor, bias: Tensor, paired: bool) -> Pa
     experts, rows, groups, _ = blocks.shape
     columns = groups * 32
     tiles_n, tiles_k = -(-rows // TILE), -(-columns // TILE)
-    order = _row_order(rows, tiles_n * TILE, paired, blocks.device)
+    order = row_order(rows, tiles_n * TILE, "alternating" if paired else "plain", blocks.device)
     words = torch.empty((experts, tiles_n, tiles_k, 4, 8, 4, 4), dtype=torch.int32, device=blocks.device)
     packed_scales = torch.empty((experts, tiles_n, tiles_k, 4, 8), dtype=torch.int32, device=blocks.device)
     for expert in range(experts):
-        words[expert] = _pack_codes(blocks[expert].flatten(1), order, tiles_n, tiles_k)
+        words[expert] = pack_codes(blocks[expert].flatten(1), order, tiles_n, tiles_k)
         packed_scales[expert] = _pack_scales(scales[expert], order, tiles_n, tiles_k)
     padded_bias = F.pad(bias.float(), (0, 1))[:, order]
     highest = int(scales.max()) if scales.numel() else 0
-    return PackedMXFP4(words, packed_scales, padded_bias.contiguous(), rows, columns, highest > MAX_NARROW_SCALE)
+    scale_format = "wide" if highest > MAX_NARROW_SCALE else "narrow"
+    return PackedMXFP4(words, packed_scales, padded_bias.contiguous(), rows, columns, scale_format)
 
 
-def _row_order(rows: int, padded: int, paired: bool, device: torch.device) -> Tensor:
-    """Source row of every packed row; `rows` (one past the end) for padding."""
+def row_order(rows: int, padded: int, arrangement: str, device: torch.device) -> Tensor:
+    """Source row of every packed row; `rows` (one past the end) for padding.
+
+    arrangement   "plain"; "alternating" (gate, up, gate, ...); "stacked" (all up rows, then all gate rows)
+    """
     position = torch.arange(padded, device=device)
-    if paired:
-        slab, half, row = position // 16, position // 8 % 2, position % 8
-        position = 2 * (8 * slab + row) + half
-    return position.clamp(max=rows)
+    if arrangement == "plain":
+        return position.clamp(max=rows)
+    half, out = position // 8 % 2, position // 16 * 8 + position % 8
+    source = 2 * out + half if arrangement == "alternating" else out + (1 - half) * (rows // 2)
+    return torch.where(out < rows // 2, source, rows)
 
 
-def _pack_codes(codes: Tensor, order: Tensor, tiles_n: int, tiles_k: int) -> Tensor:
+def pack_codes(codes: Tensor, order: Tensor, tiles_n: int, tiles_k: int) -> Tensor:
     """Bytes [N, K/2] (low nibble first) to words [N/64, K/64, 4, 8, 4, 4]."""
     padded = F.pad(codes, (0, tiles_k * TILE // 2 - codes.shape[1], 0, 1))[order]
     # columns of a tile: k-step (4), k-half (2), lane (4), then the two nibbles of the byte
@@ -85,28 +92,40 @@ def _pack_scales(scales: Tensor, order: Tensor, tiles_n: int, tiles_k: int) -> T
     """Bytes [N, K/32] to words [N/64, K/64, 4, 8]."""
     padded = F.pad(scales, (0, tiles_k * 2 - scales.shape[1], 0, 1))[order]
     view = padded.view(tiles_n, 4, 2, 8, tiles_k, 2).permute(0, 4, 1, 3, 2, 5)  # [.., slab, row, row-half, k-block]
-    return _join_bytes(view.flatten(-2))
+    return join_bytes(view.flatten(-2))
 
 
-def _join_bytes(parts: Tensor) -> Tensor:
+def join_bytes(parts: Tensor) -> Tensor:
     """Four bytes of the last dimension to one int32, the first lowest."""
     shifts = torch.tensor([0, 8, 16, 24], device=parts.device)
     word = (parts.to(torch.int64) << shifts).sum(-1)
     return torch.where(word >= 2**31, word - 2**32, word).to(torch.int32)
 
 
-_CACHE: dict[tuple, tuple[StorageWeakRef, int, PackedMXFP4]] = {}
+class PackedOnce:
+    """Packed forms of weight tensors, kept as long as the memory of the source lives and is not written to."""
+
+    def __init__(self) -> None:
+        self._kept: dict[tuple, tuple[StorageWeakRef, int, PackedMXFP4]] = {}
+
+    def get(self, source: Tensor, arrangement: str, make: Callable[[], PackedMXFP4]) -> PackedMXFP4:
+        """What `make` gave for this source before, or gives now."""
+        key = (source.data_ptr(), source.shape, source.stride(), arrangement)
+        version = 0 if source.is_inference() else source._version
+        found = self._kept.get(key)
+        if found is not None and not found[0].expired() and found[1] == version:
+            return found[2]
+        for stale in [other for other, entry in self._kept.items() if entry[0].expired()]:
+            del self._kept[stale]
+        packed = make()
+        self._kept[key] = (StorageWeakRef(source.untyped_storage()), version, packed)
+        return packed
+
+
+_PACKED = PackedOnce()
 
 
 def packed_once(blocks: Tensor, scales: Tensor, bias: Tensor, paired: bool) -> PackedMXFP4:
-    """`pack_mxfp4` of these tensors, kept as long as the memory of `blocks` lives and is not written to."""
-    key = (blocks.data_ptr(), blocks.shape, blocks.stride(), paired)
-    version = 0 if blocks.is_inference() else blocks._version
-    found = _CACHE.get(key)
-    if found is not None and not found[0].expired() and found[1] == version:
-        return found[2]
-    for stale in [other for other, entry in _CACHE.items() if entry[0].expired()]:
-        del _CACHE[stale]
-    packed = pack_mxfp4(blocks, scales, bias, paired)
-    _CACHE[key] = (StorageWeakRef(blocks.untyped_storage()), version, packed)
-    return packed
+    """`pack_mxfp4` of these tensors, made at the first call."""
+    arrangement = "alternating" if paired else "plain"
+    return _PACKED.get(blocks, arrangement, lambda: pack_mxfp4(blocks, scales, bias, paired))

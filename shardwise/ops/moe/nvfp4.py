@@ -1,0 +1,80 @@
+"""Mixture of experts with NVFP4 weights and 16-bit activations, on the kernels of MXFP4: one k-step is one block."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from shardwise.ops.moe.mxfp4 import choose_plan, run_gemm
+from shardwise.ops.moe.mxfp4_layout import TILE, PackedMXFP4, PackedOnce, join_bytes, pack_codes, row_order
+from shardwise.ops.moe.routing import Routing, combine, group_pairs, most_blocks
+from shardwise.ops.moe.workspace import Workspace
+from shardwise.ops.quantization.nvfp4 import swizzled_size, unswizzle_scales
+from shardwise.ops.triton_support import interpreting
+
+Weight = tuple[Tensor, Tensor, Tensor]
+"""uint8 [E, N, K/2], swizzled block scales [E, ...], float32 [E] = 1 / weight's global scale."""
+
+
+def nvfp4_moe(
+    name: str,
+    rows: Tensor,  # [T, H], contiguous
+    ids: Tensor,  # int [T, K], local; others are skipped
+    weights: Tensor,  # [T, K]
+    first: Weight,
+    second: Weight,
+    act: str,
+    on_input: bool,
+) -> Tensor:
+    """Routed sum [T, H] in rows' dtype; `act` "silu" (w3 rows, then w1 rows) or "relu2"."""
+    pairs = ids.numel()
+    if pairs == 0:
+        return torch.zeros_like(rows)
+    up = _packed_once(name, *first[:2], "stacked" if act == "silu" else "plain")
+    down = _packed_once(name, *second[:2], "plain")
+    experts, size = up.words.shape[0], down.columns
+    x = rows if interpreting() else rows.to(torch.bfloat16)
+    plan = choose_plan(pairs, experts)
+    space = Workspace.of(x.device, rows.shape[0])
+    order = space.take("order", (pairs,), torch.int32)
+    blocks = space.take("blocks", (1 + 3 * most_blocks(pairs, experts, plan.bt),), torch.int32)
+    routing = Routing(ids.contiguous(), weights.contiguous(), order, blocks, 0, experts)
+    group_pairs(routing, plan.bt)
+    inner = space.take("inner", (pairs, size), x.dtype)
+    values = space.take("values", (plan.down.splits, pairs, rows.shape[1]), torch.float32)
+    factors = (first[2].expand(experts).contiguous(), second[2].expand(experts).contiguous())
+    run_gemm(plan.up, plan.bt, x, up, inner, routing, act, factor=factors[0], on_input=on_input)
+    run_gemm(plan.down, plan.bt, inner, down, values, routing, "none", factor=factors[1])
+    return combine(values, routing, rows.dtype, weighted=not on_input)
+
+
+def pack_nvfp4(name: str, codes: Tensor, scales: Tensor, arrangement: str) -> PackedMXFP4:
+    """Re-lay out codes uint8 [E, N, K/2] and their swizzled e4m3 block scales; no bias.
+
+    arrangement as in `mxfp4_layout.row_order`. ValueError names scales of the wrong size.
+    """
+    experts, rows, half = codes.shape
+    columns, padded = half * 2, -(-rows // TILE) * TILE
+    if scales.shape[0] != experts or scales[0].numel() != swizzled_size(rows, columns // 16):
+        raise ValueError(
+            f"{name}: block scales of {experts} experts of {rows} x {columns} must be [E, ...] with "
+            f"{swizzled_size(rows, columns // 16)} elements each (rows padded to 128, columns / 16 to 4), "
+            f"got {tuple(scales.shape)}"
+        )
+    tiles_n, tiles_k = padded // TILE, -(-columns // TILE)
+    order = row_order(rows, padded, arrangement, codes.device)
+    words = torch.empty((experts, tiles_n, tiles_k, 4, 8, 4, 4), dtype=torch.int32, device=codes.device)
+    packed = torch.empty((experts, tiles_n, tiles_k, 4, 8, 2), dtype=torch.int32, device=codes.device)
+    for expert in range(experts):
+        words[expert] = pack_codes(codes[expert], order, tiles_n, tiles_k)
+        plain = unswizzle_scales(scales[expert], rows, columns // 16).view(torch.uint8)
+        view = F.pad(plain, (0, tiles_k * 4 - columns // 16, 0, 1))[order].view(tiles_n, 4, 2, 8, tiles_k, 4)
+        packed[expert] = join_bytes(view.permute(0, 4, 1, 3, 2, 5))
+    bias = torch.zeros((experts, padded), dtype=torch.float32, device=codes.device)
+    return PackedMXFP4(words, packed, bias, rows, columns, "nvfp4")
+
+
+_PACKED = PackedOnce()
+
+
+def _packed_once(name: str, codes: Tensor, scales: Tensor, arrangement: str) -> PackedMXFP4:
+    return _PACKED.get(codes, arrangement, lambda: pack_nvfp4(name, codes, scales, arrangement))

@@ -1,0 +1,203 @@
+"""TRT-LLM's mixture of experts as FlashInfer ships it, where its compiled module is present; else our Triton kernels.
+
+FlashInfer compiles its Hopper module (CUTLASS grouped GEMMs) on the first call, which takes many minutes, so nothing
+here starts that: `build_cutlass_moe` does, once, and later processes find the result. The module adds the experts'
+results with float atomics when it picks a fused epilogue, so bits may differ between runs; the Triton kernels' do not.
+"""
+
+import functools
+
+import torch
+from torch import Tensor
+
+from shardwise.ops.moe.contract import activation, check_fp8, check_same_dtype, check_stacked, parse_mapping
+from shardwise.ops.moe.exchange import run_routed
+from shardwise.ops.moe.grouped import FP8Scales, grouped_moe
+from shardwise.ops.moe.nvfp4 import nvfp4_moe
+from shardwise.ops.quantization.triton_fp8 import quantize
+from shardwise.ops.registry import TRITON, operator
+
+
+def _fake(x, *_args, **_options):
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def build_cutlass_moe() -> None:
+    """Compile FlashInfer's module for this GPU (Hopper); many minutes, kept in FlashInfer's cache."""
+    from flashinfer.fused_moe.core import gen_cutlass_fused_moe_sm90_module
+
+    gen_cutlass_fused_moe_sm90_module().build_and_load()
+    _cutlass_ready.cache_clear()
+
+
+@functools.cache
+def _cutlass_ready() -> bool:
+    """Whether this is Hopper and FlashInfer's module was compiled before."""
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
+        return False
+    try:
+        from flashinfer.fused_moe.core import gen_cutlass_fused_moe_sm90_module
+    except ImportError:
+        return False
+    return gen_cutlass_fused_moe_sm90_module().is_compiled
+
+
+def _cutlass(rows, ids, weights, first, second, act, dtype, scales) -> Tensor:
+    """Ids outside the local experts become expert 0 with weight 0: the module has no skip for them."""
+    from flashinfer import ActivationType
+    from flashinfer.fused_moe import cutlass_fused_moe
+
+    local = (ids >= 0) & (ids < first.shape[0])
+    return cutlass_fused_moe(
+        rows,
+        torch.where(local, ids, 0).to(torch.int32),
+        torch.where(local, weights, 0).float(),
+        first,
+        second,
+        dtype,
+        quant_scales=scales,
+        activation_type=ActivationType.Swiglu if act == "silu" else ActivationType.Relu2,
+    )
+
+
+def _check_exchange(name: str, mapping_config: str, max_num_tokens: int) -> None:
+    if parse_mapping(mapping_config).exchanges_tokens and max_num_tokens <= 0:
+        raise ValueError(f"{name}: mapping_config asks for a token exchange, which needs max_num_tokens > 0")
+
+
+@operator(fake=_fake, needs=(TRITON,), instead="torch_moe_fused")
+def trtllm_moe_fused(
+    x: Tensor,
+    selected_experts: Tensor,
+    routing_weights: Tensor,
+    w3_w1_stacked_weight: Tensor,
+    w2_stacked_weight: Tensor,
+    is_gated_mlp: bool = True,
+    act_fn: int = 4,
+    mapping_config: str = "",
+    max_num_tokens: int = 0,
+    apply_routing_on_input: bool = False,
+) -> Tensor:
+    """Mixture of experts in bf16 or fp16.
+
+    Gated with Silu (4) or Swiglu (5): w3_w1_stacked_weight [E, 2I, H], rows of w3 (up), then w1 (gate). Not gated
+    with Relu2 (8): [E, I, H]. w2_stacked_weight [E, H, I]. The rest as in `torch_moe`; a token exchange needs
+    max_num_tokens.
+    """
+    name = "trtllm_moe_fused"
+    act = activation(name, is_gated_mlp, act_fn)
+    experts, _ = check_stacked(name, x, w3_w1_stacked_weight, w2_stacked_weight, is_gated_mlp)
+    check_same_dtype(name, x, w3_w1_stacked_weight, w2_stacked_weight)
+    _check_exchange(name, mapping_config, max_num_tokens)
+    weights = (w3_w1_stacked_weight.contiguous(), w2_stacked_weight.contiguous())
+
+    def compute(rows: Tensor, ids: Tensor, routing: Tensor) -> Tensor:
+        if rows.is_cuda and rows.shape[0] and not apply_routing_on_input and _cutlass_ready():
+            return _cutlass(rows, ids, routing, *weights, act, rows.dtype, [])
+        return grouped_moe(rows, ids, routing, *weights, act, apply_routing_on_input)
+
+    return run_routed(name, x, selected_experts, routing_weights, experts, compute, mapping_config, max_num_tokens)
+
+
+def _fp8_fake(
+    x,
+    selected_experts,
+    routing_weights,
+    fc1_expert_weights,
+    fc2_expert_weights,
+    fc1_act_scale,
+    fc1_dequant_scale,
+    fc2_act_scale_reciprocal,
+    fc2_dequant_scale,
+    is_gated_mlp=True,
+    act_fn=4,
+    *_tail,
+    **_options,
+):
+    activation("trtllm_quant_fp8_moe_fused", is_gated_mlp, act_fn)
+    if fc1_dequant_scale.dim() != 1 or fc2_dequant_scale.dim() != 1:
+        raise ValueError("trtllm_quant_fp8_moe_fused: fc1_dequant_scale and fc2_dequant_scale must be [E]")
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+@operator(fake=_fp8_fake, needs=(TRITON,), instead="torch_quant_fp8_moe")
+def trtllm_quant_fp8_moe_fused(
+    x: Tensor,
+    selected_experts: Tensor,
+    routing_weights: Tensor,
+    fc1_expert_weights: Tensor,
+    fc2_expert_weights: Tensor,
+    fc1_act_scale: Tensor,
+    fc1_dequant_scale: Tensor,
+    fc2_act_scale_reciprocal: Tensor,
+    fc2_dequant_scale: Tensor,
+    is_gated_mlp: bool = True,
+    act_fn: int = 4,
+    mapping_config: str = "",
+    max_num_tokens: int = 0,
+    apply_routing_on_input: bool = False,
+) -> Tensor:
+    """Mixture of experts on e4m3 weights and activations; layouts as in `trtllm_moe_fused`.
+
+    fc1_act_scale              one element s1: x is quantised to x / s1
+    fc1_dequant_scale          [E]: scale of fc1's weights * s1
+    fc2_act_scale_reciprocal   one element 1 / s2: the activation is quantised to h / s2
+    fc2_dequant_scale          [E]: scale of fc2's weights * s2
+    """
+    name = "trtllm_quant_fp8_moe_fused"
+    act = activation(name, is_gated_mlp, act_fn)
+    experts, _ = check_stacked(name, x, fc1_expert_weights, fc2_expert_weights, is_gated_mlp)
+    check_fp8(name, experts, fc1_expert_weights, fc2_expert_weights, fc1_dequant_scale, fc2_dequant_scale)
+    _check_exchange(name, mapping_config, max_num_tokens)
+    weights = (fc1_expert_weights.contiguous(), fc2_expert_weights.contiguous())
+    s1, reciprocal = fc1_act_scale.reshape(-1)[:1].float(), fc2_act_scale_reciprocal.reshape(-1)[:1].float()
+    scales = FP8Scales(s1, fc1_dequant_scale.float(), 1.0 / reciprocal, fc2_dequant_scale.float())
+
+    def compute(rows: Tensor, ids: Tensor, routing: Tensor) -> Tensor:
+        if rows.is_cuda and rows.shape[0] and not apply_routing_on_input and _cutlass_ready():
+            quant = [scales.first, reciprocal.reshape(()), scales.second, s1.reshape(())]
+            return _cutlass(quantize(rows, s1), ids, routing, *weights, act, rows.dtype, quant)
+        return grouped_moe(rows, ids, routing, *weights, act, apply_routing_on_input, scales)
+
+    return run_routed(name, x, selected_experts, routing_weights, experts, compute, mapping_config, max_num_tokens)
+
+
+@operator(fake=_fake, needs=(TRITON,), instead="torch_quant_nvfp4_moe")
+def trtllm_quant_nvfp4_moe_fused(
+    x: Tensor,
+    selected_experts: Tensor,
+    routing_weights: Tensor,
+    fc1_expert_weights_fp4: Tensor,
+    fc2_expert_weights_fp4: Tensor,
+    fc1_weight_blockscale_fp8: Tensor,
+    fc2_weight_blockscale_fp8: Tensor,
+    fc1_act_global_scale: Tensor,
+    fc2_act_global_scale: Tensor,
+    fc1_alpha: Tensor,
+    fc2_alpha: Tensor,
+    is_gated_mlp: bool = True,
+    act_fn: int = 4,
+    mapping_config: str = "",
+    max_num_tokens: int = 0,
+    apply_routing_on_input: bool = False,
+) -> Tensor:
+    """Mixture of experts with NVFP4 weights; on Hopper activations stay in bf16 (weights only are quantised).
+
+    fc1_expert_weights_fp4     uint8 [E, 2I, H/2] (w3 rows, then w1 rows) or [E, I, H/2] with Relu2
+    fc2_expert_weights_fp4     uint8 [E, H, I/2]
+    *_weight_blockscale_fp8    e4m3 or uint8 [E, rows padded to 128, columns / 16 padded to 4], swizzled
+    *_act_global_scale         2688 / amax of the activations, one element or [E]
+    *_alpha                    [E]: 1 / (act_global_scale * weight's global scale)
+    Weights are re-laid out at the first call and kept as long as their tensors live.
+    """
+    name = "trtllm_quant_nvfp4_moe_fused"
+    act = activation(name, is_gated_mlp, act_fn)
+    experts, _ = check_stacked(name, x, fc1_expert_weights_fp4, fc2_expert_weights_fp4, is_gated_mlp, packed=2)
+    _check_exchange(name, mapping_config, max_num_tokens)
+    first = (fc1_expert_weights_fp4, fc1_weight_blockscale_fp8, fc1_alpha.float() * fc1_act_global_scale.float())
+    second = (fc2_expert_weights_fp4, fc2_weight_blockscale_fp8, fc2_alpha.float() * fc2_act_global_scale.float())
+
+    def compute(rows: Tensor, ids: Tensor, routing: Tensor) -> Tensor:
+        return nvfp4_moe(name, rows, ids, routing, first, second, act, apply_routing_on_input)
+
+    return run_routed(name, x, selected_experts, routing_weights, experts, compute, mapping_config, max_num_tokens)

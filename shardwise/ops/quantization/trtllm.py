@@ -1,0 +1,40 @@
+"""FP8 linear as TRT-LLM contracts it: one fused quantisation launch, then the matrix product that suits the size."""
+
+from torch import Tensor
+
+from shardwise.ops.quantization.reference import check_fp8_linear, scaled_mm
+from shardwise.ops.quantization.triton_fp8 import few_rows_linear, quantize
+from shardwise.ops.registry import TRITON, operator
+from shardwise.ops.triton_support import interpreting
+
+_FEW_ROWS = 16  # up to here the product reads its weights at memory rate in a kernel of its own
+
+
+def _fake(input, weight_fp8, bias=None, input_scale=None, weight_scale=None):
+    return input.new_empty(*input.shape[:-1], weight_fp8.shape[0])
+
+
+@operator(fake=_fake, needs=(TRITON,), instead="torch_quant_fp8_linear")
+def trtllm_quant_fp8_linear(
+    input: Tensor,
+    weight_fp8: Tensor,
+    bias: Tensor | None = None,
+    input_scale: Tensor | None = None,
+    weight_scale: Tensor | None = None,
+) -> Tensor:
+    """`torch_quant_fp8_linear` with the input quantised in one launch.
+
+    input [..., K], weight_fp8 float8_e4m3fn [N, K], one-element scales, both required. Up to 16 rows a Triton kernel
+    quantises on the fly and splits K; more go through the GPU library's FP8 product.
+    """
+    check_fp8_linear("trtllm_quant_fp8_linear", input, weight_fp8, bias, input_scale, weight_scale)
+    assert input_scale is not None and weight_scale is not None
+    rows = input.reshape(-1, input.shape[-1]).contiguous()
+    shape = (*input.shape[:-1], weight_fp8.shape[0])
+    if rows.shape[0] == 0:
+        return input.new_empty(shape)
+    if rows.shape[0] <= _FEW_ROWS or interpreting():
+        out = few_rows_linear(rows, weight_fp8.contiguous(), bias, input_scale.float(), weight_scale.float())
+        return out.view(shape)
+    out = scaled_mm(quantize(rows, input_scale.float()), weight_fp8, input_scale, weight_scale, input.dtype)
+    return (out if bias is None else (out + bias).to(input.dtype)).view(shape)
