@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import gcd, lcm
 
-from shardwise.sharding.axes import MESH_AXIS, Axis, LogicalAxis, MeshAxis
+from shardwise.sharding.axes import MESH_AXIS, SHARED_BY_RANKS, Axis, LogicalAxis, MeshAxis
 from shardwise.sharding.checkpoint.header import STORAGE
 from shardwise.sharding.cuts import Cut, CutKind, IllegalCut
 from shardwise.sharding.layout import ParallelLayout
@@ -21,6 +21,9 @@ _PARTNERS = {
     Axis.DELTA_K_HEADS: Axis.DELTA_V_HEADS,
 }
 """Axes that are dealt group by group together with another one and so need the same cut unit."""
+
+
+NO_BOUND = 1 << 30
 
 
 class IllegalLayout(ValueError):
@@ -95,6 +98,16 @@ def grains_of(tensors: Iterable[TensorSpec]) -> Mapping[object, Grain]:
     return grains
 
 
+def grain_of(axis: LogicalAxis, grains: Mapping[object, Grain]) -> Grain:
+    """The cut unit of `axis` among those of `grains_of`."""
+    return grains[_key(axis)]
+
+
+def user_of(axis: LogicalAxis, tensors: Iterable[TensorSpec]) -> TensorSpec:
+    """The first tensor that the axis cuts, to name in a message."""
+    return next(t for t in tensors if t.experts == axis or any(axis in d.axes for d in t.dims))
+
+
 def _key(axis: LogicalAxis) -> object:
     return (_PARTNERS.get(axis.axis, axis.axis), axis.groups or axis.units)
 
@@ -116,7 +129,6 @@ def _cut(axis: LogicalAxis, parts: int, grain: Grain, pad: bool, warnings: list[
 
 
 def _imbalance(cut: Cut) -> str:
-    most, least = cut.share(0).length, cut.share(cut.parts - 1).length
     lengths = [cut.share(i).length for i in range(cut.parts)]
     most, least = max(lengths), min(lengths)
     unit = f" in blocks of {cut.grain}" if cut.grain > 1 else ""
@@ -130,8 +142,7 @@ def _imbalance(cut: Cut) -> str:
 def _reason(axis: LogicalAxis, layout: ParallelLayout, why: str, grain: Grain, tensors: tuple[TensorSpec, ...]) -> str:
     mesh = MESH_AXIS[axis.axis]
     because = f" ({grain.because} is stored in such blocks)" if grain.units > 1 else ""
-    tensor = next(t for t in tensors if t.experts == axis or any(axis in d.axes for d in t.dims))
-    return f"{tensor.name}: {why}{because}; {', or '.join(_offers(axis, mesh, grain, layout))}"
+    return f"{user_of(axis, tensors).name}: {why}{because}; {', or '.join(_offers(axis, mesh, grain, layout))}"
 
 
 def _offers(axis: LogicalAxis, mesh: MeshAxis, grain: Grain, layout: ParallelLayout) -> list[str]:
@@ -146,5 +157,7 @@ def _offers(axis: LogicalAxis, mesh: MeshAxis, grain: Grain, layout: ParallelLay
 
 
 def largest(axis: LogicalAxis, grain: Grain) -> int:
-    """The most ranks that the axis can be dealt to."""
+    """The most ranks that the axis can be dealt to; no bound for axes that ranks can share."""
+    if axis.axis in SHARED_BY_RANKS:
+        return NO_BOUND
     return axis.units if axis.groups else -(-axis.units // grain.units)

@@ -2,19 +2,63 @@
 
 import hashlib
 import json
-from typing import Any
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
 
 from shardwise.sharding.names import expand
 from shardwise.sharding.plan import Plan
-from shardwise.sharding.shards import TensorPattern, TensorShard
+from shardwise.sharding.shards import TensorShard
+
+if TYPE_CHECKING:
+    from shardwise.sharding.cost import Estimate, Workload
+    from shardwise.sharding.topology import Topology
+
+    Cost = tuple[Topology, Workload, Estimate]
 
 SCHEMA_VERSION = 1
 
 
-def document(plan: Plan, *, per_tensor: bool = False) -> dict[str, Any]:
-    """The plan as JSON values. Tensors are patterns with a count; `per_tensor` lists every tensor on its own."""
+def document(plan: Plan, *, per_tensor: bool = False, cost: "Cost | None" = None) -> dict[str, Any]:
+    """The plan as JSON values. Tensors are patterns with a count; `per_tensor` lists every tensor on its own.
+
+    `cost`: (topology, workload, estimate) of `cost.estimate`, which then has its own field.
+    """
+    ranks = [{**_totals(plan, r), "tensors": list(_tensors(plan, r, per_tensor))} for r in range(plan.layout.world)]
+    return {**_head(plan, cost), "ranks": ranks}
+
+
+def document_lines(plan: Plan, *, per_tensor: bool = False, cost: "Cost | None" = None) -> Iterator[str]:
+    """The text of `document`, line by line: one field, rank or tensor a line, never all tensors in memory at once."""
+    yield "{"
+    for key, value in _head(plan, cost).items():
+        yield f' "{key}": {json.dumps(value)},'
+    yield ' "ranks": ['
+    for rank in range(plan.layout.world):
+        yield "  {"
+        for key, value in _totals(plan, rank).items():
+            yield f'   "{key}": {json.dumps(value)},'
+        yield '   "tensors": ['
+        yield from _separated(_tensors(plan, rank, per_tensor))
+        yield "   ]"
+        yield "  }" if rank == plan.layout.world - 1 else "  },"
+    yield " ]"
+    yield "}"
+
+
+def _separated(rows: Iterator[dict[str, Any]]) -> Iterator[str]:
+    previous = None
+    for row in rows:
+        if previous is not None:
+            yield f"    {previous},"
+        previous = json.dumps(row)
+    if previous is not None:
+        yield f"    {previous}"
+
+
+def _head(plan: Plan, cost: "Cost | None") -> dict[str, Any]:
     layout = plan.layout
-    return {
+    head = {
         "schema_version": SCHEMA_VERSION,
         "hash": plan_hash(plan),
         "model": {
@@ -23,6 +67,7 @@ def document(plan: Plan, *, per_tensor: bool = False) -> dict[str, Any]:
             "parameters": plan.parameters,
             "quantization": plan.model.quantization,
             "layers": len(plan.model.layers),
+            "config_hash": plan.model.fingerprint,
         },
         "layout": {
             "world": layout.world,
@@ -35,13 +80,23 @@ def document(plan: Plan, *, per_tensor: bool = False) -> dict[str, Any]:
             {"axis": str(a.axis), "units": a.units, "groups": a.groups, "kind": str(c.kind), "grain": c.grain}
             for a, c in plan.cuts.by_axis.items()
         ],
-        "ranks": [_rank(plan, r, per_tensor) for r in range(layout.world)],
         "extras": extras(plan),
-        "collectives": [
-            {"where": c.where, "op": c.op, "axis": c.axis, "bytes_per_token": c.bytes_per_token, "count": c.count}
-            for c in plan.collectives
-        ],
+        "collectives": [asdict(c) for c in plan.collectives],
         "warnings": list(plan.warnings),
+    }
+    if cost is not None:
+        head["cost"] = _cost(cost)
+    return head
+
+
+def _cost(cost: "Cost") -> dict[str, Any]:
+    topology, workload, estimate = cost
+    steps = {"decode": estimate.decode, "prefill": estimate.prefill}
+    return {
+        "device": topology.device.name,
+        "workload": asdict(workload),
+        "memory": {**asdict(estimate.memory), "left": estimate.memory.left, "fits": estimate.memory.fits},
+        **{name: {**asdict(t), "total": t.total, "bound": t.bound} for name, t in steps.items()},
     }
 
 
@@ -80,36 +135,40 @@ def plan_hash(plan: Plan) -> str:
     return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
 
 
-def _rank(plan: Plan, rank: int, per_tensor: bool) -> dict[str, Any]:
+def _totals(plan: Plan, rank: int) -> dict[str, Any]:
     totals = plan.ranks[rank]
-    at = totals.coordinates
     return {
         "rank": rank,
-        "coordinates": {"tp": at.tp, "attn_dp": at.attn_dp, "moe_tp": at.moe_tp, "moe_ep": at.moe_ep},
+        "coordinates": totals.coordinates._asdict(),
         "weight_bytes": totals.weight_bytes,
         "parameters": totals.parameters,
         "kv_bytes_per_token": totals.kv_bytes_per_token,
         "state_bytes_per_sequence": totals.state_bytes_per_sequence,
         "experts": [list(plan.experts(rank, axis)) for axis in plan.cuts.placement],
-        "tensors": [t for p in plan.loaded for t in _tensors(plan, p, rank, per_tensor)],
     }
 
 
-def _tensors(plan: Plan, pattern: TensorPattern, rank: int, per_tensor: bool) -> list[dict[str, Any]]:
-    if not per_tensor:
-        shard = plan.pattern_shard(pattern, rank)
-        return [_row(shard, plan.pattern_count(pattern, rank))]
-    shards = (plan.shard(rank, name) for name, _ in expand(pattern))
-    return [_row(s, 1) for s in shards if s.held]
+def _tensors(plan: Plan, rank: int, per_tensor: bool) -> Iterator[dict[str, Any]]:
+    at = plan.layout.coordinates(rank)
+    for pattern in plan.loaded:
+        row = _row(plan.pattern_shard(pattern, rank), plan.pattern_count(pattern, rank))
+        if not per_tensor:
+            yield row
+            continue
+        held = plan.cuts.placement[pattern.spec.experts][at.moe_ep] if pattern.spec.experts else None
+        each = row["bytes"] // row["count"] if row["count"] else 0
+        for name, expert in expand(pattern):
+            if held is None or expert in held:
+                yield row | {"pattern": name, "count": 1, "bytes": each}
 
 
 def _row(shard: TensorShard, count: int) -> dict[str, Any]:
     return {
         "pattern": shard.name,
         "count": count,
-        "global_shape": list(shard.global_shape),
-        "local_shape": list(shard.local_shape),
-        "ranges": [[list(r) for r in dim] for dim in shard.ranges],
+        "global_shape": shard.global_shape,
+        "local_shape": shard.local_shape,
+        "ranges": shard.ranges,
         "dtype": shard.dtype,
         "bytes": shard.nbytes * count,
     }

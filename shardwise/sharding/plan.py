@@ -7,10 +7,10 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from shardwise.partition import extent
 from shardwise.sharding.axes import Axis, LogicalAxis
 from shardwise.sharding.collectives import Collective, collectives
 from shardwise.sharding.cutting import choose_cuts
+from shardwise.sharding.experts import place_experts
 from shardwise.sharding.layout import Coordinates, ParallelLayout
 from shardwise.sharding.memory import CacheEntry, cache_entries
 from shardwise.sharding.names import NameIndex, expand
@@ -143,12 +143,15 @@ def plan(
     pad: Iterable[str] = (),
     extras: Iterable[str] = (),
     kv_itemsize: int = 2,
+    redundant_experts: int = 0,
+    expert_load: tuple[float, ...] | None = None,
 ) -> Plan:
     """The plan of `model` under a layout.
 
     `model`: a ModelSpec, the object of a config.json, a path to a config.json, a model folder or a GGUF file, or a name
     that `checkpoint.resolve` knows. `layout`, or the sizes of its mesh axes. `pad`: axes whose ranks get equal lengths
     by padding. `extras`: names of extras to load as well (`vision`, `mtp`). `kv_itemsize`: bytes of a cached key or value element.
+    `redundant_experts`, `expert_load`: copies of experts and where they go, see `place_experts`.
     Raises IllegalLayout (a ValueError) with reasons and alternatives, ConfigError for an unusable config,
     CheckpointError for unreadable headers.
     """
@@ -157,15 +160,14 @@ def plan(
     patterns = patterns_of(spec, frozenset(extras))
     specs = tuple(p.spec for p in patterns if p.loaded)
     by_axis, warnings = choose_cuts(specs, layout, frozenset(Axis(p) for p in pad))
-    placement = {axis: place_experts(axis, layout) for axis in by_axis if axis.axis is Axis.EXPERTS}
+    placement = {
+        axis: place_experts(axis, layout.moe_ep, redundant_experts, expert_load)
+        for axis in by_axis
+        if axis.axis is Axis.EXPERTS
+    }
     cuts = Cuts(layout, by_axis, placement)
     cuts.check(specs)
     return Plan(spec, layout, cuts, patterns, warnings + spec.notes, kv_itemsize)
-
-
-def place_experts(axis: LogicalAxis, layout: ParallelLayout) -> tuple[tuple[int, ...], ...]:
-    """Experts of each moe_ep coordinate: contiguous, remainder to the first."""
-    return tuple(tuple(range(*extent(axis.units, layout.moe_ep, i))) for i in range(layout.moe_ep))
 
 
 def patterns_of(model: ModelSpec, load_extras: frozenset[str] = frozenset()) -> tuple[TensorPattern, ...]:

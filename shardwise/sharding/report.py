@@ -1,15 +1,25 @@
 """A plan as text for people: tensors and their cuts, ranks and their bytes, collectives, warnings."""
 
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
+from shardwise.sharding.document import extras
 from shardwise.sharding.plan import Plan
 from shardwise.sharding.shards import TensorPattern
 
+if TYPE_CHECKING:
+    from shardwise.sharding.cost import Estimate, Workload
+    from shardwise.sharding.search import SearchResult
+    from shardwise.sharding.topology import Topology
+
+    Cost = tuple[Topology, Workload, Estimate]
+
+_STEP = ("weights", "cache", "compute", "communication", "launch")
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
 
-def text_report(plan: Plan) -> str:
-    """The whole plan, a few lines for each tensor pattern, rank and collective."""
+def text_report(plan: Plan, cost: "Cost | None" = None) -> str:
+    """The whole plan, a line for each tensor pattern, rank and collective; with its cost where that is given."""
     model, layout = plan.model, plan.layout
     head = (
         f"{model.name}  {model.architecture}  {count_text(plan.parameters)} parameters, {len(model.layers)} layers, "
@@ -18,9 +28,76 @@ def text_report(plan: Plan) -> str:
     parts = [head, tensor_table(plan), rank_table(plan)]
     if plan.collectives:
         parts.append(collective_table(plan))
-    parts += [f"extra, not loaded: {e.name}" + (f" ({e.note})" if e.note else "") for e in model.extras]
-    parts += [f"warning: {w}" for w in plan.warnings]
-    return "\n\n".join(parts)
+    if cost is not None:
+        parts.append(cost_text(*cost))
+    notes = [_extra_line(row) for row in extras(plan)] + [f"warning: {w}" for w in plan.warnings]
+    return "\n\n".join(parts + (["\n".join(notes)] if notes else []))
+
+
+def _extra_line(row: dict) -> str:
+    state = "loaded" if row["loaded"] else "not loaded"
+    size = f"{size_text(row['bytes'])}, {count_text(row['parameters'])} parameters"
+    return f"extra, {state}: {row['name']}, {size}" + (f" ({row['note']})" if row["note"] else "")
+
+
+def cost_text(topology: "Topology", workload: "Workload", estimate: "Estimate") -> str:
+    """Memory of the fullest rank and the predicted steps with what they are made of."""
+    memory = estimate.memory
+    rows = [(name, size_text(getattr(memory, name))) for name in ("weights", "cache", "workspace")]
+    rows.append(("left" if memory.fits else "too much", size_text(abs(memory.left))))
+    of = f"fullest rank on {topology.device.name} ({size_text(memory.device)})"
+    steps = [
+        (name, *(f"{1e3 * getattr(t, part):.3f}" for part in _STEP), f"{1e3 * t.total:.3f}", t.bound)
+        for name, t in (("decode", estimate.decode), ("prefill", estimate.prefill))
+    ]
+    work = f"predicted ms, {workload.batch} x {workload.context} tokens"
+    return table((of, "bytes"), rows) + "\n\n" + table((work, *_STEP, "step", "bound by"), steps)
+
+
+def search_rows(found: "SearchResult") -> dict:
+    """A search as JSON values."""
+    return {
+        "ranked": [
+            {
+                "layout": str(c.layout),
+                "world": c.layout.world,
+                "tp": c.layout.tp,
+                "attn_dp": c.layout.attn_dp,
+                "moe_tp": c.layout.moe_tp,
+                "moe_ep": c.layout.moe_ep,
+                "replicas": c.replicas,
+                "fits": c.estimate.memory.fits,
+                "bytes_left": c.estimate.memory.left,
+                "decode_seconds": c.estimate.decode.total,
+                "prefill_seconds": c.estimate.prefill.total,
+                "tokens_per_second": c.tokens_per_second,
+                "bound": c.estimate.decode.bound,
+            }
+            for c in found.ranked
+        ],
+        "refused": [{"layout": str(r.layout), "reasons": list(r.reasons)} for r in found.refused],
+    }
+
+
+def search_report(found: "SearchResult") -> str:
+    """Layouts best first, then those that are refused, each with its reason."""
+    rows = [
+        (
+            str(i),
+            str(c.layout),
+            str(c.replicas),
+            size_text(c.plan.ranks[0].weight_bytes),
+            ("" if c.estimate.memory.fits else "-") + size_text(abs(c.estimate.memory.left)),
+            f"{1e3 * c.estimate.decode.total:.3f}",
+            f"{1e3 * c.estimate.prefill.total:.1f}",
+            f"{c.tokens_per_second:.0f}",
+            c.estimate.decode.bound if c.estimate.memory.fits else "memory: does not fit",
+        )
+        for i, c in enumerate(found.ranked, 1)
+    ]
+    head = ("", "layout", "replicas", "weights", "left", "decode ms", "prefill ms", "tokens/s", "bound by")
+    refused = "\n".join(f"refused: {r.layout}: {'; '.join(r.reasons)}" for r in found.refused)
+    return table(head, rows) + (f"\n\n{refused}" if refused else "")
 
 
 def tensor_table(plan: Plan) -> str:

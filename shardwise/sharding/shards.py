@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from math import prod
 
-from shardwise.sharding.axes import MESH_AXIS, SHARED_BY_RANKS, LogicalAxis, Range, Share, span
+from shardwise.sharding.axes import MESH_AXIS, SHARED_BY_RANKS, LogicalAxis, Range, Share, merge, span
 from shardwise.sharding.checkpoint.header import STORAGE
 from shardwise.sharding.cuts import Cut
 from shardwise.sharding.layout import Coordinates, ParallelLayout
@@ -65,11 +65,11 @@ class Cuts:
         mesh = MESH_AXIS[axis.axis]
         if axis in self.placement:
             held = self.placement[axis][at.moe_ep]
-            return Share(tuple((e, e + 1) for e in sorted(set(held))), len(set(held)))
+            return Share(merge((e, e + 1) for e in held), len(held))
         return self.by_axis[axis].share(getattr(at, mesh))
 
     def held_experts(self, axis: LogicalAxis, at: Coordinates) -> tuple[int, ...]:
-        """Experts of the rank, in slot order; one that is held twice occurs twice."""
+        """Experts of the rank, ascending, which is their slot order."""
         return self.placement[axis][at.moe_ep]
 
     def shard(self, spec: TensorSpec, at: Coordinates, name: str, expert: int | None = None) -> TensorShard:

@@ -1,0 +1,111 @@
+"""What changed between two plan documents."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from shardwise.sharding.config import ConfigError, read_config
+from shardwise.sharding.document import SCHEMA_VERSION
+from shardwise.sharding.report import size_text, table
+
+Doc = Mapping[str, Any]
+
+
+def read_document(path) -> dict[str, Any]:
+    """A plan that `shardwise plan --json FILE` wrote. ConfigError says what is wrong with any other file."""
+    data = read_config(path)
+    version = data.get("schema_version")
+    if version != SCHEMA_VERSION:
+        raise ConfigError(f"{path}: schema_version is {version!r}, this version reads {SCHEMA_VERSION}")
+    for key, kind in (("model", dict), ("layout", dict), ("ranks", list), ("collectives", list)):
+        if not isinstance(data.get(key), kind):
+            raise ConfigError(f"{path}: {key} is missing or no {kind.__name__}: not a plan document")
+    return data
+
+
+def diff(old: Doc, new: Doc) -> dict[str, Any]:
+    """Differences as JSON values; empty lists where nothing changed."""
+    return {
+        "same": old.get("hash") == new.get("hash"),
+        "model": _fields(old["model"], new["model"]),
+        "layout": _fields(old["layout"], new["layout"]),
+        "ranks": list(_ranks(old, new)),
+        "tensors": list(_tensors(old, new)),
+        "collectives": list(_collectives(old, new)),
+        "warnings": {
+            "added": [w for w in new.get("warnings", []) if w not in old.get("warnings", [])],
+            "removed": [w for w in old.get("warnings", []) if w not in new.get("warnings", [])],
+        },
+    }
+
+
+def diff_text(changes: Mapping[str, Any]) -> str:
+    """The differences for people."""
+    if changes["same"]:
+        return "the plans are the same"
+    parts = [f"{part} {f}: {a} -> {b}" for part in ("model", "layout") for f, a, b in changes[part]]
+    if changes["ranks"]:
+        rows = [(str(r["rank"]), *(_moved(r[k]) for k in _RANK_FIELDS)) for r in changes["ranks"]]
+        parts.append(table(("rank", "weights", "KV cache a token", "state a sequence"), rows))
+    if changes["tensors"]:
+        rows = [(t["change"], t["pattern"], _moved(t["bytes"])) for t in changes["tensors"]]
+        parts.append(table(("tensors", "pattern", "bytes on rank 0"), rows))
+    for c in changes["collectives"]:
+        parts.append(f"{c['where']} {c['op']} over {c['axis']}: {c['old']} -> {c['new']} bytes a token and step")
+    parts += [f"warning added: {w}" for w in changes["warnings"]["added"]]
+    parts += [f"warning gone: {w}" for w in changes["warnings"]["removed"]]
+    return "\n".join(parts)
+
+
+_RANK_FIELDS = ("weight_bytes", "kv_bytes_per_token", "state_bytes_per_sequence")
+
+
+def _moved(pair: tuple[int, int]) -> str:
+    old, new = pair
+    return size_text(new) if old == new else f"{size_text(old)} -> {size_text(new)}"
+
+
+def _fields(old: Doc, new: Doc) -> list[tuple[str, Any, Any]]:
+    keys = [*old, *(k for k in new if k not in old)]
+    return [(k, old.get(k), new.get(k)) for k in keys if old.get(k) != new.get(k)]
+
+
+def _ranks(old: Doc, new: Doc) -> Iterator[dict[str, Any]]:
+    before, after = ({r["rank"]: r for r in d["ranks"]} for d in (old, new))
+    for rank in sorted(before.keys() | after.keys()):
+        a, b = before.get(rank, {}), after.get(rank, {})
+        row = {k: (a.get(k, 0), b.get(k, 0)) for k in _RANK_FIELDS}
+        if any(x != y for x, y in row.values()):
+            yield {"rank": rank, **row}
+
+
+def _tensors(old: Doc, new: Doc) -> Iterator[dict[str, Any]]:
+    """Patterns of rank 0 that came, went, or have another shape, type, count or range."""
+    before, after = (
+        {(t["pattern"], tuple(t["global_shape"])): t for t in d["ranks"][0]["tensors"]} for d in (old, new)
+    )
+    for key in [*before, *(k for k in after if k not in before)]:
+        a, b = before.get(key), after.get(key)
+        if a == b:
+            continue
+        sizes = (a["bytes"] if a else 0, b["bytes"] if b else 0)
+        change = "added" if a is None else "removed" if b is None else _kind(sizes)
+        yield {"pattern": key[0], "change": change, "bytes": sizes}
+
+
+def _kind(sizes: tuple[int, int]) -> str:
+    return "grew" if sizes[1] > sizes[0] else "shrank" if sizes[1] < sizes[0] else "moved"
+
+
+def _collectives(old: Doc, new: Doc) -> Iterator[dict[str, Any]]:
+    def sums(doc: Doc) -> dict[tuple[str, str, str], int]:
+        found: dict[tuple[str, str, str], int] = {}
+        for c in doc["collectives"]:
+            key = (c["where"], c["op"], c["axis"])
+            found[key] = found.get(key, 0) + c["bytes_per_token"] * c["count"]
+        return found
+
+    before, after = sums(old), sums(new)
+    for key in [*before, *(k for k in after if k not in before)]:
+        a, b = before.get(key, 0), after.get(key, 0)
+        if a != b:
+            yield dict(zip(("where", "op", "axis"), key, strict=True)) | {"old": a, "new": b}
