@@ -13,8 +13,10 @@ from shardwise.ops.triton_support import tl, triton
 def dot(a, b, EXACT: tl.constexpr):
     """Matrix product with float32 accumulation; float32 operands without tf32 rounding."""
     if EXACT:
-        return tl.dot(a, b, input_precision="ieee")
-    return tl.dot(a, b)
+        product = tl.dot(a, b, input_precision="ieee")
+    else:
+        product = tl.dot(a, b)
+    return product
 
 
 @triton.jit

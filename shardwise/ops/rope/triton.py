@@ -98,13 +98,15 @@ def _flat_kernel(
 @triton.jit
 def _load_pairs(source, i, d_stride, mask, PACKED: tl.constexpr):
     """Elements 2i and 2i + 1 as float32. PACKED: both in one 32-bit load, so that accesses stay wide."""
-    if not PACKED:
+    if PACKED:
+        kind = source.dtype.element_ty
+        pair = tl.load(source.to(tl.pointer_type(tl.uint32), bitcast=True) + i, mask=mask, other=0)
+        even = (pair & 0xFFFF).to(tl.uint16).to(kind, bitcast=True)
+        odd = (pair >> 16).to(tl.uint16).to(kind, bitcast=True)
+    else:
         even = tl.load(source + 2 * i * d_stride, mask=mask, other=0.0)
-        return even.to(tl.float32), tl.load(source + (2 * i + 1) * d_stride, mask=mask, other=0.0).to(tl.float32)
-    kind = source.dtype.element_ty
-    pair = tl.load(source.to(tl.pointer_type(tl.uint32), bitcast=True) + i, mask=mask, other=0)
-    even = (pair & 0xFFFF).to(tl.uint16).to(kind, bitcast=True)
-    return even.to(tl.float32), (pair >> 16).to(tl.uint16).to(kind, bitcast=True).to(tl.float32)
+        odd = tl.load(source + (2 * i + 1) * d_stride, mask=mask, other=0.0)
+    return even.to(tl.float32), odd.to(tl.float32)
 
 
 @triton.jit
