@@ -9,6 +9,7 @@ from shardwise.sharding.config import Config
 from shardwise.sharding.formats import DTYPES, Linear, bias
 from shardwise.sharding.quantization import Quantization, quantization_of
 from shardwise.sharding.spec import Embedding, Extra, Head, Layer, ModelSpec, Norm, Rope, TensorSpec
+from shardwise.sharding.vision import vision_extras
 
 Tensors = tuple[TensorSpec, ...]
 
@@ -112,7 +113,7 @@ class Builder:
             else None,
             eos_token_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
             notes=tuple(self.notes),
-            extras=tuple(self.extras),
+            extras=(*vision_extras(c, self.hidden_size, self.dtype), *self.extras),
             **options,
         )
 

@@ -103,17 +103,17 @@ def _cost(cost: "Cost") -> dict[str, Any]:
 def extras(plan: Plan) -> list[dict[str, Any]]:
     """Parts of the checkpoint that a run does not load, with their bytes."""
     found: dict[str, dict[str, Any]] = {}
-    notes = {e.name: e.note for e in plan.model.extras}
-    for pattern in plan.patterns:
-        if pattern.part not in notes:
-            continue
+    for extra in plan.model.extras:
         row = found.setdefault(
-            pattern.part,
-            {"name": pattern.part, "parameters": 0, "bytes": 0, "loaded": False, "note": notes[pattern.part]},
+            extra.name, {"name": extra.name, "parameters": 0, "bytes": 0, "loaded": False, "note": ""}
         )
-        row["parameters"] += pattern.count * pattern.spec.parameters
-        row["bytes"] += pattern.count * pattern.spec.nbytes
-        row["loaded"] |= pattern.loaded
+        row["note"] = row["note"] or extra.note
+    for pattern in plan.patterns:
+        if pattern.part in found:
+            row = found[pattern.part]
+            row["parameters"] += pattern.count * pattern.spec.parameters
+            row["bytes"] += pattern.count * pattern.spec.nbytes
+            row["loaded"] |= pattern.loaded
     return list(found.values())
 
 

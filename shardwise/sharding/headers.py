@@ -1,21 +1,27 @@
 """Binds a model to the headers of its checkpoint: storage types come from the file, shapes must agree."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from shardwise.sharding.axes import LogicalAxis
+from shardwise.sharding.axes import LogicalAxis, fixed
 from shardwise.sharding.checkpoint.header import CheckpointError, TensorEntry
-from shardwise.sharding.spec import Block, Layer, ModelSpec, Moe, TensorSpec
+from shardwise.sharding.spec import Block, Extra, Layer, ModelSpec, Moe, TensorSpec
 
 SHOWN = 5
 """Tensor names that a message lists before it only counts."""
+_PARTS = {
+    "vision": ("visual", "vision", "multi_modal_projector", "mm_projector", "patch_merge", "vit_"),
+    "audio": ("audio",),
+    "mtp": ("mtp",),
+}
 
 
 def bind(model: ModelSpec, tensors: Mapping[str, TensorEntry]) -> ModelSpec:
     """The model with the storage types of `tensors`. CheckpointError for missing tensors and for shapes that differ.
 
-    Tensors that the model does not have are counted in its notes.
+    What the model does not have becomes extras.
     """
     binder = _Binder(tensors)
     groups: dict[Any, Layer] = {}
@@ -32,12 +38,39 @@ def bind(model: ModelSpec, tensors: Mapping[str, TensorEntry]) -> ModelSpec:
         others=tuple(binder.block(b) for b in model.others),
     )
     binder.raise_if_wrong(model)
-    extra = {t.path(layer) for e in model.extras for t in e.tensors for layer in (e.layers or (None,))}
-    unknown = [n for n in tensors if n not in binder.used and n not in extra]
-    if unknown:
-        note = f"{len(unknown)} tensors of the checkpoint are not part of {model.architecture}: {_some(unknown)}"
-        bound = replace(bound, notes=(*bound.notes, note))
-    return bound
+    extras = binder.extras(model)
+    left = [entry for name, entry in tensors.items() if name not in binder.used]
+    extras += leftovers(left, len(model.layers))
+    notes = tuple(f"not part of {model.architecture}, left out: {e.note}" for e in extras if e.name == "other")
+    return replace(bound, extras=extras, notes=model.notes + notes)
+
+
+def leftovers(entries: list[TensorEntry], layers: int) -> tuple[Extra, ...]:
+    """Tensors that no block asked for, as extras by what their names say, each whole."""
+    groups: dict[str, list[TensorSpec]] = {}
+    for entry in entries:
+        spec = TensorSpec(entry.name, entry.name, tuple(fixed(n) for n in entry.shape), entry.dtype)
+        groups.setdefault(_part(entry.name, layers), []).append(spec)
+    return tuple(
+        Extra(
+            name=part,
+            tensors=tuple(specs),
+            note=f"{len(specs)} tensors, from headers: {_some([t.name for t in specs])}",
+        )
+        for part, specs in groups.items()
+    )
+
+
+def part_of(name: str) -> str:
+    """`vision`, `audio`, `mtp`, or `other` by the words in a tensor's name."""
+    return next((part for part, words in _PARTS.items() if any(word in name for word in words)), "other")
+
+
+def _part(name: str, layers: int) -> str:
+    number = re.search(r"layers\.(\d+)\.", name)
+    past_the_end = number is not None and int(number[1]) >= layers
+    part = part_of(name)
+    return "mtp" if part == "other" and past_the_end else part
 
 
 class _Binder:
@@ -93,6 +126,23 @@ class _Binder:
         if len(dtypes) > 1:
             self.misfits.append(f"experts of {spec.name} have different types: {' and '.join(dtypes)}")
         return replace(spec, dtype=next(iter(dtypes), spec.dtype))
+
+    def extras(self, model: ModelSpec) -> tuple[Extra, ...]:
+        """The extras of the config that the checkpoint holds completely; the others are left to `leftovers`."""
+        kept = []
+        for extra in model.extras:
+            names = [t.path(layer) for t in extra.tensors for layer in (extra.layers or (None,)) if not t.optional]
+            if names and all("{expert}" in n or n in self.tensors for n in names):
+                kept.append(replace(extra, tensors=self._first(extra)))
+        return tuple(kept)
+
+    def _first(self, extra: Extra) -> tuple[TensorSpec, ...]:
+        """The tensors of an extra with the types of its first layer; all its layers count as used."""
+        for layer in (extra.layers or (None,))[1:]:
+            for spec in extra.tensors:
+                self.tensor(spec, layer)
+        bound = (self.tensor(t, extra.layers[0] if extra.layers else None) for t in extra.tensors)
+        return tuple(t for t in bound if t is not None)
 
     def raise_if_wrong(self, model: ModelSpec) -> None:
         where = next(iter(self.tensors.values())).path.parent if self.tensors else "the checkpoint"

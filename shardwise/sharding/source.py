@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from shardwise.sharding.config import Config, read_config
-from shardwise.sharding.families import build
+from shardwise.sharding.families import UnknownArchitecture, build
 from shardwise.sharding.spec import ModelSpec
 
 
@@ -28,5 +28,13 @@ def _from_checkpoint(model: str | Path) -> ModelSpec:
     checkpoint = open_checkpoint(model)
     has_tensors = checkpoint.gguf is not None or any(checkpoint.path.glob("*.safetensors"))
     entries = {name: stored.entry for name, stored in checkpoint.tensors.items()} if has_tensors else None
-    spec = build(Config(checkpoint.config, str(checkpoint.path), names=entries), checkpoint.name)
+    config = Config(checkpoint.config, str(checkpoint.path), names=entries)
+    try:
+        spec = build(config, checkpoint.name)
+    except UnknownArchitecture:
+        if entries is None:
+            raise
+        from shardwise.sharding.unknown import model_from_headers
+
+        return model_from_headers(config, checkpoint.name, entries)
     return bind(spec, entries) if entries is not None else spec

@@ -105,10 +105,18 @@ def build(config: Config, name: str) -> ModelSpec:
     architecture = next((a for a in listed if a in ARCHITECTURES), None)
     if architecture is None:
         raise UnknownArchitecture(
-            f"{config.source}: architectures is {listed}; known are {', '.join(sorted(ARCHITECTURES))}"
+            f"{config.source}: architectures is {listed}, which no family describes{_closest(listed)}; beside its "
+            "safetensors files the model plans from their headers"
         )
     module = importlib.import_module(f"{__name__}.{ARCHITECTURES[architecture]}")
     return replace(module.build(config, name, architecture), fingerprint=_fingerprint(config))
+
+
+def _closest(listed: list[str]) -> str:
+    import difflib
+
+    close = difflib.get_close_matches(listed[0] if listed else "", ARCHITECTURES, n=3)
+    return f" (closest: {', '.join(close)})" if close else f" ({len(ARCHITECTURES)} are known)"
 
 
 def _fingerprint(config: Config) -> str:

@@ -27,7 +27,7 @@ def build(config: Config, name: str, architecture: str) -> ModelSpec:
 
     layers = b.layers(layer, _types(config, "hybrid_override_pattern", "layers_block_type"))
     if config.integer("num_nextn_predict_layers", default=0, least=0):
-        _mtp(b, [layer(kind) for kind in config.list("mtp_layers_block_type", default=[], of=str)])
+        _mtp(b, [layer(kind) for kind in _mtp_types(config)])
     return b.model(layers, embed_name="backbone.embeddings", final_norm_name="backbone.norm_f")
 
 
@@ -42,6 +42,11 @@ def _types(c: Config, pattern: str, listed: str) -> list[str]:
     if count != len(types) or set(types) - set(LETTERS.values()):
         raise c.error((pattern, listed), types, f"{count} of {', '.join(LETTERS.values())}")
     return types
+
+
+def _mtp_types(c: Config) -> list[str]:
+    letters = c.text("mtp_hybrid_override_pattern", default="*E")
+    return c.list("mtp_layers_block_type", default=[LETTERS[x] for x in letters if x in LETTERS], of=str)
 
 
 def _mamba(b: Builder, c: Config):
