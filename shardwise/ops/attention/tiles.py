@@ -29,15 +29,21 @@ def decode_tile(group: int, size: int, value_size: int, itemsize: int) -> Tile:
 
 
 def prefill_tile(rows: int, size: int, value_size: int, itemsize: int) -> Tile:
-    """`rows` is the mean number of (token, head) rows of a sequence: short ones take the smaller tile."""
+    """`rows` is the mean number of (token, head) rows of a sequence: short ones take the smaller tile.
+
+    The largest tiles that ptxas keeps in registers on Hopper (compiled for sm_90a; spilled bytes decide).
+    """
     widest = max(power_of_two(size), power_of_two(value_size))
-    if itemsize > 2:  # float32 products run on the plain cores and fill registers twice as fast
-        return Tile(rows=32, keys=32 if widest <= 128 else 16, warps=4, stages=1)
+    if itemsize > 2:  # float32 products run on the plain cores and hold their operands in registers
+        return Tile(rows=32, keys=32, warps=8, stages=1) if widest <= 128 else Tile(rows=16, keys=16, warps=4, stages=1)
+    if widest > 256:
+        return Tile(rows=64, keys=16, warps=8, stages=2)
     if widest > 128:
-        return Tile(rows=64, keys=32, warps=4, stages=2)
+        return Tile(rows=128, keys=32, warps=8, stages=2)
+    whole = size == value_size == widest  # else masked loads pass through registers
     if rows <= 64:
-        return Tile(rows=64, keys=64, warps=4, stages=3)
-    return Tile(rows=128, keys=128 if widest <= 64 else 64, warps=8, stages=3)
+        return Tile(rows=64, keys=64 if whole else 32, warps=4, stages=3)
+    return Tile(rows=128, keys=128 if whole and widest <= 64 else 64, warps=8, stages=3)
 
 
 @functools.cache
