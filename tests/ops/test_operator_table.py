@@ -8,6 +8,7 @@ import pytest
 import torch
 from operator_samples import Sample, all_samples, flat, mutated, written
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_leaves
 
 import shardwise.ops as ops
 
@@ -81,10 +82,14 @@ def _convert(value, function):
 
 @runs
 def test_opcheck(sample, device):
-    checks = ["test_schema", "test_autograd_registration"]
+    args = build(sample, device)
+    checks = ["test_autograd_registration"]
+    # The schema check compares the arguments before and after, which torch cannot do for float8.
+    if not any(getattr(leaf, "dtype", None) == torch.float8_e4m3fn for leaf in tree_leaves(args)):
+        checks.append("test_schema")
     if not sample.bound:
         checks.append("test_faketensor")
-    torch.library.opcheck(sample.overload, build(sample, device), test_utils=checks)
+    torch.library.opcheck(sample.overload, args, test_utils=checks)
 
 
 class _Call(torch.nn.Module):
