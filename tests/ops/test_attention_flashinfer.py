@@ -1,18 +1,31 @@
-"""FlashInfer attention: the metadata and the planner everywhere, the operator where there is a GPU."""
+"""FlashInfer attention: with FlashInfer where there is a GPU, elsewhere with a stand-in of the same interface."""
 
+import flashinfer_double
 import pytest
 import torch
 from oracles_attention import Step
 from paging import PAGE_SIZE, Paged
 
-from shardwise.ops.attention.flashinfer import flashinfer_attention_prepare_metadata
+from shardwise.ops.attention import flashinfer as ours
+from shardwise.ops.attention import planner as planning
+from shardwise.ops.attention.flashinfer import (
+    flashinfer_attention_mha_with_cache,
+    flashinfer_attention_prepare_metadata,
+)
 from shardwise.ops.attention.planner import DecodeFamily, Planner, decode_graphs, planner, replan_decode, select_pages
 from shardwise.ops.attention.reference import torch_cached_attention_with_cache
 from shardwise.ops.registry import OperatorUnavailable, operators
 
 OP = torch.ops.auto_deploy.flashinfer_attention_mha_with_cache
 INFO = next(info for info in operators() if info.name == "flashinfer_attention_mha_with_cache")
-needs_gpu = pytest.mark.skipif(not INFO.availability()[0], reason=INFO.availability()[1])
+REAL, WHY = INFO.availability()
+DEVICE = "cuda" if REAL else "cpu"
+
+
+def runs_anywhere(test):
+    return pytest.mark.gpu(test) if REAL else test
+
+
 STEPS = {
     "prefill": Step([33, 5], [0, 0], [0, 1]),
     "chunked prefill": Step([7, 20], [30, 3], [0, 1]),
@@ -97,13 +110,23 @@ def test_graph_wrappers_are_made_for_each_batch_size_and_replanned_by_it():
         replan_decode(host[0][:2], host[1], host[2][:1], host[3][:1])
 
 
-@pytest.mark.skipif(INFO.availability()[0], reason="available here")
+@pytest.mark.skipif(REAL, reason="available here")
 def test_without_flashinfer_the_error_names_what_to_call():
     empty = torch.zeros(0)
     with pytest.raises(
         OperatorUnavailable, match="call auto_deploy::triton_attention_flattened_mha_with_cache instead"
     ):
         OP(*[empty] * 14, None, 1.0, 1.0)
+
+
+@pytest.fixture
+def flashinfer(monkeypatch):
+    """FlashInfer itself where it runs, else the stand-in; planners of its own."""
+    monkeypatch.setattr(planning, "_PLANNERS", {})
+    if not REAL:
+        flashinfer_double.install(monkeypatch)
+        monkeypatch.setattr(planning, "WORKSPACE_BYTES", 16)
+        monkeypatch.setattr(ours, "_backend", lambda device: "fa2")
 
 
 def reference(step, q, k, v, paged, kv_cache, scales=(1.0, 1.0), scale=None):
@@ -123,31 +146,35 @@ def reference(step, q, k, v, paged, kv_cache, scales=(1.0, 1.0), scale=None):
 
 
 def build(step, paged, heads=8, kv_heads=2, size=64, dtype=torch.bfloat16, cache_dtype=None):
-    generator = torch.Generator(device="cuda").manual_seed(5)
+    generator = torch.Generator(device=DEVICE).manual_seed(5)
 
     def random(*shape):
-        return torch.randn(*shape, generator=generator, device="cuda").to(dtype)
+        return torch.randn(*shape, generator=generator, device=DEVICE).to(dtype)
 
     pages = len(paged.cache_loc) + 2
     tensors = [random(step.tokens, n, size) for n in (heads, kv_heads, kv_heads)]
     return *tensors, random(pages, 2, kv_heads, PAGE_SIZE, size).to(cache_dtype or dtype)
 
 
-def run(step, paged, q, k, v, kv_cache, k_scale=1.0, v_scale=1.0, prepare=True):
-    metadata = flashinfer_attention_prepare_metadata(*paged.metadata_inputs(step, "cuda")) if prepare else prepare
-    return OP(q[None], k[None], v[None], *paged.arguments(), *metadata, kv_cache, None, k_scale, v_scale)[0]
+def run(step, paged, q, k, v, kv_cache, k_scale=1.0, v_scale=1.0, flat=False, metadata=None):
+    metadata = metadata or flashinfer_attention_prepare_metadata(*paged.metadata_inputs(step, DEVICE))
+    q, k, v = (x[None].flatten(2) if flat else x[None] for x in (q, k, v))
+    arguments = (q, k, v, *paged.arguments(), *metadata, kv_cache, None, k_scale, v_scale)
+    out = (OP if REAL else flashinfer_attention_mha_with_cache)(*arguments)
+    assert out.shape == q.shape and out.is_contiguous()
+    return out.view(step.tokens, -1, kv_cache.shape[4])
 
 
-@needs_gpu
-@pytest.mark.gpu
+@runs_anywhere
 @pytest.mark.parametrize("name", STEPS)
-def test_operator_equals_reference(name):
+@pytest.mark.parametrize("flat", [False, True])
+def test_operator_equals_reference(flashinfer, name, flat):
     step = STEPS[name]
-    paged = Paged.of(step, "cuda")
+    paged = Paged.of(step, DEVICE)
     tensors = build(step, paged)
     cpu = Paged.of(step)
     want, caches = reference(step, *tensors[:3], cpu, tensors[3].cpu())
-    out = run(step, paged, *tensors)
+    out = run(step, paged, *tensors, flat=flat)
     torch.testing.assert_close(out.float().cpu(), want, atol=2e-2, rtol=2e-2)
     assert not out[step.tokens - step.padding :].any()
     for which in range(2):
@@ -156,12 +183,11 @@ def test_operator_equals_reference(name):
             torch.testing.assert_close(cpu.gather(written, i).float(), caches[which][i, :total])
 
 
-@needs_gpu
-@pytest.mark.gpu
+@runs_anywhere
 @pytest.mark.parametrize("name", ["chunked prefill", "decode"])
-def test_fp8_cache_honours_its_scales(name):
+def test_fp8_cache_honours_its_scales(flashinfer, name):
     step = STEPS[name]
-    paged, scales = Paged.of(step, "cuda"), (0.02, 0.25)
+    paged, scales = Paged.of(step, DEVICE), (0.02, 0.25)
     q, k, v, kv_cache = build(step, paged, cache_dtype=torch.float8_e4m3fn)
     kv_cache = (kv_cache.float() * 20).clamp(-448, 448).to(torch.float8_e4m3fn)
     quantised = [(x.float() / s).clamp(-448, 448).to(torch.float8_e4m3fn).float() * s
@@ -171,20 +197,20 @@ def test_fp8_cache_honours_its_scales(name):
     torch.testing.assert_close(out.float().cpu(), want, atol=6e-2, rtol=6e-2)
 
 
-@needs_gpu
 @pytest.mark.gpu
-def test_decode_under_a_cuda_graph_follows_replans():
+@pytest.mark.skipif(not REAL, reason=WHY)
+def test_decode_under_a_cuda_graph_follows_replans(flashinfer):
     first, later = Step([1, 1], [20, 5], [0, 1], decode=2), Step([1, 1], [21, 6], [0, 1], decode=2)
-    paged = Paged.of(first, "cuda")
+    paged = Paged.of(first, DEVICE)
     tensors = build(first, paged)
     static = [x.clone() for x in tensors]
+    inputs = paged.metadata_inputs(first, DEVICE)
     with decode_graphs():
         run(first, paged, *static)
         graph = torch.cuda.CUDAGraph()
-        inputs = paged.metadata_inputs(first, "cuda")
         with torch.cuda.graph(graph):
             metadata = flashinfer_attention_prepare_metadata(*inputs)
-            out = run(first, paged, *static, prepare=metadata)
+            out = run(first, paged, *static, metadata=metadata)
     for step in (first, later):
         renewed = Paged.of(step)
         want, _ = reference(step, *tensors[:3], renewed, static[3].cpu())
@@ -196,11 +222,24 @@ def test_decode_under_a_cuda_graph_follows_replans():
         torch.testing.assert_close(out.float().cpu(), want, atol=2e-2, rtol=2e-2)
 
 
-@needs_gpu
-@pytest.mark.gpu
-def test_bad_arguments():
+@runs_anywhere
+def test_graph_wrappers_give_the_same_and_survive_a_replan(flashinfer):
+    step = STEPS["decode"]
+    paged = Paged.of(step, DEVICE)
+    tensors = build(step, paged)
+    want, _ = reference(step, *tensors[:3], Paged.of(step), tensors[3].cpu())
+    with decode_graphs():
+        first = run(step, paged, *tensors)
+        replan_decode(paged.cu_num_pages_host, paged.cache_loc, paged.last_page_len_host, paged.seq_len_with_cache_host)
+        second = run(step, paged, *tensors)
+    for out in (first, second):
+        torch.testing.assert_close(out.float().cpu(), want, atol=2e-2, rtol=2e-2)
+
+
+@runs_anywhere
+def test_bad_arguments(flashinfer):
     step = STEPS["mixed"]
-    paged = Paged.of(step, "cuda")
+    paged = Paged.of(step, DEVICE)
     q, k, v, kv_cache = build(step, paged)
     with pytest.raises(TypeError, match="q is torch.float32; legal: float16, bfloat16"):
         run(step, paged, q.float(), k.float(), v.float(), kv_cache)

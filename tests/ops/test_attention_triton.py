@@ -12,7 +12,11 @@ from shardwise.ops.registry import operators
 
 INFO = next(info for info in operators() if info.name == OP)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-pytestmark = pytest.mark.skipif(not INFO.availability()[0], reason=INFO.availability()[1])
+pytestmark = [
+    pytest.mark.skipif(not INFO.availability()[0], reason=INFO.availability()[1]),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::RuntimeWarning"),  # Triton's interpreter
+    *([pytest.mark.gpu] if DEVICE == "cuda" else []),
+]
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 # tl.dot of bfloat16 gives garbage in the interpreter.
 DTYPES = list(TOLERANCE) if DEVICE == "cuda" else [torch.float32, torch.float16]

@@ -1,18 +1,22 @@
-"""FlashInfer MLA against the plain PyTorch operator, where there is a GPU."""
+"""FlashInfer MLA: with FlashInfer where there is a GPU, elsewhere with a stand-in of the same interface."""
 
+import flashinfer_double
 import pytest
 import torch
 from oracles_attention import Step
 from paging import PAGE_SIZE, Paged
 
+from shardwise.ops.attention import planner as planning
 from shardwise.ops.attention.planner import decode_graphs, replan_decode
-from shardwise.ops.mla.flashinfer import flashinfer_mla_prepare_metadata
+from shardwise.ops.mla.flashinfer import flashinfer_mla_prepare_metadata, flashinfer_mla_with_cache
 from shardwise.ops.mla.reference import torch_cached_mla_with_cache
 from shardwise.ops.registry import OperatorUnavailable, operators
 
 OP = torch.ops.auto_deploy.flashinfer_mla_with_cache
 INFO = next(info for info in operators() if info.name == "flashinfer_mla_with_cache")
-needs_gpu = pytest.mark.skipif(not INFO.availability()[0], reason=INFO.availability()[1])
+REAL, WHY = INFO.availability()
+DEVICE = "cuda" if REAL else "cpu"
+CALL = OP if REAL else flashinfer_mla_with_cache
 HEADS, NOPE, ROPE, VALUE, RANK = 16, 128, 64, 128, 512
 STEPS = {
     "prefill": Step([33, 5], [0, 0], [0, 1]),
@@ -23,17 +27,30 @@ STEPS = {
 }
 
 
-@pytest.mark.skipif(INFO.availability()[0], reason="available here")
+def runs_anywhere(test):
+    return pytest.mark.gpu(test) if REAL else test
+
+
+@pytest.mark.skipif(REAL, reason="available here")
 def test_without_flashinfer_the_error_names_what_to_call():
     with pytest.raises(OperatorUnavailable, match="call auto_deploy::torch_cached_mla_with_cache instead"):
         OP(*[torch.zeros(0)] * 17, None, RANK)
 
 
+@pytest.fixture(autouse=True)
+def flashinfer(monkeypatch):
+    """FlashInfer itself where it runs, else the stand-in; planners of its own."""
+    monkeypatch.setattr(planning, "_PLANNERS", {})
+    if not REAL:
+        flashinfer_double.install(monkeypatch)
+        monkeypatch.setattr(planning, "WORKSPACE_BYTES", 16)
+
+
 def build(step, pages, dtype=torch.bfloat16):
-    generator = torch.Generator(device="cuda").manual_seed(5)
+    generator = torch.Generator(device=DEVICE).manual_seed(5)
 
     def random(*shape):
-        return torch.randn(*shape, generator=generator, device="cuda").to(dtype)
+        return torch.randn(*shape, generator=generator, device=DEVICE).to(dtype)
 
     tokens = step.tokens
     weight = (random(HEADS * (NOPE + VALUE), RANK).float() / RANK**0.5).to(dtype)
@@ -54,16 +71,15 @@ def reference(step, tensors, paged, ckv_cache, kpe_cache):
     return torch_cached_mla_with_cache(*(x.cpu().float() for x in tensors), *metadata, cache), cache
 
 
-@needs_gpu
-@pytest.mark.gpu
+@runs_anywhere
 @pytest.mark.parametrize("name", STEPS)
 def test_operator_equals_reference(name):
     step = STEPS[name]
-    paged, cpu = Paged.of(step, "cuda"), Paged.of(step)
+    paged, cpu = Paged.of(step, DEVICE), Paged.of(step)
     tensors, ckv_cache, kpe_cache = build(step, len(paged.cache_loc) + 2)
     want, cache = reference(step, tensors, cpu, ckv_cache, kpe_cache)
-    metadata = flashinfer_mla_prepare_metadata(*paged.metadata_inputs(step, "cuda"))
-    out = OP(*tensors, *paged.arguments(), *metadata, ckv_cache, kpe_cache, None, RANK)
+    metadata = flashinfer_mla_prepare_metadata(*paged.metadata_inputs(step, DEVICE))
+    out = CALL(*tensors, *paged.arguments(), *metadata, ckv_cache, kpe_cache, None, RANK)
     assert out.shape == (1, step.tokens, HEADS, VALUE)
     torch.testing.assert_close(out.float().cpu(), want, atol=3e-2, rtol=3e-2)
     both = torch.cat((ckv_cache, kpe_cache), dim=-1).cpu().float()
@@ -71,17 +87,17 @@ def test_operator_equals_reference(name):
         torch.testing.assert_close(cpu.gather(both, i), cache[i, :total])
 
 
-@needs_gpu
 @pytest.mark.gpu
+@pytest.mark.skipif(not REAL, reason=WHY)
 def test_decode_under_a_cuda_graph_follows_replans():
     first, later = Step([1, 1], [20, 5], [0, 1], decode=2), Step([1, 1], [21, 6], [0, 1], decode=2)
-    paged = Paged.of(first, "cuda")
+    paged = Paged.of(first, DEVICE)
     tensors, ckv_cache, kpe_cache = build(first, len(paged.cache_loc) + 2)
-    inputs = paged.metadata_inputs(first, "cuda")
+    inputs = paged.metadata_inputs(first, DEVICE)
 
     def step():
         metadata = flashinfer_mla_prepare_metadata(*inputs)
-        return OP(*tensors, *paged.arguments(), *metadata, ckv_cache, kpe_cache, None, RANK)
+        return CALL(*tensors, *paged.arguments(), *metadata, ckv_cache, kpe_cache, None, RANK)
 
     with decode_graphs():
         step()
@@ -99,16 +115,15 @@ def test_decode_under_a_cuda_graph_follows_replans():
         torch.testing.assert_close(out.float().cpu(), want, atol=3e-2, rtol=3e-2)
 
 
-@needs_gpu
-@pytest.mark.gpu
+@runs_anywhere
 def test_bad_arguments():
     step = STEPS["mixed"]
-    paged = Paged.of(step, "cuda")
+    paged = Paged.of(step, DEVICE)
     tensors, ckv_cache, kpe_cache = build(step, len(paged.cache_loc) + 2)
-    metadata = flashinfer_mla_prepare_metadata(*paged.metadata_inputs(step, "cuda"))
+    metadata = flashinfer_mla_prepare_metadata(*paged.metadata_inputs(step, DEVICE))
 
     def call(tensors=tensors, ckv=ckv_cache, rank=RANK):
-        return OP(*tensors, *paged.arguments(), *metadata, ckv, kpe_cache, None, rank)
+        return CALL(*tensors, *paged.arguments(), *metadata, ckv, kpe_cache, None, rank)
 
     with pytest.raises(TypeError, match="q_nope is torch.float32"):
         call([x.float() for x in tensors])
