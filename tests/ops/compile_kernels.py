@@ -19,6 +19,7 @@ from triton.compiler import ASTSource
 import shardwise.ops as ops
 from shardwise.ops import triton_support
 from shardwise.ops.mamba import metadata
+from shardwise.ops.registry import TRITON
 
 TARGET = GPUTarget("cuda", 90, 32)
 SHARED_BYTES = 227 * 1024  # a block's limit on compute capability 9.0
@@ -102,7 +103,7 @@ def real_sizes() -> list[Sample]:
 
 def main(parts):
     replace_launches()
-    infos = {info.qualified_name: info for info in ops.operators() if info.backend == "triton"}
+    infos = {info.qualified_name: info for info in ops.operators() if TRITON in info.needs}
     seen = set()
     for sample in real_sizes() + operator_samples.all_samples():
         info = infos.get(sample.qualified_name)

@@ -94,7 +94,7 @@ def torch_fake_quant_int4_linear(
         raise ValueError(
             f"{name}: weight_quantized must be [N/2, K] with K = {input.shape[-1]}, got {tuple(weight_quantized.shape)}"
         )
-    weight = dequantize_int4_awq(weight_quantized, _element(name, "weight_scale", weight_scale))
+    weight = dequantize_int4_awq(weight_quantized, _element(name, "weight_scale", weight_scale), name)
     return _linear(input.dtype, input * _element(name, "input_scale", input_scale), weight, bias)
 
 
@@ -123,7 +123,7 @@ def torch_fake_quant_int4_gptq_linear(
             f"{name}: weight_quantized must be [K/8, N] with K = {input.shape[-1]}, got {tuple(weight_quantized.shape)}"
         )
     scales, zeros = _element(name, "weight_scale", weight_scale), _element(name, "weight_zp", weight_zp)
-    return _linear(input.dtype, input, dequantize_int4_gptq(weight_quantized, scales, zeros).t(), bias)
+    return _linear(input.dtype, input, dequantize_int4_gptq(weight_quantized, scales, zeros, name).t(), bias)
 
 
 def _linear(dtype: torch.dtype, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

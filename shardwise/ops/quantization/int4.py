@@ -24,12 +24,12 @@ def quantize_int4_awq(weight: Tensor, block: int = AWQ_BLOCK) -> tuple[Tensor, T
     return ((codes[0::2] & 0xF) | ((codes[1::2] & 0xF) << 4)).to(torch.uint8), scales
 
 
-def dequantize_int4_awq(packed: Tensor, scales: Tensor) -> Tensor:
+def dequantize_int4_awq(packed: Tensor, scales: Tensor, caller: str = "dequantize_int4_awq") -> Tensor:
     """Float32 [N, K]. ValueError unless `scales` is [N, G] with K a multiple of G."""
     rows, columns = packed.shape[0] * 2, packed.shape[1]
     if scales.dim() != 2 or scales.shape[0] != rows or columns % scales.shape[1]:
         raise ValueError(
-            f"int4 weight {tuple(packed.shape)} (N = {rows}, K = {columns}) needs scales [N, K/block], "
+            f"{caller}: int4 weight {tuple(packed.shape)} (N = {rows}, K = {columns}) needs scales [N, K/block], "
             f"got {tuple(scales.shape)}"
         )
     codes = torch.stack((packed & 0xF, packed >> 4), dim=1).flatten(0, 1).to(torch.int8)
@@ -50,14 +50,16 @@ def quantize_int4_gptq(weight: Tensor, group: int = 128) -> tuple[Tensor, Tensor
     return _pack_nibbles(codes, dim=0), scales, _pack_nibbles(zeros, dim=1)
 
 
-def dequantize_int4_gptq(qweight: Tensor, scales: Tensor, qzeros: Tensor) -> Tensor:
+def dequantize_int4_gptq(
+    qweight: Tensor, scales: Tensor, qzeros: Tensor, caller: str = "dequantize_int4_gptq"
+) -> Tensor:
     """Float32 [K, N]: scales * (codes - zeros). ValueError when the three shapes do not belong together."""
     rows, columns = qweight.shape[0] * 8, qweight.shape[1]
     groups = scales.shape[0]
     if scales.shape != (groups, columns) or qzeros.shape != (groups, columns // 8) or rows % groups:
         raise ValueError(
-            f"GPTQ qweight {tuple(qweight.shape)} (K = {rows}, N = {columns}) needs scales [G, N] and qzeros [G, N/8], "
-            f"got {tuple(scales.shape)} and {tuple(qzeros.shape)}"
+            f"{caller}: qweight {tuple(qweight.shape)} (K = {rows}, N = {columns}) needs scales [G, N] and qzeros "
+            f"[G, N/8], got {tuple(scales.shape)} and {tuple(qzeros.shape)}"
         )
     codes = _unpack_nibbles(qweight, dim=0).float().unflatten(0, (groups, -1))
     zeros = _unpack_nibbles(qzeros, dim=1).float()

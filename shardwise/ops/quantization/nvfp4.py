@@ -75,11 +75,11 @@ def swizzle_scales(scales: Tensor) -> Tensor:
     return padded.view(-(-rows // 128), 4, 32, -(-blocks // 4), 4).permute(0, 3, 2, 1, 4).reshape(-1)
 
 
-def unswizzle_scales(swizzled: Tensor, rows: int, blocks: int) -> Tensor:
+def unswizzle_scales(swizzled: Tensor, rows: int, blocks: int, caller: str = "unswizzle_scales") -> Tensor:
     """Inverse of `swizzle_scales`: float8_e4m3fn [rows, blocks]. ValueError names a wrong number of elements."""
     if swizzled.numel() != swizzled_size(rows, blocks):
         raise ValueError(
-            f"swizzled block scales of a matrix with {rows} rows and {blocks} blocks a row have "
+            f"{caller}: swizzled block scales of a matrix with {rows} rows and {blocks} blocks a row have "
             f"{swizzled_size(rows, blocks)} elements (rows padded to 128, blocks to 4), got {swizzled.numel()}"
         )
     tiles = swizzled.reshape(-1).view(torch.uint8).view(-(-rows // 128), -(-blocks // 4), 32, 4, 4)

@@ -154,4 +154,4 @@ def nvfp4_weight(name: str, packed: Tensor, swizzled: Tensor, columns: int) -> T
         raise ValueError(
             f"{name}: the NVFP4 weight must be [N, K/2], K = {columns} (a multiple of 16), got {tuple(packed.shape)}"
         )
-    return dequantize_nvfp4(packed, unswizzle_scales(swizzled, packed.shape[0], columns // 16))
+    return dequantize_nvfp4(packed, unswizzle_scales(swizzled, packed.shape[0], columns // 16, name))
