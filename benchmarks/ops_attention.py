@@ -137,13 +137,8 @@ def flashinfer_calls(shape: Batch, pool: Pool, most: int = 16):
     metadata = OPS.flashinfer_attention_prepare_metadata(*inputs)
     info, cu_seqlen, indptr, indptr_host, indices, last, last_host, total = arguments
     workspace = torch.zeros(256 << 20, dtype=torch.uint8, device="cuda")
-    common = {
-        "num_qo_heads": HEADS,
-        "num_kv_heads": KV_HEADS,
-        "page_size": PAGE,
-        "q_data_type": DTYPE,
-        "seq_lens": total,
-    }
+    common = {"num_qo_heads": HEADS, "num_kv_heads": KV_HEADS, "page_size": PAGE, "seq_lens": total,
+              "sm_scale": SIZE**-0.5, "q_data_type": DTYPE, "kv_data_type": DTYPE}  # fmt: skip
     if shape.new == 1:
         wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(
             workspace, "HND", use_cuda_graph=True, use_tensor_cores=True, backend="fa2",
