@@ -71,7 +71,7 @@ class LogicalAxis:
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """What one rank holds of an axis: unit ranges, ascending, and the local length, which may exceed them by padding."""
+    """What one rank holds of an axis: unit ranges, ascending, and the local length, which padding may enlarge."""
 
     ranges: tuple[Range, ...]
     length: int

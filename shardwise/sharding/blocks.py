@@ -197,7 +197,7 @@ def stacked_moe(
     expert_axis, axis = LogicalAxis(Axis.EXPERTS, experts), LogicalAxis(Axis.EXPERT_MLP, width)
     mlp, lead = along(axis), (along(expert_axis),)
     gate_up = along(axis, 2) if interleaved else concat(mlp, mlp)
-    shared = {"lead": lead, "suffix": suffix, "transposed": transposed, "bias_too": bias}
+    shared: dict[str, Any] = {"lead": lead, "suffix": suffix, "transposed": transposed, "bias_too": bias}
     tensors = b.linear("router", f"{module}.{router}", fixed(experts), b.hidden, plain=True, bias_too=router_bias)
     if correction:
         tensors += (b.vector("router.correction", f"{module}.{correction}", fixed(experts), dtype="F32"),)

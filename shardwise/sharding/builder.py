@@ -42,7 +42,7 @@ class Builder:
         self.quantization: Quantization = quantization_of(c)
 
     def linear(self, role: str, name: str, out: Dim, inner: Dim, *, bias_too: bool = False, **options: Any) -> Tensors:
-        """A weight [out, in] in its storage format, and its bias. `options`: lead, experts, transposed, suffix, plain."""
+        """A weight [out, in] as it is stored, and its bias. `options`: lead, experts, transposed, suffix, plain."""
         plain = options.pop("plain", False)
         linear = Linear(role, name, out, inner, self.dtype, **options)
         tensors = (linear.weight(self.dtype),) if plain else self.quantization.store(linear, self.layer_number)
@@ -55,7 +55,7 @@ class Builder:
     def norm(self, where: str, name: str, dim: Dim | None = None, *, kind: str | None = None) -> Norm:
         """A norm over `dim` (hidden by default); `name` is the module's."""
         dims = (dim or self.hidden,)
-        tensors = (self.vector(f"{where}.weight", f"{name}.weight", *dims),)
+        tensors: Tensors = (self.vector(f"{where}.weight", f"{name}.weight", *dims),)
         if self.norm_bias:
             tensors += (self.vector(f"{where}.bias", f"{name}.bias", *dims),)
         return Norm(tensors, kind=kind or self.norm_kind, eps=self.norm_eps, weight_offset=self.norm_weight_offset)
@@ -144,7 +144,7 @@ class Builder:
         name = fields.text("rope_type", "type", default="default") if scaled else "default"
         return Rope(theta=theta, dim=int(head_dim * partial), kind=name, scaling=self._scaling(fields, name))
 
-    def _scaling(self, fields: Config, name: str) -> tuple[tuple[str, object], ...]:
+    def _scaling(self, fields: Config, name: str) -> tuple[tuple[str, Any], ...]:
         """The published fields of a rope scaling, sorted, without those that `Rope` has of its own."""
         if name == "default":
             return ()

@@ -119,8 +119,8 @@ def _cut(axis: LogicalAxis, parts: int, grain: Grain, pad: bool, warnings: list[
     )
     if shares_blocks:
         warnings.append(
-            f"{grain.because}: {grain.units} {axis.axis} share a quantisation block, {items} on {parts} ranks cannot keep "
-            "blocks whole: neighbouring ranks both hold the block at the cut"
+            f"{grain.because}: {grain.units} {axis.axis} share a quantisation block, {items} on {parts} ranks cannot "
+            "keep blocks whole: neighbouring ranks both hold the block at the cut"
         )
     cut = Cut(axis, parts, 1 if shares_blocks else grain.units, pad and (not axis.groups or parts <= axis.groups))
     if cut.kind is CutKind.UNEVEN:

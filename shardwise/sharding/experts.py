@@ -17,8 +17,8 @@ def place_experts(
     """Experts of `ranks` expert-parallel ranks, `redundant` of them twice or more.
 
     Without `load` experts lie contiguously, remainder to the first ranks, and every rank is filled up with the experts
-    that have the fewest copies, the first of them first. With `load` (one number an expert: tokens, or any share) the copies go to the experts
-    with the most load a copy, and all of them are dealt, heaviest first, to the rank with the least load so far.
+    that have the fewest copies, the first of them first. With `load` (one number an expert: tokens, or any share) the
+    copies go to the experts with the most load a copy, and all are dealt to the rank with the least load so far.
     ValueError for counts that do not fit.
     """
     experts = axis.units
@@ -85,7 +85,7 @@ def _by_load(experts: int, ranks: int, redundant: int, load: tuple[float, ...]) 
 def _swap_in(expert: int, held: list[set[int]], room: list[int]) -> None:
     """Only ranks that hold the expert have room: move one of another rank's experts there and take its place."""
     target = next(i for i, r in enumerate(room) if r)
-    for i, experts in enumerate(held):
+    for experts in held:
         movable = sorted(experts - held[target])
         if expert not in experts and movable:
             experts.remove(movable[0])

@@ -97,6 +97,8 @@ class Fp8(Format):
     def store(self, linear: Linear) -> tuple[TensorSpec, ...]:
         weight = linear.weight(self.dtype)
         suffix = linear.companion(self.scale)
+        out: Dim | None
+        inner: Dim | None
         if self.block:
             out, inner = linear.out.coarse(self.block[0]), linear.inner.coarse(self.block[1])
         elif self.channel:

@@ -27,8 +27,8 @@ def bind(model: ModelSpec, tensors: Mapping[str, TensorEntry]) -> ModelSpec:
     groups: dict[Any, Layer] = {}
     layers = []
     for number, layer in enumerate(model.layers):
-        bound, types = binder.layer(layer, number)
-        layers.append(groups.setdefault((id(layer), types), bound))
+        made, types = binder.layer(layer, number)
+        layers.append(groups.setdefault((id(layer), types), made))
     bound = replace(
         model,
         embedding=binder.block(model.embedding),
@@ -104,8 +104,8 @@ class _Binder:
     def block(self, block: Block, layer: int | None = None) -> Any:
         tensors = (self.tensor(t, layer) for t in block.tensors)
         bound = replace(block, tensors=tuple(t for t in tensors if t is not None))
-        if isinstance(block, Moe) and block.shared is not None:
-            bound = replace(bound, shared=self.block(block.shared, layer))
+        if isinstance(bound, Moe) and bound.shared is not None:
+            return replace(bound, shared=self.block(bound.shared, layer))
         return bound
 
     def tensor(self, spec: TensorSpec, layer: int | None) -> TensorSpec | None:

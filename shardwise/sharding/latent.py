@@ -28,7 +28,7 @@ def mla(b: Builder, module: str, *, indexer: bool = False, interleaved: bool = T
     if options.get("output_gate"):
         tensors += b.linear("gate", f"{module}.g_proj", along(axis, dv), b.hidden)
     tensors += b.linear("o", f"{module}.o_proj", b.hidden, along(axis, dv), bias_too=bias)
-    index = {}
+    index: dict[str, Any] = {}
     if indexer:
         index = {
             "index_heads": c.integer("index_n_heads"),
@@ -64,7 +64,7 @@ def latent_rope(b: Builder, rope_dim: int, interleaved: bool) -> Rope:
 def yarn_scale(rope: Rope) -> float:
     """YaRN's attention factor over all dims (`mscale_all_dim`), 1 without it."""
     fields = rope.parameters
-    factor, mscale = fields.get("factor", 1.0), fields.get("mscale_all_dim", 0.0)
+    factor, mscale = float(fields.get("factor", 1.0)), float(fields.get("mscale_all_dim", 0.0))
     if rope.kind != "yarn" or factor <= 1 or not mscale:
         return 1.0
     return 0.1 * mscale * math.log(factor) + 1.0

@@ -19,7 +19,7 @@ ShareOf = Callable[[LogicalAxis], Share]
 
 @dataclass(frozen=True, slots=True)
 class CacheEntry:
-    """What one kind of layer keeps: bytes a token (up to `window` tokens) and bytes a sequence, and in how many layers."""
+    """What one kind of layer keeps: bytes a token (up to `window` tokens), bytes a sequence, and in how many layers."""
 
     layers: int
     token_bytes: int = 0

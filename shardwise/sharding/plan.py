@@ -1,4 +1,4 @@
-"""`plan(model, ...)`: a layout applied to a model. For every rank and tensor the index ranges, bytes and collectives."""
+"""`plan(model, ...)`: a layout applied to a model; for every rank and tensor the index ranges, bytes, collectives."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -150,7 +150,7 @@ def plan(
 
     `model`: a ModelSpec, the object of a config.json, a path to a config.json, a model folder or a GGUF file, or a name
     that `checkpoint.resolve` knows. `layout`, or the sizes of its mesh axes. `pad`: axes whose ranks get equal lengths
-    by padding. `extras`: names of extras to load as well (`vision`, `mtp`). `kv_itemsize`: bytes of a cached key or value element.
+    by padding. `extras`: names of extras to load as well (`vision`, `mtp`). `kv_itemsize`: bytes of a cached element.
     `redundant_experts`, `expert_load`: copies of experts and where they go, see `place_experts`.
     Raises IllegalLayout (a ValueError) with reasons and alternatives, ConfigError for an unusable config,
     CheckpointError for unreadable headers.

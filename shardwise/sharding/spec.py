@@ -1,13 +1,14 @@
 """The one description of a model: blocks that carry their tensors with logical axes, and their hyperparameters.
 
-The planner, the checkpoint loader and the runtime's modules all read this; there is no second description. Everything is
-frozen, compares by value and is free of torch. Roles (`q.weight`, `gate.scale`, ...) name a tensor inside its block and
-are the same for all families; names are those of a Hugging Face checkpoint (the GGUF reader presents its tensors so).
+The planner, the checkpoint loader and the runtime's modules all read this; there is no second description. All of it
+is frozen, compares by value and is free of torch. Roles (`q.weight`, `gate.scale`, ...) name a tensor inside its block
+and are the same for all families; names are those of a Hugging Face checkpoint (the GGUF reader presents its tensors so).
 """
 
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
+from typing import Any
 
 from shardwise.sharding.axes import Dim, LogicalAxis
 from shardwise.sharding.checkpoint.header import stored_bytes
@@ -95,11 +96,11 @@ class Rope:
     interleaved: bool = False
     """Pairs are neighbours (2i, 2i+1) instead of halves (i, i + dim / 2)."""
     kind: str = "default"
-    scaling: tuple[tuple[str, object], ...] = ()
+    scaling: tuple[tuple[str, Any], ...] = ()
     """Sorted (field, value) pairs: factor, low_freq_factor, original_max_position_embeddings, long_factor, ..."""
 
     @property
-    def parameters(self) -> dict[str, object]:
+    def parameters(self) -> dict[str, Any]:
         return dict(self.scaling)
 
 
@@ -130,7 +131,7 @@ class Attention(Block):
     norm_eps: float = 1e-6
     norm_weight_offset: float = 0.0
     output_gate: str | None = None
-    """`per_element` (query projection twice as wide, [query | gate] in each head) or `per_head`: sigmoid on the output."""
+    """`per_element` (query projection twice as wide, [query | gate] in each head) or `per_head`: a sigmoid factor."""
     k_is_v: bool = False
     """No value projection: values are the keys before norm and rotation."""
     value_scale: float = 1.0
@@ -153,7 +154,7 @@ class Attention(Block):
 
 @dataclass(frozen=True, kw_only=True)
 class MlaAttention(Block):
-    """Multi-head latent attention. Roles q (or q_a, q_a_norm, q_b), kv_a, kv_a_norm, kv_b, o; indexer roles `index_*`."""
+    """Multi-head latent attention. Roles q (or q_a, q_a_norm, q_b), kv_a, kv_a_norm, kv_b, o, and `index_*`."""
 
     q_axis: LogicalAxis
     q_rank: int | None
@@ -223,7 +224,7 @@ class Mamba2(Block):
 @dataclass(frozen=True, kw_only=True)
 class GatedDelta(Block):
     """Gated delta rule. Roles in_qkvz and in_ba (per key-head group) or in_qkv, in_z, in_b, in_a; conv, A_log, dt_bias,
-    norm, out_proj. `kind`: `scalar` gates (Qwen) or `channel` gates (Kimi delta attention: q, k, v, g, b on their own)."""
+    norm, out_proj. `kind`: `scalar` gates (Qwen), or `channel` gates (Kimi: q, k, v, f, g, b are projections)."""
 
     k_axis: LogicalAxis
     v_axis: LogicalAxis

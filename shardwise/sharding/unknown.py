@@ -43,6 +43,13 @@ ROLES = {
     "gate_up": {"gate_up_proj"},
 }
 _ROLE_OF = {name: role for role, names in ROLES.items() for name in names}
+_GROUP_OF = dict.fromkeys(("q", "k", "v", "qkv", "o"), "attention")
+_GROUP_OF |= dict.fromkeys(("gate", "up", "down", "gate_up"), "mlp")
+_PAIRS = {
+    "attention": ({"q", "k", "v", "o"}, {"qkv", "o"}),
+    "mlp": ({"up", "down"}, {"gate_up", "down"}),
+}
+"""Matrices that must all be there: what one of them cuts, the next must contract."""
 SHOWN = 6
 
 
@@ -94,8 +101,15 @@ def model_from_headers(config: Config, name: str, tensors: Mapping[str, TensorEn
         quantization="as stored",
         extras=leftovers(extra, len(stack)),
         others=(Block(rest),),
-        notes=reader.report(listed),
+        notes=reader.report(listed) + _cache_note(stack),
     )
+
+
+def _cache_note(layers: list[Layer]) -> tuple[str, ...]:
+    known = sum(bool(layer.mixers) for layer in layers)
+    if known == len(layers):
+        return ()
+    return (f"cache bytes are those of {known} of {len(layers)} layers, the others are not known",)
 
 
 def _stored(entry: TensorEntry, name: str) -> _Stored:
@@ -139,6 +153,7 @@ class _Reader:
         weights = [s for s in stored if s.leaf != "bias"]
         blocks: dict[str, list[TensorSpec]] = {"attention": [], "mlp": [], "moe": [], "rest": []}
         widths: dict[str, LogicalAxis] = {}
+        self.complete = self._complete(weights)
         for s in weights:
             role, spec, block = self._weight(s, widths)
             blocks[block].append(spec)
@@ -155,13 +170,29 @@ class _Reader:
         blocks["rest"] += [self._keep(s, "no matrix") for s in stored if s.name not in known]
         return self._assemble(blocks, widths)
 
+    def _complete(self, weights: list[_Stored]) -> set[tuple[str, bool]]:
+        """(attention or mlp, routed) where both the opening and the closing matrices can be cut."""
+        found: dict[tuple[str, bool], set[str]] = {}
+        for s in weights:
+            role, routed = _ROLE_OF.get(s.module, ""), bool(s.experts)
+            if self._dims(role, s, {}, routed) is not None:
+                found.setdefault((_GROUP_OF[role], routed), set()).add(role)
+        return {key for key, roles in found.items() if any(need <= roles for need in _PAIRS[key[0]])}
+
     def _assemble(self, blocks: dict[str, list[TensorSpec]], widths: dict[str, LogicalAxis]) -> Layer:
         mixers: tuple[Block, ...] = ()
         feed_forward: tuple[Block, ...] = ()
         if blocks["attention"] and self.q and self.kv:
-            scale = self.head_dim**-0.5
-            heads = {"q_axis": self.q, "kv_axis": self.kv, "head_dim": self.head_dim, "v_head_dim": self.head_dim}
-            mixers = (Attention(tuple(blocks["attention"]), **heads, scale=scale, rope=None),)
+            attention = Attention(
+                tuple(blocks["attention"]),
+                q_axis=self.q,
+                kv_axis=self.kv,
+                head_dim=self.head_dim,
+                v_head_dim=self.head_dim,
+                scale=self.head_dim**-0.5,
+                rope=None,
+            )
+            mixers = (attention,)
         if blocks["mlp"]:
             feed_forward += (DenseMlp(tuple(blocks["mlp"]), mlp_axis=widths["mlp"], activation="unknown"),)
         if blocks["moe"]:
@@ -185,11 +216,15 @@ class _Reader:
             axis = widths.setdefault("experts", LogicalAxis(Axis.EXPERTS, s.shape[0]))
             self.cut["stacked experts"] += 1
             return role, self._spec(role or s.module, s, (along(axis), *(fixed(n) for n in s.shape[1:]))), "moe"
-        dims = self._dims(role, s, widths, routed)
+        group = (_GROUP_OF.get(role, ""), routed)
+        dims = self._dims(role, s, widths, routed) if group in self.complete else None
         if dims is None:
-            reason = "no linear layer that is known" if not role else "its shape does not fit its name"
+            reason = "no linear layer that is known"
+            if role:
+                fits = group in self.complete
+                reason = "its shape does not fit its name" if fits else "the matrices around it are not known"
             return role, self._keep(s, reason, widths), "moe" if s.experts else "rest"
-        block = "moe" if routed else "attention" if role in ("q", "k", "v", "qkv", "o") else "mlp"
+        block = "moe" if routed else _GROUP_OF[role]
         self.cut[role] += 1
         return role, self._spec(f"{role}.weight", s, dims, widths), block
 
@@ -222,7 +257,9 @@ class _Reader:
 
     def ends(self, entries: list[TensorEntry]) -> tuple[tuple[TensorSpec, ...], ...]:
         """(embedding, head, the rest) of the tensors outside of the layers."""
-        embed, head, rest = [], [], []
+        embed: list[TensorSpec] = []
+        head: list[TensorSpec] = []
+        rest: list[TensorSpec] = []
         for entry in entries:
             s = _stored(entry, entry.name)
             where, role = (embed, "embed") if s.module in EMBED else (head, "head") if s.module in HEAD else (rest, "")

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shardwise.partition import lengths
-from shardwise.sharding.axes import SHARED_BY_RANKS, Axis, LogicalAxis, along, concat, fixed, interleave, merge, span
+from shardwise.sharding.axes import Axis, LogicalAxis, along, concat, fixed, interleave, merge, span
 from shardwise.sharding.cuts import Cut, CutKind, IllegalCut
 from shardwise.sharding.experts import place_experts
 

@@ -1,4 +1,4 @@
-"""`shardwise plan MODEL`: what every rank holds, reads and sends, without weights. `plan diff A B` compares two plans."""
+"""`shardwise plan MODEL`: what every rank holds, reads and sends, without weights; `plan diff A B` compares plans."""
 
 import argparse
 import json

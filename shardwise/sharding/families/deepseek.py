@@ -6,7 +6,7 @@ from shardwise.sharding.builder import Builder
 from shardwise.sharding.config import Config
 from shardwise.sharding.latent import deepseek_moe, mla, sparse_layers
 from shardwise.sharding.mtp import mtp_layers
-from shardwise.sharding.spec import Layer, ModelSpec
+from shardwise.sharding.spec import Block, Layer, ModelSpec
 
 GQA = ("DeepseekForCausalLM", "Glm4MoeForCausalLM")
 INDEXED = ("DeepseekV32ForCausalLM", "GlmMoeDsaForCausalLM")
@@ -26,6 +26,8 @@ def build(config: Config, name: str, architecture: str) -> ModelSpec:
 
     def layer(key: tuple[bool, bool]) -> Layer:
         sparse, indexer = key
+        mixer: Block
+        feed_forward: Block
         if architecture in GQA:
             # GLM-4.5 has biases at q, k and v only.
             mixer = attention(

@@ -1,6 +1,7 @@
 """DeepSeek V4: compressed attention with one KV head, grouped output projection, hyper-connections, hash layers."""
 
 from dataclasses import replace
+from typing import Any
 
 from shardwise.sharding.axes import Axis, Dim, LogicalAxis, along, fixed
 from shardwise.sharding.blocks import dense_mlp, moe, pre_norm_layer
@@ -129,7 +130,7 @@ def _experts(b: Builder, c: Config, by_hash: bool) -> Moe:
         vocab = fixed(c.integer("vocab_size"))
         table = b.vector("router.table", f"{module}.gate.tid2eid", vocab, fixed(top_k), dtype="I64")
         extra = (replace(table, values=0, optional=True),)
-    options = {"names": W1_W3_W2, "limit": limit}
+    options: dict[str, Any] = {"names": W1_W3_W2, "limit": limit}
     return moe(
         b,
         module,

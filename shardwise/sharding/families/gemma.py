@@ -1,5 +1,7 @@
 """Gemma 1, 2 and 3: scaled tied embedding, norms with weight offset 1, norms after the blocks from Gemma 2 on."""
 
+from typing import Any
+
 from shardwise.sharding.blocks import attention, dense_mlp
 from shardwise.sharding.builder import Builder
 from shardwise.sharding.config import Config
@@ -34,7 +36,7 @@ def build(config: Config, name: str, architecture: str) -> ModelSpec:
             norms["mixer_post_norm"] = "post_attention_layernorm"
             norms["feed_forward_norm"] = "pre_feedforward_layernorm"
             norms["feed_forward_post_norm"] = "post_feedforward_layernorm"
-        built = {where: b.norm(where, f"{module}.{norm}") for where, norm in norms.items()}
+        built: dict[str, Any] = {where: b.norm(where, f"{module}.{norm}") for where, norm in norms.items()}
         return Layer(mixers=(mixer,), feed_forward=(feed_forward,), **built)
 
     return b.model(

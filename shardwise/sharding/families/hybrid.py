@@ -1,5 +1,7 @@
 """Granite 4 hybrid, Bamba (Mamba-2 or attention a layer) and Falcon-H1 (both in every layer)."""
 
+from typing import Any
+
 from shardwise.sharding.blocks import attention, dense_mlp, pre_norm_layer, stacked_moe
 from shardwise.sharding.builder import Builder
 from shardwise.sharding.config import Config
@@ -78,14 +80,14 @@ def _attention(b: Builder, c: Config, granite: bool) -> Attention:
         return attention(b, f"{LAYER}.self_attn", qkv_bias=c.flag("attention_bias"))
     rotated = c.text("position_embedding_type", default="nope") == "rope"
     scale = c.number("attention_multiplier", default=None)
-    options = {} if rotated else {"rope": None}
+    options: dict[str, Any] = {} if rotated else {"rope": None}
     return attention(b, f"{LAYER}.self_attn", qkv_bias=c.flag("attention_bias"), scale=scale, **options)
 
 
 def _granite_experts(b: Builder, c: Config):
     """All experts and a shared MLP, both with gate and up in one projection."""
     width = c.integer("shared_intermediate_size")
-    shared = {"fused": "input_linear", "names": ("", "", "output_linear")}
+    shared: dict[str, Any] = {"fused": "input_linear", "names": ("", "", "output_linear")}
     experts = c.integer("num_local_experts", default=0, least=0)
     if not experts:
         return dense_mlp(b, f"{LAYER}.shared_mlp", width, **shared)

@@ -8,7 +8,7 @@ from shardwise.sharding.builder import Builder
 from shardwise.sharding.config import Config
 from shardwise.sharding.latent import deepseek_moe, mla, sparse_layers
 from shardwise.sharding.recurrent import kimi_delta
-from shardwise.sharding.spec import Layer, ModelSpec, Moe
+from shardwise.sharding.spec import Block, Layer, ModelSpec, Moe
 
 
 def build(config: Config, name: str, architecture: str) -> ModelSpec:
@@ -28,6 +28,7 @@ def build(config: Config, name: str, architecture: str) -> ModelSpec:
 
     def layer(key: tuple[bool, bool]) -> Layer:
         is_delta, sparse = key
+        mixer: Block
         if is_delta:
             mixer = kimi_delta(
                 b,
@@ -38,8 +39,8 @@ def build(config: Config, name: str, architecture: str) -> ModelSpec:
             )
         else:
             gate = "per_element" if text.flag("mla_use_output_gate") else None
-            mixer = mla(b, f"{module}.self_attn", output_gate=gate)
-            mixer = replace(mixer, rope=None) if text.flag("mla_use_nope") else mixer
+            latent = mla(b, f"{module}.self_attn", output_gate=gate)
+            mixer = replace(latent, rope=None) if text.flag("mla_use_nope") else latent
         experts = _experts(b, text, f"{module}.block_sparse_moe") if sparse else None
         dense = dense_mlp(b, f"{module}.{dense_name}", text.integer("intermediate_size"))
         return pre_norm_layer(b, mixer, experts or dense, prefix=module)

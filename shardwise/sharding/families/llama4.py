@@ -32,7 +32,7 @@ def build(config: Config, name: str, architecture: str) -> ModelSpec:
             temperature=None
             if rotated
             else (text.number("floor_scale", default=8192.0), text.number("attn_scale", default=0.1)),
-            **({} if rotated else {"rope": None}),
+            rope=b.rope(text.integer("head_dim")) if rotated else None,
         )
         return pre_norm_layer(b, mixer, _experts(b, text) if sparse else _dense(b, text), prefix=LAYER)
 

@@ -1,5 +1,7 @@
 """Nemotron NAS (DeciLM): heads and MLP width differ from layer to layer, either half of a layer may be missing."""
 
+from typing import Any
+
 from shardwise.sharding.blocks import attention, dense_mlp, head_axes
 from shardwise.sharding.builder import Builder
 from shardwise.sharding.config import Config
@@ -16,7 +18,7 @@ def build(config: Config, name: str, architecture: str) -> ModelSpec:
 
     def layer(key: tuple[int, float]) -> Layer:
         group, multiplier = key
-        halves = {}
+        halves: dict[str, Any] = {}
         if group:
             axes = (*head_axes(b, heads, heads // group), b.hidden_size // heads)
             halves["mixers"] = (attention(b, f"{LAYER}.self_attn", heads=axes, qkv_bias=config.flag("attention_bias")),)

@@ -2,7 +2,7 @@
 
 from shardwise.sharding.axes import fixed
 from shardwise.sharding.blocks import attention, dense_mlp, heads_of, moe
-from shardwise.sharding.builder import Builder
+from shardwise.sharding.builder import Builder, Tensors
 from shardwise.sharding.config import Config
 from shardwise.sharding.mtp import replace_prefix
 from shardwise.sharding.recurrent import mamba2
@@ -82,7 +82,7 @@ def _dense(b: Builder, c: Config, width: int, module: str = MIXER, role: str = "
 def _experts(b: Builder, c: Config) -> Moe:
     experts, latent = c.integer("n_routed_experts"), c.integer("moe_latent_size", default=0, least=0)
     shared = c.integer("moe_shared_expert_intermediate_size", default=0, least=0)
-    extra = ()
+    extra: Tensors = ()
     if latent:
         extra = b.linear("latent_down", f"{MIXER}.fc1_latent_proj", fixed(latent), b.hidden)
         extra += b.linear("latent_up", f"{MIXER}.fc2_latent_proj", b.hidden, fixed(latent))

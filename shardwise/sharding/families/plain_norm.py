@@ -1,6 +1,7 @@
 """Cohere Command R / Aya (parallel residual) and StarCoder2 (biases, ungated MLP): layer norms and a tied head."""
 
 from dataclasses import replace
+from typing import Any
 
 from shardwise.sharding.blocks import attention, dense_mlp, pre_norm_layer
 from shardwise.sharding.builder import Builder
@@ -36,7 +37,7 @@ def build(config: Config, name: str, architecture: str) -> ModelSpec:
 def _cohere(b: Builder, c: Config, width: int, window: int | None, second: bool) -> Layer:
     if c.flag("use_qk_norm"):
         raise c.error(("use_qk_norm",), True, "false: the per-head layer norms of Command R+ are not supported")
-    options = {"rope": None} if second and window is None else {}
+    options: dict[str, Any] = {"rope": None} if second and window is None else {}
     mixer = attention(b, f"{LAYER}.self_attn", qkv_bias=c.flag("attention_bias"), window=window, **options)
     if mixer.rope:
         mixer = replace(mixer, rope=replace(mixer.rope, interleaved=True))

@@ -7,7 +7,7 @@ from shardwise.sharding.config import Config
 from shardwise.sharding.families.qwen_moe import shared_expert, sparse_layers
 from shardwise.sharding.mtp import replace_prefix
 from shardwise.sharding.recurrent import qwen_delta
-from shardwise.sharding.spec import Extra, Layer, ModelSpec, Routing
+from shardwise.sharding.spec import Block, Extra, Layer, ModelSpec, Routing
 
 
 def build(config: Config, name: str, architecture: str) -> ModelSpec:
@@ -23,6 +23,7 @@ def build(config: Config, name: str, architecture: str) -> ModelSpec:
 
     def layer(key: tuple[str, bool]) -> Layer:
         kind, sparse = key
+        mixer: Block
         if kind == "linear_attention":
             mixer = qwen_delta(b, f"{module}.linear_attn", fused=first)
         else:

@@ -1,0 +1,169 @@
+"""`shardwise plan` from the outside: JSON, text, exit codes, diff, legal sizes; and that it stays light."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from published_models import CONFIGS, model
+
+from shardwise.launch.cli import main
+from shardwise.sharding.document import document, document_lines, plan_hash
+from shardwise.sharding.plan import plan
+
+SMOL, MOE, KIMI = "HuggingFaceTB/SmolLM-135M", "Qwen/Qwen3-30B-A3B", "moonshotai/Kimi-K2-Instruct"
+
+
+@pytest.fixture
+def config(tmp_path):
+    def write(name):
+        path = tmp_path / f"{name.split('/')[-1]}.json"
+        path.write_text(json.dumps(CONFIGS[name]))
+        return str(path)
+
+    return write
+
+
+def test_json_to_standard_output_is_one_document(config, capsys):
+    assert main(["plan", config(SMOL), "--tp", "2", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["schema_version"] == 1 and found["hash"].startswith("sha256:")
+    assert found["model"]["architecture"] == "LlamaForCausalLM" and found["model"]["parameters"] == 134515008
+    assert found["layout"] == {"world": 2, "tp": 2, "moe_tp": 2, "moe_ep": 1, "attn_dp": 1}
+    assert {"rank", "weight_bytes", "kv_bytes_per_token", "state_bytes_per_sequence", "tensors"} <= set(
+        found["ranks"][0]
+    )
+    assert {"where", "op", "axis", "bytes_per_token", "count"} == set(found["collectives"][0])
+    row = next(t for t in found["ranks"][1]["tensors"] if "q_proj" in t["pattern"])
+    assert row == {
+        "pattern": "model.layers.{layer}.self_attn.q_proj.weight",
+        "count": 30,
+        "global_shape": [576, 576],
+        "local_shape": [192, 576],
+        "ranges": [[[384, 576]], [[0, 576]]],
+        "dtype": "BF16",
+        "bytes": 30 * 192 * 576 * 2,
+    }
+    assert [sum(t["bytes"] for t in r["tensors"]) for r in found["ranks"]] == [
+        r["weight_bytes"] for r in found["ranks"]
+    ]
+
+
+@pytest.mark.parametrize("per_tensor", [False, True])
+def test_lines_and_document_say_the_same(per_tensor):
+    made = plan(model(MOE), tp=2, ep=2)
+    text = "\n".join(document_lines(made, per_tensor=per_tensor))
+    assert json.loads(text) == json.loads(json.dumps(document(made, per_tensor=per_tensor)))
+
+
+def test_per_tensor_lists_what_the_rank_holds():
+    made = plan(model(MOE), tp=2, ep=2)
+    rows = document(made, per_tensor=True)["ranks"][1]["tensors"]
+    held = {s.name: s.nbytes for s in made.shards(1)}
+    assert {row["pattern"]: row["bytes"] for row in rows} == held
+
+
+def test_the_hash_follows_what_matters():
+    one = plan_hash(plan(CONFIGS[SMOL], tp=2))
+    assert one == plan_hash(plan(CONFIGS[SMOL] | {"_name_or_path": "elsewhere"}, tp=2))
+    others = [
+        plan(CONFIGS[SMOL], tp=3),
+        plan(CONFIGS[SMOL] | {"rope_theta": 5.0}, tp=2),
+        plan(CONFIGS[SMOL] | {"torch_dtype": "float32"}, tp=2),
+        plan(CONFIGS[SMOL], tp=2, pad=["vocab"]),
+    ]
+    assert len({one, *map(plan_hash, others)}) == 5
+
+
+def test_text_names_tensors_ranks_collectives_and_warnings(config, capsys):
+    assert main(["plan", config(SMOL), "--tp", "2"]) == 0
+    text = capsys.readouterr().out
+    for words in ("q_heads (uneven)", "all_reduce", "warning: 9 q_heads on 2 ranks", "134.515 M parameters"):
+        assert words in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--tp", "11"], "9 q_heads in 3 groups on 11 ranks"),
+        (["--tp", "2", "--ep", "8"], "--attn-dp 4"),
+        (["--tp", "0"], "tp is 0"),
+        (["surplus"], "unexpected 'surplus'"),
+        (["--device", "toaster"], "neither a file nor one of"),
+        (["--redundant-experts", "-1", "--tp", "2"], None),
+    ],
+)
+def test_impossible_requests_exit_2_with_one_sentence(config, capsys, arguments, words):
+    name = MOE if words is None else SMOL
+    assert main(["plan", config(name), *arguments]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("shardwise: error: ") and err.count("\n") == 1
+    assert (words or "-1 redundant experts") in err
+
+
+def test_a_bad_config_exits_1(tmp_path, capsys):
+    path = tmp_path / "config.json"
+    path.write_text("{}")
+    assert main(["plan", str(path)]) == 1
+    assert str(path) in capsys.readouterr().err
+
+
+def test_a_model_that_does_not_fit_exits_3(config, capsys):
+    assert main(["plan", config(KIMI), "--tp", "8", "--ep", "8", "--device", "h100"]) == 3
+    assert "does not fit" in capsys.readouterr().err
+    assert main(["plan", config(SMOL), "--device", "h100", "--context", "32k", "--batch", "4"]) == 0
+    assert "predicted ms" in capsys.readouterr().out
+
+
+def test_diff_says_what_moved(config, tmp_path, capsys):
+    files = [str(tmp_path / f"{tp}.json") for tp in (2, 3)]
+    for tp, file in zip((2, 3), files, strict=True):
+        assert main(["plan", config(SMOL), "--tp", str(tp), "--json", file]) == 0
+    capsys.readouterr()
+    assert main(["plan", "diff", *files, "--json"]) == 0
+    changes = json.loads(capsys.readouterr().out)
+    assert ["tp", 2, 3] in changes["layout"] and not changes["same"]
+    assert {t["change"] for t in changes["tensors"]} == {"shrank"}
+    assert len(changes["ranks"]) == 3
+    assert main(["plan", "diff", files[0], files[0]]) == 0
+    assert capsys.readouterr().out.strip() == "the plans are the same"
+    assert main(["plan", "diff", files[0]]) == 2
+    assert main(["plan", "diff", files[0], config(SMOL)]) == 1
+
+
+def test_legal_sizes(config, capsys):
+    assert main(["plan", config(SMOL), "--legal"]) == 0
+    text = capsys.readouterr().out
+    assert "tp: 1 to 9; even: 1, 3" in text and "stopped at 9 by" in text
+    assert main(["plan", config("openai/gpt-oss-120b"), "--legal", "--json"]) == 0
+    rows = {r["mesh"]: r for r in json.loads(capsys.readouterr().out)}
+    assert rows["moe_tp"]["most"] == 90 and 4 not in rows["moe_tp"]["even"]
+    assert rows["moe_ep"]["most"] == 128
+
+
+@pytest.mark.parametrize("name", [SMOL, MOE, "openai/gpt-oss-20b", "deepseek-ai/DeepSeek-V4-Flash"])
+def test_legal_sizes_are_exactly_those_that_plan(name):
+    from shardwise.sharding.cutting import IllegalLayout
+    from shardwise.sharding.legal import legal_sizes
+
+    most = {row.mesh: row.most for row in legal_sizes(model(name))}
+    for tp in {1, 2, most["tp"]}:
+        plan(model(name), tp=tp, ep=1 if "moe_tp" not in most or tp <= most["moe_tp"] else tp)
+    with pytest.raises(IllegalLayout, match=f"{most['tp'] + 1} ranks"):
+        plan(model(name), tp=most["tp"] + 1)
+
+
+def test_search_ranks_layouts(config, capsys):
+    assert main(["plan", config(MOE), "--search", "--gpus", "4", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["ranked"] and all(row["world"] <= 4 for row in found["ranked"])
+
+
+def test_planning_imports_neither_torch_nor_numpy(config):
+    code = (
+        "import sys; from shardwise.launch.cli import main; "
+        f"main(['plan', {config(KIMI)!r}, '--tp', '8', '--ep', '8', '--json', '/dev/null']); "
+        "heavy = {'torch', 'numpy', 'rich', 'transformers'} & set(sys.modules); sys.exit(str(heavy) if heavy else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,158 @@
+"""Configs that cannot describe a model, and checkpoints that contradict theirs, are refused by file and field."""
+
+import json
+
+import numpy as np
+import pytest
+from published_models import CONFIGS
+from safetensors.numpy import save_file
+
+from shardwise.sharding.checkpoint.header import CheckpointError
+from shardwise.sharding.config import ConfigError
+from shardwise.sharding.families import UnknownArchitecture
+from shardwise.sharding.plan import plan
+
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 100,
+    "torch_dtype": "float32",
+}
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "words"),
+    [
+        ("hidden_size", "64", 'hidden_size / n_embd is "64", expected an integer'),
+        ("hidden_size", -64, "expected an integer from 1"),
+        ("hidden_size", True, "expected an integer"),
+        ("hidden_size", 1e30, "expected an integer from 1"),
+        ("hidden_size", 65, "a multiple of num_attention_heads 4"),
+        ("num_key_value_heads", 3, "a divisor of num_attention_heads 4"),
+        ("num_hidden_layers", 0, "num_hidden_layers is 0"),
+        ("num_hidden_layers", None, "num_hidden_layers is missing"),
+        ("vocab_size", [100], "expected an integer"),
+        ("torch_dtype", "int3", "bfloat16 or float16"),
+        ("rms_norm_eps", "small", "expected a number"),
+        ("tie_word_embeddings", "yes", "expected true or false"),
+        ("rope_scaling", [1], "rope_scaling is [1], expected an object"),
+        ("quantization_config", 8, "quantization_config is 8, expected an object"),
+        ("architectures", "LlamaForCausalLM", "expected a list of str"),
+    ],
+)
+def test_a_wrong_field_is_named_with_its_value(field, value, words, tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(LLAMA | {field: value}))
+    with pytest.raises(ConfigError) as error:
+        plan(path)
+    assert words in str(error.value) and str(path) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("{", "not valid JSON"),
+        ("[1]", "holds a list"),
+        ("[" * 100_000 + "]" * 100_000, "nested too deeply|not valid JSON"),
+        ('{"architectures": ["LlamaForCausalLM"], "hidden_size": ' + "9" * 5000 + "}", "config.json"),
+    ],
+)
+def test_files_that_are_no_config(text, words, tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=words):
+        plan(path)
+
+
+def test_a_missing_file(tmp_path):
+    with pytest.raises((ConfigError, FileNotFoundError), match=r"nowhere\.json"):
+        plan(tmp_path / "nowhere.json")
+
+
+def test_infinity_literals_are_read(tmp_path):
+    path = tmp_path / "config.json"
+    config = CONFIGS["nvidia/Nemotron-H-56B-Base-8K"]
+    path.write_text(json.dumps(config))
+    assert "Infinity" in path.read_text()
+    assert plan(path).parameters == 56_324_350_464
+
+
+def test_an_unknown_architecture_without_headers_names_the_closest():
+    with pytest.raises(UnknownArchitecture, match="closest: LlamaForCausalLM"):
+        plan(LLAMA | {"architectures": ["LLamaForCausalLM2"]})
+
+
+def write_llama(folder, change=lambda tensors: None, config=LLAMA):
+    tensors = {s.name: np.zeros(s.global_shape, np.float32) for s in plan(LLAMA).shards(0)}
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_storage_types_come_from_the_headers(tmp_path):
+    name = "model.layers.1.mlp.up_proj.weight"
+
+    def half(tensors):
+        tensors[name] = tensors[name].astype(np.float16)
+
+    made = plan(write_llama(tmp_path, half))
+    assert made.shard(0, name).dtype == "F16"
+    assert made.shard(0, name.replace("1", "0", 1)).dtype == "F32"
+    assert len(made.model.layer_groups()) == 2
+
+
+def test_a_missing_tensor_is_named(tmp_path):
+    with pytest.raises(CheckpointError, match=r"1 tensors of LlamaForCausalLM are missing: model\.norm\.weight"):
+        plan(write_llama(tmp_path, lambda tensors: tensors.pop("model.norm.weight")))
+
+
+def test_a_shape_that_contradicts_the_config_is_named(tmp_path):
+    def shorten(tensors):
+        tensors["lm_head.weight"] = tensors["lm_head.weight"][:50]
+
+    with pytest.raises(CheckpointError, match=r"lm_head.weight has shape \[50, 64\], the config says \[100, 64\]"):
+        plan(write_llama(tmp_path, shorten))
+
+
+def test_unused_tensors_are_extras_and_counted_nowhere(tmp_path):
+    def add(tensors):
+        tensors["visual.patch.weight"] = np.zeros((4, 4), np.float32)
+        tensors["model.layers.0.strange"] = np.zeros(3, np.float32)
+
+    made = plan(write_llama(tmp_path, add))
+    assert {e.name: len(e.tensors) for e in made.model.extras} == {"vision": 1, "other": 1}
+    assert made.ranks[0].weight_bytes == plan(LLAMA).ranks[0].weight_bytes
+    assert any("model.layers.0.strange" in w for w in made.warnings)
+
+
+def test_an_unknown_architecture_plans_from_names_and_shapes(tmp_path):
+    unknown = LLAMA | {"architectures": ["NobodyForCausalLM"]}
+    made = plan(write_llama(tmp_path, config=unknown), tp=2)
+    known = plan(LLAMA, tp=2)
+    assert [r.weight_bytes for r in made.ranks] == [r.weight_bytes for r in known.ranks]
+    assert [r.kv_bytes_per_token for r in made.ranks] == [r.kv_bytes_per_token // 1 for r in known.ranks]
+    for shard in made.shards(1):
+        assert shard.ranges == known.shard(1, shard.name).ranges
+    assert any("NobodyForCausalLM" in w and "recognised" in w for w in made.warnings)
+
+
+def test_what_is_not_recognised_is_whole_and_said(tmp_path):
+    def rename(tensors):
+        for layer in range(2):
+            base = f"model.layers.{layer}.mlp"
+            tensors[f"{base}.squeeze.weight"] = tensors.pop(f"{base}.down_proj.weight")
+
+    unknown = LLAMA | {"architectures": ["NobodyForCausalLM"]}
+    folder = tmp_path
+    write_llama(folder, rename, unknown)
+    made = plan(folder, tp=2)
+    for part in ("squeeze", "up_proj", "gate_proj"):
+        assert made.shard(1, f"model.layers.0.mlp.{part}.weight").whole
+    assert any("squeeze" in w and "no linear layer that is known" in w for w in made.warnings)
+    assert any("up_proj" in w and "the matrices around it are not known" in w for w in made.warnings)
+    assert sum(s.nbytes for s in plan(folder).shards(0)) == plan(LLAMA).ranks[0].weight_bytes
