@@ -10,8 +10,8 @@ registered on every machine; calling one whose needs are not met raises `Operato
     @operator(fake=_fake, needs=(TRITON,), instead="torch_rmsnorm")
     def triton_rms_norm(input: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor: ...
 
-The decorator returns the plain function, which the runtime may call directly: an eager call through the
-dispatcher costs about 3 µs of host time with `Library.impl`, 16 µs with `custom_op` and mutated arguments.
+The decorator returns the plain function, which the runtime may call directly: `Library.define` and `impl` add 1.3 µs
+of host time to an eager call, `custom_op` 7 µs and with mutated arguments 11 µs (benchmarks/ops_dispatch.py, CPU).
 """
 
 import functools
