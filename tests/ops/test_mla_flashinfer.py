@@ -59,13 +59,18 @@ def build(step, pages, dtype=torch.bfloat16):
     return tensors, random(pages, PAGE_SIZE, RANK), random(pages, PAGE_SIZE, ROPE)
 
 
+def joined(ckv_cache, kpe_cache):
+    return torch.cat((ckv_cache.cpu().float(), kpe_cache.cpu().float()), dim=-1)
+
+
 def reference(step, tensors, paged, ckv_cache, kpe_cache):
     """The same step over an unpaged copy of the cache, on the CPU in float32; also that copy."""
     longest = max(n + past for n, past in zip(step.lengths, step.past, strict=True))
-    cache = torch.zeros(len(step.lengths), longest, RANK + ROPE)
-    both = torch.cat((ckv_cache, kpe_cache), dim=-1).cpu().float()
+    cache = torch.zeros(len(step.lengths), longest, RANK + ROPE).to(ckv_cache.dtype)
+    both = joined(ckv_cache, kpe_cache).to(cache.dtype)
     for i, past in enumerate(step.past):
         cache[i, :past] = paged.gather(both, i)[:past]
+    cache = cache if cache.dtype == torch.float8_e4m3fn else cache.float()
     info, seq_len, input_pos, _, cu_seqlen = step.metadata()
     metadata = (info, seq_len, input_pos, torch.arange(len(step.lengths)), cu_seqlen)
     return torch_cached_mla_with_cache(*(x.cpu().float() for x in tensors), *metadata, cache), cache
@@ -73,18 +78,21 @@ def reference(step, tensors, paged, ckv_cache, kpe_cache):
 
 @runs_anywhere
 @pytest.mark.parametrize("name", STEPS)
-def test_operator_equals_reference(name):
+@pytest.mark.parametrize("quantised", [False, True])
+def test_operator_equals_reference(name, quantised):
     step = STEPS[name]
     paged, cpu = Paged.of(step, DEVICE), Paged.of(step)
     tensors, ckv_cache, kpe_cache = build(step, len(paged.cache_loc) + 2)
+    if quantised:
+        ckv_cache, kpe_cache = ckv_cache.to(torch.float8_e4m3fn), kpe_cache.to(torch.float8_e4m3fn)
     want, cache = reference(step, tensors, cpu, ckv_cache, kpe_cache)
     metadata = flashinfer_mla_prepare_metadata(*paged.metadata_inputs(step, DEVICE))
     out = CALL(*tensors, *paged.arguments(), *metadata, ckv_cache, kpe_cache, None, RANK)
     assert out.shape == (1, step.tokens, HEADS, VALUE)
     torch.testing.assert_close(out.float().cpu(), want, atol=3e-2, rtol=3e-2)
-    both = torch.cat((ckv_cache, kpe_cache), dim=-1).cpu().float()
+    both = joined(ckv_cache, kpe_cache)
     for i, total in enumerate(cpu.seq_len_with_cache_host.tolist()):
-        torch.testing.assert_close(cpu.gather(both, i), cache[i, :total])
+        torch.testing.assert_close(cpu.gather(both, i), cache[i, :total].float())
 
 
 @pytest.mark.gpu

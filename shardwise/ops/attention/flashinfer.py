@@ -7,17 +7,21 @@ import torch
 
 from shardwise.ops.attention.batch import Batch, read_batch
 from shardwise.ops.attention.checks import Heads, check_tokens, default_scale, shape
-from shardwise.ops.attention.planner import DecodeFamily, Pages, Planner, planner, select_pages, token_positions
+from shardwise.ops.attention.planner import (
+    DecodeFamily,
+    Pages,
+    Planner,
+    fake_token_positions,
+    planner,
+    select_pages,
+    token_positions,
+)
 from shardwise.ops.registry import CUDA, FLASHINFER, operator
 
 FP8 = torch.float8_e4m3fn
 
 
-def _fake_metadata(position_ids, batch_info_host, cu_seqlen, seq_len_with_cache):
-    return [position_ids.new_empty(position_ids.numel(), dtype=torch.int32) for _ in range(2)]
-
-
-@operator(fake=_fake_metadata)
+@operator(fake=fake_token_positions)
 def flashinfer_attention_prepare_metadata(
     position_ids: torch.Tensor,
     batch_info_host: torch.Tensor,
@@ -31,9 +35,7 @@ def flashinfer_attention_prepare_metadata(
     """
     op = "flashinfer_attention_prepare_metadata"
     batch = read_batch(op, batch_info_host)
-    return token_positions(
-        op, "attention", position_ids, batch.tokens, batch.sequences, batch.prefill == 0, cu_seqlen, seq_len_with_cache
-    )
+    return token_positions(op, "attention", batch, position_ids, cu_seqlen, seq_len_with_cache)
 
 
 @dataclass(frozen=True)
@@ -162,7 +164,7 @@ def flashinfer_attention_mha_with_cache(
         return out
     quantised = kv_cache.dtype == FP8
     _append(
-        *((_to_fp8(k_flat, k_scale), _to_fp8(v_flat, v_scale)) if quantised else (k_flat, v_flat)),
+        *((to_fp8(k_flat, k_scale), to_fp8(v_flat, v_scale)) if quantised else (k_flat, v_flat)),
         flashinfer_batch_indices[:count], flashinfer_positions[:count], kv_cache, cache_loc,
         cu_num_pages[: batch.sequences + 1], last_page_len[: batch.sequences],
     )  # fmt: skip
@@ -206,7 +208,8 @@ def _run(wrapper, q, kv_cache, out, scales) -> None:
     wrapper.run(q, kv_cache, out=out, **scales)
 
 
-def _to_fp8(tensor: torch.Tensor, scale: float) -> torch.Tensor:
+def to_fp8(tensor: torch.Tensor, scale: float) -> torch.Tensor:
+    """tensor / scale in float8_e4m3fn, saturated."""
     if scale != 1.0:
         tensor = tensor.float() / scale
     return tensor.clamp(-448.0, 448.0).to(FP8)  # a plain cast turns an overflow into NaN

@@ -11,17 +11,22 @@ import torch
 
 from shardwise.ops.attention.batch import Batch, read_batch
 from shardwise.ops.attention.checks import shape
-from shardwise.ops.attention.planner import DecodeFamily, Pages, Planner, planner, select_pages, token_positions
+from shardwise.ops.attention.flashinfer import FP8, to_fp8
+from shardwise.ops.attention.planner import (
+    DecodeFamily,
+    Pages,
+    Planner,
+    fake_token_positions,
+    planner,
+    select_pages,
+    token_positions,
+)
 from shardwise.ops.mla.checks import LatentHeads, check_latent, split_weight
 from shardwise.ops.mla.reference import fake_cached_mla
 from shardwise.ops.registry import CUDA, FLASHINFER, operator
 
 
-def _fake_metadata(position_ids, batch_info_host, cu_seqlen, seq_len_with_cache):
-    return [position_ids.new_empty(position_ids.numel(), dtype=torch.int32) for _ in range(2)]
-
-
-@operator(fake=_fake_metadata)
+@operator(fake=fake_token_positions)
 def flashinfer_mla_prepare_metadata(
     position_ids: torch.Tensor,
     batch_info_host: torch.Tensor,
@@ -33,10 +38,7 @@ def flashinfer_mla_prepare_metadata(
     As `flashinfer_attention_prepare_metadata`, for the plans of `flashinfer_mla_with_cache`. Runs anywhere.
     """
     op = "flashinfer_mla_prepare_metadata"
-    batch = read_batch(op, batch_info_host)
-    return token_positions(
-        op, "mla", position_ids, batch.tokens, batch.sequences, batch.prefill == 0, cu_seqlen, seq_len_with_cache
-    )
+    return token_positions(op, "mla", read_batch(op, batch_info_host), position_ids, cu_seqlen, seq_len_with_cache)
 
 
 @dataclass(frozen=True)
@@ -141,10 +143,11 @@ def flashinfer_mla_with_cache(
     """Append latents to a paged cache and attend to it, causally.
 
     q_nope [b, s, N, Dn], q_pe [b, s, N, Dr], compressed_kv [b, s, R], kpe [b, s, 1, Dr], kv_b_proj_weight
-    [N * (Dn + Dv), R]; ckv_cache [pages, page_size, R], kpe_cache [pages, page_size, Dr], both of q's dtype, float16 or
-    bfloat16. FlashInfer's kernels fix R = 512 and Dr = 64. Page metadata as in `flashinfer_attention_mha_with_cache`,
-    batch indices and positions from `flashinfer_mla_prepare_metadata`, called once a step. Returns [b, s, N, Dv], 0
-    for padding tokens.
+    [N * (Dn + Dv), R], float16 or bfloat16; ckv_cache [pages, page_size, R], kpe_cache [pages, page_size, Dr], both of
+    q's dtype or both float8_e4m3fn. FlashInfer's kernels fix R = 512 and Dr = 64 and read no fp8: the pages of an fp8
+    cache that the step uses are widened first, which needs memory for them and cannot be captured in a graph. Page
+    metadata as in `flashinfer_attention_mha_with_cache`; batch indices and positions come from
+    `flashinfer_mla_prepare_metadata`, called once a step. Returns [b, s, N, Dv], 0 for padding tokens.
     """
     op = "flashinfer_mla_with_cache"
     heads = check_latent(op, q_nope, q_pe, compressed_kv, kpe, kv_b_proj_weight)
@@ -155,15 +158,23 @@ def flashinfer_mla_with_cache(
     latent, kpe = compressed_kv.flatten(0, 1)[: batch.tokens], kpe.flatten(0, 2)[: batch.tokens]
     out = q_nope.new_empty(tokens, heads.count, heads.value)
     out[batch.tokens :].zero_()
+    if batch.tokens == 0:
+        return out.view(*compressed_kv.shape[:2], heads.count, heads.value)
+    if ckv_cache.dtype == FP8:
+        latent, kpe = to_fp8(latent, 1.0), to_fp8(kpe, 1.0)
+    _append(
+        latent, kpe, flashinfer_batch_indices[: batch.tokens], flashinfer_positions[: batch.tokens], ckv_cache,
+        kpe_cache, cache_loc, cu_num_pages[: batch.sequences + 1], last_page_len[: batch.sequences],
+    )  # fmt: skip
+    if ckv_cache.dtype == FP8:
+        latent, kpe = latent.to(q_nope.dtype), kpe.to(q_nope.dtype)
+        used = cache_loc[: int(cu_num_pages_host[batch.sequences])].long()
+        ckv_cache, kpe_cache = (_widened(cache, used, q_nope.dtype) for cache in (ckv_cache, kpe_cache))
+        cache_loc = torch.arange(len(used), dtype=torch.int32, device=used.device)
     step = _Step(
         batch, _Parameters(heads, ckv_cache.shape[1], q_nope.dtype, heads.scale(scale)), kv_b_proj_weight, ckv_cache,
         kpe_cache, cu_seqlen_host, (cu_num_pages_host, cache_loc, last_page_len_host, seq_len_with_cache_host),
     )  # fmt: skip
-    if batch.tokens:
-        _append(
-            latent, kpe, flashinfer_batch_indices[: batch.tokens], flashinfer_positions[: batch.tokens], ckv_cache,
-            kpe_cache, cache_loc, cu_num_pages[: batch.sequences + 1], last_page_len[: batch.sequences],
-        )  # fmt: skip
     split = batch.prefill_tokens
     if split and step.has_prefix():
         step.run_absorbed(step.prefill_wrapper(), q_nope[:split], q_pe[:split], out[:split])
@@ -182,6 +193,11 @@ def _append(latent, kpe, batch_indices, positions, ckv_cache, kpe_cache, cache_l
         latent.contiguous(), kpe.contiguous(), batch_indices, positions, ckv_cache, kpe_cache, cache_loc, cu_num_pages,
         last_page_len,
     )  # fmt: skip
+
+
+def _widened(cache: torch.Tensor, pages: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The given pages of an fp8 cache, one behind the other, in `dtype`."""
+    return cache.view(torch.uint8)[pages].view(FP8).to(dtype)
 
 
 @dataclass(frozen=True)
@@ -246,9 +262,11 @@ def _check(op: str, heads: LatentHeads, q_nope, ckv_cache, kpe_cache, kv_lora_ra
     for name, cache, width in (("ckv_cache", ckv_cache, heads.rank), ("kpe_cache", kpe_cache, heads.rope)):
         if cache.dim() != 3 or cache.shape[2] != width:
             raise ValueError(f"{op}: {name} has shape {shape(cache)}; legal: [pages, page_size, {width}]")
-        if cache.dtype != q_nope.dtype:
-            raise TypeError(f"{op}: {name} is {cache.dtype}; legal: q_nope's {q_nope.dtype} (FlashInfer's latent "
-                            "kernels take no mixed dtypes)")  # fmt: skip
+        if cache.dtype not in (q_nope.dtype, FP8) or cache.dtype != ckv_cache.dtype:
+            raise TypeError(f"{op}: {name} is {cache.dtype}; legal: q_nope's {q_nope.dtype} or float8_e4m3fn, for both "
+                            "caches")  # fmt: skip
+    if ckv_cache.dtype == FP8 and ckv_cache.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(f"{op}: a CUDA graph cannot hold a step over an fp8 cache; take a cache of {q_nope.dtype}")
     if heads.rank != 512 or heads.rope != 64 or kv_lora_rank != heads.rank:
         raise ValueError(f"{op}: R {heads.rank}, Dr {heads.rope}, kv_lora_rank {kv_lora_rank}; legal: 512, 64, 512; "
                          "or call torch_cached_mla_with_cache")  # fmt: skip
