@@ -5,6 +5,7 @@ its launcher understands: MPI_Abort, or the process's exit code. A rank is also 
 so that a killed launcher leaves nobody behind.
 """
 
+import atexit
 import contextlib
 import ctypes
 import faulthandler
@@ -149,14 +150,24 @@ def job_folder(info: RankInfo) -> Path:
 def guard_script(info: RankInfo) -> None:
     """For a script that builds its own `LLM` under mpirun or torchrun: an uncaught exception ends the whole job.
 
-    sys.exit is not seen by the hook; its exit may wait for peers in MPI_Finalize, so that wait is bounded.
+    sys.exit is not seen by the hook; it leads to MPI_Finalize, which waits for peers, so that wait is bounded.
     """
-    import atexit
-
     keeper = Guard(info, job_folder(info))
     sys.excepthook = lambda kind, error, trace: keeper.fail(error)
-    seconds = watch.Deadlines.from_environment().stop
-    atexit.register(lambda: faulthandler.dump_traceback_later(seconds, exit=True))
+    atexit.register(farewell, watch.Deadlines.from_environment().stop)
+
+
+def farewell(seconds: float) -> None:
+    """MPI_Finalize; a rank whose peers do not come along within `seconds` shows its stack and ends with code 1.
+
+    mpi4py would finalize behind the interpreter's own end, where nothing of Python's could bound it.
+    """
+    mpi = sys.modules.get("mpi4py.MPI")
+    if mpi is None or not mpi.Is_initialized() or mpi.Is_finalized():
+        return
+    faulthandler.dump_traceback_later(seconds, exit=True)
+    mpi.Finalize()
+    faulthandler.cancel_dump_traceback_later()
 
 
 def _collective(row: dict | None) -> str | None:

@@ -11,6 +11,7 @@ script already runs on every rank: each makes the same calls and gets the same r
 
 import atexit
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from typing import Any, Protocol
@@ -37,6 +38,10 @@ class Runner(Protocol):
     def stream(self, prompts: Sequence[Any], params: Sequence[SamplingParams]) -> Iterator[TokenEvent | Answer]: ...
 
     def stats(self) -> list[RankStats]: ...
+
+    def abort(self) -> None:
+        """End at once, without waiting for ranks that are busy."""
+        ...
 
     def close(self) -> None: ...
 
@@ -124,7 +129,9 @@ class LLM:
     def __enter__(self) -> "LLM":
         return self
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if error is not None:
+            self._runner.abort()
         self.close()
 
 
@@ -185,7 +192,11 @@ class ParentRunner:
         self._supervisor = Supervisor(job, backend(launcher, **options)).__enter__()
         self._closed = False
         atexit.register(self.close)  # before the keeper's thread ends with the interpreter
-        self._load(deadlines.load, on_progress)
+        try:
+            self._load(deadlines.load, on_progress)
+        except BaseException:
+            self.abort()
+            raise
 
     def _load(self, seconds: float, on_progress: Progress | None) -> None:
         ready: dict[int, str] = {}
@@ -204,21 +215,20 @@ class ParentRunner:
         self._supervisor.send(
             {"command": "generate", "prompts": given, "params": [params_to_json(each) for each in params]}
         )
-        answer = None
-        while len(self._stats) < self._supervisor.job.world:
-            for event in self._supervisor.next_events(self._silence, "the next token"):
-                kind, rank = event.pop("event"), event.pop("rank")
-                if kind == "token":
-                    yield TokenEvent(**event)
-                elif kind == "answer":
-                    answer = Answer.from_json(event["answer"])
-                elif kind == "stats":
-                    self._stats[rank] = RankStats(rank=rank, **event)
-        assert answer is not None
-        yield answer
+        items = _Items(self._supervisor, self._silence, self._stats)
+        try:
+            yield from items
+        except GeneratorExit:
+            for _ in items:  # a caller that leaves early must not leave tokens behind for the next call
+                pass
+            raise
 
     def stats(self) -> list[RankStats]:
         return [self._stats[rank] for rank in sorted(self._stats)]
+
+    def abort(self) -> None:
+        self._supervisor.abort()
+        self.close()
 
     def close(self) -> None:
         if self._closed:
@@ -226,6 +236,34 @@ class ParentRunner:
         self._closed = True
         atexit.unregister(self.close)
         self._supervisor.stop()
+
+
+class _Items:
+    """Iterator over one call's tokens and then its Answer; goes on where it was left."""
+
+    def __init__(self, supervisor: Supervisor, silence: float, stats: dict[int, RankStats]):
+        self._supervisor, self._silence, self._stats = supervisor, silence, stats
+        self._waiting: deque[TokenEvent | Answer] = deque()
+
+    def __iter__(self) -> "_Items":
+        return self
+
+    def __next__(self) -> TokenEvent | Answer:
+        while not self._waiting:
+            if len(self._stats) == self._supervisor.job.world:
+                raise StopIteration
+            for event in self._supervisor.next_events(self._silence, "the next token"):
+                self._book(event)
+        return self._waiting.popleft()
+
+    def _book(self, event: dict) -> None:
+        kind, rank = event.pop("event"), event.pop("rank")
+        if kind == "token":
+            self._waiting.append(TokenEvent(**event))
+        elif kind == "answer":
+            self._waiting.append(Answer.from_json(event["answer"]))
+        elif kind == "stats":
+            self._stats[rank] = RankStats(rank=rank, **event)
 
 
 class SpmdRunner:
@@ -254,6 +292,9 @@ class SpmdRunner:
 
     def stats(self) -> list[RankStats]:
         return self._stats
+
+    def abort(self) -> None:
+        pass  # the guard around this rank ends the job
 
     def close(self) -> None:
         self._session.close()

@@ -18,7 +18,7 @@ from shardwise.launch import failure as failures
 from shardwise.launch import postmortem
 from shardwise.launch.backend import Backend
 from shardwise.launch.failure import Failure
-from shardwise.launch.job import Interrupted, Job, JobFailed
+from shardwise.launch.job import Job, JobFailed
 from shardwise.launch.link import Hub
 
 SETTLE = 0.2
@@ -58,8 +58,8 @@ class Supervisor:
             for sentinel in self.backend.sentinels():
                 self._hub.watch(sentinel)
             return self
-        except BaseException as error:
-            self.__exit__(type(error), error, None)
+        except BaseException:
+            self.abort()
             raise
 
     def stop(self) -> None:
@@ -67,12 +67,17 @@ class Supervisor:
         if not self._ended:
             self.send({"command": "stop"})
             self.backend.wait(self.job.deadlines.stop)
-        self.__exit__(None, None, None)
+            self._end(signal.SIGTERM)
+            self._release(failed=False)
+
+    def abort(self) -> None:
+        """End everything at once, busy or not."""
+        if not self._ended:
+            self._end(signal.SIGTERM)
+            self._release(failed=False)
 
     def __exit__(self, kind, error, trace) -> None:
-        if not self._ended:
-            self._end(error.signum if isinstance(error, Interrupted) else signal.SIGTERM)
-            self._release(failed=False)
+        self.abort()
 
     @property
     def hub(self) -> Hub:

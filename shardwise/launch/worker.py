@@ -120,10 +120,8 @@ def own_log(path: Path) -> None:
 
 def leave() -> None:
     """End a rank that finished its work: MPI wants its farewell, nothing else is worth the wait."""
-    mpi = sys.modules.get("mpi4py.MPI")
-    if mpi is not None and mpi.Is_initialized() and not mpi.Is_finalized():
-        with watch.phase("stop"):
-            mpi.Finalize()
+    with watch.phase("stop"):
+        guard.farewell(Deadlines.from_environment().stop)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)

@@ -43,6 +43,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if "--debug" in words:
             traceback.print_exc()
         return _complain(error)
+    except BaseException as error:
+        if not hasattr(error, "exit_code"):
+            raise
+        print(f"shardwise: ended by {error}", file=sys.stderr)  # a signal asked us to
+        return error.exit_code
 
 
 def _dispatch(words: list[str]) -> int:

@@ -1,0 +1,93 @@
+"""The line between ranks and parent: order, secrets, broken ends."""
+
+import json
+import os
+import socket
+import threading
+
+import pytest
+
+from shardwise.launch.link import Hub, Link
+
+
+@pytest.fixture(params=["unix", "tcp"])
+def hub(request, tmp_path):
+    hub = Hub(tmp_path, "secret", None if request.param == "unix" else "127.0.0.1")
+    yield hub
+    hub.close()
+
+
+def take(hub: Hub, count: int) -> list[dict]:
+    events: list[dict] = []
+    while len(events) < count:
+        got, _ = hub.wait(5.0)
+        events += got
+    return events
+
+
+def connected(hub: Hub, rank: int = 0) -> Link:
+    link = Link(hub.address, "secret", rank)
+    while rank not in hub.hello:
+        hub.wait(5.0)
+    return link
+
+
+def test_events_arrive_in_order_with_their_rank(hub):
+    link = connected(hub, 1)
+
+    def talk():
+        for number in range(500):
+            link.send({"event": "token", "number": number, "text": "ü\n"})
+
+    talker = threading.Thread(target=talk)  # the socket holds fewer than 500 lines: a parent that lags slows rank 0
+    talker.start()
+    got = take(hub, 500)
+    talker.join()
+    assert [event["number"] for event in got] == list(range(500))
+    assert {event["rank"] for event in got} == {1} and got[0]["text"] == "ü\n"
+    assert hub.hello[1].pid == os.getpid() and hub.hello[1].host == socket.gethostname()
+    link.close()
+
+
+def test_commands_reach_every_rank_until_stop(hub):
+    links = [connected(hub, rank) for rank in range(3)]
+    hub.send({"command": "generate", "prompts": ["x"]})
+    hub.send({"command": "stop"})
+    for link in links:
+        assert [command["command"] for command in link.commands()] == ["generate"]
+        link.close()
+
+
+def test_a_stranger_is_not_heard(hub):
+    stranger = Link(hub.address, "guess", 0)
+    stranger.send({"event": "done", "value": "forged"})
+    raw = socket.socket(socket.AF_UNIX if isinstance(hub.address, str) else socket.AF_INET)
+    raw.connect(hub.address)
+    raw.sendall(json.dumps({"event": "done", "value": "forged"}).encode() + b"\n")
+    events = [event for _ in range(6) for event in hub.wait(0.02)[0]]
+    assert events == [] and hub.hello == {}
+    raw.close()
+
+
+def test_what_was_said_before_an_end_stands_beside_it(hub):
+    reader, writer = os.pipe()
+    hub.watch(reader)
+    link = Link(hub.address, "secret", 0)
+    link.send({"event": "done", "value": 7})
+    os.write(writer, b".")
+    events, woken = hub.wait(5.0)
+    assert [event["event"] for event in events] == ["hello", "done"] and woken == [reader]
+    hub.forget(reader)
+    link.close()
+    os.close(reader)
+    os.close(writer)
+
+
+def test_a_rank_hears_that_its_parent_is_gone(tmp_path):
+    hub = Hub(tmp_path, "secret")
+    link = connected(hub)
+    lost = threading.Event()
+    link.call_when_lost(lost.set)
+    hub.close()
+    assert lost.wait(5.0)
+    link.close()

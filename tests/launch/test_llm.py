@@ -1,0 +1,118 @@
+"""`LLM` from plain scripts and from scripts that a launcher started."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from shardwise import LLM, SamplingParams
+from shardwise.launch.job import JobFailed
+
+BIN = Path(sys.executable).parent
+GREEDY = SamplingParams(max_new_tokens=8)
+
+
+@pytest.fixture(scope="module")
+def llm():
+    with LLM("smollm2", tp=2) as model:
+        yield model
+
+
+def test_two_calls_give_the_same_answer_and_one_after_the_other(llm):
+    first = llm.generate(["The capital of France is"], GREEDY)
+    second = llm.generate(["The capital of France is"], GREEDY)
+    assert first == second and "Paris" in first[0].text
+    assert len(first[0].token_ids) == 8 and first[0].finish_reason == "length"
+
+
+def test_streamed_texts_join_to_the_completion(llm):
+    events = list(llm.stream(["One, two, three,"], GREEDY))
+    assert [event.finished for event in events] == [False] * 7 + [True]
+    assert "".join(event.text for event in events) == llm.last_answer.completions[0].text
+
+
+def test_a_stream_that_is_left_early_leaves_nothing_for_the_next_call(llm):
+    for _ in llm.stream(["One, two, three,"], GREEDY):
+        break
+    assert llm.generate(["The capital of France is"], GREEDY)[0].text.lstrip().startswith("Paris")
+
+
+def test_each_prompt_can_have_its_own_parameters(llm):
+    done = llm.generate(["A", [504, 3003]], [SamplingParams(max_new_tokens=2), SamplingParams(max_new_tokens=3)])
+    assert [len(each.token_ids) for each in done] == [2, 3]
+    with pytest.raises(ValueError, match="2 prompts with 1 sampling parameters"):
+        llm.generate(["A", "B"], [GREEDY])
+
+
+def test_a_seed_makes_sampling_repeatable(llm):
+    params = SamplingParams(max_new_tokens=12, temperature=1.0, top_p=0.9, seed=7)
+    assert llm.generate(["Once upon a time"], params) == llm.generate(["Once upon a time"], params)
+
+
+def test_stats_tell_every_ranks_share(llm):
+    llm.generate(["A"], SamplingParams(max_new_tokens=1))
+    ranks = llm.stats()
+    assert [rank.rank for rank in ranks] == [0, 1]
+    assert ranks[0].weight_bytes > ranks[1].weight_bytes > 0 and all(rank.peak_rss_bytes > 0 for rank in ranks)
+
+
+def test_the_parent_of_the_ranks_never_imports_torch(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import sys\n"
+        "from shardwise import LLM, SamplingParams\n"
+        "llm = LLM('smollm2', tp=2)\n"
+        "print(llm.generate(['The capital of France is'], SamplingParams(max_new_tokens=2))[0].text)\n"
+        "print('torch' in sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "False" and "Paris" in done.stdout
+
+
+SPMD_SCRIPT = """
+import sys
+from shardwise import LLM, SamplingParams
+llm = LLM('smollm2')
+text = llm.generate(['The capital of France is'], SamplingParams(max_new_tokens=2))[0].text
+print(f'{llm.config.tp} {text!r}\\n', end='', flush=True)
+rank = int(__import__('os').environ['OMPI_COMM_WORLD_RANK'])
+if rank == 1 and sys.argv[1] == 'raise': raise RuntimeError('on purpose')
+if rank == 1 and sys.argv[1] == 'exit': sys.exit(3)
+if sys.argv[1] != 'end': llm.generate(['never answered'])
+llm.close()
+"""
+
+
+@pytest.mark.parametrize("end, code", [("end", 0), ("raise", 1), ("exit", 1)])
+def test_a_script_under_mpirun_gets_the_same_answer_on_every_rank_and_ends_whole(tmp_path, end, code):
+    script = tmp_path / "script.py"
+    script.write_text(SPMD_SCRIPT)
+    root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1", "OMP_NUM_THREADS": "1"}
+    command = [BIN / "mpirun", "-n", "2", "--bind-to", "none", sys.executable, script, end]
+    variables = {**os.environ, **root, "SHARDWISE_DEADLINE_STOP": "2"}
+    done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=60)
+    assert done.returncode == code, done.stderr
+    assert done.stdout.splitlines().count("2 ' Paris.'") == 2
+    assert ("on purpose" in done.stderr) == (end == "raise")
+
+
+def test_a_rank_that_cannot_load_is_reported_and_nothing_stays(tmp_path):
+    from shardwise.sharding.checkpoint.resolve import resolve
+
+    whole = resolve("smollm2").read_bytes()
+    broken = tmp_path / "broken.gguf"
+    broken.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises((JobFailed, ValueError), match="broken.gguf"):
+        LLM(str(broken), tp=2)
+
+
+def test_layouts_that_do_not_fit_are_refused_before_any_rank_starts():
+    with pytest.raises(ValueError, match="tp 99 does not fit"):
+        LLM("smollm2", tp=99)
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        LLM("nowhere", tp=2)
+    with pytest.raises(ValueError, match="unknown launcher 'warp'; legal: local"):
+        LLM("smollm2", tp=2, launcher="warp")
