@@ -26,15 +26,13 @@ class FP8Scales:
 
 
 def choose_plan(pairs: int, experts: int) -> Plan:
-    """Few pairs an expert: narrow token blocks. Many: wide ones."""
+    """Few pairs an expert: narrow token blocks, to read weights at memory rate. Many: wide ones."""
     each = pairs / max(1, experts)
-    if each <= 12:
-        return Plan(16, Tiles(64, 128, 4, 4, 3), Tiles(64, 128, 4, 4, 3, 2 if pairs <= 32 else 1))
-    if each <= 24:
-        return Plan(32, Tiles(64, 128, 4, 3, 2), Tiles(64, 128, 4, 4, 3))
+    if each <= 16:
+        return Plan(16, Tiles(64, 64, 4, 4, 3), Tiles(64, 64, 4, 6, 3, 2 if pairs <= 8 else 1))
     if each <= 64:
-        return Plan(64, Tiles(64, 64, 4, 4, 2), Tiles(128, 64, 8, 4, 2))
-    return Plan(128, Tiles(128, 64, 8, 3, 1), Tiles(128, 64, 8, 4, 2))
+        return Plan(64, Tiles(64, 64, 4, 4, 2), Tiles(64, 64, 4, 4, 3))
+    return Plan(128, Tiles(64, 64, 4, 3, 2), Tiles(128, 64, 8, 3, 2))
 
 
 def grouped_moe(

@@ -1,0 +1,131 @@
+"""The reference mixtures of experts: which pairs count, where the weight goes, and tokens that travel."""
+
+import json
+
+import pytest
+import torch
+from oracles_moe import relative, routed_oracle, routing, stacked
+
+from shardwise.ops.moe.contract import ExpertMapping, parse_mapping
+from shardwise.partition import extent
+from shardwise.sharding.layout import ParallelLayout
+from shardwise.testing import run_threads
+
+OPS = torch.ops.auto_deploy
+EXPERTS, HIDDEN, SIZE, TOP_K = 7, 16, 8, 3
+
+
+def test_repeated_and_foreign_ids():
+    first, second = stacked(3, HIDDEN, SIZE, True)
+    x = torch.randn(4, HIDDEN)
+    ids = torch.tensor([[1, 1], [-1, 2], [3, 0], [-5, 9]])
+    weights = torch.rand(4, 2)
+    got = OPS.torch_moe_fused(x, ids, weights, first, second)
+    assert relative(got, routed_oracle(x, ids, weights, first, second)) < 1e-6
+    assert torch.equal(got[3], torch.zeros(HIDDEN))
+
+
+def test_no_tokens_and_int32_ids():
+    first, second = stacked(3, HIDDEN, SIZE, True)
+    ids, weights = routing(0, 2, 3)
+    assert OPS.torch_moe_fused(torch.empty(0, HIDDEN), ids.int(), weights, first, second).shape == (0, HIDDEN)
+
+
+def test_experts_are_summed_in_float32():
+    x, (first, second) = torch.randn(1, HIDDEN).bfloat16(), stacked(64, HIDDEN, SIZE, True, dtype=torch.bfloat16)
+    ids, weights = torch.arange(64)[None], torch.ones(1, 64)
+    got = OPS.torch_moe_fused(x, ids, weights, first, second)
+    assert got.dtype == torch.bfloat16
+    assert relative(got, routed_oracle(x, ids, weights, first, second)) < 6e-3
+
+
+def shared_call(mapping, limit, tokens, on_input=False):
+    """One rank's call of torch_moe with its own tokens and experts, and what the oracle says of them."""
+    torch.manual_seed(3)
+    first, second = stacked(EXPERTS, HIDDEN, SIZE, False)
+    calls = [(torch.randn(count, HIDDEN), *routing(count, TOP_K, EXPERTS)) for count in tokens]
+    for _, ids, _ in calls:
+        ids[:, 0] = torch.arange(len(ids)) % EXPERTS
+
+    def rank_body():
+        from shardwise.comm.rank import current_groups
+
+        group = current_groups().moe_ep
+        part = slice(*extent(EXPERTS, group.size, group.rank))
+        x, ids, weights = calls[group.rank]
+        ours = OPS.torch_moe(x, ids, weights, [*first[part]], [*second[part]], [], False, 8, mapping, limit, on_input)
+        return relative(ours, routed_oracle(x, ids, weights, first, second, False, on_input)) if len(x) else len(ours)
+
+    return rank_body
+
+
+def mapping_text(ranks):
+    return json.dumps({"enable_attention_dp": True, "moe_ep_size": ranks, "num_experts": EXPERTS, "rank": 0})
+
+
+@pytest.mark.parametrize("limit", [0, 6])
+@pytest.mark.parametrize("tokens", [(3, 5), (0, 2, 6), (1, 1, 0, 4)])
+def test_tokens_travel_to_their_experts_and_back(tokens, limit):
+    ranks = len(tokens)
+    layout = ParallelLayout(tp=1, attn_dp=ranks, moe_tp=1, moe_ep=ranks)
+    errors = run_threads(ranks, shared_call(mapping_text(ranks), limit, tokens, ranks == 2), layout=layout)
+    assert all(error < 1e-6 for error in errors), errors
+
+
+def test_more_tokens_than_the_limit_and_missing_groups_are_named():
+    layout = ParallelLayout(tp=1, attn_dp=2, moe_tp=1, moe_ep=2)
+    with pytest.raises(ValueError, match="5 tokens exceed max_num_tokens=4"):
+        run_threads(2, shared_call(mapping_text(2), 4, (5, 5)), layout=layout)
+    with pytest.raises(ValueError, match="moe_ep_size=3, the current moe_ep group has 2"):
+        run_threads(2, shared_call(mapping_text(3), 4, (5, 5)), layout=layout)
+    x, (ids, weights) = torch.randn(2, HIDDEN), routing(2, 2, 2)
+    first, second = stacked(2, HIDDEN, SIZE, False)
+    with pytest.raises(RuntimeError, match="no groups are set"):
+        OPS.torch_moe(x, ids, weights, [*first], [*second], [], False, 8, mapping_text(2))
+
+
+def test_the_mapping_is_json_with_other_names_ignored():
+    assert parse_mapping("") == ExpertMapping() and not ExpertMapping().exchanges_tokens
+    assert parse_mapping('{"moe_ep_size": 4, "world_size": 8, "enable_attention_dp": true}').exchanges_tokens
+    assert parse_mapping('{"moe_ep_size": 4}').local_range(2, 3) == (6, 8)
+    with pytest.raises(ValueError, match="share of num_experts=7 is 2"):
+        parse_mapping('{"moe_ep_size": 3, "num_experts": 7}').local_range(3, 2)
+    for text in ("[1]", "no json"):
+        with pytest.raises(ValueError, match="mapping_config"):
+            parse_mapping(text)
+
+
+FIRST, SECOND = stacked(3, HIDDEN, SIZE, True)
+X, (IDS, WEIGHTS) = torch.randn(4, HIDDEN), routing(4, 2, 3)
+CASES = {
+    r"must be \[T, K\] with T = 4": ("torch_moe_fused", ValueError, (X, IDS[:3], WEIGHTS, FIRST, SECOND)),
+    "must be int32 or int64": ("torch_moe_fused", TypeError, (X, IDS.float(), WEIGHTS, FIRST, SECOND)),
+    "must have the shape of selected_experts": (
+        "torch_moe_fused",
+        ValueError,
+        (X, IDS, WEIGHTS[:, :1], FIRST, SECOND),
+    ),
+    r"need \[E, 2I, H\] and \[E, H, I\]": ("torch_moe_fused", ValueError, (X, IDS, WEIGHTS, FIRST, SECOND[:, :3])),
+    "act_fn=2": ("torch_moe", ValueError, (X, IDS, WEIGHTS, [FIRST[0]], [SECOND[0]], [], False, 2)),
+    "equally long": ("torch_moe", ValueError, (X, IDS, WEIGHTS, [FIRST[0]], [SECOND[0]], [])),
+    "not gated with Relu2": ("triton_moe_fused", ValueError, (X, IDS, WEIGHTS, FIRST, SECOND, True, 8)),
+    "must share a dtype": ("triton_moe_fused", TypeError, (X, IDS, WEIGHTS, FIRST.half(), SECOND, True, 4)),
+    "needs max_num_tokens > 0": (
+        "trtllm_moe_fused",
+        ValueError,
+        (X, IDS, WEIGHTS, FIRST, SECOND, True, 4, mapping_text(2)),
+    ),
+    "routing_weights must be dense": (
+        "torch_moe_dense_mlp",
+        ValueError,
+        (X, WEIGHTS, FIRST.mT, X, SECOND.mT, X),
+    ),
+}
+
+
+@pytest.mark.parametrize("text", CASES)
+def test_the_error_names_what_is_wrong(text):
+    name, error, args = CASES[text]
+    with pytest.raises(error, match=text) as caught:
+        getattr(OPS, name)(*args)
+    assert name in str(caught.value)
