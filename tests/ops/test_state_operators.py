@@ -8,7 +8,8 @@ import samples_mamba
 import torch
 from mamba_oracle import Batch
 
-import shardwise.ops  # noqa: F401  (registers the operators)
+from shardwise.ops.attention.batch import Batch as CountedBatch
+from shardwise.ops.mamba import metadata
 from shardwise.ops.registry import TRITON
 
 OPS = torch.ops.auto_deploy
@@ -92,6 +93,30 @@ def test_the_chunk_size_does_not_change_the_scan(chunk):
     torch.testing.assert_close(
         OPS.torch_ssm(*args, [0.0, math.inf], chunk), OPS.torch_ssm(*args, [0.0, math.inf], 7), rtol=1e-4, atol=1e-4
     )
+
+
+@needs_triton
+@pytest.mark.parametrize("chunk", [1, 4, 16])
+@pytest.mark.parametrize("lengths", [(5, 0, 11, 1), (4, 4, 8), (37,), (0, 3, 0, 0, 2), (1,) * 20])
+def test_pieces_made_on_the_device_are_those_made_on_the_host(lengths, chunk):
+    _, _, bounds, _, _ = Batch(lengths, 0, (0,) * len(lengths), (False,) * len(lengths)).tensors(DEVICE)
+    batch = CountedBatch(len(lengths), sum(lengths), 0)
+    index, offset, owner = metadata._on_device("test", batch, bounds, chunk)
+    expected = metadata._on_host(bounds.tolist(), chunk, bounds.device)
+    pieces = expected[0].numel()
+    assert index.numel() >= pieces and (index[pieces:] == -1).all() and (offset[pieces:] == -1).all()
+    assert torch.equal(index[:pieces], expected[0]) and torch.equal(offset[:pieces], expected[1])
+    assert torch.equal(owner, expected[2])
+
+
+@needs_triton
+def test_unused_pieces_change_nothing():
+    batch = Batch((5, 0, 11, 1), 0, (4, 6, 0, 2), (True, False, False, True))
+    args = list(samples_mamba.cached_ssm_args("triton_cached_ssm", batch)(DEVICE))
+    again = [a.clone() if isinstance(a, torch.Tensor) else a for a in args]
+    again[11], again[12] = (torch.nn.functional.pad(again[i], (0, 3), value=-1) for i in (11, 12))
+    assert torch.equal(OPS.triton_cached_ssm(*args), OPS.triton_cached_ssm(*again))
+    assert torch.equal(args[14], again[14])
 
 
 BAD = {

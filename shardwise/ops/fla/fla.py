@@ -76,10 +76,11 @@ def _cached(op, q, k, v, g, beta, batch_info_host, cu_seqlen, slot_idx, use_init
     slots = slot_idx[: batch.sequences].long()
     out = torch.zeros_like(flat[2]) if batch.tokens < flat[2].shape[1] else torch.empty_like(flat[2])
     if batch.prefill_tokens:
-        rows, resumes = slots[: batch.prefill], use_initial_states[: batch.prefill].to(torch.bool)
+        bounds = cu_seqlen[: batch.prefill + 1].long()
+        rows = torch.where(bounds.diff() > 0, slots[: batch.prefill], -1)  # an empty sequence keeps its state
+        resumes = use_initial_states[: batch.prefill].to(torch.bool)
         state = cache[rows.clamp(min=0)].float() * (resumes & (rows >= 0)).view(-1, 1, 1, 1)
         parts = [t if t is None else t[:, : batch.prefill_tokens] for t in flat]
-        bounds = cu_seqlen[: batch.prefill + 1].long()
         o, state = _chunked(*parts, scale, state, bounds, True)
         out[:, : batch.prefill_tokens] = _skip_tokens(o, bounds, rows)
         _store(cache, rows, state)
@@ -88,7 +89,7 @@ def _cached(op, q, k, v, g, beta, batch_info_host, cu_seqlen, slot_idx, use_init
         span = slice(batch.prefill_tokens, batch.tokens)
         parts = [t if t is None else t[0, span, None] for t in flat]
         o, state = _recurrent(*parts, scale, cache[rows.clamp(min=0)].float())
-        out[0, span] = o[:, 0] * (rows >= 0).view(-1, 1, 1)
+        out[0, span] = torch.where((rows >= 0).view(-1, 1, 1), o[:, 0], 0)
         _store(cache, rows, state)
     return out.view(v.shape)
 
@@ -97,14 +98,14 @@ def _skip_tokens(o: torch.Tensor, bounds: torch.Tensor, rows: torch.Tensor) -> t
     """Zeros for the tokens of sequences without a slot, with no look at device memory."""
     token = torch.arange(o.shape[1], device=o.device)
     owner = torch.searchsorted(bounds[1:], token, right=True)
-    return o * (rows[owner] >= 0).view(1, -1, 1, 1)
+    return torch.where((rows[owner] >= 0).view(1, -1, 1, 1), o, 0)
 
 
 def _store(cache: torch.Tensor, rows: torch.Tensor, state: torch.Tensor) -> None:
-    """Write the states of live rows; a skipped sequence rewrites what its clamped row receives anyway.
+    """Write the states of live rows.
 
-    Rows of -1 are redirected to the first live row of the batch with that row's own new state, so that the write
-    needs no compaction, which would synchronise the device.
+    Rows of -1 repeat the write of the batch's first live row instead of being left out: choosing the live ones would
+    synchronise the device.
     """
     live = rows >= 0
     source = torch.where(live, torch.arange(len(rows), device=rows.device), live.to(torch.int8).argmax())

@@ -1,0 +1,120 @@
+"""Operators on other packages' kernels, with the kernels replaced by stand-ins of the same signature and meaning.
+
+What is proven here is everything around the kernels: batches, slots, padding, states. The kernels themselves run in
+the `gpu` tests of the operator table.
+"""
+
+import sys
+import types
+
+import pytest
+import samples_fla
+import samples_mamba
+import torch
+
+from shardwise.ops.fla import delta, fla
+from shardwise.ops.mamba import flashinfer as mamba_flashinfer
+
+
+def chunked(q, k, v, g, beta, scale, state=None, bounds=None, final=False):
+    """fla's varlen form: one row of tokens, sequences between `bounds`; o and the final states."""
+    assert q.shape[0] == 1 and state.dtype == torch.float32 and final
+    q, k = delta.match_heads(q, k, v)
+    parts, states = [], []
+    for i, (start, stop) in enumerate(zip(bounds.tolist(), bounds.tolist()[1:], strict=False)):
+        one = [t if t is None else t[:, start:stop] for t in (q, k, v, beta, g)]
+        o, new = delta.scan(*one, scale, state[i : i + 1])
+        parts.append(o)
+        states.append(new)
+    return torch.cat(parts, 1).to(v.dtype), torch.cat(states)
+
+
+def recurrent(q, k, v, g, beta, scale, state):
+    """fla's recurrent form: one token of every sequence."""
+    assert q.shape[1] == 1 and state.dtype == torch.float32
+    q, k = delta.match_heads(q, k, v)
+    one = [t if t is None else t[:, 0] for t in (q, k, v, beta, g)]
+    o, new = delta.step(*one, scale, state)
+    return o[:, None].to(v.dtype), new
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("name", samples_fla.BATCHES)
+def test_fla_batches_states_and_skipped_slots(monkeypatch, gated, name):
+    monkeypatch.setattr(fla, "_chunked", chunked)
+    monkeypatch.setattr(fla, "_recurrent", recurrent)
+    batch = samples_fla.BATCHES[name]
+    torch.manual_seed(0)
+    args = samples_fla.cached_args(gated, batch, v_heads=4 if gated else None, dtype=torch.float16)("cpu")
+    expected, states = samples_fla.cached(gated, batch)(*args)
+    operator = fla.fla_cached_gated_delta_rule if gated else fla.fla_cached_delta_rule
+    torch.testing.assert_close(operator(*args).double(), expected, rtol=0, atol=5e-3)
+    torch.testing.assert_close(args[-2].double(), states, rtol=0, atol=5e-3)
+
+
+def selective_state_update(
+    state,
+    x,
+    dt,
+    A,
+    B,
+    C,
+    D,
+    z=None,
+    dt_bias=None,
+    dt_softplus=False,
+    state_batch_indices=None,
+    pad_slot_id=-1,
+    out=None,
+):
+    """FlashInfer's step, with its demands on strides and dtypes, leaving rows of padding slots as they are."""
+    heads, size = x.shape[1:]
+    assert dt.stride()[1:] == (1, 0) and A.stride() == (1, 0, 0) and D.stride() == (1, 0)
+    assert D.dtype == dt.dtype and (dt_bias is None or dt_bias.dtype == dt.dtype)
+    assert x.stride(1) == size and state_batch_indices.dtype == torch.int32 and state.shape[0] >= x.shape[0]
+    steps = dt[..., 0].float()
+    steps = steps if dt_bias is None else steps + dt_bias[:, 0]
+    steps = torch.nn.functional.softplus(steps) if dt_softplus else steps
+    for row, slot in enumerate(state_batch_indices.tolist()):
+        if slot == pad_slot_id:
+            out[row] = float("nan")
+            continue
+        group = torch.arange(heads) // (heads // B.shape[1])
+        s = state[slot].float() * torch.exp(steps[row][:, None, None] * A)
+        s = s + (steps[row][:, None] * x[row])[..., None] * B[row, group][:, None]
+        state[slot] = s
+        out[row] = (s * C[row, group][:, None]).sum(-1) + D * x[row]
+
+
+@pytest.mark.parametrize("limit", [[0.0, float("inf")], samples_mamba.LIMIT])
+@pytest.mark.parametrize("name", samples_mamba.BATCHES)
+def test_flashinfer_decode_gets_what_it_demands(monkeypatch, limit, name):
+    package = types.ModuleType("flashinfer.mamba")
+    package.selective_state_update = selective_state_update
+    monkeypatch.setitem(sys.modules, "flashinfer", types.ModuleType("flashinfer"))
+    monkeypatch.setitem(sys.modules, "flashinfer.mamba", package)
+    batch = samples_mamba.BATCHES[name]
+    op = "flashinfer_cached_ssm"
+    torch.manual_seed(0)
+    args = list(samples_mamba.cached_ssm_args(op, batch, 4, 2, 64, 16, 16, torch.float16, torch.float32)("cpu"))
+    args[-2] = limit
+    mamba_flashinfer_prefill(monkeypatch, args)
+    expected, states = samples_mamba.cached_ssm(batch)(*args)
+    result = mamba_flashinfer.flashinfer_cached_ssm(*args)
+    torch.testing.assert_close(result.double(), expected, rtol=5e-3, atol=2e-2)
+    torch.testing.assert_close(args[-3].double(), states, rtol=5e-3, atol=5e-3)
+
+
+def mamba_flashinfer_prefill(monkeypatch, args):
+    """Prefill by the reference, so that this test also runs where Triton is missing."""
+
+    def prefill(one, batch, bounds, resumes, *_pieces):
+        first = batch.prefill_tokens
+        info = torch.tensor([batch.prefill, first, 0])
+        tokens = [t[None, :first] for t in (one.x, one.B, one.C, one.dt)]
+        one.out[:first] = torch.ops.auto_deploy.torch_cached_ssm(
+            tokens[0], one.A, tokens[1], tokens[2], one.D, tokens[3], one.dt_bias, info, bounds, bounds, one.slots,
+            resumes, one.cache, one.limit, 16,
+        )[0]  # fmt: skip
+
+    monkeypatch.setattr(mamba_flashinfer, "prefill", prefill)
