@@ -208,7 +208,7 @@ class Collective(Communicator):
         entry = self._begin("all_gather_object", (), "", "")
         blob = pickle.dumps(value)
         counts = [int.from_bytes(size, "little") for size in self._exchange(len(blob).to_bytes(8, "little"))]
-        joined = torch.empty(sum(counts), dtype=torch.uint8)
+        joined = torch.empty(sum(counts), dtype=torch.uint8, device="cpu")
         self._gather_control(torch.frombuffer(bytearray(blob), dtype=torch.uint8), joined, counts)
         entry[watch.END] = watch.now()
         return [pickle.loads(part.numpy().tobytes()) for part in joined.split(counts)]
@@ -217,7 +217,7 @@ class Collective(Communicator):
         wanted = self.all_gather_object((color, self.rank if key is None else key))
         return self.split_known([c for c, _ in wanted], [k for _, k in wanted])
 
-    def split_known(self, colors: Sequence[int], keys: Sequence[int] | None = None) -> Communicator:
+    def split_known(self, colors: Sequence[int], keys: Sequence[int] | None = None) -> "Collective":
         """`split` where every rank knows the colors and keys of all ranks already."""
         if keys is None:
             keys = range(self.size)
@@ -229,7 +229,7 @@ class Collective(Communicator):
             return self._alone(name)
         return self._split(name, [rank for _, rank in members], list(colors))
 
-    def _alone(self, name: str) -> Communicator:
+    def _alone(self, name: str) -> "Collective":
         from shardwise.comm.fake import FakeCommunicator  # which derives from this class
 
         return FakeCommunicator(
@@ -383,7 +383,7 @@ class Collective(Communicator):
         """Everyone's control message of at most FINGERPRINT_BYTES, in group order; lengths may differ."""
 
     @abstractmethod
-    def _split(self, name: str, members: list[int], colors: list[int]) -> Communicator:
+    def _split(self, name: str, members: list[int], colors: list[int]) -> "Collective":
         """Group of `members` (ranks of this group, in the new order); `colors` of all ranks of this group."""
 
     @abstractmethod

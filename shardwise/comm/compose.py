@@ -55,10 +55,10 @@ def residual_rms_norm(
     Shapes [..., H], weight [H]. The norm is computed in float32 from s as it is returned (rounded to its dtype).
     """
     total = reduced.add_(residual)
-    wide = total.float()
-    scale = torch.rsqrt(wide.square().mean(-1, keepdim=True).add_(eps))
-    gain = weight.float() + weight_bias if weight_bias else weight.float()
-    return (wide * scale).mul_(gain).to(total.dtype), total
+    if weight.dtype == total.dtype and not weight_bias:
+        return torch.nn.functional.rms_norm(total, weight.shape, weight, eps), total
+    gain = weight.float() + weight_bias  # in float32: a 16-bit 1 + w would lose most of w
+    return torch.nn.functional.rms_norm(total.float(), gain.shape, gain, eps).to(total.dtype), total
 
 
 def check_norm_arguments(tensor: Tensor, residual: Tensor, weight: Tensor) -> None:

@@ -32,14 +32,12 @@ def pull(pid: int, address: int, into: Tensor) -> None:
 
 
 def _pull(pid: int, address: int, target: int, length: int) -> None:
-    done = 0
-    while done < length:
-        here, there = _Piece(target + done, length - done), _Piece(address + done, length - done)
-        moved = _readv()(pid, here, 1, there, 1, 0)
+    while length > 0:
+        moved = _readv()(pid, _Piece(target, length), 1, _Piece(address, length), 1, 0)
         if moved <= 0:
             code = ctypes.get_errno()
             raise OSError(code, f"process_vm_readv of process {pid}: {os.strerror(code)}")
-        done += moved
+        target, address, length = target + moved, address + moved, length - moved
 
 
 _probe = ctypes.c_long(PROBE)

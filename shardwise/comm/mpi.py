@@ -98,6 +98,17 @@ class MpiCommunicator(Collective):
         self._arrivals = arrivals or _arrivals(comm, options["deadlines"].rendezvous)
         self._owned: list = []
 
+    def all_reduce(self, tensor: Tensor, *, out: Tensor | None = None, strategy: str = "AUTO") -> Tensor:
+        plain = tensor.is_cpu and tensor.is_contiguous() and not tensor.requires_grad
+        direct = plain and out is tensor and strategy == "AUTO"
+        if not direct or tensor.dtype not in self._types or not 0 < tensor.numel() <= PIECE or self.deterministic:
+            return super().all_reduce(tensor, out=out, strategy=strategy)
+        entry = self._begin("all_reduce", tensor.shape, tensor.dtype, "AUTO")
+        self._meet()
+        self.comm.Allreduce(self._mpi.IN_PLACE, [tensor.numpy(), self._types[tensor.dtype]])
+        entry[watch.END] = watch.now()
+        return tensor
+
     # Meeting, then moving
 
     def _meet(self) -> None:
@@ -125,7 +136,7 @@ class MpiCommunicator(Collective):
         if takes_device_pointers()[0]:
             torch.cuda.current_stream(tensor.device).synchronize()
             return tensor
-        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        host = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=True)
         return host.copy_(tensor) if filled else host
 
     def _buffer(self, tensor: Tensor, *extra) -> list:

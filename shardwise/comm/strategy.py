@@ -3,9 +3,8 @@
 The choice is made from facts that all ranks share, so every rank comes to the same one; `why()` of the result says
 what was chosen and for what reason.
 
-GPU peer-to-peer kernels come from `p2p.communicator.create(bootstrap, *, transport, fallback)`: `bootstrap` is a CPU
-group of the same ranks, `transport` "p2p" or "flashinfer", `fallback` the NCCL group for calls without a kernel. It
-raises CommError with the reason, on every rank alike, where the GPUs cannot reach each other.
+On CUDA a group has three layers: a CPU group for control messages, NCCL, and on top the peer-to-peer kernels (`p2p/`)
+with their own table of which size goes where.
 """
 
 import os
@@ -20,6 +19,7 @@ from shardwise.comm.rank import Groups, RankInfo
 from shardwise.comm.watch import Deadlines
 
 if TYPE_CHECKING:
+    from shardwise.comm.collective import Collective
     from shardwise.sharding.layout import ParallelLayout
 
 MPI_SOURCES = ("Open MPI", "MPICH", "MVAPICH")
@@ -62,7 +62,11 @@ def create(
         raise ValueError(f"unknown transport {transport!r}; legal: auto, {', '.join(TRANSPORTS)}")
     if device not in ("cpu", "cuda"):
         raise ValueError(f"unknown device {device!r}; legal: cpu, cuda")
-    options = {"deadlines": deadlines or Deadlines.from_environment(), "check": check, "deterministic": deterministic}
+    options: dict[str, Any] = {
+        "deadlines": deadlines or Deadlines.from_environment(),
+        "check": check,
+        "deterministic": deterministic,
+    }
     if transport == "fake" or (info.world == 1 and transport == "auto"):
         from shardwise.comm.fake import FakeCommunicator
 
@@ -101,7 +105,7 @@ class _Request:
         return StoreRendezvous(store, self.info.rank, range(self.info.world))
 
 
-def _create_cpu(request: _Request) -> Communicator:
+def _create_cpu(request: _Request) -> "Collective":
     if request.transport in ("nccl", "p2p", "flashinfer"):
         raise CommError(f"transport {request.transport} moves CUDA tensors: pass device='cuda', or use auto")
     if request.transport == "mpi":
@@ -141,19 +145,19 @@ def one_host(meeting: Rendezvous, limit: float) -> tuple[bool, str]:
     return True, f"{meeting.size} ranks on one host, {reason}"
 
 
-def _shared_memory(request: _Request, meeting: Rendezvous) -> Communicator:
+def _shared_memory(request: _Request, meeting: Rendezvous) -> "Collective":
     from shardwise.comm.shm import ShmCommunicator
 
     return ShmCommunicator.join(meeting, cores=len(os.sched_getaffinity(0)), **request.options)
 
 
-def _mpi(request: _Request) -> Communicator:
+def _mpi(request: _Request) -> "Collective":
     from shardwise.comm.mpi import MpiCommunicator, world_communicator
 
     return MpiCommunicator(request.mpi_comm or world_communicator(), **request.options)
 
 
-def _torch_dist(request: _Request, meeting: Rendezvous, backend: str) -> Communicator:
+def _torch_dist(request: _Request, meeting: Rendezvous, backend: str) -> "Collective":
     from shardwise.comm.torch_dist import TorchDistCommunicator
 
     if request.process_group is not None:
@@ -161,11 +165,12 @@ def _torch_dist(request: _Request, meeting: Rendezvous, backend: str) -> Communi
     return TorchDistCommunicator.join(meeting, backend, **request.options)
 
 
-def _create_cuda(request: _Request) -> Communicator:
+def _create_cuda(request: _Request) -> "Collective":
     """CPU group for control, NCCL on it, peer-to-peer kernels where the GPUs reach each other."""
     import torch
 
-    from shardwise.comm.device import with_kernels
+    from shardwise.comm.p2p.communicator import P2PCommunicator
+    from shardwise.comm.p2p.communicator import create as create_p2p
     from shardwise.comm.torch_dist import TorchDistCommunicator
 
     info = request.info
@@ -185,9 +190,7 @@ def _create_cuda(request: _Request) -> Communicator:
     if request.transport == "nccl":
         return nccl
     if request.transport == "auto":
-        return with_kernels(nccl, "p2p", "")
-    from shardwise.comm.p2p.communicator import create as create_p2p
-
+        return P2PCommunicator.or_beyond(nccl)
     return create_p2p(control, transport=request.transport, fallback=nccl)
 
 

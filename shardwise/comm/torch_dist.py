@@ -97,6 +97,7 @@ class TorchDistCommunicator(Collective):
                 timeout=timedelta(seconds=max(options["deadlines"].collective, options["deadlines"].load)),
             )
             group = dist.group.WORLD
+            assert group is not None
         else:
             group = dist.new_group(list(meeting.ranks), backend=backend)
         communicator = cls(group, backend, store, **options)
@@ -149,7 +150,7 @@ class TorchDistCommunicator(Collective):
             return self._fail(PeerLost(f"{where}: a peer's connection broke, its process is gone: {error}"))
         return self._fail(CommError(f"{where}: {self.transport} failed: {error}"))
 
-    def _late(self, limit: float) -> CollectiveTimeout:
+    def _late(self, limit: float) -> CommError:
         """Roll call through the store: whoever waits for the same collective answers."""
         place = f"late/{self.name}/{self.sequence}"
         missing = []
@@ -247,7 +248,7 @@ class TorchDistCommunicator(Collective):
             return self.control._exchange(blob)
         width = 8 + FINGERPRINT_BYTES
         mine = bytearray(len(blob).to_bytes(8, "little") + blob.ljust(FINGERPRINT_BYTES, b"\0"))
-        joined = torch.empty(width * self.size, dtype=torch.uint8)
+        joined = torch.empty(width * self.size, dtype=torch.uint8, device="cpu")
         self._all_gather(torch.frombuffer(mine, dtype=torch.uint8), joined, [width] * self.size)
         frames = joined.view(self.size, width).numpy()
         return [frame[8 : 8 + int.from_bytes(frame[:8].tobytes(), "little")].tobytes() for frame in frames]
@@ -258,7 +259,11 @@ class TorchDistCommunicator(Collective):
     def _split(self, name: str, members: list[int], colors: list[int]) -> "TorchDistCommunicator":
         ranks = [self.ranks[i] for i in members]
         group = dist.new_group(ranks, backend=dist.get_backend(self.group), use_local_synchronization=True)
-        control = self.control.split_known(colors) if self.control is not None else None
+        control = None
+        if self.control is not None:
+            control = self.control.split_known(
+                colors, [members.index(i) if i in members else i for i in range(self.size)]
+            )
         return TorchDistCommunicator(
             group,
             self.transport,
@@ -300,17 +305,17 @@ def _timed_out(error: Exception) -> bool:
 
 def _served_store(meeting: Rendezvous, limit: float) -> TorchStore:
     """A TCPStore that rank 0 serves on a port of the system's choice, told to the others by `meeting`."""
-    options = {"timeout": timedelta(seconds=limit), "wait_for_workers": False}
     store = None
     place = None
     if meeting.rank == 0:
-        host = _own_address()
-        store = dist.TCPStore(host, 0, meeting.size, True, **options)
-        place = (host, store.port)
+        store = _tcp_store(_own_address(), 0, meeting.size, limit, serve=True)
+        place = (store.host, store.port)
     host, port = meeting.gather("tcp-store", place, limit)[0]
-    if store is None:
-        store = dist.TCPStore(host, port, meeting.size, False, **options)
-    return TorchStore(store)
+    return TorchStore(store or _tcp_store(host, port, meeting.size, limit, serve=False))
+
+
+def _tcp_store(host: str, port: int, world: int, limit: float, *, serve: bool) -> dist.TCPStore:
+    return dist.TCPStore(host, port, world, serve, timeout=timedelta(seconds=limit), wait_for_workers=False)
 
 
 def _own_address() -> str:

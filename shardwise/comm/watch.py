@@ -50,7 +50,9 @@ class Deadlines:
 
     def in_phase(self, name: str) -> float:
         """How long a collective may wait for its peers while this process is in phase `name`."""
-        return max(self.load, self.collective) if name == "load" else self.collective
+        if name != "load":
+            return self.collective
+        return max(self.load, self.collective)
 
 
 def env_name(field: str) -> str:
