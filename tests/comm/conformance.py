@@ -1,7 +1,7 @@
 """What every transport must do: one list of cases, run on one rank, checked against float64 sums of all ranks' inputs.
 
-A case is a function (group, rng) that raises when the group is wrong. Every rank draws all ranks' inputs from the same
-seed, so each can work out the right answer alone.
+A case is a function of the group that raises when the group is wrong. Every rank draws all ranks' inputs from the same
+seed, so each can work out the right answer alone. Tensors lie on torch's default device.
 """
 
 import itertools
@@ -21,14 +21,14 @@ def drawn(group, shape, dtype, seed) -> list[torch.Tensor]:
     """The inputs of all ranks."""
     inputs = []
     for rank in range(group.size):
-        generator = torch.Generator().manual_seed(1000 * seed + group.ranks[rank])
+        generator = torch.Generator("cpu").manual_seed(1000 * seed + group.ranks[rank])
         if dtype.is_floating_point:
-            inputs.append(torch.randn(shape, generator=generator).to(dtype))
+            inputs.append(torch.randn(shape, generator=generator, device="cpu").to(dtype))
         elif dtype == torch.bool:
-            inputs.append(torch.rand(shape, generator=generator) < 0.5)
+            inputs.append(torch.rand(shape, generator=generator, device="cpu") < 0.5)
         else:
-            inputs.append(torch.randint(0, 9, shape, generator=generator).to(dtype))
-    return inputs
+            inputs.append(torch.randint(0, 9, shape, generator=generator, device="cpu").to(dtype))
+    return [x.to(torch.get_default_device()) for x in inputs]
 
 
 def assert_sum(result, inputs):

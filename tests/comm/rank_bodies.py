@@ -36,3 +36,13 @@ def conform_without_shared_memory(info, store):
     comm = mpi.world_communicator()
     group = mpi.MpiCommunicator(comm, arrivals=MessageArrivals(comm), deadlines=Deadlines())
     return conformance.run(group)
+
+
+def conform_cuda(info, store, transport):
+    """All cases on CUDA tensors."""
+    group = create(info, transport=transport, store=store, device="cuda")
+    torch.set_default_device("cuda")
+    passed, why = conformance.run(group), group.why()
+    group.barrier()
+    group.close()
+    return passed, why

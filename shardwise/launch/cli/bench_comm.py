@@ -15,9 +15,7 @@ SWEEP = "1KiB,4KiB,16KiB,64KiB,256KiB,1MiB,4MiB,16MiB"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the verb."""
-    parser.add_argument(
-        "--transport", default="auto", help="shm, gloo, mpi, nccl, p2p, flashinfer (default auto)"
-    )
+    parser.add_argument("--transport", default="auto", help="shm, gloo, mpi, nccl, p2p, flashinfer (default auto)")
     parser.add_argument("--world", type=int, default=2, help="ranks to start (default 2)")
     parser.add_argument("--sizes", type=sizes, default=sizes(SWEEP), help=f"payloads, default {SWEEP}")
     parser.add_argument("--op", default="all_reduce", help="operations, comma separated, or all (default all_reduce)")
@@ -64,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
     }
     launcher = "mpi" if args.transport == "mpi" else "local"
     rows, why = _measure("job", payload, args.world, launcher)
-    notes = []
+    notes: list[str] = []
     if "all_reduce" in ops and args.world > 1:
         for peer in _peers(args, payload["device"]):
             rows += _peer(peer, payload, args.world, notes)
