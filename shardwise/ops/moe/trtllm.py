@@ -27,11 +27,11 @@ def build_cutlass_moe() -> None:
     from flashinfer.fused_moe.core import gen_cutlass_fused_moe_sm90_module
 
     gen_cutlass_fused_moe_sm90_module().build_and_load()
-    _cutlass_ready.cache_clear()
+    cutlass_ready.cache_clear()
 
 
 @functools.cache
-def _cutlass_ready() -> bool:
+def cutlass_ready() -> bool:
     """Whether this is Hopper and FlashInfer's module was compiled before."""
     if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
         return False
@@ -42,7 +42,7 @@ def _cutlass_ready() -> bool:
     return gen_cutlass_fused_moe_sm90_module().is_compiled
 
 
-def _cutlass(rows, ids, weights, first, second, act, dtype, scales) -> Tensor:
+def cutlass_moe(rows, ids, weights, first, second, act, dtype, scales) -> Tensor:
     """Ids outside the local experts become expert 0 with weight 0: the module has no skip for them."""
     from flashinfer import ActivationType
     from flashinfer.fused_moe import cutlass_fused_moe
@@ -92,8 +92,8 @@ def trtllm_moe_fused(
     weights = (w3_w1_stacked_weight.contiguous(), w2_stacked_weight.contiguous())
 
     def compute(rows: Tensor, ids: Tensor, routing: Tensor) -> Tensor:
-        if rows.is_cuda and rows.shape[0] and not apply_routing_on_input and _cutlass_ready():
-            return _cutlass(rows, ids, routing, *weights, act, rows.dtype, [])
+        if rows.is_cuda and rows.shape[0] and not apply_routing_on_input and cutlass_ready():
+            return cutlass_moe(rows, ids, routing, *weights, act, rows.dtype, [])
         return grouped_moe(rows, ids, routing, *weights, act, apply_routing_on_input)
 
     return run_routed(name, x, selected_experts, routing_weights, experts, compute, mapping_config, max_num_tokens)
@@ -154,9 +154,9 @@ def trtllm_quant_fp8_moe_fused(
     scales = FP8Scales(s1, fc1_dequant_scale.float(), 1.0 / reciprocal, fc2_dequant_scale.float())
 
     def compute(rows: Tensor, ids: Tensor, routing: Tensor) -> Tensor:
-        if rows.is_cuda and rows.shape[0] and not apply_routing_on_input and _cutlass_ready():
+        if rows.is_cuda and rows.shape[0] and not apply_routing_on_input and cutlass_ready():
             quant = [scales.first, reciprocal.reshape(()), scales.second, s1.reshape(())]
-            return _cutlass(quantize(rows, s1), ids, routing, *weights, act, rows.dtype, quant)
+            return cutlass_moe(quantize(rows, s1), ids, routing, *weights, act, rows.dtype, quant)
         return grouped_moe(rows, ids, routing, *weights, act, apply_routing_on_input, scales)
 
     return run_routed(name, x, selected_experts, routing_weights, experts, compute, mapping_config, max_num_tokens)

@@ -1,0 +1,177 @@
+"""Mixture-of-experts layers timed at real sizes, beside their peers and the floors of memory and matrix rate."""
+
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from shardwise.ops.moe import triton as kernels
+from shardwise.ops.moe import trtllm
+from shardwise.ops.moe.contract import SILU
+from shardwise.ops.moe.mxfp4 import mxfp4_moe
+from shardwise.ops.moe.mxfp4_layout import pack_mxfp4
+from shardwise.ops.moe.reference import route, torch_moe_fused
+
+Timer = Callable[[Callable[[], object]], float]
+"""Microseconds of a call."""
+INPUTS = 8
+"""Token sets that calls take in turn, so that few tokens do not find their experts' weights in the L2 cache."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Sizes of one layer; `experts` may be a rank's share."""
+
+    experts: int
+    hidden: int
+    size: int
+    top_k: int
+    format: str  # mxfp4, bf16 or fp8
+
+    @property
+    def expert_bytes(self) -> int:
+        """Weights and scales of one expert."""
+        values = 3 * self.hidden * self.size
+        return {"mxfp4": values // 2 + values // 32, "bf16": 2 * values, "fp8": values}[self.format]
+
+    def operations(self, tokens: int) -> int:
+        """Floating-point operations of the matrix products."""
+        return 6 * tokens * self.top_k * self.hidden * self.size
+
+
+LAYERS = {
+    "gpt-oss-120b": Layer(128, 2880, 2880, 4, "mxfp4"),
+    "gpt-oss-20b": Layer(32, 2880, 2880, 4, "mxfp4"),
+    "qwen3-30b-a3b": Layer(128, 2048, 768, 8, "bf16"),
+    "qwen3-30b-a3b-fp8": Layer(128, 2048, 768, 8, "fp8"),
+    "mixtral-8x7b": Layer(8, 4096, 14336, 2, "bf16"),
+    "mixtral-8x7b-fp8": Layer(8, 4096, 14336, 2, "fp8"),
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measured size; times in microseconds."""
+
+    layer: str
+    experts: int
+    tokens: int
+    us: float
+    active_experts: float  # mean over the token sets
+    memory_floor_us: float  # active experts' weights once, at the rate of a plain copy
+    matrix_floor_us: float  # operations at the rate of a large bf16 product (e4m3 at twice that)
+    peers_us: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """What the device does at best: bytes and bf16 operations a microsecond."""
+
+    bytes: float
+    operations: float
+
+
+def measure_ceilings(time: Timer, device: str = "cuda", size: int = 8192) -> Ceilings:
+    """A copy that reads and writes 64 bytes a matrix element, and a bf16 product of random matrices."""
+    a, b = (torch.randn(size, size, device=device).bfloat16() for _ in range(2))
+    source = torch.empty(32 * size * size, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    copied = 2 * source.numel() / time(lambda: target.copy_(source))
+    return Ceilings(copied, 2 * size**3 / time(lambda: a @ b))
+
+
+def measure_layer(
+    name: str, layer: Layer, token_counts: tuple[int, ...], time: Timer, ceilings: Ceilings, device: str = "cuda"
+) -> Iterator[Row]:
+    """Rows of one layer with random weights and the routing of random tokens."""
+    calls_of = _mxfp4_calls(layer, device) if layer.format == "mxfp4" else _stacked_calls(layer, device)
+    router = torch.randn(layer.experts, layer.hidden, device=device) * layer.hidden**-0.5
+    for tokens in token_counts:
+        sets = [torch.randn(tokens, layer.hidden, device=device).bfloat16() for _ in range(INPUTS)]
+        routed = [route(x.float(), router, router.new_zeros(layer.experts), layer.top_k) for x in sets]
+        calls = calls_of(list(zip(sets, *zip(*routed, strict=True), strict=True)), router)
+        times = {label: time(_in_turn(call)) for label, call in calls.items()}
+        active = sum(ids.unique().numel() for ids, _ in routed) / INPUTS
+        peak = ceilings.operations * (2 if layer.format == "fp8" else 1)
+        yield Row(
+            layer=name,
+            experts=layer.experts,
+            tokens=tokens,
+            us=times.pop("ours"),
+            active_experts=active,
+            memory_floor_us=active * layer.expert_bytes / ceilings.bytes,
+            matrix_floor_us=layer.operations(tokens) / peak,
+            peers_us=times,
+        )
+
+
+def _in_turn(calls: list[Callable[[], Tensor]]) -> Callable[[], Tensor]:
+    turn = itertools.cycle(calls)
+    return lambda: next(turn)()
+
+
+def _mxfp4_calls(layer: Layer, device: str):
+    """The whole operator, routing included."""
+
+    def matrix(rows: int, columns: int, paired: bool):
+        blocks = torch.randint(0, 256, (layer.experts, rows, columns // 32, 16), dtype=torch.uint8, device=device)
+        scales = torch.randint(117, 122, blocks.shape[:-1], dtype=torch.uint8, device=device)
+        return pack_mxfp4(blocks, scales, torch.randn(layer.experts, rows, device=device), paired)
+
+    up, down = matrix(2 * layer.size, layer.hidden, True), matrix(layer.hidden, layer.size, False)
+
+    def calls(inputs, router):
+        weight, bias = router.bfloat16(), router.new_zeros(layer.experts)
+
+        def one(x):
+            return lambda: mxfp4_moe(x, weight, bias, layer.top_k, up, down, 1.702, 7.0, 0)
+
+        return {"ours": [one(x) for x, _, _ in inputs]}
+
+    return calls
+
+
+def _stacked_calls(layer: Layer, device: str):
+    """Given routing; peers: a loop over experts, FlashInfer's CUTLASS kernels where compiled, and bf16 beside fp8."""
+
+    def randn(*shape, scale):
+        return torch.randn(*shape, device=device, dtype=torch.bfloat16) * scale
+
+    first = randn(layer.experts, 2 * layer.size, layer.hidden, scale=layer.hidden**-0.5)
+    second = randn(layer.experts, layer.hidden, layer.size, scale=layer.size**-0.5)
+    codes = [weight.to(torch.float8_e4m3fn) for weight in (first, second)] if layer.format == "fp8" else []
+    one, ones = torch.ones(1, device=device), torch.ones(layer.experts, device=device)
+
+    def calls(inputs, _router):
+        def each(function):
+            return [lambda x=x, ids=ids, w=w: function(x, ids, w) for x, ids, w in inputs]
+
+        def bf16(x, ids, w):
+            return kernels.triton_moe_fused(x, ids, w, first, second, True, SILU)
+
+        def fp8(x, ids, w):
+            return kernels.triton_quant_fp8_moe(
+                x, ids, w, *codes, one, one, one, one, ones, ones, ones, True, SILU
+            )  # fmt: skip
+
+        if codes:
+            found = {"ours": each(fp8), "ours in bf16": each(bf16)}
+        else:
+            found = {"ours": each(bf16), "expert loop": each(lambda x, i, w: torch_moe_fused(x, i, w, first, second))}
+        if trtllm.cutlass_ready():
+            found["flashinfer"] = each(_flashinfer(codes or [first, second], one, ones))
+        return found
+
+    return calls
+
+
+def _flashinfer(weights, one, ones):
+    quant = [ones, one.reshape(()), ones, one.reshape(())] if weights[0].dtype == torch.float8_e4m3fn else []
+
+    def run(x, ids, w):
+        rows = x.to(torch.float8_e4m3fn) if quant else x
+        return trtllm.cutlass_moe(rows, ids, w, *weights, "silu", x.dtype, quant)
+
+    return run

@@ -1,0 +1,56 @@
+"""The MoE benchmark measures what it says: run on tiny layers with a stopwatch that only counts."""
+
+import pytest
+import torch
+
+from shardwise.launch.cli import main
+from shardwise.ops.moe.bench import INPUTS, LAYERS, Ceilings, Layer, measure_layer
+from shardwise.ops.triton_support import interpreting
+
+pytestmark = [
+    pytest.mark.skipif(not interpreting(), reason="tiny layers in Triton's interpreter"),
+    pytest.mark.filterwarnings("ignore::RuntimeWarning", "ignore::DeprecationWarning"),
+]
+
+
+@pytest.mark.parametrize("form,peers", [("mxfp4", set()), ("bf16", {"expert loop"}), ("fp8", {"ours in bf16"})])
+def test_rows_carry_floors_and_peers(form, peers):
+    outputs = []
+
+    def stopwatch(call):
+        outputs.append(call())
+        return 5.0
+
+    layer = Layer(4, 64, 32, 2, form)
+    (row,) = measure_layer("tiny", layer, (3,), stopwatch, Ceilings(100.0, 1000.0), "cpu")
+    assert all(out.shape == (3, 64) and out.isfinite().all() for out in outputs)
+    assert row.us == 5.0 and set(row.peers_us) == peers and len(outputs) == 1 + len(peers)
+    assert 2 <= row.active_experts <= 4 and INPUTS > 1
+    values = 3 * 64 * 32
+    size = {"mxfp4": values * 17 / 32, "bf16": values * 2, "fp8": values}[form]
+    assert row.memory_floor_us == pytest.approx(row.active_experts * size / 100)
+    assert row.matrix_floor_us == pytest.approx(2 * 3 * 2 * values / (2000 if form == "fp8" else 1000))
+
+
+def test_known_layers_have_the_published_sizes():
+    assert LAYERS["gpt-oss-120b"].expert_bytes == 13219200
+    assert LAYERS["mixtral-8x7b"].operations(1) == 6 * 2 * 4096 * 14336
+
+
+@pytest.mark.parametrize(
+    "words,text",
+    [
+        (["--layer", "llama"], "unknown layer llama: choose of gpt-oss-120b"),
+        (["--layer", "gpt-oss-120b", "--experts", "3"], "at least the layer's top-k"),
+        (["--tokens", "0"], "--tokens 0: give 1 or more"),
+    ],
+)
+def test_usage_errors_name_the_legal_values(capsys, words, text):
+    assert main(["bench", "moe", *words]) == 2
+    assert text in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the answer of a machine without a GPU")
+def test_without_a_device_it_says_so(capsys):
+    assert main(["bench", "moe"]) == 1
+    assert "no CUDA device" in capsys.readouterr().err
