@@ -5,7 +5,6 @@ its launcher understands: MPI_Abort, or the process's exit code. A rank is also 
 so that a killed launcher leaves nobody behind.
 """
 
-import atexit
 import contextlib
 import ctypes
 import faulthandler
@@ -148,25 +147,22 @@ def job_folder(info: RankInfo) -> Path:
 
 
 def guard_script(info: RankInfo) -> None:
-    """For a script that builds its own `LLM` under mpirun or torchrun: an uncaught exception ends the whole job.
-
-    sys.exit is not seen by the hook; it leads to MPI_Finalize, which waits for peers, so that wait is bounded.
-    """
+    """For a script that builds its own `LLM` under mpirun or torchrun: an uncaught exception ends the whole job."""
     keeper = Guard(info, job_folder(info))
     sys.excepthook = lambda kind, error, trace: keeper.fail(error)
-    atexit.register(farewell, watch.Deadlines.from_environment().stop)
 
 
-def farewell(seconds: float) -> None:
-    """MPI_Finalize; a rank whose peers do not come along within `seconds` shows its stack and ends with code 1.
+def farewell(seconds: float, close: Callable[[], None] = lambda: None) -> None:
+    """`close()` and MPI_Finalize, which both may wait for peers.
 
-    mpi4py would finalize behind the interpreter's own end, where nothing of Python's could bound it.
+    A rank whose peers do not come along within `seconds` (one of them left by sys.exit, say) shows its stack and
+    ends with code 1. mpi4py would finalize behind the interpreter's own end, where nothing of Python's could bound it.
     """
-    mpi = sys.modules.get("mpi4py.MPI")
-    if mpi is None or not mpi.Is_initialized() or mpi.Is_finalized():
-        return
     faulthandler.dump_traceback_later(seconds, exit=True)
-    mpi.Finalize()
+    close()
+    mpi = sys.modules.get("mpi4py.MPI")
+    if mpi is not None and mpi.Is_initialized() and not mpi.Is_finalized():
+        mpi.Finalize()
     faulthandler.cancel_dump_traceback_later()
 
 

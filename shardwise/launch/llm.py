@@ -87,6 +87,7 @@ class LLM:
             options = {"address": ray_address, "device": device} if self.launcher == "ray" else {}
             self._runner = ParentRunner(self.config, self.launcher, options, on_progress, debug)
         self._closer = weakref.finalize(self, self._runner.close)
+        self._closer.atexit = False  # runners know better when to close at the end
         self.last_answer: Answer | None = None
         """Times of the last call that was read to its end."""
 
@@ -285,6 +286,7 @@ class SpmdRunner:
         self._session = Session(context, config)
         self.transport = self._session.transport
         self._stats: list[RankStats] = []
+        atexit.register(guard.farewell, deadlines.stop, self.close)
 
     def stream(self, prompts: Sequence[Any], params: Sequence[SamplingParams]) -> Iterator[TokenEvent | Answer]:
         yield from self._session.stream(prompts, params)
