@@ -24,6 +24,8 @@ _PARTNERS = {
 
 
 NO_BOUND = 1 << 30
+NOTABLE_IMBALANCE = 1e-3
+PADDABLE = (Axis.VOCAB, Axis.MLP, Axis.EXPERT_MLP)
 
 
 class IllegalLayout(ValueError):
@@ -53,12 +55,13 @@ def choose_cuts(
     """A cut for every axis that occurs, and warnings. IllegalLayout lists every axis that cannot be cut."""
     tensors = tuple(tensors)
     grains = grains_of(tensors)
+    padded = {_family(axis) for axis in pad}
     cuts: dict[LogicalAxis, Cut] = {}
     reasons: list[str] = []
     warnings: list[str] = []
     for axis in axes_of(tensors):
         try:
-            cuts[axis] = _cut(axis, mesh_size(layout, axis), grains[_key(axis)], axis.axis in pad, warnings)
+            cuts[axis] = _cut(axis, mesh_size(layout, axis), grains[_key(axis)], _family(axis.axis) in padded, warnings)
         except IllegalCut as error:
             reasons.append(_reason(axis, layout, str(error), grains[_key(axis)], tensors))
     if reasons:
@@ -109,7 +112,12 @@ def user_of(axis: LogicalAxis, tensors: Iterable[TensorSpec]) -> TensorSpec:
 
 
 def _key(axis: LogicalAxis) -> object:
-    return (_PARTNERS.get(axis.axis, axis.axis), axis.groups or axis.units)
+    return (_family(axis.axis), axis.groups or axis.units)
+
+
+def _family(axis: Axis) -> Axis:
+    """The axis that leads: KV heads go where their query heads go."""
+    return _PARTNERS.get(axis, axis)
 
 
 def _cut(axis: LogicalAxis, parts: int, grain: Grain, pad: bool, warnings: list[str]) -> Cut:
@@ -123,20 +131,34 @@ def _cut(axis: LogicalAxis, parts: int, grain: Grain, pad: bool, warnings: list[
             "keep blocks whole: neighbouring ranks both hold the block at the cut"
         )
     cut = Cut(axis, parts, 1 if shares_blocks else grain.units, pad and (not axis.groups or parts <= axis.groups))
-    if cut.kind is CutKind.UNEVEN:
-        warnings.append(_imbalance(cut))
+    text = _imbalance(cut) if cut.kind is CutKind.UNEVEN else ""
+    warnings += [text] if text else []
     return cut
 
 
 def _imbalance(cut: Cut) -> str:
+    """What the uneven cut costs and how to avoid it; nothing below a thousandth."""
     lengths = [cut.share(i).length for i in range(cut.parts)]
-    most, least = max(lengths), min(lengths)
+    excess = max(lengths) * cut.parts / sum(lengths) - 1
+    if excess < NOTABLE_IMBALANCE:
+        return ""
     unit = f" in blocks of {cut.grain}" if cut.grain > 1 else ""
-    excess = most * cut.parts / sum(lengths) - 1
+    axis = cut.axis.axis
+    ways = [f"even on {', '.join(map(str, _even_sizes(cut)))}"]
+    ways += [f"--pad {axis}"] if axis in PADDABLE else []
+    ways += ["expert parallel (--ep)"] if axis is Axis.EXPERT_MLP else []
     return (
-        f"{cut.axis.units} {cut.axis.axis} on {cut.parts} ranks are uneven{unit}: {most} to {least}, "
-        f"the fullest rank holds {excess:.1%} more than an even share"
+        f"{cut.axis.units} {axis} on {cut.parts} ranks are uneven{unit}: {max(lengths)} to {min(lengths)}, "
+        f"the fullest rank holds {excess:.1%} more than an even share ({', or '.join(ways)})"
     )
+
+
+def _even_sizes(cut: Cut) -> list[int]:
+    """Numbers of ranks up to the cut's that would hold the same."""
+    items = (cut.axis.groups or cut.axis.units) // cut.grain
+    return [
+        n for n in range(1, cut.parts) if items * cut.grain == (cut.axis.groups or cut.axis.units) and items % n == 0
+    ] or [1]
 
 
 def _reason(axis: LogicalAxis, layout: ParallelLayout, why: str, grain: Grain, tensors: tuple[TensorSpec, ...]) -> str:
@@ -147,7 +169,7 @@ def _reason(axis: LogicalAxis, layout: ParallelLayout, why: str, grain: Grain, t
 
 def _offers(axis: LogicalAxis, mesh: MeshAxis, grain: Grain, layout: ParallelLayout) -> list[str]:
     offers = [f"smaller {mesh} (at most {largest(axis, grain)})"]
-    if not axis.groups and axis.axis in (Axis.MLP, Axis.EXPERT_MLP, Axis.VOCAB):
+    if axis.axis in PADDABLE:
         offers.append(f"--pad {axis.axis}")
     if axis.axis is Axis.EXPERT_MLP:
         offers.append(f"expert parallel instead (--ep {layout.world})")

@@ -76,6 +76,11 @@ def _head(plan: Plan, cost: "Cost | None") -> dict[str, Any]:
             "moe_ep": layout.moe_ep,
             "attn_dp": layout.attn_dp,
         },
+        "options": {
+            "pad": list(plan.pad),
+            "extras": list(dict.fromkeys(p.part for p in plan.loaded if p.part != "text")),
+            "kv_itemsize": plan.kv_itemsize,
+        },
         "cuts": [
             {"axis": str(a.axis), "units": a.units, "groups": a.groups, "kind": str(c.kind), "grain": c.grain}
             for a, c in plan.cuts.by_axis.items()

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from shardwise.sharding.axes import LogicalAxis, fixed
-from shardwise.sharding.checkpoint.header import CheckpointError, TensorEntry
+from shardwise.sharding.checkpoint.header import STORAGE, CheckpointError, TensorEntry
 from shardwise.sharding.spec import Block, Extra, Layer, ModelSpec, Moe, TensorSpec
 
 SHOWN = 5
@@ -41,6 +41,9 @@ def bind(model: ModelSpec, tensors: Mapping[str, TensorEntry]) -> ModelSpec:
     extras = binder.extras(model)
     left = [entry for name, entry in tensors.items() if name not in binder.used]
     extras += leftovers(left, len(model.layers))
+    packed = sorted({e.dtype for e in tensors.values() if STORAGE[e.dtype][0] > 1})
+    if packed:
+        bound = replace(bound, quantization=" + ".join(packed))
     notes = tuple(f"not part of {model.architecture}, left out: {e.note}" for e in extras if e.name == "other")
     return replace(bound, extras=extras, notes=model.notes + notes)
 
@@ -111,8 +114,9 @@ class _Binder:
     def tensor(self, spec: TensorSpec, layer: int | None) -> TensorSpec | None:
         experts: LogicalAxis | None = spec.experts
         dtypes: dict[str, str] = {}
+        shape, base = spec.shape, spec.path(layer)
         for expert in range(experts.units) if experts else (None,):
-            name = spec.path(layer, expert)
+            name = base if expert is None else base.replace("{expert}", str(expert))
             entry = self.tensors.get(name)
             if entry is None and spec.optional:
                 return None
@@ -121,8 +125,8 @@ class _Binder:
                 continue
             self.used.add(name)
             dtypes[entry.dtype] = name
-            if entry.shape != spec.shape:
-                self.misfits.append(f"{name} has shape {list(entry.shape)}, the config says {list(spec.shape)}")
+            if entry.shape != shape:
+                self.misfits.append(f"{name} has shape {list(entry.shape)}, the config says {list(shape)}")
         if len(dtypes) > 1:
             self.misfits.append(f"experts of {spec.name} have different types: {' and '.join(dtypes)}")
         return replace(spec, dtype=next(iter(dtypes), spec.dtype))

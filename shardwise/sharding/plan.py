@@ -10,7 +10,7 @@ from typing import Any
 from shardwise.sharding.axes import Axis, LogicalAxis
 from shardwise.sharding.collectives import Collective, collectives
 from shardwise.sharding.cutting import choose_cuts
-from shardwise.sharding.experts import place_experts
+from shardwise.sharding.experts import Placement, place_experts
 from shardwise.sharding.layout import Coordinates, ParallelLayout
 from shardwise.sharding.memory import CacheEntry, cache_entries
 from shardwise.sharding.names import NameIndex, expand
@@ -46,6 +46,8 @@ class Plan:
     """In model order; those of extras that are not loaded come last and count nowhere."""
     warnings: tuple[str, ...]
     kv_itemsize: int = 2
+    pad: tuple[str, ...] = ()
+    """Axes that were asked to be padded, sorted."""
 
     def shard(self, rank: int, tensor_name: str) -> TensorShard:
         """What `rank` holds of the tensor; KeyError for a name that the model does not have."""
@@ -145,13 +147,15 @@ def plan(
     kv_itemsize: int = 2,
     redundant_experts: int = 0,
     expert_load: tuple[float, ...] | None = None,
+    expert_placement: Placement | None = None,
 ) -> Plan:
     """The plan of `model` under a layout.
 
     `model`: a ModelSpec, the object of a config.json, a path to a config.json, a model folder or a GGUF file, or a name
     that `checkpoint.resolve` knows. `layout`, or the sizes of its mesh axes. `pad`: axes whose ranks get equal lengths
     by padding. `extras`: names of extras to load as well (`vision`, `mtp`). `kv_itemsize`: bytes of a cached element.
-    `redundant_experts`, `expert_load`: copies of experts and where they go, see `place_experts`.
+    `redundant_experts`, `expert_load`: copies of experts and where they go, see `place_experts`; `expert_placement`
+    says it outright.
     Raises IllegalLayout (a ValueError) with reasons and alternatives, ConfigError for an unusable config,
     CheckpointError for unreadable headers.
     """
@@ -159,15 +163,16 @@ def plan(
     layout = layout or ParallelLayout(tp, attn_dp, moe_tp, ep)
     patterns = patterns_of(spec, frozenset(extras))
     specs = tuple(p.spec for p in patterns if p.loaded)
-    by_axis, warnings = choose_cuts(specs, layout, frozenset(Axis(p) for p in pad))
+    padded = tuple(sorted({Axis(p).value for p in pad}))
+    by_axis, warnings = choose_cuts(specs, layout, frozenset(map(Axis, padded)))
     placement = {
-        axis: place_experts(axis, layout.moe_ep, redundant_experts, expert_load)
+        axis: expert_placement or place_experts(axis, layout.moe_ep, redundant_experts, expert_load)
         for axis in by_axis
         if axis.axis is Axis.EXPERTS
     }
     cuts = Cuts(layout, by_axis, placement)
     cuts.check(specs)
-    return Plan(spec, layout, cuts, patterns, warnings + spec.notes, kv_itemsize)
+    return Plan(spec, layout, cuts, patterns, warnings + spec.notes, kv_itemsize, padded)
 
 
 def patterns_of(model: ModelSpec, load_extras: frozenset[str] = frozenset()) -> tuple[TensorPattern, ...]:

@@ -1,9 +1,10 @@
 """A rank's part of every tensor, on patterns with multiplicities, and the self-check of all parts together."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 
-from shardwise.sharding.axes import MESH_AXIS, SHARED_BY_RANKS, LogicalAxis, Range, Share, merge, span
+from shardwise.sharding.axes import MESH_AXIS, SHARED_BY_RANKS, LogicalAxis, MeshAxis, Range, Share, merge, span
 from shardwise.sharding.checkpoint.header import STORAGE
 from shardwise.sharding.cuts import Cut
 from shardwise.sharding.layout import Coordinates, ParallelLayout
@@ -74,24 +75,33 @@ class Cuts:
 
     def shard(self, spec: TensorSpec, at: Coordinates, name: str, expert: int | None = None) -> TensorShard:
         """The part of one tensor named `name` at these coordinates."""
-        shape = spec.shape
-        if spec.experts and expert is not None and expert not in self.placement[spec.experts][at.moe_ep]:
-            return TensorShard(name, spec.role, shape, (0,) * len(shape), ((),) * len(shape), spec.dtype, 0, held=False)
+        held = not spec.experts or expert is None or expert in self.placement[spec.experts][at.moe_ep]
+        # Hashing a spec costs more than its cut; the entry keeps the spec alive, so that its id stays its own.
+        key = (id(spec), at, held)
+        if key not in self._parts:
+            self._parts[key] = (spec, self._part(spec, at) if held else _absent(spec))
+        return TensorShard(name, *self._parts[key][1])
+
+    @cached_property
+    def _parts(self) -> dict[tuple[int, Coordinates, bool], tuple[TensorSpec, tuple]]:
+        return {}
+
+    def _part(self, spec: TensorSpec, at: Coordinates) -> tuple:
+        """The fields of a TensorShard behind its name."""
         dims = [dim.local(lambda axis: self.share(axis, at)) for dim in spec.dims]
         ranges = tuple(r for r, _ in dims)
         local = tuple(length for _, length in dims)
-        return TensorShard(name, spec.role, shape, local, ranges, spec.dtype, _nbytes(spec.dtype, local, ranges))
+        return spec.role, spec.shape, local, ranges, spec.dtype, _nbytes(spec.dtype, local, ranges)
 
     def check(self, specs: tuple[TensorSpec, ...]) -> None:
         """AssertionError unless the parts of each tensor are the tensor and overlap only where that is declared."""
         for dim in {dim for spec in specs for dim in spec.dims if dim.axes}:
             self._check_dim(dim)
         for spec in specs:
-            meshes = [MESH_AXIS[m] for dim in spec.dims for m in {a.axis for a in dim.axes}]
-            cut_twice = [
-                m for m in set(meshes) if len({d for d in spec.dims if any(MESH_AXIS[a.axis] is m for a in d.axes)}) > 1
-            ]
-            assert not cut_twice, f"{spec.name}: two dims are cut over {cut_twice}, so no rank set covers the tensor"
+            cut_by = [mesh for dim in spec.dims for mesh in {MESH_AXIS[a.axis] for a in dim.axes}]
+            assert len(set(cut_by)) == len(cut_by), f"{spec.name}: two dims are cut over one mesh axis of {cut_by}"
+            # Ranks that differ in tp need not differ in moe_tp, so the two grids never meet in one tensor.
+            assert MeshAxis.TP not in cut_by or len(cut_by) == 1, f"{spec.name}: cut over {cut_by}, of two grids"
         for axis, placement in self.placement.items():
             held = {e for experts in placement for e in experts}
             assert held == set(range(axis.units)), f"experts {sorted(set(range(axis.units)) - held)} are on no rank"
@@ -119,6 +129,11 @@ class Cuts:
             or any(s.axis is None for s in dim.segments)
             or any(a in self.placement or a.axis in SHARED_BY_RANKS for a in dim.axes)
         )
+
+
+def _absent(spec: TensorSpec) -> tuple:
+    rank = len(spec.dims)
+    return spec.role, spec.shape, (0,) * rank, ((),) * rank, spec.dtype, 0, False
 
 
 def _nbytes(dtype: str, local: tuple[int, ...], ranges: tuple[tuple[Range, ...], ...]) -> int:

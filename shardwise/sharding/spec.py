@@ -2,7 +2,7 @@
 
 The planner, the checkpoint loader and the runtime's modules all read this; there is no second description. All of it
 is frozen, compares by value and is free of torch. Roles (`q.weight`, `gate.scale`, ...) name a tensor inside its block
-and are the same for all families; names are those of a Hugging Face checkpoint (the GGUF reader presents its tensors so).
+and are the same for all families; names are those of a Hugging Face checkpoint (the GGUF reader shows its tensors so).
 """
 
 from dataclasses import dataclass, replace

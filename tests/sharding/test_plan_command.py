@@ -8,8 +8,10 @@ import pytest
 from published_models import CONFIGS, model
 
 from shardwise.launch.cli import main
+from shardwise.sharding.config import ConfigError
 from shardwise.sharding.document import document, document_lines, plan_hash
 from shardwise.sharding.plan import plan
+from shardwise.sharding.replay import replay
 
 SMOL, MOE, KIMI = "HuggingFaceTB/SmolLM-135M", "Qwen/Qwen3-30B-A3B", "moonshotai/Kimi-K2-Instruct"
 
@@ -167,3 +169,29 @@ def test_planning_imports_neither_torch_nor_numpy(config):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        (SMOL, {"tp": 2, "pad": ["vocab"]}),
+        (MOE, {"tp": 4, "ep": 4, "redundant_experts": 4, "expert_load": tuple(float(i % 7) for i in range(128))}),
+        ("deepseek-ai/DeepSeek-V3", {"tp": 2, "attn_dp": 2, "ep": 4, "extras": ["mtp"]}),
+    ],
+)
+def test_a_plan_file_is_replayed_for_its_model_only(name, options, tmp_path):
+    path = tmp_path / "plan.json"
+    made = plan(CONFIGS[name], **options)
+    path.write_text("\n".join(document_lines(made)))
+    again = replay(path, CONFIGS[name])
+    assert again == made and again.ranks == made.ranks
+    with pytest.raises(ConfigError, match="config, tensors or cuts differ"):
+        replay(path, CONFIGS[name] | {"rope_theta": 12345.0})
+
+
+def test_a_file_that_is_no_plan_is_refused(tmp_path):
+    path = tmp_path / "plan.json"
+    for text, words in (("{}", "schema_version is None"), ('{"schema_version": 1}', "model is missing")):
+        path.write_text(text)
+        with pytest.raises(ConfigError, match=words):
+            replay(path, CONFIGS[SMOL])

@@ -1,0 +1,57 @@
+"""Makes the plan of a plan document again, and refuses a model that is not the one it was made for."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from shardwise.sharding.config import Config, ConfigError
+from shardwise.sharding.diff import read_document
+from shardwise.sharding.document import plan_hash
+from shardwise.sharding.layout import ParallelLayout
+from shardwise.sharding.plan import Plan, plan
+from shardwise.sharding.spec import ModelSpec
+
+
+def replay(path: str | Path, model: ModelSpec | Mapping[str, Any] | str | Path) -> Plan:
+    """The plan in the file `path`, for `model`.
+
+    ConfigError when the file is no plan document, or when config, tensors or cuts of `model` give another hash.
+    """
+    document = read_document(Path(path))
+    fields = Config(document, str(path))
+    sizes, options = fields.own("layout"), fields.own("options")
+    layout = ParallelLayout(
+        sizes.integer("tp"), sizes.integer("attn_dp"), sizes.integer("moe_tp"), sizes.integer("moe_ep")
+    )
+    made = plan(
+        model,
+        layout,
+        pad=options.list("pad", default=[], of=str),
+        extras=options.list("extras", default=[], of=str),
+        kv_itemsize=options.integer("kv_itemsize", default=2),
+        expert_placement=_placement(document, layout, str(path)),
+    )
+    found, wanted = plan_hash(made), fields.text("hash")
+    if found != wanted:
+        name = fields.own("model").text("name", default="its model")
+        raise ConfigError(
+            f"{path}: made for {name} with hash {wanted}, but {made.model.name} gives {found}: config, tensors or cuts "
+            "differ; make a new plan, or use the model that this one was made for"
+        )
+    return made
+
+
+def _placement(document: Mapping[str, Any], layout: ParallelLayout, source: str) -> tuple[tuple[int, ...], ...] | None:
+    """Experts of each moe_ep coordinate, from the ranks that stand there; None without experts."""
+    held: dict[int, tuple[int, ...]] = {}
+    for rank, row in enumerate(document["ranks"]):
+        if not isinstance(row, Mapping) or rank >= layout.world:
+            raise ConfigError(f"{source}: ranks[{rank}] does not belong to a layout of {layout.world} ranks")
+        experts = row.get("experts")
+        if experts:
+            held[layout.coordinates(rank).moe_ep] = tuple(experts[0])
+    if not held:
+        return None
+    if sorted(held) != list(range(layout.moe_ep)):
+        raise ConfigError(f"{source}: ranks list the experts of {sorted(held)}, the layout has moe_ep {layout.moe_ep}")
+    return tuple(held[i] for i in range(layout.moe_ep))
