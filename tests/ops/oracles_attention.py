@@ -1,6 +1,7 @@
 """Attention and MLA written out in float64, one query at a time, without batching: what the operators must equal."""
 
 import math
+import random
 from dataclasses import dataclass, field
 
 import torch
@@ -91,6 +92,17 @@ class Step:
         ints = [torch.tensor(x, dtype=torch.int32, device=device) for x in (self.lengths, self.past)]
         slots = torch.tensor(self.slots, dtype=torch.int64, device=device)
         return info, *ints, slots, torch.tensor(self.starts, dtype=torch.int32, device=device)
+
+
+def random_step(seed: int, slots: int = 4, max_seq: int = 12) -> Step:
+    """Any mix of prefill, continued, empty and decode sequences with distinct or padding slots."""
+    rng = random.Random(seed)
+    count = rng.randint(1, slots)
+    decode = rng.randint(0, count)
+    lengths = [rng.choice((0, 1, 2, rng.randint(1, max_seq))) for _ in range(count - decode)] + [1] * decode
+    past = [rng.randint(0, max_seq - length) for length in lengths]
+    places = [slot if rng.random() < 0.85 else -1 for slot in rng.sample(range(slots), count)]
+    return Step(lengths, past, places, decode=decode, padding=rng.choice((0, 0, 2)))
 
 
 def cached_attention(step, q, k, v, k_cache, v_cache, *, scale=None, sinks=None, window=None, cap=None):

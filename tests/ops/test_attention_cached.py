@@ -58,6 +58,13 @@ def test_steps_equal_oracle(name, dtype):
     check(STEPS[name], build(STEPS[name], dtype=dtype), dtype)
 
 
+@pytest.mark.parametrize("seed", range(24))
+def test_random_steps_equal_oracle(seed):
+    step = oracle.random_step(seed)
+    options = [{}, {"window": 3}, {"sinks": torch.linspace(-1, 3, 4)}, {"cap": 2.0, "window": 5}][seed % 4]
+    check(step, build(step), **options)
+
+
 @pytest.mark.parametrize(
     "heads", [{"heads": 4, "kv_heads": 1}, {"heads": 3, "kv_heads": 3}, {"size": 5, "value_size": 9}]
 )

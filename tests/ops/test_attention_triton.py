@@ -78,6 +78,13 @@ def test_steps_equal_oracle(name, dtype):
     check(STEPS[name], build(STEPS[name], dtype=dtype))
 
 
+@pytest.mark.parametrize("seed", range(12))
+def test_random_steps_equal_oracle(seed):
+    step = oracle.random_step(seed, max_seq=40)
+    options = [{}, {"window": 19}, {"sinks": torch.linspace(-1, 3, 4)}, {"window": 5}][seed % 4]
+    check(step, build(step), **options)
+
+
 @pytest.mark.parametrize("heads", [
     {"heads": 3, "kv_heads": 1}, {"heads": 2, "kv_heads": 2}, {"size": 20, "value_size": 9},
 ], ids=str)  # fmt: skip

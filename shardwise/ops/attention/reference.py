@@ -21,8 +21,8 @@ from shardwise.ops.attention.scores import causally_hidden, compute_dtype, soft_
 from shardwise.ops.registry import operator
 
 # Queries scored at once against a cache: bounds the score matrix of a long prefill and skips the keys that a
-# chunk cannot see.
-QUERY_CHUNK = 256
+# chunk cannot see. On one CPU core 64 was the fastest of 64 to 512, for prompts of 512 and 2000 tokens.
+QUERY_CHUNK = 64
 
 
 def _fake_attention(
@@ -230,7 +230,7 @@ def torch_cached_attention_with_cache(
     if end < tokens or not pieces:
         pieces.append(queries.new_zeros(tokens - end, heads.queries, heads.value_size))
     out = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
-    return out.to(q.dtype).view(cached_output_shape(q, k_cache, v_cache))
+    return out.to(q.dtype).contiguous().view(cached_output_shape(q, k_cache, v_cache))
 
 
 def _append(span: Span, k, v, k_cache, v_cache) -> None:
@@ -242,6 +242,9 @@ def _append(span: Span, k, v, k_cache, v_cache) -> None:
 def _attend(span: Span, queries, k_cache, v_cache, sinks, window, cap) -> list[torch.Tensor]:
     """Outputs of one sequence, [chunk, N, Dv] each, from its scaled queries [T, Nkv, group, D]."""
     windowed = window is not None and window > 0
+    plain = not windowed and sinks is None and (cap is None or cap <= 0)
+    if plain and span.past == 0 and span.length > 1 and queries.device.type == "cpu":
+        return [_attend_fresh(queries[span.start : span.start + span.length], k_cache, v_cache)]
     chunks = []
     for first in range(span.past, span.total, QUERY_CHUNK):
         last = min(first + QUERY_CHUNK, span.total)  # positions [first, last)
@@ -250,6 +253,19 @@ def _attend(span: Span, queries, k_cache, v_cache, sinks, window, cap) -> list[t
         keys, values = k_cache[lowest:last].to(chunk.dtype), v_cache[lowest:last].to(chunk.dtype)
         chunks.append(_attend_chunk(chunk, keys, values, first - lowest, sinks, window, cap))
     return chunks
+
+
+def _attend_fresh(queries, k_cache, v_cache) -> torch.Tensor:
+    """A whole prompt, queries [S, Nkv, group, D] over the first S keys: PyTorch's fused kernel, twice as fast."""
+    count, kv_heads, group, _ = queries.shape
+    keys, values = (
+        cache[:count].to(queries.dtype).transpose(0, 1)[:, None].expand(kv_heads, group, count, cache.shape[-1])
+        for cache in (k_cache, v_cache)
+    )
+    out = torch.nn.functional.scaled_dot_product_attention(
+        queries.permute(1, 2, 0, 3), keys, values, is_causal=True, scale=1.0
+    )
+    return out.permute(2, 0, 1, 3).reshape(count, kv_heads * group, -1)
 
 
 def _attend_chunk(queries, keys, values, first: int, sinks, window, cap) -> torch.Tensor:
