@@ -1,7 +1,11 @@
 """What the ranks do that the tests start as processes. Importable, so that worker processes find it by name."""
 
+import importlib
+
 import conformance
 import torch
+import torch.distributed as dist
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from shardwise.comm import mpi
 from shardwise.comm.arrival import MessageArrivals
@@ -46,3 +50,38 @@ def conform_cuda(info, store, transport):
     group.barrier()
     group.close()
     return passed, why
+
+
+def adopt_process_group(info, store):
+    """A program that has its own torch.distributed."""
+    importlib.import_module("shardwise.ops")  # registers the operators
+    dist.init_process_group("gloo", init_method=f"file://{store.folder}/torch", rank=info.rank, world_size=info.world)
+    x = torch.tensor([info.rank + 1.0])
+    result = {}
+    sums = []
+    for transport in ("gloo", "auto"):
+        group = create(info, transport=transport, process_group=dist.group.WORLD)
+        sums.append(group.all_reduce(x).item())
+        result[transport] = group.why()
+        group.close()
+    sums.append(torch.ops.auto_deploy.torch_dist_all_reduce(x, "AUTO").item())
+    with FakeTensorMode() as mode:
+        fake = torch.ops.auto_deploy.torch_dist_all_gather(mode.from_tensor(torch.ones(1, 2)))
+    dist.barrier()
+    return {**result, "sums": sums, "fake": tuple(fake.shape), "still there": dist.is_initialized()}
+
+
+def adopt_mpi_communicator(info, store):
+    """A program that has its own MPI communicator."""
+    comm = mpi.world_communicator()
+    results = []
+    for transport in ("mpi", "auto"):
+        group = create(info, transport=transport, mpi_comm=comm)
+        results.append((group.ranks, group.all_reduce(torch.tensor([info.rank + 1.0])).item()))
+    return results
+
+
+def rank_1_fails(info, store):
+    if info.rank == 1:
+        raise KeyError("no such thing")
+    create(info, store=store)

@@ -1,0 +1,189 @@
+"""Groups: mesh axes, choice of a transport, rendezvous, deadlines, ranks as threads."""
+
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+import torch
+
+from shardwise.comm import watch
+from shardwise.comm.base import STRATEGIES, CollectiveTimeout, CommError
+from shardwise.comm.bootstrap import FolderStore, StoreRendezvous, store_from_environment
+from shardwise.comm.fake import FakeCommunicator
+from shardwise.comm.rank import RankInfo, current_groups
+from shardwise.comm.strategy import create, make_groups
+from shardwise.comm.watch import Deadlines
+from shardwise.sharding.layout import ParallelLayout
+from shardwise.testing import RankFailed, run_processes, run_threads
+
+AXES = ("tp", "attn_dp", "moe_tp", "moe_ep")
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        ParallelLayout(tp=8, moe_ep=4),
+        ParallelLayout(tp=2, attn_dp=4, moe_ep=8),
+        ParallelLayout(tp=4, attn_dp=2, moe_ep=2),
+        ParallelLayout(tp=1, attn_dp=8),
+    ],
+    ids=str,
+)
+def test_mesh_groups_hold_the_ranks_that_the_layout_says(layout):
+    def body():
+        groups = current_groups()
+        me = layout.coordinates(groups.world.rank)
+        for axis in AXES:
+            group = getattr(groups, axis)
+            other = {"tp": "attn_dp", "attn_dp": "tp", "moe_tp": "moe_ep", "moe_ep": "moe_tp"}[axis]
+            members = [
+                rank for rank in range(layout.world) if getattr(layout.coordinates(rank), other) == getattr(me, other)
+            ]
+            assert group.ranks == tuple(members), axis
+            assert group.rank == getattr(me, axis) and group.size == getattr(layout, axis)
+            assert group.all_reduce(torch.tensor([groups.world.rank])).item() == sum(members)
+
+    run_threads(layout.world, body, layout=layout)
+
+
+def test_axes_with_the_same_members_share_a_communicator():
+    def body():
+        groups = current_groups()
+        return groups.tp is groups.world, groups.moe_tp is groups.world, groups.attn_dp.size
+
+    assert run_threads(2, body) == [(True, True, 1)] * 2
+
+
+def test_a_layout_of_another_size_is_refused():
+    with pytest.raises(ValueError, match="tp x attn_dp must be the world of 2"):
+        run_threads(2, lambda: None, layout=ParallelLayout(tp=4))
+
+
+def test_groups_are_of_the_thread_and_gone_afterwards():
+    assert run_threads(3, lambda: current_groups().world.rank) == [0, 1, 2]
+    assert current_groups() is None
+
+
+def test_run_threads_raises_the_first_exception_and_ends_the_others():
+    def body():
+        if current_groups().world.rank == 1:
+            raise SystemExit(7)
+        current_groups().world.barrier()
+
+    with pytest.raises(SystemExit):
+        run_threads(3, body)
+    assert not [t for t in threading.enumerate() if t.name.startswith("rank ")]
+
+
+def test_fake_gives_shapes_of_any_world():
+    group = FakeCommunicator(3, range(8))
+    x = torch.ones(2, 16)
+    assert group.all_gather(x, 1).shape == (2, 128)
+    assert group.all_gather(x, 0, [1, 1, 1, 2, 1, 1, 1, 1]).shape == (9, 16)
+    assert group.reduce_scatter(x, 1).shape == (2, 2)
+    assert group.all_to_all(torch.ones(8, 3), [1] * 8, [2] * 8).shape == (16, 3)
+    groups = make_groups(group, ParallelLayout(tp=4, attn_dp=2, moe_ep=4))
+    assert (groups.tp.ranks, groups.attn_dp.ranks) == ((0, 1, 2, 3), (3, 7))
+    assert (groups.moe_ep.ranks, groups.moe_tp.ranks) == ((0, 1, 2, 3), (3, 7))
+    assert torch.equal(groups.tp.all_reduce(x), 4 * x)
+
+
+def test_create_says_what_is_legal():
+    with pytest.raises(ValueError, match="unknown transport 'smoke'.*gloo.*threads"):
+        create(RankInfo(), transport="smoke")
+    with pytest.raises(CommError, match="nccl moves CUDA tensors"):
+        create(RankInfo(0, 2, 0, 2), transport="nccl")
+    with pytest.raises(CommError, match="run_threads"):
+        create(RankInfo(0, 2, 0, 2), transport="threads")
+
+
+def test_ranks_without_a_rendezvous_are_told_how_to_get_one():
+    with pytest.raises(CommError, match="MASTER_ADDR.*torchrun or mpirun"):
+        store_from_environment(RankInfo(1, 2, 1, 2), 1.0, environ={})
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
+def test_cuda_without_a_device_is_refused():
+    with pytest.raises(CommError, match="no CUDA device"):
+        create(RankInfo(0, 2, 0, 2), device="cuda", store=object())
+
+
+def test_every_strategy_name_parses(tmp_path):
+    group = create(RankInfo())
+    for strategy in STRATEGIES:
+        try:
+            group.all_reduce(torch.ones(2), strategy=strategy)
+        except CommError as error:
+            assert strategy in str(error)
+
+
+def test_a_rendezvous_names_who_did_not_come(tmp_path):
+    meeting = StoreRendezvous(FolderStore(tmp_path), 1, range(4))
+    FolderStore(tmp_path).set("world/hello/3", b"\x80\x04N.")
+    begin = time.monotonic()
+    with pytest.raises(CollectiveTimeout, match=r"rank 1: rank\(s\) 0, 2 did not arrive within 0.2 s") as caught:
+        meeting.gather("hello", None, 0.2)
+    assert caught.value.missing == (0, 2)
+    assert time.monotonic() - begin < 2
+
+
+def test_a_folder_store_gives_back_any_key(tmp_path):
+    store = FolderStore(tmp_path / "new")
+    store.set("a/b c:%", b"\0value")
+    assert store.get("a/b c:%", 0.1) == b"\0value"
+    with pytest.raises(TimeoutError, match="key 'other'"):
+        store.get("other", 0.05)
+
+
+def test_deadlines_come_from_the_environment():
+    assert Deadlines.from_environment({"SHARDWISE_DEADLINE_COLLECTIVE": "7.5"}).collective == 7.5
+    for text in ("soon", "0", "-1", "nan"):
+        with pytest.raises(ValueError, match="SHARDWISE_DEADLINE_LOAD"):
+            Deadlines.from_environment({"SHARDWISE_DEADLINE_LOAD": text})
+
+
+def test_collectives_wait_longer_while_weights_are_read():
+    deadlines = Deadlines(collective=1, load=50)
+    with watch.phase("load"):
+        assert deadlines.in_phase(watch.current_phase()) == 50
+    assert deadlines.in_phase(watch.current_phase()) == 1
+
+
+def test_a_check_switch_that_is_no_switch_is_refused(monkeypatch):
+    monkeypatch.setenv("SHARDWISE_CHECK", "maybe")
+    with pytest.raises(ValueError, match="SHARDWISE_CHECK='maybe'"):
+        create(RankInfo())
+
+
+def test_importing_comm_neither_imports_torch_nor_starts_mpi():
+    code = (
+        "import sys, shardwise.comm.strategy, shardwise.comm.watch, shardwise.comm.rank, shardwise.comm.bootstrap\n"
+        "assert 'torch' not in sys.modules\n"
+        "import shardwise.comm.mpi\n"
+        "assert 'mpi4py' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_an_existing_process_group_is_ridden_on():
+    for result in run_processes(2, "rank_bodies:adopt_process_group"):
+        assert result == {
+            "gloo": "group world of 2: gloo (asked for by name)",
+            "auto": "group world of 2: shm (2 ranks on one host, Linux on x86-64)",
+            "sums": [3.0, 3.0, 3.0],
+            "fake": (2, 2),
+            "still there": True,
+        }
+
+
+def test_an_existing_mpi_communicator_is_ridden_on():
+    for result in run_processes(3, "rank_bodies:adopt_mpi_communicator", mpi=True):
+        assert result == [((0, 1, 2), 6.0), ((0, 1, 2), 6.0)]
+
+
+def test_run_processes_tells_which_rank_failed_and_why():
+    with pytest.raises(RankFailed, match="KeyError: 'no such thing'") as caught:
+        run_processes(2, "rank_bodies:rank_1_fails")
+    assert caught.value.rank == 1
