@@ -249,3 +249,22 @@ def test_bad_arguments(flashinfer):
         run(step, paged, q, k, v, kv_cache[:, 0])
     with pytest.raises(TypeError, match="kv_cache is torch.float32"):
         run(step, paged, q, k, v, kv_cache.float())
+
+
+class _Layer(torch.nn.Module):
+    def forward(self, q, k, v, kv_cache, inputs, pages):
+        metadata = torch.ops.auto_deploy.flashinfer_attention_prepare_metadata(*inputs)
+        return OP(q, k, v, *pages, *metadata, kv_cache, None, 1.0, 1.0)
+
+
+def test_graphs_export_on_any_machine_and_the_fake_tells_the_result(flashinfer):
+    step = STEPS["padding"]
+    paged = Paged.of(step, DEVICE)
+    q, k, v, kv_cache = build(step, paged)
+    tensors = [x[None] for x in (q, k, v)]
+    arguments = (*tensors, kv_cache, paged.metadata_inputs(step, DEVICE), paged.arguments())
+    program = torch.export.export(_Layer(), arguments)
+    assert any(node.target is OP.default for node in program.graph.nodes)
+    (value,) = (node.args[0][0].meta["val"] for node in program.graph.nodes if node.op == "output")
+    out = run(step, paged, q, k, v, kv_cache)[None]
+    assert (value.shape, value.dtype, value.stride()) == (out.shape, out.dtype, out.stride())

@@ -141,3 +141,21 @@ def test_bad_arguments():
         call(ckv=ckv_cache.float())
     with pytest.raises(ValueError, match="kv_lora_rank 256; legal: 512, 64, 512"):
         call(rank=256)
+
+
+class _Layer(torch.nn.Module):
+    def forward(self, tensors, caches, inputs, pages):
+        metadata = torch.ops.auto_deploy.flashinfer_mla_prepare_metadata(*inputs)
+        return OP(*tensors, *pages, *metadata, *caches, None, RANK)
+
+
+def test_graphs_export_on_any_machine_and_the_fake_tells_the_result():
+    step = STEPS["padding"]
+    paged = Paged.of(step, DEVICE)
+    tensors, *caches = build(step, len(paged.cache_loc) + 2)
+    inputs = paged.metadata_inputs(step, DEVICE)
+    program = torch.export.export(_Layer(), (tensors, tuple(caches), inputs, paged.arguments()))
+    assert any(node.target is OP.default for node in program.graph.nodes)
+    (value,) = (node.args[0][0].meta["val"] for node in program.graph.nodes if node.op == "output")
+    out = CALL(*tensors, *paged.arguments(), *flashinfer_mla_prepare_metadata(*inputs), *caches, None, RANK)
+    assert (value.shape, value.dtype, value.stride()) == (out.shape, out.dtype, out.stride())
