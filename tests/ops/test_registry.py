@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -115,6 +116,12 @@ def test_every_operator_names_its_place():
         assert info.category in CATEGORIES and info.backend in BACKENDS
         assert (info.implementation.__doc__ or "").strip(), f"{info.name} has no documentation"
         assert info.implementation.__module__.startswith(f"shardwise.ops.{info.category}.")
+
+
+def test_the_documentation_lists_every_operator():
+    text = (Path(__file__).parents[2] / "docs" / "operators.md").read_text()
+    missing = [info.name for info in operators() if f"`{info.name}`" not in text and f"::{info.name}`" not in text]
+    assert not missing
 
 
 def test_the_verb_prints_every_operator_with_its_state(capsys):

@@ -11,9 +11,10 @@ from shardwise.ops.mamba.checks import check_ssm
 from shardwise.ops.state_batch import check_counts
 from shardwise.ops.triton_support import Kernel
 
-# Tile sizes, warps and pipeline stages.
+# Tile sizes, warps and pipeline stages. None of these kernels spills; OUTPUTS takes 120 registers a thread, so that
+# two of its blocks share a multiprocessor.
 STATES = {"P": 64, "N": 64, "T": 64, "warps": 4, "stages": 3}
-OUTPUTS = {"M": 128, "T": 64, "warps": 8, "stages": 2}
+OUTPUTS = {"M": 128, "T": 32, "warps": 8, "stages": 2}
 DECODE = {"elements": 2048, "warps": 4}
 
 _launch_steps = Kernel(kernels.steps_kernel)
