@@ -39,6 +39,12 @@ class FolderStore:
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
 
+    def __eq__(self, other) -> bool:
+        return isinstance(other, FolderStore) and other.folder == self.folder
+
+    def __hash__(self) -> int:
+        return hash(self.folder)
+
     def _path(self, key: str) -> Path:
         return self.folder / (quote(key, safe="") + ".value")
 
@@ -95,24 +101,36 @@ def store_from_environment(info: RankInfo, timeout: float, environ=os.environ) -
     if environ.get(STORE_ENV):
         return FolderStore(environ[STORE_ENV])
     if environ.get("MASTER_ADDR") and environ.get("MASTER_PORT"):
-        return _torchrun_store(info, timeout, environ)
+        place = environ["MASTER_ADDR"], int(environ["MASTER_PORT"])
+        if place not in _torchrun_stores:  # a job has one: its port can be bound once
+            _torchrun_stores[place] = _torchrun_store(info, *place, timeout, environ)
+        return _torchrun_stores[place]
     raise CommError(
         f"rank {info.rank} of {info.world} ({info.source}) has no rendezvous: neither {STORE_ENV} nor MASTER_ADDR and "
         "MASTER_PORT are set. Start ranks with `shardwise run -n`, torchrun or mpirun, or pass store= to create()"
     )
 
 
-def _torchrun_store(info: RankInfo, timeout: float, environ) -> TorchStore:
+_torchrun_stores: dict[tuple[str, int], Store] = {}
+
+
+def _torchrun_store(info: RankInfo, host: str, port: int, timeout: float, environ) -> TorchStore:
     import torch.distributed as dist
 
-    port = int(environ["MASTER_PORT"])
-    if environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # torchrun's agent serves it, no rank does
-        agent = dist.TCPStore(
-            environ["MASTER_ADDR"], port, info.world, False, timeout=timedelta(seconds=timeout), wait_for_workers=False
-        )
-        attempt = environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        return TorchStore(dist.PrefixStore(f"shardwise/{attempt}", agent))
-    return tcp_store(info, environ["MASTER_ADDR"], port, timeout)
+    if environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return tcp_store(info, host, port, timeout)
+    limit = timedelta(seconds=timeout)  # torchrun's agent serves it, no rank does
+    agent = dist.TCPStore(host, port, info.world, False, timeout=limit, wait_for_workers=False)
+    return TorchStore(dist.PrefixStore(f"shardwise/{environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", agent))
+
+
+_meetings: dict[Store, int] = {}
+
+
+def world_rendezvous(store: Store, info: RankInfo) -> "StoreRendezvous":
+    """Of all ranks of a job. A store may serve several: the n-th of this process meets the n-th of the others."""
+    _meetings[store] = number = _meetings.get(store, 0) + 1
+    return StoreRendezvous(store, info.rank, range(info.world), f"world{number}")
 
 
 class Rendezvous(ABC):

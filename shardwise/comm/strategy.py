@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from shardwise.comm.base import TRANSPORTS, CommError, Communicator
-from shardwise.comm.bootstrap import GroupRendezvous, Rendezvous, Store, StoreRendezvous, store_from_environment
+from shardwise.comm.bootstrap import GroupRendezvous, Rendezvous, Store, store_from_environment, world_rendezvous
 from shardwise.comm.rank import Groups, RankInfo
 from shardwise.comm.watch import Deadlines
 
@@ -102,7 +102,7 @@ class _Request:
 
             return MpiRendezvous(self.mpi_comm or world_communicator())
         store = self.store or store_from_environment(self.info, deadlines.rendezvous)
-        return StoreRendezvous(store, self.info.rank, range(self.info.world))
+        return world_rendezvous(store, self.info)
 
 
 def _create_cpu(request: _Request) -> "Collective":

@@ -9,6 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from shardwise.comm import mpi
 from shardwise.comm.arrival import MessageArrivals
+from shardwise.comm.bootstrap import FolderStore
 from shardwise.comm.strategy import create
 from shardwise.comm.watch import Deadlines
 
@@ -79,6 +80,13 @@ def adopt_mpi_communicator(info, store):
         group = create(info, transport=transport, mpi_comm=comm)
         results.append((group.ranks, group.all_reduce(torch.tensor([info.rank + 1.0])).item()))
     return results
+
+
+def create_twice(info, store):
+    stores = [FolderStore(store.folder) for _ in range(3)]
+    groups = [create(info, store=s, transport=t) for s, t in zip(stores, ("shm", "shm", "gloo"), strict=True)]
+    inputs = [torch.tensor([factor * (info.rank + 1.0)]) for factor in (1, 10, 100)]
+    return [group.all_reduce(x).item() for group, x in zip(groups, inputs, strict=True)]
 
 
 def rank_1_fails(info, store):

@@ -12,19 +12,8 @@ from shardwise.launch.cli import bench_comm, main
 from shardwise.sharding import topology
 from shardwise.testing import run_threads
 
-ROW = {
-    "op",
-    "bytes",
-    "dtype",
-    "world",
-    "transport",
-    "strategy",
-    "p50_us",
-    "p99_us",
-    "algbw_gbps",
-    "busbw_gbps",
-    "wrong",
-}
+LABELS = {"op", "bytes", "dtype", "world", "transport", "strategy"}
+FIGURES = {"p50_us", "p99_us", "algbw_gbps", "busbw_gbps", "wrong"}
 
 
 def test_rows_stand_beside_their_peers_in_one_run(tmp_path, capsys):

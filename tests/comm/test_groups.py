@@ -183,6 +183,10 @@ def test_an_existing_mpi_communicator_is_ridden_on():
         assert result == [((0, 1, 2), 6.0), ((0, 1, 2), 6.0)]
 
 
+def test_one_store_serves_several_groups():
+    assert run_processes(2, "rank_bodies:create_twice") == [[3.0, 30.0, 300.0]] * 2
+
+
 def test_run_processes_tells_which_rank_failed_and_why():
     with pytest.raises(RankFailed, match="KeyError: 'no such thing'") as caught:
         run_processes(2, "rank_bodies:rank_1_fails")
