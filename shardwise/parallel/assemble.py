@@ -7,10 +7,10 @@ A new family is data (a spec); it needs code here only where it has a block with
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
 
 from shardwise.comm.rank import Groups
 from shardwise.parallel.attention import AttentionMixer
+from shardwise.parallel.block_linear import BlockEmbedding, BlockHead, BlockLinear
 from shardwise.parallel.cache import LayerShape, Masking
 from shardwise.parallel.decoder import Decoder, DecoderLayer
 from shardwise.parallel.layers import (
@@ -19,7 +19,6 @@ from shardwise.parallel.layers import (
     Norm,
     PlainMlp,
     ResidualNorm,
-    RowLinear,
     VocabEmbedding,
     VocabHead,
     activation_named,
@@ -43,17 +42,7 @@ class DecoderBuilder:
     def build(self) -> Decoder:
         model = self.model
         check_supported(model, mixers=tuple(MIXERS), feed_forwards=tuple(FEED_FORWARDS))
-        table = self.weights.take(model.embedding, "embed.weight")
-        head = self._head_linear(table)
-        if model.head.tied:
-            table = head.weight.t()  # the head's memory
-        shard = self.weights.shard(model.embedding.roles["embed.weight"])
-        embedding = VocabEmbedding(
-            weight=table,
-            vocab=shard.ranges[0][0] if shard.ranges[0] else (0, 0),
-            group=self.groups.tp,
-            multiplier=model.embedding.multiplier,
-        )
+        embedding, head = self._ends()
         norms = [self._norm(layer.mixer_norm, "mixer_norm", i) for i, layer in enumerate(model.layers)]
         norms.append(self._norm(model.final_norm, "final_norm", None))
         layers = [self._layer(layer, i, norms[i + 1]) for i, layer in enumerate(model.layers)]
@@ -95,9 +84,21 @@ class DecoderBuilder:
             weight=self.weights.take(norm, f"{role}.weight", layer=layer), eps=norm.eps, offset=norm.weight_offset
         )
 
-    def _head_linear(self, table: Tensor) -> Linear:
-        head = self.model.head
-        return Linear(weight=table if head.tied else self.weights.linear(head, "head"))
+    def _ends(self) -> tuple[VocabEmbedding | BlockEmbedding, Linear | BlockLinear]:
+        """Embedding and the head's product; they share the table where they are tied."""
+        model, group = self.model, self.groups.tp
+        rows = self.weights.shard(model.embedding.roles["embed.weight"]).ranges[0]
+        where = dict(vocab=rows[0] if rows else (0, 0), group=group, multiplier=model.embedding.multiplier)
+        eight_bit = model.head.tied and model.embedding.roles["embed.weight"].dtype == "Q8_0"
+        stored = self.weights.blocks(model.embedding, "embed") if eight_bit else None
+        if stored:
+            table = BlockEmbedding(blocks=stored[1], dtype=self.weights.dtype, **where)
+            return table, BlockHead(blocks=stored[1], table=table)
+        weight = self.weights.take(model.embedding, "embed.weight")
+        head = Linear(weight=weight) if model.head.tied else self.linear(model.head, "head")
+        if model.head.tied:
+            weight = head.weight.t()  # the head's memory
+        return VocabEmbedding(weight=weight, **where), head
 
     def _head(self, linear: Linear) -> VocabHead:
         head, plan = self.model.head, self.weights.plan
@@ -111,17 +112,20 @@ class DecoderBuilder:
             multiplier=head.multiplier,
         )
 
-    def linear(self, block: spec.Block, *roles: str, layer: int) -> Linear:
+    def linear(self, block: spec.Block, *roles: str, layer: int | None = None) -> Linear | BlockLinear:
         """Column-parallel: the roles' outputs one behind the other."""
-        weight = self.weights.linear(block, *roles, layer=layer)
-        return Linear(weight=weight, bias=self.weights.take(block, *(f"{role}.bias" for role in roles), layer=layer))
+        bias = self.weights.take(block, *(f"{role}.bias" for role in roles), layer=layer)
+        stored = self.weights.blocks(block, *roles, layer=layer)
+        if stored:
+            return BlockLinear(dtype=stored[0], blocks=stored[1], bias=bias)
+        return Linear(weight=self.weights.linear(block, *roles, layer=layer), bias=bias)
 
-    def row_linear(self, block: spec.Block, role: str, layer: int) -> RowLinear:
-        return RowLinear(
-            weight=self.weights.linear(block, role, layer=layer),
-            bias=self.weights.take(block, f"{role}.bias", layer=layer),
-            group=self.groups.tp,
-        )
+    def row_linear(self, block: spec.Block, role: str, layer: int) -> Linear | BlockLinear:
+        """Row-parallel: its bias is added by one rank."""
+        linear = self.linear(block, role, layer=layer)
+        if self.groups.tp.rank > 0:
+            linear.bias = None
+        return linear
 
     def rotary(self, rope: spec.Rope | None) -> RotaryAngles | None:
         """Layers with equal rotation share one object, so that a step computes its angles once."""

@@ -4,7 +4,7 @@ from torch import Tensor
 
 from shardwise.parallel.batch import Batch
 from shardwise.parallel.cache import KvCache, Masking
-from shardwise.parallel.layers import Linear, Norm, RowLinear
+from shardwise.parallel.layers import Linear, Norm
 from shardwise.parallel.rotary import RotaryAngles, rotate
 
 
@@ -23,7 +23,7 @@ class AttentionMixer:
         head_dim: int,
         v_head_dim: int,
         qkv: Linear,
-        out: RowLinear,
+        out: Linear,
         masking: Masking,
         rotary: RotaryAngles | None = None,
         q_norm: Norm | None = None,
@@ -33,18 +33,18 @@ class AttentionMixer:
         self.head_dim, self.v_head_dim = head_dim, v_head_dim
         self.qkv, self.out, self.masking = qkv, out, masking
         self.rotary, self.q_norm, self.k_norm = rotary, q_norm, k_norm
-        self._widths = [(heads + kv_heads) * head_dim, kv_heads * v_head_dim]
-        self._heads = [heads, kv_heads]
+        self._queries_end, self._keys_end = heads * head_dim, (heads + kv_heads) * head_dim
 
     def __call__(self, x: Tensor, batch: Batch, cache: KvCache) -> Tensor:
         tokens = x.shape[0]
-        qk, v = self.qkv(x).split_with_sizes(self._widths, 1)
-        qk = qk.view(tokens, -1, self.head_dim)
-        v = v.view(tokens, self.kv_heads, self.v_head_dim)
-        q, k = qk.split_with_sizes(self._heads, 1)
+        qkv = self.qkv(x)
+        qk = qkv.narrow(1, 0, self._keys_end).view(tokens, -1, self.head_dim)
         if self.q_norm is not None:
+            q, k = qk.split_with_sizes((self.heads, self.kv_heads), 1)
             q.copy_(self.q_norm(q))
             k.copy_(self.k_norm(k))
         if self.rotary is not None:
             rotate(qk, *batch.rotation(self.rotary))
-        return self.out(cache.attend(self.layer, q, k, v, batch, self.masking).reshape(tokens, -1))
+        kv = qkv.narrow(1, self._queries_end, qkv.shape[1] - self._queries_end)
+        attended = cache.attend(self.layer, qk.narrow(1, 0, self.heads), kv, batch, self.masking)
+        return self.out(attended.reshape(tokens, -1))

@@ -39,25 +39,3 @@ class Decoder:
             x, residual = layer(x, residual, batch, cache)
         rows = batch.logits_rows
         return self.head(x if rows is None else x[rows])
-
-
-def memory_bytes(root: object) -> int:
-    """Bytes of all tensors that are reachable from `root`'s attributes, shared storage once; groups are left out."""
-    seen: set[int] = set()
-    storages: dict[int, int] = {}
-
-    def visit(value: object) -> None:
-        if id(value) in seen:
-            return
-        seen.add(id(value))
-        if isinstance(value, Tensor):
-            storages[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
-        elif isinstance(value, list | tuple):
-            for item in value:
-                visit(item)
-        elif type(value).__module__.startswith("shardwise.parallel"):
-            for item in vars(value).values():
-                visit(item)
-
-    visit(root)
-    return sum(storages.values())

@@ -14,7 +14,7 @@ import torch
 from shardwise.comm.rank import Groups
 from shardwise.parallel.assemble import DecoderBuilder
 from shardwise.parallel.cache import KvCache, SlotCache
-from shardwise.parallel.decoder import memory_bytes
+from shardwise.parallel.memory import memory_bytes
 from shardwise.parallel.results import Completion, RankStats, TokenEvent
 from shardwise.parallel.sampler import SamplingParams, sample
 from shardwise.parallel.scheduler import Request, Scheduler
@@ -28,6 +28,7 @@ Prompt = str | Sequence[int] | Sequence[dict[str, str]]
 """Raw text, token ids, or a conversation of {"role", "content"} messages that the chat template formats."""
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+WEIGHT_FORMS = ("auto", "native", "dequantised")
 MAX_BATCH = 64
 STEP_TOKENS = 2048
 """Tokens of one step at most: bounds activations and how long a running request waits for a new prompt."""
@@ -39,6 +40,8 @@ class Engine:
     model        what `open_checkpoint` takes, or a Checkpoint
     plan         a plan of that model; its layout has the size of `groups.world`
     dtype        of weights and activations: a torch dtype, its name, or "auto" (float32 on the CPU, bfloat16 on GPUs)
+    weights      "native": quantised weights stay in their blocks where a layer can use them (GGUF's 4- and 8-bit types
+                 on the CPU); "dequantised": they become `dtype`; "auto": dequantised on the CPU
     on_progress  called with (bytes read, bytes to read) while the weights load
     """
 
@@ -50,6 +53,7 @@ class Engine:
         *,
         dtype: torch.dtype | str = "auto",
         device: torch.device | str = "cpu",
+        weights: str = "auto",
         on_progress: Progress | None = None,
     ):
         started = time.perf_counter()
@@ -59,16 +63,21 @@ class Engine:
         self.device = torch.device(device)
         self.dtype = _dtype(dtype, self.device)
         self.checkpoint = model if isinstance(model, Checkpoint) else open_checkpoint(model)
-        weights = Weights(
+        if weights not in WEIGHT_FORMS:
+            raise ValueError(f"weights {weights!r} is unknown, legal: {', '.join(WEIGHT_FORMS)}")
+        if weights == "native" and self.device.type != "cpu":
+            raise ValueError("weights native: layers for GGUF blocks exist for the CPU only; use weights auto")
+        source = Weights(
             self.checkpoint,
             plan,
             groups.world.rank,
             dtype=self.dtype,
             device=self.device,
+            native=weights == "native",
             on_progress=on_progress,
         )
         with torch.inference_mode():
-            builder = DecoderBuilder(weights, groups)
+            builder = DecoderBuilder(source, groups)
             self._decoder = builder.build()
         self._weight_bytes = memory_bytes(self._decoder)
         self._cache_shapes = builder.cache_shapes()

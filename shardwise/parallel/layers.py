@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from shardwise.comm.base import Communicator
+from shardwise.parallel.memory import weight_memory
 from shardwise.sharding.axes import Range
 
 
@@ -22,8 +23,9 @@ class Linear:
     """
 
     def __init__(self, *, weight: Tensor, bias: Tensor | None = None):
-        self.weight = weight.t() if weight.is_cuda else weight.t().contiguous()  # [in, out]
+        self.weight = weight.t() if weight.is_cuda else _turned(weight)  # [in, out]
         self.bias = bias
+        self.out_features = weight.shape[0]
 
     def __call__(self, x: Tensor) -> Tensor:
         if self.bias is None:
@@ -31,11 +33,9 @@ class Linear:
         return torch.addmm(self.bias, x, self.weight)
 
 
-class RowLinear(Linear):
-    """This rank's part of the contraction, whose results are summed over the group; the bias is added by one rank."""
-
-    def __init__(self, *, weight: Tensor, bias: Tensor | None = None, group: Communicator):
-        super().__init__(weight=weight, bias=bias if group.rank == 0 else None)
+def _turned(weight: Tensor) -> Tensor:
+    rows, columns = weight.shape
+    return weight_memory(columns, rows, dtype=weight.dtype, device=weight.device).copy_(weight.t())
 
 
 class Norm:
@@ -132,9 +132,9 @@ class VocabHead:
 class GatedMlp:
     """down(act(gate x) * up x); gate and up are one matrix, this rank's gate rows before its up rows."""
 
-    def __init__(self, *, gate_up: Linear, down: RowLinear, activation: Callable[[Tensor], Tensor]):
+    def __init__(self, *, gate_up: Linear, down: Linear, activation: Callable[[Tensor], Tensor]):
         self.gate_up, self.down, self.activation = gate_up, down, activation
-        self._halves = [gate_up.weight.shape[1] // 2] * 2
+        self._halves = [gate_up.out_features // 2] * 2
 
     def __call__(self, x: Tensor) -> Tensor:
         both = self.gate_up(x)
@@ -145,7 +145,7 @@ class GatedMlp:
 class PlainMlp:
     """down(act(up x))."""
 
-    def __init__(self, *, up: Linear, down: RowLinear, activation: Callable[[Tensor], Tensor]):
+    def __init__(self, *, up: Linear, down: Linear, activation: Callable[[Tensor], Tensor]):
         self.up, self.down, self.activation = up, down, activation
 
     def __call__(self, x: Tensor) -> Tensor:

@@ -22,6 +22,10 @@ _LEGAL: dict[type, dict[str, tuple]] = {
         "qk_clip": (None,),
         "temperature": (None,),
         "alibi": (False,),
+        "in_multiplier": (1.0,),
+        "out_multiplier": (1.0,),
+        "qkv_grouped": (False,),
+        "index_heads": (0,),
     },
     spec.DenseMlp: {
         "gate_up_interleaved": (False,),

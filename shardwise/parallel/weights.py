@@ -7,8 +7,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from shardwise.parallel.block_linear import NATIVE, ROWS
 from shardwise.parallel.dequantise import Scaled, dequantise
-from shardwise.sharding.checkpoint.header import CheckpointError
+from shardwise.sharding.checkpoint.gguf_model import StoredTensor
+from shardwise.sharding.checkpoint.header import STORAGE, CheckpointError
 from shardwise.sharding.checkpoint.reader import NUMPY, Reader
 from shardwise.sharding.checkpoint.resolve import Checkpoint
 from shardwise.sharding.plan import Plan
@@ -33,9 +35,11 @@ class Weights:
         *,
         dtype: torch.dtype,
         device: torch.device,
+        native: bool = False,
         on_progress: Progress | None = None,
     ):
         self.plan, self.rank, self.dtype, self.device = plan, rank, dtype, device
+        self.native = native
         self._checkpoint, self._reader = checkpoint, Reader()
         self._progress = on_progress or (lambda done, total: None)
         self._taken: set[str] = set()
@@ -76,6 +80,25 @@ class Weights:
         parts = [self._plain(block, role, layer, expert) for role in roles]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
+    def blocks(self, block: Block, *roles: str, layer: int | None = None) -> tuple[str, Tensor] | None:
+        """(storage type, uint8 [rows, blocks, bytes]) of these roles' weights as stored, joined along the rows.
+
+        None unless weights stay in their form and all of these have the same one of NATIVE, cut at whole blocks, with a
+        multiple of ROWS rows.
+        """
+        shards = [self.shard(block.roles[f"{role}.weight"], layer) for role in roles]
+        types = {shard.dtype for shard in shards}
+        if not self.native or len(types) > 1 or not types <= set(NATIVE) or not all(map(_whole_blocks, shards)):
+            return None
+        if sum(shard.local_shape[0] for shard in shards) % ROWS:
+            return None
+        parts = []
+        for shard in shards:
+            parts.append(torch.from_numpy(self._reader.blocks(self._stored(shard), shard.ranges)))
+            self._read_bytes += shard.nbytes
+            self._progress(min(self._read_bytes, self._total_bytes), self._total_bytes)
+        return types.pop(), torch.cat(parts)
+
     def finish(self) -> None:
         """CheckpointError unless every tensor of the plan that this rank holds was given out once."""
         left = [shard.name for shard in self.plan.shards(self.rank) if shard.name not in self._taken]
@@ -109,7 +132,8 @@ class Weights:
             return self.dtype
         return _BITS.get(shard.dtype) or torch.from_numpy(np.empty(0, NUMPY[shard.dtype])).dtype
 
-    def _fill(self, out: Tensor, shard: TensorShard) -> None:
+    def _stored(self, shard: TensorShard) -> StoredTensor:
+        """The checkpoint's tensor, given out once; CheckpointError when it is missing or has another shape."""
         if shard.name in self._taken:
             raise AssertionError(f"tensor {shard.name} is taken twice")
         self._taken.add(shard.name)
@@ -121,6 +145,10 @@ class Weights:
                 f"{stored.entry.path}: tensor {shard.name} has shape {list(stored.entry.shape)}, "
                 f"the model needs {list(shard.global_shape)}"
             )
+        return stored
+
+    def _fill(self, out: Tensor, shard: TensorShard) -> None:
+        stored = self._stored(shard)
         filled = tuple(sum(b - a for a, b in ranges) for ranges in shard.ranges) or (1,)
         if filled != tuple(out.shape):
             out.zero_()  # a padded axis
@@ -133,3 +161,8 @@ class Weights:
             inside[start:stop].copy_(piece)
             self._read_bytes += int(array.size * per_element)
             self._progress(min(self._read_bytes, self._total_bytes), self._total_bytes)
+
+
+def _whole_blocks(shard: TensorShard) -> bool:
+    per = STORAGE[shard.dtype][0]
+    return len(shard.ranges) == 2 and all(a % per == 0 and b % per == 0 for a, b in shard.ranges[-1])

@@ -67,6 +67,21 @@ class Reader:
                 yield (done, done + last - first), self._part(stored, [[(first, last)], *ranges[1:]])
                 done += last - first
 
+    def blocks(self, stored: StoredTensor, ranges: Sequence[Sequence[Range]]) -> np.ndarray:
+        """The selected part of a block-quantised matrix as it is stored: uint8 [rows, blocks, bytes of a block].
+
+        Ranges of the last dimension must be whole blocks, or ValueError.
+        """
+        per = STORAGE[stored.entry.dtype][0]
+        if any(a % per or b % per for a, b in ranges[-1]):
+            raise ValueError(f"{stored.entry.name}: columns {ranges[-1]} are no whole blocks of {per}")
+        data = self._data(stored)
+        rows = [
+            _interleaved_rows(r, stored.interleaved_head) if stored.interleaved_head else slice(*r) for r in ranges[0]
+        ]
+        data = np.concatenate([data[r] for r in rows]) if len(rows) > 1 else data[rows[0]]
+        return _select(data, 1, [(a // per, b // per) for a, b in ranges[-1]])
+
     def _part(self, stored: StoredTensor, ranges: Sequence[Sequence[Range]]) -> np.ndarray:
         quantised = stored.entry.dtype not in NUMPY
         data, lead = self._data(stored), len(ranges) - 1 if quantised else len(ranges)

@@ -1,0 +1,95 @@
+import numpy as np
+import pytest
+import torch
+from gguf import GGMLQuantizationType
+from gguf.quants import dequantize, quantize
+
+from shardwise.comm.rank import current_groups
+from shardwise.parallel.block_linear import BlockEmbedding, BlockHead, BlockLinear, codes_of
+from shardwise.parallel.engine import Engine
+from shardwise.sharding.plan import plan
+from shardwise.testing import run_threads
+
+
+def stored(dtype, rows, columns):
+    """(blocks as a file holds them, the weights they stand for)."""
+    kind = GGMLQuantizationType[dtype]
+    weight = np.random.default_rng(0).normal(size=(rows, columns)).astype(np.float32)
+    raw = quantize(weight, kind)
+    blocks = torch.from_numpy(raw.reshape(rows, columns // 32, -1).copy())
+    return blocks, torch.from_numpy(dequantize(raw, kind).reshape(rows, columns))
+
+
+@pytest.mark.parametrize("dtype", ["Q4_0", "Q4_1", "Q8_0"])
+def test_codes_scales_and_zeros_are_the_stored_weights_exactly(dtype):
+    blocks, weight = stored(dtype, 16, 96)
+    codes, scales, zeros = codes_of(dtype, blocks)
+    assert codes.min() >= 0 and codes.max() <= 15
+    values = ((codes - 8).view(16, -1, 32) * scales[..., None] + zeros[..., None]).view(16, -1, 96).sum(1)
+    assert torch.allclose(values, weight, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["Q4_0", "Q4_1", "Q8_0"])
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_products_are_those_of_the_dequantised_weights(dtype, tokens):
+    blocks, weight = stored(dtype, 64, 96)
+    x, bias = torch.randn(tokens, 96), torch.randn(64)
+    got = BlockLinear(dtype=dtype, blocks=blocks, bias=bias)(x)
+    expected = x.double() @ weight.double().T + bias
+    assert got.dtype == torch.float32
+    assert (got - expected).norm() / expected.norm() < 8e-3  # bfloat16 inputs and scales
+
+
+def test_logits_near_the_best_are_exact():
+    blocks, weight = stored("Q8_0", 48, 64)
+    table = BlockEmbedding(blocks=blocks, vocab=(0, 48), group=None, dtype=torch.float32)
+    x = torch.randn(3, 64)
+    got, expected = BlockHead(blocks=blocks, table=table)(x), x @ weight.T
+    best = expected.argmax(1)
+    assert torch.equal(got.argmax(1), best)
+    assert torch.allclose(got[range(3), best], expected[range(3), best], rtol=1e-5)
+
+
+def test_other_storage_types_are_refused():
+    with pytest.raises(ValueError, match="blocks of Q6_K, expected Q4_0, Q4_1, Q8_0"):
+        codes_of("Q6_K", torch.zeros(1, 1, 210, dtype=torch.uint8))
+
+
+def test_an_embedding_in_blocks_gives_exact_rows_over_two_ranks():
+    blocks, weight = stored("Q8_0", 10, 64)
+
+    def rows():
+        group = current_groups().tp
+        part = (0, 6) if group.rank == 0 else (6, 10)
+        table = BlockEmbedding(blocks=blocks[slice(*part)], vocab=part, group=group, dtype=torch.float32)
+        return table(torch.tensor([0, 5, 6, 9, 9]))
+
+    for got in run_threads(2, rows):
+        assert torch.equal(got, weight[[0, 5, 6, 9, 9]])
+
+
+@torch.inference_mode()
+def _logits(form, ids):
+    from shardwise.parallel.batch import Batch, Span
+    from shardwise.parallel.cache import SlotCache
+
+    size = current_groups().world.size
+    engine = Engine("smollm2", plan("smollm2", tp=size), current_groups(), weights=form)
+    cache = SlotCache(engine._cache_shapes, slots=1, max_length=512, dtype=engine.dtype, device=engine.device)
+    rows = [engine._decoder(Batch([Span(0, i, 1)], [token], engine.device), cache) for i, token in enumerate(ids)]
+    return torch.cat(rows), engine.stats().weight_bytes, engine
+
+
+def test_the_real_model_in_its_own_blocks_agrees_with_float32_on_the_next_token():
+    text = (
+        "The river had been rising since dawn, and by noon the lower road was under water. Mara counted the sandbags "
+        "again. There were forty-one, which was not enough, and the truck would not come back before dark. She thought "
+        "of the mill, of its wheel turning backwards in the flood, and of the old man who had refused to leave it."
+    )
+    [(_, _, engine)] = run_threads(1, _logits, "auto", [1])
+    ids = engine.tokenizer.encode(text)
+    [(exact, full_bytes, _)] = run_threads(1, _logits, "auto", ids)
+    for logits, held_bytes, _ in run_threads(2, _logits, "native", ids):
+        agree = (logits.argmax(-1) == exact.argmax(-1)).float().mean().item()
+        assert agree >= 0.98, f"{agree:.1%} of {len(ids)} tokens"
+        assert held_bytes < full_bytes / 6
