@@ -29,7 +29,8 @@ class Config:
         names: Container[str] | None = None,
     ):
         self.data, self.source, self.parent = data, source, parent
-        self.names = names if names is not None else parent.names if parent else None
+        inherited = parent.names if parent is not None else None
+        self.names: Container[str] | None = names if names is not None else inherited
         """Tensor names of the checkpoint beside the config, where there is one: some families have two spellings."""
 
     def raw(self, *names: str) -> Any:

@@ -18,6 +18,13 @@ DTYPES = {
 """Storage types by the names that configs use."""
 
 
+def storage_type(name: str) -> str:
+    """Storage type of a dtype as configs name it; ValueError lists the known ones."""
+    if name not in DTYPES:
+        raise ValueError(f"dtype {name!r} is not known; legal: {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
 @dataclass(frozen=True, slots=True)
 class Linear:
     """A weight before it is stored: `lead` dims (the expert dim of stacked weights), then out x in."""

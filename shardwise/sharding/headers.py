@@ -7,7 +7,7 @@ from typing import Any
 
 from shardwise.sharding.axes import LogicalAxis, fixed
 from shardwise.sharding.checkpoint.header import STORAGE, CheckpointError, TensorEntry
-from shardwise.sharding.spec import Block, Extra, Layer, ModelSpec, Moe, TensorSpec
+from shardwise.sharding.spec import Block, Extra, ModelSpec, Moe, TensorSpec
 
 SHOWN = 5
 """Tensor names that a message lists before it only counts."""
@@ -24,19 +24,7 @@ def bind(model: ModelSpec, tensors: Mapping[str, TensorEntry]) -> ModelSpec:
     What the model does not have becomes extras.
     """
     binder = _Binder(tensors)
-    groups: dict[Any, Layer] = {}
-    layers = []
-    for number, layer in enumerate(model.layers):
-        made, types = binder.layer(layer, number)
-        layers.append(groups.setdefault((id(layer), types), made))
-    bound = replace(
-        model,
-        embedding=binder.block(model.embedding),
-        layers=tuple(layers),
-        final_norm=binder.block(model.final_norm),
-        head=binder.block(model.head),
-        others=tuple(binder.block(b) for b in model.others),
-    )
+    bound = model.map_blocks(binder.block, lambda layer: tuple((t.name, t.dtype) for t in layer.tensors))
     binder.raise_if_wrong(model)
     extras = binder.extras(model)
     left = [entry for name, entry in tensors.items() if name not in binder.used]
@@ -84,25 +72,6 @@ class _Binder:
         self.used: set[str] = set()
         self.missing: list[str] = []
         self.misfits: list[str] = []
-
-    def layer(self, layer: Layer, number: int) -> tuple[Layer, tuple[tuple[str, str], ...]]:
-        def blocks(items: tuple[Block, ...]) -> tuple[Block, ...]:
-            return tuple(self.block(b, number) for b in items)
-
-        def norm(block):
-            return self.block(block, number) if block else None
-
-        bound = replace(
-            layer,
-            mixers=blocks(layer.mixers),
-            feed_forward=blocks(layer.feed_forward),
-            others=blocks(layer.others),
-            mixer_norm=norm(layer.mixer_norm),
-            mixer_post_norm=norm(layer.mixer_post_norm),
-            feed_forward_norm=norm(layer.feed_forward_norm),
-            feed_forward_post_norm=norm(layer.feed_forward_post_norm),
-        )
-        return bound, tuple((t.name, t.dtype) for t in bound.tensors)
 
     def block(self, block: Block, layer: int | None = None) -> Any:
         tensors = (self.tensor(t, layer) for t in block.tensors)

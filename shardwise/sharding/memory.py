@@ -50,7 +50,7 @@ def _entries(mixer: Block, layers: int, share_of: ShareOf, kv: int, state: int) 
     match mixer:
         case Attention():
             width = share_of(mixer.kv_axis).length * (mixer.head_dim + mixer.v_head_dim)
-            return (CacheEntry(layers, width * kv, mixer.window or mixer.chunk),)
+            return (CacheEntry(layers, (width + mixer.index_head_dim) * kv, mixer.window or mixer.chunk),)
         case MlaAttention():
             # The indexer keeps one FP8 key a token with its float32 scale.
             index = mixer.index_head_dim + 4 if mixer.index_heads else 0

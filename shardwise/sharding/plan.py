@@ -11,6 +11,7 @@ from shardwise.sharding.axes import Axis, LogicalAxis
 from shardwise.sharding.collectives import Collective, collectives
 from shardwise.sharding.cutting import choose_cuts
 from shardwise.sharding.experts import Placement, place_experts
+from shardwise.sharding.formats import storage_type
 from shardwise.sharding.layout import Coordinates, ParallelLayout
 from shardwise.sharding.memory import CacheEntry, cache_entries
 from shardwise.sharding.names import NameIndex, expand
@@ -144,6 +145,7 @@ def plan(
     attn_dp: int = 1,
     pad: Iterable[str] = (),
     extras: Iterable[str] = (),
+    dtype: str | None = None,
     kv_itemsize: int = 2,
     redundant_experts: int = 0,
     expert_load: tuple[float, ...] | None = None,
@@ -154,12 +156,14 @@ def plan(
     `model`: a ModelSpec, the object of a config.json, a path to a config.json, a model folder or a GGUF file, or a name
     that `checkpoint.resolve` knows. `layout`, or the sizes of its mesh axes. `pad`: axes whose ranks get equal lengths
     by padding. `extras`: names of extras to load as well (`vision`, `mtp`). `kv_itemsize`: bytes of a cached element.
+    `dtype`: what if the weights that are not quantised had this type (`bfloat16`, `float32`, ...).
     `redundant_experts`, `expert_load`: copies of experts and where they go, see `place_experts`; `expert_placement`
     says it outright.
     Raises IllegalLayout (a ValueError) with reasons and alternatives, ConfigError for an unusable config,
     CheckpointError for unreadable headers.
     """
     spec = model if isinstance(model, ModelSpec) else load_model(model)
+    spec = spec.stored_as(storage_type(dtype)) if dtype else spec
     layout = layout or ParallelLayout(tp, attn_dp, moe_tp, ep)
     patterns = patterns_of(spec, frozenset(extras))
     specs = tuple(p.spec for p in patterns if p.loaded)

@@ -5,10 +5,11 @@ is frozen, compares by value and is free of torch. Roles (`q.weight`, `gate.scal
 and are the same for all families; names are those of a Hugging Face checkpoint (the GGUF reader shows its tensors so).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from math import prod
-from typing import Any
+from typing import Any, Self
 
 from shardwise.sharding.axes import Dim, LogicalAxis
 from shardwise.sharding.checkpoint.header import stored_bytes
@@ -63,8 +64,9 @@ class Block:
     def roles(self) -> dict[str, TensorSpec]:
         return {t.role: t for t in self.tensors}
 
-    def with_tensors(self, tensors: tuple[TensorSpec, ...]) -> "Block":
-        return replace(self, tensors=tensors)
+    def map_tensors(self, change: Callable[[TensorSpec], TensorSpec]) -> Self:
+        """The block with every tensor changed."""
+        return replace(self, tensors=tuple(change(t) for t in self.tensors))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,6 +144,14 @@ class Attention(Block):
     temperature: tuple[float, float] | None = None
     """(floor, scale) of the position-dependent query temperature (Llama 4 layers without rotation)."""
     alibi: bool = False
+    qkv_grouped: bool = False
+    """The fused `qkv` lies group by group, each KV head's queries before it: [q.. k v | q.. k v | ...]."""
+    index_heads: int = 0
+    """Heads of an indexer (roles `index_*`, whole on every rank) that picks blocks of keys; 0: all keys."""
+    index_head_dim: int = 0
+    index_topk: int = 0
+    """Blocks that are picked, of `index_block` keys each."""
+    index_block: int = 0
 
     @property
     def heads(self) -> int:
@@ -298,6 +308,10 @@ class Moe(Block):
     def all_tensors(self) -> tuple[TensorSpec, ...]:
         return self.tensors + (self.shared.tensors if self.shared else ())
 
+    def map_tensors(self, change: Callable[[TensorSpec], TensorSpec]) -> Self:
+        shared = self.shared.map_tensors(change) if self.shared else None
+        return replace(self, tensors=tuple(change(t) for t in self.tensors), shared=shared)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Layer:
@@ -328,6 +342,14 @@ class Layer:
             + self.feed_forward
             + self.others
         )
+
+    def map_blocks(self, change: Callable[[Block], Any]) -> "Layer":
+        """The layer with every block changed."""
+        fields = {name: getattr(self, name) for name in ("mixers", "feed_forward", "others")}
+        norms = ("mixer_norm", "mixer_post_norm", "feed_forward_norm", "feed_forward_post_norm")
+        changed: dict[str, Any] = {name: tuple(change(b) for b in blocks) for name, blocks in fields.items()}
+        changed |= {name: change(norm) for name in norms if (norm := getattr(self, name))}
+        return replace(self, **changed)
 
     @cached_property
     def tensors(self) -> tuple[TensorSpec, ...]:
@@ -379,6 +401,34 @@ class ModelSpec:
     """SHA-256 of the config that this was built from."""
     notes: tuple[str, ...] = ()
     """What the reader should know: assumptions of the family, fields that were inferred."""
+
+    def map_blocks(self, change: Callable[..., Any], same: Callable[[Layer], Any]) -> "ModelSpec":
+        """The model with every block changed; `change` gets the block and its layer's number (or None) as `layer`.
+
+        Layers that were equal and whose `same` is equal afterwards stay one object.
+        """
+        made: dict[Any, Layer] = {}
+        layers = []
+        for number, layer in enumerate(self.layers):
+            changed = layer.map_blocks(partial(change, layer=number))
+            layers.append(made.setdefault((id(layer), same(changed)), changed))
+        return replace(
+            self,
+            embedding=change(self.embedding, layer=None),
+            layers=tuple(layers),
+            final_norm=change(self.final_norm, layer=None),
+            head=change(self.head, layer=None),
+            others=tuple(change(block, layer=None) for block in self.others),
+        )
+
+    def stored_as(self, dtype: str) -> "ModelSpec":
+        """The model as if its plain weights were stored as `dtype`; quantised ones and scales stay as they are."""
+
+        def change(tensor: TensorSpec) -> TensorSpec:
+            return replace(tensor, dtype=dtype) if tensor.dtype == self.dtype else tensor
+
+        changed = self.map_blocks(lambda block, layer: block.map_tensors(change), lambda layer: None)
+        return replace(changed, dtype=dtype)
 
     def layer_groups(self) -> tuple[tuple[Layer, tuple[int, ...]], ...]:
         """Distinct layers with the numbers of the layers that are alike."""

@@ -29,6 +29,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     layout.add_argument(
         "--expert-load", metavar="FILE", help="JSON list of the load of every expert, to place copies by"
     )
+    layout.add_argument(
+        "--dtype", metavar="NAME", help="as if plain weights were stored so: float32, bfloat16, float16"
+    )
     layout.add_argument("--extras", action="append", default=[], metavar="NAME", help="load as well: vision, mtp")
     cost = parser.add_argument_group("cost")
     cost.add_argument("--device", metavar="NAME", help="h200, h100, b200, a100, mi300x, cpu or a topology file")
@@ -76,6 +79,7 @@ def _plan(args: argparse.Namespace) -> int:
         layout,
         pad=args.pad,
         extras=args.extras,
+        dtype=args.dtype,
         kv_itemsize=args.kv_bytes,
         redundant_experts=args.redundant_experts,
         expert_load=_load(args.expert_load),

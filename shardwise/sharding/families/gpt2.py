@@ -49,7 +49,15 @@ def _attention(b: Builder, c: Config, module: str, transposed: bool, multi_query
     tensors = b.linear("qkv", f"{module}.c_attn", qkv, b.hidden, bias_too=True, transposed=transposed)
     tensors += b.linear("o", f"{module}.c_proj", b.hidden, parts[0], bias_too=True, transposed=transposed)
     return Attention(
-        tensors, q_axis=q_axis, kv_axis=kv_axis, head_dim=d, v_head_dim=d, scale=d**-0.5, rope=None, norm_eps=b.norm_eps
+        tensors,
+        q_axis=q_axis,
+        kv_axis=kv_axis,
+        head_dim=d,
+        v_head_dim=d,
+        scale=d**-0.5,
+        rope=None,
+        norm_eps=b.norm_eps,
+        qkv_grouped=by_head,
     )
 
 

@@ -35,4 +35,5 @@ def _attention(b: Builder, biased: bool) -> Attention:
         scale=d**-0.5,
         rope=b.rope(d),
         norm_eps=b.norm_eps,
+        qkv_grouped=True,
     )

@@ -1,5 +1,7 @@
 """MiniMax M2 (QK-norm over all heads) and M3 (per-head QK-norm, block-sparse indexer, shared expert)."""
 
+from typing import Any
+
 from shardwise.sharding.axes import fixed
 from shardwise.sharding.blocks import attention, dense_mlp, moe, pre_norm_layer
 from shardwise.sharding.builder import Builder, Tensors
@@ -26,6 +28,7 @@ def build(config: Config, name: str, architecture: str) -> ModelSpec:
             qk_norm="head" if text.text("qk_norm_type", default="per_layer") == "per_head" else "all_heads",
             rope=b.rope(head_dim, partial=rotary / head_dim),
             extra=_indexer(b, text, f"{module}.self_attn") if indexed else (),
+            **(_index_fields(text) if indexed else {}),
         )
         feed_forward = _experts(b, text, f"{module}.block_sparse_moe") if sparse else _dense(b, text, f"{module}.mlp")
         return pre_norm_layer(b, mixer, feed_forward, prefix=module)
@@ -69,10 +72,20 @@ def _experts(b: Builder, c: Config, module: str) -> Moe:
     )
 
 
+def _index_fields(c: Config) -> dict[str, Any]:
+    sparse = c.own("sparse_attention_config")
+    return {
+        "index_heads": sparse.integer("sparse_num_index_heads", default=4),
+        "index_head_dim": sparse.integer("sparse_index_dim", default=128),
+        "index_topk": sparse.integer("sparse_topk_blocks", default=16),
+        "index_block": sparse.integer("sparse_block_size", default=128),
+    }
+
+
 def _indexer(b: Builder, c: Config, module: str) -> Tensors:
     """The block-sparse indexer, whole on every rank."""
-    sparse = c.own("sparse_attention_config")
-    dim, heads = sparse.integer("sparse_index_dim", default=128), sparse.integer("sparse_num_index_heads", default=4)
+    fields = _index_fields(c)
+    dim, heads = fields["index_head_dim"], fields["index_heads"]
     tensors = b.linear("index_q", f"{module}.index_q_proj", fixed(heads * dim), b.hidden)
     tensors += b.linear("index_k", f"{module}.index_k_proj", fixed(dim), b.hidden)
     return tensors + tuple(
