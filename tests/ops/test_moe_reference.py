@@ -110,6 +110,11 @@ CASES = {
     "equally long": ("torch_moe", ValueError, (X, IDS, WEIGHTS, [FIRST[0]], [SECOND[0]], [])),
     "not gated with Relu2": ("triton_moe_fused", ValueError, (X, IDS, WEIGHTS, FIRST, SECOND, True, 8)),
     "must share a dtype": ("triton_moe_fused", TypeError, (X, IDS, WEIGHTS, FIRST.half(), SECOND, True, 4)),
+    "call .contiguous\\(\\) on it once": (
+        "triton_moe_fused",
+        ValueError,
+        (X, IDS, WEIGHTS, FIRST.mT.contiguous().mT, SECOND, True, 4),
+    ),
     "needs max_num_tokens > 0": (
         "trtllm_moe_fused",
         ValueError,

@@ -172,6 +172,6 @@ def _flashinfer(weights, one, ones):
 
     def run(x, ids, w):
         rows = x.to(torch.float8_e4m3fn) if quant else x
-        return trtllm.cutlass_moe(rows, ids, w, *weights, "silu", x.dtype, quant)
+        return trtllm.cutlass_moe(rows, ids, w, weights[0], weights[1], "silu", x.dtype, quant)
 
     return run

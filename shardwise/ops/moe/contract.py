@@ -77,6 +77,16 @@ def check_stacked(name: str, x: Tensor, first: Tensor, second: Tensor, gated: bo
     return first.shape[0], intermediate
 
 
+def check_contiguous(name: str, **weights: Tensor) -> None:
+    """ValueError for a weight whose rows do not lie one after another: copying it at each call would be too slow."""
+    for label, weight in weights.items():
+        if not weight.is_contiguous():
+            raise ValueError(
+                f"{name}: {label} {tuple(weight.shape)} has strides {weight.stride()}; call .contiguous() on it once, "
+                "at load"
+            )
+
+
 def check_same_dtype(name: str, x: Tensor, *weights: Tensor) -> None:
     """TypeError unless x and the weights share one floating dtype."""
     if not x.dtype.is_floating_point or any(weight.dtype != x.dtype for weight in weights):

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from shardwise.ops.moe.grouped_gemm import grouped_gemm
+from shardwise.ops.moe.mxfp4 import WIDE_TOKENS
 from shardwise.ops.moe.routing import Routing, combine, group_pairs, most_blocks, multiprocessors
 from shardwise.ops.moe.tiles import Plan, Tiles
 from shardwise.ops.moe.workspace import Workspace
@@ -62,7 +63,7 @@ def grouped_moe(
     group_pairs(routing, plan.bt)
     x = tokens if scales is None else quantize(tokens, scales.input)
     inner = space.take("inner", (pairs, size), x.dtype)
-    wide = torch.float32 if count <= Workspace.KEPT_TOKENS else tokens.dtype
+    wide = torch.float32 if count <= WIDE_TOKENS else tokens.dtype
     values = space.take("values", (plan.down.splits, pairs, hidden), wide)
     up_scale, down_scale = (None, None) if scales is None else (scales.first, scales.second)
     inner_scale = None if scales is None else scales.inner

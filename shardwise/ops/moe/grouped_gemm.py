@@ -11,6 +11,8 @@ from shardwise.ops.triton_support import await_predecessor, tl, triton
 def _step(acc, w, x, INTERPRET: tl.constexpr):
     if INTERPRET:
         return acc + tl.dot(w.to(tl.float32), tl.trans(x).to(tl.float32), input_precision="ieee")
+    if w.dtype == tl.float32:
+        return tl.dot(w, tl.trans(x), acc, input_precision="tf32x3")
     return tl.dot(w, tl.trans(x), acc)
 
 

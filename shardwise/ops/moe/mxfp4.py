@@ -17,6 +17,7 @@ from shardwise.ops.triton_support import Launcher, aligned, dependent_launch, in
 
 _route, _gemm = Launcher(route_kernel), Launcher(mxfp4_gemm)
 _GROUP_IN_ROUTER = 16  # tokens of one router block; more are grouped by a launch of their own
+WIDE_TOKENS = 256  # up to here an expert's results wait for their sum in float32: the bytes do not count yet
 
 
 def choose_plan(pairs: int, experts: int) -> Plan:
@@ -58,12 +59,48 @@ def mxfp4_moe(
     space = Workspace.of(tokens.device, count)
     routing = _run_router(space, tokens, router_weight, router_bias, top_k, first, local, plan.bt)
     pairs, size = count * top_k, up.rows // 2
-    wide = tokens.dtype if count > Workspace.KEPT_TOKENS else torch.float32
+    wide = torch.float32 if count <= WIDE_TOKENS else tokens.dtype
     inner = space.take("inner", (pairs, size), tokens.dtype)
     values = space.take("values", (plan.down.splits, pairs, hidden), wide)
     run_gemm(plan.up, plan.bt, tokens, up, inner, routing, "swiglu", alpha, limit)
     run_gemm(plan.down, plan.bt, inner, down, values, routing, "none")
     return combine(values, routing, tokens.dtype)
+
+
+def packed_moe(
+    tokens: Tensor,  # [T, H], contiguous; bf16 on a GPU
+    ids: Tensor,  # int [T, K], local; others are skipped
+    weights: Tensor,  # [T, K]
+    up: PackedMXFP4,
+    down: PackedMXFP4,
+    act: str,
+    *,
+    alpha: float = 1.0,
+    limit: float = 0.0,
+    factors: tuple[Tensor | None, Tensor | None] = (None, None),
+    on_input: bool = False,
+) -> Tensor:
+    """Routed sum [T, H] over packed experts, for callers that route themselves.
+
+    act       "swiglu" (gpt-oss, with alpha and limit), "silu" or "relu2"
+    factors   float32 [E] for each product of NVFP4
+    on_input  routing weights multiply the input instead of the output
+    """
+    pairs, experts = ids.numel(), up.words.shape[0]
+    if pairs == 0:
+        return torch.zeros_like(tokens)
+    plan = choose_plan(pairs, experts)
+    space = Workspace.of(tokens.device, tokens.shape[0])
+    order = space.take("order", (pairs,), torch.int32)
+    blocks = space.take("blocks", (1 + 3 * most_blocks(pairs, experts, plan.bt),), torch.int32)
+    routing = Routing(ids.contiguous(), weights.contiguous(), order, blocks, 0, experts)
+    group_pairs(routing, plan.bt)
+    inner = space.take("inner", (pairs, down.columns), tokens.dtype)
+    wide = torch.float32 if tokens.shape[0] <= WIDE_TOKENS else tokens.dtype
+    values = space.take("values", (plan.down.splits, pairs, tokens.shape[1]), wide)
+    run_gemm(plan.up, plan.bt, tokens, up, inner, routing, act, alpha, limit, factors[0], on_input)
+    run_gemm(plan.down, plan.bt, inner, down, values, routing, "none", factor=factors[1])
+    return combine(values, routing, tokens.dtype, weighted=not on_input)
 
 
 def _router_shape(count: int) -> tuple[int, int, int, int]:

@@ -4,10 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from shardwise.ops.moe.mxfp4 import choose_plan, run_gemm
+from shardwise.ops.moe.mxfp4 import packed_moe
 from shardwise.ops.moe.mxfp4_layout import TILE, PackedMXFP4, PackedOnce, join_bytes, pack_codes, row_order
-from shardwise.ops.moe.routing import Routing, combine, group_pairs, most_blocks
-from shardwise.ops.moe.workspace import Workspace
 from shardwise.ops.quantization.nvfp4 import swizzled_size, unswizzle_scales
 from shardwise.ops.triton_support import interpreting
 
@@ -26,25 +24,12 @@ def nvfp4_moe(
     on_input: bool,
 ) -> Tensor:
     """Routed sum [T, H] in rows' dtype; `act` "silu" (w3 rows, then w1 rows) or "relu2"."""
-    pairs = ids.numel()
-    if pairs == 0:
-        return torch.zeros_like(rows)
     up = _packed_once(name, *first[:2], "stacked" if act == "silu" else "plain")
     down = _packed_once(name, *second[:2], "plain")
-    experts, size = up.words.shape[0], down.columns
+    experts = up.words.shape[0]
+    factors = first[2].expand(experts).contiguous(), second[2].expand(experts).contiguous()
     x = rows if interpreting() else rows.to(torch.bfloat16)
-    plan = choose_plan(pairs, experts)
-    space = Workspace.of(x.device, rows.shape[0])
-    order = space.take("order", (pairs,), torch.int32)
-    blocks = space.take("blocks", (1 + 3 * most_blocks(pairs, experts, plan.bt),), torch.int32)
-    routing = Routing(ids.contiguous(), weights.contiguous(), order, blocks, 0, experts)
-    group_pairs(routing, plan.bt)
-    inner = space.take("inner", (pairs, size), x.dtype)
-    values = space.take("values", (plan.down.splits, pairs, rows.shape[1]), torch.float32)
-    factors = (first[2].expand(experts).contiguous(), second[2].expand(experts).contiguous())
-    run_gemm(plan.up, plan.bt, x, up, inner, routing, act, factor=factors[0], on_input=on_input)
-    run_gemm(plan.down, plan.bt, inner, down, values, routing, "none", factor=factors[1])
-    return combine(values, routing, rows.dtype, weighted=not on_input)
+    return packed_moe(x, ids, weights, up, down, act, factors=factors, on_input=on_input).to(rows.dtype)
 
 
 def pack_nvfp4(name: str, codes: Tensor, scales: Tensor, arrangement: str) -> PackedMXFP4:

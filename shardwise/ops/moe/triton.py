@@ -3,7 +3,15 @@
 import torch
 from torch import Tensor
 
-from shardwise.ops.moe.contract import RELU2, SILU, activation, check_fp8, check_same_dtype, check_stacked
+from shardwise.ops.moe.contract import (
+    RELU2,
+    SILU,
+    activation,
+    check_contiguous,
+    check_fp8,
+    check_same_dtype,
+    check_stacked,
+)
 from shardwise.ops.moe.exchange import run_routed
 from shardwise.ops.moe.grouped import FP8Scales, grouped_moe
 from shardwise.ops.moe.mxfp4 import mxfp4_moe
@@ -79,6 +87,7 @@ def triton_mxfp4_moe_ep(
         name, hidden_states, router_weight, router_bias, top_k, gate_up_blocks, gate_up_bias, gate_up_scales,
         down_blocks, down_bias, down_scales, ep_size, ep_rank,
     )  # fmt: skip
+    check_contiguous(name, gate_up_blocks=gate_up_blocks, down_blocks=down_blocks)
     tokens = hidden_states.reshape(-1, hidden_states.shape[-1]).contiguous()
     if not interpreting():
         tokens = tokens.to(torch.bfloat16)
@@ -133,12 +142,10 @@ def triton_moe_fused(
     act = activation(name, is_gated_mlp, act_fn)
     experts, _ = check_stacked(name, x, w1_stacked_weight, w2_stacked_weight, is_gated_mlp)
     check_same_dtype(name, x, w1_stacked_weight, w2_stacked_weight)
+    check_contiguous(name, w1_stacked_weight=w1_stacked_weight, w2_stacked_weight=w2_stacked_weight)
 
     def compute(rows: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-        return grouped_moe(
-            rows, ids, weights, w1_stacked_weight.contiguous(), w2_stacked_weight.contiguous(), act,
-            apply_routing_on_input,
-        )  # fmt: skip
+        return grouped_moe(rows, ids, weights, w1_stacked_weight, w2_stacked_weight, act, apply_routing_on_input)
 
     return run_routed(name, x, selected_experts, routing_weights, experts, compute, mapping_config, max_num_tokens)
 
@@ -174,12 +181,11 @@ def triton_quant_fp8_moe(
     act = activation(name, is_gated_mlp, RELU2 if not is_gated_mlp and act_fn == SILU else act_fn)
     experts, _ = check_stacked(name, x, w1_weight, w2_weight, is_gated_mlp)
     check_fp8(name, experts, w1_weight, w2_weight, w1_weight_scale, w2_weight_scale)
+    check_contiguous(name, w1_weight=w1_weight, w2_weight=w2_weight)
     s1, s2 = w1_input_scale.reshape(-1)[:1].float(), w2_input_scale.reshape(-1)[:1].float()
     scales = FP8Scales(s1, w1_weight_scale.float() * s1, s2, w2_weight_scale.float() * s2)
 
     def compute(rows: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-        return grouped_moe(
-            rows, ids, weights, w1_weight.contiguous(), w2_weight.contiguous(), act, apply_routing_on_input, scales
-        )
+        return grouped_moe(rows, ids, weights, w1_weight, w2_weight, act, apply_routing_on_input, scales)
 
     return run_routed(name, x, selected_experts, routing_weights, experts, compute, mapping_config, max_num_tokens)

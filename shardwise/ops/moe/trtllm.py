@@ -10,7 +10,14 @@ import functools
 import torch
 from torch import Tensor
 
-from shardwise.ops.moe.contract import activation, check_fp8, check_same_dtype, check_stacked, parse_mapping
+from shardwise.ops.moe.contract import (
+    activation,
+    check_contiguous,
+    check_fp8,
+    check_same_dtype,
+    check_stacked,
+    parse_mapping,
+)
 from shardwise.ops.moe.exchange import run_routed
 from shardwise.ops.moe.grouped import FP8Scales, grouped_moe
 from shardwise.ops.moe.nvfp4 import nvfp4_moe
@@ -88,8 +95,9 @@ def trtllm_moe_fused(
     act = activation(name, is_gated_mlp, act_fn)
     experts, _ = check_stacked(name, x, w3_w1_stacked_weight, w2_stacked_weight, is_gated_mlp)
     check_same_dtype(name, x, w3_w1_stacked_weight, w2_stacked_weight)
+    check_contiguous(name, w3_w1_stacked_weight=w3_w1_stacked_weight, w2_stacked_weight=w2_stacked_weight)
     _check_exchange(name, mapping_config, max_num_tokens)
-    weights = (w3_w1_stacked_weight.contiguous(), w2_stacked_weight.contiguous())
+    weights = (w3_w1_stacked_weight, w2_stacked_weight)
 
     def compute(rows: Tensor, ids: Tensor, routing: Tensor) -> Tensor:
         if rows.is_cuda and rows.shape[0] and not apply_routing_on_input and cutlass_ready():
@@ -148,8 +156,9 @@ def trtllm_quant_fp8_moe_fused(
     act = activation(name, is_gated_mlp, act_fn)
     experts, _ = check_stacked(name, x, fc1_expert_weights, fc2_expert_weights, is_gated_mlp)
     check_fp8(name, experts, fc1_expert_weights, fc2_expert_weights, fc1_dequant_scale, fc2_dequant_scale)
+    check_contiguous(name, fc1_expert_weights=fc1_expert_weights, fc2_expert_weights=fc2_expert_weights)
     _check_exchange(name, mapping_config, max_num_tokens)
-    weights = (fc1_expert_weights.contiguous(), fc2_expert_weights.contiguous())
+    weights = (fc1_expert_weights, fc2_expert_weights)
     s1, reciprocal = fc1_act_scale.reshape(-1)[:1].float(), fc2_act_scale_reciprocal.reshape(-1)[:1].float()
     scales = FP8Scales(s1, fc1_dequant_scale.float(), 1.0 / reciprocal, fc2_dequant_scale.float())
 

@@ -1,5 +1,7 @@
 """Scratch memory of the grouped kernels."""
 
+import threading
+
 import torch
 from torch import Tensor
 
@@ -7,12 +9,11 @@ from torch import Tensor
 class Workspace:
     """Scratch tensors of one call, kept between calls for few tokens, where the host time of allocating counts.
 
-    One set a device, stream and token count, so that captured graphs and concurrent streams never share or lose it.
+    One set a thread (ranks may be threads), device, stream and token count: captured graphs and concurrent callers
+    never share or lose it.
     """
 
-    KEPT_TOKENS = 256
-    _kept: dict[tuple, "Workspace"] = {}
-    _counters: dict[tuple, Tensor] = {}
+    KEPT_TOKENS = 64
 
     def __init__(self, owner: tuple):
         self._owner = owner
@@ -24,7 +25,7 @@ class Workspace:
         owner = (device, torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0)
         if tokens > cls.KEPT_TOKENS:
             return cls(owner)
-        return cls._kept.setdefault((*owner, tokens), cls(owner))
+        return _kept("workspaces").setdefault((*owner, tokens), cls(owner))
 
     def take(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """An uninitialised tensor, the same at every call."""
@@ -35,8 +36,16 @@ class Workspace:
 
     def counters(self, count: int) -> Tensor:
         """int32 zeros; kernels that count in them leave zeros behind."""
-        found = self._counters.get(self._owner)
-        if found is None or found.numel() < count:
-            found = torch.zeros(max(count, 1024), dtype=torch.int32, device=self._owner[0])
-            self._counters[self._owner] = found
-        return found
+        size = max(1024, 1 << (count - 1).bit_length())
+        kept = _kept("counters")
+        if (self._owner, size) not in kept:  # a smaller one stays: a captured graph may count in it
+            kept[self._owner, size] = torch.zeros(size, dtype=torch.int32, device=self._owner[0])
+        return kept[self._owner, size]
+
+
+_THREAD = threading.local()
+
+
+def _kept(kind: str) -> dict:
+    """What this thread keeps of a kind."""
+    return _THREAD.__dict__.setdefault(kind, {})

@@ -41,15 +41,15 @@ def torch_quant_fp8_linear(
     input_scale, weight_scale   one float32 element, required
     Returns [..., N] in input's dtype: codes' product * input_scale * weight_scale + bias, summed in float32.
     """
-    check_fp8_linear("torch_quant_fp8_linear", input, weight_fp8, bias, input_scale, weight_scale)
-    codes = e4m3_encode(input.reshape(-1, input.shape[-1]).float() / input_scale)
-    out = scaled_mm(codes, weight_fp8, input_scale, weight_scale, input.dtype)
+    s_in, s_weight = check_fp8_linear("torch_quant_fp8_linear", input, weight_fp8, bias, input_scale, weight_scale)
+    codes = e4m3_encode(input.reshape(-1, input.shape[-1]).float() / s_in)
+    out = scaled_mm(codes, weight_fp8, s_in, s_weight, input.dtype)
     out = out.view(*input.shape[:-1], weight_fp8.shape[0])
     return out if bias is None else (out + bias).to(input.dtype)
 
 
-def check_fp8_linear(name, input, weight_fp8, bias, input_scale, weight_scale) -> None:
-    """TypeError or ValueError naming operator and argument."""
+def check_fp8_linear(name, input, weight_fp8, bias, input_scale, weight_scale) -> tuple[Tensor, Tensor]:
+    """The two scales in float32; TypeError or ValueError naming operator and argument."""
     if weight_fp8.dtype != torch.float8_e4m3fn:
         raise TypeError(f"{name}: weight_fp8 must be float8_e4m3fn, got {weight_fp8.dtype}")
     if weight_fp8.dim() != 2 or weight_fp8.shape[1] != input.shape[-1]:
@@ -62,6 +62,7 @@ def check_fp8_linear(name, input, weight_fp8, bias, input_scale, weight_scale) -
             raise ValueError(f"{name}: {label} must be a tensor with one element, got {got}")
     if bias is not None and bias.numel() != weight_fp8.shape[0]:
         raise ValueError(f"{name}: bias must have N = {weight_fp8.shape[0]} elements, got {tuple(bias.shape)}")
+    return input_scale.float(), weight_scale.float()
 
 
 def scaled_mm(codes: Tensor, weight: Tensor, s_in: Tensor, s_weight: Tensor, dtype: torch.dtype) -> Tensor:
@@ -72,8 +73,10 @@ def scaled_mm(codes: Tensor, weight: Tensor, s_in: Tensor, s_weight: Tensor, dty
     pad_n, pad_k = -columns % 16, -codes.shape[1] % 16
     if pad_n or pad_k:
         codes, weight = _pad_fp8(codes, 0, pad_k), _pad_fp8(weight, pad_n, pad_k)
-    scales = (s.reshape(1).float() for s in (s_in, s_weight))
-    out = torch._scaled_mm(codes.contiguous(), weight.contiguous().t(), *scales, out_dtype=dtype, use_fast_accum=True)
+    scale_a, scale_b = s_in.reshape(1).float(), s_weight.reshape(1).float()
+    out = torch._scaled_mm(
+        codes.contiguous(), weight.contiguous().t(), scale_a, scale_b, out_dtype=dtype, use_fast_accum=True
+    )
     return out[:, :columns]
 
 

@@ -27,14 +27,13 @@ def trtllm_quant_fp8_linear(
     input [..., K], weight_fp8 float8_e4m3fn [N, K], one-element scales, both required. Up to 16 rows a Triton kernel
     quantises on the fly and splits K; more go through the GPU library's FP8 product.
     """
-    check_fp8_linear("trtllm_quant_fp8_linear", input, weight_fp8, bias, input_scale, weight_scale)
-    assert input_scale is not None and weight_scale is not None
+    s_in, s_weight = check_fp8_linear("trtllm_quant_fp8_linear", input, weight_fp8, bias, input_scale, weight_scale)
     rows = input.reshape(-1, input.shape[-1]).contiguous()
     shape = (*input.shape[:-1], weight_fp8.shape[0])
     if rows.shape[0] == 0:
         return input.new_empty(shape)
     if rows.shape[0] <= _FEW_ROWS or interpreting():
-        out = few_rows_linear(rows, weight_fp8.contiguous(), bias, input_scale.float(), weight_scale.float())
+        out = few_rows_linear(rows, weight_fp8.contiguous(), bias, s_in, s_weight)
         return out.view(shape)
-    out = scaled_mm(quantize(rows, input_scale.float()), weight_fp8, input_scale, weight_scale, input.dtype)
+    out = scaled_mm(quantize(rows, s_in), weight_fp8, s_in, s_weight, input.dtype)
     return (out if bias is None else (out + bias).to(input.dtype)).view(shape)
