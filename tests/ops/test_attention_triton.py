@@ -5,10 +5,12 @@ import pytest
 import torch
 from oracles_attention import Step
 
+from shardwise.ops import triton_support
 from shardwise.ops.attention import tiles, triton
 from shardwise.ops.attention.tiles import Tile, choose_splits
 from shardwise.ops.attention.triton import OP
 from shardwise.ops.registry import operators
+from shardwise.ops.triton_support import tl
 
 INFO = next(info for info in operators() if info.name == OP)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -123,6 +125,48 @@ def test_a_sequence_that_leaves_the_cache_is_neither_read_nor_stored():
     # The prefill that starts inside the cache stores what fits.
     for cache, old in zip(tensors[3:], before, strict=True):
         assert torch.equal(cache[1:], old[1:]) and torch.equal(cache[0, :38], old[0, :38])
+
+
+@triton_support.triton.jit
+def _copy_kernel(x_ptr, out_ptr, COUNT: tl.constexpr):
+    index = tl.arange(0, COUNT)
+    tl.store(out_ptr + index, tl.load(x_ptr + index))
+
+
+in_interpreter = pytest.mark.skipif(DEVICE == "cuda", reason="the memory checker sits in the interpreter")
+
+
+@in_interpreter
+def test_the_memory_checker_notices_one_element_too_many(monkeypatch):
+    from memory_check import checked_memory
+    from triton.runtime.errors import InterpreterError
+
+    launch, memory = triton_support.Launcher(_copy_kernel), torch.zeros(2, 64)
+    for x, out in ((memory[0, :15], memory[1, :16]), (memory[0, :16], memory[1, :15])):
+        with checked_memory(monkeypatch), pytest.raises(InterpreterError, match="OutOfBounds.*1 of 16"):
+            launch(memory.device, None, (1, 1, 1), (x, out, 16))
+    with checked_memory(monkeypatch):
+        launch(memory.device, None, (1, 1, 1), (memory[0, :16], memory[1, :16], 16))
+
+
+@in_interpreter
+@pytest.mark.parametrize("seed", range(20))
+def test_no_metadata_makes_a_kernel_leave_its_tensors(monkeypatch, seed):
+    from memory_check import checked_memory
+
+    step = oracle.random_step(seed, max_seq=40) if seed % 2 else STEPS[list(STEPS)[seed // 2 % 6]]
+    q, k, v, k_cache, v_cache = build(step, size=20, value_size=9)
+    info, *metadata, cu_seqlen = step.metadata()
+    if seed >= 8:  # garbage
+        generator = torch.Generator().manual_seed(seed)
+        wild = torch.tensor([-(2**31), -41, -1, 0, 1, 3, 39, 40, 41, 2**31 - 1])
+        for values in metadata:
+            values.copy_(wild[torch.randint(len(wild), values.shape, generator=generator)])
+    with checked_memory(monkeypatch) as seen:
+        torch.ops.auto_deploy.triton_attention_flattened_mha_with_cache(
+            q[None], k[None], v[None], info, *metadata, cu_seqlen, k_cache, v_cache, None, None, 7 if seed % 3 else None
+        )
+    assert sum(seen) > 0
 
 
 def test_strided_flattened_and_generate_shapes():

@@ -91,7 +91,7 @@ def triton_attention_flattened_mha_with_cache(
 
     Tensors and meaning are those of `torch_cached_attention_with_cache`, without a logit cap. float16, bfloat16 or
     float32; the caches may be float8_e4m3fn. `cu_seqlen` is not read. Lengths, positions and slots stay on the
-    device and are not checked: a sequence that would leave the cache is not stored and gives 0, like slot -1.
+    device and are not checked: a sequence that would leave the cache is not read and gives 0, like slot -1.
     """
     batch = read_batch(OP, batch_info_host)
     call = _call(q, k, v, k_cache, v_cache, sinks)
@@ -229,8 +229,8 @@ class _Step(NamedTuple):
         _prefill(
             q.device, (*key, tile), (count * heads.keys, 1, 1),
             (q, k_cache, v_cache, out, seq_len, self.input_pos, self.slot_idx, q if self.sinks is None else self.sinks,
-             self.scale, count, *limits, call.rows[0], *call.caches, heads.keys, heads.group, *call.sizes,
-             tile.rows, tile.keys, sequences, self.window, self.sinks is not None, pdl),
+             self.scale, count, batch.prefill_tokens, *limits, call.rows[0], *call.caches, heads.keys, heads.group,
+             *call.sizes, tile.rows, tile.keys, sequences, self.window, self.sinks is not None, pdl),
             num_warps=tile.warps, num_stages=tile.stages, launch_pdl=pdl,
         )  # fmt: skip
 

@@ -38,6 +38,7 @@ def append_kernel(
     for base in range(0, sequences, SEQUENCES):
         member = base + tl.arange(0, SEQUENCES)
         length = tl.load(seq_len_ptr + member, mask=member < sequences, other=0).to(tl.int32)
+        length = tl.minimum(tl.maximum(length, 0), max_seq)
         ends = carry + tl.cumsum(length, 0)
         done = (ends[None, :] <= token[:, None]) & (member < sequences)[None, :]
         passed += tl.sum(done.to(tl.int32), 1)

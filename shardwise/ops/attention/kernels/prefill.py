@@ -9,7 +9,7 @@ from shardwise.ops.triton_support import await_predecessor, tl, triton
 
 
 @triton.jit
-def _locate(seq_len_ptr, sequences, tile, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, SEQUENCES: tl.constexpr):
+def _locate(seq_len_ptr, sequences, max_seq, tile, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, SEQUENCES: tl.constexpr):
     """The sequence of a tile (`sequences` when there is none), the tile's number in it, its first flat token."""
     passed = 0
     tiles_before = 0
@@ -18,6 +18,7 @@ def _locate(seq_len_ptr, sequences, tile, GROUP: tl.constexpr, BLOCK_M: tl.const
     for base in range(0, sequences, SEQUENCES):
         member = base + tl.arange(0, SEQUENCES)
         length = tl.load(seq_len_ptr + member, mask=member < sequences, other=0).to(tl.int32)
+        length = tl.minimum(tl.maximum(length, 0), max_seq)
         tiles = tl.cdiv(length * GROUP, BLOCK_M)
         ends = carry + tl.cumsum(tiles, 0)
         done = (ends <= tile) & (member < sequences)
@@ -90,7 +91,7 @@ def _attend(
     return acc, highest, total
 
 
-@triton.jit(do_not_specialize=["scale", "tiles", "sequences", "slots", "max_seq"])
+@triton.jit(do_not_specialize=["scale", "tiles", "tokens", "sequences", "slots", "max_seq"])
 def prefill_kernel(
     q_ptr,  # [T, N, D]
     k_cache_ptr,
@@ -102,6 +103,7 @@ def prefill_kernel(
     sinks_ptr,
     scale,
     tiles,
+    tokens,
     sequences,
     slots,
     max_seq,
@@ -124,17 +126,17 @@ def prefill_kernel(
     kv_head = tl.program_id(0) % KV_HEADS
     await_predecessor(PDL)
     sequence, tile, first_token = _locate(
-        seq_len_ptr, sequences, tiles - 1 - tl.program_id(0) // KV_HEADS, GROUP, BLOCK_M, SEQUENCES
+        seq_len_ptr, sequences, max_seq, tiles - 1 - tl.program_id(0) // KV_HEADS, GROUP, BLOCK_M, SEQUENCES
     )
     if sequence < sequences:
-        length = tl.load(seq_len_ptr + sequence).to(tl.int32)
+        length = tl.minimum(tl.load(seq_len_ptr + sequence).to(tl.int32), max_seq)
         past = tl.load(input_pos_ptr + sequence).to(tl.int32)
         slot = tl.load(slot_ptr + sequence).to(tl.int64)
-        live = (slot >= 0) & (slot < slots) & (past >= 0) & (past + length <= max_seq)
+        live = (slot >= 0) & (slot < slots) & (past >= 0) & (past <= max_seq - length)
         row = tile * BLOCK_M + tl.arange(0, BLOCK_M)
         token = row // GROUP
         head = kv_head * GROUP + row % GROUP
-        valid = token < length
+        valid = (token < length) & (first_token + token < tokens)
         flat = (first_token + token).to(tl.int64)
         d = tl.arange(0, BLOCK_D)[None, :]
         query = q_ptr + (flat * Q_STRIDES[0] + head * Q_STRIDES[1])[:, None] + d
