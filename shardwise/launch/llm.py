@@ -54,6 +54,7 @@ class LLM:
     attn_dp, moe_tp, ep   the other sizes of the grid: tp * attn_dp = world = moe_tp * ep
     launcher    local, torchrun, mpi or ray starts the ranks; inside torchrun or mpirun leave it at None
     dtype       auto (float32 on the CPU, bfloat16 on GPUs), float32, bfloat16, float16
+    weights     auto, dequantised, or native: GGUF's 4- and 8-bit blocks stay as they are (CPU)
     device      auto, cpu or cuda
     transport   auto, or one of `shardwise.comm.base.TRANSPORTS`
     Raises ValueError for a layout that does not fit the model or the launcher's world, FileNotFoundError for a missing
@@ -70,6 +71,7 @@ class LLM:
         ep: int = 1,
         launcher: str | None = None,
         dtype: str = "auto",
+        weights: str = "auto",
         device: str = "auto",
         transport: str = "auto",
         ray_address: str | None = None,
@@ -78,7 +80,9 @@ class LLM:
     ):
         info = env.detect()
         layout = layout_for(info, tp=tp, attn_dp=attn_dp, moe_tp=moe_tp, ep=ep, launcher=launcher)
-        self.config = ModelConfig(model=str(model), **layout, dtype=dtype, device=device, transport=transport)
+        self.config = ModelConfig(
+            model=str(model), **layout, dtype=dtype, weights=weights, device=device, transport=transport
+        )
         self.launcher = launcher or (info.source if within(info) else "local")
         if within(info):
             self._runner: Runner = SpmdRunner(self.config, info, on_progress)
@@ -108,7 +112,10 @@ class LLM:
     def stream(
         self, prompts: Sequence[Prompt] | str, params: SamplingParams | Sequence[SamplingParams] | None = None
     ) -> Iterator[TokenEvent]:
-        """Tokens of all prompts as they come; the iterator must be read to its end. ValueError as `generate`."""
+        """Tokens of all prompts as they come; ValueError as `generate`.
+
+        A stream that is left early goes on in the ranks: the next call waits for its end.
+        """
         listed = [prompts] if isinstance(prompts, str) else list(prompts)
         each = _one_each(params, len(listed))
         if not self._closer.alive:
@@ -191,6 +198,7 @@ class ParentRunner:
         self._silence = deadlines.collective + deadlines.stop
         self._stats: dict[int, RankStats] = {}
         self._supervisor = Supervisor(job, backend(launcher, **options)).__enter__()
+        self._items: _Items | None = None
         self._closed = False
         atexit.register(self.close)  # before the keeper's thread ends with the interpreter
         try:
@@ -211,18 +219,15 @@ class ParentRunner:
         self.transport = ready[0]
 
     def stream(self, prompts: Sequence[Any], params: Sequence[SamplingParams]) -> Iterator[TokenEvent | Answer]:
+        for _ in self._items or ():  # what a caller that left the last stream early did not take
+            pass
         self._stats.clear()
         given = [prompt if isinstance(prompt, str) else list(prompt) for prompt in prompts]
         self._supervisor.send(
             {"command": "generate", "prompts": given, "params": [params_to_json(each) for each in params]}
         )
-        items = _Items(self._supervisor, self._silence, self._stats)
-        try:
-            yield from items
-        except GeneratorExit:
-            for _ in items:  # a caller that leaves early must not leave tokens behind for the next call
-                pass
-            raise
+        self._items = _Items(self._supervisor, self._silence, self._stats)
+        yield from self._items
 
     def stats(self) -> list[RankStats]:
         return [self._stats[rank] for rank in sorted(self._stats)]
@@ -236,7 +241,10 @@ class ParentRunner:
             return
         self._closed = True
         atexit.unregister(self.close)
-        self._supervisor.stop()
+        if self._items is not None and not self._items.answered:
+            self._supervisor.abort()  # the ranks still generate and would hear of it much later
+        else:
+            self._supervisor.stop()
 
 
 class _Items:
@@ -246,12 +254,17 @@ class _Items:
         self._supervisor, self._silence, self._stats = supervisor, silence, stats
         self._waiting: deque[TokenEvent | Answer] = deque()
 
+    @property
+    def answered(self) -> bool:
+        """Whether every rank has ended this call."""
+        return len(self._stats) == self._supervisor.job.world
+
     def __iter__(self) -> "_Items":
         return self
 
     def __next__(self) -> TokenEvent | Answer:
         while not self._waiting:
-            if len(self._stats) == self._supervisor.job.world:
+            if self.answered:
                 raise StopIteration
             for event in self._supervisor.next_events(self._silence, "the next token"):
                 self._book(event)

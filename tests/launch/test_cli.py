@@ -1,0 +1,175 @@
+"""The command line: verbs, exit codes, errors in one sentence, nothing heavy imported, no process left behind."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from shardwise.launch.cli import BENCHES, VERBS, main
+from shardwise.launch.failure import Failure, write
+
+
+def cli(*words: str, **more: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "shardwise", *words],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={**os.environ, **more},
+    )
+
+
+def without_torch(*words: str) -> subprocess.CompletedProcess:
+    program = (
+        "import sys\n"
+        "class Refuse:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name in ('torch', 'transformers', 'ray', 'rich'): raise AssertionError(name + ' was imported')\n"
+        "sys.meta_path.insert(0, Refuse())\n"
+        "from shardwise.launch.cli import main\n"
+        f"sys.exit(main({list(words)!r}))\n"
+    )
+    return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+
+
+@pytest.mark.parametrize(
+    "words", [["--help"], ["run", "--help"], ["plan", "smollm2", "--tp", "2"], ["explain", "--help"]]
+)
+def test_help_and_plan_import_nothing_heavy(words):
+    done = without_torch(*words)
+    assert done.returncode == 0, done.stderr
+
+
+def test_every_verb_stands_in_the_help():
+    text = cli("--help").stdout
+    assert all(verb in text for verb in VERBS)
+    text = cli("bench", "--help").stdout
+    assert all(what in text for what in BENCHES)
+
+
+@pytest.mark.parametrize("words", [[], ["no-such-verb"], ["bench"], ["run"], ["run", "smollm2", "--dtype", "int3"]])
+def test_unusable_command_lines_exit_with_2(words):
+    done = cli(*words)
+    assert done.returncode == 2 and "usage:" in done.stderr and done.stdout == ""
+
+
+@pytest.mark.parametrize(
+    "words, code, text",
+    [
+        (["run", "smollm2", "--launcher", "warp"], 2, "unknown launcher 'warp'; legal: local, torchrun, mpi, ray"),
+        (["run", "smollm2", "--tp", "0"], 2, "--tp 0: must be at least 1"),
+        (["run", "smollm2", "-n", "4", "--tp", "3"], 2, "-n 4 contradicts --tp 3"),
+        (["run", "smollm2", "--top-p", "2"], 2, "--top-p is 2.0, legal: above 0 and at most 1"),
+        (["run", "smollm2", "--tp", "2", "--ep", "3"], 1, "world % ep = 2 % 3 = 2"),
+        (["run", "smollm2", "--tp", "99"], 1, "tp 99 does not fit"),
+        (["run", "no-such-model"], 1, "is no file and no folder"),
+        (["run", "smollm2", "--prompts", "/no/such/file"], 1, "/no/such/file: No such file or directory"),
+        (["explain", "/no/such/file"], 1, "/no/such/file: No such file or directory"),
+    ],
+)
+def test_errors_are_one_sentence(capfd, words, code, text):
+    assert main(words) == code
+    out, err = capfd.readouterr()
+    assert out == "" and err.startswith("shardwise: error: ") and err.count("\n") == 1
+    assert text in err
+
+
+def test_debug_shows_the_traceback(capfd):
+    assert main(["run", "no-such-model", "--debug"]) == 1
+    assert "Traceback" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "content, text",
+    [(b"GGUF" + bytes(3), "broken.gguf"), (b"not a model at all, whatever the name says", "broken.gguf")],
+    ids=["truncated", "wrong magic"],
+)
+def test_a_file_that_is_no_model_is_refused_before_ranks_start(tmp_path, capfd, content, text):
+    path = tmp_path / "broken.gguf"
+    path.write_bytes(content)
+    assert main(["run", str(path), "--tp", "2"]) == 1
+    err = capfd.readouterr().err
+    assert text in err and "Traceback" not in err and err.count("\n") == 1
+
+
+def test_a_prompt_longer_than_the_context_is_one_sentence():
+    done = cli("run", "smollm2", "--tp", "2", "--prompt", "word " * 9000, OMP_NUM_THREADS="1")
+    assert done.returncode == 1 and done.stdout.strip() == ""
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("shardwise: error: prompt 0 has 90") and "context holds 8192" in last
+    assert "Traceback" not in done.stderr
+
+
+def test_json_on_standard_output_is_all_there_is():
+    done = cli("run", "smollm2", "--tp", "2", "--max-new-tokens", "4", "--raw", "--json", OMP_NUM_THREADS="1")
+    result = json.loads(done.stdout)
+    expected = {
+        "text", "token_ids", "prompt_tokens", "new_tokens", "tokens_per_second", "time_to_first_token_seconds",
+        "ranks", "launcher", "transport",
+    }  # fmt: skip
+    assert expected <= result.keys()
+    assert result["new_tokens"] == len(result["token_ids"]) == 4
+    assert result["launcher"] == "local" and result["transport"] == "shm"
+    assert sum(rank["weight_bytes"] for rank in result["ranks"]) < 1.02 * 4 * 134_515_008
+    assert "loading 100 %" in done.stderr
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_a_run_within_a_moment(signum):
+    command = [
+        sys.executable,
+        "-m",
+        "shardwise",
+        "run",
+        "smollm2",
+        "--tp",
+        "2",
+        "--max-new-tokens",
+        "4000",
+        "--ignore-eos",
+    ]
+    mark = f"{os.getpid()}-{signum}"
+    run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "MARK": mark})
+    assert run.stdout is not None and run.stdout.read(1)
+    run.send_signal(signum)
+    started = time.monotonic()
+    assert run.wait(20) == 128 + signum
+    assert time.monotonic() - started < 5
+    assert not [pid for pid in os.listdir("/proc") if pid.isdigit() and f"MARK={mark}".encode() in environ(pid)]
+    run.stdout.close()
+    assert run.stderr is not None and b"Traceback" not in run.stderr.read()
+    run.stderr.close()
+
+
+def environ(pid: str) -> bytes:
+    try:
+        with open(f"/proc/{pid}/environ", "rb") as file:
+            return file.read()
+    except OSError:
+        return b""
+
+
+def test_explain_reads_a_report_and_a_folder_of_them(tmp_path, capsys):
+    common = {"world": 2, "host": "node", "pid": 7, "phase": "load", "exit_code": 1}
+    write(tmp_path, Failure(rank=0, what="PeerLost: gone", time_ns=1, victim=True, trace="Traceback of 0", **common))
+    path = write(tmp_path, Failure(rank=1, what="ValueError: x", time_ns=2, trace="Traceback of 1", **common))
+    for source in (path, tmp_path):
+        assert main(["explain", str(source)]) == 0
+        assert "rank 1 of 2 failed (host node, pid 7) while load: ValueError: x" in capsys.readouterr().out
+    assert main(["explain", str(path), "--trace"]) == 0
+    text = capsys.readouterr().out
+    assert text.index("Traceback of 1") < text.index("Traceback of 0")
+    assert main(["explain", str(path), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["victims"][0]["rank"] == 0
+
+
+def test_explain_refuses_what_is_no_report(tmp_path, capsys):
+    (tmp_path / "x.json").write_text("[1, 2]")
+    assert main(["explain", str(tmp_path / "x.json")]) == 1
+    assert "not a failure report" in capsys.readouterr().err
+    assert main(["explain", str(tmp_path)]) == 1
+    assert "no rank of that job reported a failure" in capsys.readouterr().err
