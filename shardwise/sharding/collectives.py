@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from shardwise.sharding.layout import ParallelLayout
-from shardwise.sharding.spec import Attention, Block, GatedDelta, Layer, Mamba2, ModelSpec, Moe
+from shardwise.sharding.spec import Attention, Block, Layer, Mamba2, ModelSpec, Moe
 
 PARTIAL_SUM_BYTES = 4
 """Statistics (mean squares) are reduced in float32."""
@@ -55,7 +55,7 @@ def _layer(layer: Layer, layout: ParallelLayout, hidden: int, itemsize: int) -> 
     joined = layer.parallel_residual and moe is None
     if layer.mixers and layout.tp > 1:
         for mixer in layer.mixers:
-            yield from _inside(mixer)
+            yield from _inside(mixer, layout.tp)
         yield Collective("layer" if joined else "mixer", "all_reduce", "tp", hidden, 1)
     if (dense and layout.tp > 1 and not joined) and (moe is None or layout.attn_dp > 1):
         yield Collective("mlp", "all_reduce", "tp", hidden, 1)
@@ -63,12 +63,12 @@ def _layer(layer: Layer, layout: ParallelLayout, hidden: int, itemsize: int) -> 
         yield from _experts(moe, layout, hidden, itemsize)
 
 
-def _inside(mixer: Block) -> Iterator[Collective]:
+def _inside(mixer: Block, tp: int) -> Iterator[Collective]:
+    """Norms that span ranks need a mean of squares from all of them."""
     if isinstance(mixer, Attention) and mixer.qk_norm == "all_heads":
         yield Collective("qk_norm", "all_reduce", "tp", 2 * PARTIAL_SUM_BYTES, 1)
-    if isinstance(mixer, Mamba2) and mixer.gated_norm and mixer.norm_groups == 1:
+    if isinstance(mixer, Mamba2) and mixer.gated_norm and mixer.norm_groups < tp:
         yield Collective("gated_norm", "all_reduce", "tp", PARTIAL_SUM_BYTES, 1)
-    assert not isinstance(mixer, GatedDelta) or mixer.v_head_dim > 0
 
 
 def _experts(moe: Moe, layout: ParallelLayout, hidden: int, itemsize: int) -> Iterator[Collective]:

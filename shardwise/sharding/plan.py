@@ -150,6 +150,7 @@ def plan(
     redundant_experts: int = 0,
     expert_load: tuple[float, ...] | None = None,
     expert_placement: Placement | None = None,
+    tp_plan: Mapping[str, str] | None = None,
 ) -> Plan:
     """The plan of `model` under a layout.
 
@@ -158,11 +159,11 @@ def plan(
     by padding. `extras`: names of extras to load as well (`vision`, `mtp`). `kv_itemsize`: bytes of a cached element.
     `dtype`: what if the weights that are not quantised had this type (`bfloat16`, `float32`, ...).
     `redundant_experts`, `expert_load`: copies of experts and where they go, see `place_experts`; `expert_placement`
-    says it outright.
+    says it outright. `tp_plan`: Transformers' module globs to styles, for an architecture that no family describes.
     Raises IllegalLayout (a ValueError) with reasons and alternatives, ConfigError for an unusable config,
     CheckpointError for unreadable headers.
     """
-    spec = model if isinstance(model, ModelSpec) else load_model(model)
+    spec = model if isinstance(model, ModelSpec) else load_model(model, tp_plan)
     spec = spec.stored_as(storage_type(dtype)) if dtype else spec
     layout = layout or ParallelLayout(tp, attn_dp, moe_tp, ep)
     patterns = patterns_of(spec, frozenset(extras))

@@ -5,12 +5,24 @@ from pathlib import Path
 from typing import Any
 
 from shardwise.sharding.config import Config, read_config
-from shardwise.sharding.families import UnknownArchitecture, build
+from shardwise.sharding.families import ARCHITECTURES, UnknownArchitecture, build
 from shardwise.sharding.spec import ModelSpec
 
 
-def load_model(model: Mapping[str, Any] | str | Path) -> ModelSpec:
-    """The model as its config describes it; where there are tensors beside the config, bound to their headers."""
+def load_model(model: Mapping[str, Any] | str | Path, styles: Mapping[str, str] | None = None) -> ModelSpec:
+    """The model as its config describes it; where there are tensors beside the config, bound to their headers.
+
+    `styles`: a tp_plan for an architecture that no family describes; ValueError where one does.
+    """
+    spec = _load(model, styles)
+    if styles and spec.architecture in ARCHITECTURES:
+        raise ValueError(
+            f"{spec.architecture} is described by a family: a tp_plan serves only architectures that are not"
+        )
+    return spec
+
+
+def _load(model: Mapping[str, Any] | str | Path, styles: Mapping[str, str] | None) -> ModelSpec:
     if isinstance(model, Mapping):
         meta = model.get("_meta")
         name = meta.get("name") if isinstance(meta, Mapping) else model.get("_name_or_path")
@@ -18,10 +30,10 @@ def load_model(model: Mapping[str, Any] | str | Path) -> ModelSpec:
     path = Path(model).expanduser()
     if path.is_file() and path.suffix == ".json":
         return build(Config(read_config(path), str(path)), path.parent.resolve().name)
-    return _from_checkpoint(model)
+    return _from_checkpoint(model, styles)
 
 
-def _from_checkpoint(model: str | Path) -> ModelSpec:
+def _from_checkpoint(model: str | Path, styles: Mapping[str, str] | None) -> ModelSpec:
     from shardwise.sharding.checkpoint.resolve import open_checkpoint
     from shardwise.sharding.headers import bind
 
@@ -36,5 +48,5 @@ def _from_checkpoint(model: str | Path) -> ModelSpec:
             raise
         from shardwise.sharding.unknown import model_from_headers
 
-        return model_from_headers(config, checkpoint.name, entries)
+        return model_from_headers(config, checkpoint.name, entries, styles)
     return bind(spec, entries) if entries is not None else spec

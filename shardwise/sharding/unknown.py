@@ -26,6 +26,7 @@ from shardwise.sharding.spec import (
     Routing,
     TensorSpec,
 )
+from shardwise.sharding.tp_styles import style_of
 
 _LAYER = re.compile(r"^(.*?\b(?:layers|layer|blocks|block|h)\.)(\d+)(\..*)$")
 _EXPERT = re.compile(r"^(.*\bexperts\.)(\d+)(\..*)$")
@@ -65,11 +66,16 @@ class _Stored:
     experts: int
 
 
-def model_from_headers(config: Config, name: str, tensors: Mapping[str, TensorEntry]) -> ModelSpec:
-    """A ModelSpec of what the headers show; `config` gives head counts where it has them."""
+def model_from_headers(
+    config: Config, name: str, tensors: Mapping[str, TensorEntry], styles: Mapping[str, str] | None = None
+) -> ModelSpec:
+    """A ModelSpec of what the headers show; `config` gives head counts where it has them.
+
+    `styles`: a tp_plan (module globs to styles), which says how modules with uncommon names are cut.
+    """
     text = config.section("text_config")
     listed = config.list("architectures", default=["unknown"], of=str)
-    reader = _Reader(text)
+    reader = _Reader(text, styles or {})
     layers: dict[int, list[_Stored]] = {}
     ends: list[TensorEntry] = []
     extra = []
@@ -137,8 +143,8 @@ def _fold(stored: list[_Stored]) -> Iterator[_Stored]:
 class _Reader:
     """Recognises layers one after another and remembers what it did, for the report."""
 
-    def __init__(self, config: Config):
-        self.config = config
+    def __init__(self, config: Config, styles: Mapping[str, str]):
+        self.config, self.styles = config, styles
         self.hidden = config.integer("hidden_size", "n_embd", "d_model", default=0)
         heads = config.integer("num_attention_heads", "n_head", "num_heads", default=0, least=0)
         kv = config.integer("num_key_value_heads", "num_kv_heads", default=heads, least=0)
@@ -170,11 +176,19 @@ class _Reader:
         blocks["rest"] += [self._keep(s, "no matrix") for s in stored if s.name not in known]
         return self._assemble(blocks, widths)
 
+    def _role(self, s: _Stored) -> str:
+        """What a module is, by its own name or by the style that a tp_plan gives it."""
+        role = _ROLE_OF.get(s.module, "")
+        style = style_of(s.name.removesuffix(".weight"), self.styles)
+        if style == "whole":
+            return ""
+        return role or {"column": "up", "row": "down"}.get(style, "")
+
     def _complete(self, weights: list[_Stored]) -> set[tuple[str, bool]]:
         """(attention or mlp, routed) where both the opening and the closing matrices can be cut."""
         found: dict[tuple[str, bool], set[str]] = {}
         for s in weights:
-            role, routed = _ROLE_OF.get(s.module, ""), bool(s.experts)
+            role, routed = self._role(s), bool(s.experts)
             if self._dims(role, s, {}, routed) is not None:
                 found.setdefault((_GROUP_OF[role], routed), set()).add(role)
         return {key for key, roles in found.items() if any(need <= roles for need in _PAIRS[key[0]])}
@@ -206,7 +220,7 @@ class _Reader:
 
     def _weight(self, s: _Stored, widths: dict[str, LogicalAxis]) -> tuple[str, TensorSpec, str]:
         """(role, spec, block) of a matrix or of anything else that is no bias."""
-        role = _ROLE_OF.get(s.module, "")
+        role = self._role(s)
         routed = bool(s.experts) or "experts" in s.name and len(s.shape) == 3
         if routed and s.experts:
             widths.setdefault("experts", LogicalAxis(Axis.EXPERTS, s.experts))

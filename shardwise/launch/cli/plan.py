@@ -33,6 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--dtype", metavar="NAME", help="as if plain weights were stored so: float32, bfloat16, float16"
     )
     layout.add_argument("--extras", action="append", default=[], metavar="NAME", help="load as well: vision, mtp")
+    layout.add_argument("--tp-plan", metavar="FILE", help="a Transformers tp_plan, for an architecture that is unknown")
     cost = parser.add_argument_group("cost")
     cost.add_argument("--device", metavar="NAME", help="h200, h100, b200, a100, mi300x, cpu or a topology file")
     cost.add_argument("--nodes", type=int, default=1, metavar="N")
@@ -48,6 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     out = parser.add_argument_group("output")
     out.add_argument("--per-tensor", action="store_true", help="list every tensor instead of patterns (with --json)")
     out.add_argument("--json", nargs="?", const="-", metavar="FILE", help="JSON to FILE or standard output")
+    out.add_argument("--export-tp-plan", nargs="?", const="-", metavar="FILE", help="as a Transformers tp_plan")
     out.add_argument("--html", metavar="FILE", help="the plan as one page")
 
 
@@ -83,7 +85,13 @@ def _plan(args: argparse.Namespace) -> int:
         kv_itemsize=args.kv_bytes,
         redundant_experts=args.redundant_experts,
         expert_load=_load(args.expert_load),
+        tp_plan=_styles(args.tp_plan),
     )
+    if args.export_tp_plan:
+        from shardwise.sharding.tp_export import export_tp_plan
+
+        _write([json.dumps(export_tp_plan(planned), indent=1)], args.export_tp_plan)
+        return DONE
     cost = _cost(args, planned)
     if args.json:
         from shardwise.sharding.document import document_lines
@@ -175,6 +183,14 @@ def _load(path: str | None) -> tuple[float, ...] | None:
     from shardwise.sharding.experts import read_load
 
     return read_load(path)
+
+
+def _styles(path: str | None) -> dict[str, str] | None:
+    if path is None:
+        return None
+    from shardwise.sharding.tp_styles import read_tp_plan
+
+    return read_tp_plan(path)
 
 
 def _tokens(text: str) -> int:
