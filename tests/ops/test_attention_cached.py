@@ -6,7 +6,7 @@ import torch
 from oracles_attention import Step
 
 import shardwise.ops  # noqa: F401  registers the operators
-from shardwise.ops.attention import reference
+from shardwise.ops.attention import cached
 from shardwise.ops.attention.reference import torch_cached_attention_with_cache
 
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2, torch.float64: 1e-10}
@@ -81,7 +81,7 @@ def test_heads_and_options(heads, options):
 
 
 def test_long_prefill_is_scored_in_chunks(monkeypatch):
-    monkeypatch.setattr(reference, "QUERY_CHUNK", 2)
+    monkeypatch.setattr(cached, "QUERY_CHUNK", 2)
     for options in ({}, {"window": 3}):
         check(STEPS["chunked prefill"], build(STEPS["chunked prefill"]), **options)
 
