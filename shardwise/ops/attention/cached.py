@@ -24,14 +24,14 @@ def append_and_attend(
     """Write the sequence's new keys and values, and return its outputs in pieces [n, N, Dv]."""
     k_row.narrow(0, span.past, span.length).copy_(k.narrow(0, span.start, span.length))
     v_row.narrow(0, span.past, span.length).copy_(v.narrow(0, span.start, span.length))
-    windowed = window is not None and window > 0
-    plain = not windowed and sinks is None and (cap is None or cap <= 0)
+    reach = window if window is not None and window > 0 else span.total
+    plain = reach >= span.total and sinks is None and (cap is None or cap <= 0)
     if plain and span.past == 0 and span.length > 1 and queries.device.type == "cpu":
         return [_attend_prompt(queries.narrow(0, span.start, span.length), k_row, v_row)]
     pieces = []
     for first in range(span.past, span.total, QUERY_CHUNK):
         count = min(QUERY_CHUNK, span.total - first)
-        lowest = max(0, first - window + 1) if windowed else 0
+        lowest = max(0, first - reach + 1)
         chunk = queries.narrow(0, span.start + first - span.past, count)
         keys, values = (row.narrow(0, lowest, first + count - lowest).to(chunk.dtype) for row in (k_row, v_row))
         if count == 1:
