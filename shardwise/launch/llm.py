@@ -10,12 +10,14 @@ script already runs on every rank: each makes the same calls and gets the same r
 """
 
 import atexit
+import os
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from typing import Any, Protocol
 
+from shardwise.comm.bootstrap import STORE_ENV
 from shardwise.comm.rank import RankInfo
 from shardwise.comm.watch import Deadlines
 from shardwise.launch import env, guard
@@ -288,6 +290,8 @@ class SpmdRunner:
 
         guard.guard_script(info)
         env.prepare_rank(info)
+        if info.source == "Slurm" and info.world == info.local_world:  # srun brings no rendezvous of its own
+            os.environ.setdefault(STORE_ENV, str(guard.job_folder(info) / "store"))
         deadlines = Deadlines.from_environment()
 
         def on_event(event: dict) -> None:

@@ -32,6 +32,7 @@ class ModelConfig:
     moe_tp: int = 0
     ep: int = 1
     dtype: str = "auto"
+    weights: str = "auto"
     device: str = "auto"
     """auto: cuda where every rank of a host can have a GPU, else cpu."""
     transport: str = "auto"
@@ -118,7 +119,13 @@ class Session:
             from shardwise.parallel.engine import Engine
 
             self.engine = Engine(
-                checkpoint, plan, groups, dtype=config.dtype, device=self.device, on_progress=self._progress()
+                checkpoint,
+                plan,
+                groups,
+                dtype=config.dtype,
+                device=self.device,
+                weights=config.weights,
+                on_progress=self._progress(),
             )
             _ = self.engine.tokenizer  # read once here, not at the first prompt
             world.barrier()

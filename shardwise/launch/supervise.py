@@ -23,8 +23,8 @@ from shardwise.launch.link import Hub
 
 SETTLE = 0.2
 """Seconds to hear of failures that came before the first one we heard of."""
-VERDICT = 6.0
-"""Seconds that a launcher gets to end by itself and say who died; torchrun and mpirun need 1 to 3."""
+VERDICT = 15.0
+"""Seconds that a launcher gets to end by itself and say who died; torchrun needs 1 to 3, more on a busy machine."""
 DUMP = 0.3
 """Seconds for a rank that hangs to write its stacks."""
 

@@ -58,6 +58,11 @@ def talk(context):
     time.sleep(60)
 
 
+def nap(context):
+    time.sleep(1.0)
+    return context.payload["name"]
+
+
 def echo(context):
     return {"rank": context.info.rank, "world": context.info.world, "source": context.info.source, **context.payload}
 

@@ -2,6 +2,7 @@
 
 import signal
 import socket
+import threading
 
 import pytest
 from fault_jobs import fail, job_environment, start_parent, survivors
@@ -9,7 +10,7 @@ from fault_jobs import fail, job_environment, start_parent, survivors
 from shardwise.launch.job import run_job
 
 LAUNCHERS = ("local", "torchrun", "mpi")
-BOUND = {"local": 5.0, "torchrun": 25.0, "mpi": 10.0}
+BOUND = {"local": 10.0, "torchrun": 30.0, "mpi": 15.0}
 """Seconds from start to report; torchrun needs 2 to 3 to start at all, more on a busy machine."""
 FAULTS = [
     ("raise", 1, "RuntimeError: boom on purpose"),
@@ -76,6 +77,26 @@ def test_nobody_survives_the_parent(tmp_path, launcher, signum):
     code = parent.wait(20)
     assert code == (128 + signum if signum == signal.SIGTERM else -signum)
     assert survivors(mark, patience=5) == []
+
+
+def test_two_jobs_at_once_do_not_meet(tmp_path, monkeypatch):
+    monkeypatch.delenv("SHARDWISE_LOG_DIR")
+    outcomes: dict[str, object] = {}
+
+    def healthy():
+        environment = job_environment(str(tmp_path))
+        outcomes["healthy"] = run_job("fault_bodies:nap", {"name": "a"}, world=2, environment=environment)
+
+    def doomed():
+        outcomes["doomed"] = fail(tmp_path, "local", "crash", {"fault": "os._exit"})
+
+    jobs = [threading.Thread(target=healthy), threading.Thread(target=doomed)]
+    for job in jobs:
+        job.start()
+    for job in jobs:
+        job.join()
+    assert outcomes["healthy"] == ["a", "a"]
+    assert outcomes["doomed"].failure.what == "ended with exit code 5"
 
 
 def test_ten_megabytes_on_stderr_do_not_block_the_report(tmp_path):
