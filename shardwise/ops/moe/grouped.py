@@ -51,7 +51,7 @@ def grouped_moe(
     count, hidden = tokens.shape
     experts, size = first.shape[0], second.shape[2]
     pairs = ids.numel()
-    if pairs == 0:
+    if pairs == 0 or experts == 0:
         return torch.zeros_like(tokens)
     if pairs * max(hidden, first.shape[1]) >= 2**31:
         raise ValueError(f"{pairs} pairs x {max(hidden, first.shape[1])} columns exceed 2**31 elements")

@@ -50,12 +50,12 @@ def mxfp4_moe(
 ) -> Tensor:
     """Partial sum [T, H] over the local experts, whose first is `first`; a token without one gives exact zero."""
     count, hidden = tokens.shape
-    if count == 0:
-        return torch.empty_like(tokens)
+    if count == 0 or up.words.shape[0] == 0:
+        return torch.zeros_like(tokens)
     if count * top_k * max(hidden, up.rows) >= 2**31:
         raise ValueError(f"{count} tokens x {top_k} choices x {max(hidden, up.rows)} columns exceed 2**31 elements")
     local = up.words.shape[0]
-    plan = plan or choose_plan(count * top_k, local)
+    plan = plan or choose_plan(count * top_k, router_weight.shape[0])
     space = Workspace.of(tokens.device, count)
     routing = _run_router(space, tokens, router_weight, router_bias, top_k, first, local, plan.bt)
     pairs, size = count * top_k, up.rows // 2
@@ -87,7 +87,7 @@ def packed_moe(
     on_input  routing weights multiply the input instead of the output
     """
     pairs, experts = ids.numel(), up.words.shape[0]
-    if pairs == 0:
+    if pairs == 0 or experts == 0:
         return torch.zeros_like(tokens)
     plan = choose_plan(pairs, experts)
     space = Workspace.of(tokens.device, tokens.shape[0])

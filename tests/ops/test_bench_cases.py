@@ -1,0 +1,58 @@
+"""Benchmark cases, at tiny sizes: what they time runs, moves the bytes it says, and the rows are complete."""
+
+import sys
+import types
+
+import pytest
+import torch
+
+from shardwise.launch.cli import bench_ops
+from shardwise.ops import bench_cases, bench_quantized, bench_states, measure, operators
+
+pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")
+HERE = {info.name for info in operators() if info.availability()[0] and all(need.on_cpu() for need in info.needs)}
+SHAPE = (4, 16, 16, 2)
+CASES = {
+    "norms": lambda: bench_cases.norm_cases((2,), (64,)),
+    "rope": lambda: bench_cases.rope_cases((3,), 4, 2, 16),
+    "conv": lambda: bench_states.conv_cases((2,), (5,), 32),
+    "ssm decode": lambda: bench_states.ssm_decode_cases((2,), {"small": SHAPE}),
+    "ssm prefill": lambda: bench_states.ssm_prefill_cases((9,), SHAPE),
+    "delta": lambda: bench_states.delta_cases((5,), (2,), 2, 16),
+    "fp8": lambda: bench_quantized.fp8_linear_cases((2,), ((16, 32),)),
+}
+
+
+@pytest.fixture(autouse=True)
+def on_cpu_beside_silent_peers(monkeypatch):
+    monkeypatch.setattr(bench_cases, "DEVICE", "cpu")
+    names = ("flashinfer.norm", "flashinfer.rope", "flashinfer.mamba", "fla.ops.delta_rule", "fla.ops.gated_delta_rule")
+    for name in ("flashinfer", "fla", "fla.ops", "fla.ops.simple_gla", *names):
+        module = types.ModuleType(name)
+        module.__getattr__ = lambda attribute: lambda *args, **kwargs: None
+        module.__path__ = []
+        monkeypatch.setitem(sys.modules, name, module)
+    for name in ("device_microseconds", "host_microseconds"):
+        monkeypatch.setattr(measure, name, lambda call, **_options: call() is None or 2.0)
+    monkeypatch.setattr(measure, "copy_microseconds", lambda moved: 1.0)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_cases_that_can_run_here_are_measured(name, capsys):
+    cases = list(CASES[name]())
+    known = {info.name for info in operators()}
+    assert cases and all(case.operator in known for case in cases)
+    runnable = [case for case in cases if case.operator in HERE]
+    rows = bench_ops._measure(runnable, name, sys.stdout)
+    printed = capsys.readouterr().out
+    for case, row in zip(runnable, rows, strict=True):
+        assert row["bytes"] == case.moved_bytes > 0 and case.operator in printed
+        assert set(row["peers_us"]) == set(case.peers)
+
+
+def test_moved_bytes_count_what_must_be_read_and_written():
+    by_name = {case.operator: case for case in bench_cases.norm_cases((3,), (64,))}
+    once = 3 * 64 * torch.finfo(torch.bfloat16).bits // 8
+    assert by_name["triton_rms_norm"].moved_bytes == 2 * once
+    assert by_name["triton_rmsnorm_gated"].moved_bytes == 3 * once
+    assert by_name["flashinfer_fused_add_rms_norm_inplace"].moved_bytes == 4 * once
