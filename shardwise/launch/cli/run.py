@@ -53,6 +53,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     text.add_argument("--stop", action="append", default=[], metavar="TEXT", help="text that ends an answer")
     text.add_argument("--ignore-eos", action="store_true", help="go on behind the model's own end of text")
     text.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
+    text.add_argument(
+        "--weights",
+        default="auto",
+        choices=("auto", "native", "dequantised"),
+        help="whether quantised weights stay in their form (auto: dequantised on the CPU)",
+    )
     text.add_argument("--json", nargs="?", const="-", metavar="FILE", help="the result as one JSON object")
 
 
@@ -100,6 +106,7 @@ def _generate(
             ep=args.ep,
             launcher=args.launcher,
             dtype=args.dtype,
+            weights=args.weights,
             device=args.device,
             transport=args.transport,
             ray_address=args.ray_address,
