@@ -22,7 +22,10 @@ def power_of_two(number: int, least: int = 16) -> int:
 
 
 def decode_tile(group: int, size: int, value_size: int, itemsize: int) -> Tile:
-    """32 KB of keys and values a stage: with 3 stages two programs fit an SM and keep its memory queue full."""
+    """32 KB of keys and values a stage, 3 stages: two programs fit an SM and have 128 KB on the way.
+
+    By Little's law an SM of an H200 needs about 30 KB (4.8 TB/s over 132 SMs, 0.8 µs from memory).
+    """
     row_bytes = (power_of_two(size) + power_of_two(value_size)) * itemsize
     keys = min(128, max(16, power_of_two(32768 // row_bytes)))
     return Tile(rows=power_of_two(group), keys=keys, warps=4, stages=3)

@@ -46,7 +46,7 @@ class _Call:
     """D, Dv and the powers of two that hold them"""
     decode_tile: Tile
     form: int
-    """A number for dtypes, strides and heads: equal forms take the same compiled kernels"""
+    """A number for dtypes, strides, heads and tile: equal forms take the same compiled kernels"""
 
 
 _CALLS: dict[tuple, _Call] = {}
@@ -148,6 +148,7 @@ def _describe(q, k, v, k_cache, v_cache, sinks) -> _Call:
     caches = tuple(_strides(cache.stride()[:3], cache.shape[:3]) for cache in (k_cache, v_cache))
     sizes = (heads.size, heads.value_size, tiles.power_of_two(heads.size), tiles.power_of_two(heads.value_size))
     dtypes = (q.dtype, k_cache.dtype, v_cache.dtype, None if sinks is None else sinks.dtype)
+    tile = tiles.decode_tile(heads.group, heads.size, heads.value_size, q.element_size())
     return _Call(
         heads=heads,
         tokens=q.shape[0] * q.shape[1],
@@ -156,8 +157,8 @@ def _describe(q, k, v, k_cache, v_cache, sinks) -> _Call:
         rows=tuple(row or (0, 0) for row in rows),
         caches=caches,
         sizes=sizes,
-        decode_tile=tiles.decode_tile(heads.group, heads.size, heads.value_size, q.element_size()),
-        form=_FORMS.setdefault((dtypes, *rows, caches, heads), len(_FORMS)),
+        decode_tile=tile,
+        form=_FORMS.setdefault((dtypes, *rows, caches, heads, tile), len(_FORMS)),
     )
 
 
