@@ -9,9 +9,9 @@ from shardwise.sharding.spec import Attention, DenseMlp, Layer, Moe, Rope, Routi
 _DEFAULT: Any = object()
 
 
-def heads_of(b: Builder, layer_section=None) -> tuple[LogicalAxis, LogicalAxis, int]:
+def heads_of(b: Builder) -> tuple[LogicalAxis, LogicalAxis, int]:
     """Query axis, KV axis and head size from the usual fields; null KV heads mean as many as query heads."""
-    c = layer_section or b.config
+    c = b.config
     heads = c.integer("num_attention_heads", "n_head", most=1 << 16)
     kv = c.integer("num_key_value_heads", default=heads, most=1 << 16)
     head_dim = c.integer("head_dim", default=0, least=0, most=1 << 16)

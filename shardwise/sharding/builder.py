@@ -52,13 +52,13 @@ class Builder:
         """A tensor that is never quantised; `name` is complete."""
         return TensorSpec(role, name, dims, dtype or self.dtype)
 
-    def norm(self, where: str, name: str, dim: Dim | None = None, *, kind: str | None = None) -> Norm:
+    def norm(self, where: str, name: str, dim: Dim | None = None) -> Norm:
         """A norm over `dim` (hidden by default); `name` is the module's."""
         dims = (dim or self.hidden,)
         tensors: Tensors = (self.vector(f"{where}.weight", f"{name}.weight", *dims),)
         if self.norm_bias:
             tensors += (self.vector(f"{where}.bias", f"{name}.bias", *dims),)
-        return Norm(tensors, kind=kind or self.norm_kind, eps=self.norm_eps, weight_offset=self.norm_weight_offset)
+        return Norm(tensors, kind=self.norm_kind, eps=self.norm_eps, weight_offset=self.norm_weight_offset)
 
     def layers(self, make: Callable[[Any], Layer], keys: Sequence[Any]) -> tuple[Layer, ...]:
         """`make(key)` for the key of every layer; layers that are equal share one object."""

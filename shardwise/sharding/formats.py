@@ -57,8 +57,8 @@ class Linear:
         role, name = f"{self.role}.{part}", self.name + suffix
         return TensorSpec(role, name, dims, dtype, values, experts=self.experts, optional=optional)
 
-    def weight(self, dtype: str, values: int = 1, suffix: str | None = None) -> TensorSpec:
-        return self.tensor("weight", self.suffix if suffix is None else suffix, self.out, self.inner, dtype, values)
+    def weight(self, dtype: str) -> TensorSpec:
+        return self.tensor("weight", self.suffix, self.out, self.inner, dtype, values=1)
 
     def companion(self, name: str) -> str:
         """Suffix of a tensor beside the weight: `.weight_scale`, or `_weight_scale` where weights have no suffix."""

@@ -29,7 +29,8 @@ def _load(model: Mapping[str, Any] | str | Path, styles: Mapping[str, str] | Non
         return build(Config(model, "config"), str(name or "config"))
     path = Path(model).expanduser()
     if path.is_file() and path.suffix == ".json":
-        return build(Config(read_config(path), str(path)), path.parent.resolve().name)
+        config = _with_quantization(read_config(path), path.parent)
+        return build(Config(config, str(path)), path.parent.resolve().name)
     return _from_checkpoint(model, styles)
 
 
@@ -40,7 +41,8 @@ def _from_checkpoint(model: str | Path, styles: Mapping[str, str] | None) -> Mod
     checkpoint = open_checkpoint(model)
     has_tensors = checkpoint.gguf is not None or any(checkpoint.path.glob("*.safetensors"))
     entries = {name: stored.entry for name, stored in checkpoint.tensors.items()} if has_tensors else None
-    config = Config(checkpoint.config, str(checkpoint.path), names=entries)
+    fields = _with_quantization(checkpoint.config, checkpoint.path)
+    config = Config(fields, str(checkpoint.path), names=entries)
     try:
         spec = build(config, checkpoint.name)
     except UnknownArchitecture:
@@ -50,3 +52,9 @@ def _from_checkpoint(model: str | Path, styles: Mapping[str, str] | None) -> Mod
 
         return model_from_headers(config, checkpoint.name, entries, styles)
     return bind(spec, entries) if entries is not None else spec
+
+
+def _with_quantization(config: Mapping[str, Any], folder: Path) -> Mapping[str, Any]:
+    """The config with ModelOpt's `hf_quant_config.json`, which some checkpoints have beside it."""
+    path = folder / "hf_quant_config.json"
+    return {**config, "hf_quant_config": read_config(path)} if path.is_file() else config

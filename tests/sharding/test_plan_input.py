@@ -156,3 +156,14 @@ def test_what_is_not_recognised_is_whole_and_said(tmp_path):
     assert any("squeeze" in w and "no linear layer that is known" in w for w in made.warnings)
     assert any("up_proj" in w and "the matrices around it are not known" in w for w in made.warnings)
     assert sum(s.nbytes for s in plan(folder).shards(0)) == plan(LLAMA).ranks[0].weight_bytes
+
+
+def test_a_quantisation_file_beside_the_config_counts(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(LLAMA))
+    plain = plan(path)
+    quantized = {"quantization": {"quant_algo": "NVFP4", "exclude_modules": ["lm_head"]}}
+    (tmp_path / "hf_quant_config.json").write_text(json.dumps(quantized))
+    packed = plan(path)
+    assert packed.model.quantization == "nvfp4"
+    assert packed.parameters == plain.parameters and packed.ranks[0].weight_bytes < plain.ranks[0].weight_bytes

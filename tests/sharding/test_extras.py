@@ -1,0 +1,58 @@
+"""Vision towers and MTP layers: parameters as an independent implementation of the models counts them."""
+
+import pytest
+from published_models import CONFIGS, model
+
+from shardwise.sharding.document import extras
+from shardwise.sharding.plan import plan
+
+# Elements of the vision part when Transformers builds the published config.
+VISION = {
+    "Qwen/Qwen3-VL-235B-A22B-Instruct": 576_388_336,
+    "Qwen/Qwen3-VL-2B-Instruct": 406_957_056,
+    "Qwen/Qwen3-VL-30B-A3B-Instruct": 538_631_408,
+    "Qwen/Qwen3-VL-32B-Thinking": 595_266_800,
+    "Qwen/Qwen3-VL-4B-Instruct": 415_347_712,
+    "Qwen/Qwen3.5-27B": 460_730_096,
+    "Qwen/Qwen3.5-35B-A3B": 446_571_248,
+    "nvidia/MiniMax-M3-NVFP4": 865_567_232,
+    "google/gemma-4-26B-A4B": 572_792_112,
+}
+
+
+def extra(name, part):
+    return next(row for row in extras(plan(model(name))) if row["name"] == part)
+
+
+@pytest.mark.parametrize("name", VISION)
+def test_vision_towers(name):
+    row = extra(name, "vision")
+    assert row["parameters"] == VISION[name]
+    assert row["bytes"] == 2 * VISION[name] and not row["loaded"]
+
+
+def test_the_mtp_layer_is_what_separates_the_published_total_from_the_decoder():
+    # 81.325 B in the published index, 79.674 B in the decoder.
+    row = extra("Qwen/Qwen3-Next-80B-A3B-Instruct", "mtp")
+    decoder = plan(model("Qwen/Qwen3-Next-80B-A3B-Instruct")).parameters
+    assert (decoder + row["parameters"]) / 1e9 == pytest.approx(81.325, abs=0.001)
+
+
+def test_a_tower_that_is_not_described_is_listed_without_bytes():
+    row = extra("moonshotai/Kimi-K3", "vision")
+    assert row["bytes"] == 0 and "headers" in row["note"]
+
+
+def test_every_announced_tower_is_listed():
+    announced = [name for name, config in CONFIGS.items() if config.get("vision_config")]
+    assert len(announced) > 15
+    for name in announced:
+        assert extra(name, "vision")
+
+
+def test_loading_an_extra_adds_exactly_its_bytes():
+    name = "Qwen/Qwen3-VL-2B-Instruct"
+    lean, rich = plan(model(name), tp=2), plan(model(name), tp=2, extras=["vision"])
+    more = {b.weight_bytes - a.weight_bytes for a, b in zip(lean.ranks, rich.ranks, strict=True)}
+    assert more == {2 * VISION[name]}
+    assert extras(rich)[0]["loaded"]
