@@ -1,14 +1,17 @@
 """What `shardwise bench ops` measures: operators at the sizes of real models, each beside its peers."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 
 import shardwise.ops  # noqa: F401  (registers the operators)
 
 OPS = torch.ops.auto_deploy
+DEVICE = "cuda"
 DTYPE = torch.bfloat16
+EPS = 1e-5
 
 
 @dataclass(frozen=True)
@@ -19,8 +22,17 @@ class Case:
     size: str
     moved_bytes: int
     """Bytes read and written at least once."""
-    call: Callable[[], object]
-    peers: dict[str, Callable[[], object]] = field(default_factory=dict)
+    args: tuple
+    peers: Mapping[str, Callable[[], object]] = field(default_factory=dict)
+
+    def call(self) -> object:
+        """One eager call."""
+        return getattr(OPS, self.operator)(*self.args)
+
+
+def draw(*shape: int, dtype: torch.dtype = DTYPE) -> torch.Tensor:
+    """Normal random numbers on the measured device."""
+    return torch.randn(*shape, device=DEVICE, dtype=dtype)
 
 
 def norm_cases(tokens: tuple[int, ...], widths: tuple[int, ...]) -> Iterator[Case]:
@@ -28,63 +40,37 @@ def norm_cases(tokens: tuple[int, ...], widths: tuple[int, ...]) -> Iterator[Cas
     from flashinfer.norm import fused_add_rmsnorm, rmsnorm
 
     for width in widths:
-        weight = torch.rand(width, device="cuda", dtype=DTYPE)
+        weight = torch.rand(width, device=DEVICE, dtype=DTYPE)
         for rows in tokens:
-            x, z, residual = (torch.randn(rows, width, device="cuda", dtype=DTYPE) for _ in range(3))
-            size = f"{rows} x {width}"
-            once = x.numel() * x.element_size()
-
-            def direct(x=x, weight=weight):
-                return rmsnorm(x, weight, 1e-5)
-
-            def fused(x=x, residual=residual, weight=weight):
-                return fused_add_rmsnorm(x, residual, weight, 1e-5)
-
-            def ours(name, *args):
-                return lambda: getattr(OPS, name)(*args)
-
-            def plain(x=x, weight=weight):
-                return torch.rms_norm(x, (x.shape[-1],), weight, 1e-5)
-
-            peers = {"flashinfer": direct, "torch": plain}
-            yield Case("triton_rms_norm", size, 2 * once, ours("triton_rms_norm", x, weight, 1e-5), peers)
-            yield Case("flashinfer_rms_norm", size, 2 * once, ours("flashinfer_rms_norm", x, weight, 1e-5), peers)
-            name = "flashinfer_fused_add_rms_norm_inplace"
-            yield Case(name, size, 4 * once, ours(name, x, residual, weight, 1e-5), {"flashinfer": fused})
-            gated = (x, weight, z, 1e-5, width // 8, False)
-            yield Case("triton_rmsnorm_gated", size, 3 * once, ours("triton_rmsnorm_gated", *gated))
+            x, z, residual = draw(rows, width), draw(rows, width), draw(rows, width)
+            size, once = f"{rows} x {width}", x.numel() * x.element_size()
+            direct = partial(rmsnorm, x, weight, EPS)
+            peers = {"flashinfer": direct, "torch": partial(torch.rms_norm, x, (width,), weight, EPS)}
+            yield Case("triton_rms_norm", size, 2 * once, (x, weight, EPS), peers)
+            yield Case("flashinfer_rms_norm", size, 2 * once, (x, weight, EPS), peers)
+            fused = {"flashinfer": partial(fused_add_rmsnorm, x, residual, weight, EPS)}
+            yield Case("flashinfer_fused_add_rms_norm_inplace", size, 4 * once, (x, residual, weight, EPS), fused)
+            yield Case("triton_rmsnorm_gated", size, 3 * once, (x, weight, z, EPS, width // 8, False))
 
 
 def rope_cases(tokens: tuple[int, ...], heads: int = 32, kv_heads: int = 8, size: int = 128) -> Iterator[Case]:
     """Rotary embeddings of the queries and keys of one layer."""
     from flashinfer.rope import apply_rope_with_cos_sin_cache
 
-    table = torch.randn(16384, size, device="cuda")
-    freqs = torch.randn(16384, size // 2, 2, device="cuda")
+    table, freqs = draw(16384, size, dtype=torch.float32), draw(16384, size // 2, 2, dtype=torch.float32)
     for rows in tokens:
-        q, k = (torch.randn(1, rows, n, size, device="cuda", dtype=DTYPE) for n in (heads, kv_heads))
-        positions = torch.arange(rows, device="cuda", dtype=torch.int32) % 16384
-        start = torch.zeros(1, device="cuda", dtype=torch.int32)
-        length = torch.full((1,), rows, device="cuda", dtype=torch.int32)
-        label, q_bytes, k_bytes = f"{rows} x {heads}/{kv_heads} x {size}", 2 * q.numel() * 2, 2 * k.numel() * 2
-
-        def direct(q=q, k=k, positions=positions):
-            return apply_rope_with_cos_sin_cache(
-                positions, q.flatten(0, 1).flatten(1), k.flatten(0, 1).flatten(1), size, table
-            )
-
-        def ours(name, *args):
-            return lambda: getattr(OPS, name)(*args)
-
-        peers = {"flashinfer": direct}
-        name = "triton_rope_with_input_pos"
-        yield Case(name, label + " (q)", q_bytes, ours(name, q, freqs, start, "bsnd"))
-        name = "triton_rope_on_flattened_inputs"
-        yield Case(name, label + " (q)", q_bytes, ours(name, q[0], freqs, start, length, start))
-        name = "triton_rope_on_interleaved_qk_inputs"
-        yield Case(name, label, q_bytes + k_bytes, ours(name, q, k, table, table, positions[None]), peers)
-        name = "flashinfer_rope"
-        yield Case(name, label, q_bytes + k_bytes, ours(name, q, k, positions, table), peers)
+        q, k = draw(1, rows, heads, size), draw(1, rows, kv_heads, size)
+        positions = torch.arange(rows, device=DEVICE, dtype=torch.int32) % 16384
+        start = torch.zeros(1, device=DEVICE, dtype=torch.int32)
+        length = torch.full((1,), rows, device=DEVICE, dtype=torch.int32)
+        label, q_bytes, k_bytes = f"{rows} x {heads}/{kv_heads} x {size}", 4 * q.numel(), 4 * k.numel()
+        flat = q.view(rows, -1), k.view(rows, -1)
+        peers = {"flashinfer": partial(apply_rope_with_cos_sin_cache, positions, *flat, size, table)}
+        yield Case("triton_rope_with_input_pos", label + " (q)", q_bytes, (q, freqs, start, "bsnd"))
+        yield Case("triton_rope_on_flattened_inputs", label + " (q)", q_bytes, (q[0], freqs, start, length, start))
+        args = (q, k, table, table, positions[None])
+        yield Case("triton_rope_on_interleaved_qk_inputs", label, q_bytes + k_bytes, args, peers)
+        yield Case("flashinfer_rope", label, q_bytes + k_bytes, (q, k, positions, table), peers)
 
 
 def normalization_cases(full: bool) -> Iterator[Case]:

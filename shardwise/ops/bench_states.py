@@ -1,15 +1,16 @@
 """Cases of `shardwise bench ops` for operators that keep states: state-space scan, convolution, delta rule."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 
-from shardwise.ops.bench_cases import OPS, Case
+from shardwise.ops import bench_cases
+from shardwise.ops.bench_cases import DTYPE, OPS, Case, draw
 
-DTYPE = torch.bfloat16
-NEMOTRON_H = {"heads": 128, "size": 64, "states": 128, "groups": 8}
-BAMBA = {"heads": 128, "size": 64, "states": 128, "groups": 1}
+NEMOTRON_H = (128, 64, 128, 8)  # heads, head size, states, groups
+BAMBA = (128, 64, 128, 1)
 LIMIT = [0.0, math.inf]
 CHUNK = 256
 
@@ -19,73 +20,70 @@ def _metadata(prefill: int, length: int, decode: int) -> tuple[torch.Tensor, ...
     lengths = torch.tensor([length] * prefill + [1] * decode, dtype=torch.int32)
     bounds = torch.cat((lengths.new_zeros(1), lengths.cumsum(0).to(torch.int32)))
     info = torch.tensor([prefill, prefill * length, decode], dtype=torch.int32)
-    slots = torch.randperm(prefill + decode)
-    return info, *(t.cuda() for t in (lengths, bounds, slots, torch.ones(prefill + decode, dtype=torch.bool)))
+    rest = lengths, bounds, torch.randperm(prefill + decode), torch.ones(prefill + decode, dtype=torch.bool)
+    return info, *(t.to(bench_cases.DEVICE) for t in rest)
 
 
-def _ssm(tokens: int, heads: int, size: int, states: int, groups: int, decode: bool) -> tuple[torch.Tensor, ...]:
+def _ssm(tokens: int, shape: tuple[int, int, int, int], decode: bool) -> tuple[torch.Tensor, ...]:
     """hidden_states, A, B, C, D, dt, dt_bias."""
-    shape = (tokens, 1) if decode else (1, tokens)
+    heads, size, states, groups = shape
+    lead = (tokens, 1) if decode else (1, tokens)
+    A, D, bias = (torch.rand(heads, device=bench_cases.DEVICE) for _ in range(3))
+    return (
+        draw(*lead, heads, size),
+        -A,
+        draw(*lead, groups, states),
+        draw(*lead, groups, states),
+        D,
+        draw(*lead, heads),
+        bias,
+    )
 
-    def draw(*rest):
-        return torch.randn(*shape, *rest, device="cuda", dtype=DTYPE)
 
-    vectors = [torch.rand(heads, device="cuda") for _ in range(3)]
-    x, B, C = draw(heads, size), draw(groups, states), draw(groups, states)
-    return x, -vectors[0], B, C, vectors[1], draw(heads), vectors[2]
-
-
-def _call(name: str, *args):
-    overload = getattr(OPS, name)
-    return lambda: overload(*args)
-
-
-def ssm_decode_cases(batches: tuple[int, ...]) -> Iterator[Case]:
+def ssm_decode_cases(batches: tuple[int, ...], shapes: dict[str, tuple[int, int, int, int]]) -> Iterator[Case]:
     """One step of every sequence; bytes are the states, read and written."""
-    from flashinfer.mamba import selective_state_update
-
-    for label, shape in (("Nemotron-H", NEMOTRON_H), ("Bamba", BAMBA)):
+    empty = torch.empty(0, dtype=torch.int32, device=bench_cases.DEVICE)
+    for label, shape in shapes.items():
         for cache_dtype in (torch.float32, DTYPE):
             for batch in batches:
-                inputs = _ssm(batch, **shape, decode=True)
+                inputs = _ssm(batch, shape, decode=True)
                 info, _, bounds, slots, resumes = _metadata(0, 0, batch)
-                cache = torch.randn(
-                    batch, shape["heads"], shape["size"], shape["states"], device="cuda", dtype=cache_dtype
-                )
-                empty = torch.empty(0, dtype=torch.int32, device="cuda")
+                cache = draw(batch, *shape[:3], dtype=cache_dtype)
                 args = (*inputs, info, bounds, slots, resumes, empty, empty, empty, cache, LIMIT, CHUNK)
-                x, A, B, C, D, dt, bias = inputs
-                wide = (shape["heads"], shape["size"], shape["states"])
-                direct = (
-                    cache, x[:, 0], dt[:, 0].float()[..., None].expand(-1, -1, wide[1]), A[:, None, None].expand(wide),
-                    B[:, 0], C[:, 0], D[:, None].expand(wide[:2]), None, bias[:, None].expand(wide[:2]), True,
-                    slots.int(),
-                )  # fmt: skip
-                peers = {"flashinfer": lambda direct=direct: selective_state_update(*direct)}
+                peers = {"flashinfer": _direct_step(inputs, slots, cache)}
                 size = f"{label} batch {batch} {str(cache_dtype)[6:]}"
                 moved = 2 * cache.numel() * cache.element_size()
-                yield Case("triton_cached_ssm", size, moved, _call("triton_cached_ssm", *args), peers)
-                yield Case("flashinfer_cached_ssm", size, moved, _call("flashinfer_cached_ssm", *args), peers)
+                yield Case("triton_cached_ssm", size, moved, args, peers)
+                yield Case("flashinfer_cached_ssm", size, moved, args, peers)
 
 
-def ssm_prefill_cases(lengths: tuple[int, ...]) -> Iterator[Case]:
+def _direct_step(inputs: tuple[torch.Tensor, ...], slots: torch.Tensor, cache: torch.Tensor) -> Callable[[], object]:
+    from flashinfer.mamba import selective_state_update
+
+    x, A, B, C, D, dt, bias = inputs
+    wide = cache.shape[1:]
+    steps = dt[:, 0].float()[..., None].expand(-1, -1, wide[1])
+    vectors = A[:, None, None].expand(wide), D[:, None].expand(wide[:2]), bias[:, None].expand(wide[:2])
+    args = (cache, x[:, 0], steps, vectors[0], B[:, 0], C[:, 0], vectors[1], None, vectors[2], True, slots.int())
+    return partial(selective_state_update, *args)
+
+
+def ssm_prefill_cases(lengths: tuple[int, ...], shape: tuple[int, int, int, int] = NEMOTRON_H) -> Iterator[Case]:
     """One long sequence; bytes are x, B and C read and y written once."""
     for length in lengths:
-        inputs = _ssm(length, **NEMOTRON_H, decode=False)
+        inputs = _ssm(length, shape, decode=False)
         info, seq_len, bounds, slots, resumes = _metadata(1, length, 0)
-        cache = torch.zeros(1, 128, 64, 128, device="cuda")
-        positions = torch.zeros(1, length, dtype=torch.int64, device="cuda")
-        pieces = OPS.mamba_ssm_prepare_metadata(positions, info, seq_len, bounds, CHUNK)
+        cache = torch.zeros(1, *shape[:3], device=bench_cases.DEVICE)
+        metadata = (torch.zeros(1, length, dtype=torch.int64, device=bench_cases.DEVICE), info, seq_len, bounds, CHUNK)
+        pieces = OPS.mamba_ssm_prepare_metadata(*metadata)
         args = (*inputs, info, bounds, slots, resumes, *pieces, cache, LIMIT, CHUNK)
         moved = 2 * (2 * inputs[0].numel() + inputs[2].numel() + inputs[3].numel())
-        size = f"Nemotron-H 1 x {length}"
-        yield Case("triton_cached_ssm", size, moved, _call("triton_cached_ssm", *args), _scan_peers(inputs))
-        metadata = (positions, info, seq_len, bounds, CHUNK)
-        yield Case("mamba_ssm_prepare_metadata", size, 4 * length, _call("mamba_ssm_prepare_metadata", *metadata))
+        yield Case("triton_cached_ssm", f"prefill 1 x {length}", moved, args, _scan_peers(inputs))
+        yield Case("mamba_ssm_prepare_metadata", f"prefill 1 x {length}", 4 * length, metadata)
 
 
-def _scan_peers(inputs) -> dict:
-    """fla's gated linear attention with a scalar decay per head: the same recurrence without D and dt's making."""
+def _scan_peers(inputs: tuple[torch.Tensor, ...]) -> dict[str, Callable[[], object]]:
+    """fla's gated linear attention with one decay a head: the same recurrence, its inputs made beforehand."""
     try:
         from fla.ops.simple_gla import chunk_simple_gla
     except ImportError:
@@ -94,62 +92,51 @@ def _scan_peers(inputs) -> dict:
     steps = torch.nn.functional.softplus(dt.float() + bias)
     repeat = x.shape[2] // B.shape[2]
     q, k = (t.repeat_interleave(repeat, 2) for t in (C, B))
-    v, g = (x * steps[..., None]).to(x.dtype), steps * A
-    return {"fla simple_gla": lambda: chunk_simple_gla(q, k, v, g, scale=1.0)}
+    return {"fla simple_gla": partial(chunk_simple_gla, q, k, (x * steps[..., None]).to(x.dtype), steps * A, scale=1.0)}
 
 
 def conv_cases(batches: tuple[int, ...], lengths: tuple[int, ...], channels: int = 8192, K: int = 4) -> Iterator[Case]:
     """Causal convolution, K taps: decode moves inputs and states, prefill the inputs."""
-    weight, bias = (
-        torch.randn(channels, K, device="cuda", dtype=DTYPE),
-        torch.randn(channels, device="cuda", dtype=DTYPE),
-    )
+    weight, bias = draw(channels, K), draw(channels)
     for prefill, count in [(False, n) for n in batches] + [(True, n) for n in lengths]:
-        x = torch.randn(*((1, count) if prefill else (count, 1)), channels, device="cuda", dtype=DTYPE)
+        x = draw(*((1, count) if prefill else (count, 1)), channels)
         info, seq_len, bounds, slots, resumes = _metadata(1, count, 0) if prefill else _metadata(0, 0, count)
-        cache = torch.zeros(slots.numel(), channels, K - 1, device="cuda", dtype=DTYPE)
-        tail = (slots, resumes, cache, 1, K - 1, 1, channels, "zeros", "silu")
+        cache = torch.zeros(slots.numel(), channels, K - 1, device=x.device, dtype=DTYPE)
+        tail = (bounds, slots, resumes, cache, 1, K - 1, 1, channels, "zeros", "silu")
         moved = 4 * x.numel() + (0 if prefill else 4 * cache.numel())
         size = f"{'prefill' if prefill else 'decode'} {count} x {channels}"
-        name = "triton_cached_causal_conv1d"
-        yield Case(name, size, moved, _call(name, x, weight, bias, info, seq_len, bounds, *tail))
-        name = "cuda_cached_causal_conv1d"
-        yield Case(name, size, moved, _call(name, x, weight, bias, info, bounds, *tail))
+        yield Case("triton_cached_causal_conv1d", size, moved, (x, weight, bias, info, seq_len, *tail))
+        yield Case("cuda_cached_causal_conv1d", size, moved, (x, weight, bias, info, *tail))
 
 
-def delta_cases(lengths: tuple[int, ...], batches: tuple[int, ...]) -> Iterator[Case]:
+def delta_cases(lengths: tuple[int, ...], batches: tuple[int, ...], heads: int = 16, size: int = 128) -> Iterator[Case]:
     """The delta rule beside a direct call of fla's kernels; bytes are q, k, v read and o written."""
     from fla.ops.delta_rule import chunk_delta_rule
     from fla.ops.gated_delta_rule import chunk_gated_delta_rule
 
-    heads, size = 16, 128
     for prefill, count in [(True, n) for n in lengths] + [(False, n) for n in batches]:
         shape = (1, count, heads) if prefill else (count, 1, heads)
-        q, k = (torch.nn.functional.normalize(torch.randn(*shape, size, device="cuda"), dim=-1).to(DTYPE) for _ in "qk")
-        v, beta = torch.randn(*shape, size, device="cuda", dtype=DTYPE), torch.rand(shape, device="cuda", dtype=DTYPE)
-        g = -torch.rand(shape, device="cuda")
+        q, k = (torch.nn.functional.normalize(draw(*shape, size).float(), dim=-1).to(DTYPE) for _ in range(2))
+        v, beta, g = draw(*shape, size), draw(*shape).sigmoid(), -draw(*shape).float().abs()
         info, _, bounds, slots, resumes = _metadata(1, count, 0) if prefill else _metadata(0, 0, count)
-        cache = torch.zeros(slots.numel(), heads, size, size, device="cuda")
+        cache = torch.zeros(slots.numel(), heads, size, size, device=q.device)
         tail = (info, bounds, slots, resumes, cache, size**-0.5)
         label, moved = f"{'prefill' if prefill else 'decode'} {count} x {heads} x {size}", 8 * q.numel()
-        direct = {}
+        moved += 0 if prefill else 2 * cache.numel() * cache.element_size()
         if prefill:
-            yield Case("fla_delta_rule", label, moved, _call("fla_delta_rule", q, k, v, beta), {
-                "fla": lambda q=q, k=k, v=v, beta=beta: chunk_delta_rule(q, k, v, beta, output_final_state=False)
-            })  # fmt: skip
-            direct = {"fla": lambda q=q, k=k, v=v, g=g, beta=beta: chunk_gated_delta_rule(q, k, v, g, beta)}
-        else:
-            moved += 2 * cache.numel() * cache.element_size()
-        name = "fla_cached_delta_rule"
-        yield Case(name, label, moved, _call(name, q, k, v, beta, *tail))
-        name = "fla_cached_gated_delta_rule"
-        yield Case(name, label, moved, _call(name, q, k, v, g, beta, *tail), direct)
+            yield Case(
+                "fla_delta_rule", label, moved, (q, k, v, beta), {"fla": partial(chunk_delta_rule, q, k, v, beta)}
+            )
+        peers = {"fla": partial(chunk_gated_delta_rule, q, k, v, g, beta)} if prefill else {}
+        yield Case("fla_cached_delta_rule", label, moved, (q, k, v, beta, *tail))
+        yield Case("fla_cached_gated_delta_rule", label, moved, (q, k, v, g, beta, *tail), peers)
 
 
 def mamba_cases(full: bool) -> Iterator[Case]:
     """All Mamba operators."""
     yield from conv_cases((1, 64, 256, 1024) if full else (1, 256), (1024, 8192, 32768) if full else (8192,))
-    yield from ssm_decode_cases((1, 8, 64, 256) if full else (1, 256))
+    shapes = {"Nemotron-H": NEMOTRON_H, "Bamba": BAMBA} if full else {"Nemotron-H": NEMOTRON_H}
+    yield from ssm_decode_cases((1, 8, 64, 256) if full else (1, 256), shapes)
     yield from ssm_prefill_cases((1024, 8192, 32768, 131072) if full else (8192,))
 
 

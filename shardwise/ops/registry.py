@@ -124,7 +124,7 @@ class OpInfo:
     """An operator with the same meaning that runs on more machines."""
     foreign: bool = False
     """The name was already registered by another library, whose operator stays."""
-    implementation: Callable = field(repr=False, compare=False, default=None)
+    implementation: Callable | None = field(repr=False, compare=False, default=None)
 
     @property
     def qualified_name(self) -> str:

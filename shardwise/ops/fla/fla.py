@@ -71,27 +71,31 @@ def _cached(op, q, k, v, g, beta, batch_info_host, cu_seqlen, slot_idx, use_init
     check_delta(op, q, k, v, beta, g, cache)
     _half(op, q)
     batch = read_batch(op, batch_info_host)
-    flat = [t if t is None else t.reshape(1, -1, *t.shape[2:]) for t in (q, k, v, g, beta)]
-    check_counts(op, batch, flat[2].shape[1], slot_idx, use_initial_states)
+    shape = v.shape
+    q, k, v, beta = (t.reshape(1, -1, *t.shape[2:]) for t in (q, k, v, beta))
+    g = g if g is None else g.reshape(1, *v.shape[1:3])
+    check_counts(op, batch, v.shape[1], slot_idx, use_initial_states)
     slots = slot_idx[: batch.sequences].long()
-    out = torch.zeros_like(flat[2]) if batch.tokens < flat[2].shape[1] else torch.empty_like(flat[2])
+    out = torch.zeros_like(v) if batch.tokens < v.shape[1] else torch.empty_like(v)
     if batch.prefill_tokens:
         bounds = cu_seqlen[: batch.prefill + 1].long()
         rows = torch.where(bounds.diff() > 0, slots[: batch.prefill], -1)  # an empty sequence keeps its state
         resumes = use_initial_states[: batch.prefill].to(torch.bool)
         state = cache[rows.clamp(min=0)].float() * (resumes & (rows >= 0)).view(-1, 1, 1, 1)
-        parts = [t if t is None else t[:, : batch.prefill_tokens] for t in flat]
-        o, state = _chunked(*parts, scale, state, bounds, True)
+        one = slice(0, batch.prefill_tokens)
+        gate = g if g is None else g[:, one]
+        o, state = _chunked(q[:, one], k[:, one], v[:, one], gate, beta[:, one], scale, state, bounds, True)
         out[:, : batch.prefill_tokens] = _skip_tokens(o, bounds, rows)
         _store(cache, rows, state)
     if batch.decode:
         rows = slots[batch.prefill :]
         span = slice(batch.prefill_tokens, batch.tokens)
-        parts = [t if t is None else t[0, span, None] for t in flat]
-        o, state = _recurrent(*parts, scale, cache[rows.clamp(min=0)].float())
+        gate = g if g is None else g[0, span, None]
+        new_q, new_k, new_v, new_beta = (t[0, span, None] for t in (q, k, v, beta))
+        o, state = _recurrent(new_q, new_k, new_v, gate, new_beta, scale, cache[rows.clamp(min=0)].float())
         out[0, span] = torch.where((rows >= 0).view(-1, 1, 1), o[:, 0], 0)
         _store(cache, rows, state)
-    return out.view(v.shape)
+    return out.view(shape)
 
 
 def _skip_tokens(o: torch.Tensor, bounds: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:

@@ -65,11 +65,11 @@ def _cached(op, q, k, v, g, beta, batch_info_host, cu_seqlen, slot_idx, use_init
         cache[span.slot] = state[0].to(cache.dtype)
     live = [span for span in spans[batch.prefill :] if span.slot >= 0]
     if live:
-        rows = torch.tensor([span.start for span in live], device=v.device)
+        tokens = torch.tensor([span.start for span in live], device=v.device)
         slots = torch.tensor([span.slot for span in live], device=v.device)
-        gate = None if g is None else g[rows]
-        o, state = step(q[rows], k[rows], v[rows], beta[rows], gate, scale, cache[slots])
-        out[rows] = o.to(out.dtype)
+        gate = None if g is None else g[tokens]
+        o, state = step(q[tokens], k[tokens], v[tokens], beta[tokens], gate, scale, cache[slots])
+        out[tokens] = o.to(out.dtype)
         cache[slots] = state.to(cache.dtype)
     return out.view(shape)
 

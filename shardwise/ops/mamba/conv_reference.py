@@ -81,10 +81,10 @@ def torch_cached_causal_conv1d(
         conv_state_cache[span.slot] = joined[:, -K:].to(conv_state_cache.dtype)
     live = [span for span in spans[batch.prefill :] if span.slot >= 0]
     if live:
-        rows = torch.tensor([span.start for span in live], device=x.device)
+        tokens = torch.tensor([span.start for span in live], device=x.device)
         slots = torch.tensor([span.slot for span in live], device=x.device)
-        window = torch.cat((conv_state_cache[slots][..., 1:].to(x.dtype), x[rows, :, None]), -1)
-        out[rows] = torch.nn.functional.conv1d(window, weight, bias, groups=groups)[..., 0]
+        window = torch.cat((conv_state_cache[slots][..., 1:].to(x.dtype), x[tokens, :, None]), -1)
+        out[tokens] = torch.nn.functional.conv1d(window, weight, bias, groups=groups)[..., 0]
         conv_state_cache[slots] = window.to(conv_state_cache.dtype)
     return out.view(*input.shape[:2], weight.shape[0])
 

@@ -53,9 +53,10 @@ def _decode(one: Inputs, batch: Batch) -> None:
 
     span = slice(batch.prefill_tokens, batch.tokens)
     size, states = one.x.shape[2], one.B.shape[2]
-    dt, bias, softplus = one.dt[span], one.dt_bias, True
-    if one.limit[0] > 0 or not math.isinf(one.limit[1]):
-        dt, bias, softplus = time_steps(dt, bias, one.limit), None, False  # FlashInfer does not clamp
+    dt, bias = one.dt[span], one.dt_bias
+    clamped = one.limit[0] > 0 or not math.isinf(one.limit[1])
+    if clamped:  # which FlashInfer does not do
+        dt = time_steps(dt, bias, one.limit)
     elif bias.dtype != dt.dtype:
         dt, bias = dt.float(), bias.float()
     slots = one.slots[batch.prefill : batch.sequences].to(torch.int32)
@@ -68,8 +69,8 @@ def _decode(one: Inputs, batch: Batch) -> None:
         one.B[span].contiguous(),
         one.C[span].contiguous(),
         one.D.to(dt.dtype)[:, None].expand(-1, size),
-        dt_bias=None if bias is None else bias[:, None].expand(-1, size),
-        dt_softplus=softplus,
+        dt_bias=None if clamped else bias[:, None].expand(-1, size),
+        dt_softplus=not clamped,
         state_batch_indices=slots,
         pad_slot_id=-1,
         out=out,

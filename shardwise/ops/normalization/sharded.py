@@ -30,20 +30,15 @@ def sharded_rmsnorm(input: torch.Tensor, weight: torch.Tensor, eps: float, world
 
 def _all_reduce(sums: torch.Tensor, world_size: int) -> torch.Tensor:
     groups = current_groups()
-    if groups is not None:
-        size, reduce = groups.tp.size, groups.tp.all_reduce
-    elif dist.is_available() and dist.is_initialized():
-        size, reduce = dist.get_world_size(), _default_group
-    else:
-        size, reduce = 1, lambda tensor: tensor
+    default = groups is None and dist.is_available() and dist.is_initialized()
+    size = groups.tp.size if groups is not None else dist.get_world_size() if default else 1
     if size != world_size:
         raise ValueError(
             f"sharded_rmsnorm: world_size = {world_size}, but the current tensor-parallel group has {size} ranks; "
             "run inside shardwise.comm.rank.use_groups or initialise torch.distributed"
         )
-    return reduce(sums)
-
-
-def _default_group(tensor: torch.Tensor) -> torch.Tensor:
-    dist.all_reduce(tensor)
-    return tensor
+    if groups is not None:
+        return groups.tp.all_reduce(sums)
+    if default:
+        dist.all_reduce(sums)
+    return sums
