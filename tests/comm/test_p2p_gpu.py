@@ -10,6 +10,9 @@ import time
 import pytest
 import torch
 
+pytest.importorskip("triton")
+from p2p_checks import FEW_CASES, check_fused, check_pieces, check_sums, everyones, rounded_sum, warm
+
 from shardwise.comm.base import CollectiveTimeout, CommError
 from shardwise.comm.rank import RankInfo, current_groups
 from shardwise.comm.watch import Deadlines
@@ -19,91 +22,15 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA de
 needs_two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two CUDA devices")
 pytestmark = [pytest.mark.gpu, needs_gpu]
 
-EPS = 1e-5
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-STRATEGIES = ("ONESHOT", "TWOSHOT", "AUTO", "MIN_LATENCY")
-SHAPES = ((1, 4096), (3, 2880), (1, 7168), (70, 1024), (2, 1003), (9, 24))
-CASES = [(dtype, shape) for dtype in DTYPES for shape in SHAPES]
-FEW_CASES = [(torch.bfloat16, shape) for shape in ((3, 2880), (70, 1024), (2, 1003))]
-"""For ranks that share a process: each compiles its own kernels, one after another."""
 REGION = 1 << 20
-
-
-def everyones(world: int, shape, dtype, seed: int) -> list[torch.Tensor]:
-    """All ranks' inputs, on the CPU: every rank can make them."""
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(*shape, generator=generator).to(dtype) for _ in range(world)]
-
-
-def rounded_sum(parts: list[torch.Tensor]) -> torch.Tensor:
-    """The meaning: float32 accumulation in rank order, rounded once."""
-    total = parts[0].float()
-    for part in parts[1:]:
-        total = total + part.float()
-    return total.to(parts[0].dtype)
-
-
-def assert_close(found: torch.Tensor, exact: torch.Tensor, roundings: int = 1) -> None:
-    unit = {torch.bfloat16: 2**-8, torch.float16: 2**-10, torch.float32: 2**-21}[found.dtype]
-    difference = (found.cpu().double() - exact.double()).abs()
-    assert (difference <= roundings * unit * exact.double().abs() + 1e-6).all(), difference.max()
 
 
 def p2p(beyond, deadline=20.0, region_bytes=REGION):
     from shardwise.comm.p2p.communicator import P2PCommunicator
 
-    group = P2PCommunicator(beyond, region_bytes=region_bytes)
+    group = P2PCommunicator.connect(beyond, region_bytes=region_bytes)
     group.deadlines = Deadlines(collective=deadline)
     return group
-
-
-def warm(group, call) -> None:
-    """Compile what `call` launches before any rank waits: threads that share a GPU cannot load code beside a wait."""
-    launcher, real = group.launcher, group.launcher._launch
-    launcher._launch = lambda *args: real(*args[:-1], False)
-    call()
-    launcher._launch = real
-    group.beyond.all_gather_object(None)
-
-
-def check_sums(group, cases=CASES) -> None:
-    for i, (dtype, shape) in enumerate(cases):
-        parts = everyones(group.size, shape, dtype, i)
-        x = parts[group.rank].cuda()
-        for strategy in STRATEGIES:
-            out = torch.full_like(x, float("nan"))
-            warm(group, lambda x=x, out=out, s=strategy: group.all_reduce(x, out=out, strategy=s))
-            group.all_reduce(x, out=out, strategy=strategy)
-            group.synchronize()
-            assert torch.equal(out.cpu(), rounded_sum(parts)), (dtype, shape, strategy)
-        group.all_reduce(x, out=x, strategy="AUTO")
-        group.synchronize()
-        assert torch.equal(x.cpu(), rounded_sum(parts)), "in place"
-
-
-def check_fused(group, cases=CASES) -> None:
-    for i, (dtype, shape) in enumerate(cases):
-        parts = everyones(group.size, shape, dtype, 100 + i)
-        residual, other = everyones(2, shape, dtype, 200 + i)
-        weight = other[0]
-        x = parts[group.rank].cuda()
-        stream = (rounded_sum(parts).float() + residual.float()).to(dtype)
-        scale = torch.rsqrt(stream.double().square().mean(-1, keepdim=True) + EPS)
-        results = []
-        for strategy in STRATEGIES:
-            arguments = (x, residual.cuda(), weight.cuda(), EPS)
-            warm(
-                group,
-                lambda a=arguments, s=strategy: group.all_reduce_residual_rms_norm(*a, weight_bias=1.0, strategy=s),
-            )
-            normed, total = group.all_reduce_residual_rms_norm(*arguments, weight_bias=1.0, strategy=strategy)
-            group.synchronize()
-            assert torch.equal(total.cpu(), stream), (dtype, shape, strategy)
-            assert_close(normed, stream.double() * scale * (weight.double() + 1))
-            results.append(normed.cpu())
-        assert all(torch.equal(result, results[0]) for result in results), "strategies agree in every bit"
-        digests = group.beyond.all_gather_object(results[0].view(torch.uint8).numpy().tobytes())
-        assert all(digest == digests[0] for digest in digests), "ranks agree in every bit"
 
 
 def check_graph(group) -> None:
@@ -134,18 +61,6 @@ def check_graph(group) -> None:
         group.synchronize()
         for out, values in zip(outputs, parts, strict=True):
             assert torch.equal(out.cpu(), rounded_sum(values))
-
-
-def check_pieces(group) -> None:
-    """Calls larger than a region go in several launches."""
-    parts = everyones(group.size, (3 * REGION // 4 + 8,), torch.float32, 5)
-    x = parts[group.rank].cuda()
-    for strategy in ("ONESHOT", "TWOSHOT"):
-        out = torch.empty_like(x)
-        warm(group, lambda out=out, s=strategy: group.all_reduce(x, out=out, strategy=s))
-        group.all_reduce(x, out=out, strategy=strategy)
-        group.synchronize()
-        assert torch.equal(out.cpu(), rounded_sum(parts))
 
 
 CHECKS = {"sums": check_sums, "fused": check_fused, "graph": check_graph, "pieces": check_pieces}

@@ -46,17 +46,16 @@ def words(values: torch.Tensor, row_words: int) -> torch.Tensor:
 
 def launch(
     kernel, world, rank, slots, tensors, rows, width, total, chunks, *,
-    fused, call, aligned=True, grid=2, ahead=0, pushers=0,
+    fused, call, aligned=True, grid=2, ahead=0,
 ):  # fmt: skip
     counters = torch.full((kernels.COUNTERS,), call, dtype=torch.int32)
     abort = torch.zeros(1, dtype=torch.int32)
     records = torch.zeros(world, dtype=torch.int64)
     lanes = max(32, 1 << (chunks - 1).bit_length())
-    special, options = ((pushers,), {"SPLIT": pushers > 0}) if kernel is kernels.one_shot else ((), {"AHEAD": ahead})
     kernel[(grid,)](
         *tensors, slots.addresses, counters, abort.data_ptr(), records.data_ptr(), slots.region_words * 4, 10**9,
-        rows, width, total, chunks, *special, EPS, 1.0,
-        WORLD=world, RANK=rank, LANES=lanes, ALIGNED=aligned, FUSED=fused, PATIENT=False, PDL=False, **options,
+        rows, width, total, chunks, EPS, 1.0,
+        WORLD=world, RANK=rank, LANES=lanes, ALIGNED=aligned, FUSED=fused, AHEAD=ahead, PDL=False,
     )  # fmt: skip
     assert counters.eq(call + 1).all(), "every copy of the call counter moves on"
     assert not records.any()
@@ -83,8 +82,8 @@ def random_rows(world: int, rows: int, width: int, dtype: torch.dtype) -> list[t
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("world, rank", [(2, 0), (2, 1), (4, 2)])
-@pytest.mark.parametrize("pushers", [0, 1])
-def test_one_shot_sums_pushes_and_rearms(world, rank, dtype, pushers):
+@pytest.mark.parametrize("ahead", [0, 2])
+def test_one_shot_sums_pushes_and_rearms(world, rank, dtype, ahead):
     rows, width, call = 5, 64, 7
     chunks = width * dtype.itemsize // 16
     x = random_rows(world, rows, width, dtype)
@@ -95,7 +94,7 @@ def test_one_shot_sums_pushes_and_rearms(world, rank, dtype, pushers):
     out = torch.full_like(x[rank], float("nan"))
     tensors = (x[rank], x[rank], x[rank], out, out)
     launch(kernels.one_shot, world, rank, slots, tensors, rows, width, rows * width, chunks,
-           fused=False, call=call, grid=3, pushers=pushers)  # fmt: skip
+           fused=False, call=call, ahead=ahead)  # fmt: skip
     check_close(out, ordered_sum(x))
     assert slots.memory[rank].eq(ARMED).all(), "what was taken is armed again"
     for peer in set(range(world)) - {rank}:

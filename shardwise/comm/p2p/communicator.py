@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from shardwise.comm import compose, watch
-from shardwise.comm.base import CollectiveTimeout, CommError, Communicator
+from shardwise.comm.base import CollectiveTimeout, CommError
 from shardwise.comm.collective import Collective
 from shardwise.comm.p2p import table
 from shardwise.comm.p2p.delegate import Delegating, with_reason
@@ -24,31 +24,31 @@ _SELF_TEST_WORDS = 256
 class P2PCommunicator(Delegating):
     """One rank's end of a group of GPUs that write into each other's memory."""
 
-    def __init__(self, beyond: Collective, *, region_bytes: int | None = None):
+    def __init__(self, beyond: Collective, workspace: Workspace, launcher: Launcher):
+        """On a workspace of `beyond`'s ranks; `connect` makes both. `beyond` does all that the kernels do not."""
+        super().__init__(beyond, "p2p")
+        self.workspace = workspace
+        self.launcher = launcher
+        self._flying = threading.Lock()
+
+    @classmethod
+    def connect(cls, beyond: Collective, *, region_bytes: int | None = None) -> "P2PCommunicator":
         """Every rank of `beyond` calls it, with its GPU as the current device.
 
-        beyond        a group of the same ranks for all that the kernels do not do, and for the exchange of handles
         region_bytes  workspace for one peer; 2 * (size - 1) times that is allocated. Larger calls go in pieces
         Raises P2PUnavailable on every rank when one cannot, or when the links fail their test.
         """
-        super().__init__(beyond, "p2p")
-        self.device = torch.cuda.current_device()
-        self.workspace = Workspace(beyond, self.device, region_bytes)
-        self._flying = threading.Lock()
-        self._stream: torch.cuda.Stream | None = None
-        try:
-            self._test_links()
-        except P2PUnavailable:
-            self.workspace.close()
-            raise
-        self.launcher = Launcher(self.workspace, self.deadlines.collective)
-        self.reason = f"CUDA IPC between {self.size} GPUs of one host, links tested"
+        workspace = Workspace(beyond, torch.cuda.current_device(), region_bytes)
+        group = cls(beyond, workspace, Launcher(workspace, SELF_TEST_SECONDS))
+        group.test_links()
+        group.reason = f"CUDA IPC between {group.size} GPUs of one host, links tested"
+        return group
 
     @classmethod
     def or_beyond(cls, beyond: Collective, *, region_bytes: int | None = None) -> Collective:
         """The group on these kernels where they run, else `beyond` itself with the reason."""
         try:
-            return cls(beyond, region_bytes=region_bytes)
+            return cls.connect(beyond, region_bytes=region_bytes)
         except P2PUnavailable as error:
             return with_reason(beyond, str(error))
 
@@ -73,8 +73,7 @@ class P2PCommunicator(Delegating):
             self._require(strategy)
         self._require_device(tensor, "all_reduce_residual_rms_norm")
         tuning = self._tuning(tensor, strategy, fused=True)
-        row_bytes = tensor.shape[-1] * tensor.element_size()
-        if tuning is None or weight.dtype != tensor.dtype or row_bytes > self.workspace.region_bytes:
+        if tuning is None or weight.dtype != tensor.dtype or not self.launcher.fits(tensor, tuning):
             return super().all_reduce_residual_rms_norm(
                 tensor, residual, weight, eps, weight_bias=weight_bias, strategy=strategy
             )
@@ -101,7 +100,7 @@ class P2PCommunicator(Delegating):
 
     def synchronize(self) -> None:
         """Wait for this rank's stream, then `check_waits`."""
-        torch.cuda.current_stream(self.device).synchronize()
+        self.workspace.synchronize()
         self.check_waits()
 
     def _begin(self, op: str, shape, dtype, strategy: str, *details) -> list:
@@ -109,8 +108,11 @@ class P2PCommunicator(Delegating):
         return super()._begin(op, shape, dtype, strategy, *details)
 
     def _tuning(self, tensor: Tensor, strategy: str, fused: bool) -> Tuning | None:
-        if strategy == "NCCL" or tensor.dtype not in DTYPES:
+        if strategy == "NCCL" or (tensor.dtype not in DTYPES and strategy == "AUTO"):
             return None
+        if tensor.dtype not in DTYPES:
+            legal = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+            raise CommError(f"strategy {strategy} on transport p2p sums {legal}, not {tensor.dtype}; use AUTO")
         wanted = "MIN_LATENCY" if self.deterministic and strategy == "AUTO" else strategy
         return table.choose(self.size, tensor.numel() * tensor.element_size(), fused, wanted).tuning
 
@@ -125,20 +127,23 @@ class P2PCommunicator(Delegating):
     def _flight(self) -> "_SingleFlight":
         return _SingleFlight(self)
 
-    def _test_links(self) -> None:
-        """Each rank sends what only it can send; who receives something else, or nothing, names the link."""
-        launcher = Launcher(self.workspace, SELF_TEST_SECONDS)
-        x = torch.zeros(self.size, _SELF_TEST_WORDS, device=f"cuda:{self.device}")
-        x[self.rank] = torch.arange(1, _SELF_TEST_WORDS + 1, device=x.device) * (self.ranks[self.rank] + 1)
+    def test_links(self) -> None:
+        """Each rank sends what only it can send; who receives something else, or nothing, names the link.
+
+        Raises P2PUnavailable on every rank, and gives the workspace back, when a link fails.
+        """
+        device = self.workspace.counters.device
+        x = torch.zeros(self.size, _SELF_TEST_WORDS, device=device)
+        x[self.rank] = torch.arange(1, _SELF_TEST_WORDS + 1, device=device) * (self.ranks[self.rank] + 1)
         out = torch.empty_like(x)
         tuning = Tuning("ONESHOT", warps=4, lanes=128)
-        launcher.all_reduce(x, out, tuning, launch=False)
+        self.launcher.all_reduce(x, out, tuning, launch=False)
         self.beyond.all_gather_object(None)  # the deadline must not run while a peer still compiles
-        launcher.all_reduce(x, out, tuning)
-        torch.cuda.synchronize(self.device)
-        broken = self._broken_links(out)
-        reports = [text for texts in self.beyond.all_gather_object(broken) for text in texts]
+        self.launcher.all_reduce(x, out, tuning)
+        self.workspace.synchronize()
+        reports = [text for texts in self.beyond.all_gather_object(self._broken_links(out)) for text in texts]
         if reports:
+            self.workspace.close()
             raise P2PUnavailable("GPU peer-to-peer is disabled, its self-test failed: " + "; ".join(reports))
 
     def _broken_links(self, out: Tensor) -> list[str]:
@@ -155,7 +160,7 @@ class P2PCommunicator(Delegating):
             if not torch.equal(rows[place], expected * (rank + 1))
         ]
 
-    def _split(self, name: str, members: list[int], colors: list[int]) -> Communicator:
+    def _split(self, name: str, members: list[int], colors: list[int]) -> Collective:
         group = P2PCommunicator.or_beyond(self._split_beyond(members, colors))
         group.name = name
         return group
@@ -176,7 +181,7 @@ def create(control: Collective, *, transport: str = "p2p", fallback: Collective 
     """
     beyond = fallback or control
     if transport == "p2p":
-        return P2PCommunicator(beyond)
+        return P2PCommunicator.connect(beyond)
     if transport == "flashinfer":
         from shardwise.comm.p2p.flashinfer import FlashInferCommunicator
 
@@ -187,8 +192,8 @@ def create(control: Collective, *, transport: str = "p2p", fallback: Collective 
 class _SingleFlight:
     """A workspace serves one call at a time, on the device as on the host.
 
-    Another stream waits for the last one's calls; another thread inside a call is an error. While a graph is being
-    captured nothing is known about when it will run: replays and eager calls of one group belong on one stream.
+    Another stream waits for the last one's calls; another thread inside a call is an error. Replays of a graph and
+    eager calls of one group belong on one stream.
     """
 
     def __init__(self, communicator: P2PCommunicator):
@@ -196,19 +201,14 @@ class _SingleFlight:
 
     def __enter__(self) -> None:
         communicator = self.communicator
-        limit = communicator.deadlines.in_phase(watch.current_phase())
-        communicator.launcher.deadline_ns = int(limit * 1e9)
         if not communicator._flying.acquire(blocking=False):
             raise CommError(
                 f"two threads are inside calls on group {communicator.name} (p2p): one workspace serves one call at a "
                 "time; give each thread a group of its own (split)"
             )
-        if torch.cuda.is_current_stream_capturing():
-            return
-        stream = torch.cuda.current_stream(communicator.device)
-        if communicator._stream is not None and communicator._stream != stream:
-            stream.wait_stream(communicator._stream)
-        communicator._stream = stream
+        limit = communicator.deadlines.in_phase(watch.current_phase())
+        communicator.launcher.deadline_ns = int(limit * 1e9)
+        communicator.workspace.take_stream()
 
     def __exit__(self, *error) -> None:
         self.communicator._flying.release()

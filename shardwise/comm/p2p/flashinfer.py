@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from shardwise.comm import compose, watch
-from shardwise.comm.base import Communicator
 from shardwise.comm.collective import Collective
 from shardwise.comm.p2p.delegate import Delegating, with_reason
 from shardwise.comm.p2p.workspace import P2PUnavailable
@@ -132,7 +131,7 @@ class FlashInferCommunicator(Delegating):
             layout_code=None,
         )
 
-    def _split(self, name: str, members: list[int], colors: list[int]) -> Communicator:
+    def _split(self, name: str, members: list[int], colors: list[int]) -> Collective:
         beyond = self._split_beyond(members, colors)
         beyond.name = name
         return with_reason(beyond, "sub-groups of a flashinfer group use NCCL: its workspace serves the whole group")

@@ -33,7 +33,7 @@ COUNTERS = 1024
 
 _COUNTERS = tl.constexpr(COUNTERS)
 # One compiled kernel for all sizes: the time to compile is longer than a deadline may be.
-_RUNTIME = ["abort", "records", "region_bytes", "deadline_ns", "rows", "width", "total_elements", "chunks", "pushers"]
+_RUNTIME = ["abort", "records", "region_bytes", "deadline_ns", "rows", "width", "total_elements", "chunks"]
 
 
 @triton.jit
@@ -157,7 +157,7 @@ def _finish(
 @triton.jit
 def _sum_in_rank_order(
     own, slots, parity, region_bytes, row, chunks, lane, mask, abort, records, what, deadline_ns,
-    WORLD: tl.constexpr, RANK: tl.constexpr, kind: tl.constexpr, PATIENT: tl.constexpr,
+    WORLD: tl.constexpr, RANK: tl.constexpr, kind: tl.constexpr,
 ):  # fmt: skip
     """Sum of a row over all ranks, rounded and packed. Peers' contributions are waited for and their place re-armed."""
     seen = ()
@@ -172,7 +172,7 @@ def _sum_in_rank_order(
         chunk = seen[source]
         if source != RANK:
             words = _region(slots, RANK, source, parity, region_bytes, WORLD) + row * chunks * 4
-            chunk = ptx.wait_chunk(chunk, words, lane, abort, records + source * 8, what, deadline_ns, PATIENT)
+            chunk = ptx.wait_chunk(chunk, words, lane, abort, records + source * 8, what, deadline_ns)
             ptx.rearm_chunk(words, lane, mask)
         if source == 0:
             total = _unpack(chunk, kind)
@@ -214,49 +214,40 @@ def _push(chunk, slots, parity, region_bytes, place, chunks, lane, mask, WORLD: 
 def one_shot(
     x, residual, weight, out, residual_out,  # rows of `width` elements; the middle ones only when FUSED
     slots, counters, abort: tl.int64, records: tl.int64, region_bytes: tl.int64, deadline_ns: tl.int64,
-    rows: tl.int64, width: tl.int32, total_elements: tl.int64, chunks: tl.int64, pushers: tl.int64,
+    rows: tl.int64, width: tl.int32, total_elements: tl.int64, chunks: tl.int64,
     eps: tl.float32, weight_bias: tl.float32,
     WORLD: tl.constexpr, RANK: tl.constexpr, LANES: tl.constexpr, ALIGNED: tl.constexpr, FUSED: tl.constexpr,
-    SPLIT: tl.constexpr, PATIENT: tl.constexpr, PDL: tl.constexpr,
+    AHEAD: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Every rank pushes every row to every peer, and sums what it received.
 
-    `chunks`: 16-byte chunks that a row takes, at most LANES. SPLIT: the first `pushers` blocks only push, in the
-    order of the rows, and the others only sum, so that early rows are finished while later ones are under way.
-    Otherwise a block pushes a row and then sums it, with the row still in registers.
+    A block pushes AHEAD rows before it awaits its first. `chunks`: 16-byte chunks that a row takes, at most LANES.
     """
     kind: tl.constexpr = x.dtype.element_ty
     WIDTH: tl.constexpr = kind.primitive_bitwidth // 8
     lane = tl.arange(0, LANES)
-    step = tl.num_programs(0).to(tl.int64)
+    step = tl.num_programs(0)
     call = _begin(counters, PDL)
     parity = (call & 1).to(tl.int64)
     what = call.to(tl.int64) | (ONE_SHOT << 32)
-    first = tl.program_id(0).to(tl.int64)
-    if SPLIT:
-        if first < pushers:
-            chunk = ptx.disarm(
-                _load_row(x + first * width, lane, _limit(first, rows, width, total_elements), ALIGNED, WIDTH)
-            )
-            for index in range(first, rows, pushers):
-                row = tl.cast(index, tl.int64)
-                mask = lane * (16 // WIDTH) < _limit(row, rows, width, total_elements)
-                later = row + pushers
-                limit = _limit(later, rows, width, total_elements)
-                next_chunk = ptx.disarm(_load_row(x + later * width, lane, limit, ALIGNED, WIDTH))
-                _push(chunk, slots, parity, region_bytes, row, chunks, lane, mask, WORLD, RANK)
-                chunk = next_chunk
-            first = rows
-        else:
-            first -= pushers
-            step -= pushers
-    for index in range(first, rows, step):
+    for ahead in tl.static_range(AHEAD):
+        row = (tl.program_id(0) + ahead * step).to(tl.int64)
+        limit = _limit(row, rows, width, total_elements)
+        chunk = ptx.disarm(_load_row(x + row * width, lane, limit, ALIGNED, WIDTH))
+        _push(chunk, slots, parity, region_bytes, row, chunks, lane, lane * (16 // WIDTH) < limit, WORLD, RANK)
+    for index in range(tl.program_id(0), rows, step):
         row = tl.cast(index, tl.int64)
         limit = _limit(row, rows, width, total_elements)
         mask = lane * (16 // WIDTH) < limit
         own = ptx.disarm(_load_row(x + row * width, lane, limit, ALIGNED, WIDTH))
-        if not SPLIT:
+        if AHEAD == 0:
             _push(own, slots, parity, region_bytes, row, chunks, lane, mask, WORLD, RANK)
+        else:
+            later = row + AHEAD * step
+            later_limit = _limit(later, rows, width, total_elements)
+            chunk = ptx.disarm(_load_row(x + later * width, lane, later_limit, ALIGNED, WIDTH))
+            later_mask = lane * (16 // WIDTH) < later_limit
+            _push(chunk, slots, parity, region_bytes, later, chunks, lane, later_mask, WORLD, RANK)
         residual_chunk = own
         weight_chunk = own
         if FUSED:
@@ -264,7 +255,7 @@ def one_shot(
             weight_chunk = _load_row(weight, lane, limit, ALIGNED, WIDTH)
         total = _sum_in_rank_order(
             own, slots, parity, region_bytes, row, chunks, lane, mask, abort, records, what, deadline_ns,
-            WORLD, RANK, kind, PATIENT,
+            WORLD, RANK, kind,
         )  # fmt: skip
         _finish(
             total, residual_chunk, weight_chunk, out + row * width, residual_out + row * width, lane, limit, eps,
@@ -298,7 +289,7 @@ def _gather(
     slots, parity, region_bytes, index, rows, width, total_elements, chunks, lane, eps, weight_bias,
     abort, records, what, deadline_ns, kind: tl.constexpr,
     owner: tl.constexpr, WORLD: tl.constexpr, RANK: tl.constexpr, ALIGNED: tl.constexpr, WIDTH: tl.constexpr,
-    FUSED: tl.constexpr, PATIENT: tl.constexpr,
+    FUSED: tl.constexpr,
 ):  # fmt: skip
     """Take row `index` of the owner's part, summed there, and finish it. Sums lie behind the contributions."""
     row = _part_start(rows, owner, WORLD) + index
@@ -312,7 +303,7 @@ def _gather(
     if FUSED:
         residual_chunk = _load_row(residual + row * width, lane, limit, ALIGNED, WIDTH)
         weight_chunk = _load_row(weight, lane, limit, ALIGNED, WIDTH)
-    total = ptx.wait_chunk(total, words, lane, abort, records + owner * 8, what, deadline_ns, PATIENT)
+    total = ptx.wait_chunk(total, words, lane, abort, records + owner * 8, what, deadline_ns)
     ptx.rearm_chunk(words, lane, mask)
     _finish(
         total, residual_chunk, weight_chunk, out + row * width, residual_out + row * width, lane, limit, eps,
@@ -320,14 +311,14 @@ def _gather(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=_RUNTIME[:-1])
+@triton.jit(do_not_specialize=_RUNTIME)
 def two_shot(
     x, residual, weight, out, residual_out,
     slots, counters, abort: tl.int64, records: tl.int64, region_bytes: tl.int64, deadline_ns: tl.int64,
     rows: tl.int64, width: tl.int32, total_elements: tl.int64, chunks: tl.int64,
     eps: tl.float32, weight_bias: tl.float32,
     WORLD: tl.constexpr, RANK: tl.constexpr, LANES: tl.constexpr, ALIGNED: tl.constexpr, FUSED: tl.constexpr,
-    AHEAD: tl.constexpr, PATIENT: tl.constexpr, PDL: tl.constexpr,
+    AHEAD: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Each rank sums its part of the rows (`partition.extent`) and pushes the sums to every peer.
 
@@ -369,7 +360,7 @@ def two_shot(
             weight_chunk = _load_row(weight, lane, limit, ALIGNED, WIDTH)
         total = _sum_in_rank_order(
             own, slots, parity, region_bytes, index, chunks, lane, mask, abort, records, reduce_what, deadline_ns,
-            WORLD, RANK, kind, PATIENT,
+            WORLD, RANK, kind,
         )  # fmt: skip
         total = ptx.disarm(total)
         _push(total, slots, parity, region_bytes, turns + index, chunks, lane, mask, WORLD, RANK)
@@ -381,6 +372,6 @@ def two_shot(
             _gather(
                 residual, weight, out, residual_out, slots, parity, region_bytes, index - step, rows, width,
                 total_elements, chunks, lane, eps, weight_bias, abort, records, gather_what, deadline_ns, kind,
-                (RANK + WORLD - hop) % WORLD, WORLD, RANK, ALIGNED, WIDTH, FUSED, PATIENT,
+                (RANK + WORLD - hop) % WORLD, WORLD, RANK, ALIGNED, WIDTH, FUSED,
             )  # fmt: skip
     _advance(counters, call)

@@ -22,11 +22,7 @@ class Tuning:
     """ONESHOT or TWOSHOT."""
     warps: int
     ahead: int = 0
-    """Turns that a block pushes before it awaits the first (TWOSHOT)."""
-    pushers: int = 0
-    """Blocks that only push, while the others only sum (ONESHOT). 0: every block does both."""
-    patient: bool = False
-    """Pause between looks at what has not arrived: leaves more of the L2 cache to the others."""
+    """Rows that a block pushes before it awaits its first."""
     blocks_per_sm: int = 1
     lanes: int = 512
     """Chunks of a row, when the call may choose (plain)."""
@@ -100,6 +96,10 @@ class Launcher:
         rows = _token_rows(x, residual, weight, out, residual_out)
         self._run(rows, tuning, x, residual, weight, out, residual_out, eps, weight_bias, True, launch)
 
+    def fits(self, x: Tensor, tuning: Tuning) -> bool:
+        """True when a call can take at least one row of x [..., H]."""
+        return self.rows_that_fit(-(-x.shape[-1] * x.element_size() // CHUNK_BYTES) * CHUNK_BYTES, tuning.strategy) > 0
+
     def rows_that_fit(self, row_bytes: int, strategy: str) -> int:
         """Rows that one call may have."""
         rows = self.workspace.region_bytes // row_bytes
@@ -124,9 +124,9 @@ class Launcher:
     def _launch(self, rows: _Rows, tuning: Tuning, tensors, eps, weight_bias, fused: bool, launch: bool) -> None:
         kernel, positional, options = self._arguments(rows, tuning, tensors, eps, weight_bias, fused)
         turns = rows.count if tuning.strategy == "ONESHOT" else -(-rows.count // self.workspace.size)
-        with torch.cuda.device(self.workspace.device):
+        with self.workspace.on_device():
             resident = self._resident_blocks(kernel, positional, options, tensors[0].dtype)
-            grid = min(turns + tuning.pushers, resident, tuning.blocks_per_sm * self.multiprocessors, kernels.COUNTERS)
+            grid = min(turns, resident, tuning.blocks_per_sm * self.multiprocessors, kernels.COUNTERS)
             if launch:
                 kernel[(grid,)](*positional, **options)
 
@@ -144,6 +144,8 @@ class Launcher:
             rows.width,
             rows.total,
             rows.chunks,
+            eps,
+            weight_bias,
         )
         options = {
             "WORLD": workspace.size,
@@ -151,16 +153,13 @@ class Launcher:
             "LANES": rows.lanes,
             "ALIGNED": rows.aligned,
             "FUSED": fused,
-            "PATIENT": tuning.patient,
+            "AHEAD": tuning.ahead,
             "PDL": self.pdl,
             "num_warps": min(tuning.warps, rows.lanes // 32),
             "launch_pdl": self.pdl,
             "maxnreg": tuning.registers,
         }
-        if tuning.strategy == "TWOSHOT":
-            return kernels.two_shot, (*positional, eps, weight_bias), {**options, "AHEAD": tuning.ahead}
-        pushers = tuning.pushers if rows.count > 1 else 0
-        return kernels.one_shot, (*positional, pushers, eps, weight_bias), {**options, "SPLIT": pushers > 0}
+        return (kernels.one_shot if tuning.strategy == "ONESHOT" else kernels.two_shot), positional, options
 
     def _resident_blocks(self, kernel, positional, options, dtype) -> int:
         """Blocks of this kernel that the device holds at once: a wait must never keep its partner from starting."""

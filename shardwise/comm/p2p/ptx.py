@@ -9,7 +9,7 @@ protocol needs, since nothing but the words themselves is read after they are se
 ARMED is the all-ones word. As data it is a NaN in every supported type (float32, or a pair of bfloat16 or float16),
 and `disarm` turns it into another NaN before it is sent: sums are unchanged.
 
-The interpreter runs programs one after another, so its twin of `wait_chunk` looks once and reports what it saw.
+The twin of `wait_chunk` is Python: interpreted.py.
 """
 
 # Triton's language, not Python's, where types are concerned.
@@ -19,6 +19,8 @@ import triton
 import triton.language as tl
 from triton.knobs import runtime as _runtime
 from triton.language.extra import cuda as tl_cuda
+
+from shardwise.comm.p2p import interpreted
 
 INTERPRET = tl.constexpr(_runtime.interpret)
 ARMED = tl.constexpr(-1)
@@ -57,7 +59,7 @@ REARM = tl.constexpr("""
 """)
 
 # The clock is read, and the abort word looked at, once in 1024 looks (about 0.5 ms): the fast path pays nothing.
-_WAIT = """
+WAIT = tl.constexpr("""
 {
     .reg .pred p, q;
     .reg .b32 n, a;
@@ -78,7 +80,7 @@ LOOK:
     ld.relaxed.sys.global.b32 a, [$5];
     setp.ne.s32 q, a, 0;
     @q bra ENDED;
-    mov.u64 now, %%globaltimer;
+    mov.u64 now, %globaltimer;
     setp.eq.u64 q, begun, 0;
     @q mov.b64 begun, now;
     sub.u64 now, now, begun;
@@ -91,14 +93,11 @@ ENDED:
     st.relaxed.sys.global.b64 [$6 + 64], $12;
     bra LEAVE;
 AGAIN:
-    %s
     ld.relaxed.sys.global.v4.b32 {$0, $1, $2, $3}, [$4];
     bra LOOK;
 LEAVE:
 }
-"""
-WAIT = tl.constexpr(_WAIT % "")
-WAIT_PATIENTLY = tl.constexpr(_WAIT % "nanosleep.u32 100;")
+""")
 
 
 @triton.jit
@@ -140,25 +139,25 @@ def peek_chunk(words, lane, mask):
 
 
 @triton.jit
-def wait_chunk(seen, words, lane, abort, record, what, deadline_ns, PATIENT: tl.constexpr):
+def wait_chunk(seen, words, lane, abort, record, what, deadline_ns):
     """Look at chunk `lane` until none of its words is ARMED. `seen`: what the first look found (masked lanes: zero).
 
     After `deadline_ns`, or once another lane has given up, ARMED words are returned: NaN in every type. The lane
     that gives up stores the int64 `what` at `record` (pinned host memory) and sets the int32 at `abort` (this device);
     a lane that was waiting when another, or a peer, had set it stores `what` 64 bytes behind `record`.
     """
-    if INTERPRET:
-        return seen
-    else:
-        asm: tl.constexpr = WAIT_PATIENTLY if PATIENT else WAIT
-        return tl.inline_asm_elementwise(
-            asm,
-            "=&r,=&r,=&r,=&r,l,l,l,l,r,r,r,r,l",
-            [words + lane * 4, abort, record, deadline_ns, seen[0], seen[1], seen[2], seen[3], what],
-            dtype=(tl.int32, tl.int32, tl.int32, tl.int32),
-            is_pure=False,
-            pack=1,
-        )
+    return tl.inline_asm_elementwise(
+        WAIT,
+        "=&r,=&r,=&r,=&r,l,l,l,l,r,r,r,r,l",
+        [words + lane * 4, abort, record, deadline_ns, seen[0], seen[1], seen[2], seen[3], what],
+        dtype=(tl.int32, tl.int32, tl.int32, tl.int32),
+        is_pure=False,
+        pack=1,
+    )
+
+
+if INTERPRET.value:  # here and not inside the kernel, which may name no Python function
+    wait_chunk = interpreted.wait_chunk
 
 
 @triton.jit
@@ -218,12 +217,22 @@ def disarm(chunk):
 
 
 @triton.jit
+def round_to_bfloat16(value):
+    """Bits of the nearest bfloat16, ties to even: the interpreter's own conversion truncates."""
+    bits = value.to(tl.int32, bitcast=True)
+    rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16) & 0xFFFF
+    return tl.where(value != value, 0x7FFF, rounded)
+
+
+@triton.jit
 def round_pair(low, high, HALF: tl.constexpr):
     """Two float32 rounded to nearest even and packed in a word, `low` in the low half. HALF: float16, else bfloat16."""
     if INTERPRET:
-        kind: tl.constexpr = tl.float16 if HALF else tl.bfloat16
-        low_bits = low.to(kind).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
-        return low_bits | (high.to(kind).to(tl.int16, bitcast=True).to(tl.int32) << 16)
+        if HALF:
+            low_bits = low.to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
+            return low_bits | (high.to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32) << 16)
+        else:
+            return round_to_bfloat16(low) | (round_to_bfloat16(high) << 16)
     else:
         if HALF:
             return tl.inline_asm_elementwise(

@@ -1,10 +1,16 @@
-"""Which strategy and launch for which call, from benchmarks/results/gpu_all_reduce.json (2x H200, NVLink, bf16)."""
+"""Which strategy and launch for which call.
+
+World 2 is what won a sweep of launches on 2x H200 (NVLink, CUDA graphs, bf16), benchmarks/results/gpu_all_reduce.md.
+Worlds 4 and 8 are not measured: launches that compile without spilling registers, and the sizes up to which others'
+one-stage all-reduce of the same shape is published to win on Hopper, half a MiB and a quarter.
+"""
 
 from dataclasses import dataclass
 
 from shardwise.comm.p2p.launch import Tuning
 
-MIB = 1 << 20
+KIB, MIB = 1 << 10, 1 << 20
+_NO_LIMIT = 1 << 62
 
 
 @dataclass(frozen=True)
@@ -23,27 +29,49 @@ class _Entry:
     measured: str
 
 
-def _pick(entries: tuple[_Entry, ...], nbytes: int) -> Choice:
-    entry = next((entry for entry in entries if nbytes <= entry.up_to), entries[-1])
-    name = entry.tuning.strategy if entry.tuning else "NCCL"
-    return Choice(entry.tuning, f"{name} up to {entry.up_to / MIB:g} MiB: {entry.measured}")
-
-
 _PLAIN_2 = (
-    _Entry(512 << 10, Tuning("ONESHOT", warps=8, lanes=256), "not measured yet"),
-    _Entry(1 << 40, Tuning("ONESHOT", warps=16, blocks_per_sm=4), "not measured yet"),
+    _Entry(512 * KIB, Tuning("ONESHOT", warps=8, blocks_per_sm=4, lanes=256), "16 KiB 2.9 us, NCCL 10.5"),
+    _Entry(2 * MIB, Tuning("ONESHOT", warps=16, ahead=1, blocks_per_sm=4), "1 MiB 5.5 us, NCCL 18.5"),
+    _Entry(8 * MIB, Tuning("ONESHOT", warps=16, blocks_per_sm=4), "4 MiB 14.8 us, NCCL 34.6"),
+    _Entry(_NO_LIMIT, Tuning("ONESHOT", warps=8, ahead=2, blocks_per_sm=4), "64 MiB 207 us, NCCL 253"),
 )
 _FUSED_2 = (
-    _Entry(2 * MIB, Tuning("ONESHOT", warps=8, blocks_per_sm=4), "not measured yet"),
-    _Entry(1 << 40, Tuning("ONESHOT", warps=16, blocks_per_sm=2, registers=64), "not measured yet"),
+    _Entry(4 * MIB, Tuning("ONESHOT", warps=16, blocks_per_sm=2), "4 x 4096 3.2 us, 256 x 7168 15.6 us"),
+    _Entry(_NO_LIMIT, Tuning("ONESHOT", warps=8, blocks_per_sm=2), "1024 x 7168 47.5 us, 4096 x 7168 171 us"),
 )
+_TWO_SHOT = Tuning("TWOSHOT", warps=8, ahead=2, blocks_per_sm=2)
+_WIDE_ONE_SHOT = Tuning("ONESHOT", warps=8, blocks_per_sm=2)
+_UNMEASURED = "not measured at this world size"
+
+
+def _wide(one_shot_bytes: int, two_shot_bytes: int) -> tuple[_Entry, ...]:
+    return (
+        _Entry(one_shot_bytes, _WIDE_ONE_SHOT, _UNMEASURED),
+        _Entry(two_shot_bytes, _TWO_SHOT, _UNMEASURED),
+        _Entry(_NO_LIMIT, None, _UNMEASURED),
+    )
+
+
+_ENTRIES = {
+    (2, False): _PLAIN_2,
+    (2, True): _FUSED_2,
+    (4, False): _wide(512 * KIB, 32 * MIB),
+    (4, True): _wide(512 * KIB, 32 * MIB),
+    (8, False): _wide(256 * KIB, 16 * MIB),
+    (8, True): _wide(256 * KIB, 16 * MIB),
+}
 
 
 def choose(world: int, nbytes: int, fused: bool, strategy: str) -> Choice:
-    """For a tensor of `nbytes` a rank. `strategy`: AUTO, MIN_LATENCY, ONESHOT or TWOSHOT."""
-    if strategy == "TWOSHOT":
-        return Choice(Tuning("TWOSHOT", warps=8, ahead=2, blocks_per_sm=2), "asked for by name")
-    choice = _pick(_FUSED_2 if fused else _PLAIN_2, nbytes)
-    if strategy == "ONESHOT":
-        return Choice(choice.tuning, "asked for by name")
-    return choice
+    """For a tensor of `nbytes` a rank. `strategy`: AUTO, MIN_LATENCY (never NCCL), ONESHOT or TWOSHOT."""
+    entries = _ENTRIES[world, fused]
+    if strategy != "AUTO":
+        entries = tuple(
+            entry for entry in entries if entry.tuning and strategy in ("MIN_LATENCY", entry.tuning.strategy)
+        )
+    entry = next((entry for entry in entries if nbytes <= entry.up_to), entries[-1] if entries else None)
+    if entry is None:  # TWOSHOT at world 2, where it sends as many bytes as one-shot and waits twice
+        return Choice(_TWO_SHOT, "TWOSHOT, asked for by name")
+    name = entry.tuning.strategy if entry.tuning else "NCCL"
+    limit = "any size above" if entry.up_to == _NO_LIMIT else f"up to {entry.up_to // KIB} KiB"
+    return Choice(entry.tuning, f"{name} for {limit}: {entry.measured}")

@@ -71,6 +71,7 @@ class Workspace:
         self.device = device
         self.region_bytes = region_bytes or REGION_BYTES.get(self.size, 0)
         self.failure: CommError | None = None
+        self._stream: torch.cuda.Stream | None = None
         self._base = 0
         self._opened: dict[int, int] = {}
         export = self._agree(bootstrap, self._allocate)
@@ -132,6 +133,26 @@ class Workspace:
             return export.address
         self._opened[peer] = cuda.open_shared(export.handle, self.device)
         return self._opened[peer]
+
+    def on_device(self):
+        """Context in which launches go to this rank's GPU."""
+        return torch.cuda.device(self.device)
+
+    def synchronize(self) -> None:
+        """Wait for what the current stream was given."""
+        torch.cuda.current_stream(self.device).synchronize()
+
+    def take_stream(self) -> None:
+        """Let the current stream wait for the calls of the last one: a workspace serves one call at a time.
+
+        While a graph is being captured nothing is known about when it will run, so nothing is done.
+        """
+        if torch.cuda.is_current_stream_capturing():
+            return
+        stream = torch.cuda.current_stream(self.device)
+        if self._stream is not None and self._stream != stream:
+            stream.wait_stream(self._stream)
+        self._stream = stream
 
     def check(self) -> None:
         """Raise CollectiveTimeout if a kernel of this rank ever gave up waiting, CommError if a peer ended its wait."""

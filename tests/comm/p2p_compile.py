@@ -1,0 +1,74 @@
+"""Compile the tuned launches for Hopper without a GPU: one JSON row a kernel. Run with TRITON_INTERPRET unset."""
+
+import json
+import re
+import subprocess
+import tempfile
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from shardwise.comm.p2p import kernels, table
+
+INTEGERS = {"abort": "i64", "records": "i64", "region_bytes": "i64", "deadline_ns": "i64"}
+SIZES = {"rows": "i64", "width": "i32", "total_elements": "i64", "chunks": "i64", "eps": "fp32", "weight_bias": "fp32"}
+
+
+def compiled(tuning, world: int, fused: bool, aligned: bool, dtype: str, lanes: int):
+    pointers = dict.fromkeys(("x", "residual", "weight", "out", "residual_out"), "*" + dtype)
+    constants = {"WORLD": world, "RANK": world - 1, "LANES": lanes, "ALIGNED": aligned, "FUSED": fused}
+    constants |= {"AHEAD": tuning.ahead, "PDL": True}
+    signature = {**pointers, "slots": ("i64",) * world, "counters": "*i32", **INTEGERS, **SIZES}
+    signature |= dict.fromkeys(constants, "constexpr")
+    kernel = kernels.one_shot if tuning.strategy == "ONESHOT" else kernels.two_shot
+    options = {"num_warps": tuning.warps, "launch_pdl": True}
+    return triton.compile(ASTSource(kernel, signature, constants), target=GPUTarget("cuda", 90, 32), options=options)
+
+
+def resources(cubin: bytes) -> tuple[int, int]:
+    """(registers a thread, bytes of stack a thread, which are spilled registers)."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", text)
+    return int(found[1]), int(found[2])
+
+
+def main() -> None:
+    cases = [
+        (2, fused, True, "bf16", nbytes) for fused in (False, True) for nbytes in (1 << 14, 1 << 20, 1 << 22, 1 << 26)
+    ]
+    cases += [(world, True, True, "bf16", nbytes) for world in (4, 8) for nbytes in (1 << 14, 1 << 22)]
+    cases += [(2, True, False, "fp16", 1 << 14), (2, False, True, "fp32", 1 << 14), (4, False, True, "bf16", 1 << 22)]
+    seen = set()
+    for world, fused, aligned, dtype, nbytes in cases:
+        tuning = table.choose(world, nbytes, fused, "AUTO").tuning
+        lanes = 512 if fused else tuning.lanes
+        case = (tuning, world, fused, aligned, dtype, lanes)
+        if case in seen:
+            continue
+        seen.add(case)
+        code = compiled(*case)
+        registers, stack = resources(code.asm["cubin"])
+        ptx = code.asm["ptx"]
+        print(
+            json.dumps(
+                {
+                    "case": str(case),
+                    "warps": tuning.warps,
+                    "registers": registers,
+                    "stack": stack,
+                    "pushes": ptx.count("st.relaxed.sys.global.v4.b32"),
+                    "looks": ptx.count("ld.relaxed.sys.global.v4.b32"),
+                    "dependent_launch": "griddepcontrol.wait" in ptx,
+                    "multicast": "multimem" in ptx,
+                }
+            )
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,171 @@
+"""The peer-to-peer communicator on CPU memory that processes share, its kernels in Triton's interpreter."""
+
+import contextlib
+import ctypes
+import time
+from pathlib import Path
+
+import p2p_checks
+import pytest
+import torch
+
+from shardwise.comm.base import CollectiveTimeout, CommError
+from shardwise.comm.p2p.communicator import P2PCommunicator
+from shardwise.comm.p2p.kernels import COUNTERS
+from shardwise.comm.p2p.launch import Launcher
+from shardwise.comm.p2p.workspace import HEADER_BYTES, RECORDS, SLOTS, P2PUnavailable, Workspace
+from shardwise.comm.rank import RankInfo
+from shardwise.comm.strategy import create
+from shardwise.comm.watch import Deadlines
+
+REGION = 1 << 15
+
+
+class SharedWorkspace(Workspace):
+    """Every rank's buffer is a file that all ranks map."""
+
+    def __init__(self, beyond, folder: str):
+        self.rank, self.size, self.ranks = beyond.rank, beyond.size, beyond.ranks
+        self.region_bytes = REGION
+        self.failure = None
+        words = (HEADER_BYTES + SLOTS * (self.size - 1) * REGION) // 4
+        self.memory = [
+            torch.from_file(str(Path(folder) / f"rank{rank}"), shared=True, size=words, dtype=torch.int32)
+            for rank in range(self.size)
+        ]
+        self.memory[self.rank].fill_(-1)
+        self.memory[self.rank][: HEADER_BYTES // 4] = 0
+        self.peer_aborts = tuple(memory.data_ptr() for memory in self.memory)
+        self.slots = tuple(address + HEADER_BYTES for address in self.peer_aborts)
+        self.abort = self.peer_aborts[self.rank]
+        self.counters = torch.zeros(COUNTERS, dtype=torch.int32)
+        self.records = torch.zeros(2 * RECORDS, dtype=torch.int64)
+        self._seen = self.records.numpy()
+        beyond.all_gather_object(None)
+
+    def on_device(self):
+        return contextlib.nullcontext()
+
+    def synchronize(self) -> None:
+        pass
+
+    def take_stream(self) -> None:
+        pass
+
+    def stop_waits(self) -> None:
+        for address in self.peer_aborts:
+            ctypes.c_int32.from_address(address).value = 1
+
+    def close(self) -> None:
+        pass
+
+    def all_armed(self) -> bool:
+        return bool(self.memory[self.rank][HEADER_BYTES // 4 :].eq(-1).all())
+
+
+class InterpretedLauncher(Launcher):
+    def __init__(self, workspace: SharedWorkspace):
+        self.workspace, self.deadline_ns, self.multiprocessors, self.pdl = workspace, 10**10, 2, False
+
+    def _resident_blocks(self, *_) -> int:
+        return 3
+
+
+class OnCpu(P2PCommunicator):
+    devices = ("cpu",)
+
+
+def join(beyond, folder: str) -> OnCpu:
+    workspace = SharedWorkspace(beyond, folder)
+    group = OnCpu(beyond, workspace, InterpretedLauncher(workspace))
+    group.test_links()
+    return group
+
+
+CASES = [
+    (torch.bfloat16, (5, 96)),
+    (torch.bfloat16, (2, 51)),
+    (torch.bfloat16, (1, 8)),
+    (torch.float16, (3, 64)),
+    (torch.float32, (9, 24)),
+]
+
+
+def conformance(info: RankInfo, store, folder: str) -> None:
+    group = join(create(info, store=store), folder)
+    p2p_checks.check_sums(group, CASES, ("ONESHOT", "TWOSHOT"))
+    p2p_checks.check_fused(group, CASES, ("ONESHOT", "TWOSHOT"))
+    p2p_checks.check_pieces(group)
+    group.beyond.barrier()
+    assert group.workspace.all_armed(), "every word that was pushed was taken and armed again"
+    integers = torch.arange(6) * (info.rank + 1)
+    assert torch.equal(group.all_reduce(integers), torch.arange(6) * sum(range(1, info.world + 1)))
+    with pytest.raises(CommError, match="sums bfloat16, float16, float32, not torch.int64"):
+        group.all_reduce(integers, strategy="ONESHOT")
+    assert "NCCL 10.5" in group.explain("all_reduce", 1 << 14) or info.world > 2
+
+
+def faults(info: RankInfo, store, folder: str) -> None:
+    """One after another, each on memory of its own."""
+    beyond = create(info, store=store)
+    for fault in (missing_rank, aborted, broken_links):
+        place = Path(folder, fault.__name__)
+        place.mkdir(exist_ok=True)
+        fault(info, beyond, str(place))
+        beyond.barrier()
+
+
+def missing_rank(info: RankInfo, beyond, folder: str) -> None:
+    """Rank 1 stays away from the second call; rank 0 learns so at the next synchronisation and stays broken."""
+    group = join(beyond, folder)
+    group.deadlines = Deadlines(collective=0.3)
+    x = torch.ones(64)
+    group.all_reduce(x, strategy="TWOSHOT")
+    group.synchronize()
+    if info.rank == 0:
+        begun = time.monotonic()
+        out = group.all_reduce(x, strategy="ONESHOT")
+        with pytest.raises(
+            CollectiveTimeout, match=r"call 2 \(one-shot exchange\) never received rank 1's data"
+        ) as caught:
+            group.synchronize()
+        assert caught.value.missing == (1,)
+        assert time.monotonic() - begun < 5
+        assert out.isnan().all(), "what did not arrive is no number"
+        with pytest.raises(CommError, match="never received rank 1"):
+            group.all_reduce(x)
+
+
+def aborted(info: RankInfo, beyond, folder: str) -> None:
+    group = join(beyond, folder)
+    if info.rank == 0:
+        group.all_reduce(torch.ones(64), strategy="ONESHOT")
+        with pytest.raises(CommError, match="aborted by a rank of the group"):
+            group.synchronize()
+    else:
+        time.sleep(0.5)
+        group.workspace.stop_waits()
+
+
+def broken_links(info: RankInfo, beyond, folder: str) -> None:
+    """A link that loses data, then one that changes it: every rank refuses, with the link's name."""
+
+    class LossyLauncher(InterpretedLauncher):
+        def __init__(self, workspace, fault):
+            super().__init__(workspace)
+            self.deadline_ns, self.fault = 3 * 10**8, fault
+
+        def all_reduce(self, x, out, tuning, *, launch=True):
+            if not launch or self.workspace.rank == 0:
+                super().all_reduce(x, out, tuning, launch=launch)
+            elif self.fault == "wrong data":
+                super().all_reduce(x + 1, out, tuning)
+
+    for fault, text in (
+        ("wrong data", "rank 0 received wrong data from rank 1"),
+        ("nothing", "rank 0 received nothing"),
+    ):
+        Path(folder, fault).mkdir(exist_ok=True)
+        workspace = SharedWorkspace(beyond, str(Path(folder, fault)))
+        with pytest.raises(P2PUnavailable, match=text):
+            OnCpu(beyond, workspace, LossyLauncher(workspace, fault)).test_links()
