@@ -106,6 +106,8 @@ def test_graph_wrappers_are_made_for_each_batch_size_and_replanned_by_it():
     assert not owner.graphs
     replan_decode(*host)
     assert [wrapper for wrapper, *_ in recorder.plans] == ["wrapper 1", "wrapper 2", "wrapper 1"]
+    planner("mla", torch.device("cpu"))  # a family without graphs is in nobody's way
+    replan_decode(*host)
     with pytest.raises(ValueError, match="no decode graph of batch size 1"):
         replan_decode(host[0][:2], host[1], host[2][:1], host[3][:1])
 

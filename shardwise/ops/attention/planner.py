@@ -117,15 +117,14 @@ class Planner:
 
         return self.planned(graph_key, create, lambda w: family.plan(w, pages()))
 
-    def replan(self, pages: Pages) -> None:
-        """Renew the plans of the graph wrappers of this batch size, before their graph is replayed."""
+    def replan(self, pages: Pages) -> int:
+        """Renew the plans of the graph wrappers of this batch size; returns how many there are."""
         count = pages.indices.numel()  # a cache with fewer pages is not the one that these belong to
         found = [key for key in self._replans if key[-1] == pages.sequences and key[-2] >= count]
-        if not found:
-            raise ValueError(f"no decode graph of batch size {pages.sequences} was prepared inside decode_graphs()")
         for key in found:
             self._replans[key](pages)
             self._planned.add(key)
+        return len(found)
 
 
 @dataclass(frozen=True)
@@ -197,11 +196,11 @@ def replan_decode(
     """Plan the captured decode graphs of batch size B for the step that is replayed next, on cache_loc's device."""
     count = last_page_len_host.numel()
     pages = select_pages(0, count, cu_num_pages_host, cache_loc, last_page_len_host, seq_len_with_cache_host)
-    found = [each for (_, device), each in _PLANNERS.items() if device == cache_loc.device and each._replans]
-    if not found:
-        raise ValueError(f"no decode graph was prepared on {cache_loc.device} inside decode_graphs()")
-    for each in found:
-        each.replan(pages)
+    owners = [each for (_, device), each in _PLANNERS.items() if device == cache_loc.device]
+    if not sum(owner.replan(pages) for owner in owners):
+        raise ValueError(
+            f"no decode graph of batch size {count} was prepared on {cache_loc.device} inside decode_graphs()"
+        )
 
 
 def fake_token_positions(position_ids, batch_info_host, cu_seqlen, seq_len_with_cache):
