@@ -10,22 +10,25 @@ from shardwise.ops.triton_support import await_predecessor, tl, triton
 
 @triton.jit
 def _tile_product(
-    x_ptr, word_ptr, scale_ptr, rows, row_mask, first_slab, k_start, k_stop, tiles_k, columns, stride_x,
+    x_ptr, word_ptr, scale_ptr, rows, row_mask, first_slab, k_start, k_stop, tiles_n, tiles_k, columns,
+    stride_x,
     BN: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, FORMAT: tl.constexpr, INTERPRET: tl.constexpr,
     STAGES: tl.constexpr, EVEN_K: tl.constexpr,
 ):  # fmt: skip
     """[BN, BT] float32 sum over the k-tiles of 64 in [k_start, k_stop); pointers at the expert's weights."""
     CHUNKS: tl.constexpr = BK // 64
     SLABS: tl.constexpr = BN // 16
+    # Slabs past the last row, where BN does not divide the rows, read the last one's weights; nothing of them is kept.
+    last_slab = tiles_n * 4 - 1
     part = tl.arange(0, CHUNKS * SLABS)
     chunk = part // SLABS
-    slab = first_slab + part % SLABS
+    slab = tl.minimum(first_slab + part % SLABS, last_slab)
     tile = ((slab // 4) * tiles_k + chunk) * 4 + slab % 4
     # Loads of equal shape share one thread layout; these words must not get the one of an x tile of 128 columns.
     HALVES: tl.constexpr = 2 if BK == 128 else 1
     line = tl.arange(0, CHUNKS * SLABS * HALVES)
-    line_tile = ((first_slab + line // HALVES % SLABS) // 4 * tiles_k + line // HALVES // SLABS) * 4
-    line_tile += (first_slab + line // HALVES % SLABS) % 4
+    line_slab = tl.minimum(first_slab + line // HALVES % SLABS, last_slab)
+    line_tile = (line_slab // 4 * tiles_k + line // HALVES // SLABS) * 4 + line_slab % 4
     word_at = (line_tile * 128 + line % HALVES * 64)[:, None] + tl.arange(0, 128 // HALVES)[None, :]
     SCALES: tl.constexpr = 16 if FORMAT == "nvfp4" else 8
     scale_at = tile[:, None] * SCALES + tl.arange(0, SCALES)[None, :]
@@ -104,7 +107,7 @@ def mxfp4_gemm(
         tile_base = expert.to(tl.int64) * tiles_n * tiles_k
         acc = _tile_product(
             x_ptr, word_ptr + tile_base * 512, scale_ptr + tile_base * (64 if FORMAT == "nvfp4" else 32), rows, valid,
-            n_tile * (BN // 16), k_start, k_stop, tiles_k, columns, stride_x,
+            n_tile * (BN // 16), k_start, k_stop, tiles_n, tiles_k, columns, stride_x,
             BN, BT, BK, FORMAT, INTERPRET, STAGES, EVEN_K,
         )  # fmt: skip
         n = n_tile * BN + tl.arange(0, BN)

@@ -103,23 +103,27 @@ def join_bytes(parts: Tensor) -> Tensor:
 
 
 class PackedOnce:
-    """Packed forms of weight tensors, kept as long as the memory of the source lives and is not written to."""
+    """Packed forms of weight tensors, kept as long as the sources' memory lives and none of them is written to."""
 
     def __init__(self) -> None:
-        self._kept: dict[tuple, tuple[StorageWeakRef, int, PackedMXFP4]] = {}
+        self._kept: dict[tuple, tuple[list[StorageWeakRef], list[int], PackedMXFP4]] = {}
 
-    def get(self, source: Tensor, arrangement: str, make: Callable[[], PackedMXFP4]) -> PackedMXFP4:
-        """What `make` gave for this source before, or gives now."""
-        key = (source.data_ptr(), source.shape, source.stride(), arrangement)
-        version = 0 if source.is_inference() else source._version
+    def get(self, sources: tuple[Tensor, ...], arrangement: str, make: Callable[[], PackedMXFP4]) -> PackedMXFP4:
+        """What `make` gave for these sources before, or gives now."""
+        key = (arrangement, *((source.data_ptr(), source.shape, source.stride()) for source in sources))
+        versions = [0 if source.is_inference() else source._version for source in sources]
         found = self._kept.get(key)
-        if found is not None and not found[0].expired() and found[1] == version:
+        if found is not None and found[1] == versions and not _expired(found[0]):
             return found[2]
-        for stale in [other for other, entry in self._kept.items() if entry[0].expired()]:
+        for stale in [other for other, entry in self._kept.items() if _expired(entry[0])]:
             del self._kept[stale]
         packed = make()
-        self._kept[key] = (StorageWeakRef(source.untyped_storage()), version, packed)
+        self._kept[key] = ([StorageWeakRef(source.untyped_storage()) for source in sources], versions, packed)
         return packed
+
+
+def _expired(storages: list[StorageWeakRef]) -> bool:
+    return any(storage.expired() for storage in storages)
 
 
 _PACKED = PackedOnce()
@@ -128,4 +132,4 @@ _PACKED = PackedOnce()
 def packed_once(blocks: Tensor, scales: Tensor, bias: Tensor, paired: bool) -> PackedMXFP4:
     """`pack_mxfp4` of these tensors, made at the first call."""
     arrangement = "alternating" if paired else "plain"
-    return _PACKED.get(blocks, arrangement, lambda: pack_mxfp4(blocks, scales, bias, paired))
+    return _PACKED.get((blocks, scales, bias), arrangement, lambda: pack_mxfp4(blocks, scales, bias, paired))

@@ -62,4 +62,4 @@ _PACKED = PackedOnce()
 
 
 def _packed_once(name: str, codes: Tensor, scales: Tensor, arrangement: str) -> PackedMXFP4:
-    return _PACKED.get(codes, arrangement, lambda: pack_nvfp4(name, codes, scales, arrangement))
+    return _PACKED.get((codes, scales), arrangement, lambda: pack_nvfp4(name, codes, scales, arrangement))
