@@ -49,10 +49,14 @@ def cutlass_ready() -> bool:
     return gen_cutlass_fused_moe_sm90_module().is_compiled
 
 
+def on_cutlass(rows: Tensor, on_input: bool) -> bool:
+    """Whether FlashInfer's kernels take this call: they have no weights on the input, and no empty batch."""
+    return rows.is_cuda and rows.shape[0] > 0 and not on_input and cutlass_ready()
+
+
 def cutlass_moe(rows, ids, weights, first, second, act, dtype, scales) -> Tensor:
     """Ids outside the local experts become expert 0 with weight 0: the module has no skip for them."""
-    from flashinfer import ActivationType
-    from flashinfer.fused_moe import cutlass_fused_moe
+    from flashinfer.fused_moe import ActivationType, cutlass_fused_moe
 
     local = (ids >= 0) & (ids < first.shape[0])
     return cutlass_fused_moe(
@@ -100,7 +104,7 @@ def trtllm_moe_fused(
     weights = (w3_w1_stacked_weight, w2_stacked_weight)
 
     def compute(rows: Tensor, ids: Tensor, routing: Tensor) -> Tensor:
-        if rows.is_cuda and rows.shape[0] and not apply_routing_on_input and cutlass_ready():
+        if on_cutlass(rows, apply_routing_on_input):
             return cutlass_moe(rows, ids, routing, *weights, act, rows.dtype, [])
         return grouped_moe(rows, ids, routing, *weights, act, apply_routing_on_input)
 
@@ -163,7 +167,7 @@ def trtllm_quant_fp8_moe_fused(
     scales = FP8Scales(s1, fc1_dequant_scale.float(), 1.0 / reciprocal, fc2_dequant_scale.float())
 
     def compute(rows: Tensor, ids: Tensor, routing: Tensor) -> Tensor:
-        if rows.is_cuda and rows.shape[0] and not apply_routing_on_input and cutlass_ready():
+        if on_cutlass(rows, apply_routing_on_input):
             quant = [scales.first, reciprocal.reshape(()), scales.second, s1.reshape(())]
             return cutlass_moe(quantize(rows, s1), ids, routing, *weights, act, rows.dtype, quant)
         return grouped_moe(rows, ids, routing, *weights, act, apply_routing_on_input, scales)

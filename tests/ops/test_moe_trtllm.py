@@ -1,0 +1,85 @@
+"""What the TRT-LLM adapters hand to FlashInfer's kernels: a stand-in with their parameter names checks and computes."""
+
+import enum
+import sys
+import types
+
+import pytest
+import torch
+from oracles_moe import e4m3_step, fp8_stack, relative, routed_oracle, routing, stacked
+
+from shardwise.ops.moe import trtllm
+
+EXPERTS, HIDDEN, SIZE = 4, 32, 48
+
+
+class ActivationType(enum.IntEnum):
+    Swiglu = 3
+    Relu2 = 6
+
+
+def cutlass_fused_moe(
+    input,
+    token_selected_experts,
+    token_final_scales,
+    fc1_expert_weights,
+    fc2_expert_weights,
+    output_dtype,
+    quant_scales,
+    activation_type=ActivationType.Swiglu,
+):
+    """Every id must be an expert: the kernels have no skip."""
+    ids, weights = token_selected_experts, token_final_scales
+    assert ids.dtype == torch.int32 and weights.dtype == torch.float32
+    assert ids.ge(0).all() and ids.lt(fc1_expert_weights.shape[0]).all()
+    x, first, second, step = input.double(), fc1_expert_weights.double(), fc2_expert_weights.double(), None
+    if input.dtype == torch.float8_e4m3fn:
+        fc1_dequant, fc2_quant, fc2_dequant, fc1_input_dequant = quant_scales
+        assert [scale.dim() for scale in quant_scales] == [1, 0, 1, 0]
+        assert all(scale.dtype == torch.float32 for scale in quant_scales)
+        x = x * fc1_input_dequant.double()
+        first = first * (fc1_dequant / fc1_input_dequant).double()[:, None, None]
+        second = second * (fc2_dequant * fc2_quant).double()[:, None, None]
+        step = e4m3_step(1 / fc2_quant)
+    else:
+        assert quant_scales == []
+    gated = activation_type == ActivationType.Swiglu
+    return routed_oracle(x, ids, weights, first, second, gated, second_step=step).to(output_dtype)
+
+
+@pytest.fixture(autouse=True)
+def stand_in(monkeypatch):
+    module = types.ModuleType("flashinfer.fused_moe")
+    module.ActivationType, module.cutlass_fused_moe = ActivationType, cutlass_fused_moe
+    monkeypatch.setitem(sys.modules, "flashinfer", types.ModuleType("flashinfer"))
+    monkeypatch.setitem(sys.modules, "flashinfer.fused_moe", module)
+
+
+@pytest.mark.parametrize("gated", [True, False])
+def test_weights_ids_and_activation(gated):
+    x, (ids, weights) = torch.randn(6, HIDDEN), routing(6, 3, EXPERTS)
+    stacks = stacked(EXPERTS, HIDDEN, SIZE, gated)
+    got = trtllm.cutlass_moe(x, ids, weights, *stacks, "silu" if gated else "relu2", torch.float32, [])
+    assert relative(got, routed_oracle(x, ids, weights, *stacks, gated)) < 1e-6
+
+
+def test_fp8_scales_stand_in_the_order_of_the_kernel(monkeypatch):
+    """The operator itself, told that the module is there, on tensors that say they are on a GPU."""
+    x, (ids, weights) = torch.randn(5, HIDDEN), routing(5, 2, EXPERTS)
+    (q1, s1, v1), (q2, s2, v2) = (fp8_stack(weight) for weight in stacked(EXPERTS, HIDDEN, SIZE, True))
+    s_in, s_hidden = torch.tensor(4 / 448), torch.tensor(8 / 448)
+    steps = e4m3_step(s_in), e4m3_step(s_hidden)
+    wanted = routed_oracle(x, ids, weights, v1, v2, first_step=steps[0], second_step=steps[1])
+    monkeypatch.setattr(trtllm, "on_cutlass", lambda rows, on_input: True)
+    monkeypatch.setattr(trtllm, "quantize", lambda rows, scale: (rows / scale).to(torch.float8_e4m3fn))
+    got = trtllm.trtllm_quant_fp8_moe_fused(
+        x, ids, weights, q1, q2, s_in, s1 * s_in, 1 / s_hidden, s2 * s_hidden, True, 4
+    )
+    assert relative(got, wanted) < 2e-2
+
+
+def test_the_module_is_used_only_where_it_applies(monkeypatch):
+    monkeypatch.setattr(trtllm, "cutlass_ready", lambda: True)
+    assert not trtllm.on_cutlass(torch.empty(3, 8), False)
+    monkeypatch.setattr(trtllm, "cutlass_ready", lambda: False)
+    assert not trtllm.on_cutlass(torch.empty(3, 8, device="meta"), False)
