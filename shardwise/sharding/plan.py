@@ -9,7 +9,7 @@ from typing import Any
 
 from shardwise.sharding.axes import Axis, LogicalAxis
 from shardwise.sharding.collectives import Collective, collectives
-from shardwise.sharding.cutting import choose_cuts
+from shardwise.sharding.cutting import axes_of, choose_cuts
 from shardwise.sharding.experts import Placement, place_experts
 from shardwise.sharding.formats import storage_type
 from shardwise.sharding.layout import Coordinates, ParallelLayout
@@ -166,10 +166,13 @@ def plan(
     spec = model if isinstance(model, ModelSpec) else load_model(model, tp_plan)
     spec = spec.stored_as(storage_type(dtype)) if dtype else spec
     layout = layout or ParallelLayout(tp, attn_dp, moe_tp, ep)
+    extras, padded = tuple(extras), tuple(sorted(set(pad)))
+    _check_names("extras", extras, (e.name for e in spec.extras))
     patterns = patterns_of(spec, frozenset(extras))
     specs = tuple(p.spec for p in patterns if p.loaded)
-    padded = tuple(sorted({Axis(p).value for p in pad}))
+    _check_names("pad", padded, (a.axis.value for a in axes_of(specs)))
     by_axis, warnings = choose_cuts(specs, layout, frozenset(map(Axis, padded)))
+    warnings += _without_experts(by_axis, layout, redundant_experts)
     placement = {
         axis: expert_placement or place_experts(axis, layout.moe_ep, redundant_experts, expert_load)
         for axis in by_axis
@@ -178,6 +181,22 @@ def plan(
     cuts = Cuts(layout, by_axis, placement)
     cuts.check(specs)
     return Plan(spec, layout, cuts, patterns, warnings + spec.notes, kv_itemsize, padded)
+
+
+def _check_names(option: str, names: Iterable[str], known: Iterable[str]) -> None:
+    legal = list(dict.fromkeys(known))
+    for name in names:
+        if name not in legal:
+            raise ValueError(f"{option}: the model has no {name!r}; it has {', '.join(legal) or 'none'}")
+
+
+def _without_experts(axes: Iterable[LogicalAxis], layout: ParallelLayout, redundant: int) -> tuple[str, ...]:
+    """What is asked of experts that a dense model lacks: copies are an error, a grid of ranks only a warning."""
+    if any(axis.axis is Axis.EXPERTS for axis in axes):
+        return ()
+    if redundant:
+        raise ValueError(f"{redundant} redundant experts: the model has no routed experts")
+    return (f"ep {layout.moe_ep}: the model has no routed experts, so ep changes nothing",) if layout.moe_ep > 1 else ()
 
 
 def patterns_of(model: ModelSpec, load_extras: frozenset[str] = frozenset()) -> tuple[TensorPattern, ...]:

@@ -214,3 +214,29 @@ def test_the_self_check_sees_a_hole_and_an_undeclared_overlap():
     cuts = Cuts(made.layout, made.cuts.by_axis | {mlp: Broken(mlp, 2)}, {})
     with pytest.raises(AssertionError, match="on no rank"):
         cuts.check(spec.layers[0].tensors)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"pad": ["experts"]}, "pad: the model has no 'experts'; it has vocab, q_heads, kv_heads, mlp"),
+        ({"extras": ["mtp"]}, "extras: the model has no 'mtp'; it has none"),
+        ({"redundant_experts": 2}, "2 redundant experts: the model has no routed experts"),
+        ({"dtype": "int1"}, "dtype 'int1' is not known"),
+    ],
+)
+def test_options_that_the_model_has_no_use_for_are_refused(options, words):
+    with pytest.raises(ValueError) as error:
+        plan(model(SMOL), **options)
+    assert words in str(error.value)
+
+
+def test_expert_parallel_ranks_of_a_dense_model_are_a_warning():
+    assert any("no routed experts" in w for w in plan(model(SMOL), tp=3, ep=3).warnings)
+
+
+def test_what_if_weights_had_another_type():
+    halves, floats = plan(model(QWEN_MOE)), plan(model(QWEN_MOE), dtype="float32")
+    assert floats.ranks[0].weight_bytes == 2 * halves.ranks[0].weight_bytes
+    blocks = model("Qwen/Qwen3-30B-A3B-FP8")
+    assert plan(blocks, dtype="float32").shard(0, "model.layers.0.mlp.experts.0.up_proj.weight").dtype == "F8_E4M3"
