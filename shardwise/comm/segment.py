@@ -27,8 +27,8 @@ FRAME = 512
 """Bytes of a control frame: its length in 8 bytes, then the message."""
 REASON = 1024
 SPINS, FEW_SPINS = 4000, 64
-"""Reads of a flag (about 50 ns each) before the first yield: more than a rank lags behind in a decode step. Few when the
-peer turns out to need this rank's core, as on a busy host: a call took 265 µs then with many, 43 with few."""
+"""Reads of a flag (about 50 ns each) before the first yield: more than a rank lags behind in a decode step. Few when
+the peer turns out to need this rank's core, as on a busy host: a call took 265 µs then with many, 43 with few."""
 HANDED_OVER_SECONDS = 600e-6
 """A peer that arrives so soon after a first yield was waiting for the core; a stranger on it stays for milliseconds."""
 YIELD_SECONDS = 0.02

@@ -173,10 +173,10 @@ class ShmCommunicator(Collective):
             self._round()
             compose.ordered_sum(slots, result)
 
-    def _addresses(self, tensor: Tensor) -> list[int]:
-        """Where all ranks have their tensors; a round, after which they may be read."""
-        frames = self._exchange(tensor.data_ptr().to_bytes(8, "little"))
-        return [int.from_bytes(frame, "little") for frame in frames]
+    def _addresses(self, *tensors: Tensor) -> list[list[int]]:
+        """Where all ranks have each of their `tensors`; a round, after which they may be read."""
+        frames = self._exchange(b"".join(tensor.data_ptr().to_bytes(8, "little") for tensor in tensors))
+        return [[int.from_bytes(frame[i : i + 8], "little") for frame in frames] for i in range(0, len(frames[0]), 8)]
 
     def _pull(self, peer: int, address: int, into: Tensor) -> None:
         member = self.segment.members[peer]
@@ -193,11 +193,12 @@ class ShmCommunicator(Collective):
         counts = partition.lengths(source.numel(), self.size)
         places = starts(counts)
         start, stop = places[self.rank], places[self.rank] + counts[self.rank]
-        self._sum_direct(source[start:stop], target[start:stop], self._addresses(source), start * width)
-        addresses = self._addresses(target)
+        inputs, results = self._addresses(source, target)
+        self._sum_direct(source[start:stop], target[start:stop], inputs, start * width)
+        self._round()
         for peer, _ in self.segment.others:
             part = target[places[peer] : places[peer] + counts[peer]]
-            self._pull(peer, addresses[peer] + places[peer] * width, part)
+            self._pull(peer, results[peer] + places[peer] * width, part)
         self._round()  # nobody may overwrite its tensor before all have read it
 
     def _sum_direct(self, source: Tensor, target: Tensor, addresses: list[int], offset: int) -> None:
@@ -246,7 +247,7 @@ class ShmCommunicator(Collective):
         parts = joined.split(list(counts))
         parts[self.rank].copy_(source)
         if self.reads_peers and max(counts) > CHUNK:
-            addresses = self._addresses(source)
+            addresses = self._addresses(source)[0]
             for peer, _ in self.segment.others:
                 self._pull(peer, addresses[peer], parts[peer])
             self._round()
@@ -266,7 +267,7 @@ class ShmCommunicator(Collective):
         if self.reads_peers and joined.nbytes > DIRECT_LIMIT:
             start = starts(counts)[self.rank]
             mine = joined[start : start + counts[self.rank]]
-            self._sum_direct(mine, target, self._addresses(joined), start * width)
+            self._sum_direct(mine, target, self._addresses(joined)[0], start * width)
             self._round()
             return
         quota = CHUNK // self.size // width

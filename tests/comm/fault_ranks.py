@@ -22,63 +22,63 @@ def outcome(call):
     return "nothing", "", (), time.monotonic() - begin
 
 
-def one_rank_is_late(info, store, transport, late):
+def one_rank_is_slow_then_late(info, store, transport, late):
     torch.set_num_threads(1)
-    group = create(info, transport=transport, store=store, deadlines=Deadlines(collective=0.7))
+    group = create(info, transport=transport, store=store, deadlines=Deadlines(collective=2.0))
     group.all_reduce(torch.ones(4))
     if info.rank == late:
-        time.sleep(4)
-        return None
+        time.sleep(0.5)
+    slow = outcome(lambda: group.all_reduce(torch.ones(4)))
+    if info.rank == late:
+        time.sleep(5)
+        return slow, None, None, None
     result = outcome(lambda: group.all_reduce(torch.ones(4)))
     again = outcome(lambda: group.all_reduce(torch.ones(4)))
     time.sleep(0.5)  # mpirun ends all ranks when the first one leaves without finalising
-    return result, again, watch.FLIGHT.last()
+    return slow, result, again, watch.FLIGHT.last()
 
 
-def one_rank_is_slow(info, store, transport, slow):
-    torch.set_num_threads(1)
-    group = create(info, transport=transport, store=store, deadlines=Deadlines(collective=20))
-    if info.rank == slow:
-        time.sleep(0.7)
-    return outcome(lambda: group.all_reduce(torch.ones(4)))
-
-
-def one_rank_dies(info, store, transport, victim, how):
+def one_rank_dies(info, store, transport, victim):
     torch.set_num_threads(1)
     group = create(info, transport=transport, store=store, deadlines=Deadlines(collective=60))
     group.all_reduce(torch.ones(4))
     if info.rank == victim:
-        if how == "kill":
-            os.kill(os.getpid(), signal.SIGKILL)
-        os._exit(3)
+        os.kill(os.getpid(), signal.SIGKILL)
     return outcome(lambda: group.all_reduce(torch.ones(4)))
 
 
-def one_rank_aborts(info, store, transport, in_sub_group):
+def rank_0_aborts(info, store, transport):
+    """What ranks 1 to 3 see in the world, then (in a second world) rank 2 in a sub-group that waits for rank 3."""
     torch.set_num_threads(1)
-    world = create(info, transport=transport, store=store, deadlines=Deadlines(collective=60))
-    part = world.split(info.rank // 2)
-    world.barrier()
-    if info.rank == 0:
-        time.sleep(0.3)
-        world.abort("rank 0 ran out of ideas")
-        return outcome(world.barrier)
-    if info.rank == 3 and in_sub_group:
-        time.sleep(1.0)
-        return None
-    return outcome((part if in_sub_group else world).barrier)
+    results = []
+    for in_sub_group in (False, True):
+        world = create(info, transport=transport, store=store, deadlines=Deadlines(collective=60))
+        part = world.split(info.rank // 2)
+        world.barrier()
+        if info.rank == 0:
+            time.sleep(0.3)
+            world.abort("rank 0 ran out of ideas")
+        waits = info.rank == 2 if in_sub_group else info.rank > 0
+        results.append(outcome((part if in_sub_group else world).barrier) if waits else None)
+    time.sleep(2)  # nobody's end may be taken for the abort
+    return results
 
 
-def calls_differ(info, store, transport, how):
+def calls_differ(info, store, transport):
+    """For every way in which two calls can differ, what this rank sees."""
     torch.set_num_threads(1)
-    group = create(info, transport=transport, store=store, check=True, deadlines=Deadlines(collective=20))
-    group.all_reduce(torch.ones(4))
     odd = info.rank == 1
     calls = {
-        "shape": lambda: group.all_reduce(torch.ones(5 if odd else 4)),
-        "dtype": lambda: group.all_reduce(torch.ones(4, dtype=torch.bfloat16 if odd else torch.float32)),
-        "op": lambda: group.barrier() if odd else group.all_reduce(torch.ones(4)),
-        "strategy": lambda: group.all_reduce(torch.ones(4), strategy="TWOSHOT" if odd else "AUTO"),
-        "root": lambda: group.broadcast(torch.ones(4), root=int(odd)),
+        "shape": lambda group: group.all_reduce(torch.ones(5 if odd else 4)),
+        "dtype": lambda group: group.all_reduce(torch.ones(4, dtype=torch.bfloat16 if odd else torch.float32)),
+        "op": lambda group: group.barrier() if odd else group.all_reduce(torch.ones(4)),
+        "strategy": lambda group: group.all_reduce(torch.ones(4), strategy="TWOSHOT" if odd else "AUTO"),
+        "root": lambda group: group.broadcast(torch.ones(4), root=int(odd)),
+        "sizes": lambda group: group.all_gather(torch.ones(4), 0, [4, 4] if odd else [4, 3 + 1]),
     }
-    return outcome(calls[how])
+    results = {}
+    for how, call in calls.items():
+        group = create(info, transport=transport, store=store, check=True, deadlines=Deadlines(collective=20))
+        group.all_reduce(torch.ones(4))
+        results[how] = outcome(lambda call=call, group=group: call(group))
+    return results

@@ -9,8 +9,6 @@ from shardwise.testing import run_processes
 @pytest.mark.parametrize(
     ("transport", "world", "options"),
     [
-        ("shm", 2, {}),
-        ("shm", 3, {}),
         ("auto", 2, {"check": True}),
         ("gloo", 2, {}),
         ("gloo", 3, {"deterministic": True}),
@@ -26,10 +24,10 @@ def test_conformance(transport, world, options):
     assert expected in results[0][1]
 
 
-def test_conformance_without_reading_peers():
-    for passed, algorithm in run_processes(3, "rank_bodies:conform_in_chunks"):
-        assert len(passed) > len(conformance.CASES)
-        assert "in shared memory" in algorithm
+def test_conformance_shared_memory():
+    for runs in run_processes(3, "rank_bodies:conform_shared_memory"):
+        assert [len(passed) for passed, _ in runs] == [len(conformance.CASES + conformance.FIXED_ORDER_CASES)] * 2
+        assert "in shared memory" in runs[1][1]
 
 
 def test_conformance_mpi():

@@ -74,61 +74,56 @@ def test_threads_in_check_mode_name_both_calls(how):
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
-def test_a_late_rank_is_named(transport):
+def test_a_slow_rank_is_waited_for_and_a_late_one_is_named(transport):
     mpi = transport == "mpi"
-    results = run_processes(3, "fault_ranks:one_rank_is_late", transport, 2, mpi=mpi, may_die=(0, 2) if mpi else (2,))
+    may_die = (0, 2) if mpi else (2,)
+    results = run_processes(3, "fault_ranks:one_rank_is_slow_then_late", transport, 2, mpi=mpi, may_die=may_die)
     for rank in (0, 1):
-        (kind, text, missing, seconds), again, last = results[rank]
+        slow, (kind, text, missing, seconds), again, last = results[rank]
+        assert slow[0] == "nothing" and slow[3] > 0.2
         assert kind == "CollectiveTimeout", text
         assert missing == (2,)
-        assert f"all_reduce #2 on group world, rank {rank}: rank(s) 2 did not arrive within 0.7 s" in text
-        assert 0.6 < seconds < 4
+        assert f"all_reduce #3 on group world, rank {rank}: rank(s) 2 did not arrive within 2 s" in text
+        assert 1.9 < seconds < 10
         assert again[0] == "CommError" and "did not arrive" in again[1]
-        assert (last["op"], last["sequence"], last["end"]) == ("all_reduce", 2, 0)
+        assert (last["op"], last["sequence"], last["end"]) == ("all_reduce", 3, 0)
 
 
-@pytest.mark.parametrize("transport", TRANSPORTS)
-def test_a_slow_rank_is_waited_for(transport):
-    results = run_processes(2, "fault_ranks:one_rank_is_slow", transport, 1, mpi=transport == "mpi")
-    assert [kind for kind, *_ in results] == ["nothing"] * 2
-    assert results[0][3] > 0.3
-
-
-@pytest.mark.parametrize("how", ["kill", "exit"])
 @pytest.mark.parametrize("transport", ["shm", "gloo"])
-def test_a_dead_rank_is_noticed_long_before_the_deadline(transport, how):
-    results = run_processes(3, "fault_ranks:one_rank_dies", transport, 1, how, may_die=(1,))
+def test_a_dead_rank_is_noticed_long_before_the_deadline(transport):
+    results = run_processes(3, "fault_ranks:one_rank_dies", transport, 1, may_die=(1,))
     kind, text, missing, seconds = results[0]
     assert kind == "PeerLost" and "all_reduce #2 on group world, rank 0" in text and "is gone" in text
-    assert seconds < 10
+    assert seconds < 15
     if transport == "shm":
         assert missing == (1,)
 
 
-@pytest.mark.parametrize("in_sub_group", [False, True])
 @pytest.mark.parametrize("transport", ["shm", "gloo"])
-def test_abort_unblocks_waiting_peers(transport, in_sub_group):
-    results = run_processes(4, "fault_ranks:one_rank_aborts", transport, in_sub_group)
-    for rank in (0, 2):
-        kind, text, _, seconds = results[rank]
+def test_abort_unblocks_waiting_peers_in_sub_groups_too(transport):
+    results = run_processes(4, "fault_ranks:rank_0_aborts", transport)
+    outcomes = [results[1][0], results[2][0], results[3][0], results[2][1]]
+    for kind, text, _, seconds in outcomes:
         assert kind == "CommError" and "rank 0 ran out of ideas" in text
-        assert seconds < 10
+        assert seconds < 15
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
-@pytest.mark.parametrize("how", ["shape", "op"])
-def test_check_mode_names_both_calls(transport, how):
-    results = run_processes(2, "fault_ranks:calls_differ", transport, how, mpi=transport == "mpi")
-    for kind, text, _, _ in results:
-        assert kind == "CollectiveMismatch"
-        assert "rank 0 called #2 all_reduce shape=(4,)" in text
-        assert ("rank 1 called #2 all_reduce shape=(5,)" if how == "shape" else "rank 1 called #2 barrier") in text
-
-
-@pytest.mark.parametrize("how", ["dtype", "strategy", "root"])
-def test_check_mode_sees_every_part_of_a_call(how):
-    for kind, text, _, _ in run_processes(2, "fault_ranks:calls_differ", "shm", how):
-        assert kind == "CollectiveMismatch", text
+def test_check_mode_names_both_calls(transport):
+    results = run_processes(2, "fault_ranks:calls_differ", transport, mpi=transport == "mpi")
+    odd = {
+        "shape": "rank 1 called #2 all_reduce shape=(5,)",
+        "dtype": "rank 1 called #2 all_reduce shape=(4,) dtype=torch.bfloat16",
+        "op": "rank 1 called #2 barrier",
+        "strategy": "strategy=TWOSHOT",
+        "root": "rank 1 called #2 broadcast shape=(4,) dtype=torch.float32 strategy= group=world (1,)",
+    }
+    for result in results:
+        for how, words in odd.items():
+            kind, text, _, _ = result[how]
+            assert kind == "CollectiveMismatch", (how, text)
+            assert "rank 0 called #2 " in text and words in text
+        assert result["sizes"][0] == "nothing", "equal sizes are no mismatch, however they were computed"
 
 
 def test_a_failure_dumps_the_flight_record(tmp_path, monkeypatch):
