@@ -91,6 +91,10 @@ class SlotCache(KvCache):
         """Keys and values [slots, max_length, Nkv, D], views with equal strides where D = Dv."""
         return self._layers[layer].keys, self._layers[layer].values
 
+    def tokens(self, layer: int) -> Tensor:
+        """[slots, max_length, Nkv * (D + Dv)], contiguous: each token's keys, then its values."""
+        return self._layers[layer].tokens
+
     def nbytes(self) -> int:
         return sum(rows.tokens.numel() * rows.tokens.element_size() for rows in self._layers)
 

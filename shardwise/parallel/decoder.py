@@ -33,9 +33,13 @@ class Decoder:
 
     def __call__(self, batch: Batch, cache: KvCache) -> Tensor:
         """Logits float32 [number of spans that want them, V], identical on every rank."""
+        return self.head(self.hidden(batch, cache))
+
+    def hidden(self, batch: Batch, cache: KvCache) -> Tensor:
+        """The head's input [number of spans that want logits, H]."""
         residual = self.embedding(batch.tokens)
         x = self.first_norm(residual)
         for layer in self.layers:
             x, residual = layer(x, residual, batch, cache)
         rows = batch.logits_rows
-        return self.head(x if rows is None else x[rows])
+        return x if rows is None else x[rows]

@@ -13,12 +13,14 @@ import torch
 
 from shardwise.comm.rank import Groups
 from shardwise.parallel.assemble import DecoderBuilder
+from shardwise.parallel.batch import Batch
 from shardwise.parallel.cache import KvCache, SlotCache
 from shardwise.parallel.memory import memory_bytes
 from shardwise.parallel.results import Completion, RankStats, TokenEvent
 from shardwise.parallel.sampler import SamplingParams, sample
 from shardwise.parallel.scheduler import Request, Scheduler
 from shardwise.parallel.text import TextStream
+from shardwise.parallel.token_step import TokenStep, reason_against
 from shardwise.parallel.tokenizer import Tokenizer, load_tokenizer
 from shardwise.parallel.weights import Progress, Weights
 from shardwise.sharding.checkpoint.resolve import Checkpoint, open_checkpoint
@@ -79,6 +81,7 @@ class Engine:
         with torch.inference_mode():
             builder = DecoderBuilder(source, groups)
             self._decoder = builder.build()
+        self._token_step = None if reason_against(self._decoder) else TokenStep(self._decoder)
         self._weight_bytes = memory_bytes(self._decoder)
         self._cache_shapes = builder.cache_shapes()
         self._cache: KvCache | None = None
@@ -169,16 +172,24 @@ class Engine:
             step = scheduler.next_step()
             # Entered for each step: a generator that is suspended inside would leave its caller in inference mode.
             with torch.inference_mode():
-                tokens = self._sample(self._decoder(step.batch, cache), step.sampled)
+                tokens = self._sample(self._hidden(step.batch, cache), step.sampled)
             for request, token in zip(step.sampled, tokens, strict=True):
                 event = self._accept(request, token)
                 if event.finished:
                     scheduler.finish(request)
                 yield event
 
-    def _sample(self, logits: torch.Tensor, requests: list[Request]) -> list[int]:
+    def _hidden(self, batch: Batch, cache: KvCache) -> torch.Tensor:
+        if self._token_step is not None and TokenStep.fits(batch, cache):
+            return self._token_step(batch, cache)
+        return self._decoder.hidden(batch, cache)
+
+    def _sample(self, hidden: torch.Tensor, requests: list[Request]) -> list[int]:
+        if not requests:  # a chunk of a prompt
+            return []
         if all(request.params.temperature == 0 for request in requests):
-            return logits.argmax(-1).tolist()
+            return self._decoder.head.best(hidden)
+        logits = self._decoder.head(hidden)
         return [sample(row, request.params, request.generator) for row, request in zip(logits, requests, strict=True)]
 
     def _accept(self, request: Request, token: int) -> TokenEvent:

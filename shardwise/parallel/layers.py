@@ -64,11 +64,11 @@ class ResidualNorm:
     def __init__(self, *, norm: Norm | None, group: Communicator, post: Norm | None = None, multiplier: float = 1.0):
         self.norm, self.post, self.multiplier = norm, post, multiplier
         self.group = group
-        self._fused = norm is not None and post is None and multiplier == 1.0
+        self.is_plain = norm is not None and post is None and multiplier == 1.0
 
     def __call__(self, partial: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         """partial, residual [T, H] -> (normed sum, sum); both arguments may be overwritten."""
-        if self._fused and partial.is_cuda and self.group.size > 1:
+        if self.is_plain and partial.is_cuda and self.group.size > 1:
             return self.group.all_reduce_residual_rms_norm(partial, residual, self.norm.weight, self.norm.eps)
         if self.group.size > 1:
             self.group.all_reduce(partial, out=partial)
@@ -118,6 +118,17 @@ class VocabHead:
     def __call__(self, x: Tensor) -> Tensor:
         """x [B, H] -> [B, V]."""
         return self.finish(self.linear(x))
+
+    def best(self, x: Tensor) -> list[int]:
+        """The most likely token of each row of x [B, H]: the argmax of the logits, of which only the best travel."""
+        if self.group.size == 1 or sum(self.sizes) != self.vocab:  # a padded vocabulary has columns that are no token
+            return self(x).argmax(-1).tolist()
+        values, ids = self.linear(x).max(-1)
+        ids += sum(self.sizes[: self.group.rank])
+        mine = torch.stack((values.double(), ids.double()), -1)[None]
+        found = self.group.all_gather(mine, dim=0)  # [ranks, B, 2]
+        winner = found[..., 0].argmax(0, keepdim=True)
+        return found[..., 1].gather(0, winner)[0].long().tolist()
 
     def finish(self, logits: Tensor) -> Tensor:
         """This rank's columns of the logits -> all of them, scaled and capped."""
