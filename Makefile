@@ -22,8 +22,7 @@ demo: $(VENV)/.run
 test: $(VENV)/.test
 	$(BIN)/python -m pytest
 
-lint: $(VENV)/.test
-	$(PIP) ruff mypy
+lint: $(VENV)/.lint
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy shardwise
 
 $(BIN)/python:
@@ -38,6 +37,10 @@ $(VENV)/.run: $(BIN)/python $(INPUTS)
 
 $(VENV)/.test: $(VENV)/.run
 	$(PIP) -e ".[test]"
+	@touch $@
+
+$(VENV)/.lint: $(VENV)/.test
+	$(PIP) -e ".[dev]"
 	@touch $@
 
 clean:

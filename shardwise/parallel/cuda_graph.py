@@ -1,5 +1,7 @@
 """Decode steps as CUDA graphs: one captured for each padded batch size, replayed with new inputs."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -17,7 +19,8 @@ class DecodeGraphs:
         self.step, self.device = step, device
         self.sizes = tuple(s for s in BATCH_SIZES if s < max_batch) + (max_batch,)
         self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}
-        self._pool = None
+        self._pool: Any = None
+        """Memory that all graphs share; they never run at once."""
         self._host = torch.zeros(3, max_batch, dtype=torch.int32, pin_memory=True)
         self._copied = torch.cuda.Event()
 

@@ -67,7 +67,7 @@ class DecodeStep:
         self._workspaces: dict[tuple[int, int, int], list[DecodeWorkspace]] = {}
         self._rope: dict[RotaryAngles | None, Tensor] = {}
         for layer in decoder.layers:
-            self._prepare(layer.mixer, max_batch, processors, device)
+            self._prepare(_attention(layer), max_batch, processors, device)
 
     def __call__(self, tokens: Tensor, positions: Tensor, slots: Tensor) -> Tensor:
         """tokens int64 [B]; positions int32 [B], negative for padding rows; slots int32 [B, 1] -> float32 [B, V]."""
@@ -79,7 +79,7 @@ class DecodeStep:
         return head.finish(self._product(head.linear, stream))
 
     def _layer(self, layer: DecoderLayer, number: int, stream: Stream, positions: Tensor, slots: Tensor) -> Stream:
-        mixer = layer.mixer
+        mixer = _attention(layer)
         qkv = self._product(mixer.qkv, stream)
         attended = fused_decode_attention(
             qkv,
@@ -153,6 +153,11 @@ class DecodeStep:
         spaces = self._workspaces[(mixer.heads, mixer.kv_heads, mixer.head_dim)]
         allowed = max(1, spaces[-1].splits // batch)
         return next(s for s in reversed(spaces) if s.splits <= allowed or s.splits == 1)
+
+
+def _attention(layer: DecoderLayer) -> AttentionMixer:
+    assert isinstance(layer.mixer, AttentionMixer)  # else `reason_against` had one
+    return layer.mixer
 
 
 def _is_silu(mlp: GatedMlp) -> bool:

@@ -146,7 +146,8 @@ def memory_of(plan: Plan, topology: Topology, workload: Workload, rank: int) -> 
 
 def _widest(plan: Plan, rank: int) -> int:
     """Elements a token of the rank's widest layer projection, of the chosen experts together where they are routed."""
-    chosen = _moe(plan).routing.top_k if _moe(plan) else 1
+    moe = _moe(plan)
+    chosen = moe.routing.top_k if moe else 1
     shapes = ((p, plan.pattern_shard(p, rank).local_shape) for p in plan.loaded if p.layers)
     return max((s[-2] * (chosen if _is_routed(p) else 1) for p, s in shapes if len(s) in (2, 3)), default=0)
 
@@ -164,7 +165,8 @@ def traffic_of(plan: Plan, rank: int) -> Traffic:
         into[1] += prod(shard.local_shape) * pattern.spec.values * count
         total += shard.nbytes * count
         eight += shard.nbytes * count if pattern.spec.dtype.startswith("F8") else 0
-    return Traffic(*sums["dense"], *sums["expert"], eight_bit=eight > total / 2)
+    (dense_bytes, dense_parameters), (expert_bytes, expert_parameters) = sums["dense"], sums["expert"]
+    return Traffic(dense_bytes, dense_parameters, expert_bytes, expert_parameters, eight > total / 2)
 
 
 def _is_routed(pattern: TensorPattern) -> bool:

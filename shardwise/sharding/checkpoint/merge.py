@@ -107,6 +107,7 @@ def _join(name: str, shape: tuple[int, ...], dtype: str, parts: list[_Part], tar
     joined = np.empty(blocks, np.uint8)
     covered = np.zeros(blocks[:-1], bool)
     for part in parts:
+        assert part.tensor.cut is not None  # a whole part was taken above
         local = in_blocks(part.tensor.shape, dtype)
         with part.path.open("rb") as file:
             data = np.frombuffer(os.pread(file.fileno(), part.tensor.nbytes, part.offset), np.uint8).reshape(local)

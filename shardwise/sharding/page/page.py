@@ -102,8 +102,8 @@ def _map_row(plan: Plan, pattern: TensorPattern) -> MapRow:
     spec = pattern.spec
     label = spec.role + (f" × {len(pattern.layers)} layers" if pattern.layers else "")
     if spec.experts:
-        shares = tuple(_ranges(plan.experts(r, spec.experts)) for r in range(plan.layout.world))
-        return MapRow(label, spec.name, shares, spec.experts.units)
+        experts = tuple(_ranges(plan.experts(r, spec.experts)) for r in range(plan.layout.world))
+        return MapRow(label, spec.name, experts, spec.experts.units)
     dim = next(i for i, d in enumerate(spec.dims) if d.axes)  # of stacked experts the expert dim
     shards = [plan.pattern_shard(pattern, r) for r in range(plan.layout.world)]
     shares = tuple(None if s.whole else s.ranges[dim] for s in shards)
