@@ -174,6 +174,16 @@ class StoreRendezvous(Rendezvous):
         return values
 
 
+class AloneRendezvous(Rendezvous):
+    """Of a job of one rank."""
+
+    def __init__(self) -> None:
+        super().__init__(0, (0,))
+
+    def gather(self, key: str, value: Any, timeout: float) -> list[Any]:
+        return [value]
+
+
 class GroupRendezvous(Rendezvous):
     """Through an existing group, whose own deadlines hold."""
 

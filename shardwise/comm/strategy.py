@@ -14,7 +14,14 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from shardwise.comm.base import TRANSPORTS, CommError, Communicator
-from shardwise.comm.bootstrap import GroupRendezvous, Rendezvous, Store, store_from_environment, world_rendezvous
+from shardwise.comm.bootstrap import (
+    AloneRendezvous,
+    GroupRendezvous,
+    Rendezvous,
+    Store,
+    store_from_environment,
+    world_rendezvous,
+)
 from shardwise.comm.rank import Groups, RankInfo
 from shardwise.comm.watch import Deadlines
 
@@ -97,6 +104,8 @@ class _Request:
             from shardwise.comm.torch_dist import ProcessGroupRendezvous
 
             return ProcessGroupRendezvous(self.process_group)
+        if self.info.world == 1 and not self.speaks_mpi:
+            return AloneRendezvous()
         if self.speaks_mpi:
             from shardwise.comm.mpi import MpiRendezvous, world_communicator
 

@@ -286,6 +286,8 @@ class TorchDistCommunicator(Collective):
     def close(self) -> None:
         closed = self.broken == "the group is closed"
         super().close()
+        if self.control is not None:
+            self.control.close()
         if self._owner and not closed and dist.is_initialized():
             dist.destroy_process_group()
 

@@ -11,9 +11,8 @@ import torch
 
 from shardwise.comm.base import CollectiveTimeout, CommError
 from shardwise.comm.p2p.communicator import P2PCommunicator
-from shardwise.comm.p2p.kernels import COUNTERS
 from shardwise.comm.p2p.launch import Launcher
-from shardwise.comm.p2p.workspace import HEADER_BYTES, RECORDS, SLOTS, P2PUnavailable, Workspace
+from shardwise.comm.p2p.workspace import COUNTERS, HEADER_BYTES, RECORDS, SLOTS, P2PUnavailable, Workspace
 from shardwise.comm.rank import RankInfo
 from shardwise.comm.strategy import create
 from shardwise.comm.watch import Deadlines

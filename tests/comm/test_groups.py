@@ -183,6 +183,15 @@ def test_an_existing_mpi_communicator_is_ridden_on():
         assert result == [((0, 1, 2), 6.0), ((0, 1, 2), 6.0)]
 
 
+@pytest.mark.parametrize("transport", ["shm", "gloo"])
+def test_a_transport_serves_one_rank_without_a_rendezvous(transport):
+    group = create(RankInfo(), transport=transport)
+    assert group.transport == transport
+    assert torch.equal(group.all_reduce(torch.ones(3)), torch.ones(3))
+    assert torch.equal(group.all_gather(torch.ones(3, 2), 1, [2]), torch.ones(3, 2))
+    group.close()
+
+
 def test_one_store_serves_several_groups():
     assert run_processes(2, "rank_bodies:create_twice") == [[3.0, 30.0, 300.0]] * 2
 

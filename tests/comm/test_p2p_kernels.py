@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from shardwise import partition
+from shardwise.comm.p2p.workspace import COUNTERS
 
 pytest.importorskip("triton")
 kernels = pytest.importorskip("shardwise.comm.p2p.kernels")
@@ -48,7 +49,7 @@ def launch(
     kernel, world, rank, slots, tensors, rows, width, total, chunks, *,
     fused, call, aligned=True, grid=2, ahead=0,
 ):  # fmt: skip
-    counters = torch.full((kernels.COUNTERS,), call, dtype=torch.int32)
+    counters = torch.full((COUNTERS,), call, dtype=torch.int32)
     abort = torch.zeros(1, dtype=torch.int32)
     records = torch.zeros(world, dtype=torch.int64)
     lanes = max(32, 1 << (chunks - 1).bit_length())
