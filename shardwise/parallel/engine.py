@@ -1,6 +1,7 @@
 """The engine: loads this rank's part of a model and generates. Every rank calls it alike and gets the same result."""
 
 import resource
+import secrets
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -138,7 +139,7 @@ class Engine:
         if len(each) != len(prompts):
             raise ValueError(f"{len(prompts)} prompts with {len(each)} sampling parameters; give one, or one for each")
         if any(p.temperature > 0 and p.seed is None for p in each):
-            drawn = self.groups.world.broadcast_object(torch.seed() % 2**62)
+            drawn = self.groups.world.broadcast_object(secrets.randbits(62))
             each = [replace(p, seed=drawn + i) if p.seed is None else p for i, p in enumerate(each)]
         return [self._request(i, prompt, p) for i, (prompt, p) in enumerate(zip(prompts, each, strict=True))]
 

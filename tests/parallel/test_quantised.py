@@ -1,0 +1,96 @@
+"""Checkpoints whose weights are stored with scales: the same tokens as from the weights that they stand for."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import expected_tokens, generate, write
+
+from shardwise.ops.quantization.mxfp4 import dequantize_mxfp4
+from shardwise.sharding.layout import ParallelLayout
+
+BLOCK = 16
+
+
+def rewrite(folder, change, quantization: dict):
+    """`change(name, tensor)` -> ({name: tensor to store}, tensor that is meant). Returns the tokens of the latter."""
+    file = folder / "model.safetensors"
+    stored, plain = {}, {}
+    for name, tensor in load_file(file).items():
+        parts, plain[name] = change(name, tensor)
+        stored |= parts
+    save_file(plain, file, metadata={"format": "pt"})
+    expected = expected_tokens(folder)
+    save_file({n: t.contiguous() for n, t in stored.items()}, file, metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": quantization}))
+    return expected
+
+
+def is_linear(name: str, tensor: torch.Tensor) -> bool:
+    return tensor.dim() == 2 and "layers" in name and "gate.weight" not in name
+
+
+def fp8_tiles(name, tensor):
+    if not is_linear(name, tensor):
+        return {name: tensor}, tensor
+    rows, columns = tensor.shape
+    tiles = torch.nn.functional.pad(tensor, (0, -columns % BLOCK, 0, -rows % BLOCK)).unfold(0, BLOCK, BLOCK)
+    scale = tiles.unfold(1, BLOCK, BLOCK).abs().amax((-1, -2)) / 448
+    wide = scale.repeat_interleave(BLOCK, 0)[:rows].repeat_interleave(BLOCK, 1)[:, :columns]
+    weight = (tensor / wide).to(torch.float8_e4m3fn)
+    return {name: weight, name + "_scale_inv": scale}, weight.float() * wide
+
+
+def fp8_tensor(name, tensor):
+    if not is_linear(name, tensor):
+        return {name: tensor}, tensor
+    scale = tensor.abs().max() / 448
+    weight = (tensor / scale).to(torch.float8_e4m3fn)
+    return {name: weight, name + "_scale": scale}, weight.float() * scale
+
+
+def mxfp4_experts(name, tensor):
+    """gpt-oss: [E, in, out] becomes blocks [E, out, in / 32, 16] and scales [E, out, in / 32]."""
+    if not name.endswith(("gate_up_proj", "down_proj")):
+        return {name: tensor}, tensor
+    experts, inner, out = tensor.shape
+    blocks = torch.randint(0, 256, (experts, out, inner // 32, 16), dtype=torch.uint8)
+    scales = torch.randint(123, 126, (experts, out, inner // 32), dtype=torch.uint8)
+    plain = dequantize_mxfp4(blocks, scales, torch.float32).transpose(1, 2).contiguous()
+    return {name + "_blocks": blocks, name + "_scales": scales}, plain
+
+
+LLAMA_LAYOUTS = [ParallelLayout(tp=n) for n in (1, 2, 3)]
+MOE_LAYOUTS = [ParallelLayout(), ParallelLayout(tp=2), ParallelLayout(tp=2, moe_ep=2), ParallelLayout(tp=3, moe_ep=3)]
+TILES = {"quant_method": "fp8", "weight_block_size": [BLOCK, BLOCK], "activation_scheme": "dynamic"}
+KEPT = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
+MXFP4 = {"quant_method": "mxfp4", "modules_to_not_convert": KEPT}
+CASES = {
+    "fp8 tiles": ("llama", {}, fp8_tiles, TILES, LLAMA_LAYOUTS),
+    "fp8 per tensor": ("llama", {}, fp8_tensor, {"quant_method": "fp8"}, LLAMA_LAYOUTS),
+    "fp8 tiles of experts": (
+        "qwen3_moe",
+        dict(num_experts=5, num_experts_per_tok=2, moe_intermediate_size=48, norm_topk_prob=True),
+        fp8_tiles,
+        TILES,
+        MOE_LAYOUTS,
+    ),
+    "mxfp4 experts": (
+        "gpt_oss",
+        dict(hidden_size=64, intermediate_size=64, num_local_experts=5, num_experts_per_tok=2),
+        mxfp4_experts,
+        MXFP4,
+        MOE_LAYOUTS,
+    ),
+}
+
+
+@pytest.mark.parametrize(("model_type", "fields", "change", "quantization", "layouts"), CASES.values(), ids=CASES)
+def test_tokens_equal_those_of_the_weights_that_are_meant(tmp_path, model_type, fields, change, quantization, layouts):
+    folder = write(tmp_path, model_type, seed=2, **fields)
+    expected = rewrite(folder, change, quantization)
+    for layout in layouts:
+        for completions in generate(folder, layout):
+            assert [list(c.token_ids) for c in completions] == expected, layout
