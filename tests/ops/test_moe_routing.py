@@ -1,8 +1,11 @@
 """Routing kernels: the order of pairs, the table of blocks, ties, and the weighted sum."""
 
+import threading
+
 import pytest
 import torch
 
+from shardwise.ops.moe import workspace
 from shardwise.ops.moe.mxfp4 import mxfp4_moe
 from shardwise.ops.moe.routing import Routing, combine, group_pairs, most_blocks
 from shardwise.ops.moe.workspace import Workspace
@@ -104,8 +107,6 @@ def test_the_sum_skips_what_was_never_written():
 
 
 def test_scratch_is_kept_for_few_tokens_and_never_shared_between_threads():
-    import threading
-
     device = torch.device("cpu")
     one = Workspace.of(device, 3)
     assert Workspace.of(device, 3) is one and Workspace.of(device, 4) is not one
@@ -116,7 +117,30 @@ def test_scratch_is_kept_for_few_tokens_and_never_shared_between_threads():
     thread.start()
     thread.join()
     assert others[0] is not one
-    assert one.counters(10) is one.counters(900) and one.counters(5000).numel() >= 5000
+    assert one.counters(10) is one.counters(900) and one.counters(5000).eq(0).sum() == 5000
+
+
+def test_streams_and_threads_count_in_rows_of_their_own():
+    rows = [Workspace((torch.device("cpu"), stream)).counters(4) for stream in range(40)]
+    assert len({row.data_ptr() for row in rows}) == 40
+    again = [Workspace((torch.device("cpu"), stream)).counters(4) for stream in range(40)]
+    assert all(one is other for one, other in zip(rows, again, strict=True))
+
+
+def test_a_first_call_inside_a_capture_brings_its_own_zeros(monkeypatch):
+    def body():
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        device = torch.device("cuda")
+        assert workspace._row((device, 1)) is None
+        row = torch.zeros(4)
+        workspace._kept("free counters")[device] = [row]
+        found.append(workspace._row((device, 1)) is row and workspace._row((device, 1)) is row)
+
+    found = []
+    thread = threading.Thread(target=body)
+    thread.start()
+    thread.join()
+    assert found == [True]
 
 
 def test_sizes_beyond_32_bit_offsets_are_refused():

@@ -35,17 +35,36 @@ class Workspace:
         return self._tensors[key]
 
     def counters(self, count: int) -> Tensor:
-        """int32 zeros; kernels that count in them leave zeros behind."""
-        size = max(1024, 1 << (count - 1).bit_length())
-        kept = _kept("counters")
-        if (self._owner, size) not in kept:  # a smaller one stays: a captured graph may count in it
-            kept[self._owner, size] = torch.zeros(size, dtype=torch.int32, device=self._owner[0])
-        return kept[self._owner, size]
+        """`count` int32 zeros; kernels that count in them leave zeros behind, so they are set once only.
+
+        A stream whose first call is being captured takes a row that an earlier eager call set aside: zeros made
+        inside a capture come true at its replay, too late for a second graph that uses the same row.
+        """
+        row = _row(self._owner) if count <= _ROW else None
+        return torch.zeros(count, dtype=torch.int32, device=self._owner[0]) if row is None else row
 
 
+_ROWS, _ROW = 32, 2048  # streams of one thread; router blocks of one call: 131072 tokens
 _THREAD = threading.local()
 
 
 def _kept(kind: str) -> dict:
     """What this thread keeps of a kind."""
     return _THREAD.__dict__.setdefault(kind, {})
+
+
+def _row(owner: tuple) -> Tensor | None:
+    """The counters of one stream; None if it has none yet and cannot get any now."""
+    rows = _kept("counters")
+    if owner in rows:
+        return rows[owner]
+    device = owner[0]
+    free = _kept("free counters").setdefault(device, [])
+    if not free:
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            return None
+        free.extend(torch.zeros(_ROWS, _ROW, dtype=torch.int32, device=device).unbind())
+        if device.type == "cuda":
+            torch.cuda.current_stream(device).synchronize()
+    rows[owner] = free.pop()
+    return rows[owner]
