@@ -12,9 +12,9 @@ _DEFAULT: Any = object()
 def heads_of(b: Builder) -> tuple[LogicalAxis, LogicalAxis, int]:
     """Query axis, KV axis and head size from the usual fields; null KV heads mean as many as query heads."""
     c = b.config
-    heads = c.integer("num_attention_heads", "n_head", most=1 << 16)
-    kv = c.integer("num_key_value_heads", default=heads, most=1 << 16)
-    head_dim = c.integer("head_dim", default=0, least=0, most=1 << 16)
+    heads = c.integer("num_attention_heads", "n_head")
+    kv = c.integer("num_key_value_heads", default=heads)
+    head_dim = c.integer("head_dim", default=0, least=0)
     if not head_dim and b.hidden_size % heads:
         raise c.error(("hidden_size",), b.hidden_size, f"a multiple of num_attention_heads {heads}, or a head_dim")
     return *head_axes(b, heads, kv), head_dim or b.hidden_size // heads

@@ -12,6 +12,16 @@ from shardwise.sharding.spec import Embedding, Extra, Head, Layer, ModelSpec, No
 from shardwise.sharding.vision import vision_extras
 
 Tensors = tuple[TensorSpec, ...]
+SCALING_NUMBERS = {
+    "factor",
+    "mscale",
+    "mscale_all_dim",
+    "beta_fast",
+    "beta_slow",
+    "low_freq_factor",
+    "high_freq_factor",
+}
+"""Fields of a rope scaling that must be positive numbers."""
 
 
 @dataclass
@@ -33,7 +43,7 @@ class Builder:
 
     def __post_init__(self):
         c = self.config
-        self.hidden_size = c.integer("hidden_size", "n_embd", most=1 << 20)
+        self.hidden_size = c.integer("hidden_size", "n_embd")
         self.hidden = fixed(self.hidden_size)
         declared = c.text("torch_dtype", "dtype", default="bfloat16")
         if declared not in DTYPES:
@@ -81,7 +91,7 @@ class Builder:
         embed_name, head_name, final_norm_name, embedding_multiplier, head_multiplier, softcap, embedding_tensors, tied.
         """
         c = self.config
-        vocab = LogicalAxis(Axis.VOCAB, c.integer("vocab_size", most=1 << 30))
+        vocab = LogicalAxis(Axis.VOCAB, c.integer("vocab_size"))
         tied = options.pop("tied", None)
         tied = c.flag("tie_word_embeddings", default=tied_default) if tied is None else tied
         embed_name = options.pop("embed_name", f"{self.prefix}embed_tokens")
@@ -137,7 +147,8 @@ class Builder:
         if isinstance(fields.raw(kind), dict):
             fields = fields.own(kind)
         if theta is None:
-            theta = fields.number("rope_theta", default=default_theta) or c.number("rope_theta", default=10000.0)
+            theta = fields.number("rope_theta", default=default_theta, above=0.0)
+            theta = theta or c.number("rope_theta", default=10000.0, above=0.0)
         if partial is None:
             partial = fields.number("partial_rotary_factor", default=None)
             partial = c.number("partial_rotary_factor", default=1.0) if partial is None else partial
@@ -150,6 +161,8 @@ class Builder:
             return ()
         own = ("rope_type", "type", "rope_theta", "partial_rotary_factor")
         present = {k: v for k, v in fields.data.items() if k not in own and v is not None}
+        for name in SCALING_NUMBERS & present.keys():
+            present[name] = fields.number(name, above=0.0)
         found = {k: tuple(v) if isinstance(v, list) else v for k, v in present.items()}
         original = self.config.raw("original_max_position_embeddings")
         if original:

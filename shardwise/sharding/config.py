@@ -8,6 +8,10 @@ from typing import Any
 MAX_CONFIG_BYTES = 64 << 20
 """Published files are below 100 KB; long ignore lists reach 2 MB."""
 
+MOST = 1 << 31
+COUNTS = {"layer": 10_000, "depth": 10_000, "expert": 1 << 16, "head": 1 << 16, "group": 1 << 16}
+"""Bounds of what the planner enumerates, by a word in the field's name: ten times what any model has."""
+
 _REQUIRED: Any = object()
 
 
@@ -47,9 +51,14 @@ class Config:
         """Whether a checkpoint is known and holds this tensor."""
         return self.names is not None and name in self.names
 
-    def integer(self, *names: str, default: Any = _REQUIRED, least: int = 1, most: int = 1 << 40) -> int:
-        """An integer in `[least, most]`; whole floats are accepted, as some exporters write them."""
+    def integer(self, *names: str, default: Any = _REQUIRED, least: int = 1, most: int | None = None) -> int:
+        """An integer in `[least, most]`; whole floats are accepted, as some exporters write them.
+
+        Without `most`, counts of layers, experts and heads have the bounds of COUNTS, anything else MOST.
+        """
         value = self._get(names, default)
+        if most is None:
+            most = next((bound for word, bound in COUNTS.items() if word in names[0]), MOST)
         if value is default:
             return value
         if isinstance(value, float) and value.is_integer():
@@ -60,12 +69,15 @@ class Config:
             raise self.error(names, value, f"an integer from {least} to {most}")
         return value
 
-    def number(self, *names: str, default: Any = _REQUIRED) -> float:
+    def number(self, *names: str, default: Any = _REQUIRED, above: float | None = None) -> float:
+        """A finite number, greater than `above` where that is given."""
         value = self._get(names, default)
         if value is default:
             return value
-        if not isinstance(value, int | float) or isinstance(value, bool):
-            raise self.error(names, value, "a number")
+        if not isinstance(value, int | float) or isinstance(value, bool) or not abs(value) < float("inf"):
+            raise self.error(names, value, "a finite number")
+        if above is not None and value <= above:
+            raise self.error(names, value, f"a number above {above:g}")
         return float(value)
 
     def flag(self, *names: str, default: bool = False) -> bool:

@@ -12,7 +12,7 @@ from shardwise.sharding.spec import MlaAttention, Moe, Rope, Routing
 def mla(b: Builder, module: str, *, indexer: bool = False, interleaved: bool = True, **options: Any) -> MlaAttention:
     """Latent attention: the latent and its projections are whole on every rank, heads are cut."""
     c = b.config
-    axis = LogicalAxis(Axis.Q_HEADS, c.integer("num_attention_heads", most=1 << 16))
+    axis = LogicalAxis(Axis.Q_HEADS, c.integer("num_attention_heads"))
     nope, rope_dim, dv = c.integer("qk_nope_head_dim"), c.integer("qk_rope_head_dim"), c.integer("v_head_dim")
     q_rank, kv_rank = c.integer("q_lora_rank", default=None), c.integer("kv_lora_rank")
     q, latent, bias = along(axis, nope + rope_dim), fixed(kv_rank), c.flag("attention_bias")
@@ -64,7 +64,7 @@ def latent_rope(b: Builder, rope_dim: int, interleaved: bool) -> Rope:
 def yarn_scale(rope: Rope) -> float:
     """YaRN's attention factor over all dims (`mscale_all_dim`), 1 without it."""
     fields = rope.parameters
-    factor, mscale = float(fields.get("factor", 1.0)), float(fields.get("mscale_all_dim", 0.0))
+    factor, mscale = fields.get("factor", 1.0), fields.get("mscale_all_dim", 0.0)
     if rope.kind != "yarn" or factor <= 1 or not mscale:
         return 1.0
     return 0.1 * mscale * math.log(factor) + 1.0

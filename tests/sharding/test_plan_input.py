@@ -1,6 +1,7 @@
 """Configs that cannot describe a model, and checkpoints that contradict theirs, are refused by file and field."""
 
 import json
+import random
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from safetensors.numpy import save_file
 
 from shardwise.sharding.checkpoint.header import CheckpointError
 from shardwise.sharding.config import ConfigError
+from shardwise.sharding.cutting import IllegalLayout
 from shardwise.sharding.families import UnknownArchitecture
 from shardwise.sharding.plan import plan
 
@@ -66,6 +68,37 @@ def test_files_that_are_no_config(text, words, tmp_path):
     path.write_text(text)
     with pytest.raises(ConfigError, match=words):
         plan(path)
+
+
+WRONG = (None, 0, -1, 1.5, "x", "", [], [1], ["a"], {"a": 1}, True, 10**9, 10**20, float("inf"), float("nan"), [None])
+
+
+def spoil(config, rng):
+    """One field of the config, or of a nested object, removed or replaced by something wrong."""
+    target = config
+    while True:
+        nested = [k for k, v in target.items() if isinstance(v, dict) and v and k != "_meta"]
+        if not nested or rng.random() < 0.5:
+            break
+        target = target[rng.choice(nested)]
+    key = rng.choice([k for k in target if k not in ("_meta", "architectures")])
+    target[key] = rng.choice(WRONG)
+    if rng.random() < 0.2:
+        del target[key]
+
+
+def test_spoiled_configs_plan_or_are_refused_in_words():
+    rng = random.Random(0)
+    refused = 0
+    for _ in range(600):
+        config = json.loads(json.dumps(CONFIGS[rng.choice(list(CONFIGS))]))
+        spoil(config, rng)
+        try:
+            plan(config, tp=rng.choice([1, 2, 3]))
+        except (ConfigError, IllegalLayout) as error:
+            refused += 1
+            assert len(str(error)) > 20
+    assert refused > 100
 
 
 def test_a_missing_file(tmp_path):

@@ -69,6 +69,8 @@ def _storage(c: Config) -> Quantization:
 
 def _attention(b: Builder, c: Config, ratio: int) -> CompressedAttention:
     heads, groups, d = c.integer("num_attention_heads"), c.integer("o_groups"), c.integer("head_dim")
+    if heads % groups:
+        raise c.error(("o_groups",), groups, f"a divisor of num_attention_heads {heads}")
     q_axis, o_axis = LogicalAxis(Axis.Q_HEADS, heads, groups), LogicalAxis(Axis.O_GROUPS, groups, groups)
     q_rank, o_rank, module = c.integer("q_lora_rank"), c.integer("o_lora_rank"), f"{LAYER}.attn"
     tensors = b.linear("q_a", f"{module}.wq_a", fixed(q_rank), b.hidden)

@@ -24,7 +24,7 @@ def build(config: Config, name: str, architecture: str) -> ModelSpec:
             b,
             f"{module}.self_attn",
             qkv_bias=text.flag("attention_bias"),
-            scale=text.number("query_pre_attn_scalar", default=float(head_dim)) ** -0.5,
+            scale=text.number("query_pre_attn_scalar", default=float(head_dim), above=0.0) ** -0.5,
             softcap=text.number("attn_logit_softcapping", default=None),
             window=window,
             rope=_rope(b, head_dim, local=third and window is not None),

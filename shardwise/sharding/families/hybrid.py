@@ -41,7 +41,7 @@ def build(config: Config, name: str, architecture: str) -> ModelSpec:
         layers,
         tied_default=True,
         embedding_multiplier=config.number("embedding_multiplier", default=1.0),
-        head_multiplier=1 / config.number("logits_scaling", default=1.0),
+        head_multiplier=1 / config.number("logits_scaling", default=1.0, above=0.0),
     )
 
 

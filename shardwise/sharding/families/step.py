@@ -16,6 +16,8 @@ def build(config: Config, name: str, architecture: str) -> ModelSpec:
     b.norm_eps = text.number("rms_norm_eps", default=1e-5)
     count = text.integer("num_hidden_layers")
     types = text.list("layer_types", default=["full_attention"] * count, of=str)[:count]
+    if len(types) < count:
+        raise text.error(("layer_types",), types, f"at least {count} items, one a layer")
 
     def layer(key: tuple[str, bool]) -> Layer:
         kind, sparse = key
