@@ -39,7 +39,7 @@ LLAMA = {
         ("num_hidden_layers", None, "num_hidden_layers is missing"),
         ("vocab_size", [100], "expected an integer"),
         ("torch_dtype", "int3", "bfloat16 or float16"),
-        ("rms_norm_eps", "small", "expected a number"),
+        ("rms_norm_eps", "small", "expected a finite number"),
         ("tie_word_embeddings", "yes", "expected true or false"),
         ("rope_scaling", [1], "rope_scaling is [1], expected an object"),
         ("quantization_config", 8, "quantization_config is 8, expected an object"),
