@@ -265,11 +265,13 @@ bool run_taps(const Args& a, int taps, bool is_decode, bool vector, cudaStream_t
 }  // namespace
 
 // type: 0 float, 1 half, 2 bfloat16. Returns a cudaError_t, or -1 for a type or number of taps without a kernel.
-extern "C" int shardwise_causal_conv(const Args* args, int type, int taps, int is_decode, int vector, void* stream) {
+// `args` points to an Args; a parameter of a type without linkage would take the function's own linkage away.
+extern "C" int shardwise_causal_conv(const void* args, int type, int taps, int is_decode, int vector, void* stream) {
+  const Args& given = *static_cast<const Args*>(args);
   auto queue = static_cast<cudaStream_t>(stream);
   bool known = false;
-  if (type == 0) known = run_taps<float>(*args, taps, is_decode, vector, queue);
-  if (type == 1) known = run_taps<__half>(*args, taps, is_decode, vector, queue);
-  if (type == 2) known = run_taps<__nv_bfloat16>(*args, taps, is_decode, vector, queue);
+  if (type == 0) known = run_taps<float>(given, taps, is_decode, vector, queue);
+  if (type == 1) known = run_taps<__half>(given, taps, is_decode, vector, queue);
+  if (type == 2) known = run_taps<__nv_bfloat16>(given, taps, is_decode, vector, queue);
   return known ? static_cast<int>(cudaGetLastError()) : -1;
 }
