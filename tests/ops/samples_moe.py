@@ -174,8 +174,13 @@ def dense_oracle(x, chosen, first, first_bias, second, second_bias, alpha, limit
 
 def gpt_oss(*tail):
     def build(device):
-        layer = gpt_oss_layer(6, 96, 64, device)
-        return torch.randn(1, T, 96, device=device), *(layer.shard(*tail) if tail else layer).arguments(2), *tail
+        dtype = torch.float32 if device == "cpu" else torch.bfloat16  # what a GPU need not round before it routes
+        layer = gpt_oss_layer(6, 96, 64, device, dtype)
+        return (
+            torch.randn(1, T, 96, device=device).to(dtype),
+            *(layer.shard(*tail) if tail else layer).arguments(2),
+            *tail,
+        )
 
     return build
 
