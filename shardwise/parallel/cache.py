@@ -49,6 +49,14 @@ class KvCache(ABC):
         """
 
     @abstractmethod
+    def reserve(self, slot: int, tokens: int) -> bool:
+        """Room for `tokens` tokens of the sequence in `slot`, those it has included; False: there is none left."""
+
+    @abstractmethod
+    def release(self, slot: int) -> None:
+        """The sequence in `slot` is done."""
+
+    @abstractmethod
     def nbytes(self) -> int: ...
 
 
@@ -63,6 +71,12 @@ class SlotCache(KvCache):
     ):
         self.slots, self.max_length = slots, max_length
         self._layers = [_Rows.make(shape, (slots, max_length), dtype, device) for shape in layers]
+
+    def reserve(self, slot: int, tokens: int) -> bool:
+        return tokens <= self.max_length
+
+    def release(self, slot: int) -> None:
+        pass  # the row is overwritten by the next sequence
 
     def attend(self, layer: int, q: Tensor, kv: Tensor, batch: Batch, masking: Masking) -> Tensor:
         rows = self._layers[layer]

@@ -17,6 +17,7 @@ from shardwise.parallel.assemble import DecoderBuilder
 from shardwise.parallel.batch import Batch
 from shardwise.parallel.cache import KvCache, SlotCache
 from shardwise.parallel.memory import memory_bytes
+from shardwise.parallel.paged import PAGE_SIZE, PagedCache
 from shardwise.parallel.results import Completion, RankStats, TokenEvent
 from shardwise.parallel.sampler import SamplingParams, sample
 from shardwise.parallel.scheduler import Request, Scheduler
@@ -45,6 +46,7 @@ class Engine:
     dtype        of weights and activations: a torch dtype, its name, or "auto" (float32 on the CPU, bfloat16 on GPUs)
     weights      "native": quantised weights stay in their blocks where a layer can use them (GGUF's 4- and 8-bit types
                  on the CPU); "dequantised": they become `dtype`; "auto": dequantised on the CPU
+    cache_tokens tokens that the KV cache holds, in pages that requests share; None: a row for each running request
     on_progress  called with (bytes read, bytes to read) while the weights load
     """
 
@@ -57,12 +59,13 @@ class Engine:
         dtype: torch.dtype | str = "auto",
         device: torch.device | str = "cpu",
         weights: str = "auto",
+        cache_tokens: int | None = None,
         on_progress: Progress | None = None,
     ):
         started = time.perf_counter()
         if plan.layout.world != groups.world.size:
             raise ValueError(f"the plan is for {plan.layout.world} ranks, the job has {groups.world.size}")
-        self.plan, self.groups = plan, groups
+        self.plan, self.groups, self.cache_tokens = plan, groups, cache_tokens
         self.device = torch.device(device)
         self.dtype = _dtype(dtype, self.device)
         self.checkpoint = model if isinstance(model, Checkpoint) else open_checkpoint(model)
@@ -86,6 +89,7 @@ class Engine:
         self._weight_bytes = memory_bytes(self._decoder)
         self._cache_shapes = builder.cache_shapes()
         self._cache: KvCache | None = None
+        self._running = False
         self._load_seconds = time.perf_counter() - started
 
     @cached_property
@@ -166,19 +170,30 @@ class Engine:
         return [int(i) for i in prompt]
 
     def _run(self, requests: list[Request]) -> Iterator[TokenEvent]:
+        if self._running:
+            raise RuntimeError("the engine is in the middle of another stream: exhaust or close that one first")
         cache = self._cache_for(requests)
-        scheduler = Scheduler(slots=cache.slots, step_tokens=STEP_TOKENS, device=self.device)
+        scheduler = Scheduler(cache=cache, step_tokens=STEP_TOKENS, device=self.device)
         scheduler.add(requests)
-        while scheduler.has_work:
-            step = scheduler.next_step()
-            # Entered for each step: a generator that is suspended inside would leave its caller in inference mode.
-            with torch.inference_mode():
-                tokens = self._sample(self._hidden(step.batch, cache), step.sampled)
-            for request, token in zip(step.sampled, tokens, strict=True):
-                event = self._accept(request, token)
-                if event.finished:
-                    scheduler.finish(request)
-                yield event
+        self._running = True
+        try:
+            while scheduler.has_work:
+                yield from self._step(scheduler, cache)
+        finally:
+            self._running = False
+            for request in requests:
+                scheduler.finish(request)
+
+    def _step(self, scheduler: Scheduler, cache: KvCache) -> Iterator[TokenEvent]:
+        step = scheduler.next_step()
+        # Entered for each step: a generator that is suspended inside would leave its caller in inference mode.
+        with torch.inference_mode():
+            tokens = self._sample(self._hidden(step.batch, cache), step.sampled)
+        for request, token in zip(step.sampled, tokens, strict=True):
+            event = self._accept(request, token)
+            if event.finished:
+                scheduler.finish(request)
+            yield event
 
     def _hidden(self, batch: Batch, cache: KvCache) -> torch.Tensor:
         if self._token_step is not None and TokenStep.fits(batch, cache):
@@ -213,14 +228,25 @@ class Engine:
         return tuple(request.tokens[:-1] if ended else request.tokens)
 
     def _cache_for(self, requests: list[Request]) -> KvCache:
-        """The cache that these requests need: as many rows as run at once, as long as the longest may become."""
+        """The cache for these requests: rows as long as the longest may become, or pages of `cache_tokens` tokens.
+
+        ValueError when one request alone needs more than all pages.
+        """
         longest = max((len(r.prompt) + r.params.max_new_tokens for r in requests), default=1)
         length, slots = min(longest, self.max_length), max(1, min(len(requests), MAX_BATCH))
+        pages = None if self.cache_tokens is None else self.cache_tokens // PAGE_SIZE
+        if pages is not None and length > pages * PAGE_SIZE:
+            raise ValueError(
+                f"a request may become {length} tokens long, the cache holds {pages * PAGE_SIZE} ({pages} pages of "
+                f"{PAGE_SIZE}): give it more tokens, or ask for fewer new ones"
+            )
         if self._cache is None or self._cache.max_length < length or self._cache.slots < slots:
             self._cache = None
-            self._cache = SlotCache(
-                self._cache_shapes, slots=slots, max_length=length, dtype=self.dtype, device=self.device
-            )
+            options = dict(slots=slots, dtype=self.dtype, device=self.device)
+            if pages is None:
+                self._cache = SlotCache(self._cache_shapes, max_length=length, **options)
+            else:
+                self._cache = PagedCache(self._cache_shapes, pages=pages, max_length=self.max_length, **options)
         return self._cache
 
 

@@ -6,11 +6,11 @@ Deterministic, so that every rank decides alike without a message.
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 
 from shardwise.parallel.batch import Batch, Span
+from shardwise.parallel.cache import KvCache
 from shardwise.parallel.sampler import SamplingParams
 from shardwise.parallel.text import TextStream
 
@@ -52,14 +52,17 @@ class Step:
 class Scheduler:
     """First come, first served. Running requests decode one token a step; prompts fill the rest of `step_tokens`.
 
-    A prompt longer than what is left of a step goes on in the next one (chunked prefill).
+    A prompt longer than what is left of a step goes on in the next one (chunked prefill). When the cache has no room
+    for a running request, the one that came last gives up its place; it starts again later with what it generated as
+    part of its prompt. Each step adds tokens to some request, so any request that fits the empty cache is finished.
     """
 
-    def __init__(self, *, slots: int, step_tokens: int, device: torch.device):
-        self.step_tokens, self.device = step_tokens, device
+    def __init__(self, *, cache: KvCache, step_tokens: int, device: torch.device):
+        self.cache, self.step_tokens, self.device = cache, step_tokens, device
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
-        self._free = list(range(slots))[::-1]
+        """In order of arrival."""
+        self._free = list(range(cache.slots))[::-1]
 
     def add(self, requests: Sequence[Request]) -> None:
         self.waiting.extend(requests)
@@ -70,10 +73,6 @@ class Scheduler:
 
     def next_step(self) -> Step:
         """The next batch; the cache positions of its requests count as filled from here on."""
-        while self.waiting and self._free:
-            request = self.waiting.popleft()
-            request.slot = self._free.pop()
-            self.running.append(request)
         shares = self._shares()
         shares.sort(key=lambda share: share[1] == 1)  # stable: one-token spans go last
         spans, tokens = [], []
@@ -88,20 +87,45 @@ class Scheduler:
     def finish(self, request: Request) -> None:
         """Give back what a request holds, whether it is done or aborted."""
         if request in self.running:
-            self.running.remove(request)
-            self._free.append(request.slot)
-            request.slot = -1
+            self._leave(request)
         elif request in self.waiting:
             self.waiting.remove(request)
+
+    def _leave(self, request: Request) -> None:
+        self.running.remove(request)
+        self.cache.release(request.slot)
+        self._free.append(request.slot)
+        request.slot, request.cached = -1, 0
 
     def _shares(self) -> list[tuple[Request, int]]:
         """Requests of the next step with their numbers of tokens: decoding ones first, so that they never wait."""
         left = self.step_tokens
-        shares: list[tuple[Any, int]] = []
+        shares: list[tuple[Request, int]] = []
         for request in sorted(self.running, key=lambda r: r.pending > 1):
             length = min(request.pending, left)
-            if length == 0:
+            if request.slot < 0 or length == 0 or not self._reserve(request, length, shares):
+                continue
+            shares.append((request, length))
+            left -= length
+        while left and self.waiting and self._free:
+            request, request_slot = self.waiting[0], self._free[-1]
+            length = min(request.pending, left)
+            if not self.cache.reserve(request_slot, length):
                 break
+            self.running.append(self.waiting.popleft())
+            request.slot = self._free.pop()
             shares.append((request, length))
             left -= length
         return shares
+
+    def _reserve(self, request: Request, length: int, shares: list[tuple[Request, int]]) -> bool:
+        """Room for the request's next tokens, if need be by sending away those that came after it."""
+        while not self.cache.reserve(request.slot, request.cached + length):
+            scheduled = [other for other, _ in shares]
+            later = [r for r in self.running[self.running.index(request) :] if r not in scheduled]
+            last = later[-1]
+            self._leave(last)
+            self.waiting.appendleft(last)
+            if last is request:
+                return False
+        return True

@@ -62,6 +62,36 @@ def test_200_random_requests_do_not_depend_on_the_batching(engine, monkeypatch, 
     assert tokens(engine.generate(prompts, params)) == expected
 
 
+@pytest.mark.parametrize("pages", [3, 5, 40])
+def test_requests_that_share_pages_get_the_same_tokens(engine, monkeypatch, pages):
+    # The longest request needs 3 pages of 16 tokens: with 3 or 5 pages, running requests have to give way to others.
+    prompts, params = random_requests(60)
+    expected = alone(engine, prompts, params)
+    monkeypatch.setattr(engine, "_cache", None)
+    monkeypatch.setattr(engine, "cache_tokens", pages * 16)
+    assert tokens(engine.generate(prompts, params)) == expected
+    assert sorted(engine._cache._free) == list(range(pages))
+
+
+@pytest.mark.parametrize("tp", [2, 3])
+def test_pages_on_several_ranks_and_across_page_borders(folder, tp):
+    made = plan(folder, tp=tp)
+
+    def rank():
+        own = Engine(folder, made, current_groups(), cache_tokens=64)
+        return tokens(own.generate(PROMPTS, SamplingParams(max_new_tokens=NEW_TOKENS)))
+
+    expected = expected_tokens(folder)
+    assert all(answer == expected for answer in run_threads(tp, rank))
+
+
+def test_a_cache_too_small_for_one_request_is_refused(engine, monkeypatch):
+    monkeypatch.setattr(engine, "_cache", None)
+    monkeypatch.setattr(engine, "cache_tokens", 32)
+    with pytest.raises(ValueError, match="may become 40 tokens long, the cache holds 32 .2 pages of 16.: give it more"):
+        engine.generate([[1] * 10], SamplingParams(max_new_tokens=30))
+
+
 def test_events_join_to_the_completions(engine):
     params = SamplingParams(max_new_tokens=NEW_TOKENS)
     completions = engine.generate(PROMPTS, params)
@@ -92,13 +122,26 @@ def test_a_stop_text_ends_the_answer_before_it(engine):
     assert completion.finish_reason == "stop"
 
 
-def test_leaving_the_stream_early_leaves_a_working_engine(engine):
+@pytest.mark.parametrize("cache_tokens", [None, 64])
+def test_leaving_the_stream_early_leaves_a_working_engine(engine, monkeypatch, cache_tokens):
+    monkeypatch.setattr(engine, "_cache", None)
+    monkeypatch.setattr(engine, "cache_tokens", cache_tokens)
     params = SamplingParams(max_new_tokens=NEW_TOKENS)
     expected = tokens(engine.generate(PROMPTS, params))
     for index, _ in enumerate(engine.stream(PROMPTS, params)):
         if index == 4:
             break
     assert tokens(engine.generate(PROMPTS, params)) == expected
+
+
+def test_two_streams_at_once_are_refused(engine):
+    params = SamplingParams(max_new_tokens=4)
+    first = engine.stream(PROMPTS, params)
+    next(first)
+    with pytest.raises(RuntimeError, match="another stream"):
+        engine.generate(PROMPTS, params)
+    first.close()
+    assert len(engine.generate(PROMPTS, params)) == len(PROMPTS)
 
 
 def test_a_seed_gives_the_same_tokens_whatever_else_is_in_the_batch(engine):

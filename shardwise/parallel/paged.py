@@ -1,0 +1,107 @@
+"""The paged KV cache: sequences take pages of a common pool as they grow."""
+
+import torch
+from torch import Tensor
+
+from shardwise.ops.attention.reference import torch_cached_attention_with_cache
+from shardwise.parallel.batch import Batch
+from shardwise.parallel.cache import KvCache, LayerShape, Masking
+
+PAGE_SIZE = 16
+"""Tokens of a page: on average half a page of every sequence is unused."""
+
+
+class PagedCache(KvCache):
+    """`pages` pages of `page_size` tokens, [pages * page_size, Nkv * (D + Dv)] a layer.
+
+    A step gathers the rows of its sequences once a layer and attends to them with the operator for contiguous caches.
+    All ranks hold equal pools and take pages in the same order, so page tables need no exchange.
+    """
+
+    def __init__(
+        self,
+        layers: list[LayerShape],
+        *,
+        pages: int,
+        slots: int,
+        max_length: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        page_size: int = PAGE_SIZE,
+    ):
+        self.page_size, self.slots = page_size, slots
+        self.max_length = min(max_length, pages * page_size)
+        self._widths = [(s.kv_heads * s.head_dim, s.kv_heads * s.v_head_dim) for s in layers]
+        self._heads = [s.kv_heads for s in layers]
+        rows = pages * page_size
+        self._layers = [torch.empty(rows, sum(widths), dtype=dtype, device=device) for widths in self._widths]
+        self._free = list(range(pages))[::-1]
+        self._tables: list[list[int]] = [[] for _ in range(slots)]
+        self._step: tuple[Batch, _Step] | None = None
+
+    def reserve(self, slot: int, tokens: int) -> bool:
+        table = self._tables[slot]
+        wanted = -(-tokens // self.page_size) - len(table)
+        if wanted > len(self._free):
+            return False
+        table += [self._free.pop() for _ in range(wanted)]
+        return True
+
+    def release(self, slot: int) -> None:
+        self._free += self._tables[slot][::-1]
+        self._tables[slot] = []
+
+    def attend(self, layer: int, q: Tensor, kv: Tensor, batch: Batch, masking: Masking) -> Tensor:
+        step = self._rows_of(batch)
+        pool, heads = self._layers[layer], self._heads[layer]
+        pool.index_copy_(0, step.new, kv)
+        gathered = pool[step.past]  # [sequences, longest, Nkv * (D + Dv)]
+        keys, values = (part.unflatten(-1, (heads, -1)) for part in gathered.split_with_sizes(self._widths[layer], -1))
+        k, v = kv.split_with_sizes(self._widths[layer], 1)
+        out = torch_cached_attention_with_cache(
+            q[None],
+            k[None],
+            v[None],
+            batch.batch_info,
+            batch.seq_len,
+            batch.input_pos,
+            step.order,
+            batch.cu_seqlen,
+            keys,
+            values,
+            masking.scale,
+            masking.sinks,
+            masking.window,
+            masking.softcap,
+        )
+        return out[0]
+
+    def nbytes(self) -> int:
+        return sum(pool.numel() * pool.element_size() for pool in self._layers)
+
+    def _rows_of(self, batch: Batch) -> "_Step":
+        """Pool rows of a batch, found once for all layers."""
+        if self._step is None or self._step[0] is not batch:
+            self._step = (batch, _Step(batch, self._tables, self.page_size))
+        return self._step[1]
+
+
+class _Step:
+    """Pool rows of one batch.
+
+    new    int64 [T] where the new tokens go
+    past   int64 [sequences, longest] rows of each sequence in order; behind a sequence's end any row
+    order  int64 [sequences] 0, 1, ...: the gathered rows in place of cache slots
+    """
+
+    def __init__(self, batch: Batch, tables: list[list[int]], page_size: int):
+        spans, device = batch.spans, batch.device
+        longest = max(span.total for span in spans)
+        offsets = torch.arange(page_size)
+        past = torch.zeros(len(spans), longest, dtype=torch.int64)
+        for number, span in enumerate(spans):
+            pages = torch.tensor(tables[span.slot][: -(-span.total // page_size)])
+            past[number, : span.total] = (pages[:, None] * page_size + offsets).flatten()[: span.total]
+        new = [past[number, span.past : span.total] for number, span in enumerate(spans)]
+        self.new, self.past = torch.cat(new).to(device), past.to(device)
+        self.order = torch.arange(len(spans), device=device)
