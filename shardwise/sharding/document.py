@@ -85,6 +85,7 @@ def _head(plan: Plan, cost: "Cost | None") -> dict[str, Any]:
             {"axis": str(a.axis), "units": a.units, "groups": a.groups, "kind": str(c.kind), "grain": c.grain}
             for a, c in plan.cuts.by_axis.items()
         ],
+        "imbalance": plan.imbalance,
         "extras": extras(plan),
         "collectives": [asdict(c) for c in plan.collectives],
         "warnings": list(plan.warnings),

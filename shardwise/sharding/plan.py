@@ -121,6 +121,12 @@ class Plan:
         return batch * sum(entry.bytes_at(context) for entry in self.cache(rank))
 
     @property
+    def imbalance(self) -> float:
+        """How much more weight bytes the fullest rank holds than the average, as a fraction."""
+        held = [r.weight_bytes for r in self.ranks]
+        return max(held) * len(held) / sum(held) - 1
+
+    @property
     def parameters(self) -> int:
         """Logical parameters of the text decoder, each once."""
         return sum(p.count * p.spec.parameters for p in self.patterns if p.part == "text")

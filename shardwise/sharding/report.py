@@ -25,13 +25,21 @@ def text_report(plan: Plan, cost: "Cost | None" = None) -> str:
         f"{model.name}  {model.architecture}  {count_text(plan.parameters)} parameters, {len(model.layers)} layers, "
         f"quantization {model.quantization}\nlayout: {layout}  (world {layout.world})"
     )
-    parts = [head, tensor_table(plan), rank_table(plan)]
+    parts = [head, tensor_table(plan), rank_table(plan) + _imbalance(plan)]
     if plan.collectives:
         parts.append(collective_table(plan))
     if cost is not None:
         parts.append(cost_text(*cost))
     notes = [_extra_line(row) for row in extras(plan)] + [f"warning: {w}" for w in plan.warnings]
     return "\n\n".join(parts + (["\n".join(notes)] if notes else []))
+
+
+def _imbalance(plan: Plan) -> str:
+    return (
+        f"\nimbalance: the fullest rank holds {plan.imbalance:.2%} more than the average"
+        if plan.layout.world > 1
+        else ""
+    )
 
 
 def _extra_line(row: dict) -> str:

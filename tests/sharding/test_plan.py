@@ -240,3 +240,9 @@ def test_what_if_weights_had_another_type():
     assert floats.ranks[0].weight_bytes == 2 * halves.ranks[0].weight_bytes
     blocks = model("Qwen/Qwen3-30B-A3B-FP8")
     assert plan(blocks, dtype="float32").shard(0, "model.layers.0.mlp.experts.0.up_proj.weight").dtype == "F8_E4M3"
+
+
+def test_imbalance_is_the_fullest_rank_over_the_average():
+    assert plan(model(SMOL), tp=3).imbalance == 0
+    a, b = (r.weight_bytes for r in plan(model(SMOL), tp=2).ranks)
+    assert plan(model(SMOL), tp=2).imbalance == pytest.approx(a / ((a + b) / 2) - 1) and a > b
