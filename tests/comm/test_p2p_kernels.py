@@ -15,7 +15,11 @@ kernels = pytest.importorskip("shardwise.comm.p2p.kernels")
 ptx = pytest.importorskip("shardwise.comm.p2p.ptx")
 
 interpreted = pytest.mark.skipif(not ptx.INTERPRET.value, reason="kernels of this process are compiled for a GPU")
-pytestmark = interpreted
+pytestmark = [
+    interpreted,
+    pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning"),  # inside the interpreter
+    pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning"),  # the norm of a row that is masked out
+]
 ARMED = -1
 EPS = 1e-5
 

@@ -5,6 +5,7 @@ after the stream was synchronised, which is also what tells of a captured graph'
 """
 
 import threading
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -14,8 +15,11 @@ from shardwise.comm.base import CollectiveTimeout, CommError
 from shardwise.comm.collective import Collective
 from shardwise.comm.p2p import table
 from shardwise.comm.p2p.delegate import Delegating, with_reason
-from shardwise.comm.p2p.launch import DTYPES, Launcher, Tuning
+from shardwise.comm.p2p.table import DTYPES, Tuning
 from shardwise.comm.p2p.workspace import P2PUnavailable, Workspace
+
+if TYPE_CHECKING:
+    from shardwise.comm.p2p.launch import Launcher
 
 SELF_TEST_SECONDS = 10.0
 _SELF_TEST_WORDS = 256
@@ -24,7 +28,7 @@ _SELF_TEST_WORDS = 256
 class P2PCommunicator(Delegating):
     """One rank's end of a group of GPUs that write into each other's memory."""
 
-    def __init__(self, beyond: Collective, workspace: Workspace, launcher: Launcher):
+    def __init__(self, beyond: Collective, workspace: Workspace, launcher: "Launcher"):
         """On a workspace of `beyond`'s ranks; `connect` makes both. `beyond` does all that the kernels do not."""
         super().__init__(beyond, "p2p")
         self.workspace = workspace
@@ -39,6 +43,8 @@ class P2PCommunicator(Delegating):
         Raises P2PUnavailable on every rank when one cannot, or when the links fail their test.
         """
         workspace = Workspace(beyond, torch.cuda.current_device(), region_bytes)
+        from shardwise.comm.p2p.launch import Launcher  # triton is there: every rank has just said so
+
         group = cls(beyond, workspace, Launcher(workspace, SELF_TEST_SECONDS))
         group.test_links()
         group.reason = f"CUDA IPC between {group.size} GPUs of one host, links tested"

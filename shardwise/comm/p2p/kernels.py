@@ -25,13 +25,12 @@ all-reduce followed by these steps give the same bits, on every rank and for eve
 import triton
 import triton.language as tl
 
-from shardwise.comm.p2p import ptx
+from shardwise.comm.p2p import ptx, workspace
 
-ONE_SHOT, TWO_SHOT_REDUCE, TWO_SHOT_GATHER = tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
-COUNTERS = 1024
-"""Copies of the call counter: no launch has more blocks."""
-
-_COUNTERS = tl.constexpr(COUNTERS)
+ONE_SHOT = tl.constexpr(workspace.ONE_SHOT)
+TWO_SHOT_REDUCE = tl.constexpr(workspace.TWO_SHOT_REDUCE)
+TWO_SHOT_GATHER = tl.constexpr(workspace.TWO_SHOT_GATHER)
+_COUNTERS = tl.constexpr(workspace.COUNTERS)
 # One compiled kernel for all sizes: the time to compile is longer than a deadline may be.
 _RUNTIME = ["abort", "records", "region_bytes", "deadline_ns", "rows", "width", "total_elements", "chunks"]
 

@@ -6,28 +6,12 @@ import torch
 from torch import Tensor
 
 from shardwise.comm.p2p import kernels
-from shardwise.comm.p2p.workspace import Workspace
+from shardwise.comm.p2p.table import Tuning
+from shardwise.comm.p2p.workspace import COUNTERS, Workspace
 
 CHUNK_BYTES = 16
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _REGISTERS, _THREADS, _BLOCKS = 65536, 2048, 32
 """What one multiprocessor of Hopper holds."""
-
-
-@dataclass(frozen=True)
-class Tuning:
-    """How a kernel is launched; the result does not depend on it."""
-
-    strategy: str
-    """ONESHOT or TWOSHOT."""
-    warps: int
-    ahead: int = 0
-    """Rows that a block pushes before it awaits its first."""
-    blocks_per_sm: int = 1
-    lanes: int = 512
-    """Chunks of a row, when the call may choose (plain)."""
-    registers: int | None = None
-    """Bound on a thread's registers, so that more blocks are resident."""
 
 
 @dataclass(frozen=True)
@@ -126,7 +110,7 @@ class Launcher:
         turns = rows.count if tuning.strategy == "ONESHOT" else -(-rows.count // self.workspace.size)
         with self.workspace.on_device():
             resident = self._resident_blocks(kernel, positional, options, tensors[0].dtype)
-            grid = min(turns, resident, tuning.blocks_per_sm * self.multiprocessors, kernels.COUNTERS)
+            grid = min(turns, resident, tuning.blocks_per_sm * self.multiprocessors, COUNTERS)
             if launch:
                 kernel[(grid,)](*positional, **options)
 

@@ -7,10 +7,27 @@ one-stage all-reduce of the same shape is published to win on Hopper, half a MiB
 
 from dataclasses import dataclass
 
-from shardwise.comm.p2p.launch import Tuning
+import torch
 
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 KIB, MIB = 1 << 10, 1 << 20
 _NO_LIMIT = 1 << 62
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """How a kernel is launched; the result does not depend on it."""
+
+    strategy: str
+    """ONESHOT or TWOSHOT."""
+    warps: int
+    ahead: int = 0
+    """Rows that a block pushes before it awaits its first."""
+    blocks_per_sm: int = 1
+    lanes: int = 512
+    """Chunks of a row, when the call may choose (plain)."""
+    registers: int | None = None
+    """Bound on a thread's registers, so that more blocks are resident."""
 
 
 @dataclass(frozen=True)

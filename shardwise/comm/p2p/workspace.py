@@ -1,5 +1,6 @@
 """Memory that the ranks of one host push into: allocation, exchange of handles, and what says that a wait gave up."""
 
+import importlib.util
 import os
 import socket
 from collections.abc import Sequence
@@ -10,12 +11,13 @@ import torch
 
 from shardwise.comm.base import CollectiveTimeout, CommError
 from shardwise.comm.p2p import cuda
-from shardwise.comm.p2p.kernels import COUNTERS, ONE_SHOT, TWO_SHOT_GATHER, TWO_SHOT_REDUCE
 
 if TYPE_CHECKING:
     from shardwise.comm.base import Communicator
 
 SLOTS = 2
+COUNTERS = 1024
+"""Copies of the call counter: no launch has more blocks."""
 HEADER_BYTES = 4096
 """In front of the slots: the abort word, alone on its cache line."""
 _GRAIN = 2 << 20
@@ -26,11 +28,13 @@ REGION_BYTES = {2: 64 << 20, 4: 32 << 20, 8: 16 << 20}
 RECORDS = 8
 """Places for the ranks whose data a kernel gave up waiting for; behind them as many for waits that were ended."""
 
+ONE_SHOT, TWO_SHOT_REDUCE, TWO_SHOT_GATHER = 1, 2, 3
 _PHASES = {
-    ONE_SHOT.value: "one-shot exchange",
-    TWO_SHOT_REDUCE.value: "two-shot reduce-scatter",
-    TWO_SHOT_GATHER.value: "two-shot all-gather",
+    ONE_SHOT: "one-shot exchange",
+    TWO_SHOT_REDUCE: "two-shot reduce-scatter",
+    TWO_SHOT_GATHER: "two-shot all-gather",
 }
+"""What a kernel was waiting for, as its records number it."""
 
 
 class P2PUnavailable(CommError):
@@ -101,6 +105,8 @@ class Workspace:
         return result
 
     def _allocate(self) -> _Export:
+        if importlib.util.find_spec("triton") is None:
+            raise ValueError("the package triton, which compiles the kernels, is not installed")
         if self.size not in (2, 4, 8):
             raise ValueError(f"a group of {self.size} ranks; the kernels are built for 2, 4 and 8")
         if self.region_bytes < 4096 or self.region_bytes % 4096:
