@@ -3,6 +3,7 @@
 import contextlib
 import os
 import re
+import signal
 import socket
 import threading
 import time
@@ -51,12 +52,15 @@ class Ray(Backend):
 
     def _connect(self, ray: Any, world: int) -> None:
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        handler = signal.getsignal(signal.SIGTERM)
         quiet = {"log_to_driver": False, "logging_level": "ERROR", "configure_logging": True}
         if self._address:
             ray.init(address=self._address, **quiet)
         else:
             ray.init(num_cpus=max(world, len(os.sched_getaffinity(0))), include_dashboard=False, **quiet)
         self._own_connection = True
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, handler)  # Ray puts one of its own there, which exits with code 15
 
     def _resources(self, ray: Any, world: int) -> dict[str, float]:
         """What one rank takes: a GPU where every rank can have one, or where GPUs were asked for."""
@@ -163,6 +167,7 @@ class RankActor:
     def run(self, description: dict, info: RankInfo) -> None:
         from shardwise.launch import guard, worker
 
+        guard.bind_to_parent()
         os.environ.update(env.rank_variables(info))
         guard.report_crashes()
         worker.run_rank(description, info, serve_store)
