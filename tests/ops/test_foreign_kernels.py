@@ -111,10 +111,10 @@ def mamba_flashinfer_prefill(monkeypatch, args):
     def prefill(one, batch, bounds, resumes, *_pieces):
         first = batch.prefill_tokens
         info = torch.tensor([batch.prefill, first, 0])
-        tokens = [t[None, :first] for t in (one.x, one.B, one.C, one.dt)]
-        one.out[:first] = torch.ops.auto_deploy.torch_cached_ssm(
+        tokens = [t.flatten(0, 1)[None, :first] for t in (one.x, one.B, one.C, one.dt)]
+        one.out.flatten(0, 1)[:first] = torch.ops.auto_deploy.torch_cached_ssm(
             tokens[0], one.A, tokens[1], tokens[2], one.D, tokens[3], one.dt_bias, info, bounds, bounds, one.slots,
-            resumes, one.cache, one.limit, 16,
+            resumes, one.cache, [one.low, one.high], 16,
         )[0]  # fmt: skip
 
     monkeypatch.setattr(mamba_flashinfer, "prefill", prefill)

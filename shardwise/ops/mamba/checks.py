@@ -13,18 +13,34 @@ def check_ssm(
             f"{op}: hidden_states must be [b, s, H, P] and B [b, s, G, N], got {tuple(hidden_states.shape)} "
             f"and {tuple(B.shape)}"
         )
-    b, s, heads, size = hidden_states.shape
-    groups, states = B.shape[2:]
+    tokens, (heads, size), (groups, states) = hidden_states.shape[:2], hidden_states.shape[2:], B.shape[2:]
+    if (
+        B.shape == C.shape
+        and B.shape[:2] == tokens
+        and dt.shape == hidden_states.shape[:3]
+        and A.shape == D.shape == dt_bias.shape == dt.shape[2:]
+        and (cache is None or cache.shape[1:] == (heads, size, states))
+        and groups >= 1
+        and heads % groups == 0
+        and len(time_step_limit) == 2
+        and time_step_limit[0] <= time_step_limit[1]
+        and chunk_size >= 1
+    ):
+        return
+    raise ValueError(f"{op}: {_complaint(hidden_states, A, B, C, D, dt, dt_bias, time_step_limit, chunk_size, cache)}")
+
+
+def _complaint(hidden_states, A, B, C, D, dt, dt_bias, time_step_limit, chunk_size, cache) -> str:
+    (b, s, heads, size), (groups, states) = hidden_states.shape, B.shape[2:]
     wanted = {"B": (B, (b, s, groups, states)), "C": (C, (b, s, groups, states)), "dt": (dt, (b, s, heads))}
     wanted |= {"A": (A, (heads,)), "D": (D, (heads,)), "dt_bias": (dt_bias, (heads,))}
     if cache is not None:
         wanted["ssm_state_cache"] = (cache, (cache.shape[0], heads, size, states))
     for name, (tensor, shape) in wanted.items():
         if tuple(tensor.shape) != shape:
-            raise ValueError(f"{op}: {name} must be {shape} for these inputs, got {tuple(tensor.shape)}")
+            return f"{name} must be {shape} for these inputs, got {tuple(tensor.shape)}"
     if groups < 1 or heads % groups:
-        raise ValueError(f"{op}: the number of groups {groups} must divide the number of heads {heads}")
+        return f"the number of groups {groups} must divide the number of heads {heads}"
     if len(time_step_limit) != 2 or time_step_limit[0] > time_step_limit[1]:
-        raise ValueError(f"{op}: time_step_limit must be [lowest, highest], got {list(time_step_limit)}")
-    if chunk_size < 1:
-        raise ValueError(f"{op}: chunk_size must be positive, got {chunk_size}")
+        return f"time_step_limit must be [lowest, highest], got {list(time_step_limit)}"
+    return f"chunk_size must be positive, got {chunk_size}"

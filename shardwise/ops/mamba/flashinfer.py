@@ -45,29 +45,29 @@ def flashinfer_cached_ssm(
         prefill(one, batch, cu_seqlen, use_initial_states, chunk_indices, chunk_offsets, seq_idx_prefill, chunk_size)
     if batch.decode:
         _decode(one, batch)
-    return one.out.view(hidden_states.shape)
+    return one.out
 
 
 def _decode(one: Inputs, batch: Batch) -> None:
     from flashinfer.mamba import selective_state_update
 
     span = slice(batch.prefill_tokens, batch.tokens)
-    size, states = one.x.shape[2], one.B.shape[2]
-    dt, bias = one.dt[span], one.dt_bias
-    clamped = one.limit[0] > 0 or not math.isinf(one.limit[1])
+    size, states = one.x.shape[3], one.B.shape[3]
+    x, B, C, out, dt = (t.flatten(0, 1)[span] for t in (one.x, one.B, one.C, one.out, one.dt))
+    bias = one.dt_bias
+    clamped = one.low > 0 or not math.isinf(one.high)
     if clamped:  # which FlashInfer does not do
-        dt = time_steps(dt, bias, one.limit)
+        dt = time_steps(dt, bias, [one.low, one.high])
     elif bias.dtype != dt.dtype:
         dt, bias = dt.float(), bias.float()
     slots = one.slots[batch.prefill : batch.sequences].to(torch.int32)
-    out = one.out[span]
     selective_state_update(
         one.cache,
-        one.x[span].contiguous(),
+        x.contiguous(),
         dt.contiguous()[..., None].expand(-1, -1, size),
         one.A.float()[:, None, None].expand(-1, size, states),
-        one.B[span].contiguous(),
-        one.C[span].contiguous(),
+        B.contiguous(),
+        C.contiguous(),
         one.D.to(dt.dtype)[:, None].expand(-1, size),
         dt_bias=None if clamped else bias[:, None].expand(-1, size),
         dt_softplus=not clamped,

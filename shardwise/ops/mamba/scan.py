@@ -1,6 +1,6 @@
 """Launches of the state-space kernels over a flat batch, without a look at device memory."""
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,9 +23,12 @@ _launch_outputs = Kernel(kernels.outputs_kernel)
 _launch_decode = Kernel(kernels.decode_kernel)
 
 
-@dataclass(frozen=True)
-class Inputs:
-    """What both phases read: x [T, H, P], B, C [T, G, N], dt [T, H], vectors [H]; last dimensions contiguous."""
+class Inputs(NamedTuple):
+    """What both phases read, as given: x [b, s, H, P], B, C [b, s, G, N], dt [b, s, H], vectors [H].
+
+    Only one of b and s exceeds 1, so that one stride (x_t, B_t, C_t, dt_t) leads from token to token. A named tuple,
+    because it is made at every call.
+    """
 
     x: Tensor
     A: Tensor
@@ -36,32 +39,45 @@ class Inputs:
     dt_bias: Tensor
     slots: Tensor
     cache: Tensor
-    limit: list[float]
     out: Tensor
+    x_t: int
+    B_t: int
+    C_t: int
+    dt_t: int
+    low: float
+    high: float
 
 
 def prepare(
     op: str, hidden_states, A, B, C, D, dt, dt_bias, batch_info_host, slot_idx, resumes, cache, limit, chunk
 ) -> tuple[Batch, Inputs]:
-    """Check the arguments and flatten the tokens. The result is zeroed where tokens are padding."""
+    """Check the arguments and make the result, zeroed where tokens are padding."""
     check_ssm(op, hidden_states, A, B, C, D, dt, dt_bias, limit, chunk, cache)
     if cache.stride(-1) != 1:
         raise ValueError(
             f"{op}: the last dimension of ssm_state_cache must be contiguous, got strides {cache.stride()}"
         )
     batch = read_batch(op, batch_info_host)
-    x, B, C, dt = (_rows(t) for t in (hidden_states, B, C, dt))
-    check_counts(op, batch, x.shape[0], slot_idx, resumes)
-    make = torch.empty if batch.tokens == x.shape[0] else torch.zeros
-    out = make(x.shape, dtype=x.dtype, device=x.device)
-    vectors = [t.contiguous() for t in (A, D, dt_bias, slot_idx)]
-    return batch, Inputs(x, vectors[0], B, C, vectors[1], dt, vectors[2], vectors[3], cache, limit, out)
+    tokens = hidden_states.shape[0] * hidden_states.shape[1]
+    check_counts(op, batch, tokens, slot_idx, resumes)
+    x, x_t = _rows(hidden_states)
+    B, B_t = _rows(B)
+    C, C_t = _rows(C)
+    dt, dt_t = _rows(dt)
+    make = torch.empty_like if batch.tokens == tokens else torch.zeros_like
+    out = make(x, memory_format=torch.contiguous_format)
+    vectors = A.contiguous(), D.contiguous(), dt_bias.contiguous(), slot_idx.contiguous()
+    numbers = x_t, B_t, C_t, dt_t, float(limit[0]), float(limit[1])
+    return batch, Inputs(x, vectors[0], B, C, vectors[1], dt, vectors[2], vectors[3], cache, out, *numbers)
 
 
-def _rows(t: Tensor) -> Tensor:
-    """[b, s, ...] as [b * s, ...], its last dimension contiguous."""
-    t = t.flatten(0, 1)
-    return t if t.stride(-1) == 1 else t.contiguous()
+def _rows(t: Tensor) -> tuple[Tensor, int]:
+    """`t` [b, s, ...] with a contiguous last dimension, and the stride from token to token."""
+    strides, shape = t.stride(), t.shape
+    if strides[-1] != 1 or (shape[0] != 1 and shape[1] != 1):
+        t = t.contiguous()
+        strides = t.stride()
+    return t, strides[0] if shape[1] == 1 else strides[1]
 
 
 def _power(n: int) -> int:
@@ -73,27 +89,26 @@ def prefill(
     one: Inputs, batch: Batch, bounds: Tensor, resumes: Tensor, index: Tensor, offset: Tensor, owner: Tensor, chunk: int
 ) -> None:
     """The tokens before the decode tokens, cut into pieces by `mamba_ssm_prepare_metadata`."""
-    tokens, (heads, P), N = batch.prefill_tokens, one.x.shape[1:], one.B.shape[2]
-    pieces, ratio, exact = index.numel(), heads // one.B.shape[1], one.x.dtype == torch.float32
-    device, slots = one.x.device, one.cache.shape[0]
-    steps = torch.empty((2, heads, tokens), dtype=torch.float32, device=device)
+    tokens, (heads, P), (groups, N) = batch.prefill_tokens, one.x.shape[2:], one.B.shape[2:]
+    pieces, ratio, exact = index.numel(), heads // groups, one.x.dtype == torch.float32
+    device, slots, cuts = one.x.device, one.cache.shape[0], (index, offset, owner, bounds)
+    steps, totals = torch.empty((2, heads, tokens), dtype=torch.float32, device=device)
     states = torch.empty((pieces, heads, P, N), dtype=one.x.dtype, device=device)
-    cuts, limit = (index, offset, owner, bounds), (float(one.limit[0]), float(one.limit[1]))
     _launch_steps(
         device,
         (pieces, heads, 1),
-        (one.dt, one.dt_bias, one.A, *cuts, steps[0], steps[1]),
-        (tokens, heads, *limit),
-        (one.dt.stride(0), chunk, 1 << (chunk - 1).bit_length()),
+        (one.dt, one.dt_bias, one.A, *cuts, steps, totals),
+        (tokens, heads, one.low, one.high),
+        (one.dt_t, chunk, 1 << (chunk - 1).bit_length()),
         warps=4,
     )
-    x_strides, B_strides, C_strides = one.x.stride()[:2], one.B.stride()[:2], one.C.stride()[:2]
+    x_strides, B_strides, C_strides = (one.x_t, one.x.stride(2)), (one.B_t, one.B.stride(2)), (one.C_t, one.C.stride(2))
     block_p, block_n = min(STATES["P"], _power(P)), min(STATES["N"], _power(N))
     block_t = min(STATES["T"], _power(chunk))
     _launch_states(
         device,
         (batch.prefill, heads, -(-P // block_p) * -(-N // block_n)),
-        (one.x, one.B, steps[0], steps[1], bounds, one.slots, resumes, one.cache, states),
+        (one.x, one.B, steps, totals, bounds, one.slots, resumes, one.cache, states),
         (tokens, heads, slots),
         (*x_strides, *B_strides, *one.cache.stride()[:3], ratio, P, N, chunk, block_p, block_n, block_t, 64, exact),
         warps=STATES["warps"],
@@ -103,7 +118,7 @@ def prefill(
     _launch_outputs(
         device,
         (pieces, heads, -(-chunk // block_m)),
-        (one.x, one.B, one.C, one.D, steps[0], steps[1], *cuts, one.slots, states, one.out),
+        (one.x, one.B, one.C, one.D, steps, totals, *cuts, one.slots, states, one.out),
         (tokens, heads, slots),
         (*x_strides, *B_strides, *C_strides, ratio, P, N, chunk, _power(P), _power(N), block_m, block_t, exact),
         warps=OUTPUTS["warps"],
@@ -113,17 +128,15 @@ def prefill(
 
 def decode(one: Inputs, batch: Batch) -> None:
     """One step of every decode sequence."""
-    span = slice(batch.prefill_tokens, batch.tokens)
-    x, B, C, dt, out = one.x[span], one.B[span], one.C[span], one.dt[span], one.out[span]
-    (heads, P), N = x.shape[1:], B.shape[2]
+    (heads, P), (groups, N) = one.x.shape[2:], one.B.shape[2:]
     block_n = 1 << (N - 1).bit_length()
     block_p = min(1 << (P - 1).bit_length(), max(1, DECODE["elements"] // block_n))
     _launch_decode(
-        x.device,
+        one.x.device,
         (batch.decode, heads, -(-P // block_p)),
-        (x, dt, one.dt_bias, one.A, B, C, one.D, one.slots[batch.prefill :], one.cache, out),
-        (heads, one.cache.shape[0], float(one.limit[0]), float(one.limit[1])),
-        (*x.stride()[:2], dt.stride(0), *B.stride()[:2], *C.stride()[:2], *one.cache.stride()[:3])
-        + (heads // B.shape[1], P, N, block_p, block_n),
+        (one.x, one.dt, one.dt_bias, one.A, one.B, one.C, one.D, one.slots, one.cache, one.out),
+        (batch.prefill_tokens, batch.prefill, heads, one.cache.shape[0], one.low, one.high),
+        (one.x_t, one.x.stride(2), one.dt_t, one.B_t, one.B.stride(2), one.C_t, one.C.stride(2))
+        + (*one.cache.stride()[:3], heads // groups, P, N, block_p, block_n),
         warps=DECODE["warps"],
     )

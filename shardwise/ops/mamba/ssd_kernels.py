@@ -219,7 +219,7 @@ def outputs_kernel(
     tl.store(target, out.to(out_ptr.dtype.element_ty), mask=written)
 
 
-@triton.jit(do_not_specialize=["heads", "slots", "low", "high"])
+@triton.jit(do_not_specialize=["first", "skip", "heads", "slots", "low", "high"])
 def decode_kernel(
     x_ptr,
     dt_ptr,
@@ -231,6 +231,8 @@ def decode_kernel(
     slot_ptr,
     cache_ptr,
     out_ptr,
+    first,
+    skip,
     heads,
     slots,
     low,
@@ -251,11 +253,14 @@ def decode_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """One token: BLOCK_P rows of one head's state are read, stepped and written once."""
-    token, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    """One token: BLOCK_P rows of one head's state are read, stepped and written once.
+
+    The decode tokens begin at token `first` and their slots at entry `skip`.
+    """
+    token, head = first + tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     p = tl.program_id(2) * BLOCK_P + tl.arange(0, BLOCK_P)
     n = tl.arange(0, BLOCK_N)
-    slot = tl.load(slot_ptr + token).to(tl.int64)
+    slot = tl.load(slot_ptr + skip + tl.program_id(0)).to(tl.int64)
     target = out_ptr + (token * heads + head) * P + p
     if (slot < 0) | (slot >= slots):
         tl.store(target, tl.zeros((BLOCK_P,), out_ptr.dtype.element_ty), mask=p < P)
