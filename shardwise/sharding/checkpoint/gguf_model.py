@@ -119,8 +119,8 @@ def _named(file: GgufFile, entry: TensorEntry) -> Iterator[tuple[str, TensorEntr
     elif part in _STACKED and kind == "weight":
         count, each = entry.shape[0], entry.nbytes // entry.shape[0]
         for expert in range(count):
-            place = {"shape": entry.shape[1:], "offset": entry.offset + expert * each, "nbytes": each}
-            yield f"model.layers.{block}.mlp.experts.{expert}.{_STACKED[part]}.weight", entry._replace(**place)
+            own = entry._replace(shape=entry.shape[1:], offset=entry.offset + expert * each, nbytes=each)
+            yield f"model.layers.{block}.mlp.experts.{expert}.{_STACKED[part]}.weight", own
     else:
         raise CheckpointError(
             f"{file.path}: tensor {entry.name} has no place in a {file.metadata['general.architecture']}"

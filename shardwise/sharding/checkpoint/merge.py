@@ -5,10 +5,11 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
+from math import prod
 from pathlib import Path
 
-from shardwise.sharding.axes import Range
-from shardwise.sharding.checkpoint.copying import copy_bytes
+from shardwise.sharding.axes import Range, merge
+from shardwise.sharding.checkpoint.copying import copy_bytes, rows_only
 from shardwise.sharding.checkpoint.header import CheckpointError, stored_bytes
 from shardwise.sharding.checkpoint.per_rank import (
     PARTIAL,
@@ -19,6 +20,8 @@ from shardwise.sharding.checkpoint.per_rank import (
     ranges_in_blocks,
     read_header,
 )
+
+Ranges = tuple[tuple[Range, ...], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,24 +99,22 @@ def _write(path: Path, header: str, parts: dict[str, list[_Part]]) -> None:
 
 
 def _join(name: str, shape: tuple[int, ...], dtype: str, parts: list[_Part], target: int, offset: int) -> None:
+    """Write one tensor from its parts: rows by copying, else through memory."""
     whole = next((p for p in parts if p.tensor.cut is None), None)
     if whole:
-        with whole.path.open("rb") as file:
-            copy_bytes(file.fileno(), whole.offset, target, offset, whole.tensor.nbytes)
+        _copy(whole, 0, target, offset, whole.tensor.nbytes)
+        return
+    blocks = in_blocks(shape, dtype)
+    cuts = [(part, ranges_in_blocks(part.tensor.cut.ranges, dtype)) for part in parts if part.tensor.cut]
+    if all(rows_only(blocks, ranges) for _, ranges in cuts):
+        _join_rows(name, blocks, cuts, target, offset)
         return
     import numpy as np
 
-    blocks = in_blocks(shape, dtype)
     joined = np.empty(blocks, np.uint8)
     covered = np.zeros(blocks[:-1], bool)
-    for part in parts:
-        assert part.tensor.cut is not None  # a whole part was taken above
-        local = in_blocks(part.tensor.shape, dtype)
-        with part.path.open("rb") as file:
-            data = np.frombuffer(os.pread(file.fileno(), part.tensor.nbytes, part.offset), np.uint8).reshape(local)
-        for there, here in _boxes(ranges_in_blocks(part.tensor.cut.ranges, dtype)):
-            joined[there] = data[here]
-            covered[there] = True
+    for part, ranges in cuts:
+        _place(part, ranges, joined, covered, dtype)
     if not covered.all():
         raise CheckpointError(
             f"tensor {name}: {int((~covered).sum())} of {covered.size} elements are in no rank's file"
@@ -122,7 +123,35 @@ def _join(name: str, shape: tuple[int, ...], dtype: str, parts: list[_Part], tar
     os.pwrite(target, joined.data, offset)
 
 
-def _boxes(ranges: tuple[tuple[Range, ...], ...]) -> Iterator[tuple[tuple[slice, ...], tuple[slice, ...]]]:
+def _join_rows(name: str, blocks: tuple[int, ...], cuts: list[tuple[_Part, Ranges]], target: int, offset: int) -> None:
+    covered = merge(r for _, ranges in cuts for r in ranges[0])
+    if covered != ((0, blocks[0]),):
+        raise CheckpointError(f"tensor {name}: rows {covered} of {blocks[0]} are in the ranks' files")
+    row = prod(blocks[1:])
+    for part, ranges in cuts:
+        filled = 0
+        for start, stop in ranges[0]:
+            _copy(part, filled * row, target, offset + start * row, (stop - start) * row)
+            filled += stop - start
+
+
+def _copy(part: _Part, start: int, target: int, offset: int, count: int) -> None:
+    with part.path.open("rb") as file:
+        copy_bytes(file.fileno(), part.offset + start, target, offset, count)
+
+
+def _place(part: _Part, ranges: Ranges, joined, covered, dtype: str) -> None:
+    import numpy as np
+
+    local = in_blocks(part.tensor.shape, dtype)
+    with part.path.open("rb") as file:
+        data = np.frombuffer(os.pread(file.fileno(), part.tensor.nbytes, part.offset), np.uint8).reshape(local)
+    for there, here in _boxes(ranges):
+        joined[there] = data[here]
+        covered[there] = True
+
+
+def _boxes(ranges: Ranges) -> Iterator[tuple[tuple[slice, ...], tuple[slice, ...]]]:
     """Every block of consecutive elements: its slices in the original and in the part."""
     dims = []
     for dim in ranges:

@@ -9,11 +9,13 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import groupby
 from math import prod
 from pathlib import Path
 
-from shardwise.sharding.checkpoint.copying import copy_part
+from shardwise.sharding.checkpoint.copying import Source, copy_part
 from shardwise.sharding.checkpoint.header import STORAGE, CheckpointError, TensorEntry
 from shardwise.sharding.checkpoint.per_rank import (
     JOURNAL,
@@ -98,49 +100,46 @@ def _rest(entries: list[TensorEntry], targets: dict[str, list[_Target]]) -> list
 
 
 def _stream(plan: Plan, entries: list[TensorEntry], finals: list[Path], plan_hash: str, done: int, progress) -> None:
-    stored = {e.name: e for e in entries}
-    targets: dict[str, list[_Target]] = {}
-    files, total, written = [], 0, 0
-    try:
-        for rank, final in enumerate(finals):
-            tensors = rank_tensors(plan, rank, stored) if final.name != REST else _rest(entries, targets)
-            header = header_of(tensors, plan_hash, rank, plan.layout.world)
-            size = len(header) + sum(t.nbytes for t in tensors)
-            files.append(_open(final.with_name(final.name + PARTIAL), header, size, fresh=done == 0))
-            offset = len(header)
-            for tensor in tensors:
-                targets.setdefault(tensor.name, []).append(_Target(rank, tensor, offset))
-                offset += tensor.nbytes
-            total += offset - len(header)
+    """Copy every tensor from number `done` on to all files that hold part of it."""
+    out = finals[0].parent
+    with ExitStack() as stack:
+        files, targets = _lay_out(plan, entries, finals, plan_hash, stack, fresh=done == 0)
+        total = sum(t.tensor.nbytes for each in targets.values() for t in each)
+        written = sum(t.tensor.nbytes for e in entries[:done] for t in targets.get(e.name, ()))
         unsynced = 0
-        sources: dict[Path, int] = {}
-        for number, entry in enumerate(entries):
-            size = sum(t.tensor.nbytes for t in targets.get(entry.name, ()))
-            if number >= done:
-                source = _source(sources, entry.path)
-                for target in targets.get(entry.name, ()):
-                    copy_part(source, entry, files[target.rank], target.tensor, target.offset)
-                unsynced += size
-            written += size
-            if unsynced >= SYNC_BYTES:
-                _note(finals[0].parent, plan_hash, number + 1, files)
-                unsynced = 0
-            if progress:
-                progress(written, total)
-        _note(finals[0].parent, plan_hash, len(entries), files)
-    finally:
-        for descriptor in (*files, *sources.values()) if files else ():
-            os.close(descriptor)
+        for path, group in groupby(enumerate(entries[done:], done + 1), key=lambda item: item[1].path):
+            with Source(path) as source:
+                for number, entry in group:
+                    for target in targets.get(entry.name, ()):
+                        copy_part(source, entry, files[target.rank], target.tensor, target.offset)
+                        unsynced += target.tensor.nbytes
+                        written += target.tensor.nbytes
+                    if unsynced >= SYNC_BYTES:
+                        _note(out, plan_hash, number, files)
+                        unsynced = 0
+                    if progress:
+                        progress(written, total)
+        _note(out, plan_hash, len(entries), files)
 
 
-def _source(opened: dict[Path, int], path: Path) -> int:
-    """A descriptor of the source file; only the current file stays open."""
-    if path not in opened:
-        for old in opened.values():
-            os.close(old)
-        opened.clear()
-        opened[path] = os.open(path, os.O_RDONLY)
-    return opened[path]
+def _lay_out(
+    plan: Plan, entries: list[TensorEntry], finals: list[Path], plan_hash: str, stack: ExitStack, fresh: bool
+) -> tuple[list[int], dict[str, list[_Target]]]:
+    """Open every file at its final size with its header; where each tensor's parts go."""
+    stored = {e.name: e for e in entries}
+    files: list[int] = []
+    targets: dict[str, list[_Target]] = {}
+    for rank, final in enumerate(finals):
+        tensors = rank_tensors(plan, rank, stored) if final.name != REST else _rest(entries, targets)
+        header = header_of(tensors, plan_hash, rank, plan.layout.world)
+        size = len(header) + sum(t.nbytes for t in tensors)
+        files.append(_open(final.with_name(final.name + PARTIAL), header, size, fresh))
+        stack.callback(os.close, files[-1])
+        offset = len(header)
+        for tensor in tensors:
+            targets.setdefault(tensor.name, []).append(_Target(rank, tensor, offset))
+            offset += tensor.nbytes
+    return files, targets
 
 
 def _open(path: Path, header: bytes, size: int, fresh: bool) -> int:
