@@ -9,7 +9,6 @@ import contextvars
 import importlib
 import os
 import pickle
-import shutil
 import signal
 import subprocess
 import sys
@@ -122,12 +121,13 @@ def _start_local(world: int, folder: str, env: dict[str, str]) -> list[subproces
 
 
 def _start_mpi(world: int, folder: str, env: dict[str, str]) -> list[subprocess.Popen]:
-    beside = Path(sys.executable).parent / "mpirun"
-    mpirun = str(beside) if beside.exists() else shutil.which("mpirun")
-    if mpirun is None:
-        raise FileNotFoundError("mpirun is neither beside the Python interpreter nor on PATH")
-    env = {"OMP_NUM_THREADS": "1", "OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1", **env}
-    command = [mpirun, "--oversubscribe", "-n", str(world), sys.executable, "-m", "shardwise.testing", folder]
+    from shardwise.launch.mpi import find
+
+    flavour = find()
+    root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"} if os.geteuid() == 0 else {}
+    flags = flavour.flags(world, len(os.sched_getaffinity(0)))
+    command = [flavour.path, *flags, sys.executable, "-m", "shardwise.testing", folder]
+    env = {"OMP_NUM_THREADS": "1", **root, **env}
     return [_spawn(command, folder, 0, env)]
 
 
