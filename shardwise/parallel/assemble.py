@@ -16,6 +16,7 @@ from shardwise.parallel.decoder import Decoder, DecoderLayer
 from shardwise.parallel.layers import (
     GatedMlp,
     Linear,
+    LinearLike,
     Norm,
     PlainMlp,
     ResidualNorm,
@@ -45,19 +46,20 @@ class DecoderBuilder:
         embedding, head = self._ends()
         norms = [self._norm(layer.mixer_norm, "mixer_norm", i) for i, layer in enumerate(model.layers)]
         norms.append(self._norm(model.final_norm, "final_norm", None))
+        first = norms[0]
+        assert first is not None  # checked above
         layers = [self._layer(layer, i, norms[i + 1]) for i, layer in enumerate(model.layers)]
-        decoder = Decoder(embedding=embedding, first_norm=norms[0], layers=layers, head=self._head(head))
+        decoder = Decoder(embedding=embedding, first_norm=first, layers=layers, head=self._head(head))
         self.weights.finish()
         return decoder
 
     def cache_shapes(self) -> list[LayerShape]:
         """This rank's KV cache of every layer."""
-        return [
-            LayerShape(*_local_heads(self.weights, layer.mixers[0], i)[1:]) for i, layer in enumerate(self.model.layers)
-        ]
+        mixers = [layer.mixers[0] for layer in self.model.layers]
+        return [LayerShape(*_local_heads(self.weights, m)[1:]) for m in mixers if isinstance(m, spec.Attention)]
 
-    def _layer(self, layer: spec.Layer, number: int, next_norm: Norm) -> DecoderLayer:
-        def joining(norm: Norm, post: spec.Norm | None, role: str) -> ResidualNorm:
+    def _layer(self, layer: spec.Layer, number: int, next_norm: Norm | None) -> DecoderLayer:
+        def joining(norm: Norm | None, post: spec.Norm | None, role: str) -> ResidualNorm:
             return ResidualNorm(
                 norm=norm,
                 group=self.groups.tp,
@@ -84,23 +86,26 @@ class DecoderBuilder:
             weight=self.weights.take(norm, f"{role}.weight", layer=layer), eps=norm.eps, offset=norm.weight_offset
         )
 
-    def _ends(self) -> tuple[VocabEmbedding | BlockEmbedding, Linear | BlockLinear]:
+    def _ends(self) -> tuple[VocabEmbedding | BlockEmbedding, LinearLike]:
         """Embedding and the head's product; they share the table where they are tied."""
         model, group = self.model, self.groups.tp
         rows = self.weights.shard(model.embedding.roles["embed.weight"]).ranges[0]
-        where = dict(vocab=rows[0] if rows else (0, 0), group=group, multiplier=model.embedding.multiplier)
+        vocab, multiplier = rows[0] if rows else (0, 0), model.embedding.multiplier
         eight_bit = model.head.tied and model.embedding.roles["embed.weight"].dtype == "Q8_0"
         stored = self.weights.blocks(model.embedding, "embed") if eight_bit else None
         if stored:
-            table = BlockEmbedding(blocks=stored[1], dtype=self.weights.dtype, **where)
+            table = BlockEmbedding(
+                blocks=stored[1], vocab=vocab, group=group, dtype=self.weights.dtype, multiplier=multiplier
+            )
             return table, BlockHead(blocks=stored[1], table=table)
         weight = self.weights.take(model.embedding, "embed.weight")
-        head = Linear(weight=weight) if model.head.tied else self.linear(model.head, "head")
         if model.head.tied:
-            weight = head.weight.t()  # the head's memory
-        return VocabEmbedding(weight=weight, **where), head
+            tied = Linear(weight=weight)
+            return VocabEmbedding(weight=tied.weight.t(), vocab=vocab, group=group, multiplier=multiplier), tied
+        embedding = VocabEmbedding(weight=weight, vocab=vocab, group=group, multiplier=multiplier)
+        return embedding, self.linear(model.head, "head")
 
-    def _head(self, linear: Linear) -> VocabHead:
+    def _head(self, linear: LinearLike) -> VocabHead:
         head, plan = self.model.head, self.weights.plan
         stored = self.model.embedding.roles["embed.weight"] if head.tied else head.roles["head.weight"]
         return VocabHead(
@@ -112,15 +117,15 @@ class DecoderBuilder:
             multiplier=head.multiplier,
         )
 
-    def linear(self, block: spec.Block, *roles: str, layer: int | None = None) -> Linear | BlockLinear:
+    def linear(self, block: spec.Block, *roles: str, layer: int | None = None) -> LinearLike:
         """Column-parallel: the roles' outputs one behind the other."""
-        bias = self.weights.take(block, *(f"{role}.bias" for role in roles), layer=layer)
+        bias = self.weights.find(block, *(f"{role}.bias" for role in roles), layer=layer)
         stored = self.weights.blocks(block, *roles, layer=layer)
         if stored:
             return BlockLinear(dtype=stored[0], blocks=stored[1], bias=bias)
         return Linear(weight=self.weights.linear(block, *roles, layer=layer), bias=bias)
 
-    def row_linear(self, block: spec.Block, role: str, layer: int) -> Linear | BlockLinear:
+    def row_linear(self, block: spec.Block, role: str, layer: int) -> LinearLike:
         """Row-parallel: its bias is added by one rank."""
         linear = self.linear(block, role, layer=layer)
         if self.groups.tp.rank > 0:
@@ -138,7 +143,7 @@ class DecoderBuilder:
 
 def _attention(builder: DecoderBuilder, block: spec.Attention, layer: int) -> AttentionMixer:
     weights = builder.weights
-    heads, kv_heads, head_dim, v_head_dim = _local_heads(weights, block, layer)
+    heads, kv_heads, head_dim, v_head_dim = _local_heads(weights, block)
     norms = {
         role: Norm(
             weight=weights.take(block, f"{role}.weight", layer=layer),
@@ -161,14 +166,14 @@ def _attention(builder: DecoderBuilder, block: spec.Attention, layer: int) -> At
             scale=block.scale,
             window=block.window,
             softcap=block.softcap,
-            sinks=weights.take(block, "sinks", layer=layer),
+            sinks=weights.find(block, "sinks", layer=layer),
         ),
         rotary=builder.rotary(block.rope),
         **norms,
     )
 
 
-def _local_heads(weights: Weights, block: spec.Attention, layer: int) -> tuple[int, int, int, int]:
+def _local_heads(weights: Weights, block: spec.Attention) -> tuple[int, int, int, int]:
     at = weights.plan.layout.coordinates(weights.rank)
     q, kv = (weights.plan.cuts.share(axis, at).length for axis in (block.q_axis, block.kv_axis))
     return q, kv, block.head_dim, block.v_head_dim
@@ -196,7 +201,7 @@ def moe(builder: DecoderBuilder, block: spec.Moe, layer: int) -> MoeBlock:
         routing=block.routing,
         slots=slots.to(weights.device),
         experts=load_experts(weights, block, layer, local, adds_bias=builder.groups.moe_tp.rank == 0),
-        correction=weights.take(block, "router.correction", layer=layer, dtype=torch.float32),
+        correction=weights.find(block, "router.correction", layer=layer, dtype=torch.float32),
         shared=None if block.shared is None else dense_mlp(builder, block.shared, layer, "shared."),
         shared_gate=builder.linear(block, "shared_gate", layer=layer) if gated else None,
     )

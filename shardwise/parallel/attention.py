@@ -4,7 +4,7 @@ from torch import Tensor
 
 from shardwise.parallel.batch import Batch
 from shardwise.parallel.cache import KvCache, Masking
-from shardwise.parallel.layers import Linear, Norm
+from shardwise.parallel.layers import LinearLike, Norm
 from shardwise.parallel.rotary import RotaryAngles, rotate
 
 
@@ -22,8 +22,8 @@ class AttentionMixer:
         kv_heads: int,
         head_dim: int,
         v_head_dim: int,
-        qkv: Linear,
-        out: Linear,
+        qkv: LinearLike,
+        out: LinearLike,
         masking: Masking,
         rotary: RotaryAngles | None = None,
         q_norm: Norm | None = None,
@@ -39,7 +39,7 @@ class AttentionMixer:
         tokens = x.shape[0]
         qkv = self.qkv(x)
         qk = qkv.narrow(1, 0, self._keys_end).view(tokens, -1, self.head_dim)
-        if self.q_norm is not None:
+        if self.q_norm is not None and self.k_norm is not None:
             q, k = qk.split_with_sizes((self.heads, self.kv_heads), 1)
             q.copy_(self.q_norm(q))
             k.copy_(self.k_norm(k))

@@ -17,7 +17,7 @@ from shardwise.ops.linear.decode import skinny_linear
 from shardwise.parallel.attention import AttentionMixer
 from shardwise.parallel.cache import SlotCache
 from shardwise.parallel.decoder import Decoder, DecoderLayer
-from shardwise.parallel.layers import GatedMlp, Linear, Norm, ResidualNorm
+from shardwise.parallel.layers import GatedMlp, Linear, LinearLike, Norm, ResidualNorm
 from shardwise.parallel.rotary import RotaryAngles
 
 SKINNY_ROWS = 2
@@ -104,25 +104,25 @@ class DecodeStep:
             return self._join(inner.down, hidden, stream.residual, layer.after)
         return Stream(*layer.after(inner(self._normed(stream)), stream.residual))
 
-    def _product(self, linear: Linear, stream: Stream) -> Tensor:
+    def _product(self, linear: LinearLike, stream: Stream) -> Tensor:
         if self._is_skinny(stream.x):
             return self._skinny(linear, stream)
         return linear(self._normed(stream))
 
-    def _join(self, linear: Linear, x: Tensor, residual: Tensor, join: ResidualNorm) -> Stream:
+    def _join(self, linear: LinearLike, x: Tensor, residual: Tensor, join: ResidualNorm) -> Stream:
         """The row-parallel product, its sum over the group, the residual, and the norm now or with the next product."""
         if not self._is_skinny(x):
             return Stream(*join(linear(x), residual))
         if join.group.size == 1 and join.post is None and join.multiplier == 1.0:
-            summed = skinny_linear(x, linear.weight.t(), bias=linear.bias, residual=residual, pdl=self.pdl)
+            summed = skinny_linear(x, _weight(linear), bias=linear.bias, residual=residual, pdl=self.pdl)
             return Stream(summed, summed, join.norm)
-        return Stream(*join(skinny_linear(x, linear.weight.t(), bias=linear.bias, pdl=self.pdl), residual))
+        return Stream(*join(skinny_linear(x, _weight(linear), bias=linear.bias, pdl=self.pdl), residual))
 
-    def _skinny(self, linear: Linear, stream: Stream, gated: bool = False) -> Tensor:
+    def _skinny(self, linear: LinearLike, stream: Stream, gated: bool = False) -> Tensor:
         norm = stream.norm
         return skinny_linear(
             stream.x,
-            linear.weight.t(),
+            _weight(linear),
             norm_weight=norm.weight if norm else None,
             eps=norm.eps if norm else 0.0,
             bias=linear.bias,
@@ -171,3 +171,9 @@ def _angles(rotary: RotaryAngles | None, length: int, size: int, device: torch.d
         return torch.cat((half, torch.zeros_like(half)), -1)
     angles = torch.arange(length, device=device, dtype=torch.float32)[:, None] * rotary.frequencies.to(device)
     return torch.cat((angles.cos(), angles.sin()), -1) * rotary.scale
+
+
+def _weight(linear: LinearLike) -> Tensor:
+    """[out, in]; weights that stay quantised are the CPU's."""
+    assert isinstance(linear, Linear)
+    return linear.weight.t()

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from shardwise.parallel.batch import Batch
 from shardwise.parallel.cache import KvCache
-from shardwise.parallel.layers import Norm, ResidualNorm, VocabEmbedding, VocabHead
+from shardwise.parallel.layers import Norm, ResidualNorm, VocabHead
 
 
 @dataclass
@@ -28,7 +28,9 @@ class DecoderLayer:
 class Decoder:
     """Embedding, layers, head of one rank."""
 
-    def __init__(self, *, embedding: VocabEmbedding, first_norm: Norm, layers: list[DecoderLayer], head: VocabHead):
+    def __init__(
+        self, *, embedding: Callable[[Tensor], Tensor], first_norm: Norm, layers: list[DecoderLayer], head: VocabHead
+    ):
         self.embedding, self.first_norm, self.layers, self.head = embedding, first_norm, layers, head
 
     def __call__(self, batch: Batch, cache: KvCache) -> Tensor:

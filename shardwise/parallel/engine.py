@@ -1,14 +1,11 @@
 """The engine: loads this rank's part of a model and generates. Every rank calls it alike and gets the same result."""
 
 import resource
-import secrets
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -18,18 +15,15 @@ from shardwise.parallel.batch import Batch
 from shardwise.parallel.cache import KvCache, SlotCache
 from shardwise.parallel.memory import memory_bytes
 from shardwise.parallel.paged import PAGE_SIZE, PagedCache
+from shardwise.parallel.requests import Limits, Prompt, make_requests
 from shardwise.parallel.results import Completion, RankStats, TokenEvent
 from shardwise.parallel.sampler import SamplingParams, sample
 from shardwise.parallel.scheduler import Request, Scheduler
-from shardwise.parallel.text import TextStream
 from shardwise.parallel.token_step import TokenStep, reason_against
 from shardwise.parallel.tokenizer import Tokenizer, load_tokenizer
 from shardwise.parallel.weights import Progress, Weights
 from shardwise.sharding.checkpoint.resolve import Checkpoint, open_checkpoint
 from shardwise.sharding.plan import Plan
-
-Prompt = str | Sequence[int] | Sequence[dict[str, str]]
-"""Raw text, token ids, or a conversation of {"role", "content"} messages that the chat template formats."""
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 WEIGHT_FORMS = ("auto", "native", "dequantised")
@@ -105,7 +99,7 @@ class Engine:
         self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
     ) -> list[Completion]:
         """Completions of all prompts, in their order. Arguments and errors as for `stream`."""
-        requests = self._requests(prompts, params)
+        requests = make_requests(prompts, params, self._limits())
         texts = [""] * len(requests)
         reasons = [""] * len(requests)
         for event in self._run(requests):
@@ -124,7 +118,7 @@ class Engine:
         ValueError for an empty prompt, or one that leaves no room in the context. Leaving the iterator early aborts
         what is unfinished: every rank must leave it after the same event.
         """
-        yield from self._run(self._requests(prompts, params))
+        yield from self._run(make_requests(prompts, params, self._limits()))
 
     def stats(self) -> RankStats:
         return RankStats(
@@ -135,39 +129,8 @@ class Engine:
             load_seconds=self._load_seconds,
         )
 
-    def _requests(self, prompts: Sequence[Prompt], params: Any) -> list[Request]:
-        if isinstance(prompts, str):
-            raise TypeError("prompts is one text; pass a list of prompts")
-        params = params or SamplingParams()
-        each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
-        if len(each) != len(prompts):
-            raise ValueError(f"{len(prompts)} prompts with {len(each)} sampling parameters; give one, or one for each")
-        if any(p.temperature > 0 and p.seed is None for p in each):
-            drawn = self.groups.world.broadcast_object(secrets.randbits(62))
-            each = [replace(p, seed=drawn + i) if p.seed is None else p for i, p in enumerate(each)]
-        return [self._request(i, prompt, p) for i, (prompt, p) in enumerate(zip(prompts, each, strict=True))]
-
-    def _request(self, number: int, prompt: Prompt, params: SamplingParams) -> Request:
-        ids = self._encode(prompt)
-        if not ids:
-            raise ValueError(f"prompt {number} has no tokens")
-        if len(ids) >= self.max_length:
-            raise ValueError(f"prompt {number} has {len(ids)} tokens, the model's context holds {self.max_length}")
-        generator = None
-        if params.temperature > 0:
-            generator = torch.Generator(self.device).manual_seed(params.seed)
-        return Request(number, ids, params, TextStream(self.tokenizer.stream(), params.stop), generator)
-
-    def _encode(self, prompt: Prompt) -> list[int]:
-        if isinstance(prompt, str):
-            return self.tokenizer.encode(prompt)
-        if prompt and isinstance(prompt[0], dict):
-            return self.tokenizer.encode_chat(prompt)
-        vocab = self.plan.model.vocab
-        wrong = [i for i in prompt if not 0 <= i < vocab]
-        if wrong:
-            raise ValueError(f"token id {wrong[0]} is not in the vocabulary of {vocab}")
-        return [int(i) for i in prompt]
+    def _limits(self) -> Limits:
+        return Limits(self.tokenizer, self.plan.model.vocab, self.max_length, self.groups.world, self.device)
 
     def _run(self, requests: list[Request]) -> Iterator[TokenEvent]:
         if self._running:
@@ -196,7 +159,7 @@ class Engine:
             yield event
 
     def _hidden(self, batch: Batch, cache: KvCache) -> torch.Tensor:
-        if self._token_step is not None and TokenStep.fits(batch, cache):
+        if self._token_step is not None and batch.is_single_token and isinstance(cache, SlotCache):
             return self._token_step(batch, cache)
         return self._decoder.hidden(batch, cache)
 
@@ -242,11 +205,12 @@ class Engine:
             )
         if self._cache is None or self._cache.max_length < length or self._cache.slots < slots:
             self._cache = None
-            options = dict(slots=slots, dtype=self.dtype, device=self.device)
+            shapes, dtype, device = self._cache_shapes, self.dtype, self.device
             if pages is None:
-                self._cache = SlotCache(self._cache_shapes, max_length=length, **options)
+                self._cache = SlotCache(shapes, slots=slots, max_length=length, dtype=dtype, device=device)
             else:
-                self._cache = PagedCache(self._cache_shapes, pages=pages, max_length=self.max_length, **options)
+                most = self.max_length
+                self._cache = PagedCache(shapes, pages=pages, slots=slots, max_length=most, dtype=dtype, device=device)
         return self._cache
 
 

@@ -5,6 +5,7 @@ part of the input into a partial sum, which `ResidualNorm` adds up over the grou
 """
 
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,15 @@ from torch import Tensor
 from shardwise.comm.base import Communicator
 from shardwise.parallel.memory import weight_memory
 from shardwise.sharding.axes import Range
+
+
+class LinearLike(Protocol):
+    """x [T, in] -> [T, out]: `Linear`, or a layer whose weights stay quantised."""
+
+    bias: Tensor | None
+    out_features: int
+
+    def __call__(self, x: Tensor) -> Tensor: ...
 
 
 class Linear:
@@ -68,7 +78,7 @@ class ResidualNorm:
 
     def __call__(self, partial: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         """partial, residual [T, H] -> (normed sum, sum); both arguments may be overwritten."""
-        if self.is_plain and partial.is_cuda and self.group.size > 1:
+        if self.norm is not None and self.is_plain and partial.is_cuda and self.group.size > 1:
             return self.group.all_reduce_residual_rms_norm(partial, residual, self.norm.weight, self.norm.eps)
         if self.group.size > 1:
             self.group.all_reduce(partial, out=partial)
@@ -105,7 +115,7 @@ class VocabHead:
     def __init__(
         self,
         *,
-        linear: Linear,
+        linear: LinearLike,
         sizes: tuple[int, ...],
         group: Communicator,
         vocab: int,
@@ -143,7 +153,7 @@ class VocabHead:
 class GatedMlp:
     """down(act(gate x) * up x); gate and up are one matrix, this rank's gate rows before its up rows."""
 
-    def __init__(self, *, gate_up: Linear, down: Linear, activation: Callable[[Tensor], Tensor]):
+    def __init__(self, *, gate_up: LinearLike, down: LinearLike, activation: Callable[[Tensor], Tensor]):
         self.gate_up, self.down, self.activation = gate_up, down, activation
         self._halves = [gate_up.out_features // 2] * 2
 
@@ -156,7 +166,7 @@ class GatedMlp:
 class PlainMlp:
     """down(act(up x))."""
 
-    def __init__(self, *, up: Linear, down: Linear, activation: Callable[[Tensor], Tensor]):
+    def __init__(self, *, up: LinearLike, down: LinearLike, activation: Callable[[Tensor], Tensor]):
         self.up, self.down, self.activation = up, down, activation
 
     def __call__(self, x: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ def load_experts(weights: Weights, block: spec.Moe, layer: int, local: Sequence[
     return Experts(
         up_gate=up_gate,
         down=down,
-        unit=GatedUnit(activation=activation_named(block.activation), alpha=block.alpha, limit=block.limit),
+        unit=GatedUnit(activation=activation_named(block.activation), alpha=block.alpha or 1.0, limit=block.limit),
         up_gate_bias=up_gate_bias,
         down_bias=down_bias if adds_bias else None,
     )
@@ -30,8 +30,8 @@ def _separate(weights: Weights, block: spec.Moe, layer: int, local: Sequence[int
         role: weights.shard(block.roles[f"{role}.weight"], layer, local[0]).local_shape for role in ("up", "down")
     }
     width, hidden = shards["up"]
-    make = {"dtype": weights.dtype, "device": weights.device}
-    up_gate, down = torch.empty(len(local), 2 * width, hidden, **make), torch.empty(len(local), hidden, width, **make)
+    up_gate = torch.empty(len(local), 2 * width, hidden, dtype=weights.dtype, device=weights.device)
+    down = torch.empty(len(local), hidden, width, dtype=weights.dtype, device=weights.device)
     for slot, expert in enumerate(local):
         up_gate[slot, :width] = weights.linear(block, "up", layer=layer, expert=expert)
         up_gate[slot, width:] = weights.linear(block, "gate", layer=layer, expert=expert)
@@ -44,12 +44,12 @@ def _stacked(weights: Weights, block: spec.Moe, layer: int) -> tuple:
     up_gate, down = (weights.linear(block, role, layer=layer) for role in ("gate_up", "down"))
     if block.transposed and "gate_up.scale" not in block.roles:
         up_gate, down = up_gate.transpose(1, 2), down.transpose(1, 2).contiguous()
-    gate_up_bias = weights.take(block, "gate_up.bias", layer=layer)
+    gate_up_bias = weights.find(block, "gate_up.bias", layer=layer)
     return (
         _up_before_gate(up_gate, block.gate_up_interleaved),
         down,
         None if gate_up_bias is None else _up_before_gate(gate_up_bias, block.gate_up_interleaved),
-        weights.take(block, "down.bias", layer=layer),
+        weights.find(block, "down.bias", layer=layer),
     )
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from shardwise.ops.moe.contract import SILU
 from shardwise.ops.moe.reference import run_experts, swiglu_clamped
 from shardwise.ops.moe.triton import triton_moe_fused
-from shardwise.parallel.layers import Linear
+from shardwise.parallel.layers import LinearLike
 from shardwise.parallel.routing import route
 from shardwise.sharding.spec import Routing
 
@@ -24,7 +24,7 @@ class GatedUnit:
     """What lies between the two matrices of a gated expert: (gate, up) -> hidden."""
 
     activation: Callable[[Tensor], Tensor]
-    alpha: float | None = None
+    alpha: float = 1.0
     limit: float | None = None
     """With a limit: gpt-oss' clamped form, gate * sigmoid(alpha * gate) * (up + 1)."""
 
@@ -76,13 +76,13 @@ class MoeBlock:
     def __init__(
         self,
         *,
-        router: Linear,
+        router: LinearLike,
         routing: Routing,
         slots: Tensor,
         experts: Experts,
         correction: Tensor | None = None,
         shared: Callable[[Tensor], Tensor] | None = None,
-        shared_gate: Linear | None = None,
+        shared_gate: LinearLike | None = None,
     ):
         self.router, self.routing, self.correction = router, routing, correction
         self.slots, self.experts = slots, experts

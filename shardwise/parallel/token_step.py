@@ -14,7 +14,7 @@ from torch import Tensor
 
 from shardwise.parallel.attention import AttentionMixer
 from shardwise.parallel.batch import Batch
-from shardwise.parallel.cache import KvCache, SlotCache
+from shardwise.parallel.cache import SlotCache
 from shardwise.parallel.decoder import Decoder, DecoderLayer
 from shardwise.parallel.layers import GatedMlp, Linear, Norm
 from shardwise.parallel.rotary import RotaryAngles
@@ -38,7 +38,7 @@ class _Heads:
 
 
 class TokenStep:
-    """`step(batch, cache)` -> the head's input [1, H] for a batch of one token, where `fits(batch, cache)`."""
+    """`step(batch, cache)` -> the head's input [1, H] for a batch of one token, in rows of a `SlotCache`."""
 
     def __init__(self, decoder: Decoder):
         """ValueError when `reason_against(decoder)` names one."""
@@ -50,10 +50,6 @@ class TokenStep:
         self._all_reduce = group.all_reduce if group.size > 1 else None
         self._layers = [_weights(layer) for layer in decoder.layers]
         self._zero = torch.zeros(())
-
-    @staticmethod
-    def fits(batch: Batch, cache: KvCache) -> bool:
-        return batch.is_single_token and isinstance(cache, SlotCache)
 
     def __call__(self, batch: Batch, cache: SlotCache) -> Tensor:
         span = batch.spans[0]
@@ -101,13 +97,14 @@ def reason_against(decoder: Decoder) -> str:
 
 
 def _weights(layer: DecoderLayer) -> tuple[_Heads, Tensor, Tensor, Norm, Tensor, Tensor, Norm]:
-    mixer, mlp = layer.mixer, layer.feed_forward
+    mixer, mlp, norms = layer.mixer, layer.feed_forward, (layer.between.norm, layer.after.norm)
+    assert isinstance(mixer, AttentionMixer) and isinstance(mlp, GatedMlp) and mixer.rotary is not None
+    linears = [linear.weight for linear in (mixer.qkv, mixer.out, mlp.gate_up, mlp.down) if isinstance(linear, Linear)]
+    qkv, out, gate_up, down = linears
+    assert norms[0] is not None and norms[1] is not None
     masking = mixer.masking
     heads = _Heads(mixer.heads, mixer.kv_heads, mixer.head_dim, masking.scale, masking.window, mixer.rotary)
-    return (
-        heads, mixer.qkv.weight, mixer.out.weight, layer.between.norm,
-        mlp.gate_up.weight, mlp.down.weight, layer.after.norm,
-    )  # fmt: skip
+    return heads, qkv, out, norms[0], gate_up, down, norms[1]
 
 
 def _angles(heads: _Heads, batch: Batch) -> tuple[Tensor, Tensor]:

@@ -115,7 +115,7 @@ def _from_gguf(file: GgufFile) -> Tokenizer:
     return Tokenizer(
         backend,
         bos_id=bos,
-        stop_ids=dict.fromkeys(i for i in stops if i is not None),
+        stop_ids=tuple(dict.fromkeys(i for i in stops if i is not None)),
         chat_template=meta.get("tokenizer.chat_template"),
     )
 
@@ -134,14 +134,14 @@ def _from_folder(checkpoint: Checkpoint) -> Tokenizer:
     backend = Backend.from_file(str(file))
     settings = _read_json(folder / "tokenizer_config.json")
     named = {name: _content(settings.get(name)) for name in ("bos_token", "eos_token")}
-    stops = _eos_ids(_read_json(folder / "generation_config.json")) or _eos_ids(checkpoint.config)
+    stops: list[int | None] = _eos_ids(_read_json(folder / "generation_config.json")) or _eos_ids(checkpoint.config)
     if named["eos_token"] is not None:
         stops = [*stops, backend.token_to_id(named["eos_token"])]
     template_file = folder / "chat_template.jinja"
     return Tokenizer(
         backend,
         bos_id=backend.token_to_id(named["bos_token"]) if named["bos_token"] is not None else None,
-        stop_ids=dict.fromkeys(i for i in stops if i is not None),
+        stop_ids=tuple(dict.fromkeys(i for i in stops if i is not None)),
         chat_template=template_file.read_text() if template_file.is_file() else _default_template(settings),
     )
 
@@ -155,7 +155,7 @@ def _content(token: Any) -> str | None:
     return token.get("content") if isinstance(token, dict) else token
 
 
-def _eos_ids(config: dict[str, Any]) -> list[int]:
+def _eos_ids(config: dict[str, Any]) -> list[int | None]:
     ids = config.get("eos_token_id")
     return [] if ids is None else list(ids) if isinstance(ids, list) else [ids]
 

@@ -49,7 +49,7 @@ class Weights:
     def shard(self, spec: TensorSpec, layer: int | None = None, expert: int | None = None) -> TensorShard:
         return self.plan.shard(self.rank, spec.path(layer, expert))
 
-    def take(
+    def find(
         self,
         block: Block,
         *roles: str,
@@ -57,13 +57,23 @@ class Weights:
         expert: int | None = None,
         dtype: torch.dtype | None = None,
     ) -> Tensor | None:
-        """The rank's shards of these roles' tensors, joined along the first dimension; None when the block has none.
+        """`take`, or None when the block has none of these roles."""
+        present = [role for role in roles if role in block.roles]
+        return self.take(block, *present, layer=layer, expert=expert, dtype=dtype) if present else None
+
+    def take(
+        self,
+        block: Block,
+        *roles: str,
+        layer: int | None = None,
+        expert: int | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Tensor:
+        """The rank's shards of these roles' tensors, joined along the first dimension.
 
         `dtype` replaces the runtime's. CheckpointError for a tensor that is missing or has another shape.
         """
-        specs = [block.roles[role] for role in roles if role in block.roles]
-        if not specs:
-            return None
+        specs = [block.roles[role] for role in roles]
         shards = [self.shard(spec, layer, expert) for spec in specs]
         rows = sum(shard.local_shape[0] if shard.local_shape else 1 for shard in shards)
         dtype = dtype or self._runtime_dtype(shards[0])
@@ -111,12 +121,10 @@ class Weights:
         scale_role = f"{role}.scale"
         if scale_role not in block.roles:
             return weight
-        scale = self.take(
-            block, scale_role, layer=layer, expert=expert, dtype=self._scale_dtype(block.roles[scale_role])
-        )
-        self.take(
-            block, f"{role}.input_scale", layer=layer, expert=expert
-        )  # of static activation scaling: not used here
+        wide = self._scale_dtype(block.roles[scale_role])
+        scale = self.take(block, scale_role, layer=layer, expert=expert, dtype=wide)
+        # The scale of a statically quantised input is part of the checkpoint, but inputs are not quantised here.
+        self.find(block, f"{role}.input_scale", layer=layer, expert=expert)
         place = Scaled(
             weight=self.shard(block.roles[f"{role}.weight"], layer, expert).ranges,
             scale=self.shard(block.roles[scale_role], layer, expert).ranges,

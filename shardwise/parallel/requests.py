@@ -1,0 +1,73 @@
+"""From what a caller passes to requests: prompts encoded and checked, sampling parameters and seeds dealt."""
+
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import cast
+
+import torch
+
+from shardwise.comm.base import Communicator
+from shardwise.parallel.sampler import SamplingParams
+from shardwise.parallel.scheduler import Request
+from shardwise.parallel.text import TextStream
+from shardwise.parallel.tokenizer import Tokenizer
+
+Prompt = str | Sequence[int] | Sequence[dict[str, str]]
+"""Raw text, token ids, or a conversation of {"role", "content"} messages that the chat template formats."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What requests of one engine are made with and checked against."""
+
+    tokenizer: Tokenizer
+    vocab: int
+    max_length: int
+    world: Communicator
+    """Agrees on the seeds of requests that have none."""
+    device: torch.device
+
+
+def make_requests(
+    prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None, limits: Limits
+) -> list[Request]:
+    """One request a prompt; `params` for all or one for each.
+
+    TypeError for one text instead of a list. ValueError names the prompt that is empty, too long for the context or has
+    an id outside of the vocabulary, and counts that do not agree.
+    """
+    if isinstance(prompts, str):
+        raise TypeError("prompts is one text; pass a list of prompts")
+    params = params or SamplingParams()
+    each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
+    if len(each) != len(prompts):
+        raise ValueError(f"{len(prompts)} prompts with {len(each)} sampling parameters; give one, or one for each")
+    if any(p.temperature > 0 and p.seed is None for p in each):
+        drawn = limits.world.broadcast_object(secrets.randbits(62))
+        each = [replace(p, seed=drawn + i) if p.seed is None else p for i, p in enumerate(each)]
+    return [_request(i, prompt, p, limits) for i, (prompt, p) in enumerate(zip(prompts, each, strict=True))]
+
+
+def _request(number: int, prompt: Prompt, params: SamplingParams, limits: Limits) -> Request:
+    ids = _encode(prompt, limits)
+    if not ids:
+        raise ValueError(f"prompt {number} has no tokens")
+    if len(ids) >= limits.max_length:
+        raise ValueError(f"prompt {number} has {len(ids)} tokens, the model's context holds {limits.max_length}")
+    generator = None
+    if params.temperature > 0 and params.seed is not None:
+        generator = torch.Generator(limits.device).manual_seed(params.seed)
+    return Request(number, ids, params, TextStream(limits.tokenizer.stream(), params.stop), generator)
+
+
+def _encode(prompt: Prompt, limits: Limits) -> list[int]:
+    if isinstance(prompt, str):
+        return limits.tokenizer.encode(prompt)
+    if prompt and isinstance(prompt[0], dict):
+        return limits.tokenizer.encode_chat(cast(Sequence[dict[str, str]], prompt))
+    ids = [int(i) for i in cast(Sequence[int], prompt)]
+    wrong = [i for i in ids if not 0 <= i < limits.vocab]
+    if wrong:
+        raise ValueError(f"token id {wrong[0]} is not in the vocabulary of {limits.vocab}")
+    return ids
