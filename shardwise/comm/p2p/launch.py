@@ -141,7 +141,6 @@ class Launcher:
             "PDL": self.pdl,
             "num_warps": min(tuning.warps, rows.lanes // 32),
             "launch_pdl": self.pdl,
-            "maxnreg": tuning.registers,
         }
         return (kernels.one_shot if tuning.strategy == "ONESHOT" else kernels.two_shot), positional, options
 

@@ -26,8 +26,6 @@ class Tuning:
     blocks_per_sm: int = 1
     lanes: int = 512
     """Chunks of a row, when the call may choose (plain)."""
-    registers: int | None = None
-    """Bound on a thread's registers, so that more blocks are resident."""
 
 
 @dataclass(frozen=True)
