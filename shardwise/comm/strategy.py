@@ -11,7 +11,7 @@ import os
 import platform
 import sys
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from shardwise.comm.base import TRANSPORTS, CommError, Communicator
 from shardwise.comm.bootstrap import (
@@ -27,7 +27,17 @@ from shardwise.comm.watch import Deadlines
 
 if TYPE_CHECKING:
     from shardwise.comm.collective import Collective
-    from shardwise.sharding.layout import ParallelLayout
+
+
+class Grid(Protocol):
+    """What groups are made from; `sharding.layout.ParallelLayout` is one."""
+
+    @property
+    def tp(self) -> int: ...
+
+    @property
+    def moe_ep(self) -> int: ...
+
 
 MPI_SOURCES = ("Open MPI", "MPICH", "MVAPICH")
 
@@ -234,7 +244,7 @@ def default_group(device: str) -> Communicator:
     return _defaults[key]
 
 
-def make_groups(world: Communicator, layout: "ParallelLayout | None" = None) -> Groups:
+def make_groups(world: Communicator, layout: "Grid | None" = None) -> Groups:
     """One communicator a mesh axis. Every rank of `world` calls it; None means tensor parallelism over all ranks.
 
     tp runs fastest inside attn_dp, moe_ep fastest inside moe_tp. Axes with the same members share a communicator.

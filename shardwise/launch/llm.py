@@ -15,6 +15,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any, Protocol
 
 from shardwise.comm.bootstrap import STORE_ENV
@@ -22,7 +23,7 @@ from shardwise.comm.rank import RankInfo
 from shardwise.comm.watch import Deadlines
 from shardwise.launch import env, guard
 from shardwise.launch.job import Job, backend
-from shardwise.launch.session import SERVE, Answer, ModelConfig, Session, params_to_json
+from shardwise.launch.session import SERVE, Answer, ModelConfig, Session, params_to_json, plan_of
 from shardwise.launch.supervise import Supervisor
 from shardwise.parallel.results import Completion, RankStats, TokenEvent
 from shardwise.parallel.sampler import SamplingParams
@@ -59,6 +60,7 @@ class LLM:
     weights     auto, dequantised, or native: GGUF's 4- and 8-bit blocks stay as they are (CPU)
     device      auto, cpu or cuda
     transport   auto, or one of `shardwise.comm.base.TRANSPORTS`
+    plan        a file that `shardwise plan --json FILE` wrote: its layout is run, and another checkpoint refused
     Raises ValueError for a layout that does not fit the model or the launcher's world, FileNotFoundError for a missing
     model, JobFailed when a rank fails.
     """
@@ -76,20 +78,29 @@ class LLM:
         weights: str = "auto",
         device: str = "auto",
         transport: str = "auto",
+        plan: str | None = None,
         ray_address: str | None = None,
         on_progress: Progress | None = None,
         debug: bool = False,
     ):
         info = env.detect()
+        if plan is not None:
+            tp, attn_dp, moe_tp, ep = planned_sizes(str(plan), tp=tp, attn_dp=attn_dp, moe_tp=moe_tp, ep=ep)
         layout = layout_for(info, tp=tp, attn_dp=attn_dp, moe_tp=moe_tp, ep=ep, launcher=launcher)
         self.config = ModelConfig(
-            model=str(model), **layout, dtype=dtype, weights=weights, device=device, transport=transport
+            model=str(model),
+            **layout,
+            dtype=dtype,
+            weights=weights,
+            device=device,
+            transport=transport,
+            plan=None if plan is None else str(Path(plan).resolve()),
         )
         self.launcher = launcher or (info.source if within(info) else "local")
         if within(info):
             self._runner: Runner = SpmdRunner(self.config, info, on_progress)
         else:
-            check_plan(self.config)
+            plan_of(self.config)  # errors come up before any rank starts
             options = {"address": ray_address, "device": device} if self.launcher == "ray" else {}
             self._runner = ParentRunner(self.config, self.launcher, options, on_progress, debug)
         self._closer = weakref.finalize(self, self._runner.close)
@@ -172,12 +183,19 @@ def layout_for(
     return {"tp": tp or 1, "attn_dp": attn_dp, "moe_tp": moe_tp, "ep": ep}
 
 
-def check_plan(config: ModelConfig) -> None:
-    """Let errors of model and layout come up here, before any rank starts; needs no torch."""
-    from shardwise.sharding.layout import ParallelLayout
-    from shardwise.sharding.plan import plan
+def planned_sizes(path: str, **given: int | None) -> tuple[int, int, int, int]:
+    """(tp, attn_dp, moe_tp, ep) of a plan file; ValueError where a size that was given is another."""
+    from shardwise.sharding.replay import layout_in
 
-    plan(config.model, ParallelLayout(config.tp, config.attn_dp, config.moe_tp, config.ep))
+    layout = layout_in(path)
+    sizes = {"tp": layout.tp, "attn_dp": layout.attn_dp, "moe_tp": layout.moe_tp, "ep": layout.moe_ep}
+    unset = {"tp": None, "attn_dp": 1, "moe_tp": 0, "ep": 1}
+    for name, value in given.items():
+        if value not in (unset[name], sizes[name]):
+            raise ValueError(
+                f"--{name.replace('_', '-')} {value}, but the plan {path} has {sizes[name]}: drop one of them"
+            )
+    return layout.tp, layout.attn_dp, layout.moe_tp, layout.moe_ep
 
 
 def _one_each(params: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:

@@ -15,6 +15,7 @@ from shardwise.parallel.sampler import SamplingParams
 
 if TYPE_CHECKING:
     from shardwise.launch.worker import RankContext
+    from shardwise.sharding.plan import Plan
 
 SERVE = "shardwise.launch.session:serve"
 """The job target of a model that waits for its parent's commands."""
@@ -36,6 +37,8 @@ class ModelConfig:
     device: str = "auto"
     """auto: cuda where every rank of a host can have a GPU, else cpu."""
     transport: str = "auto"
+    plan: str | None = None
+    """A plan document to replay; its layout then stands in the sizes above."""
 
 
 @dataclass(frozen=True)
@@ -105,10 +108,11 @@ class Session:
     def __init__(self, context: "RankContext", config: ModelConfig):
         from shardwise.comm.rank import use_groups
         from shardwise.comm.strategy import make_groups
+        from shardwise.sharding.checkpoint.resolve import open_checkpoint
 
         self.context, self.config = context, config
         self.device = choose_device(config.device, context.info)
-        plan, checkpoint = _plan(config)
+        plan, checkpoint = plan_of(config), open_checkpoint(config.model)
         world = context.communicator(device=self.device.split(":")[0], transport=config.transport)
         groups = make_groups(world, plan.layout)
         self.transport = world.transport
@@ -172,13 +176,15 @@ class Session:
         return progress
 
 
-def _plan(config: ModelConfig):
-    from shardwise.sharding.checkpoint.resolve import open_checkpoint
+def plan_of(config: ModelConfig) -> "Plan":
+    """The plan that the ranks run; errors of model, layout and plan file come up here. Needs no torch."""
     from shardwise.sharding.layout import ParallelLayout
     from shardwise.sharding.plan import plan
+    from shardwise.sharding.replay import replay
 
-    layout = ParallelLayout(config.tp, config.attn_dp, config.moe_tp, config.ep)
-    return plan(config.model, layout), open_checkpoint(config.model)
+    if config.plan is not None:
+        return replay(config.plan, config.model)
+    return plan(config.model, ParallelLayout(config.tp, config.attn_dp, config.moe_tp, config.ep))
 
 
 def choose_device(wanted: str, info) -> str:

@@ -19,10 +19,7 @@ def replay(path: str | Path, model: ModelSpec | Mapping[str, Any] | str | Path) 
     """
     document = read_document(Path(path))
     fields = Config(document, str(path))
-    sizes, options = fields.own("layout"), fields.own("options")
-    layout = ParallelLayout(
-        sizes.integer("tp"), sizes.integer("attn_dp"), sizes.integer("moe_tp"), sizes.integer("moe_ep")
-    )
+    layout, options = _layout(fields), fields.own("options")
     made = plan(
         model,
         layout,
@@ -39,6 +36,18 @@ def replay(path: str | Path, model: ModelSpec | Mapping[str, Any] | str | Path) 
             "differ; make a new plan, or use the model that this one was made for"
         )
     return made
+
+
+def layout_in(path: str | Path) -> ParallelLayout:
+    """The layout of the plan document `path`; ConfigError when it is none."""
+    return _layout(Config(read_document(Path(path)), str(path)))
+
+
+def _layout(fields: Config) -> ParallelLayout:
+    sizes = fields.own("layout")
+    return ParallelLayout(
+        sizes.integer("tp"), sizes.integer("attn_dp"), sizes.integer("moe_tp"), sizes.integer("moe_ep")
+    )
 
 
 def _placement(document: Mapping[str, Any], layout: ParallelLayout, source: str) -> tuple[tuple[int, ...], ...] | None:

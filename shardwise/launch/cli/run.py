@@ -37,6 +37,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--launcher", metavar="NAME", help=f"who starts the ranks: {', '.join(LAUNCHERS)} (default local)"
     )
     grid.add_argument("--ray-address", metavar="ADDRESS", help="an existing Ray cluster, for instance auto")
+    grid.add_argument(
+        "--plan", metavar="FILE", help="run the layout of a plan; a checkpoint it was not made for is refused"
+    )
     grid.add_argument("--transport", default="auto", metavar="NAME", help="what moves the bytes (default auto)")
     grid.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     grid.add_argument("--log-dir", metavar="DIR", help="where the ranks' logs and failure.json go")
@@ -107,6 +110,7 @@ def _generate(
             launcher=args.launcher,
             dtype=args.dtype,
             weights=args.weights,
+            plan=args.plan,
             device=args.device,
             transport=args.transport,
             ray_address=args.ray_address,
