@@ -52,6 +52,14 @@ def on(device, *shape):
 
 
 REFUSED = {
+    r"a down weight \[8, I\]": (
+        "torch_swiglu_mlp",
+        lambda: (on("cpu", 2, 8), on("cpu", 6, 8), on("cpu", 6, 8), on("cpu", 6, 8)),
+    ),
+    "multiple of 128": (
+        "fused_finegrained_fp8_swiglu_mlp",
+        lambda: (on("cpu", 2, 8), on("cpu", 12, 8), on("cpu", 8, 6), on("cpu", 1, 1), on("cpu", 1, 1)),
+    ),
     "weight": ("torch_rmsnorm_gated", lambda: (on("cpu", 2, 8), on("cpu", 6), None, 1e-5, 4)),
     "group_size 3": ("torch_rmsnorm_gated", lambda: (on("cpu", 2, 8), on("cpu", 8), None, 1e-5, 3)),
     "gate": ("torch_rmsnorm_gated", lambda: (on("cpu", 2, 8), on("cpu", 8), on("cpu", 2, 4), 1e-5, 4)),

@@ -1,0 +1,1 @@
+"""Gated MLPs with SiLU: down(silu(gate(x)) * up(x)), from separate or concatenated projections."""

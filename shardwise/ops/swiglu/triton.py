@@ -1,0 +1,42 @@
+"""SwiGLU MLP whose activation is one Triton kernel; the products stay PyTorch's."""
+
+import torch
+from torch.nn.functional import linear
+
+from shardwise.ops.registry import TRITON, operator
+from shardwise.ops.swiglu.reference import check, like_input
+from shardwise.ops.triton_support import Kernel, await_predecessor, dependent_launch, tl, triton
+
+_BLOCK = 1024
+
+
+@triton.jit(do_not_specialize=["count"])
+def _activate_kernel(gate_ptr, up_ptr, out_ptr, count, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    await_predecessor(PDL)
+    gate = tl.load(gate_ptr + i, mask=i < count, other=0.0).to(tl.float32)
+    up = tl.load(up_ptr + i, mask=i < count, other=0.0).to(tl.float32)
+    tl.store(out_ptr + i, (gate * tl.sigmoid(gate) * up).to(out_ptr.dtype.element_ty), mask=i < count)
+
+
+_launch = Kernel(_activate_kernel)
+
+
+@operator(fake=like_input, needs=(TRITON,), instead="torch_swiglu_mlp")
+def triton_swiglu_mlp(
+    input: torch.Tensor,
+    gate_weight: torch.Tensor,
+    up_weight: torch.Tensor,
+    down_weight: torch.Tensor,
+    gate_bias: torch.Tensor | None = None,
+    up_bias: torch.Tensor | None = None,
+    down_bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """As `torch_swiglu_mlp`; silu(gate) * up in float32, rounded once."""
+    check("triton_swiglu_mlp", input, tuple(up_weight.shape), tuple(down_weight.shape))
+    gate, up = linear(input, gate_weight, gate_bias), linear(input, up_weight, up_bias)
+    hidden, count = torch.empty_like(gate), gate.numel()
+    pdl = dependent_launch(input.device)
+    grid = (-(-count // _BLOCK), 1, 1)
+    _launch(input.device, grid, (gate, up, hidden), (count,), (_BLOCK, pdl), warps=4, pdl=pdl)
+    return linear(hidden, down_weight, down_bias)
