@@ -42,7 +42,7 @@ class P2PCommunicator(Delegating):
         region_bytes  workspace for one peer; 2 * (size - 1) times that is allocated. Larger calls go in pieces
         Raises P2PUnavailable on every rank when one cannot, or when the links fail their test.
         """
-        workspace = Workspace(beyond, torch.cuda.current_device(), region_bytes)
+        workspace = Workspace(beyond, region_bytes=region_bytes)
         from shardwise.comm.p2p.launch import Launcher  # triton is there: every rank has just said so
 
         group = cls(beyond, workspace, Launcher(workspace, SELF_TEST_SECONDS))

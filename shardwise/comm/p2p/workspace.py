@@ -69,10 +69,14 @@ class Workspace:
     records   pinned int64 tensor: what this rank waited for when a rank did not come, or its wait was ended
     """
 
-    def __init__(self, bootstrap: "Communicator", device: int, region_bytes: int | None = None):
-        """Called by every rank of `bootstrap`, which serves only to exchange handles. Raises P2PUnavailable alike."""
+    def __init__(self, bootstrap: "Communicator", device: int | None = None, region_bytes: int | None = None):
+        """Called by every rank of `bootstrap`, which serves only to exchange handles. Raises P2PUnavailable alike.
+
+        device        this rank's GPU; None: the current one
+        region_bytes  for one peer and slot; None: REGION_BYTES
+        """
         self.rank, self.size, self.ranks = bootstrap.rank, bootstrap.size, tuple(bootstrap.ranks)
-        self.device = device
+        self.device = -1 if device is None else device
         self.region_bytes = region_bytes or REGION_BYTES.get(self.size, 0)
         self.failure: CommError | None = None
         self._stream: torch.cuda.Stream | None = None
@@ -95,7 +99,7 @@ class Workspace:
         result, reason = None, None
         try:
             result = step()
-        except (CommError, OSError, ValueError) as error:
+        except Exception as error:  # whatever stops one rank must reach all, or they wait for it
             reason = str(error)
         reasons = bootstrap.all_gather_object(reason)
         if any(reasons):
@@ -111,6 +115,8 @@ class Workspace:
             raise ValueError(f"a group of {self.size} ranks; the kernels are built for 2, 4 and 8")
         if self.region_bytes < 4096 or self.region_bytes % 4096:
             raise ValueError(f"region_bytes {self.region_bytes} is not a positive multiple of 4096")
+        if self.device < 0:
+            self.device = torch.cuda.current_device()
         size = HEADER_BYTES + SLOTS * (self.size - 1) * self.region_bytes
         size = (size + _GRAIN - 1) // _GRAIN * _GRAIN
         self._base = cuda.malloc(size, self.device)
