@@ -183,8 +183,21 @@ def plan_of(config: ModelConfig) -> "Plan":
     from shardwise.sharding.replay import replay
 
     if config.plan is not None:
-        return replay(config.plan, config.model)
+        planned = replay(config.plan, config.model)
+        _refuse_redundant_experts(planned, config.plan)
+        return planned
     return plan(config.model, ParallelLayout(config.tp, config.attn_dp, config.moe_tp, config.ep))
+
+
+def _refuse_redundant_experts(planned: "Plan", source: str) -> None:
+    """Every rank computes all its experts, so an expert on two ranks would count twice."""
+    for axis, placement in planned.cuts.placement.items():
+        copies = sum(map(len, placement)) - axis.units
+        if copies:
+            raise ValueError(
+                f"{source}: places {copies} redundant experts, which the runtime does not run yet; make the plan without "
+                "--redundant-experts"
+            )
 
 
 def choose_device(wanted: str, info) -> str:

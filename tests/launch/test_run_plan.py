@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from shardwise.launch.llm import planned_sizes
+from shardwise.launch.session import ModelConfig, plan_of
 
 
 def shardwise(*arguments):
@@ -41,3 +42,26 @@ def test_a_size_that_contradicts_the_plan_is_named(plan_file):
     assert planned_sizes(str(plan_file), tp=None, attn_dp=1, moe_tp=0, ep=1) == (2, 1, 2, 1)
     with pytest.raises(ValueError, match="--tp 3, but the plan .* has 2"):
         planned_sizes(str(plan_file), tp=3, attn_dp=1, moe_tp=0, ep=1)
+
+
+def test_redundant_experts_are_refused_before_ranks_start(tmp_path):
+    model = tmp_path / "mixtral"
+    model.mkdir()
+    config = {
+        "architectures": ["MixtralForCausalLM"],
+        "hidden_size": 64,
+        "intermediate_size": 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "vocab_size": 100,
+        "torch_dtype": "float32",
+    }
+    (model / "config.json").write_text(json.dumps(config))
+    file = tmp_path / "plan.json"
+    code, _, err = shardwise("plan", model, "--tp", 2, "--ep", 2, "--redundant-experts", 2, "--json", file)
+    assert code == 0, err
+    with pytest.raises(ValueError, match="places 2 redundant experts"):
+        plan_of(ModelConfig(model=str(model), plan=str(file)))

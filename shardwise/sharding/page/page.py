@@ -23,7 +23,7 @@ def page(
     sections = [
         f"<h1>{escape(plan.model.name)}</h1>",
         f"<p class='lead'>{escape(plan.model.architecture)} · {escape(str(plan.layout))} on "
-        f"{escape(topology.device.name)} · {workload.batch} sequences of {workload.context} tokens</p>",
+        f"{escape(topology.device.name)} · {workload.batch} × {workload.context} tokens</p>",
         _cards(plan, estimate),
         _memory(plan, topology, estimate, workload),
         _map(plan),
