@@ -195,8 +195,8 @@ def _refuse_redundant_experts(planned: "Plan", source: str) -> None:
         copies = sum(map(len, placement)) - axis.units
         if copies:
             raise ValueError(
-                f"{source}: places {copies} redundant experts, which the runtime does not run yet; make the plan without "
-                "--redundant-experts"
+                f"{source}: places {copies} redundant experts, which the runtime does not run yet; "
+                "make the plan without --redundant-experts"
             )
 
 
