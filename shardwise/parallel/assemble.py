@@ -25,7 +25,7 @@ from shardwise.parallel.layers import (
     activation_named,
 )
 from shardwise.parallel.load_experts import load_experts
-from shardwise.parallel.moe import MoeBlock
+from shardwise.parallel.moe import DataParallelMoe, MoeBlock, MoeWithShared, SharedExpert
 from shardwise.parallel.rotary import RotaryAngles
 from shardwise.parallel.supported import check_supported
 from shardwise.parallel.weights import Weights
@@ -190,20 +190,31 @@ def dense_mlp(builder: DecoderBuilder, block: spec.DenseMlp, layer: int, prefix:
     return GatedMlp(gate_up=gate_up, down=down, activation=activation)
 
 
-def moe(builder: DecoderBuilder, block: spec.Moe, layer: int) -> MoeBlock:
-    weights, plan = builder.weights, builder.weights.plan
+def moe(builder: DecoderBuilder, block: spec.Moe, layer: int) -> MoeBlock | MoeWithShared | DataParallelMoe:
+    weights, plan, groups = builder.weights, builder.weights.plan, builder.groups
     local = plan.experts(weights.rank, block.expert_axis)
     slots = torch.full((block.expert_axis.units,), -1, dtype=torch.int64)
     slots[list(local)] = torch.arange(len(local))
-    gated = "shared_gate.weight" in block.roles
-    return MoeBlock(
+    routed = MoeBlock(
         router=builder.linear(block, "router", layer=layer),
         routing=block.routing,
         slots=slots.to(weights.device),
-        experts=load_experts(weights, block, layer, local, adds_bias=builder.groups.moe_tp.rank == 0),
+        experts=load_experts(weights, block, layer, local, adds_bias=groups.moe_tp.rank == 0),
         correction=weights.find(block, "router.correction", layer=layer, dtype=torch.float32),
-        shared=None if block.shared is None else dense_mlp(builder, block.shared, layer, "shared."),
-        shared_gate=builder.linear(block, "shared_gate", layer=layer) if gated else None,
+    )
+    shared = _shared_expert(builder, block, layer)
+    if groups.attn_dp.size > 1:
+        return DataParallelMoe(routed=routed, groups=groups, shared=shared)
+    return routed if shared is None else MoeWithShared(routed=routed, shared=shared)
+
+
+def _shared_expert(builder: DecoderBuilder, block: spec.Moe, layer: int) -> SharedExpert | None:
+    if block.shared is None:
+        return None
+    gated = "shared_gate.weight" in block.roles
+    return SharedExpert(
+        mlp=dense_mlp(builder, block.shared, layer, "shared."),
+        gate=builder.linear(block, "shared_gate", layer=layer) if gated else None,
     )
 
 

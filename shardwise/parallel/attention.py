@@ -1,5 +1,6 @@
 """The attention mixer: fused projection, per-head norms, rotation, cached attention, output projection."""
 
+import torch
 from torch import Tensor
 
 from shardwise.parallel.batch import Batch
@@ -37,6 +38,8 @@ class AttentionMixer:
 
     def __call__(self, x: Tensor, batch: Batch, cache: KvCache) -> Tensor:
         tokens = x.shape[0]
+        if tokens == 0:  # the other groups of data-parallel attention have tokens in this step
+            return torch.zeros_like(x)
         qkv = self.qkv(x)
         qk = qkv.narrow(1, 0, self._keys_end).view(tokens, -1, self.head_dim)
         if self.q_norm is not None and self.k_norm is not None:

@@ -136,27 +136,35 @@ class Engine:
         if self._running:
             raise RuntimeError("the engine is in the middle of another stream: exhaust or close that one first")
         cache = self._cache_for(requests)
+        own = requests[self.groups.attn_dp.rank :: self.groups.attn_dp.size]
         scheduler = Scheduler(cache=cache, step_tokens=STEP_TOKENS, device=self.device)
-        scheduler.add(requests)
+        scheduler.add(own)
+        unfinished = len(requests)
         self._running = True
         try:
-            while scheduler.has_work:
-                yield from self._step(scheduler, cache)
+            while unfinished:
+                for number, token in self._step(scheduler, cache):
+                    event = self._accept(requests[number], token)
+                    if event.finished:
+                        unfinished -= 1
+                        scheduler.finish(requests[number])
+                    yield event
         finally:
             self._running = False
-            for request in requests:
+            for request in own:
                 scheduler.finish(request)
 
-    def _step(self, scheduler: Scheduler, cache: KvCache) -> Iterator[TokenEvent]:
+    def _step(self, scheduler: Scheduler, cache: KvCache) -> list[tuple[int, int]]:
+        """(request, token) pairs of all data-parallel groups; a group without work takes part with no token."""
         step = scheduler.next_step()
         # Entered for each step: a generator that is suspended inside would leave its caller in inference mode.
         with torch.inference_mode():
             tokens = self._sample(self._hidden(step.batch, cache), step.sampled)
-        for request, token in zip(step.sampled, tokens, strict=True):
-            event = self._accept(request, token)
-            if event.finished:
-                scheduler.finish(request)
-            yield event
+        self.groups.check_waits()
+        pairs = [(request.number, token) for request, token in zip(step.sampled, tokens, strict=True)]
+        if self.groups.attn_dp.size == 1:
+            return pairs
+        return [pair for group in self.groups.attn_dp.all_gather_object(pairs) for pair in group]
 
     def _hidden(self, batch: Batch, cache: KvCache) -> torch.Tensor:
         if self._token_step is not None and batch.is_single_token and isinstance(cache, SlotCache):
@@ -191,12 +199,14 @@ class Engine:
         return tuple(request.tokens[:-1] if ended else request.tokens)
 
     def _cache_for(self, requests: list[Request]) -> KvCache:
-        """The cache for these requests: rows as long as the longest may become, or pages of `cache_tokens` tokens.
+        """The cache for these requests, which the data-parallel groups share out in turn.
 
-        ValueError when one request alone needs more than all pages.
+        Rows as long as the longest may become, or pages of `cache_tokens` tokens. ValueError, on all ranks, when one
+        request alone needs more than all pages.
         """
         longest = max((len(r.prompt) + r.params.max_new_tokens for r in requests), default=1)
-        length, slots = min(longest, self.max_length), max(1, min(len(requests), MAX_BATCH))
+        share = -(-len(requests) // self.groups.attn_dp.size)
+        length, slots = min(longest, self.max_length), max(1, min(share, MAX_BATCH))
         pages = None if self.cache_tokens is None else self.cache_tokens // PAGE_SIZE
         if pages is not None and length > pages * PAGE_SIZE:
             raise ValueError(

@@ -11,11 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from shardwise.comm.rank import Groups
 from shardwise.ops.moe.contract import SILU
 from shardwise.ops.moe.reference import run_experts, swiglu_clamped
 from shardwise.ops.moe.triton import triton_moe_fused
 from shardwise.parallel.layers import LinearLike
 from shardwise.parallel.routing import route
+from shardwise.partition import extent, lengths
 from shardwise.sharding.spec import Routing
 
 
@@ -68,33 +70,63 @@ class Experts:
 
 
 class MoeBlock:
-    """Router, local experts and shared expert.
+    """Router and local experts.
 
     slots   int64 [number of experts of the model]: local slot of each expert, -1 for those of other ranks
     """
 
     def __init__(
-        self,
-        *,
-        router: LinearLike,
-        routing: Routing,
-        slots: Tensor,
-        experts: Experts,
-        correction: Tensor | None = None,
-        shared: Callable[[Tensor], Tensor] | None = None,
-        shared_gate: LinearLike | None = None,
+        self, *, router: LinearLike, routing: Routing, slots: Tensor, experts: Experts, correction: Tensor | None = None
     ):
         self.router, self.routing, self.correction = router, routing, correction
         self.slots, self.experts = slots, experts
-        self.shared, self.shared_gate = shared, shared_gate
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [T, H] -> this rank's partial sum [T, H]."""
         ids, weights = route(self.router(x), self.routing, self.correction)
-        out = self.experts(x, self.slots[ids], weights)
-        if self.shared is None:
-            return out
-        shared = self.shared(x)
-        if self.shared_gate is not None:
-            shared = shared * torch.sigmoid(self.shared_gate(x))
-        return out + shared
+        return self.experts(x, self.slots[ids], weights)
+
+
+class SharedExpert:
+    """A dense feed-forward for all tokens, whose output a sigmoid may scale."""
+
+    def __init__(self, *, mlp: Callable[[Tensor], Tensor], gate: LinearLike | None = None):
+        self.mlp, self.gate = mlp, gate
+
+    def __call__(self, x: Tensor) -> Tensor:
+        out = self.mlp(x)
+        return out if self.gate is None else out * torch.sigmoid(self.gate(x))
+
+
+class MoeWithShared:
+    """Routed experts and the shared one, in one partial sum."""
+
+    def __init__(self, *, routed: MoeBlock, shared: SharedExpert):
+        self.routed, self.shared = routed, shared
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.routed(x) + self.shared(x)
+
+
+class DataParallelMoe:
+    """Experts that all ranks share while attention is data parallel: each attn_dp group brings tokens of its own.
+
+    Tokens of all groups are gathered, routed and computed on every rank. The sum over the world is scattered so that
+    each tensor-parallel rank gets some of its group's tokens; the layer's all-reduce puts those together.
+    """
+
+    def __init__(self, *, routed: MoeBlock, groups: Groups, shared: Callable[[Tensor], Tensor] | None = None):
+        self.routed, self.shared, self.groups = routed, shared, groups
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x [T, H], T different for each attn_dp group and possibly 0 -> partial sum [T, H]."""
+        groups = self.groups
+        mine = torch.tensor([x.shape[0]], dtype=torch.int64)
+        counts = groups.attn_dp.all_gather(mine.to(x.device)).tolist()
+        everyone = groups.attn_dp.all_gather(x, dim=0, sizes=counts)
+        parts = [size for count in counts for size in lengths(count, groups.tp.size)]  # tp is fastest inside attn_dp
+        rows = groups.world.reduce_scatter(self.routed(everyone), dim=0, sizes=parts)
+        out = torch.zeros_like(x)
+        start, stop = extent(x.shape[0], groups.tp.size, groups.tp.rank)
+        out[start:stop] = rows
+        return out if self.shared is None else out + self.shared(x)

@@ -64,7 +64,15 @@ MOE_LAYOUTS = [
 ]
 
 
-CASES = [(name, layout) for name in FAMILIES for layout in LAYOUTS + (MOE_LAYOUTS if name in MOE_FAMILIES else [])]
+DATA_PARALLEL_LAYOUTS = [
+    ParallelLayout(tp=1, attn_dp=2, moe_ep=2),
+    ParallelLayout(tp=2, attn_dp=2, moe_ep=4),
+    ParallelLayout(tp=1, attn_dp=4, moe_ep=2),
+]
+"""With 3 prompts, one of four groups has none and takes part without tokens."""
+CASES = [(name, layout) for name in FAMILIES for layout in LAYOUTS]
+CASES += [(name, layout) for name in MOE_FAMILIES for layout in MOE_LAYOUTS + DATA_PARALLEL_LAYOUTS]
+CASES += [("llama", ParallelLayout(tp=2, attn_dp=2))]
 
 
 @pytest.fixture(scope="module")
