@@ -115,6 +115,12 @@ class Communicator(ABC):
         """`value` of group rank `root`."""
         return self.all_gather_object(value if self.rank == root else None)[root]
 
+    def check_waits(self) -> None:  # noqa: B027  (most transports have nothing to do here)
+        """Raise what a wait on the device has found, also in replays of a graph. Call it after synchronising.
+
+        Transports that wait on the host raise where they wait.
+        """
+
     @abstractmethod
     def abort(self, reason: str) -> None:
         """Unblock every member: their pending and later calls raise CommError with `reason`."""

@@ -40,6 +40,11 @@ class Groups:
     moe_tp: "Communicator"
     moe_ep: "Communicator"
 
+    def check_waits(self) -> None:
+        """Raise what waits on the device have found in any group. Call it after synchronising."""
+        for group in (self.world, self.tp, self.attn_dp, self.moe_tp, self.moe_ep):
+            group.check_waits()
+
 
 _CURRENT: ContextVar[Groups | None] = ContextVar("shardwise_groups", default=None)
 
