@@ -3,6 +3,7 @@
 import pytest
 import samples_rope
 import torch
+import torch.distributed as dist
 
 import shardwise.ops  # noqa: F401  (registers the operators)
 from shardwise.ops.registry import TRITON
@@ -28,6 +29,18 @@ def test_a_sharded_norm_weighs_uneven_parts_by_their_length(parts):
 
     whole = torch.cat(run_threads(len(parts), rank), -1)
     torch.testing.assert_close(whole, OPS.torch_rmsnorm(x, weight, 1e-5), rtol=1e-5, atol=1e-6)
+
+
+def test_a_sharded_norm_takes_the_default_process_group_where_no_groups_are_set():
+    x, weight = torch.randn(2, 8), torch.rand(8)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        result = OPS.sharded_rmsnorm(x, weight, 1e-5, 1)
+        with pytest.raises(ValueError, match="world_size = 2"):
+            OPS.sharded_rmsnorm(x, weight, 1e-5, 2)
+    finally:
+        dist.destroy_process_group()
+    torch.testing.assert_close(result, OPS.torch_rmsnorm(x, weight, 1e-5))
 
 
 def test_a_sharded_norm_for_another_group_size_is_refused():
