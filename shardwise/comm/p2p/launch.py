@@ -96,6 +96,9 @@ class Launcher:
                 f"a row of {rows.chunks * CHUNK_BYTES} bytes does not fit the workspace's region of "
                 f"{self.workspace.region_bytes} bytes: make the communicator with a larger region_bytes"
             )
+        if rows.count <= limit:
+            self._launch(rows, tuning, (x, residual, weight, out, residual_out), eps, weight_bias, fused, launch)
+            return
         for first in range(0, rows.count, limit):
             count = min(limit, rows.count - first)
             start, stop = first * rows.width, min(rows.total, (first + count) * rows.width)
