@@ -88,7 +88,7 @@ _PRE_TOKENIZERS: dict[str, Callable[[], pre_tokenizers.PreTokenizer]] = {
     "llama-bpe": lambda: _words(r"\p{N}{1,3}"),
     "qwen2": lambda: _words(r"\p{N}"),
 }
-_CONTROL, _USER_DEFINED = 3, 4  # values of `tokenizer.ggml.token_type`
+_NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4  # values of `tokenizer.ggml.token_type`
 
 
 def _from_gguf(file: GgufFile) -> Tokenizer:
@@ -99,10 +99,14 @@ def _from_gguf(file: GgufFile) -> Tokenizer:
             f"{file.path}: tokenizer.ggml.model {kind!r} with tokenizer.ggml.pre {words!r} is not supported; "
             f"supported: 'gpt2' with {', '.join(_PRE_TOKENIZERS)}"
         )
-    tokens, types = meta["tokenizer.ggml.tokens"], meta["tokenizer.ggml.token_type"]
-    merges = [tuple(merge.split(" ", 1)) for merge in meta["tokenizer.ggml.merges"]]
+    tokens = meta.get("tokenizer.ggml.tokens", [])
+    types = meta.get("tokenizer.ggml.token_type", [_NORMAL] * len(tokens))
+    merges = [tuple(merge.split(" ", 1)) for merge in meta.get("tokenizer.ggml.merges", [])]
     vocabulary = {token: i for i, token in enumerate(tokens)}
-    backend = Backend(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=words == "llama-bpe"))
+    try:
+        backend = Backend(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=words == "llama-bpe"))
+    except Exception as error:  # the library raises no narrower one
+        raise CheckpointError(f"{file.path}: tokenizer.ggml.tokens and .merges do not fit: {error}") from None
     backend.pre_tokenizer = _PRE_TOKENIZERS[words]()
     backend.decoder = decoders.ByteLevel()
     marked = [(token, kind) for token, kind in zip(tokens, types, strict=True) if kind in (_CONTROL, _USER_DEFINED)]
