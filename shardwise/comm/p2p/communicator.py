@@ -130,6 +130,10 @@ class P2PCommunicator(Delegating):
         with self._flight():
             self.launcher.all_reduce(source, target, tuning)
 
+    def _barrier(self) -> None:
+        self.synchronize()
+        super()._barrier()
+
     def _flight(self) -> "_SingleFlight":
         return _SingleFlight(self)
 
