@@ -3,10 +3,11 @@
 Built from an assembled `Decoder`; it shares the decoder's weights and cache and computes the same function. A token
 streams hundreds of megabytes of weights, which leave little else in the core's caches, so that a tensor operation of
 1 µs takes 5 to 10 here: this step makes half as many of them as the layers do (views are taken in one call each, the
-attention scale is part of the rotation), and no Python calls between them.
+attention scale is part of the rotation, norms are a factor of the product behind them), and no Python calls between.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -45,35 +46,38 @@ class TokenStep:
         reason = reason_against(decoder)
         if reason:
             raise ValueError(f"the decoder has no single-token step: {reason}")
-        self._embedding, self._first = decoder.embedding, decoder.first_norm
+        self._embedding = decoder.embedding
         group = decoder.layers[0].between.group
         self._all_reduce = group.all_reduce if group.size > 1 else None
-        self._layers = [_weights(layer) for layer in decoder.layers]
+        norms = [decoder.first_norm, *(layer.after.norm for layer in decoder.layers)]
+        with torch.inference_mode():
+            self._layers = [_folded(x, before) for x, before in zip(decoder.layers, norms, strict=False) if before]
+        last = norms[-1]
+        assert last is not None
+        self._last = last
         self._zero = torch.zeros(())
 
     def __call__(self, batch: Batch, cache: SlotCache) -> Tensor:
         span = batch.spans[0]
-        angles = {heads: _angles(heads, batch) for heads, *_ in self._layers}
+        angles = {layer.heads: _angles(layer.heads, batch) for layer in self._layers}
         residual = self._embedding(batch.tokens)
-        x = self._first(residual)
         row, width = residual[0], residual.shape[1]
-        all_reduce, zero, mm, addcmul = self._all_reduce, self._zero, torch.mm, torch.addcmul
-        for number, (heads, qkv, out, between, gate_up, down, after) in enumerate(self._layers):
+        all_reduce, zero, mm, addmm = self._all_reduce, self._zero, torch.mm, torch.addmm
+        for number, (heads, qkv, out, gate_up, down, mixer_eps, mlp_eps) in enumerate(self._layers):
             cos, sin = angles[heads]
-            part = mm(_attend(mm(x, qkv), heads, cos, sin, cache.tokens(number), span.slot, span.past), out)
+            factor = (float(row.dot(row)) / width + mixer_eps) ** -0.5
+            projected = addmm(zero, residual, qkv, beta=0, alpha=factor)
+            part = mm(_attend(projected, heads, cos, sin, cache.tokens(number), span.slot, span.past), out)
             if all_reduce is not None:
                 all_reduce(part, out=part)
             residual.add_(part)
-            factor = (float(row.dot(row)) / width + between.eps) ** -0.5
-            x = addcmul(zero, residual, between.weight, value=factor)
-            gate, up = mm(x, gate_up).chunk(2, 1)
+            factor = (float(row.dot(row)) / width + mlp_eps) ** -0.5
+            gate, up = addmm(zero, residual, gate_up, beta=0, alpha=factor).chunk(2, 1)
             part = mm(F.silu(gate).mul_(up), down)
             if all_reduce is not None:
                 all_reduce(part, out=part)
             residual.add_(part)
-            factor = (float(row.dot(row)) / width + after.eps) ** -0.5
-            x = addcmul(zero, residual, after.weight, value=factor)
-        return x
+        return self._last(residual)
 
 
 def reason_against(decoder: Decoder) -> str:
@@ -96,15 +100,31 @@ def reason_against(decoder: Decoder) -> str:
     return ""
 
 
-def _weights(layer: DecoderLayer) -> tuple[_Heads, Tensor, Tensor, Norm, Tensor, Tensor, Norm]:
-    mixer, mlp, norms = layer.mixer, layer.feed_forward, (layer.between.norm, layer.after.norm)
-    assert isinstance(mixer, AttentionMixer) and isinstance(mlp, GatedMlp) and mixer.rotary is not None
+class _Layer(NamedTuple):
+    """What a step needs of one layer."""
+
+    heads: _Heads
+    qkv: Tensor
+    out: Tensor
+    gate_up: Tensor
+    down: Tensor
+    mixer_eps: float
+    mlp_eps: float
+
+
+def _folded(layer: DecoderLayer, before: Norm) -> _Layer:
+    """The layer with its norms' weights multiplied into the products behind them; the decoder's layer changes, too."""
+    mixer, mlp, between = layer.mixer, layer.feed_forward, layer.between.norm
+    assert isinstance(mixer, AttentionMixer) and isinstance(mlp, GatedMlp)
+    assert mixer.rotary is not None and between is not None
     linears = [linear.weight for linear in (mixer.qkv, mixer.out, mlp.gate_up, mlp.down) if isinstance(linear, Linear)]
     qkv, out, gate_up, down = linears
-    assert norms[0] is not None and norms[1] is not None
+    for norm, weight in ((before, qkv), (between, gate_up)):
+        weight.mul_(norm.weight[:, None])
+        norm.weight = torch.ones_like(norm.weight)
     masking = mixer.masking
     heads = _Heads(mixer.heads, mixer.kv_heads, mixer.head_dim, masking.scale, masking.window, mixer.rotary)
-    return heads, qkv, out, norms[0], gate_up, down, norms[1]
+    return _Layer(heads, qkv, out, gate_up, down, before.eps, between.eps)
 
 
 def _angles(heads: _Heads, batch: Batch) -> tuple[Tensor, Tensor]:
