@@ -5,7 +5,7 @@ weights that take part (of routed experts the expected share that the batch touc
 decides, since all ranks wait for it. Nothing here is fitted to a model; the machine's figures are `topology.py`'s.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from math import prod
 
 from shardwise.sharding.axes import Axis, MeshAxis
@@ -15,10 +15,12 @@ from shardwise.sharding.shards import TensorPattern
 from shardwise.sharding.spec import Attention, GatedDelta, Mamba2, MlaAttention, Moe
 from shardwise.sharding.topology import Topology
 
-KERNELS_PER_DENSE_LAYER = 5
-"""The fused decode step: projection, attention, output, gate and up, down."""
-KERNELS_PER_MOE_LAYER = 4
-"""Routing, two grouped products, combine, in place of the dense products."""
+KERNELS_PER_MIXER = 3
+"""The fused decode step: projection, attention, output."""
+KERNELS_PER_DENSE = 2
+"""Gate and up, down."""
+KERNELS_PER_MOE = 4
+"""Routing, two grouped products, combine."""
 KERNELS_PER_STEP = 4
 """Embedding, final norm with head, sampling."""
 ACTIVATION_BYTES = 2
@@ -40,6 +42,12 @@ class Workload:
     """New tokens a sequence in prefill, chunks of which are `chunk` tokens."""
     chunk: int = 8192
     """Most tokens of one prefill step on one data-parallel rank."""
+
+    def __post_init__(self):
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if value < 1:
+                raise ValueError(f"{field.name} is {value}, expected at least 1")
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,7 +249,8 @@ def _attention_operations(plan: Plan, rank: int, prompt: int) -> float:
 
 def _kernels(plan: Plan) -> int:
     return KERNELS_PER_STEP + sum(
-        len(layer.mixers) * 3 + sum(KERNELS_PER_MOE_LAYER if isinstance(f, Moe) else 2 for f in layer.feed_forward)
+        len(layer.mixers) * KERNELS_PER_MIXER
+        + sum(KERNELS_PER_MOE if isinstance(f, Moe) else KERNELS_PER_DENSE for f in layer.feed_forward)
         for layer in plan.model.layers
     )
 

@@ -16,7 +16,9 @@ from shardwise.sharding.checkpoint.per_rank import (
     REST,
     SOURCE,
     RankTensor,
+    copy_small_files,
     in_blocks,
+    make_folder,
     ranges_in_blocks,
     read_header,
 )
@@ -32,13 +34,16 @@ class _Part:
 
 
 def merge_shards(folder: Path, out: Path) -> list[Path]:
-    """Write the original safetensors files into `out`; returns their paths.
+    """Write the original safetensors files into `out`, and the model's small files beside them.
 
-    CheckpointError when a rank's file is missing or from another plan, or when parts leave an element uncovered.
+    Returns the safetensors files. CheckpointError when a rank's file is missing or from another plan, when parts leave
+    an element uncovered, or when `out` is `folder` or holds one of the files.
     """
     headers = _source_headers(folder)
     parts = _parts(folder)
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
+    if out.resolve() == folder.resolve():
+        raise CheckpointError(f"{out} holds the rank files themselves; give another --out")
     written = []
     for name, text in headers.items():
         if Path(name).name != name:
@@ -48,6 +53,7 @@ def merge_shards(folder: Path, out: Path) -> list[Path]:
             raise CheckpointError(f"{path} exists; give an empty --out")
         _write(path, text, parts)
         written.append(path)
+    copy_small_files(folder, out)
     return written
 
 

@@ -6,6 +6,7 @@ without the model's code. `source.json` keeps the headers of the original files,
 """
 
 import json
+import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,8 @@ PLAN, SOURCE, JOURNAL = "plan.json", "source.json", "shard.journal"
 PARTIAL = ".partial"
 REST = "rest.safetensors"
 """Tensors that no rank loads (extras, leftover buffers), kept whole so that nothing is lost."""
+COPIED = ("*.json", "*.jinja", "*.model", "*.txt")
+"""Small files of the model folder that go along."""
 ALIGNMENT = 64
 """Data starts at a multiple of this many bytes, so that a loader can map it."""
 
@@ -40,6 +43,22 @@ class RankTensor:
     nbytes: int
     cut: Cut | None
     """None: the whole tensor."""
+
+
+def make_folder(folder: Path) -> None:
+    """Create `folder` and its parents; CheckpointError where a file is in the way."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise CheckpointError(f"{folder} is no folder and cannot become one: a file is in the way") from None
+
+
+def copy_small_files(source: Path, target: Path) -> None:
+    """Config, index, tokenizer and chat template, but not what `shardwise shard` itself writes."""
+    for pattern in COPIED:
+        for file in source.glob(pattern):
+            if file.name not in (PLAN, SOURCE):
+                shutil.copyfile(file, target / file.name)
 
 
 def file_name(rank: int, world: int) -> str:

@@ -7,7 +7,6 @@ interrupted job goes on from there. Free of torch.
 
 import json
 import os
-import shutil
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -25,8 +24,10 @@ from shardwise.sharding.checkpoint.per_rank import (
     SOURCE,
     Cut,
     RankTensor,
+    copy_small_files,
     file_name,
     header_of,
+    make_folder,
 )
 from shardwise.sharding.checkpoint.resolve import Checkpoint
 from shardwise.sharding.document import document
@@ -34,8 +35,6 @@ from shardwise.sharding.plan import Plan
 
 SYNC_BYTES = 1 << 30
 """Data written between two notes in the journal."""
-COPIED = ("*.json", "*.jinja", "*.model", "*.txt")
-"""Small files of the model folder that go along: config, index, tokenizer, chat template."""
 
 Progress = Callable[[int, int], None]
 """Called with (bytes written, bytes in all)."""
@@ -56,7 +55,7 @@ def write_shards(plan: Plan, checkpoint: Checkpoint, out: Path, *, progress: Pro
     """
     if checkpoint.gguf is not None:
         raise CheckpointError(f"{checkpoint.path}: GGUF types have no safetensors form; shard a safetensors folder")
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     if out.resolve() == checkpoint.path.resolve():
         raise CheckpointError(f"{out} is the model's own folder; give another --out")
     described = document(plan)
@@ -69,10 +68,7 @@ def write_shards(plan: Plan, checkpoint: Checkpoint, out: Path, *, progress: Pro
     _write_json(out / PLAN, described)
     entries = _source_order(checkpoint)
     _write_json(out / SOURCE, _source_headers(entries))
-    for pattern in COPIED:
-        for file in checkpoint.path.glob(pattern):
-            if file.name not in (PLAN, SOURCE):
-                shutil.copyfile(file, out / file.name)
+    copy_small_files(checkpoint.path, out)
     if done != len(entries):
         _stream(plan, entries, finals, plan_hash, done or 0, progress)
     for final in finals:
