@@ -85,6 +85,8 @@ class MessageArrivals(Arrivals):
         self.rank = comm.Get_rank()
         self.size = comm.Get_size()
         self.count = 0
+        self._sent: list = []
+        """Requests hold the memory of messages that may still be under way."""
 
     def meet(self, limit: float) -> None:
         self.count += 1
@@ -123,7 +125,7 @@ class MessageArrivals(Arrivals):
         return self.comm.recv(source=peer, tag=LATE_TAG) == self.count
 
     def _tell(self, tag: int, value: Any) -> None:
-        self._sent = [self.comm.isend(value, dest=peer, tag=tag) for peer in range(self.size) if peer != self.rank]
+        self._sent += [self.comm.isend(value, dest=peer, tag=tag) for peer in range(self.size) if peer != self.rank]
 
     def abort(self, reason: str) -> None:
         self._tell(ABORT_TAG, reason)

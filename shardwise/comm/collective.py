@@ -4,6 +4,7 @@ A transport implements the `_`-methods at the end of `Collective` on contiguous 
 the rest, so that shapes, ragged sizes, errors and records are the same everywhere.
 """
 
+import hashlib
 import os
 import pickle
 from abc import abstractmethod
@@ -20,6 +21,7 @@ from shardwise.comm.base import STRATEGIES, CollectiveMismatch, CommError, Commu
 from shardwise.comm.watch import FLIGHT, Deadlines
 
 FINGERPRINT_BYTES = 256
+ALONE = "one rank has no peers to talk to"
 _MULTICAST = "needs NVLink multicast, which is never used here; use AUTO, ONESHOT or TWOSHOT"
 UNUSABLE = {
     "UB": "user buffers reduce through NVLS: " + _MULTICAST,
@@ -49,6 +51,15 @@ def require_strategy(strategy: str) -> None:
     require_strategy_name(strategy)
     if strategy in UNUSABLE:
         raise CommError(f"strategy {strategy}: {UNUSABLE[strategy]}")
+
+
+def _fingerprint(call: str) -> bytes:
+    """`call` for comparison: as it is, or where it is too long (sizes of many ranks) its beginning and a digest."""
+    blob = call.encode()
+    if len(blob) <= FINGERPRINT_BYTES:
+        return blob
+    digest = f"... {hashlib.blake2b(blob, digest_size=8).hexdigest()}".encode()
+    return blob[: FINGERPRINT_BYTES - len(digest)] + digest
 
 
 class Collective(Communicator):
@@ -232,7 +243,7 @@ class Collective(Communicator):
     def _alone(self, name: str) -> "Collective":
         from shardwise.comm.fake import FakeCommunicator  # which derives from this class
 
-        return FakeCommunicator(
+        group = FakeCommunicator(
             0,
             (self._world_rank,),
             name=name,
@@ -240,6 +251,8 @@ class Collective(Communicator):
             check=self.check,
             deterministic=self.deterministic,
         )
+        group.reason = ALONE
+        return group
 
     def abort(self, reason: str) -> None:
         self.broken = self.broken or reason
@@ -284,7 +297,7 @@ class Collective(Communicator):
             f"#{entry[watch.SEQUENCE]} {entry[watch.OP]} shape={shape} dtype={entry[watch.DTYPE]} "
             f"strategy={entry[watch.STRATEGY]} group={entry[watch.GROUP]} {details}"
         )
-        calls = self._exchange(call.encode()[:FINGERPRINT_BYTES])
+        calls = self._exchange(_fingerprint(call))
         for rank, other in enumerate(calls):
             if other != calls[0]:
                 raise self._fail(
@@ -307,7 +320,7 @@ class Collective(Communicator):
         return f"{entry[watch.OP]} #{entry[watch.SEQUENCE]} on group {self.name}, rank {self._world_rank}"
 
     def _last_entry(self) -> list | None:
-        for entry in reversed(FLIGHT.ring):
+        for entry in reversed(list(FLIGHT.ring)):  # a copy: ranks that are threads append to it meanwhile
             if entry[watch.RANK] == self._world_rank and entry[watch.GROUP] == self.name:
                 return entry
         return None

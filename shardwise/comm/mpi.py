@@ -96,7 +96,6 @@ class MpiCommunicator(Collective):
         self._mpi = library()
         self._types = _datatypes(self._mpi)
         self._arrivals = arrivals or _arrivals(comm, options["deadlines"].rendezvous)
-        self._owned: list = []
 
     def all_reduce(self, tensor: Tensor, *, out: Tensor | None = None, strategy: str = "AUTO") -> Tensor:
         plain = tensor.is_cpu and tensor.is_contiguous() and not tensor.requires_grad
@@ -150,9 +149,9 @@ class MpiCommunicator(Collective):
             self._all_reduce(wide, wide)
             target.copy_(wide)
             return
-        host = self._host(target, filled=False)
-        if source.data_ptr() != host.data_ptr():
-            host.copy_(source)
+        if source.data_ptr() != target.data_ptr():
+            target.copy_(source)
+        host = self._host(target)  # which waits for the copy
         self._meet()
         for piece in host.split(PIECE):
             self.comm.Allreduce(self._mpi.IN_PLACE, self._buffer(piece))
@@ -168,6 +167,8 @@ class MpiCommunicator(Collective):
         else:
             parts = host.split(list(counts))
             parts[self.rank].copy_(source)
+            if host.is_cuda:
+                torch.cuda.current_stream(host.device).synchronize()
             for root, part in enumerate(parts):
                 for piece in part.split(PIECE):
                     self.comm.Bcast(self._buffer(piece), root=root)

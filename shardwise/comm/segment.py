@@ -202,8 +202,7 @@ def share(
     segment = problem = None
     try:
         if rank == 0:
-            fd = os.memfd_create("shardwise", os.MFD_CLOEXEC)
-            os.ftruncate(fd, Segment.length(len(members), half))
+            fd, problem = _memory(Segment.length(len(members), half))
         everyone = gather(key + "/offer", (Identity.mine(), fd))
         people = [everyone[member][0] for member in members]
         try:
@@ -213,7 +212,7 @@ def share(
             finally:
                 os.close(opened)
         except OSError as error:
-            problem = f"process {os.getpid()}: {error}"
+            problem = problem or f"process {os.getpid()}: {error}"
         problems = [text for text in gather(key + "/mapped", problem) if text]
     finally:
         if fd >= 0:
@@ -223,10 +222,25 @@ def share(
     return segment
 
 
+def _memory(length: int) -> tuple[int, str | None]:
+    """(descriptor, None), or (-1, reason): the peers must hear of it, so it is not raised here."""
+    fd = -1
+    try:
+        fd = os.memfd_create("shardwise", os.MFD_CLOEXEC)
+        os.ftruncate(fd, length)
+    except OSError as error:
+        if fd >= 0:
+            os.close(fd)
+        return -1, f"process {os.getpid()}: {error}"
+    return fd, None
+
+
 def _open(offer: tuple[Identity, int], people: list[Identity]) -> int:
     """A descriptor of the leader's memory."""
     leader, fd = offer
     hosts = {person.host for person in people}
     if len(hosts) > 1:
         raise OSError(f"the ranks are on {len(hosts)} hosts, in different containers, or of different users")
+    if fd < 0:
+        raise OSError(f"process {leader.pid} could not make the memory")
     return os.open(f"/proc/{leader.pid}/fd/{fd}", os.O_RDWR)

@@ -85,9 +85,13 @@ def create(
         "deterministic": deterministic,
     }
     if transport == "fake" or (info.world == 1 and transport == "auto"):
+        from shardwise.comm.collective import ALONE
         from shardwise.comm.fake import FakeCommunicator
 
-        return FakeCommunicator(info.rank, range(info.world), **options)
+        group = FakeCommunicator(info.rank, range(info.world), **options)
+        if transport == "auto":
+            group.reason = ALONE
+        return group
     if transport == "threads":
         raise CommError("transport threads has no processes to join: use shardwise.testing.run_threads")
     makers = {"cpu": _create_cpu, "cuda": _create_cuda}

@@ -284,12 +284,15 @@ class TorchDistCommunicator(Collective):
             self.control.abort(reason)
 
     def close(self) -> None:
-        closed = self.broken == "the group is closed"
+        closed, healthy = self.broken == "the group is closed", self.broken is None
         super().close()
         if self.control is not None:
             self.control.close()
         if self._owner and not closed and dist.is_initialized():
-            dist.destroy_process_group()
+            if healthy:
+                dist.destroy_process_group()
+            else:
+                _leave(self.deadlines.stop)
 
 
 def _leave(limit: float) -> None:
