@@ -10,9 +10,11 @@ from torch import Tensor
 from shardwise.parallel.block_linear import NATIVE, ROWS
 from shardwise.parallel.dequantise import Scaled, dequantise
 from shardwise.sharding.checkpoint.gguf_model import StoredTensor
-from shardwise.sharding.checkpoint.header import STORAGE, CheckpointError
+from shardwise.sharding.checkpoint.header import STORAGE, CheckpointError, TensorEntry
+from shardwise.sharding.checkpoint.per_rank import is_per_rank, rank_entries
 from shardwise.sharding.checkpoint.reader import NUMPY, Reader
 from shardwise.sharding.checkpoint.resolve import Checkpoint
+from shardwise.sharding.document import plan_hash
 from shardwise.sharding.plan import Plan
 from shardwise.sharding.shards import TensorShard
 from shardwise.sharding.spec import Block, TensorSpec
@@ -41,6 +43,10 @@ class Weights:
         self.plan, self.rank, self.dtype, self.device = plan, rank, dtype, device
         self.native = native
         self._checkpoint, self._reader = checkpoint, Reader()
+        self._own: dict[str, TensorEntry] | None = None
+        """Parts in this rank's own file, where the folder was written by `shardwise shard`."""
+        if checkpoint.gguf is None and is_per_rank(checkpoint.path):
+            self._own = rank_entries(checkpoint.path, rank, plan.layout.world, plan_hash(plan))
         self._progress = on_progress or (lambda done, total: None)
         self._taken: set[str] = set()
         self._read_bytes = 0
@@ -156,13 +162,18 @@ class Weights:
         return stored
 
     def _fill(self, out: Tensor, shard: TensorShard) -> None:
-        stored = self._stored(shard)
-        filled = tuple(sum(b - a for a, b in ranges) for ranges in shard.ranges) or (1,)
+        stored, chosen = self._stored(shard), shard.ranges
+        if self._own is not None:
+            if shard.name not in self._own:
+                raise CheckpointError(f"{self._checkpoint.path}: rank {self.rank}'s file lacks {shard.name}")
+            stored = StoredTensor(self._own[shard.name])
+            chosen = tuple(((0, length),) for length in stored.entry.shape)
+        filled = tuple(sum(b - a for a, b in ranges) for ranges in chosen) or (1,)
         if filled != tuple(out.shape):
             out.zero_()  # a padded axis
         inside = out[tuple(slice(0, n) for n in filled)]
         per_element = shard.nbytes / max(1, prod(filled))
-        for (start, stop), array in self._reader.pieces(stored, shard.ranges):
+        for (start, stop), array in self._reader.pieces(stored, chosen):
             piece = torch.from_numpy(array)
             if stored.entry.dtype in _BITS:
                 piece = piece.view(_BITS[stored.entry.dtype])

@@ -74,7 +74,9 @@ def test_a_ranks_file_holds_exactly_what_the_plan_says(model, tmp_path):
     for rank in range(2):
         path = tmp_path / "out" / file_name(rank, 2)
         held, offsets, _ = read_header(path)
-        assert list(held) == [s.name for s in planned.shards(rank)]
+        assert sorted(held) == sorted(s.name for s in planned.shards(rank))
+        layers = [int(name.split(".")[2]) for name in held if ".layers." in name]
+        assert layers == sorted(layers)
         assert sum(t.nbytes for t in held.values()) == planned.ranks[rank].weight_bytes
         data = path.read_bytes()
         for shard in planned.shards(rank):
@@ -146,3 +148,22 @@ def test_merging_into_the_rank_files_folder_or_over_a_file_is_refused(model, tmp
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match="a file is in the way"):
         merge_shards(out, tmp_path / "file")
+
+
+def test_a_merged_folder_has_the_models_small_files_again(model, tmp_path):
+    folder, _ = model
+    write_shards(plan(str(folder), tp=2), open_checkpoint(folder), tmp_path / "out")
+    merge_shards(tmp_path / "out", tmp_path / "back")
+    assert digests(tmp_path / "back", "*") == digests(folder, "*")
+
+
+def test_merging_into_the_rank_files_or_a_file_is_refused(model, tmp_path):
+    folder, _ = model
+    write_shards(plan(str(folder), tp=2), open_checkpoint(folder), tmp_path / "out")
+    before = digests(tmp_path / "out", "*")
+    with pytest.raises(CheckpointError, match="holds the rank files themselves"):
+        merge_shards(tmp_path / "out", tmp_path / "out")
+    assert digests(tmp_path / "out", "*") == before
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match="is a file"):
+        merge_shards(tmp_path / "out", tmp_path / "file")

