@@ -139,17 +139,6 @@ def test_the_models_own_folder_is_no_target(model):
         write_shards(plan(str(folder), tp=2), open_checkpoint(folder), folder)
 
 
-def test_merging_into_the_rank_files_folder_or_over_a_file_is_refused(model, tmp_path):
-    folder, _ = model
-    out = tmp_path / "out"
-    write_shards(plan(str(folder), tp=2), open_checkpoint(folder), out)
-    with pytest.raises(CheckpointError, match="holds the rank files themselves"):
-        merge_shards(out, out)
-    (tmp_path / "file").write_text("")
-    with pytest.raises(CheckpointError, match="a file is in the way"):
-        merge_shards(out, tmp_path / "file")
-
-
 def test_a_merged_folder_has_the_models_small_files_again(model, tmp_path):
     folder, _ = model
     write_shards(plan(str(folder), tp=2), open_checkpoint(folder), tmp_path / "out")

@@ -50,7 +50,7 @@ def make_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
-        raise CheckpointError(f"{folder} is no folder and cannot become one: a file is in the way") from None
+        raise CheckpointError(f"{folder} is a file, or lies below one; give a folder as --out") from None
 
 
 def copy_small_files(source: Path, target: Path) -> None:
