@@ -1,5 +1,7 @@
 """Groups: mesh axes, choice of a transport, rendezvous, deadlines, ranks as threads."""
 
+import errno
+import os
 import subprocess
 import sys
 import threading
@@ -13,6 +15,7 @@ from shardwise.comm.base import STRATEGIES, CollectiveTimeout, CommError
 from shardwise.comm.bootstrap import FolderStore, StoreRendezvous, store_from_environment
 from shardwise.comm.fake import FakeCommunicator
 from shardwise.comm.rank import RankInfo, current_groups
+from shardwise.comm.segment import share
 from shardwise.comm.strategy import create, make_groups
 from shardwise.comm.watch import Deadlines
 from shardwise.sharding.layout import ParallelLayout
@@ -200,3 +203,21 @@ def test_run_processes_tells_which_rank_failed_and_why():
     with pytest.raises(RankFailed, match="KeyError: 'no such thing'") as caught:
         run_processes(2, "rank_bodies:rank_1_fails")
     assert caught.value.rank == 1
+
+
+def test_memory_that_cannot_be_made_is_every_ranks_error(monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.EMFILE, "too many open files")
+
+    def body():
+        world = current_groups().world
+        with pytest.raises(OSError, match="too many open files.*could not make the memory"):
+            share(lambda key, value: world.all_gather_object(value), [0, 1], world.rank, 64, key="test")
+
+    monkeypatch.setattr(os, "memfd_create", refuse)
+    run_threads(2, body)
+
+
+def test_one_rank_does_not_claim_to_be_asked_for_by_name():
+    assert "no peers" in create(RankInfo()).why()
+    assert "by name" in create(RankInfo(), transport="fake").why()

@@ -79,3 +79,9 @@ def test_search_by_memory_and_throughput_order_by_their_figure():
     throughput = search(spec, H200, Workload(batch=8), devices=8, objective=Objective.THROUGHPUT).ranked
     figures = [c.tokens_per_second for c in throughput]
     assert figures == sorted(figures, reverse=True)
+
+
+@pytest.mark.parametrize("field", ["batch", "context", "prompt", "chunk"])
+def test_a_workload_of_nothing_is_refused(field):
+    with pytest.raises(ValueError, match=f"{field} is 0"):
+        Workload(**{field: 0})
