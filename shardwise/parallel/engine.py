@@ -20,7 +20,8 @@ from shardwise.parallel.results import Completion, RankStats, TokenEvent
 from shardwise.parallel.sampler import SamplingParams, sample
 from shardwise.parallel.scheduler import Request, Scheduler
 from shardwise.parallel.token_step import TokenStep, reason_against
-from shardwise.parallel.tokenizer import Tokenizer, load_tokenizer
+from shardwise.parallel.tokenizer import IdTokenizer, Tokenizer, load_tokenizer
+from shardwise.parallel.trace import DECODE, PREFILL, SAMPLE, SCHEDULE, span
 from shardwise.parallel.weights import Progress, Weights
 from shardwise.sharding.checkpoint.resolve import Checkpoint, open_checkpoint
 from shardwise.sharding.plan import Plan
@@ -87,8 +88,14 @@ class Engine:
         self._load_seconds = time.perf_counter() - started
 
     @cached_property
-    def tokenizer(self) -> Tokenizer:
+    def tokenizer(self) -> Tokenizer | IdTokenizer:
         return load_tokenizer(self.checkpoint)
+
+    @property
+    def decode_path(self) -> str:
+        """Which code runs the steps that decode, and why."""
+        reason = reason_against(self._decoder)
+        return f"layer by layer: {reason}" if reason else "single-token step for one sequence, else layer by layer"
 
     @property
     def max_length(self) -> int:
@@ -156,10 +163,14 @@ class Engine:
 
     def _step(self, scheduler: Scheduler, cache: KvCache) -> list[tuple[int, int]]:
         """(request, token) pairs of all data-parallel groups; a group without work takes part with no token."""
-        step = scheduler.next_step()
+        with span(SCHEDULE):
+            step = scheduler.next_step()
         # Entered for each step: a generator that is suspended inside would leave its caller in inference mode.
         with torch.inference_mode():
-            tokens = self._sample(self._hidden(step.batch, cache), step.sampled)
+            with span(PREFILL if step.batch.prefills else DECODE):
+                hidden = self._hidden(step.batch, cache)
+            with span(SAMPLE):
+                tokens = self._sample(hidden, step.sampled)
         self.groups.check_waits()
         pairs = [(request.number, token) for request, token in zip(step.sampled, tokens, strict=True)]
         if self.groups.attn_dp.size == 1:

@@ -11,7 +11,7 @@ from shardwise.comm.base import Communicator
 from shardwise.parallel.sampler import SamplingParams
 from shardwise.parallel.scheduler import Request
 from shardwise.parallel.text import TextStream
-from shardwise.parallel.tokenizer import Tokenizer
+from shardwise.parallel.tokenizer import IdTokenizer, Tokenizer
 
 Prompt = str | Sequence[int] | Sequence[dict[str, str]]
 """Raw text, token ids, or a conversation of {"role", "content"} messages that the chat template formats."""
@@ -21,7 +21,7 @@ Prompt = str | Sequence[int] | Sequence[dict[str, str]]
 class Limits:
     """What requests of one engine are made with and checked against."""
 
-    tokenizer: Tokenizer
+    tokenizer: Tokenizer | IdTokenizer
     vocab: int
     max_length: int
     world: Communicator

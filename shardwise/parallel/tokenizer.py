@@ -62,8 +62,33 @@ class Tokenizer:
         return "" if token_id is None else self._backend.id_to_token(token_id) or ""
 
 
-def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
-    """The tokenizer that comes with a checkpoint. CheckpointError when it has none or of an unknown kind."""
+class IdTokenizer:
+    """Of a model that has weights but no words: prompts are token ids, answers have no text."""
+
+    bos_id = None
+    stop_ids: tuple[int, ...] = ()
+    chat_template = None
+
+    def encode(self, text: str, *, special: bool = True) -> list[int]:
+        raise ValueError("this model has no tokenizer: pass token ids")
+
+    def encode_chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
+        return self.encode("")
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return ""
+
+    def stream(self) -> Callable[[int], str]:
+        return lambda token: ""
+
+
+def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer | IdTokenizer:
+    """The tokenizer that comes with a checkpoint. CheckpointError when it has none or of an unknown kind.
+
+    Random weights have an IdTokenizer.
+    """
+    if checkpoint.random_seed is not None:
+        return IdTokenizer()
     return _from_gguf(checkpoint.gguf) if checkpoint.gguf is not None else _from_folder(checkpoint)
 
 

@@ -2,7 +2,7 @@
 
 import importlib.util
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,8 @@ class Checkpoint:
     config: dict[str, Any] = field(repr=False)
     """The Hugging Face config."""
     gguf: GgufFile | None = field(default=None, repr=False)
+    random_seed: int | None = None
+    """Set: nothing but the config is read, and the weights are random, drawn from this seed."""
 
     @cached_property
     def tensors(self) -> dict[str, StoredTensor]:
@@ -70,6 +72,17 @@ def open_checkpoint(model: str | Path) -> Checkpoint:
         gguf = read_gguf(path)
         return Checkpoint(str(model), path, gguf_config(gguf), gguf)
     return Checkpoint(str(model), path, _read_config(path / "config.json"))
+
+
+def random_checkpoint(model: str | Path, seed: int = 0) -> Checkpoint:
+    """What `model` names, or the model that a config.json of any name describes, with random weights.
+
+    Errors as `open_checkpoint`.
+    """
+    path = Path(model).expanduser()
+    if path.is_file() and path.suffix == ".json":
+        return Checkpoint(str(model), path, _read_config(path), random_seed=seed)
+    return replace(open_checkpoint(model), random_seed=seed)
 
 
 def _read_config(path: Path) -> dict[str, Any]:
