@@ -1,7 +1,6 @@
-"""This rank's weights: read from a checkpoint by the plan's ranges, each tensor exactly once."""
+"""This rank's weights: the plan's ranges of a checkpoint, or random values in their place, each tensor exactly once."""
 
 from collections.abc import Callable
-from math import prod
 
 import numpy as np
 import torch
@@ -9,12 +8,11 @@ from torch import Tensor
 
 from shardwise.parallel.block_linear import NATIVE, ROWS
 from shardwise.parallel.dequantise import Scaled, dequantise
-from shardwise.sharding.checkpoint.gguf_model import StoredTensor
-from shardwise.sharding.checkpoint.header import STORAGE, CheckpointError, TensorEntry
-from shardwise.sharding.checkpoint.per_rank import is_per_rank, rank_entries
-from shardwise.sharding.checkpoint.reader import NUMPY, Reader
+from shardwise.parallel.dummy import RandomSource
+from shardwise.parallel.sources import BITS, CheckpointSource, TensorSource, filled_shape
+from shardwise.sharding.checkpoint.header import STORAGE, CheckpointError
+from shardwise.sharding.checkpoint.reader import NUMPY
 from shardwise.sharding.checkpoint.resolve import Checkpoint
-from shardwise.sharding.document import plan_hash
 from shardwise.sharding.plan import Plan
 from shardwise.sharding.shards import TensorShard
 from shardwise.sharding.spec import Block, TensorSpec
@@ -22,7 +20,6 @@ from shardwise.sharding.spec import Block, TensorSpec
 Progress = Callable[[int, int], None]
 """Called with (bytes read so far, bytes to read), both as stored."""
 
-_BITS = {"BF16": torch.bfloat16, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
 _FLOATS = {"F64", "F32", "F16", "BF16"}
 
 
@@ -42,11 +39,11 @@ class Weights:
     ):
         self.plan, self.rank, self.dtype, self.device = plan, rank, dtype, device
         self.native = native
-        self._checkpoint, self._reader = checkpoint, Reader()
-        self._own: dict[str, TensorEntry] | None = None
-        """Parts in this rank's own file, where the folder was written by `shardwise shard`."""
-        if checkpoint.gguf is None and is_per_rank(checkpoint.path):
-            self._own = rank_entries(checkpoint.path, rank, plan.layout.world, plan_hash(plan))
+        self._source: TensorSource
+        if checkpoint.random_seed is not None:
+            self._source = RandomSource(checkpoint.random_seed)
+        else:
+            self._source = CheckpointSource(checkpoint, plan, rank, device)
         self._progress = on_progress or (lambda done, total: None)
         self._taken: set[str] = set()
         self._read_bytes = 0
@@ -110,9 +107,9 @@ class Weights:
             return None
         parts = []
         for shard in shards:
-            parts.append(torch.from_numpy(self._reader.blocks(self._stored(shard), shard.ranges)))
-            self._read_bytes += shard.nbytes
-            self._progress(min(self._read_bytes, self._total_bytes), self._total_bytes)
+            self._take(shard)
+            parts.append(self._source.blocks(shard))
+            self._on_bytes(shard.nbytes)
         return types.pop(), torch.cat(parts)
 
     def finish(self) -> None:
@@ -120,7 +117,7 @@ class Weights:
         left = [shard.name for shard in self.plan.shards(self.rank) if shard.name not in self._taken]
         if left:
             raise CheckpointError(f"{len(left)} tensors of the model are used by no layer of the runtime: {left[:5]}")
-        self._reader.close()
+        self._source.close()
 
     def _plain(self, block: Block, role: str, layer: int | None, expert: int | None) -> Tensor:
         weight = self.take(block, f"{role}.weight", layer=layer, expert=expert)
@@ -144,42 +141,23 @@ class Weights:
     def _runtime_dtype(self, shard: TensorShard) -> torch.dtype:
         if shard.dtype in _FLOATS or shard.dtype not in NUMPY:
             return self.dtype
-        return _BITS.get(shard.dtype) or torch.from_numpy(np.empty(0, NUMPY[shard.dtype])).dtype
+        return BITS.get(shard.dtype) or torch.from_numpy(np.empty(0, NUMPY[shard.dtype])).dtype
 
-    def _stored(self, shard: TensorShard) -> StoredTensor:
-        """The checkpoint's tensor, given out once; CheckpointError when it is missing or has another shape."""
+    def _take(self, shard: TensorShard) -> None:
         if shard.name in self._taken:
             raise AssertionError(f"tensor {shard.name} is taken twice")
         self._taken.add(shard.name)
-        stored = self._checkpoint.tensors.get(shard.name)
-        if stored is None:
-            raise CheckpointError(f"{self._checkpoint.path}: tensor {shard.name} is missing")
-        if stored.entry.shape != shard.global_shape:
-            raise CheckpointError(
-                f"{stored.entry.path}: tensor {shard.name} has shape {list(stored.entry.shape)}, "
-                f"the model needs {list(shard.global_shape)}"
-            )
-        return stored
 
     def _fill(self, out: Tensor, shard: TensorShard) -> None:
-        stored, chosen = self._stored(shard), shard.ranges
-        if self._own is not None:
-            if shard.name not in self._own:
-                raise CheckpointError(f"{self._checkpoint.path}: rank {self.rank}'s file lacks {shard.name}")
-            stored = StoredTensor(self._own[shard.name])
-            chosen = tuple(((0, length),) for length in stored.entry.shape)
-        filled = tuple(sum(b - a for a, b in ranges) for ranges in chosen) or (1,)
+        self._take(shard)
+        filled = filled_shape(shard.ranges)
         if filled != tuple(out.shape):
             out.zero_()  # a padded axis
-        inside = out[tuple(slice(0, n) for n in filled)]
-        per_element = shard.nbytes / max(1, prod(filled))
-        for (start, stop), array in self._reader.pieces(stored, chosen):
-            piece = torch.from_numpy(array)
-            if stored.entry.dtype in _BITS:
-                piece = piece.view(_BITS[stored.entry.dtype])
-            inside[start:stop].copy_(piece)
-            self._read_bytes += int(array.size * per_element)
-            self._progress(min(self._read_bytes, self._total_bytes), self._total_bytes)
+        self._source.fill(out[tuple(slice(0, n) for n in filled)], shard, self._on_bytes)
+
+    def _on_bytes(self, count: int) -> None:
+        self._read_bytes = min(self._read_bytes + count, self._total_bytes)
+        self._progress(self._read_bytes, self._total_bytes)
 
 
 def _whole_blocks(shard: TensorShard) -> bool:

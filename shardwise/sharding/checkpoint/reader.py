@@ -4,6 +4,8 @@ Files are mapped, so only the pages of the wanted rows and blocks are read; a pi
 """
 
 import mmap
+import os
+import threading
 from collections.abc import Iterator, Sequence
 from functools import cache
 from math import prod
@@ -13,7 +15,7 @@ import numpy as np
 
 from shardwise.sharding.axes import Range, span
 from shardwise.sharding.checkpoint.gguf_model import StoredTensor
-from shardwise.sharding.checkpoint.header import STORAGE, CheckpointError
+from shardwise.sharding.checkpoint.header import STORAGE, CheckpointError, TensorEntry
 
 PIECE_ELEMENTS = 1 << 20
 """Bounds the temporaries of the dequantisers; smaller pieces cost more calls than they save cache misses."""
@@ -44,6 +46,8 @@ class Reader:
 
     def __init__(self):
         self._files: dict[Path, np.ndarray] = {}
+        self._descriptors: dict[Path, int] = {}
+        self._opening = threading.Lock()
 
     def pieces(self, stored: StoredTensor, ranges: Sequence[Sequence[Range]]) -> Iterator[tuple[Range, np.ndarray]]:
         """The part of a tensor that `ranges` select, piece by piece along the first dimension.
@@ -52,20 +56,46 @@ class Reader:
         Yields ((start, stop) in the selected part's first dimension, array [stop - start, ...]). An array may be a
         view of the file: copy it, do not write it.
         """
-        shape = stored.entry.shape
-        if not shape:
-            yield (0, 1), self._data(stored).reshape(1)
+        for place, inside in self.cut(stored, ranges, PIECE_ELEMENTS):
+            yield place, self._part(stored, inside) if inside else self._data(stored).reshape(1)
+
+    def cut(
+        self, stored: StoredTensor, ranges: Sequence[Sequence[Range]], elements: int
+    ) -> Iterator[tuple[Range, list[Sequence[Range]]]]:
+        """Pieces of about `elements`, whole rows: (place in the selected part's first dimension, ranges)."""
+        if not stored.entry.shape:
+            yield (0, 1), []
             return
         rest = prod(span(r) for r in ranges[1:])
-        rows = max(1, PIECE_ELEMENTS // max(1, rest))
+        rows = max(1, elements // max(1, rest))
+        # A one-dimensional quantised tensor is read whole blocks at a time by `_part`, not cut here.
+        whole = len(ranges) == 1 and stored.entry.dtype not in NUMPY
         done = 0
         for start, stop in ranges[0]:
-            # A one-dimensional quantised tensor is cut into blocks below, not here.
-            step = rows if len(shape) > 1 else stop - start
+            step = stop - start if whole else rows
             for first in range(start, stop, step):
                 last = min(first + step, stop)
-                yield (done, done + last - first), self._part(stored, [[(first, last)], *ranges[1:]])
+                yield (done, done + last - first), [[(first, last)], *ranges[1:]]
                 done += last - first
+
+    def array_type(self, stored: StoredTensor) -> np.dtype:
+        """Of the arrays that `pieces` gives."""
+        return np.dtype(NUMPY.get(stored.entry.dtype, np.float32))
+
+    def read(self, stored: StoredTensor, ranges: Sequence[Sequence[Range]], into: np.ndarray) -> None:
+        """One piece of `cut` into uint8 memory of its size. Threads may call this at once.
+
+        Rows that lie together are read without mapping them: mapped pages cost faults, which threads wait for in turn.
+        """
+        entry = stored.entry
+        width = entry.nbytes // entry.shape[0] if entry.shape else entry.nbytes
+        whole_rows = all(tuple(r) == ((0, n),) for r, n in zip(ranges[1:], entry.shape[1:], strict=False))
+        if entry.dtype in NUMPY and whole_rows and not stored.interleaved_head:
+            first = ranges[0][0][0] if ranges else 0
+            _read_exactly(self._descriptor(entry.path), into, entry.offset + first * width, entry)
+            return
+        part = self._part(stored, ranges)
+        np.copyto(into.view(part.dtype).reshape(part.shape), part)
 
     def blocks(self, stored: StoredTensor, ranges: Sequence[Sequence[Range]]) -> np.ndarray:
         """The selected part of a block-quantised matrix as it is stored: uint8 [rows, blocks, bytes of a block].
@@ -102,14 +132,35 @@ class Reader:
         return raw.reshape(*entry.shape[:-1], entry.shape[-1] // elements, size)
 
     def _file(self, path: Path) -> np.ndarray:
-        if path not in self._files:
-            with path.open("rb") as file:
-                # A private writable mapping: torch warns about read-only arrays that it shares memory with.
-                self._files[path] = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY), np.uint8)
-        return self._files[path]
+        with self._opening:
+            if path not in self._files:
+                with path.open("rb") as file:
+                    # A private writable mapping: torch warns about read-only arrays that it shares memory with.
+                    self._files[path] = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY), np.uint8)
+            return self._files[path]
+
+    def _descriptor(self, path: Path) -> int:
+        with self._opening:
+            if path not in self._descriptors:
+                self._descriptors[path] = os.open(path, os.O_RDONLY)
+        return self._descriptors[path]
 
     def close(self) -> None:
         self._files.clear()
+        while self._descriptors:
+            os.close(self._descriptors.popitem()[1])
+
+    def __del__(self):
+        self.close()
+
+
+def _read_exactly(descriptor: int, into: np.ndarray, offset: int, entry: TensorEntry) -> None:
+    view, done = memoryview(into.data), 0
+    while done < len(view):
+        count = os.preadv(descriptor, [view[done:]], offset + done)
+        if not count:
+            raise CheckpointError(f"{entry.path}: the file ends inside tensor {entry.name}")
+        done += count
 
 
 def _select(data: np.ndarray, dim: int, ranges: Sequence[Range]) -> np.ndarray:

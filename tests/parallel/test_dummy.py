@@ -1,0 +1,154 @@
+"""Random weights: one model whatever the layout, from a config alone, of every storage type that the runtime loads."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from shardwise.comm.rank import current_groups
+from shardwise.parallel.dummy import STD, RandomSource
+from shardwise.parallel.engine import Engine, SamplingParams
+from shardwise.parallel.weights import Weights
+from shardwise.sharding.checkpoint.resolve import random_checkpoint
+from shardwise.sharding.layout import ParallelLayout
+from shardwise.sharding.plan import plan
+from shardwise.testing import run_threads
+
+COMMON = dict(
+    vocab_size=131,
+    hidden_size=64,
+    intermediate_size=96,
+    num_hidden_layers=2,
+    num_attention_heads=6,
+    num_key_value_heads=3,
+    head_dim=16,
+    rms_norm_eps=1e-5,
+    max_position_embeddings=64,
+    torch_dtype="bfloat16",
+)
+LLAMA = COMMON | {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "rope_theta": 10000.0}
+FP8 = LLAMA | {"quantization_config": {"quant_method": "fp8", "weight_block_size": [16, 16]}}
+GPT_OSS = COMMON | {
+    "architectures": ["GptOssForCausalLM"],
+    "model_type": "gpt_oss",
+    "intermediate_size": 64,
+    "num_local_experts": 5,
+    "num_experts_per_tok": 2,
+    "sliding_window": 4,
+    "layer_types": ["sliding_attention", "full_attention"],
+    "rope_theta": 10000.0,
+    "quantization_config": {
+        "quant_method": "mxfp4",
+        "modules_to_not_convert": ["model.layers.*.self_attn", "model.layers.*.mlp.router", "lm_head"],
+    },
+}
+QWEN_MOE = COMMON | {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "model_type": "qwen3_moe",
+    "num_experts": 7,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 36,
+    "norm_topk_prob": True,
+    "rope_theta": 10000.0,
+}
+LAYOUTS = [ParallelLayout(), ParallelLayout(tp=2), ParallelLayout(tp=3, moe_ep=3), ParallelLayout(tp=4, moe_ep=2)]
+PROMPTS = [[5, 17, 100, 3, 9], [7, 7]]
+
+
+@pytest.fixture
+def config_file(tmp_path):
+    def write(config: dict):
+        path = tmp_path / "some shape.json"
+        path.write_text(json.dumps(config))
+        return path
+
+    return write
+
+
+def tokens(path, layout: ParallelLayout, seed: int = 0) -> list:
+    made = plan(path, layout)
+
+    def rank():
+        engine = Engine(random_checkpoint(path, seed), made, current_groups())
+        return [c.token_ids for c in engine.generate(PROMPTS, SamplingParams(max_new_tokens=8, ignore_eos=True))]
+
+    first, *others = run_threads(layout.world, rank, layout=layout)
+    assert all(other == first for other in others)
+    return first
+
+
+@pytest.mark.parametrize(
+    "config",
+    [LLAMA, FP8, GPT_OSS, QWEN_MOE],
+    ids=["llama", "fp8 tiles", "mxfp4 experts", "moe with an expert a tensor"],
+)
+def test_every_layout_draws_the_same_model(config_file, config):
+    path = config_file(config)
+    alone, *cut = [tokens(path, layout) for layout in LAYOUTS]
+    assert all(each == alone for each in cut)
+    assert tokens(path, ParallelLayout(), seed=1) != alone
+
+
+def rank_weights(path, layout: ParallelLayout, rank: int, dtype=torch.float32) -> Weights:
+    return Weights(random_checkpoint(path), plan(path, layout), rank, dtype=dtype, device=torch.device("cpu"))
+
+
+def test_a_shard_is_a_part_of_the_whole_tensor(config_file):
+    path = config_file(GPT_OSS)
+    whole, layout = rank_weights(path, ParallelLayout(), 0), ParallelLayout(tp=4, moe_ep=2)
+    block = whole.plan.model.layers[0].feed_forward[0]
+    for role in ("gate_up.weight", "gate_up.scale", "down.weight", "gate_up.bias", "router.weight"):
+        expected = whole.take(block, role, layer=0)
+        for rank in range(4):
+            weights = rank_weights(path, layout, rank)
+            part = expected
+            for dim, ranges in enumerate(weights.shard(block.roles[role], 0).ranges):
+                part = torch.cat([part.narrow(dim, a, b - a) for a, b in ranges], dim)
+            assert torch.equal(weights.take(block, role, layer=0), part), (role, rank)
+
+
+def test_weights_deviate_as_at_initialisation_and_norms_are_near_one(config_file):
+    weights = rank_weights(config_file(LLAMA | {"hidden_size": 512, "vocab_size": 2000}), ParallelLayout(), 0)
+    model = weights.plan.model
+    table = weights.take(model.embedding, "embed.weight")
+    assert abs(table.mean()) < STD / 100 and math.isclose(table.std(), STD, rel_tol=0.01)
+    assert abs(torch.corrcoef(table[:2])[0, 1]) < 0.2 and abs(torch.corrcoef(table.t()[:2])[0, 1]) < 0.1
+    norm = weights.take(model.final_norm, "final_norm.weight")
+    assert (norm - 1).abs().max() <= 0.1
+
+
+def test_packed_weights_dequantise_to_the_same_deviation(config_file):
+    for config in (GPT_OSS | {"hidden_size": 256, "intermediate_size": 256}, FP8 | {"hidden_size": 256}):
+        weights = rank_weights(config_file(config), ParallelLayout(), 0)
+        block = weights.plan.model.layers[0].feed_forward[0]
+        role = "gate_up" if "gate_up.weight" in block.roles else "up"
+        values = weights.linear(block, role, layer=0)
+        assert STD / 2 < values.std() < 2 * STD and values.isfinite().all()
+
+
+def test_a_padded_shard_is_zero_behind_its_part(config_file):
+    layout = ParallelLayout(tp=2)
+    made = plan(config_file(LLAMA), layout, pad=["vocab"])
+    weights = Weights(random_checkpoint(config_file(LLAMA)), made, 1,
+                      dtype=torch.float32, device=torch.device("cpu"))  # fmt: skip
+    table = weights.take(made.model.embedding, "embed.weight")
+    held = made.shard(1, "model.embed_tokens.weight").ranges[0]
+    filled = sum(b - a for a, b in held)
+    assert filled < len(table) and table[:filled].abs().sum() > 0 and not table[filled:].any()
+
+
+def test_storage_types_without_random_values_are_refused(config_file):
+    quantised = {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False}
+    path = config_file(LLAMA | {"quantization_config": quantised})
+    made = plan(path)
+    shard = made.shard(0, "model.layers.0.mlp.up_proj.qweight")
+    with pytest.raises(ValueError, match="up_proj.qweight: no random weights of storage type I32"):
+        RandomSource(0).fill(torch.empty(shard.local_shape), shard, lambda count: None)
+
+
+def test_words_are_refused_as_there_is_no_tokenizer(config_file):
+    path = config_file(LLAMA)
+    engine = run_threads(1, lambda: Engine(random_checkpoint(path), plan(path), current_groups()))[0]
+    with pytest.raises(ValueError, match="no tokenizer: pass token ids"):
+        engine.generate(["hello"])
