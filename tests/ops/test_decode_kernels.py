@@ -30,7 +30,8 @@ def rms_norm(x, weight, eps, bias=0.0):
 @pytest.mark.parametrize("n, k", [(40, 256), (37, 200)])
 @pytest.mark.parametrize("norm", [False, True])
 @pytest.mark.parametrize("form", ["plain", "bias", "residual", "gated"])
-def test_skinny_linear(tokens, n, k, norm, form):
+@pytest.mark.parametrize("tile", [Tile(4, 1), Tile(2, 1, stages=3, prefetch=True)], ids=str)
+def test_skinny_linear(tokens, n, k, norm, form, tile):
     torch.manual_seed(0)
     x, weight = randn(tokens, k), randn(2 * n if form == "gated" else n, k, scale=k**-0.5)
     norm_weight = randn(k) if norm else None
@@ -38,13 +39,24 @@ def test_skinny_linear(tokens, n, k, norm, form):
     residual = randn(tokens, n) if form == "residual" else None
     got = skinny_linear(
         x, weight, norm_weight=norm_weight, eps=1e-5, norm_bias=1.0 if norm else 0.0, bias=bias, residual=residual,
-        gated=form == "gated", tile=Tile(4, 128, 4),
+        gated=form == "gated", tile=tile,
     )  # fmt: skip
     wide = rms_norm(x.double(), norm_weight.double(), 1e-5, 1.0) if norm else x.double()
     expected = wide @ weight.double().T
     if form == "gated":
         expected = torch.nn.functional.silu(expected[:, :n]) * expected[:, n:]
     close(got, expected + sum(term.double() for term in (bias, residual) if term is not None))
+
+
+def test_skinny_linear_keeps_the_normed_input():
+    torch.manual_seed(0)
+    x, weight, norm = randn(2, 600), randn(16, 600, scale=0.05), randn(600)
+    normed = torch.full((2, 600), torch.nan, device=DEVICE)
+    got = skinny_linear(x, weight, norm_weight=norm, normed=normed, out_dtype=torch.float32, tile=Tile(4, 1))
+    wide = rms_norm(x.double(), norm.double(), 1e-6)
+    assert got.dtype == torch.float32
+    close(normed, wide, 1e-6)
+    close(got, wide @ weight.double().T, 1e-6)
 
 
 def rotate(x, rope):

@@ -1,0 +1,170 @@
+"""Mixture of experts for one token (or a few): routing, gate/up and down as matrix-vector products, two launches.
+
+Not registered operators: the runtime's fused decode step calls them directly, behind the router's product. Each program
+of the first launch finds its token's experts from the logits by itself, which costs less than a launch for it. The
+second launch sums a token's experts in the order of its choices, so nothing is left to combine. Every expert's weights
+are read once for each token that chose it: for many tokens the grouped products of this folder read less.
+
+Weights bf16, fp16, float32, or packed MXFP4; float32 sums. CUDA only, or Triton's interpreter with fp16 and float32.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from shardwise.ops.moe.decode_kernels import packed_down, packed_up, plain_down, plain_up
+from shardwise.ops.moe.mxfp4_layout import PackedMXFP4
+from shardwise.ops.triton_support import interpreting, triton
+
+MOST_EXPERTS = 512
+"""Of a model: a program compares all logits with all."""
+MOST_CHOICES = 8
+MOST_LOCAL = 256
+"""Experts of a rank: a program keeps the numbers of its token's in one 64-bit word."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How a token's experts follow from its logits: the largest, lowest number first among equals."""
+
+    top_k: int
+    normalize: bool
+    """Softmax over the chosen; else over all."""
+    scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class Gate:
+    """What lies between the two products: silu(gate) * up, or gpt-oss' clamped form."""
+
+    alpha: float = 1.0
+    limit: float | None = None
+
+
+@dataclass(frozen=True)
+class Routed:
+    """What the second product needs of the first."""
+
+    ids: Tensor
+    """int32 [T, K], slots of local experts, -1 for others'"""
+    weights: Tensor
+    """float32 [T, K]"""
+    inner: Tensor
+    """float32 [T * K, I], activations times weights; not written for pairs of other ranks"""
+
+
+def expert_up(
+    x: Tensor,  # [T, H], normed; float32 is read fastest
+    logits: Tensor,  # float32 [T, E]
+    slots: Tensor,  # int32 [E], local slot of each expert, -1 for others'
+    choice: Choice,
+    weight: Tensor | PackedMXFP4,  # [local, 2I, H], up rows before gate rows; packed: gate and up rows in pairs
+    gate: Gate,
+    *,
+    bias: Tensor | None = None,  # [local, 2I], of plain weights
+    positions: Tensor | None = None,  # int32 [T], negative for rows of padding, which choose nothing
+    pdl: bool = False,
+) -> Routed:
+    """Route, and the first product of every chosen local expert with its activation."""
+    tokens, hidden = x.shape
+    pairs, experts = tokens * choice.top_k, logits.shape[1]
+    rows = weight.rows if isinstance(weight, PackedMXFP4) else weight.shape[1]
+    size, device = rows // 2, x.device
+    _check(choice, experts, weight)
+    routed = Routed(
+        torch.empty(tokens, choice.top_k, dtype=torch.int32, device=device),
+        torch.empty(tokens, choice.top_k, dtype=torch.float32, device=device),
+        torch.empty(pairs, size, dtype=torch.float32, device=device),
+    )
+    pdl = pdl and not interpreting()
+    common = (
+        x, logits, slots, positions, routed.ids, routed.weights, routed.inner,
+        size, hidden, experts, choice.scale, gate.alpha, gate.limit or 0.0,
+    )  # fmt: skip
+    flags = dict(
+        TOP_K=choice.top_k, E_BLOCK=triton.next_power_of_2(experts), E_CHUNK=min(32, triton.next_power_of_2(experts)),
+        NORMALIZE=choice.normalize, PADDED=positions is not None,
+        CLAMPED=gate.limit is not None, PDL=pdl, launch_pdl=pdl,
+    )  # fmt: skip
+    if isinstance(weight, PackedMXFP4):
+        packed_up[(weight.words.shape[1] * 4, pairs)](
+            *common, weight.words, weight.scales, weight.bias, *weight.words.shape[1:3],
+            CHUNKS=8, STAGES=4, FORMAT=weight.format, INTERPRET=interpreting(), num_warps=4, **flags,
+        )  # fmt: skip
+    else:
+        tile = _plain_tile(hidden, 4)
+        plain_up[(triton.cdiv(size, tile.rows), pairs)](
+            *common, weight, bias, BLOCK_N=tile.rows, BLOCK_K=tile.columns, STAGES=3, BIAS=bias is not None,
+            num_warps=tile.warps, **flags,
+        )  # fmt: skip
+    return routed
+
+
+def expert_down(
+    routed: Routed,
+    weight: Tensor | PackedMXFP4,  # [local, H, I]
+    *,
+    bias: Tensor | None = None,  # [local, H], of plain weights
+    residual: Tensor | None = None,  # [T, H]
+    dtype: torch.dtype = torch.bfloat16,
+    pdl: bool = False,
+) -> Tensor:
+    """Sum over each token's local experts of weight * (down product + bias), plus the residual: [T, H] in `dtype`."""
+    tokens, top_k = routed.ids.shape
+    size, inner = routed.inner.shape[1], routed.inner
+    hidden = weight.rows if isinstance(weight, PackedMXFP4) else weight.shape[1]
+    out = torch.empty(tokens, hidden, dtype=dtype, device=inner.device)
+    pdl = pdl and not interpreting()
+    common = (inner, routed.ids, routed.weights, residual, out, hidden, size)
+    flags = dict(TOP_K=top_k, RESIDUAL=residual is not None, PDL=pdl, launch_pdl=pdl)
+    if isinstance(weight, PackedMXFP4):
+        packed_down[(weight.words.shape[1] * 4, tokens)](
+            *common, weight.words, weight.scales, weight.bias, *weight.words.shape[1:3],
+            CHUNKS=16, STAGES=4, FORMAT=weight.format, INTERPRET=interpreting(), num_warps=8, **flags,
+        )  # fmt: skip
+    else:
+        tile = _plain_tile(size, 8)
+        plain_down[(triton.cdiv(hidden, tile.rows), tokens)](
+            *common, weight, bias, BLOCK_N=tile.rows, BLOCK_K=tile.columns, STAGES=4, BIAS=bias is not None,
+            num_warps=tile.warps, **flags,
+        )  # fmt: skip
+    return out
+
+
+def reason_against(experts: int, local: int, top_k: int) -> str:
+    """Why these kernels cannot serve; empty when they can."""
+    if experts > MOST_EXPERTS:
+        return f"{experts} experts, at most {MOST_EXPERTS}"
+    if local > MOST_LOCAL:
+        return f"{local} experts on a rank, at most {MOST_LOCAL}"
+    return f"{top_k} experts a token, at most {MOST_CHOICES}" if top_k > MOST_CHOICES else ""
+
+
+def _check(choice: Choice, experts: int, weight: Tensor | PackedMXFP4) -> None:
+    words = weight.words if isinstance(weight, PackedMXFP4) else weight
+    reason = reason_against(experts, words.shape[0], choice.top_k)
+    if reason:
+        raise ValueError(f"expert_up: {reason}")
+    if not words.is_contiguous():
+        raise ValueError("expert_up: the experts' weights must be contiguous")
+
+
+@dataclass(frozen=True)
+class _Tile:
+    rows: int
+    warps: int
+
+    @property
+    def columns(self) -> int:
+        """Eight elements a thread, so that each finds its part of x by itself."""
+        return 256 * self.warps
+
+
+def _plain_tile(columns: int, rows: int) -> _Tile:
+    """The widest tile that leaves less than an eighth of its last step empty."""
+    for warps in (4, 2):
+        width = 256 * warps
+        if triton.cdiv(columns, width) * width <= columns * 9 // 8:
+            return _Tile(rows, warps)
+    return _Tile(rows, 1)

@@ -1,0 +1,28 @@
+"""PTX instructions that the decode kernels use, each with a twin for Triton's interpreter."""
+
+from shardwise.ops.triton_support import interpreting, tl, triton
+
+_INTERPRET = tl.constexpr(interpreting())
+
+_PREFETCH = tl.constexpr("""
+{
+    .reg .pred p;
+    .reg .b32 thread;
+    mov.u32 thread, %tid.x;
+    setp.eq.u32 p, thread, 0;
+    @p cp.async.bulk.prefetch.L2.global [$1], $2;
+    mov.b32 $0, 0;
+}
+""")
+
+
+@triton.jit
+def prefetch_to_l2(pointer, nbytes):
+    """Ask for `nbytes` (a multiple of 16) at `pointer` (16-byte aligned) to be brought into the L2 cache.
+
+    Compute capability 9.0. Only a hint: nothing waits for it.
+    """
+    if not _INTERPRET:
+        tl.inline_asm_elementwise(
+            _PREFETCH, "=r,l,r", [pointer.to(tl.int64), nbytes.to(tl.int32)], dtype=tl.int32, is_pure=False, pack=1
+        )

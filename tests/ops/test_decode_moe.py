@@ -1,0 +1,103 @@
+"""The decode kernels of mixtures of experts against float64, with the routing that they do by themselves."""
+
+import pytest
+import torch
+from oracles_moe import ALPHA, LIMIT, gpt_oss_layer, gpt_oss_oracle, relative
+
+from shardwise.ops.moe.decode import Choice, Gate, expert_down, expert_up, reason_against
+from shardwise.ops.moe.mxfp4_layout import pack_mxfp4
+from shardwise.ops.triton_support import interpreting
+from shardwise.partition import extent
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = pytest.mark.skipif(not (interpreting() or DEVICE == "cuda"), reason="needs Triton's interpreter or a GPU")
+TOKENS = 3
+
+
+def local_slots(experts: int, ranks: int, rank: int) -> torch.Tensor:
+    first, stop = extent(experts, ranks, rank)
+    slots = torch.full((experts,), -1, dtype=torch.int32, device=DEVICE)
+    slots[first:stop] = torch.arange(stop - first, dtype=torch.int32, device=DEVICE)
+    return slots
+
+
+def share_of(layer, ranks, rank):
+    """A rank's packed experts of a gpt-oss layer."""
+    part = slice(*extent(layer.router.shape[0], ranks, rank))
+    up = pack_mxfp4(layer.gate_up[part], layer.gate_up_scales[part], layer.gate_up_bias[part], paired=True)
+    return up, pack_mxfp4(layer.down[part], layer.down_scales[part], layer.down_bias[part], paired=False)
+
+
+@pytest.mark.parametrize("hidden, size, large_scales", [(96, 64, False), (64, 160, False), (64, 64, True)])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_packed_experts_sum_to_the_layer(hidden, size, large_scales, ranks):
+    torch.manual_seed(3)
+    layer = gpt_oss_layer(5, hidden, size, DEVICE)
+    if large_scales:  # which need the two-step product
+        layer.down_scales[:, 0] = 130
+    x = torch.randn(TOKENS, hidden, device=DEVICE)
+    logits = x @ layer.router.T + layer.router_bias
+    residual = torch.randn(TOKENS, hidden, device=DEVICE)
+    total = torch.zeros(TOKENS, hidden, device=DEVICE)
+    for rank in range(ranks):
+        up, down = share_of(layer, ranks, rank)
+        routed = expert_up(x, logits, local_slots(5, ranks, rank), Choice(2, True), up, Gate(ALPHA, LIMIT))
+        total += expert_down(routed, down, residual=residual if rank == 0 else None, dtype=torch.float32)
+    assert relative(total, gpt_oss_oracle(x, layer, 2) + residual) < (1e-5 if DEVICE == "cpu" else 5e-3)
+
+
+def plain_oracle(x, logits, choice, up_gate, down, bias, down_bias):
+    scores = logits.double().softmax(-1)
+    weights, ids = scores.topk(choice.top_k, dim=-1)
+    if choice.normalize:
+        weights = weights / weights.sum(-1, keepdim=True)
+    out = torch.zeros(x.shape, dtype=torch.float64, device=DEVICE)
+    for token in range(x.shape[0]):
+        for expert, weight in zip(ids[token].tolist(), weights[token], strict=True):
+            both = up_gate[expert].double() @ x[token].double()
+            both = both if bias is None else both + bias[expert].double()
+            up, gate = both.chunk(2)
+            y = down[expert].double() @ (torch.nn.functional.silu(gate) * up)
+            y = y if down_bias is None else y + down_bias[expert].double()
+            out[token] += choice.scale * weight * y
+    return out
+
+
+@pytest.mark.parametrize("choice", [Choice(3, True), Choice(2, False, 2.5), Choice(1, True), Choice(8, True)], ids=str)
+@pytest.mark.parametrize("biased", [False, True])
+def test_plain_experts_equal_float64(choice, biased):
+    torch.manual_seed(5)
+    experts, hidden, size = 11, 72, 40
+    x, logits = torch.randn(TOKENS, hidden, device=DEVICE), torch.randn(TOKENS, experts, device=DEVICE)
+    up_gate = torch.randn(experts, 2 * size, hidden, device=DEVICE) * hidden**-0.5
+    down = torch.randn(experts, hidden, size, device=DEVICE) * size**-0.5
+    bias = torch.randn(experts, 2 * size, device=DEVICE) if biased else None
+    down_bias = torch.randn(experts, hidden, device=DEVICE) if biased else None
+    routed = expert_up(x, logits, local_slots(experts, 1, 0), choice, up_gate, Gate(), bias=bias)
+    got = expert_down(routed, down, bias=down_bias, dtype=torch.float32)
+    assert relative(got, plain_oracle(x, logits, choice, up_gate, down, bias, down_bias)) < 1e-5
+
+
+def test_equal_logits_choose_the_lowest_numbers():
+    x = torch.randn(1, 32, device=DEVICE)
+    logits = torch.tensor([[1.0, 2.0, 1.0, 2.0, 1.0]], device=DEVICE)
+    weight = torch.randn(5, 16, 32, device=DEVICE)
+    routed = expert_up(x, logits, local_slots(5, 1, 0), Choice(3, True), weight, Gate())
+    assert routed.ids.tolist() == [[1, 3, 0]]
+    assert torch.allclose(routed.weights, torch.tensor([[2.0, 2.0, 1.0]], device=DEVICE).softmax(-1))
+
+
+def test_rows_of_padding_choose_nothing():
+    x, logits = torch.randn(2, 32, device=DEVICE), torch.randn(2, 4, device=DEVICE)
+    up, down = torch.randn(4, 16, 32, device=DEVICE), torch.randn(4, 32, 8, device=DEVICE)
+    positions = torch.tensor([-1, 7], dtype=torch.int32, device=DEVICE)
+    routed = expert_up(x, logits, local_slots(4, 1, 0), Choice(2, True), up, Gate(), positions=positions)
+    got = expert_down(routed, down, dtype=torch.float32)
+    assert routed.ids[0].tolist() == [-1, -1] and not got[0].any() and got[1].any()
+
+
+def test_what_the_kernels_cannot_hold_is_said():
+    assert reason_against(128, 64, 8) == ""
+    assert reason_against(1024, 64, 8) == "1024 experts, at most 512"
+    assert reason_against(512, 512, 8) == "512 experts on a rank, at most 256"
+    assert reason_against(64, 64, 10) == "10 experts a token, at most 8"
