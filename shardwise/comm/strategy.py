@@ -9,6 +9,7 @@ with their own table of which size goes where.
 
 import os
 import platform
+import socket
 import sys
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
@@ -206,6 +207,7 @@ def _create_cuda(request: _Request) -> "Collective":
     if request.process_group is None:
         torch.cuda.set_device(info.local_rank % torch.cuda.device_count())
     control = _create_cpu(replace(request, transport="auto"))
+    require_own_devices(control, str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid))
     if request.process_group is not None:
         nccl = TorchDistCommunicator.adopt(request.process_group, control=control, **request.options)
     else:
@@ -215,6 +217,20 @@ def _create_cuda(request: _Request) -> "Collective":
     if request.transport == "auto":
         return P2PCommunicator.or_beyond(nccl)
     return create_p2p(control, transport=request.transport, fallback=nccl)
+
+
+def require_own_devices(control: Communicator, device: str) -> None:
+    """ValueError on every rank when two ranks hold the same device, named by its UUID."""
+    hosts, devices = zip(*control.all_gather_object((socket.gethostname(), device)), strict=True)
+    for rank, (host, each) in enumerate(zip(hosts, devices, strict=True)):
+        first = devices.index(each)
+        if first < rank:
+            beside = {other for other, where in zip(devices, hosts, strict=True) if where == host}
+            raise ValueError(
+                f"ranks {control.ranks[first]} and {control.ranks[rank]} would share one CUDA device: host {host} has "
+                f"{hosts.count(host)} ranks and shows them {len(beside)}; start fewer ranks (--tp), show more devices "
+                "(CUDA_VISIBLE_DEVICES), or use --device cpu"
+            )
 
 
 _defaults: dict[tuple[int, str], Communicator] = {}
