@@ -117,6 +117,7 @@ def run_job(
     *,
     world: int,
     launcher: str = "local",
+    options: Mapping[str, Any] | None = None,
     environment: Mapping[str, str] | None = None,
     on_event: Callable[[dict], None] = lambda event: None,
     deadline: float | None = None,
@@ -124,6 +125,7 @@ def run_job(
 ) -> list[Any]:
     """Run `target` on `world` new ranks; returns each rank's result, by rank.
 
+    options    of the launcher: Ray takes `address` and `device`
     on_event   called with what ranks emit: {"event": ..., "rank": ..., ...}
     deadline   seconds for the whole job once all ranks are there (None: no bound of its own)
     Raises JobFailed when a rank fails, ValueError or RuntimeError when the launcher cannot start it here.
@@ -131,7 +133,7 @@ def run_job(
     from shardwise.launch.supervise import Supervisor
 
     job = Job(target=target, payload=payload or {}, world=world, environment=environment or {}, debug=debug)
-    with Supervisor(job, backend(launcher)) as supervisor:
+    with Supervisor(job, backend(launcher, **(options or {}))) as supervisor:
         return supervisor.finish(on_event, deadline)
 
 

@@ -10,7 +10,6 @@ script already runs on every rank: each makes the same calls and gets the same r
 """
 
 import atexit
-import os
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -18,7 +17,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
-from shardwise.comm.bootstrap import STORE_ENV
 from shardwise.comm.rank import RankInfo
 from shardwise.comm.watch import Deadlines
 from shardwise.launch import env, guard
@@ -61,6 +59,7 @@ class LLM:
     device      auto, cpu or cuda
     transport   auto, or one of `shardwise.comm.base.TRANSPORTS`
     plan        a file that `shardwise plan --json FILE` wrote: its layout is run, and another checkpoint refused
+    trace       a folder for a Chrome trace of each rank's first steps
     Raises ValueError for a layout that does not fit the model or the launcher's world, FileNotFoundError for a missing
     model, JobFailed when a rank fails.
     """
@@ -79,6 +78,7 @@ class LLM:
         device: str = "auto",
         transport: str = "auto",
         plan: str | None = None,
+        trace: str | None = None,
         ray_address: str | None = None,
         on_progress: Progress | None = None,
         debug: bool = False,
@@ -95,6 +95,7 @@ class LLM:
             device=device,
             transport=transport,
             plan=None if plan is None else str(Path(plan).resolve()),
+            trace=None if trace is None else str(Path(trace).resolve()),
         )
         self.launcher = launcher or (info.source if within(info) else "local")
         if within(info):
@@ -304,24 +305,18 @@ class SpmdRunner:
     """This process is one of the ranks."""
 
     def __init__(self, config: ModelConfig, info: RankInfo, on_progress: Progress | None):
-        from shardwise.launch.worker import RankContext
-
-        guard.guard_script(info)
-        env.prepare_rank(info)
-        if info.source == "Slurm" and info.world == info.local_world:  # srun brings no rendezvous of its own
-            os.environ.setdefault(STORE_ENV, str(guard.job_folder(info) / "store"))
-        deadlines = Deadlines.from_environment()
+        from shardwise.launch.worker import context_here
 
         def on_event(event: dict) -> None:
             if on_progress is not None and event["event"] == "progress":
                 on_progress(event["done"], event["total"])
 
-        keeper = guard.Guard(info, guard.job_folder(info))
-        context = RankContext(info, asdict(config), deadlines, keeper, link=None, on_event=on_event)
+        guard.guard_script(info)
+        context = context_here(info, asdict(config), on_event)
         self._session = Session(context, config)
         self.transport = self._session.transport
         self._stats: list[RankStats] = []
-        atexit.register(guard.farewell, deadlines.stop, self.close)
+        atexit.register(guard.farewell, context.deadlines.stop, self.close)
 
     def stream(self, prompts: Sequence[Any], params: Sequence[SamplingParams]) -> Iterator[TokenEvent | Answer]:
         yield from self._session.stream(prompts, params)

@@ -34,6 +34,15 @@ class LoadProgress:
         else:
             self._line(done, total)
 
+    def note(self, text: str) -> None:
+        """One line about what comes after loading."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+        if self._enabled:
+            with contextlib.suppress(OSError):
+                print(text, file=self._stream, flush=True)
+
     def _draw(self, done: int, total: int) -> None:
         if self._bar is None:
             self._bar, self._task = _bar(self._stream, total)

@@ -6,15 +6,18 @@ alike (SPMD).
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shardwise.parallel.results import Completion, RankStats, TokenEvent
 from shardwise.parallel.sampler import SamplingParams
 
 if TYPE_CHECKING:
+    from shardwise.comm.rank import RankInfo
     from shardwise.launch.worker import RankContext
+    from shardwise.sharding.checkpoint.resolve import Checkpoint
     from shardwise.sharding.plan import Plan
 
 SERVE = "shardwise.launch.session:serve"
@@ -35,10 +38,14 @@ class ModelConfig:
     dtype: str = "auto"
     weights: str = "auto"
     device: str = "auto"
-    """auto: cuda where every rank of a host can have a GPU, else cpu."""
+    """auto: cuda on hosts that have a GPU, else cpu."""
     transport: str = "auto"
     plan: str | None = None
     """A plan document to replay; its layout then stands in the sizes above."""
+    random_seed: int | None = None
+    """Set: weights are random, and `model` may be a config.json of any name."""
+    trace: str | None = None
+    """Folder for a Chrome trace of each rank's first steps."""
 
 
 @dataclass(frozen=True)
@@ -108,11 +115,10 @@ class Session:
     def __init__(self, context: "RankContext", config: ModelConfig):
         from shardwise.comm.rank import use_groups
         from shardwise.comm.strategy import make_groups
-        from shardwise.sharding.checkpoint.resolve import open_checkpoint
 
-        self.context, self.config = context, config
+        self.context, self.config, self._trace = context, config, config.trace
         self.device = choose_device(config.device, context.info)
-        plan, checkpoint = plan_of(config), open_checkpoint(config.model)
+        plan, checkpoint = plan_of(config), checkpoint_of(config)
         world = context.communicator(device=self.device.split(":")[0], transport=config.transport)
         groups = make_groups(world, plan.layout)
         self.transport = world.transport
@@ -140,11 +146,26 @@ class Session:
         ids = [self._encode(prompt) for prompt in prompts]
         ends = [{*each.stop_token_ids, *(() if each.ignore_eos else tokenizer.stop_ids)} for each in params]
         tally = Tally([len(each) for each in ids], lambda number: ends[number])
-        with self.context.phase("run"):
+        with self.context.phase("run"), self._traced():
             for event in self.engine.stream(ids, params):
                 tally.add(event)
                 yield event
         yield tally.answer()
+
+    @contextmanager
+    def _traced(self) -> Iterator[None]:
+        """Trace the steps of the session's first call, where that was asked for."""
+        folder, self._trace = self._trace, None
+        if folder is None:
+            yield
+            return
+        from shardwise.parallel.chrome_trace import ChromeTrace
+        from shardwise.parallel.trace import watched_by
+
+        trace = ChromeTrace(Path(folder), self.context.info.rank, self.device, self.engine.device)
+        with watched_by(trace):
+            yield
+        trace.close()
 
     def stats(self) -> RankStats:
         return self.engine.stats()
@@ -189,6 +210,15 @@ def plan_of(config: ModelConfig) -> "Plan":
     return plan(config.model, ParallelLayout(config.tp, config.attn_dp, config.moe_tp, config.ep))
 
 
+def checkpoint_of(config: ModelConfig) -> "Checkpoint":
+    """Where the weights come from."""
+    from shardwise.sharding.checkpoint.resolve import open_checkpoint, random_checkpoint
+
+    if config.random_seed is not None:
+        return random_checkpoint(config.model, config.random_seed)
+    return open_checkpoint(config.model)
+
+
 def _refuse_redundant_experts(planned: "Plan", source: str) -> None:
     """Every rank computes all its experts, so an expert on two ranks would count twice."""
     for axis, placement in planned.cuts.placement.items():
@@ -200,20 +230,22 @@ def _refuse_redundant_experts(planned: "Plan", source: str) -> None:
             )
 
 
-def choose_device(wanted: str, info) -> str:
-    """cpu, or this rank's cuda device. Raises ValueError when cuda is asked for and not there."""
+def choose_device(wanted: str, info: "RankInfo") -> str:
+    """cpu, or a cuda device for this rank. ValueError when cuda is asked for and not there.
+
+    Ranks never share a device: `comm.strategy.create` refuses that, since only there ranks see each other's.
+    """
+    if wanted not in ("auto", "cpu", "cuda"):
+        raise ValueError(f"device {wanted!r} is unknown, legal: auto, cpu, cuda")
     if wanted == "cpu":
         return "cpu"
-    if wanted not in ("auto", "cuda"):
-        raise ValueError(f"device {wanted!r} is unknown, legal: auto, cpu, cuda")
     import torch
 
     count = torch.cuda.device_count()
-    if wanted == "cuda" and not count:
-        raise ValueError("device cuda: no CUDA device is visible to this rank; legal here: cpu")
-    alone = count == 1 and info.local_world > 1  # a launcher that shows each rank its own GPU only
-    if not count or (wanted == "auto" and count < info.local_world and not (alone and info.source == "Ray")):
+    if not count and wanted == "auto":
         return "cpu"
+    if not count:
+        raise ValueError("device cuda: no CUDA device is visible to this rank; legal here: cpu")
     device = f"cuda:{info.local_rank % count}"
     torch.cuda.set_device(device)
     return device

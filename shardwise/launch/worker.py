@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from shardwise.comm import watch
+from shardwise.comm.bootstrap import STORE_ENV
 from shardwise.comm.rank import RankInfo
 from shardwise.comm.watch import Deadlines
 from shardwise.launch import env, guard
@@ -99,6 +100,16 @@ def run_rank(description: dict, info: RankInfo, make_store: Callable[[RankInfo, 
     link.closing()
     link.send({"event": "done", "value": value})
     link.close()
+
+
+def context_here(info: RankInfo, payload: dict, on_event: Callable[[dict], None]) -> RankContext:
+    """Of this process, a rank that the user's own launcher started. Call it before torch is imported."""
+    env.prepare_rank(info)
+    folder = guard.job_folder(info)
+    if info.source == "Slurm" and info.world == info.local_world:  # srun brings no rendezvous of its own
+        os.environ.setdefault(STORE_ENV, str(folder / "store"))
+    deadlines = Deadlines.from_environment()
+    return RankContext(info, payload, deadlines, Guard(info, folder), link=None, on_event=on_event)
 
 
 def resolve(target: str) -> Callable[[RankContext], Any]:

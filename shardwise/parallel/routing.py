@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from shardwise.parallel.trace import routed
 from shardwise.sharding.spec import Routing
 
 
@@ -12,7 +13,12 @@ def route(logits: Tensor, routing: Routing, correction: Tensor | None = None) ->
     correction [E] is added to the scores for the choice only. Sources: Mixtral (softmax over the chosen),
     gpt-oss (`softmax_after_topk`), DeepSeek-V3 (sigmoid, correction, choice limited to the best groups).
     """
-    logits = logits.float()
+    ids, weights = _choice(logits.float(), routing, correction)
+    routed(ids)
+    return ids, weights
+
+
+def _choice(logits: Tensor, routing: Routing, correction: Tensor | None) -> tuple[Tensor, Tensor]:
     if routing.softmax_after_topk:
         values, ids = logits.topk(routing.top_k, dim=-1)
         return ids, values.softmax(-1) * routing.scale

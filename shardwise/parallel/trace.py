@@ -1,20 +1,27 @@
-"""Named spans of an engine's step, for whoever watches: nobody (free), a clock, or a profiler."""
+"""What an engine's step says of itself to whoever watches: nobody (free), a clock, or a profiler."""
 
 import contextvars
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Protocol
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SCHEDULE, PREFILL, DECODE, SAMPLE = "schedule", "prefill", "decode", "sample"
 """The spans of a step, in their order: one of PREFILL and DECODE; SAMPLE ends it with the tokens on the host."""
 
 
-class Watcher(Protocol):
-    """Is told when a span of this rank begins and ends."""
+class Watcher:
+    """Is told of one rank's steps; what a watcher does not override it ignores."""
 
-    def begin(self, name: str) -> None: ...
+    def begin(self, name: str) -> None:
+        """A span begins; spans do not overlap."""
 
     def end(self, name: str) -> None: ...
+
+    def routed(self, ids: "Tensor") -> None:
+        """Each token's experts [T, K] in one layer, where the layer runs outside of a graph."""
 
 
 _watcher: contextvars.ContextVar[Watcher | None] = contextvars.ContextVar("watcher", default=None)
@@ -34,11 +41,19 @@ def span(name: str) -> Iterator[None]:
         watcher.end(name)
 
 
+def routed(ids: "Tensor") -> None:
+    """Tell of a router's choice."""
+    watcher = _watcher.get()
+    if watcher is not None:
+        watcher.routed(ids)
+
+
 @contextmanager
 def watched_by(watcher: Watcher) -> Iterator[None]:
     """Spans inside the block, of this rank, are told to `watcher`."""
-    token = _watcher.set(watcher)
+    before = _watcher.get()
+    _watcher.set(watcher)  # not reset by a token: a generator's end may come in another context
     try:
         yield
     finally:
-        _watcher.reset(token)
+        _watcher.set(before)

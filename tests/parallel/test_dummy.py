@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from shapes import FP8, GPT_OSS, LLAMA, QWEN_MOE
 
 from shardwise.comm.rank import current_groups
 from shardwise.parallel.dummy import STD, RandomSource
@@ -15,43 +16,6 @@ from shardwise.sharding.layout import ParallelLayout
 from shardwise.sharding.plan import plan
 from shardwise.testing import run_threads
 
-COMMON = dict(
-    vocab_size=131,
-    hidden_size=64,
-    intermediate_size=96,
-    num_hidden_layers=2,
-    num_attention_heads=6,
-    num_key_value_heads=3,
-    head_dim=16,
-    rms_norm_eps=1e-5,
-    max_position_embeddings=64,
-    torch_dtype="bfloat16",
-)
-LLAMA = COMMON | {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "rope_theta": 10000.0}
-FP8 = LLAMA | {"quantization_config": {"quant_method": "fp8", "weight_block_size": [16, 16]}}
-GPT_OSS = COMMON | {
-    "architectures": ["GptOssForCausalLM"],
-    "model_type": "gpt_oss",
-    "intermediate_size": 64,
-    "num_local_experts": 5,
-    "num_experts_per_tok": 2,
-    "sliding_window": 4,
-    "layer_types": ["sliding_attention", "full_attention"],
-    "rope_theta": 10000.0,
-    "quantization_config": {
-        "quant_method": "mxfp4",
-        "modules_to_not_convert": ["model.layers.*.self_attn", "model.layers.*.mlp.router", "lm_head"],
-    },
-}
-QWEN_MOE = COMMON | {
-    "architectures": ["Qwen3MoeForCausalLM"],
-    "model_type": "qwen3_moe",
-    "num_experts": 7,
-    "num_experts_per_tok": 3,
-    "moe_intermediate_size": 36,
-    "norm_topk_prob": True,
-    "rope_theta": 10000.0,
-}
 LAYOUTS = [ParallelLayout(), ParallelLayout(tp=2), ParallelLayout(tp=3, moe_ep=3), ParallelLayout(tp=4, moe_ep=2)]
 PROMPTS = [[5, 17, 100, 3, 9], [7, 7]]
 

@@ -2,11 +2,11 @@
 
 import argparse
 import json
-import os
-import platform
 import re
 import sys
 from pathlib import Path
+
+from shardwise.launch.machine import machine_facts
 
 BODY = "shardwise.comm.bench:"
 UNITS = {"": 1, "b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
@@ -43,6 +43,7 @@ def sizes(text: str) -> list[int]:
 
 def run(args: argparse.Namespace) -> int:
     """Measure, print the table, write the files; 1 if any result was wrong."""
+    from shardwise.comm.base import TRANSPORTS
     from shardwise.comm.bench import OPS
     from shardwise.launch.cli import UsageError
 
@@ -50,6 +51,8 @@ def run(args: argparse.Namespace) -> int:
     unknown = [op for op in ops if op not in OPS]
     if unknown:
         raise UsageError(f"unknown operation {unknown[0]!r}; legal: all, {', '.join(OPS)}")
+    if args.transport not in ("auto", *TRANSPORTS):
+        raise UsageError(f"unknown transport {args.transport!r}; legal: auto, {', '.join(TRANSPORTS)}")
     if args.world < 1:
         raise UsageError(f"--world {args.world}: a job has at least one rank")
     payload = {
@@ -133,24 +136,10 @@ def _print(rows: list[dict], why: list[str], notes: list[str], out) -> None:
 
 def _write(args: argparse.Namespace, rows: list[dict], why: list[str]) -> None:
     if args.json is not None:
-        text = json.dumps({"machine": _machine(), "why": why, "rows": rows}, indent=1)
+        text = json.dumps({"machine": machine_facts(), "why": why, "rows": rows}, indent=1)
         print(text) if args.json == "-" else Path(args.json).write_text(text + "\n")
     if args.calibrate:
         _calibrate(args, [row for row in rows if not row["transport"].startswith("peer:")])
-
-
-def _machine() -> dict:
-    import torch
-
-    with open("/proc/cpuinfo") as file:
-        names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
-    return {
-        "cpu": names[0] if names else platform.machine(),
-        "cores": len(os.sched_getaffinity(0)),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-    }
 
 
 def _calibrate(args: argparse.Namespace, rows: list[dict]) -> None:

@@ -6,6 +6,8 @@ import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
+from shardwise.launch.machine import machine_facts
+
 TOKENS = (1, 4, 16, 64, 256, 1024, 4096, 8192)
 
 
@@ -44,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
             print(_line(row), file=table, flush=True)
         torch.cuda.empty_cache()
     if args.json is not None:
-        text = json.dumps({"machine": _machine(), "ceilings": asdict(ceilings), "rows": rows}, indent=1)
+        text = json.dumps({"machine": machine_facts(), "ceilings": asdict(ceilings), "rows": rows}, indent=1)
         print(text) if args.json == "-" else Path(args.json).write_text(text + "\n")
     return 0
 
@@ -66,17 +68,3 @@ def _line(row) -> str:
         f"{row.layer:18} {row.experts:7} {row.tokens:6} {row.us:9.1f} {row.memory_floor_us:8.1f} "
         f"{row.matrix_floor_us:8.1f}  {peers}"
     )
-
-
-def _machine() -> dict:
-    import platform
-
-    import torch
-
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda}
-    for name in ("triton", "flashinfer"):
-        try:
-            versions[name] = __import__(name).__version__
-        except ImportError:
-            versions[name] = None
-    return {"gpu": torch.cuda.get_device_name(), **versions}

@@ -2,9 +2,10 @@
 
 import argparse
 import json
-import platform
 import sys
 from pathlib import Path
+
+from shardwise.launch.machine import machine_facts
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,7 +31,7 @@ def run(args: argparse.Namespace) -> int:
     table = sys.stderr if args.json == "-" else sys.stdout
     rows = [row for name in args.category or CATEGORIES for row in _measure(CATEGORIES[name](args.full), name, table)]
     if args.json is not None:
-        text = json.dumps({"machine": _machine(), "rows": rows}, indent=1)
+        text = json.dumps({"machine": machine_facts(), "rows": rows}, indent=1)
         print(text) if args.json == "-" else Path(args.json).write_text(text + "\n")
     return 0
 
@@ -61,15 +62,3 @@ def _measure(cases, category: str, table) -> list[dict]:
             flush=True,
         )
     return rows
-
-
-def _machine() -> dict:
-    import torch
-
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda}
-    for name in ("triton", "flashinfer", "fla"):
-        try:
-            versions[name] = __import__(name).__version__
-        except ImportError:
-            versions[name] = None
-    return {"gpu": torch.cuda.get_device_name(), **versions}

@@ -6,16 +6,15 @@ and rank 0 speaks.
 
 import argparse
 import json
-import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from shardwise.comm.watch import LOG_FOLDER_ENV
 from shardwise.launch import env
 from shardwise.launch.cli import DONE, UsageError
-from shardwise.launch.job import LAUNCHERS, interruptible
+from shardwise.launch.cli.grid import add_forms, add_grid, set_log_folder, tensor_parallel, write
+from shardwise.launch.job import interruptible
 
 if TYPE_CHECKING:
     from shardwise.comm.rank import RankInfo
@@ -27,22 +26,10 @@ DEFAULT_PROMPT = "Name three primary colors."
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="a known name (smollm2), GGUF file, model folder or hub id")
-    grid = parser.add_argument_group("ranks")
-    grid.add_argument("-n", "--world", type=int, metavar="N", help="ranks in all (default tp x attn-dp)")
-    grid.add_argument("--tp", type=int, metavar="N", help="tensor parallel ranks (default world / attn-dp)")
-    grid.add_argument("--attn-dp", type=int, default=1, metavar="N", help="attention data parallel groups")
-    grid.add_argument("--ep", type=int, default=1, metavar="N", help="expert parallel ranks")
-    grid.add_argument("--moe-tp", type=int, default=0, metavar="N", help="ranks that share an expert")
-    grid.add_argument(
-        "--launcher", metavar="NAME", help=f"who starts the ranks: {', '.join(LAUNCHERS)} (default local)"
-    )
-    grid.add_argument("--ray-address", metavar="ADDRESS", help="an existing Ray cluster, for instance auto")
+    grid = add_grid(parser)
     grid.add_argument(
         "--plan", metavar="FILE", help="run the layout of a plan; a checkpoint it was not made for is refused"
     )
-    grid.add_argument("--transport", default="auto", metavar="NAME", help="what moves the bytes (default auto)")
-    grid.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
-    grid.add_argument("--log-dir", metavar="DIR", help="where the ranks' logs and failure.json go")
     text = parser.add_argument_group("prompts and answers")
     source = text.add_mutually_exclusive_group()
     source.add_argument("--prompt", metavar="TEXT", help=f"default: {DEFAULT_PROMPT}")
@@ -55,23 +42,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     text.add_argument("--seed", type=int, metavar="S")
     text.add_argument("--stop", action="append", default=[], metavar="TEXT", help="text that ends an answer")
     text.add_argument("--ignore-eos", action="store_true", help="go on behind the model's own end of text")
-    text.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
-    text.add_argument(
-        "--weights",
-        default="auto",
-        choices=("auto", "native", "dequantised"),
-        help="whether quantised weights stay in their form (auto: dequantised on the CPU)",
-    )
+    add_forms(text)
+    text.add_argument("--trace", metavar="DIR", help="write a Chrome trace of each rank's first steps there")
     text.add_argument("--json", nargs="?", const="-", metavar="FILE", help="the result as one JSON object")
 
 
 def run(args: argparse.Namespace) -> int:
     """0; errors come out as exceptions. Nothing of torch is imported unless this process is itself a rank."""
     info = env.detect()
-    tp = _tensor_parallel(args, info)
+    tp = tensor_parallel(args, info)
     params = _sampling(args)
     texts = _prompts(args)
-    _set_log_folder(args.log_dir)
+    set_log_folder(args.log_dir)
     if info.source != type(info)().source:
         return _inside_rank(args, info, tp, params, texts)
     with interruptible():
@@ -111,6 +93,7 @@ def _generate(
             dtype=args.dtype,
             weights=args.weights,
             plan=args.plan,
+            trace=args.trace,
             device=args.device,
             transport=args.transport,
             ray_address=args.ray_address,
@@ -128,7 +111,7 @@ def _generate(
         if show:
             _show(llm, texts, printed)
         if speaks and args.json:
-            _write(json.dumps(result, ensure_ascii=False, indent=1), args.json)
+            write(json.dumps(result, ensure_ascii=False, indent=1), args.json)
     return DONE
 
 
@@ -175,29 +158,8 @@ def _show(llm: "LLM", texts: list[str], printed: str) -> None:
         f"({llm.launcher}, {llm.transport}, {len(llm.stats())} ranks)",
         file=sys.stderr,
     )
-
-
-def _tensor_parallel(args: argparse.Namespace, info: "RankInfo") -> int | None:
-    """--tp, or what -n leaves for it. UsageError names both sides of a contradiction."""
-    from shardwise.launch.llm import layout_for
-
-    if args.launcher is not None and args.launcher not in LAUNCHERS:
-        raise UsageError(f"unknown launcher {args.launcher!r}; legal: {', '.join(LAUNCHERS)}")
-    for name in ("world", "tp", "attn_dp", "ep"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise UsageError(f"--{name.replace('_', '-')} {value}: must be at least 1")
-    tp = args.tp
-    if args.world is not None:
-        if args.world % args.attn_dp or (tp is not None and tp * args.attn_dp != args.world):
-            asked = f"--tp {tp} x " if tp is not None else ""
-            raise UsageError(f"-n {args.world} contradicts {asked}--attn-dp {args.attn_dp}: tp x attn-dp is the world")
-        tp = args.world // args.attn_dp
-    try:
-        layout_for(info, tp=tp, attn_dp=args.attn_dp, moe_tp=args.moe_tp, ep=args.ep, launcher=args.launcher)
-    except ValueError as error:
-        raise UsageError(str(error)) from None
-    return tp
+    if llm.config.trace:
+        print(f"traces of the first steps, which recording slowed down: {llm.config.trace}", file=sys.stderr)
 
 
 def _sampling(args: argparse.Namespace) -> "SamplingParams":
@@ -226,15 +188,3 @@ def _prompts(args: argparse.Namespace) -> list[str]:
     if not prompts:
         raise ValueError(f"{args.prompts}: holds no prompt")
     return prompts
-
-
-def _set_log_folder(folder: str | None) -> None:
-    if folder is not None:
-        os.environ[LOG_FOLDER_ENV] = str(Path(folder).absolute())
-
-
-def _write(text: str, target: str) -> None:
-    if target == "-":
-        print(text)
-    else:
-        Path(target).write_text(text + "\n")

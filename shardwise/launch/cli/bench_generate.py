@@ -1,0 +1,169 @@
+"""`shardwise bench generate MODEL`: how fast a model generates, and how near to what the memory allows.
+
+Starts the ranks itself, or runs inside ranks that torchrun or mpirun started.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from shardwise.launch import env
+from shardwise.launch.cli import DONE, UsageError
+from shardwise.launch.cli.grid import add_forms, add_grid, set_log_folder, tensor_parallel, write
+from shardwise.launch.job import interruptible, run_job
+from shardwise.launch.progress import LoadProgress
+
+if TYPE_CHECKING:
+    from shardwise.comm.rank import RankInfo
+    from shardwise.launch.generation import Load
+    from shardwise.launch.session import ModelConfig
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "model", metavar="MODEL", nargs="?", help="a known name (smollm2), GGUF file, model folder or hub id"
+    )
+    parser.add_argument("--shape", metavar="CONFIG", help="in place of MODEL: a config.json, with --dummy-weights")
+    parser.add_argument("--dummy-weights", action="store_true", help="random weights of the model's shapes and types")
+    add_grid(parser)
+    add_forms(parser)
+    load = parser.add_argument_group("load")
+    load.add_argument("--batch", type=int, default=1, metavar="N", help="prompts at once, over all ranks (default 1)")
+    load.add_argument("--input", type=int, default=256, metavar="N", help="tokens of a prompt (default 256)")
+    load.add_argument("--output", type=int, default=128, metavar="N", help="new tokens of a prompt (default 128)")
+    load.add_argument("--runs", type=int, default=3, metavar="N", help="timed runs (default 3); the median is shown")
+    load.add_argument("--seed", type=int, default=0, metavar="S", help="of prompts and dummy weights (default 0)")
+    out = parser.add_argument_group("output")
+    out.add_argument("--trace", metavar="DIR", help="write a Chrome trace of each rank there, of a run of its own")
+    out.add_argument("--json", nargs="?", const="-", metavar="FILE", help="everything as one JSON object")
+
+
+def run(args: argparse.Namespace) -> int:
+    """0; errors come out as exceptions. Nothing of torch is imported unless this process is itself a rank."""
+    from shardwise.launch.generation import MEASURE
+    from shardwise.launch.llm import within
+
+    info = env.detect()
+    config, load = _config(args, info), _load(args)
+    set_log_folder(args.log_dir)
+    if within(info):
+        return _inside_rank(args, info, config, load)
+    _check_fit(config, load)
+    payload = {"model": asdict(config), "load": asdict(load), "trace": config.trace}
+    options = {"address": args.ray_address, "device": args.device} if args.launcher == "ray" else {}
+    with interruptible(), LoadProgress(sys.stderr) as progress:
+        ranks = run_job(
+            MEASURE,
+            payload,
+            world=config.tp * config.attn_dp,
+            launcher=args.launcher or "local",
+            options=options,
+            on_event=_listener(progress),
+            debug=args.debug,
+        )
+    _show(args, config, load, args.launcher or "local", ranks)
+    return DONE
+
+
+def _inside_rank(args: argparse.Namespace, info: "RankInfo", config: "ModelConfig", load: "Load") -> int:
+    from shardwise.launch import guard
+    from shardwise.launch.worker import context_here, leave
+
+    keeper = guard.Guard(info, guard.job_folder(info), debug=args.debug)
+    guard.bind_to_parent()
+    guard.report_crashes()
+
+    def body() -> None:
+        _check_fit(config, load)
+        with LoadProgress(sys.stderr, enabled=info.rank == 0) as progress:
+            context = context_here(info, {}, _listener(progress))
+            from shardwise.launch.generation import measure_session
+            from shardwise.launch.session import Session
+
+            session = Session(context, config)
+            mine = measure_session(session, load, config.trace)
+            ranks = session.engine.groups.world.all_gather_object(mine)
+            session.close()
+        if info.rank == 0:
+            _show(args, config, load, info.source, ranks)
+
+    keeper.run(body)
+    leave()
+    return DONE
+
+
+def _listener(progress: LoadProgress) -> Callable[[dict], None]:
+    def listen(event: dict) -> None:
+        if event["event"] == "progress":
+            progress.update(event["done"], event["total"])
+        elif event["event"] == "stage":
+            progress.note(event["stage"])
+
+    return listen
+
+
+def _config(args: argparse.Namespace, info: "RankInfo") -> "ModelConfig":
+    from shardwise.launch.llm import layout_for
+    from shardwise.launch.session import ModelConfig
+
+    sizes = {"attn_dp": args.attn_dp, "moe_tp": args.moe_tp, "ep": args.ep}
+    layout = layout_for(info, tp=tensor_parallel(args, info), **sizes, launcher=args.launcher)
+
+    if (args.model is None) == (args.shape is None):
+        raise UsageError("name one MODEL, or a config.json by --shape")
+    if args.shape is not None and not args.dummy_weights:
+        raise UsageError("--shape names a model without weights: add --dummy-weights")
+    return ModelConfig(
+        model=args.model or args.shape,
+        **layout,
+        dtype=args.dtype,
+        weights=args.weights,
+        device=args.device,
+        transport=args.transport,
+        plan=None,
+        random_seed=args.seed if args.dummy_weights else None,
+        trace=None if args.trace is None else str(Path(args.trace).resolve()),
+    )
+
+
+def _load(args: argparse.Namespace) -> "Load":
+    from shardwise.launch.generation import Load
+
+    for name in ("batch", "input", "output", "runs"):
+        if getattr(args, name) < 1:
+            raise UsageError(f"--{name} {getattr(args, name)}: must be at least 1")
+    return Load(batch=args.batch, input=args.input, output=args.output, runs=args.runs, seed=args.seed)
+
+
+def _check_fit(config: "ModelConfig", load: "Load") -> None:
+    """Errors of model, layout and lengths, before any rank starts."""
+    from shardwise.launch.session import plan_of
+
+    longest = plan_of(config).model.max_positions
+    if longest and load.input + load.output > longest:
+        raise ValueError(
+            f"--input {load.input} and --output {load.output} make {load.input + load.output} tokens, the model's "
+            f"context holds {longest}"
+        )
+
+
+def _show(args: argparse.Namespace, config: "ModelConfig", load: "Load", launcher: str, ranks: list[dict]) -> None:
+    from shardwise.launch.cli.generation_report import summary, text
+
+    result: dict[str, Any] = {
+        "model": config.model,
+        "dummy_weights": config.random_seed is not None,
+        "layout": {name: getattr(config, name) for name in ("tp", "attn_dp", "moe_tp", "ep")},
+        "launcher": launcher,
+        "load": asdict(load),
+        **summary(ranks, load.batch),
+        "ranks": ranks,
+    }
+    if args.json != "-":
+        print(text(result))
+    if args.json:
+        write(json.dumps(result, indent=1), args.json)

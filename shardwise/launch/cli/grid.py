@@ -1,0 +1,84 @@
+"""Options that every verb has that starts ranks: the grid, the launcher, the device."""
+
+import argparse
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from shardwise.comm.watch import LOG_FOLDER_ENV
+from shardwise.launch.cli import UsageError
+from shardwise.launch.job import LAUNCHERS
+
+if TYPE_CHECKING:
+    from shardwise.comm.rank import RankInfo
+
+
+def add_grid(parser: argparse.ArgumentParser) -> "argparse._ArgumentGroup":
+    grid = parser.add_argument_group("ranks")
+    grid.add_argument("-n", "--world", type=int, metavar="N", help="ranks in all (default tp x attn-dp)")
+    grid.add_argument("--tp", type=int, metavar="N", help="tensor parallel ranks (default world / attn-dp)")
+    grid.add_argument("--attn-dp", type=int, default=1, metavar="N", help="attention data parallel groups")
+    grid.add_argument("--ep", type=int, default=1, metavar="N", help="expert parallel ranks")
+    grid.add_argument("--moe-tp", type=int, default=0, metavar="N", help="ranks that share an expert")
+    grid.add_argument(
+        "--launcher", metavar="NAME", help=f"who starts the ranks: {', '.join(LAUNCHERS)} (default local)"
+    )
+    grid.add_argument("--ray-address", metavar="ADDRESS", help="an existing Ray cluster, for instance auto")
+    grid.add_argument("--transport", default="auto", metavar="NAME", help="what moves the bytes (default auto)")
+    grid.add_argument(
+        "--device", default="auto", choices=("auto", "cpu", "cuda"), help="auto: one GPU a rank where there are GPUs"
+    )
+    grid.add_argument("--log-dir", metavar="DIR", help="where the ranks' logs and failure.json go")
+    return grid
+
+
+def add_forms(parser: "argparse.ArgumentParser | argparse._ArgumentGroup") -> None:
+    """How weights are held."""
+    parser.add_argument(
+        "--dtype",
+        default="auto",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        help="of weights and activations (auto: bfloat16 on GPUs, float32 on the CPU)",
+    )
+    parser.add_argument(
+        "--weights",
+        default="auto",
+        choices=("auto", "native", "dequantised"),
+        help="whether quantised weights stay in their form (auto: dequantised on the CPU)",
+    )
+
+
+def tensor_parallel(args: argparse.Namespace, info: "RankInfo") -> int | None:
+    """--tp, or what -n leaves for it. UsageError names both sides of a contradiction."""
+    from shardwise.launch.llm import layout_for
+
+    if args.launcher is not None and args.launcher not in LAUNCHERS:
+        raise UsageError(f"unknown launcher {args.launcher!r}; legal: {', '.join(LAUNCHERS)}")
+    for name in ("world", "tp", "attn_dp", "ep"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise UsageError(f"--{name.replace('_', '-')} {value}: must be at least 1")
+    tp = args.tp
+    if args.world is not None:
+        if args.world % args.attn_dp or (tp is not None and tp * args.attn_dp != args.world):
+            asked = f"--tp {tp} x " if tp is not None else ""
+            raise UsageError(f"-n {args.world} contradicts {asked}--attn-dp {args.attn_dp}: tp x attn-dp is the world")
+        tp = args.world // args.attn_dp
+    try:
+        layout_for(info, tp=tp, attn_dp=args.attn_dp, moe_tp=args.moe_tp, ep=args.ep, launcher=args.launcher)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    return tp
+
+
+def set_log_folder(folder: str | None) -> None:
+    if folder is not None:
+        os.environ[LOG_FOLDER_ENV] = str(Path(folder).absolute())
+
+
+def write(text: str, target: str) -> None:
+    """To a file, or standard output for `-`."""
+    if target == "-":
+        print(text)
+    else:
+        Path(target).write_text(text + "\n")

@@ -1,0 +1,140 @@
+"""A few steps of an engine as a Chrome trace: one gzipped file a rank, which Perfetto opens, alone or all together.
+
+torch.profiler records operators and kernels. On top come the engine's spans, and the collectives from the flight record
+on a row of their own. Every event's pid is the rank, so that the files of a job can be laid over each other.
+"""
+
+import gzip
+import json
+import tempfile
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from shardwise.comm import watch
+from shardwise.parallel.trace import DECODE, SAMPLE, Watcher
+
+DECODE_STEPS = 6
+"""Every step is like the last."""
+STEPS = 24
+"""With those of long prompts: an eager step of 36 layers is half a MB of JSON, a tenth of that when compressed."""
+COLLECTIVES_ROW = 1
+_MARK = "shardwise clock"
+_DEVICE_WORK = ("kernel", "gpu_memcpy", "gpu_memset")
+
+
+class ChromeTrace(Watcher):
+    """Records the first steps that it watches (`trace.watched_by`) and writes them once DECODE_STEPS are among them.
+
+    name   what the rank's row is called in the trace
+    """
+
+    def __init__(self, folder: Path, rank: int, name: str, device: torch.device):
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path = folder / f"rank-{rank}.json.gz"
+        self._rank, self._name = rank, name
+        self._steps = self._decode_steps = 0
+        activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
+        self._profile: profile | None = profile(activities=activities)
+        self._profile.start()
+        for _ in range(3):  # ties the flight record's clock to the profiler's; the first ones are slow
+            self._marked = watch.now()
+            with record_function(_MARK):
+                pass
+        self._span: record_function | None = None
+
+    def begin(self, name: str) -> None:
+        if self._profile is not None:
+            self._span = record_function(name)
+            self._span.__enter__()
+
+    def end(self, name: str) -> None:
+        if self._span is not None:
+            self._span.__exit__(None, None, None)
+            self._span = None
+        self._steps += name == SAMPLE
+        self._decode_steps += name == DECODE
+        if name == SAMPLE and (self._decode_steps == DECODE_STEPS or self._steps == STEPS):
+            self.close()
+
+    def close(self) -> None:
+        """Stop and write, if that is not done yet."""
+        if self._profile is None:
+            return
+        recorded, self._profile = self._profile, None
+        ended = watch.now()
+        recorded.stop()
+        with tempfile.TemporaryDirectory(prefix="shardwise-") as folder:
+            raw = Path(folder) / "trace.json"
+            recorded.export_chrome_trace(str(raw))
+            document = json.loads(raw.read_bytes())
+        document["traceEvents"] = self._events(document["traceEvents"], ended)
+        with gzip.open(self.path, "wt", compresslevel=4) as file:
+            json.dump(document, file)
+
+    def _events(self, events: list[dict], ended: int) -> list[dict]:
+        """The profiler's events under this rank's number, without its own names of processes, and the collectives."""
+        shift = max(event["ts"] for event in events if event.get("name") == _MARK) - self._marked / 1e3
+        kept = [
+            {**event, "pid": self._rank}
+            for event in events
+            if event.get("name") not in (_MARK, "process_name", "process_labels", "process_sort_index")
+            and not str(event.get("pid", "")).startswith(("Spans", "Traces"))
+        ]
+        calls = [self._call(row, shift) for row in watch.FLIGHT.rows() if self._marked <= row["begin"] <= ended]
+        return [
+            self._label("process_name", name=f"rank {self._rank}: {self._name}"),
+            self._label("process_sort_index", sort_index=self._rank),
+            self._label("thread_name", tid=COLLECTIVES_ROW, name="collectives"),
+            *kept,
+            *[call for call in calls if call["args"]["rank"] == self._rank],
+        ]
+
+    def _label(self, kind: str, tid: int = 0, **args: object) -> dict:
+        return {"ph": "M", "name": kind, "pid": self._rank, "tid": tid, "args": args}
+
+    def _call(self, row: dict, shift: float) -> dict:
+        end = row["end"] or row["begin"]
+        shape = "x".join(map(str, row["shape"]))
+        return {
+            "ph": "X",
+            "cat": "collective",
+            "name": f"{row['op']} {shape} {row['dtype']}".strip(),
+            "pid": self._rank,
+            "tid": COLLECTIVES_ROW,
+            "ts": row["begin"] / 1e3 + shift,
+            "dur": (end - row["begin"]) / 1e3,
+            "args": row,
+        }
+
+
+@dataclass(frozen=True)
+class DeviceWork:
+    """What a GPU did in the decode steps of a trace."""
+
+    steps: int
+    seconds: float
+    """From the begin of each step to its tokens on the host, summed."""
+    by_name: dict[str, tuple[int, float]]
+    """Kernels and copies: how many, and their seconds, summed."""
+
+
+def decode_work(path: Path) -> DeviceWork:
+    """A step waits for its tokens, so what the device did between its begin and their arrival was done for it."""
+    with gzip.open(path, "rt") as file:
+        events = [event for event in json.load(file)["traceEvents"] if event["ph"] == "X"]
+    spans = sorted((e["ts"], e["dur"], e["name"]) for e in events if e["cat"] == "user_annotation")
+    steps = [
+        (begin, following + duration)
+        for (begin, _, name), (following, duration, last) in pairwise(spans)
+        if name == DECODE and last == SAMPLE
+    ]
+    by_name: dict[str, tuple[int, float]] = {}
+    for event in events:
+        if event["cat"] in _DEVICE_WORK and any(begin <= event["ts"] < end for begin, end in steps):
+            count, seconds = by_name.get(event["name"], (0, 0.0))
+            by_name[event["name"]] = (count + 1, seconds + event["dur"] / 1e6)
+    return DeviceWork(len(steps), sum(end - begin for begin, end in steps) / 1e6, by_name)

@@ -1,0 +1,146 @@
+"""Times of an engine's steps, the bytes that they read, and traces of them."""
+
+import gzip
+import json
+import time
+
+import pytest
+import torch
+from shapes import GPT_OSS, LLAMA
+
+from shardwise.comm.rank import current_groups
+from shardwise.parallel.chrome_trace import COLLECTIVES_ROW, DECODE_STEPS, ChromeTrace, decode_work
+from shardwise.parallel.clock import Clock, mean
+from shardwise.parallel.engine import Engine, SamplingParams
+from shardwise.parallel.trace import DECODE, PREFILL, SAMPLE, SCHEDULE, span, watched_by
+from shardwise.parallel.traffic import copy_bandwidth, step_bytes
+from shardwise.sharding.checkpoint.resolve import random_checkpoint
+from shardwise.sharding.layout import ParallelLayout
+from shardwise.sharding.plan import plan
+from shardwise.testing import run_threads
+
+NEW_TOKENS = 10
+PARAMS = SamplingParams(max_new_tokens=NEW_TOKENS, ignore_eos=True)
+
+
+@pytest.fixture
+def shape(tmp_path):
+    def write(config: dict):
+        path = tmp_path / "config.json"
+        path.write_text(json.dumps(config))
+        return path
+
+    return write
+
+
+def on_ranks(path, layout, body):
+    made = plan(path, layout)
+
+    def rank():
+        return body(Engine(random_checkpoint(path), made, current_groups()))
+
+    return run_threads(layout.world, rank, layout=layout)
+
+
+def test_every_step_is_counted_and_its_parts_fit_into_it(shape):
+    def body(engine):
+        clock = Clock(engine.device, engine.groups.world.rank)
+        with watched_by(clock):
+            engine.generate([[1, 2, 3], [4, 5]], PARAMS)
+        engine.generate([[1]], PARAMS)  # nobody looks any more
+        return clock.steps()
+
+    for steps in on_ranks(shape(LLAMA), ParallelLayout(tp=2), body):
+        assert [len(steps[kind]) for kind in (PREFILL, DECODE)] == [1, NEW_TOKENS - 1]
+        for each in steps[DECODE]:
+            assert 0 < each.schedule + each.forward + each.sample <= each.wall
+            assert 0 < each.collectives < each.wall
+
+
+def test_the_mean_of_no_steps_is_none_and_spans_cost_nobody_anything():
+    assert mean([]) is None
+    begin = time.perf_counter()
+    for _ in range(1000):
+        with span(DECODE):
+            pass
+    assert time.perf_counter() - begin < 0.1
+
+
+@pytest.mark.parametrize("layout", [ParallelLayout(), ParallelLayout(tp=2, moe_ep=2)], ids=str)
+def test_a_step_reads_dense_weights_the_chosen_experts_and_the_cache(shape, layout):
+    path = shape(GPT_OSS)
+    made = plan(path, layout)
+
+    def body(engine):
+        return step_bytes(
+            engine._decoder, made, engine.groups.world.rank, batch=2, context=8, cache_itemsize=4
+        ), engine.stats()
+
+    for rank, (read, stats) in enumerate(on_ranks(path, layout, body)):
+        shards = {s.name: s for s in made.shards(rank)}
+        table = shards["model.embed_tokens.weight"]
+        assert read.dense + read.experts == stats.weight_bytes - 4 * table.local_shape[0] * table.local_shape[1]
+        local = len(made.experts(rank, made.model.layers[0].feed_forward[0].expert_axis))
+        width, hidden = 64, 64
+        assert read.experts == 2 * local * 4 * (3 * width * hidden + 2 * width + hidden * (layout.moe_tp == 1))
+        assert read.touched == pytest.approx(1 - (3 / 5) ** 2)
+        kv_heads = shards["model.layers.0.self_attn.k_proj.weight"].local_shape[0]
+        assert read.cache == 2 * 4 * 2 * kv_heads * (8 + 4)  # sequences, bytes, K and V; a full and a windowed layer
+        assert read.total == read.dense + read.experts * read.touched + read.cache
+
+
+def test_memory_copies_at_some_speed():
+    assert 1e8 < copy_bandwidth(torch.device("cpu")) < 1e13
+
+
+def test_a_trace_has_the_spans_and_collectives_of_a_few_steps_under_the_ranks_number(shape, tmp_path):
+    def body(engine):
+        rank = engine.groups.world.rank
+        if rank:  # the profiler is the process's, and ranks are threads here
+            engine.generate([[1, 2, 3]], PARAMS)
+            return None
+        trace = ChromeTrace(tmp_path / "traces", rank, "cpu", engine.device)
+        with watched_by(trace):
+            engine.generate([[1, 2, 3]], PARAMS)
+        return trace.path
+
+    path, _ = on_ranks(shape(LLAMA), ParallelLayout(tp=2), body)
+    assert path.name == "rank-0.json.gz" and path.stat().st_size < 1 << 20
+    events = json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
+    assert {event["pid"] for event in events} == {0}
+    spans = [e for e in events if e.get("cat") == "user_annotation"]
+    assert [e["name"] for e in sorted(spans, key=lambda e: e["ts"])] == [
+        *(SCHEDULE, PREFILL, SAMPLE),
+        *(SCHEDULE, DECODE, SAMPLE) * DECODE_STEPS,
+    ]
+    calls = [e for e in events if e.get("tid") == COLLECTIVES_ROW and e["ph"] == "X"]
+    inside = [
+        call
+        for call in calls
+        if any(s["ts"] - 50 <= call["ts"] and call["ts"] + call["dur"] <= s["ts"] + s["dur"] + 50 for s in spans)
+    ]
+    assert len(inside) >= DECODE_STEPS * 2 * LLAMA["num_hidden_layers"] and len(inside) == len(calls)
+    assert any(e["name"] == "aten::mm" for e in events)
+
+
+def test_device_work_is_that_of_decode_steps(tmp_path):
+    def event(name, begin, duration, cat="user_annotation"):
+        return {"ph": "X", "cat": cat, "name": name, "ts": begin, "dur": duration}
+
+    events = [
+        event(PREFILL, 0, 10),
+        event("gemm", 5, 3, "kernel"),
+        event(SAMPLE, 12, 8),
+        event(SCHEDULE, 21, 1),
+        event(DECODE, 23, 10),
+        event("gemm", 25, 4, "kernel"),
+        event(SAMPLE, 34, 6),
+        event("gemm", 36, 4, "kernel"),
+        event("Memcpy DtoH", 38, 1, "gpu_memcpy"),
+        event("aten::mm", 26, 1, "cpu_op"),
+    ]
+    path = tmp_path / "trace.json.gz"
+    path.write_bytes(gzip.compress(json.dumps({"traceEvents": events}).encode()))
+    work = decode_work(path)
+    assert work.steps == 1 and work.seconds == pytest.approx(17e-6)
+    assert work.by_name["gemm"] == (2, pytest.approx(8e-6)) and work.by_name["Memcpy DtoH"][0] == 1
