@@ -18,7 +18,9 @@ SIZES = {"rows": "i64", "width": "i32", "total_elements": "i64", "chunks": "i64"
 def compiled(tuning, world: int, fused: bool, aligned: bool, dtype: str, lanes: int):
     pointers = dict.fromkeys(("x", "residual", "weight", "out", "residual_out"), "*" + dtype)
     constants = {"WORLD": world, "RANK": world - 1, "LANES": lanes, "ALIGNED": aligned, "FUSED": fused}
-    constants |= {"AHEAD": tuning.ahead, "PDL": True}
+    if tuning.strategy == "ONESHOT":
+        constants |= {"PUSHERS": tuning.pushers, "BULK": tuning.bulk and aligned}
+    constants |= {"AHEAD": tuning.ahead, "PAUSING": tuning.pausing, "PDL": True}
     signature = {**pointers, "slots": ("i64",) * world, "counters": "*i32", **INTEGERS, **SIZES}
     signature |= dict.fromkeys(constants, "constexpr")
     kernel = kernels.one_shot if tuning.strategy == "ONESHOT" else kernels.two_shot

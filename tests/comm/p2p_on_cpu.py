@@ -12,6 +12,7 @@ import torch
 from shardwise.comm.base import CollectiveTimeout, CommError
 from shardwise.comm.p2p.communicator import P2PCommunicator
 from shardwise.comm.p2p.launch import Launcher
+from shardwise.comm.p2p.table import Tuning
 from shardwise.comm.p2p.workspace import COUNTERS, HEADER_BYTES, RECORDS, SLOTS, P2PUnavailable, Workspace
 from shardwise.comm.rank import RankInfo
 from shardwise.comm.strategy import create
@@ -66,8 +67,11 @@ class InterpretedLauncher(Launcher):
     def __init__(self, workspace: SharedWorkspace):
         self.workspace, self.deadline_ns, self.multiprocessors, self.pdl = workspace, 10**10, 2, False
 
-    def _resident_blocks(self, *_) -> int:
-        return 3
+    def _compiled(self, kernel, *_):
+        return kernel, 3
+
+    def _start(self, compiled, grid, positional, options) -> None:
+        compiled[(grid,)](*positional, **options)
 
 
 class OnCpu(P2PCommunicator):
@@ -97,6 +101,7 @@ def conformance(info: RankInfo, store, folder: str) -> None:
     p2p_checks.check_fused(group, cases, ("ONESHOT", "TWOSHOT"))
     if info.world == 2:
         p2p_checks.check_pieces(group)
+    check_variants(group)
     group.barrier()
     assert group.workspace.all_armed(), "every word that was pushed was taken and armed again"
     integers = torch.arange(6) * (info.rank + 1)
@@ -104,6 +109,17 @@ def conformance(info: RankInfo, store, folder: str) -> None:
     with pytest.raises(CommError, match="sums bfloat16, float16, float32, not torch.int64"):
         group.all_reduce(integers, strategy="ONESHOT")
     assert "NCCL 10.5" in group.explain("all_reduce", 1 << 14) or info.world > 2
+
+
+def check_variants(group: OnCpu) -> None:
+    """How blocks share the work changes no bit, also where results replace inputs."""
+    parts = p2p_checks.everyones(group.size, (300,), torch.float32, 9)
+    for variant in (Tuning("ONESHOT", 1, lanes=32, pushers=1), Tuning("ONESHOT", 1, 1, lanes=32, pushers=2, bulk=True)):
+        x = parts[group.rank].clone()
+        for out in (torch.empty_like(x), x):
+            group.launcher.all_reduce(x, out, variant)
+            group.synchronize()
+            assert torch.equal(out, p2p_checks.rounded_sum(parts))
 
 
 def faults(info: RankInfo, store, folder: str) -> None:

@@ -14,7 +14,9 @@ copy of the counter, and advances the copies b, b + grid, b + 2 grid, ..., of wh
 atomics, and calls with different grids follow each other.
 
 Rows are dealt to blocks alike on all ranks, and blocks take them in the same order; all blocks of a launch must be
-resident together (launch.py bounds the grid). Sums run in float32 over ranks 0..W-1 and are rounded once to the
+resident together (launch.py bounds the grid). With PUSHERS the first blocks of a launch only push and the others only
+sum: a multiprocessor's accesses leave it in order, so behind pushes that wait for the link its sums would wait too,
+while rows that have arrived could be finished. Sums run in float32 over ranks 0..W-1 and are rounded once to the
 input's type; then the residual is added, and the norm is that of the rounded result. So one-shot, two-shot and an
 all-reduce followed by these steps give the same bits, on every rank and for every size.
 """
@@ -26,187 +28,129 @@ import triton
 import triton.language as tl
 
 from shardwise.comm.p2p import ptx, workspace
+from shardwise.comm.p2p.rows import (
+    advance,
+    begin,
+    finish,
+    load_row,
+    push,
+    region,
+    row_length,
+    sum_in_rank_order,
+)
 
 ONE_SHOT = tl.constexpr(workspace.ONE_SHOT)
 TWO_SHOT_REDUCE = tl.constexpr(workspace.TWO_SHOT_REDUCE)
 TWO_SHOT_GATHER = tl.constexpr(workspace.TWO_SHOT_GATHER)
-_COUNTERS = tl.constexpr(workspace.COUNTERS)
 # One compiled kernel for all sizes: the time to compile is longer than a deadline may be.
-_RUNTIME = ["abort", "records", "region_bytes", "deadline_ns", "rows", "width", "total_elements", "chunks"]
+_RUNTIME = [
+    *("x", "residual", "weight", "out", "residual_out"),
+    *("abort", "records", "region_bytes", "deadline_ns", "rows", "width", "total_elements", "chunks"),
+]
 
 
 @triton.jit
-def _pair(halves, element, limit):
-    low = tl.load(halves + element, element < limit, 0).to(tl.int32) & 0xFFFF
-    return low | (tl.load(halves + element + 1, element + 1 < limit, 0).to(tl.int32) << 16)
-
-
-@triton.jit
-def _load_row(row, lane, limit, ALIGNED: tl.constexpr, WIDTH: tl.constexpr):
-    """Chunk `lane` of the row of `limit` elements of WIDTH bytes at `row`; elements past the row are zero."""
-    if ALIGNED:
-        return ptx.load_chunk(row.to(tl.pointer_type(tl.int32), bitcast=True), lane, lane * (16 // WIDTH) < limit)
-    elif WIDTH == 4:
-        words = row.to(tl.pointer_type(tl.int32), bitcast=True)
-        e = lane * 4
-        return (
-            tl.load(words + e, e < limit, 0),
-            tl.load(words + e + 1, e + 1 < limit, 0),
-            tl.load(words + e + 2, e + 2 < limit, 0),
-            tl.load(words + e + 3, e + 3 < limit, 0),
-        )
-    else:
-        halves = row.to(tl.pointer_type(tl.int16), bitcast=True)
-        e = lane * 8
-        return (
-            _pair(halves, e, limit),
-            _pair(halves, e + 2, limit),
-            _pair(halves, e + 4, limit),
-            _pair(halves, e + 6, limit),
-        )
-
-
-@triton.jit
-def _store_row(row, lane, limit, chunk, ALIGNED: tl.constexpr, WIDTH: tl.constexpr):
-    if ALIGNED:
-        words = row.to(tl.pointer_type(tl.int32), bitcast=True)
-        ptx.store_chunk(words, lane, lane * (16 // WIDTH) < limit, chunk)
-    elif WIDTH == 4:
-        words = row.to(tl.pointer_type(tl.int32), bitcast=True)
-        for i in tl.static_range(4):
-            tl.store(words + lane * 4 + i, chunk[i], lane * 4 + i < limit)
-    else:
-        halves = row.to(tl.pointer_type(tl.int16), bitcast=True)
-        for i in tl.static_range(4):
-            e = lane * 8 + 2 * i
-            tl.store(halves + e, chunk[i].to(tl.int16), e < limit)
-            tl.store(halves + e + 1, (chunk[i] >> 16).to(tl.int16), e + 1 < limit)
-
-
-@triton.jit
-def _unpack(chunk, kind: tl.constexpr):
-    """A chunk's 4 or 8 values in order, as a tuple of float32 tensors: one a register, so no data changes threads."""
-    values = ()
-    for i in tl.static_range(4):
-        word = chunk[i]
-        if kind == tl.float32:
-            values = values + (word.to(tl.float32, bitcast=True),)
-        elif kind == tl.bfloat16:
-            values = values + ((word << 16).to(tl.float32, bitcast=True), (word & -65536).to(tl.float32, bitcast=True))
-        else:
-            low = word.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
-            values = values + (low, (word >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32))
-    return values
-
-
-@triton.jit
-def _pack(values, kind: tl.constexpr):
-    chunk = ()
-    for i in tl.static_range(4):
-        if kind == tl.float32:
-            chunk = chunk + (values[i].to(tl.int32, bitcast=True),)
-        else:
-            chunk = chunk + (ptx.round_pair(values[2 * i], values[2 * i + 1], kind == tl.float16),)
-    return chunk
-
-
-@triton.jit
-def _add(left, right):
-    total = ()
-    for i in tl.static_range(len(left)):
-        total = total + (left[i] + right[i],)
-    return total
-
-
-@triton.jit
-def _normalise(values, gain, weight_bias, width, eps):
-    squares = values[0] * values[0]
-    for i in tl.static_range(1, len(values)):
-        squares += values[i] * values[i]
-    scale = tl.rsqrt(tl.sum(squares) / width + eps)
-    result = ()
-    for i in tl.static_range(len(values)):
-        result = result + (values[i] * scale * (gain[i] + weight_bias),)
-    return result
-
-
-@triton.jit
-def _region(slots, owner: tl.constexpr, source: tl.constexpr, parity, region_bytes, WORLD: tl.constexpr):
-    """Where rank `source` pushes in the workspace of rank `owner`, in the slot of this call."""
-    index: tl.constexpr = source - 1 if source > owner else source
-    start = slots[owner] + (parity * (WORLD - 1) + index) * region_bytes
-    return start.to(tl.pointer_type(tl.int32))
-
-
-@triton.jit
-def _finish(
-    total, residual, weight, out_row, residual_row, lane, limit, eps, weight_bias,
-    kind: tl.constexpr, ALIGNED: tl.constexpr, WIDTH: tl.constexpr, FUSED: tl.constexpr,
+def _push_rows(
+    x, slots, parity, region_bytes, first, stop, step, rows, width, total_elements, chunks, lane, stage,
+    WORLD: tl.constexpr, RANK: tl.constexpr, LANES: tl.constexpr, ALIGNED: tl.constexpr, WIDTH: tl.constexpr,
+    BULK: tl.constexpr, PLACES: tl.constexpr,
 ):  # fmt: skip
-    """Write a row whose sum is known: the sum, or the normalised row and the new residual."""
+    """Push the rows first, first + step, ..., each loaded while the one before leaves."""
+    limit = row_length(first, rows, width, total_elements)
+    chunk = load_row(x + first * width, lane, limit, ALIGNED, WIDTH)
+    for index in range(first, stop, step):
+        row = tl.cast(index, tl.int64)
+        mask = lane * (16 // WIDTH) < limit
+        ready = ptx.disarm(chunk)
+        limit = row_length(row + step, rows, width, total_elements)
+        chunk = load_row(x + (row + step) * width, lane, limit, ALIGNED, WIDTH)
+        if BULK:
+            ptx.bulk_sent(PLACES - 1)
+        place = stage + ((index - first) // step % PLACES * (LANES * 16)).to(tl.int32)
+        push(ready, slots, parity, region_bytes, row, chunks, lane, mask, place, WORLD, RANK, BULK)
+
+
+@triton.jit
+def _sum_rows(
+    x, residual, weight, out, residual_out, slots, parity, region_bytes, first, step, rows, width, total_elements,
+    chunks, lane, eps, weight_bias, abort, records, what, deadline_ns, kind: tl.constexpr,
+    WORLD: tl.constexpr, RANK: tl.constexpr, ALIGNED: tl.constexpr, WIDTH: tl.constexpr, FUSED: tl.constexpr,
+    PAUSING: tl.constexpr,
+):  # fmt: skip
+    """Sum and finish the rows first, first + step, ...; what they need of this rank is loaded one row ahead."""
+    limit = row_length(first, rows, width, total_elements)
+    own = load_row(x + first * width, lane, limit, ALIGNED, WIDTH)
+    carried = own
+    gain = own
     if FUSED:
-        chunk = _pack(_add(_unpack(total, kind), _unpack(residual, kind)), kind)
-        _store_row(residual_row, lane, limit, chunk, ALIGNED, WIDTH)
-        values = _normalise(_unpack(chunk, kind), _unpack(weight, kind), weight_bias, limit, eps)
-        _store_row(out_row, lane, limit, _pack(values, kind), ALIGNED, WIDTH)
-    else:
-        _store_row(out_row, lane, limit, total, ALIGNED, WIDTH)
+        carried = load_row(residual + first * width, lane, limit, ALIGNED, WIDTH)
+        gain = load_row(weight, lane, width, ALIGNED, WIDTH)
+    for index in range(first, rows, step):
+        row = tl.cast(index, tl.int64)
+        limit = row_length(row, rows, width, total_elements)
+        later = row + step
+        later_limit = row_length(later, rows, width, total_elements)
+        next_own = load_row(x + later * width, lane, later_limit, ALIGNED, WIDTH)
+        next_carried = next_own
+        if FUSED:
+            next_carried = load_row(residual + later * width, lane, later_limit, ALIGNED, WIDTH)
+        total = sum_in_rank_order(
+            ptx.disarm(own), slots, parity, region_bytes, row, chunks, lane, lane * (16 // WIDTH) < limit, abort,
+            records, what, deadline_ns, WORLD, RANK, kind, PAUSING,
+        )  # fmt: skip
+        finish(
+            total, carried, gain, out + row * width, residual_out + row * width, lane, limit, eps, weight_bias, kind,
+            ALIGNED, WIDTH, FUSED,
+        )  # fmt: skip
+        own = next_own
+        carried = next_carried
 
 
 @triton.jit
-def _sum_in_rank_order(
-    own, slots, parity, region_bytes, row, chunks, lane, mask, abort, records, what, deadline_ns,
-    WORLD: tl.constexpr, RANK: tl.constexpr, kind: tl.constexpr,
+def _exchange_rows(
+    x, residual, weight, out, residual_out, slots, parity, region_bytes, rows, width, total_elements, chunks, lane,
+    stage, eps, weight_bias, abort, records, what, deadline_ns, kind: tl.constexpr,
+    WORLD: tl.constexpr, RANK: tl.constexpr, LANES: tl.constexpr, ALIGNED: tl.constexpr, WIDTH: tl.constexpr,
+    FUSED: tl.constexpr, AHEAD: tl.constexpr, BULK: tl.constexpr, PAUSING: tl.constexpr,
 ):  # fmt: skip
-    """Sum of a row over all ranks, rounded and packed. Peers' contributions are waited for and their place re-armed."""
-    seen = ()
-    for source in tl.static_range(WORLD):
-        if source == RANK:
-            seen = seen + (own,)
+    """Push and sum this block's rows, each pushed while the one AHEAD rows before it is awaited."""
+    step = tl.num_programs(0)
+    for ahead in tl.static_range(AHEAD):
+        row = (tl.program_id(0) + ahead * step).to(tl.int64)
+        limit = row_length(row, rows, width, total_elements)
+        mask = lane * (16 // WIDTH) < limit
+        chunk = ptx.disarm(load_row(x + row * width, lane, limit, ALIGNED, WIDTH))
+        place = stage + ahead * (LANES * 16)
+        push(chunk, slots, parity, region_bytes, row, chunks, lane, mask, place, WORLD, RANK, BULK)
+    for index in range(tl.program_id(0), rows, step):
+        row = tl.cast(index, tl.int64)
+        limit = row_length(row, rows, width, total_elements)
+        mask = lane * (16 // WIDTH) < limit
+        own = ptx.disarm(load_row(x + row * width, lane, limit, ALIGNED, WIDTH))
+        if BULK:
+            ptx.bulk_sent(AHEAD)
+        place = stage + ((index // step + AHEAD) % (AHEAD + 1) * (LANES * 16)).to(tl.int32)
+        if AHEAD == 0:
+            push(own, slots, parity, region_bytes, row, chunks, lane, mask, place, WORLD, RANK, BULK)
         else:
-            words = _region(slots, RANK, source, parity, region_bytes, WORLD) + row * chunks * 4
-            seen = seen + (ptx.peek_chunk(words, lane, mask),)
-    total = ()
-    for source in tl.static_range(WORLD):
-        chunk = seen[source]
-        if source != RANK:
-            words = _region(slots, RANK, source, parity, region_bytes, WORLD) + row * chunks * 4
-            chunk = ptx.wait_chunk(chunk, words, lane, abort, records + source * 8, what, deadline_ns)
-            ptx.rearm_chunk(words, lane, mask)
-        if source == 0:
-            total = _unpack(chunk, kind)
-        else:
-            total = _add(total, _unpack(chunk, kind))
-    return _pack(total, kind)
-
-
-@triton.jit
-def _begin(counters, PDL: tl.constexpr):
-    """Number of this call. Nothing that an earlier kernel wrote may be read before it returns."""
-    ptx.dependency_wait(PDL)
-    ptx.dependency_launch(PDL)
-    return tl.load(counters + tl.program_id(0), volatile=True)
-
-
-@triton.jit
-def _advance(counters, call):
-    """Set the next call's number in this block's share of the copies."""
-    copy = tl.program_id(0) + tl.arange(0, _COUNTERS) * tl.num_programs(0)
-    tl.store(counters + copy, tl.full([_COUNTERS], 1, tl.int32) + call, copy < _COUNTERS)
-
-
-@triton.jit
-def _limit(row, rows, width, total_elements):
-    """Elements of a row that exist: fewer in the last row of a flat tensor, none past the last row."""
-    return tl.where(row < rows, tl.minimum(width, total_elements - row * width), 0).to(tl.int32)
-
-
-@triton.jit
-def _push(chunk, slots, parity, region_bytes, place, chunks, lane, mask, WORLD: tl.constexpr, RANK: tl.constexpr):
-    """Write a row into this rank's region of every peer, at row `place`; the nearest peer in the ring first."""
-    for hop in tl.static_range(1, WORLD):
-        words = _region(slots, (RANK + hop) % WORLD, RANK, parity, region_bytes, WORLD) + place * chunks * 4
-        ptx.push_chunk(words, lane, mask, chunk)
+            later = row + AHEAD * step
+            later_limit = row_length(later, rows, width, total_elements)
+            later_mask = lane * (16 // WIDTH) < later_limit
+            chunk = ptx.disarm(load_row(x + later * width, lane, later_limit, ALIGNED, WIDTH))
+            push(chunk, slots, parity, region_bytes, later, chunks, lane, later_mask, place, WORLD, RANK, BULK)
+        residual_chunk = own
+        weight_chunk = own
+        if FUSED:
+            residual_chunk = load_row(residual + row * width, lane, limit, ALIGNED, WIDTH)
+            weight_chunk = load_row(weight, lane, limit, ALIGNED, WIDTH)
+        total = sum_in_rank_order(
+            own, slots, parity, region_bytes, row, chunks, lane, mask, abort, records, what, deadline_ns,
+            WORLD, RANK, kind, PAUSING,
+        )  # fmt: skip
+        finish(
+            total, residual_chunk, weight_chunk, out + row * width, residual_out + row * width, lane, limit, eps,
+            weight_bias, kind, ALIGNED, WIDTH, FUSED,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=_RUNTIME)
@@ -216,51 +160,43 @@ def one_shot(
     rows: tl.int64, width: tl.int32, total_elements: tl.int64, chunks: tl.int64,
     eps: tl.float32, weight_bias: tl.float32,
     WORLD: tl.constexpr, RANK: tl.constexpr, LANES: tl.constexpr, ALIGNED: tl.constexpr, FUSED: tl.constexpr,
-    AHEAD: tl.constexpr, PDL: tl.constexpr,
+    AHEAD: tl.constexpr, PUSHERS: tl.constexpr, BULK: tl.constexpr, PAUSING: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Every rank pushes every row to every peer, and sums what it received.
 
-    A block pushes AHEAD rows before it awaits its first. `chunks`: 16-byte chunks that a row takes, at most LANES.
+    `chunks`: 16-byte chunks that a row takes, at most LANES. PUSHERS: blocks that only push, 0: all do both.
     """
     kind: tl.constexpr = x.dtype.element_ty
     WIDTH: tl.constexpr = kind.primitive_bitwidth // 8
+    PLACES: tl.constexpr = AHEAD + 1
     lane = tl.arange(0, LANES)
-    step = tl.num_programs(0)
-    call = _begin(counters, PDL)
+    stage = 0
+    if BULK:
+        stage = ptx.stage(triton.cdiv(PLACES * LANES * 16, 16384) * 16384)
+    call = begin(counters, PDL)
     parity = (call & 1).to(tl.int64)
     what = call.to(tl.int64) | (ONE_SHOT << 32)
-    for ahead in tl.static_range(AHEAD):
-        row = (tl.program_id(0) + ahead * step).to(tl.int64)
-        limit = _limit(row, rows, width, total_elements)
-        chunk = ptx.disarm(_load_row(x + row * width, lane, limit, ALIGNED, WIDTH))
-        _push(chunk, slots, parity, region_bytes, row, chunks, lane, lane * (16 // WIDTH) < limit, WORLD, RANK)
-    for index in range(tl.program_id(0), rows, step):
-        row = tl.cast(index, tl.int64)
-        limit = _limit(row, rows, width, total_elements)
-        mask = lane * (16 // WIDTH) < limit
-        own = ptx.disarm(_load_row(x + row * width, lane, limit, ALIGNED, WIDTH))
-        if AHEAD == 0:
-            _push(own, slots, parity, region_bytes, row, chunks, lane, mask, WORLD, RANK)
-        else:
-            later = row + AHEAD * step
-            later_limit = _limit(later, rows, width, total_elements)
-            chunk = ptx.disarm(_load_row(x + later * width, lane, later_limit, ALIGNED, WIDTH))
-            later_mask = lane * (16 // WIDTH) < later_limit
-            _push(chunk, slots, parity, region_bytes, later, chunks, lane, later_mask, WORLD, RANK)
-        residual_chunk = own
-        weight_chunk = own
-        if FUSED:
-            residual_chunk = _load_row(residual + row * width, lane, limit, ALIGNED, WIDTH)
-            weight_chunk = _load_row(weight, lane, limit, ALIGNED, WIDTH)
-        total = _sum_in_rank_order(
-            own, slots, parity, region_bytes, row, chunks, lane, mask, abort, records, what, deadline_ns,
-            WORLD, RANK, kind,
+    block = tl.program_id(0).to(tl.int64)
+    if PUSHERS == 0:
+        _exchange_rows(
+            x, residual, weight, out, residual_out, slots, parity, region_bytes, rows, width, total_elements, chunks,
+            lane, stage, eps, weight_bias, abort, records, what, deadline_ns, kind,
+            WORLD, RANK, LANES, ALIGNED, WIDTH, FUSED, AHEAD, BULK, PAUSING,
         )  # fmt: skip
-        _finish(
-            total, residual_chunk, weight_chunk, out + row * width, residual_out + row * width, lane, limit, eps,
-            weight_bias, kind, ALIGNED, WIDTH, FUSED,
+    elif block < PUSHERS:
+        _push_rows(
+            x, slots, parity, region_bytes, block, rows, PUSHERS, rows, width, total_elements, chunks, lane, stage,
+            WORLD, RANK, LANES, ALIGNED, WIDTH, BULK, PLACES,
         )  # fmt: skip
-    _advance(counters, call)
+    else:
+        _sum_rows(
+            x, residual, weight, out, residual_out, slots, parity, region_bytes, block - PUSHERS,
+            tl.num_programs(0) - PUSHERS, rows, width, total_elements, chunks, lane, eps, weight_bias, abort, records,
+            what, deadline_ns, kind, WORLD, RANK, ALIGNED, WIDTH, FUSED, PAUSING,
+        )  # fmt: skip
+    if BULK:
+        ptx.bulk_sent(0)  # the block's shared memory is given away when it ends
+    advance(counters, call)
 
 
 @triton.jit
@@ -276,9 +212,9 @@ def _scatter(
 ):  # fmt: skip
     """Push row `index` of the peer's part to that peer."""
     row = _part_start(rows, peer, WORLD) + index
-    limit = _limit(row, _part_start(rows, peer + 1, WORLD), width, total_elements)
-    chunk = ptx.disarm(_load_row(x + row * width, lane, limit, ALIGNED, WIDTH))
-    words = _region(slots, peer, RANK, parity, region_bytes, WORLD) + index * chunks * 4
+    limit = row_length(row, _part_start(rows, peer + 1, WORLD), width, total_elements)
+    chunk = ptx.disarm(load_row(x + row * width, lane, limit, ALIGNED, WIDTH))
+    words = region(slots, peer, RANK, parity, region_bytes, WORLD) + index * chunks * 4
     ptx.push_chunk(words, lane, lane * (16 // WIDTH) < limit, chunk)
 
 
@@ -288,23 +224,23 @@ def _gather(
     slots, parity, region_bytes, index, rows, width, total_elements, chunks, lane, eps, weight_bias,
     abort, records, what, deadline_ns, kind: tl.constexpr,
     owner: tl.constexpr, WORLD: tl.constexpr, RANK: tl.constexpr, ALIGNED: tl.constexpr, WIDTH: tl.constexpr,
-    FUSED: tl.constexpr,
+    FUSED: tl.constexpr, PAUSING: tl.constexpr,
 ):  # fmt: skip
     """Take row `index` of the owner's part, summed there, and finish it. Sums lie behind the contributions."""
     row = _part_start(rows, owner, WORLD) + index
-    limit = tl.where(index < 0, 0, _limit(row, _part_start(rows, owner + 1, WORLD), width, total_elements))
+    limit = tl.where(index < 0, 0, row_length(row, _part_start(rows, owner + 1, WORLD), width, total_elements))
     mask = lane * (16 // WIDTH) < limit
     place = tl.cdiv(rows, WORLD) + index
-    words = _region(slots, RANK, owner, parity, region_bytes, WORLD) + place * chunks * 4
+    words = region(slots, RANK, owner, parity, region_bytes, WORLD) + place * chunks * 4
     total = ptx.peek_chunk(words, lane, mask)
     residual_chunk = total
     weight_chunk = total
     if FUSED:
-        residual_chunk = _load_row(residual + row * width, lane, limit, ALIGNED, WIDTH)
-        weight_chunk = _load_row(weight, lane, limit, ALIGNED, WIDTH)
-    total = ptx.wait_chunk(total, words, lane, abort, records + owner * 8, what, deadline_ns)
+        residual_chunk = load_row(residual + row * width, lane, limit, ALIGNED, WIDTH)
+        weight_chunk = load_row(weight, lane, limit, ALIGNED, WIDTH)
+    total = ptx.wait_chunk(total, words, lane, abort, records + owner * 8, what, deadline_ns, PAUSING)
     ptx.rearm_chunk(words, lane, mask)
-    _finish(
+    finish(
         total, residual_chunk, weight_chunk, out + row * width, residual_out + row * width, lane, limit, eps,
         weight_bias, kind, ALIGNED, WIDTH, FUSED,
     )  # fmt: skip
@@ -317,7 +253,7 @@ def two_shot(
     rows: tl.int64, width: tl.int32, total_elements: tl.int64, chunks: tl.int64,
     eps: tl.float32, weight_bias: tl.float32,
     WORLD: tl.constexpr, RANK: tl.constexpr, LANES: tl.constexpr, ALIGNED: tl.constexpr, FUSED: tl.constexpr,
-    AHEAD: tl.constexpr, PDL: tl.constexpr,
+    AHEAD: tl.constexpr, PAUSING: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Each rank sums its part of the rows (`partition.extent`) and pushes the sums to every peer.
 
@@ -329,7 +265,7 @@ def two_shot(
     WIDTH: tl.constexpr = kind.primitive_bitwidth // 8
     lane = tl.arange(0, LANES)
     step = tl.num_programs(0)
-    call = _begin(counters, PDL)
+    call = begin(counters, PDL)
     parity = (call & 1).to(tl.int64)
     reduce_what = call.to(tl.int64) | (TWO_SHOT_REDUCE << 32)
     gather_what = call.to(tl.int64) | (TWO_SHOT_GATHER << 32)
@@ -349,21 +285,21 @@ def two_shot(
                 (RANK + hop) % WORLD, WORLD, RANK, ALIGNED, WIDTH,
             )  # fmt: skip
         row = _part_start(rows, RANK, WORLD) + index
-        limit = _limit(row, _part_start(rows, RANK + 1, WORLD), width, total_elements)
+        limit = row_length(row, _part_start(rows, RANK + 1, WORLD), width, total_elements)
         mask = lane * (16 // WIDTH) < limit
-        own = ptx.disarm(_load_row(x + row * width, lane, limit, ALIGNED, WIDTH))
+        own = ptx.disarm(load_row(x + row * width, lane, limit, ALIGNED, WIDTH))
         residual_chunk = own
         weight_chunk = own
         if FUSED:
-            residual_chunk = _load_row(residual + row * width, lane, limit, ALIGNED, WIDTH)
-            weight_chunk = _load_row(weight, lane, limit, ALIGNED, WIDTH)
-        total = _sum_in_rank_order(
+            residual_chunk = load_row(residual + row * width, lane, limit, ALIGNED, WIDTH)
+            weight_chunk = load_row(weight, lane, limit, ALIGNED, WIDTH)
+        total = sum_in_rank_order(
             own, slots, parity, region_bytes, index, chunks, lane, mask, abort, records, reduce_what, deadline_ns,
-            WORLD, RANK, kind,
+            WORLD, RANK, kind, PAUSING,
         )  # fmt: skip
         total = ptx.disarm(total)
-        _push(total, slots, parity, region_bytes, turns + index, chunks, lane, mask, WORLD, RANK)
-        _finish(
+        push(total, slots, parity, region_bytes, turns + index, chunks, lane, mask, 0, WORLD, RANK, False)
+        finish(
             total, residual_chunk, weight_chunk, out + row * width, residual_out + row * width, lane, limit, eps,
             weight_bias, kind, ALIGNED, WIDTH, FUSED,
         )  # fmt: skip
@@ -371,6 +307,6 @@ def two_shot(
             _gather(
                 residual, weight, out, residual_out, slots, parity, region_bytes, index - step, rows, width,
                 total_elements, chunks, lane, eps, weight_bias, abort, records, gather_what, deadline_ns, kind,
-                (RANK + WORLD - hop) % WORLD, WORLD, RANK, ALIGNED, WIDTH, FUSED,
+                (RANK + WORLD - hop) % WORLD, WORLD, RANK, ALIGNED, WIDTH, FUSED, PAUSING,
             )  # fmt: skip
-    _advance(counters, call)
+    advance(counters, call)

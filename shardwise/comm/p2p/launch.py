@@ -6,12 +6,15 @@ import torch
 from torch import Tensor
 
 from shardwise.comm.p2p import kernels
+from shardwise.comm.p2p.ptx import STAGE_BYTES
 from shardwise.comm.p2p.table import Tuning
 from shardwise.comm.p2p.workspace import COUNTERS, Workspace
 
 CHUNK_BYTES = 16
-_REGISTERS, _THREADS, _BLOCKS = 65536, 2048, 32
+_REGISTERS, _THREADS, _BLOCKS, _SHARED_BYTES = 65536, 2048, 32, 227 << 10
 """What one multiprocessor of Hopper holds."""
+_SHARED_RESERVE = 3 << 10
+"""What a block takes of it beside the stage: the system's KiB, and sums across warps."""
 
 
 @dataclass(frozen=True)
@@ -56,8 +59,9 @@ class Launcher:
         self.deadline_ns = int(deadline_seconds * 1e9)
         properties = torch.cuda.get_device_properties(workspace.device)
         self.multiprocessors = properties.multi_processor_count
-        self.pdl = properties.major >= 9 if pdl is None else pdl
-        self._resident: dict[tuple, int] = {}
+        # Blocks of the next launch that wait where another rank's blocks must run would keep those from starting.
+        self.pdl = (properties.major >= 9 if pdl is None else pdl) and workspace.sharers == 1
+        self._kernels: dict[tuple, tuple] = {}
 
     def all_reduce(self, x: Tensor, out: Tensor, tuning: Tuning, *, launch: bool = True) -> None:
         """out = sum of x over the ranks. Same shape and dtype; `out` may be `x`. `launch=False` compiles only."""
@@ -109,15 +113,20 @@ class Launcher:
             self._launch(replace(rows, count=count, total=stop - start), tuning, parts, eps, weight_bias, fused, launch)
 
     def _launch(self, rows: _Rows, tuning: Tuning, tensors, eps, weight_bias, fused: bool, launch: bool) -> None:
-        kernel, positional, options = self._arguments(rows, tuning, tensors, eps, weight_bias, fused)
-        turns = rows.count if tuning.strategy == "ONESHOT" else -(-rows.count // self.workspace.size)
+        one_shot = tuning.strategy == "ONESHOT"
+        # A block that only pushes may read a row of x after another has written that row's result.
+        pushers = tuning.pushers if one_shot and not _share_start(tensors[0], *tensors[3:]) else 0
+        kernel, positional, options = self._arguments(rows, tuning, pushers, tensors, eps, weight_bias, fused)
         with self.workspace.on_device():
-            resident = self._resident_blocks(kernel, positional, options, tensors[0].dtype)
-            grid = min(turns, resident, tuning.blocks_per_sm * self.multiprocessors, COUNTERS)
-            if launch:
-                kernel[(grid,)](*positional, **options)
+            compiled, resident = self._compiled(kernel, positional, options, tensors[0].dtype)
+            room = min(resident, tuning.blocks_per_sm * self.multiprocessors, COUNTERS)
+            if room <= pushers:
+                self._launch(rows, replace(tuning, pushers=0), tensors, eps, weight_bias, fused, launch)
+            elif launch:
+                turns = rows.count if one_shot else -(-rows.count // self.workspace.size)
+                self._start(compiled, min(turns + pushers, room), positional, options)
 
-    def _arguments(self, rows: _Rows, tuning: Tuning, tensors, eps, weight_bias, fused: bool):
+    def _arguments(self, rows: _Rows, tuning: Tuning, pushers: int, tensors, eps, weight_bias, fused: bool):
         workspace = self.workspace
         positional = (
             *tensors,
@@ -134,6 +143,8 @@ class Launcher:
             eps,
             weight_bias,
         )
+        stage_bytes = (tuning.ahead + 1) * rows.lanes * CHUNK_BYTES
+        one_shot = {"PUSHERS": pushers, "BULK": tuning.bulk and rows.aligned and stage_bytes <= STAGE_BYTES}
         options = {
             "WORLD": workspace.size,
             "RANK": workspace.rank,
@@ -141,20 +152,33 @@ class Launcher:
             "ALIGNED": rows.aligned,
             "FUSED": fused,
             "AHEAD": tuning.ahead,
+            **(one_shot if tuning.strategy == "ONESHOT" else {}),
+            "PAUSING": tuning.pausing,
             "PDL": self.pdl,
             "num_warps": min(tuning.warps, rows.lanes // 32),
             "launch_pdl": self.pdl,
         }
         return (kernels.one_shot if tuning.strategy == "ONESHOT" else kernels.two_shot), positional, options
 
-    def _resident_blocks(self, kernel, positional, options, dtype) -> int:
-        """Blocks of this kernel that the device holds at once: a wait must never keep its partner from starting."""
+    def _compiled(self, kernel, positional, options, dtype):
+        """(the kernel, its blocks that the device holds at once): a wait must never keep its partner from starting."""
         key = (kernel.__name__, dtype, *options.values())
-        if key not in self._resident:
+        if key not in self._kernels:
             compiled = kernel.warmup(*positional, grid=(1,), **options)
             compiled._init_handles()
             threads = 32 * options["num_warps"]
             registers = max(8, -(-compiled.n_regs // 8) * 8)
             per_sm = min(_REGISTERS // (registers * threads), _THREADS // threads, _BLOCKS)
-            self._resident[key] = per_sm * self.multiprocessors
-        return self._resident[key]
+            if options.get("BULK"):
+                per_sm = min(per_sm, _SHARED_BYTES // (STAGE_BYTES + _SHARED_RESERVE))
+            self._kernels[key] = compiled, max(1, per_sm * self.multiprocessors // self.workspace.sharers)
+        return self._kernels[key]
+
+    def _start(self, compiled, grid: int, positional, options) -> None:
+        """Past Triton's look-up of the compiled kernel, which takes longer than the rest of a launch."""
+        constants = [value for name, value in options.items() if name.isupper()]
+        compiled[(grid, 1, 1)](*positional, *constants)
+
+
+def _share_start(x: Tensor, *others: Tensor) -> bool:
+    return any(x.data_ptr() == other.data_ptr() for other in others)

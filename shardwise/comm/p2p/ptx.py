@@ -59,7 +59,7 @@ REARM = tl.constexpr("""
 """)
 
 # The clock is read, and the abort word looked at, once in 1024 looks (about 0.5 ms): the fast path pays nothing.
-WAIT = tl.constexpr("""
+_WAIT = """
 {
     .reg .pred p, q;
     .reg .b32 n, a;
@@ -93,11 +93,55 @@ ENDED:
     st.relaxed.sys.global.b64 [$6 + 64], $12;
     bra LEAVE;
 AGAIN:
+    %s
     ld.relaxed.sys.global.v4.b32 {$0, $1, $2, $3}, [$4];
     bra LOOK;
 LEAVE:
 }
+"""
+WAIT = tl.constexpr(_WAIT.replace("%s", ""))
+WAIT_PAUSING = tl.constexpr(_WAIT.replace("%s", "nanosleep.u32 64;"))
+"""Fewer looks leave more of the memory to the data that is awaited, and see it a little later."""
+
+# Bulk copies leave from shared memory through an engine of their own: the warp's loads and stores do not queue behind
+# them where the link is busy. A warp's 32 chunks are one copy; lane 0 issues it.
+_STAGE = """
+{
+    .shared .align 128 .b8 stage[%d];
+    mov.u32 $0, stage;
+}
+"""
+STAGE_16K, STAGE_32K, STAGE_48K = (tl.constexpr(_STAGE % (kib << 10)) for kib in (16, 32, 48))
+STAGE_BYTES = 48 << 10
+"""Static shared memory that a kernel may have."""
+STAGE_CHUNK = tl.constexpr("""
+{
+    .reg .pred p;
+    setp.ne.b32 p, $2, 0;
+    @p st.shared.v4.b32 [$1], {$3, $4, $5, $6};
+    fence.proxy.async.shared::cta;
+    bar.warp.sync 0xffffffff;
+    mov.b32 $0, 0;
+}
 """)
+BULK_PUSH = tl.constexpr("""
+{
+    .reg .pred p, q;
+    .reg .b32 bytes, lane;
+    setp.ne.b32 p, $3, 0;
+    vote.sync.ballot.b32 bytes, p, 0xffffffff;
+    popc.b32 bytes, bytes;
+    shl.b32 bytes, bytes, 4;
+    mov.u32 lane, %laneid;
+    setp.eq.u32 q, lane, 0;
+    setp.ne.and.b32 q, bytes, 0, q;
+    @q cp.async.bulk.global.shared::cta.bulk_group [$1], [$2], bytes;
+    mov.b32 $0, 0;
+}
+""")
+BULK_COMMIT = tl.constexpr("cp.async.bulk.commit_group; mov.b32 $0, $1;")
+_BULK_SENT = "cp.async.bulk.wait_group.read %d; bar.warp.sync 0xffffffff; mov.b32 $0, $1;"
+BULK_SENT_0, BULK_SENT_1, BULK_SENT_2 = (tl.constexpr(_BULK_SENT % rows) for rows in range(3))
 
 
 @triton.jit
@@ -139,7 +183,7 @@ def peek_chunk(words, lane, mask):
 
 
 @triton.jit
-def wait_chunk(seen, words, lane, abort, record, what, deadline_ns):
+def wait_chunk(seen, words, lane, abort, record, what, deadline_ns, PAUSING: tl.constexpr):
     """Look at chunk `lane` until none of its words is ARMED. `seen`: what the first look found (masked lanes: zero).
 
     After `deadline_ns`, or once another lane has given up, ARMED words are returned: NaN in every type. The lane
@@ -147,7 +191,7 @@ def wait_chunk(seen, words, lane, abort, record, what, deadline_ns):
     a lane that was waiting when another, or a peer, had set it stores `what` 64 bytes behind `record`.
     """
     return tl.inline_asm_elementwise(
-        WAIT,
+        WAIT_PAUSING if PAUSING else WAIT,
         "=&r,=&r,=&r,=&r,l,l,l,l,r,r,r,r,l",
         [words + lane * 4, abort, record, deadline_ns, seen[0], seen[1], seen[2], seen[3], what],
         dtype=(tl.int32, tl.int32, tl.int32, tl.int32),
@@ -191,6 +235,62 @@ def push_chunk(words, lane, mask, chunk):
             is_pure=False,
             pack=1,
         )
+
+
+@triton.jit
+def stage(BYTES: tl.constexpr):
+    """Address of BYTES (16, 32 or 48 KiB) of shared memory. Ask once a kernel."""
+    if INTERPRET:
+        return 0
+    else:
+        asm: tl.constexpr = STAGE_16K if BYTES == 16384 else STAGE_32K if BYTES == 32768 else STAGE_48K
+        return tl.inline_asm_elementwise(asm, "=r", [], dtype=tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
+def stage_chunk(place, lane, mask, chunk):
+    """Lay a chunk where `bulk_push` of the same lane takes it. `place`: of this row in the stage."""
+    if not INTERPRET:
+        tl.inline_asm_elementwise(
+            STAGE_CHUNK,
+            "=r,r,r,r,r,r,r",
+            [place + lane * 16, mask.to(tl.int32), chunk[0], chunk[1], chunk[2], chunk[3]],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+
+
+@triton.jit
+def bulk_push(words, lane, mask, place, chunk):
+    """As push_chunk, of chunks that lie in the stage. `mask` holds for the first chunks of a row, a warp's lanes for
+    32 chunks in a row: so it is with chunks that no ordinary load or store has laid out otherwise."""
+    if INTERPRET:
+        store_chunk(words, lane, mask, chunk)
+    else:
+        tl.inline_asm_elementwise(
+            BULK_PUSH,
+            "=r,l,r,r",
+            [words + lane * 4, place + lane * 16, mask.to(tl.int32)],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+
+
+@triton.jit
+def bulk_commit():
+    """End of a row's bulk copies."""
+    if not INTERPRET:
+        tl.inline_asm_elementwise(BULK_COMMIT, "=r,r", [0], dtype=tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
+def bulk_sent(ROWS: tl.constexpr):
+    """Wait until all but the last ROWS (0, 1 or 2) rows have left the stage."""
+    if not INTERPRET:
+        asm: tl.constexpr = BULK_SENT_0 if ROWS == 0 else BULK_SENT_1 if ROWS == 1 else BULK_SENT_2
+        tl.inline_asm_elementwise(asm, "=r,r", [0], dtype=tl.int32, is_pure=False, pack=1)
 
 
 @triton.jit

@@ -52,6 +52,9 @@ class _Export:
     handle: bytes
     region_bytes: int
 
+    def shares_device(self, other: "_Export") -> bool:
+        return (self.host, self.process, self.device) == (other.host, other.process, other.device)
+
 
 def host_identity() -> str:
     """Equal on two processes exactly when they can open each other's CUDA handles: same kernel, same IPC namespace."""
@@ -67,6 +70,7 @@ class Workspace:
     abort     address of this rank's abort word: nonzero ends all waits of this rank's kernels
     counters  int32 tensor, the call number (kernels.py)
     records   pinned int64 tensor: what this rank waited for when a rank did not come, or its wait was ended
+    sharers   ranks on this device, this one counted: more than one only where ranks are threads of a process
     """
 
     def __init__(self, bootstrap: "Communicator", device: int | None = None, region_bytes: int | None = None):
@@ -88,11 +92,8 @@ class Workspace:
         self.slots = tuple(address + HEADER_BYTES for address in addresses)
         self.peer_aborts = tuple(addresses)
         self.abort = self._base
-        self.counters = torch.zeros(COUNTERS, dtype=torch.int32, device=f"cuda:{device}")
-        self.records = torch.zeros(2 * RECORDS, dtype=torch.int64, pin_memory=True)
-        self._seen = self.records.numpy()
-        torch.cuda.synchronize(device)
-        bootstrap.all_gather_object(None)  # no rank may push before all are armed
+        self.sharers = sum(export.shares_device(exports[self.rank]) for export in exports)
+        self._agree(bootstrap, self._make_tensors)  # past it all are armed: every rank may push
 
     def _agree(self, bootstrap: "Communicator", step):
         """Result of `step` if it succeeded on every rank; else P2PUnavailable on every rank."""
@@ -130,6 +131,12 @@ class Workspace:
             handle=cuda.share(self._base, self.device),
             region_bytes=self.region_bytes,
         )
+
+    def _make_tensors(self) -> None:
+        self.counters = torch.zeros(COUNTERS, dtype=torch.int32, device=torch.device("cuda", self.device))
+        self.records = torch.zeros(2 * RECORDS, dtype=torch.int64, pin_memory=True)
+        self._seen = self.records.numpy()
+        torch.cuda.synchronize(self.device)
 
     def _open(self, exports: Sequence[_Export]) -> list[int]:
         return [self._base if r == self.rank else self._open_peer(r, export) for r, export in enumerate(exports)]

@@ -1,0 +1,198 @@
+"""Rows in the kernels: how they are read, written, pushed, awaited, summed and finished."""
+
+# Triton's language, not Python's, where types are concerned.
+# mypy: ignore-errors
+
+import triton
+import triton.language as tl
+
+from shardwise.comm.p2p import ptx, workspace
+
+_COUNTERS = tl.constexpr(workspace.COUNTERS)
+
+
+@triton.jit
+def _pair(halves, element, limit):
+    low = tl.load(halves + element, element < limit, 0).to(tl.int32) & 0xFFFF
+    return low | (tl.load(halves + element + 1, element + 1 < limit, 0).to(tl.int32) << 16)
+
+
+@triton.jit
+def load_row(row, lane, limit, ALIGNED: tl.constexpr, WIDTH: tl.constexpr):
+    """Chunk `lane` of the row of `limit` elements of WIDTH bytes at `row`; elements past the row are zero."""
+    if ALIGNED:
+        return ptx.load_chunk(row.to(tl.pointer_type(tl.int32), bitcast=True), lane, lane * (16 // WIDTH) < limit)
+    elif WIDTH == 4:
+        words = row.to(tl.pointer_type(tl.int32), bitcast=True)
+        e = lane * 4
+        return (
+            tl.load(words + e, e < limit, 0),
+            tl.load(words + e + 1, e + 1 < limit, 0),
+            tl.load(words + e + 2, e + 2 < limit, 0),
+            tl.load(words + e + 3, e + 3 < limit, 0),
+        )
+    else:
+        halves = row.to(tl.pointer_type(tl.int16), bitcast=True)
+        e = lane * 8
+        return (
+            _pair(halves, e, limit),
+            _pair(halves, e + 2, limit),
+            _pair(halves, e + 4, limit),
+            _pair(halves, e + 6, limit),
+        )
+
+
+@triton.jit
+def store_row(row, lane, limit, chunk, ALIGNED: tl.constexpr, WIDTH: tl.constexpr):
+    if ALIGNED:
+        words = row.to(tl.pointer_type(tl.int32), bitcast=True)
+        ptx.store_chunk(words, lane, lane * (16 // WIDTH) < limit, chunk)
+    elif WIDTH == 4:
+        words = row.to(tl.pointer_type(tl.int32), bitcast=True)
+        for i in tl.static_range(4):
+            tl.store(words + lane * 4 + i, chunk[i], lane * 4 + i < limit)
+    else:
+        halves = row.to(tl.pointer_type(tl.int16), bitcast=True)
+        for i in tl.static_range(4):
+            e = lane * 8 + 2 * i
+            tl.store(halves + e, chunk[i].to(tl.int16), e < limit)
+            tl.store(halves + e + 1, (chunk[i] >> 16).to(tl.int16), e + 1 < limit)
+
+
+@triton.jit
+def unpack(chunk, kind: tl.constexpr):
+    """A chunk's 4 or 8 values in order, as a tuple of float32 tensors: one a register, so no data changes threads."""
+    values = ()
+    for i in tl.static_range(4):
+        word = chunk[i]
+        if kind == tl.float32:
+            values = values + (word.to(tl.float32, bitcast=True),)
+        elif kind == tl.bfloat16:
+            values = values + ((word << 16).to(tl.float32, bitcast=True), (word & -65536).to(tl.float32, bitcast=True))
+        else:
+            low = word.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+            values = values + (low, (word >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32))
+    return values
+
+
+@triton.jit
+def pack(values, kind: tl.constexpr):
+    chunk = ()
+    for i in tl.static_range(4):
+        if kind == tl.float32:
+            chunk = chunk + (values[i].to(tl.int32, bitcast=True),)
+        else:
+            chunk = chunk + (ptx.round_pair(values[2 * i], values[2 * i + 1], kind == tl.float16),)
+    return chunk
+
+
+@triton.jit
+def _add(left, right):
+    total = ()
+    for i in tl.static_range(len(left)):
+        total = total + (left[i] + right[i],)
+    return total
+
+
+@triton.jit
+def _normalise(values, gain, weight_bias, width, eps):
+    squares = values[0] * values[0]
+    for i in tl.static_range(1, len(values)):
+        squares += values[i] * values[i]
+    scale = tl.rsqrt(tl.sum(squares) / width + eps)
+    result = ()
+    for i in tl.static_range(len(values)):
+        result = result + (values[i] * scale * (gain[i] + weight_bias),)
+    return result
+
+
+@triton.jit
+def region(slots, owner: tl.constexpr, source: tl.constexpr, parity, region_bytes, WORLD: tl.constexpr):
+    """Where rank `source` pushes in the workspace of rank `owner`, in the slot of this call."""
+    index: tl.constexpr = source - 1 if source > owner else source
+    start = slots[owner] + (parity * (WORLD - 1) + index) * region_bytes
+    return start.to(tl.pointer_type(tl.int32))
+
+
+@triton.jit
+def finish(
+    total, residual, weight, out_row, residual_row, lane, limit, eps, weight_bias,
+    kind: tl.constexpr, ALIGNED: tl.constexpr, WIDTH: tl.constexpr, FUSED: tl.constexpr,
+):  # fmt: skip
+    """Write a row whose sum is known: the sum, or the normalised row and the new residual."""
+    if FUSED:
+        chunk = pack(_add(unpack(total, kind), unpack(residual, kind)), kind)
+        store_row(residual_row, lane, limit, chunk, ALIGNED, WIDTH)
+        values = _normalise(unpack(chunk, kind), unpack(weight, kind), weight_bias, limit, eps)
+        store_row(out_row, lane, limit, pack(values, kind), ALIGNED, WIDTH)
+    else:
+        store_row(out_row, lane, limit, total, ALIGNED, WIDTH)
+
+
+@triton.jit
+def sum_in_rank_order(
+    own, slots, parity, region_bytes, row, chunks, lane, mask, abort, records, what, deadline_ns,
+    WORLD: tl.constexpr, RANK: tl.constexpr, kind: tl.constexpr, PAUSING: tl.constexpr,
+):  # fmt: skip
+    """Sum of a row over all ranks, rounded and packed. Peers' contributions are waited for and their place re-armed."""
+    seen = ()
+    for source in tl.static_range(WORLD):
+        if source == RANK:
+            seen = seen + (own,)
+        else:
+            words = region(slots, RANK, source, parity, region_bytes, WORLD) + row * chunks * 4
+            seen = seen + (ptx.peek_chunk(words, lane, mask),)
+    total = ()
+    for source in tl.static_range(WORLD):
+        chunk = seen[source]
+        if source != RANK:
+            words = region(slots, RANK, source, parity, region_bytes, WORLD) + row * chunks * 4
+            chunk = ptx.wait_chunk(chunk, words, lane, abort, records + source * 8, what, deadline_ns, PAUSING)
+            ptx.rearm_chunk(words, lane, mask)
+        if source == 0:
+            total = unpack(chunk, kind)
+        else:
+            total = _add(total, unpack(chunk, kind))
+    return pack(total, kind)
+
+
+@triton.jit
+def begin(counters, PDL: tl.constexpr):
+    """Number of this call. Nothing that an earlier kernel wrote may be read before it returns."""
+    ptx.dependency_wait(PDL)
+    ptx.dependency_launch(PDL)
+    return tl.load(counters + tl.program_id(0), volatile=True)
+
+
+@triton.jit
+def advance(counters, call):
+    """Set the next call's number in this block's share of the copies."""
+    copy = tl.program_id(0) + tl.arange(0, _COUNTERS) * tl.num_programs(0)
+    tl.store(counters + copy, tl.full([_COUNTERS], 1, tl.int32) + call, copy < _COUNTERS)
+
+
+@triton.jit
+def row_length(row, rows, width, total_elements):
+    """Elements of a row that exist: fewer in the last row of a flat tensor, none past the last row."""
+    return tl.where(row < rows, tl.minimum(width, total_elements - row * width), 0).to(tl.int32)
+
+
+@triton.jit
+def push(
+    chunk, slots, parity, region_bytes, row, chunks, lane, mask, place,
+    WORLD: tl.constexpr, RANK: tl.constexpr, BULK: tl.constexpr,
+):  # fmt: skip
+    """Write a row into this rank's region of every peer; the nearest peer in the ring first.
+
+    BULK: by copies from shared memory at `place`, which must be free.
+    """
+    if BULK:
+        ptx.stage_chunk(place, lane, mask, chunk)
+    for hop in tl.static_range(1, WORLD):
+        words = region(slots, (RANK + hop) % WORLD, RANK, parity, region_bytes, WORLD) + row * chunks * 4
+        if BULK:
+            ptx.bulk_push(words, lane, mask, place, chunk)
+        else:
+            ptx.push_chunk(words, lane, mask, chunk)
+    if BULK:
+        ptx.bulk_commit()
