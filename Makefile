@@ -1,4 +1,4 @@
-# make demo   a real model answers a prompt, split over two processes
+# make demo   a real model answers a prompt, split over two processes on the CPU
 # make test   the whole suite
 #
 # TORCH_INDEX: an extra package index for torch, empty by default. On a machine without an NVIDIA GPU set it to
@@ -17,7 +17,7 @@ INPUTS := pyproject.toml constraints-cpu.txt Makefile
 .PHONY: demo test lint clean
 
 demo: $(VENV)/.run
-	$(BIN)/shardwise run smollm2 --tp 2 --prompt "Name three primary colors."
+	$(BIN)/shardwise run smollm2 --tp 2 --device cpu --prompt "Name three primary colors."
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest
