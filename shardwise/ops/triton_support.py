@@ -5,6 +5,7 @@ they serve declare the need `TRITON`, so a placeholder is never launched.
 """
 
 import functools
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -26,6 +27,10 @@ except ImportError:
 
     triton = tl = _Missing()  # type: ignore[assignment]
 
+
+# Triton's own way from a compiled kernel to the driver asks for device and stream, reads its settings and runs empty
+# hooks at every launch: 2 of 3.4 µs on the host. The way around them is for the launchers of these versions.
+_DIRECT = getattr(triton, "__version__", "").rsplit(".", 1)[0] in ("3.5", "3.6")
 
 # Triton decides when a kernel is decorated; reading its switch costs a microsecond, too much for every launch.
 _INTERPRETING = hasattr(triton, "knobs") and bool(triton.knobs.runtime.interpret)
@@ -53,6 +58,25 @@ def await_predecessor(PDL: tl.constexpr):
         gdc_wait()
 
 
+@functools.cache
+def _raw_stream() -> Callable[[int], int]:
+    """Device number -> handle of its current stream."""
+    return triton.runtime.driver.active.get_current_stream
+
+
+def _launch_of(compiled: Any) -> Callable[[tuple[int, int, int], int, Any], None]:
+    """(grid, device number, all arguments) -> launch of a compiled kernel; tensors may be given as addresses."""
+    if not _DIRECT:
+        return lambda grid, device, args: compiled[grid](*args)
+    run, function, packed = compiled.run, compiled.function, compiled.packed_metadata
+    stream_of = _raw_stream()
+
+    def launch(grid, device, args):
+        run(*grid, stream_of(device), function, packed, None, None, None, *args)
+
+    return launch
+
+
 class Launcher:
     """Launch one kernel, remembering the compiled form for every key.
 
@@ -63,7 +87,7 @@ class Launcher:
 
     def __init__(self, kernel: Any):
         self._kernel = kernel
-        self._compiled: dict[Any, Any] = {}
+        self._launches: dict[Any, Any] = {}
 
     def __call__(self, device: torch.device, key: Any, grid: tuple[int, int, int], args: tuple, **options: Any) -> None:
         """Run on `grid` with `args`, all of the kernel's parameters in order, constexprs included.
@@ -74,31 +98,70 @@ class Launcher:
         """
         if 0 in grid:
             return
-        if interpreting():
+        if _INTERPRETING:
             options.pop("launch_pdl", None)
             self._kernel[grid](*args, **options)
             return
-        if device.index != torch.cuda.current_device():
+        index = device.index
+        if index != torch.cuda.current_device():
             with torch.cuda.device(device):
                 return self(device, key, grid, args, **options)
-        compiled = self._compiled.get((device.index, key))
-        if compiled is None:
-            self._compiled[device.index, key] = self._kernel[grid](*args, **options)
+        launch = self._launches.get((index, key))
+        if launch is None:
+            self._launches[index, key] = _launch_of(self._kernel[grid](*args, **options))
         else:
-            compiled[grid](*args)
+            launch(grid, index, args)
+
+
+class Form:
+    """A kernel with all that it is compiled for; a launch adds the grid, the tensors and the numbers that change.
+
+    Made by `Kernel.form`. Callers keep it with what else follows from shapes and dtypes.
+    """
+
+    __slots__ = ("_device", "_fixed", "_index", "_kernel", "_launches", "_options")
+
+    def __init__(self, kernel: Any, device: torch.device, fixed: tuple[Any, ...], options: dict[str, Any]):
+        self._kernel, self._device, self._index = kernel, device, device.index
+        self._fixed, self._options = fixed, options
+        self._launches: dict[Any, Any] = {}  # by the alignment of the addresses
+
+    def __call__(self, grid: tuple[int, int, int], pointers: tuple[torch.Tensor, ...], free: tuple[float, ...]) -> None:
+        """Run on `grid`; an empty grid is no launch."""
+        if 0 in grid:
+            return
+        if _INTERPRETING:
+            self._kernel[grid](*pointers, *free, *self._fixed)
+            return
+        if self._index != torch.cuda.current_device():
+            with torch.cuda.device(self._device):
+                return self(grid, pointers, free)
+        addresses = [tensor.data_ptr() for tensor in pointers]  # numbers spare Triton a driver query each
+        odd = functools.reduce(operator.or_, addresses) & 15 and tuple(address % 16 == 0 for address in addresses)
+        launch = self._launches.get(odd)
+        if launch is not None:
+            try:
+                return launch(grid, self._index, (*addresses, *free, *self._fixed))
+            except OverflowError:  # a free number outgrew the 32 bits that it was compiled for
+                pass
+        self._launches[odd] = _launch_of(self._kernel[grid](*pointers, *free, *self._fixed, **self._options))
 
 
 class Kernel:
     """A kernel whose parameters are in three runs: pointers, numbers that change freely, and what it is compiled for.
 
-    The second run must be marked do_not_specialize; the third (specialised integers and constexprs) is, with dtypes
-    and alignment, the key under which the compiled form is kept. Addresses are passed as numbers, which spares
-    Triton a driver query for each pointer.
+    The second run must be marked do_not_specialize; the third holds specialised integers and constexprs.
     """
 
     def __init__(self, kernel: Any):
         self._kernel = kernel
-        self._compiled: dict[Any, Any] = {}
+        self._forms: dict[Any, Form] = {}
+
+    def form(
+        self, device: torch.device, fixed: tuple[Any, ...], *, warps: int, stages: int = 2, pdl: bool = False
+    ) -> Form:
+        """The kernel for `fixed`, to be launched with pointers of one dtype each, always the same."""
+        return Form(self._kernel, device, fixed, {"num_warps": warps, "num_stages": stages, "launch_pdl": pdl})
 
     def __call__(
         self,
@@ -112,28 +175,12 @@ class Kernel:
         stages: int = 2,
         pdl: bool = False,
     ) -> None:
-        """Run on `grid`; an empty grid is no launch."""
-        if 0 in grid:
-            return
-        if _INTERPRETING:
-            self._kernel[grid](*pointers, *free, *fixed)
-            return
-        if device.index != torch.cuda.current_device():
-            with torch.cuda.device(device):
-                return self(device, grid, pointers, free, fixed, warps=warps, stages=stages, pdl=pdl)
-        addresses = [tensor.data_ptr() for tensor in pointers]
-        bits = 0
-        for address in addresses:
-            bits |= address
-        odd = bits & 15 and tuple(address % 16 == 0 for address in addresses)
-        key = (device.index, odd, warps, *[tensor.dtype for tensor in pointers], *fixed)
-        compiled = self._compiled.get(key)
-        if compiled is not None:
-            compiled[grid](*addresses, *free, *fixed)
-            return
-        self._compiled[key] = self._kernel[grid](
-            *pointers, *free, *fixed, num_warps=warps, num_stages=stages, launch_pdl=pdl
-        )
+        """Run on `grid`, with the form that device, dtypes and `fixed` ask for; `pdl` follows from the device."""
+        key = (device, warps, stages, *[tensor.dtype for tensor in pointers], *fixed)
+        form = self._forms.get(key)
+        if form is None:
+            form = self._forms[key] = self.form(device, fixed, warps=warps, stages=stages, pdl=pdl)
+        form(grid, pointers, free)
 
 
 def aligned(*tensors: Any) -> Any:

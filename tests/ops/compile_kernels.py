@@ -70,9 +70,8 @@ def compile_for_target(kernel, arguments, options):
         failures.append({"kernel": kernel.__name__, "reason": f"{shared} bytes of shared memory"})
 
 
-def call_kernel(self, device, grid, pointers, free, fixed, *, warps, stages=2, pdl=False):
-    options = {"num_warps": warps, "num_stages": stages, "launch_pdl": pdl}
-    compile_for_target(self._kernel, (*pointers, *free, *fixed), options)
+def call_form(self, grid, pointers, free):
+    compile_for_target(self._kernel, (*pointers, *free, *self._fixed), self._options)
 
 
 def call_launcher(self, device, key, grid, args, **options):
@@ -80,7 +79,7 @@ def call_launcher(self, device, key, grid, args, **options):
 
 
 def replace_launches():
-    triton_support.Kernel.__call__ = call_kernel
+    triton_support.Form.__call__ = call_form
     triton_support.Launcher.__call__ = call_launcher
     for name, module in list(sys.modules.items()):
         if name.startswith("shardwise.ops.") and hasattr(module, "dependent_launch"):

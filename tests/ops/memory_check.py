@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from triton.runtime.interpreter import InterpreterBuilder
 
-from shardwise.ops.triton_support import Launcher
+from shardwise.ops.triton_support import Form, Launcher
 
 
 class OutOfBounds(AssertionError):
@@ -21,14 +21,15 @@ def _extent(tensor: torch.Tensor) -> tuple[int, int]:
 
 @contextlib.contextmanager
 def checked_memory(monkeypatch):
-    """Raise OutOfBounds where a kernel started by a `Launcher` touches memory outside its tensor arguments.
+    """Raise OutOfBounds where a kernel started by a `Launcher` or a `Form` touches memory outside its tensor arguments.
 
     Yields a list that grows by the number of addresses checked: a proof that something was.
     """
     extents: list[tuple[int, int]] = []
     seen: list[int] = []
-    launch, load, store = (
+    launch, launch_form, load, store = (
         Launcher.__call__,
+        Form.__call__,
         InterpreterBuilder.create_masked_load,
         InterpreterBuilder.create_masked_store,
     )
@@ -48,6 +49,10 @@ def checked_memory(monkeypatch):
         extents[:] = [_extent(x) for x in args if isinstance(x, torch.Tensor)]
         launch(self, device, key, grid, args, **options)
 
+    def launched_form(self, grid, pointers, free):
+        extents[:] = [_extent(x) for x in pointers]
+        launch_form(self, grid, pointers, free)
+
     def loaded(self, ptrs, mask, *rest):
         check(ptrs, mask)
         return load(self, ptrs, mask, *rest)
@@ -58,6 +63,7 @@ def checked_memory(monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(Launcher, "__call__", launched)
+        patch.setattr(Form, "__call__", launched_form)
         patch.setattr(InterpreterBuilder, "create_masked_load", loaded)
         patch.setattr(InterpreterBuilder, "create_masked_store", stored)
         yield seen

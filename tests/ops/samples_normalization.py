@@ -4,6 +4,7 @@ import torch
 from operator_samples import Sample
 
 EPS = 1e-5
+HALF = torch.bfloat16
 
 
 def rms(x, weight, eps):
@@ -52,9 +53,23 @@ def slice_of_projection(device):
     return x[:, :48], torch.rand(48, device=device), x[:, 48:], EPS, 24, False
 
 
+def slice_of_rows(x):
+    """The same values as columns of a wider tensor, one element off its alignment."""
+    wide = x.new_full((*x.shape[:-1], x.shape[-1] + 7), float("nan"))
+    wide[..., 1 : x.shape[-1] + 1] = x
+    return wide[..., 1 : x.shape[-1] + 1]
+
+
+def add_args(*shape, dtype=HALF, arrange=lambda x: x):
+    def build(device):
+        x, residual = (arrange(torch.randn(*shape, device=device, dtype=dtype)) for _ in range(2))
+        return x, residual, torch.rand(shape[-1], device=device, dtype=dtype) + 0.5, EPS
+
+    return build
+
+
 # One rounding of the result, and of the normed value before the weight in the reference.
 BF16, FP16 = 2**-7, 2**-10
-HALF = torch.bfloat16
 SAMPLES = [
     Sample(op="torch_rmsnorm", build=norm_args(2, 3, 64), oracle=rms, traced=True),
     Sample(op="torch_rmsnorm", build=norm_args(5, 576, dtype=HALF), oracle=rms, atol=2 * BF16, note="bf16"),
@@ -70,18 +85,37 @@ SAMPLES = [
     Sample(op="triton_rms_norm", build=norm_args(2, 33, arrange=lambda x: x[:, 1:]), oracle=rms, note="misaligned"),
     Sample(op="triton_rms_norm", build=norm_args(0, 16), oracle=rms, note="empty"),
     Sample(op="flashinfer_rms_norm", build=norm_args(5, 3, 4096, dtype=HALF), oracle=rms, atol=BF16, traced=True),
-    Sample(
-        op="flashinfer_fused_add_rms_norm_inplace",
-        build=lambda device: (
-            torch.randn(9, 2880, device=device, dtype=HALF),
-            torch.randn(9, 2880, device=device, dtype=HALF),
-            torch.rand(2880, device=device, dtype=HALF),
-            EPS,
-        ),
-        oracle=fused_add,
-        atol=2 * BF16,
-        traced=True,
+    *(
+        Sample(
+            op=f"{backend}_fused_add_rms_norm_inplace",
+            build=add_args(9, 2880),
+            oracle=fused_add,
+            atol=2 * BF16,
+            traced=True,
+        )
+        for backend in ("torch", "triton", "flashinfer")
     ),
+    Sample(
+        op="triton_fused_add_rms_norm_inplace",
+        build=add_args(2, 3, 33, dtype=torch.float32),
+        oracle=fused_add,
+        note="fp32",
+    ),
+    Sample(
+        op="triton_fused_add_rms_norm_inplace",
+        build=add_args(2, 3, 40, dtype=torch.float32, arrange=slice_of_rows),
+        oracle=fused_add,
+        note="slices",
+    ),
+    Sample(
+        op="triton_fused_add_rms_norm_inplace",
+        build=add_args(3, 7168, dtype=torch.float16),
+        oracle=fused_add,
+        atol=2 * FP16,
+        note="fp16",
+    ),
+    Sample(op="torch_fused_add_rms_norm_inplace", build=add_args(0, 16), oracle=fused_add, note="empty"),
+    Sample(op="triton_fused_add_rms_norm_inplace", build=add_args(0, 16), oracle=fused_add, note="empty"),
     *(
         Sample(op=op, build=gated_args(3, 5, 48, group=group, first=first), oracle=gated, note=f"{group}-{first}")
         for op in ("torch_rmsnorm_gated", "triton_rmsnorm_gated")

@@ -10,17 +10,31 @@ DEVICE = torch.device("cpu")
 
 
 class Compiled:
-    """A compiled kernel that notes its launches."""
+    """A compiled kernel that notes its launches, on either way to the driver."""
+
+    function, packed_metadata = "function", "metadata"
 
     def __init__(self):
         self.calls = []
 
     def __getitem__(self, grid):
-        return lambda *args: self.calls.append((grid, args))
+        return lambda *args: self.note(grid, args)
+
+    def run(self, x, y, z, stream, function, metadata, *rest):
+        assert (stream, function, metadata) == ("stream of None", "function", "metadata")
+        assert rest[:3] == (None, None, None)  # launch metadata and hooks
+        self.note((x, y, z), rest[3:])
+
+    def note(self, grid, args):
+        if any(isinstance(value, int) and 2**31 <= value < 2**32 for value in args[1:]) and self is not Jit.wide:
+            raise OverflowError("signed integer is greater than maximum")
+        self.calls.append((grid, args))
 
 
 class Jit:
-    """A kernel that notes its compilations."""
+    """A kernel that notes its compilations; the last one takes numbers beyond 32 bits."""
+
+    wide = None
 
     def __init__(self):
         self.compilations, self.forms = [], []
@@ -34,9 +48,11 @@ class Jit:
         return run
 
 
-@pytest.fixture
-def jit(monkeypatch):
+@pytest.fixture(params=[True, False], ids=["direct", "through Triton"])
+def jit(monkeypatch, request):
     monkeypatch.setattr(triton_support, "_INTERPRETING", False)
+    monkeypatch.setattr(triton_support, "_DIRECT", request.param)
+    monkeypatch.setattr(triton_support, "_raw_stream", lambda: lambda device: f"stream of {device}")
     monkeypatch.setattr(torch.cuda, "current_device", lambda: None)
     return Jit()
 
@@ -50,6 +66,35 @@ def test_equal_launches_compile_once_and_pass_addresses(jit):
         ((2, 1, 1), (x, 3, 0.5, 16, True), {"num_warps": 4, "num_stages": 2, "launch_pdl": True})
     ]
     assert jit.forms[0].calls == [((5, 1, 1), (x.data_ptr(), 7, 1.5, 16, True))]
+
+
+def test_a_form_is_launched_without_its_key(jit):
+    form = triton_support.Kernel(jit).form(DEVICE, (16,), warps=4)
+    x = torch.zeros(8)
+    for grid, count in (((2, 1, 1), 3), ((5, 1, 1), 7), ((0, 1, 1), 9)):
+        form(grid, (x,), (count,))
+    form((1, 1, 1), (x[1:],), (7,))
+    assert len(jit.compilations) == 2
+    assert jit.forms[0].calls == [((5, 1, 1), (x.data_ptr(), 7, 16))]
+
+
+def test_a_number_that_outgrows_its_32_bits_is_compiled_for_anew(jit, monkeypatch):
+    form = triton_support.Kernel(jit).form(DEVICE, (16,), warps=4)
+    x = torch.zeros(8)
+    form((1, 1, 1), (x,), (3,))
+    form((1, 1, 1), (x,), (2**31 + 5,))
+    monkeypatch.setattr(Jit, "wide", jit.forms[-1])
+    form((1, 1, 1), (x,), (2**31 + 9,))
+    assert [args[1] for _, args, _ in jit.compilations] == [3, 2**31 + 5]
+    assert [args[1] for _, args in jit.forms[-1].calls] == [2**31 + 9]
+
+
+def test_a_launcher_compiles_once_for_a_key(jit):
+    launch, x = triton_support.Launcher(jit), torch.zeros(8)
+    for key, count in (("a", 1), ("a", 2), ("b", 3), ("a", 4)):
+        launch(DEVICE, key, (count, 1, 1), (x, count), num_warps=2)
+    assert [grid[0] for grid, _, _ in jit.compilations] == [1, 3]
+    assert [grid[0] for grid, _ in jit.forms[0].calls] == [2, 4]
 
 
 def test_dtype_alignment_constants_and_warps_make_new_forms(jit):

@@ -1,20 +1,38 @@
 """RMS norms of FlashInfer, called through its public functions."""
 
+import functools
 import os
 
 import torch
 
+from shardwise.ops.normalization.reference import add_norm_fake, check_add_norm
 from shardwise.ops.registry import FLASHINFER, operator
+from shardwise.ops.vector_access import takes_vectors, with_vectors
 
 
-def _dependent_launch() -> bool:
-    """Programmatic dependent launch, on unless TRTLLM_ENABLE_PDL=0."""
-    return os.environ.get("TRTLLM_ENABLE_PDL", "1") == "1" and torch.cuda.get_device_capability()[0] >= 9
+@functools.cache
+def _functions() -> tuple:
+    from flashinfer.norm import fused_add_rmsnorm, rmsnorm
+
+    return rmsnorm, fused_add_rmsnorm
 
 
-def _half(name: str, tensor: torch.Tensor) -> None:
-    if tensor.dtype not in (torch.float16, torch.bfloat16):
-        raise TypeError(f"{name}: FlashInfer takes float16 and bfloat16, got {tensor.dtype}; torch_rmsnorm takes any")
+@functools.cache
+def _dependent_launch(device: torch.device) -> bool:
+    """Programmatic dependent launch, on unless TRTLLM_ENABLE_PDL=0 when the first norm runs."""
+    return os.environ.get("TRTLLM_ENABLE_PDL", "1") == "1" and torch.cuda.get_device_capability(device)[0] >= 9
+
+
+def _check(name: str, input: torch.Tensor, weight: torch.Tensor) -> None:
+    if input.dtype not in (torch.float16, torch.bfloat16) or weight.dtype != input.dtype:
+        raise TypeError(
+            f"{name}: FlashInfer takes float16 or bfloat16 for input and weight, got {input.dtype} and {weight.dtype}; "
+            "torch_rmsnorm takes any"
+        )
+    if weight.shape != input.shape[-1:]:
+        raise ValueError(
+            f"{name}: weight {tuple(weight.shape)} does not match the last dimension of input {tuple(input.shape)}"
+        )
 
 
 def _like(input, weight, eps):
@@ -24,38 +42,38 @@ def _like(input, weight, eps):
 @operator(fake=_like, needs=(FLASHINFER,), instead="torch_rmsnorm")
 def flashinfer_rms_norm(input: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """weight * x / sqrt(mean(x²) + eps). input [..., H] float16 or bfloat16, weight [H] of the same dtype."""
-    from flashinfer.norm import rmsnorm
-
-    _half("flashinfer_rms_norm", input)
-    if input.numel() == 0:
-        return _like(input, weight, eps)
-    flat = input.reshape(-1, input.shape[-1])
-    return rmsnorm(flat, weight, eps, enable_pdl=_dependent_launch()).view(input.shape)
-
-
-def _nothing(x, residual, weight, eps):
-    return None
+    _check("flashinfer_rms_norm", input, weight)
+    out = _like(input, weight, eps)
+    if input.numel():
+        size = input.shape[-1]
+        rows, weight = with_vectors(input.reshape(-1, size)), with_vectors(weight)
+        _functions()[0](rows, weight, eps, out=out.view(-1, size), enable_pdl=_dependent_launch(input.device))
+    return out
 
 
-@operator(fake=_nothing, mutates=("x", "residual"), needs=(FLASHINFER,))
+@operator(
+    fake=add_norm_fake, mutates=("x", "residual"), needs=(FLASHINFER,), instead="triton_fused_add_rms_norm_inplace"
+)
 def flashinfer_fused_add_rms_norm_inplace(
     x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
 ) -> None:
     """residual += x, then x = rmsnorm(residual) * weight, both in place.
 
-    x and residual [..., H] of one shape and dtype (float16 or bfloat16) that can be viewed as two dimensions.
+    x and residual [..., H] of one shape and dtype (float16 or bfloat16) that can be viewed as two dimensions, with
+    rows that begin at multiples of 16 bytes where H is one.
     """
-    from flashinfer.norm import fused_add_rmsnorm
-
-    _half("flashinfer_fused_add_rms_norm_inplace", x)
-    if x.shape != residual.shape or x.dtype != residual.dtype:
+    name = "flashinfer_fused_add_rms_norm_inplace"
+    check_add_norm(name, x, residual, weight)
+    _check(name, x, weight)
+    if x.numel() == 0:
+        return
+    rows, residual_rows = x.view(-1, x.shape[-1]), residual.view(-1, x.shape[-1])
+    if not (takes_vectors(rows) and takes_vectors(residual_rows)):
         raise ValueError(
-            "flashinfer_fused_add_rms_norm_inplace: x and residual must agree, got "
-            f"{tuple(x.shape)} {x.dtype} and {tuple(residual.shape)} {residual.dtype}"
+            f"{name}: rows of x and residual must be contiguous and aligned to vectors of 16 bytes, got strides "
+            f"{x.stride()} and {residual.stride()}; triton_fused_add_rms_norm_inplace takes any alignment"
         )
-    if x.numel():
-        size = x.shape[-1]
-        fused_add_rmsnorm(x.view(-1, size), residual.view(-1, size), weight, eps, enable_pdl=_dependent_launch())
+    _functions()[1](rows, residual_rows, with_vectors(weight), eps, enable_pdl=_dependent_launch(x.device))
 
 
 def flashinfer_fused_add_rms_norm(

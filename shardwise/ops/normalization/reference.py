@@ -1,5 +1,7 @@
 """RMS and L2 normalization in plain PyTorch."""
 
+import itertools
+
 import torch
 
 from shardwise.ops.registry import operator
@@ -64,6 +66,45 @@ def check_gated(name: str, x: torch.Tensor, weight: torch.Tensor, gate: torch.Te
         raise ValueError(f"{name}: group_size {group_size} does not divide the last dimension {x.shape[-1]}")
     if gate is not None and gate.shape != x.shape:
         raise ValueError(f"{name}: gate {tuple(gate.shape)} must have the shape of x {tuple(x.shape)}")
+
+
+def add_norm_fake(x, residual, weight, eps):
+    """Fake of the in-place operators."""
+    return None
+
+
+@operator(fake=add_norm_fake, mutates=("x", "residual"))
+def torch_fused_add_rms_norm_inplace(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float) -> None:
+    """residual += x, then x = rmsnorm(residual) * weight, both in place.
+
+    x and residual [..., H] of one shape and dtype, any strides; weight [H].
+    """
+    check_add_norm("torch_fused_add_rms_norm_inplace", x, residual, weight)
+    residual.add_(x)
+    x.copy_(torch_rmsnorm(residual, weight, eps))
+
+
+def check_add_norm(name: str, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor) -> None:
+    """Shape and dtype rules of the fused additions; raises ValueError."""
+    if x.shape != residual.shape or x.dtype != residual.dtype or x.dim() == 0:
+        raise ValueError(
+            f"{name}: x and residual must agree, got {tuple(x.shape)} {x.dtype} and {tuple(residual.shape)} "
+            f"{residual.dtype}"
+        )
+    if weight.shape != x.shape[-1:]:
+        raise ValueError(
+            f"{name}: weight {tuple(weight.shape)} does not match the last dimension of x {tuple(x.shape)}"
+        )
+
+
+def row_stride(shape: torch.Size, strides: tuple[int, ...]) -> int | None:
+    """Elements from one row [H] of [..., H] to the next, or None where rows have no common stride or gaps inside."""
+    if shape[-1] > 1 and strides[-1] != 1:
+        return None
+    outer = [(count, stride) for count, stride in zip(shape[:-1], strides[:-1], strict=True) if count > 1]
+    if any(stride != count * inner for (_, stride), (count, inner) in itertools.pairwise(outer)):
+        return None
+    return outer[-1][1] if outer else shape[-1]
 
 
 @operator(fake=lambda x, eps=1e-6: torch.empty_like(x))

@@ -1,12 +1,13 @@
 """RMS norms as Triton kernels: one pass over memory, statistics and weight in float32, one rounding at the end."""
 
 import functools
+from typing import NamedTuple
 
 import torch
 
-from shardwise.ops.normalization.reference import check_gated
+from shardwise.ops.normalization.reference import add_norm_fake, check_add_norm, check_gated, row_stride
 from shardwise.ops.registry import TRITON, operator
-from shardwise.ops.triton_support import Kernel, await_predecessor, dependent_launch, tl, triton
+from shardwise.ops.triton_support import Form, Kernel, await_predecessor, dependent_launch, tl, triton
 
 
 @triton.jit(do_not_specialize=["eps", "groups"])
@@ -46,46 +47,76 @@ def _norm_kernel(
     tl.store(out_ptr + group * SIZE + column, out.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-_launch = Kernel(_norm_kernel)
+@triton.jit(do_not_specialize=["eps"])
+def _add_norm_kernel(
+    x_ptr,
+    residual_ptr,
+    weight_ptr,
+    eps,
+    x_stride,
+    residual_stride,
+    SIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    mask = column < SIZE
+    x_row, residual_row = x_ptr + row * x_stride + column, residual_ptr + row * residual_stride + column
+    await_predecessor(PDL)
+    x = tl.load(x_row, mask=mask, other=0.0).to(tl.float32)
+    residual = tl.load(residual_row, mask=mask, other=0.0).to(tl.float32)
+    weight = tl.load(weight_ptr + column, mask=mask, other=0.0).to(tl.float32)
+    total = (x + residual).to(x_ptr.dtype.element_ty)
+    tl.store(residual_row, total, mask=mask)
+    total = total.to(tl.float32)
+    scale = tl.rsqrt(tl.sum(total * total, axis=0) / SIZE + eps)
+    tl.store(x_row, (total * scale * weight).to(x_ptr.dtype.element_ty), mask=mask)
+
+
+_norm, _add_norm = Kernel(_norm_kernel), Kernel(_add_norm_kernel)
+
+
+class _Plan(NamedTuple):
+    """What follows from shapes, strides and dtypes; remembered, since finding it out costs more than launching."""
+
+    form: Form
+    grid: tuple[int, int, int]
+    groups: int
+    copy_x: bool
+    copy_gate: bool
 
 
 @functools.lru_cache(maxsize=4096)
-def _plan(shape: torch.Size, size: int, device: torch.device) -> tuple:
-    """(groups, grid, constants, warps, pdl): several short groups share a program; warps by a sweep on an H200."""
+def _plan(shape, stride, gate_stride, dtypes, size, norm_first, device) -> _Plan:
+    """Several short groups share a program; warps by a sweep on an H200."""
     groups, block = shape.numel() // size, 1 << (size - 1).bit_length()
     rows = max(1, min(1024 // block, groups))
     rows = 1 << (rows.bit_length() - 1)
-    warps = min(16, max(2, rows * block // 1024))
-    constants = (shape[-1] // size, size, block, rows)
-    return groups, ((groups + rows - 1) // rows, 1, 1), constants, warps, dependent_launch(device)
-
-
-def _rows(x: torch.Tensor) -> tuple[torch.Tensor, int]:
-    """`x`, or a contiguous copy where its rows have no common stride, and the stride between rows."""
-    if x.is_contiguous():
-        return x, x.shape[-1]
-    if x.stride(-1) == 1 and x.dim() >= 2 and x.shape[:-2].numel() == 1:
-        return x, x.stride(-2)
-    return x.contiguous(), x.shape[-1]
+    x_stride, gated = row_stride(shape, stride), gate_stride is not None
+    gate_row_stride = row_stride(shape, gate_stride) if gated else 0
+    pdl = dependent_launch(device)
+    fixed = (
+        shape[-1] if x_stride is None else x_stride, shape[-1] if gate_row_stride is None else gate_row_stride,
+        shape[-1] // size, size, block, rows, gated, norm_first, pdl,
+    )  # fmt: skip
+    form = _norm.form(device, fixed, warps=min(16, max(2, rows * block // 1024)), pdl=pdl)
+    return _Plan(form, (-(-groups // rows), 1, 1), groups, x_stride is None, gate_row_stride is None)
 
 
 def _normalize(x, weight, gate, eps, size, norm_first) -> torch.Tensor:
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     if x.numel() == 0:
         return out
-    groups, grid, constants, warps, pdl = _plan(x.shape, size, x.device)
-    x, x_stride = _rows(x)
-    gated = gate is not None
-    gate, gate_stride = _rows(gate) if gated else (x, 0)
-    _launch(
-        x.device,
-        grid,
-        (x, gate, weight.contiguous(), out),
-        (eps, groups),
-        (x_stride, gate_stride, *constants, gated, norm_first, pdl),
-        warps=warps,
-        pdl=pdl,
-    )
+    gate_stride, gate_dtype = (None, None) if gate is None else (gate.stride(), gate.dtype)
+    plan = _plan(x.shape, x.stride(), gate_stride, (x.dtype, weight.dtype, gate_dtype), size, norm_first, x.device)
+    if plan.copy_x:
+        x = x.contiguous()
+    if gate is None:
+        gate = x
+    elif plan.copy_gate:
+        gate = gate.contiguous()
+    plan.form(plan.grid, (x, gate, weight.contiguous(), out), (eps, plan.groups))
     return out
 
 
@@ -120,3 +151,33 @@ def triton_rmsnorm_gated(
     """Grouped RMS norm with a SiLU gate before or after it, as `torch_rmsnorm_gated`; contiguous, in x's dtype."""
     check_gated("triton_rmsnorm_gated", x, weight, gate, group_size)
     return _normalize(x, weight, gate, eps, group_size, norm_before_gate)
+
+
+@functools.lru_cache(maxsize=4096)
+def _add_plan(shape, x_stride, residual_stride, dtypes, device) -> tuple[Form, tuple[int, int, int]]:
+    strides = row_stride(shape, x_stride), row_stride(shape, residual_stride)
+    if None in strides or (0 in strides and shape.numel() > shape[-1]):
+        raise ValueError(
+            "triton_fused_add_rms_norm_inplace: x and residual need rows of one stride, being written in place; came "
+            f"{tuple(shape)} with strides {x_stride} and {residual_stride}"
+        )
+    size, pdl = shape[-1], dependent_launch(device)
+    block = 1 << (size - 1).bit_length()
+    form = _add_norm.form(device, (*strides, size, block, pdl), warps=min(16, max(2, block // 1024)), pdl=pdl)
+    return form, (shape.numel() // size, 1, 1)
+
+
+@operator(fake=add_norm_fake, mutates=("x", "residual"), needs=(TRITON,), instead="torch_fused_add_rms_norm_inplace")
+def triton_fused_add_rms_norm_inplace(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+) -> None:
+    """residual += x, then x = rmsnorm(residual) * weight, both in place, as `torch_fused_add_rms_norm_inplace`.
+
+    The rows of x and of residual must have one stride each, as those of any slice of a projection's columns have.
+    """
+    check_add_norm("triton_fused_add_rms_norm_inplace", x, residual, weight)
+    if x.numel() == 0:
+        return
+    dtypes = (x.dtype, weight.dtype)
+    form, grid = _add_plan(x.shape, x.stride(), residual.stride(), dtypes, x.device)
+    form(grid, (x, residual, weight.contiguous()), (eps,))

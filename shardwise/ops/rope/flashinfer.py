@@ -1,8 +1,18 @@
 """Rotary position embedding of FlashInfer."""
 
+import functools
+
 import torch
 
 from shardwise.ops.registry import FLASHINFER, operator
+from shardwise.ops.vector_access import with_vectors
+
+
+@functools.cache
+def _function():
+    from flashinfer.rope import apply_rope_with_cos_sin_cache
+
+    return apply_rope_with_cos_sin_cache
 
 
 def _pair(q, k, *_args, **_kwargs):
@@ -21,21 +31,16 @@ def flashinfer_rope(
     q, k [B, S, N, D] or [T, N, D] float16 or bfloat16, D a multiple of 64; position_ids int [B, S] or [T];
     cos_sin_cache float32 [positions, D]: cosines of the D/2 angles, then their sines.
     """
-    from flashinfer.rope import apply_rope_with_cos_sin_cache
-
     size = cos_sin_cache.shape[-1]
     _check(q, k, position_ids, cos_sin_cache, size)
     if q.numel() == 0:
         return _pair(q, k)
     tokens = position_ids.numel()
-    q_out, k_out = apply_rope_with_cos_sin_cache(
-        position_ids.reshape(-1).to(torch.int32),
-        q.reshape(tokens, -1),
-        k.reshape(tokens, -1),
-        size,
-        cos_sin_cache,
-        is_neox,
-    )
+    positions = position_ids.reshape(-1)
+    if positions.dtype not in (torch.int32, torch.int64):  # the kernel has forms for both
+        positions = positions.to(torch.int64)
+    q_rows, k_rows = with_vectors(q.reshape(tokens, -1)), with_vectors(k.reshape(tokens, -1))
+    q_out, k_out = _function()(positions.contiguous(), q_rows, k_rows, size, cos_sin_cache.contiguous(), is_neox)
     return q_out.view(q.shape), k_out.view(k.shape)
 
 

@@ -1,179 +1,28 @@
-"""Rotary position embeddings as Triton kernels: every element read and written once, angles in float32.
+"""Rotary position embeddings by the Triton kernels of `kernels.py`.
 
-A position outside the table of angles gives NaN instead of a read out of bounds.
+What follows from shapes, strides and dtypes is found out once and remembered: it would cost more than the launch.
 """
+
+import functools
+from typing import NamedTuple
 
 import torch
 
 from shardwise.ops.registry import TRITON, operator
-from shardwise.ops.triton_support import Kernel, await_predecessor, dependent_launch, tl, triton
+from shardwise.ops.rope.kernels import flat_kernel, halves_kernel, interleaved_kernel
+from shardwise.ops.triton_support import Form, Kernel, dependent_launch
 
 LAYOUTS = ("bsnd", "bnsd", "sbnd", "snbd", "nbsd", "nsbd")
+_halves, _flat, _interleaved = Kernel(halves_kernel), Kernel(flat_kernel), Kernel(interleaved_kernel)
+_remembered = functools.lru_cache(maxsize=4096)
 
 
-@triton.jit(do_not_specialize=["tokens", "heads", "positions"])
-def _halves_kernel(
-    x_ptr,
-    out_ptr,
-    freqs_ptr,
-    start_ptr,
-    tokens,
-    heads,
-    positions,
-    x_b,
-    x_s,
-    x_n,
-    out_b,
-    out_s,
-    out_n,
-    SIZE: tl.constexpr,
-    HALF: tl.constexpr,
-    HEADS: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    """Rows of one (sequence, token): element i turns with i + SIZE/2 by the angle of position start + token."""
-    row = tl.program_id(0).to(tl.int64) // tl.cdiv(heads, HEADS)
-    batch, token = row // tokens, row % tokens
-    head = (tl.program_id(0) % tl.cdiv(heads, HEADS)) * HEADS + tl.arange(0, HEADS)[:, None]
-    i = tl.arange(0, HALF)[None, :]
-    mask = (head < heads) & (i < SIZE // 2)
-    await_predecessor(PDL)
-    position = tl.load(start_ptr + batch).to(tl.int64) + token
-    known = (i < SIZE // 2) & (position >= 0) & (position < positions)
-    cos = tl.load(freqs_ptr + position * SIZE + 2 * i, mask=known, other=float("nan")).to(tl.float32)
-    sin = tl.load(freqs_ptr + position * SIZE + 2 * i + 1, mask=known, other=float("nan")).to(tl.float32)
-    source = x_ptr + batch * x_b + token * x_s + head * x_n + i
-    target = out_ptr + batch * out_b + token * out_s + head * out_n + i
-    first = tl.load(source, mask=mask, other=0.0).to(tl.float32)
-    second = tl.load(source + SIZE // 2, mask=mask, other=0.0).to(tl.float32)
-    tl.store(target, (first * cos - second * sin).to(out_ptr.dtype.element_ty), mask=mask)
-    tl.store(target + SIZE // 2, (second * cos + first * sin).to(out_ptr.dtype.element_ty), mask=mask)
+class _Plan(NamedTuple):
+    """A form of a kernel, and the grid and numbers that it is launched with."""
 
-
-@triton.jit(do_not_specialize=["heads", "positions", "sequences"])
-def _flat_kernel(
-    x_ptr,
-    out_ptr,
-    freqs_ptr,
-    start_ptr,
-    length_ptr,
-    first_row_ptr,
-    heads,
-    positions,
-    sequences,
-    SIZE: tl.constexpr,
-    HALF: tl.constexpr,
-    HEADS: tl.constexpr,
-    SEQUENCES: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    """Rows of one token of a flattened batch; a row that belongs to no sequence is copied."""
-    row = tl.program_id(0).to(tl.int64) // tl.cdiv(heads, HEADS)
-    head = (tl.program_id(0) % tl.cdiv(heads, HEADS)) * HEADS + tl.arange(0, HEADS)[:, None]
-    i = tl.arange(0, HALF)[None, :]
-    mask = (head < heads) & (i < SIZE // 2)
-    await_predecessor(PDL)
-    position = tl.zeros((1,), tl.int64) - 1
-    for begin in range(0, sequences, SEQUENCES):
-        member = begin + tl.arange(0, SEQUENCES)
-        valid = member < sequences
-        first_row = tl.load(first_row_ptr + member, mask=valid, other=0).to(tl.int64)
-        length = tl.load(length_ptr + member, mask=valid, other=0).to(tl.int64)
-        start = tl.load(start_ptr + member, mask=valid, other=0).to(tl.int64)
-        inside = (row >= first_row) & (row < first_row + length)
-        position = tl.maximum(position, tl.max(tl.where(inside, start + row - first_row, -1), axis=0))
-    angle = position[:, None] * SIZE + 2 * i
-    known = (i < SIZE // 2) & (position[:, None] >= 0) & (position[:, None] < positions)
-    cos = tl.load(freqs_ptr + angle, mask=known, other=float("nan")).to(tl.float32)
-    sin = tl.load(freqs_ptr + angle + 1, mask=known, other=float("nan")).to(tl.float32)
-    cos = tl.where(position[:, None] < 0, 1.0, cos)
-    sin = tl.where(position[:, None] < 0, 0.0, sin)
-    offset = (row * heads + head) * SIZE + i
-    first = tl.load(x_ptr + offset, mask=mask, other=0.0).to(tl.float32)
-    second = tl.load(x_ptr + offset + SIZE // 2, mask=mask, other=0.0).to(tl.float32)
-    tl.store(out_ptr + offset, (first * cos - second * sin).to(out_ptr.dtype.element_ty), mask=mask)
-    tl.store(out_ptr + offset + SIZE // 2, (second * cos + first * sin).to(out_ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _load_pairs(source, i, d_stride, mask, PACKED: tl.constexpr):
-    """Elements 2i and 2i + 1 as float32. PACKED: both in one 32-bit load, so that accesses stay wide."""
-    if PACKED:
-        kind = source.dtype.element_ty
-        pair = tl.load(source.to(tl.pointer_type(tl.uint32), bitcast=True) + i, mask=mask, other=0)
-        even = (pair & 0xFFFF).to(tl.uint16).to(kind, bitcast=True)
-        odd = (pair >> 16).to(tl.uint16).to(kind, bitcast=True)
-    else:
-        even = tl.load(source + 2 * i * d_stride, mask=mask, other=0.0)
-        odd = tl.load(source + (2 * i + 1) * d_stride, mask=mask, other=0.0)
-    return even.to(tl.float32), odd.to(tl.float32)
-
-
-@triton.jit
-def _turn_pairs(
-    source, target, d_stride, head, heads, cos, sin, SIZE: tl.constexpr, HALF: tl.constexpr, PACKED: tl.constexpr
-):
-    """Read interleaved pairs of a tile of heads, turn them, write the first elements before the second ones."""
-    i = tl.arange(0, HALF)[None, :]
-    mask = (head < heads) & (i < SIZE // 2)
-    even, odd = _load_pairs(source, i, d_stride, mask, PACKED)
-    tl.store(target + i, (even * cos - odd * sin).to(target.dtype.element_ty), mask=mask)
-    tl.store(target + SIZE // 2 + i, (odd * cos + even * sin).to(target.dtype.element_ty), mask=mask)
-
-
-@triton.jit(do_not_specialize=["tokens", "q_heads", "k_heads", "positions"])
-def _interleaved_kernel(
-    q_ptr,
-    k_ptr,
-    q_out_ptr,
-    k_out_ptr,
-    cos_ptr,
-    sin_ptr,
-    position_ptr,
-    tokens,
-    q_heads,
-    k_heads,
-    positions,
-    q_b,
-    q_s,
-    q_n,
-    q_d,
-    k_b,
-    k_s,
-    k_n,
-    k_d,
-    SIZE: tl.constexpr,
-    HALF: tl.constexpr,
-    HEADS: tl.constexpr,
-    PACKED: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    """Program (token, block of heads): the first blocks are heads of q, the rest heads of k."""
-    row = tl.program_id(0).to(tl.int64)
-    batch, token = row // tokens, row % tokens
-    q_blocks = tl.cdiv(q_heads, HEADS)
-    block = tl.program_id(1)
-    i = tl.arange(0, HALF)[None, :]
-    await_predecessor(PDL)
-    position = tl.load(position_ptr + row).to(tl.int64)
-    known = (i < SIZE // 2) & (position >= 0) & (position < positions)
-    cos = tl.load(cos_ptr + position * SIZE + i, mask=known, other=float("nan")).to(tl.float32)
-    sin = tl.load(sin_ptr + position * SIZE + i, mask=known, other=float("nan")).to(tl.float32)
-    if block < q_blocks:
-        head = block * HEADS + tl.arange(0, HEADS)[:, None]
-        source = q_ptr + batch * q_b + token * q_s + head * q_n
-        target = q_out_ptr + (row * q_heads + head) * SIZE
-        _turn_pairs(source, target, q_d, head, q_heads, cos, sin, SIZE, HALF, PACKED)
-    else:
-        head = (block - q_blocks) * HEADS + tl.arange(0, HEADS)[:, None]
-        source = k_ptr + batch * k_b + token * k_s + head * k_n
-        target = k_out_ptr + (row * k_heads + head) * SIZE
-        _turn_pairs(source, target, k_d, head, k_heads, cos, sin, SIZE, HALF, PACKED)
-
-
-_launch_halves = Kernel(_halves_kernel)
-_launch_flat = Kernel(_flat_kernel)
-_launch_interleaved = Kernel(_interleaved_kernel)
+    form: Form
+    grid: tuple[int, int, int]
+    free: tuple[int, ...]
 
 
 def _tile(size: int, heads: int, tokens: int) -> tuple[int, int, int]:
@@ -187,13 +36,42 @@ def _tile(size: int, heads: int, tokens: int) -> tuple[int, int, int]:
     return half, tile, max(1, min(8, half * tile // 512)) if most > 4 else 2
 
 
-def _angles(name: str, freqs_cis: torch.Tensor, size: int) -> torch.Tensor:
-    freqs = freqs_cis[0] if freqs_cis.dim() == 4 and freqs_cis.shape[0] == 1 else freqs_cis
-    if size % 2 or freqs.dim() != 3 or freqs.shape[1:] != (size // 2, 2):
+def _positions(name: str, freqs_shape: torch.Size, size: int) -> int:
+    """Positions of a table [positions, D/2, 2] or [1, positions, D/2, 2]."""
+    table = freqs_shape[1:] if len(freqs_shape) == 4 and freqs_shape[0] == 1 else freqs_shape
+    if size % 2 or len(table) != 3 or table[1:] != (size // 2, 2):
         raise ValueError(
-            f"{name}: freqs_cis must be [positions, D/2, 2] for an even D = {size}, got {tuple(freqs_cis.shape)}"
+            f"{name}: freqs_cis must be [positions, D/2, 2] for an even D = {size}, got {tuple(freqs_shape)}"
         )
-    return freqs.contiguous()
+    return table[0]
+
+
+class _Halves(NamedTuple):
+    plan: _Plan
+    batch: int
+    copy_x: bool
+    """Whether x must be made contiguous first, and the result given x's strides last: its channels lie apart."""
+
+
+@_remembered
+def _plan_halves(layout, shape, strides, freqs_shape, dtypes, device) -> _Halves:
+    name = "triton_rope_with_input_pos"
+    if layout not in LAYOUTS or len(shape) != 4:
+        raise ValueError(f"{name}: x must have 4 dimensions in one of {LAYOUTS}, got {tuple(shape)}, {layout!r}")
+    b, s, n = (layout.index(axis) for axis in "bsn")
+    batch, tokens, heads, size = shape[b], shape[s], shape[n], shape[3]
+    positions = _positions(name, freqs_shape, size)
+    half, tile, warps = _tile(size, heads, batch * tokens)
+    # The strides of the result, which is made like x.
+    out_strides = torch.empty_like(torch.empty_strided(shape, strides, device="meta")).stride()
+    copy = strides[3] != 1 or out_strides[3] != 1
+    if copy:
+        strides = out_strides = torch.empty(shape, device="meta").stride()
+    fixed = (*(strides[d] for d in (b, s, n)), *(out_strides[d] for d in (b, s, n)), size, half, tile)
+    pdl = dependent_launch(device)
+    form = _halves.form(device, (*fixed, pdl), warps=warps, pdl=pdl)
+    grid = (batch * tokens * -(-heads // tile), 1, 1)
+    return _Halves(_Plan(form, grid, (tokens, heads, positions)), batch, copy)
 
 
 @operator(
@@ -209,32 +87,31 @@ def triton_rope_with_input_pos(
     x four-dimensional in the order of `layout` (one of bsnd bnsd sbnd snbd nbsd nsbd); freqs_cis real
     [positions, D/2, 2] holding (cos, sin), a leading 1 allowed; input_pos int [B], None for zeros.
     """
-    name = "triton_rope_with_input_pos"
-    if layout not in LAYOUTS or x.dim() != 4:
-        raise ValueError(f"{name}: x must have 4 dimensions in one of {LAYOUTS}, got {tuple(x.shape)}, {layout!r}")
-    b, s, n = (layout.index(axis) for axis in "bsn")
-    batch, tokens, heads, size = x.shape[b], x.shape[s], x.shape[n], x.shape[3]
-    freqs = _angles(name, freqs_cis, size)
+    dtypes = (x.dtype, freqs_cis.dtype, torch.int32 if input_pos is None else input_pos.dtype)
+    plan, batch, copy = _plan_halves(layout, x.shape, x.stride(), freqs_cis.shape, dtypes, x.device)
     if input_pos is None:
         input_pos = torch.zeros(batch, dtype=torch.int32, device=x.device)
-    if input_pos.numel() < batch:
-        raise ValueError(f"{name}: input_pos holds {input_pos.numel()} positions for {batch} batch rows")
+    elif input_pos.numel() < batch:
+        raise ValueError(
+            f"triton_rope_with_input_pos: input_pos holds {input_pos.numel()} positions for {batch} batch rows"
+        )
     out = torch.empty_like(x)
-    x = x if x.stride(3) == 1 else x.contiguous()
-    result = out if out.stride(3) == 1 else torch.empty_like(out, memory_format=torch.contiguous_format)
-    half, tile, warps = _tile(size, heads, batch * tokens)
-    strides = (x.stride(b), x.stride(s), x.stride(n), result.stride(b), result.stride(s), result.stride(n))
-    pdl = dependent_launch(x.device)
-    _launch_halves(
-        x.device,
-        (batch * tokens * ((heads + tile - 1) // tile), 1, 1),
-        (x, result, freqs, input_pos),
-        (tokens, heads, freqs.shape[0]),
-        (*strides, size, half, tile, pdl),
-        warps=warps,
-        pdl=pdl,
-    )
-    return out if result is out else out.copy_(result)
+    result = torch.empty_like(x, memory_format=torch.contiguous_format) if copy else out
+    if copy:
+        x = x.contiguous()
+    plan.form(plan.grid, (x, result, freqs_cis.contiguous(), input_pos.contiguous()), plan.free)
+    return out.copy_(result) if copy else out
+
+
+@_remembered
+def _plan_flat(shape, freqs_shape, sequences, dtypes, device) -> _Plan:
+    tokens, heads, size = shape
+    positions = _positions("triton_rope_on_flattened_inputs", freqs_shape, size)
+    half, tile, warps = _tile(size, heads, tokens)
+    block = min(256, 1 << max(sequences - 1, 0).bit_length())
+    pdl = dependent_launch(device)
+    form = _flat.form(device, (size, half, tile, block, pdl), warps=warps, pdl=pdl)
+    return _Plan(form, (tokens * -(-heads // tile), 1, 1), (heads, positions, sequences))
 
 
 @operator(
@@ -263,21 +140,11 @@ def triton_rope_on_flattened_inputs(
             f"{name}: {sequences} seq_lens need as many input_pos ({input_pos.numel()}) and "
             f"seq_start_indices ({seq_start_indices.numel()})"
         )
-    tokens, heads, size = x.shape
-    freqs = _angles(name, freqs_cis, size)
+    dtypes = (x.dtype, freqs_cis.dtype, input_pos.dtype, seq_lens.dtype, seq_start_indices.dtype)
+    plan = _plan_flat(x.shape, freqs_cis.shape, sequences, dtypes, x.device)
     out = torch.empty_like(x)
-    half, tile, warps = _tile(size, heads, tokens)
-    block = min(256, 1 << max(sequences - 1, 0).bit_length())
-    pdl = dependent_launch(x.device)
-    _launch_flat(
-        x.device,
-        (tokens * ((heads + tile - 1) // tile), 1, 1),
-        (x, out, freqs, input_pos, seq_lens, seq_start_indices),
-        (heads, freqs.shape[0], sequences),
-        (size, half, tile, block, pdl),
-        warps=warps,
-        pdl=pdl,
-    )
+    metadata = input_pos.contiguous(), seq_lens.contiguous(), seq_start_indices.contiguous()
+    plan.form(plan.grid, (x, out, freqs_cis.contiguous(), *metadata), plan.free)
     return out
 
 
@@ -286,6 +153,25 @@ def _contiguous_pair(q, k, *_args):
         torch.empty_like(q, memory_format=torch.contiguous_format),
         torch.empty_like(k, memory_format=torch.contiguous_format),
     )
+
+
+@_remembered
+def _plan_interleaved(q_shape, k_shape, q_strides, k_strides, tables, even, dtypes, device) -> _Plan:
+    _check_interleaved(q_shape, k_shape, *tables)
+    batch, tokens, heads, size = q_shape
+    k_heads = k_shape[2]
+    half, tile, warps = _tile(size, heads, batch * tokens)
+    packed = even and all(_pairs_are_words(strides) and dtype.itemsize == 2
+                          for strides, dtype in zip((q_strides, k_strides), dtypes, strict=False))  # fmt: skip
+    pdl = dependent_launch(device)
+    form = _interleaved.form(device, (*q_strides, *k_strides, size, half, tile, packed, pdl), warps=warps, pdl=pdl)
+    grid = (batch * tokens, -(-heads // tile) - (-k_heads // tile), 1)
+    return _Plan(form, grid, (tokens, heads, k_heads, tables[0][0]))
+
+
+def _pairs_are_words(strides: tuple[int, ...]) -> bool:
+    """Whether pairs of channels are words of twice the size, aligned if the first one is."""
+    return strides[3] == 1 and not any(stride & 1 for stride in strides[:3])
 
 
 @operator(fake=_contiguous_pair, needs=(TRITON,), instead="torch_rope_with_qk_interleaving")
@@ -297,45 +183,25 @@ def triton_rope_on_interleaved_qk_inputs(
     q [B, S, N, D], k [B, S, Nkv, D], any strides; cos_cache, sin_cache [positions, D], halves duplicated;
     position_ids int [B, S].
     """
-    _check_interleaved(q, k, cos_cache, sin_cache, position_ids)
-    batch, tokens, heads, size = q.shape
-    k_heads = k.shape[2]
-    cos, sin, position_ids = cos_cache.contiguous(), sin_cache.contiguous(), position_ids.contiguous()
+    plan = _plan_interleaved(
+        q.shape, k.shape, q.stride(), k.stride(), (cos_cache.shape, sin_cache.shape, position_ids.shape),
+        (q.data_ptr() | k.data_ptr()) % 4 == 0,
+        (q.dtype, k.dtype, cos_cache.dtype, sin_cache.dtype, position_ids.dtype), q.device,
+    )  # fmt: skip
     q_out, k_out = _contiguous_pair(q, k)
-    half, tile, warps = _tile(size, heads, batch * tokens)
-    strides = (*q.stride(), *k.stride())
-    pdl = dependent_launch(q.device)
-    packed = _packable(q) and _packable(k)
-    _launch_interleaved(
-        q.device,
-        (batch * tokens, (heads + tile - 1) // tile + (k_heads + tile - 1) // tile, 1),
-        (q, k, q_out, k_out, cos, sin, position_ids),
-        (tokens, heads, k_heads, cos.shape[0]),
-        (*strides, size, half, tile, packed, pdl),
-        warps=warps,
-        pdl=pdl,
-    )
+    tables = cos_cache.contiguous(), sin_cache.contiguous(), position_ids.contiguous()
+    plan.form(plan.grid, (q, k, q_out, k_out, *tables), plan.free)
     return q_out, k_out
 
 
-def _packable(x: torch.Tensor) -> bool:
-    """Whether a pair of channels is one aligned 32-bit word everywhere."""
-    b, t, n, d = x.stride()
-    return x.element_size() == 2 and d == 1 and not (b | t | n) & 1 and x.data_ptr() % 4 == 0
-
-
-def _check_interleaved(q, k, cos_cache, sin_cache, position_ids) -> None:
+def _check_interleaved(q: torch.Size, k: torch.Size, cos: torch.Size, sin: torch.Size, positions: torch.Size) -> None:
+    """Shape rules; raises ValueError."""
     name = "triton_rope_on_interleaved_qk_inputs"
-    if q.dim() != 4 or k.dim() != 4 or q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3] or q.shape[3] % 2:
-        raise ValueError(
-            f"{name}: q [B, S, N, D] and k [B, S, Nkv, D] with an even D, got {tuple(q.shape)}, {tuple(k.shape)}"
-        )
-    if q.shape[2] < k.shape[2]:
-        raise ValueError(f"{name}: q must have at least as many heads as k, got {q.shape[2]} and {k.shape[2]}")
-    if position_ids.shape != q.shape[:2]:
-        raise ValueError(f"{name}: position_ids must be {tuple(q.shape[:2])}, got {tuple(position_ids.shape)}")
-    if cos_cache.shape != sin_cache.shape or cos_cache.dim() != 2 or cos_cache.shape[1] != q.shape[3]:
-        raise ValueError(
-            f"{name}: cos_cache and sin_cache must be [positions, {q.shape[3]}], got {tuple(cos_cache.shape)}, "
-            f"{tuple(sin_cache.shape)}"
-        )
+    if len(q) != 4 or len(k) != 4 or q[:2] != k[:2] or q[3] != k[3] or q[3] % 2:
+        raise ValueError(f"{name}: q [B, S, N, D] and k [B, S, Nkv, D] with an even D, got {tuple(q)}, {tuple(k)}")
+    if q[2] < k[2]:
+        raise ValueError(f"{name}: q must have at least as many heads as k, got {q[2]} and {k[2]}")
+    if positions != q[:2]:
+        raise ValueError(f"{name}: position_ids must be {tuple(q[:2])}, got {tuple(positions)}")
+    if cos != sin or len(cos) != 2 or cos[1] != q[3]:
+        raise ValueError(f"{name}: cos_cache and sin_cache must be [positions, {q[3]}], got {tuple(cos)}, {tuple(sin)}")

@@ -1,0 +1,166 @@
+"""Triton kernels of the rotary embeddings: every element read and written once, angles in float32.
+
+A position outside the table of angles gives NaN instead of a read out of bounds.
+"""
+
+from shardwise.ops.triton_support import await_predecessor, tl, triton
+
+
+@triton.jit(do_not_specialize=["tokens", "heads", "positions"])
+def halves_kernel(
+    x_ptr,
+    out_ptr,
+    freqs_ptr,
+    start_ptr,
+    tokens,
+    heads,
+    positions,
+    x_b,
+    x_s,
+    x_n,
+    out_b,
+    out_s,
+    out_n,
+    SIZE: tl.constexpr,
+    HALF: tl.constexpr,
+    HEADS: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Rows of one (sequence, token): element i turns with i + SIZE/2 by the angle of position start + token."""
+    row = tl.program_id(0).to(tl.int64) // tl.cdiv(heads, HEADS)
+    batch, token = row // tokens, row % tokens
+    head = (tl.program_id(0) % tl.cdiv(heads, HEADS)) * HEADS + tl.arange(0, HEADS)[:, None]
+    i = tl.arange(0, HALF)[None, :]
+    mask = (head < heads) & (i < SIZE // 2)
+    await_predecessor(PDL)
+    position = tl.load(start_ptr + batch).to(tl.int64) + token
+    known = (i < SIZE // 2) & (position >= 0) & (position < positions)
+    cos = tl.load(freqs_ptr + position * SIZE + 2 * i, mask=known, other=float("nan")).to(tl.float32)
+    sin = tl.load(freqs_ptr + position * SIZE + 2 * i + 1, mask=known, other=float("nan")).to(tl.float32)
+    source = x_ptr + batch * x_b + token * x_s + head * x_n + i
+    target = out_ptr + batch * out_b + token * out_s + head * out_n + i
+    first = tl.load(source, mask=mask, other=0.0).to(tl.float32)
+    second = tl.load(source + SIZE // 2, mask=mask, other=0.0).to(tl.float32)
+    tl.store(target, (first * cos - second * sin).to(out_ptr.dtype.element_ty), mask=mask)
+    tl.store(target + SIZE // 2, (second * cos + first * sin).to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["heads", "positions", "sequences"])
+def flat_kernel(
+    x_ptr,
+    out_ptr,
+    freqs_ptr,
+    start_ptr,
+    length_ptr,
+    first_row_ptr,
+    heads,
+    positions,
+    sequences,
+    SIZE: tl.constexpr,
+    HALF: tl.constexpr,
+    HEADS: tl.constexpr,
+    SEQUENCES: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Rows of one token of a flattened batch; a row that belongs to no sequence is copied."""
+    row = tl.program_id(0).to(tl.int64) // tl.cdiv(heads, HEADS)
+    head = (tl.program_id(0) % tl.cdiv(heads, HEADS)) * HEADS + tl.arange(0, HEADS)[:, None]
+    i = tl.arange(0, HALF)[None, :]
+    mask = (head < heads) & (i < SIZE // 2)
+    await_predecessor(PDL)
+    position = tl.zeros((1,), tl.int64) - 1
+    for begin in range(0, sequences, SEQUENCES):
+        member = begin + tl.arange(0, SEQUENCES)
+        valid = member < sequences
+        first_row = tl.load(first_row_ptr + member, mask=valid, other=0).to(tl.int64)
+        length = tl.load(length_ptr + member, mask=valid, other=0).to(tl.int64)
+        start = tl.load(start_ptr + member, mask=valid, other=0).to(tl.int64)
+        inside = (row >= first_row) & (row < first_row + length)
+        position = tl.maximum(position, tl.max(tl.where(inside, start + row - first_row, -1), axis=0))
+    angle = position[:, None] * SIZE + 2 * i
+    known = (i < SIZE // 2) & (position[:, None] >= 0) & (position[:, None] < positions)
+    cos = tl.load(freqs_ptr + angle, mask=known, other=float("nan")).to(tl.float32)
+    sin = tl.load(freqs_ptr + angle + 1, mask=known, other=float("nan")).to(tl.float32)
+    cos = tl.where(position[:, None] < 0, 1.0, cos)
+    sin = tl.where(position[:, None] < 0, 0.0, sin)
+    offset = (row * heads + head) * SIZE + i
+    first = tl.load(x_ptr + offset, mask=mask, other=0.0).to(tl.float32)
+    second = tl.load(x_ptr + offset + SIZE // 2, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out_ptr + offset, (first * cos - second * sin).to(out_ptr.dtype.element_ty), mask=mask)
+    tl.store(out_ptr + offset + SIZE // 2, (second * cos + first * sin).to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _load_pairs(source, i, d_stride, mask, PACKED: tl.constexpr):
+    """Elements 2i and 2i + 1 as float32. PACKED: both in one 32-bit load, so that accesses stay wide."""
+    if PACKED:
+        kind = source.dtype.element_ty
+        pair = tl.load(source.to(tl.pointer_type(tl.uint32), bitcast=True) + i, mask=mask, other=0)
+        even = (pair & 0xFFFF).to(tl.uint16).to(kind, bitcast=True)
+        odd = (pair >> 16).to(tl.uint16).to(kind, bitcast=True)
+    else:
+        even = tl.load(source + 2 * i * d_stride, mask=mask, other=0.0)
+        odd = tl.load(source + (2 * i + 1) * d_stride, mask=mask, other=0.0)
+    return even.to(tl.float32), odd.to(tl.float32)
+
+
+@triton.jit
+def _turn_pairs(
+    source, target, d_stride, head, heads, cos, sin, SIZE: tl.constexpr, HALF: tl.constexpr, PACKED: tl.constexpr
+):
+    """Read interleaved pairs of a tile of heads, turn them, write the first elements before the second ones."""
+    i = tl.arange(0, HALF)[None, :]
+    mask = (head < heads) & (i < SIZE // 2)
+    even, odd = _load_pairs(source, i, d_stride, mask, PACKED)
+    tl.store(target + i, (even * cos - odd * sin).to(target.dtype.element_ty), mask=mask)
+    tl.store(target + SIZE // 2 + i, (odd * cos + even * sin).to(target.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["tokens", "q_heads", "k_heads", "positions"])
+def interleaved_kernel(
+    q_ptr,
+    k_ptr,
+    q_out_ptr,
+    k_out_ptr,
+    cos_ptr,
+    sin_ptr,
+    position_ptr,
+    tokens,
+    q_heads,
+    k_heads,
+    positions,
+    q_b,
+    q_s,
+    q_n,
+    q_d,
+    k_b,
+    k_s,
+    k_n,
+    k_d,
+    SIZE: tl.constexpr,
+    HALF: tl.constexpr,
+    HEADS: tl.constexpr,
+    PACKED: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Program (token, block of heads): the first blocks are heads of q, the rest heads of k."""
+    row = tl.program_id(0).to(tl.int64)
+    batch, token = row // tokens, row % tokens
+    q_blocks = tl.cdiv(q_heads, HEADS)
+    block = tl.program_id(1)
+    i = tl.arange(0, HALF)[None, :]
+    await_predecessor(PDL)
+    position = tl.load(position_ptr + row).to(tl.int64)
+    known = (i < SIZE // 2) & (position >= 0) & (position < positions)
+    cos = tl.load(cos_ptr + position * SIZE + i, mask=known, other=float("nan")).to(tl.float32)
+    sin = tl.load(sin_ptr + position * SIZE + i, mask=known, other=float("nan")).to(tl.float32)
+    if block < q_blocks:
+        head = block * HEADS + tl.arange(0, HEADS)[:, None]
+        source = q_ptr + batch * q_b + token * q_s + head * q_n
+        target = q_out_ptr + (row * q_heads + head) * SIZE
+        _turn_pairs(source, target, q_d, head, q_heads, cos, sin, SIZE, HALF, PACKED)
+    else:
+        head = (block - q_blocks) * HEADS + tl.arange(0, HEADS)[:, None]
+        source = k_ptr + batch * k_b + token * k_s + head * k_n
+        target = k_out_ptr + (row * k_heads + head) * SIZE
+        _turn_pairs(source, target, k_d, head, k_heads, cos, sin, SIZE, HALF, PACKED)
