@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from shardwise.comm.accumulate import Accumulator
+
 STRATEGIES = (
     "NCCL",
     "MIN_LATENCY",
@@ -110,6 +112,12 @@ class Communicator(ABC):
     @abstractmethod
     def split(self, color: int, key: int | None = None) -> "Communicator":
         """Sub-group of the members with the same color, ordered by (key, rank). Called by every member."""
+
+    def accumulator(self, total: "Tensor") -> "Accumulator":
+        """What adds sums over the group to `total`, without the copies of an all-reduce where the transport can."""
+        from shardwise.comm.accumulate import Accumulator  # which needs torch
+
+        return Accumulator(self, total)
 
     def broadcast_object(self, value: Any, root: int = 0) -> Any:
         """`value` of group rank `root`."""

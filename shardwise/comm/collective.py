@@ -218,11 +218,15 @@ class Collective(Communicator):
     def all_gather_object(self, value: Any) -> list[Any]:
         entry = self._begin("all_gather_object", (), "", "")
         blob = pickle.dumps(value)
-        counts = [int.from_bytes(size, "little") for size in self._exchange(len(blob).to_bytes(8, "little"))]
-        joined = torch.empty(sum(counts), dtype=torch.uint8, device="cpu")
-        self._gather_control(torch.frombuffer(bytearray(blob), dtype=torch.uint8), joined, counts)
+        frames = self._exchange(len(blob).to_bytes(8, "little") + blob[: FINGERPRINT_BYTES - 8])
+        counts = [int.from_bytes(frame[:8], "little") for frame in frames]
+        blobs = [frame[8:] for frame in frames]
+        if max(counts) > FINGERPRINT_BYTES - 8:
+            joined = torch.empty(sum(counts), dtype=torch.uint8, device="cpu")
+            self._gather_control(torch.frombuffer(bytearray(blob), dtype=torch.uint8), joined, counts)
+            blobs = [part.numpy().tobytes() for part in joined.split(counts)]
         entry[watch.END] = watch.now()
-        return [pickle.loads(part.numpy().tobytes()) for part in joined.split(counts)]
+        return [pickle.loads(each) for each in blobs]
 
     def split(self, color: int, key: int | None = None) -> Communicator:
         wanted = self.all_gather_object((color, self.rank if key is None else key))

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from shardwise import partition
 from shardwise.comm import compose, direct, watch
+from shardwise.comm.accumulate import Accumulator, SlotAccumulator
 from shardwise.comm.arguments import starts
 from shardwise.comm.base import CollectiveTimeout, CommError, PeerLost
 from shardwise.comm.bootstrap import Rendezvous
@@ -87,11 +88,6 @@ class ShmCommunicator(Collective):
         plan = self._plans.get((tensor.dtype, tensor.shape))
         if plan is None or strategy != "AUTO" or self.check or tensor.requires_grad or not tensor.is_cpu:
             return self._all_reduce_any(tensor, out, strategy)
-        if self.broken is not None or self._root_words[0]:
-            raise self._refused("all_reduce")
-        self.sequence = sequence = self.sequence + 1
-        entry = [sequence, "all_reduce", tensor.shape, tensor.dtype, "", self.name, self._world_rank, watch.now(), 0]
-        FLIGHT.ring.append(entry)
         if out is None:
             out = torch.empty_like(tensor)
         elif out is not tensor and (out.shape != tensor.shape or out.dtype != tensor.dtype):
@@ -99,23 +95,48 @@ class ShmCommunicator(Collective):
         segment = self.segment
         slots = plan[(segment.epoch + 1) & 1]
         slots[self.rank].copy_(tensor)
-        self._round()
+        entry = self.begin_round(("all_reduce", tensor.shape, tensor.dtype, ""))
         compose.ordered_sum(slots, out)
-        entry[8] = watch.now()
+        entry[watch.END] = watch.now()
         return out
+
+    def begin_round(self, call: tuple) -> list:
+        """A round of a recorded (op, shape, dtype, strategy), outside of check mode; its entry, still to be ended."""
+        if self.broken is not None or self._root_words[0]:
+            raise self._refused(call[0])
+        self.sequence = sequence = self.sequence + 1
+        entry = [sequence, *call, self.name, self._world_rank, watch.now(), 0]
+        FLIGHT.ring.append(entry)
+        try:
+            self.segment.round(self.deadlines.in_phase(watch._phase))
+        except WaitFailed as error:
+            raise self._broken_round(error) from None
+        return entry
 
     def _all_reduce_any(self, tensor: Tensor, out: Tensor | None, strategy: str) -> Tensor:
         """The general path; small shapes are planned here for the next time."""
-        if 0 < tensor.numel() * tensor.element_size() <= self._one_phase_limit and tensor.is_cpu:
+        if self._fits(tensor):
             compose.require_summable(tensor.dtype, "all_reduce")
             if len(self._plans) >= KEPT_PLANS:
                 self._plans.clear()
-            with torch.inference_mode(False):
-                self._plans[tensor.dtype, tensor.shape] = tuple(
-                    tuple(_typed(half, tensor.dtype, tensor.numel()).view(tensor.shape) for half in halves)
-                    for halves in self._halves
-                )
+            self._plans[tensor.dtype, tensor.shape] = self._slots_like(tensor)
         return super().all_reduce(tensor, out=out, strategy=strategy)
+
+    def accumulator(self, total: Tensor) -> Accumulator:
+        if self.check or not self._fits(total) or total.dtype in compose.HALVES:  # those are to be rounded once
+            return super().accumulator(total)
+        return SlotAccumulator(self, total, self._slots_like(total))
+
+    def _fits(self, tensor: Tensor) -> bool:
+        return 0 < tensor.nbytes <= self._one_phase_limit and tensor.is_cpu
+
+    def _slots_like(self, tensor: Tensor) -> tuple[tuple[Tensor, ...], ...]:
+        """For even and odd rounds, all ranks' slots as tensors of this dtype and shape."""
+        with torch.inference_mode(False):
+            return tuple(
+                tuple(_typed(half, tensor.dtype, tensor.numel()).view(tensor.shape) for half in halves)
+                for halves in self._halves
+            )
 
     # Rounds
 

@@ -101,8 +101,8 @@ class DecoderBuilder:
         weight = self.weights.take(model.embedding, "embed.weight")
         if model.head.tied:
             tied = Linear(weight=weight)
-            return VocabEmbedding(weight=tied.weight.t(), vocab=vocab, group=group, multiplier=multiplier), tied
-        embedding = VocabEmbedding(weight=weight, vocab=vocab, group=group, multiplier=multiplier)
+            return VocabEmbedding(table=tied, vocab=vocab, group=group, multiplier=multiplier), tied
+        embedding = VocabEmbedding(table=weight, vocab=vocab, group=group, multiplier=multiplier)
         return embedding, self.linear(model.head, "head")
 
     def _head(self, linear: LinearLike) -> VocabHead:

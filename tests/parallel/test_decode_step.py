@@ -36,11 +36,12 @@ def _caches(engine):
 
 
 def _lay_out_as_on_a_gpu(decoder):
-    """Weights as rows [out, in], which the kernels stream; the CPU keeps columns."""
+    """Weights as rows [out, in], which the kernels stream; the CPU keeps panels."""
     layers = decoder.layers
     linears = [part for x in layers for part in (x.mixer.qkv, x.mixer.out, x.feed_forward.gate_up, x.feed_forward.down)]
     for linear in (*linears, decoder.head.linear):
-        linear.weight = linear.weight.t().contiguous().t()
+        linear._matrix = linear.weight.t().contiguous().t()
+        linear.panels = linear._matrix[None]
 
 
 @torch.inference_mode()
