@@ -1,19 +1,18 @@
 """All-reduce on GPUs of one host, plain and fused with residual add and RMSNorm, beside its peers in the same run.
 
     NCCL_NVLS_ENABLE=0 TORCH_SYMM_MEM_DISABLE_MULTICAST=1 NVSHMEM_DISABLE_NVLS=1 \
-        python3 -m torch.distributed.run --nproc-per-node 2 benchmarks/gpu_all_reduce.py --json FILE
+        python3 -m torch.distributed.run --nproc-per-node WORLD benchmarks/gpu_all_reduce.py --json FILE
 
-Each time is that of one call among many captured in a CUDA graph: the median over replays, the slowest rank's.
-Random bf16 data, several input sets in turn. NCCL reduces in place with AVG instead of SUM, so that its data stays
-finite over the replays. Every own row is checked first: against a float64 sum of the same inputs, and bitwise
-between ranks. The floor in the last column: bytes over the link's rate, which the copy engines measure in this run
-with both directions busy, plus the time of a graph node that does nothing.
+Each time is that of one call among many captured in a CUDA graph: the median over replays, the slowest rank's (the
+loop of `shardwise bench comm`). Random bf16 data, several input sets in turn. NCCL reduces in place with AVG instead of
+SUM, so that its data stays finite over the replays. Every own row is checked first: against a float64 sum of the same
+inputs, and bitwise between ranks. The floor in the last column: bytes over the link's rate, which the copy engines
+measure in this run with both directions busy, plus the time of a graph node that does nothing.
 """
 
 import argparse
 import json
 import os
-import platform
 import statistics
 from collections.abc import Callable
 from datetime import timedelta
@@ -28,14 +27,16 @@ for _name, _value in (
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 
+from shardwise.comm import bench as measure  # noqa: E402
+from shardwise.comm.bench_peers import Peers, made  # noqa: E402
 from shardwise.comm.p2p import cuda, table  # noqa: E402
 from shardwise.comm.p2p.launch import Launcher  # noqa: E402
 from shardwise.comm.p2p.workspace import Workspace  # noqa: E402
+from shardwise.launch.machine import machine_facts  # noqa: E402
 
 KIB, MIB = 1 << 10, 1 << 20
 PLAIN_BYTES = [KIB, 16 * KIB, 64 * KIB, 256 * KIB, MIB, 4 * MIB, 16 * MIB, 64 * MIB, 256 * MIB]
 FUSED_SHAPES = [(t, h) for h in (2880, 4096, 7168) for t in (1, 4, 16, 64, 256, 1024)] + [(4096, 7168)]
-REPLAYS, WARM_UP = 15, 3
 FOOTPRINT = 256 * MIB
 """Input sets together are at most this large, and at most eight."""
 EPS = 1e-5
@@ -55,7 +56,9 @@ class Bench:
         self.workspace = Workspace(self, self.device)
         self.launcher = Launcher(self.workspace, 20.0)
         self.random = torch.Generator(device="cuda").manual_seed(self.rank)
+        self.beside = Peers(self.nccl)
         self.rows: list[dict] = []
+        self.said: set[tuple[str, str]] = set()
         self.link_rate = self._link_rate()
         self.node_us = self.time(self._nothing(), 100)[0]
 
@@ -82,29 +85,14 @@ class Bench:
         dist.all_gather(parts, tensor, group=self.nccl)
         return parts
 
+    def meet(self) -> None:
+        dist.barrier()
+        self.workspace.check()
+
     def time(self, call: Callable[[int], object], calls: int) -> tuple[float, float]:
         """(median, 99th percentile) microseconds of a call, of the slowest rank. `call(i)` is the i-th of a graph."""
-        call(0)
-        torch.cuda.synchronize()
-        stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream):
-            for i in range(calls):
-                call(i)
-        times = []
-        for replay in range(WARM_UP + REPLAYS):
-            dist.barrier()
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            with torch.cuda.stream(stream):
-                begin.record()
-                graph.replay()
-                end.record()
-            stream.synchronize()
-            self.workspace.check()
-            if replay >= WARM_UP:
-                times.append(begin.elapsed_time(end) * 1e3 / calls)
-        times.sort()
-        worst = [max(values) for values in zip(*self.all_gather_object(times), strict=True)]
-        return statistics.median(worst), worst[-1]
+        times = measure.slowest(measure.time_graph(call, calls, self.meet), self.all_gather_object)
+        return statistics.median(times), times[-1]
 
     def _nothing(self) -> Callable[[int], object]:
         word = torch.zeros(1, device="cuda")
@@ -137,6 +125,19 @@ class Bench:
         traffic = nbytes if self.world == 2 else 2 * (self.world - 1) / self.world * nbytes
         return self.node_us + traffic / self.link_rate / 1e3
 
+    def write(self, path: str | None) -> None:
+        """All rows so far, so that a run that is cut short has them."""
+        if self.rank or not path:
+            return
+        machine = machine_facts() | {
+            "gpus": self.world,
+            "nccl": ".".join(map(str, torch.cuda.nccl.version())),
+            "link_gbps": round(self.link_rate, 1),
+            "empty_node_us": round(self.node_us, 2),
+        }
+        with open(path, "w") as file:
+            json.dump({"machine": machine, "rows": self.rows}, file, indent=1)
+
     def add(self, op: str, nbytes: int, shape, transport: str, strategy: str, times, wrong=None) -> float:
         p50, p99 = times
         bus = nbytes * 2 * (self.world - 1) / self.world / p50 / 1e3
@@ -158,29 +159,24 @@ class Bench:
         )
         return p50
 
-    def peer(self, op: str, nbytes: int, shape, name: str, make, calls: int) -> str:
-        """Time a peer; '-' where it cannot run. `make()` returns the call, or None for a size it does not take."""
-        runs = False
-        try:
-            call = make()
-            if call is not None:
-                call(0)
-                torch.cuda.synchronize()
-                runs = True
-        except Exception as error:  # a peer that is missing or fails must not end the run
-            self.say(f"  {name}: {type(error).__name__}: {str(error)[:160]}")
-        if not all(self.all_gather_object(runs)):
-            return "-"
-        return f"{self.add(op, nbytes, shape, 'peer:' + name, '', self.time(call, calls)):.2f}"
+    def peers(self, op: str, nbytes: int, shape, makers) -> list[str]:
+        """Time the peers; '-' where one cannot run, or takes no such size."""
+        cells = []
+        for name, maker in makers.items():
+            peer, reason = made(maker, self.all_gather_object)
+            if reason and (name, reason) not in self.said:
+                self.said.add((name, reason))
+                self.say(f"  {name}: {reason}")
+            text = "-"
+            if peer is not None:
+                times = self.time(peer.call, measure.graph_calls(nbytes))
+                text = f"{self.add(op, nbytes, shape, 'peer:' + name, '', times):.2f}"
+            cells.append(f"{name} {text}")
+        return cells
 
 
 def sets(nbytes: int) -> int:
     return max(1, min(8, FOOTPRINT // nbytes))
-
-
-def calls_for(nbytes: int) -> int:
-    """Ranks start a replay some 20 us apart, and the earlier one's time includes that: many calls make it small."""
-    return 200 if nbytes <= MIB else 40 if nbytes <= 16 * MIB else 8
 
 
 def wrong_values(bench: Bench, pairs) -> int:
@@ -198,7 +194,7 @@ def exact_sum(bench: Bench, x: torch.Tensor) -> torch.Tensor:
 
 
 def plain(bench: Bench, nbytes: int, strategies: list[str]) -> None:
-    n, calls = nbytes // DTYPE.itemsize, calls_for(nbytes)
+    n, calls = nbytes // DTYPE.itemsize, measure.graph_calls(nbytes)
     data = [(bench.tensor(n), torch.empty(n, dtype=DTYPE, device="cuda")) for _ in range(sets(nbytes))]
     cells = []
     for strategy in strategies:
@@ -214,35 +210,14 @@ def plain(bench: Bench, nbytes: int, strategies: list[str]) -> None:
         cells.append(
             f"{strategy} {bench.add('all_reduce', nbytes, (n,), 'p2p', strategy, times, wrong):.2f} wrong {wrong}"
         )
-    peers = {
-        "nccl": lambda: nccl_plain(bench, data),
-        "symm_mem one-shot": lambda: symmetric(bench, n, "one_shot_all_reduce") if nbytes <= MIB else None,
-        "symm_mem two-shot": lambda: symmetric(bench, n, "two_shot_all_reduce_") if nbytes <= 64 * MIB else None,
-    }
-    for name, make in peers.items():
-        cells.append(f"{name} {bench.peer('all_reduce', nbytes, (n,), name, make, calls)}")
+    cells += bench.peers("all_reduce", nbytes, (n,), bench.beside.plain([out for _, out in data]))
     bench.say(f"plain {nbytes / KIB:>8g} KiB  {' | '.join(cells)} | floor {bench.floor_us(nbytes):.2f}")
 
 
-def nccl_plain(bench: Bench, data):
-    return lambda i: dist.all_reduce(data[i % len(data)][1], op=dist.ReduceOp.AVG, group=bench.nccl)
-
-
-def symmetric(bench: Bench, n: int, op: str):
-    import torch.distributed._symmetric_memory as symm_mem
-
-    buffer = symm_mem.empty(n, dtype=DTYPE, device=torch.device("cuda", bench.device))
-    name = bench.nccl.group_name
-    symm_mem.rendezvous(buffer, name)
-    buffer.copy_(bench.tensor(n))
-    function = getattr(torch.ops.symm_mem, op)
-    return lambda i: function(buffer, "sum", name)
-
-
-def fused(bench: Bench, shape: tuple[int, int], strategies: list[str], flash) -> None:
+def fused(bench: Bench, shape: tuple[int, int], strategies: list[str]) -> None:
     tokens, hidden = shape
     nbytes = tokens * hidden * DTYPE.itemsize
-    calls = calls_for(nbytes)
+    calls = measure.graph_calls(nbytes)
     weight = bench.shared(hidden)
     data = [(bench.tensor(*shape), bench.shared(*shape)) for _ in range(sets(2 * nbytes))]
     out, total = torch.empty_like(data[0][0]), torch.empty_like(data[0][0])
@@ -261,12 +236,7 @@ def fused(bench: Bench, shape: tuple[int, int], strategies: list[str], flash) ->
         wrong = wrong_values(bench, fused_pairs(bench, data[0], weight, out, total))
         times = bench.time(call, calls)
         cells.append(f"{strategy} {bench.add('fused', nbytes, shape, 'p2p', strategy, times, wrong):.2f} wrong {wrong}")
-    for name, make in (
-        ("flashinfer one-shot", lambda: flash(data, weight, out, total, True)),
-        ("flashinfer two-shot", lambda: flash(data, weight, out, total, False) if tokens > 16 else None),
-        ("nccl + norm", lambda: nccl_norm(bench, data, weight)),
-    ):
-        cells.append(f"{name} {bench.peer('fused', nbytes, shape, name, make, calls)}")
+    cells += bench.peers("fused", nbytes, shape, bench.beside.fused(data, weight))
     bench.say(f"fused {tokens:>5} x {hidden}  {' | '.join(cells)} | floor {bench.floor_us(nbytes):.2f}")
 
 
@@ -279,82 +249,20 @@ def fused_pairs(bench: Bench, pair, weight, out, total):
     return [(total, stream), (out, normed)]
 
 
-def nccl_norm(bench: Bench, data, weight):
-    from flashinfer.norm import fused_add_rmsnorm
-
-    def call(i: int) -> None:
-        x, residual = data[i % len(data)]
-        dist.all_reduce(x, op=dist.ReduceOp.AVG, group=bench.nccl)
-        fused_add_rmsnorm(x, residual, weight, EPS)
-
-    return call
-
-
-def flashinfer_call(bench: Bench, max_tokens: int, max_hidden: int):
-    """Maker of FlashInfer calls, on its plain CUDA IPC workspace."""
-    from flashinfer.comm import trtllm_ar as library
-
-    library.get_trtllm_comm_module()
-    _, workspace = library.trtllm_create_ipc_workspace_for_all_reduce_fusion(
-        bench.rank, bench.world, max_tokens, max_hidden, group=bench.nccl, use_symm_dev_mem=False
-    )
-
-    def make(data, weight, out, total, one_shot: bool):
-        tokens, hidden = out.shape
-        if tokens * hidden > max_tokens * max_hidden:
-            return None
-
-        def call(i: int) -> None:
-            x, residual = data[i % len(data)]
-            library.trtllm_allreduce_fusion(
-                allreduce_in=x, world_size=bench.world, world_rank=bench.rank, token_num=tokens, hidden_dim=hidden,
-                workspace_ptrs=workspace, launch_with_pdl=True, trigger_completion_at_end=True, fp32_acc=True,
-                pattern_code=library.AllReduceFusionPattern.kARResidualRMSNorm, use_oneshot=one_shot,
-                allreduce_out=None, residual_in=residual, residual_out=total, norm_out=out, quant_out=None,
-                scale_out=None, rms_gamma=weight, rms_eps=EPS, scale_factor=None, layout_code=None,
-            )  # fmt: skip
-
-        return call
-
-    return make
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", help="write the rows and the machine to this file")
     parser.add_argument("--strategies", default="AUTO,TWOSHOT", help="own strategies, separated by commas")
-    parser.add_argument("--no-flashinfer", action="store_true", help="do not compile FlashInfer's kernels")
     arguments = parser.parse_args()
     bench, strategies = Bench(), arguments.strategies.split(",")
     bench.say(f"link {bench.link_rate:.0f} GB/s each way, empty graph node {bench.node_us:.2f} us; times in us")
-
-    def no_flash(*_):
-        return None
-
-    flash = no_flash
-    if not arguments.no_flashinfer:
-        try:
-            flash = flashinfer_call(bench, 2048, 7168)
-        except ImportError as error:
-            bench.say(f"flashinfer: {error}")
     for nbytes in PLAIN_BYTES:
         plain(bench, nbytes, strategies)
+        bench.write(arguments.json)
     for shape in FUSED_SHAPES:
-        fused(bench, shape, strategies, flash)
-    if bench.rank == 0 and arguments.json:
-        machine = {
-            "gpu": torch.cuda.get_device_name(),
-            "gpus": bench.world,
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "nccl": ".".join(map(str, torch.cuda.nccl.version())),
-            "link_gbps": round(bench.link_rate, 1),
-            "empty_node_us": round(bench.node_us, 2),
-        }
-        with open(arguments.json, "w") as file:
-            json.dump({"machine": machine, "rows": bench.rows}, file, indent=1)
-    bench.workspace.check()
-    dist.barrier()
+        fused(bench, shape, strategies)
+        bench.write(arguments.json)
+    bench.meet()
     bench.workspace.close()
     os._exit(0)  # peers' own teardown order is not part of the measurement
 

@@ -102,8 +102,13 @@ class Communicator(ABC):
         *,
         weight_bias: float = 0.0,
         strategy: str = "AUTO",
+        out: "Tensor | None" = None,
+        residual_out: "Tensor | None" = None,
     ) -> "tuple[Tensor, Tensor]":
-        """(rmsnorm(s) * (weight + weight_bias), s) with s = all_reduce(tensor) + residual. [..., H], weight [H]."""
+        """(rmsnorm(s) * (weight + weight_bias), s) with s = all_reduce(tensor) + residual. [..., H], weight [H].
+
+        `out` and `residual_out` take the two results where they are given; `residual_out` may be `residual`.
+        """
 
     @abstractmethod
     def all_gather_object(self, value: Any) -> list[Any]:

@@ -5,18 +5,20 @@ is algorithm bandwidth times what the operation must send for each byte: 2(W-1)/
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+if TYPE_CHECKING:
+    from shardwise.comm.bench_peers import Peers
+
 OPS = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast", "all_reduce_residual_rms_norm")
 HIDDEN = 4096
 WARMUP = 10
-CAPTURED = 16
-"""Calls in one CUDA graph: its launch costs as much as a small collective."""
+GRAPH_WARMUP, REPLAYS = 3, 15
 
 
 @dataclass(frozen=True)
@@ -115,30 +117,55 @@ def time_host(call: Callable[[], Any], count: int) -> list[float]:
     return times
 
 
-def time_graph(call: Callable[[], Any], count: int) -> list[float]:
-    """Microseconds per call on the device: CUDA graphs of `CAPTURED` calls, timed by events."""
-    for _ in range(3):
-        call()
+def time_graph(call: Callable[[int], Any], calls: int, meet: Callable[[], Any]) -> list[float]:
+    """Microseconds of a call on the device, a figure a replay of a CUDA graph of `calls` of them, the i-th `call(i)`.
+
+    `meet` brings the ranks together before each replay, when the one before is done, and raises what waits have found.
+    """
+    call(0)
     torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(CAPTURED):
-            call()
-    marks = [torch.cuda.Event(enable_timing=True) for _ in range(max(20, count // CAPTURED) + 1)]
-    graph.replay()
-    marks[0].record()
-    for mark in marks[1:]:
-        graph.replay()
-        mark.record()
-    torch.cuda.synchronize()
-    return [a.elapsed_time(b) * 1e3 / CAPTURED for a, b in zip(marks, marks[1:], strict=False)]
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        for i in range(calls):
+            call(i)
+    times = []
+    for _ in range(GRAPH_WARMUP + REPLAYS):
+        meet()
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        with torch.cuda.stream(stream):
+            begin.record()
+            graph.replay()
+            end.record()
+        stream.synchronize()
+        times.append(begin.elapsed_time(end) * 1e3 / calls)
+    meet()
+    return times[GRAPH_WARMUP:]
 
 
-def measure(case: Case, op: str, size: int, dtype: torch.dtype, world: int, transport: str, strategy: str) -> Row:
-    """One row of this rank."""
-    timer = time_graph if case.expected.is_cuda else time_host
-    times = sorted(timer(case.call, calls(size)))
-    result = case.verify()
+def graph_calls(size: int) -> int:
+    """Ranks start a replay some 20 us apart, and the earlier one's time includes that: many calls make it small."""
+    return 200 if size <= 1 << 20 else 40 if size <= 16 << 20 else 8
+
+
+def slowest(times: list[float], gather: Callable[[Any], list]) -> list[float]:
+    """The slowest rank's time of each replay, in ascending order, on every rank."""
+    return sorted(max(each) for each in zip(*gather(times), strict=True))
+
+
+def measure(case: Case, op: str, size: int, dtype: torch.dtype, group, transport: str, strategy: str) -> Row:
+    """One row of this rank; on CUDA the slowest rank's times already."""
+    if case.expected.is_cuda:
+        times = slowest(time_graph(lambda _: case.call(), graph_calls(size), group.barrier), group.all_gather_object)
+    else:
+        times = sorted(time_host(case.call, calls(size)))
+    wrong = int((case.verify() != case.expected).sum())
+    return row(op, size, dtype, group.size, transport, strategy, times, wrong)
+
+
+def row(
+    op: str, size: int, dtype: torch.dtype, world: int, transport: str, strategy: str, times: list[float], wrong: int
+) -> Row:
+    """The row of these times, which ascend."""
     middle = times[len(times) // 2]
     rate = size / middle / 1e3
     return Row(
@@ -152,28 +179,78 @@ def measure(case: Case, op: str, size: int, dtype: torch.dtype, world: int, tran
         p99_us=times[int(len(times) * 0.99)],
         algbw_gbps=rate,
         busbw_gbps=rate * bus_factor(op, world),
-        wrong=int((result != case.expected).sum()),
+        wrong=wrong,
     )
 
 
 def job(context) -> dict:
-    """Our own transport: {"rows": [...], "why": [...]}. Payload: transport, device, sizes, ops, dtype, strategy."""
+    """Our own transport and, on CUDA, its peers: {"rows": [...], "why": [...], "notes": [...]}.
+
+    Payload: transport, device, sizes, ops, dtype, strategy, peers.
+    """
     wanted = context.payload
     torch.set_num_threads(1)
     group = context.communicator(device=wanted["device"], transport=wanted["transport"])
     dtype = getattr(torch, wanted["dtype"])
-    rows, why = [], [group.why()]
+    beside = _beside(group, wanted)
+    rows, why, notes = [], [group.why()], []
     with torch.inference_mode():
         for op in wanted["ops"]:
             for size in wanted["sizes"]:
                 case = make_case(op, size, dtype, group, wanted["device"], wanted["strategy"])
                 group.barrier()
-                row = measure(case, op, size, dtype, group.size, group.transport, wanted["strategy"])
-                rows.append(asdict(row))
+                rows.append(asdict(measure(case, op, size, dtype, group, group.transport, wanted["strategy"])))
                 why.append(f"{op} of {size} bytes: {group.explain(op, size)}")
+                if beside is not None:
+                    found, reasons = _peers_on_cuda(beside, group, op, size, dtype, wanted["peers"])
+                    rows += [asdict(each) for each in found]
+                    notes += [reason for reason in reasons if reason not in notes]
     group.barrier()
     group.close()
-    return {"rows": rows, "why": why}
+    return {"rows": rows, "why": why, "notes": notes}
+
+
+def _beside(group, wanted) -> "Peers | None":
+    """Peers of a group on CUDA that has NCCL beneath it, where any are wanted."""
+    nccl = getattr(group, "beyond", group)
+    if wanted["device"] != "cuda" or nccl.transport != "nccl" or not wanted.get("peers"):
+        return None
+    from shardwise.comm.bench_peers import Peers
+
+    return Peers(nccl.group)
+
+
+def _peers_on_cuda(beside: "Peers", group, op: str, size: int, dtype, names: Sequence[str]) -> tuple[list[Row], list]:
+    """Rows of the peers whose names begin with one of `names`, and why others have none."""
+    from shardwise.comm.bench_peers import made
+
+    makers, expected = _peer_makers(beside, group, op, size, dtype)
+    rows, notes = [], []
+    for name, maker in makers.items():
+        if not name.startswith(tuple(names)):
+            continue
+        peer, reason = made(maker, group.all_gather_object)
+        if peer is None:
+            notes += [f"peer:{name}: {reason}"] if reason else []
+            continue
+        times = slowest(time_graph(peer.call, graph_calls(size), group.barrier), group.all_gather_object)
+        wrong = int((peer.total() != expected).sum())
+        rows.append(row(op, size, dtype, group.size, f"peer:{name}", "", times, wrong))
+    return rows, notes
+
+
+def _peer_makers(beside: "Peers", group, op: str, size: int, dtype: torch.dtype):
+    """(makers by name, the sum of their first inputs)."""
+    count = max(group.size, size // dtype.itemsize // group.size * group.size)
+    if op == "all_reduce":
+        pattern = torch.arange(count, device="cuda") % 5
+        total = pattern * group.size + group.size * (group.size - 1) // 2
+        return beside.plain([(pattern + group.rank).to(dtype)]), total.to(dtype)
+    if op == "all_reduce_residual_rms_norm":
+        x = torch.ones((max(1, count // HIDDEN), HIDDEN), dtype=dtype, device="cuda")
+        weight = torch.ones(HIDDEN, dtype=dtype, device="cuda")
+        return beside.fused([(x, x.clone())], weight), x * (group.size + 1)
+    return {}, torch.empty(0)
 
 
 @dataclass(frozen=True)
@@ -190,33 +267,24 @@ class _Bare:
         return result
 
 
-def _peer_rows(context, name: str, device: str, reduce: Callable[[Tensor], Any]) -> dict:
+def _peer_rows(context, name: str, reduce: Callable[[Tensor], Any]) -> dict:
     wanted = context.payload
     dtype = getattr(torch, wanted["dtype"])
     bare = _Bare(context.info.rank, context.info.world, reduce)
     rows = []
     for size in wanted["sizes"]:
-        case = make_case("all_reduce", size, dtype, bare, device, "AUTO")
-        rows.append(asdict(measure(case, "all_reduce", size, dtype, bare.size, name, "AUTO")))
-    return {"rows": rows, "why": []}
+        case = make_case("all_reduce", size, dtype, bare, "cpu", "AUTO")
+        rows.append(asdict(measure(case, "all_reduce", size, dtype, bare, name, "AUTO")))
+    return {"rows": rows, "why": [], "notes": []}
 
 
 def peer_gloo(context) -> dict:
     """torch.distributed's gloo, called directly."""
-    return _peer_torch(context, "gloo", "cpu")
-
-
-def peer_nccl(context) -> dict:
-    """torch.distributed's NCCL, called directly."""
-    return _peer_torch(context, "nccl", "cuda")
-
-
-def _peer_torch(context, backend: str, device: str) -> dict:
     import torch.distributed as dist
 
     torch.set_num_threads(1)
-    group = context.communicator(device=device, transport=backend)  # for its rendezvous only
-    result = _peer_rows(context, f"peer:{backend}", device, lambda tensor: dist.all_reduce(tensor, group=group.group))
+    group = context.communicator(device="cpu", transport="gloo")  # for its rendezvous only
+    result = _peer_rows(context, "peer:gloo", lambda tensor: dist.all_reduce(tensor, group=group.group))
     group.close()
     return result
 
@@ -228,4 +296,4 @@ def peer_mpi(context) -> dict:
     MPI = library()
     torch.set_num_threads(1)
     world = MPI.COMM_WORLD
-    return _peer_rows(context, "peer:mpi", "cpu", lambda tensor: world.Allreduce(MPI.IN_PLACE, tensor.numpy()))
+    return _peer_rows(context, "peer:mpi", lambda tensor: world.Allreduce(MPI.IN_PLACE, tensor.numpy()))

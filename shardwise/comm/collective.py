@@ -26,7 +26,8 @@ _MULTICAST = "needs NVLink multicast, which is never used here; use AUTO, ONESHO
 UNUSABLE = {
     "UB": "user buffers reduce through NVLS: " + _MULTICAST,
     "MNNVL": "multi-node NVLink kernels write through multicast objects: " + _MULTICAST,
-    "NCCL_SYMMETRIC": "NCCL's symmetric kernels reduce through NVLS: " + _MULTICAST,
+    "NCCL_SYMMETRIC": "NCCL binds the windows of its symmetric kernels to multicast objects where GPUs have them, and "
+    "torch cannot ask for the forms without: this " + _MULTICAST,
 }
 
 
@@ -211,9 +212,12 @@ class Collective(Communicator):
         *,
         weight_bias: float = 0.0,
         strategy: str = "AUTO",
+        out: Tensor | None = None,
+        residual_out: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        compose.check_norm_arguments(tensor, residual, weight)
-        return compose.residual_rms_norm(self.all_reduce(tensor, strategy=strategy), residual, weight, eps, weight_bias)
+        compose.check_norm_arguments(tensor, residual, weight, out, residual_out)
+        reduced = self.all_reduce(tensor, strategy=strategy)
+        return compose.residual_rms_norm(reduced, residual, weight, eps, weight_bias, out, residual_out)
 
     def all_gather_object(self, value: Any) -> list[Any]:
         entry = self._begin("all_gather_object", (), "", "")

@@ -48,21 +48,40 @@ def ordered_sum(parts: Sequence[Tensor], out: Tensor) -> Tensor:
 
 
 def residual_rms_norm(
-    reduced: Tensor, residual: Tensor, weight: Tensor, eps: float, weight_bias: float
+    reduced: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    eps: float,
+    weight_bias: float,
+    out: Tensor | None = None,
+    residual_out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(rmsnorm(s) * (weight + weight_bias), s), s = reduced + residual. `reduced` is overwritten with s.
+    """(rmsnorm(s) * (weight + weight_bias), s), s = reduced + residual. Without `residual_out` s overwrites `reduced`.
 
     Shapes [..., H], weight [H]. The norm is computed in float32 from s as it is returned (rounded to its dtype).
     """
-    total = reduced.add_(residual)
+    total = reduced.add_(residual) if residual_out is None else torch.add(reduced, residual, out=residual_out)
     if weight.dtype == total.dtype and not weight_bias:
-        return torch.nn.functional.rms_norm(total, weight.shape, weight, eps), total
-    gain = weight.float() + weight_bias  # in float32: a 16-bit 1 + w would lose most of w
-    return torch.nn.functional.rms_norm(total.float(), gain.shape, gain, eps).to(total.dtype), total
+        normed = torch.nn.functional.rms_norm(total, weight.shape, weight, eps)
+    else:
+        gain = weight.float() + weight_bias  # in float32: a 16-bit 1 + w would lose most of w
+        normed = torch.nn.functional.rms_norm(total.float(), gain.shape, gain, eps).to(total.dtype)
+    return (normed if out is None else out.copy_(normed)), total
 
 
-def check_norm_arguments(tensor: Tensor, residual: Tensor, weight: Tensor) -> None:
-    """ValueError unless residual matches tensor [..., H] and weight is [H]."""
+def check_norm_arguments(
+    tensor: Tensor, residual: Tensor, weight: Tensor, out: Tensor | None = None, residual_out: Tensor | None = None
+) -> None:
+    """ValueError unless residual matches tensor [..., H], weight is [H], and results are contiguous and match."""
+    for name, result in (("out", out), ("residual_out", residual_out)):
+        if result is None:
+            continue
+        like = result.shape == tensor.shape and result.dtype == tensor.dtype and result.device == tensor.device
+        if not like or not result.is_contiguous():
+            raise ValueError(
+                f"all_reduce_residual_rms_norm: {name} is {tuple(result.shape)} {result.dtype} on {result.device}, it "
+                f"must be contiguous and like tensor: {tuple(tensor.shape)} {tensor.dtype} on {tensor.device}"
+            )
     if residual.shape != tensor.shape or residual.dtype != tensor.dtype:
         raise ValueError(
             f"all_reduce_residual_rms_norm: residual is {tuple(residual.shape)} {residual.dtype}, "

@@ -22,11 +22,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from shardwise.comm import compose, watch
+from shardwise.comm import compose, symmetric, watch
 from shardwise.comm.arguments import starts
 from shardwise.comm.base import CollectiveTimeout, CommError, PeerLost
 from shardwise.comm.bootstrap import Rendezvous, TorchStore
 from shardwise.comm.collective import FINGERPRINT_BYTES, Collective
+from shardwise.comm.symmetric import SymmetricMemory
 
 SLICE = timedelta(seconds=0.2)
 ROLL_CALL_SECONDS = 1.5
@@ -72,6 +73,8 @@ class TorchDistCommunicator(Collective):
         torch_order = dist.get_process_group_ranks(group)
         ranks = list(ranks or torch_order)
         self.devices = ("cuda",) if backend == "nccl" else ("cpu",)
+        if backend == "nccl":
+            self.strategies = (*self.strategies, "SYMM_MEM")
         super().__init__(rank=ranks.index(dist.get_rank()), ranks=ranks, transport=backend, **options)
         self.group = group
         self.store = store
@@ -81,6 +84,7 @@ class TorchDistCommunicator(Collective):
         self.control = control
         """NCCL moves CUDA tensors only: control messages go through a CPU group of the same ranks."""
         self._owner = False
+        self._symmetric: SymmetricMemory | None = None
 
     @classmethod
     def join(cls, meeting: Rendezvous, backend: str, **options) -> "TorchDistCommunicator":
@@ -182,6 +186,24 @@ class TorchDistCommunicator(Collective):
             raise self._library_failed(error) from error
 
     # Collectives on flat tensors
+
+    def _reduce(self, source: Tensor, target: Tensor, strategy: str) -> None:
+        if strategy == "SYMM_MEM":
+            symmetric.require_dtype(source.dtype)
+            with self._calls():
+                self._symmetric_memory(source.device).all_reduce(source, target)
+        else:
+            super()._reduce(source, target, strategy)
+
+    def _symmetric_memory(self, device: torch.device) -> SymmetricMemory:
+        if self._symmetric is None:
+            reason = symmetric.obstacle(self.size, torch.cuda.is_current_stream_capturing())
+            reasons = (self.control or self).all_gather_object(reason)
+            for rank, text in zip(self.ranks, reasons, strict=True):
+                if text:
+                    raise CommError(f"strategy SYMM_MEM cannot run on group {self.name}: rank {rank}: {text}")
+            self._symmetric = SymmetricMemory(self.group, device)
+        return self._symmetric
 
     def _all_reduce(self, source: Tensor, target: Tensor) -> None:
         if source.dtype in compose.HALVES and self.transport == "gloo" and self.size > 2:

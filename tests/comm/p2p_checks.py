@@ -1,8 +1,11 @@
 """What every group on the peer-to-peer kernels must do, on GPUs and in Triton's interpreter on the CPU."""
 
+import itertools
+
 import torch
 
-from shardwise.comm.p2p.workspace import Workspace  # noqa: F401  (fails here, not in a rank, where triton is missing)
+from shardwise.comm.p2p.fp8 import LANE_VALUES
+from shardwise.comm.p2p.launch import FP8_LANES
 
 EPS = 1e-5
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -39,10 +42,10 @@ def device_of(group) -> torch.device:
 
 def warm(group, call) -> None:
     """Compile what `call` launches before any rank waits: threads that share a GPU cannot load code beside a wait."""
-    launcher, real = group.launcher, group.launcher._launch
-    launcher._launch = lambda *args: real(*args[:-1], False)
+    launcher = group.launcher
+    launcher._start = lambda *_: None
     call()
-    launcher._launch = real
+    del launcher._start
     group.beyond.all_gather_object(None)
 
 
@@ -98,3 +101,39 @@ def check_pieces(group) -> None:
         group.all_reduce(x, out=out, strategy=strategy)
         group.synchronize()
         assert torch.equal(out.cpu(), rounded_sum(parts))
+
+
+def decoded(x: torch.Tensor) -> torch.Tensor:
+    """What arrives of x [n] under LOWPRECISION, float32, by torch's own conversion to e4m3."""
+    row = FP8_LANES * LANE_VALUES
+    padded = torch.zeros(-(-x.numel() // row) * row)
+    padded[: x.numel()] = x.float()
+    groups = padded.view(-1, 4, 4, FP8_LANES, 8)  # row, group, part, lane, value
+    least = (groups.abs().amax((2, 4), keepdim=True) * (1 / 448)).clamp_min(2.0**-120)
+    scale = ((least.view(torch.int32) + 0x7FFFFF) & 0x7F800000).view(torch.float32)
+    return ((groups / scale).to(torch.float8_e4m3fn).float() * scale).view(-1)[: x.numel()]
+
+
+def check_low_precision(group, counts=(8, 2880, 40_000, 100_003), dtypes=DTYPES[:2], in_place=True) -> None:
+    """Bitwise what the definition says; near the exact sum as stated; outliers do not spoil their neighbours."""
+    for i, (count, dtype) in enumerate(itertools.product(counts, dtypes)):
+        parts = everyones(group.size, (count,), dtype, 300 + i)
+        for part in parts:
+            part[::97] *= 100
+        sent = [decoded(part) for part in parts]
+        x = parts[group.rank].to(device_of(group))
+        warm(group, lambda x=x: group.all_reduce(x, strategy="LOWPRECISION"))
+        out = group.all_reduce(x, strategy="LOWPRECISION")
+        group.synchronize()
+        total = sent[0]
+        for values in sent[1:]:
+            total = total + values
+        assert torch.equal(out.cpu(), total.to(dtype)), (count, dtype)
+        largest = max(part.abs().max().item() for part in parts)
+        bound = sum((part.double().abs() / 16).clamp_min(2 * largest / 448 / 1024) for part in parts)
+        exact = torch.stack([part.double() for part in parts]).sum(0)
+        assert ((out.cpu().double() - exact).abs() <= bound + exact.abs() * torch.finfo(dtype).eps).all()
+        if in_place:
+            group.all_reduce(x, out=x, strategy="LOWPRECISION")
+            group.synchronize()
+            assert torch.equal(x, out)

@@ -101,6 +101,7 @@ def conformance(info: RankInfo, store, folder: str) -> None:
     p2p_checks.check_fused(group, cases, ("ONESHOT", "TWOSHOT"))
     if info.world == 2:
         p2p_checks.check_pieces(group)
+        p2p_checks.check_low_precision(group, (2003,), (torch.bfloat16,), in_place=False)
     check_variants(group)
     group.barrier()
     assert group.workspace.all_armed(), "every word that was pushed was taken and armed again"

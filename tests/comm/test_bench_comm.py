@@ -49,7 +49,7 @@ def test_wrong_results_are_counted():
         group = current_groups().world
         case = bench.make_case("all_reduce", 64, torch.float32, group, "cpu", "AUTO")
         spoiled = bench.Case(case.call, lambda: case.verify() + (torch.arange(16) < 3), case.expected)
-        return bench.measure(spoiled, "all_reduce", 64, torch.float32, 2, "threads", "AUTO").wrong
+        return bench.measure(spoiled, "all_reduce", 64, torch.float32, group, "threads", "AUTO").wrong
 
     assert run_threads(2, body) == [3, 3]
 
@@ -66,7 +66,10 @@ def test_sizes_are_read_with_their_units():
         bench_comm.sizes("1KiB,4 potatoes")
 
 
-@pytest.mark.parametrize("words", [["--op", "all_shuffle"], ["--world", "0"]])
+@pytest.mark.parametrize(
+    "words",
+    [["--op", "all_shuffle"], ["--world", "0"], ["--transport", "nope"], ["--strategy", "FASTEST"], ["--peers", "me"]],
+)
 def test_bad_words_are_usage_errors(words, capsys):
     assert main(["bench", "comm", *words]) == 2
     assert words[1] in capsys.readouterr().err

@@ -5,6 +5,7 @@ after the stream was synchronised, which is also what tells of a captured graph'
 """
 
 import threading
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,13 +15,14 @@ from shardwise.comm import compose, watch
 from shardwise.comm.base import CollectiveTimeout, CommError
 from shardwise.comm.collective import Collective
 from shardwise.comm.p2p import table
-from shardwise.comm.p2p.delegate import Delegating, with_reason
-from shardwise.comm.p2p.table import DTYPES, Tuning
+from shardwise.comm.p2p.delegate import BEYOND, Delegating, with_reason
+from shardwise.comm.p2p.table import DTYPES, HALVES, Tuning
 from shardwise.comm.p2p.workspace import P2PUnavailable, Workspace
 
 if TYPE_CHECKING:
     from shardwise.comm.p2p.launch import Launcher
 
+LOW_PRECISION = "LOWPRECISION"
 SELF_TEST_SECONDS = 10.0
 _SELF_TEST_WORDS = 256
 
@@ -31,6 +33,7 @@ class P2PCommunicator(Delegating):
     def __init__(self, beyond: Collective, workspace: Workspace, launcher: "Launcher"):
         """On a workspace of `beyond`'s ranks; `connect` makes both. `beyond` does all that the kernels do not."""
         super().__init__(beyond, "p2p")
+        self.strategies = (*self.strategies, LOW_PRECISION)
         self.workspace = workspace
         self.launcher = launcher
         self._flying = threading.Lock()
@@ -73,19 +76,26 @@ class P2PCommunicator(Delegating):
         *,
         weight_bias: float = 0.0,
         strategy: str = "AUTO",
+        out: Tensor | None = None,
+        residual_out: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        compose.check_norm_arguments(tensor, residual, weight)
+        compose.check_norm_arguments(tensor, residual, weight, out, residual_out)
         if strategy != "AUTO":
             self._require(strategy)
         self._require_device(tensor, "all_reduce_residual_rms_norm")
         tuning = self._tuning(tensor, strategy, fused=True)
         if tuning is None or weight.dtype != tensor.dtype or not self.launcher.fits(tensor, tuning):
             return super().all_reduce_residual_rms_norm(
-                tensor, residual, weight, eps, weight_bias=weight_bias, strategy=strategy
+                *(tensor, residual, weight, eps),
+                weight_bias=weight_bias,
+                strategy=strategy,
+                out=out,
+                residual_out=residual_out,
             )
         entry = self._begin("all_reduce_residual_rms_norm", tensor.shape, tensor.dtype, strategy, eps, weight_bias)
         x, residual, weight = (t.detach().contiguous() for t in (tensor, residual, weight))
-        normed, total = torch.empty_like(x), torch.empty_like(x)
+        normed = torch.empty_like(x) if out is None else out
+        total = torch.empty_like(x) if residual_out is None else residual_out
         if x.numel():
             with self._flight():
                 self.launcher.fused(x, residual, weight, eps, weight_bias, normed, total, tuning)
@@ -113,22 +123,33 @@ class P2PCommunicator(Delegating):
         self.check_waits()
         return super()._begin(op, shape, dtype, strategy, *details)
 
+    def _require_device(self, tensor: Tensor, op: str) -> None:
+        super()._require_device(tensor, op)
+        if tensor.device != self.workspace.counters.device:
+            raise TypeError(
+                f"{op} on group {self.name}: the tensor is on {tensor.device}, this rank's peer-to-peer memory on "
+                f"{self.workspace.counters.device}"
+            )
+
     def _tuning(self, tensor: Tensor, strategy: str, fused: bool) -> Tuning | None:
-        if strategy == "NCCL" or (tensor.dtype not in DTYPES and strategy == "AUTO"):
+        """How our kernels are launched; None where the call is the group's beyond, or in fp8."""
+        if strategy in (*BEYOND, LOW_PRECISION) or (tensor.dtype not in DTYPES and strategy == "AUTO"):
             return None
-        if tensor.dtype not in DTYPES:
-            legal = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
-            raise CommError(f"strategy {strategy} on transport p2p sums {legal}, not {tensor.dtype}; use AUTO")
+        _require_dtype(tensor, strategy, DTYPES)
         wanted = "MIN_LATENCY" if self.deterministic and strategy == "AUTO" else strategy
         return table.choose(self.size, tensor.numel() * tensor.element_size(), fused, wanted).tuning
 
     def _reduce(self, source: Tensor, target: Tensor, strategy: str) -> None:
         tuning = self._tuning(source, strategy, fused=False)
-        if tuning is None:
-            self.beyond._reduce(source, target, "AUTO")
-            return
-        with self._flight():
-            self.launcher.all_reduce(source, target, tuning)
+        if strategy == LOW_PRECISION:
+            _require_dtype(source, strategy, HALVES)
+            with self._flight():
+                self.launcher.low_precision(source, target)
+        elif tuning is None:
+            self.beyond._reduce(source, target, strategy)
+        else:
+            with self._flight():
+                self.launcher.all_reduce(source, target, tuning)
 
     def _barrier(self) -> None:
         self.synchronize()
@@ -197,6 +218,12 @@ def create(control: Collective, *, transport: str = "p2p", fallback: Collective 
 
         return FlashInferCommunicator(beyond)
     raise ValueError(f"transport {transport!r} has no peer-to-peer kernels; legal: p2p, flashinfer")
+
+
+def _require_dtype(tensor: Tensor, strategy: str, legal: Iterable[torch.dtype]) -> None:
+    if tensor.dtype not in legal:
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in legal)
+        raise CommError(f"strategy {strategy} on transport p2p sums {names}, not {tensor.dtype}; use AUTO")
 
 
 class _SingleFlight:

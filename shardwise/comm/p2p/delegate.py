@@ -6,6 +6,9 @@ from torch import Tensor
 
 from shardwise.comm.collective import Collective
 
+BEYOND = ("NCCL", "SYMM_MEM")
+"""Strategies that are the other group's."""
+
 
 class Delegating(Collective):
     """`beyond` moves CUDA tensors (NCCL, or MPI through pinned memory) and carries control messages."""
@@ -24,7 +27,7 @@ class Delegating(Collective):
         )
         self.beyond = beyond
         own_kernels = ("AUTO", "MIN_LATENCY", "ONESHOT", "TWOSHOT")
-        self.strategies = (*own_kernels, "NCCL") if beyond.transport == "nccl" else own_kernels
+        self.strategies = (*own_kernels, *BEYOND) if beyond.transport == "nccl" else own_kernels
 
     def _all_reduce(self, source: Tensor, target: Tensor) -> None:
         self.beyond._all_reduce(source, target)

@@ -18,6 +18,8 @@ from shardwise.comm.p2p.workspace import P2PUnavailable
 
 WORLDS = (2, 4, 8, 16)
 HALVES = (torch.bfloat16, torch.float16)
+KERNELS = ("AUTO", "MIN_LATENCY", "ONESHOT", "TWOSHOT")
+_ALIGNMENT = 16
 _VECTOR = 8
 """Elements of a 16-byte access; the hidden size must be a multiple."""
 _FLAT_HIDDEN = 1024
@@ -36,16 +38,11 @@ class FlashInferCommunicator(Delegating):
         """
         super().__init__(beyond, "flashinfer")
         self.max_elements = max_tokens * max_hidden
-        reason = self._obstacle()
-        reasons = beyond.all_gather_object(reason)
+        reasons = beyond.all_gather_object(self._obstacle())
         if any(reasons):
             failed = [f"rank {self.ranks[r]}: {text}" for r, text in enumerate(reasons) if text]
             raise P2PUnavailable("FlashInfer's all-reduce is not available: " + "; ".join(failed))
-        from flashinfer.comm import trtllm_ar
-
-        self._library = trtllm_ar
-        trtllm_ar.get_trtllm_comm_module()  # compiles at the first use of a machine, about two minutes
-        self._handles, self._workspace = trtllm_ar.trtllm_create_ipc_workspace_for_all_reduce_fusion(
+        self._handles, self._workspace = self._library.trtllm_create_ipc_workspace_for_all_reduce_fusion(
             self.rank,
             self.size,
             max_tokens,
@@ -62,6 +59,13 @@ class FlashInferCommunicator(Delegating):
             return "its workspace is exchanged over torch.distributed, this group has none; use transport p2p"
         if self.size not in WORLDS:
             return f"groups of {', '.join(map(str, WORLDS))} ranks, not {self.size}"
+        try:
+            from flashinfer.comm import trtllm_ar
+
+            trtllm_ar.get_trtllm_comm_module()  # compiles at the first use of a machine, about two minutes
+        except Exception as error:  # whatever stops one rank must reach all, or they wait for it
+            return f"its kernels cannot be loaded: {type(error).__name__}: {str(error)[:300]}"
+        self._library = trtllm_ar
         return None
 
     def all_reduce_residual_rms_norm(
@@ -73,18 +77,26 @@ class FlashInferCommunicator(Delegating):
         *,
         weight_bias: float = 0.0,
         strategy: str = "AUTO",
+        out: Tensor | None = None,
+        residual_out: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        compose.check_norm_arguments(tensor, residual, weight)
+        compose.check_norm_arguments(tensor, residual, weight, out, residual_out)
         hidden = tensor.shape[-1]
-        fits = self._fits(tensor) and hidden % _VECTOR == 0 and weight.dtype == tensor.dtype
-        if strategy == "NCCL" or weight_bias or not fits:
+        results = [result for result in (out, residual_out) if result is not None]
+        fits = self._fits(tensor, residual, weight, *results) and hidden % _VECTOR == 0
+        if strategy not in KERNELS or weight_bias or not fits:
             return super().all_reduce_residual_rms_norm(
-                tensor, residual, weight, eps, weight_bias=weight_bias, strategy=strategy
+                *(tensor, residual, weight, eps),
+                weight_bias=weight_bias,
+                strategy=strategy,
+                out=out,
+                residual_out=residual_out,
             )
         self._require_device(tensor, "all_reduce_residual_rms_norm")
         entry = self._begin("all_reduce_residual_rms_norm", tensor.shape, tensor.dtype, strategy, eps)
         x, residual, weight = (t.detach().contiguous() for t in (tensor, residual, weight))
-        normed, total = torch.empty_like(x), torch.empty_like(x)
+        normed = torch.empty_like(x) if out is None else out
+        total = torch.empty_like(x) if residual_out is None else residual_out
         norm = {
             "residual_in": residual,
             "residual_out": total,
@@ -96,12 +108,14 @@ class FlashInferCommunicator(Delegating):
         entry[watch.END] = watch.now()
         return normed, total
 
-    def _fits(self, tensor: Tensor) -> bool:
-        return tensor.dtype in HALVES and 0 < tensor.numel() <= self.max_elements
+    def _fits(self, tensor: Tensor, *others: Tensor) -> bool:
+        aligned = all(each.data_ptr() % _ALIGNMENT == 0 for each in (tensor, *others) if each.is_contiguous())
+        same = all(each.dtype == tensor.dtype for each in others)
+        return tensor.dtype in HALVES and 0 < tensor.numel() <= self.max_elements and aligned and same
 
     def _reduce(self, source: Tensor, target: Tensor, strategy: str) -> None:
-        if strategy == "NCCL" or not self._fits(source) or source.numel() % _FLAT_HIDDEN:
-            self.beyond._reduce(source, target, "AUTO")
+        if strategy not in KERNELS or not self._fits(source, target) or source.numel() % _FLAT_HIDDEN:
+            self.beyond._reduce(source, target, strategy)  # which has algorithms of these names too
             return
         pattern = self._library.AllReduceFusionPattern.kAllReduce
         self._run(source, _FLAT_HIDDEN, strategy, pattern, allreduce_out=target)
@@ -137,7 +151,7 @@ class FlashInferCommunicator(Delegating):
         return with_reason(beyond, "sub-groups of a flashinfer group use NCCL: its workspace serves the whole group")
 
     def close(self) -> None:
-        if self._handles:
+        if self._handles and self.broken is None:  # giving memory back is a collective: a broken group leaves it
             self._library.trtllm_destroy_ipc_workspace_for_all_reduce_fusion(
                 self._handles,
                 group=self.beyond.group,  # type: ignore[attr-defined]

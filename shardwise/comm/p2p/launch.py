@@ -1,16 +1,18 @@
 """From tensors to kernel launches: rows, lanes, warps and grid of a call."""
 
+import threading
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from shardwise.comm.p2p import kernels
+from shardwise.comm.p2p import fp8, kernels
 from shardwise.comm.p2p.ptx import STAGE_BYTES
 from shardwise.comm.p2p.table import Tuning
 from shardwise.comm.p2p.workspace import COUNTERS, Workspace
 
 CHUNK_BYTES = 16
+FP8_LANES = 128
 _REGISTERS, _THREADS, _BLOCKS, _SHARED_BYTES = 65536, 2048, 32, 227 << 10
 """What one multiprocessor of Hopper holds."""
 _SHARED_RESERVE = 3 << 10
@@ -51,6 +53,10 @@ def _token_rows(x: Tensor, *others: Tensor) -> _Rows:
     return _Rows(x.numel() // hidden, hidden, x.numel(), chunks, max(32, _next_power_of_two(chunks)), aligned)
 
 
+_compiling = threading.Lock()
+"""Triton compiles for one thread at a time; ranks may be threads."""
+
+
 class Launcher:
     """Launches on one workspace. Tensors are contiguous and lie on the workspace's device."""
 
@@ -83,6 +89,36 @@ class Launcher:
         """residual_out = sum of x over the ranks + residual; out = its RMSNorm times (weight + weight_bias)."""
         rows = _token_rows(x, residual, weight, out, residual_out)
         self._run(rows, tuning, x, residual, weight, out, residual_out, eps, weight_bias, True, launch)
+
+    def low_precision(self, x: Tensor, out: Tensor, *, launch: bool = True) -> None:
+        """out = sum of x over the ranks, each sent as e4m3 (fp8.py). Flat, bfloat16 or float16; `out` may be `x`."""
+        row_values = FP8_LANES * fp8.LANE_VALUES
+        limit = self.workspace.region_bytes // (FP8_LANES * fp8.LANE_CHUNKS * CHUNK_BYTES)
+        if limit < 1:
+            raise ValueError(f"region_bytes {self.workspace.region_bytes} is too small for strategy LOWPRECISION")
+        for first in range(0, x.numel(), limit * row_values):
+            part, target = (tensor[first : first + limit * row_values] for tensor in (x, out))
+            self._launch_fp8(part, target, -(-part.numel() // row_values), launch)
+
+    def _launch_fp8(self, x: Tensor, out: Tensor, rows: int, launch: bool) -> None:
+        space = self.workspace
+        places = (space.slots, space.counters, space.abort, space.records.data_ptr(), space.region_bytes)
+        positional = (x, out, *places, self.deadline_ns, rows, x.numel())
+        aligned = _aligned(x, out) and x.numel() * x.element_size() % CHUNK_BYTES == 0
+        options = {
+            "WORLD": space.size,
+            "RANK": space.rank,
+            "LANES": FP8_LANES,
+            "ALIGNED": aligned,
+            "PAUSING": False,
+            "PDL": self.pdl,
+            "num_warps": FP8_LANES // 32,
+            "launch_pdl": self.pdl,
+        }
+        with space.on_device():
+            compiled, resident = self._compiled(fp8.one_shot_fp8, positional, options, x.dtype)
+            if launch:
+                self._start(compiled, min(rows, resident, COUNTERS), positional, options)
 
     def fits(self, x: Tensor, tuning: Tuning) -> bool:
         """True when a call can take at least one row of x [..., H]."""
@@ -164,8 +200,9 @@ class Launcher:
         """(the kernel, its blocks that the device holds at once): a wait must never keep its partner from starting."""
         key = (kernel.__name__, dtype, *options.values())
         if key not in self._kernels:
-            compiled = kernel.warmup(*positional, grid=(1,), **options)
-            compiled._init_handles()
+            with _compiling:
+                compiled = kernel.warmup(*positional, grid=(1,), **options)
+                compiled._init_handles()
             threads = 32 * options["num_warps"]
             registers = max(8, -(-compiled.n_regs // 8) * 8)
             per_sm = min(_REGISTERS // (registers * threads), _THREADS // threads, _BLOCKS)

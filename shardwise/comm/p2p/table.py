@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+HALVES = (torch.bfloat16, torch.float16)
+DTYPES = (*HALVES, torch.float32)
 KIB, MIB = 1 << 10, 1 << 20
 _NO_LIMIT = 1 << 62
 

@@ -28,11 +28,12 @@ REGION_BYTES = {2: 64 << 20, 4: 32 << 20, 8: 16 << 20}
 RECORDS = 8
 """Places for the ranks whose data a kernel gave up waiting for; behind them as many for waits that were ended."""
 
-ONE_SHOT, TWO_SHOT_REDUCE, TWO_SHOT_GATHER = 1, 2, 3
+ONE_SHOT, TWO_SHOT_REDUCE, TWO_SHOT_GATHER, LOW_PRECISION = 1, 2, 3, 4
 _PHASES = {
     ONE_SHOT: "one-shot exchange",
     TWO_SHOT_REDUCE: "two-shot reduce-scatter",
     TWO_SHOT_GATHER: "two-shot all-gather",
+    LOW_PRECISION: "fp8 exchange",
 }
 """What a kernel was waiting for, as its records number it."""
 
@@ -136,6 +137,9 @@ class Workspace:
         self.counters = torch.zeros(COUNTERS, dtype=torch.int32, device=torch.device("cuda", self.device))
         self.records = torch.zeros(2 * RECORDS, dtype=torch.int64, pin_memory=True)
         self._seen = self.records.numpy()
+        # Made now: pinning memory and creating streams may wait for the device, which an abort finds busy.
+        self._one = torch.ones(1, dtype=torch.int32, pin_memory=True)
+        self._abort_stream = torch.cuda.Stream(self.device)
         torch.cuda.synchronize(self.device)
 
     def _open(self, exports: Sequence[_Export]) -> list[int]:
@@ -200,11 +204,9 @@ class Workspace:
 
     def stop_waits(self) -> None:
         """End the waits of all ranks' kernels, running ones included; the workspace is unusable afterwards."""
-        stream = torch.cuda.Stream(self.device)
-        one = torch.ones(1, dtype=torch.int32, pin_memory=True)
         for address in self.peer_aborts:
-            cuda.copy(address, one.data_ptr(), 4, stream)
-        stream.synchronize()
+            cuda.copy(address, self._one.data_ptr(), 4, self._abort_stream)
+        self._abort_stream.synchronize()
 
     def close(self) -> None:
         """Give the memory back, unless a wait gave up: a peer that comes late would still write into it.

@@ -9,6 +9,8 @@ from pathlib import Path
 from shardwise.launch.machine import machine_facts
 
 BODY = "shardwise.comm.bench:"
+ON_CUDA, ON_CPU = ("nccl", "symm_mem", "flashinfer"), ("gloo", "mpi")
+"""Peers: those on CUDA run in our own ranks, the others in a job each."""
 UNITS = {"": 1, "b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
 SWEEP = "1KiB,4KiB,16KiB,64KiB,256KiB,1MiB,4MiB,16MiB"
 
@@ -22,7 +24,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16", "float64"])
     parser.add_argument("--strategy", default="AUTO", help="AUTO, ONESHOT, TWOSHOT, NCCL, ...")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
-    parser.add_argument("--peers", default="auto", help="gloo, mpi, nccl, none; default: all that run here")
+    parser.add_argument(
+        "--peers", default="auto", help="gloo, mpi, nccl, symm_mem, flashinfer, none; default: all that run here"
+    )
     parser.add_argument("--json", nargs="?", const="-", metavar="FILE", help="JSON to FILE or standard output")
     parser.add_argument("--why", action="store_true", help="say which transport and algorithm serve, and why")
     parser.add_argument(
@@ -43,31 +47,31 @@ def sizes(text: str) -> list[int]:
 
 def run(args: argparse.Namespace) -> int:
     """Measure, print the table, write the files; 1 if any result was wrong."""
-    from shardwise.comm.base import TRANSPORTS
+    from shardwise.comm.base import STRATEGIES, TRANSPORTS
     from shardwise.comm.bench import OPS
     from shardwise.launch.cli import UsageError
 
     ops = list(OPS) if args.op == "all" else args.op.split(",")
-    unknown = [op for op in ops if op not in OPS]
-    if unknown:
-        raise UsageError(f"unknown operation {unknown[0]!r}; legal: all, {', '.join(OPS)}")
-    if args.transport not in ("auto", *TRANSPORTS):
-        raise UsageError(f"unknown transport {args.transport!r}; legal: auto, {', '.join(TRANSPORTS)}")
+    _require_known("operation", ops, ("all", *OPS))
+    _require_known("transport", [args.transport], ("auto", *TRANSPORTS))
+    _require_known("strategy", [args.strategy], STRATEGIES)
     if args.world < 1:
         raise UsageError(f"--world {args.world}: a job has at least one rank")
+    device = _device(args)
+    peers = _peers(args, device)
     payload = {
         "transport": args.transport,
-        "device": _device(args),
+        "device": device,
         "sizes": args.sizes,
         "ops": ops,
         "dtype": args.dtype,
         "strategy": args.strategy,
+        "peers": [peer for peer in peers if peer in ON_CUDA],
     }
     launcher = "mpi" if args.transport == "mpi" else "local"
-    rows, why = _measure("job", payload, args.world, launcher)
-    notes: list[str] = []
+    rows, why, notes = _measure("job", payload, args.world, launcher)
     if "all_reduce" in ops and args.world > 1:
-        for peer in _peers(args, payload["device"]):
+        for peer in [peer for peer in peers if peer not in ON_CUDA]:
             rows += _peer(peer, payload, args.world, notes)
     _print(rows, why if args.why else [], notes, sys.stderr if args.json == "-" else sys.stdout)
     _write(args, rows, why)
@@ -86,20 +90,31 @@ def _device(args: argparse.Namespace) -> str:
     return "cuda" if torch.cuda.device_count() >= args.world else "cpu"
 
 
+def _require_known(what: str, given: list[str], legal: tuple[str, ...]) -> None:
+    from shardwise.launch.cli import UsageError
+
+    for word in given:
+        if word not in legal:
+            raise UsageError(f"unknown {what} {word!r}; legal: {', '.join(legal)}")
+
+
 def _peers(args: argparse.Namespace, device: str) -> list[str]:
     if args.peers == "none":
         return []
-    if args.peers != "auto":
-        return args.peers.split(",")
-    return ["nccl"] if device == "cuda" else ["gloo", "mpi"]
+    here = list(ON_CUDA if device == "cuda" else ON_CPU)
+    if args.peers == "auto":
+        return here
+    names = args.peers.split(",")
+    _require_known(f"peer on {device}", names, ("none", "auto", *here))
+    return names
 
 
-def _measure(body: str, payload: dict, world: int, launcher: str) -> tuple[list[dict], list[str]]:
+def _measure(body: str, payload: dict, world: int, launcher: str) -> tuple[list[dict], list[str], list[str]]:
     from shardwise.launch.job import run_job
 
     threads = {"OMP_NUM_THREADS": "1"}  # one thread a rank: this measures moving, not adding in parallel
     results = run_job(BODY + body, payload, world=world, launcher=launcher, environment=threads)
-    return merge([result["rows"] for result in results]), results[0]["why"]
+    return merge([result["rows"] for result in results]), results[0]["why"], results[0]["notes"]
 
 
 def merge(ranks: list[list[dict]]) -> list[dict]:
@@ -122,10 +137,10 @@ def _peer(peer: str, payload: dict, world: int, notes: list[str]) -> list[dict]:
 
 def _print(rows: list[dict], why: list[str], notes: list[str], out) -> None:
     header = ("size B", "type", "op", "transport", "strategy", "p50 us", "p99 us", "algbw", "busbw GB/s", "wrong")
-    print("{:>11} {:>9} {:<28} {:<10} {:<8} {:>10} {:>10} {:>8} {:>10} {:>6}".format(*header), file=out)
+    print("{:>11} {:>9} {:<28} {:<24} {:<8} {:>10} {:>10} {:>8} {:>10} {:>6}".format(*header), file=out)
     for row in rows:
         print(
-            f"{row['bytes']:>11} {row['dtype']:>9} {row['op']:<28} {row['transport']:<10} {row['strategy']:<8} "
+            f"{row['bytes']:>11} {row['dtype']:>9} {row['op']:<28} {row['transport']:<24} {row['strategy']:<8} "
             f"{row['p50_us']:>10.1f} {row['p99_us']:>10.1f} {row['algbw_gbps']:>8.2f} {row['busbw_gbps']:>10.2f} "
             f"{row['wrong']:>6}",
             file=out,
