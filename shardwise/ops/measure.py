@@ -7,15 +7,18 @@ from collections.abc import Callable
 import torch
 
 
-def device_microseconds(call: Callable[[], object], *, calls: int = 20, repeats: int = 15) -> float:
+def device_microseconds(
+    call: Callable[[], object], *, calls: int = 20, repeats: int = 15, captured: bool = True
+) -> float:
     """Median time of one call on the current CUDA device, launched `calls` times in a graph.
 
-    A call that cannot be captured (it synchronises) is timed by events around single calls.
+    A call that cannot be captured (it synchronises) is timed by events around single calls. `captured` False: known to
+    be such a call; trying would leave torch's random generator waiting for the end of a capture.
     """
     for _ in range(3):
         call()
     torch.cuda.synchronize()
-    graph = _capture(call, calls)
+    graph = _capture(call, calls) if captured else None
     run, inner = (graph.replay, calls) if graph is not None else (call, 1)
     run()
     samples = []

@@ -102,7 +102,7 @@ def real_sizes() -> list[Sample]:
 
 def main(parts):
     replace_launches()
-    infos = {info.qualified_name: info for info in ops.operators() if info.needs == (TRITON,)}
+    infos = {info.qualified_name: info for info in ops.operators() if TRITON in info.needs}
     seen = set()
     for sample in real_sizes() + operator_samples.all_samples():
         info = infos.get(sample.qualified_name)

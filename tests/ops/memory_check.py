@@ -46,16 +46,17 @@ def checked_memory(monkeypatch):
             raise OutOfBounds(f"{int((~inside).sum())} of {addresses.size} addresses lie outside the launch's tensors")
 
     def launched(self, device, key, grid, args, **options):
-        extents[:] = [_extent(x) for x in args if isinstance(x, torch.Tensor)]
+        tensors = (getattr(x, "base", x) for x in args)  # of descriptors
+        extents[:] = [_extent(x) for x in tensors if isinstance(x, torch.Tensor)]
         launch(self, device, key, grid, args, **options)
 
     def launched_form(self, grid, pointers, free):
         extents[:] = [_extent(x) for x in pointers]
         launch_form(self, grid, pointers, free)
 
-    def loaded(self, ptrs, mask, *rest):
+    def loaded(self, ptrs, mask, *rest, **options):
         check(ptrs, mask)
-        return load(self, ptrs, mask, *rest)
+        return load(self, ptrs, mask, *rest, **options)
 
     def stored(self, ptrs, value, mask, *rest):
         check(ptrs, mask)

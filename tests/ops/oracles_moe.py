@@ -125,6 +125,17 @@ def fp8_stack(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return codes, scales, codes.double() * scales.double()[:, None, None]
 
 
+def fp8_block_stack(weight: Tensor, halves: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(codes e4m3, scales [E, N/128, K/128], float64 values) of a stack; blocks do not cross `halves` of the rows."""
+    codes, scales, values = [], [], []
+    for expert in weight:
+        pairs = [fp8.quantize_fp8_blocks(part) for part in expert.chunk(halves)]
+        codes.append(torch.cat([code.view(torch.uint8) for code, _ in pairs]))
+        scales.append(torch.cat([scale for _, scale in pairs]))
+        values.append(torch.cat([fp8.dequantize_fp8_blocks(*pair, dtype=torch.float64) for pair in pairs]))
+    return torch.stack(codes).view(torch.float8_e4m3fn), torch.stack(scales), torch.stack(values)
+
+
 def nvfp4_stack(weight: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(codes, swizzled scales [E, rows, columns], global scales [E], float64 values) of a stack."""
     globals_ = torch.stack([nvfp4.nvfp4_global_scale(expert) for expert in weight])

@@ -15,16 +15,18 @@ pytestmark = [
 
 @pytest.mark.parametrize("form,peers", [("mxfp4", set()), ("bf16", {"expert loop"}), ("fp8", {"ours in bf16"})])
 def test_rows_carry_floors_and_peers(form, peers):
-    outputs = []
+    outputs, eager = [], []
 
-    def stopwatch(call):
+    def stopwatch(call, captured=True):
         outputs.append(call())
+        eager.append(not captured)
         return 5.0
 
     layer = Layer(4, 64, 32, 2, form)
-    (row,) = measure_layer("tiny", layer, (3,), stopwatch, Ceilings(100.0, 1000.0), "cpu")
+    (row,) = measure_layer("tiny", layer, (3,), stopwatch, Ceilings(90.0, 100.0, 1000.0), "cpu")
     assert all(out.shape == (3, 64) and out.isfinite().all() for out in outputs)
     assert row.us == 5.0 and set(row.peers_us) == peers and len(outputs) == 1 + len(peers)
+    assert sum(eager) == ("expert loop" in peers)  # which synchronises
     assert 2 <= row.active_experts <= 4 and INPUTS > 1
     values = 3 * 64 * 32
     size = {"mxfp4": values * 17 / 32, "bf16": values * 2, "fp8": values}[form]

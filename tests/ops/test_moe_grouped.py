@@ -2,10 +2,12 @@
 
 import pytest
 import torch
-from oracles_moe import relative, routed_oracle, routing, stacked
+from oracles_moe import e4m3_step, fp8_block_stack, fp8_stack, relative, routed_oracle, routing, stacked
 
-from shardwise.ops.moe.grouped import choose_plan, grouped_moe
-from shardwise.ops.moe.tiles import Plan, Tiles
+from shardwise.ops.moe.contract import FP8Scales
+from shardwise.ops.moe.grouped import grouped_moe
+from shardwise.ops.moe.grouped_plan import FewPlan, Shape, choose_few, choose_plan
+from shardwise.ops.moe.tiles import Plan
 from shardwise.ops.triton_support import interpreting
 
 OPS = torch.ops.auto_deploy
@@ -65,21 +67,82 @@ def test_no_tokens():
     assert OPS.triton_moe_fused(x, ids, weights, *stacks, True, 4).shape == (0, 32)
 
 
-@pytest.mark.parametrize("splits,bt,bn,bk", [(2, 16, 64, 32), (3, 32, 32, 64), (1, 64, 128, 32)])
-def test_every_tiling_gives_the_same(splits, bt, bn, bk):
-    x, ids, weights, *stacks = tensors(21, 2, 3, 96, 80, True)
+FEW = FewPlan(64, 32, 4, 2)
+PLANS = {
+    "few": FEW,
+    "narrow": Plan(16, Shape(64, 32, 4, 2, 1), Shape(64, 32, 4, 2, 1, 2)),
+    "three splits": Plan(32, Shape(32, 64, 4, 2, 1), Shape(32, 64, 4, 2, 1, 3, group=3)),
+    "wide": Plan(64, Shape(128, 32, 4, 2, 1, group=2), Shape(128, 32, 4, 2, 1, group=4)),
+    "tokens left": Plan(16, Shape(64, 32, 4, 2, 1, 1, 2, True), Shape(64, 64, 4, 2, 1, 1, 3, True)),
+}
+plans = pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
+
+
+@plans
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("hidden,size", [(96, 80), (76, 52), (41, 27)])  # rows of whole tiles, of 16 bytes, of neither
+def test_every_tiling_gives_the_same(plan, gated, hidden, size):
+    x, ids, weights, *stacks = tensors(21 if plan is not FEW else 6, 2, 3, hidden, size, gated)
     ids[0, 0] = 0
-    plan = Plan(bt, Tiles(bn, bk, 4, 2, 1), Tiles(bn, bk, 4, 2, 1, splits))
-    got = grouped_moe(x, ids, weights, *stacks, "silu", plan=plan)
-    assert relative(got, routed_oracle(x, ids, weights, *stacks)) < EXACT
+    got = grouped_moe(x, ids, weights, *stacks, "silu" if gated else "relu2", plan=plan)
+    assert relative(got, routed_oracle(x, ids, weights, *stacks, gated)) < EXACT
+
+
+@plans
+def test_weights_on_the_input_of_every_tiling(plan):
+    x, ids, weights, *stacks = tensors(5, 3, 4, 32, 48, True)
+    ids[0, 0] = 0
+    got = grouped_moe(x, ids, weights, *stacks, "silu", True, plan=plan)
+    assert relative(got, routed_oracle(x, ids, weights, *stacks, True, True)) < EXACT
+
+
+def fp8_parts(gated, hidden, size):
+    x, ids, weights, first, second = tensors(5, 2, 3, hidden, size, gated)
+    ids[0, 0] = 0
+    one, other = torch.full((1,), 4 / 448, device=DEVICE), torch.full((1,), 8 / 448, device=DEVICE)
+    return x, ids, weights, first, second, one, other
+
+
+@plans
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("on_input", [True, False])
+def test_fp8_rounds_where_the_contract_says(plan, gated, on_input):
+    x, ids, weights, first, second, s1, s2 = fp8_parts(gated, 80, 48)
+    (q1, w1, v1), (q2, w2, v2) = fp8_stack(first), fp8_stack(second)
+    wanted = routed_oracle(x, ids, weights, v1, v2, gated, on_input, e4m3_step(s1), e4m3_step(s2))
+    for scales in (FP8Scales(s1, w1, s2, w2, True), FP8Scales(s1, w1 * s1, 1 / s2, w2 * s2, False)):
+        got = grouped_moe(x, ids, weights, q1, q2, "silu" if gated else "relu2", on_input, scales, plan)
+        assert relative(got, wanted) < 1e-2
+
+
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("plan", [p for p in PLANS.values() if p is not FEW], ids=[n for n in PLANS if n != "few"])
+def test_fp8_weights_may_have_scales_of_blocks(gated, plan):
+    x, ids, weights, first, second, s1, s2 = fp8_parts(gated, 192, 160)
+    halves = 2 if gated else 1
+    (q1, w1, v1), (q2, w2, v2) = fp8_block_stack(first, halves), fp8_block_stack(second, 1)
+    none = torch.empty(0, device=DEVICE)
+    wanted = routed_oracle(x, ids, weights, v1, v2, gated, False, e4m3_step(s1), e4m3_step(s2))
+    scales, act = FP8Scales(s1, w1, s2, w2, True), "silu" if gated else "relu2"
+    assert relative(grouped_moe(x, ids, weights, q1, q2, act, False, scales, plan), wanted) < 1e-2
+    got = OPS.triton_quant_fp8_moe(x, ids, weights, q1, q2, none, s1, s2, none, w1, w2, none, gated, 4 if gated else 8)
+    assert relative(got, wanted) < 1e-2
+    with pytest.raises(ValueError, match=r"or, for blocks of 128 x 128, \[3, 2, 2\], got \(3, 1, 2\)"):
+        OPS.triton_quant_fp8_moe(x, ids, weights, q1, q2, none, s1, s2, none, w1, w2[:, :1], none, gated, 4)
 
 
 @pytest.mark.parametrize("pairs,experts", [(8, 128), (512, 128), (8192, 128), (65536, 8)])
-def test_plans_fit_one_multiprocessor(pairs, experts):
-    plan = choose_plan(pairs, experts)
-    for tiles, matrices in ((plan.up, 2), (plan.down, 1)):
-        stage = (matrices * tiles.bn + plan.bt) * tiles.bk * 2
-        assert tiles.per_sm * tiles.stages * stage <= 227 * 1024
+@pytest.mark.parametrize("itemsize", [1, 2])
+def test_plans_fit_one_multiprocessor(pairs, experts, itemsize):
+    plan = choose_plan(pairs, experts, itemsize)
+    for shape, matrices in ((plan.up, 2), (plan.down, 1)):
+        stage = (matrices * shape.bn + plan.bt) * shape.bk * itemsize
+        assert shape.bk * itemsize == 128 and shape.per_sm * shape.stages * stage <= 227 * 1024
+
+
+def test_one_token_takes_two_launches_and_many_do_not():
+    assert choose_few(8, 128, 8) and choose_few(32, 128, 8) and choose_few(2, 8, 2)
+    assert not choose_few(16, 8, 2) and not choose_few(1024, 128, 8)
 
 
 def test_scales_of_another_number_of_experts_are_named():
@@ -87,7 +150,7 @@ def test_scales_of_another_number_of_experts_are_named():
     first, second = (w.to(torch.float8_e4m3fn) for w in stacks)
     one, three = torch.ones(1, device=DEVICE), torch.ones(3, device=DEVICE)
     args = [x, ids, weights, first, second, one, one, one, one, three, three, one]
-    with pytest.raises(ValueError, match=r"must be \[E\] = \[3\], got \(2,\)"):
+    with pytest.raises(ValueError, match=r"must be \[E\] = \[3\] or, for blocks of 128 x 128, \[3, 1, 1\], got \(2,\)"):
         OPS.triton_quant_fp8_moe(*args[:10], three[:2], one)
     with pytest.raises(TypeError, match="must be float8_e4m3fn"):
         OPS.triton_quant_fp8_moe(*args[:3], *stacks, *args[5:])

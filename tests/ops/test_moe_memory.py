@@ -6,6 +6,7 @@ from memory_check import checked_memory
 from oracles_moe import ALPHA, LIMIT, gpt_oss_layer, nvfp4_stack, routing, stacked
 
 from shardwise.ops.moe.grouped import grouped_moe
+from shardwise.ops.moe.grouped_plan import FewPlan, Shape
 from shardwise.ops.moe.mxfp4 import mxfp4_moe
 from shardwise.ops.moe.mxfp4_layout import pack_mxfp4
 from shardwise.ops.moe.tiles import Plan, Tiles
@@ -33,15 +34,24 @@ def test_mxfp4(plan, tokens, monkeypatch):
     assert sum(seen) > 10000 and got.isfinite().all()
 
 
+GROUPED = [
+    Plan(16, Shape(32, 64, 4, 2, 1), Shape(64, 32, 4, 2, 1, 2)),
+    Plan(32, Shape(128, 32, 4, 2, 1, 1, 2, True), Shape(64, 64, 4, 2, 1, 1, 2, True)),
+    FewPlan(32, 16, 4, 2),
+]
+
+
+@pytest.mark.parametrize("plan", GROUPED, ids=["narrow", "tokens left", "few"])
 @pytest.mark.parametrize("gated", [True, False])
-@pytest.mark.parametrize("tokens", [1, 37])
-def test_grouped(gated, tokens, monkeypatch):
+@pytest.mark.parametrize("tokens,hidden,size", [(1, 80, 48), (9, 77, 45)])
+def test_grouped(plan, gated, tokens, hidden, size, monkeypatch):
     ids, weights = routing(tokens, 2, 3)
-    plan = Plan(16, Tiles(32, 64, 4, 2, 1), Tiles(64, 32, 4, 2, 1, 2))
+    ids[0, 0] = 0
     with checked_memory(monkeypatch) as seen:
         grouped_moe(
-            torch.randn(tokens, 80), ids, weights, *stacked(3, 80, 48, gated), "silu" if gated else "relu2", plan=plan
-        )
+            torch.randn(tokens, hidden), ids, weights, *stacked(3, hidden, size, gated), "silu" if gated else "relu2",
+            plan=plan,
+        )  # fmt: skip
     assert sum(seen) > 1000
 
 

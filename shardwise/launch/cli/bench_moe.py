@@ -36,7 +36,11 @@ def run(args: argparse.Namespace) -> int:
 
     table = sys.stderr if args.json == "-" else sys.stdout
     ceilings = measure_ceilings(device_microseconds)
-    print(f"copy {ceilings.bytes / 1e6:.2f} TB/s, bf16 product {ceilings.operations / 1e6:.0f} TFLOP/s", file=table)
+    print(
+        f"copy {ceilings.copy / 1e6:.2f} TB/s, read {ceilings.read / 1e6:.2f} TB/s, "
+        f"bf16 product {ceilings.operations / 1e6:.0f} TFLOP/s",
+        file=table,
+    )
     print(f"{'layer':18} {'experts':>7} {'tokens':>6} {'µs':>9} {'memory':>8} {'matrix':>8}  peers µs", file=table)
     rows = []
     for name in args.layer or LAYERS:

@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -14,8 +15,10 @@ from shardwise.ops.moe.mxfp4 import mxfp4_moe
 from shardwise.ops.moe.mxfp4_layout import pack_mxfp4
 from shardwise.ops.moe.reference import route, torch_moe_fused
 
-Timer = Callable[[Callable[[], object]], float]
-"""Microseconds of a call."""
+Timer = Callable[..., float]
+"""(call, captured=True) to microseconds; `captured` False for calls that synchronise and cannot stand in a graph."""
+LOOP = "expert loop"
+"""The peer that synchronises: it asks which experts have tokens."""
 INPUTS = 8
 """Token sets that calls take in turn, so that few tokens do not find their experts' weights in the L2 cache."""
 
@@ -60,7 +63,7 @@ class Row:
     tokens: int
     us: float
     active_experts: float  # mean over the token sets
-    memory_floor_us: float  # active experts' weights once, at the rate of a plain copy
+    memory_floor_us: float  # active experts' weights once, at the rate of plain reads
     matrix_floor_us: float  # operations at the rate of a large bf16 product (e4m3 at twice that)
     peers_us: dict[str, float]
 
@@ -69,17 +72,19 @@ class Row:
 class Ceilings:
     """What the device does at best: bytes and bf16 operations a microsecond."""
 
-    bytes: float
+    copy: float  # bytes read and written
+    read: float  # bytes that are only read, as weights are; at least what a copy moves
     operations: float
 
 
 def measure_ceilings(time: Timer, device: str = "cuda", size: int = 8192) -> Ceilings:
-    """A copy that reads and writes 64 bytes a matrix element, and a bf16 product of random matrices."""
+    """A copy and a sum of 32 bytes a matrix element, and a bf16 product of random matrices."""
     a, b = (torch.randn(size, size, device=device).bfloat16() for _ in range(2))
-    source = torch.empty(32 * size * size, dtype=torch.uint8, device=device)
+    source = torch.zeros(8 * size * size, dtype=torch.float32, device=device)
     target = torch.empty_like(source)
-    copied = 2 * source.numel() / time(lambda: target.copy_(source))
-    return Ceilings(copied, 2 * size**3 / time(lambda: a @ b))
+    moved = source.numel() * source.element_size()
+    copy, read = 2 * moved / time(lambda: target.copy_(source)), moved / time(source.sum)
+    return Ceilings(copy, max(read, copy), 2 * size**3 / time(lambda: a @ b))
 
 
 def measure_layer(
@@ -92,7 +97,7 @@ def measure_layer(
         sets = [torch.randn(tokens, layer.hidden, device=device).bfloat16() for _ in range(INPUTS)]
         routed = [route(x.float(), router, router.new_zeros(layer.experts), layer.top_k) for x in sets]
         calls = calls_of(list(zip(sets, *zip(*routed, strict=True), strict=True)), router)
-        times = {label: time(_in_turn(call)) for label, call in calls.items()}
+        times = {label: time(_in_turn(call), captured=label != LOOP) for label, call in calls.items()}
         active = sum(ids.unique().numel() for ids, _ in routed) / INPUTS
         peak = ceilings.operations * (2 if layer.format == "fp8" else 1)
         yield Row(
@@ -101,7 +106,7 @@ def measure_layer(
             tokens=tokens,
             us=times.pop("ours"),
             active_experts=active,
-            memory_floor_us=active * layer.expert_bytes / ceilings.bytes,
+            memory_floor_us=active * layer.expert_bytes / ceilings.read,
             matrix_floor_us=layer.operations(tokens) / peak,
             peers_us=times,
         )
@@ -159,19 +164,29 @@ def _stacked_calls(layer: Layer, device: str):
         if codes:
             found = {"ours": each(fp8), "ours in bf16": each(bf16)}
         else:
-            found = {"ours": each(bf16), "expert loop": each(lambda x, i, w: torch_moe_fused(x, i, w, first, second))}
+            found = {"ours": each(bf16), LOOP: each(lambda x, i, w: torch_moe_fused(x, i, w, first, second))}
         if trtllm.cutlass_ready():
-            found["flashinfer"] = each(_flashinfer(codes or [first, second], one, ones))
+            peer = _flashinfer(codes or [first, second], one, ones)
+            found["flashinfer"] = [partial(peer, x, ids.int(), w) for x, ids, w in inputs]
         return found
 
     return calls
 
 
 def _flashinfer(weights, one, ones):
+    """FlashInfer's operator itself, with the kernel shapes that its own tuning picks at the first call."""
+    from flashinfer.autotuner import autotune
+    from flashinfer.fused_moe import cutlass_fused_moe
+
     quant = [ones, one.reshape(()), ones, one.reshape(())] if weights[0].dtype == torch.float8_e4m3fn else []
+    tuned = set()
 
     def run(x, ids, w):
-        rows = x.to(torch.float8_e4m3fn) if quant else x
-        return trtllm.cutlass_moe(rows, ids, w, weights[0], weights[1], "silu", x.dtype, quant)
+        args = (x.to(torch.float8_e4m3fn) if quant else x, ids, w, *weights, x.dtype)
+        if x.shape[0] not in tuned:
+            tuned.add(x.shape[0])
+            with autotune():
+                cutlass_fused_moe(*args, quant_scales=quant)
+        return cutlass_fused_moe(*args, quant_scales=quant)
 
     return run

@@ -93,13 +93,45 @@ def check_same_dtype(name: str, x: Tensor, *weights: Tensor) -> None:
         raise TypeError(f"{name}: x and weights must share a dtype, got {[str(t.dtype) for t in (x, *weights)]}")
 
 
-def check_fp8(name: str, experts: int, first: Tensor, second: Tensor, *scales: Tensor) -> None:
-    """TypeError unless the weights are e4m3; ValueError unless there is a scale for every expert."""
+@dataclass(frozen=True)
+class FP8Scales:
+    """Scales of an e4m3 mixture, float32: value = code * scale."""
+
+    input: Tensor
+    """[1], of x"""
+    first: Tensor
+    """[E], or of blocks of 128 x 128 weights [E, rows/128, columns/128], of the first product"""
+    inner: Tensor
+    """[1], of the activation"""
+    second: Tensor
+    """as `first`, of the second product"""
+    factored: bool
+    """`first` and `second` are the weights' own, to be multiplied with the activations' `input` and `inner`; otherwise
+    they hold that product, and `inner` is a reciprocal."""
+
+    @property
+    def blocks(self) -> bool:
+        """Weights have a scale for every block of 128 x 128."""
+        return self.first.dim() == 3
+
+
+def check_fp8(name: str, first: Tensor, second: Tensor, gated: bool, *scales: Tensor, blocks: bool = False) -> None:
+    """TypeError unless the weights are e4m3; ValueError unless `scales`, of first and second, fit them.
+
+    blocks   scales of 128 x 128 weights are legal too
+    """
     if first.dtype != torch.float8_e4m3fn or second.dtype != torch.float8_e4m3fn:
         raise TypeError(f"{name}: weights must be float8_e4m3fn, got {first.dtype} and {second.dtype}")
-    for scale in scales:
-        if tuple(scale.shape) != (experts,):
-            raise ValueError(f"{name}: scales of the weights must be [E] = [{experts}], got {tuple(scale.shape)}")
+    experts = first.shape[0]
+    for scale, weight, halves in zip(scales, (first, second), (1 + gated, 1), strict=True):
+        tiles = (experts, halves * -(-weight.shape[1] // halves // 128), -(-weight.shape[2] // 128))
+        if tuple(scale.shape) != (experts,) and not (blocks and tuple(scale.shape) == tiles):
+            other = f" or, for blocks of 128 x 128, {list(tiles)}" if blocks else ""
+            raise ValueError(
+                f"{name}: scales of the weights must be [E] = [{experts}]{other}, got {tuple(scale.shape)}"
+            )
+    if len({scale.dim() for scale in scales}) > 1:
+        raise ValueError(f"{name}: both weights must be scaled by expert or both by block")
 
 
 @dataclass(frozen=True)

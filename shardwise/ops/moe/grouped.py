@@ -1,39 +1,44 @@
-"""Mixture of experts with given routing on grouped GEMMs: bf16 and fp16 weights, and e4m3 weights with scales."""
+"""Mixture of experts with given routing: bf16 and fp16 weights, and e4m3 weights with scales.
+
+A token or a few: two launches of matrix-vector products (`few_kernels.py`). More: grouping -> up GEMM with the
+activation -> down GEMM -> weighted sum (`grouped_gemm.py`). Nothing synchronises; sums are in a fixed order.
+"""
 
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from shardwise.ops.moe.contract import FP8Scales
+from shardwise.ops.moe.few import few_moe
 from shardwise.ops.moe.grouped_gemm import grouped_gemm
+from shardwise.ops.moe.grouped_plan import FewPlan, Shape, choose_few, choose_plan
 from shardwise.ops.moe.mxfp4 import WIDE_TOKENS
 from shardwise.ops.moe.routing import Routing, combine, group_pairs, most_blocks, multiprocessors
-from shardwise.ops.moe.tiles import Plan, Tiles
+from shardwise.ops.moe.tiles import Plan
 from shardwise.ops.moe.workspace import Workspace
 from shardwise.ops.quantization.triton_fp8 import quantize
+from shardwise.ops.tensor_memory import matrix_tiles
 from shardwise.ops.triton_support import Launcher, aligned, dependent_launch, interpreting
 
 _gemm = Launcher(grouped_gemm)
 
 
 @dataclass(frozen=True)
-class FP8Scales:
-    """Scales of an e4m3 mixture: value = code * scale."""
+class _Product:
+    """One of the two products: x [rows, K] with weights [E, N, K], twice N rows with "silu"."""
 
-    input: Tensor  # float32 [1], of x
-    first: Tensor  # float32 [E], of the first product: input scale * weight scale
-    inner: Tensor  # float32 [1], of the activation
-    second: Tensor  # float32 [E], of the second product
-
-
-def choose_plan(pairs: int, experts: int) -> Plan:
-    """Few pairs an expert: narrow token blocks, to read weights at memory rate. Many: wide ones."""
-    each = pairs / max(1, experts)
-    if each <= 16:
-        return Plan(16, Tiles(64, 64, 4, 4, 3), Tiles(64, 64, 4, 6, 3, 2 if pairs <= 8 else 1))
-    if each <= 64:
-        return Plan(64, Tiles(64, 64, 4, 4, 2), Tiles(64, 64, 4, 4, 3))
-    return Plan(128, Tiles(64, 64, 4, 3, 2), Tiles(128, 64, 8, 3, 2))
+    x: Tensor
+    weight: Tensor
+    out: Tensor  # [pairs, N] by sorted position, or [splits, pairs, N] by pair
+    gather: int
+    """Pairs of a row of x, which is gathered; 0: x rows are sorted positions."""
+    act: str
+    weight_in: bool
+    scale: Tensor | None
+    factor: Tensor | None
+    quant: Tensor | None
+    quant_how: str
 
 
 def grouped_moe(
@@ -45,51 +50,82 @@ def grouped_moe(
     act: str,
     on_input: bool = False,
     scales: FP8Scales | None = None,
-    plan: Plan | None = None,
+    plan: Plan | FewPlan | None = None,
 ) -> Tensor:
     """Routed sum [T, H] in tokens' dtype; `act` is "silu" (gated) or "relu2"."""
     count, hidden = tokens.shape
     experts, size = first.shape[0], second.shape[2]
-    pairs = ids.numel()
+    pairs, top_k = ids.numel(), ids.shape[1]
     if pairs == 0 or experts == 0:
         return torch.zeros_like(tokens)
-    if pairs * max(hidden, first.shape[1]) >= 2**31:
-        raise ValueError(f"{pairs} pairs x {max(hidden, first.shape[1])} columns exceed 2**31 elements")
-    plan = plan or choose_plan(pairs, experts)
+    if pairs * max(hidden, first.shape[1]) >= 2**31 or experts * max(hidden, first.shape[1]) >= 2**31:
+        raise ValueError(f"{pairs} pairs, {experts} experts x {max(hidden, first.shape[1])} rows exceed 2**31 elements")
+    ids, weights = ids.contiguous(), weights.contiguous()
+    if plan is None and (scales is None or not scales.blocks):
+        plan = choose_few(pairs, experts, top_k)
+    if isinstance(plan, FewPlan):
+        return few_moe(tokens, ids, weights, first, second, act, on_input, scales, plan)
+    plan = plan or choose_plan(pairs, experts, first.element_size(), scales is not None and scales.blocks)
     space = Workspace.of(tokens.device, count)
     order = space.take("order", (pairs,), torch.int32)
     blocks = space.take("blocks", (1 + 3 * most_blocks(pairs, experts, plan.bt),), torch.int32)
-    routing = Routing(ids.contiguous(), weights.contiguous(), order, blocks, 0, experts)
+    routing = Routing(ids, weights, order, blocks, 0, experts)
     group_pairs(routing, plan.bt)
-    x = tokens if scales is None else quantize(tokens, scales.input)
-    inner = space.take("inner", (pairs, size), x.dtype)
     wide = torch.float32 if count <= WIDE_TOKENS else tokens.dtype
     values = space.take("values", (plan.down.splits, pairs, hidden), wide)
-    up_scale, down_scale = (None, None) if scales is None else (scales.first, scales.second)
-    inner_scale = None if scales is None else scales.inner
-    _run_gemm(plan.up, plan.bt, x, first, inner, routing, act, True, on_input, up_scale, inner_scale)
-    _run_gemm(plan.down, plan.bt, inner, second, values, routing, "none", False, False, down_scale, None)
+    if scales is None:
+        inner = space.take("inner", (pairs, size), tokens.dtype)
+        up = _Product(tokens, first, inner, top_k, act, on_input, None, None, None, "")
+        down = _Product(inner, second, values, 0, "none", False, None, None, None, "")
+    else:
+        x, gather = (_weighted(tokens, weights), 1) if on_input else (tokens, top_k)
+        inner = space.take("inner", (pairs, size), torch.float8_e4m3fn)
+        x, how = quantize(x, scales.input), "divide" if scales.factored else "multiply"
+        factors = (scales.input, scales.inner) if scales.factored else (None, None)
+        up = _Product(x, first, inner, gather, act, False, scales.first, factors[0], scales.inner, how)
+        down = _Product(inner, second, values, 0, "none", False, scales.second, factors[1], None, "")
+    _run(plan.up, plan.bt, up, routing)
+    _run(plan.down, plan.bt, down, routing)
     return combine(values, routing, tokens.dtype, weighted=not on_input)
 
 
-def _run_gemm(tiles, bt, x, w, out, routing, act, gather, weight_in, scale, quant) -> None:
+def _weighted(tokens: Tensor, weights: Tensor) -> Tensor:
+    """Every pair's token times its routing weight, [T * K, H]: what is rounded to e4m3 when weights go to the input."""
+    return (tokens[:, None] * weights[:, :, None]).to(tokens.dtype).flatten(0, 1)
+
+
+def _by_tensor_memory(x: Tensor, w: Tensor) -> bool:
+    """Whether tiles come by the tensor memory accelerator: rows of 16-byte multiples, of a type that it swizzles."""
+    if interpreting():
+        return w.shape[2] * w.element_size() % 16 == 0
+    hopper = dependent_launch(x.device)
+    return hopper and w.element_size() < 4 and not (w.shape[2] * w.element_size() | w.data_ptr() | x.data_ptr()) % 16
+
+
+def _run(shape: Shape, bt: int, product: _Product, routing: Routing) -> None:
+    x, w, out = product.x, product.weight, product.out
     rows, columns, pairs = out.shape[-1], w.shape[2], routing.order.shape[0]
     device, pdl = x.device, dependent_launch(x.device)
-    even = columns % (tiles.bk * tiles.splits) == 0
-    bound = most_blocks(pairs, routing.local, bt) * -(-rows // tiles.bn) * tiles.splits
+    tma = _by_tensor_memory(x, w)
+    even = columns % (shape.bk * shape.splits) == 0
+    scaled = "" if product.scale is None else "expert" if product.scale.dim() == 1 else "block"
     constants = (
-        (routing.ids.shape[1], gather, act, scale is not None, quant is not None, weight_in)
-        + (tiles.bn, bt, tiles.bk, tiles.splits, even, tiles.stages, interpreting(), pdl)
+        (product.gather, product.act, scaled, product.factor is not None, product.quant_how, product.weight_in)
+        + (shape.bn, bt, shape.bk, shape.splits, shape.group, shape.tokens_left, tma, even, shape.stages)
+        + (interpreting(), pdl)
     )  # fmt: skip
     absent = routing.order  # stands for an argument that the kernel does not read
-    scale, quant = absent if scale is None else scale, absent if quant is None else quant
-    key = (x.dtype, w.dtype, out.dtype, routing.weights.dtype, columns, rows, tiles.warps, constants)
+    others = [absent if other is None else other for other in (product.scale, product.factor, product.quant)]
+    key = (x.dtype, w.dtype, out.dtype, routing.weights.dtype, columns, rows, shape.warps, constants)
+    bound = most_blocks(pairs, routing.local, bt) * -(-rows // shape.bn) * shape.splits
+    left = matrix_tiles(w.view(-1, columns), shape.bn, shape.bk) if tma else w
+    right = matrix_tiles(x, bt, shape.bk) if tma and not product.gather else x
     _gemm(
         device,
-        (*key, aligned(x, w, out, scale, quant, routing.weights)),
-        (min(bound, tiles.per_sm * multiprocessors(device)), 1, 1),
-        (x, w, out, routing.order, routing.blocks, scale, quant, routing.weights, pairs, columns, rows, x.stride(0))
+        (*key, aligned(x, w, out, *others, routing.weights)),
+        (min(bound, shape.per_sm * multiprocessors(device)), 1, 1),
+        (right, left, out, routing.order, routing.blocks, *others, routing.weights, pairs, columns, rows, x.stride(0))
         + constants,
-        num_warps=tiles.warps,
+        num_warps=shape.warps,
         launch_pdl=pdl,
     )

@@ -1,6 +1,8 @@
-"""Grouped GEMM over routed token rows with bf16, fp16 or e4m3 weights, transposed: out^T [N, tokens] = W x^T.
+"""Grouped GEMM over routed token rows with bf16, fp16, float32 or e4m3 weights.
 
-Weights on the left make the tile's long side theirs: 64 rows of weights for as few as 16 tokens.
+Few tokens an expert: out^T [N, tokens] = W x^T, so that a tile's long side is the weights' (64 rows of them for as few
+as 16 tokens). Many: out [tokens, N] = x W^T. Weights, and activations that lie in order, come by the tensor memory
+accelerator where their rows are multiples of 16 bytes; tokens are gathered.
 """
 
 from shardwise.ops.quantization.triton_fp8 import encode_e4m3
@@ -8,86 +10,141 @@ from shardwise.ops.triton_support import await_predecessor, tl, triton
 
 
 @triton.jit
-def _step(acc, w, x, INTERPRET: tl.constexpr):
+def _step(acc, w, x, TOKENS_LEFT: tl.constexpr, INTERPRET: tl.constexpr):
+    """acc + W x^T, or acc + x W^T; W [BN, BK], x [BT, BK]."""
+    if TOKENS_LEFT:
+        left, right = x, tl.trans(w)
+    else:
+        left, right = w, tl.trans(x)
     if INTERPRET:
-        return acc + tl.dot(w.to(tl.float32), tl.trans(x).to(tl.float32), input_precision="ieee")
-    if w.dtype == tl.float32:
-        return tl.dot(w, tl.trans(x), acc, input_precision="tf32x3")
-    return tl.dot(w, tl.trans(x), acc)
+        return acc + tl.dot(left.to(tl.float32), right.to(tl.float32), input_precision="ieee")
+    if left.dtype == tl.float32:
+        return tl.dot(left, right, acc, input_precision="tf32x3")
+    return tl.dot(left, right, acc)
+
+
+@triton.jit
+def _weights(w, row, n, real, k, columns, BK: tl.constexpr, TMA: tl.constexpr, EVEN_K: tl.constexpr):
+    """[BN, BK] at `row` + n of the stack of all experts' rows; rows beyond an expert's last are never kept."""
+    if TMA:
+        return w.load([row, k])
+    else:
+        column = k + tl.arange(0, BK)
+        at = w + row.to(tl.int64) * columns + tl.where(real, n, 0)[:, None] * columns + column[None, :]
+        return tl.load(at) if EVEN_K else tl.load(at, mask=(column < columns)[None, :], other=0.0)
+
+
+@triton.jit
+def _tokens(x, start, rows, valid, k, columns, stride, BK: tl.constexpr, TMA: tl.constexpr, EVEN_K: tl.constexpr):
+    """[BT, BK] of the block's rows."""
+    if TMA:
+        return x.load([start, k])
+    else:
+        column = k + tl.arange(0, BK)
+        at = x + rows[:, None] * stride + column[None, :]
+        mask = valid[:, None] if EVEN_K else valid[:, None] & (column < columns)[None, :]
+        return tl.load(at, mask=mask, other=0.0)
+
+
+@triton.jit
+def _place(index, blocks, per_block, GROUP: tl.constexpr):
+    """(block, position in it) of a tile: GROUP blocks share the weights they read while these are in the L2 cache."""
+    group = index // (GROUP * per_block)
+    within = index - group * (GROUP * per_block)
+    size = tl.minimum(blocks - group * GROUP, GROUP)
+    return group * GROUP + within % size, within // size
+
+
+@triton.jit
+def _lines(values, TOKENS_LEFT: tl.constexpr):
+    """A vector over n as a line of the accumulator."""
+    return values[None, :] if TOKENS_LEFT else values[:, None]
 
 
 @triton.jit(do_not_specialize=["pairs"])
 def grouped_gemm(
-    x_ptr, w_ptr, out_ptr, sorted_ptr, block_ptr, scale_ptr, quant_ptr, routing_ptr, pairs, columns, out_rows, stride_x,
-    TOP_K: tl.constexpr, GATHER: tl.constexpr, ACT: tl.constexpr, SCALED: tl.constexpr, QUANTIZE: tl.constexpr,
+    x, w, out_ptr, sorted_ptr, block_ptr, scale_ptr, factor_ptr, quant_ptr, routing_ptr, pairs, columns, out_rows,
+    stride_x,
+    GATHER: tl.constexpr, ACT: tl.constexpr, SCALED: tl.constexpr, FACTORED: tl.constexpr, QUANTIZE: tl.constexpr,
     WEIGHT_IN: tl.constexpr, BN: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, SPLITS: tl.constexpr,
-    EVEN_K: tl.constexpr, STAGES: tl.constexpr, INTERPRET: tl.constexpr, PDL: tl.constexpr,
+    GROUP: tl.constexpr, TOKENS_LEFT: tl.constexpr, TMA: tl.constexpr, EVEN_K: tl.constexpr, STAGES: tl.constexpr,
+    INTERPRET: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Persistent over (token block, n tile, k split); n tiles of BN output rows.
 
-    w_ptr       [E, N, K], twice N rows (up, then gate) with ACT "silu"
-    GATHER      x rows are tokens, pair // TOP_K, and results go to sorted positions; otherwise the reverse
+    w           [E, N, K], twice N rows (up, then gate) with ACT "silu"; with TMA a descriptor of [E * N, K]
+    x           [rows, K]; with TMA and without GATHER a descriptor
+    GATHER      so many pairs share a row of x, which is gathered, and results go to sorted positions; 0: x stands in
+                sorted positions, and results go to their pairs, [SPLITS, pairs, N]
     ACT         "none", "silu" (silu(gate) * up) or "relu2"
-    SCALED      products are multiplied with scale_ptr[expert]
-    QUANTIZE    results are divided by quant_ptr[0] and stored as e4m3
+    SCALED      "expert": products are multiplied with scale_ptr[expert]; "block": with the scales of 128 x 128
+                weights each, [E, ceil(N/128), ceil(K/128)], twice as many rows with ACT "silu"; FACTORED: also with
+                factor_ptr[0]
+    QUANTIZE    results are divided ("divide") by quant_ptr[0] or multiplied ("multiply") with it and stored as e4m3
     WEIGHT_IN   products are multiplied with routing_ptr[pair], which is the routing weight applied to the input
     """
     await_predecessor(PDL)
     GATED: tl.constexpr = ACT == "silu"
+    ROWS: tl.constexpr = BT if TOKENS_LEFT else BN
+    COLUMNS: tl.constexpr = BN if TOKENS_LEFT else BT
     n_tiles = tl.cdiv(out_rows, BN)
-    total = tl.load(block_ptr) * n_tiles * SPLITS
+    blocks = tl.load(block_ptr)
+    per_block = n_tiles * SPLITS
     k_steps = tl.cdiv(tl.cdiv(columns, BK), SPLITS)
-    column = tl.arange(0, BK)
-    for index in tl.range(tl.program_id(0), total, tl.num_programs(0), num_stages=1):
-        split = index % SPLITS
-        n_tile = index // SPLITS % n_tiles
-        block = index // SPLITS // n_tiles
+    for index in tl.range(tl.program_id(0), blocks * per_block, tl.num_programs(0), num_stages=1):
+        block, place = _place(index, blocks, per_block, GROUP)
+        split, n_start = place % SPLITS, place // SPLITS * BN
         expert = tl.load(block_ptr + 1 + 3 * block)
         start = tl.load(block_ptr + 2 + 3 * block)
         stop = tl.load(block_ptr + 3 + 3 * block)
         position = start + tl.arange(0, BT)
         valid = position < stop
         pair = tl.load(sorted_ptr + position, mask=valid, other=0)
-        rows = pair // TOP_K if GATHER else position
-        n = n_tile * BN + tl.arange(0, BN)
+        rows = pair // GATHER if GATHER else position
+        n = n_start + tl.arange(0, BN)
         real = n < out_rows
-        weights = w_ptr + expert.to(tl.int64) * (out_rows * (2 if GATED else 1)) * columns
-        w_at = tl.where(real, n, 0)[:, None] * columns + column[None, :]
-        x_at = rows[:, None] * stride_x + column[None, :]
-        acc = tl.zeros((BN, BT), dtype=tl.float32)
-        gate = tl.zeros((BN, BT), dtype=tl.float32)
+        first = expert * (out_rows * (2 if GATED else 1))
+        scale_rows = tl.cdiv(out_rows, 128) * (2 if GATED else 1)
+        at_row = first + n_start if TMA else first
+        acc = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
+        gate = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
         for step in tl.range(split * k_steps, (split + 1) * k_steps, num_stages=STAGES):
             k = step * BK
-            if EVEN_K:
-                x = tl.load(x_ptr + x_at + k, mask=valid[:, None], other=0.0)
-                w = tl.load(weights + w_at + k)
+            tokens = _tokens(x, start, rows, valid, k, columns, stride_x, BK, TMA and not GATHER, EVEN_K)
+            up = _weights(w, at_row, n, real, k, columns, BK, TMA, EVEN_K)
+            if SCALED == "block":
+                scale_at = scale_ptr + (expert * scale_rows + n_start // 128) * tl.cdiv(columns, 128) + k // 128
+                zero = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
+                acc += _step(zero, up, tokens, TOKENS_LEFT, INTERPRET) * tl.load(scale_at)
             else:
-                within = (column + k < columns)[None, :]
-                x = tl.load(x_ptr + x_at + k, mask=valid[:, None] & within, other=0.0)
-                w = tl.load(weights + w_at + k, mask=within, other=0.0)
-            acc = _step(acc, w, x, INTERPRET)
+                acc = _step(acc, up, tokens, TOKENS_LEFT, INTERPRET)
             if GATED:
-                if EVEN_K:
-                    v = tl.load(weights + out_rows * columns + w_at + k)
+                other = _weights(w, at_row + out_rows, n, real, k, columns, BK, TMA, EVEN_K)
+                if SCALED == "block":
+                    scale_at += tl.cdiv(out_rows, 128) * tl.cdiv(columns, 128)
+                    gate += _step(zero, other, tokens, TOKENS_LEFT, INTERPRET) * tl.load(scale_at)
                 else:
-                    v = tl.load(weights + out_rows * columns + w_at + k, mask=within, other=0.0)
-                gate = _step(gate, v, x, INTERPRET)
+                    gate = _step(gate, other, tokens, TOKENS_LEFT, INTERPRET)
         if SCALED:
-            factor = tl.load(scale_ptr + expert)
+            factor = tl.load(scale_ptr + expert) if SCALED == "expert" else 1.0
+            if FACTORED:
+                factor *= tl.load(factor_ptr)
             acc *= factor
             gate *= factor
         if WEIGHT_IN:
-            weight = tl.load(routing_ptr + pair, mask=valid, other=0.0).to(tl.float32)[None, :]
-            acc *= weight
-            gate *= weight
+            weight = tl.load(routing_ptr + pair, mask=valid, other=0.0).to(tl.float32)
+            acc *= _lines(weight, not TOKENS_LEFT)
+            gate *= _lines(weight, not TOKENS_LEFT)
         if ACT == "silu":
             acc *= gate / (1.0 + tl.exp(-gate))
         if ACT == "relu2":
             acc = tl.maximum(acc, 0.0) * tl.maximum(acc, 0.0)
-        at = position if GATHER else split * pairs + pair
-        out = out_ptr + at.to(tl.int64)[None, :] * out_rows + n[:, None]
-        if QUANTIZE:
+        if QUANTIZE == "divide":
             value = encode_e4m3(acc / tl.load(quant_ptr), INTERPRET)
+        elif QUANTIZE == "multiply":
+            value = encode_e4m3(acc * tl.load(quant_ptr), INTERPRET)
         else:
             value = acc.to(out_ptr.dtype.element_ty)
-        tl.store(out, value, mask=real[:, None] & valid[None, :])
+        at = (position if GATHER else split * pairs + pair).to(tl.int64) * out_rows
+        out = out_ptr + _lines(at, not TOKENS_LEFT) + _lines(n, TOKENS_LEFT)
+        tl.store(out, value, mask=_lines(real, TOKENS_LEFT) & _lines(valid, not TOKENS_LEFT))

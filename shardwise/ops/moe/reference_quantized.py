@@ -49,7 +49,8 @@ def torch_quant_fp8_moe(
 ) -> Tensor:
     """`torch_moe` with every linear a `torch_quant_fp8_linear`: e4m3 weights, one scale for input and weight each.
 
-    Scales are lists of one-element tensors, an entry an expert; the w3 lists are empty when not gated.
+    Scales are lists, an entry an expert, of one-element tensors, those of weights also of blocks of 128 x 128
+    (`torch_quant_fp8_linear`); the w3 lists are empty when not gated.
     """
     weight = (w1_weight, w2_weight, w3_weight)
     s_in = (w1_input_scale, w2_input_scale, w3_input_scale)

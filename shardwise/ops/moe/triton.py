@@ -6,6 +6,7 @@ from torch import Tensor
 from shardwise.ops.moe.contract import (
     RELU2,
     SILU,
+    FP8Scales,
     activation,
     check_contiguous,
     check_fp8,
@@ -13,7 +14,7 @@ from shardwise.ops.moe.contract import (
     check_stacked,
 )
 from shardwise.ops.moe.exchange import run_routed
-from shardwise.ops.moe.grouped import FP8Scales, grouped_moe
+from shardwise.ops.moe.grouped import grouped_moe
 from shardwise.ops.moe.mxfp4 import mxfp4_moe
 from shardwise.ops.moe.mxfp4_layout import packed_once
 from shardwise.ops.moe.reference import check_mxfp4_moe
@@ -174,16 +175,17 @@ def triton_quant_fp8_moe(
 
     w1_weight e4m3 [E, I, H] with Relu2, or [E, 2I, H] (w3 rows, then w1 rows, one scale for both) when gated;
     w2_weight e4m3 [E, H, I]; the w3 arguments are not used. Input scales [1] or [E], of which the first counts;
-    weight scales [E]. x is quantised to clamp(x / w1_input_scale, -448, 448), the activation with w2_input_scale.
-    Not gated, Silu (the schema's default) is read as Relu2.
+    weight scales [E], or of blocks of 128 x 128: w1 [E, ceil(I/128), ceil(H/128)] (twice as many rows when gated: w3's,
+    then w1's) and w2 [E, ceil(H/128), ceil(I/128)]. x is quantised to clamp(x / w1_input_scale, -448, 448), the
+    activation with w2_input_scale. Not gated, Silu (the schema's default) is read as Relu2.
     """
     name = "triton_quant_fp8_moe"
     act = activation(name, is_gated_mlp, RELU2 if not is_gated_mlp and act_fn == SILU else act_fn)
     experts, _ = check_stacked(name, x, w1_weight, w2_weight, is_gated_mlp)
-    check_fp8(name, experts, w1_weight, w2_weight, w1_weight_scale, w2_weight_scale)
+    check_fp8(name, w1_weight, w2_weight, is_gated_mlp, w1_weight_scale, w2_weight_scale, blocks=True)
     check_contiguous(name, w1_weight=w1_weight, w2_weight=w2_weight)
-    s1, s2 = w1_input_scale.reshape(-1)[:1].float(), w2_input_scale.reshape(-1)[:1].float()
-    scales = FP8Scales(s1, w1_weight_scale.float() * s1, s2, w2_weight_scale.float() * s2)
+    s1, s2 = (scale.reshape(-1)[:1].float() for scale in (w1_input_scale, w2_input_scale))
+    scales = FP8Scales(s1, w1_weight_scale.float().contiguous(), s2, w2_weight_scale.float().contiguous(), True)
 
     def compute(rows: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         return grouped_moe(rows, ids, weights, w1_weight, w2_weight, act, apply_routing_on_input, scales)

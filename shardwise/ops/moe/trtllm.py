@@ -1,8 +1,9 @@
 """TRT-LLM's mixture of experts as FlashInfer ships it, where its compiled module is present; else our Triton kernels.
 
-FlashInfer compiles its Hopper module (CUTLASS grouped GEMMs) on the first call, which takes many minutes, so nothing
-here starts that: `build_cutlass_moe` does, once, and later processes find the result. The module adds the experts'
-results with float atomics when it picks a fused epilogue, so bits may differ between runs; the Triton kernels' do not.
+FlashInfer would compile its Hopper module (CUTLASS grouped GEMMs) on the first call, which takes an hour or more, so
+nothing here starts that: `build_cutlass_moe` does, once, and later processes find the result. `shardwise ops` says
+which kernels serve. The module adds the experts' results with float atomics when it picks a fused epilogue, so bits may
+differ between runs; the Triton kernels' do not.
 """
 
 import functools
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from shardwise.ops.moe.contract import (
+    FP8Scales,
     activation,
     check_contiguous,
     check_fp8,
@@ -19,10 +21,10 @@ from shardwise.ops.moe.contract import (
     parse_mapping,
 )
 from shardwise.ops.moe.exchange import run_routed
-from shardwise.ops.moe.grouped import FP8Scales, grouped_moe
+from shardwise.ops.moe.grouped import grouped_moe
 from shardwise.ops.moe.nvfp4 import nvfp4_moe
 from shardwise.ops.quantization.triton_fp8 import quantize
-from shardwise.ops.registry import TRITON, operator
+from shardwise.ops.registry import TRITON, Need, operator
 
 
 def _fake(x, *_args, **_options):
@@ -34,19 +36,38 @@ def build_cutlass_moe() -> None:
     from flashinfer.fused_moe.core import gen_cutlass_fused_moe_sm90_module
 
     gen_cutlass_fused_moe_sm90_module().build_and_load()
-    cutlass_ready.cache_clear()
+    cutlass_state.cache_clear()
+
+
+def cutlass_ready() -> bool:
+    """Whether FlashInfer's module can run: this is Hopper and the module was compiled before."""
+    return cutlass_state()[0]
 
 
 @functools.cache
-def cutlass_ready() -> bool:
-    """Whether this is Hopper and FlashInfer's module was compiled before."""
-    if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
-        return False
+def cutlass_state() -> tuple[bool, str]:
+    """(ready, what is there or missing)."""
+    if not torch.cuda.is_available():
+        return False, "no CUDA device"
+    capability = torch.cuda.get_device_capability()
+    if capability != (9, 0):
+        return False, f"FlashInfer's module is for compute capability 9.0, this is {capability[0]}.{capability[1]}"
     try:
         from flashinfer.fused_moe.core import gen_cutlass_fused_moe_sm90_module
-    except ImportError:
-        return False
-    return gen_cutlass_fused_moe_sm90_module().is_compiled
+    except ImportError as error:
+        return False, f"flashinfer-python cannot be imported ({error})"
+    if not gen_cutlass_fused_moe_sm90_module().is_compiled:
+        return False, "FlashInfer's module is not compiled (shardwise.ops.moe.trtllm.build_cutlass_moe does it once)"
+    return True, "FlashInfer's CUTLASS kernels"
+
+
+def _kernels() -> tuple[bool, str]:
+    present, reason = TRITON.state
+    ready, what = cutlass_state()
+    return present, f"{reason}: {what if ready else f'our Triton kernels, as {what}'}" if present else reason
+
+
+KERNELS = Need("FlashInfer's CUTLASS or our Triton kernels", _kernels, on_cpu=TRITON.on_cpu)
 
 
 def on_cutlass(rows: Tensor, on_input: bool) -> bool:
@@ -76,7 +97,7 @@ def _check_exchange(name: str, mapping_config: str, max_num_tokens: int) -> None
         raise ValueError(f"{name}: mapping_config asks for a token exchange, which needs max_num_tokens > 0")
 
 
-@operator(fake=_fake, needs=(TRITON,), instead="torch_moe_fused")
+@operator(fake=_fake, needs=(KERNELS, TRITON), instead="torch_moe_fused")
 def trtllm_moe_fused(
     x: Tensor,
     selected_experts: Tensor,
@@ -132,7 +153,7 @@ def _fp8_fake(
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-@operator(fake=_fp8_fake, needs=(TRITON,), instead="torch_quant_fp8_moe")
+@operator(fake=_fp8_fake, needs=(KERNELS, TRITON), instead="torch_quant_fp8_moe")
 def trtllm_quant_fp8_moe_fused(
     x: Tensor,
     selected_experts: Tensor,
@@ -159,12 +180,12 @@ def trtllm_quant_fp8_moe_fused(
     name = "trtllm_quant_fp8_moe_fused"
     act = activation(name, is_gated_mlp, act_fn)
     experts, _ = check_stacked(name, x, fc1_expert_weights, fc2_expert_weights, is_gated_mlp)
-    check_fp8(name, experts, fc1_expert_weights, fc2_expert_weights, fc1_dequant_scale, fc2_dequant_scale)
+    check_fp8(name, fc1_expert_weights, fc2_expert_weights, is_gated_mlp, fc1_dequant_scale, fc2_dequant_scale)
     check_contiguous(name, fc1_expert_weights=fc1_expert_weights, fc2_expert_weights=fc2_expert_weights)
     _check_exchange(name, mapping_config, max_num_tokens)
     weights = (fc1_expert_weights, fc2_expert_weights)
     s1, reciprocal = fc1_act_scale.reshape(-1)[:1].float(), fc2_act_scale_reciprocal.reshape(-1)[:1].float()
-    scales = FP8Scales(s1, fc1_dequant_scale.float(), 1.0 / reciprocal, fc2_dequant_scale.float())
+    scales = FP8Scales(s1, fc1_dequant_scale.float(), reciprocal, fc2_dequant_scale.float(), False)
 
     def compute(rows: Tensor, ids: Tensor, routing: Tensor) -> Tensor:
         if on_cutlass(rows, apply_routing_on_input):

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from shardwise.ops.quantization.floats import e4m3_encode
+from shardwise.ops.quantization.fp8 import BLOCK, dequantize_fp8_blocks
 from shardwise.ops.quantization.nvfp4 import dequantize_nvfp4, quantize_nvfp4, unswizzle_scales
 from shardwise.ops.registry import operator
 
@@ -38,46 +39,60 @@ def torch_quant_fp8_linear(
     input         [..., K] floating point, quantised here to clamp(input / input_scale, -448, 448)
     weight_fp8    [N, K] float8_e4m3fn
     bias          [N] or None
-    input_scale, weight_scale   one float32 element, required
+    input_scale   one float32 element, required
+    weight_scale  one float32 element, or those of blocks of 128 x 128 [ceil(N/128), ceil(K/128)]; required
     Returns [..., N] in input's dtype: codes' product * input_scale * weight_scale + bias, summed in float32.
     """
-    s_in, s_weight = check_fp8_linear("torch_quant_fp8_linear", input, weight_fp8, bias, input_scale, weight_scale)
+    name = "torch_quant_fp8_linear"
+    s_in, s_weight = check_fp8_linear(name, input, weight_fp8, bias, input_scale, weight_scale, blocks=True)
     codes = e4m3_encode(input.reshape(-1, input.shape[-1]).float() / s_in)
-    out = scaled_mm(codes, weight_fp8, s_in, s_weight, input.dtype)
+    if s_weight.numel() > 1:
+        weight = dequantize_fp8_blocks(weight_fp8, s_weight, dtype=torch.float32)
+        out = (codes.float() @ weight.t() * s_in).to(input.dtype)
+    else:
+        out = scaled_mm(codes, weight_fp8, s_in, s_weight, input.dtype)
     out = out.view(*input.shape[:-1], weight_fp8.shape[0])
     return out if bias is None else (out + bias).to(input.dtype)
 
 
-def check_fp8_linear(name, input, weight_fp8, bias, input_scale, weight_scale) -> tuple[Tensor, Tensor]:
-    """The two scales in float32; TypeError or ValueError naming operator and argument."""
+def check_fp8_linear(
+    name, input, weight_fp8, bias, input_scale, weight_scale, blocks: bool = False
+) -> tuple[Tensor, Tensor]:
+    """The two scales in float32; TypeError or ValueError naming operator and argument.
+
+    blocks   the weight may have scales of blocks of 128 x 128
+    """
     if weight_fp8.dtype != torch.float8_e4m3fn:
         raise TypeError(f"{name}: weight_fp8 must be float8_e4m3fn, got {weight_fp8.dtype}")
     if weight_fp8.dim() != 2 or weight_fp8.shape[1] != input.shape[-1]:
         raise ValueError(
             f"{name}: weight_fp8 must be [N, K] with K = {input.shape[-1]} as in input, got {tuple(weight_fp8.shape)}"
         )
+    tiles = tuple(-(-size // BLOCK) for size in weight_fp8.shape)
     for label, scale in (("input_scale", input_scale), ("weight_scale", weight_scale)):
-        if scale is None or scale.numel() != 1:
+        by_block = blocks and label == "weight_scale"
+        if scale is None or (scale.numel() != 1 and not (by_block and tuple(scale.shape) == tiles)):
             got = "None" if scale is None else tuple(scale.shape)
-            raise ValueError(f"{name}: {label} must be a tensor with one element, got {got}")
+            other = f", or {list(tiles)} for blocks of {BLOCK} x {BLOCK}" if by_block else ""
+            raise ValueError(f"{name}: {label} must be a tensor with one element{other}, got {got}")
     if bias is not None and bias.numel() != weight_fp8.shape[0]:
         raise ValueError(f"{name}: bias must have N = {weight_fp8.shape[0]} elements, got {tuple(bias.shape)}")
     return input_scale.float(), weight_scale.float()
 
 
 def scaled_mm(codes: Tensor, weight: Tensor, s_in: Tensor, s_weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """e4m3 [M, K] x e4m3 [N, K]^T * s_in * s_weight in `dtype`, on the GPU's FP8 units if it has them."""
-    if not _native_fp8(codes.device):
+    """e4m3 [M, K] x e4m3 [N, K]^T * s_in * s_weight in `dtype`, contiguous, on the GPU's FP8 units if it has them.
+
+    Sizes are padded to multiples of 16, which those units ask of K and N; of M, their library refuses 1 for some types.
+    """
+    if codes.shape[0] == 0 or not _native_fp8(codes.device):
         return (codes.float() @ weight.float().t() * (s_in.float() * s_weight.float()).reshape(())).to(dtype)
-    columns = weight.shape[0]
-    pad_n, pad_k = -columns % 16, -codes.shape[1] % 16
-    if pad_n or pad_k:
-        codes, weight = _pad_fp8(codes, 0, pad_k), _pad_fp8(weight, pad_n, pad_k)
+    rows, columns = codes.shape[0], weight.shape[0]
+    pad_m, pad_n, pad_k = (16 - rows if rows < 16 else 0), -columns % 16, -codes.shape[1] % 16
+    codes, weight = _pad_fp8(codes, pad_m, pad_k), _pad_fp8(weight, pad_n, pad_k)
     scale_a, scale_b = s_in.reshape(1).float(), s_weight.reshape(1).float()
-    out = torch._scaled_mm(
-        codes.contiguous(), weight.contiguous().t(), scale_a, scale_b, out_dtype=dtype, use_fast_accum=True
-    )
-    return out[:, :columns]
+    out = torch._scaled_mm(codes, weight.t(), scale_a, scale_b, out_dtype=dtype, use_fast_accum=True)
+    return out[:rows, :columns].contiguous()
 
 
 @functools.cache
@@ -86,7 +101,9 @@ def _native_fp8(device: torch.device) -> bool:
 
 
 def _pad_fp8(codes: Tensor, rows: int, columns: int) -> Tensor:
-    return F.pad(codes.view(torch.uint8), (0, columns, 0, rows)).view(torch.float8_e4m3fn)
+    """Contiguous, with zeros behind the last rows and columns."""
+    codes = codes.contiguous()
+    return F.pad(codes.view(torch.uint8), (0, columns, 0, rows)).view(torch.float8_e4m3fn) if rows or columns else codes
 
 
 def _bmm_fake(input, mat2, input_scale, weight_scale):

@@ -1,8 +1,11 @@
 """Triton kernels for FP8: static quantisation, and a linear for few rows that is bound by reading its weights."""
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
+from shardwise.ops.tensor_memory import matrix_tiles, prefetch
 from shardwise.ops.triton_support import (
     Launcher,
     aligned,
@@ -12,6 +15,9 @@ from shardwise.ops.triton_support import (
     tl,
     triton,
 )
+
+MOST_FEW_ROWS = 64
+AHEAD_LINES = 8
 
 
 @triton.jit
@@ -37,28 +43,39 @@ def quantize_kernel(x_ptr, scale_ptr, out_ptr, size, BLOCK: tl.constexpr, INTERP
 
 @triton.jit
 def few_rows_kernel(
-    x_ptr, w_ptr, bias_ptr, out_ptr, in_scale_ptr, w_scale_ptr, rows, columns, outputs,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, BIAS: tl.constexpr,
-    INTERPRET: tl.constexpr, PDL: tl.constexpr,
+    x, w, w_ptr, bias_ptr, out_ptr, in_scale_ptr, w_scale_ptr, rows, columns, outputs,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, BIAS: tl.constexpr, TMA: tl.constexpr,
+    AHEAD: tl.constexpr, INTERPRET: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """[BM, BN] outputs: weights [BN, BK] stream through, the rows are quantised on the way."""
+    """[BM, BN] outputs of e4m3 rows [M, K], all of them, and weights [N, K], which stream through shared memory.
+
+    x, w    descriptors with TMA, else pointers; w_ptr is the pointer always
+    AHEAD   lines of 128 bytes of each weight row that are asked for before the rows are there
+    """
+    first = tl.program_id(0) * BN
+    n = first + tl.arange(0, BN)
+    row_at = tl.where(n < outputs, n, 0).to(tl.int64)[:, None] * columns
+    if AHEAD > 0:
+        line = tl.arange(0, AHEAD) * 128
+        prefetch(w_ptr + row_at + tl.where(line < columns, line, 0)[None, :], INTERPRET)
     await_predecessor(PDL)
     m = tl.arange(0, BM)
-    n = tl.program_id(0) * BN + tl.arange(0, BN)
     column = tl.arange(0, BK)
-    in_scale = tl.load(in_scale_ptr)
-    w_at = tl.where(n < outputs, n, 0).to(tl.int64)[:, None] * columns + column[None, :]
     acc = tl.zeros((BN, BM), dtype=tl.float32)
     for k in tl.range(0, columns, BK, num_stages=STAGES):
-        inside = (k + column < columns)[None, :]
-        w = tl.load(w_ptr + w_at + k, mask=inside, other=0.0)
-        x = tl.load(x_ptr + m[:, None] * columns + k + column[None, :], mask=(m < rows)[:, None] & inside, other=0.0)
-        codes = encode_e4m3(x.to(tl.float32) / in_scale, INTERPRET)
-        if INTERPRET:
-            acc += tl.dot(w.to(tl.float32), tl.trans(codes).to(tl.float32), input_precision="ieee")
+        if TMA:
+            left, right = w.load([first, k]), x.load([0, k])
         else:
-            acc = tl.dot(w, tl.trans(codes), acc)
-    acc *= in_scale * tl.load(w_scale_ptr)
+            inside = (k + column < columns)[None, :]
+            left = tl.load(w + row_at + k + column[None, :], mask=inside, other=0.0)
+            right = tl.load(
+                x + m[:, None] * columns + k + column[None, :], mask=(m < rows)[:, None] & inside, other=0.0
+            )
+        if INTERPRET:
+            acc += tl.dot(left.to(tl.float32), tl.trans(right).to(tl.float32), input_precision="ieee")
+        else:
+            acc = tl.dot(left, tl.trans(right), acc)
+    acc *= tl.load(in_scale_ptr) * tl.load(w_scale_ptr)
     if BIAS:
         acc += tl.load(bias_ptr + n, mask=n < outputs, other=0.0).to(tl.float32)[:, None]
     at = out_ptr + m[None, :] * outputs + n[:, None]
@@ -84,24 +101,53 @@ def quantize(values: Tensor, scale: Tensor) -> Tensor:
     return out
 
 
+@dataclass(frozen=True)
+class FewRows:
+    """Shape of one launch of `few_rows_kernel`."""
+
+    outputs: int  # of a program
+    step: int  # columns of a step
+    stages: int
+    warps: int
+
+
+def choose_few_rows(outputs: int) -> FewRows:
+    """The tallest tile that still gives nearly each of an H100's 132 multiprocessors one."""
+    height = next((height for height in (64, 32) if outputs >= 120 * height), 16)
+    return FewRows(height, 256, 6 if height == 64 else 8, 4 if height == 64 else 2)
+
+
 def few_rows_linear(
-    rows: Tensor, weight: Tensor, bias: Tensor | None, in_scale: Tensor, weight_scale: Tensor
+    rows: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    in_scale: Tensor,
+    weight_scale: Tensor,
+    shape: FewRows | None = None,
 ) -> Tensor:
-    """rows [M, K] (quantised here) x weight e4m3 [N, K]^T with scales and bias, in rows' dtype."""
+    """rows [M, K], M at most 64 (quantised first), x weight e4m3 [N, K]^T with scales and bias, in rows' dtype."""
     (count, columns), outputs = rows.shape, weight.shape[0]
     out = torch.empty((count, outputs), dtype=rows.dtype, device=rows.device)
     device, pdl = rows.device, dependent_launch(rows.device)
-    bm, bn, bk, stages = max(16, 1 << (count - 1).bit_length()), 32, 256, 5
-    constants = (bm, bn, bk, stages, bias is not None, interpreting(), pdl)
+    shape = shape or choose_few_rows(outputs)
+    codes = quantize(rows, in_scale)
+    block = max(16, 1 << (count - 1).bit_length())
+    tma = columns % 16 == 0 and weight.data_ptr() % 16 == 0
+    x, w = (codes, weight)
+    if tma:
+        x, w = matrix_tiles(codes, block, shape.step), matrix_tiles(weight, shape.outputs, shape.step)
+    constants = (
+        (block, shape.outputs, shape.step, shape.stages, bias is not None, tma, 0 if interpreting() else AHEAD_LINES)
+        + (interpreting(), pdl)
+    )  # fmt: skip
     bias = weight_scale if bias is None else bias
-    key = (rows.dtype, bias.dtype, aligned(rows, weight, bias, in_scale, weight_scale), columns, outputs, count == 1)
+    key = (rows.dtype, bias.dtype, aligned(weight, bias, in_scale, weight_scale), columns, outputs, count == 1)
     _few_rows(
         device,
-        (*key, count % 16 == 0, constants),
-        (-(-outputs // bn), 1, 1),
-        (rows, weight, bias, out, in_scale, weight_scale, count, columns, outputs) + constants,
-        num_warps=4,
-        num_stages=stages,
+        (*key, count % 16 == 0, shape.warps, constants),
+        (-(-outputs // shape.outputs), 1, 1),
+        (x, w, weight, bias, out, in_scale, weight_scale, count, columns, outputs) + constants,
+        num_warps=shape.warps,
         launch_pdl=pdl,
     )
     return out

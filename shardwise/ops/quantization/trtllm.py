@@ -3,11 +3,9 @@
 from torch import Tensor
 
 from shardwise.ops.quantization.reference import check_fp8_linear, scaled_mm
-from shardwise.ops.quantization.triton_fp8 import few_rows_linear, quantize
+from shardwise.ops.quantization.triton_fp8 import MOST_FEW_ROWS, few_rows_linear, quantize
 from shardwise.ops.registry import TRITON, operator
 from shardwise.ops.triton_support import interpreting
-
-_FEW_ROWS = 16  # up to here the product reads its weights at memory rate in a kernel of its own
 
 
 def _fake(input, weight_fp8, bias=None, input_scale=None, weight_scale=None):
@@ -24,15 +22,15 @@ def trtllm_quant_fp8_linear(
 ) -> Tensor:
     """`torch_quant_fp8_linear` with the input quantised in one launch.
 
-    input [..., K], weight_fp8 float8_e4m3fn [N, K], one-element scales, both required. Up to 16 rows a Triton kernel
-    quantises on the fly and splits K; more go through the GPU library's FP8 product.
+    input [..., K], weight_fp8 float8_e4m3fn [N, K], one-element scales, both required. Few rows go through a Triton
+    kernel that streams the weights, more through the GPU library's FP8 product.
     """
     s_in, s_weight = check_fp8_linear("trtllm_quant_fp8_linear", input, weight_fp8, bias, input_scale, weight_scale)
     rows = input.reshape(-1, input.shape[-1]).contiguous()
     shape = (*input.shape[:-1], weight_fp8.shape[0])
     if rows.shape[0] == 0:
         return input.new_empty(shape)
-    if rows.shape[0] <= _FEW_ROWS or interpreting():
+    if rows.shape[0] <= MOST_FEW_ROWS or interpreting():
         out = few_rows_linear(rows, weight_fp8.contiguous(), bias, s_in, s_weight)
         return out.view(shape)
     out = scaled_mm(quantize(rows, s_in), weight_fp8, s_in, s_weight, input.dtype)

@@ -1,0 +1,124 @@
+"""Two kernels for a token or a few: every pair's expert as matrix-vector products, a token's experts summed at once.
+
+Each pair reads its expert's rows, whoever else chose it, so nothing has to be grouped and nothing is left to combine.
+Rows stream through registers with 16 bytes a thread and load; sums are float32.
+"""
+
+from shardwise.ops.quantization.triton_fp8 import encode_e4m3
+from shardwise.ops.tensor_memory import prefetch
+from shardwise.ops.triton_support import tl, triton
+
+
+@triton.jit
+def _begin(PDL: tl.constexpr):
+    """Wait for the kernels before; only then may the next one start, which thus may read what those wrote."""
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
+def _scale(scale_ptr, factor_ptr, expert, held, FACTORED: tl.constexpr):
+    scale = tl.load(scale_ptr + expert, mask=held, other=0.0)
+    if FACTORED:
+        scale *= tl.load(factor_ptr)
+    return scale
+
+
+@triton.jit(do_not_specialize=["experts"])
+def few_up(
+    x_ptr, w_ptr, out_ptr, id_ptr, routing_ptr, scale_ptr, factor_ptr, in_ptr, quant_ptr, experts, columns, out_rows,
+    TOP_K: tl.constexpr, ACT: tl.constexpr, SCALED: tl.constexpr, FACTORED: tl.constexpr, QUANTIZE: tl.constexpr,
+    WEIGHT_IN: tl.constexpr, ROWS: tl.constexpr, BK: tl.constexpr, VECTOR: tl.constexpr, STAGES: tl.constexpr,
+    EVEN_K: tl.constexpr, INTERPRET: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """ROWS rows of one pair's activation. Arguments as in `grouped_gemm`; in_ptr is the scale that x is divided by."""
+    _begin(PDL)
+    GATED: tl.constexpr = ACT == "silu"
+    pair = tl.program_id(0)
+    expert = tl.load(id_ptr + pair).to(tl.int32)
+    if (expert < 0) | (expert >= experts):
+        return
+    n = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    real = n < out_rows
+    column = tl.arange(0, BK)
+    first = expert.to(tl.int64) * (out_rows * (2 if GATED else 1)) * columns
+    w_at = w_ptr + first + tl.where(real, n, 0)[:, None] * columns + column[None, :]
+    x_ptr += (pair // TOP_K).to(tl.int64) * columns
+    weight = tl.load(routing_ptr + pair).to(tl.float32) if WEIGHT_IN else 1.0
+    acc = tl.zeros((ROWS, BK // VECTOR), dtype=tl.float32)
+    gate = tl.zeros((ROWS, BK // VECTOR), dtype=tl.float32)
+    for k in tl.range(0, columns, BK, num_stages=STAGES):
+        within = column < columns - k
+        x = tl.load(x_ptr + k + column) if EVEN_K else tl.load(x_ptr + k + column, mask=within, other=0.0)
+        up = tl.load(w_at + k) if EVEN_K else tl.load(w_at + k, mask=within[None, :], other=0.0)
+        x = x.to(tl.float32)
+        if WEIGHT_IN:
+            x *= weight
+        if SCALED:
+            x = encode_e4m3(x / tl.load(in_ptr), INTERPRET).to(tl.float32)
+        acc += tl.sum(tl.reshape(up.to(tl.float32) * x[None, :], (ROWS, BK // VECTOR, VECTOR)), axis=2)
+        if GATED:
+            other = w_at + out_rows * columns + k
+            other = tl.load(other) if EVEN_K else tl.load(other, mask=within[None, :], other=0.0)
+            gate += tl.sum(tl.reshape(other.to(tl.float32) * x[None, :], (ROWS, BK // VECTOR, VECTOR)), axis=2)
+    value = tl.sum(acc, axis=1)
+    other = tl.sum(gate, axis=1)
+    if SCALED:
+        scale = _scale(scale_ptr, factor_ptr, expert, True, FACTORED)
+        value *= scale
+        other *= scale
+    if GATED:
+        value *= other / (1.0 + tl.exp(-other))
+    else:
+        value = tl.maximum(value, 0.0) * tl.maximum(value, 0.0)
+    if QUANTIZE == "divide":
+        result = encode_e4m3(value / tl.load(quant_ptr), INTERPRET)
+    elif QUANTIZE == "multiply":
+        result = encode_e4m3(value * tl.load(quant_ptr), INTERPRET)
+    else:
+        result = value.to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + pair.to(tl.int64) * out_rows + n, result, mask=real)
+
+
+@triton.jit(do_not_specialize=["experts"])
+def few_down(
+    inner_ptr, w_ptr, out_ptr, id_ptr, routing_ptr, scale_ptr, factor_ptr, experts, columns, out_rows,
+    TOP_K: tl.constexpr, K_BLOCK: tl.constexpr, SCALED: tl.constexpr, FACTORED: tl.constexpr, WEIGHTED: tl.constexpr,
+    ROWS: tl.constexpr, BK: tl.constexpr, VECTOR: tl.constexpr, STAGES: tl.constexpr, EVEN_K: tl.constexpr,
+    AHEAD: tl.constexpr, INTERPRET: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """ROWS elements of one token's sum over its local experts.
+
+    Launched behind `few_up`: ids and weights were complete before that began. AHEAD lines of 128 bytes of every row
+    are asked for while it runs.
+    """
+    token = tl.program_id(1)
+    choice = tl.arange(0, K_BLOCK)
+    pair = token * TOP_K + choice
+    expert = tl.load(id_ptr + pair, mask=choice < TOP_K, other=-1).to(tl.int32)
+    held = (expert >= 0) & (expert < experts)
+    expert = tl.where(held, expert, 0)
+    n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    real = n < out_rows
+    row_at = w_ptr + (expert[:, None].to(tl.int64) * out_rows + tl.where(real, n, 0)[None, :]) * columns
+    if AHEAD > 0:
+        line = tl.arange(0, AHEAD) * (8 * VECTOR)
+        lines = row_at[:, :, None] + tl.where(line < columns, line, 0)[None, None, :]
+        prefetch(lines, INTERPRET)
+    _begin(PDL)
+    column = tl.arange(0, BK)
+    acc = tl.zeros((K_BLOCK, ROWS, BK // VECTOR), dtype=tl.float32)
+    for k in tl.range(0, columns, BK, num_stages=STAGES):
+        within = held[:, None] if EVEN_K else held[:, None] & (column < columns - k)[None, :]
+        w = tl.load(row_at[:, :, None] + k + column[None, None, :], mask=within[:, None, :], other=0.0).to(tl.float32)
+        inner = tl.load(inner_ptr + pair[:, None] * columns + k + column[None, :], mask=within, other=0.0)
+        products = w * inner.to(tl.float32)[:, None, :]
+        acc += tl.sum(tl.reshape(products, (K_BLOCK, ROWS, BK // VECTOR, VECTOR)), axis=3)
+    value = tl.sum(acc, axis=2)
+    if SCALED:
+        value *= _scale(scale_ptr, factor_ptr, expert, held, FACTORED)[:, None]
+    if WEIGHTED:
+        value *= tl.load(routing_ptr + pair, mask=held, other=0.0).to(tl.float32)[:, None]
+    total = tl.sum(value, axis=0)
+    tl.store(out_ptr + token.to(tl.int64) * out_rows + n, total.to(out_ptr.dtype.element_ty), mask=real)
