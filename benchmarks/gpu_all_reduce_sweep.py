@@ -89,7 +89,7 @@ def stand_in(rank: int, world: int):
     """What a Launcher asks of a workspace, without peers: nothing is launched."""
     return types.SimpleNamespace(
         rank=rank, size=world, device=0, sharers=1, region_bytes=64 << 20, abort=1 << 21,
-        slots=tuple((2 << 20) * (i + 1) + 4096 for i in range(world)),
+        slots=tuple((1 << 46) + (i << 30) + 4096 for i in range(world)),  # of an address's width and alignment
         counters=torch.zeros(1024, dtype=torch.int32, device="cuda"), records=torch.zeros(16, dtype=torch.int64),
         on_device=lambda: torch.cuda.device(0),
     )  # fmt: skip

@@ -198,14 +198,14 @@ def _create_cuda(request: _Request) -> "Collective":
     from shardwise.comm.torch_dist import TorchDistCommunicator
 
     info = request.info
-    if request.transport == "mpi":
-        return _mpi(request)  # which stages CUDA tensors through pinned memory
     if request.transport in ("gloo", "shm"):
         raise CommError(f"transport {request.transport} moves CPU tensors: pass device='cpu', or use auto")
     if not torch.cuda.is_available():
         raise CommError(f"device cuda, rank {info.rank}: no CUDA device is available")
     if request.process_group is None:
         torch.cuda.set_device(info.local_rank % torch.cuda.device_count())
+    if request.transport == "mpi":
+        return _mpi(request)  # which stages CUDA tensors through pinned memory
     control = _create_cpu(replace(request, transport="auto"))
     require_own_devices(control, str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid))
     if request.process_group is not None:

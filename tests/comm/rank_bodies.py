@@ -3,6 +3,7 @@
 import importlib
 import random
 import time
+import traceback
 
 import conformance
 import torch
@@ -47,11 +48,28 @@ def conform_without_shared_memory(info, store):
     return conformance.run(group)
 
 
-def conform_cuda(info, store, transport):
-    """All cases on CUDA tensors."""
-    group = create(info, transport=transport, store=store, device="cuda")
+def conform_cuda(info, store, transports):
+    """All cases on CUDA tensors for each transport: {name: (cases, why), or (error, None)}."""
+    results = {}
+    for name in transports:
+        transport, _, mode = name.partition(" ")
+        options = {"check": mode == "checked", "deterministic": mode == "deterministic"}
+        place = store and FolderStore(store.folder / name.replace(" ", "-"))
+        try:
+            results[name] = _conform_cuda(info, place, transport, options)
+        except Exception:
+            results[name] = traceback.format_exc(), None
+    return results
+
+
+def _conform_cuda(info, store, transport, options):
+    group = create(info, transport=transport, store=store, device="cuda", **options)
+    fixed = conformance.FIXED_ORDER_CASES if transport == "p2p" else ()
     torch.set_default_device("cuda")
-    passed, why = conformance.run(group), group.why()
+    try:
+        passed, why = conformance.run(group, conformance.CASES + fixed), group.why()
+    finally:
+        torch.set_default_device("cpu")
     group.barrier()
     group.close()
     return passed, why

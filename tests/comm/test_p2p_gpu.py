@@ -4,18 +4,31 @@ Ranks are threads that share the GPUs of this machine (one is enough, whatever t
 processes in both modes.
 """
 
+import os
+import signal
 import threading
 import time
+import traceback
 
 import pytest
 import torch
 
 pytest.importorskip("triton")
-from p2p_checks import FEW_CASES, check_fused, check_pieces, check_sums, everyones, rounded_sum, warm
+from p2p_checks import (
+    FEW_CASES,
+    check_fused,
+    check_low_precision,
+    check_pieces,
+    check_sums,
+    everyones,
+    rounded_sum,
+    warm,
+)
 
 from shardwise.comm.base import CollectiveTimeout, CommError
+from shardwise.comm.p2p.table import Tuning
 from shardwise.comm.rank import RankInfo, current_groups
-from shardwise.comm.watch import Deadlines
+from shardwise.comm.watch import FLIGHT, Deadlines
 from shardwise.testing import run_processes, run_threads
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -63,7 +76,86 @@ def check_graph(group) -> None:
             assert torch.equal(out.cpu(), rounded_sum(values))
 
 
-CHECKS = {"sums": check_sums, "fused": check_fused, "graph": check_graph, "pieces": check_pieces}
+def check_variants(group) -> None:
+    """Launches that only the table chooses: blocks that only push, bulk copies, pauses. None changes a bit."""
+    for shape in ((70, 1024), (300, 2880), (2, 1003)):
+        parts = everyones(group.size, shape, torch.bfloat16, 17)
+        residual = everyones(1, shape, torch.bfloat16, 18)[0]
+        stream = (rounded_sum(parts).float() + residual.float()).to(torch.bfloat16)
+        x, before, weight = parts[group.rank].cuda(), residual.cuda(), torch.ones(shape[1]).bfloat16().cuda()
+        for variant in VARIANTS:
+            out, total, normed = (torch.full_like(x, float("nan")) for _ in range(3))
+
+            def call(variant=variant, out=out, total=total, normed=normed, x=x, before=before, weight=weight):
+                group.launcher.all_reduce(x, out, variant)
+                group.launcher.fused(x, before, weight, 1e-5, 0.0, normed, total, variant)
+
+            warm(group, call)
+            call()
+            group.synchronize()
+            assert torch.equal(out.cpu(), rounded_sum(parts)), (shape, variant)
+            assert torch.equal(total.cpu(), stream), (shape, variant)
+            assert torch.isfinite(normed).all()
+
+
+def check_same_bits(group) -> None:
+    """Deterministic mode: eager, again, and from a graph, on every rank, for small and large calls."""
+    group.deterministic = True
+    for shape in ((1, 4096), (9, 2880), (256, 7168)):
+        x = everyones(group.size, shape, torch.bfloat16, 33)[group.rank].cuda()
+        residual, weight = torch.ones_like(x), torch.ones(shape[1], dtype=x.dtype, device="cuda")
+
+        def call(x=x, residual=residual, weight=weight):
+            return group.all_reduce(x), *group.all_reduce_residual_rms_norm(x, residual, weight, 1e-5)
+
+        warm(group, call)
+        runs = [call() for _ in range(3)]
+        group.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+            captured = call()
+        for _ in range(2):
+            graph.replay()
+            group.synchronize()
+            runs.append([result.clone() for result in captured])
+        bits = [tuple(result.cpu().view(torch.int16).numpy().tobytes() for result in run) for run in runs]
+        everyone = [run for rank in group.beyond.all_gather_object(bits) for run in rank]
+        assert all(run == everyone[0] for run in everyone), shape
+    group.deterministic = False
+
+
+def check_strategies(group) -> None:
+    """What is refused says why, and leaves the group usable."""
+    x = torch.ones(8, device="cuda")
+    for strategy, reason in (("UB", "multicast"), ("MNNVL", "multicast"), ("NCCL_SYMMETRIC", "multicast")):
+        with pytest.raises(CommError, match=reason):
+            group.all_reduce(x, strategy=strategy)
+    with pytest.raises(CommError, match="sums bfloat16, float16, not torch.float32"):
+        group.all_reduce(x, strategy="LOWPRECISION")
+    group.all_reduce(x, strategy="ONESHOT")
+    group.synchronize()
+    last = FLIGHT.last()
+    assert (last["op"], last["strategy"], last["shape"]) == ("all_reduce", "ONESHOT", [8])
+    assert last["end"] >= last["begin"]
+
+
+VARIANTS = (
+    Tuning("ONESHOT", 16, pausing=True),
+    Tuning("ONESHOT", 8, ahead=1, bulk=True),
+    Tuning("ONESHOT", 16, pushers=16, pausing=True),
+    Tuning("ONESHOT", 16, ahead=1, pushers=32, bulk=True, pausing=True),
+    Tuning("TWOSHOT", 8, ahead=1, pausing=True),
+)
+CHECKS = {
+    "sums": check_sums,
+    "fused": check_fused,
+    "graph": check_graph,
+    "pieces": check_pieces,
+    "variants": check_variants,
+    "fp8": check_low_precision,
+    "bits": check_same_bits,
+    "strategies": check_strategies,
+}
 
 
 def on_own_stream(body):
@@ -81,6 +173,7 @@ def test_ranks_as_threads(world):
         check_sums(group, FEW_CASES)
         check_fused(group, FEW_CASES)
         check_pieces(group)
+        check_low_precision(group, (40_001,), (torch.bfloat16,))
         beyond.all_gather_object(None)
         group.workspace.close()
 
@@ -167,20 +260,83 @@ def run_checks(info: RankInfo, store, names: list[str]) -> str:
     torch.cuda.set_device(info.local_rank)
     beyond = create(info, store=store)
     group = p2p(beyond)
+    failed = {}
     with torch.cuda.stream(torch.cuda.Stream()):
         for name in names:
-            CHECKS[name](group)
-    beyond.barrier()
+            try:
+                CHECKS[name](group)
+            except Exception:
+                failed[name] = traceback.format_exc()
+            beyond.barrier()
     group.close()
-    return group.transport
+    return failed
 
 
 @needs_two_gpus
 @pytest.mark.parametrize("mpi", [False, True], ids=["demo mode", "MPI mode"])
 def test_ranks_as_processes(mpi):
-    names = list(CHECKS)
-    env = {"SHARDWISE_LAUNCHED_BY": "tests"}
-    assert run_processes(2, "test_p2p_gpu:run_checks", names, timeout=200, env=env, mpi=mpi) == ["p2p", "p2p"]
+    results = run_processes(2, "test_p2p_gpu:run_checks", list(CHECKS), timeout=120, mpi=mpi)
+    assert results == [{}, {}], "\n".join(text for rank in results for text in rank.values())
+
+
+def symmetric_memory(info: RankInfo, store) -> list[str]:
+    """SYMM_MEM on the NCCL group and through the peer-to-peer group; what it cannot sum it says."""
+    from shardwise.comm.strategy import create
+
+    group = create(info, store=store, device="cuda", transport="p2p")
+    told = []
+    for count, dtype in (
+        (8, torch.bfloat16),
+        (5_000, torch.bfloat16),
+        (300_001, torch.float32),
+        (9_000_000, torch.float32),
+    ):
+        parts = [part.round() for part in everyones(2, (count,), dtype, 40)]
+        x = parts[group.rank].cuda()
+        for each in (group, group.beyond):
+            found = each.all_reduce(x, strategy="SYMM_MEM")
+            assert torch.equal(found.cpu(), rounded_sum(parts)), (count, dtype, each)
+    try:
+        group.all_reduce(x.half(), strategy="SYMM_MEM")
+    except CommError as error:
+        told.append(str(error))
+    group.barrier()
+    group.close()
+    return told
+
+
+@needs_two_gpus
+def test_torchs_symmetric_memory_by_name():
+    env = {"TORCH_SYMM_MEM_DISABLE_MULTICAST": "1", "NCCL_NVLS_ENABLE": "0"}
+    for told in run_processes(2, "test_p2p_gpu:symmetric_memory", timeout=60, env=env):
+        assert "bfloat16 and float32, not torch.float16" in told[0]
+
+
+def rank_that_dies(info: RankInfo, store) -> str:
+    """Rank 1 is killed with its graph half way; rank 0 replays on."""
+    from shardwise.comm.strategy import create
+
+    torch.cuda.set_device(info.local_rank)
+    group = p2p(create(info, store=store), deadline=1.0)
+    x = torch.ones(1 << 14, device="cuda")
+    with torch.cuda.stream(torch.cuda.Stream()):
+        out = group.all_reduce(x)
+        group.synchronize()
+        if info.rank:
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(1.0)
+        group.all_reduce(x, out=out)
+        try:
+            group.synchronize()
+        except CollectiveTimeout as error:
+            return f"{error.missing} {error}"
+    return "nothing was noticed"
+
+
+@needs_two_gpus
+def test_a_killed_rank_is_named():
+    results = run_processes(2, "test_p2p_gpu:rank_that_dies", timeout=60, may_die=(1,))
+    assert results[0].startswith("(1,)") and "never received rank 1's data" in results[0], results[0]
 
 
 def rank_that_misses_replays(info: RankInfo, store) -> str:
@@ -201,13 +357,15 @@ def rank_that_misses_replays(info: RankInfo, store) -> str:
             graph.replay()
         try:
             group.synchronize()
-            return "done"
+            told = "done"
         except CollectiveTimeout as error:
-            return f"{error.missing} {error}"
+            told = f"{error.missing} {error}"
+    beyond.barrier()  # rank 1's memory must stay while rank 0 still writes into it
+    return told
 
 
 @needs_two_gpus
 def test_a_graph_replayed_once_more_than_the_peer_ends_and_names_it():
-    results = run_processes(2, "test_p2p_gpu:rank_that_misses_replays", timeout=120)
+    results = run_processes(2, "test_p2p_gpu:rank_that_misses_replays", timeout=60)
     assert results[1] == "done"
     assert results[0].startswith("(1,)"), results[0]

@@ -67,6 +67,12 @@ class P2PCommunicator(Delegating):
         strategy = "MIN_LATENCY" if self.deterministic else "AUTO"
         return table.choose(self.size, payload, op.endswith("norm"), strategy).reason
 
+    def all_reduce(self, tensor: Tensor, *, out: Tensor | None = None, strategy: str = "AUTO") -> Tensor:
+        if strategy not in ("AUTO", *BEYOND):
+            self._require(strategy)
+            _require_dtype(tensor, strategy, HALVES if strategy == LOW_PRECISION else DTYPES)
+        return super().all_reduce(tensor, out=out, strategy=strategy)
+
     def all_reduce_residual_rms_norm(
         self,
         tensor: Tensor,
@@ -83,6 +89,8 @@ class P2PCommunicator(Delegating):
         if strategy != "AUTO":
             self._require(strategy)
         self._require_device(tensor, "all_reduce_residual_rms_norm")
+        if strategy not in ("AUTO", *BEYOND):
+            _require_dtype(tensor, strategy, HALVES if strategy == LOW_PRECISION else DTYPES)
         tuning = self._tuning(tensor, strategy, fused=True)
         if tuning is None or weight.dtype != tensor.dtype or not self.launcher.fits(tensor, tuning):
             return super().all_reduce_residual_rms_norm(
@@ -135,14 +143,12 @@ class P2PCommunicator(Delegating):
         """How our kernels are launched; None where the call is the group's beyond, or in fp8."""
         if strategy in (*BEYOND, LOW_PRECISION) or (tensor.dtype not in DTYPES and strategy == "AUTO"):
             return None
-        _require_dtype(tensor, strategy, DTYPES)
         wanted = "MIN_LATENCY" if self.deterministic and strategy == "AUTO" else strategy
         return table.choose(self.size, tensor.numel() * tensor.element_size(), fused, wanted).tuning
 
     def _reduce(self, source: Tensor, target: Tensor, strategy: str) -> None:
         tuning = self._tuning(source, strategy, fused=False)
         if strategy == LOW_PRECISION:
-            _require_dtype(source, strategy, HALVES)
             with self._flight():
                 self.launcher.low_precision(source, target)
         elif tuning is None:

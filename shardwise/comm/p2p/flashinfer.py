@@ -22,6 +22,8 @@ KERNELS = ("AUTO", "MIN_LATENCY", "ONESHOT", "TWOSHOT")
 _ALIGNMENT = 16
 _VECTOR = 8
 """Elements of a 16-byte access; the hidden size must be a multiple."""
+_LEAST_HIDDEN = 32 * _VECTOR
+"""A token has a thread for each vector; their sum is taken by whole warps."""
 _FLAT_HIDDEN = 1024
 """Hidden size that a flat tensor is given; other lengths go to `beyond`."""
 ONE_SHOT_BYTES = 8 << 20
@@ -83,7 +85,8 @@ class FlashInferCommunicator(Delegating):
         compose.check_norm_arguments(tensor, residual, weight, out, residual_out)
         hidden = tensor.shape[-1]
         results = [result for result in (out, residual_out) if result is not None]
-        fits = self._fits(tensor, residual, weight, *results) and hidden % _VECTOR == 0
+        takes_hidden = hidden % _VECTOR == 0 and hidden >= _LEAST_HIDDEN
+        fits = takes_hidden and self._fits(tensor, residual, weight, *results)
         if strategy not in KERNELS or weight_bias or not fits:
             return super().all_reduce_residual_rms_norm(
                 *(tensor, residual, weight, eps),
