@@ -1,7 +1,9 @@
 """All-reduce between GPUs of one host through each other's memory: plain CUDA IPC, kernels in stock Triton.
 
     ptx.py           the instructions, with twins for the interpreter
+    rows.py          what the kernels do with a row
     kernels.py       one-shot and two-shot, plain and fused with residual add and RMSNorm
+    fp8.py           one-shot that sends e4m3 with scales
     workspace.py     the buffers, their exchange, what says that a wait gave up
     launch.py        from tensors to launches
     table.py         which strategy and launch for which size, with the measurement that set it
