@@ -1,14 +1,22 @@
 """The grouped kernels with given routing, against float64: pair selection, tilings, weights on the input."""
 
+import json
+import threading
+
 import pytest
 import torch
 from oracles_moe import e4m3_step, fp8_block_stack, fp8_stack, relative, routed_oracle, routing, stacked
 
+from shardwise.comm.rank import current_groups
+from shardwise.ops.moe import triton, trtllm
 from shardwise.ops.moe.contract import FP8Scales
 from shardwise.ops.moe.grouped import grouped_moe
 from shardwise.ops.moe.grouped_plan import FewPlan, Shape, choose_few, choose_plan
 from shardwise.ops.moe.tiles import Plan
 from shardwise.ops.triton_support import interpreting
+from shardwise.partition import extent
+from shardwise.sharding.layout import ParallelLayout
+from shardwise.testing import run_threads
 
 OPS = torch.ops.auto_deploy
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -60,6 +68,46 @@ def test_all_tokens_to_one_expert_and_none(skew):
         assert relative(got, routed_oracle(x, ids, weights, *stacks)) < EXACT
     else:
         assert got.eq(0).all()
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4, 8])
+def test_expert_parallel_sums_to_the_whole(ranks):
+    """Seven experts: uneven shares, and an empty one of eight."""
+    x, ids, weights, *stacks = tensors(6, 3, 7, 32, 48, True)
+    ids[0, 0], ids[1] = 0, -1  # a token with no expert at all
+    ids[2] = 6  # one rank's only
+    total = 0
+    for rank in range(ranks):
+        start, stop = extent(7, ranks, rank)
+        part = OPS.triton_moe_fused(x, ids - start, weights, *(w[start:stop] for w in stacks), True, 4)
+        assert part[1].eq(0).all() and (start <= 6 < stop or part[2].eq(0).all())
+        total = total + part.double()
+    assert relative(total, routed_oracle(x, ids, weights, *stacks)) < EXACT
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="threads as ranks share the interpreter")
+@pytest.mark.parametrize("name", ["triton_moe_fused", "trtllm_moe_fused"])
+def test_tokens_travel_to_the_kernels_of_their_experts(name, monkeypatch):
+    lock = threading.Lock()  # the interpreter runs one kernel at a time
+
+    def one_at_a_time(*args, **options):
+        with lock:
+            return grouped_moe(*args, **options)
+
+    for module in (triton, trtllm):
+        monkeypatch.setattr(module, "grouped_moe", one_at_a_time)
+    calls = [tensors(count, 2, 5, 32, 16, True)[:3] for count in (3, 1)]
+    stacks = stacked(5, 32, 16, True)
+    mapping = json.dumps({"enable_attention_dp": True, "moe_ep_size": 2, "num_experts": 5})
+
+    def rank_body():
+        rank = current_groups().moe_ep.rank
+        part = slice(*extent(5, 2, rank))
+        got = getattr(OPS, name)(*calls[rank], *(w[part] for w in stacks), True, 4, mapping, 4)
+        return (got.double() - routed_oracle(*calls[rank], *stacks)).abs().max().item()
+
+    layout = ParallelLayout(tp=1, attn_dp=2, moe_tp=1, moe_ep=2)
+    assert max(run_threads(2, rank_body, layout=layout)) < 1e-5
 
 
 def test_no_tokens():

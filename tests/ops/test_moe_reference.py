@@ -97,6 +97,9 @@ def test_the_mapping_is_json_with_other_names_ignored():
 
 FIRST, SECOND = stacked(3, HIDDEN, SIZE, True)
 X, (IDS, WEIGHTS) = torch.randn(4, HIDDEN), routing(4, 2, 3)
+FP8, ONE = FIRST.to(torch.float8_e4m3fn), torch.ones(())
+NVFP4 = torch.zeros(3, 2 * SIZE, HIDDEN // 2, dtype=torch.uint8), torch.zeros(3, HIDDEN, SIZE // 2, dtype=torch.uint8)
+BLOCKS = torch.zeros(3, 128, 4, dtype=torch.uint8), torch.zeros(3, 128, 4, dtype=torch.uint8)
 CASES = {
     r"must be \[T, K\] with T = 4": ("torch_moe_fused", ValueError, (X, IDS[:3], WEIGHTS, FIRST, SECOND)),
     "must be int32 or int64": ("torch_moe_fused", TypeError, (X, IDS.float(), WEIGHTS, FIRST, SECOND)),
@@ -119,6 +122,51 @@ CASES = {
         "trtllm_moe_fused",
         ValueError,
         (X, IDS, WEIGHTS, FIRST, SECOND, True, 4, mapping_text(2)),
+    ),
+    r"w1_weight_scale, w2_weight_scale and w3_weight_scale must be as long as the weights' \(1, 1, 0\), got 1, 0, 0": (
+        "torch_quant_fp8_moe",
+        ValueError,
+        (X, IDS, WEIGHTS, [FP8[0]], [FP8[0].mT], [], [ONE], [ONE], [], [ONE], [], [], False, 8),
+    ),
+    "fc2_expert_weights_fp4 must be uint8": (
+        "trtllm_quant_nvfp4_moe_fused",
+        TypeError,
+        (X, IDS, WEIGHTS, NVFP4[0], NVFP4[1].char(), *BLOCKS, ONE, ONE, ONE, ONE, True, 4),
+    ),
+    "fc1_weight_blockscale_fp8 must be uint8 or float8_e4m3fn with 3 dimensions, got torch.uint8": (
+        "trtllm_quant_nvfp4_moe_fused",
+        ValueError,
+        (X, IDS, WEIGHTS, *NVFP4, BLOCKS[0][0], BLOCKS[1], ONE, ONE, ONE, ONE, True, 4),
+    ),
+    "block scales of 3 experts of 16 x 16 must be": (
+        "trtllm_quant_nvfp4_moe_fused",
+        ValueError,
+        (X, IDS, WEIGHTS, *NVFP4, BLOCKS[0][:, :64], BLOCKS[1], ONE, ONE, ONE, ONE, True, 4),
+    ),
+    "fc2_alpha must have 1 or 3 elements": (
+        "trtllm_quant_nvfp4_moe_fused",
+        ValueError,
+        (X, IDS, WEIGHTS, *NVFP4, *BLOCKS, ONE, ONE, ONE, torch.ones(2), True, 4),
+    ),
+    "both weights must be scaled by expert or both by block": (
+        "triton_quant_fp8_moe",
+        ValueError,
+        (
+            X,
+            IDS,
+            WEIGHTS,
+            FP8,
+            FP8.mT.contiguous(),
+            ONE,
+            ONE,
+            ONE,
+            ONE,
+            torch.ones(3),
+            torch.ones(3, 1, 1),
+            ONE,
+            False,
+            8,
+        ),
     ),
     "routing_weights must be dense": (
         "torch_moe_dense_mlp",

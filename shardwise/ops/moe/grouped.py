@@ -111,7 +111,7 @@ def _run(shape: Shape, bt: int, product: _Product, routing: Routing) -> None:
     scaled = "" if product.scale is None else "expert" if product.scale.dim() == 1 else "block"
     constants = (
         (product.gather, product.act, scaled, product.factor is not None, product.quant_how, product.weight_in)
-        + (shape.bn, bt, shape.bk, shape.splits, shape.group, shape.tokens_left, tma, even, shape.stages)
+        + (shape.bn, bt, shape.bk, shape.splits, shape.group, shape.tokens_left, shape.flat, tma, even, shape.stages)
         + (interpreting(), pdl)
     )  # fmt: skip
     absent = routing.order  # stands for an argument that the kernel does not read

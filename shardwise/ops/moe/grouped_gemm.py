@@ -67,8 +67,8 @@ def grouped_gemm(
     stride_x,
     GATHER: tl.constexpr, ACT: tl.constexpr, SCALED: tl.constexpr, FACTORED: tl.constexpr, QUANTIZE: tl.constexpr,
     WEIGHT_IN: tl.constexpr, BN: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, SPLITS: tl.constexpr,
-    GROUP: tl.constexpr, TOKENS_LEFT: tl.constexpr, TMA: tl.constexpr, EVEN_K: tl.constexpr, STAGES: tl.constexpr,
-    INTERPRET: tl.constexpr, PDL: tl.constexpr,
+    GROUP: tl.constexpr, TOKENS_LEFT: tl.constexpr, FLAT: tl.constexpr, TMA: tl.constexpr, EVEN_K: tl.constexpr,
+    STAGES: tl.constexpr, INTERPRET: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Persistent over (token block, n tile, k split); n tiles of BN output rows.
 
@@ -81,6 +81,7 @@ def grouped_gemm(
                 weights each, [E, ceil(N/128), ceil(K/128)], twice as many rows with ACT "silu"; FACTORED: also with
                 factor_ptr[0]
     QUANTIZE    results are divided ("divide") by quant_ptr[0] or multiplied ("multiply") with it and stored as e4m3
+    FLAT        tiles and their steps are one loop: a tile's first loads run beside its predecessor's results
     WEIGHT_IN   products are multiplied with routing_ptr[pair], which is the routing weight applied to the input
     """
     await_predecessor(PDL)
@@ -91,7 +92,7 @@ def grouped_gemm(
     blocks = tl.load(block_ptr)
     per_block = n_tiles * SPLITS
     k_steps = tl.cdiv(tl.cdiv(columns, BK), SPLITS)
-    for index in tl.range(tl.program_id(0), blocks * per_block, tl.num_programs(0), num_stages=1):
+    for index in tl.range(tl.program_id(0), blocks * per_block, tl.num_programs(0), num_stages=1, flatten=FLAT):
         block, place = _place(index, blocks, per_block, GROUP)
         split, n_start = place % SPLITS, place // SPLITS * BN
         expert = tl.load(block_ptr + 1 + 3 * block)
@@ -125,7 +126,7 @@ def grouped_gemm(
                     gate += _step(zero, other, tokens, TOKENS_LEFT, INTERPRET) * tl.load(scale_at)
                 else:
                     gate = _step(gate, other, tokens, TOKENS_LEFT, INTERPRET)
-        if SCALED:
+        if SCALED != "":
             factor = tl.load(scale_ptr + expert) if SCALED == "expert" else 1.0
             if FACTORED:
                 factor *= tl.load(factor_ptr)

@@ -12,6 +12,7 @@ class Shape(Tiles):
 
     group: int = 1  # token blocks that share the weights they read
     tokens_left: bool = False  # tokens are the left operand of the products
+    flat: bool = False  # a tile's first loads run beside its predecessor's results
 
 
 @dataclass(frozen=True)

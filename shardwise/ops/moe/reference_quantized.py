@@ -13,10 +13,16 @@ def _fake(x, *_args, **_options):
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-def _run(name, x, ids, weights, w1, w2, w3, gated, act_fn, linear, tail) -> Tensor:
-    """`linear(which, expert, rows)` applies weight `which` (0 gate, 1 down, 2 up) of an expert."""
+def _run(name, x, ids, weights, w1, w2, w3, gated, act_fn, linear, tail, **scales) -> Tensor:
+    """`linear(which, expert, rows)` applies weight `which` (0 gate, 1 down, 2 up) of an expert; `scales`: its lists."""
     act = reference_activation(name, gated, act_fn)
     check_lists(name, gated, w1, w2, w3)
+    for label, lists in scales.items():
+        if [len(part) for part in lists] != [len(w1), len(w2), len(w3)]:
+            raise ValueError(
+                f"{name}: the lists w1_{label}, w2_{label} and w3_{label} must be as long as the weights' "
+                f"({len(w1)}, {len(w2)}, {len(w3)}), got {', '.join(str(len(part)) for part in lists)}"
+            )
 
     def mlp(expert: int, rows: Tensor) -> Tensor:
         hidden = act(linear(0, expert, rows))
@@ -63,7 +69,10 @@ def torch_quant_fp8_moe(
 
     tail = (mapping_config, max_num_tokens, apply_routing_on_input)
     name = "torch_quant_fp8_moe"
-    return _run(name, x, selected_experts, routing_weights, *weight, is_gated_mlp, act_fn, linear, tail)
+    return _run(
+        name, x, selected_experts, routing_weights, *weight, is_gated_mlp, act_fn, linear, tail,
+        input_scale=s_in, weight_scale=s_weight,
+    )  # fmt: skip
 
 
 @operator(fake=_fake)
@@ -104,4 +113,7 @@ def torch_quant_nvfp4_moe(
 
     tail = (mapping_config, max_num_tokens, apply_routing_on_input)
     name = "torch_quant_nvfp4_moe"
-    return _run(name, x, selected_experts, routing_weights, *weight, is_gated_mlp, act_fn, linear, tail)
+    return _run(
+        name, x, selected_experts, routing_weights, *weight, is_gated_mlp, act_fn, linear, tail,
+        input_scale=s_in, weight_scale=s_weight, alpha=alpha,
+    )  # fmt: skip

@@ -22,7 +22,7 @@ from shardwise.ops.moe.contract import (
 )
 from shardwise.ops.moe.exchange import run_routed
 from shardwise.ops.moe.grouped import grouped_moe
-from shardwise.ops.moe.nvfp4 import nvfp4_moe
+from shardwise.ops.moe.nvfp4 import Weight, nvfp4_moe
 from shardwise.ops.quantization.triton_fp8 import quantize
 from shardwise.ops.registry import TRITON, Need, operator
 
@@ -196,6 +196,22 @@ def trtllm_quant_fp8_moe_fused(
     return run_routed(name, x, selected_experts, routing_weights, experts, compute, mapping_config, max_num_tokens)
 
 
+def _nvfp4(name: str, label: str, codes: Tensor, scales: Tensor, alpha: Tensor, act_scale: Tensor) -> Weight:
+    """Codes, block scales and 1 / weight's global scale of one stack; errors for dtypes and scales of other sizes."""
+    if codes.dtype != torch.uint8:
+        raise TypeError(f"{name}: {label}_expert_weights_fp4 must be uint8, got {codes.dtype}")
+    if scales.dtype not in (torch.uint8, torch.float8_e4m3fn) or scales.dim() != 3:
+        raise ValueError(
+            f"{name}: {label}_weight_blockscale_fp8 must be uint8 or float8_e4m3fn with 3 dimensions, "
+            f"got {scales.dtype} {tuple(scales.shape)}"
+        )
+    experts = codes.shape[0]
+    for what, scale in ((f"{label}_alpha", alpha), (f"{label}_act_global_scale", act_scale)):
+        if scale.numel() not in (1, experts):
+            raise ValueError(f"{name}: {what} must have 1 or {experts} elements, got {tuple(scale.shape)}")
+    return codes, scales, alpha.reshape(-1).float() * act_scale.reshape(-1).float()
+
+
 @operator(fake=_fake, needs=(TRITON,), instead="torch_quant_nvfp4_moe")
 def trtllm_quant_nvfp4_moe_fused(
     x: Tensor,
@@ -228,8 +244,8 @@ def trtllm_quant_nvfp4_moe_fused(
     act = activation(name, is_gated_mlp, act_fn)
     experts, _ = check_stacked(name, x, fc1_expert_weights_fp4, fc2_expert_weights_fp4, is_gated_mlp, packed=2)
     _check_exchange(name, mapping_config, max_num_tokens)
-    first = (fc1_expert_weights_fp4, fc1_weight_blockscale_fp8, fc1_alpha.float() * fc1_act_global_scale.float())
-    second = (fc2_expert_weights_fp4, fc2_weight_blockscale_fp8, fc2_alpha.float() * fc2_act_global_scale.float())
+    first = _nvfp4(name, "fc1", fc1_expert_weights_fp4, fc1_weight_blockscale_fp8, fc1_alpha, fc1_act_global_scale)
+    second = _nvfp4(name, "fc2", fc2_expert_weights_fp4, fc2_weight_blockscale_fp8, fc2_alpha, fc2_act_global_scale)
 
     def compute(rows: Tensor, ids: Tensor, routing: Tensor) -> Tensor:
         return nvfp4_moe(name, rows, ids, routing, first, second, act, apply_routing_on_input)
