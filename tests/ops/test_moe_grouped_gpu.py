@@ -1,4 +1,4 @@
-"""MoE kernels with given routing and FP8 linears on a GPU at real sizes: errors beside other products, graphs, shares."""
+"""MoE kernels with given routing and FP8 linears on a GPU at real sizes: errors beside other products, graphs."""
 
 import pytest
 import torch
