@@ -12,6 +12,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from shardwise.comm.base import STRATEGIES
+from shardwise.comm.collective import UNUSABLE
+
 if TYPE_CHECKING:
     from shardwise.comm.bench_peers import Peers
 
@@ -193,14 +196,16 @@ def job(context) -> dict:
     group = context.communicator(device=wanted["device"], transport=wanted["transport"])
     dtype = getattr(torch, wanted["dtype"])
     beside = _beside(group, wanted)
-    rows, why, notes = [], [group.why()], []
+    rows, why, notes = [], [group.why(), *_strategies(group)], []
     with torch.inference_mode():
         for op in wanted["ops"]:
             for size in wanted["sizes"]:
                 case = make_case(op, size, dtype, group, wanted["device"], wanted["strategy"])
                 group.barrier()
                 rows.append(asdict(measure(case, op, size, dtype, group, group.transport, wanted["strategy"])))
-                why.append(f"{op} of {size} bytes: {group.explain(op, size)}")
+                named = wanted["strategy"] != "AUTO" and op.startswith("all_reduce")
+                reason = f"{wanted['strategy']}, asked for by name" if named else group.explain(op, size)
+                why.append(f"{op} of {size} bytes: {reason}")
                 if beside is not None:
                     found, reasons = _peers_on_cuda(beside, group, op, size, dtype, wanted["peers"])
                     rows += [asdict(each) for each in found]
@@ -208,6 +213,15 @@ def job(context) -> dict:
     group.barrier()
     group.close()
     return {"rows": rows, "why": why, "notes": notes}
+
+
+def _strategies(group) -> list[str]:
+    """A line for each strategy's name: that it runs on this group, or why not."""
+    lines = []
+    for name in STRATEGIES:
+        legal = f"not on transport {group.transport}, which has {', '.join(group.strategies)}"
+        lines.append(f"strategy {name}: {'runs' if name in group.strategies else UNUSABLE.get(name, legal)}")
+    return lines
 
 
 def _beside(group, wanted) -> "Peers | None":

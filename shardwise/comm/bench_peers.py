@@ -105,6 +105,8 @@ class Peers:
         too_large = tokens * hidden > FLASHINFER_TOKENS * FLASHINFER_HIDDEN
         if too_large or (not one_shot and tokens <= 16):  # two-shot needs more tokens than ranks, and pays much later
             return None
+        if inputs[0][0].dtype not in (torch.bfloat16, torch.float16):
+            raise RuntimeError(f"its workspace is for 16-bit floats, not {inputs[0][0].dtype}")
         library, workspace = self._library()
         out, total = torch.empty_like(inputs[0][0]), torch.empty_like(inputs[0][0])
 

@@ -1,6 +1,7 @@
 """What the ranks do that the tests start as processes. Importable, so that worker processes find it by name."""
 
 import importlib
+import os
 import random
 import time
 import traceback
@@ -68,6 +69,8 @@ def _conform_cuda(info, store, transport, options):
     torch.set_default_device("cuda")
     try:
         passed, why = conformance.run(group, conformance.CASES + fixed), group.why()
+        if transport == "p2p":
+            assert group.split(0, key=-group.rank).transport == "p2p", "sub-groups have kernels of their own"
     finally:
         torch.set_default_device("cpu")
     group.barrier()
@@ -158,3 +161,17 @@ def _one_random_call(group, plan):
         assert (group.broadcast(mine, root) == factor * (root + 1)).all()
     else:
         assert group.all_gather_object((factor, group.rank)) == [(factor, rank) for rank in range(group.size)]
+
+
+def without_memory(info, store):
+    """Shared memory that rank 0 cannot make: what serves instead, why, and whether it works."""
+
+    def refuse(*_):
+        raise OSError(28, "No space left on device")
+
+    os.memfd_create = refuse
+    group = create(info, store=store)
+    total = group.all_reduce(torch.tensor([info.rank + 1.0])).item()
+    group.barrier()
+    group.close()
+    return group.transport, group.why(), total

@@ -32,6 +32,8 @@ def test_rows_stand_beside_their_peers_in_one_run(tmp_path, capsys):
     assert document["machine"]["torch"] == torch.__version__
     printed = capsys.readouterr().out
     assert "busbw" in printed and "peer:mpi" in printed and "ONESHOT: every rank sums all" in printed
+    assert "strategy TWOSHOT: runs" in printed and "strategy SYMM_MEM: not on transport shm" in printed
+    assert "strategy UB: user buffers reduce through NVLS" in printed
     link = topology.load(str(calibrated)).intra
     assert link.latency_seconds == pytest.approx(min(row["p50_us"] for row in rows[:2]) * 1e-6)
 

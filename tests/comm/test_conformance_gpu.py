@@ -13,7 +13,7 @@ pytestmark = [
 
 TRANSPORTS = {
     "demo": ("nccl", "p2p", "p2p checked", "p2p deterministic", "auto", "flashinfer"),
-    "MPI": ("mpi", "nccl", "p2p", "auto", "p2p checked"),
+    "MPI": ("mpi", "nccl", "p2p", "auto"),
 }
 CASES = [(mode, transport) for mode, transports in TRANSPORTS.items() for transport in transports]
 

@@ -189,7 +189,7 @@ class P2PCommunicator(Delegating):
             self.workspace.check()
         except CollectiveTimeout as error:
             return [f"rank {here} received nothing from rank {rank}" for rank in error.missing]
-        expected = torch.arange(1, _SELF_TEST_WORDS + 1, dtype=torch.float32)
+        expected = torch.arange(1, _SELF_TEST_WORDS + 1, dtype=torch.float32, device="cpu")
         rows = out.cpu()
         return [
             f"rank {here} received wrong data from rank {rank}"

@@ -104,7 +104,8 @@ WAIT_PAUSING = tl.constexpr(_WAIT.replace("%s", "nanosleep.u32 64;"))
 """Fewer looks leave more of the memory to the data that is awaited, and see it a little later."""
 
 # Bulk copies leave from shared memory through an engine of their own: the warp's loads and stores do not queue behind
-# them where the link is busy. A warp's 32 chunks are one copy; lane 0 issues it.
+# them where the link is busy. A warp's 32 chunks are one copy; lane 0 issues it. PTX calls the writes of a copy weak
+# and promises no order among them; the protocol asks only that a 4-byte word never arrives in parts.
 _STAGE = """
 {
     .shared .align 128 .b8 stage[%d];

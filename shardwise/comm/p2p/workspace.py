@@ -135,10 +135,10 @@ class Workspace:
 
     def _make_tensors(self) -> None:
         self.counters = torch.zeros(COUNTERS, dtype=torch.int32, device=torch.device("cuda", self.device))
-        self.records = torch.zeros(2 * RECORDS, dtype=torch.int64, pin_memory=True)
+        self.records = torch.zeros(2 * RECORDS, dtype=torch.int64, device="cpu", pin_memory=True)
         self._seen = self.records.numpy()
         # Made now: pinning memory and creating streams may wait for the device, which an abort finds busy.
-        self._one = torch.ones(1, dtype=torch.int32, pin_memory=True)
+        self._one = torch.ones(1, dtype=torch.int32, device="cpu", pin_memory=True)
         self._abort_stream = torch.cuda.Stream(self.device)
         torch.cuda.synchronize(self.device)
 
