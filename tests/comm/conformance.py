@@ -74,6 +74,27 @@ def repeated_small_sums(group):
         assert_sum(out, inputs)
 
 
+def accumulated_sums(group):
+    """Sums that are added to a total, whatever else the group does in between."""
+    for dtype, shape in itertools.product(
+        (torch.float64, torch.float32, torch.bfloat16), ((64,), (3, 1, 32), (70_000,))
+    ):
+        total = torch.ones(shape, dtype=dtype)
+        accumulator = group.accumulator(total)
+        exact = torch.ones(shape, dtype=torch.float64)
+        for step in range(5):
+            inputs = drawn(group, shape, dtype, step)
+            accumulator.term().copy_(inputs[group.rank])
+            accumulator.add()
+            exact += torch.stack([x.double() for x in inputs]).sum(0)
+            if step % 2:
+                group.barrier()
+        assert accumulator.total is total
+        torch.testing.assert_close(
+            total.double(), exact, rtol=20 * torch.finfo(dtype).eps, atol=40 * torch.finfo(dtype).eps
+        )
+
+
 def strided_sums(group):
     inputs = drawn(group, (6, 10), torch.float32, 1)
     turned = [x.t() for x in inputs]
@@ -96,6 +117,12 @@ def all_ranks_have_equal_bits(group):
             assert torch.equal(result, again), "not repeatable"
             for other in group.all_gather(result[None]):
                 assert torch.equal(other, result), "ranks differ"
+    accumulator = group.accumulator(torch.zeros(576))
+    for step in range(4):
+        accumulator.term().copy_(drawn(group, (576,), torch.float32, step)[group.rank])
+        accumulator.add()
+    for other in group.all_gather(accumulator.total[None]):
+        assert torch.equal(other, accumulator.total), "ranks differ"
 
 
 def strategies_agree(group):
@@ -254,6 +281,7 @@ def gradients_are_ignored(group):
 CASES = (
     sums,
     repeated_small_sums,
+    accumulated_sums,
     strided_sums,
     strategies_agree,
     gathers,
