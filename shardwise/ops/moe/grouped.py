@@ -31,8 +31,8 @@ class _Product:
     x: Tensor
     weight: Tensor
     out: Tensor  # [pairs, N] by sorted position, or [splits, pairs, N] by pair
-    gather: int
-    """Pairs of a row of x, which is gathered; 0: x rows are sorted positions."""
+    sharing: int
+    """Pairs that share a row of x, which is gathered; 0: x rows are sorted positions."""
     act: str
     weight_in: bool
     scale: Tensor | None
@@ -78,11 +78,11 @@ def grouped_moe(
         up = _Product(tokens, first, inner, top_k, act, on_input, None, None, None, "")
         down = _Product(inner, second, values, 0, "none", False, None, None, None, "")
     else:
-        x, gather = (_weighted(tokens, weights), 1) if on_input else (tokens, top_k)
+        x, sharing = (_weighted(tokens, weights), 1) if on_input else (tokens, top_k)
         inner = space.take("inner", (pairs, size), torch.float8_e4m3fn)
         x, how = quantize(x, scales.input), "divide" if scales.factored else "multiply"
         factors = (scales.input, scales.inner) if scales.factored else (None, None)
-        up = _Product(x, first, inner, gather, act, False, scales.first, factors[0], scales.inner, how)
+        up = _Product(x, first, inner, sharing, act, False, scales.first, factors[0], scales.inner, how)
         down = _Product(inner, second, values, 0, "none", False, scales.second, factors[1], None, "")
     _run(plan.up, plan.bt, up, routing)
     _run(plan.down, plan.bt, down, routing)
@@ -110,7 +110,7 @@ def _run(shape: Shape, bt: int, product: _Product, routing: Routing) -> None:
     even = columns % (shape.bk * shape.splits) == 0
     scaled = "" if product.scale is None else "expert" if product.scale.dim() == 1 else "block"
     constants = (
-        (product.gather, product.act, scaled, product.factor is not None, product.quant_how, product.weight_in)
+        (product.sharing > 0, product.act, scaled, product.factor is not None, product.quant_how, product.weight_in)
         + (shape.bn, bt, shape.bk, shape.splits, shape.group, shape.tokens_left, shape.flat, tma, even, shape.stages)
         + (interpreting(), pdl)
     )  # fmt: skip
@@ -119,12 +119,13 @@ def _run(shape: Shape, bt: int, product: _Product, routing: Routing) -> None:
     key = (x.dtype, w.dtype, out.dtype, routing.weights.dtype, columns, rows, shape.warps, constants)
     bound = most_blocks(pairs, routing.local, bt) * -(-rows // shape.bn) * shape.splits
     left = matrix_tiles(w.view(-1, columns), shape.bn, shape.bk) if tma else w
-    right = matrix_tiles(x, bt, shape.bk) if tma and not product.gather else x
+    right = matrix_tiles(x, bt, shape.bk) if tma and not product.sharing else x
     _gemm(
         device,
         (*key, aligned(x, w, out, *others, routing.weights)),
         (min(bound, shape.per_sm * multiprocessors(device)), 1, 1),
-        (right, left, out, routing.order, routing.blocks, *others, routing.weights, pairs, columns, rows, x.stride(0))
+        (right, left, out, routing.order, routing.blocks, *others, routing.weights)
+        + (pairs, product.sharing, columns, rows, x.stride(0))
         + constants,
         num_warps=shape.warps,
         launch_pdl=pdl,

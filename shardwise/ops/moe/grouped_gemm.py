@@ -61,10 +61,10 @@ def _lines(values, TOKENS_LEFT: tl.constexpr):
     return values[None, :] if TOKENS_LEFT else values[:, None]
 
 
-@triton.jit(do_not_specialize=["pairs"])
+@triton.jit(do_not_specialize=["pairs", "sharing"])
 def grouped_gemm(
-    x, w, out_ptr, sorted_ptr, block_ptr, scale_ptr, factor_ptr, quant_ptr, routing_ptr, pairs, columns, out_rows,
-    stride_x,
+    x, w, out_ptr, sorted_ptr, block_ptr, scale_ptr, factor_ptr, quant_ptr, routing_ptr, pairs, sharing, columns,
+    out_rows, stride_x,
     GATHER: tl.constexpr, ACT: tl.constexpr, SCALED: tl.constexpr, FACTORED: tl.constexpr, QUANTIZE: tl.constexpr,
     WEIGHT_IN: tl.constexpr, BN: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, SPLITS: tl.constexpr,
     GROUP: tl.constexpr, TOKENS_LEFT: tl.constexpr, FLAT: tl.constexpr, TMA: tl.constexpr, EVEN_K: tl.constexpr,
@@ -74,8 +74,8 @@ def grouped_gemm(
 
     w           [E, N, K], twice N rows (up, then gate) with ACT "silu"; with TMA a descriptor of [E * N, K]
     x           [rows, K]; with TMA and without GATHER a descriptor
-    GATHER      so many pairs share a row of x, which is gathered, and results go to sorted positions; 0: x stands in
-                sorted positions, and results go to their pairs, [SPLITS, pairs, N]
+    GATHER      `sharing` pairs share a row of x, which is gathered, and results go to sorted positions; otherwise x
+                stands in sorted positions, and results go to their pairs, [SPLITS, pairs, N]
     ACT         "none", "silu" (silu(gate) * up) or "relu2"
     SCALED      "expert": products are multiplied with scale_ptr[expert]; "block": with the scales of 128 x 128
                 weights each, [E, ceil(N/128), ceil(K/128)], twice as many rows with ACT "silu"; FACTORED: also with
@@ -101,7 +101,7 @@ def grouped_gemm(
         position = start + tl.arange(0, BT)
         valid = position < stop
         pair = tl.load(sorted_ptr + position, mask=valid, other=0)
-        rows = pair // GATHER if GATHER else position
+        rows = pair // sharing if GATHER else position
         n = n_start + tl.arange(0, BN)
         real = n < out_rows
         first = expert * (out_rows * (2 if GATED else 1))
