@@ -4,6 +4,7 @@ The libraries have a plain C interface and are called through ctypes, so that no
 (seconds instead of a minute) and no Python or PyTorch version is baked in.
 """
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -16,6 +17,7 @@ import torch
 
 from shardwise.ops.registry import NVCC, OperatorUnavailable
 
+_NOTHING = contextlib.nullcontext()
 FLAGS = ("-O3", "-std=c++17", "-Xcompiler", "-fPIC", "-shared")
 
 
@@ -57,4 +59,9 @@ def _compiled(source: Path, compiler: str, architecture: str) -> Path:
 
 def stream(device: torch.device) -> int:
     """Handle of the current stream, for a kernel launch."""
-    return torch.cuda.current_stream(device).cuda_stream
+    return torch._C._cuda_getCurrentRawStream(device.index)
+
+
+def on_device(device: torch.device) -> contextlib.AbstractContextManager:
+    """Makes `device` current; costs nothing where it is, unlike torch.cuda.device."""
+    return _NOTHING if device.index == torch.cuda.current_device() else torch.cuda.device(device)

@@ -14,6 +14,8 @@ PADDED = Batch(prefill=(9, 3), decode=1, slots=(-1, 1, 0), resumes=(False, True)
 DECODE = Batch(prefill=(), decode=4, slots=(2, -1, 0, 6), resumes=())
 LONG = Batch(prefill=(70, 3, 33), decode=0, slots=(0, 3, 5), resumes=(True, True, False))
 PREFILL = Batch(prefill=(37,), decode=0, slots=(3,), resumes=(True,))
+BORDERS = Batch(prefill=(16, 1, 17, 2, 0, 48, 3), decode=2, slots=(0, 3, 5, 6, 2, 4, -1, 1, -1), resumes=(True,) * 7)
+MANY = Batch(prefill=(), decode=131, slots=tuple(-1 if i % 7 == 3 else i for i in range(131)), resumes=())
 
 
 def ssm_inputs(tokens, heads, groups, size, states, dtype, device):
@@ -119,7 +121,8 @@ def cached_conv_args(op, batch, channels=24, K=4, dtype=torch.float32, activatio
         x, weight = torch.randn(*shape, device=device).to(dtype), torch.randn(channels, 1, K, device=device).to(dtype)
         offset = torch.randn(channels, device=device).to(dtype) if bias else None
         info, seq_len, bounds, slots, resumes = batch.tensors(device)
-        state = torch.randn(7, channels, K if op == "torch_cached_causal_conv1d" else K - 1, device=device).to(dtype)
+        length = K if op == "torch_cached_causal_conv1d" else K - 1
+        state = torch.randn(max(7, len(batch.slots)), channels, length, device=device).to(dtype)
         tail = (state, 1, K - 1, 1, channels, "zeros")
         weight = weight[:, 0] if flat else weight
         if op == "torch_cached_causal_conv1d":
@@ -225,17 +228,26 @@ SAMPLES = [
     *(
         Sample(
             op=op,
-            build=cached_conv_args(op, batch, 40, K, dtype, None, False, True),
+            build=cached_conv_args(op, batch, channels, K, dtype, None, K < 4, True),
             oracle=cached_conv(batch, True),
             atol=atol,
-            note=f"{name} K={K} {dtype}",
+            note=f"{name} {channels} K={K} {dtype}",
         )
         for op in ("triton_cached_causal_conv1d", "cuda_cached_causal_conv1d")
-        for name, batch, K, dtype, atol in (
-            ("mixed", MIXED, 2, torch.float32, 1e-5),
-            ("prefill", PREFILL, 3, torch.float16, 2**-9),
-            ("decode", DECODE, 4, HALF, 2**-6),
-            ("long", LONG, 4, HALF, 2**-6),
+        for name, batch, channels, K, dtype, atol in (
+            ("mixed", MIXED, 40, 2, torch.float32, 1e-5),
+            ("prefill", PREFILL, 40, 3, torch.float16, 2**-9),
+            ("decode", DECODE, 40, 4, HALF, 2**-6),
+            ("decode", DECODE, 33, 4, HALF, 2**-6),
+            ("long", LONG, 40, 4, HALF, 2**-6),
+            ("borders", BORDERS, 300, 4, torch.float32, 1e-5),
         )
+    ),
+    Sample(
+        op="cuda_cached_causal_conv1d",
+        build=cached_conv_args("cuda_cached_causal_conv1d", MANY, 264, 4, torch.float16, None),
+        oracle=cached_conv(MANY, True),
+        atol=2**-9,
+        note="many tokens",
     ),
 ]

@@ -9,7 +9,7 @@ import torch
 from mamba_oracle import Batch
 
 from shardwise.ops.attention.batch import Batch as CountedBatch
-from shardwise.ops.mamba import metadata
+from shardwise.ops.mamba import conv_triton, metadata
 from shardwise.ops.registry import TRITON
 
 OPS = torch.ops.auto_deploy
@@ -69,6 +69,18 @@ def test_a_prompt_fed_in_pieces_gives_the_whole_convolution(op):
         parts.append(part if in_place else result)
         start += length
     torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-5, atol=1e-5)
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_decode_tokens_that_share_a_program_are_convolved_alone(monkeypatch, dtype):
+    batch = Batch((), 5, (2, -1, 0, 6, 3), ())
+    args = samples_mamba.cached_conv_args("triton_cached_causal_conv1d", batch, 40, 4, dtype)(DEVICE)
+    again = [a.clone() if isinstance(a, torch.Tensor) else a for a in args]
+    OPS.triton_cached_causal_conv1d(*args)
+    monkeypatch.setattr(conv_triton, "MANY_TOKENS", 1)
+    OPS.triton_cached_causal_conv1d(*again)
+    assert torch.equal(args[0], again[0]) and torch.equal(args[8], again[8])
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -2,7 +2,7 @@
 //
 // A thread owns V neighbouring channels and walks over tokens, so that no other thread reads what it overwrites.
 // Prefill works on blocks of tokens in parallel: `save` first copies the K - 1 inputs before each block and updates
-// the caches, then `prefill` computes. V = 1 takes any strides; the wide form moves 16 bytes at once.
+// the caches, then `prefill` computes. V = 1 takes any strides; the wide forms move 16 bytes at once.
 #include <cstdint>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -20,12 +20,13 @@ struct Args {
   void* cache;
   void* halo;  // [blocks, K - 1, C]
   int64_t x_t, x_c, cache_slot, cache_c, cache_k, slot_count;
-  int32_t channels, sequences, rows, blocks;
+  int32_t channels, sequences, rows, blocks;  // blocks: tokens in decode
   int32_t wide_bounds, wide_slots, silu;
 };
 
 constexpr int kThreads = 128;
 constexpr int kGroup = 4;
+constexpr int kManyTokens = 128;  // from here on decode threads take two tokens
 
 __device__ int64_t index_at(const void* data, int wide, int64_t i) {
   return wide ? static_cast<const int64_t*>(data)[i] : static_cast<const int32_t*>(data)[i];
@@ -53,7 +54,8 @@ __device__ void narrow(float x, float& to) { to = x; }
 __device__ void narrow(float x, __half& to) { to = __float2half_rn(x); }
 __device__ void narrow(float x, __nv_bfloat16& to) { to = __float2bfloat16_rn(x); }
 
-__device__ float activate(float x, int silu) { return silu ? x / (1.0f + __expf(-x)) : x; }
+// The fast division has no slow path for numbers that the quotient of a large batch always holds somewhere.
+__device__ float activate(float x, int silu) { return silu ? __fdividef(x, 1.0f + __expf(-x)) : x; }
 
 struct Block {
   int64_t start, end, local;  // sequence's first token, its end, tokens of it before this block
@@ -101,16 +103,30 @@ __device__ int64_t live_slot(const Args& a, int64_t sequence) {
   return slot < a.slot_count ? slot : -1;
 }
 
+// Neighbouring thread blocks take neighbouring channels, so that rows are read whole at about the same time.
+template <int V>
+struct Place {
+  int64_t block;  // of prefill tokens, or the group of decode tokens
+  int64_t c;      // the thread's first channel
+
+  __device__ explicit Place(const Args& a) {
+    int tiles = (a.channels + kThreads * V - 1) / (kThreads * V);
+    block = blockIdx.x / tiles;
+    c = (int64_t(blockIdx.x % tiles) * kThreads + threadIdx.x) * V;
+  }
+};
+
 template <typename T, int K, int V>
 __global__ void save(Args a) {
-  Block b = find_block(a, blockIdx.x);
-  int64_t c = (int64_t(blockIdx.y) * kThreads + threadIdx.x) * V;
+  const Place<V> place(a);
+  const int64_t c = place.c;
+  Block b = find_block(a, place.block);
   if (b.sequence >= a.sequences || c >= a.channels) return;
   int64_t slot = live_slot(a, b.sequence);
   if (slot < 0) return;
   T* x = static_cast<T*>(a.x) + c * a.x_c;
   T* cache = static_cast<T*>(a.cache) + slot * a.cache_slot + c * a.cache_c;
-  T* halo = static_cast<T*>(a.halo) + int64_t(blockIdx.x) * (K - 1) * a.channels + c;
+  T* halo = static_cast<T*>(a.halo) + place.block * (K - 1) * a.channels + c;
   Pack<T, V> past[K - 1];
   bool resume = a.resumes[b.sequence];
   for (int k = 0; k < K - 1; ++k)
@@ -173,12 +189,13 @@ struct Taps {
 };
 
 template <typename T, int K, int V>
-__global__ void prefill(Args a) {
-  Block b = find_block(a, blockIdx.x);
-  int64_t c = (int64_t(blockIdx.y) * kThreads + threadIdx.x) * V;
+__global__ void __launch_bounds__(kThreads, 4) prefill(Args a) {
+  const Place<V> place(a);
+  const int64_t c = place.c;
+  Block b = find_block(a, place.block);
   if (b.sequence >= a.sequences || c >= a.channels || live_slot(a, b.sequence) < 0) return;
   const Taps<T, K, V> taps(a, c);
-  const T* halo = static_cast<const T*>(a.halo) + int64_t(blockIdx.x) * (K - 1) * a.channels + c;
+  const T* halo = static_cast<const T*>(a.halo) + place.block * (K - 1) * a.channels + c;
   Pack<T, V> past[K - 1];
 #pragma unroll
   for (int k = 0; k < K - 1; ++k) past[k] = load<T, V>(halo + k * int64_t(a.channels));
@@ -200,64 +217,134 @@ __global__ void prefill(Args a) {
   }
 }
 
-template <typename T, int K, int V>
-__global__ void decode(Args a) {
-  int64_t c = (int64_t(blockIdx.y) * kThreads + threadIdx.x) * V;
-  int64_t slot = live_slot(a, blockIdx.x);
-  if (c >= a.channels || slot < 0) return;
-  T* x = static_cast<T*>(a.x) + int64_t(blockIdx.x) * a.x_t + c * a.x_c;
+// One token, any strides.
+template <typename T, int K>
+__global__ void decode_any(Args a) {
+  const Place<1> place(a);
+  const int64_t c = place.c;
+  if (c >= a.channels) return;
+  const int64_t slot = live_slot(a, place.block);
+  if (slot < 0) return;
+  T* x = static_cast<T*>(a.x) + place.block * a.x_t + c * a.x_c;
   T* cache = static_cast<T*>(a.cache) + slot * a.cache_slot + c * a.cache_c;
-  Pack<T, V> input = load<T, V>(x), past[K - 1];
-  if constexpr (V > 1) {  // the wide form is only taken for a dense cache: V channels are K - 1 packs in a row
-    Pack<T, V> raw[K - 1];
+  Pack<T, 1> past[K - 1];
 #pragma unroll
-    for (int j = 0; j < K - 1; ++j) raw[j] = load<T, V>(cache + j * V);
+  for (int k = 0; k < K - 1; ++k) past[k].value[0] = cache[k * a.cache_k];
+  const Taps<T, K, 1> taps(a, c);
+  store<T, 1>(x, taps.step(past, load<T, 1>(x), a.silu));
 #pragma unroll
-    for (int i = 0; i < V * (K - 1); ++i) past[i % (K - 1)].value[i / (K - 1)] = raw[i / V].value[i % V];
-  } else {
+  for (int k = 0; k < K - 1; ++k) cache[k * a.cache_k] = past[k].value[0];
+}
+
+// The states of a warp's channels are one run of packs. They are moved in order, 512 bytes an instruction, and change
+// hands in shared memory: a thread's own states are K - 1 packs in a row.
+template <typename T, int K, int V>
+struct States {
+  Pack<T, V>* room;  // the warp's [32 * (K - 1)] packs of shared memory
+  int lane, count;   // packs of this warp that exist
+
+  __device__ void fetch(const Pack<T, V>* from, Pack<T, V> (&moved)[K - 1]) const {
 #pragma unroll
-    for (int k = 0; k < K - 1; ++k) past[k].value[0] = cache[k * a.cache_k];
+    for (int j = 0; j < K - 1; ++j)
+      if (lane + 32 * j < count) moved[j] = from[lane + 32 * j];
   }
-  const Taps<T, K, V> taps(a, c);
-  Pack<T, V> out = taps.step(past, input, a.silu);
-  store<T, V>(x, out);
-  if constexpr (V > 1) {
-    Pack<T, V> raw[K - 1];
+
+  __device__ void to_taps(const Pack<T, V> (&moved)[K - 1], Pack<T, V> (&past)[K - 1]) const {
+    Pack<T, V> own[K - 1];
+    __syncwarp();
 #pragma unroll
-    for (int i = 0; i < V * (K - 1); ++i) raw[i / V].value[i % V] = past[i % (K - 1)].value[i / (K - 1)];
+    for (int j = 0; j < K - 1; ++j) room[lane + 32 * j] = moved[j];
+    __syncwarp();
 #pragma unroll
-    for (int j = 0; j < K - 1; ++j) store<T, V>(cache + j * V, raw[j]);
-  } else {
+    for (int j = 0; j < K - 1; ++j) own[j] = room[lane * (K - 1) + j];
 #pragma unroll
-    for (int k = 0; k < K - 1; ++k) cache[k * a.cache_k] = past[k].value[0];
+    for (int i = 0; i < V * (K - 1); ++i) past[i % (K - 1)].value[i / (K - 1)] = own[i / V].value[i % V];
+  }
+
+  __device__ void put(const Pack<T, V> (&past)[K - 1], Pack<T, V>* to) const {
+    Pack<T, V> own[K - 1];
+#pragma unroll
+    for (int i = 0; i < V * (K - 1); ++i) own[i / V].value[i % V] = past[i % (K - 1)].value[i / (K - 1)];
+    __syncwarp();
+#pragma unroll
+    for (int j = 0; j < K - 1; ++j) room[lane * (K - 1) + j] = own[j];
+    __syncwarp();
+#pragma unroll
+    for (int j = 0; j < K - 1; ++j)
+      if (lane + 32 * j < count) to[lane + 32 * j] = room[lane + 32 * j];
+  }
+};
+
+// TOKENS tokens that share one reading of the weights; dense channels and states. Every load is on its way before the
+// first is used.
+template <typename T, int K, int V, int TOKENS>
+__global__ void decode_wide(Args a) {
+  __shared__ Pack<T, V> room[kThreads * (K - 1)];
+  const Place<V> place(a);
+  const int64_t c = place.c;
+  const int lane = threadIdx.x % 32;
+  const int64_t first = c - lane * V;  // the warp's first channel
+  if (first >= a.channels) return;
+  const bool mine = c < a.channels;
+  const int count = int(min(int64_t(32), (a.channels - first) / V)) * (K - 1);
+  const States<T, K, V> states{room + (threadIdx.x - lane) * (K - 1), lane, count};
+  T* x[TOKENS];
+  Pack<T, V>* cache[TOKENS];
+  Pack<T, V> input[TOKENS], moved[TOKENS][K - 1];
+#pragma unroll
+  for (int i = 0; i < TOKENS; ++i) {
+    const int64_t token = place.block * TOKENS + i;
+    const int64_t slot = token < a.blocks ? live_slot(a, token) : -1;
+    x[i] = static_cast<T*>(a.x) + token * a.x_t + c;
+    if (token < a.blocks && mine) input[i] = load<T, V>(x[i]);
+    T* run = static_cast<T*>(a.cache) + slot * a.cache_slot + first * (K - 1);
+    cache[i] = slot < 0 ? nullptr : reinterpret_cast<Pack<T, V>*>(run);
+    if (cache[i]) states.fetch(cache[i], moved[i]);
+  }
+  const Taps<T, K, V> taps(a, mine ? c : 0);
+#pragma unroll
+  for (int i = 0; i < TOKENS; ++i) {
+    if (!cache[i]) continue;
+    Pack<T, V> past[K - 1];
+    states.to_taps(moved[i], past);
+    Pack<T, V> out = taps.step(past, input[i], a.silu);
+    if (mine) store<T, V>(x[i], out);
+    states.put(past, cache[i]);
   }
 }
 
-template <typename T, int K, int V>
-void run(const Args& a, bool is_decode, cudaStream_t stream) {
-  dim3 grid(a.blocks, (a.channels + kThreads * V - 1) / (kThreads * V));
-  if (is_decode) {
-    decode<T, K, V><<<grid, kThreads, 0, stream>>>(a);
-  } else {
-    save<T, K, V><<<grid, kThreads, 0, stream>>>(a);
-    prefill<T, K, V><<<grid, kThreads, 0, stream>>>(a);
-  }
+template <int V>
+unsigned grid(const Args& a, int64_t blocks) {
+  return unsigned(blocks * ((a.channels + kThreads * V - 1) / (kThreads * V)));
+}
+
+template <typename T, int K, int V, int TOKENS>
+void run_wide(const Args& a, cudaStream_t stream) {
+  decode_wide<T, K, V, TOKENS><<<grid<V>(a, (a.blocks + TOKENS - 1) / TOKENS), kThreads, 0, stream>>>(a);
 }
 
 template <typename T, int K>
-void run_wide(const Args& a, bool is_decode, bool vector, cudaStream_t stream) {
-  if (vector)
-    run<T, K, 16 / sizeof(T)>(a, is_decode, stream);
-  else
-    run<T, K, 1>(a, is_decode, stream);
+void run(const Args& a, bool is_decode, bool vector, cudaStream_t stream) {
+  constexpr int V = 16 / sizeof(T);
+  if (is_decode && !vector) {
+    decode_any<T, K><<<grid<1>(a, a.blocks), kThreads, 0, stream>>>(a);
+  } else if (is_decode) {
+    a.blocks < kManyTokens ? run_wide<T, K, V, 1>(a, stream) : run_wide<T, K, V, 2>(a, stream);
+  } else if (vector) {
+    save<T, K, V><<<grid<V>(a, a.blocks), kThreads, 0, stream>>>(a);
+    prefill<T, K, V><<<grid<V>(a, a.blocks), kThreads, 0, stream>>>(a);
+  } else {
+    save<T, K, 1><<<grid<1>(a, a.blocks), kThreads, 0, stream>>>(a);
+    prefill<T, K, 1><<<grid<1>(a, a.blocks), kThreads, 0, stream>>>(a);
+  }
 }
 
 template <typename T>
 bool run_taps(const Args& a, int taps, bool is_decode, bool vector, cudaStream_t stream) {
   switch (taps) {
-    case 2: run_wide<T, 2>(a, is_decode, vector, stream); return true;
-    case 3: run_wide<T, 3>(a, is_decode, vector, stream); return true;
-    case 4: run_wide<T, 4>(a, is_decode, vector, stream); return true;
+    case 2: run<T, 2>(a, is_decode, vector, stream); return true;
+    case 3: run<T, 3>(a, is_decode, vector, stream); return true;
+    case 4: run<T, 4>(a, is_decode, vector, stream); return true;
     default: return false;
   }
 }

@@ -1,6 +1,6 @@
 """What the in-place causal convolutions share: argument checks and the split into prefill and decode."""
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -9,9 +9,12 @@ from shardwise.ops.attention.batch import Batch, read_batch
 from shardwise.ops.state_batch import check_counts
 
 
-@dataclass(frozen=True)
-class ConvBatch:
-    """x [T, C], weight [C, K], bias [C] or None, cache [slots, C, K - 1]."""
+class ConvBatch(NamedTuple):
+    """x [b, s, C] as given: only one of b and s exceeds 1, x_t leads from token to token and x_c between channels.
+
+    weight [C, 1, K] or [C, K], contiguous; bias [C] or None; cache [slots, C, K - 1]. A named tuple without views of
+    the arguments, because it is made at every call.
+    """
 
     batch: Batch
     x: Tensor
@@ -21,38 +24,46 @@ class ConvBatch:
     slots: Tensor
     resumes: Tensor
     cache: Tensor
+    channels: int
+    K: int
+    x_t: int
+    x_c: int
     silu: bool
 
 
 def prepare(
     op: str, input, weight, bias, batch_info_host, cu_seqlen, slot_idx, resumes, cache, activation
 ) -> ConvBatch:
-    """Checked and flattened arguments; raises ValueError. Shapes only: device memory is not looked at."""
+    """Checked arguments; raises ValueError. Shapes only: device memory is not looked at."""
     if activation not in (None, "silu"):
         raise ValueError(f"{op}: activation must be None or 'silu', got {activation!r}")
-    channels, K = input.shape[-1], weight.shape[-1]
-    if input.dim() != 3 or weight.numel() != channels * K or weight.shape[0] != channels:
+    shape, K = input.shape, weight.shape[-1]
+    channels = shape[-1]
+    if len(shape) != 3 or weight.numel() != channels * K or weight.shape[0] != channels:
         raise ValueError(
-            f"{op}: input must be [b, s, C] and weight [C, 1, K] or [C, K], got {tuple(input.shape)} and "
+            f"{op}: input must be [b, s, C] and weight [C, 1, K] or [C, K], got {tuple(shape)} and "
             f"{tuple(weight.shape)}"
         )
-    if tuple(cache.shape[1:]) != (channels, K - 1) or K < 2:
+    if cache.shape[1:] != (channels, K - 1) or K < 2:
         raise ValueError(
             f"{op}: conv_state_cache must be [slots, C = {channels}, K - 1 = {K - 1}], got {tuple(cache.shape)}"
         )
-    if bias is not None and tuple(bias.shape) != (channels,):
+    if bias is not None and bias.shape != (channels,):
         raise ValueError(f"{op}: bias must be [{channels}], got {tuple(bias.shape)}")
     batch = read_batch(op, batch_info_host)
-    rows = input.shape[0] * input.shape[1]
+    rows = shape[0] * shape[1]
     check_counts(op, batch, rows, slot_idx, resumes)
     if batch.prefill and cu_seqlen.numel() < batch.prefill + 1:
         raise ValueError(f"{op}: cu_seqlen has {cu_seqlen.numel()} entries; {batch.prefill} sequences need one more")
-    bias = None if bias is None else bias.contiguous()
-    weight = weight.reshape(channels, K).contiguous()
-    slots = slot_idx.contiguous()
+    if shape[0] != 1 and shape[1] != 1:
+        input = input.view(1, rows, channels)
+        shape = input.shape
+    strides = input.stride()
     return ConvBatch(
-        batch, input.view(rows, channels), weight, bias, cu_seqlen, slots, resumes, cache, activation == "silu"
-    )
+        batch, input, weight.contiguous(), None if bias is None else bias.contiguous(), cu_seqlen,
+        slot_idx.contiguous(), resumes, cache, channels, K, strides[0] if shape[1] == 1 else strides[1], strides[2],
+        activation == "silu",
+    )  # fmt: skip
 
 
 def nothing(input, weight, *_args) -> None:
@@ -60,7 +71,16 @@ def nothing(input, weight, *_args) -> None:
     return None
 
 
+def block_rows(one: ConvBatch) -> int:
+    """Tokens of a prefill block: as many as leave 2^16 threads of eight channels to the device, 16 to 128.
+
+    A block moves K - 1 rows thrice beside its own rows twice; fewer threads do not fill the memory's queues.
+    """
+    threads = one.batch.prefill_tokens * one.channels // 8
+    return 1 << min(max((threads >> 17).bit_length(), 4), 7)
+
+
 def halo(one: ConvBatch, rows: int) -> Tensor:
     """Room for the K - 1 inputs before each block of `rows` prefill tokens; a sequence begins a new block."""
     blocks = -(-one.batch.prefill_tokens // rows) + one.batch.prefill
-    return torch.empty((blocks, one.weight.shape[1] - 1, one.x.shape[1]), dtype=one.x.dtype, device=one.x.device)
+    return torch.empty((blocks, one.K - 1, one.channels), dtype=one.x.dtype, device=one.x.device)

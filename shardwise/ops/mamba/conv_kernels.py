@@ -1,0 +1,312 @@
+"""Triton kernels of the causal convolution in place: halos, blocks of prefill tokens, the decode step.
+
+Prefill tokens are cut into blocks that never cross a sequence. A block's result replaces inputs that its successor
+needs, so `save_kernel` first copies the K - 1 inputs before every block (its halo) and brings the state caches up to
+date. `prefill_kernel` then walks over the rows of all blocks in parallel.
+"""
+
+from shardwise.ops.triton_support import tl, triton
+
+
+@triton.jit
+def find_block(bounds_ptr, sequences, block, rows, SEQUENCES: tl.constexpr):
+    """(sequence, its first token, its end, tokens before the block); sequence == sequences for unused blocks."""
+    j = tl.arange(0, SEQUENCES)
+    low = tl.load(bounds_ptr + j, mask=j < sequences, other=0)
+    high = tl.load(bounds_ptr + j + 1, mask=j < sequences, other=0)
+    ends = tl.cumsum(tl.cdiv(high - low, rows), axis=0)
+    done = (ends <= block) & (j < sequences)
+    sequence = tl.sum(done.to(tl.int32), axis=0)
+    before = tl.max(tl.where(done, ends, 0), axis=0)
+    start = tl.load(bounds_ptr + sequence, mask=sequence < sequences, other=0).to(tl.int64)
+    end = tl.load(bounds_ptr + sequence + 1, mask=sequence < sequences, other=0).to(tl.int64)
+    return sequence, start, end, (block - before).to(tl.int64) * rows
+
+
+@triton.jit
+def load_taps(weight_ptr, c, channels, K: tl.constexpr):
+    """The K weights [CHANNELS] of every channel, float32. Four taps are loaded as they lie and taken apart."""
+    mask = c < channels
+    taps = ()
+    if K == 4:
+        k = tl.arange(0, 4)
+        tile = tl.load(weight_ptr + c[:, None] * 4 + k[None, :], mask=mask[:, None], other=0.0).to(tl.float32)
+        even, odd = tl.split(tile.reshape(tile.shape[0], 2, 2))
+        first, third = tl.split(even)
+        second, fourth = tl.split(odd)
+        taps = (first, second, third, fourth)  # type: ignore[assignment]
+    else:
+        for k in tl.static_range(K):
+            tap = tl.load(weight_ptr + c * K + k, mask=mask, other=0.0).to(tl.float32)
+            taps = taps + (tap,)  # type: ignore[assignment]
+    return taps
+
+
+@triton.jit(do_not_specialize=["sequences", "slots", "rows"])
+def save_kernel(
+    x_ptr,
+    bounds_ptr,
+    slot_ptr,
+    resume_ptr,
+    cache_ptr,
+    halo_ptr,
+    sequences,
+    slots,
+    rows,
+    channels,
+    x_t,
+    x_c,
+    cache_slot,
+    cache_c,
+    cache_k,
+    K: tl.constexpr,
+    TAPS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    SEQUENCES: tl.constexpr,
+):
+    """Inputs before one block into its halo; at a sequence's first block also its new state into the cache."""
+    tiles = tl.cdiv(channels, CHANNELS)
+    block = tl.program_id(0) // tiles
+    sequence, start, end, local = find_block(bounds_ptr, sequences, block, rows, SEQUENCES)
+    if sequence >= sequences:
+        return
+    slot = tl.load(slot_ptr + sequence).to(tl.int64)
+    if (slot < 0) | (slot >= slots):
+        return
+    k = tl.arange(0, TAPS)[:, None]
+    c = (tl.program_id(0) % tiles * CHANNELS + tl.arange(0, CHANNELS))[None, :]
+    mask = (k < K - 1) & (c < channels)
+    saved = halo_ptr + (block.to(tl.int64) * (K - 1) + k) * channels + c
+    above = x_ptr + (start + k - (K - 1)) * x_t + c * x_c
+    if local > 0:
+        tl.store(saved, tl.load(above + local * x_t, mask=mask, other=0.0), mask=mask)
+        return
+    resume = tl.load(resume_ptr + sequence).to(tl.int1)
+    cached = cache_ptr + slot * cache_slot + c * cache_c
+    past = tl.load(cached + k * cache_k, mask=mask & resume, other=0.0)
+    length = end - start
+    last = length + k - (K - 1)
+    fresh = tl.load(above + length * x_t, mask=mask & (last >= 0), other=0.0)
+    kept = tl.load(cached + (length + k) * cache_k, mask=mask & resume & (last < 0), other=0.0)
+    tl.debug_barrier()
+    tl.store(saved, past.to(halo_ptr.dtype.element_ty), mask=mask)
+    tl.store(cached + k * cache_k, tl.where(last >= 0, fresh.to(cache_ptr.dtype.element_ty), kept), mask=mask)
+
+
+@triton.jit
+def load_rows(row_ptr, first, count, stride, mask, ROWS: tl.constexpr):
+    """Rows first to first + ROWS - 1 as a tuple; zeros from row `count` on."""
+    rows = ()
+    for i in tl.static_range(ROWS):
+        row = tl.load(row_ptr + (first + i) * stride, mask=mask & (first + i < count), other=0.0)
+        rows = rows + (row,)  # type: ignore[assignment]
+    return rows
+
+
+@triton.jit(do_not_specialize=["sequences", "slots", "rows"])
+def prefill_kernel(
+    x_ptr,
+    weight_ptr,
+    bias_ptr,
+    bounds_ptr,
+    slot_ptr,
+    halo_ptr,
+    sequences,
+    slots,
+    rows,
+    channels,
+    x_t,
+    x_c,
+    K: tl.constexpr,
+    AHEAD: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    SEQUENCES: tl.constexpr,
+    BIAS: tl.constexpr,
+    SILU: tl.constexpr,
+):
+    """One block of tokens and channels: a walk over its rows, K - 1 inputs in registers and AHEAD rows on their way.
+
+    A thread owns its channels, so that nobody else reads what it overwrites.
+    """
+    tiles = tl.cdiv(channels, CHANNELS)
+    block = tl.program_id(0) // tiles
+    sequence, start, end, local = find_block(bounds_ptr, sequences, block, rows, SEQUENCES)
+    if sequence >= sequences:
+        return
+    slot = tl.load(slot_ptr + sequence)
+    if (slot < 0) | (slot >= slots):
+        return
+    c = tl.program_id(0) % tiles * CHANNELS + tl.arange(0, CHANNELS)
+    mask = c < channels
+    row_ptr = x_ptr + (start + local) * x_t + c * x_c
+    count = tl.minimum(end - start - local, rows).to(tl.int32)
+    ahead = load_rows(row_ptr, 0, count, x_t, mask, AHEAD)
+    past = load_rows(halo_ptr + block.to(tl.int64) * (K - 1) * channels + c, 0, K - 1, channels, mask, K - 1)
+    taps = load_taps(weight_ptr, c, channels, K)
+    offset = tl.zeros((CHANNELS,), tl.float32)
+    if BIAS:
+        offset = tl.load(bias_ptr + c, mask=mask, other=0.0).to(tl.float32)
+    for first in range(0, count, AHEAD):
+        now = ahead
+        ahead = load_rows(row_ptr, first + AHEAD, count, x_t, mask, AHEAD)
+        for i in tl.static_range(AHEAD):
+            out = offset + now[i].to(tl.float32) * taps[K - 1]
+            for k in tl.static_range(K - 1):
+                out += past[k].to(tl.float32) * taps[k]
+            past = past[1:] + (now[i],)
+            if SILU:
+                out *= tl.sigmoid(out)
+            target = row_ptr + (first + i) * x_t
+            tl.store(target, out.to(x_ptr.dtype.element_ty), mask=mask & (first + i < count))
+
+
+@triton.jit(do_not_specialize=["first", "skip", "tokens", "slots"])
+def decode_kernel(
+    x_ptr,
+    weight_ptr,
+    bias_ptr,
+    slot_ptr,
+    cache_ptr,
+    first,
+    skip,
+    tokens,
+    slots,
+    channels,
+    x_t,
+    x_c,
+    cache_slot,
+    cache_c,
+    cache_k,
+    K: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    BIAS: tl.constexpr,
+    SILU: tl.constexpr,
+):
+    """One token and a block of its channels, for any strides and K.
+
+    The decode tokens begin at token `first` and their slots at entry `skip`.
+    """
+    tiles = tl.cdiv(channels, CHANNELS)
+    token = (tl.program_id(0) // tiles).to(tl.int64)
+    slot = tl.load(slot_ptr + skip + token).to(tl.int64)
+    if (slot < 0) | (slot >= slots):
+        return
+    c = tl.program_id(0) % tiles * CHANNELS + tl.arange(0, CHANNELS)
+    mask = c < channels
+    row = x_ptr + (first + token) * x_t + c * x_c
+    cached = cache_ptr + slot * cache_slot + c * cache_c
+    x = tl.load(row, mask=mask, other=0.0)
+    past = load_rows(cached, 0, K - 1, cache_k, mask, K - 1)
+    taps = load_taps(weight_ptr, c, channels, K)
+    out = x.to(tl.float32) * taps[K - 1]
+    if BIAS:
+        out += tl.load(bias_ptr + c, mask=mask, other=0.0).to(tl.float32)
+    for k in tl.static_range(K - 1):
+        out += past[k].to(tl.float32) * taps[k]
+    if SILU:
+        out *= tl.sigmoid(out)
+    past = past + (x.to(cache_ptr.dtype.element_ty),)
+    for k in tl.static_range(K - 1):
+        tl.store(cached + k * cache_k, past[k + 1], mask=mask)
+    tl.store(row, out.to(x_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def columns(tile):
+    """[T, G, 8] -> its eight columns [T, G], which a thread holds already."""
+    even, odd = tl.split(tile.reshape(tile.shape[0], tile.shape[1], 4, 2))
+    even0, even1 = tl.split(even.reshape(tile.shape[0], tile.shape[1], 2, 2))
+    odd0, odd1 = tl.split(odd.reshape(tile.shape[0], tile.shape[1], 2, 2))
+    a0, a4 = tl.split(even0)
+    a2, a6 = tl.split(even1)
+    a1, a5 = tl.split(odd0)
+    a3, a7 = tl.split(odd1)
+    return a0, a1, a2, a3, a4, a5, a6, a7
+
+
+@triton.jit
+def tile_of(a, BEGIN: tl.constexpr, STEP: tl.constexpr):
+    """Eight columns [T, G] of the tuple `a`, STEP apart, as one tile [T, G, 8]."""
+    even = tl.join(
+        tl.join(a[BEGIN], a[BEGIN + 4 * STEP]),
+        tl.join(a[BEGIN + 2 * STEP], a[BEGIN + 6 * STEP]),
+    )
+    odd = tl.join(
+        tl.join(a[BEGIN + STEP], a[BEGIN + 5 * STEP]),
+        tl.join(a[BEGIN + 3 * STEP], a[BEGIN + 7 * STEP]),
+    )
+    return tl.join(even, odd).reshape(even.shape[0], even.shape[1], 8)
+
+
+@triton.jit
+def quarters(tile):
+    """[4, G, T, 8] -> [G, T, 8] for each of the four."""
+    parts = tile.reshape(2, 2, tile.shape[1], tile.shape[2], 8).permute(2, 3, 4, 0, 1)
+    even, odd = tl.split(parts)
+    first, third = tl.split(even)
+    second, fourth = tl.split(odd)
+    return first, second, third, fourth
+
+
+@triton.jit(do_not_specialize=["first", "skip", "tokens", "slots"])
+def decode_dense_kernel(
+    x_ptr,
+    weight_ptr,
+    bias_ptr,
+    slot_ptr,
+    cache_ptr,
+    first,
+    skip,
+    tokens,
+    slots,
+    channels,
+    x_t,
+    cache_slot,
+    TOKENS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    BIAS: tl.constexpr,
+    SILU: tl.constexpr,
+):
+    """K = 4, contiguous channels and states: TOKENS tokens and GROUPS times eight channels.
+
+    The states of eight channels are three tiles of eight numbers, channel by channel. They are moved as whole rows,
+    16 bytes a thread, and a thread turns its three tiles into one for each tap by renaming registers. The order of
+    the dimensions decides how Triton spreads them over lanes: the first one fastest.
+    """
+    tiles = tl.cdiv(channels, GROUPS * 8)
+    t = tl.program_id(0) // tiles * TOKENS + tl.arange(0, TOKENS)
+    slot = tl.load(slot_ptr + skip + t, mask=t < tokens, other=-1).to(tl.int64)
+    t = first + t.to(tl.int64)
+    g, j, e = tl.program_id(0) % tiles * GROUPS + tl.arange(0, GROUPS), tl.arange(0, 4), tl.arange(0, 8)
+    live = (slot >= 0) & (slot < slots)
+    mask = live[None, :, None] & (g * 8 < channels)[:, None, None]
+    c = g[:, None] * 8 + e[None, :]
+    row = x_ptr + t[None, :, None] * x_t + c[:, None, :]
+    inside = (g[None, :] * 24 + j[:, None] * 8)[:, :, None, None] + e[None, None, None, :]
+    cached = cache_ptr + slot[None, None, :, None] * cache_slot + inside
+    moved = mask[None, :, :, :] & (j < 3)[:, None, None, None]
+    x = tl.load(row, mask=mask, other=0.0)
+    tiles = quarters(tl.load(cached, mask=moved, other=0.0))
+    k = c[:, :, None] * 4 + j[None, None, :]
+    weight = tl.load(weight_ptr + k, mask=(c < channels)[:, :, None], other=0.0).to(tl.float32)
+    even, odd = tl.split(weight.reshape(GROUPS, 8, 2, 2))
+    tap0, tap2 = tl.split(even)
+    tap1, tap3 = tl.split(odd)
+    taken = columns(tiles[0]) + columns(tiles[1]) + columns(tiles[2])
+    past0, past1, past2 = tile_of(taken, 0, 3), tile_of(taken, 1, 3), tile_of(taken, 2, 3)
+    out = x.to(tl.float32) * tap3[:, None, :]
+    if BIAS:
+        out += tl.load(bias_ptr + c, mask=c < channels, other=0.0).to(tl.float32)[:, None, :]
+    out += past0.to(tl.float32) * tap0[:, None, :]
+    out += past1.to(tl.float32) * tap1[:, None, :]
+    out += past2.to(tl.float32) * tap2[:, None, :]
+    if SILU:
+        out *= tl.sigmoid(out)
+    first, second, third = columns(past1), columns(past2), columns(x.to(cache_ptr.dtype.element_ty))
+    given = ()
+    for i in tl.static_range(8):
+        given = given + (first[i], second[i], third[i])  # type: ignore[assignment]
+    tile0, tile1, tile2 = tile_of(given, 0, 1), tile_of(given, 8, 1), tile_of(given, 16, 1)
+    new = tl.join(tl.join(tile0, tile2), tl.join(tile1, tile1)).permute(3, 4, 0, 1, 2)
+    tl.store(cached, new.reshape(4, GROUPS, TOKENS, 8), mask=moved)
+    tl.store(row, out.to(x_ptr.dtype.element_ty), mask=mask)
