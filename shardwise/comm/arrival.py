@@ -19,6 +19,21 @@ LATE_TAG, ABORT_TAG = 1, 2
 EMPTY_HALF = 64
 
 
+_owned: list = []
+
+
+def owned(comm):
+    """`comm`, which this package made and frees before MPI is finalised."""
+    _owned.append(comm)
+    return comm
+
+
+def free_owned() -> None:
+    """Give MPI's communicators back, the latest first. Every rank does so when it leaves MPI in good order."""
+    while _owned:
+        _owned.pop().Free()
+
+
 class Arrivals(ABC):
     """Where the ranks of one MPI communicator meet."""
 
@@ -44,7 +59,7 @@ class SegmentArrivals(Arrivals):
 
     @classmethod
     def try_make(cls, meeting: Rendezvous, limit: float) -> "SegmentArrivals | None":
-        """None where the ranks cannot share memory (several hosts, other machines than x86-64)."""
+        """None where the ranks cannot share memory (several hosts, other machines than x86-64, no memory left)."""
         from shardwise.comm.strategy import one_host
 
         def gather(key: str, value: Any) -> list:
@@ -54,7 +69,11 @@ class SegmentArrivals(Arrivals):
             return None
         crowded = meeting.size > len(os.sched_getaffinity(0))
         members = list(range(meeting.size))
-        return cls(share(gather, members, meeting.rank, EMPTY_HALF, key="arrivals", crowded=crowded), gather)
+        try:
+            segment = share(gather, members, meeting.rank, EMPTY_HALF, key="arrivals", crowded=crowded)
+        except OSError:  # on every rank
+            return None
+        return cls(segment, gather)
 
     def meet(self, limit: float) -> None:
         if self.segment.root.words[0]:
@@ -81,7 +100,7 @@ class MessageArrivals(Arrivals):
     """A non-blocking barrier on a duplicate of the communicator, and messages beside it."""
 
     def __init__(self, comm):
-        self.comm = comm.Dup()
+        self.comm = owned(comm.Dup())
         self.rank = comm.Get_rank()
         self.size = comm.Get_size()
         self.count = 0

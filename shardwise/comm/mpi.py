@@ -20,7 +20,7 @@ from torch import Tensor
 
 from shardwise.comm import compose, watch
 from shardwise.comm.arguments import starts
-from shardwise.comm.arrival import Arrivals, MessageArrivals, MissingRanks, SegmentArrivals
+from shardwise.comm.arrival import Arrivals, MessageArrivals, MissingRanks, SegmentArrivals, free_owned, owned
 from shardwise.comm.base import CollectiveTimeout, CommError, PeerLost
 from shardwise.comm.bootstrap import Rendezvous
 from shardwise.comm.collective import FINGERPRINT_BYTES, Collective
@@ -50,12 +50,13 @@ def library():
 def _finalize(MPI) -> None:
     """Leave MPI, unless a collective failed: then finalising would wait for ranks that will not come."""
     if not _failed and not MPI.Is_finalized():
+        free_owned()
         MPI.Finalize()
 
 
 def world_communicator():
     """A communicator of our own over all ranks that mpirun started."""
-    return library().COMM_WORLD.Dup()
+    return owned(library().COMM_WORLD.Dup())
 
 
 @functools.cache
@@ -220,7 +221,7 @@ class MpiCommunicator(Collective):
 
     def _split(self, name: str, members: list[int], colors: list[int]) -> "MpiCommunicator":
         self._meet()
-        comm = self.comm.Split(colors[self.rank], members.index(self.rank))
+        comm = owned(self.comm.Split(colors[self.rank], members.index(self.rank)))
         group = MpiCommunicator(
             comm,
             [self.ranks[i] for i in members],

@@ -67,7 +67,7 @@ class ShmCommunicator(Collective):
                 crowded=meeting.size > cores,
             )
         except OSError as error:
-            raise CommError(f"transport shm cannot serve rank {meeting.ranks[meeting.rank]}: {error}") from None
+            raise CommError(f"shared memory cannot be made: {error}") from None
         addresses = meeting.gather("shm/probe", direct.probe_address(), limit)
         tries = [direct.readable(segment.members[peer].pid, addresses[peer])[0] for peer, _ in segment.others]
         reads_peers = all(meeting.gather("shm/reads", all(tries), limit))

@@ -138,14 +138,16 @@ def _create_cpu(request: _Request) -> "Collective":
         return _torch_dist(request, request.rendezvous(), "gloo")
     meeting = request.rendezvous()
     usable, reason = one_host(meeting, request.options["deadlines"].rendezvous)
+    group = None
     if usable:
-        group = _shared_memory(request, meeting)
-    elif request.transport == "shm":
+        try:
+            group = _shared_memory(request, meeting)
+        except CommError as error:  # on every rank, with the same text
+            reason = str(error)
+    if group is None and request.transport == "shm":
         raise CommError(f"transport shm cannot serve rank {request.info.rank}: {reason}")
-    elif request.speaks_mpi:
-        group = _mpi(request)
-    else:
-        group = _torch_dist(request, meeting, "gloo")
+    if group is None:
+        group = _mpi(request) if request.speaks_mpi else _torch_dist(request, meeting, "gloo")
     if request.transport == "auto":
         group.reason = reason
     return group

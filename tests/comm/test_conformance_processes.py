@@ -51,3 +51,11 @@ def test_random_calls_with_dawdling_ranks():
     """Four ranks, more than this project's test machines have cores; every result is checked in place."""
     counts = run_processes(4, "rank_bodies:soak", "shm", 2.0, 1)
     assert counts[0] >= 20 and len(set(counts)) == 1
+
+
+@pytest.mark.parametrize(("mpi", "transport"), [(False, "gloo"), (True, "mpi")], ids=["demo", "MPI"])
+def test_auto_falls_back_where_shared_memory_cannot_be_made(mpi, transport):
+    results = run_processes(2, "rank_bodies:without_memory", mpi=mpi)
+    assert [(name, total) for name, _, total in results] == [(transport, 3.0)] * 2
+    assert results[0][1] == results[1][1]
+    assert "No space left on device" in results[0][1]
