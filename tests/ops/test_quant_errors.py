@@ -25,6 +25,11 @@ CASES = {
     ),
     "bias must have N = 8": ("trtllm_quant_fp8_linear", ValueError, (X, CODES, torch.ones(7), ONE, ONE)),
     r"need \[B, M, K\]": ("torch_quant_fp8_bmm", ValueError, (X[None], X[None], ONE, ONE)),
+    "weight_scale must have one element": (
+        "torch_quant_fp8_bmm",
+        ValueError,
+        (X[None], X.T[None], ONE, torch.ones(2)),
+    ),
     "all required": ("torch_quant_nvfp4_linear", ValueError, (X, NVFP4, None, ONE, SCALES, None)),
     "NVFP4 weight must be uint8": ("torch_quant_nvfp4_linear", TypeError, (X, X, None, ONE, SCALES, ONE)),
     "block scales must be uint8": ("torch_quant_nvfp4_linear", TypeError, (X, NVFP4, None, ONE, SCALES.float(), ONE)),

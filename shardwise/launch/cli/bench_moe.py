@@ -4,6 +4,7 @@ import argparse
 import json
 import sys
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 from shardwise.launch.machine import machine_facts
@@ -35,7 +36,8 @@ def run(args: argparse.Namespace) -> int:
     from shardwise.ops.measure import device_microseconds
 
     table = sys.stderr if args.json == "-" else sys.stdout
-    ceilings = measure_ceilings(device_microseconds)
+    time = partial(device_microseconds, calls=16, repeats=9)  # a layer's largest call takes 10 ms
+    ceilings = measure_ceilings(time)
     print(
         f"copy {ceilings.copy / 1e6:.2f} TB/s, read {ceilings.read / 1e6:.2f} TB/s, "
         f"bf16 product {ceilings.operations / 1e6:.0f} TFLOP/s",
@@ -45,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
     rows = []
     for name in args.layer or LAYERS:
         layer = replace(LAYERS[name], experts=args.experts) if args.experts else LAYERS[name]
-        for row in measure_layer(name, layer, tuple(args.tokens or TOKENS), device_microseconds, ceilings):
+        for row in measure_layer(name, layer, tuple(args.tokens or TOKENS), time, ceilings):
             rows.append(asdict(row))
             print(_line(row), file=table, flush=True)
         torch.cuda.empty_cache()

@@ -122,9 +122,12 @@ def torch_quant_fp8_bmm(input: Tensor, mat2: Tensor, input_scale: Tensor, weight
         raise ValueError(
             f"torch_quant_fp8_bmm: need [B, M, K] and [B, K, N], got {tuple(input.shape)} and {tuple(mat2.shape)}"
         )
+    for label, scale in (("input_scale", input_scale), ("weight_scale", weight_scale)):
+        if scale.numel() != 1:
+            raise ValueError(f"torch_quant_fp8_bmm: {label} must have one element, got {tuple(scale.shape)}")
     dtype = torch.bfloat16 if input.dtype == torch.float8_e4m3fn else input.dtype
     left, right = _codes(input, input_scale), _codes(mat2, weight_scale)
-    if not _native_fp8(input.device):
+    if input.shape[0] == 0 or not _native_fp8(input.device):
         return (torch.bmm(left.float(), right.float()) * (input_scale.float() * weight_scale.float())).to(dtype)
     pairs = zip(left, right.transpose(1, 2), strict=True)
     return torch.stack([scaled_mm(a, b, input_scale, weight_scale, dtype) for a, b in pairs])

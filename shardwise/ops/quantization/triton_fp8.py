@@ -41,7 +41,7 @@ def quantize_kernel(x_ptr, scale_ptr, out_ptr, size, BLOCK: tl.constexpr, INTERP
     tl.store(out_ptr + at, encode_e4m3(x / tl.load(scale_ptr), INTERPRET), mask=at < size)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def few_rows_kernel(
     x, w, w_ptr, bias_ptr, out_ptr, in_scale_ptr, w_scale_ptr, rows, columns, outputs,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, BIAS: tl.constexpr, TMA: tl.constexpr,
@@ -141,10 +141,10 @@ def few_rows_linear(
         + (interpreting(), pdl)
     )  # fmt: skip
     bias = weight_scale if bias is None else bias
-    key = (rows.dtype, bias.dtype, aligned(weight, bias, in_scale, weight_scale), columns, outputs, count == 1)
+    key = (rows.dtype, bias.dtype, aligned(weight, bias, in_scale, weight_scale), columns, outputs)
     _few_rows(
         device,
-        (*key, count % 16 == 0, shape.warps, constants),
+        (*key, shape.warps, constants),
         (-(-outputs // shape.outputs), 1, 1),
         (x, w, weight, bias, out, in_scale, weight_scale, count, columns, outputs) + constants,
         num_warps=shape.warps,
