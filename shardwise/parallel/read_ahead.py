@@ -71,6 +71,7 @@ class ReadAhead:
             copied = part.result()
             if copied is not None:
                 torch.cuda.current_stream(self._device).wait_event(copied)
+        self._reader.release(pending.stored)
         return pending.tensor
 
     def close(self) -> None:
@@ -97,7 +98,7 @@ class ReadAhead:
         parts = [
             self._pool.submit(self._read, stored, inside, tensor[start:stop], free) for (start, stop), inside in pieces
         ]
-        return _Pending(tensor, parts)
+        return _Pending(stored, tensor, parts)
 
     def _read(self, stored: StoredTensor, ranges: Ranges, target: Tensor, free: torch.cuda.Event | None):
         if not hasattr(self._lanes, "lane"):
@@ -110,6 +111,7 @@ class ReadAhead:
 class _Pending:
     """A tensor on the device, and the pieces that are on their way into it."""
 
+    stored: StoredTensor
     tensor: Tensor
     parts: list[Future]
 

@@ -63,6 +63,7 @@ class CheckpointSource:
                 piece = piece.view(BITS[stored.entry.dtype])
             out[start:stop].copy_(piece)
             on_bytes(int(array.size * per_element))
+        self._reader.release(stored)
 
     def blocks(self, shard: TensorShard) -> Tensor:
         return torch.from_numpy(self._reader.blocks(self._stored(shard), shard.ranges))

@@ -46,6 +46,7 @@ class Reader:
 
     def __init__(self):
         self._files: dict[Path, np.ndarray] = {}
+        self._maps: dict[Path, mmap.mmap] = {}
         self._descriptors: dict[Path, int] = {}
         self._opening = threading.Lock()
 
@@ -97,6 +98,13 @@ class Reader:
         part = self._part(stored, ranges)
         np.copyto(into.view(part.dtype).reshape(part.shape), part)
 
+    def release(self, stored: StoredTensor) -> None:
+        """Give back a tensor's pages once it is read: no process shall seem to hold the files beside its weights."""
+        mapped, entry = self._maps.get(stored.entry.path), stored.entry
+        first = entry.offset // mmap.PAGESIZE * mmap.PAGESIZE
+        if mapped is not None and entry.nbytes:
+            mapped.madvise(mmap.MADV_DONTNEED, first, entry.offset + entry.nbytes - first)
+
     def blocks(self, stored: StoredTensor, ranges: Sequence[Sequence[Range]]) -> np.ndarray:
         """The selected part of a block-quantised matrix as it is stored: uint8 [rows, blocks, bytes of a block].
 
@@ -136,7 +144,8 @@ class Reader:
             if path not in self._files:
                 with path.open("rb") as file:
                     # A private writable mapping: torch warns about read-only arrays that it shares memory with.
-                    self._files[path] = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY), np.uint8)
+                    self._maps[path] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+                self._files[path] = np.frombuffer(self._maps[path], np.uint8)
             return self._files[path]
 
     def _descriptor(self, path: Path) -> int:
@@ -147,6 +156,7 @@ class Reader:
 
     def close(self) -> None:
         self._files.clear()
+        self._maps.clear()
         while self._descriptors:
             os.close(self._descriptors.popitem()[1])
 
