@@ -102,6 +102,11 @@ def store_from_environment(info: RankInfo, timeout: float, environ=os.environ) -
         return FolderStore(environ[STORE_ENV])
     if environ.get("MASTER_ADDR") and environ.get("MASTER_PORT"):
         place = environ["MASTER_ADDR"], int(environ["MASTER_PORT"])
+        if place[1] == 0:  # torchrun's static rendezvous binds some port and announces the 0 that it was given
+            raise ValueError(
+                "MASTER_PORT=0 names no port to meet at: start torchrun with --standalone, without --master-port, or "
+                "with the number of a free port"
+            )
         if place not in _torchrun_stores:  # a job has one: its port can be bound once
             _torchrun_stores[place] = _torchrun_store(info, *place, timeout, environ)
         return _torchrun_stores[place]

@@ -5,6 +5,7 @@
 calls `function(context)` on two new ranks and returns what each of them returned (JSON values).
 """
 
+import fcntl
 import json
 import os
 import secrets
@@ -16,6 +17,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -64,11 +66,21 @@ class Job:
     token: str = field(default_factory=lambda: secrets.token_hex(16))
     debug: bool = False
 
-    @property
+    @cached_property
     def logs(self) -> Path:
-        """One log a rank, and the reports of failures; SHARDWISE_LOG_DIR chooses another place."""
+        """One log a rank, and the reports of failures; SHARDWISE_LOG_DIR chooses another place.
+
+        A place in which another job is running lends a folder of its own inside.
+        """
         chosen = os.environ.get(watch.LOG_FOLDER_ENV)
-        return Path(chosen).absolute() if chosen else self.folder / "logs"
+        if not chosen:
+            return self.folder / "logs"
+        folder = Path(chosen).absolute()
+        return folder if self._claim.take(folder) else folder / f"job-{os.getpid()}-{self.token[:6]}"
+
+    @cached_property
+    def _claim(self) -> "Claim":
+        return Claim()
 
     @property
     def store(self) -> Path:
@@ -102,6 +114,7 @@ class Job:
 
     def clean(self, failed: bool) -> None:
         """Remove the private folder; after a failure the logs stay."""
+        self._claim.release()
         if not failed:
             shutil.rmtree(self.folder, ignore_errors=True)
             return
@@ -109,6 +122,30 @@ class Job:
         (self.folder / "job.json").unlink(missing_ok=True)
         if self.logs.parent != self.folder:
             shutil.rmtree(self.folder, ignore_errors=True)
+
+
+class Claim:
+    """A folder that belongs to one job at a time: a lock that ends with its process, whatever happens to it."""
+
+    def __init__(self) -> None:
+        self._descriptor: int | None = None
+
+    def take(self, folder: Path) -> bool:
+        """False when another job has it."""
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder / "job.lock", os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            return False
+        self._descriptor = descriptor
+        return True
+
+    def release(self) -> None:
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
 
 
 def run_job(

@@ -1,0 +1,49 @@
+"""Jobs that are told the same folder for their logs leave each other's alone."""
+
+import pytest
+
+from shardwise.comm.bootstrap import store_from_environment
+from shardwise.comm.rank import RankInfo
+from shardwise.launch.job import Job
+
+
+@pytest.fixture
+def chosen(tmp_path, monkeypatch):
+    folder = tmp_path / "logs"
+    monkeypatch.setenv("SHARDWISE_LOG_DIR", str(folder))
+    return folder
+
+
+def started() -> Job:
+    job = Job(target="a:b", payload={}, world=1)
+    job.prepare()
+    job.log(0).write_text("words")
+    (job.logs / "failure.json").write_text("{}")
+    return job
+
+
+def test_a_second_job_gets_a_folder_of_its_own_inside(chosen):
+    first, second = started(), started()
+    assert first.logs == chosen and second.logs.parent == chosen
+    third = started()
+    assert len({first.logs, second.logs, third.logs}) == 3
+    for job in (first, second, third):
+        assert job.log(0).read_text() == "words" and (job.logs / "failure.json").exists()
+        job.clean(failed=False)
+        assert job.log(0).exists()
+
+
+def test_the_next_job_clears_what_the_last_one_reported(chosen):
+    first = started()
+    first.clean(failed=True)
+    assert (chosen / "failure.json").exists()
+    second = Job(target="a:b", payload={}, world=1)
+    second.prepare()
+    assert second.logs == chosen and not list(chosen.glob("failure*")) and not list(chosen.glob("rank-*"))
+    second.clean(failed=False)
+
+
+def test_a_torchrun_that_announces_no_port_is_told_what_to_change():
+    environ = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    with pytest.raises(ValueError, match="MASTER_PORT=0 names no port to meet at: start torchrun with --standalone"):
+        store_from_environment(RankInfo(0, 2, 0, 2), 1.0, environ)
