@@ -68,6 +68,7 @@ def test_unusable_command_lines_exit_with_2(words):
         (["run", "smollm2", "--tp", "99"], 1, "tp 99 does not fit"),
         (["run", "no-such-model"], 1, "is no file and no folder"),
         (["run", "smollm2", "--prompts", "/no/such/file"], 1, "/no/such/file: No such file or directory"),
+        (["bench", "comm", "--transport", "nope"], 2, "unknown transport 'nope'; legal: auto, gloo, nccl, mpi, shm"),
         (["explain", "/no/such/file"], 1, "/no/such/file: No such file or directory"),
     ],
 )

@@ -161,6 +161,41 @@ def test_search_ranks_layouts(config, capsys):
     assert found["ranked"] and all(row["world"] <= 4 for row in found["ranked"])
 
 
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        ("--tp 2 --batch 4", "--batch is for the cost on a machine: add --device NAME"),
+        ("--context 32k", "--context is for the cost on a machine"),
+        ("--nodes 2", "--nodes is for the cost on a machine"),
+        ("--prompt 1k", "--prompt is for the cost on a machine"),
+        ("--per-tensor", "--per-tensor is for --json: add that"),
+        ("--gpus 4", "--gpus is for --search: add that"),
+        ("--objective memory", "--objective is for --search"),
+        ("--search --tp 2", "--tp has no effect with --search: drop one of them"),
+        ("--search --attn-dp 1", "--attn-dp has no effect with --search"),
+        ("--legal --html page.html", "--html has no effect with --legal"),
+        ("--legal --ep 2", "--ep has no effect with --legal"),
+        ("--legal --search", "--search has no effect with --legal"),
+        ("--export-tp-plan --json", "--json has no effect with --export-tp-plan"),
+    ],
+)
+def test_options_without_an_effect_are_refused(config, capsys, arguments, words):
+    assert main(["plan", config(SMOL), *arguments.split()]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith(f"shardwise: error: {words}") and err.count("\n") == 1
+
+
+def test_diff_takes_no_layout(capsys):
+    assert main(["plan", "diff", "a.json", "b.json", "--tp", "2"]) == 2
+    assert "--tp has no effect with diff" in capsys.readouterr().err
+
+
+def test_the_cost_of_a_page_may_be_shaped_without_naming_its_device(config, tmp_path):
+    page = tmp_path / "page.html"
+    assert main(["plan", config(SMOL), "--html", str(page), "--batch", "4"]) == 0
+    assert page.exists()
+
+
 def test_planning_imports_neither_torch_nor_numpy(config):
     code = (
         "import sys; from shardwise.launch.cli import main; "

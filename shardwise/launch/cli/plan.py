@@ -6,51 +6,12 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from shardwise.sharding.axes import Axis
+from shardwise.launch.cli.plan_options import add_arguments, settle
 from shardwise.sharding.layout import ParallelLayout
 
+__all__ = ["add_arguments", "run"]
+
 DONE, USAGE, DOES_NOT_FIT = 0, 2, 3
-_UNITS = {"k": 1 << 10, "m": 1 << 20}
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("model", metavar="MODEL", help="config.json, model folder, GGUF file, hub id or a known name; or: diff A B")
-    add("files", nargs="*", metavar="FILE", help="with diff: the two plan files")
-    layout = parser.add_argument_group("layout")
-    layout.add_argument("--tp", type=int, default=1, metavar="N", help="tensor parallel ranks (default 1)")
-    layout.add_argument("--ep", type=int, default=1, metavar="N", help="expert parallel ranks (default 1)")
-    layout.add_argument("--moe-tp", type=int, default=0, metavar="N", help="ranks that share an expert (world / ep)")
-    layout.add_argument("--attn-dp", type=int, default=1, metavar="N", help="attention data parallel groups")
-    layout.add_argument("--pad", action="append", default=[], metavar="AXIS", choices=[str(a) for a in Axis])
-    layout.add_argument(
-        "--redundant-experts", type=int, default=0, metavar="N", help="copies of experts, over all ranks"
-    )
-    layout.add_argument(
-        "--expert-load", metavar="FILE", help="JSON list of the load of every expert, to place copies by"
-    )
-    layout.add_argument(
-        "--dtype", metavar="NAME", help="as if plain weights were stored so: float32, bfloat16, float16"
-    )
-    layout.add_argument("--extras", action="append", default=[], metavar="NAME", help="load as well: vision, mtp")
-    layout.add_argument("--tp-plan", metavar="FILE", help="a Transformers tp_plan, for an architecture that is unknown")
-    cost = parser.add_argument_group("cost")
-    cost.add_argument("--device", metavar="NAME", help="h200, h100, b200, a100, mi300x, cpu or a topology file")
-    cost.add_argument("--nodes", type=int, default=1, metavar="N")
-    cost.add_argument("--context", type=_tokens, default=4096, metavar="N", help="tokens a sequence, 32k is 32768")
-    cost.add_argument("--batch", type=int, default=1, metavar="N", help="sequences (default 1)")
-    cost.add_argument("--prompt", type=_tokens, default=1024, metavar="N", help="new tokens a sequence in prefill")
-    cost.add_argument("--kv-bytes", type=int, default=2, choices=(1, 2, 4), help="bytes of a cached element")
-    search = parser.add_argument_group("instead of one plan")
-    search.add_argument("--legal", action="store_true", help="the legal sizes of every mesh axis and what stops others")
-    search.add_argument("--search", action="store_true", help="every layout on --gpus devices, ranked")
-    search.add_argument("--gpus", type=int, default=8, metavar="N")
-    search.add_argument("--objective", default="latency", choices=("latency", "throughput", "memory"))
-    out = parser.add_argument_group("output")
-    out.add_argument("--per-tensor", action="store_true", help="list every tensor instead of patterns (with --json)")
-    out.add_argument("--json", nargs="?", const="-", metavar="FILE", help="JSON to FILE or standard output")
-    out.add_argument("--export-tp-plan", nargs="?", const="-", metavar="FILE", help="as a Transformers tp_plan")
-    out.add_argument("--html", metavar="FILE", help="the plan as one page")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -58,6 +19,7 @@ def run(args: argparse.Namespace) -> int:
     from shardwise.sharding.cutting import IllegalLayout
 
     try:
+        settle(args)
         if args.model == "diff":
             return _diff(args)
         if args.files:
@@ -191,15 +153,6 @@ def _styles(path: str | None) -> dict[str, str] | None:
     from shardwise.sharding.tp_styles import read_tp_plan
 
     return read_tp_plan(path)
-
-
-def _tokens(text: str) -> int:
-    """A count with an optional k (1024) or m."""
-    unit = _UNITS.get(text[-1:].lower(), 1)
-    number = text[:-1] if unit > 1 else text
-    if not number.isdigit() or int(number) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no token count; examples: 4096, 32k, 1m")
-    return int(number) * unit
 
 
 def _write(lines: Iterable[str], target: str) -> None:

@@ -1,0 +1,111 @@
+"""Options of `shardwise plan`, and which of them mean something together."""
+
+import argparse
+
+from shardwise.sharding.axes import Axis
+
+DEFAULTS: dict[str, int | str] = {
+    "tp": 1,
+    "ep": 1,
+    "moe_tp": 0,
+    "attn_dp": 1,
+    "redundant_experts": 0,
+    "kv_bytes": 2,
+    "nodes": 1,
+    "context": 4096,
+    "batch": 1,
+    "prompt": 1024,
+    "gpus": 8,
+    "objective": "latency",
+}
+"""Of options that the parser leaves at None, so that what was asked for can be told from what was not."""
+_PLAN = {"tp", "ep", "moe_tp", "attn_dp", "pad", "redundant_experts", "expert_load", "dtype", "extras", "tp_plan"}
+_WORKLOAD = {"nodes", "context", "batch", "prompt"}
+_SEARCH = {"gpus", "objective"}
+_UNITS = {"k": 1 << 10, "m": 1 << 20}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("model", metavar="MODEL", help="config.json, model folder, GGUF file, hub id or a known name; or: diff A B")
+    add("files", nargs="*", metavar="FILE", help="with diff: the two plan files")
+    layout = parser.add_argument_group("layout")
+    layout.add_argument("--tp", type=int, metavar="N", help="tensor parallel ranks (default 1)")
+    layout.add_argument("--ep", type=int, metavar="N", help="expert parallel ranks (default 1)")
+    layout.add_argument("--moe-tp", type=int, metavar="N", help="ranks that share an expert (world / ep)")
+    layout.add_argument("--attn-dp", type=int, metavar="N", help="attention data parallel groups")
+    layout.add_argument("--pad", action="append", default=[], metavar="AXIS", choices=[str(a) for a in Axis])
+    layout.add_argument("--redundant-experts", type=int, metavar="N", help="copies of experts, over all ranks")
+    layout.add_argument(
+        "--expert-load", metavar="FILE", help="JSON list of the load of every expert, to place copies by"
+    )
+    layout.add_argument(
+        "--dtype", metavar="NAME", help="as if plain weights were stored so: float32, bfloat16, float16"
+    )
+    layout.add_argument("--extras", action="append", default=[], metavar="NAME", help="load as well: vision, mtp")
+    layout.add_argument("--tp-plan", metavar="FILE", help="a Transformers tp_plan, for an architecture that is unknown")
+    cost = parser.add_argument_group("cost")
+    cost.add_argument("--device", metavar="NAME", help="h200, h100, b200, a100, mi300x, cpu or a topology file")
+    cost.add_argument("--nodes", type=int, metavar="N", help="default 1")
+    cost.add_argument("--context", type=_tokens, metavar="N", help="tokens a sequence, 32k is 32768 (default 4096)")
+    cost.add_argument("--batch", type=int, metavar="N", help="sequences (default 1)")
+    cost.add_argument("--prompt", type=_tokens, metavar="N", help="new tokens a sequence in prefill (default 1024)")
+    cost.add_argument("--kv-bytes", type=int, choices=(1, 2, 4), help="bytes of a cached element (default 2)")
+    search = parser.add_argument_group("instead of one plan")
+    search.add_argument("--legal", action="store_true", help="the legal sizes of every mesh axis and what stops others")
+    search.add_argument("--search", action="store_true", help="every layout on --gpus devices, ranked")
+    search.add_argument("--gpus", type=int, metavar="N", help="default 8")
+    search.add_argument(
+        "--objective", choices=("latency", "throughput", "memory"), help="what ranks them (default latency)"
+    )
+    out = parser.add_argument_group("output")
+    out.add_argument("--per-tensor", action="store_true", help="list every tensor instead of patterns (with --json)")
+    out.add_argument("--json", nargs="?", const="-", metavar="FILE", help="JSON to FILE or standard output")
+    out.add_argument("--export-tp-plan", nargs="?", const="-", metavar="FILE", help="as a Transformers tp_plan")
+    out.add_argument("--html", metavar="FILE", help="the plan as one page")
+
+
+def settle(args: argparse.Namespace) -> None:
+    """Fill in the defaults. ValueError for an option without an effect: it would be left out without a word."""
+    _refuse_unused(args)
+    for name, value in DEFAULTS.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+
+
+def _refuse_unused(args: argparse.Namespace) -> None:
+    given = {name for name, value in vars(args).items() if value not in (None, False, [])}
+    given -= {"model", "files", "debug"}
+    mode, used = _mode(args)
+    for name in vars(args):  # in the order of the help
+        if name in given and name not in used | {mode.lstrip("-").replace("-", "_")}:
+            option = f"--{name.replace('_', '-')}"
+            if mode:
+                raise ValueError(f"{option} has no effect with {mode}: drop one of them")
+            if name in _WORKLOAD:
+                raise ValueError(f"{option} is for the cost on a machine: add --device NAME")
+            raise ValueError(f"{option} is for {'--json' if name == 'per_tensor' else '--search'}: add that")
+
+
+def _mode(args: argparse.Namespace) -> tuple[str, set[str]]:
+    """What is asked for instead of one plan, if anything, and the options that it uses."""
+    if args.model == "diff":
+        return "diff", {"json"}
+    if args.legal:
+        return "--legal", {"json"}
+    if args.search:
+        return "--search", {"json", "html", "device"} | _WORKLOAD | _SEARCH
+    if args.export_tp_plan:
+        return "--export-tp-plan", set(_PLAN)
+    has_cost = args.device or args.html
+    used = _PLAN | {"kv_bytes", "device", "html", "json"} | (_WORKLOAD if has_cost else set())
+    return "", used | ({"per_tensor"} if args.json else set())
+
+
+def _tokens(text: str) -> int:
+    """A count with an optional k (1024) or m."""
+    unit = _UNITS.get(text[-1:].lower(), 1)
+    number = text[:-1] if unit > 1 else text
+    if not number.isdigit() or int(number) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no token count; examples: 4096, 32k, 1m")
+    return int(number) * unit
