@@ -1,4 +1,4 @@
-"""The MXFP4 GEMM as compiled for Hopper keeps its promise: nothing moves between threads from load to product."""
+"""MoE kernels as compiled for Hopper: from MXFP4 words to products nothing moves between threads; nothing is spilled."""
 
 import importlib.util
 import json
@@ -12,13 +12,17 @@ import pytest
 HERE = Path(__file__).parent
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
-def test_unpacked_weights_go_straight_to_the_matrix_unit():
+def compiled_rows(program):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, str(HERE / "compile_moe.py")]
+    command = [sys.executable, str(HERE / program)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
-    rows = json.loads(done.stdout.splitlines()[-1])
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
+def test_unpacked_weights_go_straight_to_the_matrix_unit():
+    rows = compiled_rows("compile_moe.py")
     assert len(rows) >= 8
     for row in rows:
         bn, _, bk, *_ = row["shape"]
@@ -26,3 +30,11 @@ def test_unpacked_weights_go_straight_to_the_matrix_unit():
         assert row["wide_loads"] == bn * bk // (4 * 32 * 32), row  # 32 weights in 16 bytes, 4 warps of 32 lanes
         assert row["products"] == bn // 64 * bk // 16, row
         assert row["shared_bytes"] * row["programs"] <= 227 * 1024, row
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
+def test_kernels_with_given_routing_stay_in_registers_and_fit_a_multiprocessor():
+    rows = compiled_rows("compile_grouped.py")
+    for name, row in rows.items():
+        assert not row["stack"] and row["shared_bytes"] * row["programs"] <= 227 * 1024, (name, row)
+        assert (row["products"] > 0 and row["tiles_by_tensor_memory"] > 0) == (name != "few"), (name, row)

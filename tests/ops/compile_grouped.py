@@ -1,0 +1,96 @@
+"""Program: compile planned shapes of the kernels with given routing for sm_90 without a GPU.
+
+Prints one JSON list: for each its shared memory, the programs that are to share a multiprocessor, the matrix products in
+the PTX and whether anything lies in local memory.
+"""
+
+import json
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from shardwise.ops.moe.few_kernels import few_up
+from shardwise.ops.moe.grouped_gemm import grouped_gemm
+from shardwise.ops.moe.grouped_plan import choose_few, choose_plan
+
+FREE = ("pairs", "sharing", "experts")
+"""Numbers of which nothing is compiled in."""
+
+
+def compiled(kernel, kinds, constants, warps):
+    names = kernel.arg_names
+    signature = {name: "constexpr" if name in constants else kinds.get(name, "*fp32") for name in names}
+    even = [
+        i
+        for i, name in enumerate(names)
+        if name not in (*constants, *FREE) and not signature[name].startswith("tensor")
+    ]
+    source = ASTSource(
+        kernel,
+        signature,
+        {(names.index(name),): value for name, value in constants.items()},
+        {(i,): [["tt.divisibility", 16]] for i in even},
+    )
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
+
+
+def describe(kernel, programs):
+    ptx = kernel.asm["ptx"]
+    return {
+        "shared_bytes": kernel.metadata.shared,
+        "programs": programs,
+        "products": ptx.count("wgmma.mma_async"),
+        "tiles_by_tensor_memory": ptx.count("cp.async.bulk.tensor"),
+        "stack": ".local" in ptx,
+    }
+
+
+def grouped(plan, up, itemsize):
+    shape, kind = plan.up if up else plan.down, {1: "fp8e4nv", 2: "bf16"}[itemsize]
+    fp8 = itemsize == 1
+    kinds = {
+        "x": "*" + kind if up else f"tensordesc<{kind}[{plan.bt}, {shape.bk}]>",
+        "w": f"tensordesc<{kind}[{shape.bn}, {shape.bk}]>",
+        "out_ptr": "*" + (kind if up else "bf16"),
+        **dict.fromkeys(("sorted_ptr", "block_ptr"), "*i32"),
+        **dict.fromkeys(("pairs", "sharing", "columns", "out_rows", "stride_x"), "i32"),
+    }
+    constants = dict(
+        GATHER=up, ACT="silu" if up else "none", SCALED="expert" if fp8 else "", FACTORED=fp8,
+        QUANTIZE="divide" if fp8 and up else "", WEIGHT_IN=False, BN=shape.bn, BT=plan.bt, BK=shape.bk,
+        SPLITS=shape.splits, GROUP=shape.group, TOKENS_LEFT=shape.tokens_left, FLAT=shape.flat, TMA=True, EVEN_K=True,
+        STAGES=shape.stages, INTERPRET=False, PDL=True,
+    )  # fmt: skip
+    return describe(compiled(grouped_gemm, kinds, constants, shape.warps), shape.per_sm)
+
+
+def few():
+    plan = choose_few(8, 128, 8)
+    kinds = {
+        **dict.fromkeys(("w_ptr", "out_ptr"), "*fp8e4nv"),
+        "x_ptr": "*bf16",
+        "id_ptr": "*i64",
+        **dict.fromkeys(("experts", "columns", "out_rows"), "i32"),
+    }
+    constants = dict(
+        TOP_K=8, ACT="silu", SCALED=True, FACTORED=True, QUANTIZE="divide", WEIGHT_IN=False, ROWS=plan.up_rows, BK=512,
+        VECTOR=16, STAGES=plan.stages, EVEN_K=True, INTERPRET=False, PDL=True,
+    )  # fmt: skip
+    return describe(compiled(few_up, kinds, constants, plan.warps), 3)
+
+
+def main():
+    narrow, wide = choose_plan(8 * 16, 128, 2), choose_plan(8 * 8192, 128, 2)
+    rows = {
+        "few": few(),
+        "narrow up": grouped(narrow, True, 2),
+        "wide up": grouped(wide, True, 2),
+        "wide down": grouped(wide, False, 2),
+        "wide up fp8": grouped(choose_plan(8 * 8192, 128, 1), True, 1),
+    }
+    print(json.dumps(rows))
+
+
+if __name__ == "__main__":
+    main()
