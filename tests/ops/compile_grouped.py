@@ -1,7 +1,7 @@
 """Program: compile planned shapes of the kernels with given routing for sm_90 without a GPU.
 
-Prints one JSON list: for each its shared memory, the programs that are to share a multiprocessor, the matrix products in
-the PTX and whether anything lies in local memory.
+Prints one JSON object: for each its shared memory, the programs that are to share a multiprocessor, the matrix products
+in the PTX and whether anything lies in local memory.
 """
 
 import json
@@ -21,16 +21,12 @@ FREE = ("pairs", "sharing", "experts")
 def compiled(kernel, kinds, constants, warps):
     names = kernel.arg_names
     signature = {name: "constexpr" if name in constants else kinds.get(name, "*fp32") for name in names}
-    even = [
-        i
-        for i, name in enumerate(names)
-        if name not in (*constants, *FREE) and not signature[name].startswith("tensor")
-    ]
+    specialised = [name for name in names if name not in (*constants, *FREE) and "tensor" not in signature[name]]
     source = ASTSource(
         kernel,
         signature,
         {(names.index(name),): value for name, value in constants.items()},
-        {(i,): [["tt.divisibility", 16]] for i in even},
+        {(names.index(name),): [["tt.divisibility", 16]] for name in specialised},
     )
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
 

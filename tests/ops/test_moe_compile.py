@@ -1,4 +1,4 @@
-"""MoE kernels as compiled for Hopper: from MXFP4 words to products nothing moves between threads; nothing is spilled."""
+"""MoE kernels as compiled for Hopper: MXFP4 words become products without moving between threads; nothing spills."""
 
 import importlib.util
 import json
