@@ -2,57 +2,30 @@
 
     python benchmarks/ops_attention.py [--full] [--only decode prefill mla] [--json FILE]
 
-Every time is a median of graph replays. A graph holds several layers with caches of their own, more bytes than the
-L2 cache where 16 layers suffice for that, as a decoder's layers do; times are for one layer. Data are random.
-`fi run` is FlashInfer's attention alone, `fi` with its append, as our operators do it.
+Every time is a median of graph replays, the graphs of a row replayed in turn. A graph holds several layers with caches
+of their own, more bytes than the L2 cache where 16 layers suffice for that, as a decoder's layers do; times are for one
+layer. Data are random. `fi run` is FlashInfer's attention alone, `fi` with its append, as our operators do it. For MLA
+`products` are the two products that absorb the weight, alone.
 """
 
 import argparse
 import json
 import math
-import platform
-import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 import shardwise.ops  # noqa: F401  registers the operators
+from shardwise.launch.machine import machine_facts
 from shardwise.ops.attention.planner import decode_graphs
+from shardwise.ops.measure import alternating_microseconds
+from shardwise.ops.mla.checks import LatentHeads, split_weight
 
 OPS = torch.ops.auto_deploy
 HEADS, KV_HEADS, SIZE, PAGE = 64, 8, 128, 64
 FOOTPRINT = 256 * 1024**2  # bytes that the layers of one graph read: several times the L2 cache
 DTYPE = torch.bfloat16
-
-
-def graph_microseconds(calls, repeats: int = 25) -> float:
-    """Median time of one of `calls`, captured behind one another in a CUDA graph."""
-    for call in calls[:2]:
-        call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    return _median(graph.replay, repeats) / len(calls)
-
-
-def eager_microseconds(call, repeats: int = 15) -> float:
-    call()
-    return _median(call, repeats)
-
-
-def _median(call, repeats: int) -> float:
-    for _ in range(3):
-        call()
-    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
-    for begin, end in events:
-        begin.record()
-        call()
-        end.record()
-    torch.cuda.synchronize()
-    return statistics.median(begin.elapsed_time(end) for begin, end in events) * 1e3
 
 
 class Pool:
@@ -173,16 +146,10 @@ def decode_rows(full: bool, pool: Pool):
             shape = Batch(batch, length, 1)
             row = {"kind": "decode", "batch": batch, "length": length}
             row["bytes"] = 2 * 2 * batch * length * KV_HEADS * SIZE
-            row["triton_us"] = graph_microseconds(triton_calls(shape, pool))
-            with decode_graphs():
-                direct, run, operator = flashinfer_calls(shape, pool)
-                for name, calls in (("fi_us", direct), ("fi_run_us", run), ("fi_operator_us", operator)):
-                    row[name] = graph_microseconds(calls)
+            row |= measured(shape, pool, 16)
             row["triton_gb_per_s"] = row["bytes"] / row["triton_us"] / 1e3
             row["fi_run_gb_per_s"] = row["bytes"] / row["fi_run_us"] / 1e3
-            row["triton_share_of_fi_run"] = row["fi_run_us"] / row["triton_us"]
-            row["operator_over_fi"] = row["fi_operator_us"] / row["fi_us"] - 1
-            yield row
+            yield row | shares(row)
 
 
 def prefill_rows(full: bool, pool: Pool):
@@ -191,14 +158,24 @@ def prefill_rows(full: bool, pool: Pool):
         shape = Batch(batch, length + past, length)
         pairs = batch * (length * (length + 1) // 2 + length * past)
         row = {"kind": "prefill", "batch": batch, "length": length, "past": past, "flop": 4 * pairs * HEADS * SIZE}
-        row["triton_us"] = eager_microseconds(triton_calls(shape, pool, 1)[0])
-        direct, run, operator = flashinfer_calls(shape, pool, 1)
-        for name, calls in (("fi_us", direct), ("fi_run_us", run), ("fi_operator_us", operator)):
-            row[name] = eager_microseconds(calls[0])
+        row |= measured(shape, pool, 1)
         for name in ("triton", "fi_run"):
             row[f"{name}_tflops"] = row["flop"] / row[f"{name}_us"] / 1e6
-        row["triton_share_of_fi_run"] = row["fi_run_us"] / row["triton_us"]
-        yield row
+        yield row | shares(row)
+
+
+def measured(shape: Batch, pool: Pool, layers: int) -> dict:
+    with decode_graphs():
+        direct, run, operator = flashinfer_calls(shape, pool, layers)
+        variants = {"triton": triton_calls(shape, pool, layers), "fi": direct, "fi_run": run, "fi_operator": operator}
+        return {f"{name}_us": time for name, time in alternating_microseconds(variants).items()}
+
+
+def shares(row: dict) -> dict:
+    return {
+        "triton_share_of_fi_run": row["fi_run_us"] / row["triton_us"],
+        "operator_over_fi": row["fi_operator_us"] / row["fi_us"] - 1,
+    }
 
 
 def mla_calls(shape: Batch, pool: Pool):
@@ -219,29 +196,30 @@ def mla_calls(shape: Batch, pool: Pool):
     absorbed, rotated = random(shape.batch, heads, rank), random(shape.batch, heads, rope)
     wrapper = BatchMLAPagedAttentionWrapper(torch.zeros(256 << 20, dtype=torch.uint8, device="cuda"))
     wrapper.plan(cu_seqlen, indptr_host, indices, total, heads, rank, rope, PAGE, False, 0.07, DTYPE, DTYPE)
-    return [lambda: OPS.flashinfer_mla_with_cache(*tensors)], [lambda: wrapper.run(absorbed, rotated, ckv, kpe)]
+    w_key, w_value = split_weight(weight, LatentHeads(heads, nope, rope, value, rank))
+    by_head, out = q_nope[0].transpose(0, 1), random(shape.batch, heads, value)
+
+    def products():
+        torch.bmm(by_head, w_key, out=absorbed.transpose(0, 1))
+        torch.bmm(absorbed.transpose(0, 1), w_value.transpose(1, 2), out=out.transpose(0, 1))
+
+    return {
+        "fi_operator": [lambda: OPS.flashinfer_mla_with_cache(*tensors)] * 4,
+        "fi_run": [lambda: wrapper.run(absorbed, rotated, ckv, kpe)] * 4,
+        "products": [products] * 4,
+    }
 
 
 def mla_rows(full: bool, pool: Pool):
     for batch, length in ((1, 8192), (32, 4096), (128, 4096)) if full else ((32, 4096),):
         row = {"kind": "mla decode", "batch": batch, "length": length, "bytes": 2 * batch * length * 576}
+        row["weight_bytes"] = 2 * 128 * (128 + 128) * 512
         with decode_graphs():
-            operator, run = mla_calls(Batch(batch, length, 1), pool)
-            row["fi_operator_us"], row["fi_run_us"] = graph_microseconds(operator), graph_microseconds(run)
-        yield row
+            times = alternating_microseconds(mla_calls(Batch(batch, length, 1), pool))
+        yield row | {f"{name}_us": time for name, time in times.items()}
 
 
 KINDS = {"decode": decode_rows, "prefill": prefill_rows, "mla": mla_rows}
-
-
-def machine() -> dict:
-    import flashinfer
-    import triton
-
-    return {
-        "gpu": torch.cuda.get_device_name(), "python": platform.python_version(), "torch": torch.__version__,
-        "cuda": torch.version.cuda, "triton": triton.__version__, "flashinfer": flashinfer.__version__,
-    }  # fmt: skip
 
 
 def main() -> None:
@@ -257,8 +235,8 @@ def main() -> None:
         for row in KINDS[kind](args.full, pool):
             rows.append(row)
             print("  ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()), flush=True)
-    if args.json:
-        args.json.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")
+            if args.json:
+                args.json.write_text(json.dumps({"machine": machine_facts(), "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

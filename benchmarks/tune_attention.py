@@ -10,10 +10,11 @@ import argparse
 from unittest import mock
 
 import torch
-from ops_attention import HEADS, KV_HEADS, SIZE, Batch, Pool, eager_microseconds, graph_microseconds, triton_calls
+from ops_attention import HEADS, KV_HEADS, SIZE, Batch, Pool, triton_calls
 
 from shardwise.ops.attention import tiles, triton
 from shardwise.ops.attention.tiles import Tile
+from shardwise.ops.measure import alternating_microseconds
 
 DECODE_SHAPES = [Batch(1, 1024, 1), Batch(1, 8192, 1), Batch(1, 32768, 1), Batch(8, 8192, 1), Batch(24, 4096, 1),
                  Batch(32, 1024, 1), Batch(32, 8192, 1)]  # fmt: skip
@@ -24,13 +25,17 @@ PREFILL_SHAPES = [Batch(1, 1024, 1024), Batch(1, 4096, 4096), Batch(1, 16384, 16
 PREFILL_TILES = [(128, 64, 8, 3), (128, 64, 8, 2), (128, 128, 8, 2), (128, 32, 8, 4), (64, 64, 4, 3), (64, 128, 4, 2)]
 
 
+def microseconds_of(calls, repeats: int) -> float:
+    return alternating_microseconds({"triton": calls}, repeats=repeats)["triton"]
+
+
 def decode(shape: Batch, pool: Pool) -> str:
-    microseconds = graph_microseconds(triton_calls(shape, pool), 9)
+    microseconds = microseconds_of(triton_calls(shape, pool), 9)
     return f"{microseconds:8.1f} ({4 * shape.batch * shape.length * KV_HEADS * SIZE / microseconds / 1e6:4.2f})"
 
 
 def prefill(shape: Batch, pool: Pool) -> str:
-    microseconds = eager_microseconds(triton_calls(shape, pool, 1)[0], 7)
+    microseconds = microseconds_of(triton_calls(shape, pool, 1), 7)
     pairs = shape.batch * (shape.new * (shape.new + 1) // 2 + shape.new * (shape.length - shape.new))
     return f"{microseconds:8.1f} ({4 * pairs * HEADS * SIZE / microseconds / 1e6:4.0f})"
 

@@ -49,7 +49,8 @@ def norm_cases(tokens: tuple[int, ...], widths: tuple[int, ...]) -> Iterator[Cas
             yield Case("triton_rms_norm", size, 2 * once, (x, weight, EPS), peers)
             yield Case("flashinfer_rms_norm", size, 2 * once, (x, weight, EPS), peers)
             fused = {"flashinfer": partial(fused_add_rmsnorm, x, residual, weight, EPS)}
-            yield Case("flashinfer_fused_add_rms_norm_inplace", size, 4 * once, (x, residual, weight, EPS), fused)
+            for backend in ("triton", "flashinfer"):
+                yield Case(f"{backend}_fused_add_rms_norm_inplace", size, 4 * once, (x, residual, weight, EPS), fused)
             yield Case("triton_rmsnorm_gated", size, 3 * once, (x, weight, z, EPS, width // 8, False))
 
 

@@ -2,46 +2,72 @@
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 
 
-def device_microseconds(
-    call: Callable[[], object], *, calls: int = 20, repeats: int = 15, captured: bool = True
-) -> float:
+def device_microseconds(call: Callable[[], object], *, calls: int = 20, repeats: int = 15) -> float:
     """Median time of one call on the current CUDA device, launched `calls` times in a graph.
 
-    A call that cannot be captured (it synchronises) is timed by events around single calls. `captured` False: known to
-    be such a call; trying would leave torch's random generator waiting for the end of a capture.
+    A call that cannot be captured (it synchronises) is timed by events around single calls.
     """
-    for _ in range(3):
+    return statistics.median(_samples(_runner([call] * calls), repeats))
+
+
+def alternating_microseconds(
+    variants: Mapping[str, Sequence[Callable[[], object]]], *, repeats: int = 25
+) -> dict[str, float]:
+    """Median time of one call of every variant, the variants' graphs replayed in turn.
+
+    What slows the device for a while (its power limit, other work) then meets all of them alike. A variant is a list of
+    calls that follow one another in its graph.
+    """
+    runners = {name: _runner(calls) for name, calls in variants.items()}
+    samples: dict[str, list[float]] = {name: [] for name in runners}
+    for _ in range(repeats):
+        for name, runner in runners.items():
+            samples[name] += _samples(runner, 1)
+    return {name: statistics.median(times) for name, times in samples.items()}
+
+
+@dataclass(frozen=True)
+class _Runner:
+    """`run` does `count` calls."""
+
+    run: Callable[[], object]
+    count: int
+
+
+def _runner(calls: Sequence[Callable[[], object]]) -> _Runner:
+    """The calls as one graph, or the first call alone where they cannot be captured; warmed up."""
+    for call in list(calls[:2]) + [calls[0]]:
         call()
     torch.cuda.synchronize()
-    graph = _capture(call, calls) if captured else None
-    run, inner = (graph.replay, calls) if graph is not None else (call, 1)
-    run()
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            for call in calls:
+                call()
+    except RuntimeError:
+        torch.cuda.synchronize()
+        return _Runner(calls[0], 1)
+    graph.replay()
+    return _Runner(graph.replay, len(calls))
+
+
+def _samples(runner: _Runner, repeats: int) -> list[float]:
+    """Microseconds of one call, measured `repeats` times."""
     samples = []
     for _ in range(repeats):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
-        run()
+        runner.run()
         end.record()
         end.synchronize()
-        samples.append(begin.elapsed_time(end) * 1e3 / inner)
-    return statistics.median(samples)
-
-
-def _capture(call: Callable[[], object], calls: int) -> torch.cuda.CUDAGraph | None:
-    graph = torch.cuda.CUDAGraph()
-    try:
-        with torch.cuda.graph(graph):
-            for _ in range(calls):
-                call()
-    except RuntimeError:
-        torch.cuda.synchronize()
-        return None
-    return graph
+        samples.append(begin.elapsed_time(end) * 1e3 / runner.count)
+    return samples
 
 
 def host_microseconds(call: Callable[[], object], *, calls: int = 500, repeats: int = 5) -> float:
@@ -61,7 +87,11 @@ def host_microseconds(call: Callable[[], object], *, calls: int = 500, repeats: 
 
 
 def copy_microseconds(total_bytes: int, device: torch.device | str = "cuda") -> float:
-    """Device time of a plain copy that reads and writes `total_bytes` together."""
-    source = torch.empty(max(total_bytes // 2, 16), dtype=torch.uint8, device=device).random_()
+    """Device time of the quicker of two copies that read and write `total_bytes` together.
+
+    PyTorch's `copy_` leaves a contiguous copy to the driver; an addition of zero goes through its elementwise kernel.
+    """
+    source = torch.empty(max(total_bytes // 8, 4), dtype=torch.int32, device=device).random_()
     target = torch.empty_like(source)
-    return device_microseconds(lambda: target.copy_(source))
+    copies = {"driver": lambda: target.copy_(source), "kernel": lambda: torch.add(source, 0, out=target)}
+    return min(device_microseconds(copy) for copy in copies.values())

@@ -45,6 +45,7 @@ BACKENDS = ("torch", "triton", "flashinfer", "trtllm", "fla", "cuda")
 IRREGULAR = {
     "sharded_rmsnorm": "torch",
     "gather_logits_before_lm_head": "torch",
+    "gather_tokens": "torch",
     "fused_swiglu_mlp": "torch",
     "fused_nvfp4_swiglu_mlp": "torch",
     "fused_finegrained_fp8_swiglu_mlp": "torch",

@@ -154,7 +154,7 @@ def append_paged_mla_kv_cache(
     append_ckv, append_kpe, batch_indices, positions, ckv_cache, kpe_cache, kv_indices, kv_indptr, kv_last_page_len
 ):
     for cache, entries in ((ckv_cache, append_ckv), (kpe_cache, append_kpe)):
-        assert entries.is_contiguous() and entries.dtype == cache.dtype
+        assert entries.stride(-1) == 1 and entries.dtype == cache.dtype
         _write(cache, entries, batch_indices, positions, kv_indices, kv_indptr)
 
 

@@ -51,15 +51,52 @@ def skipping(source, gather, scatter, out):
     return (torch.tensor([0.0, 0.0, 2.0]),)
 
 
+def token_args(*shape, info):
+    def build(device):
+        tokens = max(shape[:2])
+        indices = torch.randint(0, tokens, (tokens,), device=device)
+        return torch.randn(*shape, device=device), indices, torch.tensor(info, dtype=torch.int32)
+
+    return build
+
+
+def tokens_oracle(rows):
+    """`rows` None: all of them, as they are."""
+    return lambda hidden, indices, _: logits(hidden, indices, torch.tensor([rows or 0, rows is not None]))
+
+
 SAMPLES = [
-    Sample(op="triton_utils_fused_gather_scatter", build=gather_scatter_args(50), oracle=gather_scatter, traced=True),
-    Sample(
-        op="triton_utils_fused_gather_scatter",
-        build=gather_scatter_args(1500, torch.bfloat16, torch.int64),
-        oracle=gather_scatter,
-        note="two programs",
+    *(
+        Sample(op=f"{backend}_utils_fused_gather_scatter", build=build, oracle=oracle, traced=not note, note=note)
+        for backend in ("torch", "triton")
+        for build, oracle, note in (
+            (gather_scatter_args(50), gather_scatter, ""),
+            (gather_scatter_args(1500, torch.bfloat16, torch.int64), gather_scatter, "two programs"),
+            (out_of_range, skipping, "out of range"),
+        )
     ),
-    Sample(op="triton_utils_fused_gather_scatter", build=out_of_range, oracle=skipping, note="out of range"),
+    Sample(op="gather_tokens", build=token_args(1, 9, 4, info=[2, 7, 2]), oracle=tokens_oracle(4), bound=True),
+    Sample(
+        op="gather_tokens",
+        build=token_args(1, 12, 4, info=[1, 4, 2, 5, 3, 3]),
+        oracle=tokens_oracle(9),
+        bound=True,
+        note="extend",
+    ),
+    Sample(
+        op="gather_tokens",
+        build=token_args(5, 1, 4, info=[0, 0, 0, 0, 5, 5, 99, -1]),
+        oracle=tokens_oracle(None),
+        traced=True,
+        note="decode",
+    ),
+    Sample(
+        op="gather_tokens",
+        build=token_args(5, 1, 4, info=[0, 0, 3]),
+        oracle=tokens_oracle(3),
+        bound=True,
+        note="padded",
+    ),
     Sample(op="gather_logits_before_lm_head", build=logits_args(1, 9, 4, rows=3), oracle=logits, bound=True),
     Sample(
         op="gather_logits_before_lm_head", build=logits_args(5, 1, 4, rows=2), oracle=logits, bound=True, note="rows"

@@ -1,4 +1,4 @@
-"""A compiled attention kernel is found again by its key, so equal keys must mean equal compiled kernels."""
+"""An attention kernel's form is found again by its key, so equal keys must mean equal compiled kernels."""
 
 import inspect
 import itertools
@@ -9,21 +9,27 @@ from oracles_attention import Step
 
 from shardwise.ops.attention import triton
 from shardwise.ops.attention.triton import triton_attention_flattened_mha_with_cache
-from shardwise.ops.triton_support import Launcher
+from shardwise.ops.triton_support import Form
 
 pytest.importorskip("triton")
 
 
-def compiled_for(launcher, args, options):
-    """What Triton compiles a launch for: constexprs, pointer dtypes and their alignment, launch options."""
-    names = inspect.signature(launcher._kernel.fn).parameters
-    constants, pointers = [], []
-    for (name, parameter), value in zip(names.items(), args, strict=True):
+def compiled_for(form, pointers, free):
+    """What Triton compiles a launch for: constexprs, pointer dtypes and their alignment, options."""
+    names = inspect.signature(form._kernel.fn).parameters
+    constants, kinds = [], []
+    for (name, parameter), value in zip(names.items(), (*pointers, *free, *form._fixed), strict=True):
         if parameter.annotation is not inspect.Parameter.empty:
             constants.append((name, value))
         elif isinstance(value, torch.Tensor):
-            pointers.append((name, value.dtype, value.data_ptr() % 16 == 0))
-    return tuple(constants), tuple(pointers), tuple(options.items())
+            kinds.append((name, value.dtype, value.data_ptr() % 16 == 0))
+    return tuple(constants), tuple(kinds), tuple(form._options.items())
+
+
+@pytest.fixture(autouse=True)
+def forms_of_this_test(monkeypatch):
+    monkeypatch.setattr(triton, "_FORMS", {})
+    monkeypatch.setattr(triton, "_CALLS", {})
 
 
 def call(step, *, dtype=torch.float16, cache_dtype=None, heads=4, size=16, max_seq=64, window=None, sinks=None, skew=0,
@@ -69,11 +75,12 @@ CHANGES = [
 def test_equal_keys_mean_equal_compiled_kernels(monkeypatch):
     launches = {}
 
-    def record(self, device, key, grid, args, **options):
-        found = launches.setdefault((id(self), key), compiled_for(self, args, options))
-        assert found == compiled_for(self, args, options)
+    def record(self, grid, pointers, free):
+        key = self, tuple(pointer.data_ptr() % 16 == 0 for pointer in pointers)
+        found = launches.setdefault(key, compiled_for(self, pointers, free))
+        assert found == compiled_for(self, pointers, free)
 
-    monkeypatch.setattr(Launcher, "__call__", record)
+    monkeypatch.setattr(Form, "__call__", record)
     for step, change in itertools.product(STEPS, CHANGES):
         call(step, **change)
     # Batch sizes and lengths do not multiply the kernels: fewer than the calls times their launches.
@@ -81,11 +88,9 @@ def test_equal_keys_mean_equal_compiled_kernels(monkeypatch):
 
 
 def test_a_batch_of_another_size_takes_the_same_kernels(monkeypatch):
-    keys = set()
-    monkeypatch.setattr(
-        Launcher, "__call__", lambda self, device, key, grid, args, **options: keys.add((id(self), key))
-    )
+    forms = set()
+    monkeypatch.setattr(Form, "__call__", lambda self, grid, pointers, free: forms.add(self))
     monkeypatch.setattr(triton.tiles, "choose_splits", lambda *_: 2)
     for count in (2, 3, 7):
         call(Step([1] * count, [5] * count, [0] * count, decode=count))
-    assert len(keys) == 2
+    assert len(forms) == 2

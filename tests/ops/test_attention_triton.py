@@ -40,6 +40,7 @@ def small_tiles(monkeypatch):
     """Tiles so small that these small shapes take several of them, in the interpreter."""
     if DEVICE == "cpu":
         monkeypatch.setattr(triton, "_CALLS", {})
+        monkeypatch.setattr(triton, "_FORMS", {})
         monkeypatch.setattr(tiles, "decode_tile", lambda group, *_: Tile(tiles.power_of_two(group), 16, 1, 1))
         monkeypatch.setattr(tiles, "prefill_tile", lambda *_: Tile(16, 16, 1, 1))
 

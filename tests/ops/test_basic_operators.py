@@ -82,12 +82,28 @@ REFUSED = {
         "gather_logits_before_lm_head",
         lambda: (on("cpu", 2, 3, 4), torch.zeros(2, dtype=torch.int64), torch.tensor([1, 1])),
     ),
+    "4 rows are asked for, token_gather_indices holds 2": (
+        "gather_tokens",
+        lambda: (on("cpu", 1, 9, 4), torch.zeros(2, dtype=torch.int64), torch.tensor([2, 7, 2])),
+    ),
+    "has 4 entries; legal: 3, or 6 and more": (
+        "gather_tokens",
+        lambda: (on("cpu", 1, 9, 4), torch.zeros(9, dtype=torch.int64), torch.tensor([2, 7, 2, 2])),
+    ),
+    "x and residual must agree": (
+        "torch_fused_add_rms_norm_inplace",
+        lambda: (on("cpu", 2, 8), on("cpu", 2, 6), on("cpu", 8), 1e-5),
+    ),
     "5 rows are asked for": (
         "gather_logits_before_lm_head",
         lambda: (on("cpu", 1, 3, 4), torch.zeros(2, dtype=torch.int64), torch.tensor([5, 1])),
     ),
 }
 REFUSED_BY_KERNELS = {
+    "rows of one stride": (
+        "triton_fused_add_rms_norm_inplace",
+        lambda: (on(DEVICE, 2, 8), on(DEVICE, 1, 8).expand(2, 8), on(DEVICE, 8), 1e-5),
+    ),
     "does not match the last dimension": ("triton_rms_norm", lambda: (on(DEVICE, 2, 8), on(DEVICE, 6), 1e-5)),
     "'sbdn'": ("triton_rope_with_input_pos", lambda: (*rope_args()[:3], "sbdn")),
     r"freqs_cis must be \[positions": (

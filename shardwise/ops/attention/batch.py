@@ -5,12 +5,12 @@ Metadata tensors may be longer than the batch; entries beyond its sequences are 
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 
-@dataclass(frozen=True)
-class Batch:
+class Batch(NamedTuple):
     """Counts of one step. Extend (speculative) sequences count as prefill: both bring several tokens."""
 
     prefill: int
@@ -26,20 +26,37 @@ class Batch:
         return self.prefill_tokens + self.decode
 
 
-def read_batch(op: str, batch_info_host: torch.Tensor) -> Batch:
+class Counts(NamedTuple):
+    """Sequences and tokens of a step by kind."""
+
+    prefill: int
+    prefill_tokens: int
+    extend: int
+    extend_tokens: int
+    decode: int
+
+
+def read_counts(op: str, batch_info_host: torch.Tensor) -> Counts:
     """Read `batch_info_host`, int [3] (prefill, prefill tokens, decode) or int [6+] (prefill, prefill tokens,
     extend, extend tokens, decode, decode tokens). It belongs on the host: on a CUDA device the read synchronises.
     """
     info = batch_info_host.tolist()
     if len(info) == 3:
-        batch = Batch(*info)
+        counts = Counts(info[0], info[1], 0, 0, info[2])
     elif len(info) >= 6:
-        batch = Batch(info[0] + info[2], info[1] + info[3], info[4])
+        counts = Counts(*info[:5])
     else:
         raise ValueError(f"{op}: batch_info_host has {len(info)} entries; legal: 3, or 6 and more")
-    if min(info) < 0 or (batch.prefill == 0 and batch.prefill_tokens > 0):
+    orphans = (counts.prefill_tokens and not counts.prefill) or (counts.extend_tokens and not counts.extend)
+    if orphans or min(counts) < 0:
         raise ValueError(f"{op}: batch_info_host is {info}; legal: counts >= 0, prefill tokens only with sequences")
-    return batch
+    return counts
+
+
+def read_batch(op: str, batch_info_host: torch.Tensor) -> Batch:
+    """The step that `batch_info_host` counts, see `read_counts`."""
+    counts = read_counts(op, batch_info_host)
+    return Batch(counts.prefill + counts.extend, counts.prefill_tokens + counts.extend_tokens, counts.decode)
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,13 @@ from shardwise.ops.attention.planner import (
     Pages,
     Planner,
     fake_token_positions,
+    leading,
     planner,
     select_pages,
     token_positions,
 )
 from shardwise.ops.registry import CUDA, FLASHINFER, operator
+from shardwise.ops.vector_access import takes_vectors, with_vectors
 
 FP8 = torch.float8_e4m3fn
 
@@ -155,7 +157,7 @@ def flashinfer_attention_mha_with_cache(
     heads = _check(op, q, k, v, kv_cache, batch)
     tokens, count = q.shape[0] * q.shape[1], batch.tokens
     q_flat = _flat(q, tokens, heads.queries, heads.size)
-    k_flat, v_flat = (_flat(x, tokens, heads.keys, heads.size)[:count] for x in (k, v))
+    k_flat, v_flat = (leading(_flat(x, tokens, heads.keys, heads.size), count) for x in (k, v))
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     out_flat = out.view(tokens, heads.queries, heads.size)
     if count < tokens:
@@ -163,10 +165,10 @@ def flashinfer_attention_mha_with_cache(
     if count == 0:
         return out
     quantised = kv_cache.dtype == FP8
-    _append(
+    _append_function()(
         *((to_fp8(k_flat, k_scale), to_fp8(v_flat, v_scale)) if quantised else (k_flat, v_flat)),
-        flashinfer_batch_indices[:count], flashinfer_positions[:count], kv_cache, cache_loc,
-        cu_num_pages[: batch.sequences + 1], last_page_len[: batch.sequences],
+        leading(flashinfer_batch_indices, count), leading(flashinfer_positions, count), kv_cache, cache_loc,
+        leading(cu_num_pages, batch.sequences + 1), leading(last_page_len, batch.sequences), kv_layout="HND",
     )  # fmt: skip
     scales = {"k_scale": k_scale, "v_scale": v_scale} if quantised else {}
     parameters = _Parameters(heads, kv_cache.shape[3], q.dtype, kv_cache.dtype, default_scale(scale, heads.size))
@@ -181,7 +183,7 @@ def flashinfer_attention_mha_with_cache(
                 parameters, w, cu_seqlen_host[: batch.prefill + 1], select_pages(0, batch.prefill, *host)
             ),
         )
-        _run(wrapper, q_flat[:split], kv_cache, out_flat[:split], scales)
+        _run(wrapper, leading(q_flat, split), kv_cache, leading(out_flat, split), scales)
     if batch.decode:
         family = DecodeFamily(_create_decode, functools.partial(_plan_decode, parameters))
         wrapper = owner.planned_decode(
@@ -191,16 +193,17 @@ def flashinfer_attention_mha_with_cache(
             kv_cache.shape[0],
             family,
         )
-        _run(wrapper, q_flat[split:count], kv_cache, out_flat[split:count], scales)
+        if batch.decode < tokens:
+            q_flat, out_flat = q_flat[split:count], out_flat[split:count]
+        _run(wrapper, q_flat, kv_cache, out_flat, scales)
     return out
 
 
-def _append(k, v, batch_indices, positions, kv_cache, cache_loc, cu_num_pages, last_page_len) -> None:
+@functools.cache
+def _append_function():
     from flashinfer.page import append_paged_kv_cache
 
-    append_paged_kv_cache(
-        k, v, batch_indices, positions, kv_cache, cache_loc, cu_num_pages, last_page_len, kv_layout="HND"
-    )
+    return append_paged_kv_cache
 
 
 def _run(wrapper, q, kv_cache, out, scales) -> None:
@@ -217,7 +220,9 @@ def to_fp8(tensor: torch.Tensor, scale: float) -> torch.Tensor:
 
 def _flat(tensor: torch.Tensor, tokens: int, heads: int, size: int) -> torch.Tensor:
     flat = tensor.reshape(tokens, heads, size)
-    return flat if flat.stride(2) == 1 and flat.stride(1) == size else flat.contiguous()
+    if flat.stride(1) != size:
+        flat = flat.contiguous()
+    return with_vectors(flat)
 
 
 def _check(op: str, q, k, v, kv_cache, batch: Batch) -> Heads:
@@ -227,6 +232,9 @@ def _check(op: str, q, k, v, kv_cache, batch: Batch) -> Heads:
         raise TypeError(f"{op}: q is {q.dtype}; legal: float16, bfloat16")
     if kv_cache.dtype not in (q.dtype, FP8):
         raise TypeError(f"{op}: kv_cache is {kv_cache.dtype}; legal: q's {q.dtype} or float8_e4m3fn")
+    if not takes_vectors(kv_cache):
+        raise ValueError(f"{op}: kv_cache has strides {kv_cache.stride()}; legal: last dimension contiguous, rows of D "
+                         "beginning at multiples of 16 bytes")  # fmt: skip
     kv_heads, size = kv_cache.shape[2], kv_cache.shape[4]
     if size not in (64, 128, 256):
         raise ValueError(

@@ -45,6 +45,11 @@ class Pages:
         return self.lengths.numel()
 
 
+def leading(tensor: torch.Tensor, count: int) -> torch.Tensor:
+    """The first `count` entries; the tensor itself where it has no more, which spares a view."""
+    return tensor if tensor.shape[0] == count else tensor.narrow(0, 0, count)
+
+
 def select_pages(
     first: int,
     last: int,

@@ -4,7 +4,8 @@ Nothing waits for the device and no launch depends on device data, so a decode s
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Hashable
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -17,18 +18,19 @@ from shardwise.ops.attention.kernels.decode import decode_kernel, reduce_kernel
 from shardwise.ops.attention.kernels.prefill import prefill_kernel
 from shardwise.ops.attention.tiles import Tile
 from shardwise.ops.registry import TRITON, operator
-from shardwise.ops.triton_support import Launcher, aligned, dependent_launch
+from shardwise.ops.triton_support import Form, Kernel, dependent_launch
 
 OP = "triton_attention_flattened_mha_with_cache"
 LOG2_E = math.log2(math.e)
 APPEND_TOKENS = 16
+MOST_STRIDE = 2**24  # the kernels reach 128 positions with 32-bit offsets
 
 _append, _prefill, _decode, _reduce = (
-    Launcher(kernel) for kernel in (append_kernel, prefill_kernel, decode_kernel, reduce_kernel)
+    Kernel(kernel) for kernel in (append_kernel, prefill_kernel, decode_kernel, reduce_kernel)
 )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Call:
     """What follows from shapes, strides and dtypes alone; remembered, since checking costs more than launching."""
 
@@ -45,12 +47,23 @@ class _Call:
     sizes: tuple[int, ...]
     """D, Dv and the powers of two that hold them"""
     decode_tile: Tile
-    form: int
-    """A number for dtypes, strides, heads and tile: equal forms take the same compiled kernels"""
+    same: tuple
+    """Dtypes, strides, heads and tile: where these are equal the same compiled kernels serve"""
+    decodes: dict[Hashable, "_Decode"] = field(default_factory=dict)
+    """What decode steps of this shape launch"""
 
 
 _CALLS: dict[tuple, _Call] = {}
-_FORMS: dict[tuple, int] = {}
+_FORMS: dict[tuple, Form] = {}
+
+
+def _form(kernel: Kernel, device: torch.device, key: tuple, fixed: tuple, **options) -> Form:
+    """The form for `key`, which covers `fixed`, the dtypes of the pointers, and the options."""
+    key = (kernel, device, *key)
+    form = _FORMS.get(key)
+    if form is None:
+        form = _FORMS[key] = kernel.form(device, fixed, pdl=dependent_launch(device), **options)
+    return form
 
 
 def _fake(
@@ -144,6 +157,9 @@ def _describe(q, k, v, k_cache, v_cache, sinks) -> _Call:
             raise ValueError(
                 f"{OP}: {name} {shape(cache)} has stride {cache.stride(3)} in its last dimension; legal: 1"
             )
+        if cache.stride(1) >= MOST_STRIDE:
+            raise ValueError(f"{OP}: {name} {shape(cache)} has stride {cache.stride(1)} between positions; legal: less "
+                             f"than {MOST_STRIDE}")  # fmt: skip
     rows = [_row_strides(x, size) for x, size in ((q, heads.size), (k, heads.size), (v, heads.value_size))]
     caches = tuple(_strides(cache.stride()[:3], cache.shape[:3]) for cache in (k_cache, v_cache))
     sizes = (heads.size, heads.value_size, tiles.power_of_two(heads.size), tiles.power_of_two(heads.value_size))
@@ -158,23 +174,40 @@ def _describe(q, k, v, k_cache, v_cache, sinks) -> _Call:
         caches=caches,
         sizes=sizes,
         decode_tile=tile,
-        form=_FORMS.setdefault((dtypes, *rows, caches, heads, tile), len(_FORMS)),
+        same=(dtypes, *rows, caches, heads, tile),
     )
 
 
 def _row_strides(tensor: torch.Tensor, size: int) -> tuple[int, ...] | None:
-    """Strides of token and head of [b, s, heads, size] or [b, s, heads * size]; None when there are none."""
+    """Strides of token and head of [b, s, heads, size] or [b, s, heads * size]; None when there are none.
+
+    The heads of a token must lie within 32-bit offsets.
+    """
     batch, sequence = tensor.shape[:2]
     outer, inner = tensor.stride()[:2]
     if tensor.stride(-1) != 1 or (batch > 1 and sequence > 1 and outer != sequence * inner):
         return None if tensor.numel() else (0, 0)
     heads, head = (tensor.shape[2], tensor.stride(2)) if tensor.dim() == 4 else (tensor.shape[2] // size, size)
+    if heads * head >= 2**31:
+        return None
     return _strides((inner if sequence > 1 else outer, head), (batch * sequence, heads))
 
 
 def _strides(strides, counts) -> tuple[int, ...]:
     """0 for a dimension of one entry, whose stride says nothing: fewer kernels are compiled."""
     return tuple(stride if count > 1 else 0 for stride, count in zip(strides, counts, strict=True))
+
+
+class _Decode(NamedTuple):
+    """The launches of one decode step, but for its tensors."""
+
+    form: Form
+    grid: tuple[int, int, int]
+    splits: int
+    rows: int
+    """Rows of the split results: sequences x heads x splits"""
+    reduce: Form | None
+    """Joins the splits, where there are several"""
 
 
 class _Step(NamedTuple):
@@ -190,79 +223,79 @@ class _Step(NamedTuple):
     scale: float
     window: int
 
-    def _key(self, *more) -> tuple:
-        pointers = (*self.tensors, self.input_pos, self.slot_idx)
-        sinks = None if self.sinks is None else aligned(self.sinks)
-        return (
-            self.call.form,
-            aligned(*pointers),
-            self.input_pos.dtype,
-            self.slot_idx.dtype,
-            sinks,
-            self.window,
-            *more,
-        )
-
-    def _check(self, name: str, tensor: torch.Tensor | None, count: int) -> None:
+    def _each(self, name: str, tensor: torch.Tensor | None, count: int) -> torch.Tensor:
+        """`tensor`, which must have an entry for each of `count` sequences; the kernels read it as contiguous."""
         device = self.tensors[0].device
         if tensor is None or tensor.numel() < count or tensor.device != device:
             came = "None" if tensor is None else f"{tensor.numel()} entries on {tensor.device}"
             raise ValueError(f"{OP}: {name} is {came}; legal: an entry for each of the {count} sequences on {device}")
+        return tensor.contiguous()
 
     def run_prefill(self, seq_len: torch.Tensor) -> None:
         batch, call = self.batch, self.call
-        for name, tensor in (("seq_len", seq_len), ("input_pos", self.input_pos), ("slot_idx", self.slot_idx)):
-            self._check(name, tensor, batch.prefill)
+        given = ("seq_len", seq_len), ("input_pos", self.input_pos), ("slot_idx", self.slot_idx)
+        metadata = tuple(self._each(name, tensor, batch.prefill) for name, tensor in given)
         q, k, v, k_cache, v_cache, out = self.tensors
-        heads, pdl = call.heads, dependent_launch(q.device)
-        sequences = min(256, tiles.power_of_two(batch.prefill))
-        key = self._key(seq_len.dtype, aligned(seq_len), sequences)
+        heads, device = call.heads, q.device
+        sequences, pdl = min(256, tiles.power_of_two(batch.prefill)), dependent_launch(device)
+        key = (call.same, *(tensor.dtype for tensor in metadata), self.window, sequences)
         limits = (batch.prefill, k_cache.shape[0], k_cache.shape[1])
-        _append(
-            q.device, key, (-(-batch.prefill_tokens // APPEND_TOKENS), heads.keys, 1),
-            (k, v, k_cache, v_cache, seq_len, self.input_pos, self.slot_idx, batch.prefill_tokens, *limits,
-             *call.rows[1:], *call.caches, *call.sizes, APPEND_TOKENS, sequences, pdl),
-            num_warps=4, launch_pdl=pdl,
+        append = _form(
+            _append, device, key,
+            (*call.rows[1:], *call.caches, *call.sizes, APPEND_TOKENS, sequences, pdl), warps=4,
+        )  # fmt: skip
+        append(
+            (-(-batch.prefill_tokens // APPEND_TOKENS), heads.keys, 1), (k, v, k_cache, v_cache, *metadata),
+            (batch.prefill_tokens, *limits),
         )  # fmt: skip
         rows = batch.prefill_tokens * heads.group
         tile = tiles.prefill_tile(rows // batch.prefill, heads.size, heads.value_size, q.element_size())
         count = -(-rows // tile.rows) + batch.prefill  # each sequence may end in a part tile
-        _prefill(
-            q.device, (*key, tile), (count * heads.keys, 1, 1),
-            (q, k_cache, v_cache, out, seq_len, self.input_pos, self.slot_idx, q if self.sinks is None else self.sinks,
-             self.scale, count, batch.prefill_tokens, *limits, call.rows[0], *call.caches, heads.keys, heads.group,
-             *call.sizes, tile.rows, tile.keys, sequences, self.window, self.sinks is not None, pdl),
-            num_warps=tile.warps, num_stages=tile.stages, launch_pdl=pdl,
+        attend = _form(
+            _prefill, device, (*key, tile),
+            (call.rows[0], *call.caches, heads.keys, heads.group, *call.sizes, tile.rows, tile.keys, sequences,
+             self.window, self.sinks is not None, pdl),
+            warps=tile.warps, stages=tile.stages,
+        )  # fmt: skip
+        attend(
+            (count * heads.keys, 1, 1), (q, k_cache, v_cache, out, *metadata, q if self.sinks is None else self.sinks),
+            (self.scale, count, batch.prefill_tokens, *limits),
         )  # fmt: skip
 
     def run_decode(self) -> None:
-        batch, call, tile = self.batch, self.call, self.call.decode_tile
-        self._check("input_pos", self.input_pos, batch.sequences)
-        self._check("slot_idx", self.slot_idx, batch.sequences)
+        batch, call = self.batch, self.call
+        input_pos = self._each("input_pos", self.input_pos, batch.sequences)
+        slot_idx = self._each("slot_idx", self.slot_idx, batch.sequences)
         q, k, v, k_cache, v_cache, out = self.tensors
-        heads, pdl = call.heads, dependent_launch(q.device)
-        slots, max_seq = k_cache.shape[:2]
-        reach = min(max_seq, self.window) if self.window else max_seq
-        splits = tiles.choose_splits(batch.decode * heads.keys, tiles.resident_programs(q.device), reach, tile.keys)
-        rows = batch.decode * heads.queries * splits
+        key = (batch.decode, self.window, input_pos.dtype, slot_idx.dtype)
+        plan = call.decodes.get(key)
+        if plan is None:
+            plan = call.decodes[key] = self._plan_decode()
         partial = out
-        if splits > 1:
-            partial = torch.empty(rows * (heads.value_size + 1), dtype=torch.float32, device=q.device)
-        block_splits = tiles.power_of_two(splits, 2)
-        key = self._key(splits > 1, block_splits)
-        sinks = q if self.sinks is None else self.sinks
-        place = (batch.prefill, batch.prefill_tokens, slots, max_seq, rows, splits)
-        _decode(
-            q.device, key, (batch.decode * heads.keys * splits, 1, 1),
-            (q, k, v, k_cache, v_cache, out, partial, self.input_pos, self.slot_idx, sinks, self.scale, *place,
-             *call.rows, *call.caches, heads.keys, heads.group, *call.sizes, tile.rows, tile.keys,
-             splits > 1, self.window, self.sinks is not None, pdl),
-            num_warps=tile.warps, num_stages=tile.stages, launch_pdl=pdl,
+        if plan.reduce is not None:
+            partial = torch.empty(plan.rows * (call.heads.value_size + 1), dtype=torch.float32, device=q.device)
+        place = (batch.prefill, batch.prefill_tokens, k_cache.shape[0], k_cache.shape[1], plan.rows, plan.splits)
+        metadata = (input_pos, slot_idx, q if self.sinks is None else self.sinks)
+        plan.form(plan.grid, (q, k, v, k_cache, v_cache, out, partial, *metadata), (self.scale, *place))
+        if plan.reduce is not None:
+            plan.reduce((batch.decode * call.heads.queries, 1, 1), (partial, out, *metadata), place)
+
+    def _plan_decode(self) -> _Decode:
+        call, tile, heads = self.call, self.call.decode_tile, self.call.heads
+        q, max_seq, decode = self.tensors[0], self.tensors[3].shape[1], self.batch.decode
+        reach = min(max_seq, self.window) if self.window else max_seq
+        splits = tiles.choose_splits(decode * heads.keys, tiles.resident_programs(q.device), reach, tile.keys)
+        several, block_splits = splits > 1, tiles.power_of_two(splits, 2)
+        key = (call.same, self.window, self.input_pos.dtype, self.slot_idx.dtype)
+        options = (self.window, self.sinks is not None, dependent_launch(q.device))
+        form = _form(
+            _decode, q.device, (*key, several),
+            (*call.rows, *call.caches, heads.keys, heads.group, *call.sizes, tile.rows, tile.keys, several, *options),
+            warps=tile.warps, stages=tile.stages,
         )  # fmt: skip
-        if splits > 1:
-            _reduce(
-                q.device, key, (batch.decode * heads.queries, 1, 1),
-                (partial, out, self.input_pos, self.slot_idx, sinks, *place, heads.queries, heads.value_size,
-                 tile.keys, call.sizes[3], block_splits, self.window, self.sinks is not None, pdl),
-                num_warps=4, launch_pdl=pdl,
-            )  # fmt: skip
+        reduce = _form(
+            _reduce, q.device, (*key, block_splits),
+            (heads.queries, heads.value_size, tile.keys, call.sizes[3], block_splits, *options), warps=4,
+        ) if several else None  # fmt: skip
+        rows = decode * heads.queries * splits
+        return _Decode(form, (decode * heads.keys * splits, 1, 1), splits, rows, reduce)

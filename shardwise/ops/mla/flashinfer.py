@@ -17,6 +17,7 @@ from shardwise.ops.attention.planner import (
     Pages,
     Planner,
     fake_token_positions,
+    leading,
     planner,
     select_pages,
     token_positions,
@@ -24,6 +25,7 @@ from shardwise.ops.attention.planner import (
 from shardwise.ops.mla.checks import LatentHeads, check_latent, split_weight
 from shardwise.ops.mla.reference import fake_cached_mla
 from shardwise.ops.registry import CUDA, FLASHINFER, operator
+from shardwise.ops.vector_access import takes_vectors, with_vectors
 
 
 @operator(fake=fake_token_positions)
@@ -155,16 +157,18 @@ def flashinfer_mla_with_cache(
     tokens = q_nope.shape[0] * q_nope.shape[1]
     _check(op, heads, q_nope, ckv_cache, kpe_cache, kv_lora_rank, batch, tokens)
     q_nope, q_pe = q_nope.flatten(0, 1), q_pe.flatten(0, 1)
-    latent, kpe = compressed_kv.flatten(0, 1)[: batch.tokens], kpe.flatten(0, 2)[: batch.tokens]
+    latent, kpe = leading(compressed_kv.flatten(0, 1), batch.tokens), leading(kpe.flatten(0, 2), batch.tokens)
     out = q_nope.new_empty(tokens, heads.count, heads.value)
-    out[batch.tokens :].zero_()
+    if batch.tokens < tokens:
+        out[batch.tokens :].zero_()
     if batch.tokens == 0:
         return out.view(*compressed_kv.shape[:2], heads.count, heads.value)
     if ckv_cache.dtype == FP8:
         latent, kpe = to_fp8(latent, 1.0), to_fp8(kpe, 1.0)
-    _append(
-        latent, kpe, flashinfer_batch_indices[: batch.tokens], flashinfer_positions[: batch.tokens], ckv_cache,
-        kpe_cache, cache_loc, cu_num_pages[: batch.sequences + 1], last_page_len[: batch.sequences],
+    _append_function()(
+        with_vectors(latent), with_vectors(kpe), leading(flashinfer_batch_indices, batch.tokens),
+        leading(flashinfer_positions, batch.tokens), ckv_cache, kpe_cache, cache_loc,
+        leading(cu_num_pages, batch.sequences + 1), leading(last_page_len, batch.sequences),
     )  # fmt: skip
     if ckv_cache.dtype == FP8:
         latent, kpe = latent.to(q_nope.dtype), kpe.to(q_nope.dtype)
@@ -186,13 +190,11 @@ def flashinfer_mla_with_cache(
     return out.view(*compressed_kv.shape[:2], heads.count, heads.value)
 
 
-def _append(latent, kpe, batch_indices, positions, ckv_cache, kpe_cache, cache_loc, cu_num_pages, last_page_len):
+@functools.cache
+def _append_function():
     from flashinfer.page import append_paged_mla_kv_cache
 
-    append_paged_mla_kv_cache(
-        latent.contiguous(), kpe.contiguous(), batch_indices, positions, ckv_cache, kpe_cache, cache_loc, cu_num_pages,
-        last_page_len,
-    )  # fmt: skip
+    return append_paged_mla_kv_cache
 
 
 def _widened(cache: torch.Tensor, pages: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -239,10 +241,13 @@ class _Step:
         )  # fmt: skip
 
     def run_absorbed(self, wrapper, q_nope, q_pe, out) -> None:
-        w_key, w_value = split_weight(self.weight, self.parameters.heads)
-        absorbed = torch.bmm(q_nope.transpose(0, 1), w_key).transpose(0, 1)
-        mixed = wrapper.run(absorbed.contiguous(), q_pe.contiguous(), self.ckv_cache, self.kpe_cache)
-        out.copy_(torch.bmm(mixed.transpose(0, 1), w_value.transpose(1, 2)).transpose(0, 1))
+        heads = self.parameters.heads
+        w_key, w_value = split_weight(self.weight, heads)
+        absorbed = q_nope.new_empty(q_nope.shape[0], heads.count, heads.rank)
+        # Products by head, written where the next step wants them, by token: no copy follows.
+        torch.bmm(q_nope.transpose(0, 1), w_key, out=absorbed.transpose(0, 1))
+        mixed = wrapper.run(absorbed, with_vectors(q_pe.contiguous()), self.ckv_cache, self.kpe_cache)
+        torch.bmm(mixed.transpose(0, 1), w_value.transpose(1, 2), out=out.transpose(0, 1))
 
     def run_ragged(self, q_nope, q_pe, latent, kpe, out) -> None:
         heads, parameters = self.parameters.heads, self.parameters
@@ -265,6 +270,9 @@ def _check(op: str, heads: LatentHeads, q_nope, ckv_cache, kpe_cache, kv_lora_ra
         if cache.dtype not in (q_nope.dtype, FP8) or cache.dtype != ckv_cache.dtype:
             raise TypeError(f"{op}: {name} is {cache.dtype}; legal: q_nope's {q_nope.dtype} or float8_e4m3fn, for both "
                             "caches")  # fmt: skip
+        if not takes_vectors(cache):
+            raise ValueError(f"{op}: {name} has strides {cache.stride()}; legal: last dimension contiguous, rows "
+                             "beginning at multiples of 16 bytes")  # fmt: skip
     if ckv_cache.dtype == FP8 and ckv_cache.is_cuda and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(f"{op}: a CUDA graph cannot hold a step over an fp8 cache; take a cache of {q_nope.dtype}")
     if heads.rank != 512 or heads.rope != 64 or kv_lora_rank != heads.rank:

@@ -29,7 +29,8 @@ def halves_kernel(
     """Rows of one (sequence, token): element i turns with i + SIZE/2 by the angle of position start + token."""
     row = tl.program_id(0).to(tl.int64) // tl.cdiv(heads, HEADS)
     batch, token = row // tokens, row % tokens
-    head = (tl.program_id(0) % tl.cdiv(heads, HEADS)) * HEADS + tl.arange(0, HEADS)[:, None]
+    # 64-bit: a head's stride may be all positions of a long sequence.
+    head = ((tl.program_id(0) % tl.cdiv(heads, HEADS)) * HEADS + tl.arange(0, HEADS)[:, None]).to(tl.int64)
     i = tl.arange(0, HALF)[None, :]
     mask = (head < heads) & (i < SIZE // 2)
     await_predecessor(PDL)
@@ -99,8 +100,9 @@ def _load_pairs(source, i, d_stride, mask, PACKED: tl.constexpr):
         even = (pair & 0xFFFF).to(tl.uint16).to(kind, bitcast=True)
         odd = (pair >> 16).to(tl.uint16).to(kind, bitcast=True)
     else:
-        even = tl.load(source + 2 * i * d_stride, mask=mask, other=0.0)
-        odd = tl.load(source + (2 * i + 1) * d_stride, mask=mask, other=0.0)
+        channel = 2 * i.to(tl.int64)
+        even = tl.load(source + channel * d_stride, mask=mask, other=0.0)
+        odd = tl.load(source + (channel + 1) * d_stride, mask=mask, other=0.0)
     return even.to(tl.float32), odd.to(tl.float32)
 
 
@@ -155,12 +157,12 @@ def interleaved_kernel(
     cos = tl.load(cos_ptr + position * SIZE + i, mask=known, other=float("nan")).to(tl.float32)
     sin = tl.load(sin_ptr + position * SIZE + i, mask=known, other=float("nan")).to(tl.float32)
     if block < q_blocks:
-        head = block * HEADS + tl.arange(0, HEADS)[:, None]
+        head = (block * HEADS + tl.arange(0, HEADS)[:, None]).to(tl.int64)
         source = q_ptr + batch * q_b + token * q_s + head * q_n
         target = q_out_ptr + (row * q_heads + head) * SIZE
         _turn_pairs(source, target, q_d, head, q_heads, cos, sin, SIZE, HALF, PACKED)
     else:
-        head = (block - q_blocks) * HEADS + tl.arange(0, HEADS)[:, None]
+        head = ((block - q_blocks) * HEADS + tl.arange(0, HEADS)[:, None]).to(tl.int64)
         source = k_ptr + batch * k_b + token * k_s + head * k_n
         target = k_out_ptr + (row * k_heads + head) * SIZE
         _turn_pairs(source, target, k_d, head, k_heads, cos, sin, SIZE, HALF, PACKED)

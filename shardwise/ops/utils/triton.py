@@ -4,6 +4,7 @@ import torch
 
 from shardwise.ops.registry import TRITON, operator
 from shardwise.ops.triton_support import Kernel, await_predecessor, dependent_launch, tl, triton
+from shardwise.ops.utils.reference import check_pairs, nothing
 
 _BLOCK = 1024
 
@@ -31,11 +32,7 @@ def _kernel(
 _launch = Kernel(_kernel)
 
 
-def _nothing(ungathered_input, gather_ids, mask_indices, out):
-    return None
-
-
-@operator(fake=_nothing, mutates=("out",), needs=(TRITON,))
+@operator(fake=nothing, mutates=("out",), needs=(TRITON,), instead="torch_utils_fused_gather_scatter")
 def triton_utils_fused_gather_scatter(
     ungathered_input: torch.Tensor, gather_ids: torch.Tensor, mask_indices: torch.Tensor, out: torch.Tensor
 ) -> None:
@@ -43,11 +40,7 @@ def triton_utils_fused_gather_scatter(
 
     gather_ids, mask_indices: int32 or int64, of one length. Pairs with an index out of range are skipped.
     """
-    name = "triton_utils_fused_gather_scatter"
-    if gather_ids.numel() != mask_indices.numel():
-        raise ValueError(f"{name}: {gather_ids.numel()} gather_ids but {mask_indices.numel()} mask_indices")
-    if not out.is_contiguous():
-        raise ValueError(f"{name}: out is written in place and must be contiguous, got strides {out.stride()}")
+    check_pairs("triton_utils_fused_gather_scatter", gather_ids, mask_indices, out)
     source, gather, scatter = ungathered_input.contiguous(), gather_ids.contiguous(), mask_indices.contiguous()
     count = gather.numel()
     pdl = dependent_launch(out.device)

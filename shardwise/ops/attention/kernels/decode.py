@@ -52,7 +52,7 @@ def decode_kernel(
     PDL: tl.constexpr,
 ):
     # KV heads run fastest: programs that start together read neighbouring memory.
-    head = tl.program_id(0) % KV_HEADS
+    head = (tl.program_id(0) % KV_HEADS).to(tl.int64)
     split = tl.program_id(0) // KV_HEADS % splits
     index = tl.program_id(0) // (KV_HEADS * splits)
     group = tl.arange(0, BLOCK_M)

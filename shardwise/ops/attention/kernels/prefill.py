@@ -151,8 +151,8 @@ def prefill_kernel(
             middle = tl.where(live, (first + 1) // BLOCK_N * BLOCK_N, 0)
         # A dead sequence has no keys; its base stays inside the cache.
         slot = tl.where(live, slot, 0)
-        k_base = k_cache_ptr + slot * K_CACHE[0] + kv_head * K_CACHE[2]
-        v_base = v_cache_ptr + slot * V_CACHE[0] + kv_head * V_CACHE[2]
+        k_base = k_cache_ptr + slot * K_CACHE[0] + kv_head.to(tl.int64) * K_CACHE[2]
+        v_base = v_cache_ptr + slot * V_CACHE[0] + kv_head.to(tl.int64) * V_CACHE[2]
         highest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
         total = tl.zeros((BLOCK_M,), tl.float32)
         acc = tl.zeros((BLOCK_M, BLOCK_DV), tl.float32)
