@@ -28,20 +28,21 @@ def stream_rate(info, store) -> float:
     import torch
 
     from shardwise.comm.strategy import create
+    from shardwise.parallel.layers import Linear
 
     torch.set_num_threads(1)
     group = create(info, store=store)
     rows, columns = MATRIX
     count = STREAMED_BYTES // (4 * rows * columns)
-    weights = [torch.randn(columns, rows) for _ in range(count)]
-    x = torch.randn(1, columns)
     best = 0.0
     with torch.inference_mode():
-        for _ in range(8):
+        products = [Linear(weight=torch.randn(MATRIX)) for _ in range(count)]
+        x = torch.randn(1, columns)
+        for _ in range(16):
             group.barrier()
             start = time.perf_counter()
-            for weight in weights:
-                torch.mm(x, weight)
+            for product in products:
+                product(x)
             best = max(best, count * rows * columns * 4 / (time.perf_counter() - start))
     return best
 

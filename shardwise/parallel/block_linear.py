@@ -7,6 +7,7 @@ only (30 µs for a 960 x 576 row product on one core; float32 928 µs), so input
 takes multiples of `ROWS` outputs.
 """
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -48,20 +49,20 @@ class BlockLinear:
     def __init__(self, *, dtype: str, blocks: Tensor, bias: Tensor | None = None):
         codes, scales, zeros = codes_of(dtype, blocks)
         self.out_features = codes.shape[0]
-        self._planes = 2 if dtype == "Q8_0" else 1
-        self._packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
-        self._scales = torch.stack((scales, zeros), -1).transpose(0, 1).contiguous().bfloat16()
+        self.planes = 2 if dtype == "Q8_0" else 1
+        self.packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
+        self.scales = torch.stack((scales, zeros), -1).transpose(0, 1).contiguous().bfloat16()
         self.bias = bias
 
     @property
     def nbytes(self) -> int:
-        return self._packed.nbytes + self._scales.nbytes
+        return self.packed.nbytes + self.scales.nbytes
 
     def __call__(self, x: Tensor) -> Tensor:
         rounded = x.to(torch.bfloat16)
-        if self._planes == 2:
+        if self.planes == 2:
             rounded = torch.cat((rounded, rounded), -1)
-        out = torch.ops.aten._weight_int4pack_mm_for_cpu(rounded, self._packed, GROUP, self._scales).to(x.dtype)
+        out = torch.ops.aten._weight_int4pack_mm_for_cpu(rounded, self.packed, GROUP, self.scales).to(x.dtype)
         return out if self.bias is None else out.add_(self.bias)
 
 
@@ -89,6 +90,13 @@ class BlockEmbedding:
             self.group.all_reduce(rows, out=rows)
         return rows * self.multiplier if self.multiplier != 1.0 else rows
 
+    def row(self, token: int) -> Tensor | None:
+        """[H] of one token, without the multiplier; None on a rank that does not hold it."""
+        start, stop = self.vocab
+        if not start <= token < stop:
+            return None
+        return (self.scales[token - start].float() * self.codes[token - start]).view(-1)
+
     def rows(self, local: Tensor) -> Tensor:
         """float32 [n, H] of rows that this rank holds."""
         return (self.scales[local].float() * self.codes[local]).flatten(1)
@@ -110,7 +118,9 @@ class BlockHead(BlockLinear):
         logits = super().__call__(x)
         if logits.shape[1] == 0:
             return logits
-        best = logits.amax(1, keepdim=True)
-        at, near = (logits >= best - best.abs() * self.NEAR).nonzero(as_tuple=True)
-        logits[at, near] = (self.table.rows(near) * x[at]).sum(1)
+        for row, hidden in zip(logits, x, strict=True):
+            values = row.float().numpy()
+            best = float(values.max())
+            near = torch.from_numpy(np.flatnonzero(values >= best - abs(best) * self.NEAR))
+            row[near] = (self.table.rows(near) @ hidden.float()).to(row.dtype)
         return logits

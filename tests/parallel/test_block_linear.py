@@ -76,11 +76,35 @@ def _logits(form, ids):
     size = current_groups().world.size
     engine = Engine("smollm2", plan("smollm2", tp=size), current_groups(), weights=form)
     cache = SlotCache(engine._cache_shapes, slots=1, max_length=512, dtype=engine.dtype, device=engine.device)
-    rows = [engine._decoder(Batch([Span(0, i, 1)], [token], engine.device), cache) for i, token in enumerate(ids)]
+    assert engine._token_step is not None
+    steps = [Batch([Span(0, place, 1)], [token], engine.device) for place, token in enumerate(ids)]
+    rows = [engine._decoder.head(engine._hidden(step, cache)) for step in steps]
     return torch.cat(rows), engine.stats().weight_bytes, engine
 
 
-def test_the_real_model_in_its_own_blocks_agrees_with_float32_on_the_next_token():
+@torch.inference_mode()
+def _hidden_both_ways(ids):
+    """The head's input behind the last of `ids` in 4-bit blocks, by the single-token step and by the layers."""
+    from shardwise.parallel.batch import Batch, Span
+    from shardwise.parallel.cache import SlotCache
+
+    size = current_groups().world.size
+    engine = Engine("smollm2", plan("smollm2", tp=size), current_groups(), weights="native")
+    found = []
+    for step in (engine._token_step, engine._decoder.hidden):
+        cache = SlotCache(engine._cache_shapes, slots=1, max_length=32, dtype=engine.dtype, device=engine.device)
+        for place, token in enumerate(ids):
+            last = step(Batch([Span(0, place, 1)], [token], engine.device), cache)
+        found.append(last.clone())
+    return found
+
+
+def test_the_single_token_step_computes_what_the_layers_do():
+    for step, layers in run_threads(2, _hidden_both_ways, [504, 2225, 2104, 2049, 9150, 2014, 19452, 28]):
+        assert (step - layers).norm() / layers.norm() < 0.05  # bfloat16 roundings fall differently
+
+
+def test_the_real_model_in_its_own_blocks_predicts_what_float32_does():
     text = (
         "The river had been rising since dawn, and by noon the lower road was under water. Mara counted the sandbags "
         "again. There were forty-one, which was not enough, and the truck would not come back before dark. She thought "
@@ -90,6 +114,8 @@ def test_the_real_model_in_its_own_blocks_agrees_with_float32_on_the_next_token(
     ids = engine.tokenizer.encode(text)
     [(exact, full_bytes, _)] = run_threads(1, _logits, "auto", ids)
     for logits, held_bytes, _ in run_threads(2, _logits, "native", ids):
-        agree = (logits.argmax(-1) == exact.argmax(-1)).float().mean().item()
-        assert agree >= 0.98, f"{agree:.1%} of {len(ids)} tokens"
+        # Agreement of the most likely tokens needs a longer text than a test has time for (benchmarks/).
+        wanted = exact.log_softmax(-1)
+        divergence = (wanted.exp() * (wanted - logits.log_softmax(-1))).sum(-1).mean().item()
+        assert divergence < 2e-3, f"KL {divergence:.1e}, 6e-4 on 1,460 positions"
         assert held_bytes < full_bytes / 6

@@ -1,0 +1,60 @@
+"""One-row products of the CPU's decode step: out = factor * (x * norm) W^T, from and into places that stay.
+
+Both kinds take the factor of a norm for nothing: a panel product as the factor of its sum, a block product where it
+rounds its input.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from shardwise.parallel.block_linear import GROUP, BlockLinear
+from shardwise.parallel.layers import Linear, LinearLike, Norm
+
+Product = Callable[[float, Tensor], None]
+"""Called with the factor and the result's place, which has `product_shape` of the layer."""
+
+
+def product_shape(linear: LinearLike) -> tuple[int, ...]:
+    """The shape in which a product writes its [1, out]."""
+    if isinstance(linear, Linear):
+        panels, _, width = linear.panels.shape
+        return panels, 1, width
+    return 1, linear.out_features
+
+
+def product(linear: LinearLike, x: Tensor, norm: Norm | None = None) -> Product:
+    """For x [1, in]. In float32 weights the norm's are multiplied in: layer and norm, which becomes ones, change."""
+    if isinstance(linear, Linear):
+        if norm is not None:
+            linear.panels.mul_(norm.weight[:, None])
+            norm.weight = torch.ones_like(norm.weight)
+        return PanelProduct(linear, x)
+    assert isinstance(linear, BlockLinear)
+    return BlockProduct(linear, x, torch.ones(x.shape[1]) if norm is None else norm.weight)
+
+
+class PanelProduct:
+    """Of float32 weights in panels."""
+
+    def __init__(self, linear: Linear, x: Tensor):
+        self._panels = linear.panels
+        self._x = x.expand(len(linear.panels), *x.shape)
+        self._zero = torch.zeros(())
+
+    def __call__(self, factor: float, out: Tensor) -> None:
+        torch.baddbmm(self._zero, self._x, self._panels, beta=0, alpha=factor, out=out)
+
+
+class BlockProduct:
+    """Of weights in 4-bit blocks."""
+
+    def __init__(self, linear: BlockLinear, x: Tensor, weight: Tensor):
+        self._x, self._weight, self._packed, self._scales = x, weight, linear.packed, linear.scales
+        self._rounded = x.new_empty(x.shape, dtype=torch.bfloat16)
+        self._zero = torch.zeros(())
+
+    def __call__(self, factor: float, out: Tensor) -> None:
+        torch.addcmul(self._zero, self._x, self._weight, value=factor, out=self._rounded)
+        out.copy_(torch._weight_int4pack_mm_for_cpu(self._rounded, self._packed, GROUP, self._scales))
