@@ -15,7 +15,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from shardwise.comm import watch
-from shardwise.parallel.trace import DECODE, SAMPLE, Watcher
+from shardwise.parallel.trace import DECODE, PREFILL, SAMPLE, Watcher
 
 DECODE_STEPS = 6
 """Every step is like the last."""
@@ -57,7 +57,7 @@ class ChromeTrace(Watcher):
             self._span = None
         self._steps += name == SAMPLE
         self._decode_steps += name == DECODE
-        if name == SAMPLE and (self._decode_steps == DECODE_STEPS or self._steps == STEPS):
+        if name == SAMPLE and (self._decode_steps >= DECODE_STEPS or self._steps == STEPS):
             self.close()
 
     def close(self) -> None:
@@ -117,20 +117,22 @@ class DeviceWork:
 
     steps: int
     seconds: float
-    """From the begin of each step to its tokens on the host, summed."""
+    """From the tokens of the step before to each one's, summed."""
     by_name: dict[str, tuple[int, float]]
     """Kernels and copies: how many, and their seconds, summed."""
 
 
 def decode_work(path: Path) -> DeviceWork:
-    """A step waits for its tokens, so what the device did between its begin and their arrival was done for it."""
+    """Between the tokens of one decode step and those of the next the device does one step's work."""
     with gzip.open(path, "rt") as file:
         events = [event for event in json.load(file)["traceEvents"] if event["ph"] == "X"]
-    spans = sorted((e["ts"], e["dur"], e["name"]) for e in events if e["cat"] == "user_annotation")
+    spans = sorted((e["ts"], e["ts"] + e["dur"], e["name"]) for e in events if e["cat"] == "user_annotation")
+    kinds = [name for *_, name in spans if name in (PREFILL, DECODE)]
+    ends = [end for _, end, name in spans if name == SAMPLE]
     steps = [
-        (begin, following + duration)
-        for (begin, _, name), (following, duration, last) in pairwise(spans)
-        if name == DECODE and last == SAMPLE
+        (before, end)
+        for (before, end), (last, kind) in zip(pairwise(ends), pairwise(kinds), strict=False)
+        if last == kind == DECODE
     ]
     by_name: dict[str, tuple[int, float]] = {}
     for event in events:

@@ -12,56 +12,84 @@ from shardwise.parallel.trace import DECODE, PREFILL, SAMPLE, SCHEDULE, Watcher
 
 @dataclass(frozen=True, slots=True)
 class StepTimes:
-    """Seconds of one step, or the mean of several. `forward` and `sample` are the stream's on a GPU, else the host's."""
+    """Seconds of one step, or the mean of several."""
 
     wall: float
-    """From the scheduler's begin to the next step's, or to the tokens of the last one."""
+    """From the tokens of the step before to this one's."""
     schedule: float
-    forward: float
-    sample: float
-    """Up to the tokens on the host."""
+    launch: float
+    """Of the host inside the forward pass: on a GPU, until all of it is under way."""
+    wait: float
+    """Of the host for the tokens; on a GPU the step behind this one may be launched before."""
     collectives: float | None
     """Of the host's calls, waiting for peers included; None on a GPU, where they run behind the host's back."""
+    device: float | None
+    """Of the device's stream from the step's first kernel to its last, None on the CPU."""
 
     @property
     def other(self) -> float:
-        """Between the parts: Python, and launching what the device waits for."""
-        return max(0.0, self.wall - self.schedule - self.forward - self.sample)
+        """Of the host between these parts."""
+        return max(0.0, self.wall - self.schedule - self.launch - self.wait)
+
+
+@dataclass(frozen=True, slots=True)
+class _Mark:
+    begin: int
+    end: int
+    first: torch.cuda.Event | None
+    last: torch.cuda.Event | None
+
+    @property
+    def seconds(self) -> float:
+        return (self.end - self.begin) / 1e9
 
 
 class Clock(Watcher):
-    """Watches one rank's engine (`trace.watched_by`)."""
+    """Watches one rank's engine (`trace.watched_by`). The n-th wait is for the n-th launch, whatever lies between."""
 
     def __init__(self, device: torch.device, rank: int = 0):
         self._cuda, self._rank = device.type == "cuda", rank
-        self._marks: list[tuple[str, int, torch.cuda.Event | None, int, torch.cuda.Event | None]] = []
-        self._open: tuple[int, torch.cuda.Event | None] = (0, None)
+        self._schedules: list[_Mark] = []
+        self._launches: list[tuple[str, _Mark]] = []
+        self._waits: list[_Mark] = []
         self._collectives: list[float] = []
+        self._open: tuple[int, torch.cuda.Event | None] = (0, None)
 
     def begin(self, name: str) -> None:
-        self._open = (watch.now(), self._event())
+        self._open = (watch.now(), self._event() if name in (PREFILL, DECODE) else None)
 
     def end(self, name: str) -> None:
-        self._marks.append((name, *self._open, watch.now(), self._event()))
-        if name == SAMPLE:
-            self._collectives.append(self._spent_since(self._step_begin()))
+        begin, first = self._open
+        mark = _Mark(begin, watch.now(), first, self._event() if first else None)
+        if name == SCHEDULE:
+            self._schedules.append(mark)
+        elif name == SAMPLE:
+            self._collectives.append(self._spent_since(self._waits[-1].end if self._waits else 0))
+            self._waits.append(mark)
+        else:
+            self._launches.append((name, mark))
 
     def steps(self) -> dict[str, list[StepTimes]]:
         """Of each kind of step, PREFILL (prompts take part) and DECODE, in order."""
         if self._cuda:
             torch.cuda.synchronize()
         found: dict[str, list[StepTimes]] = {PREFILL: [], DECODE: []}
-        starts = [at for at, mark in enumerate(self._marks) if mark[0] == SCHEDULE]
-        for number, at in enumerate(starts):
-            parts = self._marks[at : at + 3]
-            if len(parts) < 3:
-                break
-            last = number + 1 == len(starts)
-            end = parts[-1][3] if last else self._marks[starts[number + 1]][1]
-            schedule, forward, sample = map(self._seconds, parts)
-            collectives = None if self._cuda else self._collectives[number]
-            times = StepTimes((end - parts[0][1]) / 1e9, schedule, forward, sample, collectives)
-            found[parts[1][0]].append(times)
+        reached = self._schedules[0].begin if self._schedules else 0
+        columns = zip(self._schedules, self._launches, self._waits, self._collectives, strict=False)
+        for schedule, (kind, launch), wait, collectives in columns:
+            device = None
+            if launch.first is not None and launch.last is not None:
+                device = launch.first.elapsed_time(launch.last) / 1e3
+            times = StepTimes(
+                wall=(wait.end - reached) / 1e9,
+                schedule=schedule.seconds,
+                launch=launch.seconds,
+                wait=wait.seconds,
+                collectives=None if self._cuda else collectives,
+                device=device,
+            )
+            reached = wait.end
+            found[kind].append(times)
         return found
 
     def _event(self) -> torch.cuda.Event | None:
@@ -70,15 +98,6 @@ class Clock(Watcher):
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event
-
-    def _seconds(self, mark: tuple) -> float:
-        name, begun, first, ended, last = mark
-        if first is None or last is None or name == SCHEDULE:
-            return (ended - begun) / 1e9
-        return first.elapsed_time(last) / 1e3
-
-    def _step_begin(self) -> int:
-        return next(mark[1] for mark in reversed(self._marks) if mark[0] == SCHEDULE)
 
     def _spent_since(self, begin: int) -> float:
         spent = 0
@@ -94,6 +113,8 @@ def mean(steps: Sequence[StepTimes]) -> StepTimes | None:
     """None of no steps."""
     if not steps:
         return None
-    collectives = [s.collectives for s in steps if s.collectives is not None]
-    columns = {name: fmean(getattr(s, name) for s in steps) for name in ("wall", "schedule", "forward", "sample")}
-    return StepTimes(**columns, collectives=fmean(collectives) if collectives else None)
+    means = {}
+    for name in ("wall", "schedule", "launch", "wait", "collectives", "device"):
+        values = [value for step in steps if (value := getattr(step, name)) is not None]
+        means[name] = fmean(values) if values else None
+    return StepTimes(**means)  # type: ignore[arg-type]

@@ -9,7 +9,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 SCHEDULE, PREFILL, DECODE, SAMPLE = "schedule", "prefill", "decode", "sample"
-"""The spans of a step, in their order: one of PREFILL and DECODE; SAMPLE ends it with the tokens on the host."""
+"""The spans of a step: one of PREFILL and DECODE launches its work, SAMPLE ends with its tokens on the host.
+
+The next step's launch may come before this one's SAMPLE.
+"""
 
 
 class Watcher:

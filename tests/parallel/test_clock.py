@@ -53,8 +53,20 @@ def test_every_step_is_counted_and_its_parts_fit_into_it(shape):
     for steps in on_ranks(shape(LLAMA), ParallelLayout(tp=2), body):
         assert [len(steps[kind]) for kind in (PREFILL, DECODE)] == [1, NEW_TOKENS - 1]
         for each in steps[DECODE]:
-            assert 0 < each.schedule + each.forward + each.sample <= each.wall
+            assert 0 < each.schedule + each.launch + each.wait <= each.wall and each.device is None
             assert 0 < each.collectives < each.wall
+
+
+def test_a_step_launched_ahead_of_the_last_ones_tokens_keeps_its_own_times():
+    clock = Clock(torch.device("cpu"))
+    for name in (SCHEDULE, PREFILL, SAMPLE, SCHEDULE, DECODE, SCHEDULE, DECODE, SAMPLE, SCHEDULE, DECODE, SAMPLE):
+        clock.begin(name)
+        time.sleep(0.003 if name == PREFILL else 0.001)
+        clock.end(name)
+    steps = clock.steps()
+    assert [len(steps[kind]) for kind in (PREFILL, DECODE)] == [1, 2]  # the last launch was never waited for
+    assert steps[PREFILL][0].launch >= 0.003 and all(0.001 <= step.launch < 0.003 for step in steps[DECODE])
+    assert steps[DECODE][0].wall > steps[DECODE][1].wall
 
 
 def test_the_mean_of_no_steps_is_none_and_spans_cost_nobody_anything():
@@ -133,11 +145,14 @@ def test_device_work_is_that_of_decode_steps(tmp_path):
         event(SAMPLE, 12, 8),
         event(SCHEDULE, 21, 1),
         event(DECODE, 23, 10),
+        event(DECODE, 33, 1),  # launched ahead
         event("gemm", 25, 4, "kernel"),
         event(SAMPLE, 34, 6),
-        event("gemm", 36, 4, "kernel"),
-        event("Memcpy DtoH", 38, 1, "gpu_memcpy"),
-        event("aten::mm", 26, 1, "cpu_op"),
+        event("gemm", 41, 4, "kernel"),
+        event("gemm", 46, 4, "kernel"),
+        event("Memcpy DtoH", 50, 1, "gpu_memcpy"),
+        event("aten::mm", 44, 1, "cpu_op"),
+        event(SAMPLE, 42, 15),
     ]
     path = tmp_path / "trace.json.gz"
     path.write_bytes(gzip.compress(json.dumps({"traceEvents": events}).encode()))

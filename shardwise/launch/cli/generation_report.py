@@ -113,7 +113,7 @@ def _size(count: float) -> str:
 
 def _parts(result: dict[str, Any]) -> list[str]:
     """Where a step's time goes."""
-    names = ("wall", "schedule", "forward", "sample", "other", "collectives")
+    names = ("wall", "schedule", "launch", "wait", "other", "collectives", "device")
     lines = ["mean step of rank 0 (ms)", f"  {'':8} {'steps':>6}" + "".join(f" {name:>11}" for name in names)]
     for kind, part in result["step_parts"].items():
         cells = (part["seconds"][name] for name in names)
