@@ -68,9 +68,10 @@ def check(path: Path, expected, world: int) -> dict:
 
 
 @pytest.mark.parametrize("launcher, tp", [("local", 2), ("local", 3), ("torchrun", 2), ("mpi", 2), ("ray", 2)])
-def test_tokens_are_those_of_one_rank_under_every_launcher(tmp_path, expected, prompts, launcher, tp):
+def test_tokens_are_those_of_one_rank_under_every_launcher(tmp_path, expected, prompts, parity, launcher, tp):
     if launcher == "ray":
         pytest.importorskip("ray")
+    parity(f"smollm2 by {launcher}", f"tp {tp}", "shm")
     out = tmp_path / "out.json"
     words = ["run", "smollm2", "--tp", str(tp), "--launcher", launcher, "--prompts", prompts]
     done = cli(*words, "--max-new-tokens", str(TOKENS), "--json", str(out))
@@ -81,7 +82,8 @@ def test_tokens_are_those_of_one_rank_under_every_launcher(tmp_path, expected, p
 
 
 @pytest.mark.parametrize("launcher", WITHIN)
-def test_tokens_are_those_of_one_rank_inside_a_launcher_of_the_user(tmp_path, expected, prompts, launcher):
+def test_tokens_are_those_of_one_rank_inside_a_launcher_of_the_user(tmp_path, expected, prompts, parity, launcher):
+    parity(f"smollm2 inside {launcher}", "tp 2", "shm")
     out = tmp_path / "out.json"
     words = ["run", "smollm2", "--prompts", prompts, "--max-new-tokens", str(TOKENS), "--json", str(out)]
     done = shell(*WITHIN[launcher], *words)

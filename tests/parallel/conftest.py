@@ -1,8 +1,11 @@
-"""The real model, loaded by Transformers once for all tests of this folder."""
+"""Models that this folder's tests share: the real one, and tiny ones of every family with Transformers' tokens."""
 
+from functools import cache
 from importlib.util import find_spec
 
 import pytest
+from families import FAMILIES
+from parity import parity, pytest_terminal_summary  # noqa: F401
 
 from shardwise.sharding.checkpoint.resolve import resolve
 
@@ -27,3 +30,17 @@ def transformers_model(smollm2_path):
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(smollm2_path.parent, gguf_file=smollm2_path.name, dtype=torch.float32)
+
+
+@pytest.fixture(scope="session")
+def checkpoint_of(tmp_path_factory):
+    """Name of a family -> (its checkpoint's folder, Transformers' tokens), made when first asked for."""
+    from tiny import expected_tokens, write
+
+    @cache
+    def made(name: str):
+        model_type, fields = FAMILIES[name]
+        folder = write(tmp_path_factory.mktemp("model"), model_type, **fields)
+        return folder, expected_tokens(folder)
+
+    return made

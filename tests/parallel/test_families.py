@@ -1,60 +1,14 @@
 """Token equality with Transformers on tiny random checkpoints, family by family and layout by layout."""
 
+from functools import cache
+
 import pytest
-from tiny import expected_tokens, generate, write
+from families import FAMILIES, MOE_FAMILIES
+from tiny import NEW_TOKENS, PROMPTS, generate
 
 from shardwise.sharding.layout import ParallelLayout
+from shardwise.testing import run_processes
 
-FAMILIES = {
-    "llama": ("llama", {}),
-    "llama tied, biased, scaled rope": (
-        "llama",
-        dict(
-            tie_word_embeddings=True,
-            attention_bias=True,
-            mlp_bias=True,
-            rope_parameters=dict(
-                rope_type="llama3",
-                rope_theta=10000.0,
-                factor=4.0,
-                low_freq_factor=1.0,
-                high_freq_factor=4.0,
-                original_max_position_embeddings=32,
-            ),
-        ),
-    ),
-    "mistral with a window": ("mistral", dict(sliding_window=5)),
-    "qwen2": ("qwen2", {}),
-    "qwen3": ("qwen3", dict(attention_bias=False)),
-}
-MOE_FAMILIES = {
-    "mixtral": ("mixtral", dict(num_local_experts=5, num_experts_per_tok=2)),
-    "qwen2_moe": (
-        "qwen2_moe",
-        dict(
-            num_experts=5,
-            num_experts_per_tok=2,
-            moe_intermediate_size=36,
-            shared_expert_intermediate_size=40,
-            norm_topk_prob=False,
-        ),
-    ),
-    "qwen3_moe with a dense layer": (
-        "qwen3_moe",
-        dict(num_experts=7, num_experts_per_tok=3, moe_intermediate_size=36, norm_topk_prob=True, mlp_only_layers=[1]),
-    ),
-    "gpt_oss": (
-        "gpt_oss",
-        dict(
-            seed=1,
-            num_local_experts=5,
-            num_experts_per_tok=2,
-            sliding_window=4,
-            layer_types=["sliding_attention", "full_attention", "sliding_attention"],
-        ),
-    ),
-}
-FAMILIES |= MOE_FAMILIES
 LAYOUTS = [ParallelLayout(tp=n) for n in (1, 2, 3, 4)]
 MOE_LAYOUTS = [
     ParallelLayout(tp=2, moe_ep=2),
@@ -75,16 +29,39 @@ CASES += [(name, layout) for name in MOE_FAMILIES for layout in MOE_LAYOUTS + DA
 CASES += [("llama", ParallelLayout(tp=2, attn_dp=2))]
 
 
-@pytest.fixture(scope="module")
-def family(request, tmp_path_factory):
-    """A checkpoint with Transformers' tokens."""
-    model_type, fields = FAMILIES[request.param]
-    folder = write(tmp_path_factory.mktemp("model"), model_type, **fields)
-    return folder, expected_tokens(folder)
-
-
-@pytest.mark.parametrize(("family", "layout"), CASES, indirect=["family"], ids=str)
-def test_greedy_tokens_equal_transformers(family, layout):
-    folder, expected = family
+@pytest.mark.parametrize(("name", "layout"), CASES, ids=str)
+def test_greedy_tokens_equal_transformers(checkpoint_of, parity, name, layout):
+    folder, expected = checkpoint_of(name)
+    parity(name, layout, "threads")
     for completions in generate(folder, layout):
         assert [list(c.token_ids) for c in completions] == expected
+
+
+SIZES = {"dense": [dict(tp=2)], "moe": [dict(tp=2), dict(tp=2, moe_ep=2), dict(tp=1, attn_dp=2, moe_ep=2)]}
+
+
+@pytest.fixture(scope="module")
+def in_processes(checkpoint_of):
+    """Every family and layout on two ranks, one job a transport: (family, layout) -> the ranks' answers."""
+
+    @cache
+    def run(transport: str) -> dict[tuple[str, str], list]:
+        cases = [(name, sizes) for name in FAMILIES for sizes in SIZES["moe" if name in MOE_FAMILIES else "dense"]]
+        folders = [(str(checkpoint_of(name)[0]), sizes) for name, sizes in cases]
+        ranks = run_processes(
+            2, "parity_ranks:generate", transport, folders, PROMPTS, NEW_TOKENS, mpi=transport == "mpi"
+        )
+        return {
+            (name, str(ParallelLayout(**sizes))): answers for (name, sizes), *answers in zip(cases, *ranks, strict=True)
+        }
+
+    return run
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("transport", ["shm", "gloo", "mpi"])
+def test_every_transport_gives_the_same_tokens(checkpoint_of, in_processes, parity, transport, name):
+    found = {layout: answers for (family, layout), answers in in_processes(transport).items() if family == name}
+    for layout in found:
+        parity(name, layout, transport)
+    assert found and all(answer == checkpoint_of(name)[1] for answers in found.values() for answer in answers)

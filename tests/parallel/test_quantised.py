@@ -88,9 +88,12 @@ CASES = {
 
 
 @pytest.mark.parametrize(("model_type", "fields", "change", "quantization", "layouts"), CASES.values(), ids=CASES)
-def test_tokens_equal_those_of_the_weights_that_are_meant(tmp_path, model_type, fields, change, quantization, layouts):
+def test_tokens_equal_those_of_the_weights_that_are_meant(
+    tmp_path, parity, request, model_type, fields, change, quantization, layouts
+):
     folder = write(tmp_path, model_type, seed=2, **fields)
     expected = rewrite(folder, change, quantization)
     for layout in layouts:
+        parity(request.node.callspec.id, layout, "threads")
         for completions in generate(folder, layout):
             assert [list(c.token_ids) for c in completions] == expected, layout

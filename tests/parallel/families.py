@@ -1,0 +1,52 @@
+"""Tiny checkpoints of every family that the runtime knows: Transformers' model type, and what its config differs in."""
+
+FAMILIES: dict[str, tuple[str, dict]] = {
+    "llama": ("llama", {}),
+    "llama tied, biased, scaled rope": (
+        "llama",
+        dict(
+            tie_word_embeddings=True,
+            attention_bias=True,
+            mlp_bias=True,
+            rope_parameters=dict(
+                rope_type="llama3",
+                rope_theta=10000.0,
+                factor=4.0,
+                low_freq_factor=1.0,
+                high_freq_factor=4.0,
+                original_max_position_embeddings=32,
+            ),
+        ),
+    ),
+    "mistral with a window": ("mistral", dict(sliding_window=5)),
+    "qwen2": ("qwen2", {}),
+    "qwen3": ("qwen3", dict(attention_bias=False)),
+}
+MOE_FAMILIES: dict[str, tuple[str, dict]] = {
+    "mixtral": ("mixtral", dict(num_local_experts=5, num_experts_per_tok=2)),
+    "qwen2_moe": (
+        "qwen2_moe",
+        dict(
+            num_experts=5,
+            num_experts_per_tok=2,
+            moe_intermediate_size=36,
+            shared_expert_intermediate_size=40,
+            norm_topk_prob=False,
+        ),
+    ),
+    "qwen3_moe with a dense layer": (
+        "qwen3_moe",
+        dict(num_experts=7, num_experts_per_tok=3, moe_intermediate_size=36, norm_topk_prob=True, mlp_only_layers=[1]),
+    ),
+    "gpt_oss": (
+        "gpt_oss",
+        dict(
+            seed=1,
+            num_local_experts=5,
+            num_experts_per_tok=2,
+            sliding_window=4,
+            layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+        ),
+    ),
+}
+FAMILIES |= MOE_FAMILIES
