@@ -1,11 +1,16 @@
 """What the runtime has no layer for, found before a byte is loaded."""
 
 from shardwise.sharding import spec
+from shardwise.sharding.checkpoint.reader import NUMPY
+from shardwise.sharding.families import ARCHITECTURES
 
 
 class UnsupportedModel(ValueError):
     """The planner describes this model, but the runtime has no layer for one of its blocks."""
 
+
+_FLOATS = {"F64", "F32", "F16", "BF16"}
+_FLOAT8 = {"F8_E4M3", "F8_E5M2"}
 
 # Options with the values that have an implementation; fields that are not listed are all implemented.
 _LEGAL: dict[type, dict[str, tuple]] = {
@@ -42,7 +47,12 @@ _LEGAL: dict[type, dict[str, tuple]] = {
 
 
 def check_supported(model: spec.ModelSpec, *, mixers: tuple[type, ...], feed_forwards: tuple[type, ...]) -> None:
-    """UnsupportedModel unless every block is of these types and its options have an implementation."""
+    """UnsupportedModel unless every block is of these types, its options have an implementation and its weights a form
+    that can be read."""
+    if model.architecture not in ARCHITECTURES:
+        raise UnsupportedModel(
+            f"{model.architecture} can be planned but not run, since no family describes it: {'; '.join(model.notes)}"
+        )
     _check_options(model, model.embedding, "embedding")
     _check_options(model, model.final_norm, "final norm")
     for layer, numbers in model.layer_groups():
@@ -56,6 +66,7 @@ def check_supported(model: spec.ModelSpec, *, mixers: tuple[type, ...], feed_for
             )
         for block in layer.blocks:
             _check_options(model, block, where)
+            _check_storage(model, block, where)
             if isinstance(block, spec.Moe):
                 _check_options(model, block.routing, where)
 
@@ -76,3 +87,25 @@ def _check_options(model: spec.ModelSpec, block: spec.Block | spec.Routing, wher
         if value not in legal:
             option = f"{type(block).__name__}.{name}"
             raise UnsupportedModel(f"{model.architecture}, {where}: {option} = {value!r}; the runtime supports {legal}")
+
+
+def _check_storage(model: spec.ModelSpec, block: spec.Block, where: str) -> None:
+    roles = {tensor.role: tensor for tensor in (block.all_tensors if isinstance(block, spec.Moe) else block.tensors)}
+    for role, tensor in roles.items():
+        base, _, part = role.rpartition(".")
+        scale = roles.get(f"{base}.scale")
+        if part in ("zeros", "group_index", "global_scale") or (part == "weight" and not _is_read(tensor, scale)):
+            scaled = f" with scales of {scale.dtype}" if scale else ""
+            raise UnsupportedModel(
+                f"{model.architecture}, {where}: {tensor.name} is stored as {tensor.dtype}{scaled} "
+                f"({model.quantization}), which the runtime does not read; it reads plain floats, float8 with float "
+                "scales, MXFP4 blocks as gpt-oss has them, and GGUF's types"
+            )
+
+
+def _is_read(weight: spec.TensorSpec, scale: spec.TensorSpec | None) -> bool:
+    if weight.dtype in _FLOAT8:
+        return scale is not None and scale.dtype in _FLOATS
+    if weight.dtype == "U8":  # blocks have one dimension more, of the 16 bytes that hold 32 codes
+        return scale is not None and scale.dtype == "U8" and len(weight.dims) == len(scale.dims) + 1
+    return weight.dtype in _FLOATS or weight.dtype not in NUMPY
