@@ -1,6 +1,7 @@
-"""Program: compile the MXFP4 GEMM's planned shapes for sm_90 without a GPU and look at the machine-level main loop.
+"""Program: compile the MXFP4 GEMMs' planned shapes for sm_90 without a GPU and look at the machine-level main loop.
 
-Prints one JSON list: for each shape its shared memory and what the PTX loop around the matrix products holds.
+Prints one JSON list: for each shape its shared memory and what the PTX loop around the matrix products holds. The
+kernel for few tokens, bn 16, comes last.
 """
 
 import json
@@ -9,9 +10,11 @@ import re
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
 
-from shardwise.ops.moe.mxfp4 import choose_plan
+from shardwise.ops.moe.mxfp4_few import mxfp4_few
 from shardwise.ops.moe.mxfp4_gemm import mxfp4_gemm
+from shardwise.ops.moe.mxfp4_plan import choose_plan
 
 POINTERS = {
     "x_ptr": "*bf16", "word_ptr": "*i32", "scale_ptr": "*i32", "bias_ptr": "*fp32", "out_ptr": "*bf16",
@@ -20,20 +23,29 @@ POINTERS = {
 MULTIPLES = {*POINTERS, "columns", "out_rows", "stride_x"}
 
 
-def compiled(tiles, bt, act, form="narrow"):
+def compiled(tiles, bt, act, form="narrow", short=0):
     """One shape at gpt-oss' sizes."""
-    constants = {
-        "TOP_K": 4, "ACT": act, "WEIGHT_IN": False, "BN": tiles.bn, "BT": bt, "BK": tiles.bk, "SPLITS": tiles.splits,
-        "FORMAT": form, "EVEN_K": 2880 % tiles.bk == 0 and tiles.splits == 1, "STAGES": tiles.stages,
-        "INTERPRET": False, "PDL": True,
+    even = 2880 % tiles.bk == 0 and tiles.splits == 1
+    constants = {"TOP_K": 4, "ACT": act, "SPLITS": tiles.splits, "INTERPRET": False, "PDL": True}
+    if tiles.bn == 16:
+        constants |= {"EVEN": True, "ASK": tiles.ask, "EARLY": act == "none"}
+        return _compile(mxfp4_few, GluonASTSource, tiles, constants)
+    constants |= {
+        "WEIGHT_IN": False, "BN": tiles.bn, "BT": bt, "SHORT": short, "BK": tiles.bk, "FORMAT": form, "EVEN_K": even,
+        "STAGES": tiles.stages, "AHEAD": 2 if act == "none" else 0,
     }  # fmt: skip
-    names = mxfp4_gemm.arg_names
+    return _compile(mxfp4_gemm, ASTSource, tiles, constants)
+
+
+def _compile(kernel, source, tiles, constants):
+    names = kernel.arg_names
     signature = {name: POINTERS.get(name, "fp32" if name in ("alpha", "limit") else "i32") for name in names}
     signature.update(dict.fromkeys(constants, "constexpr"))
     attributes = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name in MULTIPLES}
     values = {(names.index(name),): value for name, value in constants.items()}
-    source = ASTSource(mxfp4_gemm, signature, values, attributes)
-    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": tiles.warps})
+    options = {"num_warps": tiles.warps, "maxnreg": tiles.most_registers}
+    target = GPUTarget("cuda", 90, 32)
+    return triton.compile(source(kernel, signature, values, attributes), target=target, options=options)
 
 
 def main_loop(ptx: str) -> str:
@@ -42,20 +54,21 @@ def main_loop(ptx: str) -> str:
     for label in re.finditer(r"^(\$L__BB\d+_\d+):", ptx, re.MULTILINE):
         for branch in re.finditer(rf"bra(?:\.uni)?\s+{re.escape(label[1])};", ptx):
             body = ptx[label.end() : branch.start()]
-            if "wgmma.mma_async" in body and (best is None or len(body) < len(best)):
+            if re.search(r"wgmma.mma_async|mma.sync", body) and (best is None or len(body) < len(best)):
                 best = body
     return best or ""
 
 
-def describe(tiles, bt, act, form="narrow"):
-    kernel = compiled(tiles, bt, act, form)
+def describe(tiles, bt, act, form="narrow", short=0):
+    kernel = compiled(tiles, bt, act, form, short)
     loop = main_loop(kernel.asm["ptx"])
     return {
         "shape": [tiles.bn, bt, tiles.bk, act, form],
+        "warps": tiles.warps,
         "shared_bytes": kernel.metadata.shared,
         "programs": tiles.per_sm,
-        "products": loop.count("wgmma.mma_async"),
-        "wide_loads": loop.count("ld.shared.v4"),
+        "products": len(re.findall(r"wgmma.mma_async.sync|mma.sync.aligned", loop)),
+        "wide_loads": len(re.findall(r"ld.shared.v4|ld.global.\S*v4", loop)),
         "asynchronous_copies": loop.count("cp.async.cg.shared"),
         "between_threads": len(re.findall(r"st\.shared|shfl\.sync|stmatrix", loop)),
         "stack": ".local" in kernel.asm["ptx"],
@@ -64,9 +77,12 @@ def describe(tiles, bt, act, form="narrow"):
 
 def main():
     plans = [choose_plan(4 * tokens, 128) for tokens in (1, 64, 256, 1024, 8192)]
-    rows = {(plan.up, plan.bt, "swiglu") for plan in plans} | {(plan.down, plan.bt, "none") for plan in plans}
+    rows = {(plan.up, plan.bt, "swiglu", "narrow", plan.short) for plan in plans}
+    rows |= {(plan.down, plan.bt, "none", "narrow", plan.short) for plan in plans}
     described = [describe(*row) for row in sorted(rows, key=str)]
     described.append(describe(plans[1].up, 16, "silu", "nvfp4"))
+    few = choose_plan(4, 128, few=True)
+    described += [describe(few.up, few.bt, "swiglu"), describe(few.down, few.bt, "none")]
     print(json.dumps(described))
 
 

@@ -1,4 +1,4 @@
-"""MoE kernels as compiled for Hopper: MXFP4 words become products without moving between threads; nothing spills."""
+"""MoE kernels as compiled for Hopper keep their promises: what the interpreter cannot show."""
 
 import importlib.util
 import json
@@ -10,31 +10,33 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
 
 
-def compiled_rows(program):
+def rows_of(program):
+    """The JSON list that a program of this folder prints, run without the interpreter."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, str(HERE / program)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
 def test_unpacked_weights_go_straight_to_the_matrix_unit():
-    rows = compiled_rows("compile_moe.py")
+    rows = rows_of("compile_moe.py")
     assert len(rows) >= 8
     for row in rows:
         bn, _, bk, *_ = row["shape"]
         assert row["between_threads"] == 0 and not row["stack"], row
-        assert row["wide_loads"] == bn * bk // (4 * 32 * 32), row  # 32 weights in 16 bytes, 4 warps of 32 lanes
-        assert row["products"] == bn // 64 * bk // 16, row
         assert row["shared_bytes"] * row["programs"] <= 227 * 1024, row
+        if bn == 16:  # five tiles of a warp: nothing passes through shared memory
+            assert row["wide_loads"] == 5 and row["products"] == 20 and row["shared_bytes"] == 0, row
+        else:  # 32 weights in 16 bytes
+            assert row["wide_loads"] == bn * bk // (32 * 32 * row["warps"]), row
+            assert row["products"] == bn // (16 * row["warps"]) * bk // 16, row
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
-def test_kernels_with_given_routing_stay_in_registers_and_fit_a_multiprocessor():
-    rows = compiled_rows("compile_grouped.py")
-    for name, row in rows.items():
-        assert not row["stack"] and row["shared_bytes"] * row["programs"] <= 227 * 1024, (name, row)
-        assert (row["products"] > 0 and row["tiles_by_tensor_memory"] > 0) == (name != "few"), (name, row)
+def test_no_reduction_runs_over_lanes_with_a_gap():
+    rows = rows_of("compile_routing.py")
+    assert len(rows) >= 8 and all(row["reductions"] for row in rows)
+    assert [row for row in rows if row["gaps"]] == []

@@ -7,9 +7,10 @@ import pytest
 import torch
 from oracles_moe import ALPHA, LIMIT, gpt_oss_layer, gpt_oss_oracle, relative
 
-from shardwise.ops.moe.mxfp4 import choose_plan, mxfp4_moe
+from shardwise.ops.moe.mxfp4 import mxfp4_moe
 from shardwise.ops.moe.mxfp4_convert import dequantize_tile
 from shardwise.ops.moe.mxfp4_layout import pack_mxfp4, packed_once, row_order
+from shardwise.ops.moe.mxfp4_plan import choose_plan
 from shardwise.ops.moe.nvfp4 import pack_nvfp4
 from shardwise.ops.moe.reference import mxfp4_moe_reference
 from shardwise.ops.moe.tiles import Plan, Tiles
@@ -130,11 +131,13 @@ def test_a_layer_agrees_with_float64(tokens, top_k):
 
 PLANS = [
     Plan(16, Tiles(64, 128, 4, 2, 1), Tiles(64, 64, 4, 2, 1, 2)),
-    Plan(32, Tiles(128, 64, 4, 2, 2), Tiles(128, 128, 8, 2, 1, 3)),
+    Plan(32, Tiles(128, 64, 4, 2, 2), Tiles(128, 128, 8, 2, 1, 3), 16),
+    Plan(64, Tiles(128, 64, 4, 2, 2), Tiles(256, 64, 8, 2, 1), 16),
+    Plan(8, Tiles(16, 64, 1, 1, 2), Tiles(16, 64, 1, 1, 2, 2, True)),
 ]
 
 
-@pytest.mark.parametrize("plan", PLANS, ids=["narrow", "wide"])
+@pytest.mark.parametrize("plan", PLANS, ids=["narrow", "wide", "wider", "few"])
 def test_every_tiling_gives_the_same_layer(plan):
     layer, x = layer_of(4, 192, 96), randn(19, 192)
     up = pack_mxfp4(layer.gate_up, layer.gate_up_scales, layer.gate_up_bias, paired=True)

@@ -7,7 +7,7 @@ import torch
 
 from shardwise.ops.moe import workspace
 from shardwise.ops.moe.mxfp4 import mxfp4_moe
-from shardwise.ops.moe.routing import Routing, combine, group_pairs, most_blocks
+from shardwise.ops.moe.routing import Routing, combine, group_pairs, most_blocks, route_tokens
 from shardwise.ops.moe.workspace import Workspace
 from shardwise.ops.triton_support import interpreting
 
@@ -64,10 +64,8 @@ def test_the_most_blocks_are_enough_for_any_counts():
 
 def router_only(x, weight, bias, top_k, first, local):
     """(ids, weights, order, blocks) of the router launch."""
-    from shardwise.ops.moe import mxfp4
-
     space = Workspace((x.device, "test"))
-    routing = mxfp4._run_router(space, x, weight, bias, top_k, first, local, 16)
+    routing = route_tokens(space, x, weight, bias, top_k, first, local, 16)
     return routing.ids, routing.weights, routing.order.tolist(), routing.blocks.tolist()
 
 

@@ -7,33 +7,20 @@ down GEMM -> weighted sum. Intermediate rows stand in the order of experts; noth
 import torch
 from torch import Tensor
 
+from shardwise.ops.gluon_support import GLUON
+from shardwise.ops.moe.mxfp4_few import DEPTH, TOKENS, mxfp4_few
 from shardwise.ops.moe.mxfp4_gemm import mxfp4_gemm
 from shardwise.ops.moe.mxfp4_layout import TILE, PackedMXFP4
-from shardwise.ops.moe.routing import Routing, combine, group_pairs, most_blocks, multiprocessors, power_of_two
-from shardwise.ops.moe.routing_kernels import route_kernel
+from shardwise.ops.moe.mxfp4_plan import choose_plan
+from shardwise.ops.moe.routing import Routing, combine, most_blocks, multiprocessors, route_tokens, routed
 from shardwise.ops.moe.tiles import Plan, Tiles
 from shardwise.ops.moe.workspace import Workspace
 from shardwise.ops.triton_support import Launcher, aligned, dependent_launch, interpreting
 
-_route, _gemm = Launcher(route_kernel), Launcher(mxfp4_gemm)
-_GROUP_IN_ROUTER = 16  # tokens of one router block; more are grouped by a launch of their own
+_gemm, _few = Launcher(mxfp4_gemm), Launcher(mxfp4_few)
 WIDE_TOKENS = 256  # up to here an expert's results wait for their sum in float32: the bytes do not count yet
-
-
-def choose_plan(pairs: int, experts: int) -> Plan:
-    """Few pairs an expert: narrow blocks, many programs, bandwidth. Many: wide blocks for the matrix units.
-
-    The fastest of 82 shapes on one H200 at 128 experts, 2880 x 2880, top-4 and 1 to 8192 tokens; splitting K
-    paid for one token only (benchmarks/moe_mxfp4.md).
-    """
-    each = pairs / max(1, experts)
-    if each <= 4:
-        return Plan(16, Tiles(64, 64, 4, 4, 4), Tiles(64, 64, 4, 6, 4, 4 if pairs <= 8 else 1))
-    if each <= 16:
-        return Plan(16, Tiles(128, 128, 4, 3, 3), Tiles(128, 128, 4, 3, 3))
-    if each <= 64:
-        return Plan(64, Tiles(64, 64, 4, 4, 3), Tiles(64, 64, 4, 4, 3))
-    return Plan(128, Tiles(64, 64, 4, 4, 3), Tiles(64, 64, 4, 4, 3))
+AHEAD_BYTES = 16384
+"""Of a program's first weights in the second GEMM, asked for while the first one ends."""
 
 
 def mxfp4_moe(
@@ -55,16 +42,10 @@ def mxfp4_moe(
     if count * top_k * max(hidden, up.rows) >= 2**31:
         raise ValueError(f"{count} tokens x {top_k} choices x {max(hidden, up.rows)} columns exceed 2**31 elements")
     local = up.words.shape[0]
-    plan = plan or choose_plan(count * top_k, router_weight.shape[0])
+    plan = plan or choose_plan(count * top_k, router_weight.shape[0], _few_serve(up, down))
     space = Workspace.of(tokens.device, count)
-    routing = _run_router(space, tokens, router_weight, router_bias, top_k, first, local, plan.bt)
-    pairs, size = count * top_k, up.rows // 2
-    wide = torch.float32 if count <= WIDE_TOKENS else tokens.dtype
-    inner = space.take("inner", (pairs, size), tokens.dtype)
-    values = space.take("values", (plan.down.splits, pairs, hidden), wide)
-    run_gemm(plan.up, plan.bt, tokens, up, inner, routing, "swiglu", alpha, limit)
-    run_gemm(plan.down, plan.bt, inner, down, values, routing, "none")
-    return combine(values, routing, tokens.dtype)
+    routing = route_tokens(space, tokens, router_weight, router_bias, top_k, first, local, plan.bt)
+    return _experts(space, plan, tokens, up, down, routing, "swiglu", alpha, limit)
 
 
 def packed_moe(
@@ -89,59 +70,44 @@ def packed_moe(
     pairs, experts = ids.numel(), up.words.shape[0]
     if pairs == 0 or experts == 0:
         return torch.zeros_like(tokens)
-    plan = choose_plan(pairs, experts)
+    plan = choose_plan(pairs, experts, act == "swiglu" and not on_input and _few_serve(up, down))
     space = Workspace.of(tokens.device, tokens.shape[0])
-    order = space.take("order", (pairs,), torch.int32)
-    blocks = space.take("blocks", (1 + 3 * most_blocks(pairs, experts, plan.bt),), torch.int32)
-    routing = Routing(ids.contiguous(), weights.contiguous(), order, blocks, 0, experts)
-    group_pairs(routing, plan.bt)
+    routing = routed(space, ids, weights, experts, plan.bt)
+    return _experts(space, plan, tokens, up, down, routing, act, alpha, limit, factors, on_input)
+
+
+def _few_serve(*packed: PackedMXFP4) -> bool:
+    """Whether the kernel for few tokens can: it knows the usual scales only."""
+    return GLUON and all(weights.format == "narrow" for weights in packed)
+
+
+def _experts(
+    space: Workspace,
+    plan: Plan,
+    tokens: Tensor,
+    up: PackedMXFP4,
+    down: PackedMXFP4,
+    routing: Routing,
+    act: str,
+    alpha: float,
+    limit: float,
+    factors: tuple[Tensor | None, Tensor | None] = (None, None),
+    on_input: bool = False,
+) -> Tensor:
+    """Both GEMMs and the sum."""
+    count, hidden = tokens.shape
+    pairs = routing.ids.numel()
     inner = space.take("inner", (pairs, down.columns), tokens.dtype)
-    wide = torch.float32 if tokens.shape[0] <= WIDE_TOKENS else tokens.dtype
-    values = space.take("values", (plan.down.splits, pairs, tokens.shape[1]), wide)
-    run_gemm(plan.up, plan.bt, tokens, up, inner, routing, act, alpha, limit, factors[0], on_input)
-    run_gemm(plan.down, plan.bt, inner, down, values, routing, "none", factor=factors[1])
+    wide = torch.float32 if count <= WIDE_TOKENS else tokens.dtype
+    values = space.take("values", (plan.down.splits, pairs, hidden), wide)
+    run_gemm(plan, plan.up, tokens, up, inner, routing, act, alpha, limit, factors[0], on_input)
+    run_gemm(plan, plan.down, inner, down, values, routing, "none", factor=factors[1])
     return combine(values, routing, tokens.dtype, weighted=not on_input)
 
 
-def _router_shape(count: int) -> tuple[int, int, int, int]:
-    """(tokens, experts, parts of K, warps) of a router program."""
-    return (16, 16, 4, 4) if count <= 512 else (64, 64, 2, 4)
-
-
-def _run_router(space, tokens, weight, bias, top_k, first, local, block) -> Routing:
-    count, hidden = tokens.shape
-    experts, pairs = weight.shape[0], count * top_k
-    bt, be, splits, warps = _router_shape(count)
-    group = count <= _GROUP_IN_ROUTER
-    logits = space.take("logits", (splits, count, experts), torch.float32)
-    ids = space.take("ids", (count, top_k), torch.int32)
-    weights = space.take("weights", (count, top_k), torch.float32)
-    order = space.take("order", (pairs,), torch.int32)
-    blocks = space.take("blocks", (1 + 3 * most_blocks(pairs, local, block),), torch.int32)
-    e_block, k_block = power_of_two(experts), power_of_two(top_k)
-    device, pdl = tokens.device, dependent_launch(tokens.device)
-    weight = weight.to(tokens.dtype)
-    grid = (-(-count // bt), -(-experts // be), splits)
-    counters = space.counters(grid[0])
-    constants = (bt, be, 128, splits, e_block, top_k, k_block, group, block, interpreting(), pdl)
-    _route(
-        device,
-        (tokens.dtype, bias.dtype, aligned(tokens, weight, bias), hidden, experts, constants),
-        grid,
-        (tokens, weight, bias, logits, ids, weights, order, blocks, counters, count, hidden, experts, first, local)
-        + constants,
-        num_warps=warps,
-        launch_pdl=pdl,
-    )
-    routing = Routing(ids, weights, order, blocks, first, local)
-    if not group:
-        group_pairs(routing, block)
-    return routing
-
-
 def run_gemm(
+    plan: Plan,
     tiles: Tiles,
-    bt: int,
     x: Tensor,
     packed: PackedMXFP4,
     out: Tensor,
@@ -152,26 +118,64 @@ def run_gemm(
     factor: Tensor | None = None,
     on_input: bool = False,
 ) -> None:
-    """One grouped GEMM with packed weights, see `mxfp4_gemm`; `factor` float32 [E] with NVFP4."""
+    """One grouped GEMM with packed weights, see `mxfp4_gemm`; `factor` float32 [E] with NVFP4.
+
+    act   "none" is launched behind a GEMM, so that the blocks were complete before that began
+    """
+    if tiles.bn == 16:
+        return _run_few(plan, tiles, x, packed, out, routing, act, alpha, limit)
     tiles_n, tiles_k = packed.words.shape[1:3]
     pairs, top_k = routing.order.shape[0], routing.ids.shape[1]
     even = packed.columns % tiles.bk == 0 and tiles_k * TILE // tiles.bk % tiles.splits == 0
     device, pdl = x.device, dependent_launch(x.device)
-    n_tiles = -(-tiles_n * TILE // tiles.bn)
-    bound = most_blocks(pairs, routing.local, bt) * n_tiles * tiles.splits
+    bound = most_blocks(pairs, routing.local, plan.bt) * tiles_n * TILE // 16 * tiles.splits
+    ahead = AHEAD_BYTES // (tiles.bn * TILE // 2) if act == "none" else 0
     constants = (
-        (top_k, act, on_input, tiles.bn, bt, tiles.bk, tiles.splits)
-        + (packed.format, even, tiles.stages, interpreting(), pdl)
+        (top_k, act, on_input, tiles.bn, plan.bt, plan.short, tiles.bk, tiles.splits)
+        + (packed.format, even, tiles.stages, ahead, interpreting(), pdl)
     )  # fmt: skip
     factor = packed.bias if factor is None else factor
     kinds = (x.dtype, out.dtype, routing.weights.dtype, aligned(x, out, factor, routing.weights))
     _gemm(
         device,
-        (kinds, packed.columns, out.shape[-1], tiles_n, tiles_k, tiles.warps, constants),
+        (kinds, packed.columns, out.shape[-1], tiles_n, tiles_k, tiles.warps, tiles.most_registers, constants),
         (min(bound, tiles.per_sm * multiprocessors(device)), 1, 1),
         (x, packed.words, packed.scales, packed.bias, out, routing.order, routing.blocks, factor, routing.weights)
         + (alpha, limit, pairs, packed.columns, out.shape[-1], tiles_n, tiles_k, x.stride(0))
         + constants,
         num_warps=tiles.warps,
+        maxnreg=tiles.most_registers,
+        launch_pdl=pdl,
+    )
+
+
+def _run_few(
+    plan: Plan,
+    tiles: Tiles,
+    x: Tensor,
+    packed: PackedMXFP4,
+    out: Tensor,
+    routing: Routing,
+    act: str,
+    alpha: float,
+    limit: float,
+) -> None:
+    """The same for blocks of eight tokens, by warps of their own, see `mxfp4_few`."""
+    assert plan.bt == TOKENS.value and packed.format == "narrow" and act in ("swiglu", "none")
+    tiles_n, tiles_k = packed.words.shape[1:3]
+    pairs, top_k = routing.order.shape[0], routing.ids.shape[1]
+    device, pdl = x.device, dependent_launch(x.device)
+    even = packed.columns % TILE == 0 and tiles_k % (DEPTH.value * tiles.splits) == 0
+    bound = most_blocks(pairs, routing.local, plan.bt) * tiles_n * 4 * tiles.splits
+    constants = (top_k, act, tiles.splits, even, tiles.ask, act == "none", interpreting(), pdl)
+    _few(
+        device,
+        (x.dtype, out.dtype, aligned(x, out), packed.columns, out.shape[-1], tiles_n, tiles_k, tiles.per_sm, constants),
+        (min(bound, tiles.per_sm * multiprocessors(device)), 1, 1),
+        (x, packed.words, packed.scales, packed.bias, out, routing.order, routing.blocks, alpha, limit, pairs)
+        + (packed.columns, out.shape[-1], tiles_n, tiles_k, x.stride(0))
+        + constants,
+        num_warps=1,
+        maxnreg=tiles.most_registers,
         launch_pdl=pdl,
     )

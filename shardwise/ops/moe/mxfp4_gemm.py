@@ -1,34 +1,83 @@
 """Grouped GEMM over routed token rows with MXFP4 weights, transposed: out^T [N, tokens] = W [N, K] x^T [K, tokens].
 
 With the weights on the left their fragments stay in registers from unpacking to the matrix unit, and a block of as
-few as 16 tokens wastes nothing but the matrix unit's time.
+few as 16 tokens wastes nothing but the matrix unit's time. A block's rows are cut into chunks of whole slabs (16 rows),
+as many as let all programs end together.
 """
 
 from shardwise.ops.moe.mxfp4_convert import dequantize_tile
-from shardwise.ops.triton_support import await_predecessor, tl, triton
+from shardwise.ops.ptx import prefetch_to_l2
+from shardwise.ops.triton_support import tl, triton
 
 
 @triton.jit
-def _tile_product(
-    x_ptr, word_ptr, scale_ptr, rows, row_mask, first_slab, k_start, k_stop, tiles_n, tiles_k, columns,
-    stride_x,
+def _await(PDL: tl.constexpr):
+    """Wait for the kernels before; only then may the next one start, which thus may read what those wrote."""
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
+def _chunks(blocks, slabs, programs, SPLITS: tl.constexpr, MOST: tl.constexpr):
+    """Into how many chunks of at most MOST slabs to cut a block: the least time of the busiest program.
+
+    Starting a chunk counts like one slab.
+    """
+    less = tl.arange(0, MOST)
+    size = MOST - less
+    count = (slabs + size - 1) // size
+    rounds = (blocks * count * SPLITS + programs - 1) // programs
+    best = tl.min(rounds * (size + 1) * MOST + less, axis=0) % MOST
+    return tl.cdiv(slabs, MOST - best)
+
+
+@triton.jit
+def _chunk(index, count, slabs, SPLITS: tl.constexpr):
+    """(block, first slab, end of slabs, split) of a tile."""
+    part = index // SPLITS
+    number = part % count
+    return part // count, number * slabs // count, (number + 1) * slabs // count, index % SPLITS
+
+
+@triton.jit
+def _ask(word_ptr, scale_ptr, first, stop, k, tiles_k, SLABS: tl.constexpr, AHEAD: tl.constexpr, SCALES: tl.constexpr):
+    """Have AHEAD tiles of K of these slabs, from tile k on, brought to the L2 cache."""
+    tiles = tl.minimum(AHEAD, tiles_k - k)
+    for number in tl.static_range(SLABS // 4 + 1):
+        row = first // 4 + number
+        if row * 4 < stop:
+            prefetch_to_l2(word_ptr + (row * tiles_k + k) * 512, tiles * 2048)
+            prefetch_to_l2(scale_ptr + (row * tiles_k + k) * SCALES, tiles * (4 * SCALES))
+
+
+@triton.jit
+def _first_k(split, tiles_k, SPLITS: tl.constexpr, CHUNKS: tl.constexpr):
+    """(first k-tile of a split, k-tiles of each)."""
+    each = tl.cdiv(tl.cdiv(tiles_k, SPLITS), CHUNKS) * CHUNKS
+    return split * each, each
+
+
+@triton.jit
+def _product(
+    x_ptr, word_ptr, scale_ptr, rows, valid, first, stop, k_start, k_stop, tiles_k, columns, stride_x,
     BN: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, FORMAT: tl.constexpr, INTERPRET: tl.constexpr,
     STAGES: tl.constexpr, EVEN_K: tl.constexpr,
 ):  # fmt: skip
-    """[BN, BT] float32 sum over the k-tiles of 64 in [k_start, k_stop); pointers at the expert's weights."""
+    """[BN, BT] float32 sum over the k-tiles of 64 in [k_start, k_stop); pointers at the expert's weights.
+
+    Rows of slabs from `stop` on hold anything.
+    """
     CHUNKS: tl.constexpr = BK // 64
     SLABS: tl.constexpr = BN // 16
-    # Slabs past the last row, where BN does not divide the rows, read the last one's weights; nothing of them is kept.
-    last_slab = tiles_n * 4 - 1
     part = tl.arange(0, CHUNKS * SLABS)
-    chunk = part // SLABS
-    slab = tl.minimum(first_slab + part % SLABS, last_slab)
-    tile = ((slab // 4) * tiles_k + chunk) * 4 + slab % 4
+    chunk, slab = part // SLABS, first + part % SLABS
+    tile = (slab // 4 * tiles_k + chunk) * 4 + slab % 4
     # Loads of equal shape share one thread layout; these words must not get the one of an x tile of 128 columns.
     HALVES: tl.constexpr = 2 if BK == 128 else 1
     line = tl.arange(0, CHUNKS * SLABS * HALVES)
-    line_slab = tl.minimum(first_slab + line // HALVES % SLABS, last_slab)
-    line_tile = (line_slab // 4 * tiles_k + line // HALVES // SLABS) * 4 + line_slab % 4
+    line_chunk, line_slab = line // HALVES // SLABS, first + line // HALVES % SLABS
+    line_tile = (line_slab // 4 * tiles_k + line_chunk) * 4 + line_slab % 4
     word_at = (line_tile * 128 + line % HALVES * 64)[:, None] + tl.arange(0, 128 // HALVES)[None, :]
     SCALES: tl.constexpr = 16 if FORMAT == "nvfp4" else 8
     scale_at = tile[:, None] * SCALES + tl.arange(0, SCALES)[None, :]
@@ -36,17 +85,18 @@ def _tile_product(
     x_at = rows[:, None] * stride_x + column[None, :]
     acc = tl.zeros((BN, BT), dtype=tl.float32)
     for k in tl.range(k_start, k_stop, CHUNKS, num_stages=STAGES):
+        real, line_real, x_real = slab < stop, line_slab < stop, valid[:, None]
+        if not EVEN_K:
+            real &= chunk + k < k_stop
+            line_real &= line_chunk + k < k_stop
+            x_real &= (column + k * 64 < columns)[None, :]
+        words = tl.load(word_ptr + word_at + k * 512, mask=line_real[:, None])
+        # Absent scales are zero: whatever the words are, they become finite and meet zeros of x.
         if EVEN_K:
-            words = tl.load(word_ptr + word_at + k * 512)
-            scales = tl.load(scale_ptr + scale_at + k * (4 * SCALES))
-            x = tl.load(x_ptr + x_at + k * 64, mask=row_mask[:, None], other=0.0)
+            scales = tl.load(scale_ptr + scale_at + k * (4 * SCALES), mask=real[:, None])
         else:
-            inside = (chunk + k) < k_stop
-            line_inside = (line // HALVES // SLABS + k) < k_stop
-            words = tl.load(word_ptr + word_at + k * 512, mask=line_inside[:, None], other=0)
-            scales = tl.load(scale_ptr + scale_at + k * (4 * SCALES), mask=inside[:, None], other=0)
-            within = (column + k * 64) < columns
-            x = tl.load(x_ptr + x_at + k * 64, mask=row_mask[:, None] & within[None, :], other=0.0)
+            scales = tl.load(scale_ptr + scale_at + k * (4 * SCALES), mask=real[:, None], other=0)
+        x = tl.load(x_ptr + x_at + k * 64, mask=x_real, other=0.0)
         weights = dequantize_tile(words, scales, CHUNKS, FORMAT, INTERPRET)
         if INTERPRET:
             acc += tl.dot(weights, tl.trans(x).to(tl.float32), input_precision="ieee")
@@ -69,61 +119,99 @@ def _gated(acc, alpha, limit, ACT: tl.constexpr, BN: tl.constexpr, BT: tl.conste
     return (up + 1.0) * gate / (1.0 + tl.exp(-alpha * gate))
 
 
+@triton.jit
+def _tile(
+    x_ptr, word_ptr, scale_ptr, bias_ptr, out_ptr, sorted_ptr, factor_ptr, routing_ptr, alpha, limit, pairs, columns,
+    out_rows, tiles_n, tiles_k, stride_x, expert, start, end, first, stop, split,
+    TOP_K: tl.constexpr, ACT: tl.constexpr, WEIGHT_IN: tl.constexpr, BN: tl.constexpr, BT: tl.constexpr,
+    BK: tl.constexpr, SPLITS: tl.constexpr, FORMAT: tl.constexpr, EVEN_K: tl.constexpr, STAGES: tl.constexpr,
+    INTERPRET: tl.constexpr,
+):  # fmt: skip
+    """Slabs [first, stop) of an expert for the sorted positions [start, min(start + BT, end))."""
+    position = start + tl.arange(0, BT)
+    valid = position < end
+    pair = tl.load(sorted_ptr + position, mask=valid, other=0)
+    rows = position if ACT == "none" else pair // TOP_K
+    k, each = _first_k(split, tiles_k, SPLITS, BK // 64)
+    acc = _product(
+        x_ptr, word_ptr, scale_ptr, rows, valid, first, stop, k, tl.minimum(k + each, tiles_k), tiles_k, columns,
+        stride_x, BN, BT, BK, FORMAT, INTERPRET, STAGES, EVEN_K,
+    )  # fmt: skip
+    n = first * 16 + tl.arange(0, BN)
+    bias = tl.load(bias_ptr + expert * tiles_n * 64 + n, mask=(n < stop * 16) & (split == 0), other=0.0)
+    if FORMAT == "nvfp4":
+        acc *= tl.load(factor_ptr + expert)
+    if WEIGHT_IN:
+        acc *= tl.load(routing_ptr + pair, mask=valid, other=0.0).to(tl.float32)[None, :]
+    acc += bias[:, None]
+    at = position if ACT != "none" else split * pairs + pair
+    if (ACT == "swiglu") | (ACT == "silu"):
+        value = _gated(acc, alpha, limit, ACT, BN, BT)
+        n = first * 8 + tl.arange(0, BN // 2)
+        real = n < tl.minimum(stop * 8, out_rows)
+    else:
+        value = tl.maximum(acc, 0.0) * tl.maximum(acc, 0.0) if ACT == "relu2" else acc
+        real = n < tl.minimum(stop * 16, out_rows)
+    out = out_ptr + at.to(tl.int64)[None, :] * out_rows + n[:, None]
+    tl.store(out, value.to(out_ptr.dtype.element_ty), mask=real[:, None] & valid[None, :])
+
+
 @triton.jit(do_not_specialize=["alpha", "limit", "pairs"])
 def mxfp4_gemm(
     x_ptr, word_ptr, scale_ptr, bias_ptr, out_ptr, sorted_ptr, block_ptr, factor_ptr, routing_ptr, alpha, limit, pairs,
     columns, out_rows, tiles_n, tiles_k, stride_x,
     TOP_K: tl.constexpr, ACT: tl.constexpr, WEIGHT_IN: tl.constexpr, BN: tl.constexpr, BT: tl.constexpr,
-    BK: tl.constexpr, SPLITS: tl.constexpr, FORMAT: tl.constexpr, EVEN_K: tl.constexpr, STAGES: tl.constexpr,
-    INTERPRET: tl.constexpr, PDL: tl.constexpr,
+    SHORT: tl.constexpr, BK: tl.constexpr, SPLITS: tl.constexpr, FORMAT: tl.constexpr, EVEN_K: tl.constexpr,
+    STAGES: tl.constexpr, AHEAD: tl.constexpr, INTERPRET: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Persistent over (token block, n tile, k split).
+    """Persistent over (token block, chunk of rows, k split).
 
     ACT         "swiglu" (gpt-oss), "silu", "relu2": x rows are tokens, gathered by pair // TOP_K; writes the activation
                 at the sorted position, [pairs, N/2] or, with relu2, [pairs, N]
                 "none": x rows are sorted positions; writes partial sums at the pair, [SPLITS, pairs, N]
+    SHORT       a block of so few tokens is computed as one of SHORT instead of BT; 0: none is
+    AHEAD       k-tiles of the first chunk that are asked for while the kernel before still runs, which must not be the
+                one that made the blocks; 0 where it is
     factor_ptr  float32 [E], multiplied on the products of NVFP4
     WEIGHT_IN   products are multiplied with routing_ptr[pair], which is the routing weight applied to the input
     block_ptr   int32 [1 + 3 * blocks]: number of blocks, then (expert, first and end of sorted positions) of each;
                 only the first BT positions of a block are its own
     """
-    await_predecessor(PDL)
-    n_tiles = tl.cdiv(tiles_n * 64, BN)
-    total = tl.load(block_ptr) * n_tiles * SPLITS
-    per_split = tl.cdiv(tl.cdiv(tiles_k, SPLITS), BK // 64) * (BK // 64)
+    SLABS: tl.constexpr = BN // 16
+    SCALES: tl.constexpr = 64 if FORMAT == "nvfp4" else 32
+    if AHEAD == 0:
+        _await(PDL)
+    # Past the first-level cache: its lines may be from before the blocks were made.
+    blocks = tl.load(block_ptr, cache_modifier=".cg")
+    slabs = tiles_n * 4
+    count = _chunks(blocks, slabs, tl.num_programs(0), SPLITS, SLABS) if BT <= 32 else tl.cdiv(slabs, SLABS)
+    total = blocks * count * SPLITS
+    weights = tiles_n * tiles_k
+    if AHEAD > 0:
+        if tl.program_id(0) < total:
+            block, first, stop, split = _chunk(tl.program_id(0), count, slabs, SPLITS)
+            base = tl.load(block_ptr + 1 + 3 * block, cache_modifier=".cg").to(tl.int64) * weights
+            k, _ = _first_k(split, tiles_k, SPLITS, BK // 64)
+            if k < tiles_k:
+                _ask(word_ptr + base * 512, scale_ptr + base * SCALES, first, stop, k, tiles_k, SLABS, AHEAD, SCALES)
+        _await(PDL)
     for index in tl.range(tl.program_id(0), total, tl.num_programs(0), num_stages=1):
-        split = index % SPLITS
-        n_tile = index // SPLITS % n_tiles
-        block = index // SPLITS // n_tiles
-        expert = tl.load(block_ptr + 1 + 3 * block)
-        start = tl.load(block_ptr + 2 + 3 * block)
-        stop = tl.load(block_ptr + 3 + 3 * block)
-        position = start + tl.arange(0, BT)
-        valid = position < stop
-        pair = tl.load(sorted_ptr + position, mask=valid, other=0)
-        rows = position if ACT == "none" else pair // TOP_K
-        k_start = split * per_split
-        k_stop = tl.minimum(k_start + per_split, tiles_k)
-        tile_base = expert.to(tl.int64) * tiles_n * tiles_k
-        acc = _tile_product(
-            x_ptr, word_ptr + tile_base * 512, scale_ptr + tile_base * (64 if FORMAT == "nvfp4" else 32), rows, valid,
-            n_tile * (BN // 16), k_start, k_stop, tiles_n, tiles_k, columns, stride_x,
-            BN, BT, BK, FORMAT, INTERPRET, STAGES, EVEN_K,
-        )  # fmt: skip
-        n = n_tile * BN + tl.arange(0, BN)
-        bias = tl.load(bias_ptr + expert * tiles_n * 64 + n, mask=(n < tiles_n * 64) & (split == 0), other=0.0)
-        if FORMAT == "nvfp4":
-            acc *= tl.load(factor_ptr + expert)
-        if WEIGHT_IN:
-            acc *= tl.load(routing_ptr + pair, mask=valid, other=0.0).to(tl.float32)[None, :]
-        acc += bias[:, None]
-        at = position if ACT != "none" else split * pairs + pair
-        if (ACT == "swiglu") | (ACT == "silu"):
-            value = _gated(acc, alpha, limit, ACT, BN, BT)
-            n = n_tile * (BN // 2) + tl.arange(0, BN // 2)
-        elif ACT == "relu2":
-            value = tl.maximum(acc, 0.0) * tl.maximum(acc, 0.0)
+        block, first, stop, split = _chunk(index, count, slabs, SPLITS)
+        expert = tl.load(block_ptr + 1 + 3 * block, cache_modifier=".cg")
+        start = tl.load(block_ptr + 2 + 3 * block, cache_modifier=".cg")
+        end = tl.load(block_ptr + 3 + 3 * block, cache_modifier=".cg")
+        base = expert.to(tl.int64) * weights
+        words = word_ptr + base * 512
+        scales = scale_ptr + base * SCALES
+        if SHORT > 0 and end - start <= SHORT:
+            _tile(
+                x_ptr, words, scales, bias_ptr, out_ptr, sorted_ptr, factor_ptr, routing_ptr, alpha, limit, pairs,
+                columns, out_rows, tiles_n, tiles_k, stride_x, expert, start, end, first, stop, split,
+                TOP_K, ACT, WEIGHT_IN, BN, SHORT, BK, SPLITS, FORMAT, EVEN_K, STAGES, INTERPRET,
+            )  # fmt: skip
         else:
-            value = acc
-        out = out_ptr + at.to(tl.int64)[None, :] * out_rows + n[:, None]
-        tl.store(out, value.to(out_ptr.dtype.element_ty), mask=(n < out_rows)[:, None] & valid[None, :])
+            _tile(
+                x_ptr, words, scales, bias_ptr, out_ptr, sorted_ptr, factor_ptr, routing_ptr, alpha, limit, pairs,
+                columns, out_rows, tiles_n, tiles_k, stride_x, expert, start, end, first, stop, split,
+                TOP_K, ACT, WEIGHT_IN, BN, BT, BK, SPLITS, FORMAT, EVEN_K, STAGES, INTERPRET,
+            )  # fmt: skip

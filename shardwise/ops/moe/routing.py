@@ -1,37 +1,150 @@
-"""Host side of routing: pairs grouped by expert, and the weighted sum of their results."""
+"""Host side of routing: the router's launch, pairs grouped by expert, and the weighted sum of their results."""
 
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from shardwise.ops.moe.routing_kernels import combine_kernel, group_kernel
-from shardwise.ops.triton_support import Launcher, aligned, dependent_launch
+from shardwise.ops.moe.grouping_kernels import count_kernel, group_few_kernel, place_kernel
+from shardwise.ops.moe.routing_kernels import combine_kernel, route_kernel
+from shardwise.ops.moe.workspace import Workspace
+from shardwise.ops.triton_support import Launcher, aligned, dependent_launch, interpreting
 
-_group, _combine = Launcher(group_kernel), Launcher(combine_kernel)
+_route, _combine = Launcher(route_kernel), Launcher(combine_kernel)
+_few, _count, _place = Launcher(group_few_kernel), Launcher(count_kernel), Launcher(place_kernel)
+_FEW_PAIRS = 64
+"""Most pairs that one program groups by comparing all with all."""
+_PART = 256
+"""Pairs of a part of a counting sort, where the router has not counted already."""
 
 
 @dataclass(frozen=True)
 class Routing:
     """What the GEMMs and the sum need to know of the routing."""
 
-    ids: Tensor  # int32 [T, K], global
-    weights: Tensor  # float32 [T, K]
+    ids: Tensor  # int [T, K], global
+    weights: Tensor  # [T, K]
     order: Tensor  # int32 [T * K], pairs by expert
     blocks: Tensor  # int32 [1 + 3 * blocks]
     first: int
     local: int
 
 
+@dataclass(frozen=True)
+class _RouterShape:
+    """Shape of the router's launch."""
+
+    tokens: int  # of a program's block
+    experts: int  # of a program
+    splits: int  # parts of K
+    stages: int
+    warps: int = 4
+
+
+def route_tokens(
+    space: Workspace,
+    tokens: Tensor,  # [T, H], contiguous
+    weight: Tensor,  # [E, H]
+    bias: Tensor,  # [E]
+    top_k: int,
+    first: int,
+    local: int,
+    block: int,
+) -> Routing:
+    """The router's product, top-k with softmax over the k, and the pairs of local experts in blocks of `block`."""
+    count, hidden = tokens.shape
+    experts, pairs = weight.shape[0], count * top_k
+    e_block, k_block = power_of_two(experts), power_of_two(top_k)
+    device, pdl = tokens.device, dependent_launch(tokens.device)
+    shape = _router_shape(count, hidden, experts, multiprocessors(device))
+    parts = -(-count // shape.tokens)
+    rows = min(shape.tokens, power_of_two(count))
+    group = parts == 1 and rows * k_block <= _FEW_PAIRS
+    ids = space.take("ids", (count, top_k), torch.int32)
+    weights = space.take("weights", (count, top_k), torch.float32)
+    order, blocks = _order_and_blocks(space, pairs, local, block)
+    logits = space.take("logits", (shape.splits, count, experts), torch.float32)
+    counts = space.take("counts", (parts, experts), torch.int32)
+    weight = weight.to(tokens.dtype).contiguous()
+    grid = (parts, -(-experts // shape.experts), shape.splits)
+    constants = (
+        (shape.tokens, rows, shape.experts, _ROUTER_STEP, shape.splits, e_block, top_k, k_block, group, block)
+        + (shape.stages, interpreting(), pdl)
+    )  # fmt: skip
+    _route(
+        device,
+        (tokens.dtype, bias.dtype, aligned(tokens, weight, bias), hidden, experts, constants),
+        grid,
+        (tokens, weight, bias, logits, ids, weights, order, blocks, counts, space.counters(parts))
+        + (count, hidden, experts, first, local) + constants,
+        num_warps=shape.warps,
+        launch_pdl=pdl,
+    )  # fmt: skip
+    routing = Routing(ids, weights, order, blocks, first, local)
+    if not group:
+        _place_pairs(routing, counts, shape.tokens * top_k, block)
+    return routing
+
+
+_ROUTER_STEP = 128  # columns
+
+
+def _router_shape(count: int, hidden: int, experts: int, programs: int) -> _RouterShape:
+    """Few tokens: all multiprocessors read a part of the weights. Many: a program sees all experts."""
+    most = 8192 // power_of_two(experts)  # logits that a program compares, 64 a thread
+    tokens = min(max(16, most), 16 if count <= 512 else 32 if count <= 1024 else 64)
+    width = min(16 if count <= 16 else 64 if count <= 128 else 128, max(16, power_of_two(experts)))
+    tiles = -(-count // tokens) * -(-experts // width)
+    steps = -(-hidden // _ROUTER_STEP)
+    each = max(2 if count <= 128 else 4, -(-steps // max(1, programs // tiles)), -(-steps // 16))
+    area = width * tokens
+    return _RouterShape(tokens, width, -(-steps // each), 4 if area <= 2048 else 3, 4 if area <= 4096 else 8)
+
+
+def routed(space: Workspace, ids: Tensor, weights: Tensor, local: int, block: int) -> Routing:
+    """Given routing, ids local: the pairs grouped in blocks of `block`."""
+    order, blocks = _order_and_blocks(space, ids.numel(), local, block)
+    routing = Routing(ids.contiguous(), weights.contiguous(), order, blocks, 0, local)
+    group_pairs(routing, block)
+    return routing
+
+
+def _order_and_blocks(space: Workspace, pairs: int, local: int, block: int) -> tuple[Tensor, Tensor]:
+    order = space.take("order", (pairs,), torch.int32)
+    return order, space.take("blocks", (1 + 3 * most_blocks(pairs, local, block),), torch.int32)
+
+
 def group_pairs(routing: Routing, block: int) -> None:
     """Fill `order` and `blocks` from `ids`."""
-    pairs, device = routing.ids.numel(), routing.ids.device
+    ids, pairs, device = routing.ids, routing.ids.numel(), routing.ids.device
+    pdl, key = dependent_launch(device), (ids.dtype, aligned(ids))
+    if pairs <= _FEW_PAIRS:
+        constants = (power_of_two(pairs), block, pdl)
+        args = (ids, routing.order, routing.blocks, pairs, routing.first, routing.local)
+        _few(device, (*key, constants), (1, 1, 1), args + constants, num_warps=4, launch_pdl=pdl)
+        return
+    parts, experts = -(-pairs // _PART), routing.first + routing.local
+    counts = torch.empty((parts, experts), dtype=torch.int32, device=device)
+    counting = (_PART, power_of_two(experts), max(16, min(_PART, 8192 // power_of_two(experts))), pdl)
+    _count(
+        device, (*key, counting), (parts, 1, 1), (ids, counts, pairs, experts) + counting, num_warps=4, launch_pdl=pdl
+    )  # fmt: skip
+    _place_pairs(routing, counts, _PART, block)
+
+
+def _place_pairs(routing: Routing, counts: Tensor, part: int, block: int) -> None:
+    ids, pairs, device = routing.ids, routing.ids.numel(), routing.ids.device
     pdl = dependent_launch(device)
-    chunk = min(4096, max(128, power_of_two(pairs)))
-    constants = (chunk, power_of_two(routing.local + 1), block, pdl)
-    key = (routing.ids.dtype, aligned(routing.ids), constants)
-    args = (routing.ids, routing.order, routing.blocks, pairs, routing.first, routing.local)
-    _group(device, key, (routing.local, 1, 1), args + constants, num_warps=4 if chunk < 2048 else 8, launch_pdl=pdl)
+    parts, stride = counts.shape
+    constants = (part, power_of_two(part), power_of_two(routing.local), block, pdl)
+    _place(
+        device,
+        (ids.dtype, aligned(ids), stride, constants),
+        (parts, 1, 1),
+        (ids, counts, routing.order, routing.blocks, pairs, parts, stride, routing.first, routing.local) + constants,
+        num_warps=4 if part <= 128 else 8,
+        launch_pdl=pdl,
+    )
 
 
 def most_blocks(pairs: int, experts: int, block: int) -> int:

@@ -13,6 +13,12 @@ class Tiles:
     stages: int
     per_sm: int  # programs that share a multiprocessor
     splits: int = 1  # parts of K, summed by the combine
+    ask: bool = False  # of 16 rows: whether weights are asked for ahead of their loads, see `mxfp4_few`
+
+    @property
+    def most_registers(self) -> int:
+        """Of a thread, so that `per_sm` programs fit: a multiprocessor of Hopper has 65536, given out in eights."""
+        return min(255, 65536 // (32 * self.warps * self.per_sm) // 8 * 8)
 
 
 @dataclass(frozen=True)
@@ -22,3 +28,4 @@ class Plan:
     bt: int  # tokens of a block
     up: Tiles
     down: Tiles
+    short: int = 0  # a block of at most so many tokens is computed as one of so many; 0: none is

@@ -1,0 +1,56 @@
+"""Gluon, Triton's lower level, where layouts are the kernel's own: kernels of it are written once and run twice.
+
+`gl`, `jit` and `mma_v2` are Gluon's on a GPU and stand-ins in Triton's interpreter, which Gluon lacks: there layouts
+mean nothing and products are float32. Kernel files write `from shardwise.ops.gluon_support import gl, jit, mma_v2`,
+import on any machine, and keep to what the stand-ins offer.
+"""
+
+from typing import Any
+
+from shardwise.ops.triton_support import interpreting, tl, triton
+
+
+def _layout(*_args: Any, **_options: Any) -> None:
+    """Stands for any layout."""
+
+
+class _Language:
+    """The part of Gluon's language that kernels here use, on Triton's, without layouts."""
+
+    NVMMADistributedLayout = DotOperandLayout = BlockedLayout = SliceLayout = staticmethod(_layout)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(tl, name)  # what both languages have
+
+    @staticmethod
+    def arange(start, end, layout=None):
+        return tl.arange(start, end)
+
+    @staticmethod
+    def zeros(shape, dtype, layout=None):
+        return tl.zeros(shape, dtype)
+
+    @staticmethod
+    def convert_layout(value, layout, assert_trivial=False):
+        return value
+
+
+def _product(a, b, acc):
+    return acc + tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
+
+
+gl: Any
+if interpreting():
+    gl, jit, mma_v2 = _Language(), triton.jit, _product
+    GLUON = True
+else:
+    try:
+        import triton.experimental.gluon.language as gl
+        from triton.experimental.gluon import jit
+        from triton.experimental.gluon.language.nvidia.ampere import mma_v2
+
+        GLUON = True
+    except ImportError:
+        gl, jit, mma_v2 = _Language(), triton.jit, _product
+        GLUON = False
+"""GLUON: whether kernels written in it can run here."""

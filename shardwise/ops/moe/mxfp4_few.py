@@ -1,0 +1,207 @@
+"""Grouped GEMM with MXFP4 weights for blocks of at most eight tokens: a warp for 16 rows of weights.
+
+Warps share nothing and wait for nobody. A warp's codes come from memory straight into the registers from which the
+matrix unit reads the unpacked weights, DEPTH tiles of 64 columns ahead; tokens are the eight columns of its products.
+"""
+
+from shardwise.ops.gluon_support import gl, jit, mma_v2
+from shardwise.ops.moe.mxfp4_convert import _NARROW, _SHAPE, _plain
+from shardwise.ops.ptx import prefetch_to_l2
+from shardwise.ops.triton_support import tl
+
+DEPTH = tl.constexpr(5)  # tiles of K in flight
+TOKENS = tl.constexpr(8)
+
+
+@jit
+def _unpack(words, scales, STEPS: tl.constexpr, LEFT: tl.constexpr, INTERPRET: tl.constexpr):
+    """Words [8 rows, 4 lanes, 4 steps] and scales [8] of a tile to [16, 64] weights, see `mxfp4_layout`."""
+    shift = gl.arange(0, 4, layout=STEPS) // 2 * 8
+    scale = gl.expand_dims(gl.expand_dims(scales, 1), 2)
+    near = ((scale >> shift[None, None, :]) & 0xFF) * 0x00800080 + 0x3F003F00
+    far = ((scale >> (shift + 16)[None, None, :]) & 0xFF) * 0x00800080 + 0x3F003F00
+    near, _ = gl.broadcast(near, words)
+    far, _ = gl.broadcast(far, words)
+    if INTERPRET:
+        a0, a1, b0, b1, c0, c1, d0, d1 = _plain(words, near, far, "narrow")
+    else:
+        a0, a1, b0, b1, c0, c1, d0, d1 = gl.inline_asm_elementwise(
+            _NARROW, _SHAPE, [words, near, far], dtype=(gl.int16,) * 8, is_pure=True, pack=1
+        )
+    low = gl.join(gl.join(a0, a1), gl.join(b0, b1))  # [row, lane, step, pair, row half] of k-half 0
+    high = gl.join(gl.join(c0, c1), gl.join(d0, d1))
+    tile = gl.reshape(gl.permute(gl.join(low, high), (4, 0, 2, 5, 1, 3)), (16, 64))
+    if INTERPRET:
+        return tile
+    return gl.convert_layout(tile.to(gl.bfloat16, bitcast=True), LEFT, assert_trivial=True)
+
+
+@jit
+def _columns(at, column, inside, columns, EVEN: tl.constexpr):
+    """Some columns of all tokens, [64, TOKENS]."""
+    if EVEN:
+        return gl.load(at, mask=inside)
+    return gl.load(at, mask=inside & (column < columns)[:, None], other=0.0)
+
+
+@jit
+def _step(
+    acc, words, scales, x, word_at, scale_at, x_at, column, k, stop, columns,
+    AHEAD: tl.constexpr, LAST: tl.constexpr, EVEN: tl.constexpr, STEPS: tl.constexpr, LEFT: tl.constexpr,
+    INTERPRET: tl.constexpr,
+):  # fmt: skip
+    """Add the products of tile k + AHEAD, which is here, and load what comes DEPTH tiles (of x: one) behind it.
+
+    Pointers stand at tile k. Where there is no such tile any more, EVEN: it is never used; otherwise x and scales
+    become zeros.
+    """
+    more = True if EVEN and not LAST else k + AHEAD + 1 < stop
+    later = k + DEPTH < stop if EVEN else k + AHEAD + DEPTH < stop
+    next_x = _columns(x_at + (AHEAD + 1) * 64, column + (k + AHEAD + 1) * 64, more, columns, EVEN)
+    weights = _unpack(words, scales, STEPS, LEFT, INTERPRET)
+    words = gl.load(word_at + (AHEAD + DEPTH) * 512, mask=later, eviction_policy="evict_first")
+    if EVEN:
+        scales = gl.load(scale_at + (AHEAD + DEPTH) * 32, mask=later)
+    else:
+        scales = gl.load(scale_at + (AHEAD + DEPTH) * 32, mask=later, other=0)
+    return mma_v2(weights, x, acc), words, scales, next_x
+
+
+@jit
+def _store(
+    acc, out_ptr, sorted_ptr, alpha, limit, pairs, out_rows, slab, split, start, end, ACT: tl.constexpr,
+    ACC: tl.constexpr,
+):  # fmt: skip
+    row = gl.arange(0, 16, layout=gl.SliceLayout(1, ACC))
+    position = start + gl.arange(0, TOKENS, layout=gl.SliceLayout(0, ACC))
+    valid = position < end
+    if ACT == "none":
+        pair = gl.load(sorted_ptr + position, mask=valid, other=0)
+        n = slab * 16 + row
+        out = out_ptr + (split * pairs + pair).to(gl.int64)[None, :] * out_rows + n[:, None]
+        gl.store(out, acc.to(out_ptr.dtype.element_ty), mask=(n < out_rows)[:, None] & valid[None, :])
+    else:
+        gate, up = gl.split(gl.permute(gl.reshape(acc, (2, 8, TOKENS)), (1, 2, 0)))
+        gate = gl.minimum(gate, limit)
+        up = gl.minimum(gl.maximum(up, -limit), limit)
+        value = (up + 1.0) * gate / (1.0 + gl.exp(-alpha * gate))
+        n = slab * 8 + row % 8
+        # What a gate's element needs to know goes the gate's way, and so has its layout.
+        at = gl.where((n < out_rows)[:, None] & valid[None, :], position[None, :] * out_rows + n[:, None], -1)
+        at, _ = gl.split(gl.permute(gl.reshape(at, (2, 8, TOKENS)), (1, 2, 0)))
+        gl.store(out_ptr + at, value.to(out_ptr.dtype.element_ty), mask=at >= 0)
+
+
+@jit
+def _tile(index, tiles_n, tiles_k, SPLITS: tl.constexpr):
+    """(block, slab, first k-tile, end of k-tiles, split)."""
+    split, part = index % SPLITS, index // SPLITS
+    each = gl.cdiv(tiles_k, SPLITS)
+    k = split * each
+    return part // (tiles_n * 4), part % (tiles_n * 4), k, gl.minimum(k + each, tiles_k), split
+
+
+@jit
+def _ask(word_ptr, scale_ptr, expert, slab, k, stop, tiles_n, tiles_k):
+    """Have this tile's share of the weights brought to the L2 cache: a quarter of K of all four slabs it lies among."""
+    share = gl.cdiv(stop - k, 4)
+    k += slab % 4 * share
+    count = gl.minimum(share, stop - k)
+    if count > 0:
+        at = (expert.to(gl.int64) * tiles_n + slab // 4) * tiles_k + k
+        prefetch_to_l2(word_ptr + at * 512, count * 2048)
+        prefetch_to_l2(scale_ptr + at * 32, count * 128)
+
+
+@jit
+def _await(PDL: tl.constexpr):
+    """As in `mxfp4_gemm`."""
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+@jit(do_not_specialize=["alpha", "limit", "pairs"])
+def mxfp4_few(
+    x_ptr, word_ptr, scale_ptr, bias_ptr, out_ptr, sorted_ptr, block_ptr, alpha, limit, pairs, columns, out_rows,
+    tiles_n, tiles_k, stride_x,
+    TOP_K: tl.constexpr, ACT: tl.constexpr, SPLITS: tl.constexpr, EVEN: tl.constexpr, ASK: tl.constexpr,
+    EARLY: tl.constexpr, INTERPRET: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Persistent over (block, slab of 16 rows, k split); arguments as of `mxfp4_gemm`, blocks of TOKENS, one warp.
+
+    ACT     "swiglu" or "none"
+    EVEN    K is whole tiles, and every split whole DEPTHs of them
+    ASK     every tile is asked for when it begins, by all warps that work on its rows and their neighbours
+    EARLY   the first one even before the kernel before ends, which must not be the one that made the blocks
+    """
+    ACC: tl.constexpr = gl.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[1, 1], instr_shape=[16, 8])
+    LEFT: tl.constexpr = gl.DotOperandLayout(0, ACC, 2)
+    RIGHT: tl.constexpr = gl.DotOperandLayout(1, ACC, 2)
+    WORDS: tl.constexpr = gl.BlockedLayout([1, 1, 4], [8, 4, 1], [1, 1, 1], [2, 1, 0])
+    ROWS: tl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, WORDS))
+    LANES: tl.constexpr = gl.SliceLayout(0, gl.SliceLayout(2, WORDS))
+    STEPS: tl.constexpr = gl.SliceLayout(0, gl.SliceLayout(1, WORDS))
+    if not EARLY:
+        _await(PDL)
+    # Past the first-level cache: its lines may be from before the blocks were made.
+    total = gl.load(block_ptr, cache_modifier=".cg") * tiles_n * 4 * SPLITS
+    if EARLY:
+        if gl.program_id(0) < total:
+            block, slab, k, stop, _ = _tile(gl.program_id(0), tiles_n, tiles_k, SPLITS)
+            expert = gl.load(block_ptr + 1 + 3 * block, cache_modifier=".cg")
+            _ask(word_ptr, scale_ptr, expert, slab, k, stop, tiles_n, tiles_k)
+        _await(PDL)
+    row = gl.arange(0, 8, layout=ROWS)
+    word = row[:, None, None] * 16 + gl.arange(0, 4, layout=LANES)[None, :, None] * 4
+    word += gl.arange(0, 4, layout=STEPS)[None, None, :]
+    column = gl.arange(0, 64, layout=gl.SliceLayout(1, RIGHT))
+    token = gl.arange(0, TOKENS, layout=gl.SliceLayout(0, RIGHT))
+    for index in range(gl.program_id(0), total, gl.num_programs(0)):
+        block, slab, first, stop, split = _tile(index, tiles_n, tiles_k, SPLITS)
+        expert = gl.load(block_ptr + 1 + 3 * block, cache_modifier=".cg")
+        start = gl.load(block_ptr + 2 + 3 * block, cache_modifier=".cg")
+        end = gl.load(block_ptr + 3 + 3 * block, cache_modifier=".cg")
+        if ASK:
+            _ask(word_ptr, scale_ptr, expert, slab, first, stop, tiles_n, tiles_k)
+        tile = (expert.to(gl.int64) * tiles_n + slab // 4) * tiles_k + first
+        word_at = word_ptr + tile * 512 + slab % 4 * 128 + word
+        scale_at = scale_ptr + tile * 32 + slab % 4 * 8 + row
+        w0 = gl.load(word_at, mask=first < stop, eviction_policy="evict_first")
+        w1 = gl.load(word_at + 512, mask=first + 1 < stop, eviction_policy="evict_first")
+        w2 = gl.load(word_at + 1024, mask=first + 2 < stop, eviction_policy="evict_first")
+        w3 = gl.load(word_at + 1536, mask=first + 3 < stop, eviction_policy="evict_first")
+        w4 = gl.load(word_at + 2048, mask=first + 4 < stop, eviction_policy="evict_first")
+        s0 = gl.load(scale_at, mask=first < stop, other=0)
+        s1 = gl.load(scale_at + 32, mask=first + 1 < stop, other=0)
+        s2 = gl.load(scale_at + 64, mask=first + 2 < stop, other=0)
+        s3 = gl.load(scale_at + 96, mask=first + 3 < stop, other=0)
+        s4 = gl.load(scale_at + 128, mask=first + 4 < stop, other=0)
+        # Columns of absent tokens hold the last one's, so that nothing is masked.
+        position = gl.minimum(start + token, end - 1)
+        rows = position if ACT == "none" else gl.load(sorted_ptr + position) // TOP_K
+        x_at = x_ptr + rows[None, :] * stride_x + (first * 64 + column)[:, None]
+        x = _columns(x_at, first * 64 + column, first < stop, columns, EVEN)
+        acc = gl.zeros([16, TOKENS], gl.float32, ACC)
+        for k in range(first, stop, DEPTH):
+            words, scales, xs = word_at + (k - first) * 512, scale_at + (k - first) * 32, x_at + (k - first) * 64
+            acc, w0, s0, x = _step(
+                acc, w0, s0, x, words, scales, xs, column, k, stop, columns, 0, False, EVEN, STEPS, LEFT, INTERPRET
+            )
+            acc, w1, s1, x = _step(
+                acc, w1, s1, x, words, scales, xs, column, k, stop, columns, 1, False, EVEN, STEPS, LEFT, INTERPRET
+            )
+            acc, w2, s2, x = _step(
+                acc, w2, s2, x, words, scales, xs, column, k, stop, columns, 2, False, EVEN, STEPS, LEFT, INTERPRET
+            )
+            acc, w3, s3, x = _step(
+                acc, w3, s3, x, words, scales, xs, column, k, stop, columns, 3, False, EVEN, STEPS, LEFT, INTERPRET
+            )
+            acc, w4, s4, x = _step(
+                acc, w4, s4, x, words, scales, xs, column, k, stop, columns, 4, True, EVEN, STEPS, LEFT, INTERPRET
+            )
+        n = slab * 16 + gl.arange(0, 16, layout=gl.SliceLayout(1, ACC))
+        bias = gl.load(bias_ptr + expert * tiles_n * 64 + n, mask=(n >= 0) & (split == 0), other=0.0)
+        _store(
+            acc + bias[:, None], out_ptr, sorted_ptr, alpha, limit, pairs, out_rows, slab, split, start, end, ACT, ACC
+        )
