@@ -9,7 +9,7 @@ from shardwise.ops.triton_support import tl, triton
 try:
     from triton.tools.tensor_descriptor import TensorDescriptor
 except ImportError:
-    TensorDescriptor = None  # its users need Triton
+    TensorDescriptor = None  # type: ignore[assignment,misc]  # its users need Triton
 
 _PREFETCH = tl.constexpr("""
 {

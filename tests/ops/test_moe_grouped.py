@@ -11,8 +11,7 @@ from shardwise.comm.rank import current_groups
 from shardwise.ops.moe import triton, trtllm
 from shardwise.ops.moe.contract import FP8Scales
 from shardwise.ops.moe.grouped import grouped_moe
-from shardwise.ops.moe.grouped_plan import FewPlan, Shape, choose_few, choose_plan
-from shardwise.ops.moe.tiles import Plan
+from shardwise.ops.moe.grouped_plan import FewPlan, GroupedPlan, Shape, choose_few, choose_plan
 from shardwise.ops.triton_support import interpreting
 from shardwise.partition import extent
 from shardwise.sharding.layout import ParallelLayout
@@ -118,10 +117,10 @@ def test_no_tokens():
 FEW = FewPlan(64, 32, 4, 2)
 PLANS = {
     "few": FEW,
-    "narrow": Plan(16, Shape(64, 32, 4, 2, 1), Shape(64, 32, 4, 2, 1, 2)),
-    "three splits": Plan(32, Shape(32, 64, 4, 2, 1), Shape(32, 64, 4, 2, 1, 3, group=3)),
-    "wide": Plan(64, Shape(128, 32, 4, 2, 1, group=2), Shape(128, 32, 4, 2, 1, group=4)),
-    "tokens left": Plan(16, Shape(64, 32, 4, 2, 1, 1, 2, True), Shape(64, 64, 4, 2, 1, 1, 3, True)),
+    "narrow": GroupedPlan(16, Shape(64, 32, 4, 2, 1), Shape(64, 32, 4, 2, 1, 2)),
+    "three splits": GroupedPlan(32, Shape(32, 64, 4, 2, 1), Shape(32, 64, 4, 2, 1, 3, group=3)),
+    "wide": GroupedPlan(64, Shape(128, 32, 4, 2, 1, group=2), Shape(128, 32, 4, 2, 1, group=4)),
+    "tokens left": GroupedPlan(16, Shape(64, 32, 4, 2, 1, 1, 2, True), Shape(64, 64, 4, 2, 1, 1, 3, True)),
 }
 plans = pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
 

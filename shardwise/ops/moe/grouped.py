@@ -12,10 +12,9 @@ from torch import Tensor
 from shardwise.ops.moe.contract import FP8Scales
 from shardwise.ops.moe.few import few_moe
 from shardwise.ops.moe.grouped_gemm import grouped_gemm
-from shardwise.ops.moe.grouped_plan import FewPlan, Shape, choose_few, choose_plan
+from shardwise.ops.moe.grouped_plan import FewPlan, GroupedPlan, Shape, choose_few, choose_plan
 from shardwise.ops.moe.mxfp4 import WIDE_TOKENS
 from shardwise.ops.moe.routing import Routing, combine, group_pairs, most_blocks, multiprocessors
-from shardwise.ops.moe.tiles import Plan
 from shardwise.ops.moe.workspace import Workspace
 from shardwise.ops.quantization.triton_fp8 import quantize
 from shardwise.ops.tensor_memory import matrix_tiles
@@ -50,7 +49,7 @@ def grouped_moe(
     act: str,
     on_input: bool = False,
     scales: FP8Scales | None = None,
-    plan: Plan | FewPlan | None = None,
+    plan: GroupedPlan | FewPlan | None = None,
 ) -> Tensor:
     """Routed sum [T, H] in tokens' dtype; `act` is "silu" (gated) or "relu2"."""
     count, hidden = tokens.shape
