@@ -1,9 +1,11 @@
-"""Which tiles the state-space and convolution kernels should take on this GPU: device time of each choice.
+"""Which tiles the state-space, convolution and delta-rule kernels should take on this GPU: device time of each choice.
 
-    python benchmarks/ops_tiles.py [--only states outputs decode conv cuda]
+    python benchmarks/ops_tiles.py [--only states outputs decode prefill cuda tokens step] [--warm]
 
-The chosen values stand at the top of shardwise/ops/mamba/scan.py, conv_triton.py and conv_cuda.py; nothing is changed
-by this program, it prints the choices by time, fastest first.
+The chosen values stand at the top of shardwise/ops/mamba/scan.py and conv_triton.py, of shardwise/ops/fla/step.py, and
+in block_rows of shardwise/ops/mamba/conv.py; nothing is changed by this program. It prints every choice as it is
+measured and each sweep's fastest at its end. --warm only compiles, so that several of these can do so side by side
+before one measures.
 """
 
 import argparse
@@ -11,10 +13,26 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator
 
 from shardwise.ops import bench_states, measure
+from shardwise.ops.fla import step
 from shardwise.ops.mamba import conv_cuda, conv_triton, scan
+from shardwise.ops.registry import FLA
 
 TOKENS = 8192
 KERNELS = ("_launch_steps", "_launch_states", "_launch_outputs")
+Rows = Iterator[tuple[float, str]]
+warm = False
+
+
+def time_of(call: Callable[[], object], calls: int = 5) -> float:
+    """Microseconds of one call; infinite where the choice cannot be compiled or launched. 0 when only compiling."""
+    try:
+        if warm:
+            call()
+            return 0.0
+        return measure.device_microseconds(call, calls=calls, repeats=7)
+    except Exception as error:  # a tile that asks too much of the device ends its own row only
+        print(f"  {type(error).__name__}: {str(error)[:120]}", flush=True)
+        return float("inf")
 
 
 def alone(kernel: str, call: Callable[[], object]) -> float:
@@ -24,13 +42,13 @@ def alone(kernel: str, call: Callable[[], object]) -> float:
         if name != kernel:
             setattr(scan, name, lambda *_args, **_options: None)
     try:
-        return measure.device_microseconds(call, calls=5)
+        return time_of(call)
     finally:
         for name, launcher in kept.items():
             setattr(scan, name, launcher)
 
 
-def scan_rows(kernel: str, table: dict[str, int], choices: Iterable[tuple[int, ...]]) -> Iterator[tuple[float, str]]:
+def scan_rows(kernel: str, table: dict[str, int], choices: Iterable[tuple[int, ...]]) -> Rows:
     """One kernel of the scan at every choice of its table's values."""
     case = next(bench_states.ssm_prefill_cases((TOKENS,)))
     chosen = dict(table)
@@ -41,50 +59,96 @@ def scan_rows(kernel: str, table: dict[str, int], choices: Iterable[tuple[int, .
     table.update(chosen)
 
 
-def decode_rows(batches: tuple[int, ...] = (1, 64, 256)) -> Iterator[tuple[float, str]]:
-    """The decode step at several batch sizes."""
-    chosen = dict(scan.DECODE)
-    for case in bench_states.ssm_decode_cases(batches, {"Nemotron-H": bench_states.NEMOTRON_H}):
-        if case.operator != "triton_cached_ssm":
+def step_rows(cases: Iterable, operator: str, table: dict[str, int], choices: Iterable[tuple[int, int]]) -> Rows:
+    """A decode step at several batch sizes: numbers of a state that a program holds, and its warps."""
+    chosen = dict(table)
+    for case in cases:
+        if case.operator != operator:
             continue
-        for elements, warps in itertools.product((512, 1024, 2048, 4096), (1, 2, 4, 8)):
-            scan.DECODE.update(elements=elements, warps=warps)
-            yield measure.device_microseconds(case.call), f"{case.size} {scan.DECODE}"
-    scan.DECODE.update(chosen)
+        for elements, warps in choices:
+            table.update(elements=elements, warps=warps)
+            yield time_of(case.call, 20), f"{case.size} {table}"
+    table.update(chosen)
 
 
-def conv_rows(module, names: tuple[str, ...], choices: Iterable[tuple[int, ...]]) -> Iterator[tuple[float, str]]:
-    """A convolution's prefill with other module constants."""
-    operator = f"{'cuda' if module is conv_cuda else 'triton'}_cached_causal_conv1d"
-    case = next(case for case in bench_states.conv_cases((), (TOKENS,)) if case.operator == operator)
-    chosen = [getattr(module, name) for name in names]
-    for values in [*choices, chosen]:
-        for name, value in zip(names, values, strict=True):
-            setattr(module, name, value)
-        yield measure.device_microseconds(case.call, calls=5), str(dict(zip(names, values, strict=True)))
+def delta_rows() -> Rows:
+    """The delta rule's decode step, where fla is installed."""
+    if not FLA.state[0]:
+        return
+    choices = itertools.product((1024, 2048, 4096, 8192), (1, 2, 4, 8))
+    cases = bench_states.delta_cases((), (1, 64, 256))
+    yield from step_rows(cases, "fla_cached_gated_delta_rule", step.STEP, list(choices))
 
 
-SWEEPS: dict[str, Callable[[], Iterator[tuple[float, str]]]] = {
+def conv_prefill_rows(module, choices: Iterable[tuple[int, int, int]]) -> Rows:
+    """A convolution's prefill: rows of a block, and for Triton warps and rows ahead."""
+    name = f"{'cuda' if module is conv_cuda else 'triton'}_cached_causal_conv1d"
+    case = next(case for case in bench_states.conv_cases((), (TOKENS,)) if case.operator == name)
+    rows_of, table = module.block_rows, dict(conv_triton.PREFILL)
+    for rows, warps, ahead in choices:
+        module.block_rows = lambda _one, rows=rows: rows
+        conv_triton.PREFILL.update(warps=warps, ahead=ahead)
+        yield time_of(case.call), f"rows {rows} {conv_triton.PREFILL if module is conv_triton else ''}"
+    module.block_rows = rows_of
+    conv_triton.PREFILL.update(table)
+
+
+def conv_decode_rows() -> Rows:
+    """The convolution's decode step with one, two and four tokens a program (Triton)."""
+    limit, tokens = conv_triton.MANY_TOKENS, conv_triton.TOGETHER
+    for case in bench_states.conv_cases((1, 32, 64, 128, 256, 1024), ()):
+        if case.operator == "triton_cached_causal_conv1d":
+            for conv_triton.MANY_TOKENS, conv_triton.TOGETHER in ((1 << 30, 1), (1, 2), (1, 4)):
+                yield time_of(case.call, 20), f"{case.size} {conv_triton.TOGETHER} tokens a program"
+    conv_triton.MANY_TOKENS, conv_triton.TOGETHER = limit, tokens
+
+
+def ssm_decode_rows() -> Rows:
+    """The state-space decode step."""
+    cases = bench_states.ssm_decode_cases((1, 64, 256), {"Nemotron-H": bench_states.NEMOTRON_H})
+    choices = itertools.product((1024, 2048, 4096), (1, 2, 4))
+    yield from step_rows(cases, "triton_cached_ssm", scan.DECODE, list(choices))
+
+
+SWEEPS: dict[str, Callable[[], Rows]] = {
     "states": lambda: scan_rows(
-        "_launch_states", scan.STATES, itertools.product((32, 64), (32, 64, 128), (32, 64), (4, 8), (2, 3))
+        "_launch_states",
+        scan.STATES,
+        [
+            (P, N, T, warps, stages)
+            for P, N, T, warps, stages in itertools.product((32, 64), (64, 128), (64, 128), (4, 8), (2, 3, 4))
+            if warps <= (N // 64) * (P // 32) * 4
+        ],
     ),
     "outputs": lambda: scan_rows(
-        "_launch_outputs", scan.OUTPUTS, itertools.product((64, 128), (32, 64), (4, 8), (2, 3))
+        "_launch_outputs",
+        scan.OUTPUTS,
+        [*itertools.product((64,), (1,), (4, 8), (1, 2, 3)), *itertools.product((128,), (1, 2), (8,), (1, 2))],
     ),
-    "decode": decode_rows,
-    "conv": lambda: conv_rows(conv_triton, ("ROWS", "WIDTH"), itertools.product((16, 32, 64), (128, 256, 512))),
-    "cuda": lambda: conv_rows(conv_cuda, ("ROWS",), [(8,), (16,), (32,), (64,), (128,)]),
+    "decode": ssm_decode_rows,
+    "prefill": lambda: conv_prefill_rows(conv_triton, itertools.product((32, 64, 128, 256), (1, 2, 4), (2, 4, 8))),
+    "cuda": lambda: conv_prefill_rows(conv_cuda, ((rows, 4, 4) for rows in (16, 32, 64, 128, 256))),
+    "tokens": conv_decode_rows,
+    "step": delta_rows,
 }
 
 
 def main() -> None:
-    """Run the sweeps and print each, fastest first."""
+    """Run the sweeps, each printed as it goes and its fastest at the end."""
+    global warm
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="+", choices=SWEEPS, default=list(SWEEPS))
-    for name in parser.parse_args().only:
+    parser.add_argument("--warm", action="store_true", help="compile only")
+    args = parser.parse_args()
+    warm = args.warm
+    for name in args.only:
         print(name)
-        for time, choice in sorted(SWEEPS[name]()):
+        rows = []
+        for time, choice in SWEEPS[name]():
+            rows.append((time, choice))
             print(f"  {time:9.2f} µs  {choice}", flush=True)
+        if rows and not warm:
+            print("  fastest of all:", *(f"{time:.2f} µs {choice}" for time, choice in sorted(rows)[:3]), sep="\n    ")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import torch
 
 from shardwise.ops import bench_cases
 from shardwise.ops.bench_cases import DTYPE, OPS, Case, draw
+from shardwise.ops.bench_ssd import separate_scan
 
 NEMOTRON_H = (128, 64, 128, 8)  # heads, head size, states, groups
 BAMBA = (128, 64, 128, 1)
@@ -83,16 +84,20 @@ def ssm_prefill_cases(lengths: tuple[int, ...], shape: tuple[int, int, int, int]
 
 
 def _scan_peers(inputs: tuple[torch.Tensor, ...]) -> dict[str, Callable[[], object]]:
-    """fla's gated linear attention with one decay a head: the same recurrence, its inputs made beforehand."""
+    """The scan in separate kernels (`bench_ssd`), and fla's gated linear attention with one decay a head: the same
+    recurrence, its inputs made beforehand."""
+    x, A, B, C, _, dt, bias = inputs
+    state = torch.zeros(*x.shape[2:], B.shape[3], device=x.device)
+    peers: dict[str, Callable[[], object]] = {"separate": partial(separate_scan, inputs, state, CHUNK)}
     try:
         from fla.ops.simple_gla import chunk_simple_gla
     except ImportError:
-        return {}
-    x, A, B, C, _, dt, bias = inputs
+        return peers
     steps = torch.nn.functional.softplus(dt.float() + bias)
     repeat = x.shape[2] // B.shape[2]
     q, k = (t.repeat_interleave(repeat, 2) for t in (C, B))
-    return {"fla simple_gla": partial(chunk_simple_gla, q, k, (x * steps[..., None]).to(x.dtype), steps * A, scale=1.0)}
+    peers["fla simple_gla"] = partial(chunk_simple_gla, q, k, (x * steps[..., None]).to(x.dtype), steps * A, scale=1.0)
+    return peers
 
 
 def conv_cases(batches: tuple[int, ...], lengths: tuple[int, ...], channels: int = 8192, K: int = 4) -> Iterator[Case]:
@@ -113,9 +118,10 @@ def conv_cases(batches: tuple[int, ...], lengths: tuple[int, ...], channels: int
 
 
 def delta_cases(lengths: tuple[int, ...], batches: tuple[int, ...], heads: int = 16, size: int = 128) -> Iterator[Case]:
-    """The delta rule beside a direct call of fla's kernels; bytes are q, k, v read and o written."""
-    from fla.ops.delta_rule import chunk_delta_rule
-    from fla.ops.gated_delta_rule import chunk_gated_delta_rule
+    """The delta rule beside a direct call of fla's kernels; bytes are q, k, v read and o written, and in decode the
+    states read and written. fla's recurrent kernel is given the states in the order of the batch, not by slot."""
+    from fla.ops.delta_rule import chunk_delta_rule, fused_recurrent_delta_rule
+    from fla.ops.gated_delta_rule import chunk_gated_delta_rule, fused_recurrent_gated_delta_rule
 
     for prefill, count in [(True, n) for n in lengths] + [(False, n) for n in batches]:
         shape = (1, count, heads) if prefill else (count, 1, heads)
@@ -126,13 +132,17 @@ def delta_cases(lengths: tuple[int, ...], batches: tuple[int, ...], heads: int =
         tail = (info, bounds, slots, resumes, cache, size**-0.5)
         label, moved = f"{'prefill' if prefill else 'decode'} {count} x {heads} x {size}", 8 * q.numel()
         moved += 0 if prefill else 2 * cache.numel() * cache.element_size()
+        state = {"initial_state": cache, "output_final_state": True}
         if prefill:
-            yield Case(
-                "fla_delta_rule", label, moved, (q, k, v, beta), {"fla": partial(chunk_delta_rule, q, k, v, beta)}
-            )
-        peers = {"fla": partial(chunk_gated_delta_rule, q, k, v, g, beta)} if prefill else {}
-        yield Case("fla_cached_delta_rule", label, moved, (q, k, v, beta, *tail))
-        yield Case("fla_cached_gated_delta_rule", label, moved, (q, k, v, g, beta, *tail), peers)
+            plain, gated = partial(chunk_delta_rule, q, k, v, beta), partial(chunk_gated_delta_rule, q, k, v, g, beta)
+            yield Case("fla_delta_rule", label, moved, (q, k, v, beta), {"fla": plain})
+            yield Case("fla_gated_delta_rule", label, moved, (q, k, v, g, beta), {"fla": gated})
+            plain, gated = partial(plain, **state), partial(gated, **state)
+        else:
+            plain = partial(fused_recurrent_delta_rule, q, k, v, beta, **state)
+            gated = partial(fused_recurrent_gated_delta_rule, q, k, v, g, beta=beta, **state)
+        yield Case("fla_cached_delta_rule", label, moved, (q, k, v, beta, *tail), {"fla": plain})
+        yield Case("fla_cached_gated_delta_rule", label, moved, (q, k, v, g, beta, *tail), {"fla": gated})
 
 
 def mamba_cases(full: bool) -> Iterator[Case]:
@@ -145,4 +155,4 @@ def mamba_cases(full: bool) -> Iterator[Case]:
 
 def fla_cases(full: bool) -> Iterator[Case]:
     """All delta-rule operators."""
-    yield from delta_cases((1024, 8192, 32768) if full else (8192,), (1, 64) if full else (64,))
+    yield from delta_cases((1024, 8192, 32768) if full else (8192,), (1, 64, 256) if full else (64,))

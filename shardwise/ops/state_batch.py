@@ -72,3 +72,15 @@ def check_counts(
         raise ValueError(
             f"{op}: use_initial_states has {use_initial_states.numel()} entries for {batch.prefill} prefill sequences"
         )
+
+
+def token_rows(t: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """`t` [b, s, ...] with a contiguous last dimension, and the stride from token to token.
+
+    No copy where the last dimension is contiguous and only one of b and s exceeds 1, as in every flat batch.
+    """
+    strides, shape = t.stride(), t.shape
+    if strides[-1] != 1 or (shape[0] != 1 and shape[1] != 1):
+        t = t.contiguous()
+        strides = t.stride()
+    return t, strides[0] if shape[1] == 1 else strides[1]

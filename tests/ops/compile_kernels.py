@@ -15,10 +15,12 @@ import triton
 from operator_samples import Sample
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 import shardwise.ops as ops
 from shardwise.ops import triton_support
-from shardwise.ops.mamba import metadata
+from shardwise.ops.fla import fla
+from shardwise.ops.mamba import flashinfer, metadata
 from shardwise.ops.registry import TRITON
 
 TARGET = GPUTarget("cuda", 90, 32)
@@ -37,6 +39,8 @@ def describe(parameter, value):
         return "constexpr", value, None
     if isinstance(value, torch.Tensor):
         return "*" + NAMES[value.dtype], None, value.data_ptr() % 16 == 0
+    if isinstance(value, TensorDescriptor):
+        return f"tensordesc<{NAMES[value.base.dtype]}{list(value.block_shape)}>", None, None
     if isinstance(value, bool):
         return "i1", None, None
     if isinstance(value, float):
@@ -86,6 +90,12 @@ def replace_launches():
             module.dependent_launch = lambda device: True
 
 
+def replace_packages():
+    """Other packages' kernels give something of the right shape; only our kernels around them are looked at."""
+    fla._chunked = lambda q, k, v, g, beta, scale, state=None, *_: (torch.zeros_like(v), state)
+    flashinfer._update = lambda: lambda *_args, **_options: None
+
+
 def real_sizes() -> list[Sample]:
     """Calls at the sizes of real models, beyond the small ones of the table."""
     return [
@@ -102,6 +112,7 @@ def real_sizes() -> list[Sample]:
 
 def main(parts):
     replace_launches()
+    replace_packages()
     infos = {info.qualified_name: info for info in ops.operators() if TRITON in info.needs}
     seen = set()
     for sample in real_sizes() + operator_samples.all_samples():

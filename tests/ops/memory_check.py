@@ -35,7 +35,7 @@ def checked_memory(monkeypatch):
     )
 
     def check(pointers, mask):
-        active = np.broadcast_to(mask.data, pointers.data.shape)
+        active = np.broadcast_to(mask.data, pointers.data.shape).astype(bool)
         addresses = pointers.data[active].astype(np.int64)
         size = max(1, pointers.get_element_ty().primitive_bitwidth // 8)
         inside = np.zeros(addresses.shape, dtype=bool)

@@ -91,6 +91,49 @@ def test_the_gated_delta_rule_is_that_of_qwen3_next(tokens):
     torch.testing.assert_close(OPS.torch_gated_delta_rule(q, k, v, g, beta), expected, rtol=1e-4, atol=1e-5)
 
 
+def qwen3_next_mixer():
+    from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextConfig, Qwen3NextGatedDeltaNet
+
+    config = Qwen3NextConfig(
+        hidden_size=32, linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=8,
+        linear_value_head_dim=16, num_hidden_layers=1, layer_types=["linear_attention"],
+    )  # fmt: skip
+    return Qwen3NextGatedDeltaNet(config, 0)
+
+
+@pytest.mark.parametrize("pieces", [(21,), (7, 1, 1, 12)])
+@torch.no_grad()
+def test_a_gated_delta_mixer_is_rebuilt_from_operators(pieces):
+    mixer = randomise(qwen3_next_mixer())
+    x = torch.randn(1, 21, 32)
+    expected = mixer(x)
+    conv_state = torch.zeros(1, mixer.conv_dim, mixer.conv_kernel_size)
+    state = torch.zeros(1, mixer.num_v_heads, mixer.head_k_dim, mixer.head_v_dim)
+    parts, start = [], 0
+    for length in pieces:
+        batch = Batch((length,), 0, (0,), (start > 0,)) if length > 1 else Batch((), 1, (0,), ())
+        parts.append(rebuilt_delta(mixer, x[:, start : start + length], batch, conv_state, state))
+        start += length
+    torch.testing.assert_close(torch.cat(parts, 1), expected, rtol=1e-4, atol=1e-4)
+
+
+def rebuilt_delta(mixer, x, batch, conv_state, state):
+    metadata, K, C = batch.tensors("cpu"), mixer.conv_kernel_size, mixer.conv_dim
+    q, k, v, z, b, a = mixer.fix_query_key_value_ordering(mixer.in_proj_qkvz(x), mixer.in_proj_ba(x))
+    mixed = torch.cat([t.flatten(2) for t in (q, k, v)], -1)
+    conv = (mixer.conv1d.weight, None, *metadata, conv_state, 1, K - 1, 1, C, "zeros")
+    mixed = torch.nn.functional.silu(OPS.torch_cached_causal_conv1d(mixed, *conv))
+    q, k, v = mixed.split([mixer.key_dim, mixer.key_dim, mixer.value_dim], -1)
+    q, k = (t.unflatten(-1, (mixer.num_k_heads, -1)) for t in (q, k))
+    q, k = (t * (t.square().sum(-1, keepdim=True) + 1e-6).rsqrt() for t in (q, k))
+    v = v.unflatten(-1, (mixer.num_v_heads, -1))
+    g = -mixer.A_log.exp() * torch.nn.functional.softplus(a + mixer.dt_bias)
+    info, _, bounds, slots, resumes = metadata
+    tail = (info, bounds, slots, resumes, state, mixer.head_k_dim**-0.5)
+    o = OPS.torch_cached_gated_delta_rule(q, k, v, g, b.sigmoid(), *tail)
+    return mixer.out_proj(mixer.norm(o.flatten(0, 2), z.flatten(0, 2)).view(o.shape).flatten(2))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_rms_norm_is_that_of_llama(dtype):
     from transformers.models.llama.modeling_llama import LlamaRMSNorm

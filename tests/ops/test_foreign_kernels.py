@@ -4,9 +4,6 @@ What is proven here is everything around the kernels: batches, slots, padding, s
 the `gpu` tests of the operator table.
 """
 
-import sys
-import types
-
 import pytest
 import samples_fla
 import samples_mamba
@@ -14,42 +11,54 @@ import torch
 
 from shardwise.ops.fla import delta, fla
 from shardwise.ops.mamba import flashinfer as mamba_flashinfer
+from shardwise.ops.registry import TRITON
+from shardwise.ops.triton_support import interpreting
+
+DEVICE = "cpu"
+needs_triton = pytest.mark.skipif(not (TRITON.state[0] and interpreting()), reason="needs triton's interpreter")
 
 
-def chunked(q, k, v, g, beta, scale, state=None, bounds=None, final=False):
-    """fla's varlen form: one row of tokens, sequences between `bounds`; o and the final states."""
-    assert q.shape[0] == 1 and state.dtype == torch.float32 and final
+def chunked(q, k, v, g, beta, scale, state=None, bounds=None, chunks=None):
+    """fla's chunked form: one row of tokens, sequences between `bounds`; o, undefined behind them, and final states."""
+    assert q.shape[0] == 1 and state.dtype == torch.float32
     q, k = delta.match_heads(q, k, v)
-    parts, states = [], []
-    for i, (start, stop) in enumerate(zip(bounds.tolist(), bounds.tolist()[1:], strict=False)):
+    cuts = [0, v.shape[1]] if bounds is None else bounds.tolist()
+    assert state.shape[0] == len(cuts) - 1
+    if bounds is not None:
+        check_chunks(chunks.tolist(), cuts)
+    o, states = torch.full_like(v, float("nan")), []
+    for i, (start, stop) in enumerate(zip(cuts, cuts[1:], strict=False)):
         one = [t if t is None else t[:, start:stop] for t in (q, k, v, beta, g)]
-        o, new = delta.scan(*one, scale, state[i : i + 1])
-        parts.append(o)
+        o[:, start:stop], new = delta.scan(*one, scale, state[i : i + 1])
         states.append(new)
-    return torch.cat(parts, 1).to(v.dtype), torch.cat(states)
+    return o, torch.cat(states)
 
 
-def recurrent(q, k, v, g, beta, scale, state):
-    """fla's recurrent form: one token of every sequence."""
-    assert q.shape[1] == 1 and state.dtype == torch.float32
-    q, k = delta.match_heads(q, k, v)
-    one = [t if t is None else t[:, 0] for t in (q, k, v, beta, g)]
-    o, new = delta.step(*one, scale, state)
-    return o[:, None].to(v.dtype), new
+def check_chunks(chunks, cuts):
+    """Every chunk of 64 tokens once and in order, then only some that hold no token."""
+    lengths = [stop - start for start, stop in zip(cuts, cuts[1:], strict=False)]
+    expected = [[i, c] for i, length in enumerate(lengths) for c in range(-(-length // 64))]
+    assert chunks[: len(expected)] == expected
+    assert all(0 < lengths[i] <= 64 * c for i, c in chunks[len(expected) :])
 
 
+@needs_triton
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("name", samples_fla.BATCHES)
 def test_fla_batches_states_and_skipped_slots(monkeypatch, gated, name):
     monkeypatch.setattr(fla, "_chunked", chunked)
-    monkeypatch.setattr(fla, "_recurrent", recurrent)
+    from memory_check import checked_memory
+
     batch = samples_fla.BATCHES[name]
     torch.manual_seed(0)
-    args = samples_fla.cached_args(gated, batch, v_heads=4 if gated else None, dtype=torch.float16)("cpu")
+    args = samples_fla.cached_args(gated, batch, v_heads=4 if gated else None, dtype=torch.float16)(DEVICE)
     expected, states = samples_fla.cached(gated, batch)(*args)
     operator = fla.fla_cached_gated_delta_rule if gated else fla.fla_cached_delta_rule
-    torch.testing.assert_close(operator(*args).double(), expected, rtol=0, atol=5e-3)
-    torch.testing.assert_close(args[-2].double(), states, rtol=0, atol=5e-3)
+    with checked_memory(monkeypatch) as seen:
+        result = operator(*args)
+    assert sum(seen) > 0
+    torch.testing.assert_close(result.double().cpu(), expected, rtol=0, atol=5e-3)
+    torch.testing.assert_close(args[-2].double().cpu(), states, rtol=0, atol=5e-3)
 
 
 def selective_state_update(
@@ -86,13 +95,12 @@ def selective_state_update(
         out[row] = (s * C[row, group][:, None]).sum(-1) + D * x[row]
 
 
+@needs_triton
 @pytest.mark.parametrize("limit", [[0.0, float("inf")], samples_mamba.LIMIT])
 @pytest.mark.parametrize("name", samples_mamba.BATCHES)
 def test_flashinfer_decode_gets_what_it_demands(monkeypatch, limit, name):
-    package = types.ModuleType("flashinfer.mamba")
-    package.selective_state_update = selective_state_update
-    monkeypatch.setitem(sys.modules, "flashinfer", types.ModuleType("flashinfer"))
-    monkeypatch.setitem(sys.modules, "flashinfer.mamba", package)
+    from memory_check import checked_memory
+
     batch = samples_mamba.BATCHES[name]
     op = "flashinfer_cached_ssm"
     torch.manual_seed(0)
@@ -100,7 +108,9 @@ def test_flashinfer_decode_gets_what_it_demands(monkeypatch, limit, name):
     args[-2] = limit
     mamba_flashinfer_prefill(monkeypatch, args)
     expected, states = samples_mamba.cached_ssm(batch)(*args)
-    result = mamba_flashinfer.flashinfer_cached_ssm(*args)
+    monkeypatch.setattr(mamba_flashinfer, "_update", lambda: selective_state_update)
+    with checked_memory(monkeypatch):
+        result = mamba_flashinfer.flashinfer_cached_ssm(*args)
     torch.testing.assert_close(result.double(), expected, rtol=5e-3, atol=2e-2)
     torch.testing.assert_close(args[-3].double(), states, rtol=5e-3, atol=5e-3)
 

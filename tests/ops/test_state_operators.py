@@ -9,8 +9,9 @@ import torch
 from mamba_oracle import Batch
 
 from shardwise.ops.attention.batch import Batch as CountedBatch
-from shardwise.ops.mamba import conv_triton, metadata
-from shardwise.ops.registry import TRITON
+from shardwise.ops.mamba import conv_triton, metadata, scan
+from shardwise.ops.registry import FLA, TRITON
+from shardwise.ops.triton_support import interpreting
 
 OPS = torch.ops.auto_deploy
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")
@@ -122,6 +123,32 @@ def test_pieces_made_on_the_device_are_those_made_on_the_host(lengths, chunk):
 
 
 @needs_triton
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_heads_that_share_a_program_are_scanned_alone(monkeypatch, dtype):
+    batch = Batch((37, 3, 20), 1, (3, -1, 0, 5), (True, True, False))
+    args = samples_mamba.cached_ssm_args("triton_cached_ssm", batch, 4, 2, 16, 32, 32, dtype)(DEVICE)
+    again = [a.clone() if isinstance(a, torch.Tensor) else a for a in args]
+    monkeypatch.setitem(scan.OUTPUTS, "heads", 1)
+    alone = OPS.triton_cached_ssm(*args)
+    monkeypatch.setitem(scan.OUTPUTS, "heads", 2)
+    assert torch.equal(alone, OPS.triton_cached_ssm(*again))
+
+
+IN_PLACE = [sample for sample in samples_mamba.SAMPLES if sample.op.startswith("triton_")]
+
+
+@pytest.mark.skipif(not (TRITON.state[0] and interpreting()), reason="needs triton's interpreter")
+@pytest.mark.parametrize("sample", IN_PLACE, ids=str)
+def test_kernels_touch_only_their_tensors(monkeypatch, sample):
+    from memory_check import checked_memory
+
+    args = sample.build("cpu")
+    with checked_memory(monkeypatch) as seen:
+        sample.overload(*args)
+    assert sum(seen) > 0
+
+
+@needs_triton
 def test_unused_pieces_change_nothing():
     batch = Batch((5, 0, 11, 1), 0, (4, 6, 0, 2), (True, False, False, True))
     args = list(samples_mamba.cached_ssm_args("triton_cached_ssm", batch)(DEVICE))
@@ -160,11 +187,36 @@ def test_bad_metadata_is_refused_in_words(op, words, change):
     assert op in str(caught.value)
 
 
-def test_a_state_cache_for_another_kernel_size_is_refused():
-    info, seq_len, bounds, slots, resumes = Batch((5,), 0, (0,), (True,)).tensors("cpu")
-    tail = (info, seq_len, bounds, slots, resumes, torch.zeros(3, 6, 3), 1, 3, 1, 6, "zeros")
-    with pytest.raises(ValueError, match="K = 4"):
-        OPS.torch_cached_causal_conv1d(torch.zeros(1, 5, 6), torch.zeros(6, 1, 4), None, *tail)
+@pytest.mark.parametrize("op", CONV_OPS)
+def test_a_state_cache_for_another_kernel_size_is_refused(op):
+    batch = samples_mamba.PREFILL
+    args = list(samples_mamba.cached_conv_args(op, batch, 8)(DEVICE))
+    place = next(i for i, a in enumerate(args) if isinstance(a, torch.Tensor) and a.dim() == 3 and i > 1)
+    args[place] = torch.zeros(7, 8, 9, device=DEVICE)
+    with pytest.raises(ValueError, match=r"conv_state_cache must be \[slots, C = 8, K.*got \(7, 8, 9\)"):
+        getattr(OPS, op)(*args)
+
+
+# Heads of each rank: seven over three ranks with the only group everywhere; eight with two groups over four ranks.
+RANKS = {"uneven heads": (7, 1, [(0, 3, 0), (3, 5, 0), (5, 7, 0)]),
+         "groups everywhere": (8, 2, [(0, 2, 0), (2, 4, 0), (4, 6, 1), (6, 8, 1)])}  # fmt: skip
+
+
+@pytest.mark.parametrize("op", SSM_OPS)
+@pytest.mark.parametrize("name", RANKS)
+def test_ranks_compute_their_heads_of_the_whole(op, name):
+    heads, groups, ranks = RANKS[name]
+    batch = Batch((19, 6), 2, (3, 0, 2, 5), (True, False))
+    x, A, B, C, D, dt, bias = samples_mamba.ssm_inputs(batch.tokens, heads, groups, 16, 16, torch.float32, DEVICE)
+    state = torch.randn(6, heads, 16, 16, device=DEVICE)
+    shards = [state[:, first:last].clone() for first, last, _ in ranks]
+    whole = run_ssm(op, (x, A, B, C, D, dt, bias), batch, state, 8)
+    for (first, last, group), shard in zip(ranks, shards, strict=True):
+        mine, one = slice(first, last), slice(group, group + 1)
+        inputs = (x[:, :, mine], A[mine], B[:, :, one], C[:, :, one], D[mine], dt[:, :, mine], bias[mine])
+        part = run_ssm(op, inputs, batch, shard, 8)
+        torch.testing.assert_close(part, whole[:, :, mine], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(shard, state[:, mine], rtol=1e-4, atol=1e-4)
 
 
 def test_groups_that_do_not_divide_the_heads_are_refused():
@@ -210,6 +262,23 @@ def test_the_convolution_agrees_at_real_sizes(op, channels):
     getattr(OPS, op)(*args)
     assert relative(args[0].cpu(), expected[0]) < 1e-2
     assert torch.equal(args[position].double().cpu(), expected[1])
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.gpu
+@pytest.mark.skipif(not FLA.state[0], reason="needs fla and a CUDA device")
+def test_a_prompt_fed_to_fla_in_pieces_gives_the_whole_delta_rule(gated):
+    name, heads = ("gated_delta_rule", 4) if gated else ("delta_rule", 2)
+    values = samples_fla.inputs(gated, 1, 150, 2, heads, 64, 64, torch.bfloat16, DEVICE)
+    whole = getattr(OPS, f"fla_{name}")(*values, 0.3)
+    state, parts, start = torch.randn(3, heads, 64, 64, device=DEVICE), [], 0
+    for number, length in enumerate(cuts(150, 0)):
+        batch = Batch((), 1, (2,), ()) if length == 1 and number else Batch((length,), 0, (2,), (number > 0,))
+        info, _, bounds, slots, resumes = batch.tensors(DEVICE)
+        part = [t[:, start : start + length] for t in values]
+        parts.append(getattr(OPS, f"fla_cached_{name}")(*part, info, bounds, slots, resumes, state, 0.3))
+        start += length
+    assert relative(torch.cat(parts, 1), whole) < 2e-2
 
 
 @pytest.mark.parametrize("name", ["fla_cached_delta_rule", "fla_cached_gated_delta_rule"])

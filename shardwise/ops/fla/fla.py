@@ -1,11 +1,16 @@
-"""Delta-rule operators on the kernels of the flash-linear-attention package (fla-core): float16 and bfloat16."""
+"""Delta-rule operators on the kernels of the flash-linear-attention package (fla-core): float16 and bfloat16.
+
+Its chunked kernels compute prefill tokens. A decode token is one pass over its state, which our own kernel (`step.py`)
+makes in the cache itself; fla's recurrent kernel would want the states copied out and back.
+"""
 
 import torch
 
 from shardwise.ops.attention.batch import read_batch
 from shardwise.ops.fla.checks import check_delta
 from shardwise.ops.fla.reference import like_v
-from shardwise.ops.registry import FLA, operator
+from shardwise.ops.fla.step import Prefill, decode
+from shardwise.ops.registry import FLA, TRITON, operator
 from shardwise.ops.state_batch import check_counts
 
 
@@ -16,26 +21,19 @@ def _half(op: str, q: torch.Tensor) -> None:
         )
 
 
-def _chunked(q, k, v, g, beta, scale, state=None, bounds=None, final=False):
-    options = {"scale": scale, "initial_state": state, "output_final_state": final, "cu_seqlens": bounds}
-    if g is None:
-        from fla.ops.delta_rule import chunk_delta_rule
+def _chunked(q, k, v, g, beta, scale, state=None, bounds=None, chunks=None):
+    """o, and the final states where initial ones are given. `chunks` spares fla a look at device memory."""
+    options = {"initial_state": state, "output_final_state": state is not None, "cu_seqlens": bounds}
+    if g is not None:
+        from fla.ops.gated_delta_rule import chunk_gated_delta_rule
 
-        return chunk_delta_rule(q, k, v, beta, **options)
-    from fla.ops.gated_delta_rule import chunk_gated_delta_rule
+        return chunk_gated_delta_rule(q, k, v, g, beta, scale=scale, chunk_indices=chunks, **options)
+    # Its public form makes the chunk indices itself.
+    from fla.ops.delta_rule.chunk import chunk_delta_rule_fwd
 
-    return chunk_gated_delta_rule(q, k, v, g, beta, **options)
-
-
-def _recurrent(q, k, v, g, beta, scale, state):
-    options = {"beta": beta, "scale": scale, "initial_state": state, "output_final_state": True}
-    if g is None:
-        from fla.ops.delta_rule import fused_recurrent_delta_rule
-
-        return fused_recurrent_delta_rule(q, k, v, **options)
-    from fla.ops.gated_delta_rule import fused_recurrent_gated_delta_rule
-
-    return fused_recurrent_gated_delta_rule(q, k, v, g, **options)
+    q, k, v, beta = (t.contiguous() for t in (q, k, v, beta))
+    o, _, final = chunk_delta_rule_fwd(q, k, v, beta, scale=scale, chunk_indices=chunks, **options)
+    return o, final
 
 
 def _uncached(op, q, k, v, g, beta, scale):
@@ -70,55 +68,26 @@ def fla_gated_delta_rule(
 def _cached(op, q, k, v, g, beta, batch_info_host, cu_seqlen, slot_idx, use_initial_states, cache, scale):
     check_delta(op, q, k, v, beta, g, cache)
     _half(op, q)
+    if cache.stride(-1) != 1:
+        raise ValueError(f"{op}: the last dimension of delta_cache must be contiguous, got strides {cache.stride()}")
     batch = read_batch(op, batch_info_host)
-    shape = v.shape
-    q, k, v, beta = (t.reshape(1, -1, *t.shape[2:]) for t in (q, k, v, beta))
-    g = g if g is None else g.reshape(1, *v.shape[1:3])
-    check_counts(op, batch, v.shape[1], slot_idx, use_initial_states)
-    slots = slot_idx[: batch.sequences].long()
-    out = torch.zeros_like(v) if batch.tokens < v.shape[1] else torch.empty_like(v)
-    if batch.prefill_tokens:
-        bounds = cu_seqlen[: batch.prefill + 1].long()
-        rows = torch.where(bounds.diff() > 0, slots[: batch.prefill], -1)  # an empty sequence keeps its state
-        resumes = use_initial_states[: batch.prefill].to(torch.bool)
-        state = cache[rows.clamp(min=0)].float() * (resumes & (rows >= 0)).view(-1, 1, 1, 1)
-        one = slice(0, batch.prefill_tokens)
-        gate = g if g is None else g[:, one]
-        o, state = _chunked(q[:, one], k[:, one], v[:, one], gate, beta[:, one], scale, state, bounds, True)
-        out[:, : batch.prefill_tokens] = _skip_tokens(o, bounds, rows)
-        _store(cache, rows, state)
+    tokens, slots = v.shape[0] * v.shape[1], slot_idx.contiguous()
+    check_counts(op, batch, tokens, slots, use_initial_states)
+    if not batch.prefill_tokens:
+        make = torch.empty_like if batch.tokens == tokens else torch.zeros_like
+        out = make(v, memory_format=torch.contiguous_format)
+    else:
+        one = Prefill(op, batch, tokens, cu_seqlen, slots, use_initial_states, cache)
+        rows = [t if t is None else t.reshape(1, tokens, *t.shape[2:]) for t in (q, k, v, g, beta)]
+        o, final = _chunked(*rows, scale=scale, state=one.states(), bounds=one.bounds, chunks=one.chunks())
+        out = o.to(v.dtype).contiguous().view(v.shape)
+        one.finish(out, final)
     if batch.decode:
-        rows = slots[batch.prefill :]
-        span = slice(batch.prefill_tokens, batch.tokens)
-        gate = g if g is None else g[0, span, None]
-        new_q, new_k, new_v, new_beta = (t[0, span, None] for t in (q, k, v, beta))
-        o, state = _recurrent(new_q, new_k, new_v, gate, new_beta, scale, cache[rows.clamp(min=0)].float())
-        out[0, span] = torch.where((rows >= 0).view(-1, 1, 1), o[:, 0], 0)
-        _store(cache, rows, state)
-    return out.view(shape)
+        decode(q, k, v, g, beta, slots, cache, out, scale, batch)
+    return out
 
 
-def _skip_tokens(o: torch.Tensor, bounds: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """Zeros for the tokens of sequences without a slot, with no look at device memory."""
-    token = torch.arange(o.shape[1], device=o.device)
-    owner = torch.searchsorted(bounds[1:], token, right=True)
-    return torch.where((rows[owner] >= 0).view(1, -1, 1, 1), o, 0)
-
-
-def _store(cache: torch.Tensor, rows: torch.Tensor, state: torch.Tensor) -> None:
-    """Write the states of live rows.
-
-    Rows of -1 repeat the write of the batch's first live row instead of being left out: choosing the live ones would
-    synchronise the device.
-    """
-    live = rows >= 0
-    source = torch.where(live, torch.arange(len(rows), device=rows.device), live.to(torch.int8).argmax())
-    keep = live.any().view(1, 1, 1, 1)
-    target = rows[source].clamp(min=0)
-    cache[target] = torch.where(keep, state[source].to(cache.dtype), cache[target])
-
-
-@operator(fake=like_v, mutates=("delta_cache",), needs=(FLA,), instead="torch_cached_delta_rule")
+@operator(fake=like_v, mutates=("delta_cache",), needs=(FLA, TRITON), instead="torch_cached_delta_rule")
 def fla_cached_delta_rule(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -136,7 +105,7 @@ def fla_cached_delta_rule(
     return _cached("fla_cached_delta_rule", q, k, v, None, beta, *rest)
 
 
-@operator(fake=like_v, mutates=("delta_cache",), needs=(FLA,), instead="torch_cached_gated_delta_rule")
+@operator(fake=like_v, mutates=("delta_cache",), needs=(FLA, TRITON), instead="torch_cached_gated_delta_rule")
 def fla_cached_gated_delta_rule(
     q: torch.Tensor,
     k: torch.Tensor,

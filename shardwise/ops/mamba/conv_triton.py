@@ -10,8 +10,8 @@ from shardwise.ops.triton_support import Kernel
 # Channels of a program for each of its warps: eight of a thread, 16 bytes of a half-precision row.
 WARP_CHANNELS = 256
 PREFILL = {"warps": 4, "ahead": 4}
-# From here on a decode program takes two tokens, which share one reading of the weights (conv.cu: kManyTokens).
-MANY_TOKENS = 128
+# From here on a decode program takes several tokens, which share one reading of the weights (conv.cu: kManyTokens).
+MANY_TOKENS, TOGETHER = 128, 2
 
 _launch_save = Kernel(kernels.save_kernel)
 _launch_prefill = Kernel(kernels.prefill_kernel)
@@ -54,7 +54,7 @@ def _decode(one: ConvBatch) -> None:
     free = one.batch.prefill_tokens, one.batch.prefill, tokens, cache.shape[0]
     strides = cache.stride()
     if one.K == 4 and one.x_c == 1 and strides[1:] == (3, 1) and channels % 8 == 0:
-        together = 1 if tokens < MANY_TOKENS else 2
+        together = 1 if tokens < MANY_TOKENS else TOGETHER
         grid = -(-channels // WARP_CHANNELS) * -(-tokens // together), 1, 1
         dense = channels, one.x_t, strides[0], together, WARP_CHANNELS // 8, one.bias is not None, one.silu
         _launch_decode_dense(one.x.device, grid, pointers, free, dense, warps=1)

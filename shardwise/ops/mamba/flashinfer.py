@@ -1,14 +1,19 @@
 """The state-space scan with FlashInfer's decode step; prefill runs on our Triton kernels."""
 
-import math
+import functools
+from collections.abc import Callable
 
 import torch
 
 from shardwise.ops.attention.batch import Batch
+from shardwise.ops.mamba import ssd_kernels as kernels
 from shardwise.ops.mamba.scan import Inputs, prefill, prepare
-from shardwise.ops.mamba.ssd import time_steps
 from shardwise.ops.mamba.triton import like_hidden
 from shardwise.ops.registry import FLASHINFER, TRITON, operator
+from shardwise.ops.triton_support import Kernel
+
+_launch_ready = Kernel(kernels.ready_kernel)
+_launch_drop = Kernel(kernels.drop_kernel)
 
 
 @operator(fake=like_hidden, mutates=("ssm_state_cache",), needs=(FLASHINFER, TRITON), instead="torch_cached_ssm")
@@ -31,7 +36,8 @@ def flashinfer_cached_ssm(
     time_step_limit: list[float],
     chunk_size: int,
 ) -> torch.Tensor:
-    """As `triton_cached_ssm`; the head size P must be 64 or 128 and the states of a slot contiguous."""
+    """As `triton_cached_ssm`; the head size P must be 64 or 128, the states of a slot contiguous, and there must be at
+    least as many slots as decode sequences."""
     op = "flashinfer_cached_ssm"
     if hidden_states.shape[-1] not in (64, 128):
         raise ValueError(
@@ -44,35 +50,54 @@ def flashinfer_cached_ssm(
     if batch.prefill_tokens:
         prefill(one, batch, cu_seqlen, use_initial_states, chunk_indices, chunk_offsets, seq_idx_prefill, chunk_size)
     if batch.decode:
+        if ssm_state_cache.shape[0] < batch.decode:
+            raise ValueError(
+                f"{op}: FlashInfer wants a slot for each of the {batch.decode} decode sequences, the cache has "
+                f"{ssm_state_cache.shape[0]}; triton_cached_ssm takes any number"
+            )
         _decode(one, batch)
     return one.out
 
 
-def _decode(one: Inputs, batch: Batch) -> None:
+@functools.cache
+def _update() -> Callable:
     from flashinfer.mamba import selective_state_update
 
-    span = slice(batch.prefill_tokens, batch.tokens)
-    size, states = one.x.shape[3], one.B.shape[3]
-    x, B, C, out, dt = (t.flatten(0, 1)[span] for t in (one.x, one.B, one.C, one.out, one.dt))
-    bias = one.dt_bias
-    clamped = one.low > 0 or not math.isinf(one.high)
-    if clamped:  # which FlashInfer does not do
-        dt = time_steps(dt, bias, [one.low, one.high])
-    elif bias.dtype != dt.dtype:
-        dt, bias = dt.float(), bias.float()
-    slots = one.slots[batch.prefill : batch.sequences].to(torch.int32)
-    selective_state_update(
+    return selective_state_update
+
+
+def _decode(one: Inputs, batch: Batch) -> None:
+    """FlashInfer's step between two small kernels of ours.
+
+    The first makes the time steps, clamped, which FlashInfer's are not, and 32-bit slots; the last gives zeros to the
+    tokens without a slot, for which FlashInfer computes something from an empty state.
+    """
+    count, device = batch.decode, one.x.device
+    (heads, size), states = one.x.shape[2:], one.B.shape[3]
+    steps = torch.empty((count, heads, 1), dtype=torch.float32, device=device)
+    slots = torch.empty(count, dtype=torch.int32, device=device)
+    free = batch.prefill_tokens, batch.prefill, heads, one.cache.shape[0], one.low, one.high
+    fixed = one.dt_t, 1 << (heads - 1).bit_length()
+    _launch_ready(device, (count, 1, 1), (one.dt, one.dt_bias, one.slots, steps, slots), free, fixed, warps=4)
+    x, B, C = (_tokens(t, batch) for t in (one.x, one.B, one.C))
+    A, D, out = one.A.float(), one.D.float(), _tokens(one.out, batch)
+    _update()(
         one.cache,
-        x.contiguous(),
-        dt.contiguous()[..., None].expand(-1, -1, size),
-        one.A.float()[:, None, None].expand(-1, size, states),
-        B.contiguous(),
-        C.contiguous(),
-        one.D.to(dt.dtype)[:, None].expand(-1, size),
-        dt_bias=None if clamped else bias[:, None].expand(-1, size),
-        dt_softplus=not clamped,
+        x,
+        steps.expand(count, heads, size),
+        A.as_strided((heads, size, states), (1, 0, 0)),
+        B,
+        C,
+        D.as_strided((heads, size), (1, 0)),
         state_batch_indices=slots,
         pad_slot_id=-1,
         out=out,
     )
-    out.masked_fill_((slots < 0)[:, None, None], 0)
+    _launch_drop(device, (count, 1, 1), (slots, out), (heads * size,), (1024,), warps=4)
+
+
+def _tokens(t: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """The decode tokens of `t` [b, s, H, D], dense [decode, H, D]."""
+    if batch.prefill_tokens or batch.tokens < t.shape[0] * t.shape[1]:
+        return t.flatten(0, 1)[batch.prefill_tokens : batch.tokens].contiguous()
+    return t.contiguous().view(-1, *t.shape[2:])

@@ -8,14 +8,14 @@ from torch import Tensor
 from shardwise.ops.attention.batch import Batch, read_batch
 from shardwise.ops.mamba import ssd_kernels as kernels
 from shardwise.ops.mamba.checks import check_ssm
-from shardwise.ops.state_batch import check_counts
+from shardwise.ops.state_batch import check_counts, token_rows
 from shardwise.ops.triton_support import Kernel
 
-# Tile sizes, warps and pipeline stages. None of these kernels spills; OUTPUTS takes 120 registers a thread, so that
-# two of its blocks share a multiprocessor.
+# Tile sizes, warps and pipeline stages; none of these kernels spills.
+STEPS = {"heads": 16, "warps": 4}
 STATES = {"P": 64, "N": 64, "T": 64, "warps": 4, "stages": 3}
-OUTPUTS = {"M": 128, "T": 32, "warps": 8, "stages": 2}
-DECODE = {"elements": 2048, "warps": 4}
+OUTPUTS = {"T": 64, "heads": 1, "warps": 4, "stages": 2}
+DECODE = {"elements": 2048, "warps": 1}
 
 _launch_steps = Kernel(kernels.steps_kernel)
 _launch_states = Kernel(kernels.states_kernel)
@@ -60,24 +60,15 @@ def prepare(
     batch = read_batch(op, batch_info_host)
     tokens = hidden_states.shape[0] * hidden_states.shape[1]
     check_counts(op, batch, tokens, slot_idx, resumes)
-    x, x_t = _rows(hidden_states)
-    B, B_t = _rows(B)
-    C, C_t = _rows(C)
-    dt, dt_t = _rows(dt)
+    x, x_t = token_rows(hidden_states)
+    B, B_t = token_rows(B)
+    C, C_t = token_rows(C)
+    dt, dt_t = token_rows(dt)
     make = torch.empty_like if batch.tokens == tokens else torch.zeros_like
     out = make(x, memory_format=torch.contiguous_format)
     vectors = A.contiguous(), D.contiguous(), dt_bias.contiguous(), slot_idx.contiguous()
     numbers = x_t, B_t, C_t, dt_t, float(limit[0]), float(limit[1])
     return batch, Inputs(x, vectors[0], B, C, vectors[1], dt, vectors[2], vectors[3], cache, out, *numbers)
-
-
-def _rows(t: Tensor) -> tuple[Tensor, int]:
-    """`t` [b, s, ...] with a contiguous last dimension, and the stride from token to token."""
-    strides, shape = t.stride(), t.shape
-    if strides[-1] != 1 or (shape[0] != 1 and shape[1] != 1):
-        t = t.contiguous()
-        strides = t.stride()
-    return t, strides[0] if shape[1] == 1 else strides[1]
 
 
 def _power(n: int) -> int:
@@ -92,15 +83,15 @@ def prefill(
     tokens, (heads, P), (groups, N) = batch.prefill_tokens, one.x.shape[2:], one.B.shape[2:]
     pieces, ratio, exact = index.numel(), heads // groups, one.x.dtype == torch.float32
     device, slots, cuts = one.x.device, one.cache.shape[0], (index, offset, owner, bounds)
-    steps, totals = torch.empty((2, heads, tokens), dtype=torch.float32, device=device)
-    states = torch.empty((pieces, heads, P, N), dtype=one.x.dtype, device=device)
+    totals, levels = torch.empty((2, heads, tokens), dtype=torch.float32, device=device)
+    states = torch.empty((pieces, heads, N, P), dtype=one.x.dtype, device=device)
     _launch_steps(
         device,
-        (pieces, heads, 1),
-        (one.dt, one.dt_bias, one.A, *cuts, steps, totals),
+        (pieces, -(-heads // STEPS["heads"]), 1),
+        (one.dt, one.dt_bias, one.A, *cuts, totals, levels),
         (tokens, heads, one.low, one.high),
-        (one.dt_t, chunk, 1 << (chunk - 1).bit_length()),
-        warps=4,
+        (one.dt_t, chunk, 1 << (chunk - 1).bit_length(), STEPS["heads"]),
+        warps=STEPS["warps"],
     )
     x_strides, B_strides, C_strides = (one.x_t, one.x.stride(2)), (one.B_t, one.B.stride(2)), (one.C_t, one.C.stride(2))
     block_p, block_n = min(STATES["P"], _power(P)), min(STATES["N"], _power(N))
@@ -108,19 +99,20 @@ def prefill(
     _launch_states(
         device,
         (batch.prefill, heads, -(-P // block_p) * -(-N // block_n)),
-        (one.x, one.B, steps, totals, bounds, one.slots, resumes, one.cache, states),
+        (one.x, one.B, totals, levels, bounds, one.slots, resumes, one.cache, states),
         (tokens, heads, slots),
         (*x_strides, *B_strides, *one.cache.stride()[:3], ratio, P, N, chunk, block_p, block_n, block_t, 64, exact),
         warps=STATES["warps"],
         stages=STATES["stages"],
     )
-    block_m, block_t = min(64 if exact else OUTPUTS["M"], _power(chunk)), min(OUTPUTS["T"], _power(chunk))
+    block_t = min(32 if exact else OUTPUTS["T"], _power(chunk))
+    together = OUTPUTS["heads"] if ratio % OUTPUTS["heads"] == 0 else 1
     _launch_outputs(
         device,
-        (pieces, heads, -(-chunk // block_m)),
-        (one.x, one.B, one.C, one.D, steps, totals, *cuts, one.slots, states, one.out),
+        (pieces * heads // together, 1, 1),
+        (one.x, one.B, one.C, one.D, totals, levels, *cuts, one.slots, states, one.out),
         (tokens, heads, slots),
-        (*x_strides, *B_strides, *C_strides, ratio, P, N, chunk, _power(P), _power(N), block_m, block_t, exact),
+        (*x_strides, *B_strides, *C_strides, ratio, P, N, chunk, _power(P), _power(N), block_t, together, exact),
         warps=OUTPUTS["warps"],
         stages=OUTPUTS["stages"],
     )

@@ -2,7 +2,8 @@
 
 The prefill tokens are cut into pieces that never cross a sequence (`metadata.py`). One kernel walks every sequence
 from piece to piece and keeps the state in registers, so that per-piece states are written once, in the activations'
-dtype, and never read back for a second pass; outputs of all pieces follow in parallel.
+dtype, and never read back for a second pass. The outputs of all pieces follow in parallel: a program walks its piece
+in short steps that carry the state along, so that the quadratic part is as narrow as a step.
 """
 
 from shardwise.ops.mamba.metadata import first_piece
@@ -10,12 +11,12 @@ from shardwise.ops.triton_support import tl, triton
 
 
 @triton.jit
-def dot(a, b, EXACT: tl.constexpr):
-    """Matrix product with float32 accumulation; float32 operands without tf32 rounding."""
+def dot(a, b, added, EXACT: tl.constexpr):
+    """added + a @ b in float32, float32 operands without tf32 rounding; `added` may be None."""
     if EXACT:
-        product = tl.dot(a, b, input_precision="ieee")
+        product = tl.dot(a, b, added, input_precision="ieee")
     else:
-        product = tl.dot(a, b)
+        product = tl.dot(a, b, added)
     return product
 
 
@@ -48,8 +49,8 @@ def steps_kernel(
     offset_ptr,
     owner_ptr,
     bounds_ptr,
-    step_ptr,
     total_ptr,
+    level_ptr,
     tokens,
     heads,
     low,
@@ -57,27 +58,34 @@ def steps_kernel(
     dt_t,
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
+    HEADS: tl.constexpr,
 ):
-    """Time steps [H, T] and the running sum of dt * A inside each piece [H, T], float32, for one (piece, head)."""
-    head = tl.program_id(1)
+    """Running sums of dt * A inside one piece [H, T] and, for HEADS heads, `level` = running sum - log(dt), float32.
+
+    Of token j's input, exp(total_i - level_j) is left at token i: its time step and the decay since in one number.
+    """
+    head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     owner, start, end = piece_bounds(index_ptr, offset_ptr, owner_ptr, bounds_ptr, tl.program_id(0), CHUNK)
     if owner < 0:
         return
     row = start + tl.arange(0, BLOCK)
-    mask = row < end
-    dt = tl.load(dt_ptr + row.to(tl.int64) * dt_t + head, mask=mask, other=0.0)
-    step = tl.where(mask, time_step(dt, tl.load(bias_ptr + head), low, high), 0.0)
-    total = tl.cumsum(step * tl.load(A_ptr + head).to(tl.float32), axis=0)
-    tl.store(step_ptr + head.to(tl.int64) * tokens + row, step, mask=mask)
-    tl.store(total_ptr + head.to(tl.int64) * tokens + row, total, mask=mask)
+    mask = (row < end)[:, None] & (head < heads)[None, :]
+    bias = tl.load(bias_ptr + head, mask=head < heads, other=0.0)
+    A = tl.load(A_ptr + head, mask=head < heads, other=0.0).to(tl.float32)
+    dt = tl.load(dt_ptr + row.to(tl.int64)[:, None] * dt_t + head[None, :], mask=mask, other=0.0)
+    step = tl.where(mask, time_step(dt, bias[None, :], low, high), 0.0)
+    total = tl.cumsum(step * A[None, :], axis=0)
+    target = head.to(tl.int64)[None, :] * tokens + row[:, None]
+    tl.store(total_ptr + target, total, mask=mask)
+    tl.store(level_ptr + target, total - tl.log(tl.where(mask, step, 1.0)), mask=mask)
 
 
 @triton.jit(do_not_specialize=["tokens", "heads", "slots"])
 def states_kernel(
     x_ptr,
     B_ptr,
-    step_ptr,
     total_ptr,
+    level_ptr,
     bounds_ptr,
     slot_ptr,
     resume_ptr,
@@ -103,7 +111,7 @@ def states_kernel(
     SEQUENCES: tl.constexpr,
     EXACT: tl.constexpr,
 ):
-    """One sequence, head and tile of its state, from piece to piece; writes the state before every piece."""
+    """One sequence, head and tile of its state [N, P], from piece to piece; writes the state before every piece."""
     sequence, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
     p = (tl.program_id(2) // tl.cdiv(N, BLOCK_N)) * BLOCK_P + tl.arange(0, BLOCK_P)
     n = (tl.program_id(2) % tl.cdiv(N, BLOCK_N)) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -111,33 +119,30 @@ def states_kernel(
     start, end = tl.load(bounds_ptr + sequence), tl.load(bounds_ptr + sequence + 1)
     if (start >= end) | (slot < 0) | (slot >= slots):
         return
-    tile = (p < P)[:, None] & (n < N)[None, :]
-    cached = cache_ptr + slot * cache_slot + head * cache_h + p[:, None] * cache_p + n[None, :]
+    tile = (n < N)[:, None] & (p < P)[None, :]
+    cached = cache_ptr + slot * cache_slot + head * cache_h + p[None, :] * cache_p + n[:, None]
     resume = tl.load(resume_ptr + sequence).to(tl.int1)
     state = tl.load(cached, mask=tile & resume, other=0.0).to(tl.float32)
     piece = first_piece(bounds_ptr, sequence, CHUNK, SEQUENCES).to(tl.int64)
     x_ptr += head * x_h
     B_ptr += (head // RATIO) * B_g
-    step_ptr += head * tokens
     total_ptr += head * tokens
+    level_ptr += head * tokens
     while start < end:
         stop = tl.minimum((start // CHUNK + 1) * CHUNK, end)
-        before = piece_state_ptr + ((piece * heads + head) * P + p[:, None]) * N + n[None, :]
+        before = piece_state_ptr + ((piece * heads + head) * N + n[:, None]) * P + p[None, :]
         tl.store(before, state.to(piece_state_ptr.dtype.element_ty), mask=tile)
         last = tl.load(total_ptr + stop - 1)
         state *= tl.exp(last)
         for begin in range(start, stop, BLOCK_T):
             row = begin + tl.arange(0, BLOCK_T)
             live = row < stop
-            x = tl.load(
-                x_ptr + row[None, :].to(tl.int64) * x_t + p[:, None], mask=live[None, :] & (p < P)[:, None], other=0.0
-            )
-            weight = tl.load(step_ptr + row, mask=live, other=0.0)
-            weight *= tl.exp(last - tl.load(total_ptr + row, mask=live, other=0.0))
-            B = tl.load(
-                B_ptr + row[:, None].to(tl.int64) * B_t + n[None, :], mask=live[:, None] & (n < N)[None, :], other=0.0
-            )
-            state += dot((x.to(tl.float32) * weight[None, :]).to(B.dtype), B, EXACT)
+            x_rows = x_ptr + row[:, None].to(tl.int64) * x_t + p[None, :]
+            x = tl.load(x_rows, mask=live[:, None] & (p < P)[None, :], other=0.0)
+            B_rows = B_ptr + row[None, :].to(tl.int64) * B_t + n[:, None]
+            B = tl.load(B_rows, mask=live[None, :] & (n < N)[:, None], other=0.0)
+            level = tl.load(level_ptr + row, mask=live, other=float("inf"))
+            state = dot(B, (x.to(tl.float32) * tl.exp(last - level)[:, None]).to(B.dtype), state, EXACT)
         start = stop
         piece += 1
     tl.store(cached, state.to(cache_ptr.dtype.element_ty), mask=tile)
@@ -149,8 +154,8 @@ def outputs_kernel(
     B_ptr,
     C_ptr,
     D_ptr,
-    step_ptr,
     total_ptr,
+    level_ptr,
     index_ptr,
     offset_ptr,
     owner_ptr,
@@ -173,50 +178,67 @@ def outputs_kernel(
     CHUNK: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    BLOCK_M: tl.constexpr,
     BLOCK_T: tl.constexpr,
+    HEADS: tl.constexpr,
     EXACT: tl.constexpr,
 ):
-    """BLOCK_M outputs of one (piece, head): what the state before the piece gives, and the piece's own tokens."""
-    piece, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    """Outputs of one piece and HEADS heads of a group: BLOCK_T tokens at a time, the states going along in registers.
+
+    B, C and their products are the same for all heads of a group.
+    """
+    blocks = heads // HEADS  # heads change fastest: those of a group find B and C in the cache
+    piece, head = (tl.program_id(0) // blocks).to(tl.int64), (tl.program_id(0) % blocks).to(tl.int64) * HEADS
     owner, start, end = piece_bounds(index_ptr, offset_ptr, owner_ptr, bounds_ptr, piece, CHUNK)
-    first = start + tl.program_id(2) * BLOCK_M
-    if (owner < 0) | (first >= end):
+    if owner < 0:
         return
-    row, p, n = first + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_N)
-    live = row < end
+    i, p, n = tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_N)
     slot = tl.load(slot_ptr + owner)
-    target = out_ptr + (row[:, None].to(tl.int64) * heads + head) * P + p[None, :]
-    written = live[:, None] & (p < P)[None, :]
+    out_ptr += head * P
     if (slot < 0) | (slot >= slots):
-        tl.store(target, tl.zeros((BLOCK_M, BLOCK_P), out_ptr.dtype.element_ty), mask=written)
+        for begin in range(start, end, BLOCK_T):
+            target = out_ptr + (begin + i)[:, None].to(tl.int64) * heads * P + p[None, :]
+            mask = (begin + i < end)[:, None] & (p < P)[None, :]
+            for h in tl.static_range(HEADS):
+                tl.store(target + h * P, tl.zeros((BLOCK_T, BLOCK_P), out_ptr.dtype.element_ty), mask=mask)
         return
     x_ptr += head * x_h
     B_ptr += (head // RATIO) * B_g
     C_ptr += (head // RATIO) * C_g
-    step_ptr += head * tokens
     total_ptr += head * tokens
-    C = tl.load(C_ptr + row[:, None].to(tl.int64) * C_t + n[None, :], mask=live[:, None] & (n < N)[None, :], other=0.0)
-    total = tl.load(total_ptr + row, mask=live, other=0.0)
-    before = piece_state_ptr + ((piece * heads + head) * P + p[None, :]) * N + n[:, None]
-    state = tl.load(before, mask=(p < P)[None, :] & (n < N)[:, None], other=0.0)
-    out = dot(C, state, EXACT) * tl.exp(total)[:, None]
-    for begin in range(start, tl.minimum(first + BLOCK_M, end), BLOCK_T):
-        other = begin + tl.arange(0, BLOCK_T)
-        known = other < end
-        B = tl.load(
-            B_ptr + other[None, :].to(tl.int64) * B_t + n[:, None], mask=known[None, :] & (n < N)[:, None], other=0.0
-        )
-        gap = total[:, None] - tl.load(total_ptr + other, mask=known, other=0.0)[None, :]
-        gap = tl.exp(tl.where(other[None, :] <= row[:, None], gap, float("-inf")))
-        scores = dot(C, B, EXACT) * gap * tl.load(step_ptr + other, mask=known, other=0.0)[None, :]
-        x = tl.load(
-            x_ptr + other[:, None].to(tl.int64) * x_t + p[None, :], mask=known[:, None] & (p < P)[None, :], other=0.0
-        )
-        out += dot(scores.to(x.dtype), x, EXACT)
-    x = tl.load(x_ptr + row[:, None].to(tl.int64) * x_t + p[None, :], mask=written, other=0.0)
-    out += tl.load(D_ptr + head).to(tl.float32) * x.to(tl.float32)
-    tl.store(target, out.to(out_ptr.dtype.element_ty), mask=written)
+    level_ptr += head * tokens
+    before = piece_state_ptr + ((piece * heads + head) * N + n[:, None]) * P + p[None, :]
+    states, reached = (), ()  # reached: the running sums before these tokens
+    for h in tl.static_range(HEADS):
+        state = tl.load(before + h * N * P, mask=(n < N)[:, None] & (p < P)[None, :], other=0.0)
+        states = states + (state.to(tl.float32),)  # type: ignore[assignment]
+        reached = reached + (tl.zeros((), tl.float32),)  # type: ignore[assignment]
+    for begin in range(start, end, BLOCK_T):
+        row = begin + i
+        live = row < end
+        C_rows = C_ptr + row[:, None].to(tl.int64) * C_t + n[None, :]
+        C = tl.load(C_rows, mask=live[:, None] & (n < N)[None, :], other=0.0)
+        B_rows = B_ptr + row[None, :].to(tl.int64) * B_t + n[:, None]
+        B = tl.load(B_rows, mask=live[None, :] & (n < N)[:, None], other=0.0)
+        products = dot(C, B, None, EXACT)
+        new_states, new_reached = (), ()
+        for h in tl.static_range(HEADS):
+            x_rows = x_ptr + h * x_h + row[:, None].to(tl.int64) * x_t + p[None, :]
+            written = live[:, None] & (p < P)[None, :]
+            x = tl.load(x_rows, mask=written, other=0.0)
+            sums = total_ptr + h * tokens
+            total = tl.load(sums + row, mask=live, other=0.0)
+            last = tl.load(sums + tl.minimum(begin + BLOCK_T, end) - 1)
+            level = tl.load(level_ptr + h * tokens + row, mask=live, other=float("inf"))
+            out = dot(C, states[h].to(C.dtype), None, EXACT) * tl.exp(total - reached[h])[:, None]
+            gap = tl.where(i[None, :] <= i[:, None], total[:, None] - level[None, :], float("-inf"))
+            out = dot((products * tl.exp(gap)).to(x.dtype), x, out, EXACT)
+            kept = (x.to(tl.float32) * tl.exp(last - level)[:, None]).to(B.dtype)
+            new_states = new_states + (dot(B, kept, states[h] * tl.exp(last - reached[h]), EXACT),)
+            new_reached = new_reached + (last,)
+            out += tl.load(D_ptr + head + h).to(tl.float32) * x.to(tl.float32)
+            target = out_ptr + h * P + row[:, None].to(tl.int64) * heads * P + p[None, :]
+            tl.store(target, out.to(out_ptr.dtype.element_ty), mask=written)
+        states, reached = new_states, new_reached
 
 
 @triton.jit(do_not_specialize=["first", "skip", "heads", "slots", "low", "high"])
@@ -276,3 +298,40 @@ def decode_kernel(
     tl.store(cached, state.to(cache_ptr.dtype.element_ty), mask=tile)
     out = tl.sum(state * C[None, :], axis=1) + tl.load(D_ptr + head).to(tl.float32) * x
     tl.store(target, out.to(out_ptr.dtype.element_ty), mask=p < P)
+
+
+@triton.jit(do_not_specialize=["first", "skip", "heads", "slots", "low", "high"])
+def ready_kernel(
+    dt_ptr,
+    bias_ptr,
+    slot_ptr,
+    step_ptr,
+    index_ptr,
+    first,
+    skip,
+    heads,
+    slots,
+    low,
+    high,
+    dt_t,
+    BLOCK: tl.constexpr,
+):
+    """Time steps [decode, H], float32, and slots [decode], int32 and -1 where there is none, of one decode token."""
+    token, head = tl.program_id(0), tl.arange(0, BLOCK)
+    mask = head < heads
+    dt = tl.load(dt_ptr + (first + token).to(tl.int64) * dt_t + head, mask=mask, other=0.0)
+    step = time_step(dt, tl.load(bias_ptr + head, mask=mask, other=0.0), low, high)
+    tl.store(step_ptr + token * heads + head, step, mask=mask)
+    slot = tl.load(slot_ptr + skip + token)
+    tl.store(index_ptr + token, tl.where((slot >= 0) & (slot < slots), slot, -1).to(tl.int32))
+
+
+@triton.jit(do_not_specialize=["width"])
+def drop_kernel(index_ptr, out_ptr, width, BLOCK: tl.constexpr):
+    """Zeros for a token [width] without a slot."""
+    token = tl.program_id(0).to(tl.int64)
+    if tl.load(index_ptr + token) >= 0:
+        return
+    for begin in range(0, width, BLOCK):
+        i = begin + tl.arange(0, BLOCK)
+        tl.store(out_ptr + token * width + i, tl.zeros((BLOCK,), out_ptr.dtype.element_ty), mask=i < width)

@@ -1,0 +1,187 @@
+"""Triton kernels around fla's: states in and out of the cache, chunks of several sequences, the decode step."""
+
+from shardwise.ops.triton_support import tl, triton
+
+
+@triton.jit
+def is_live(bounds_ptr, slot_ptr, sequence, slots):
+    """Whether a prefill sequence has tokens and a row in the cache."""
+    slot = tl.load(slot_ptr + sequence)
+    tokens = tl.load(bounds_ptr + sequence + 1) - tl.load(bounds_ptr + sequence)
+    return (slot >= 0) & (slot < slots) & (tokens > 0)
+
+
+@triton.jit(do_not_specialize=["slots"])
+def load_states_kernel(
+    bounds_ptr,
+    slot_ptr,
+    resume_ptr,
+    cache_ptr,
+    state_ptr,
+    slots,
+    cache_slot,
+    cache_h,
+    cache_k,
+    HEADS: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    """Float32 states [sequences, HEADS, K, V] before the first token: a sequence's row, or zeros."""
+    sequence, head = tl.program_id(0) // HEADS, tl.program_id(0) % HEADS
+    k, v = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_V)
+    inside = (k < K)[:, None] & (v < V)[None, :]
+    taken = is_live(bounds_ptr, slot_ptr, sequence, slots) & tl.load(resume_ptr + sequence).to(tl.int1)
+    row = cache_ptr + tl.load(slot_ptr + sequence).to(tl.int64) * cache_slot + head * cache_h
+    state = tl.load(row + k[:, None] * cache_k + v[None, :], mask=inside & taken, other=0.0)
+    target = state_ptr + tl.program_id(0).to(tl.int64) * K * V + k[:, None] * V + v[None, :]
+    tl.store(target, state.to(tl.float32), mask=inside)
+
+
+@triton.jit(do_not_specialize=["slots"])
+def store_states_kernel(
+    bounds_ptr,
+    slot_ptr,
+    cache_ptr,
+    state_ptr,
+    slots,
+    cache_slot,
+    cache_h,
+    cache_k,
+    HEADS: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    """States [sequences, HEADS, K, V] into the rows of their sequences."""
+    sequence, head = tl.program_id(0) // HEADS, tl.program_id(0) % HEADS
+    if not is_live(bounds_ptr, slot_ptr, sequence, slots):
+        return
+    k, v = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_V)
+    inside = (k < K)[:, None] & (v < V)[None, :]
+    source = state_ptr + tl.program_id(0).to(tl.int64) * K * V + k[:, None] * V + v[None, :]
+    row = cache_ptr + tl.load(slot_ptr + sequence).to(tl.int64) * cache_slot + head * cache_h
+    state = tl.load(source, mask=inside, other=0.0).to(cache_ptr.dtype.element_ty)
+    tl.store(row + k[:, None] * cache_k + v[None, :], state, mask=inside)
+
+
+@triton.jit(do_not_specialize=["sequences", "chunks"])
+def chunks_kernel(
+    bounds_ptr,
+    chunk_ptr,
+    sequences,
+    chunks,
+    CHUNK: tl.constexpr,
+    SEQUENCES: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """(sequence, chunk of that sequence) of every chunk [chunks, 2].
+
+    There is room for as many as there can be; what is left over names a chunk behind the end of the last sequence that
+    has tokens, in which fla's kernels find none.
+    """
+    i, j = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, SEQUENCES)
+    low = tl.load(bounds_ptr + j, mask=j < sequences, other=0)
+    high = tl.load(bounds_ptr + j + 1, mask=j < sequences, other=0)
+    ends = tl.cumsum(tl.cdiv(high - low, CHUNK), axis=0)
+    done = (ends[None, :] <= i[:, None]) & (j < sequences)[None, :]
+    sequence = tl.sum(done.to(tl.int32), axis=1)
+    chunk = i - tl.max(tl.where(done, ends[None, :], 0), axis=1).to(tl.int32)
+    beyond = sequence >= sequences
+    last = tl.max(tl.where((low < high) & (j < sequences), j, 0), axis=0)
+    tl.store(chunk_ptr + 2 * i, tl.where(beyond, last, sequence), mask=i < chunks)
+    tl.store(chunk_ptr + 2 * i + 1, tl.where(beyond, chunks, chunk), mask=i < chunks)
+
+
+@triton.jit(do_not_specialize=["sequences", "slots", "prefill", "used", "tokens"])
+def drop_kernel(
+    bounds_ptr,
+    slot_ptr,
+    out_ptr,
+    sequences,
+    slots,
+    prefill,
+    used,
+    tokens,
+    WIDTH: tl.constexpr,
+    SEQUENCES: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Zeros for prefill tokens (the first `prefill`) of sequences without a row, and for padding from `used` on."""
+    i, j = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, SEQUENCES)
+    high = tl.load(bounds_ptr + j + 1, mask=j < sequences, other=0)
+    owner = tl.sum(((high[None, :] <= i[:, None]) & (j < sequences)[None, :]).to(tl.int32), axis=1)
+    slot = tl.load(slot_ptr + owner, mask=(i < prefill) & (owner < sequences), other=0)
+    dropped = ((slot < 0) | (slot >= slots) | (i >= used)) & (i < tokens)
+    if tl.sum(dropped.to(tl.int32), axis=0) == 0:
+        return
+    for begin in range(0, WIDTH, BLOCK):
+        c = begin + tl.arange(0, BLOCK)
+        target = out_ptr + i.to(tl.int64)[:, None] * WIDTH + c[None, :]
+        nothing = tl.zeros((ROWS, BLOCK), out_ptr.dtype.element_ty)
+        tl.store(target, nothing, mask=dropped[:, None] & (c < WIDTH)[None, :])
+
+
+@triton.jit(do_not_specialize=["first", "skip", "slots", "scale"])
+def step_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    beta_ptr,
+    g_ptr,
+    slot_ptr,
+    cache_ptr,
+    out_ptr,
+    first,
+    skip,
+    slots,
+    scale,
+    q_t,
+    q_h,
+    k_t,
+    k_h,
+    v_t,
+    v_h,
+    beta_t,
+    g_t,
+    cache_slot,
+    cache_h,
+    cache_k,
+    RATIO: tl.constexpr,  # heads of v that share one of q and k
+    HEADS: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    GATED: tl.constexpr,
+):
+    """One decode token, one head and BLOCK_V columns of its state, which are read, stepped and written once.
+
+    What the old state holds for k and for q comes out of one pass: with u the update, S'^T q = S^T q + (k . q) u.
+    The decode tokens begin at token `first` and their slots at entry `skip`.
+    """
+    number, head = tl.program_id(0) // HEADS, tl.program_id(0) % HEADS
+    token = (first + number).to(tl.int64)
+    k_rows, v_columns = tl.arange(0, BLOCK_K), tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
+    target = out_ptr + (token * HEADS + head) * V + v_columns
+    slot = tl.load(slot_ptr + skip + number).to(tl.int64)
+    if (slot < 0) | (slot >= slots):
+        tl.store(target, tl.zeros((BLOCK_V,), out_ptr.dtype.element_ty), mask=v_columns < V)
+        return
+    tile = (k_rows < K)[:, None] & (v_columns < V)[None, :]
+    cached = cache_ptr + slot * cache_slot + head * cache_h + k_rows[:, None] * cache_k + v_columns[None, :]
+    state = tl.load(cached, mask=tile, other=0.0).to(tl.float32)
+    q = tl.load(q_ptr + token * q_t + head // RATIO * q_h + k_rows, mask=k_rows < K, other=0.0).to(tl.float32)
+    k = tl.load(k_ptr + token * k_t + head // RATIO * k_h + k_rows, mask=k_rows < K, other=0.0).to(tl.float32)
+    v = tl.load(v_ptr + token * v_t + head * v_h + v_columns, mask=v_columns < V, other=0.0).to(tl.float32)
+    if GATED:
+        state *= tl.exp(tl.load(g_ptr + token * g_t + head).to(tl.float32))
+    beta = tl.load(beta_ptr + token * beta_t + head).to(tl.float32)
+    update = beta * (v - tl.sum(state * k[:, None], axis=0))
+    out = tl.sum(state * q[:, None], axis=0) + tl.sum(q * k, axis=0) * update
+    state += k[:, None] * update[None, :]
+    tl.store(cached, state.to(cache_ptr.dtype.element_ty), mask=tile)
+    tl.store(target, (scale * out).to(out_ptr.dtype.element_ty), mask=v_columns < V)

@@ -1,0 +1,124 @@
+"""What surrounds fla's chunked kernels, and the decode step: launches without a look at device memory."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from shardwise.ops.attention.batch import Batch
+from shardwise.ops.fla import kernels
+from shardwise.ops.fla.delta import CHUNK
+from shardwise.ops.state_batch import token_rows
+from shardwise.ops.triton_support import Kernel
+
+# Numbers of a state that one program of the decode step holds, and its warps.
+STEP = {"elements": 4096, "warps": 4}
+_COPY_ROWS = 32
+
+_launch_load = Kernel(kernels.load_states_kernel)
+_launch_store = Kernel(kernels.store_states_kernel)
+_launch_chunks = Kernel(kernels.chunks_kernel)
+_launch_drop = Kernel(kernels.drop_kernel)
+_launch_step = Kernel(kernels.step_kernel)
+
+
+def _power(n: int) -> int:
+    return 1 << max(n - 1, 0).bit_length()
+
+
+class Prefill(NamedTuple):
+    """The prefill sequences of a step: states [slots, HV, K, V] and the token bounds of fla's variable-length form.
+
+    All tokens of the step are given to fla, which leaves those behind the last bound alone: so its result is the
+    operator's, without a copy.
+    """
+
+    op: str
+    batch: Batch
+    tokens: int
+    cu_seqlen: Tensor
+    slots: Tensor
+    resumes: Tensor
+    cache: Tensor
+
+    @property
+    def alone(self) -> bool:
+        """One sequence has all tokens: fla needs no bounds."""
+        return self.batch.prefill == 1 and self.batch.prefill_tokens == self.tokens
+
+    @property
+    def bounds(self) -> Tensor | None:
+        return None if self.alone else self.cu_seqlen[: self.batch.prefill + 1]
+
+    def _fixed(self) -> tuple:
+        return *self.cache.stride()[:3], *self.cache.shape[1:], _COPY_ROWS, _power(self.cache.shape[3])
+
+    def _grid(self) -> tuple[int, int, int]:
+        return self.batch.prefill * self.cache.shape[1], -(-self.cache.shape[2] // _COPY_ROWS), 1
+
+    def states(self) -> Tensor:
+        """Float32 [sequences, HV, K, V] before the first tokens."""
+        batch, cache = self.batch, self.cache
+        if self.cu_seqlen.numel() < batch.prefill + 1:
+            raise ValueError(
+                f"{self.op}: cu_seqlen has {self.cu_seqlen.numel()} entries; {batch.prefill} sequences need one more"
+            )
+        state = torch.empty((batch.prefill, *cache.shape[1:]), dtype=torch.float32, device=cache.device)
+        pointers = self.cu_seqlen, self.slots, self.resumes, cache, state
+        _launch_load(cache.device, self._grid(), pointers, (cache.shape[0],), self._fixed(), warps=4)
+        return state
+
+    def chunks(self) -> Tensor | None:
+        """(sequence, chunk) of every chunk, int32 [at least as many as there are, 2]."""
+        if self.alone:
+            return None
+        sequences = self.batch.prefill
+        count = min(self.batch.prefill_tokens, -(-self.batch.prefill_tokens // CHUNK) + sequences - 1)
+        chunks = torch.empty((count, 2), dtype=torch.int32, device=self.cache.device)
+        fixed = CHUNK, max(_power(sequences), 2), 128
+        grid = -(-count // 128), 1, 1
+        _launch_chunks(chunks.device, grid, (self.cu_seqlen, chunks), (sequences, count), fixed, warps=4)
+        return chunks
+
+    def finish(self, out: Tensor, final: Tensor) -> None:
+        """Final states into the cache; zeros for tokens without a state and for padding, in `out` [.., HV, V]."""
+        batch, cache = self.batch, self.cache
+        pointers = self.cu_seqlen, self.slots, cache, final
+        _launch_store(cache.device, self._grid(), pointers, (cache.shape[0],), self._fixed(), warps=4)
+        width, rows = out.shape[2] * out.shape[3], 16
+        free = batch.prefill, cache.shape[0], batch.prefill_tokens, batch.tokens, self.tokens
+        fixed = width, max(_power(batch.prefill), 2), rows, min(_power(width), 512)
+        grid = -(-self.tokens // rows), 1, 1
+        _launch_drop(out.device, grid, (self.cu_seqlen, self.slots, out), free, fixed, warps=4)
+
+
+def decode(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    beta: Tensor,
+    slots: Tensor,
+    cache: Tensor,
+    out: Tensor,
+    scale: float,
+    batch: Batch,
+) -> None:
+    """One step of every decode sequence, in the cache; the rows of `out` without a state become zeros."""
+    heads, K, V = cache.shape[1:]
+    (q, q_t), (k, k_t), (v, v_t), (beta, beta_t) = (token_rows(t) for t in (q, k, v, beta))
+    gate, g_t = (beta, 0) if g is None else token_rows(g)
+    block_k = _power(K)
+    block_v = min(_power(V), max(1, STEP["elements"] // block_k))
+    fixed = (
+        q_t, q.stride(2), k_t, k.stride(2), v_t, v.stride(2), beta_t, g_t,
+        *cache.stride()[:3], heads // q.shape[2], heads, K, V, block_k, block_v, g is not None,
+    )  # fmt: skip
+    _launch_step(
+        cache.device,
+        (batch.decode * heads, -(-V // block_v), 1),
+        (q, k, v, beta, gate, slots, cache, out),
+        (batch.prefill_tokens, batch.prefill, cache.shape[0], scale),
+        fixed,
+        warps=STEP["warps"],
+    )
