@@ -39,18 +39,18 @@ def _product(a, b, acc):
     return acc + tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
 
 
-gl: Any
-if interpreting():
-    gl, jit, mma_v2 = _Language(), triton.jit, _product
-    GLUON = True
-else:
+def _found() -> tuple[Any, Any, Any, bool]:
+    """(language, jit, matrix product, whether kernels of it can run here)."""
+    stand_ins = _Language(), triton.jit, _product
+    if interpreting():
+        return *stand_ins, True
     try:
-        import triton.experimental.gluon.language as gl
+        import triton.experimental.gluon.language as language
         from triton.experimental.gluon import jit
         from triton.experimental.gluon.language.nvidia.ampere import mma_v2
-
-        GLUON = True
     except ImportError:
-        gl, jit, mma_v2 = _Language(), triton.jit, _product
-        GLUON = False
-"""GLUON: whether kernels written in it can run here."""
+        return *stand_ins, False
+    return language, jit, mma_v2, True
+
+
+gl, jit, mma_v2, GLUON = _found()

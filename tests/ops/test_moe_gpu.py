@@ -34,6 +34,18 @@ def test_error_is_at_most_twice_that_of_a_bf16_product(layer, tokens):
     assert torch.equal(got, OPS.triton_mxfp4_moe(x, *layer.arguments(4)))
 
 
+@pytest.mark.parametrize(
+    "experts,hidden,size,tokens,top_k",
+    [(6, 96, 64, 5, 2), (8, 2880, 192, 16, 4), (3, 160, 96, 90, 2), (2, 64, 32, 1, 1), (130, 128, 64, 33, 8)],
+)
+def test_small_layers_of_any_number_of_experts(experts, hidden, size, tokens, top_k):
+    small = gpt_oss_layer(experts, hidden, size, "cuda", torch.bfloat16)
+    x = torch.randn(tokens, hidden, device="cuda").bfloat16()
+    wanted = gpt_oss_oracle(x, small, top_k)
+    plain = relative(gpt_oss_oracle(x, small, top_k, torch.bfloat16), wanted)
+    assert relative(OPS.triton_mxfp4_moe(x, *small.arguments(top_k)), wanted) <= 2 * plain
+
+
 @pytest.mark.parametrize("ranks", [2, 3, 8])
 def test_expert_parallel_sums_to_the_whole(layer, ranks):
     x = torch.randn(40, 2880, device="cuda").bfloat16()

@@ -34,6 +34,18 @@ def test_mxfp4(plan, tokens, monkeypatch):
     assert sum(seen) > 10000 and got.isfinite().all()
 
 
+def test_mxfp4_for_one_token(monkeypatch):
+    layer = gpt_oss_layer(2, 80, 48)
+    up = pack_mxfp4(layer.gate_up, layer.gate_up_scales, layer.gate_up_bias, paired=True)
+    down = pack_mxfp4(layer.down, layer.down_scales, layer.down_bias, paired=False)
+    tiles = Tiles(16, 64, 1, 5, 2, 1, True)
+    with checked_memory(monkeypatch) as seen:
+        got = mxfp4_moe(
+            torch.randn(1, 80), layer.router, layer.router_bias, 2, up, down, ALPHA, LIMIT, 0, Plan(8, tiles, tiles)
+        )
+    assert sum(seen) > 10000 and got.isfinite().all()
+
+
 GROUPED = [
     GroupedPlan(16, Shape(32, 64, 4, 2, 1), Shape(64, 32, 4, 2, 1, 2)),
     GroupedPlan(32, Shape(128, 32, 4, 2, 1, 1, 2, True), Shape(64, 64, 4, 2, 1, 1, 2, True)),
