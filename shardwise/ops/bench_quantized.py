@@ -10,9 +10,11 @@ from shardwise.ops.bench_cases import Case
 from shardwise.ops.quantization.fp8 import quantize_fp8
 
 
-def fp8_linear_cases(
-    rows: tuple[int, ...], shapes: tuple[tuple[int, int], ...] = ((8192, 8192), (4096, 14336))
-) -> Iterator[Case]:
+SHAPES = ((8192, 8192), (4096, 14336), (28672, 4096), (2048, 2048))
+"""[N, K] of large and of small products."""
+
+
+def fp8_linear_cases(rows: tuple[int, ...], shapes: tuple[tuple[int, int], ...] = SHAPES) -> Iterator[Case]:
     """y = x W^T with e4m3 weights [N, K] and inputs quantised on the way; peers: bf16 weights, and the reference."""
     for outputs, columns in shapes:
         weight = bench_cases.draw(outputs, columns)
