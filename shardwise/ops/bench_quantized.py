@@ -9,7 +9,6 @@ from shardwise.ops import bench_cases
 from shardwise.ops.bench_cases import Case
 from shardwise.ops.quantization.fp8 import quantize_fp8
 
-
 SHAPES = ((8192, 8192), (4096, 14336), (28672, 4096), (2048, 2048))
 """[N, K] of large and of small products."""
 
