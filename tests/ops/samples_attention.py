@@ -6,6 +6,8 @@ from operator_samples import Sample
 from oracles_attention import Step
 from paging import PAGE_SIZE, Paged
 
+import shardwise.ops  # noqa: F401  registers the operators
+
 HALF = torch.float16  # bfloat16 products are garbage in Triton's interpreter
 STEP = Step([4, 1, 1], [2, 7, 0], [0, 1, 2], decode=2, padding=1)
 DECODE = Step([1, 1, 1], [6, 0, 3], [0, -1, 1], decode=3)
@@ -90,7 +92,7 @@ def metadata(*_):
 def flashinfer_args(device):
     paged = Paged.of(STEP, device)
     q, k, v = (torch.randn(1, STEP.tokens, n, 64, device=device, dtype=HALF) for n in (4, 2, 2))
-    tokens = [torch.zeros(STEP.tokens, dtype=torch.int32, device=device) for _ in range(2)]
+    tokens = torch.ops.auto_deploy.flashinfer_attention_prepare_metadata(*paged.metadata_inputs(STEP, device))
     cache = torch.randn(8, 2, 2, PAGE_SIZE, 64, device=device, dtype=HALF)
     return q, k, v, *paged.arguments(), *tokens, cache, None, 1.0, 1.0
 
@@ -148,7 +150,7 @@ SAMPLES = [
         note="flat half",
     ),
     Sample(op="flashinfer_attention_prepare_metadata", build=metadata_args, oracle=metadata, traced=True),
-    Sample(op="flashinfer_attention_mha_with_cache", build=flashinfer_args),
+    Sample(op="flashinfer_attention_mha_with_cache", build=flashinfer_args, traced=True),
     Sample(op="torch_onnx_attention_plugin", build=plugin_args, traced=True),
     Sample(op="torch_onnx_gather_nd", build=gather_args, oracle=gather, traced=True),
 ]

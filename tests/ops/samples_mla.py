@@ -59,9 +59,10 @@ def cached(q_nope, q_pe, latent, kpe, weight, *rest):
 def flashinfer_args(device):
     dtype = torch.bfloat16
     given = tensors(1, STEP.tokens, device, dtype, (16, 128, 64, 128, 512))
-    tokens = [torch.zeros(STEP.tokens, dtype=torch.int32, device=device) for _ in range(2)]
+    paged = Paged.of(STEP, device)
+    tokens = torch.ops.auto_deploy.flashinfer_mla_prepare_metadata(*paged.metadata_inputs(STEP, device))
     caches = [torch.randn(8, PAGE_SIZE, n, device=device, dtype=dtype) for n in (512, 64)]
-    return *given, *Paged.of(STEP, device).arguments(), *tokens, *caches, None, 512
+    return *given, *paged.arguments(), *tokens, *caches, None, 512
 
 
 SAMPLES = [
@@ -69,5 +70,5 @@ SAMPLES = [
     Sample(op="torch_mla", build=mla_args("bnsd"), oracle=mla, note="bnsd"),
     Sample(op="torch_cached_mla_with_cache", build=cached_args, oracle=cached, traced=True),
     Sample(op="flashinfer_mla_prepare_metadata", build=metadata_args, oracle=metadata, traced=True),
-    Sample(op="flashinfer_mla_with_cache", build=flashinfer_args),
+    Sample(op="flashinfer_mla_with_cache", build=flashinfer_args, traced=True),
 ]

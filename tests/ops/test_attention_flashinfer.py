@@ -186,6 +186,35 @@ def test_operator_equals_reference(flashinfer, name, flat):
 
 
 @runs_anywhere
+@pytest.mark.parametrize("dtype,heads,kv_heads,size", [
+    (torch.bfloat16, 8, 1, 128), (torch.bfloat16, 4, 4, 256), (torch.float16, 16, 2, 128), (torch.float16, 4, 4, 64),
+])  # fmt: skip
+@pytest.mark.parametrize("name", ["mixed", "zero length"])
+def test_head_sizes_groups_and_dtypes(flashinfer, name, dtype, heads, kv_heads, size):
+    step = STEPS[name]
+    paged = Paged.of(step, DEVICE)
+    tensors = build(step, paged, heads, kv_heads, size, dtype)
+    want, _ = reference(step, *tensors[:3], Paged.of(step), tensors[3].cpu())
+    out = run(step, paged, *tensors)
+    torch.testing.assert_close(out.float().cpu(), want, atol=2e-2, rtol=2e-2)
+
+
+@runs_anywhere
+@pytest.mark.parametrize("shift", [0, 1])
+def test_slices_of_a_fused_projection(flashinfer, shift):
+    """Rows apart from one another, also off the alignment that FlashInfer's vectors need."""
+    step = STEPS["mixed"]
+    paged = Paged.of(step, DEVICE)
+    *tensors, kv_cache = build(step, paged)
+    want = run(step, paged, *tensors, kv_cache.clone())
+    fused = torch.cat([x.flatten(1) for x in tensors], dim=1)
+    fused = torch.cat((fused.new_zeros(len(fused), shift), fused), dim=1)[:, shift:]
+    parts = [x.unflatten(1, (-1, 64)) for x in fused.split([8 * 64, 2 * 64, 2 * 64], dim=1)]
+    assert not any(x.is_contiguous() for x in parts)
+    assert torch.equal(run(step, paged, *parts, kv_cache), want)
+
+
+@runs_anywhere
 @pytest.mark.parametrize("name", ["chunked prefill", "decode"])
 def test_fp8_cache_honours_its_scales(flashinfer, name):
     step = STEPS[name]

@@ -70,7 +70,7 @@ def test_nothing_synchronises_and_a_decode_graph_follows_its_inputs():
         torch.testing.assert_close(out.double(), expected, atol=2e-2, rtol=2e-2)
 
 
-def test_caches_beyond_two_to_the_31_elements():
+def test_caches_beyond_two_to_the_31_elements(much_memory):
     far = Step([200, 1, 1], [0, 65000, 700], [33, 32, 34], decode=2)
     near = Step([200, 1, 1], [0, 65000, 700], [1, 0, 2], decode=2)
     q, k, v, small_k, small_v = build(near, 8, 8, 128, 128, torch.bfloat16, slots=3, max_seq=65536)

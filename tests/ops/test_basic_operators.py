@@ -165,20 +165,102 @@ def test_a_position_outside_the_table_gives_nan_instead_of_a_wild_read(start):
     assert torch.equal(out.isfinite().all(-1).all(-1).cpu(), known.expand(3, 5))
 
 
+FAR = 2**19 + 8  # rows of 4096 elements: the last eight lie beyond 2^31
+
+
+@pytest.fixture
+def far(much_memory):
+    """[FAR, 4096] bfloat16 whose last eight rows hold numbers."""
+    x = torch.empty(FAR, 4096, device="cuda", dtype=torch.bfloat16)
+    x[-8:] = torch.randn(8, 4096, device="cuda")
+    return x
+
+
+def norm_far():
+    weight = torch.rand(4096, device="cuda", dtype=torch.bfloat16)
+    return lambda x: OPS.triton_rms_norm(x, weight, 1e-5)
+
+
+def gated_norm_far():
+    weight = torch.rand(4096, device="cuda", dtype=torch.bfloat16)
+    return lambda x: OPS.triton_rmsnorm_gated(x, weight, x, 1e-5, 512)
+
+
+def fused_add_far():
+    weight = torch.rand(4096, device="cuda", dtype=torch.bfloat16)
+
+    def call(x):
+        x = x.clone()
+        OPS.triton_fused_add_rms_norm_inplace(x, x.clone(), weight, 1e-5)
+        return x
+
+    return call
+
+
+def rope_far():
+    freqs, start = torch.randn(FAR, 64, 2, device="cuda"), torch.zeros(1, dtype=torch.int32, device="cuda")
+    return lambda x: OPS.triton_rope_with_input_pos(x.view(1, -1, 32, 128), freqs[-len(x) :], start, "bsnd")[0]
+
+
+def flat_rope_far():
+    freqs, start = torch.randn(FAR, 64, 2, device="cuda"), torch.zeros(1, dtype=torch.int32, device="cuda")
+
+    def call(x):
+        length = torch.full((1,), len(x), device="cuda")
+        return OPS.triton_rope_on_flattened_inputs(x.view(-1, 32, 128), freqs[-len(x) :], start, length, start)
+
+    return call
+
+
+def interleaved_rope_far():
+    table, positions = torch.randn(64, 128, device="cuda"), torch.arange(FAR, device="cuda") % 64
+
+    def call(x):
+        heads = x.view(1, -1, 32, 128)
+        return OPS.triton_rope_on_interleaved_qk_inputs(
+            heads, heads[:, :, :1], table, table, positions[None, -len(x) :]
+        )[0][0]
+
+    return call
+
+
 @pytest.mark.gpu
 @on_gpu
-def test_norms_and_rope_reach_beyond_two_to_the_31_elements():
-    rows, width = 2**19 + 8, 4096
-    x = torch.empty(rows, width, device="cuda", dtype=torch.bfloat16)
-    x[-8:] = torch.randn(8, width, device="cuda")
-    weight = torch.rand(width, device="cuda", dtype=torch.bfloat16)
-    out = OPS.triton_rms_norm(x, weight, 1e-5)[-8:].clone()
-    torch.testing.assert_close(out, OPS.torch_rmsnorm(x[-8:], weight, 1e-5), rtol=2e-2, atol=2e-2)
-    freqs = torch.randn(rows, 64, 2, device="cuda")
-    start = torch.zeros(1, dtype=torch.int32, device="cuda")
-    out = OPS.triton_rope_with_input_pos(x.view(1, rows, 32, 128), freqs, start, "bsnd")[:, -8:].clone()
-    tail = OPS.triton_rope_with_input_pos(x[-8:].view(1, 8, 32, 128), freqs[-8:], start, "bsnd")
-    assert torch.equal(out, tail)
+@pytest.mark.parametrize(
+    "prepare", [norm_far, gated_norm_far, fused_add_far, rope_far, flat_rope_far, interleaved_rope_far]
+)
+def test_operators_reach_beyond_two_to_the_31_elements(far, prepare):
+    call = prepare()
+    assert torch.equal(call(far)[-8:], call(far[-8:]))
+
+
+@pytest.mark.gpu
+@on_gpu
+def test_heads_may_lie_two_to_the_31_elements_apart(much_memory):
+    tokens = 2**23 + 8  # of 128 elements: the third head begins beyond 2^31
+    x = torch.empty(1, 3, tokens, 128, device="cuda", dtype=torch.bfloat16)
+    x[:, :, -8:] = torch.randn(1, 3, 8, 128, device="cuda")
+    freqs, start = torch.randn(8, 64, 2, device="cuda"), torch.full((1,), 8 - tokens, dtype=torch.int32, device="cuda")
+    out = OPS.triton_rope_with_input_pos(x, freqs, start, "bnsd")[:, :, -8:]
+    near = OPS.triton_rope_with_input_pos(x[:, :, -8:].contiguous(), freqs, torch.zeros_like(start), "bnsd")
+    assert torch.equal(out, near)
+
+
+@pytest.mark.gpu
+@on_gpu
+def test_gathers_reach_beyond_two_to_the_31_elements(much_memory):
+    source = torch.empty(2**31 + 64, device="cuda", dtype=torch.uint8)
+    source[-8:] = torch.arange(8, device="cuda", dtype=torch.uint8) + 1
+    ids = torch.arange(8, device="cuda")
+    for backend in ("triton", "torch"):
+        gather_scatter = getattr(OPS, f"{backend}_utils_fused_gather_scatter")
+        out = torch.zeros(8, device="cuda", dtype=torch.uint8)
+        gather_scatter(source[:64], ids, ids, out)
+        gather_scatter(source, ids + len(source) - 8, ids, out)
+        assert out.tolist() == list(range(1, 9))
+        target = torch.zeros_like(source)
+        gather_scatter(out, ids, ids + len(source) - 8, target)
+        assert torch.equal(target[-8:], out) and not target[:-8].any()
 
 
 @pytest.mark.gpu

@@ -118,6 +118,16 @@ def test_every_operator_names_its_place():
         assert info.implementation.__module__.startswith(f"shardwise.ops.{info.category}.")
 
 
+def test_what_needs_a_package_or_a_device_names_an_operator_with_less_needs():
+    names = {info.name: info for info in operators()}
+    for info in operators():
+        if info.needs:
+            chain = [info]
+            while chain[-1].needs:
+                chain.append(names[chain[-1].instead])
+                assert len(chain) < 5, [link.name for link in chain]
+
+
 def test_the_documentation_lists_every_operator():
     text = (Path(__file__).parents[2] / "docs" / "operators.md").read_text()
     missing = [info.name for info in operators() if f"`{info.name}`" not in text and f"::{info.name}`" not in text]

@@ -1,14 +1,13 @@
 """Argument checks shared by the attention operators, and the head counts that they derive."""
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-@dataclass(frozen=True)
-class Heads:
+class Heads(NamedTuple):
     """Head counts and sizes of one attention call."""
 
     queries: int
@@ -56,9 +55,9 @@ def check_cached(op, q, k, v, k_cache, v_cache, sinks) -> Heads:
         raise ValueError(f"{op}: k_cache {shape(k_cache)} and v_cache {shape(v_cache)}; "
                          "legal: [slots, max_seq, Nkv, D] and [slots, max_seq, Nkv, Dv]")  # fmt: skip
     kv_heads, size, value_size = k_cache.shape[2], k_cache.shape[3], v_cache.shape[3]
-    heads = Heads(check_tokens(op, "q", q, q, size), kv_heads, size, value_size)
+    heads = Heads(check_tokens(op, "q", q.shape, q.shape, size), kv_heads, size, value_size)
     for name, tensor, width in (("k", k, size), ("v", v, value_size)):
-        if check_tokens(op, name, tensor, q, width) != kv_heads:
+        if check_tokens(op, name, tensor.shape, q.shape, width) != kv_heads:
             raise ValueError(f"{op}: {name} {shape(tensor)} does not hold the cache's {kv_heads} heads of size {width}")
         if tensor.dtype != q.dtype:
             raise TypeError(f"{op}: {name} is {tensor.dtype}, q is {q.dtype}; legal: one dtype")
@@ -68,11 +67,11 @@ def check_cached(op, q, k, v, k_cache, v_cache, sinks) -> Heads:
     return heads
 
 
-def check_tokens(op: str, name: str, tensor: torch.Tensor, q: torch.Tensor, size: int) -> int:
-    """Heads of `tensor`, [b, s, heads, size] or [b, s, heads * size] with q's b and s."""
-    heads, rest = divmod(tensor.shape[-1], size) if tensor.dim() == 3 else (tensor.shape[-2], tensor.shape[-1] - size)
-    if tensor.dim() not in (3, 4) or rest or tensor.shape[:2] != q.shape[:2]:
-        raise ValueError(f"{op}: {name} has shape {shape(tensor)}; legal: {shape(q)[:2]} followed by "
+def check_tokens(op: str, name: str, tensor: torch.Size, q: torch.Size, size: int) -> int:
+    """Heads of a tensor of shape [b, s, heads, size] or [b, s, heads * size] with q's b and s."""
+    heads, rest = divmod(tensor[-1], size) if len(tensor) == 3 else (tensor[-2], tensor[-1] - size)
+    if len(tensor) not in (3, 4) or rest or tensor[:2] != q[:2]:
+        raise ValueError(f"{op}: {name} has shape {list(tensor)}; legal: {list(q[:2])} followed by "
                          f"heads, {size} or by heads * {size}")  # fmt: skip
     return heads
 

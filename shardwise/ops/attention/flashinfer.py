@@ -1,12 +1,12 @@
 """Attention over a paged cache by FlashInfer: plans made once a step (`planner.py`), reused by every layer."""
 
 import functools
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
-from shardwise.ops.attention.batch import Batch, read_batch
-from shardwise.ops.attention.checks import Heads, check_tokens, default_scale, shape
+from shardwise.ops.attention.batch import read_batch
+from shardwise.ops.attention.checks import Heads, check_tokens, default_scale
 from shardwise.ops.attention.planner import (
     DecodeFamily,
     Pages,
@@ -20,6 +20,7 @@ from shardwise.ops.attention.planner import (
 from shardwise.ops.registry import CUDA, FLASHINFER, operator
 from shardwise.ops.vector_access import takes_vectors, with_vectors
 
+OP = "flashinfer_attention_mha_with_cache"
 FP8 = torch.float8_e4m3fn
 
 
@@ -40,8 +41,7 @@ def flashinfer_attention_prepare_metadata(
     return token_positions(op, "attention", batch, position_ids, cu_seqlen, seq_len_with_cache)
 
 
-@dataclass(frozen=True)
-class _Parameters:
+class _Parameters(NamedTuple):
     """What a plan depends on besides the batch."""
 
     heads: Heads
@@ -152,10 +152,16 @@ def flashinfer_attention_mha_with_cache(
     from `flashinfer_attention_prepare_metadata`, which must be called once a step. Returns a tensor like q,
     contiguous, 0 for padding tokens.
     """
-    op = "flashinfer_attention_mha_with_cache"
-    batch = read_batch(op, batch_info_host)
-    heads = _check(op, q, k, v, kv_cache, batch)
+    parameters = _checked(
+        (q.shape, k.shape, v.shape, kv_cache.shape), (q.dtype, k.dtype, v.dtype, kv_cache.dtype), scale
+    )
+    heads, batch = parameters.heads, read_batch(OP, batch_info_host)
     tokens, count = q.shape[0] * q.shape[1], batch.tokens
+    if count > tokens:
+        raise ValueError(f"{OP}: batch_info_host counts {count} tokens, q holds {tokens}")
+    if not takes_vectors(kv_cache):
+        raise ValueError(f"{OP}: kv_cache has strides {kv_cache.stride()}; legal: last dimension contiguous, rows of D "
+                         "beginning at multiples of 16 bytes")  # fmt: skip
     q_flat = _flat(q, tokens, heads.queries, heads.size)
     k_flat, v_flat = (leading(_flat(x, tokens, heads.keys, heads.size), count) for x in (k, v))
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
@@ -171,12 +177,11 @@ def flashinfer_attention_mha_with_cache(
         leading(cu_num_pages, batch.sequences + 1), leading(last_page_len, batch.sequences), kv_layout="HND",
     )  # fmt: skip
     scales = {"k_scale": k_scale, "v_scale": v_scale} if quantised else {}
-    parameters = _Parameters(heads, kv_cache.shape[3], q.dtype, kv_cache.dtype, default_scale(scale, heads.size))
     owner = planner("attention", q.device)
     host = (cu_num_pages_host, cache_loc, last_page_len_host, seq_len_with_cache_host)
     split = batch.prefill_tokens
     if split:
-        wrapper = owner.planned(
+        wrapper = owner.current(("prefill", parameters)) or owner.planned(
             ("prefill", parameters),
             lambda: _create_prefill(owner),
             lambda w: _plan_prefill(
@@ -185,16 +190,16 @@ def flashinfer_attention_mha_with_cache(
         )
         _run(wrapper, leading(q_flat, split), kv_cache, leading(out_flat, split), scales)
     if batch.decode:
-        family = DecodeFamily(_create_decode, functools.partial(_plan_decode, parameters))
-        wrapper = owner.planned_decode(
+        if batch.decode < tokens:
+            q_flat, out_flat = q_flat[split:count], out_flat[split:count]
+        key = owner.decode_key(parameters, batch.decode, kv_cache.shape[0])
+        wrapper = owner.current(key) or owner.planned_decode(
             parameters,
             lambda: select_pages(batch.prefill, batch.sequences, *host),
             batch.decode,
             kv_cache.shape[0],
-            family,
+            DecodeFamily(_create_decode, functools.partial(_plan_decode, parameters)),
         )
-        if batch.decode < tokens:
-            q_flat, out_flat = q_flat[split:count], out_flat[split:count]
         _run(wrapper, q_flat, kv_cache, out_flat, scales)
     return out
 
@@ -225,28 +230,25 @@ def _flat(tensor: torch.Tensor, tokens: int, heads: int, size: int) -> torch.Ten
     return with_vectors(flat)
 
 
-def _check(op: str, q, k, v, kv_cache, batch: Batch) -> Heads:
-    if kv_cache.dim() != 5 or kv_cache.shape[1] != 2:
-        raise ValueError(f"{op}: kv_cache has shape {shape(kv_cache)}; legal: [pages, 2, Nkv, page_size, D]")
-    if q.dtype not in (torch.float16, torch.bfloat16):
-        raise TypeError(f"{op}: q is {q.dtype}; legal: float16, bfloat16")
-    if kv_cache.dtype not in (q.dtype, FP8):
-        raise TypeError(f"{op}: kv_cache is {kv_cache.dtype}; legal: q's {q.dtype} or float8_e4m3fn")
-    if not takes_vectors(kv_cache):
-        raise ValueError(f"{op}: kv_cache has strides {kv_cache.stride()}; legal: last dimension contiguous, rows of D "
-                         "beginning at multiples of 16 bytes")  # fmt: skip
-    kv_heads, size = kv_cache.shape[2], kv_cache.shape[4]
+@functools.lru_cache(maxsize=4096)
+def _checked(shapes: tuple[torch.Size, ...], dtypes: tuple[torch.dtype, ...], scale: float | None) -> _Parameters:
+    """The parameters of a call, from the shapes and dtypes of q, k, v and kv_cache."""
+    (q, k, v, cache), (dtype, k_dtype, v_dtype, cache_dtype) = shapes, dtypes
+    if len(cache) != 5 or cache[1] != 2:
+        raise ValueError(f"{OP}: kv_cache has shape {list(cache)}; legal: [pages, 2, Nkv, page_size, D]")
+    if dtype not in (torch.float16, torch.bfloat16):
+        raise TypeError(f"{OP}: q is {dtype}; legal: float16, bfloat16")
+    if cache_dtype not in (dtype, FP8):
+        raise TypeError(f"{OP}: kv_cache is {cache_dtype}; legal: q's {dtype} or float8_e4m3fn")
+    kv_heads, page_size, size = cache[2:]
     if size not in (64, 128, 256):
         raise ValueError(
-            f"{op}: head size {size}; legal: 64, 128, 256; or call triton_attention_flattened_mha_with_cache"
+            f"{OP}: head size {size}; legal: 64, 128, 256; or call triton_attention_flattened_mha_with_cache"
         )
-    heads = Heads(check_tokens(op, "q", q, q, size), kv_heads, size, size)
-    for name, tensor in (("k", k), ("v", v)):
-        if check_tokens(op, name, tensor, q, size) != kv_heads or tensor.dtype != q.dtype:
-            raise ValueError(f"{op}: {name} is {shape(tensor)} {tensor.dtype}; legal: {kv_heads} heads of size {size}, "
-                             f"{q.dtype}")  # fmt: skip
+    heads = Heads(check_tokens(OP, "q", q, q, size), kv_heads, size, size)
+    for name, shape, came in (("k", k, k_dtype), ("v", v, v_dtype)):
+        if check_tokens(OP, name, shape, q, size) != kv_heads or came != dtype:
+            raise ValueError(f"{OP}: {name} is {list(shape)} {came}; legal: {kv_heads} heads of size {size}, {dtype}")
     if kv_heads == 0 or heads.queries % kv_heads:
-        raise ValueError(f"{op}: {heads.queries} query heads over {kv_heads} KV heads; legal: a multiple")
-    if batch.tokens > q.shape[0] * q.shape[1]:
-        raise ValueError(f"{op}: batch_info_host counts {batch.tokens} tokens, q holds {q.shape[0] * q.shape[1]}")
-    return heads
+        raise ValueError(f"{OP}: {heads.queries} query heads over {kv_heads} KV heads; legal: a multiple")
+    return _Parameters(heads, page_size, dtype, cache_dtype, default_scale(scale, size))

@@ -91,6 +91,14 @@ class Planner:
     def _capturing(self) -> bool:
         return self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
+    def current(self, key: tuple) -> Any:
+        """The wrapper of `key` if it holds this step's plan, else None: what all layers but a step's first ask for."""
+        return self._wrappers[key] if key in self._planned else None
+
+    def decode_key(self, parameters: Hashable, sequences: int, page_count: int) -> tuple:
+        """Decode batches share a wrapper; with `graphs` on, those of one size over one cache do."""
+        return ("graph", parameters, page_count, sequences) if self.graphs else ("decode", parameters)
+
     def planned(self, key: tuple, create: Callable[[], Any], plan: Callable[[Any], None]) -> Any:
         """The wrapper of `key`, created at its first use and planned at its first use in a step."""
         if key in self._planned:
@@ -110,17 +118,16 @@ class Planner:
         self, parameters: Hashable, pages: Callable[[], Pages], sequences: int, page_count: int, family: "DecodeFamily"
     ) -> Any:
         """The decode wrapper for `parameters`; with `graphs` on, the one of this batch size with fixed buffers."""
+        key = self.decode_key(parameters, sequences, page_count)
         if not self.graphs:
-            key = ("decode", parameters)
             return self.planned(key, lambda: family.create(self, None), lambda w: family.plan(w, pages()))
-        graph_key = ("graph", parameters, page_count, sequences)
 
         def create():
             wrapper = family.create(self, GraphBuffers.of(sequences, page_count, self.device))
-            self._replans[graph_key] = lambda renewed: family.plan(wrapper, renewed)
+            self._replans[key] = lambda renewed: family.plan(wrapper, renewed)
             return wrapper
 
-        return self.planned(graph_key, create, lambda w: family.plan(w, pages()))
+        return self.planned(key, create, lambda w: family.plan(w, pages()))
 
     def replan(self, pages: Pages) -> int:
         """Renew the plans of the graph wrappers of this batch size; returns how many there are."""

@@ -37,7 +37,7 @@ class _Call:
     heads: Heads
     tokens: int
     """T, padding included"""
-    out_shape: tuple[int, ...]
+    out_shape: torch.Size
     copy: bool
     """Whether q, k or v must be made contiguous first: their tokens or heads have no common stride"""
     rows: tuple[tuple[int, ...], ...]
@@ -113,7 +113,10 @@ def triton_attention_flattened_mha_with_cache(
         call = _call(q, k, v, k_cache, v_cache, sinks)
     if batch.tokens > call.tokens:
         raise ValueError(f"{OP}: batch_info_host counts {batch.tokens} tokens, q holds {call.tokens}")
-    out = torch.empty(call.out_shape, dtype=q.dtype, device=q.device)
+    if call.out_shape == q.shape:
+        out = torch.empty_like(q, memory_format=torch.contiguous_format)  # half the host time of torch.empty
+    else:
+        out = torch.empty(call.out_shape, dtype=q.dtype, device=q.device)
     if batch.tokens < call.tokens:
         out.view(call.tokens, -1)[batch.tokens :].zero_()
     step = _Step(
@@ -168,7 +171,7 @@ def _describe(q, k, v, k_cache, v_cache, sinks) -> _Call:
     return _Call(
         heads=heads,
         tokens=q.shape[0] * q.shape[1],
-        out_shape=tuple(cached_output_shape(q, k_cache, v_cache)),
+        out_shape=torch.Size(cached_output_shape(q, k_cache, v_cache)),
         copy=None in rows,
         rows=tuple(row or (0, 0) for row in rows),
         caches=caches,

@@ -5,7 +5,7 @@ is absorbed into queries and outputs and the kernel reads the latent pages. Plan
 """
 
 import functools
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -43,8 +43,7 @@ def flashinfer_mla_prepare_metadata(
     return token_positions(op, "mla", read_batch(op, batch_info_host), position_ids, cu_seqlen, seq_len_with_cache)
 
 
-@dataclass(frozen=True)
-class _Parameters:
+class _Parameters(NamedTuple):
     """What a plan depends on besides the batch."""
 
     heads: LatentHeads
@@ -202,8 +201,7 @@ def _widened(cache: torch.Tensor, pages: torch.Tensor, dtype: torch.dtype) -> to
     return cache.view(torch.uint8)[pages].view(FP8).to(dtype)
 
 
-@dataclass(frozen=True)
-class _Step:
+class _Step(NamedTuple):
     """One call's tensors and host metadata."""
 
     batch: Batch

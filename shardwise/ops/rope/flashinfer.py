@@ -31,11 +31,11 @@ def flashinfer_rope(
     q, k [B, S, N, D] or [T, N, D] float16 or bfloat16, D a multiple of 64; position_ids int [B, S] or [T];
     cos_sin_cache float32 [positions, D]: cosines of the D/2 angles, then their sines.
     """
-    size = cos_sin_cache.shape[-1]
-    _check(q, k, position_ids, cos_sin_cache, size)
+    tokens, size = _checked(
+        (q.shape, k.shape, position_ids.shape, cos_sin_cache.shape), (q.dtype, k.dtype, cos_sin_cache.dtype)
+    )
     if q.numel() == 0:
         return _pair(q, k)
-    tokens = position_ids.numel()
     positions = position_ids.reshape(-1)
     if positions.dtype not in (torch.int32, torch.int64):  # the kernel has forms for both
         positions = positions.to(torch.int64)
@@ -44,18 +44,21 @@ def flashinfer_rope(
     return q_out.view(q.shape), k_out.view(k.shape)
 
 
-def _check(q, k, position_ids, cos_sin_cache, size) -> None:
-    if cos_sin_cache.dtype != torch.float32:
-        raise TypeError(f"flashinfer_rope: cos_sin_cache must be float32, got {cos_sin_cache.dtype}")
-    if q.dtype not in (torch.float16, torch.bfloat16) or k.dtype != q.dtype:
-        raise TypeError(f"flashinfer_rope: q and k must both be float16 or bfloat16, got {q.dtype} and {k.dtype}")
-    if size % 64 or q.shape[-1] != size or k.shape[-1] != size:
+@functools.lru_cache(maxsize=4096)
+def _checked(shapes: tuple[torch.Size, ...], dtypes: tuple[torch.dtype, ...]) -> tuple[int, int]:
+    """Tokens and head size, from the shapes of q, k, position_ids and cos_sin_cache and the dtypes of three of them."""
+    (q, k, positions, table), (q_dtype, k_dtype, table_dtype) = shapes, dtypes
+    size = table[-1]
+    if table_dtype != torch.float32:
+        raise TypeError(f"flashinfer_rope: cos_sin_cache must be float32, got {table_dtype}")
+    if q_dtype not in (torch.float16, torch.bfloat16) or k_dtype != q_dtype:
+        raise TypeError(f"flashinfer_rope: q and k must both be float16 or bfloat16, got {q_dtype} and {k_dtype}")
+    if len(table) != 2 or size % 64 or q[-1] != size or k[-1] != size:
         raise ValueError(
             f"flashinfer_rope: the head size must be a multiple of 64 and equal to cos_sin_cache's {size}, "
-            f"got q {tuple(q.shape)}, k {tuple(k.shape)}"
+            f"got q {tuple(q)}, k {tuple(k)}"
         )
-    tokens = q.shape[:-2].numel()
-    if position_ids.numel() != tokens or k.shape[:-2].numel() != tokens:
-        raise ValueError(
-            f"flashinfer_rope: {tokens} tokens in q, {position_ids.numel()} position_ids, k {tuple(k.shape)}"
-        )
+    tokens = q[:-2].numel()
+    if positions.numel() != tokens or k[:-2].numel() != tokens:
+        raise ValueError(f"flashinfer_rope: {tokens} tokens in q, {positions.numel()} position_ids, k {tuple(k)}")
+    return tokens, size
