@@ -199,6 +199,7 @@ def moe(builder: DecoderBuilder, block: spec.Moe, layer: int) -> MoeBlock | MoeW
         router=builder.linear(block, "router", layer=layer),
         routing=block.routing,
         slots=slots.to(weights.device),
+        first=local[0] if list(local) == list(range(local[0], local[0] + len(local))) else None,
         experts=load_experts(weights, block, layer, local, adds_bias=groups.moe_tp.rank == 0),
         correction=weights.find(block, "router.correction", layer=layer, dtype=torch.float32),
     )

@@ -1,94 +1,167 @@
 """The decode step on a GPU: one token of each sequence through the decoder in few kernels, fit for a CUDA graph.
 
-Built from an assembled `Decoder`; it shares the decoder's weights and cache and computes the same function. A layer is
-norm + QKV product, attention (rotation, append, scores, combine), output product + residual, norm + gate/up product +
-activation, down product + residual: five kernels on one rank. Over several ranks the sums between them are the group's
-fused all-reduce + residual + norm. Batches above `SKINNY_ROWS` use the library's matrix products.
+Built from an assembled `Decoder`; it shares the decoder's weights and cache and computes the same function. For few
+tokens a dense layer is norm + QKV product, attention (rotation, append, scores, combine), output product + residual,
+norm + gate/up product + activation, down product + residual: five kernels on one rank; a layer of experts has six: the
+router's product with the norm, gate/up of the chosen experts, down and their sum take the place of the last two. Over
+several ranks the sums between them are the group's fused all-reduce + residual + norm. Larger batches use the
+library's matrix products and the grouped kernels of prefill.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from shardwise.ops.attention.decode import DecodeWorkspace, fused_decode_attention, splits_for
-from shardwise.ops.linear.decode import skinny_linear
+from shardwise.ops.attention.decode import fused_decode_attention, takes_head_size
+from shardwise.ops.linear.decode import gated_activation, skinny_linear
+from shardwise.ops.linear.vocab import POSITION, SLOT, GreedyChoice, embed
+from shardwise.ops.triton_support import dependent_launch
 from shardwise.parallel.attention import AttentionMixer
-from shardwise.parallel.cache import SlotCache
+from shardwise.parallel.decode_moe import ExpertStep
+from shardwise.parallel.decode_moe import reason_against as reason_against_experts
+from shardwise.parallel.decode_stream import SKINNY_ROWS, Product, Stream, joined
 from shardwise.parallel.decoder import Decoder, DecoderLayer
-from shardwise.parallel.layers import GatedMlp, Linear, LinearLike, Norm, ResidualNorm
+from shardwise.parallel.device_cache import PAGE_SIZE, DeviceCache
+from shardwise.parallel.layers import GatedMlp, Linear, ResidualNorm, VocabEmbedding
+from shardwise.parallel.moe import DataParallelMoe, MoeBlock, MoeWithShared
 from shardwise.parallel.rotary import RotaryAngles
 
-SKINNY_ROWS = 2
-"""Most tokens for which reading the weights once a token in matrix-vector products beats a matrix product."""
+GRAPH_TRANSPORTS = ("p2p", "flashinfer", "nccl", "threads", "fake")
+"""What a step can hold: transports whose collectives are kernels (threads and fake serve the tests)."""
+MOST_TOKENS = 1 << 24
+"""A vocabulary whose numbers float32 holds."""
 
 
 @dataclass(frozen=True)
-class Stream:
-    """The activations between two blocks: `x`, still to be normed by `norm` if there is one, and the residual."""
+class Layer:
+    """What the step needs of one layer."""
 
-    x: Tensor
-    residual: Tensor
-    norm: Norm | None = None
+    mixer: AttentionMixer
+    qkv: Product
+    out: Product
+    rope: Tensor | None
+    between: ResidualNorm
+    feed_forward: Callable[[Stream, ResidualNorm, Tensor], Stream]
+    after: ResidualNorm
 
 
-def reason_against(decoder: Decoder, cache: SlotCache) -> str:
+def reason_against(decoder: Decoder) -> str:
     """Why this decoder cannot take the fused step; empty when it can."""
+    if not isinstance(decoder.embedding, VocabEmbedding) or not isinstance(decoder.head.linear, Linear):
+        return "embedding or head stay quantised"
+    if decoder.head.vocab > MOST_TOKENS:
+        return f"a vocabulary of {decoder.head.vocab}, at most {MOST_TOKENS}"
+    group = decoder.head.group
+    if group.size > 1 and group.transport not in GRAPH_TRANSPORTS:
+        return f"transport {group.transport} passes through the host, which a graph cannot hold"
     for number, layer in enumerate(decoder.layers):
-        mixer = layer.mixer
-        if not isinstance(mixer, AttentionMixer):
-            return f"layer {number} is no softmax attention"
-        size = mixer.head_dim
-        if mixer.v_head_dim != size or size & (size - 1) or not 32 <= size <= 256:
-            return f"layer {number}: head sizes {size} and {mixer.v_head_dim}, need one power of two from 32 to 256"
-        if mixer.masking.softcap is not None:
-            return f"layer {number}: capped scores"
-        if mixer.rotary is not None and 2 * mixer.rotary.frequencies.numel() != size:
-            return f"layer {number}: rotation of part of the head"
-    if cache.max_length % 64:
-        return f"cache rows of {cache.max_length} tokens, need a multiple of 64"
+        reason = _reason_against_mixer(layer.mixer) or _reason_against_feed_forward(layer.feed_forward)
+        if reason:
+            return f"layer {number}: {reason}"
     return ""
 
 
-class DecodeStep:
-    """`step(tokens, positions, slots)` -> logits, for up to `max_batch` sequences.
+def _reason_against_mixer(mixer: object) -> str:
+    if not isinstance(mixer, AttentionMixer):
+        return "no softmax attention"
+    size = mixer.head_dim
+    if mixer.v_head_dim != size or not takes_head_size(size):
+        return f"head sizes {size} and {mixer.v_head_dim}, need one power of two from 32 to 256"
+    if mixer.masking.softcap is not None:
+        return "capped scores"
+    if mixer.rotary is not None and 2 * mixer.rotary.frequencies.numel() != size:
+        return "rotation of part of the head"
+    return "" if isinstance(mixer.qkv, Linear) and isinstance(mixer.out, Linear) else "weights stay quantised"
 
-    pdl: kernels start while the one before drains (programmatic dependent launch), on GPUs that have it.
+
+def _reason_against_feed_forward(inner: object) -> str:
+    if isinstance(inner, DataParallelMoe):
+        return "groups with tokens of their own tell each other how many through the host"
+    if isinstance(inner, MoeWithShared):
+        inner = inner.routed
+    return reason_against_experts(inner) if isinstance(inner, MoeBlock) else ""
+
+
+class DecodeStep:
+    """`step(inputs)` -> this rank's columns of the logits, and each row's greedy token in `last`.
+
+    last  int32 [max_batch]: tokens of the last step, from which the next one may begin
     """
 
-    def __init__(self, decoder: Decoder, cache: SlotCache, *, max_batch: int, pdl: bool = False):
-        reason = reason_against(decoder, cache)
+    def __init__(self, decoder: Decoder, cache: DeviceCache, *, max_batch: int):
+        """ValueError when `reason_against(decoder)` names one."""
+        reason = reason_against(decoder)
         if reason:
             raise ValueError(f"no fused decode step: {reason}")
-        self.decoder, self.cache, self.pdl = decoder, cache, pdl
-        device = cache.rows(0)[0].device
-        processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-        self._workspaces: dict[tuple[int, int, int], list[DecodeWorkspace]] = {}
-        self._rope: dict[RotaryAngles | None, Tensor] = {}
-        for layer in decoder.layers:
-            self._prepare(_attention(layer), max_batch, processors, device)
+        assert isinstance(decoder.embedding, VocabEmbedding)
+        self.cache, self.pdl = cache, dependent_launch(cache.device)
+        self.last = torch.zeros(max_batch, dtype=torch.int32, device=cache.device)
+        self._embedding, self._first_norm = decoder.embedding, decoder.first_norm
+        table = decoder.embedding.table
+        self._table = Product.of(table).weight if isinstance(table, Linear) else table
+        self._rope: dict[RotaryAngles, Tensor] = {}
+        self._layers = [self._prepared(layer) for layer in decoder.layers]
+        head = decoder.head
+        self._head, self._group = Product.of(head.linear), head.group
+        first = sum(head.sizes[: head.group.rank])
+        self._greedy = GreedyChoice(
+            most=max_batch,
+            columns=head.linear.out_features,
+            first=first,
+            limit=max(0, min(head.vocab - first, head.linear.out_features)),
+            rank=head.group.rank,
+            ranks=head.group.size,
+            device=cache.device,
+        )
 
-    def __call__(self, tokens: Tensor, positions: Tensor, slots: Tensor) -> Tensor:
-        """tokens int64 [B]; positions int32 [B], negative for padding rows; slots int32 [B, 1] -> float32 [B, V]."""
-        x = self.decoder.embedding(tokens)
-        stream = Stream(x, x, self.decoder.first_norm)
-        for number, layer in enumerate(self.decoder.layers):
+    def __call__(self, inputs: Tensor) -> Tensor:
+        """inputs int32 [5, B] (`ops/linear/vocab.py`) -> [B, columns of this rank], float32 or the weights' type."""
+        stream = self._begin(inputs)
+        positions, slots = inputs[POSITION], inputs[SLOT]
+        for number, layer in enumerate(self._layers):
             stream = self._layer(layer, number, stream, positions, slots)
-        head = self.decoder.head
-        return head.finish(self._product(head.linear, stream))
+        logits = self._product(self._head, stream, dtype=torch.float32)
+        self._choose(logits)
+        return logits
 
-    def _layer(self, layer: DecoderLayer, number: int, stream: Stream, positions: Tensor, slots: Tensor) -> Stream:
-        mixer = _attention(layer)
-        qkv = self._product(mixer.qkv, stream)
+    def _begin(self, inputs: Tensor) -> Stream:
+        embedding = self._embedding
+        x = embed(
+            inputs,
+            self.last,
+            self.cache.table,
+            self._table,
+            first=embedding.vocab[0],
+            page_size=PAGE_SIZE,
+            multiplier=embedding.multiplier,
+        )
+        if embedding.group.size > 1:
+            join = ResidualNorm(norm=self._first_norm, group=embedding.group)
+            return Stream(*join(x, torch.zeros_like(x)))
+        return Stream(x, x, self._first_norm)
+
+    def _choose(self, logits: Tensor) -> None:
+        tokens = self.last[: logits.shape[0]]
+        pairs = self._greedy.local(logits, tokens, pdl=self.pdl)
+        if self._group.size > 1:
+            self._greedy.winner(self._group.all_reduce(pairs), tokens)
+
+    def _layer(self, layer: Layer, number: int, stream: Stream, positions: Tensor, slots: Tensor) -> Stream:
+        mixer, cache = layer.mixer, self.cache
+        qkv = self._product(layer.qkv, stream)
         attended = fused_decode_attention(
             qkv,
-            *self.cache.rows(number),
-            slots,
+            *cache.pages(number),
+            cache.table,
             positions,
-            self._rope[mixer.rotary],
-            self._workspace(mixer, qkv.shape[0]),
+            layer.rope,
+            cache.workspace(mixer.heads, mixer.kv_heads, mixer.head_dim),
             heads=mixer.heads,
+            slots=slots,
+            splits=cache.splits(mixer.kv_heads, mixer.masking.window, qkv.shape[0]),
             scale=mixer.masking.scale,
             q_norm=mixer.q_norm.weight if mixer.q_norm else None,
             k_norm=mixer.k_norm.weight if mixer.k_norm else None,
@@ -97,83 +170,81 @@ class DecodeStep:
             window=mixer.masking.window,
             pdl=self.pdl,
         )
-        stream = self._join(mixer.out, attended, stream.residual, layer.between)
-        inner = layer.feed_forward
-        if isinstance(inner, GatedMlp) and self._is_skinny(stream.x) and _is_silu(inner):
-            hidden = self._skinny(inner.gate_up, stream, gated=True)
-            return self._join(inner.down, hidden, stream.residual, layer.after)
-        return Stream(*layer.after(inner(self._normed(stream)), stream.residual))
+        stream = self._row_product(layer.out, attended, stream.residual, layer.between)
+        return layer.feed_forward(stream, layer.after, positions)
 
-    def _product(self, linear: LinearLike, stream: Stream) -> Tensor:
-        if self._is_skinny(stream.x):
-            return self._skinny(linear, stream)
-        return linear(self._normed(stream))
-
-    def _join(self, linear: LinearLike, x: Tensor, residual: Tensor, join: ResidualNorm) -> Stream:
-        """The row-parallel product, its sum over the group, the residual, and the norm now or with the next product."""
-        if not self._is_skinny(x):
-            return Stream(*join(linear(x), residual))
-        if join.group.size == 1 and join.post is None and join.multiplier == 1.0:
-            summed = skinny_linear(x, _weight(linear), bias=linear.bias, residual=residual, pdl=self.pdl)
-            return Stream(summed, summed, join.norm)
-        return Stream(*join(skinny_linear(x, _weight(linear), bias=linear.bias, pdl=self.pdl), residual))
-
-    def _skinny(self, linear: LinearLike, stream: Stream, gated: bool = False) -> Tensor:
+    def _product(self, product: Product, stream: Stream, dtype: torch.dtype | None = None) -> Tensor:
+        """`dtype`: of the result where that costs nothing."""
+        if not stream.is_skinny:
+            return F.linear(stream.normed(), product.weight, product.bias)
         norm = stream.norm
         return skinny_linear(
             stream.x,
-            _weight(linear),
+            product.weight,
             norm_weight=norm.weight if norm else None,
             eps=norm.eps if norm else 0.0,
-            bias=linear.bias,
-            gated=gated,
+            bias=product.bias,
+            out_dtype=dtype,
             pdl=self.pdl,
         )
 
-    def _normed(self, stream: Stream) -> Tensor:
-        return stream.norm(stream.x) if stream.norm else stream.x
+    def _row_product(self, product: Product, x: Tensor, residual: Tensor, join: ResidualNorm) -> Stream:
+        """The row-parallel product, its sum over the group, the residual, and the norm now or with the next product."""
+        if x.shape[0] > SKINNY_ROWS:
+            return joined(F.linear(x, product.weight, product.bias), residual, join)
+        if join.group.size == 1 and join.is_plain:
+            summed = skinny_linear(x, product.weight, bias=product.bias, residual=residual, pdl=self.pdl)
+            return Stream(summed, summed, join.norm)
+        return joined(skinny_linear(x, product.weight, bias=product.bias, pdl=self.pdl), residual, join)
 
-    def _is_skinny(self, x: Tensor) -> bool:
-        return x.shape[0] <= SKINNY_ROWS
+    def _prepared(self, layer: DecoderLayer) -> Layer:
+        mixer = layer.mixer
+        assert isinstance(mixer, AttentionMixer)  # else `reason_against` had one
+        return Layer(
+            mixer,
+            Product.of(mixer.qkv),
+            Product.of(mixer.out),
+            self._angles(mixer.rotary),
+            layer.between,
+            self._feed_forward(layer.feed_forward),
+            layer.after,
+        )
 
-    def _prepare(self, mixer: AttentionMixer, max_batch: int, processors: int, device: torch.device) -> None:
-        """Angles of all positions, and one workspace for each number of splits that a batch size asks for."""
-        if mixer.rotary not in self._rope:
-            self._rope[mixer.rotary] = _angles(mixer.rotary, self.cache.max_length, mixer.head_dim, device)
-        key = (mixer.heads, mixer.kv_heads, mixer.head_dim)
-        if key not in self._workspaces:
-            most = min(self.cache.max_length, mixer.masking.window or self.cache.max_length)
-            splits = splits_for(1, mixer.kv_heads, most, processors)
-            self._workspaces[key] = [
-                DecodeWorkspace.create(max_batch, *key, s, device) for s in sorted({1, 2, 4, 8, splits})
-            ]
+    def _feed_forward(self, inner: Callable[[Tensor], Tensor]) -> Callable[[Stream, ResidualNorm, Tensor], Stream]:
+        if isinstance(inner, MoeBlock):
+            return ExpertStep(inner, pdl=self.pdl)
+        if isinstance(inner, MoeWithShared):
+            routed = ExpertStep(inner.routed, pdl=self.pdl)
+            return lambda stream, join, positions: joined(
+                routed.partial(stream, positions) + inner.shared(stream.normed()), stream.residual, join
+            )
+        if isinstance(inner, GatedMlp) and inner.activation is F.silu and inner.gate_up.bias is None:
+            gate_up, down = Product.of(inner.gate_up), Product.of(inner.down)
+            return lambda stream, join, positions: self._row_product(
+                down, self._gated(gate_up, stream), stream.residual, join
+            )
+        return lambda stream, join, positions: joined(inner(stream.normed()), stream.residual, join)
 
-    def _workspace(self, mixer: AttentionMixer, batch: int) -> DecodeWorkspace:
-        """The one with the most splits that still gives each processor no more than a few programs."""
-        spaces = self._workspaces[(mixer.heads, mixer.kv_heads, mixer.head_dim)]
-        allowed = max(1, spaces[-1].splits // batch)
-        return next(s for s in reversed(spaces) if s.splits <= allowed or s.splits == 1)
+    def _gated(self, gate_up: Product, stream: Stream) -> Tensor:
+        if not stream.is_skinny:
+            return gated_activation(F.linear(stream.normed(), gate_up.weight), pdl=self.pdl)
+        norm = stream.norm
+        return skinny_linear(
+            stream.x,
+            gate_up.weight,
+            norm_weight=norm.weight if norm else None,
+            eps=norm.eps if norm else 0.0,
+            gated=True,
+            pdl=self.pdl,
+        )
 
-
-def _attention(layer: DecoderLayer) -> AttentionMixer:
-    assert isinstance(layer.mixer, AttentionMixer)  # else `reason_against` had one
-    return layer.mixer
-
-
-def _is_silu(mlp: GatedMlp) -> bool:
-    return mlp.activation is F.silu and mlp.gate_up.bias is None
-
-
-def _angles(rotary: RotaryAngles | None, length: int, size: int, device: torch.device) -> Tensor:
-    """float32 [length, size]: cos of the first half, then sin; without rotation ones, then zeros."""
-    if rotary is None:
-        half = torch.ones(length, size // 2, device=device)
-        return torch.cat((half, torch.zeros_like(half)), -1)
-    angles = torch.arange(length, device=device, dtype=torch.float32)[:, None] * rotary.frequencies.to(device)
-    return torch.cat((angles.cos(), angles.sin()), -1) * rotary.scale
-
-
-def _weight(linear: LinearLike) -> Tensor:
-    """[out, in]; weights that stay quantised are the CPU's."""
-    assert isinstance(linear, Linear)
-    return linear.weight.t()
+    def _angles(self, rotary: RotaryAngles | None) -> Tensor | None:
+        """float32 [length, D]: cos of the first half, then sin, of every position that the cache may hold."""
+        if rotary is None:
+            return None
+        if rotary not in self._rope:
+            device = self.cache.device
+            places = torch.arange(self.cache.max_length, device=device, dtype=torch.float32)
+            angles = places[:, None] * rotary.frequencies.to(device)
+            self._rope[rotary] = torch.cat((angles.cos(), angles.sin()), -1) * rotary.scale
+        return self._rope[rotary]

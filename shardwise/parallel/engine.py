@@ -3,31 +3,35 @@
 import resource
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import torch
 
 from shardwise.comm.rank import Groups
+from shardwise.parallel import device_cache, paged
 from shardwise.parallel.assemble import DecoderBuilder
-from shardwise.parallel.batch import Batch
 from shardwise.parallel.cache import KvCache, SlotCache
+from shardwise.parallel.device_cache import DeviceCache
 from shardwise.parallel.memory import memory_bytes
-from shardwise.parallel.paged import PAGE_SIZE, PagedCache
+from shardwise.parallel.paged import PagedCache
+from shardwise.parallel.prefill import ATTENTIONS
 from shardwise.parallel.requests import Limits, Prompt, make_requests
 from shardwise.parallel.results import Completion, RankStats, TokenEvent
-from shardwise.parallel.sampler import SamplingParams, sample
-from shardwise.parallel.scheduler import Request, Scheduler
-from shardwise.parallel.token_step import TokenStep, reason_against
+from shardwise.parallel.runner import KERNEL_PATHS, Launched, Runner
+from shardwise.parallel.sampler import SamplingParams
+from shardwise.parallel.scheduler import Request, Scheduler, Step
+from shardwise.parallel.sizing import activation_bytes, pages_for
 from shardwise.parallel.tokenizer import IdTokenizer, Tokenizer, load_tokenizer
 from shardwise.parallel.trace import DECODE, PREFILL, SAMPLE, SCHEDULE, span
+from shardwise.parallel.weight_form import WeightForm
 from shardwise.parallel.weights import Progress, Weights
 from shardwise.sharding.checkpoint.resolve import Checkpoint, open_checkpoint
 from shardwise.sharding.plan import Plan
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-WEIGHT_FORMS = ("auto", "native", "dequantised")
 MAX_BATCH = 64
 STEP_TOKENS = 2048
 """Tokens of one step at most: bounds activations and how long a running request waits for a new prompt."""
@@ -40,8 +44,12 @@ class Engine:
     plan         a plan of that model; its layout has the size of `groups.world`
     dtype        of weights and activations: a torch dtype, its name, or "auto" (float32 on the CPU, bfloat16 on GPUs)
     weights      "native": quantised weights stay in their blocks where a layer can use them (GGUF's 4- and 8-bit types
-                 on the CPU); "dequantised": they become `dtype`; "auto": dequantised on the CPU
-    cache_tokens tokens that the KV cache holds, in pages that requests share; None: a row for each running request
+                 on the CPU, MXFP4 experts on GPUs); "dequantised": they become `dtype`; "auto": dequantised on the CPU,
+                 on GPUs native where that is possible
+    cache_tokens tokens that the KV cache holds, in pages that requests share; None: a row for each running request on
+                 the CPU, what the weights leave of the memory on a GPU
+    decode       which code runs steps of single tokens, see `Runner`
+    attention    whose kernels attend to prompts on a GPU: auto, triton, flashinfer or torch
     on_progress  called with (bytes read, bytes to read) while the weights load
     """
 
@@ -55,32 +63,36 @@ class Engine:
         device: torch.device | str = "cpu",
         weights: str = "auto",
         cache_tokens: int | None = None,
+        decode: str = "auto",
+        attention: str = "auto",
         on_progress: Progress | None = None,
     ):
         started = time.perf_counter()
         if plan.layout.world != groups.world.size:
             raise ValueError(f"the plan is for {plan.layout.world} ranks, the job has {groups.world.size}")
         self.plan, self.groups, self.cache_tokens = plan, groups, cache_tokens
-        self.device = torch.device(device)
+        self.device = _numbered(torch.device(device))
         self.dtype = _dtype(dtype, self.device)
         self.checkpoint = model if isinstance(model, Checkpoint) else open_checkpoint(model)
-        if weights not in WEIGHT_FORMS:
-            raise ValueError(f"weights {weights!r} is unknown, legal: {', '.join(WEIGHT_FORMS)}")
-        if weights == "native" and self.device.type != "cpu":
-            raise ValueError("weights native: layers for GGUF blocks exist for the CPU only; use weights auto")
+        if attention not in ATTENTIONS:
+            raise ValueError(f"attention {attention!r} is unknown, legal: {', '.join(ATTENTIONS)}")
+        self._attention = attention
+        kernels = self.device.type == "cuda" or decode in KERNEL_PATHS
+        self._form = WeightForm.choose(weights, plan.model, self.dtype, self.device, kernels=kernels)
         source = Weights(
             self.checkpoint,
             plan,
             groups.world.rank,
             dtype=self.dtype,
             device=self.device,
-            native=weights == "native",
+            native=self._form.native_blocks,
+            packs_mxfp4=self._form.packs_mxfp4,
             on_progress=on_progress,
         )
         with torch.inference_mode():
             builder = DecoderBuilder(source, groups)
             self._decoder = builder.build()
-        self._token_step = None if reason_against(self._decoder) else TokenStep(self._decoder)
+            self._runner = Runner(self._decoder, self.device, decode)
         self._weight_bytes = memory_bytes(self._decoder)
         self._cache_shapes = builder.cache_shapes()
         self._cache: KvCache | None = None
@@ -94,8 +106,7 @@ class Engine:
     @property
     def decode_path(self) -> str:
         """Which code runs the steps that decode, and why."""
-        reason = reason_against(self._decoder)
-        return f"layer by layer: {reason}" if reason else "single-token step for one sequence, else layer by layer"
+        return self._runner.describe()
 
     @property
     def max_length(self) -> int:
@@ -134,7 +145,18 @@ class Engine:
             cache_bytes=self._cache.nbytes() if self._cache else 0,
             peak_rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
             load_seconds=self._load_seconds,
+            decode=self.decode_path,
+            weights=self._form.reason,
+            cache=self._describe_cache(),
         )
+
+    def _describe_cache(self) -> str:
+        cache = self._cache
+        if isinstance(cache, DeviceCache):
+            return f"{cache.tables.describe()}; prompts: {cache.describe_attention()}"
+        if isinstance(cache, PagedCache):
+            return cache.tables.describe()
+        return f"{cache.slots} rows of {cache.max_length} tokens" if cache else "none yet"
 
     def _limits(self) -> Limits:
         return Limits(self.tokenizer, self.plan.model.vocab, self.max_length, self.groups.world, self.device)
@@ -144,51 +166,54 @@ class Engine:
             raise RuntimeError("the engine is in the middle of another stream: exhaust or close that one first")
         cache = self._cache_for(requests)
         own = requests[self.groups.attn_dp.rank :: self.groups.attn_dp.size]
-        scheduler = Scheduler(cache=cache, step_tokens=STEP_TOKENS, device=self.device)
+        scheduler = Scheduler(cache=cache, step_tokens=STEP_TOKENS, max_length=self.max_length, device=self.device)
         scheduler.add(own)
-        unfinished = len(requests)
+        unfinished = {request.number for request in requests}
         self._running = True
+        running: _Running | None = None
         try:
             while unfinished:
-                for number, token in self._step(scheduler, cache):
+                running = running or self._launch(scheduler.next_step)
+                behind = self._ahead(scheduler, running)
+                for number, token in self._read(running):
+                    if number not in unfinished:  # it ended in the step before, when this one was under way
+                        continue
                     event = self._accept(requests[number], token)
                     if event.finished:
-                        unfinished -= 1
+                        unfinished.remove(number)
                         scheduler.finish(requests[number])
                     yield event
+                running = behind
         finally:
             self._running = False
             for request in own:
                 scheduler.finish(request)
 
-    def _step(self, scheduler: Scheduler, cache: KvCache) -> list[tuple[int, int]]:
-        """(request, token) pairs of all data-parallel groups; a group without work takes part with no token."""
+    def _launch(self, schedule: Callable[[], Step]) -> "_Running":
         with span(SCHEDULE):
-            step = scheduler.next_step()
+            step = schedule()
         # Entered for each step: a generator that is suspended inside would leave its caller in inference mode.
-        with torch.inference_mode():
-            with span(PREFILL if step.batch.prefills else DECODE):
-                hidden = self._hidden(step.batch, cache)
-            with span(SAMPLE):
-                tokens = self._sample(hidden, step.sampled)
+        with span(PREFILL if step.batch.prefills else DECODE), torch.inference_mode():
+            return _Running(step, self._runner.launch(step))
+
+    def _ahead(self, scheduler: Scheduler, running: "_Running") -> "_Running | None":
+        """The step behind the running one, launched before that one's tokens are known, where it can be."""
+        greedy = all(request.params.temperature == 0 for request in running.step.sampled)
+        if not self._runner.runs_ahead or not greedy or running.step.batch.prefills or self.groups.attn_dp.size > 1:
+            return None
+        if not scheduler.may_go_ahead(running.step):
+            return None
+        return self._launch(lambda: scheduler.next_ahead(running.step))
+
+    def _read(self, running: "_Running") -> list[tuple[int, int]]:
+        """(request, token) pairs of all data-parallel groups; a group without work takes part with no token."""
+        with span(SAMPLE):
+            tokens = running.launched.tokens()
         self.groups.check_waits()
-        pairs = [(request.number, token) for request, token in zip(step.sampled, tokens, strict=True)]
+        pairs = [(request.number, token) for request, token in zip(running.step.sampled, tokens, strict=True)]
         if self.groups.attn_dp.size == 1:
             return pairs
         return [pair for group in self.groups.attn_dp.all_gather_object(pairs) for pair in group]
-
-    def _hidden(self, batch: Batch, cache: KvCache) -> torch.Tensor:
-        if self._token_step is not None and batch.is_single_token and isinstance(cache, SlotCache):
-            return self._token_step(batch, cache)
-        return self._decoder.hidden(batch, cache)
-
-    def _sample(self, hidden: torch.Tensor, requests: list[Request]) -> list[int]:
-        if not requests:  # a chunk of a prompt
-            return []
-        if all(request.params.temperature == 0 for request in requests):
-            return self._decoder.head.best(hidden)
-        logits = self._decoder.head(hidden)
-        return [sample(row, request.params, request.generator) for row, request in zip(logits, requests, strict=True)]
 
     def _accept(self, request: Request, token: int) -> TokenEvent:
         params = request.params
@@ -218,21 +243,66 @@ class Engine:
         longest = max((len(r.prompt) + r.params.max_new_tokens for r in requests), default=1)
         share = -(-len(requests) // self.groups.attn_dp.size)
         length, slots = min(longest, self.max_length), max(1, min(share, MAX_BATCH))
-        pages = None if self.cache_tokens is None else self.cache_tokens // PAGE_SIZE
-        if pages is not None and length > pages * PAGE_SIZE:
-            raise ValueError(
-                f"a request may become {length} tokens long, the cache holds {pages * PAGE_SIZE} ({pages} pages of "
-                f"{PAGE_SIZE}): give it more tokens, or ask for fewer new ones"
-            )
-        if self._cache is None or self._cache.max_length < length or self._cache.slots < slots:
+        if self._runner.needs_device_cache:
+            self._cache = self._cache or self._device_cache()
+        elif self._cache is None or self._cache.max_length < length or self._cache.slots < slots:
             self._cache = None
-            shapes, dtype, device = self._cache_shapes, self.dtype, self.device
-            if pages is None:
-                self._cache = SlotCache(shapes, slots=slots, max_length=length, dtype=dtype, device=device)
-            else:
-                most = self.max_length
-                self._cache = PagedCache(shapes, pages=pages, slots=slots, max_length=most, dtype=dtype, device=device)
+            self._cache = self._host_cache(length, slots)
+        if length > self._cache.max_length:
+            raise ValueError(
+                f"a request may become {length} tokens long, the cache holds {self._cache.max_length} "
+                f"({self._describe_cache()}); give it more tokens, or ask for fewer new ones"
+            )
+        self._runner.use(self._cache)
         return self._cache
+
+    def _host_cache(self, length: int, slots: int) -> KvCache:
+        shapes, dtype, device = self._cache_shapes, self.dtype, self.device
+        if self.cache_tokens is None:
+            return SlotCache(shapes, slots=slots, max_length=length, dtype=dtype, device=device)
+        pages = self.cache_tokens // paged.PAGE_SIZE
+        most = self.max_length
+        return PagedCache(shapes, pages=pages, slots=slots, max_length=most, dtype=dtype, device=device)
+
+    def _device_cache(self) -> DeviceCache:
+        shapes, dtype, most = self._cache_shapes, self.dtype, self.max_length
+        if self.cache_tokens is not None:
+            pages = self.cache_tokens // device_cache.PAGE_SIZE
+        else:
+            work = activation_bytes(self.plan.model, STEP_TOKENS, dtype)
+            pages = pages_for(
+                shapes,
+                dtype,
+                slots=MAX_BATCH,
+                max_length=most,
+                activations=work,
+                world=self.groups.world,
+                device=self.device,
+            )
+        return DeviceCache(
+            shapes,
+            pages=pages,
+            slots=MAX_BATCH,
+            max_length=most,
+            dtype=dtype,
+            device=self.device,
+            attention=self._attention,
+        )
+
+
+@dataclass(frozen=True)
+class _Running:
+    """A step under way."""
+
+    step: Step
+    launched: Launched
+
+
+def _numbered(device: torch.device) -> torch.device:
+    """A CUDA device with its number, as tensors have it."""
+    return (
+        torch.device("cuda", torch.cuda.current_device()) if device.type == "cuda" and device.index is None else device
+    )
 
 
 def _dtype(dtype: torch.dtype | str, device: torch.device) -> torch.dtype:

@@ -5,23 +5,44 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from shardwise.ops.moe.mxfp4_layout import pack_mxfp4
 from shardwise.parallel.layers import activation_named
-from shardwise.parallel.moe import Experts, GatedUnit
+from shardwise.parallel.moe import Experts, GatedUnit, PackedExperts
+from shardwise.parallel.weight_form import stays_packed
 from shardwise.parallel.weights import Weights
 from shardwise.sharding import spec
 
 
-def load_experts(weights: Weights, block: spec.Moe, layer: int, local: Sequence[int], *, adds_bias: bool) -> Experts:
+def load_experts(
+    weights: Weights, block: spec.Moe, layer: int, local: Sequence[int], *, adds_bias: bool
+) -> Experts | PackedExperts:
     """`local`: expert numbers in slot order. `adds_bias`: this rank adds the second bias, which each rank has whole."""
+    unit = GatedUnit(activation=activation_named(block.activation), alpha=block.alpha or 1.0, limit=block.limit)
+    if weights.packs_mxfp4 and stays_packed(block):
+        return _packed(weights, block, layer, unit, adds_bias)
     stacked = _stacked(weights, block, layer) if block.stacked else _separate(weights, block, layer, local)
     up_gate, down, up_gate_bias, down_bias = stacked
     return Experts(
         up_gate=up_gate,
         down=down,
-        unit=GatedUnit(activation=activation_named(block.activation), alpha=block.alpha or 1.0, limit=block.limit),
+        unit=unit,
         up_gate_bias=up_gate_bias,
         down_bias=down_bias if adds_bias else None,
     )
+
+
+def _packed(weights: Weights, block: spec.Moe, layer: int, unit: GatedUnit, adds_bias: bool) -> PackedExperts:
+    """Blocks and scales as stored, re-laid out at once; the plan cuts both at whole blocks."""
+
+    def matrix(role: str, paired: bool, biased: bool):
+        blocks = weights.take(block, f"{role}.weight", layer=layer)
+        scales = weights.take(block, f"{role}.scale", layer=layer)
+        bias = weights.find(block, f"{role}.bias", layer=layer)
+        if bias is None or not biased:
+            bias = torch.zeros(blocks.shape[:2], device=blocks.device)
+        return pack_mxfp4(blocks, scales, bias, paired)
+
+    return PackedExperts(up_gate=matrix("gate_up", True, True), down=matrix("down", False, adds_bias), unit=unit)
 
 
 def _separate(weights: Weights, block: spec.Moe, layer: int, local: Sequence[int]) -> tuple:

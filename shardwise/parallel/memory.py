@@ -62,7 +62,7 @@ def memory_bytes(root: object) -> int:
         elif isinstance(value, list | tuple):
             for item in value:
                 visit(item)
-        elif type(value).__module__.startswith("shardwise.parallel"):
+        elif type(value).__module__.startswith(("shardwise.parallel", "shardwise.ops")):
             for item in vars(value).values():
                 visit(item)
 

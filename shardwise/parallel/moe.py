@@ -13,9 +13,11 @@ from torch import Tensor
 
 from shardwise.comm.rank import Groups
 from shardwise.ops.moe.contract import SILU
+from shardwise.ops.moe.mxfp4 import mxfp4_moe, packed_moe
+from shardwise.ops.moe.mxfp4_layout import PackedMXFP4
 from shardwise.ops.moe.reference import run_experts, swiglu_clamped
 from shardwise.ops.moe.triton import triton_moe_fused
-from shardwise.parallel.layers import LinearLike
+from shardwise.parallel.layers import Linear, LinearLike
 from shardwise.parallel.routing import route
 from shardwise.partition import extent, lengths
 from shardwise.sharding.spec import Routing
@@ -54,11 +56,12 @@ class Experts:
     ):
         self.up_gate, self.down, self.unit = up_gate, down, unit
         self.up_gate_bias, self.down_bias = up_gate_bias, down_bias
-        self._fused = up_gate.is_cuda and unit.is_silu and up_gate_bias is None and down_bias is None
+        self.is_fused = up_gate.is_cuda and unit.is_silu and up_gate_bias is None and down_bias is None
+        """One call computes all experts, which a CUDA graph can hold."""
 
     def __call__(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """x [T, H], ids [T, K] of local experts (others are skipped), weights [T, K] -> partial sum [T, H]."""
-        if self._fused:
+        if self.is_fused:
             return triton_moe_fused(x, ids, weights, self.up_gate, self.down, is_gated_mlp=True, act_fn=SILU)
         return run_experts("experts", x, ids, weights, self.down.shape[0], self._one, "", 0, False)
 
@@ -69,22 +72,59 @@ class Experts:
         return F.linear(self.unit(gate, up), self.down[expert], down_bias)
 
 
+class PackedExperts:
+    """The local experts of gpt-oss as its checkpoints store them, MXFP4 re-laid out for the kernels, biases inside."""
+
+    def __init__(self, *, up_gate: PackedMXFP4, down: PackedMXFP4, unit: GatedUnit):
+        self.up_gate, self.down, self.unit = up_gate, down, unit
+
+    def __call__(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        """As `Experts`."""
+        unit = self.unit
+        return packed_moe(
+            x.contiguous(), ids, weights, self.up_gate, self.down, "swiglu", alpha=unit.alpha, limit=unit.limit or 0.0
+        )
+
+    def routed(self, x: Tensor, router: Linear, top_k: int, first: int) -> Tensor:
+        """Routing by the same kernels: the largest logits, softmax over these; local experts begin at `first`."""
+        bias = router.weight.new_zeros(router.out_features) if router.bias is None else router.bias
+        up, down, alpha, limit = self.up_gate, self.down, self.unit.alpha, self.unit.limit or 0.0
+        return mxfp4_moe(x.contiguous(), router.weight.t(), bias, top_k, up, down, alpha, limit, first)
+
+
 class MoeBlock:
     """Router and local experts.
 
     slots   int64 [number of experts of the model]: local slot of each expert, -1 for those of other ranks
+    first   the first local expert, where they are consecutive
     """
 
     def __init__(
-        self, *, router: LinearLike, routing: Routing, slots: Tensor, experts: Experts, correction: Tensor | None = None
+        self,
+        *,
+        router: LinearLike,
+        routing: Routing,
+        slots: Tensor,
+        experts: Experts | PackedExperts,
+        first: int | None = None,
+        correction: Tensor | None = None,
     ):
         self.router, self.routing, self.correction = router, routing, correction
-        self.slots, self.experts = slots, experts
+        self.slots, self.experts, self.first = slots, experts, first
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [T, H] -> this rank's partial sum [T, H]."""
-        ids, weights = route(self.router(x), self.routing, self.correction)
-        return self.experts(x, self.slots[ids], weights)
+        experts, router = self.experts, self.router
+        if isinstance(experts, PackedExperts) and isinstance(router, Linear) and self._routes_in_kernel:
+            assert self.first is not None
+            return experts.routed(x, router, self.routing.top_k, self.first)
+        ids, weights = route(router(x), self.routing, self.correction)
+        return experts(x, self.slots[ids], weights)
+
+    @property
+    def _routes_in_kernel(self) -> bool:
+        routing = self.routing
+        return self.first is not None and routing.softmax_after_topk and routing.scale == 1.0
 
 
 class SharedExpert:

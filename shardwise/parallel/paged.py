@@ -11,11 +11,47 @@ PAGE_SIZE = 16
 """Tokens of a page: on average half a page of every sequence is unused."""
 
 
+class PageTables:
+    """Which pages belong to which sequence, kept on the host.
+
+    All ranks hold equal pools and take pages in the same order, so tables need no exchange.
+    """
+
+    def __init__(self, *, pages: int, slots: int, page_size: int):
+        self.pages, self.page_size = pages, page_size
+        self.free = list(range(pages))[::-1]
+        self._of = [list[int]() for _ in range(slots)]
+
+    def describe(self) -> str:
+        return f"{self.pages} pages of {self.page_size} tokens, shared by {len(self._of)} sequences"
+
+    def __getitem__(self, slot: int) -> list[int]:
+        """Pages of a sequence, in the order of its tokens."""
+        return self._of[slot]
+
+    def reserve(self, slot: int, tokens: int) -> bool:
+        """Pages for `tokens` tokens, those it has included; False when too few are left."""
+        table = self._of[slot]
+        wanted = -(-tokens // self.page_size) - len(table)
+        if wanted > len(self.free):
+            return False
+        table += [self.free.pop() for _ in range(wanted)]
+        return True
+
+    def release(self, slot: int) -> None:
+        self.free += self._of[slot][::-1]
+        self._of[slot] = []
+
+    def rows(self, slot: int, start: int, stop: int) -> Tensor:
+        """int64 [stop - start]: rows of the pool that hold tokens `start` to `stop` of a sequence."""
+        tokens = torch.arange(start, stop)
+        return torch.tensor(self._of[slot])[tokens // self.page_size] * self.page_size + tokens % self.page_size
+
+
 class PagedCache(KvCache):
     """`pages` pages of `page_size` tokens, [pages * page_size, Nkv * (D + Dv)] a layer.
 
     A step gathers the rows of its sequences once a layer and attends to them with the operator for contiguous caches.
-    All ranks hold equal pools and take pages in the same order, so page tables need no exchange.
     """
 
     def __init__(
@@ -29,27 +65,20 @@ class PagedCache(KvCache):
         device: torch.device,
         page_size: int = PAGE_SIZE,
     ):
-        self.page_size, self.slots = page_size, slots
+        self.slots = slots
+        self.tables = PageTables(pages=pages, slots=slots, page_size=page_size)
         self.max_length = min(max_length, pages * page_size)
         self._widths = [(s.kv_heads * s.head_dim, s.kv_heads * s.v_head_dim) for s in layers]
         self._heads = [s.kv_heads for s in layers]
         rows = pages * page_size
         self._layers = [torch.empty(rows, sum(widths), dtype=dtype, device=device) for widths in self._widths]
-        self._free = list(range(pages))[::-1]
-        self._tables: list[list[int]] = [[] for _ in range(slots)]
         self._step: tuple[Batch, _Step] | None = None
 
     def reserve(self, slot: int, tokens: int) -> bool:
-        table = self._tables[slot]
-        wanted = -(-tokens // self.page_size) - len(table)
-        if wanted > len(self._free):
-            return False
-        table += [self._free.pop() for _ in range(wanted)]
-        return True
+        return self.tables.reserve(slot, tokens)
 
     def release(self, slot: int) -> None:
-        self._free += self._tables[slot][::-1]
-        self._tables[slot] = []
+        self.tables.release(slot)
 
     def attend(self, layer: int, q: Tensor, kv: Tensor, batch: Batch, masking: Masking) -> Tensor:
         step = self._rows_of(batch)
@@ -82,7 +111,7 @@ class PagedCache(KvCache):
     def _rows_of(self, batch: Batch) -> "_Step":
         """Pool rows of a batch, found once for all layers."""
         if self._step is None or self._step[0] is not batch:
-            self._step = (batch, _Step(batch, self._tables, self.page_size))
+            self._step = (batch, _Step(batch, self.tables))
         return self._step[1]
 
 
@@ -94,14 +123,11 @@ class _Step:
     order  int64 [sequences] 0, 1, ...: the gathered rows in place of cache slots
     """
 
-    def __init__(self, batch: Batch, tables: list[list[int]], page_size: int):
+    def __init__(self, batch: Batch, tables: PageTables):
         spans, device = batch.spans, batch.device
-        longest = max(span.total for span in spans)
-        offsets = torch.arange(page_size)
-        past = torch.zeros(len(spans), longest, dtype=torch.int64)
+        past = torch.zeros(len(spans), max(span.total for span in spans), dtype=torch.int64)
         for number, span in enumerate(spans):
-            pages = torch.tensor(tables[span.slot][: -(-span.total // page_size)])
-            past[number, : span.total] = (pages[:, None] * page_size + offsets).flatten()[: span.total]
+            past[number, : span.total] = tables.rows(span.slot, 0, span.total)
         new = [past[number, span.past : span.total] for number, span in enumerate(spans)]
         self.new, self.past = torch.cat(new).to(device), past.to(device)
         self.order = torch.arange(len(spans), device=device)

@@ -38,3 +38,9 @@ class RankStats:
     peak_rss_bytes: int
     """Of the process, which ranks that are threads share."""
     load_seconds: float
+    decode: str = ""
+    """Which code runs the steps that decode, and why."""
+    weights: str = ""
+    """The form in which the weights are held, and why."""
+    cache: str = ""
+    """How the KV cache is kept, and on a GPU whose kernels attend to prompts."""

@@ -31,9 +31,14 @@ class Request:
     slot: int = -1
 
     @property
+    def length(self) -> int:
+        """Tokens of prompt + generated."""
+        return len(self.prompt) + len(self.tokens)
+
+    @property
     def pending(self) -> int:
-        """Known tokens that the cache lacks; at least 1 while the request runs."""
-        return len(self.prompt) + len(self.tokens) - self.cached
+        """Known tokens that the cache lacks; at least 1 while the request runs and no step of it is under way."""
+        return self.length - self.cached
 
     def known(self, start: int, stop: int) -> list[int]:
         """Tokens `[start, stop)` of prompt + generated."""
@@ -47,6 +52,8 @@ class Step:
 
     batch: Batch
     sampled: list[Request]
+    sources: tuple[int, ...] | None = None
+    """Rows of the step before, whose tokens this one begins with while the host has not read them."""
 
 
 class Scheduler:
@@ -55,10 +62,12 @@ class Scheduler:
     A prompt longer than what is left of a step goes on in the next one (chunked prefill). When the cache has no room
     for a running request, the one that came last gives up its place; it starts again later with what it generated as
     part of its prompt. Each step adds tokens to some request, so any request that fits the empty cache is finished.
+
+    max_length  of a sequence, prompt and answer
     """
 
-    def __init__(self, *, cache: KvCache, step_tokens: int, device: torch.device):
-        self.cache, self.step_tokens, self.device = cache, step_tokens, device
+    def __init__(self, *, cache: KvCache, step_tokens: int, max_length: int, device: torch.device):
+        self.cache, self.step_tokens, self.max_length, self.device = cache, step_tokens, max_length, device
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
         """In order of arrival."""
@@ -83,6 +92,37 @@ class Scheduler:
             request.cached += length
         sampled = [request for (request, _), span in zip(shares, spans, strict=True) if span.wants_logits]
         return Step(Batch(spans, tokens, self.device), sampled)
+
+    def may_go_ahead(self, running: Step) -> bool:
+        """Whether `next_ahead` may follow a step whose tokens nobody has read yet; it then has room.
+
+        Not where the next step has other work.
+        """
+        going = self._going(running)
+        left = [request for request in running.sampled if request in self.running]
+        if not going or len(left) != len(self.running) or (self.waiting and self._free):
+            return False
+        return all(self.cache.reserve(request.slot, request.cached + 1) for _, request in going)
+
+    def next_ahead(self, running: Step) -> Step:
+        """One more token for each request of the running step that goes on.
+
+        Stop ids and texts are found out when the tokens are read; what this step gives for such a request is nobody's.
+        """
+        going = self._going(running)
+        spans = [Span(request.slot, request.cached, 1) for _, request in going]
+        for _, request in going:
+            request.cached += 1
+        batch = Batch(spans, [0] * len(spans), self.device)
+        return Step(batch, [request for _, request in going], tuple(row for row, _ in going))
+
+    def _going(self, running: Step) -> list[tuple[int, Request]]:
+        """Rows and requests of a step that may need another one, as far as is known."""
+        return [(row, r) for row, r in enumerate(running.sampled) if r in self.running and self._goes_on(r)]
+
+    def _goes_on(self, request: Request) -> bool:
+        """Whether a request whose last step is under way may need another one."""
+        return len(request.tokens) + 1 < request.params.max_new_tokens and request.length + 1 < self.max_length
 
     def finish(self, request: Request) -> None:
         """Give back what a request holds, whether it is done or aborted."""

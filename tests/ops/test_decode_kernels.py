@@ -98,14 +98,14 @@ def pages_of(layout, pages, page_size, kv_heads, dim):
 
 @pytest.mark.parametrize("splits", [1, 3])
 @pytest.mark.parametrize("heads, kv_heads, layout", [(6, 2, "plain"), (6, 2, "heads first"), (4, 4, "rows joined")])
-@pytest.mark.parametrize("options", ["plain", "qk_norm", "sinks", "window"])
+@pytest.mark.parametrize("options", ["plain", "qk_norm", "sinks", "window", "no rotation"])
 def test_fused_decode_attention(splits, heads, kv_heads, layout, options):
     torch.manual_seed(1)
     dim, page_size, positions = 32, 16, [0, 37, 16, -1]
     batch, max_pages = len(positions), 4
     k_cache, v_cache = pages_of(layout, batch * max_pages, page_size, kv_heads, dim)
     table = torch.randperm(batch * max_pages).view(batch, max_pages).int().to(DEVICE)
-    angles = torch.rand(64, dim // 2, dtype=torch.float64) * 6
+    angles = torch.rand(64, dim // 2, dtype=torch.float64) * (0 if options == "no rotation" else 6)
     rope = torch.cat([angles.cos(), angles.sin()], -1).to(DEVICE)
     qkv = randn(batch, (heads + 2 * kv_heads) * dim)
     q_norm, k_norm = (randn(dim), randn(dim)) if options == "qk_norm" else (None, None)
@@ -113,7 +113,8 @@ def test_fused_decode_attention(splits, heads, kv_heads, layout, options):
     window = 9 if options == "window" else None
     before_k, before_v = k_cache.double(), v_cache.double()
     got = fused_decode_attention(
-        qkv, k_cache, v_cache, table, torch.tensor(positions, dtype=torch.int32, device=DEVICE), rope.float(),
+        qkv, k_cache, v_cache, table, torch.tensor(positions, dtype=torch.int32, device=DEVICE),
+        None if options == "no rotation" else rope.float(),
         DecodeWorkspace.create(batch, heads, kv_heads, dim, splits, DEVICE),
         heads=heads, q_norm=q_norm, k_norm=k_norm, sinks=sinks, window=window,
     )  # fmt: skip

@@ -1,105 +1,204 @@
-"""The fused decode step computes what the decoder computes. Without a GPU its kernels run in Triton's interpreter."""
+"""The fused decode step gives Transformers' tokens, family by family, in the engine as a GPU runs it.
 
-import threading
+Without a GPU its kernels run in Triton's interpreter, one by one; steps are launched ahead of their tokens even so.
+"""
 
 import pytest
 import torch
-from tiny import write
+from test_quantised import MXFP4, mxfp4_experts, rewrite
+from tiny import PROMPTS, VOCAB, expected_tokens, write
 
 from shardwise.comm.rank import current_groups
+from shardwise.ops.linear.decode import Tile
 from shardwise.ops.triton_support import interpreting
-from shardwise.parallel import decode_step
-from shardwise.parallel.batch import Batch, Span
-from shardwise.parallel.cache import SlotCache
-from shardwise.parallel.decode_step import DecodeStep, reason_against
-from shardwise.parallel.engine import Engine
+from shardwise.parallel.device_cache import DeviceCache
+from shardwise.parallel.engine import Engine, SamplingParams
+from shardwise.parallel.moe import PackedExperts
+from shardwise.sharding.layout import ParallelLayout
 from shardwise.sharding.plan import plan
 from shardwise.testing import run_threads
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-pytestmark = pytest.mark.skipif(
-    not (torch.cuda.is_available() or interpreting()), reason="needs a CUDA device or Triton's interpreter"
-)
+pytestmark = [
+    pytest.mark.skipif(not interpreting(), reason="the interpreter stands for a GPU here; see test_engine_gpu.py"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::RuntimeWarning"),
+]
+COUNT = 3
+SMALL = dict(num_hidden_layers=1, head_dim=32)
+OPTIONS = dict(decode="fused", attention="torch", cache_tokens=512)
 FAMILIES = {
-    "llama": ("llama", dict(head_dim=32)),
-    "llama with biases": ("llama", dict(head_dim=32, attention_bias=True, mlp_bias=True)),
-    "mistral with a window": ("mistral", dict(head_dim=32, sliding_window=5)),
-    "qwen3": ("qwen3", dict(head_dim=32, attention_bias=False)),
+    "llama": ("llama", {}),
+    "llama tied, with biases": ("llama", dict(attention_bias=True, mlp_bias=True, tie_word_embeddings=True)),
+    "mistral with a window": ("mistral", dict(sliding_window=5)),
+    "qwen3": ("qwen3", dict(attention_bias=False)),
+    "mixtral": ("mixtral", dict(num_local_experts=5, num_experts_per_tok=2)),
+    "qwen2_moe": (
+        "qwen2_moe",
+        dict(
+            num_experts=5,
+            num_experts_per_tok=2,
+            moe_intermediate_size=36,
+            shared_expert_intermediate_size=40,
+            norm_topk_prob=False,
+        ),
+    ),
+    "qwen3_moe": (
+        "qwen3_moe",
+        dict(
+            num_hidden_layers=2,
+            num_experts=7,
+            num_experts_per_tok=3,
+            moe_intermediate_size=36,
+            norm_topk_prob=True,
+            mlp_only_layers=[1],
+        ),
+    ),
+    "gpt_oss": (
+        "gpt_oss",
+        dict(
+            seed=1,
+            num_hidden_layers=2,
+            num_local_experts=5,
+            num_experts_per_tok=2,
+            sliding_window=4,
+            layer_types=["sliding_attention", "full_attention"],
+        ),
+    ),
 }
-PROMPTS = {2: [5, 17, 200, 3, 9, 44, 81], 0: [7], 1: [250, 1, 30, 12, 99, 6]}
-"""By cache slot."""
+CASES = [(name, ParallelLayout()) for name in FAMILIES]
+CASES += [
+    ("llama tied, with biases", ParallelLayout(tp=2)),
+    ("qwen3_moe", ParallelLayout(tp=2, moe_ep=2)),
+    ("gpt_oss", ParallelLayout(tp=2)),
+]
 
 
-def _caches(engine):
-    for _ in range(2):
-        yield SlotCache(engine._cache_shapes, slots=4, max_length=64, dtype=engine.dtype, device=DEVICE)
+def fused(folder, **options) -> Engine:
+    """An engine that decodes as on a GPU."""
+    return run_threads(1, lambda: Engine(folder, plan(folder), current_groups(), **OPTIONS | options))[0]
 
 
-def _lay_out_as_on_a_gpu(decoder):
-    """Weights as rows [out, in], which the kernels stream; the CPU keeps panels."""
-    layers = decoder.layers
-    linears = [part for x in layers for part in (x.mixer.qkv, x.mixer.out, x.feed_forward.gate_up, x.feed_forward.down)]
-    for linear in (*linears, decoder.head.linear):
-        linear._matrix = linear.weight.t().contiguous().t()
-        linear.panels = linear._matrix[None]
-
-
-@torch.inference_mode()
-def _compare(folder, world, batch_sizes):
-    """Largest relative error of the step's logits over some steps, both paths fed the same tokens."""
-    planned = plan(str(folder), tp=world)
-    engine = Engine(str(folder), planned, current_groups(), dtype=torch.float16, device=DEVICE)
-    _lay_out_as_on_a_gpu(engine._decoder)
-    plain, fused = _caches(engine)
-    for slot, prompt in PROMPTS.items():
-        for cache in (plain, fused):
-            engine._decoder(Batch([Span(slot, 0, len(prompt))], prompt, DEVICE), cache)
-    step = DecodeStep(engine._decoder, fused, max_batch=4)
-    past = {slot: len(prompt) for slot, prompt in PROMPTS.items()}
-    worst = 0.0
-    for number, size in enumerate(batch_sizes):
-        slots = list(PROMPTS)[:size]
-        tokens = [(31 * number + 7 * slot) % 250 for slot in slots]
-        expected = engine._decoder(Batch([Span(s, past[s], 1) for s in slots], tokens, DEVICE), plain)
-        padding = 4 - size if size > 2 else 0
-        got = step(
-            torch.tensor(tokens + [0] * padding, device=DEVICE),
-            torch.tensor([past[s] for s in slots] + [-1] * padding, dtype=torch.int32, device=DEVICE),
-            torch.tensor(slots + [0] * padding, dtype=torch.int32, device=DEVICE)[:, None],
-        )
-        worst = max(worst, ((got[:size] - expected).norm() / expected.norm()).item())
-        for slot in slots:
-            past[slot] += 1
-    return worst
+def tokens_of(engine, prompts=PROMPTS, params=None) -> list[list[int]]:
+    done = engine.generate(prompts, params or SamplingParams(max_new_tokens=COUNT))
+    return [list(each.token_ids) for each in done]
 
 
 @pytest.fixture(autouse=True)
-def one_launch_at_a_time(monkeypatch):
-    """Ranks are threads here, and the interpreter keeps the grid position in one place for the process."""
-    lock = threading.Lock()
-    for name in ("skinny_linear", "fused_decode_attention"):
-        launch = getattr(decode_step, name)
+def launches():
+    from one_launch import one_launch_at_a_time
 
-        def locked(*args, launch=launch, **options):
-            with lock:
-                return launch(*args, **options)
-
-        monkeypatch.setattr(decode_step, name, locked)
+    with one_launch_at_a_time():
+        yield
 
 
-@pytest.mark.parametrize("family, world", [*((family, 1) for family in FAMILIES), ("llama with biases", 2)])
-def test_logits_equal_the_decoders(family, world, tmp_path):
-    model_type, fields = FAMILIES[family]
-    folder = write(tmp_path, model_type, num_hidden_layers=1, **fields)
-    for worst in run_threads(world, _compare, folder, world, [2, 3]):
-        assert worst < 1e-2
+@pytest.fixture(autouse=True)
+def few_programs(monkeypatch):
+    """The interpreter takes as long for a program whatever its tile."""
+    monkeypatch.setattr("shardwise.ops.linear.decode.tile_for", lambda *args: Tile(64, 1))
+    monkeypatch.setattr("shardwise.ops.moe.decode._plain_tile", lambda columns, rows: Tile(64, 1))
 
 
-def test_a_head_size_without_a_kernel_is_named(tmp_path):
+@pytest.mark.parametrize(("name", "layout"), CASES, ids=str)
+def test_greedy_tokens_equal_transformers(name, layout, tmp_path):
+    model_type, fields = FAMILIES[name]
+    folder = write(tmp_path, model_type, **{**SMALL, **fields})
+    expected = expected_tokens(folder, count=COUNT)
+    made = plan(folder, layout)
+
+    def rank():
+        engine = Engine(folder, made, current_groups(), **OPTIONS)
+        found = tokens_of(engine), tokens_of(engine, PROMPTS[:1])
+        assert isinstance(engine._cache, DeviceCache)
+        return *found, engine.stats().decode
+
+    for together, alone, path in run_threads(layout.world, rank, layout=layout):
+        assert together == expected
+        assert alone == expected[:1]
+        assert path == "fused step, kernel by kernel: asked for by name"
+
+
+@pytest.mark.parametrize(
+    ("layout", "prompts"),
+    [(ParallelLayout(), 2), (ParallelLayout(tp=2, moe_ep=2), 1), (ParallelLayout(tp=2), 1)],
+    ids=str,
+)
+def test_experts_that_stay_mxfp4_give_the_tokens_of_their_values(layout, prompts, tmp_path):
+    sizes = dict(hidden_size=64, intermediate_size=64, num_local_experts=5, num_experts_per_tok=2)
+    folder = write(tmp_path, "gpt_oss", seed=2, **{**SMALL, **sizes})
+    # Without the longest prompt, and on two ranks without any that is longer than a token: they are slow here.
+    chosen = slice(2 - prompts, 2)
+    expected = [tokens[:COUNT] for tokens in rewrite(folder, mxfp4_experts, MXFP4)][chosen]
+    made = plan(folder, layout)
+
+    def rank():
+        engine = Engine(folder, made, current_groups(), **OPTIONS)
+        assert isinstance(engine._decoder.layers[0].feed_forward.experts, PackedExperts)
+        assert engine.stats().weights == "experts MXFP4, the rest float32"
+        return tokens_of(engine, PROMPTS[chosen])
+
+    assert all(found == expected for found in run_threads(layout.world, rank, layout=layout))
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    return write(tmp_path_factory.mktemp("model"), "llama", num_hidden_layers=1, head_dim=32)
+
+
+def requests(count: int) -> tuple[list[list[int]], list[SamplingParams]]:
+    generator = torch.Generator().manual_seed(3)
+    draw = lambda low, high: int(torch.randint(low, high, (1,), generator=generator))  # noqa: E731
+    prompts = [[draw(0, VOCAB) for _ in range(draw(1, 80))] for _ in range(count)]
+    return prompts, [SamplingParams(max_new_tokens=draw(1, 9)) for _ in range(count)]
+
+
+def test_steps_ahead_change_no_token_whatever_the_batching(llama, monkeypatch):
+    # Pages for two of the longest requests at once, so that running ones give way; answers end at different steps.
+    (layers,) = run_threads(1, lambda: Engine(llama, plan(llama), current_groups()))
+    prompts, params = requests(9)
+    expected = tokens_of(layers, prompts, params)
+    monkeypatch.setattr("shardwise.parallel.engine.MAX_BATCH", 4)
+    engine = fused(llama, cache_tokens=4 * 64)
+    assert tokens_of(engine, prompts, params) == expected
+    assert sorted(engine._cache.tables.free) == list(range(4))
+
+
+def test_a_stop_id_ends_an_answer_whose_next_step_was_under_way(llama):
+    engine = fused(llama)
+    params = SamplingParams(max_new_tokens=5)
+    free = tokens_of(engine, params=params)
+    stop = free[0][2]
+    stopped = tokens_of(engine, params=SamplingParams(max_new_tokens=5, stop_token_ids=(stop,)))
+    assert stopped == [each[: each.index(stop)] if stop in each else each for each in free]
+    assert tokens_of(engine, params=params) == free
+
+
+def test_leaving_the_stream_with_a_step_under_way_leaves_a_working_engine(llama):
+    engine = fused(llama)
+    expected = tokens_of(engine)
+    for index, _ in enumerate(engine.stream(PROMPTS, SamplingParams(max_new_tokens=COUNT))):
+        if index == 4:
+            break
+    assert tokens_of(engine) == expected
+    assert len(engine._cache.tables.free) == 8
+
+
+def test_sampled_tokens_equal_those_of_the_layers(llama):
+    params = SamplingParams(max_new_tokens=4, temperature=1.5, top_k=20, seed=5)
+    (layers,) = run_threads(1, lambda: Engine(llama, plan(llama), current_groups()))
+    engine = fused(llama)
+    assert tokens_of(engine, params=params) == tokens_of(layers, params=params)
+
+
+def test_what_a_step_cannot_hold_is_named(tmp_path):
     folder = write(tmp_path, "llama", num_hidden_layers=1, head_dim=16)
+    with pytest.raises(ValueError, match="path fused cannot serve this model: layer 0: head sizes 16 and 16, need one"):
+        fused(folder)
+    with pytest.raises(ValueError, match="path graphs needs a CUDA device"):
+        run_threads(1, lambda: Engine(folder, plan(folder), current_groups(), decode="graphs"))
+    with pytest.raises(ValueError, match="decode path 'fast' is unknown, legal: auto, graphs, fused, layers"):
+        run_threads(1, lambda: Engine(folder, plan(folder), current_groups(), decode="fast"))
 
-    def build():
-        engine = Engine(str(folder), plan(str(folder)), current_groups(), dtype=torch.float16, device=DEVICE)
-        return reason_against(engine._decoder, next(_caches(engine)))
 
-    assert run_threads(1, build) == ["layer 0: head sizes 16 and 16, need one power of two from 32 to 256"]
+def test_a_request_that_cannot_fit_is_refused_with_the_size_of_the_cache(llama):
+    engine = fused(llama, cache_tokens=100)
+    with pytest.raises(ValueError, match="may become 80 tokens long, the cache holds 64 .1 pages of 64 tokens"):
+        engine.generate([[1] * 60], SamplingParams(max_new_tokens=20))

@@ -37,7 +37,7 @@ def _decode_kernel(
     table_ptr,  # int32 [rows, max_pages]
     slot_ptr,  # int32 [B], each sequence's row of the table
     position_ptr,  # int32 [B], keys already cached; negative: the row is padding
-    rope_ptr,  # float32 [max_position, D]: cos of the first half, then sin
+    rope_ptr,  # float32 [max_position, D]: cos of the first half, then sin; only with ROPE
     q_norm_ptr,  # [D]
     k_norm_ptr,  # [D]
     sinks_ptr,  # [N]
@@ -59,6 +59,7 @@ def _decode_kernel(
     PAGE: tl.constexpr,
     BLOCK: tl.constexpr,
     MAX_SPLITS: tl.constexpr,
+    ROPE: tl.constexpr,
     QK_NORM: tl.constexpr,
     SINKS: tl.constexpr,
     WINDOW: tl.constexpr,
@@ -98,15 +99,19 @@ def _decode_kernel(
     active = tl.maximum(tl.cdiv(blocks, run), 1)  # splits that have keys; split 0 also has the new one
     if split >= active:
         return
-    cos = tl.load(rope_ptr + position.to(tl.int64) * D + half)[None, :]
-    sin = tl.load(rope_ptr + position.to(tl.int64) * D + HALF + half)[None, :]
+    cos = 1.0
+    sin = 0.0
+    if ROPE:
+        cos = tl.load(rope_ptr + position.to(tl.int64) * D + half)[None, :]
+        sin = tl.load(rope_ptr + position.to(tl.int64) * D + HALF + half)[None, :]
     if PDL:
         tl.extra.cuda.gdc_wait()
     q_at = row + (head * GROUP + group[:, None]) * D + half[None, :]
     q1 = tl.load(q_at, mask=live[:, None], other=0.0).to(tl.float32)
     q2 = tl.load(q_at + HALF, mask=live[:, None], other=0.0).to(tl.float32)
     q1, q2 = _unit(q1, q2, q_norm_ptr, half, eps, HALF, QK_NORM)
-    q1, q2 = _rotate(q1, q2, cos, sin)
+    if ROPE:
+        q1, q2 = _rotate(q1, q2, cos, sin)
     q1 = (q1 * scale).to(qkv_ptr.dtype.element_ty)
     q2 = (q2 * scale).to(qkv_ptr.dtype.element_ty)
 
@@ -118,7 +123,8 @@ def _decode_kernel(
         k1 = tl.load(k_at).to(tl.float32)
         k2 = tl.load(k_at + HALF).to(tl.float32)
         k1, k2 = _unit(k1, k2, k_norm_ptr, half, eps, HALF, QK_NORM)
-        k1, k2 = _rotate(k1, k2, cos, sin)
+        if ROPE:
+            k1, k2 = _rotate(k1, k2, cos, sin)
         k1 = k1.to(k_cache_ptr.dtype.element_ty)
         k2 = k2.to(k_cache_ptr.dtype.element_ty)
         v = tl.load(row + (kv_heads * (GROUP + 1) + head) * D + whole)
@@ -214,6 +220,11 @@ class DecodeWorkspace:
         )
 
 
+def takes_head_size(size: int) -> bool:
+    """A power of two from 32 to 256."""
+    return 32 <= size <= 256 and not size & (size - 1)
+
+
 def splits_for(batch: int, kv_heads: int, max_keys: int, processors: int, block: int = 64) -> int:
     """Runs of keys a (sequence, head) pair is cut into: enough to fill the device, none shorter than a block."""
     fill = triton.cdiv(2 * processors, batch * kv_heads)
@@ -226,7 +237,7 @@ def fused_decode_attention(
     v_cache: torch.Tensor,  # [pages, page_size, Nkv, D]
     page_table: torch.Tensor,  # int32 [B, max_pages]; with `slots` [rows, max_pages]
     positions: torch.Tensor,  # int32 [B]: keys already cached; negative marks a padding row, which yields zeros
-    rope: torch.Tensor,  # float32 [max_position, D]: cos of the first half, then sin
+    rope: torch.Tensor | None,  # float32 [max_position, D]: cos of the first half, then sin; None: no rotation
     workspace: DecodeWorkspace,
     *,
     heads: int,
@@ -252,7 +263,7 @@ def fused_decode_attention(
     batch = qkv.shape[0]
     block = min(64, page_size)
     splits = workspace.splits if splits is None else splits
-    if head_dim & (head_dim - 1) or not 32 <= head_dim <= 256 or page_size % block or heads % kv_heads:
+    if not takes_head_size(head_dim) or page_size % block or heads % kv_heads:
         raise ValueError(
             f"fused_decode_attention: head size {head_dim} (a power of two, 32 to 256), page size {page_size} "
             f"(a multiple of {block}), {heads} heads over {kv_heads} KV heads"
@@ -277,7 +288,7 @@ def fused_decode_attention(
         workspace.partial, workspace.counter, kv_heads, page_table.shape[1], splits, *k_cache.stride()[:3],
         head_dim**-0.5 if scale is None else scale, eps, window or 0,
         GROUP=group, GROUP_PAD=max(16, triton.next_power_of_2(group)), HALF=head_dim // 2, PAGE=page_size,
-        BLOCK=block, MAX_SPLITS=MAX_SPLITS, QK_NORM=q_norm is not None, SINKS=sinks is not None,
+        BLOCK=block, MAX_SPLITS=MAX_SPLITS, ROPE=rope is not None, QK_NORM=q_norm is not None, SINKS=sinks is not None,
         WINDOW=bool(window), SLOTS=slots is not None, PDL=pdl, num_warps=4, launch_pdl=pdl,
     )  # fmt: skip
     return out

@@ -15,146 +15,11 @@ from dataclasses import dataclass
 
 import torch
 
-from shardwise.ops.ptx import prefetch_to_l2
-from shardwise.ops.triton_support import interpreting, tl, triton
+from shardwise.ops.linear.decode_kernels import gate_kernel, skinny_kernel
+from shardwise.ops.triton_support import interpreting, triton
 
 MAX_TOKENS = 4
 """A program holds a sum for each token and each weight of its tile; more would leave the registers."""
-
-
-@triton.jit
-def _tile(pointers, inside, here, EVEN: tl.constexpr):
-    if EVEN:
-        return tl.load(pointers, eviction_policy="evict_first")
-    return tl.load(pointers, mask=inside[:, None] & here[None, :], other=0.0, eviction_policy="evict_first")
-
-
-@triton.jit
-def _token(x_ptr, norm, token: tl.constexpr, K, columns, here, NORM: tl.constexpr):
-    """A token's columns in float32, times the norm's weights, and their squares."""
-    x = tl.load(x_ptr + token * K + columns, mask=here, other=0.0).to(tl.float32)
-    squares = x * x
-    if NORM:
-        x *= norm
-    return x, squares
-
-
-@triton.jit
-def _add(totals, products, squares, w, u, x_ptr, norm_ptr, norm_bias, K, columns, here,
-         TOKENS: tl.constexpr, NORM: tl.constexpr, GATED: tl.constexpr):  # fmt: skip
-    """One tile's part of every sum."""
-    norm = tl.load(norm_ptr + columns, mask=here, other=0.0).to(tl.float32) + norm_bias if NORM else 1.0
-    w = w.to(tl.float32)
-    u = u.to(tl.float32)
-    new_totals = ()
-    new_products = ()
-    new_squares = ()
-    for token in tl.static_range(TOKENS):
-        x, square = _token(x_ptr, norm, token, K, columns, here, NORM)
-        new_totals = new_totals + (totals[token] + w * x[None, :],)
-        new_products = new_products + (products[token] + u * x[None, :] if GATED else products[token],)
-        new_squares = new_squares + (squares[token] + square if NORM else squares[token],)
-    return new_totals, new_products, new_squares
-
-
-@triton.jit(do_not_specialize=["eps", "norm_bias"])
-def skinny_kernel(
-    x_ptr,  # [T, K]
-    weight_ptr,  # [N, K], or [2N, K] when GATED: gate rows, then up rows
-    out_ptr,  # [T, N]
-    norm_ptr,  # [K]
-    bias_ptr,  # [N]
-    residual_ptr,  # [T, N]
-    normed_ptr,  # [T, K]
-    N,
-    K,
-    eps,
-    norm_bias,
-    TOKENS: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    STAGES: tl.constexpr,
-    PREFETCH: tl.constexpr,
-    NORM: tl.constexpr,
-    BIAS: tl.constexpr,
-    RESIDUAL: tl.constexpr,
-    GATED: tl.constexpr,
-    KEEP: tl.constexpr,
-    EVEN_N: tl.constexpr,
-    EVEN_K: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    first = tl.program_id(0) * BLOCK_N
-    rows = first + tl.arange(0, BLOCK_N)
-    columns = tl.arange(0, BLOCK_K)
-    inside = rows < N
-    weights = weight_ptr + rows.to(tl.int64)[:, None] * K + columns[None, :]
-    ups = weights + N.to(tl.int64) * K
-    if PREFETCH:
-        slab = weight_ptr + first.to(tl.int64) * K
-        nbytes = tl.minimum(BLOCK_N, N - first) * K * (weight_ptr.dtype.element_ty.primitive_bitwidth // 8)
-        prefetch_to_l2(slab, nbytes)
-        if GATED:
-            prefetch_to_l2(slab + N.to(tl.int64) * K, nbytes)
-    w = tl.zeros([BLOCK_N, BLOCK_K], weight_ptr.dtype.element_ty)
-    u = w
-    if STAGES == 1:  # the first tile waits in registers
-        w = _tile(weights, inside, columns < K, EVEN_N and EVEN_K)
-        u = _tile(ups, inside, columns < K, EVEN_N and EVEN_K) if GATED else w
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
-    totals = ()
-    products = ()
-    squares = ()
-    for _ in tl.static_range(TOKENS):
-        totals = totals + (tl.zeros([BLOCK_N, BLOCK_K], tl.float32),)
-        products = products + (tl.zeros([BLOCK_N, BLOCK_K], tl.float32) if GATED else 0.0,)
-        squares = squares + (tl.zeros([BLOCK_K], tl.float32) if NORM else 0.0,)
-    if STAGES == 1:
-        for start in range(0, K, BLOCK_K):
-            following = start + BLOCK_K + columns < K
-            next_w = _tile(weights + start + BLOCK_K, inside, following, False)
-            next_u = _tile(ups + start + BLOCK_K, inside, following, False) if GATED else next_w
-            totals, products, squares = _add(
-                totals, products, squares, w, u, x_ptr, norm_ptr, norm_bias, K, start + columns, start + columns < K,
-                TOKENS, NORM, GATED,
-            )  # fmt: skip
-            w = next_w
-            u = next_u
-    else:
-        for start in tl.range(0, K, BLOCK_K, num_stages=STAGES):
-            here = start + columns < K
-            w = _tile(weights + start, inside, here, EVEN_N and EVEN_K)
-            u = _tile(ups + start, inside, here, EVEN_N and EVEN_K) if GATED else w
-            totals, products, squares = _add(
-                totals, products, squares, w, u, x_ptr, norm_ptr, norm_bias, K, start + columns, here,
-                TOKENS, NORM, GATED,
-            )  # fmt: skip
-    for token in tl.static_range(TOKENS):
-        y = tl.sum(totals[token], 1)
-        scale = tl.rsqrt(tl.sum(squares[token], 0) / K + eps) if NORM else 1.0
-        y *= scale
-        if BIAS:
-            y += tl.load(bias_ptr + rows, mask=inside, other=0.0).to(tl.float32)
-        if GATED:
-            y = y / (1.0 + tl.exp(-y)) * (tl.sum(products[token], 1) * scale)
-        if RESIDUAL:
-            y += tl.load(residual_ptr + token * N + rows, mask=inside, other=0.0).to(tl.float32)
-        tl.store(out_ptr + token * N + rows, y.to(out_ptr.dtype.element_ty), mask=inside)
-        if KEEP and tl.program_id(0) == 0:
-            _keep(x_ptr + token * K, normed_ptr + token * K, norm_ptr, norm_bias, scale, K, BLOCK_K, NORM)
-
-
-@triton.jit
-def _keep(x_ptr, normed_ptr, norm_ptr, norm_bias, scale, K, BLOCK_K: tl.constexpr, NORM: tl.constexpr):
-    """Write a normed token down, for kernels that would have to norm it again."""
-    for start in range(0, K, BLOCK_K):
-        columns = start + tl.arange(0, BLOCK_K)
-        x = tl.load(x_ptr + columns, mask=columns < K, other=0.0).to(tl.float32)
-        if NORM:
-            x *= scale * (tl.load(norm_ptr + columns, mask=columns < K, other=0.0).to(tl.float32) + norm_bias)
-        tl.store(normed_ptr + columns, x.to(normed_ptr.dtype.element_ty), mask=columns < K)
 
 
 @dataclass(frozen=True)
@@ -222,4 +87,12 @@ def skinny_linear(
         KEEP=normed is not None, EVEN_N=n % tile.rows == 0, EVEN_K=k % tile.columns == 0, PDL=pdl,
         num_warps=tile.warps, launch_pdl=pdl,
     )  # fmt: skip
+    return out
+
+
+def gated_activation(both: torch.Tensor, *, pdl: bool = False) -> torch.Tensor:
+    """silu(gate) * up of [T, 2N] whose first N columns are gates -> [T, N]."""
+    tokens, size = both.shape[0], both.shape[1] // 2
+    out, block, pdl = both.new_empty(tokens, size), 1024, pdl and not interpreting()
+    gate_kernel[(triton.cdiv(size, block), tokens)](both, out, size, BLOCK=block, PDL=pdl, num_warps=4, launch_pdl=pdl)
     return out

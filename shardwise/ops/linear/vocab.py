@@ -81,10 +81,10 @@ def embed(
 
 
 @triton.jit
-def _better(value, index, other_value, other_index):
-    """The larger value; among equals the smaller index."""
-    keep = (value > other_value) | ((value == other_value) & (index < other_index))
-    return tl.where(keep, value, other_value), tl.where(keep, index, other_index)
+def _first_largest(values, indices):
+    """The largest value, and the smallest index that has it; where all are NaN an index beyond all others."""
+    value = tl.max(values, 0)
+    return value, tl.min(tl.where(values == value, indices, 0x7FFFFFFF), 0)
 
 
 @triton.jit
@@ -111,7 +111,7 @@ def best_kernel(
         tl.extra.cuda.gdc_wait()
     column = part * BLOCK + tl.arange(0, BLOCK)
     values = tl.load(logit_ptr + row.to(tl.int64) * columns + column, mask=column < limit, other=float("-inf"))
-    value, index = tl.reduce((values.to(tl.float32), column), 0, _better)
+    value, index = _first_largest(values.to(tl.float32), column)
     tl.store(value_ptr + row * parts + part, value)
     tl.store(index_ptr + row * parts + part, index)
     tl.debug_barrier()  # this program's stores come before its arrival
@@ -121,8 +121,8 @@ def best_kernel(
     other = tl.arange(0, PARTS)
     values = tl.load(value_ptr + row * parts + other, mask=other < parts, other=float("-inf"), cache_modifier=".cg")
     indices = tl.load(index_ptr + row * parts + other, mask=other < parts, other=0x7FFFFFFF, cache_modifier=".cg")
-    value, index = tl.reduce((values, indices), 0, _better)
-    index += first
+    value, index = _first_largest(values, indices)
+    index = tl.minimum(index, tl.maximum(limit - 1, 0)) + first
     if PAIRS:
         tl.store(pair_ptr + row * 2, value)
         tl.store(pair_ptr + row * 2 + 1, index.to(tl.float32))
@@ -142,9 +142,9 @@ def winner_kernel(
     rank = tl.arange(0, RANKS)
     at = pair_ptr + (rank * batch + row) * 2
     values = tl.load(at, mask=rank < ranks, other=float("-inf"))
-    tokens = tl.load(at + 1, mask=rank < ranks, other=float("inf"))
-    _, token = tl.reduce((values, tokens), 0, _better)
-    tl.store(token_ptr + row, token.to(tl.int32))
+    tokens = tl.load(at + 1, mask=rank < ranks, other=0.0).to(tl.int32)
+    _, token = _first_largest(values, tl.where(rank < ranks, tokens, 0x7FFFFFFF))
+    tl.store(token_ptr + row, token)
 
 
 BEST_BLOCK = 2048

@@ -1,0 +1,155 @@
+"""Kernels of `decode.py`: matrix-vector products with all that stands around them, and the activation by itself."""
+
+# Triton's language, not Python's, where types are concerned.
+# mypy: ignore-errors
+
+from shardwise.ops.ptx import prefetch_to_l2
+from shardwise.ops.triton_support import tl, triton
+
+
+@triton.jit
+def _tile(pointers, inside, here, EVEN: tl.constexpr):
+    if EVEN:
+        return tl.load(pointers, eviction_policy="evict_first")
+    return tl.load(pointers, mask=inside[:, None] & here[None, :], other=0.0, eviction_policy="evict_first")
+
+
+@triton.jit
+def _token(x_ptr, norm, token: tl.constexpr, K, columns, here, NORM: tl.constexpr):
+    """A token's columns in float32, times the norm's weights, and their squares."""
+    x = tl.load(x_ptr + token * K + columns, mask=here, other=0.0).to(tl.float32)
+    squares = x * x
+    if NORM:
+        x *= norm
+    return x, squares
+
+
+@triton.jit
+def _add(totals, products, squares, w, u, x_ptr, norm_ptr, norm_bias, K, columns, here,
+         TOKENS: tl.constexpr, NORM: tl.constexpr, GATED: tl.constexpr):  # fmt: skip
+    """One tile's part of every sum."""
+    norm = tl.load(norm_ptr + columns, mask=here, other=0.0).to(tl.float32) + norm_bias if NORM else 1.0
+    w = w.to(tl.float32)
+    u = u.to(tl.float32)
+    new_totals = ()
+    new_products = ()
+    new_squares = ()
+    for token in tl.static_range(TOKENS):
+        x, square = _token(x_ptr, norm, token, K, columns, here, NORM)
+        new_totals = new_totals + (totals[token] + w * x[None, :],)
+        new_products = new_products + (products[token] + u * x[None, :] if GATED else products[token],)
+        new_squares = new_squares + (squares[token] + square if NORM else squares[token],)
+    return new_totals, new_products, new_squares
+
+
+@triton.jit(do_not_specialize=["eps", "norm_bias"])
+def skinny_kernel(
+    x_ptr,  # [T, K]
+    weight_ptr,  # [N, K], or [2N, K] when GATED: gate rows, then up rows
+    out_ptr,  # [T, N]
+    norm_ptr,  # [K]
+    bias_ptr,  # [N]
+    residual_ptr,  # [T, N]
+    normed_ptr,  # [T, K]
+    N,
+    K,
+    eps,
+    norm_bias,
+    TOKENS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr,
+    PREFETCH: tl.constexpr,
+    NORM: tl.constexpr,
+    BIAS: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    GATED: tl.constexpr,
+    KEEP: tl.constexpr,
+    EVEN_N: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    first = tl.program_id(0) * BLOCK_N
+    rows = first + tl.arange(0, BLOCK_N)
+    columns = tl.arange(0, BLOCK_K)
+    inside = rows < N
+    weights = weight_ptr + rows.to(tl.int64)[:, None] * K + columns[None, :]
+    ups = weights + N.to(tl.int64) * K
+    if PREFETCH:
+        slab = weight_ptr + first.to(tl.int64) * K
+        nbytes = tl.minimum(BLOCK_N, N - first) * K * (weight_ptr.dtype.element_ty.primitive_bitwidth // 8)
+        prefetch_to_l2(slab, nbytes)
+        if GATED:
+            prefetch_to_l2(slab + N.to(tl.int64) * K, nbytes)
+    w = tl.zeros([BLOCK_N, BLOCK_K], weight_ptr.dtype.element_ty)
+    u = w
+    if STAGES == 1:  # the first tile waits in registers
+        w = _tile(weights, inside, columns < K, EVEN_N and EVEN_K)
+        u = _tile(ups, inside, columns < K, EVEN_N and EVEN_K) if GATED else w
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    totals = ()
+    products = ()
+    squares = ()
+    for _ in tl.static_range(TOKENS):
+        totals = totals + (tl.zeros([BLOCK_N, BLOCK_K], tl.float32),)
+        products = products + (tl.zeros([BLOCK_N, BLOCK_K], tl.float32) if GATED else 0.0,)
+        squares = squares + (tl.zeros([BLOCK_K], tl.float32) if NORM else 0.0,)
+    if STAGES == 1:
+        for start in range(0, K, BLOCK_K):
+            following = start + BLOCK_K + columns < K
+            next_w = _tile(weights + start + BLOCK_K, inside, following, False)
+            next_u = _tile(ups + start + BLOCK_K, inside, following, False) if GATED else next_w
+            totals, products, squares = _add(
+                totals, products, squares, w, u, x_ptr, norm_ptr, norm_bias, K, start + columns, start + columns < K,
+                TOKENS, NORM, GATED,
+            )  # fmt: skip
+            w = next_w
+            u = next_u
+    else:
+        for start in tl.range(0, K, BLOCK_K, num_stages=STAGES):
+            here = start + columns < K
+            w = _tile(weights + start, inside, here, EVEN_N and EVEN_K)
+            u = _tile(ups + start, inside, here, EVEN_N and EVEN_K) if GATED else w
+            totals, products, squares = _add(
+                totals, products, squares, w, u, x_ptr, norm_ptr, norm_bias, K, start + columns, here,
+                TOKENS, NORM, GATED,
+            )  # fmt: skip
+    for token in tl.static_range(TOKENS):
+        y = tl.sum(totals[token], 1)
+        scale = tl.rsqrt(tl.sum(squares[token], 0) / K + eps) if NORM else 1.0
+        y *= scale
+        if BIAS:
+            y += tl.load(bias_ptr + rows, mask=inside, other=0.0).to(tl.float32)
+        if GATED:
+            y = y / (1.0 + tl.exp(-y)) * (tl.sum(products[token], 1) * scale)
+        if RESIDUAL:
+            y += tl.load(residual_ptr + token * N + rows, mask=inside, other=0.0).to(tl.float32)
+        tl.store(out_ptr + token * N + rows, y.to(out_ptr.dtype.element_ty), mask=inside)
+        if KEEP and tl.program_id(0) == 0:
+            _keep(x_ptr + token * K, normed_ptr + token * K, norm_ptr, norm_bias, scale, K, BLOCK_K, NORM)
+
+
+@triton.jit
+def _keep(x_ptr, normed_ptr, norm_ptr, norm_bias, scale, K, BLOCK_K: tl.constexpr, NORM: tl.constexpr):
+    """Write a normed token down, for kernels that would have to norm it again."""
+    for start in range(0, K, BLOCK_K):
+        columns = start + tl.arange(0, BLOCK_K)
+        x = tl.load(x_ptr + columns, mask=columns < K, other=0.0).to(tl.float32)
+        if NORM:
+            x *= scale * (tl.load(norm_ptr + columns, mask=columns < K, other=0.0).to(tl.float32) + norm_bias)
+        tl.store(normed_ptr + columns, x.to(normed_ptr.dtype.element_ty), mask=columns < K)
+
+
+@triton.jit
+def gate_kernel(both_ptr, out_ptr, size, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    row = tl.program_id(1).to(tl.int64)
+    column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    gate = tl.load(both_ptr + row * 2 * size + column, mask=column < size, other=0.0).to(tl.float32)
+    up = tl.load(both_ptr + (row * 2 + 1) * size + column, mask=column < size, other=0.0).to(tl.float32)
+    out = gate / (1.0 + tl.exp(-gate)) * up
+    tl.store(out_ptr + row * size + column, out.to(out_ptr.dtype.element_ty), mask=column < size)

@@ -1,0 +1,107 @@
+"""A layer of experts in the decode step: few tokens by matrix-vector products, more by the grouped kernels."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from shardwise.ops.linear.decode import MAX_TOKENS, skinny_linear
+from shardwise.ops.moe import decode
+from shardwise.ops.moe.decode import Choice, Gate, expert_down, expert_up
+from shardwise.parallel.decode_stream import Stream, joined
+from shardwise.parallel.layers import Linear, ResidualNorm
+from shardwise.parallel.moe import Experts, MoeBlock, PackedExperts
+from shardwise.sharding.spec import Routing
+
+FEW_TOKENS = 4
+"""Most tokens for which every token reads its own experts."""
+
+
+def reason_against(block: MoeBlock) -> str:
+    """Why a step cannot hold these experts; empty when it can."""
+    experts = block.experts
+    if isinstance(experts, Experts) and not experts.is_fused:
+        return _reason_against_few(block)  # the layer itself looks at the routing on the host
+    return ""
+
+
+def _reason_against_few(block: MoeBlock) -> str:
+    """Why the kernels for few tokens cannot serve this block; empty when they can."""
+    unit, routing, experts = block.experts.unit, block.routing, block.experts
+    if not isinstance(block.router, Linear):
+        return "the router's weights stay quantised"
+    if not unit.is_silu and unit.limit is None:
+        return "experts with another activation than SiLU"
+    if routing.score != "softmax" or routing.groups > 1 or block.correction is not None:
+        return "routing by other scores than a softmax, by groups or with a correction"
+    weight = experts.up_gate.words if isinstance(experts, PackedExperts) else experts.up_gate
+    return decode.reason_against(len(block.slots), weight.shape[0], routing.top_k)
+
+
+def _choice(routing: Routing) -> Choice:
+    """A softmax over all that is normalised over the chosen is the softmax over the chosen."""
+    return Choice(routing.top_k, routing.normalize or routing.softmax_after_topk, routing.scale)
+
+
+class ExpertStep:
+    """`step(stream, join, positions)`: routed experts of one layer, summed, joined with the residual."""
+
+    def __init__(self, block: MoeBlock, *, pdl: bool):
+        self.block, self.pdl = block, pdl
+        experts = block.experts
+        few = not _reason_against_few(block)
+        fused = isinstance(experts, PackedExperts) or experts.is_fused
+        self._most_few = (FEW_TOKENS if fused else torch.iinfo(torch.int64).max) if few else 0
+        """Most tokens for the kernels for few: all, where no others can be part of a graph."""
+        if few:
+            assert isinstance(block.router, Linear)
+            self._router, self._bias = block.router.weight.t().contiguous(), block.router.bias
+            self._slots, self._choice = block.slots.int(), _choice(block.routing)
+            self._gate = Gate(experts.unit.alpha, experts.unit.limit)
+
+    def __call__(self, stream: Stream, join: ResidualNorm, positions: Tensor) -> Stream:
+        if join.group.size == 1 and join.is_plain and stream.x.shape[0] <= self._most_few:
+            summed = self._few(stream, positions, stream.residual)
+            return Stream(summed, summed, join.norm)
+        return joined(self.partial(stream, positions), stream.residual, join)
+
+    def partial(self, stream: Stream, positions: Tensor) -> Tensor:
+        """This rank's partial sum [B, H]."""
+        if stream.x.shape[0] <= self._most_few:
+            return self._few(stream, positions, None)
+        return self.block(stream.normed())
+
+    def _few(self, stream: Stream, positions: Tensor, residual: Tensor | None) -> Tensor:
+        x, experts = stream.x, self.block.experts
+        normed, logits = self._routed(stream)
+        biases = (None, None) if isinstance(experts, PackedExperts) else (experts.up_gate_bias, experts.down_bias)
+        routed = expert_up(
+            normed,
+            logits,
+            self._slots,
+            self._choice,
+            experts.up_gate,
+            self._gate,
+            bias=biases[0],
+            positions=positions,
+            pdl=self.pdl,
+        )
+        return expert_down(routed, experts.down, bias=biases[1], residual=residual, dtype=x.dtype, pdl=self.pdl)
+
+    def _routed(self, stream: Stream) -> tuple[Tensor, Tensor]:
+        """The normed input in float32, and the router's logits."""
+        x, norm = stream.x, stream.norm
+        if x.shape[0] > MAX_TOKENS:
+            normed = stream.normed()
+            return normed, F.linear(normed, self._router, self._bias).float()
+        normed = torch.empty(x.shape, dtype=torch.float32, device=x.device)
+        logits = skinny_linear(
+            x,
+            self._router,
+            norm_weight=norm.weight if norm else None,
+            eps=norm.eps if norm else 0.0,
+            bias=self._bias,
+            normed=normed,
+            out_dtype=torch.float32,
+            pdl=self.pdl,
+        )
+        return normed, logits

@@ -1,0 +1,181 @@
+"""Attention of several new tokens a sequence on a GPU: whose kernels serve a layer, and why.
+
+Keys and values of all sequences stand one behind the other in rows [Nkv * (D + Dv)], a token's keys before its values.
+"""
+
+import importlib.util
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shardwise.ops.attention.reference import torch_cached_attention_with_cache
+from shardwise.ops.attention.triton import triton_attention_flattened_mha_with_cache
+from shardwise.parallel.batch import Span
+from shardwise.parallel.cache import LayerShape, Masking
+
+ATTENTIONS = ("auto", "triton", "flashinfer", "torch")
+HALVES = (torch.float16, torch.bfloat16)
+FLASHINFER_SIZES = (64, 128, 256)
+WORKSPACE_BYTES = 256 << 20
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which kernels attend to a layer's prefill tokens."""
+
+    name: str
+    reason: str
+
+
+def choose(wanted: str, shape: LayerShape, masking: Masking, dtype: torch.dtype) -> Choice:
+    """The kernels for one layer. ValueError when those that are wanted by name cannot serve it.
+
+    auto: Triton's, which need no compiler on the machine and take windows and sinks; PyTorch's for capped scores.
+    """
+    reasons = {
+        "triton": "capped scores" if masking.softcap else "",
+        "flashinfer": _against_flashinfer(shape, masking, dtype),
+        "torch": "",
+    }
+    if wanted == "auto":
+        if reasons["triton"]:
+            return Choice("torch", f"auto: Triton's kernels have no {reasons['triton']}")
+        return Choice("triton", "auto: compiled with the first prompt, windows and sinks included")
+    if reasons[wanted]:
+        raise ValueError(f"attention {wanted} cannot serve this model: {reasons[wanted]}; use attention auto")
+    return Choice(wanted, "asked for by name")
+
+
+def _against_flashinfer(shape: LayerShape, masking: Masking, dtype: torch.dtype) -> str:
+    if importlib.util.find_spec("flashinfer") is None:
+        return "the package flashinfer-python is not installed"
+    if not masking.is_plain:
+        return "attention sinks or capped scores"
+    if dtype not in HALVES:
+        return f"its kernels take 16-bit floats, not {str(dtype).removeprefix('torch.')}"
+    if shape.head_dim != shape.v_head_dim or shape.head_dim not in FLASHINFER_SIZES:
+        return f"head sizes {shape.head_dim} and {shape.v_head_dim}, it has {', '.join(map(str, FLASHINFER_SIZES))}"
+    return ""
+
+
+class PrefillStep:
+    """The sequences of one step that bring several tokens, the same for all layers."""
+
+    def __init__(self, spans: Sequence[Span], device: torch.device):
+        self.spans, self.device = tuple(spans), device
+        self.tokens = sum(span.length for span in spans)
+        self.longest = max(span.total for span in spans)
+        self.plans: dict[Any, Any] = {}
+        """What a backend has prepared for this step."""
+
+    @cached_property
+    def info(self) -> Tensor:
+        return torch.tensor([len(self.spans), self.tokens, 0], dtype=torch.int32)
+
+    @cached_property
+    def lengths(self) -> Tensor:
+        return self._int32([span.length for span in self.spans])
+
+    @cached_property
+    def past(self) -> Tensor:
+        return self._int32([span.past for span in self.spans])
+
+    @cached_property
+    def starts(self) -> Tensor:
+        """int32 [sequences + 1]: where each sequence's keys begin."""
+        return self._int32(_ends([span.total for span in self.spans]))
+
+    @cached_property
+    def query_starts(self) -> Tensor:
+        """int32 [sequences + 1]: where each sequence's queries begin."""
+        return self._int32(_ends([span.length for span in self.spans]))
+
+    def _int32(self, values: list[int]) -> Tensor:
+        return torch.tensor(values, dtype=torch.int32, device=self.device)
+
+
+def _ends(lengths: list[int]) -> list[int]:
+    ends = [0]
+    for length in lengths:
+        ends.append(ends[-1] + length)
+    return ends
+
+
+class PrefillAttention:
+    """Attends to whole sequences with one backend."""
+
+    def __init__(self, device: torch.device):
+        self._device = device
+
+    def __call__(
+        self,
+        choice: Choice,
+        q: Tensor,
+        kv: Tensor,
+        rows: Tensor,
+        step: PrefillStep,
+        shape: LayerShape,
+        masking: Masking,
+    ) -> Tensor:
+        """q [T, N, D] -> [T, N, Dv].
+
+        kv    [T, Nkv * (D + Dv)], of the new tokens
+        rows  [all tokens + step.longest, Nkv * (D + Dv)], the new ones included; what is behind the last is not read
+        """
+        if choice.name == "flashinfer":
+            return self._flashinfer(q, rows, step, shape, masking)
+        widths = (shape.kv_heads * shape.head_dim, shape.kv_heads * shape.v_head_dim)
+        keys, values = (_overlapping(part, shape.kv_heads, step.longest) for part in rows.split_with_sizes(widths, 1))
+        k, v = kv.split_with_sizes(widths, 1)
+        new = q[None], k[None], v[None]
+        places = step.info, step.lengths, step.past, step.starts[:-1], step.query_starts
+        options = masking.scale, masking.sinks, masking.window
+        if choice.name == "triton":
+            return triton_attention_flattened_mha_with_cache(*new, *places, keys, values, *options)[0]
+        return torch_cached_attention_with_cache(*new, *places, keys, values, *options, masking.softcap)[0]
+
+    @cached_property
+    def _workspace(self) -> Tensor:
+        return torch.zeros(WORKSPACE_BYTES, dtype=torch.uint8, device=self._device)
+
+    def _flashinfer(self, q: Tensor, rows: Tensor, step: PrefillStep, shape: LayerShape, masking: Masking) -> Tensor:
+        rows = rows[: rows.shape[0] - step.longest]
+        key = (q.shape[1], shape, masking.scale, masking.window)
+        if key not in step.plans:
+            step.plans[key] = self._planned(q, step, shape, masking)
+        widths = (shape.kv_heads * shape.head_dim, shape.kv_heads * shape.v_head_dim)
+        k, v = (part.unflatten(1, (shape.kv_heads, -1)) for part in rows.split_with_sizes(widths, 1))
+        return step.plans[key].run(q, k, v)
+
+    def _planned(self, q: Tensor, step: PrefillStep, shape: LayerShape, masking: Masking) -> Any:
+        from flashinfer import BatchPrefillWithRaggedKVCacheWrapper
+
+        wrapper = BatchPrefillWithRaggedKVCacheWrapper(self._workspace, "NHD", backend="fa2")
+        wrapper.plan(
+            step.query_starts,
+            step.starts,
+            q.shape[1],
+            shape.kv_heads,
+            shape.head_dim,
+            causal=True,
+            sm_scale=masking.scale,
+            window_left=-1 if masking.window is None else masking.window - 1,
+            q_data_type=q.dtype,
+            kv_data_type=q.dtype,
+        )
+        return wrapper
+
+
+def _overlapping(rows: Tensor, heads: int, length: int) -> Tensor:
+    """Rows [R + length, heads * size] as R caches [R, length, heads, size], each one row behind the other.
+
+    A sequence's first row then is its cache slot, and sequences of any lengths need no padding between them.
+    """
+    split = rows.unflatten(1, (heads, -1))
+    row, head, element = split.stride()
+    count = rows.shape[0] - length
+    return split.as_strided((count, length, heads, split.shape[2]), (row, row, head, element), split.storage_offset())

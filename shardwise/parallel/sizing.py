@@ -1,0 +1,79 @@
+"""How many pages the KV cache of a GPU gets: what the weights and the work of a step leave of its memory."""
+
+from dataclasses import dataclass
+
+import torch
+
+from shardwise.comm.base import Communicator
+from shardwise.parallel.cache import LayerShape
+from shardwise.parallel.device_cache import PAGE_SIZE
+from shardwise.sharding import spec
+
+RESERVED_BYTES = 2 << 30
+"""For CUDA graphs, communication, library workspaces and what the allocator cannot use."""
+
+
+@dataclass(frozen=True)
+class Room:
+    """Bytes of a device as they are once the weights are loaded."""
+
+    free: int
+    total: int
+    activations: int
+    """Of the largest step."""
+
+    def pages(self, page_bytes: int) -> int:
+        return max(0, self.free - RESERVED_BYTES - self.activations) // page_bytes
+
+
+def page_bytes(layers: list[LayerShape], dtype: torch.dtype) -> int:
+    """Of one page in all layers."""
+    return PAGE_SIZE * dtype.itemsize * sum(s.kv_heads * (s.head_dim + s.v_head_dim) for s in layers)
+
+
+def pages_for(
+    layers: list[LayerShape],
+    dtype: torch.dtype,
+    *,
+    slots: int,
+    max_length: int,
+    activations: int,
+    world: Communicator,
+    device: torch.device,
+) -> int:
+    """Pages that fit on every rank, at most those that `slots` sequences of `max_length` tokens can use.
+
+    ValueError, on all ranks, when not one fits on some rank.
+    """
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info(device)
+    room, each = Room(free, total, activations), page_bytes(layers, dtype)
+    useful = slots * -(-max_length // PAGE_SIZE)
+    fits = world.all_gather_object(min(useful, room.pages(each)))
+    if min(fits) < 1:
+        rank = fits.index(min(fits))
+        raise ValueError(
+            f"rank {world.ranks[rank]} has no memory for the KV cache, of which {PAGE_SIZE} tokens take {each} "
+            f"bytes: beside the weights, rank {world.ranks[world.rank]} has {free >> 20} MiB of {total >> 20} MiB, and "
+            f"{RESERVED_BYTES + activations >> 20} MiB are kept for a step's work; use more ranks or smaller weights"
+        )
+    return min(fits)
+
+
+def activation_bytes(model: spec.ModelSpec, tokens: int, dtype: torch.dtype) -> int:
+    """An upper bound of what a step of so many tokens has alive at once: the widest layer's, and a batch's logits."""
+    widest = max((_inner_elements(layer, model.hidden) for layer in model.layers), default=0)
+    return tokens * (8 * model.hidden + widest) * dtype.itemsize + 64 * model.vocab * 8
+
+
+def _inner_elements(layer: spec.Layer, hidden: int) -> int:
+    """Elements a token of a layer's projections, each with its activation."""
+    found = [0]
+    for block in (*layer.mixers, *layer.feed_forward):
+        if isinstance(block, spec.Attention):
+            found.append(2 * (block.heads + block.kv_heads) * (block.head_dim + block.v_head_dim))
+        elif isinstance(block, spec.Moe):  # results of a token's experts wait in float32 to be summed
+            found.append(block.routing.top_k * (4 * block.mlp_axis.units + 2 * hidden))
+        elif isinstance(block, spec.DenseMlp):
+            found.append(4 * block.mlp_axis.units)
+    return max(found)

@@ -1,0 +1,76 @@
+"""The paged cache of a GPU attends as rows do: prompts, chunks of prompts and single tokens, over page borders."""
+
+import pytest
+import torch
+
+from shardwise.ops.triton_support import interpreting
+from shardwise.parallel.batch import Batch, Span
+from shardwise.parallel.cache import LayerShape, Masking, SlotCache
+from shardwise.parallel.device_cache import PAGE_SIZE, DeviceCache
+from shardwise.parallel.prefill import Choice, choose
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+pytestmark = pytest.mark.skipif(
+    not (torch.cuda.is_available() or interpreting()), reason="needs a CUDA device or Triton's interpreter"
+)
+HEADS, LENGTH = 4, 3 * PAGE_SIZE
+STEPS = [
+    [(2, 0, 70), (0, 0, 5)],  # prompts
+    [(2, 70, 1), (0, 5, 1)],  # single tokens
+    [(1, 0, 3), (0, 6, 60), (2, 71, 1)],  # a prompt, a chunk that goes on over a border, a single token
+    [(0, 66, 1), (1, 3, 1), (2, 72, 1)],
+]
+"""(slot, past, length) of each span."""
+
+
+def caches(shape, attention="auto"):
+    make = dict(slots=3, max_length=LENGTH, dtype=torch.float32, device=DEVICE)
+    return SlotCache([shape] * 2, **make), DeviceCache([shape] * 2, pages=7, attention=attention, **make)
+
+
+@pytest.mark.parametrize(
+    ("size", "options", "attention"),
+    [
+        ((32, 32), {}, "auto"),
+        ((32, 32), {}, "torch"),
+        ((32, 32), dict(window=9, sinks=True), "auto"),
+        ((32, 32), dict(softcap=2.0), "auto"),
+        ((16, 16), {}, "auto"),
+        ((32, 16), {}, "auto"),
+    ],
+)
+def test_every_step_equals_the_one_over_rows(size, options, attention):
+    torch.manual_seed(0)
+    shape = LayerShape(2, *size)
+    sinks = torch.randn(HEADS, device=DEVICE) if options.pop("sinks", False) else None
+    masking = Masking(scale=size[0] ** -0.5, sinks=sinks, **options)
+    rows, pages = caches(shape, attention)
+    for spans in STEPS:
+        batch = Batch([Span(*span) for span in spans], [0] * sum(span[2] for span in spans), DEVICE)
+        for span in batch.spans:
+            assert pages.reserve(span.slot, span.total)
+        for layer in range(2):
+            q = torch.randn(batch.size, HEADS, size[0], device=DEVICE)
+            kv = torch.randn(batch.size, 2 * sum(size), device=DEVICE)
+            expected = rows.attend(layer, q, kv.clone(), batch, masking)
+            torch.testing.assert_close(pages.attend(layer, q, kv, batch, masking), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_pages_are_taken_and_given_back():
+    _, cache = caches(LayerShape(2, 32, 32))
+    assert cache.reserve(0, LENGTH) and not cache.reserve(0, LENGTH + 1)
+    assert cache.reserve(1, LENGTH) and not cache.reserve(2, 2 * PAGE_SIZE)
+    cache.release(0)
+    assert cache.reserve(2, 2 * PAGE_SIZE)
+    assert len(cache.tables.free) == 2
+
+
+def test_a_prefill_backend_that_cannot_serve_is_refused_by_name_and_left_by_auto():
+    shape, capped = LayerShape(2, 32, 32), Masking(scale=1.0, softcap=3.0)
+    assert choose("auto", shape, capped, torch.float32) == Choice(
+        "torch", "auto: Triton's kernels have no capped scores"
+    )
+    with pytest.raises(ValueError, match="attention triton cannot serve this model: capped scores; use attention auto"):
+        choose("triton", shape, capped, torch.float32)
+    with pytest.raises(ValueError, match="attention flashinfer cannot serve this model: "):
+        choose("flashinfer", shape, capped, torch.float32)
