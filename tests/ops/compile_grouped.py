@@ -1,18 +1,20 @@
 """Program: compile planned shapes of the kernels with given routing for sm_90 without a GPU.
 
-Prints one JSON object: for each its shared memory, the programs that are to share a multiprocessor, the matrix products
-in the PTX and whether anything lies in local memory.
+Prints one JSON list: for each its shared memory, the programs that are to share a multiprocessor, the matrix products
+in the PTX, whether anything lies in local memory, and reductions over lanes with a gap (`compile_routing.py`).
 """
 
 import json
 
 import triton
+from compile_routing import has_gap, reductions
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from shardwise.ops.moe.few_kernels import few_up
+from shardwise.ops.moe.few_kernels import few_down, few_up
 from shardwise.ops.moe.grouped_gemm import grouped_gemm
 from shardwise.ops.moe.grouped_plan import choose_few, choose_plan
+from shardwise.ops.moe.routing import power_of_two
 
 FREE = ("pairs", "sharing", "experts")
 """Numbers of which nothing is compiled in."""
@@ -31,9 +33,11 @@ def compiled(kernel, kinds, constants, warps):
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
 
 
-def describe(kernel, programs):
-    ptx = kernel.asm["ptx"]
+def describe(name, kernel, programs):
+    ptx, ttgir = kernel.asm["ptx"], kernel.asm["ttgir"]
     return {
+        "kernel": name,
+        "gaps": [found for found in reductions(ttgir) if has_gap(*found, ttgir)],
         "shared_bytes": kernel.metadata.shared,
         "programs": programs,
         "products": ptx.count("wgmma.mma_async"),
@@ -42,7 +46,7 @@ def describe(kernel, programs):
     }
 
 
-def grouped(plan, up, itemsize):
+def grouped(name, plan, up, itemsize):
     shape, kind = plan.up if up else plan.down, {1: "fp8e4nv", 2: "bf16"}[itemsize]
     fp8 = itemsize == 1
     kinds = {
@@ -58,33 +62,40 @@ def grouped(plan, up, itemsize):
         SPLITS=shape.splits, GROUP=shape.group, TOKENS_LEFT=shape.tokens_left, FLAT=shape.flat, TMA=True, EVEN_K=True,
         STAGES=shape.stages, INTERPRET=False, PDL=True,
     )  # fmt: skip
-    return describe(compiled(grouped_gemm, kinds, constants, shape.warps), shape.per_sm)
+    return describe(name, compiled(grouped_gemm, kinds, constants, shape.warps), shape.per_sm)
 
 
-def few():
-    plan = choose_few(8, 128, 8)
+def few(name, top_k, itemsize):
+    """Both launches for one token."""
+    plan, kind, fp8 = choose_few(top_k, 128, top_k), {1: "*fp8e4nv", 2: "*bf16"}[itemsize], itemsize == 1
     kinds = {
-        **dict.fromkeys(("w_ptr", "out_ptr"), "*fp8e4nv"),
+        **dict.fromkeys(("w_ptr", "inner_ptr"), kind),
         "x_ptr": "*bf16",
         "id_ptr": "*i64",
         **dict.fromkeys(("experts", "columns", "out_rows"), "i32"),
     }
-    constants = dict(
-        TOP_K=8, ACT="silu", SCALED=True, FACTORED=True, QUANTIZE="divide", WEIGHT_IN=False, ROWS=plan.up_rows, BK=512,
-        VECTOR=16, STAGES=plan.stages, EVEN_K=True, INTERPRET=False, PDL=True,
+    common = dict(
+        TOP_K=top_k, SCALED=fp8, FACTORED=fp8, BK=512 // itemsize, VECTOR=16 // itemsize, STAGES=plan.stages,
+        EVEN_K=True, INTERPRET=False, PDL=True,
     )  # fmt: skip
-    return describe(compiled(few_up, kinds, constants, plan.warps), 3)
+    up = dict(ACT="silu", QUANTIZE="divide" if fp8 else "", WEIGHT_IN=False, ROWS=plan.up_rows)
+    down = dict(K_BLOCK=power_of_two(top_k), WEIGHTED=True, ROWS=plan.down_rows, AHEAD=8)
+    return [
+        describe(f"{name} up", compiled(few_up, {**kinds, "out_ptr": kind}, common | up, plan.warps), 3),
+        describe(f"{name} down", compiled(few_down, {**kinds, "out_ptr": "*bf16"}, common | down, plan.warps), 3),
+    ]
 
 
 def main():
     narrow, wide = choose_plan(8 * 16, 128, 2), choose_plan(8 * 8192, 128, 2)
-    rows = {
-        "few": few(),
-        "narrow up": grouped(narrow, True, 2),
-        "wide up": grouped(wide, True, 2),
-        "wide down": grouped(wide, False, 2),
-        "wide up fp8": grouped(choose_plan(8 * 8192, 128, 1), True, 1),
-    }
+    rows = [
+        *few("few fp8", 8, 1),
+        *few("few", 1, 2),
+        grouped("narrow up", narrow, True, 2),
+        grouped("wide up", wide, True, 2),
+        grouped("wide down", wide, False, 2),
+        grouped("wide up fp8", choose_plan(8 * 8192, 128, 1), True, 1),
+    ]
     print(json.dumps(rows))
 
 

@@ -40,3 +40,13 @@ def test_no_reduction_runs_over_lanes_with_a_gap():
     rows = rows_of("compile_routing.py")
     assert len(rows) >= 8 and all(row["reductions"] for row in rows)
     assert [row for row in rows if row["gaps"]] == []
+
+
+def test_kernels_with_given_routing_stay_in_registers_and_fit_a_multiprocessor():
+    rows = rows_of("compile_grouped.py")
+    assert len(rows) >= 8
+    for row in rows:
+        few = row["kernel"].startswith("few")
+        assert not row["stack"] and row["gaps"] == [], row
+        assert row["shared_bytes"] * row["programs"] <= 227 * 1024, row
+        assert (row["products"] > 0 and row["tiles_by_tensor_memory"] > 0) == (not few), row
