@@ -14,7 +14,7 @@ from shardwise.ops.moe.few import few_moe
 from shardwise.ops.moe.grouped_gemm import grouped_gemm
 from shardwise.ops.moe.grouped_plan import FewPlan, GroupedPlan, Shape, choose_few, choose_plan
 from shardwise.ops.moe.mxfp4 import WIDE_TOKENS
-from shardwise.ops.moe.routing import Routing, combine, group_pairs, most_blocks, multiprocessors
+from shardwise.ops.moe.routing import Routing, combine, most_blocks, multiprocessors, routed
 from shardwise.ops.moe.workspace import Workspace
 from shardwise.ops.quantization.triton_fp8 import quantize
 from shardwise.ops.tensor_memory import matrix_tiles
@@ -60,32 +60,33 @@ def grouped_moe(
     if pairs * max(hidden, first.shape[1]) >= 2**31 or experts * max(hidden, first.shape[1]) >= 2**31:
         raise ValueError(f"{pairs} pairs, {experts} experts x {max(hidden, first.shape[1])} rows exceed 2**31 elements")
     ids, weights = ids.contiguous(), weights.contiguous()
-    if plan is None and (scales is None or not scales.blocks):
+    blocks = scales is not None and scales.blocks
+    if plan is None and not blocks:
         plan = choose_few(pairs, experts, top_k)
     if isinstance(plan, FewPlan):
         return few_moe(tokens, ids, weights, first, second, act, on_input, scales, plan)
-    plan = plan or choose_plan(pairs, experts, first.element_size(), scales is not None and scales.blocks)
+    plan = plan or choose_plan(pairs, experts, first.element_size(), blocks)
     space = Workspace.of(tokens.device, count)
-    order = space.take("order", (pairs,), torch.int32)
-    blocks = space.take("blocks", (1 + 3 * most_blocks(pairs, experts, plan.bt),), torch.int32)
-    routing = Routing(ids, weights, order, blocks, 0, experts)
-    group_pairs(routing, plan.bt)
+    routing = routed(space, ids, weights, experts, plan.bt)
+    inner = space.take("inner", (pairs, size), first.dtype)
     wide = torch.float32 if count <= WIDE_TOKENS else tokens.dtype
     values = space.take("values", (plan.down.splits, pairs, hidden), wide)
-    if scales is None:
-        inner = space.take("inner", (pairs, size), tokens.dtype)
-        up = _Product(tokens, first, inner, top_k, act, on_input, None, None, None, "")
-        down = _Product(inner, second, values, 0, "none", False, None, None, None, "")
-    else:
-        x, sharing = (_weighted(tokens, weights), 1) if on_input else (tokens, top_k)
-        inner = space.take("inner", (pairs, size), torch.float8_e4m3fn)
-        x, how = quantize(x, scales.input), "divide" if scales.factored else "multiply"
-        factors = (scales.input, scales.inner) if scales.factored else (None, None)
-        up = _Product(x, first, inner, sharing, act, False, scales.first, factors[0], scales.inner, how)
-        down = _Product(inner, second, values, 0, "none", False, scales.second, factors[1], None, "")
+    up, down = _products(tokens, routing, first, second, act, on_input, scales, inner, values)
     _run(plan.up, plan.bt, up, routing)
     _run(plan.down, plan.bt, down, routing)
     return combine(values, routing, tokens.dtype, weighted=not on_input)
+
+
+def _products(tokens, routing, first, second, act, on_input, scales, inner, values) -> tuple[_Product, _Product]:
+    top_k = routing.ids.shape[1]
+    if scales is None:
+        up = _Product(tokens, first, inner, top_k, act, on_input, None, None, None, "")
+        return up, _Product(inner, second, values, 0, "none", False, None, None, None, "")
+    x, sharing = (_weighted(tokens, routing.weights), 1) if on_input else (tokens, top_k)
+    factors, how = ((scales.input, scales.inner), "divide") if scales.factored else ((None, None), "multiply")
+    x = quantize(x, scales.input)
+    up = _Product(x, first, inner, sharing, act, False, scales.first, factors[0], scales.inner, how)
+    return up, _Product(inner, second, values, 0, "none", False, scales.second, factors[1], None, "")
 
 
 def _weighted(tokens: Tensor, weights: Tensor) -> Tensor:
