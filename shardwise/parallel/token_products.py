@@ -32,7 +32,7 @@ def product(linear: LinearLike, x: Tensor, norm: Norm | None = None) -> Product:
             norm.weight = torch.ones_like(norm.weight)
         return PanelProduct(linear, x)
     assert isinstance(linear, BlockLinear)
-    return BlockProduct(linear, x, torch.ones(x.shape[1]) if norm is None else norm.weight)
+    return BlockProduct(linear, x, None if norm is None else norm.weight)
 
 
 class PanelProduct:
@@ -48,13 +48,16 @@ class PanelProduct:
 
 
 class BlockProduct:
-    """Of weights in 4-bit blocks."""
+    """Of weights in 4-bit blocks. Without the weight [in] of a norm, the factor is 1."""
 
-    def __init__(self, linear: BlockLinear, x: Tensor, weight: Tensor):
+    def __init__(self, linear: BlockLinear, x: Tensor, weight: Tensor | None):
         self._x, self._weight, self._packed, self._scales = x, weight, linear.packed, linear.scales
         self._rounded = x.new_empty(x.shape, dtype=torch.bfloat16)
         self._zero = torch.zeros(())
 
     def __call__(self, factor: float, out: Tensor) -> None:
-        torch.addcmul(self._zero, self._x, self._weight, value=factor, out=self._rounded)
+        if self._weight is None:
+            self._rounded.copy_(self._x)
+        else:
+            torch.addcmul(self._zero, self._x, self._weight, value=factor, out=self._rounded)
         out.copy_(torch._weight_int4pack_mm_for_cpu(self._rounded, self._packed, GROUP, self._scales))
