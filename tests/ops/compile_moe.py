@@ -32,7 +32,7 @@ def compiled(tiles, bt, act, form="narrow", short=0):
         return _compile(mxfp4_few, GluonASTSource, tiles, constants)
     constants |= {
         "WEIGHT_IN": False, "BN": tiles.bn, "BT": bt, "SHORT": short, "BK": tiles.bk, "FORMAT": form, "EVEN_K": even,
-        "STAGES": tiles.stages, "AHEAD": 2 if act == "none" else 0,
+        "STAGES": tiles.stages, "AHEAD": 2, "EARLY": act == "none",
     }  # fmt: skip
     return _compile(mxfp4_gemm, ASTSource, tiles, constants)
 

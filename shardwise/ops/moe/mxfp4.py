@@ -20,7 +20,7 @@ from shardwise.ops.triton_support import Launcher, aligned, dependent_launch, in
 _gemm, _few = Launcher(mxfp4_gemm), Launcher(mxfp4_few)
 WIDE_TOKENS = 256  # up to here an expert's results wait for their sum in float32: the bytes do not count yet
 AHEAD_BYTES = 16384
-"""Of a program's first weights in the second GEMM, asked for while the first one ends."""
+"""Of a program's next weights, asked for while it computes."""
 
 
 def mxfp4_moe(
@@ -129,10 +129,10 @@ def run_gemm(
     even = packed.columns % tiles.bk == 0 and tiles_k * TILE // tiles.bk % tiles.splits == 0
     device, pdl = x.device, dependent_launch(x.device)
     bound = most_blocks(pairs, routing.local, plan.bt) * tiles_n * TILE // 16 * tiles.splits
-    ahead = AHEAD_BYTES // (tiles.bn * TILE // 2) if act == "none" else 0
+    ahead = AHEAD_BYTES // (tiles.bn * TILE // 2)
     constants = (
         (top_k, act, on_input, tiles.bn, plan.bt, plan.short, tiles.bk, tiles.splits)
-        + (packed.format, even, tiles.stages, ahead, interpreting(), pdl)
+        + (packed.format, even, tiles.stages, ahead, act == "none", interpreting(), pdl)
     )  # fmt: skip
     factor = packed.bias if factor is None else factor
     kinds = (x.dtype, out.dtype, routing.weights.dtype, aligned(x, out, factor, routing.weights))

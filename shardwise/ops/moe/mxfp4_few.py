@@ -93,24 +93,32 @@ def _store(
 
 
 @jit
-def _tile(index, tiles_n, tiles_k, SPLITS: tl.constexpr):
-    """(block, slab, first k-tile, end of k-tiles, split)."""
-    split, part = index % SPLITS, index // SPLITS
-    each = gl.cdiv(tiles_k, SPLITS)
+def _rows(index, tiles_n, tiles_k, SPLITS: tl.constexpr):
+    """(slab, first k-tile, end of k-tiles, split) of a tile."""
+    split, each = index % SPLITS, gl.cdiv(tiles_k, SPLITS)
     k = split * each
-    return part // (tiles_n * 4), part % (tiles_n * 4), k, gl.minimum(k + each, tiles_k), split
+    return index // SPLITS % (tiles_n * 4), k, gl.minimum(k + each, tiles_k), split
 
 
 @jit
-def _ask(word_ptr, scale_ptr, expert, slab, k, stop, tiles_n, tiles_k):
-    """Have this tile's share of the weights brought to the L2 cache: a quarter of K of all four slabs it lies among."""
-    share = gl.cdiv(stop - k, 4)
-    k += slab % 4 * share
-    count = gl.minimum(share, stop - k)
-    if count > 0:
-        at = (expert.to(gl.int64) * tiles_n + slab // 4) * tiles_k + k
-        prefetch_to_l2(word_ptr + at * 512, count * 2048)
-        prefetch_to_l2(scale_ptr + at * 32, count * 128)
+def _block(block_ptr, index, total, tiles_n, SPLITS: tl.constexpr):
+    """As in `mxfp4_gemm`."""
+    entry = block_ptr + 1 + 3 * (gl.maximum(gl.minimum(index, total - 1), 0) // SPLITS // (tiles_n * 4))
+    expert = gl.load(entry, cache_modifier=".cg")
+    return expert, gl.load(entry + 1, cache_modifier=".cg"), gl.load(entry + 2, cache_modifier=".cg")
+
+
+@jit
+def _ask(word_ptr, scale_ptr, expert, slab, k, stop, tiles_n, tiles_k, ASK: tl.constexpr):
+    """Have weights brought to the L2 cache: a quarter of ASK tiles of K, of all four slabs that this one lies among."""
+    if ASK > 0:
+        share = gl.cdiv(gl.minimum(ASK, stop - k), 4)
+        at = k + slab % 4 * share
+        count = gl.minimum(share, stop - at)
+        if count > 0:
+            tile = (expert.to(gl.int64) * tiles_n + slab // 4) * tiles_k + at
+            prefetch_to_l2(word_ptr + tile * 512, count * 2048)
+            prefetch_to_l2(scale_ptr + tile * 32, count * 128)
 
 
 @jit
@@ -132,8 +140,8 @@ def mxfp4_few(
 
     ACT     "swiglu" or "none"
     EVEN    K is whole tiles, and every split whole DEPTHs of them
-    ASK     every tile is asked for when it begins, by all warps that work on its rows and their neighbours
-    EARLY   the first one even before the kernel before ends, which must not be the one that made the blocks
+    ASK     k-tiles that are asked for while the tile before is computed, by all warps that work on the same 64 rows
+    EARLY   the first tile's even while the kernel before still runs, which must not be the one that made the blocks
     """
     ACC: tl.constexpr = gl.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[1, 1], instr_shape=[16, 8])
     LEFT: tl.constexpr = gl.DotOperandLayout(0, ACC, 2)
@@ -144,26 +152,26 @@ def mxfp4_few(
     STEPS: tl.constexpr = gl.SliceLayout(0, gl.SliceLayout(1, WORDS))
     if not EARLY:
         _await(PDL)
-    # Past the first-level cache: its lines may be from before the blocks were made.
     total = gl.load(block_ptr, cache_modifier=".cg") * tiles_n * 4 * SPLITS
+    program, programs = gl.program_id(0), gl.num_programs(0)
+    expert, start, end = _block(block_ptr, program, total, tiles_n, SPLITS)
+    later = _block(block_ptr, program + programs, total, tiles_n, SPLITS)
+    if program < total:
+        slab, first, stop, split = _rows(program, tiles_n, tiles_k, SPLITS)
+        _ask(word_ptr, scale_ptr, expert, slab, first, stop, tiles_n, tiles_k, ASK)
     if EARLY:
-        if gl.program_id(0) < total:
-            block, slab, k, stop, _ = _tile(gl.program_id(0), tiles_n, tiles_k, SPLITS)
-            expert = gl.load(block_ptr + 1 + 3 * block, cache_modifier=".cg")
-            _ask(word_ptr, scale_ptr, expert, slab, k, stop, tiles_n, tiles_k)
         _await(PDL)
     row = gl.arange(0, 8, layout=ROWS)
     word = row[:, None, None] * 16 + gl.arange(0, 4, layout=LANES)[None, :, None] * 4
     word += gl.arange(0, 4, layout=STEPS)[None, None, :]
     column = gl.arange(0, 64, layout=gl.SliceLayout(1, RIGHT))
     token = gl.arange(0, TOKENS, layout=gl.SliceLayout(0, RIGHT))
-    for index in range(gl.program_id(0), total, gl.num_programs(0)):
-        block, slab, first, stop, split = _tile(index, tiles_n, tiles_k, SPLITS)
-        expert = gl.load(block_ptr + 1 + 3 * block, cache_modifier=".cg")
-        start = gl.load(block_ptr + 2 + 3 * block, cache_modifier=".cg")
-        end = gl.load(block_ptr + 3 + 3 * block, cache_modifier=".cg")
-        if ASK:
-            _ask(word_ptr, scale_ptr, expert, slab, first, stop, tiles_n, tiles_k)
+    for index in range(program, total, programs):
+        if index + programs < total:
+            slab, first, stop, split = _rows(index + programs, tiles_n, tiles_k, SPLITS)
+            _ask(word_ptr, scale_ptr, later[0], slab, first, stop, tiles_n, tiles_k, ASK)
+        last = _block(block_ptr, index + 2 * programs, total, tiles_n, SPLITS)
+        slab, first, stop, split = _rows(index, tiles_n, tiles_k, SPLITS)
         tile = (expert.to(gl.int64) * tiles_n + slab // 4) * tiles_k + first
         word_at = word_ptr + tile * 512 + slab % 4 * 128 + word
         scale_at = scale_ptr + tile * 32 + slab % 4 * 8 + row
@@ -205,3 +213,5 @@ def mxfp4_few(
         _store(
             acc + bias[:, None], out_ptr, sorted_ptr, alpha, limit, pairs, out_rows, slab, split, start, end, ACT, ACC
         )
+        expert, start, end = later
+        later = last

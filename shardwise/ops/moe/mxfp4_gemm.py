@@ -33,22 +33,36 @@ def _chunks(blocks, slabs, programs, SPLITS: tl.constexpr, MOST: tl.constexpr):
 
 
 @triton.jit
-def _chunk(index, count, slabs, SPLITS: tl.constexpr):
-    """(block, first slab, end of slabs, split) of a tile."""
-    part = index // SPLITS
-    number = part % count
-    return part // count, number * slabs // count, (number + 1) * slabs // count, index % SPLITS
+def _rows(index, count, slabs, SPLITS: tl.constexpr):
+    """(first slab, end of slabs, split) of a tile."""
+    number = index // SPLITS % count
+    return number * slabs // count, (number + 1) * slabs // count, index % SPLITS
 
 
 @triton.jit
-def _ask(word_ptr, scale_ptr, first, stop, k, tiles_k, SLABS: tl.constexpr, AHEAD: tl.constexpr, SCALES: tl.constexpr):
+def _block(block_ptr, index, total, count, SPLITS: tl.constexpr):
+    """(expert, first and end of sorted positions) of a tile, of the last one where there is none.
+
+    Read past the first-level cache, whose lines may be from before the blocks were made.
+    """
+    entry = block_ptr + 1 + 3 * (tl.maximum(tl.minimum(index, total - 1), 0) // SPLITS // count)
+    expert = tl.load(entry, cache_modifier=".cg")
+    return expert, tl.load(entry + 1, cache_modifier=".cg"), tl.load(entry + 2, cache_modifier=".cg")
+
+
+@triton.jit
+def _ask(
+    word_ptr, scale_ptr, expert, first, stop, k, tiles_n, tiles_k,
+    SLABS: tl.constexpr, AHEAD: tl.constexpr, SCALES: tl.constexpr,
+):  # fmt: skip
     """Have AHEAD tiles of K of these slabs, from tile k on, brought to the L2 cache."""
-    tiles = tl.minimum(AHEAD, tiles_k - k)
+    count = tl.minimum(AHEAD, tiles_k - k)
     for number in tl.static_range(SLABS // 4 + 1):
         row = first // 4 + number
-        if row * 4 < stop:
-            prefetch_to_l2(word_ptr + (row * tiles_k + k) * 512, tiles * 2048)
-            prefetch_to_l2(scale_ptr + (row * tiles_k + k) * SCALES, tiles * (4 * SCALES))
+        if (row * 4 < stop) & (count > 0):
+            tile = (expert.to(tl.int64) * tiles_n + row) * tiles_k + k
+            prefetch_to_l2(word_ptr + tile * 512, count * 2048)
+            prefetch_to_l2(scale_ptr + tile * SCALES, count * (4 * SCALES))
 
 
 @triton.jit
@@ -162,7 +176,7 @@ def mxfp4_gemm(
     columns, out_rows, tiles_n, tiles_k, stride_x,
     TOP_K: tl.constexpr, ACT: tl.constexpr, WEIGHT_IN: tl.constexpr, BN: tl.constexpr, BT: tl.constexpr,
     SHORT: tl.constexpr, BK: tl.constexpr, SPLITS: tl.constexpr, FORMAT: tl.constexpr, EVEN_K: tl.constexpr,
-    STAGES: tl.constexpr, AHEAD: tl.constexpr, INTERPRET: tl.constexpr, PDL: tl.constexpr,
+    STAGES: tl.constexpr, AHEAD: tl.constexpr, EARLY: tl.constexpr, INTERPRET: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Persistent over (token block, chunk of rows, k split).
 
@@ -170,8 +184,8 @@ def mxfp4_gemm(
                 at the sorted position, [pairs, N/2] or, with relu2, [pairs, N]
                 "none": x rows are sorted positions; writes partial sums at the pair, [SPLITS, pairs, N]
     SHORT       a block of so few tokens is computed as one of SHORT instead of BT; 0: none is
-    AHEAD       k-tiles of the first chunk that are asked for while the kernel before still runs, which must not be the
-                one that made the blocks; 0 where it is
+    AHEAD       k-tiles of a tile's weights that are asked for while the one before is computed
+    EARLY       the first tile's even while the kernel before still runs, which must not be the one that made the blocks
     factor_ptr  float32 [E], multiplied on the products of NVFP4
     WEIGHT_IN   products are multiplied with routing_ptr[pair], which is the routing weight applied to the input
     block_ptr   int32 [1 + 3 * blocks]: number of blocks, then (expert, first and end of sorted positions) of each;
@@ -179,30 +193,31 @@ def mxfp4_gemm(
     """
     SLABS: tl.constexpr = BN // 16
     SCALES: tl.constexpr = 64 if FORMAT == "nvfp4" else 32
-    if AHEAD == 0:
+    if not EARLY:
         _await(PDL)
-    # Past the first-level cache: its lines may be from before the blocks were made.
     blocks = tl.load(block_ptr, cache_modifier=".cg")
     slabs = tiles_n * 4
     count = _chunks(blocks, slabs, tl.num_programs(0), SPLITS, SLABS) if BT <= 32 else tl.cdiv(slabs, SLABS)
     total = blocks * count * SPLITS
-    weights = tiles_n * tiles_k
-    if AHEAD > 0:
-        if tl.program_id(0) < total:
-            block, first, stop, split = _chunk(tl.program_id(0), count, slabs, SPLITS)
-            base = tl.load(block_ptr + 1 + 3 * block, cache_modifier=".cg").to(tl.int64) * weights
-            k, _ = _first_k(split, tiles_k, SPLITS, BK // 64)
-            if k < tiles_k:
-                _ask(word_ptr + base * 512, scale_ptr + base * SCALES, first, stop, k, tiles_k, SLABS, AHEAD, SCALES)
+    program, programs = tl.program_id(0), tl.num_programs(0)
+    expert, start, end = _block(block_ptr, program, total, count, SPLITS)
+    later = _block(block_ptr, program + programs, total, count, SPLITS)
+    if program < total:
+        first, stop, split = _rows(program, count, slabs, SPLITS)
+        k, _ = _first_k(split, tiles_k, SPLITS, BK // 64)
+        _ask(word_ptr, scale_ptr, expert, first, stop, k, tiles_n, tiles_k, SLABS, AHEAD, SCALES)
+    if EARLY:
         _await(PDL)
-    for index in tl.range(tl.program_id(0), total, tl.num_programs(0), num_stages=1):
-        block, first, stop, split = _chunk(index, count, slabs, SPLITS)
-        expert = tl.load(block_ptr + 1 + 3 * block, cache_modifier=".cg")
-        start = tl.load(block_ptr + 2 + 3 * block, cache_modifier=".cg")
-        end = tl.load(block_ptr + 3 + 3 * block, cache_modifier=".cg")
-        base = expert.to(tl.int64) * weights
-        words = word_ptr + base * 512
-        scales = scale_ptr + base * SCALES
+    for index in tl.range(program, total, programs, num_stages=1):
+        # While a tile is computed the next one's first weights are on their way, and what the one behind it is.
+        if index + programs < total:
+            first, stop, split = _rows(index + programs, count, slabs, SPLITS)
+            k, _ = _first_k(split, tiles_k, SPLITS, BK // 64)
+            _ask(word_ptr, scale_ptr, later[0], first, stop, k, tiles_n, tiles_k, SLABS, AHEAD, SCALES)
+        last = _block(block_ptr, index + 2 * programs, total, count, SPLITS)
+        first, stop, split = _rows(index, count, slabs, SPLITS)
+        base = expert.to(tl.int64) * tiles_n * tiles_k
+        words, scales = word_ptr + base * 512, scale_ptr + base * SCALES
         if SHORT > 0 and end - start <= SHORT:
             _tile(
                 x_ptr, words, scales, bias_ptr, out_ptr, sorted_ptr, factor_ptr, routing_ptr, alpha, limit, pairs,
@@ -215,3 +230,5 @@ def mxfp4_gemm(
                 columns, out_rows, tiles_n, tiles_k, stride_x, expert, start, end, first, stop, split,
                 TOP_K, ACT, WEIGHT_IN, BN, BT, BK, SPLITS, FORMAT, EVEN_K, STAGES, INTERPRET,
             )  # fmt: skip
+        expert, start, end = later
+        later = last

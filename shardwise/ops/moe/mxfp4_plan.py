@@ -11,8 +11,8 @@ def choose_plan(pairs: int, experts: int, few: bool = False) -> Plan:
     """
     each = pairs / max(1, experts)
     if few and each <= 0.5:
-        splits = 3 if pairs <= 8 else 1
-        return Plan(8, Tiles(16, 64, 1, 5, 16, 1, pairs <= 16), Tiles(16, 64, 1, 5, 16, splits, pairs <= 16))
+        splits, ask = (3, 64) if pairs <= 8 else (1, 16)
+        return Plan(8, Tiles(16, 64, 1, 5, 16, 1, ask), Tiles(16, 64, 1, 5, 16, splits, ask))
     if pairs <= 8:
         return Plan(16, Tiles(256, 128, 8, 4, 1), Tiles(256, 64, 4, 4, 2, 4))
     if each <= 16:

@@ -13,7 +13,7 @@ class Tiles:
     stages: int
     per_sm: int  # programs that share a multiprocessor
     splits: int = 1  # parts of K, summed by the combine
-    ask: bool = False  # of 16 rows: whether weights are asked for ahead of their loads, see `mxfp4_few`
+    ask: int = 0  # k-tiles that are asked for ahead of their loads, by tiles of 16 rows (`mxfp4_few`)
 
     @property
     def most_registers(self) -> int:
