@@ -75,7 +75,7 @@ def delta_rows() -> Rows:
     """The delta rule's decode step, where fla is installed."""
     if not FLA.state[0]:
         return
-    choices = itertools.product((1024, 2048, 4096, 8192), (1, 2, 4, 8))
+    choices = itertools.product((2048, 4096, 8192), (1, 2, 4, 8))
     cases = bench_states.delta_cases((), (1, 64, 256))
     yield from step_rows(cases, "fla_cached_gated_delta_rule", step.STEP, list(choices))
 
@@ -115,18 +115,24 @@ SWEEPS: dict[str, Callable[[], Rows]] = {
         "_launch_states",
         scan.STATES,
         [
-            (P, N, T, warps, stages)
-            for P, N, T, warps, stages in itertools.product((32, 64), (64, 128), (64, 128), (4, 8), (2, 3, 4))
-            if warps <= (N // 64) * (P // 32) * 4
+            *((64, 64, T, 4, stages) for T in (64, 128) for stages in (2, 3, 4)),
+            *((64, 128, 64, warps, stages) for warps in (4, 8) for stages in (2, 3)),
+            (64, 128, 128, 8, 2),
+            *((32, N, 64, 4, 3) for N in (64, 128)),
         ],
     ),
     "outputs": lambda: scan_rows(
         "_launch_outputs",
         scan.OUTPUTS,
-        [*itertools.product((64,), (1,), (4, 8), (1, 2, 3)), *itertools.product((128,), (1, 2), (8,), (1, 2))],
+        [
+            *((64, 1, warps, stages) for warps in (4, 8) for stages in (2, 1, 3)),
+            *((128, heads, 8, stages) for heads in (1, 2) for stages in (2, 1)),
+        ],
     ),
     "decode": ssm_decode_rows,
-    "prefill": lambda: conv_prefill_rows(conv_triton, itertools.product((32, 64, 128, 256), (1, 2, 4), (2, 4, 8))),
+    "prefill": lambda: conv_prefill_rows(
+        conv_triton, ((rows, warps, ahead) for warps in (4, 1, 2) for ahead in (4, 2, 8) for rows in (64, 128, 256))
+    ),
     "cuda": lambda: conv_prefill_rows(conv_cuda, ((rows, 4, 4) for rows in (16, 32, 64, 128, 256))),
     "tokens": conv_decode_rows,
     "step": delta_rows,

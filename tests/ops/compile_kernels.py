@@ -102,11 +102,16 @@ def real_sizes() -> list[Sample]:
         Sample(
             op="triton_cached_ssm",
             build=samples_mamba.cached_ssm_args(
-                "triton_cached_ssm", samples_mamba.MIXED, 8, 2, 64, 128, chunk, torch.bfloat16, cache
+                "triton_cached_ssm", samples_mamba.MIXED, 8, 2, size, states, chunk, dtype, cache
             ),
         )
-        for chunk in (128, 256)
-        for cache in (torch.float32, torch.bfloat16)
+        for size, states, chunk, dtype, cache in (
+            (64, 128, 128, torch.bfloat16, torch.float32),
+            (64, 128, 256, torch.bfloat16, torch.bfloat16),
+            (64, 128, 256, torch.float32, torch.float32),
+            (64, 256, 256, torch.bfloat16, torch.float32),
+            (128, 256, 256, torch.float16, torch.float32),
+        )
     ]
 
 

@@ -13,13 +13,15 @@ def check_ssm(
             f"{op}: hidden_states must be [b, s, H, P] and B [b, s, G, N], got {tuple(hidden_states.shape)} "
             f"and {tuple(B.shape)}"
         )
-    tokens, (heads, size), (groups, states) = hidden_states.shape[:2], hidden_states.shape[2:], B.shape[2:]
+    # Whole shapes are compared: slices of them cost several times as much.
+    (b, s, heads, size), (_, _, groups, states) = hidden_states.shape, B.shape
+    each_head, each_group = (heads,), (b, s, groups, states)
     if (
-        B.shape == C.shape
-        and B.shape[:2] == tokens
-        and dt.shape == hidden_states.shape[:3]
-        and A.shape == D.shape == dt_bias.shape == dt.shape[2:]
-        and (cache is None or cache.shape[1:] == (heads, size, states))
+        B.shape == each_group
+        and C.shape == each_group
+        and dt.shape == (b, s, heads)
+        and A.shape == D.shape == dt_bias.shape == each_head
+        and (cache is None or cache.shape == (cache.shape[0], heads, size, states))
         and groups >= 1
         and heads % groups == 0
         and len(time_step_limit) == 2

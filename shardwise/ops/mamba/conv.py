@@ -44,7 +44,7 @@ def prepare(
             f"{op}: input must be [b, s, C] and weight [C, 1, K] or [C, K], got {tuple(shape)} and "
             f"{tuple(weight.shape)}"
         )
-    if cache.shape[1:] != (channels, K - 1) or K < 2:
+    if cache.shape != (cache.shape[0], channels, K - 1) or K < 2:
         raise ValueError(
             f"{op}: conv_state_cache must be [slots, C = {channels}, K - 1 = {K - 1}], got {tuple(cache.shape)}"
         )

@@ -108,7 +108,8 @@ def _vector(one: ConvBatch, x: int, bias: int, strides: tuple[int, ...]) -> bool
     """Whether 16-byte accesses are possible: aligned dense rows of channels, and a dense cache."""
     return (
         one.x_c == 1
-        and strides[1:] == (one.K - 1, 1)
+        and strides[1] == one.K - 1
+        and strides[2] == 1
         and (one.channels | one.x_t | strides[0]) * one.x.element_size() % 16 == 0
         and (x | bias | one.weight.data_ptr() | one.cache.data_ptr()) % 16 == 0
     )

@@ -52,11 +52,11 @@ def _decode(one: ConvBatch) -> None:
     cache, channels, tokens = one.cache, one.channels, one.batch.decode
     pointers = one.x, one.weight, one.weight if one.bias is None else one.bias, one.slots, cache
     free = one.batch.prefill_tokens, one.batch.prefill, tokens, cache.shape[0]
-    strides = cache.stride()
-    if one.K == 4 and one.x_c == 1 and strides[1:] == (3, 1) and channels % 8 == 0:
+    strides = slot, c, k = cache.stride()
+    if one.K == 4 and one.x_c == 1 and c == 3 and k == 1 and channels % 8 == 0:
         together = 1 if tokens < MANY_TOKENS else TOGETHER
         grid = -(-channels // WARP_CHANNELS) * -(-tokens // together), 1, 1
-        dense = channels, one.x_t, strides[0], together, WARP_CHANNELS // 8, one.bias is not None, one.silu
+        dense = channels, one.x_t, slot, together, WARP_CHANNELS // 8, one.bias is not None, one.silu
         _launch_decode_dense(one.x.device, grid, pointers, free, dense, warps=1)
         return
     width = min(WARP_CHANNELS, _power(channels))

@@ -11,7 +11,7 @@ from shardwise.ops.mamba.checks import check_ssm
 from shardwise.ops.state_batch import check_counts, token_rows
 from shardwise.ops.triton_support import Kernel
 
-# Tile sizes, warps and pipeline stages; none of these kernels spills.
+# Tile sizes, warps and pipeline stages, for half precision and states of up to 8192 numbers (see `_output_tiles`).
 STEPS = {"heads": 16, "warps": 4}
 STATES = {"P": 64, "N": 64, "T": 64, "warps": 4, "stages": 3}
 OUTPUTS = {"T": 64, "heads": 1, "warps": 4, "stages": 2}
@@ -95,7 +95,7 @@ def prefill(
     )
     x_strides, B_strides, C_strides = (one.x_t, one.x.stride(2)), (one.B_t, one.B.stride(2)), (one.C_t, one.C.stride(2))
     block_p, block_n = min(STATES["P"], _power(P)), min(STATES["N"], _power(N))
-    block_t = min(STATES["T"], _power(chunk))
+    block_t = min(32 if exact else STATES["T"], _power(chunk))
     _launch_states(
         device,
         (batch.prefill, heads, -(-P // block_p) * -(-N // block_n)),
@@ -105,22 +105,32 @@ def prefill(
         warps=STATES["warps"],
         stages=STATES["stages"],
     )
-    block_t = min(32 if exact else OUTPUTS["T"], _power(chunk))
-    together = OUTPUTS["heads"] if ratio % OUTPUTS["heads"] == 0 else 1
+    block_t, warps, stages = _output_tiles(_power(P) * _power(N), exact)
+    block_t, together = min(block_t, _power(chunk)), OUTPUTS["heads"] if ratio % OUTPUTS["heads"] == 0 else 1
     _launch_outputs(
         device,
         (pieces * heads // together, 1, 1),
         (one.x, one.B, one.C, one.D, totals, levels, *cuts, one.slots, states, one.out),
         (tokens, heads, slots),
         (*x_strides, *B_strides, *C_strides, ratio, P, N, chunk, _power(P), _power(N), block_t, together, exact),
-        warps=OUTPUTS["warps"],
-        stages=OUTPUTS["stages"],
+        warps=warps,
+        stages=stages,
     )
+
+
+def _output_tiles(size: int, exact: bool) -> tuple[int, int, int]:
+    """Tokens a step, warps and stages by the numbers of a state, which must stay in registers."""
+    if exact:
+        return 16, 4, 1
+    if size > 8192:
+        return (64, 8, 2) if size <= 16384 else (32, 8, 1)
+    return OUTPUTS["T"], OUTPUTS["warps"], OUTPUTS["stages"]
 
 
 def decode(one: Inputs, batch: Batch) -> None:
     """One step of every decode sequence."""
-    (heads, P), (groups, N) = one.x.shape[2:], one.B.shape[2:]
+    (_, _, heads, P), (_, _, groups, N) = one.x.shape, one.B.shape
+    cache_slot, cache_h, cache_p, _ = one.cache.stride()
     block_n = 1 << (N - 1).bit_length()
     block_p = min(1 << (P - 1).bit_length(), max(1, DECODE["elements"] // block_n))
     _launch_decode(
@@ -129,6 +139,6 @@ def decode(one: Inputs, batch: Batch) -> None:
         (one.x, one.dt, one.dt_bias, one.A, one.B, one.C, one.D, one.slots, one.cache, one.out),
         (batch.prefill_tokens, batch.prefill, heads, one.cache.shape[0], one.low, one.high),
         (one.x_t, one.x.stride(2), one.dt_t, one.B_t, one.B.stride(2), one.C_t, one.C.stride(2))
-        + (*one.cache.stride()[:3], heads // groups, P, N, block_p, block_n),
+        + (cache_slot, cache_h, cache_p, heads // groups, P, N, block_p, block_n),
         warps=DECODE["warps"],
     )

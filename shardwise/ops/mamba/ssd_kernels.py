@@ -12,9 +12,9 @@ from shardwise.ops.triton_support import tl, triton
 
 @triton.jit
 def dot(a, b, added, EXACT: tl.constexpr):
-    """added + a @ b in float32, float32 operands without tf32 rounding; `added` may be None."""
+    """added + a @ b in float32; float32 operands as three products of tf32 halves. `added` may be None."""
     if EXACT:
-        product = tl.dot(a, b, added, input_precision="ieee")
+        product = tl.dot(a, b, added, input_precision="tf32x3")
     else:
         product = tl.dot(a, b, added)
     return product
