@@ -77,12 +77,12 @@ def save_kernel(
     c = (tl.program_id(0) % tiles * CHANNELS + tl.arange(0, CHANNELS))[None, :]
     mask = (k < K - 1) & (c < channels)
     saved = halo_ptr + (block.to(tl.int64) * (K - 1) + k) * channels + c
-    above = x_ptr + (start + k - (K - 1)) * x_t + c * x_c
+    above = x_ptr + (start + k - (K - 1)) * x_t + c.to(tl.int64) * x_c
     if local > 0:
         tl.store(saved, tl.load(above + local * x_t, mask=mask, other=0.0), mask=mask)
         return
     resume = tl.load(resume_ptr + sequence).to(tl.int1)
-    cached = cache_ptr + slot * cache_slot + c * cache_c
+    cached = cache_ptr + slot * cache_slot + c.to(tl.int64) * cache_c
     past = tl.load(cached + k * cache_k, mask=mask & resume, other=0.0)
     length = end - start
     last = length + k - (K - 1)
@@ -138,7 +138,7 @@ def prefill_kernel(
         return
     c = tl.program_id(0) % tiles * CHANNELS + tl.arange(0, CHANNELS)
     mask = c < channels
-    row_ptr = x_ptr + (start + local) * x_t + c * x_c
+    row_ptr = x_ptr + (start + local) * x_t + c.to(tl.int64) * x_c
     count = tl.minimum(end - start - local, rows).to(tl.int32)
     ahead = load_rows(row_ptr, 0, count, x_t, mask, AHEAD)
     past = load_rows(halo_ptr + block.to(tl.int64) * (K - 1) * channels + c, 0, K - 1, channels, mask, K - 1)
@@ -193,8 +193,8 @@ def decode_kernel(
         return
     c = tl.program_id(0) % tiles * CHANNELS + tl.arange(0, CHANNELS)
     mask = c < channels
-    row = x_ptr + (first + token) * x_t + c * x_c
-    cached = cache_ptr + slot * cache_slot + c * cache_c
+    row = x_ptr + (first + token) * x_t + c.to(tl.int64) * x_c
+    cached = cache_ptr + slot * cache_slot + c.to(tl.int64) * cache_c
     x = tl.load(row, mask=mask, other=0.0)
     past = load_rows(cached, 0, K - 1, cache_k, mask, K - 1)
     taps = load_taps(weight_ptr, c, channels, K)

@@ -95,13 +95,14 @@ def prefill(
     )
     x_strides, B_strides, C_strides = (one.x_t, one.x.stride(2)), (one.B_t, one.B.stride(2)), (one.C_t, one.C.stride(2))
     block_p, block_n = min(STATES["P"], _power(P)), min(STATES["N"], _power(N))
-    block_t = min(32 if exact else STATES["T"], _power(chunk))
+    step = _divisor(chunk, 32 if exact else STATES["T"])
     _launch_states(
         device,
         (batch.prefill, heads, -(-P // block_p) * -(-N // block_n)),
         (one.x, one.B, totals, levels, bounds, one.slots, resumes, one.cache, states),
         (tokens, heads, slots),
-        (*x_strides, *B_strides, *one.cache.stride()[:3], ratio, P, N, chunk, block_p, block_n, block_t, 64, exact),
+        (*x_strides, *B_strides, *one.cache.stride()[:3])
+        + (ratio, P, N, chunk, step, block_p, block_n, _power(step), 64, exact),
         warps=STATES["warps"],
         stages=STATES["stages"],
     )
@@ -116,6 +117,11 @@ def prefill(
         warps=warps,
         stages=stages,
     )
+
+
+def _divisor(n: int, most: int) -> int:
+    """The largest divisor of n that is at most `most`."""
+    return next(d for d in range(min(n, most), 0, -1) if n % d == 0)
 
 
 def _output_tiles(size: int, exact: bool) -> tuple[int, int, int]:

@@ -105,6 +105,7 @@ def states_kernel(
     P: tl.constexpr,
     N: tl.constexpr,
     CHUNK: tl.constexpr,
+    STEP: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -123,28 +124,34 @@ def states_kernel(
     cached = cache_ptr + slot * cache_slot + head * cache_h + p[None, :] * cache_p + n[:, None]
     resume = tl.load(resume_ptr + sequence).to(tl.int1)
     state = tl.load(cached, mask=tile & resume, other=0.0).to(tl.float32)
-    piece = first_piece(bounds_ptr, sequence, CHUNK, SEQUENCES).to(tl.int64)
+    piece = first_piece(bounds_ptr, sequence, CHUNK, SEQUENCES) - start // CHUNK
     x_ptr += head * x_h
     B_ptr += (head // RATIO) * B_g
     total_ptr += head * tokens
     level_ptr += head * tokens
-    while start < end:
-        stop = tl.minimum((start // CHUNK + 1) * CHUNK, end)
-        before = piece_state_ptr + ((piece * heads + head) * N + n[:, None]) * P + p[None, :]
-        tl.store(before, state.to(piece_state_ptr.dtype.element_ty), mask=tile)
+    # One loop over all pieces, so that loads are on their way across their borders: the first piece ends at a multiple
+    # of CHUNK, of which STEP is a divisor.
+    first_stop = tl.minimum((start // CHUNK + 1) * CHUNK, end)
+    first_steps = tl.cdiv(first_stop - start, STEP)
+    for i in range(first_steps + tl.cdiv(end - first_stop, STEP)):
+        begin = tl.where(i < first_steps, start + i * STEP, first_stop + (i - first_steps) * STEP)
+        opens = (i == 0) | (begin % CHUNK == 0)
+        if opens:
+            number = (piece + begin // CHUNK).to(tl.int64) * heads + head
+            before = piece_state_ptr + (number * N + n[:, None]) * P + p[None, :]
+            tl.store(before, state.to(piece_state_ptr.dtype.element_ty), mask=tile)
+        stop = tl.minimum(tl.minimum(begin + STEP, (begin // CHUNK + 1) * CHUNK), end)
+        row = begin + tl.arange(0, BLOCK_T)
+        live = row < stop
+        x_rows = x_ptr + row[:, None].to(tl.int64) * x_t + p[None, :]
+        x = tl.load(x_rows, mask=live[:, None] & (p < P)[None, :], other=0.0)
+        B_rows = B_ptr + row[None, :].to(tl.int64) * B_t + n[:, None]
+        B = tl.load(B_rows, mask=live[None, :] & (n < N)[:, None], other=0.0)
+        level = tl.load(level_ptr + row, mask=live, other=float("inf"))
         last = tl.load(total_ptr + stop - 1)
-        state *= tl.exp(last)
-        for begin in range(start, stop, BLOCK_T):
-            row = begin + tl.arange(0, BLOCK_T)
-            live = row < stop
-            x_rows = x_ptr + row[:, None].to(tl.int64) * x_t + p[None, :]
-            x = tl.load(x_rows, mask=live[:, None] & (p < P)[None, :], other=0.0)
-            B_rows = B_ptr + row[None, :].to(tl.int64) * B_t + n[:, None]
-            B = tl.load(B_rows, mask=live[None, :] & (n < N)[:, None], other=0.0)
-            level = tl.load(level_ptr + row, mask=live, other=float("inf"))
-            state = dot(B, (x.to(tl.float32) * tl.exp(last - level)[:, None]).to(B.dtype), state, EXACT)
-        start = stop
-        piece += 1
+        reached = tl.load(total_ptr + begin - 1, mask=begin > start, other=0.0)
+        decay = tl.exp(last - tl.where(opens, 0.0, reached))
+        state = dot(B, (x.to(tl.float32) * tl.exp(last - level)[:, None]).to(B.dtype), state * decay, EXACT)
     tl.store(cached, state.to(cache_ptr.dtype.element_ty), mask=tile)
 
 
