@@ -57,6 +57,7 @@ class LLM:
     dtype       auto (float32 on the CPU, bfloat16 on GPUs), float32, bfloat16, float16
     weights     auto, dequantised, or native: GGUF's 4- and 8-bit blocks stay as they are (CPU)
     device      auto, cpu or cuda
+    cache_tokens   tokens that the KV cache holds; default: room for what is asked for, on a GPU what the weights leave
     transport   auto, or one of `shardwise.comm.base.TRANSPORTS`
     plan        a file that `shardwise plan --json FILE` wrote: its layout is run, and another checkpoint refused
     trace       a folder for a Chrome trace of each rank's first steps
@@ -77,6 +78,7 @@ class LLM:
         weights: str = "auto",
         device: str = "auto",
         transport: str = "auto",
+        cache_tokens: int | None = None,
         plan: str | None = None,
         trace: str | None = None,
         ray_address: str | None = None,
@@ -94,6 +96,7 @@ class LLM:
             weights=weights,
             device=device,
             transport=transport,
+            cache_tokens=cache_tokens,
             plan=None if plan is None else str(Path(plan).resolve()),
             trace=None if trace is None else str(Path(trace).resolve()),
         )

@@ -40,6 +40,8 @@ class ModelConfig:
     device: str = "auto"
     """auto: cuda on hosts that have a GPU, else cpu."""
     transport: str = "auto"
+    cache_tokens: int | None = None
+    """Tokens that the KV cache holds; None: the engine's own choice."""
     plan: str | None = None
     """A plan document to replay; its layout then stands in the sizes above."""
     random_seed: int | None = None
@@ -135,6 +137,7 @@ class Session:
                 dtype=config.dtype,
                 device=self.device,
                 weights=config.weights,
+                cache_tokens=config.cache_tokens,
                 on_progress=self._progress(),
             )
             _ = self.engine.tokenizer  # read once here, not at the first prompt

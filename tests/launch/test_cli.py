@@ -105,6 +105,14 @@ def test_a_prompt_longer_than_the_context_is_one_sentence():
     assert "Traceback" not in done.stderr
 
 
+def test_a_cache_too_small_for_the_prompt_is_one_sentence():
+    done = cli("run", "smollm2", "--cache-tokens", "32", "--max-new-tokens", "100", OMP_NUM_THREADS="1")
+    assert done.returncode == 1 and done.stdout.strip() == ""
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("shardwise: error: a request may become") and "the cache holds 32" in last
+    assert "Traceback" not in done.stderr
+
+
 def test_json_on_standard_output_is_all_there_is():
     done = cli("run", "smollm2", "--tp", "2", "--max-new-tokens", "4", "--raw", "--json", OMP_NUM_THREADS="1")
     result = json.loads(done.stdout)

@@ -122,6 +122,7 @@ def _config(args: argparse.Namespace, info: "RankInfo") -> "ModelConfig":
         **layout,
         dtype=args.dtype,
         weights=args.weights,
+        cache_tokens=args.cache_tokens,
         device=args.device,
         transport=args.transport,
         plan=None,

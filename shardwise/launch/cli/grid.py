@@ -46,6 +46,18 @@ def add_forms(parser: "argparse.ArgumentParser | argparse._ArgumentGroup") -> No
         choices=("auto", "native", "dequantised"),
         help="whether quantised weights stay in their form (auto: dequantised on the CPU)",
     )
+    parser.add_argument(
+        "--cache-tokens",
+        type=positive,
+        metavar="N",
+        help="tokens that the KV cache holds (default: room for what is asked for, on GPUs what the weights leave)",
+    )
+
+
+def positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of at least 1")
+    return int(text)
 
 
 def tensor_parallel(args: argparse.Namespace, info: "RankInfo") -> int | None:

@@ -92,6 +92,7 @@ def _generate(
             launcher=args.launcher,
             dtype=args.dtype,
             weights=args.weights,
+            cache_tokens=args.cache_tokens,
             plan=args.plan,
             trace=args.trace,
             device=args.device,
