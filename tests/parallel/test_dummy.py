@@ -116,3 +116,16 @@ def test_words_are_refused_as_there_is_no_tokenizer(config_file):
     engine = run_threads(1, lambda: Engine(random_checkpoint(path), plan(path), current_groups()))[0]
     with pytest.raises(ValueError, match="no tokenizer: pass token ids"):
         engine.generate(["hello"])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("config", [FP8, GPT_OSS], ids=["fp8 tiles", "mxfp4 experts"])
+def test_a_gpu_draws_what_the_cpu_draws(config_file, config):
+    made, source = plan(config_file(config)), RandomSource(0)
+    for shard in made.shards(0):
+        dtype = {"U8": torch.uint8, "F8_E4M3": torch.float8_e4m3fn}.get(shard.dtype, torch.bfloat16)
+        here, there = (torch.empty(shard.local_shape, dtype=dtype, device=device) for device in ("cpu", "cuda"))
+        for out in (here, there):
+            source.fill(out, shard, lambda count: None)
+        assert torch.equal(here.view(torch.uint8), there.cpu().view(torch.uint8)), shard.name
