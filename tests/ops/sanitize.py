@@ -1,4 +1,4 @@
-"""Program: one small call of every operator that has kernels, for NVIDIA's memory checker.
+"""Program: small calls of every operator that has kernels, for NVIDIA's memory checker.
 
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 1 \
         python tests/ops/sanitize.py [part of an operator's name ...]
@@ -15,18 +15,20 @@ from operator_samples import all_samples
 
 import shardwise.ops as ops
 
-ORDER = ("triton", "cuda", "flashinfer", "trtllm", "fla")
+OURS, OTHERS = ("triton", "cuda"), ("flashinfer", "trtllm", "fla")
 
 
 def chosen(parts: list[str]) -> list:
-    """The first sample of each operator that needs a device and runs here, our own kernels first."""
+    """The samples of operators that need a device and run here: all of our own kernels, then one of each other."""
     infos = {info.qualified_name: info for info in ops.operators() if info.needs and info.availability()[0]}
-    first = {}
-    for sample in all_samples():
-        name = sample.qualified_name
-        if name in infos and (not parts or any(part in name for part in parts)):
-            first.setdefault(name, sample)
-    return sorted(first.values(), key=lambda sample: ORDER.index(infos[sample.qualified_name].backend))
+    samples = [sample for sample in all_samples() if sample.qualified_name in infos]
+    samples = [sample for sample in samples if not parts or any(part in sample.op for part in parts)]
+    ours = [sample for sample in samples if infos[sample.qualified_name].backend in OURS]
+    firsts = {}
+    for sample in samples:
+        if infos[sample.qualified_name].backend in OTHERS:
+            firsts.setdefault(sample.op, sample)
+    return ours + list(firsts.values())
 
 
 def main(parts: list[str]) -> int:
@@ -37,7 +39,7 @@ def main(parts: list[str]) -> int:
         torch.manual_seed(0)
         sample.overload(*sample.build("cuda"))
         torch.cuda.synchronize()
-    print(f"[{time.monotonic() - begin:5.1f} s] {len(samples)} operators called", flush=True)
+    print(f"[{time.monotonic() - begin:5.1f} s] {len(samples)} samples called", flush=True)
     return 0 if samples else 1
 
 
