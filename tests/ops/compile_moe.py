@@ -28,7 +28,7 @@ def compiled(tiles, bt, act, form="narrow", short=0):
     even = 2880 % tiles.bk == 0 and tiles.splits == 1
     constants = {"TOP_K": 4, "ACT": act, "SPLITS": tiles.splits, "INTERPRET": False, "PDL": True}
     if tiles.bn == 16:
-        constants |= {"EVEN": True, "ASK": tiles.ask, "EARLY": act == "none"}
+        constants |= {"BT": bt, "EVEN": True, "ASK": tiles.ask, "EARLY": act == "none"}
         return _compile(mxfp4_few, GluonASTSource, tiles, constants)
     constants |= {
         "WEIGHT_IN": False, "BN": tiles.bn, "BT": bt, "SHORT": short, "BK": tiles.bk, "FORMAT": form, "EVEN_K": even,

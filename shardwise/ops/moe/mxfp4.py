@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from shardwise.ops.gluon_support import GLUON
-from shardwise.ops.moe.mxfp4_few import DEPTH, TOKENS, mxfp4_few
+from shardwise.ops.moe.mxfp4_few import DEPTH, mxfp4_few
 from shardwise.ops.moe.mxfp4_gemm import mxfp4_gemm
 from shardwise.ops.moe.mxfp4_layout import TILE, PackedMXFP4
 from shardwise.ops.moe.mxfp4_plan import choose_plan
@@ -37,6 +37,9 @@ def mxfp4_moe(
 ) -> Tensor:
     """Partial sum [T, H] over the local experts, whose first is `first`; a token without one gives exact zero."""
     count, hidden = tokens.shape
+    if hidden != router_weight.shape[1] or hidden != up.columns:
+        columns = f"{router_weight.shape[1]} columns of the router and {up.columns} of the experts"
+        raise ValueError(f"tokens {tuple(tokens.shape)} must have the {columns}")
     if count == 0 or up.words.shape[0] == 0:
         return torch.zeros_like(tokens)
     if count * top_k * max(hidden, up.rows) >= 2**31:
@@ -160,14 +163,14 @@ def _run_few(
     alpha: float,
     limit: float,
 ) -> None:
-    """The same for blocks of eight tokens, by warps of their own, see `mxfp4_few`."""
-    assert plan.bt == TOKENS.value and packed.format == "narrow" and act in ("swiglu", "none")
+    """The same for blocks of 8 or 16 tokens, by warps of their own, see `mxfp4_few`."""
+    assert plan.bt in (8, 16) and packed.format == "narrow" and act in ("swiglu", "none")
     tiles_n, tiles_k = packed.words.shape[1:3]
     pairs, top_k = routing.order.shape[0], routing.ids.shape[1]
     device, pdl = x.device, dependent_launch(x.device)
     even = packed.columns % TILE == 0 and tiles_k % (DEPTH.value * tiles.splits) == 0
     bound = most_blocks(pairs, routing.local, plan.bt) * tiles_n * 4 * tiles.splits
-    constants = (top_k, act, tiles.splits, even, tiles.ask, act == "none", interpreting(), pdl)
+    constants = (top_k, act, plan.bt, tiles.splits, even, tiles.ask, act == "none", interpreting(), pdl)
     _few(
         device,
         (x.dtype, out.dtype, aligned(x, out), packed.columns, out.shape[-1], tiles_n, tiles_k, tiles.per_sm, constants),

@@ -1,7 +1,7 @@
-"""Grouped GEMM with MXFP4 weights for blocks of at most eight tokens: a warp for 16 rows of weights.
+"""Grouped GEMM with MXFP4 weights for blocks of 8 or 16 tokens: a warp for 16 rows of weights.
 
 Warps share nothing and wait for nobody. A warp's codes come from memory straight into the registers from which the
-matrix unit reads the unpacked weights, DEPTH tiles of 64 columns ahead; tokens are the eight columns of its products.
+matrix unit reads the unpacked weights, DEPTH tiles of 64 columns ahead; tokens are the columns of its products.
 """
 
 from shardwise.ops.gluon_support import gl, jit, mma_v2
@@ -10,7 +10,6 @@ from shardwise.ops.ptx import prefetch_to_l2
 from shardwise.ops.triton_support import tl
 
 DEPTH = tl.constexpr(5)  # tiles of K in flight
-TOKENS = tl.constexpr(8)
 
 
 @jit
@@ -38,42 +37,40 @@ def _unpack(words, scales, STEPS: tl.constexpr, LEFT: tl.constexpr, INTERPRET: t
 
 @jit
 def _columns(at, column, inside, columns, EVEN: tl.constexpr):
-    """Some columns of all tokens, [64, TOKENS]."""
+    """Some columns of all tokens, [64, BT]."""
     if EVEN:
-        return gl.load(at, mask=inside)
+        return gl.load(at)
     return gl.load(at, mask=inside & (column < columns)[:, None], other=0.0)
 
 
 @jit
 def _step(
-    acc, words, scales, x, word_at, scale_at, x_at, column, k, stop, columns,
-    AHEAD: tl.constexpr, LAST: tl.constexpr, EVEN: tl.constexpr, STEPS: tl.constexpr, LEFT: tl.constexpr,
-    INTERPRET: tl.constexpr,
+    acc, words, scales, word_at, scale_at, x_at, column, k, stop, columns,
+    AHEAD: tl.constexpr, EVEN: tl.constexpr, STEPS: tl.constexpr, LEFT: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
-    """Add the products of tile k + AHEAD, which is here, and load what comes DEPTH tiles (of x: one) behind it.
+    """Add the products of tile k + AHEAD, whose weights are here, and load those DEPTH tiles behind it.
 
     Pointers stand at tile k. Where there is no such tile any more, EVEN: it is never used; otherwise x and scales
     become zeros.
     """
-    more = True if EVEN and not LAST else k + AHEAD + 1 < stop
     later = k + DEPTH < stop if EVEN else k + AHEAD + DEPTH < stop
-    next_x = _columns(x_at + (AHEAD + 1) * 64, column + (k + AHEAD + 1) * 64, more, columns, EVEN)
+    x = _columns(x_at + AHEAD * 64, column + (k + AHEAD) * 64, k + AHEAD < stop, columns, EVEN)
     weights = _unpack(words, scales, STEPS, LEFT, INTERPRET)
     words = gl.load(word_at + (AHEAD + DEPTH) * 512, mask=later, eviction_policy="evict_first")
     if EVEN:
         scales = gl.load(scale_at + (AHEAD + DEPTH) * 32, mask=later)
     else:
         scales = gl.load(scale_at + (AHEAD + DEPTH) * 32, mask=later, other=0)
-    return mma_v2(weights, x, acc), words, scales, next_x
+    return mma_v2(weights, x, acc), words, scales
 
 
 @jit
 def _store(
     acc, out_ptr, sorted_ptr, alpha, limit, pairs, out_rows, slab, split, start, end, ACT: tl.constexpr,
-    ACC: tl.constexpr,
+    BT: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     row = gl.arange(0, 16, layout=gl.SliceLayout(1, ACC))
-    position = start + gl.arange(0, TOKENS, layout=gl.SliceLayout(0, ACC))
+    position = start + gl.arange(0, BT, layout=gl.SliceLayout(0, ACC))
     valid = position < end
     if ACT == "none":
         pair = gl.load(sorted_ptr + position, mask=valid, other=0)
@@ -81,14 +78,14 @@ def _store(
         out = out_ptr + (split * pairs + pair).to(gl.int64)[None, :] * out_rows + n[:, None]
         gl.store(out, acc.to(out_ptr.dtype.element_ty), mask=(n < out_rows)[:, None] & valid[None, :])
     else:
-        gate, up = gl.split(gl.permute(gl.reshape(acc, (2, 8, TOKENS)), (1, 2, 0)))
+        gate, up = gl.split(gl.permute(gl.reshape(acc, (2, 8, BT)), (1, 2, 0)))
         gate = gl.minimum(gate, limit)
         up = gl.minimum(gl.maximum(up, -limit), limit)
         value = (up + 1.0) * gate / (1.0 + gl.exp(-alpha * gate))
         n = slab * 8 + row % 8
         # What a gate's element needs to know goes the gate's way, and so has its layout.
         at = gl.where((n < out_rows)[:, None] & valid[None, :], position[None, :] * out_rows + n[:, None], -1)
-        at, _ = gl.split(gl.permute(gl.reshape(at, (2, 8, TOKENS)), (1, 2, 0)))
+        at, _ = gl.split(gl.permute(gl.reshape(at, (2, 8, BT)), (1, 2, 0)))
         gl.store(out_ptr + at, value.to(out_ptr.dtype.element_ty), mask=at >= 0)
 
 
@@ -133,10 +130,10 @@ def _await(PDL: tl.constexpr):
 def mxfp4_few(
     x_ptr, word_ptr, scale_ptr, bias_ptr, out_ptr, sorted_ptr, block_ptr, alpha, limit, pairs, columns, out_rows,
     tiles_n, tiles_k, stride_x,
-    TOP_K: tl.constexpr, ACT: tl.constexpr, SPLITS: tl.constexpr, EVEN: tl.constexpr, ASK: tl.constexpr,
-    EARLY: tl.constexpr, INTERPRET: tl.constexpr, PDL: tl.constexpr,
+    TOP_K: tl.constexpr, ACT: tl.constexpr, BT: tl.constexpr, SPLITS: tl.constexpr, EVEN: tl.constexpr,
+    ASK: tl.constexpr, EARLY: tl.constexpr, INTERPRET: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Persistent over (block, slab of 16 rows, k split); arguments as of `mxfp4_gemm`, blocks of TOKENS, one warp.
+    """Persistent over (block, slab of 16 rows, k split); arguments as of `mxfp4_gemm`, one warp.
 
     ACT     "swiglu" or "none"
     EVEN    K is whole tiles, and every split whole DEPTHs of them
@@ -165,7 +162,7 @@ def mxfp4_few(
     word = row[:, None, None] * 16 + gl.arange(0, 4, layout=LANES)[None, :, None] * 4
     word += gl.arange(0, 4, layout=STEPS)[None, None, :]
     column = gl.arange(0, 64, layout=gl.SliceLayout(1, RIGHT))
-    token = gl.arange(0, TOKENS, layout=gl.SliceLayout(0, RIGHT))
+    token = gl.arange(0, BT, layout=gl.SliceLayout(0, RIGHT))
     for index in range(program, total, programs):
         if index + programs < total:
             slab, first, stop, split = _rows(index + programs, tiles_n, tiles_k, SPLITS)
@@ -189,29 +186,27 @@ def mxfp4_few(
         position = gl.minimum(start + token, end - 1)
         rows = position if ACT == "none" else gl.load(sorted_ptr + position) // TOP_K
         x_at = x_ptr + rows[None, :] * stride_x + (first * 64 + column)[:, None]
-        x = _columns(x_at, first * 64 + column, first < stop, columns, EVEN)
-        acc = gl.zeros([16, TOKENS], gl.float32, ACC)
+        acc = gl.zeros([16, BT], gl.float32, ACC)
         for k in range(first, stop, DEPTH):
             words, scales, xs = word_at + (k - first) * 512, scale_at + (k - first) * 32, x_at + (k - first) * 64
-            acc, w0, s0, x = _step(
-                acc, w0, s0, x, words, scales, xs, column, k, stop, columns, 0, False, EVEN, STEPS, LEFT, INTERPRET
+            acc, w0, s0 = _step(
+                acc, w0, s0, words, scales, xs, column, k, stop, columns, 0, EVEN, STEPS, LEFT, INTERPRET
             )
-            acc, w1, s1, x = _step(
-                acc, w1, s1, x, words, scales, xs, column, k, stop, columns, 1, False, EVEN, STEPS, LEFT, INTERPRET
+            acc, w1, s1 = _step(
+                acc, w1, s1, words, scales, xs, column, k, stop, columns, 1, EVEN, STEPS, LEFT, INTERPRET
             )
-            acc, w2, s2, x = _step(
-                acc, w2, s2, x, words, scales, xs, column, k, stop, columns, 2, False, EVEN, STEPS, LEFT, INTERPRET
+            acc, w2, s2 = _step(
+                acc, w2, s2, words, scales, xs, column, k, stop, columns, 2, EVEN, STEPS, LEFT, INTERPRET
             )
-            acc, w3, s3, x = _step(
-                acc, w3, s3, x, words, scales, xs, column, k, stop, columns, 3, False, EVEN, STEPS, LEFT, INTERPRET
+            acc, w3, s3 = _step(
+                acc, w3, s3, words, scales, xs, column, k, stop, columns, 3, EVEN, STEPS, LEFT, INTERPRET
             )
-            acc, w4, s4, x = _step(
-                acc, w4, s4, x, words, scales, xs, column, k, stop, columns, 4, True, EVEN, STEPS, LEFT, INTERPRET
+            acc, w4, s4 = _step(
+                acc, w4, s4, words, scales, xs, column, k, stop, columns, 4, EVEN, STEPS, LEFT, INTERPRET
             )
         n = slab * 16 + gl.arange(0, 16, layout=gl.SliceLayout(1, ACC))
         bias = gl.load(bias_ptr + expert * tiles_n * 64 + n, mask=(n >= 0) & (split == 0), other=0.0)
-        _store(
-            acc + bias[:, None], out_ptr, sorted_ptr, alpha, limit, pairs, out_rows, slab, split, start, end, ACT, ACC
-        )
+        acc += bias[:, None]
+        _store(acc, out_ptr, sorted_ptr, alpha, limit, pairs, out_rows, slab, split, start, end, ACT, BT, ACC)
         expert, start, end = later
         later = last
