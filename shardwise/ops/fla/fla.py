@@ -78,8 +78,9 @@ def _cached(op, q, k, v, g, beta, batch_info_host, cu_seqlen, slot_idx, use_init
         out = make(v, memory_format=torch.contiguous_format)
     else:
         one = Prefill(op, batch, tokens, cu_seqlen, slots, use_initial_states, cache)
-        rows = [t if t is None else t.reshape(1, tokens, *t.shape[2:]) for t in (q, k, v, g, beta)]
-        o, final = _chunked(*rows, scale=scale, state=one.states(), bounds=one.bounds, chunks=one.chunks())
+        rows = [t.reshape(1, tokens, *t.shape[2:]) for t in (q, k, v, beta)]
+        gate = None if g is None else g.reshape(1, tokens, -1)
+        o, final = _chunked(rows[0], rows[1], rows[2], gate, rows[3], scale, one.states(), one.bounds, one.chunks())
         out = o.to(v.dtype).contiguous().view(v.shape)
         one.finish(out, final)
     if batch.decode:
