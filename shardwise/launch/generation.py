@@ -126,7 +126,6 @@ def measure_session(session: Session, load: Load, trace: str | None) -> dict[str
         "touched_seen": touched,
         "device_step": device_step,
         "stats": asdict(session.stats()),
-        "decode_path": engine.decode_path,
         "device": session.device,
         "transport": session.transport,
         "dtype": str(engine.dtype).removeprefix("torch."),

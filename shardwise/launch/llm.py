@@ -58,6 +58,8 @@ class LLM:
     weights     auto, dequantised, or native: GGUF's 4- and 8-bit blocks stay as they are (CPU)
     device      auto, cpu or cuda
     cache_tokens   tokens that the KV cache holds; default: room for what is asked for, on a GPU what the weights leave
+    decode      which code runs steps of single tokens: auto, graphs, fused or layers
+    attention   whose kernels attend to prompts on a GPU: auto, triton, flashinfer or torch
     transport   auto, or one of `shardwise.comm.base.TRANSPORTS`
     plan        a file that `shardwise plan --json FILE` wrote: its layout is run, and another checkpoint refused
     trace       a folder for a Chrome trace of each rank's first steps
@@ -79,6 +81,8 @@ class LLM:
         device: str = "auto",
         transport: str = "auto",
         cache_tokens: int | None = None,
+        decode: str = "auto",
+        attention: str = "auto",
         plan: str | None = None,
         trace: str | None = None,
         ray_address: str | None = None,
@@ -97,6 +101,8 @@ class LLM:
             device=device,
             transport=transport,
             cache_tokens=cache_tokens,
+            decode=decode,
+            attention=attention,
             plan=None if plan is None else str(Path(plan).resolve()),
             trace=None if trace is None else str(Path(trace).resolve()),
         )

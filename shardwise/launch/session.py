@@ -42,6 +42,10 @@ class ModelConfig:
     transport: str = "auto"
     cache_tokens: int | None = None
     """Tokens that the KV cache holds; None: the engine's own choice."""
+    decode: str = "auto"
+    """Which code runs steps of single tokens: auto, graphs, fused or layers."""
+    attention: str = "auto"
+    """Whose kernels attend to prompts on a GPU: auto, triton, flashinfer or torch."""
     plan: str | None = None
     """A plan document to replay; its layout then stands in the sizes above."""
     random_seed: int | None = None
@@ -138,6 +142,8 @@ class Session:
                 device=self.device,
                 weights=config.weights,
                 cache_tokens=config.cache_tokens,
+                decode=config.decode,
+                attention=config.attention,
                 on_progress=self._progress(),
             )
             _ = self.engine.tokenizer  # read once here, not at the first prompt

@@ -123,6 +123,8 @@ def _config(args: argparse.Namespace, info: "RankInfo") -> "ModelConfig":
         dtype=args.dtype,
         weights=args.weights,
         cache_tokens=args.cache_tokens,
+        decode=args.decode,
+        attention=args.attention,
         device=args.device,
         transport=args.transport,
         plan=None,

@@ -25,7 +25,7 @@ def summary(ranks: list[dict[str, Any]], batch: int) -> dict[str, Any]:
         "share_of_limit": typical["decode_tokens_per_second"] / limit,
         "step_parts": first["step_parts"],
         "device_step": first["device_step"],
-        "decode_path": first["decode_path"],
+        **{name: first["stats"][name] for name in ("decode", "weights", "cache")},
         "transport": first["transport"],
         "machine": first["machine"],
     }
@@ -47,7 +47,8 @@ def _head(result: dict[str, Any]) -> list[str]:
         f"{result['model']}, {weights}, {first['dtype']}; {sizes} on {len(result['ranks'])} rank(s) "
         f"({result['launcher']}, {result['transport']}, {first['device'].split(':')[0]})",
         f"{device}; {versions}",
-        f"decode: {first['decode_path']}",
+        f"decode: {first['stats']['decode']}",
+        f"weights: {first['stats']['weights']}; cache: {first['stats']['cache']}",
     ]
 
 

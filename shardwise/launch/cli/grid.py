@@ -33,7 +33,7 @@ def add_grid(parser: argparse.ArgumentParser) -> "argparse._ArgumentGroup":
 
 
 def add_forms(parser: "argparse.ArgumentParser | argparse._ArgumentGroup") -> None:
-    """How weights are held."""
+    """How weights and cache are held, and what computes with them."""
     parser.add_argument(
         "--dtype",
         default="auto",
@@ -44,13 +44,25 @@ def add_forms(parser: "argparse.ArgumentParser | argparse._ArgumentGroup") -> No
         "--weights",
         default="auto",
         choices=("auto", "native", "dequantised"),
-        help="whether quantised weights stay in their form (auto: dequantised on the CPU)",
+        help="whether quantised weights stay in their form (auto: on GPUs where a layer takes them)",
     )
     parser.add_argument(
         "--cache-tokens",
         type=positive,
         metavar="N",
         help="tokens that the KV cache holds (default: room for what is asked for, on GPUs what the weights leave)",
+    )
+    parser.add_argument(
+        "--decode",
+        default="auto",
+        metavar="NAME",
+        help="what runs steps of single tokens: graphs, fused or layers (auto: graphs on GPUs, where the model allows)",
+    )
+    parser.add_argument(
+        "--attention",
+        default="auto",
+        metavar="NAME",
+        help="whose kernels attend to prompts on GPUs: triton, flashinfer or torch",
     )
 
 

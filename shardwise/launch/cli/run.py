@@ -93,6 +93,8 @@ def _generate(
             dtype=args.dtype,
             weights=args.weights,
             cache_tokens=args.cache_tokens,
+            decode=args.decode,
+            attention=args.attention,
             plan=args.plan,
             trace=args.trace,
             device=args.device,
