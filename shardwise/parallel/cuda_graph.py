@@ -10,6 +10,7 @@ from torch import Tensor
 from shardwise.ops.linear.vocab import INPUT_ROWS
 from shardwise.parallel.batch import Batch
 from shardwise.parallel.decode_step import DecodeStep
+from shardwise.parallel.trace import watched_by
 
 BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64)
 """A batch runs in the graph of the next size; the rows in between are padding, which reads and writes no cache."""
@@ -64,7 +65,8 @@ class DecodeGraphs:
         host = buffer.fill(self._inputs(batch, sources, size))
         if self.capture:
             if size not in self._graphs:
-                self._graphs[size] = self._capture(size)
+                with watched_by(None):  # a graph has no ear for it
+                    self._graphs[size] = self._capture(size)
             graph, inputs, logits = self._graphs[size]
             inputs.copy_(host, non_blocking=True)
             buffer.mark()

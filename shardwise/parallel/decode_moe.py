@@ -33,8 +33,11 @@ def _reason_against_few(block: MoeBlock) -> str:
         return "experts with another activation than SiLU"
     if routing.score != "softmax" or routing.groups > 1 or block.correction is not None:
         return "routing by other scores than a softmax, by groups or with a correction"
-    weight = experts.up_gate.words if isinstance(experts, PackedExperts) else experts.up_gate
-    return decode.reason_against(len(block.slots), weight.shape[0], routing.top_k)
+    if isinstance(experts, PackedExperts):
+        if not (decode.takes_packed(experts.up_gate) and decode.takes_packed(experts.down)):
+            return "scales above 2, or a Triton without Gluon"
+        return decode.reason_against(len(block.slots), experts.up_gate.words.shape[0], routing.top_k)
+    return decode.reason_against(len(block.slots), experts.up_gate.shape[0], routing.top_k)
 
 
 def _choice(routing: Routing) -> Choice:
@@ -88,12 +91,13 @@ class ExpertStep:
         return expert_down(routed, experts.down, bias=biases[1], residual=residual, dtype=x.dtype, pdl=self.pdl)
 
     def _routed(self, stream: Stream) -> tuple[Tensor, Tensor]:
-        """The normed input in float32, and the router's logits."""
+        """The normed input, and the router's logits."""
         x, norm = stream.x, stream.norm
         if x.shape[0] > MAX_TOKENS:
             normed = stream.normed()
             return normed, F.linear(normed, self._router, self._bias).float()
-        normed = torch.empty(x.shape, dtype=torch.float32, device=x.device)
+        packed = isinstance(self.block.experts, PackedExperts)  # which multiply with 16-bit floats
+        normed = torch.empty(x.shape, dtype=x.dtype if packed else torch.float32, device=x.device)
         logits = skinny_linear(
             x,
             self._router,

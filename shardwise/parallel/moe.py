@@ -19,6 +19,7 @@ from shardwise.ops.moe.reference import run_experts, swiglu_clamped
 from shardwise.ops.moe.triton import triton_moe_fused
 from shardwise.parallel.layers import Linear, LinearLike
 from shardwise.parallel.routing import route
+from shardwise.parallel.trace import watched
 from shardwise.partition import extent, lengths
 from shardwise.sharding.spec import Routing
 
@@ -115,7 +116,8 @@ class MoeBlock:
     def __call__(self, x: Tensor) -> Tensor:
         """x [T, H] -> this rank's partial sum [T, H]."""
         experts, router = self.experts, self.router
-        if isinstance(experts, PackedExperts) and isinstance(router, Linear) and self._routes_in_kernel:
+        in_kernel = isinstance(experts, PackedExperts) and isinstance(router, Linear) and self._routes_in_kernel
+        if in_kernel and not watched():  # who watches is told of the routing
             assert self.first is not None
             return experts.routed(x, router, self.routing.top_k, self.first)
         ids, weights = route(router(x), self.routing, self.correction)

@@ -44,6 +44,11 @@ def span(name: str) -> Iterator[None]:
         watcher.end(name)
 
 
+def watched() -> bool:
+    """Whether somebody watches this rank."""
+    return _watcher.get() is not None
+
+
 def routed(ids: "Tensor") -> None:
     """Tell of a router's choice."""
     watcher = _watcher.get()
@@ -52,8 +57,8 @@ def routed(ids: "Tensor") -> None:
 
 
 @contextmanager
-def watched_by(watcher: Watcher) -> Iterator[None]:
-    """Spans inside the block, of this rank, are told to `watcher`."""
+def watched_by(watcher: Watcher | None) -> Iterator[None]:
+    """Spans inside the block, of this rank, are told to `watcher`; None: to nobody."""
     before = _watcher.get()
     _watcher.set(watcher)  # not reset by a token: a generator's end may come in another context
     try:

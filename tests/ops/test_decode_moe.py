@@ -12,6 +12,7 @@ from shardwise.partition import extent
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = pytest.mark.skipif(not (interpreting() or DEVICE == "cuda"), reason="needs Triton's interpreter or a GPU")
 TOKENS = 3
+DTYPE = torch.float32 if DEVICE == "cpu" else torch.bfloat16  # of what meets packed weights
 
 
 def local_slots(experts: int, ranks: int, rank: int) -> torch.Tensor:
@@ -28,22 +29,30 @@ def share_of(layer, ranks, rank):
     return up, pack_mxfp4(layer.down[part], layer.down_scales[part], layer.down_bias[part], paired=False)
 
 
-@pytest.mark.parametrize("hidden, size, large_scales", [(96, 64, False), (64, 160, False), (64, 64, True)])
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_packed_experts_sum_to_the_layer(hidden, size, large_scales, ranks):
+@pytest.mark.parametrize("hidden, size", [(96, 64), (64, 160), (704, 384)])
+@pytest.mark.parametrize("ranks, processors", [(1, 1), (2, 1000)], ids=["four warps", "two ranks, eight warps"])
+def test_packed_experts_sum_to_the_layer(hidden, size, ranks, processors, monkeypatch):
+    monkeypatch.setattr("shardwise.ops.moe.decode.multiprocessors", lambda device: processors)
     torch.manual_seed(3)
     layer = gpt_oss_layer(5, hidden, size, DEVICE)
-    if large_scales:  # which need the two-step product
-        layer.down_scales[:, 0] = 130
-    x = torch.randn(TOKENS, hidden, device=DEVICE)
-    logits = x @ layer.router.T + layer.router_bias
+    x = torch.randn(TOKENS, hidden, device=DEVICE).to(DTYPE)
+    logits = x.float() @ layer.router.T + layer.router_bias
     residual = torch.randn(TOKENS, hidden, device=DEVICE)
     total = torch.zeros(TOKENS, hidden, device=DEVICE)
     for rank in range(ranks):
         up, down = share_of(layer, ranks, rank)
         routed = expert_up(x, logits, local_slots(5, ranks, rank), Choice(2, True), up, Gate(ALPHA, LIMIT))
         total += expert_down(routed, down, residual=residual if rank == 0 else None, dtype=torch.float32)
-    assert relative(total, gpt_oss_oracle(x, layer, 2) + residual) < (1e-5 if DEVICE == "cpu" else 5e-3)
+    assert relative(total, gpt_oss_oracle(x.float(), layer, 2) + residual) < (1e-5 if DEVICE == "cpu" else 5e-3)
+
+
+def test_packed_experts_with_large_scales_are_refused():
+    layer = gpt_oss_layer(2, 64, 32, DEVICE)
+    layer.gate_up_scales[:, 0] = 130
+    up, _ = share_of(layer, 1, 0)
+    x, logits = torch.randn(1, 64, device=DEVICE), torch.randn(1, 2, device=DEVICE)
+    with pytest.raises(ValueError, match="packed weights of format wide; legal: narrow"):
+        expert_up(x, logits, local_slots(2, 1, 0), Choice(1, True), up, Gate(ALPHA, LIMIT))
 
 
 def plain_oracle(x, logits, choice, up_gate, down, bias, down_bias):

@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "ops"))
 import compile_kernels
 import torch
 import triton
+from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
 from triton.runtime.jit import JITFunction
 
 from shardwise.comm.fake import FakeCommunicator
@@ -77,6 +78,11 @@ def compile_launch(self, *args, grid, warmup, **options):
     compile_kernels.compile_for_target(self, [*args, *(options[n] for n in self.arg_names[len(args) :])], chosen)
 
 
+def source_of(kernel, *args):
+    source = GluonASTSource if isinstance(kernel, GluonJITFunction) else triton.compiler.ASTSource
+    return source(kernel, *args)
+
+
 def named(call):
     def launch(self, *args, **options):
         launches.append(self._kernel.__name__)
@@ -87,7 +93,8 @@ def named(call):
 
 def replace_launches():
     compile_kernels.replace_launches()
-    JITFunction.run = compile_launch
+    compile_kernels.ASTSource = source_of
+    JITFunction.run = GluonJITFunction.run = compile_launch
     for kind in (compile_kernels.triton_support.Form, compile_kernels.triton_support.Launcher):
         kind.__call__ = named(kind.__call__)
     load_experts.pack_mxfp4 = packed

@@ -5,7 +5,8 @@ of the first launch finds its token's experts from the logits by itself, which c
 second launch sums a token's experts in the order of its choices, so nothing is left to combine. Every expert's weights
 are read once for each token that chose it: for many tokens the grouped products of this folder read less.
 
-Weights bf16, fp16, float32, or packed MXFP4; float32 sums. CUDA only, or Triton's interpreter with fp16 and float32.
+Weights bf16, fp16, float32, or packed MXFP4 (of the narrow format, multiplied with bf16); float32 sums. CUDA only, or
+Triton's interpreter with fp16 and float32.
 """
 
 from dataclasses import dataclass
@@ -13,13 +14,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from shardwise.ops.moe.decode_kernels import packed_down, packed_up, plain_down, plain_up
-from shardwise.ops.moe.mxfp4_layout import PackedMXFP4
+from shardwise.ops.gluon_support import GLUON
+from shardwise.ops.moe.decode_kernels import plain_down, plain_up
+from shardwise.ops.moe.decode_packed import packed_down, packed_up
+from shardwise.ops.moe.mxfp4_layout import TILE, PackedMXFP4
+from shardwise.ops.moe.routing import multiprocessors
 from shardwise.ops.triton_support import interpreting, triton
 
 MOST_EXPERTS = 512
 """Of a model: a program compares all logits with all."""
 MOST_CHOICES = 8
+PLAIN_PER_SM = 5
+"""Programs of plain weights that a multiprocessor holds at once."""
 MOST_LOCAL = 256
 """Experts of a rank: a program keeps the numbers of its token's in one 64-bit word."""
 
@@ -51,11 +57,11 @@ class Routed:
     weights: Tensor
     """float32 [T, K]"""
     inner: Tensor
-    """float32 [T * K, I], activations times weights; not written for pairs of other ranks"""
+    """[T * K, I], the activations, float32 or with packed weights in x's dtype; not written for pairs of other ranks"""
 
 
 def expert_up(
-    x: Tensor,  # [T, H], normed; float32 is read fastest
+    x: Tensor,  # [T, H], normed; bf16 with packed weights on a GPU
     logits: Tensor,  # float32 [T, E]
     slots: Tensor,  # int32 [E], local slot of each expert, -1 for others'
     choice: Choice,
@@ -68,14 +74,13 @@ def expert_up(
 ) -> Routed:
     """Route, and the first product of every chosen local expert with its activation."""
     tokens, hidden = x.shape
-    pairs, experts = tokens * choice.top_k, logits.shape[1]
-    rows = weight.rows if isinstance(weight, PackedMXFP4) else weight.shape[1]
-    size, device = rows // 2, x.device
+    pairs, experts, packed = tokens * choice.top_k, logits.shape[1], isinstance(weight, PackedMXFP4)
     _check(choice, experts, weight)
+    size, device = (weight.rows if packed else weight.shape[1]) // 2, x.device
     routed = Routed(
         torch.empty(tokens, choice.top_k, dtype=torch.int32, device=device),
         torch.empty(tokens, choice.top_k, dtype=torch.float32, device=device),
-        torch.empty(pairs, size, dtype=torch.float32, device=device),
+        torch.empty(pairs, size, dtype=x.dtype if packed else torch.float32, device=device),
     )
     pdl = pdl and not interpreting()
     common = (
@@ -83,18 +88,22 @@ def expert_up(
         size, hidden, experts, choice.scale, gate.alpha, gate.limit or 0.0,
     )  # fmt: skip
     flags = dict(
-        TOP_K=choice.top_k, E_BLOCK=triton.next_power_of_2(experts), E_CHUNK=min(32, triton.next_power_of_2(experts)),
-        NORMALIZE=choice.normalize, PADDED=positions is not None,
-        CLAMPED=gate.limit is not None, PDL=pdl, launch_pdl=pdl,
+        TOP_K=choice.top_k, E_BLOCK=max(32, triton.next_power_of_2(experts)), NORMALIZE=choice.normalize,
+        PADDED=positions is not None, CLAMPED=gate.limit is not None, PDL=pdl, launch_pdl=pdl,
     )  # fmt: skip
     if isinstance(weight, PackedMXFP4):
-        packed_up[(weight.words.shape[1] * 4, pairs)](
+        # Of this rank's share of the pairs: where programs of eight warps do not all fit at once, four each.
+        expected = weight.words.shape[1] * pairs * weight.words.shape[0] / experts
+        warps = 8 if expected <= 2 * multiprocessors(device) else 4
+        packed_up[(weight.words.shape[1], pairs)](
             *common, weight.words, weight.scales, weight.bias, *weight.words.shape[1:3],
-            CHUNKS=8, STAGES=4, FORMAT=weight.format, INTERPRET=interpreting(), num_warps=4, **flags,
+            EVEN=hidden % TILE == 0, WARPS=warps, INTERPRET=interpreting(), num_warps=warps, **flags,
         )  # fmt: skip
     else:
         tile = _plain_tile(hidden, 4)
-        plain_up[(triton.cdiv(size, tile.rows), pairs)](
+        blocks = triton.cdiv(size, tile.rows)
+        programs = triton.cdiv(PLAIN_PER_SM * multiprocessors(device), choice.top_k)
+        plain_up[(min(blocks, programs), pairs)](
             *common, weight, bias, BLOCK_N=tile.rows, BLOCK_K=tile.columns, STAGES=3, BIAS=bias is not None,
             num_warps=tile.warps, **flags,
         )  # fmt: skip
@@ -121,7 +130,7 @@ def expert_down(
     if isinstance(weight, PackedMXFP4):
         packed_down[(weight.words.shape[1] * 4, tokens)](
             *common, weight.words, weight.scales, weight.bias, *weight.words.shape[1:3],
-            CHUNKS=16, STAGES=4, FORMAT=weight.format, INTERPRET=interpreting(), num_warps=8, **flags,
+            EVEN=size % TILE == 0, WARPS=8, INTERPRET=interpreting(), num_warps=8, **flags,
         )  # fmt: skip
     else:
         tile = _plain_tile(size, 8)
@@ -141,6 +150,11 @@ def reason_against(experts: int, local: int, top_k: int) -> str:
     return f"{top_k} experts a token, at most {MOST_CHOICES}" if top_k > MOST_CHOICES else ""
 
 
+def takes_packed(weight: PackedMXFP4) -> bool:
+    """Whether these weights are of the format that the kernels unpack, and Triton has the language they are in."""
+    return GLUON and weight.format == "narrow"
+
+
 def _check(choice: Choice, experts: int, weight: Tensor | PackedMXFP4) -> None:
     words = weight.words if isinstance(weight, PackedMXFP4) else weight
     reason = reason_against(experts, words.shape[0], choice.top_k)
@@ -148,6 +162,8 @@ def _check(choice: Choice, experts: int, weight: Tensor | PackedMXFP4) -> None:
         raise ValueError(f"expert_up: {reason}")
     if not words.is_contiguous():
         raise ValueError("expert_up: the experts' weights must be contiguous")
+    if isinstance(weight, PackedMXFP4) and not takes_packed(weight):
+        raise ValueError(f"expert_up: packed weights of format {weight.format}; legal: narrow, with Triton's Gluon")
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,267 @@
+"""Kernels of `decode.py` for MXFP4 weights: a warp for 16 rows, its codes straight from memory to the matrix unit.
+
+A program's warps are the first dimension of all its tensors. Each reads tiles of 64 columns of one expert, DEPTH ahead,
+into the registers from which the matrix unit takes the unpacked weights; the token is one of eight equal columns of its
+product. Only the sums of warps that share rows pass through shared memory.
+"""
+
+# The languages of kernels, not Python's, where types are concerned.
+# mypy: ignore-errors
+
+from shardwise.ops.gluon_support import gl, jit, mma_v2
+from shardwise.ops.moe.mxfp4_convert import _NARROW, _SHAPE, _plain
+from shardwise.ops.triton_support import tl
+
+DEPTH = tl.constexpr(5)
+COLUMNS = tl.constexpr(8)  # of a product of the matrix unit
+
+
+@jit
+def _start(PDL: tl.constexpr):
+    """Wait for the kernel before, and only then let the next one begin: it may read what that kernel wrote."""
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+@jit
+def _choose(
+    logit_ptr, slot_ptr, choice, experts, scale, E_BLOCK: tl.constexpr, TOP_K: tl.constexpr, NORMALIZE: tl.constexpr,
+    EXPERTS: tl.constexpr,
+):  # fmt: skip
+    """Local slot and weight of a token's expert number `choice`, the lowest number first among equal logits."""
+    e = gl.arange(0, E_BLOCK, layout=EXPERTS)
+    logits = gl.load(logit_ptr + e, mask=e < experts, other=float("-inf"))
+    top = gl.max(logits, 0)
+    total = gl.sum(gl.exp(logits - top), 0)
+    chosen = 0.0
+    expert = 0
+    power = 0.0
+    for number in gl.static_range(TOP_K):
+        value = gl.max(logits, 0)
+        place = gl.minimum(gl.min(gl.where(logits == value, e, 0x7FFFFFFF), 0), experts - 1)
+        logits = gl.where(e == place, float("-inf"), logits)
+        chosen += gl.exp(value - top)
+        if number == choice:
+            expert = place
+            power = gl.exp(value - top)
+    return gl.load(slot_ptr + expert), scale * power / (chosen if NORMALIZE else total)
+
+
+@jit
+def _unpack(words, scales, STEPS: tl.constexpr, LEFT: tl.constexpr, INTERPRET: tl.constexpr):
+    """Words [W, 8 rows, 4 lanes, 4 steps] and scales [W, 8] of a tile to [W, 16, 64] weights, see `mxfp4_layout`."""
+    shift = gl.arange(0, 4, layout=STEPS) // 2 * 8
+    scale = gl.expand_dims(gl.expand_dims(scales, 2), 3)
+    near = ((scale >> shift[None, None, None, :]) & 0xFF) * 0x00800080 + 0x3F003F00
+    far = ((scale >> (shift + 16)[None, None, None, :]) & 0xFF) * 0x00800080 + 0x3F003F00
+    near, _ = gl.broadcast(near, words)
+    far, _ = gl.broadcast(far, words)
+    if INTERPRET:
+        a0, a1, b0, b1, c0, c1, d0, d1 = _plain(words, near, far, "narrow")
+    else:
+        a0, a1, b0, b1, c0, c1, d0, d1 = gl.inline_asm_elementwise(
+            _NARROW, _SHAPE, [words, near, far], dtype=(gl.int16,) * 8, is_pure=True, pack=1
+        )
+    low = gl.join(gl.join(a0, a1), gl.join(b0, b1))  # [warp, row, lane, step, pair, row half] of k-half 0
+    high = gl.join(gl.join(c0, c1), gl.join(d0, d1))
+    tile = gl.reshape(gl.permute(gl.join(low, high), (0, 5, 1, 3, 6, 2, 4)), (words.shape[0], 16, 64))
+    if INTERPRET:
+        return tile
+    return gl.convert_layout(tile.to(gl.bfloat16, bitcast=True), LEFT, assert_trivial=True)
+
+
+@jit
+def _words(word_at, k, stop, WORDS: tl.constexpr):
+    """A tile's words for each warp; where there is no tile any more, anything."""
+    there = gl.expand_dims(gl.expand_dims(gl.expand_dims(k < stop, 1), 2), 3)
+    return gl.load(word_at, mask=there, eviction_policy="evict_first")
+
+
+@jit
+def _scales(scale_at, k, stop):
+    return gl.load(scale_at, mask=(k < stop)[:, None], other=0)
+
+
+@jit
+def _x(x_at, column, k, stop, columns, EVEN: tl.constexpr):
+    """A tile's columns of x for each warp, zeros where there is no tile any more."""
+    there = gl.expand_dims(gl.expand_dims(k < stop, 1), 2)
+    if not EVEN:
+        there = there & (gl.expand_dims(gl.expand_dims(k * 64, 1), 2) + column < columns)
+    return gl.load(x_at, mask=there, other=0.0)
+
+
+@jit
+def _product(
+    word_ptr, scale_ptr, x_ptr, expert, slab, x_row, first, stop, count, tiles_n, tiles_k, columns,
+    EVEN: tl.constexpr, INTERPRET: tl.constexpr, ACC: tl.constexpr, WORDS: tl.constexpr,
+):  # fmt: skip
+    """[W, 16, COLUMNS] sums of each warp over its tiles from `first` to `stop`, at most `count`.
+
+    expert, slab, x_row, first and stop are [W].
+    """
+    LEFT: tl.constexpr = gl.DotOperandLayout(0, ACC, 2)
+    RIGHT: tl.constexpr = gl.DotOperandLayout(1, ACC, 2)
+    ROWS: tl.constexpr = gl.SliceLayout(2, gl.SliceLayout(3, WORDS))
+    ROW: tl.constexpr = gl.SliceLayout(0, ROWS)
+    LANE: tl.constexpr = gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(3, WORDS)))
+    STEPS: tl.constexpr = gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, WORDS)))
+    OF_X: tl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, RIGHT))
+    row = gl.arange(0, 8, layout=ROW)
+    lane = gl.arange(0, 4, layout=LANE)
+    step = gl.arange(0, 4, layout=STEPS)
+    tile = (expert.to(gl.int64) * tiles_n + slab // 4) * tiles_k + first
+    rows = (tile * 512 + slab % 4 * 128)[:, None] + row[None, :] * 16
+    lanes = gl.expand_dims(gl.expand_dims(gl.expand_dims(lane * 4, 0), 1), 3)
+    steps = gl.expand_dims(gl.expand_dims(gl.expand_dims(step, 0), 1), 2)
+    word_at = word_ptr + (gl.expand_dims(gl.expand_dims(rows, 2), 3) + lanes + steps)
+    scale_at = scale_ptr + ((tile * 32 + slab % 4 * 8)[:, None] + row[None, :])
+    column = gl.arange(0, 64, layout=gl.SliceLayout(0, gl.SliceLayout(2, RIGHT)))
+    column = gl.expand_dims(gl.expand_dims(column, 0), 2)
+    same = gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, gl.SliceLayout(1, RIGHT))) * 0
+    from_x = gl.convert_layout(x_row + first * 64, OF_X)
+    x_at = x_ptr + (gl.expand_dims(gl.expand_dims(from_x, 1), 2) + column + gl.expand_dims(gl.expand_dims(same, 0), 1))
+    k = first
+    k_x = gl.convert_layout(first, OF_X)
+    stop_x = gl.convert_layout(stop, OF_X)
+    w0 = _words(word_at, k, stop, WORDS)
+    w1 = _words(word_at + 512, k + 1, stop, WORDS)
+    w2 = _words(word_at + 1024, k + 2, stop, WORDS)
+    w3 = _words(word_at + 1536, k + 3, stop, WORDS)
+    w4 = _words(word_at + 2048, k + 4, stop, WORDS)
+    s0 = _scales(scale_at, k, stop)
+    s1 = _scales(scale_at + 32, k + 1, stop)
+    s2 = _scales(scale_at + 64, k + 2, stop)
+    s3 = _scales(scale_at + 96, k + 3, stop)
+    s4 = _scales(scale_at + 128, k + 4, stop)
+    acc = gl.zeros([w0.shape[0], 16, COLUMNS], gl.float32, ACC)
+    for _ in range(0, count, DEPTH):
+        x = _x(x_at, column, k_x, stop_x, columns, EVEN)
+        acc = mma_v2(_unpack(w0, s0, STEPS, LEFT, INTERPRET), x, acc)
+        w0 = _words(word_at + DEPTH * 512, k + DEPTH, stop, WORDS)
+        s0 = _scales(scale_at + DEPTH * 32, k + DEPTH, stop)
+        x = _x(x_at + 64, column, k_x + 1, stop_x, columns, EVEN)
+        acc = mma_v2(_unpack(w1, s1, STEPS, LEFT, INTERPRET), x, acc)
+        w1 = _words(word_at + (DEPTH + 1) * 512, k + DEPTH + 1, stop, WORDS)
+        s1 = _scales(scale_at + (DEPTH + 1) * 32, k + DEPTH + 1, stop)
+        x = _x(x_at + 128, column, k_x + 2, stop_x, columns, EVEN)
+        acc = mma_v2(_unpack(w2, s2, STEPS, LEFT, INTERPRET), x, acc)
+        w2 = _words(word_at + (DEPTH + 2) * 512, k + DEPTH + 2, stop, WORDS)
+        s2 = _scales(scale_at + (DEPTH + 2) * 32, k + DEPTH + 2, stop)
+        x = _x(x_at + 192, column, k_x + 3, stop_x, columns, EVEN)
+        acc = mma_v2(_unpack(w3, s3, STEPS, LEFT, INTERPRET), x, acc)
+        w3 = _words(word_at + (DEPTH + 3) * 512, k + DEPTH + 3, stop, WORDS)
+        s3 = _scales(scale_at + (DEPTH + 3) * 32, k + DEPTH + 3, stop)
+        x = _x(x_at + 256, column, k_x + 4, stop_x, columns, EVEN)
+        acc = mma_v2(_unpack(w4, s4, STEPS, LEFT, INTERPRET), x, acc)
+        w4 = _words(word_at + (DEPTH + 4) * 512, k + DEPTH + 4, stop, WORDS)
+        s4 = _scales(scale_at + (DEPTH + 4) * 32, k + DEPTH + 4, stop)
+        word_at += DEPTH * 512
+        scale_at += DEPTH * 32
+        x_at += DEPTH * 64
+        k += DEPTH
+        k_x += DEPTH
+    return acc
+
+
+@jit(do_not_specialize=["scale", "alpha", "limit"])
+def packed_up(
+    x_ptr, logit_ptr, slot_ptr, position_ptr, id_ptr, route_ptr, out_ptr, size, hidden, experts, scale, alpha, limit,
+    word_ptr, scale_ptr, bias_ptr, tiles_n, tiles_k,
+    TOP_K: tl.constexpr, E_BLOCK: tl.constexpr, NORMALIZE: tl.constexpr, PADDED: tl.constexpr, CLAMPED: tl.constexpr,
+    PDL: tl.constexpr, EVEN: tl.constexpr, WARPS: tl.constexpr, INTERPRET: tl.constexpr,
+):  # fmt: skip
+    """64 packed rows of one pair's activation, a slab's first eight of them gates; WARPS / 4 warps share 16 rows."""
+    ACC: tl.constexpr = gl.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[WARPS, 1, 1], instr_shape=[1, 16, 8])
+    WORDS: tl.constexpr = gl.BlockedLayout([1, 1, 1, 4], [1, 8, 4, 1], [WARPS, 1, 1, 1], [3, 2, 1, 0])
+    OF_WARP: tl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, gl.SliceLayout(3, WORDS)))
+    EXPERTS: tl.constexpr = gl.BlockedLayout([E_BLOCK // 32], [32], [WARPS], [0])  # all of them in every warp
+    _start(PDL)
+    pair = gl.program_id(1)
+    token = pair // TOP_K
+    slot, weight = _choose(
+        logit_ptr + token * experts, slot_ptr, pair % TOP_K, experts, scale, E_BLOCK, TOP_K, NORMALIZE, EXPERTS
+    )
+    if PADDED:
+        slot = gl.where(gl.load(position_ptr + token) < 0, -1, slot)
+    if gl.program_id(0) == 0:
+        gl.store(id_ptr + pair, slot)
+        gl.store(route_ptr + pair, weight)
+    if slot >= 0:
+        warp = gl.arange(0, WARPS, layout=OF_WARP)
+        slab = gl.program_id(0) * 4 + warp % 4
+        each = gl.cdiv(tiles_k, WARPS // 4)
+        first = warp // 4 * each
+        stop = gl.minimum(first + each, tiles_k)
+        acc = _product(
+            word_ptr, scale_ptr, x_ptr, slab * 0 + slot, slab, slab * 0 + token * hidden, first, stop, each,
+            tiles_n, tiles_k, hidden, EVEN, INTERPRET, ACC, WORDS,
+        )  # fmt: skip
+        # Columns are equal: one of them counts. [halves of K, slab, gate or up, row] to [slab, gate or up, row].
+        sums = gl.sum(gl.reshape(gl.max(acc, 2), (WARPS // 4, 4, 2, 8)), 0)
+        gate, up = gl.split(gl.permute(sums, (0, 2, 1)))
+        OUT: tl.constexpr = gate.type.layout if not INTERPRET else 0
+        slabs = gl.arange(0, 4, layout=gl.SliceLayout(1, OUT))
+        row = gl.arange(0, 8, layout=gl.SliceLayout(0, OUT))
+        tile_row = slabs[:, None] * 16 + row[None, :]
+        biases = bias_ptr + (slot * tiles_n + gl.program_id(0)) * 64 + tile_row
+        gate += gl.load(biases)
+        up += gl.load(biases + 8)
+        if CLAMPED:
+            gate = gl.minimum(gate, limit)
+            up = gl.minimum(gl.maximum(up, -limit), limit) + 1.0
+        value = up * gate / (1.0 + gl.exp(-alpha * gate))
+        rows = (gl.program_id(0) * 4 + slabs)[:, None] * 8 + row[None, :]
+        out = out_ptr + pair.to(gl.int64) * size + rows
+        gl.store(out, value.to(out_ptr.dtype.element_ty), mask=rows < size)
+
+
+@jit
+def packed_down(
+    inner_ptr, id_ptr, route_ptr, residual_ptr, out_ptr, hidden, size, word_ptr, scale_ptr, bias_ptr, tiles_n, tiles_k,
+    TOP_K: tl.constexpr, RESIDUAL: tl.constexpr, PDL: tl.constexpr, EVEN: tl.constexpr, WARPS: tl.constexpr,
+    INTERPRET: tl.constexpr,
+):  # fmt: skip
+    """Sixteen rows of one token's sum. Its local experts are dealt to the warps, as many to each."""
+    ACC: tl.constexpr = gl.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[WARPS, 1, 1], instr_shape=[1, 16, 8])
+    WORDS: tl.constexpr = gl.BlockedLayout([1, 1, 1, 4], [1, 8, 4, 1], [WARPS, 1, 1, 1], [3, 2, 1, 0])
+    OF_WARP: tl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, gl.SliceLayout(3, WORDS)))
+    _start(PDL)
+    token = gl.program_id(1)
+    count = 0
+    for choice in gl.static_range(TOP_K):
+        count += (gl.load(id_ptr + token * TOP_K + choice) >= 0).to(gl.int32)
+    parts = WARPS // gl.maximum(count, 1)
+    warp = gl.arange(0, WARPS, layout=OF_WARP)
+    expert = warp * 0
+    pair = warp * 0 + token * TOP_K
+    held = warp < 0
+    number = 0
+    for choice in gl.static_range(TOP_K):  # a warp takes the local choice of its own number
+        slot = gl.load(id_ptr + token * TOP_K + choice)
+        mine = (warp // parts == number) & (slot >= 0)
+        expert = gl.where(mine, slot, expert)
+        pair = gl.where(mine, token * TOP_K + choice, pair)
+        held = held | mine
+        number += (slot >= 0).to(gl.int32)
+    each = gl.cdiv(tiles_k, parts)
+    first = warp % parts * each
+    stop = gl.where(held, gl.minimum(first + each, tiles_k), first)
+    acc = _product(
+        word_ptr, scale_ptr, inner_ptr, expert, warp * 0 + gl.program_id(0), pair * size, first, stop,
+        each if count > 0 else 0, tiles_n, tiles_k, size, EVEN, INTERPRET, ACC, WORDS,
+    )  # fmt: skip
+    OF_SUM: tl.constexpr = gl.SliceLayout(2, ACC)
+    weight = gl.convert_layout(gl.load(route_ptr + pair), gl.SliceLayout(1, OF_SUM))
+    expert = gl.convert_layout(expert, gl.SliceLayout(1, OF_SUM))
+    leads = gl.convert_layout((first == 0) & (stop > first), gl.SliceLayout(1, OF_SUM))
+    row = gl.arange(0, 16, layout=gl.SliceLayout(0, OF_SUM))
+    biases = bias_ptr + ((expert * tiles_n * 4 + gl.program_id(0)) * 16)[:, None] + row[None, :]
+    bias = gl.load(biases, mask=leads[:, None], other=0.0)
+    total = gl.sum((gl.max(acc, 2) + bias) * weight[:, None], 0)
+    rows = gl.program_id(0) * 16 + gl.arange(0, 16, layout=gl.SliceLayout(0, OF_SUM))
+    at = token.to(gl.int64) * hidden + rows
+    if RESIDUAL:
+        total += gl.load(residual_ptr + at, mask=rows < hidden, other=0.0).to(gl.float32)
+    gl.store(out_ptr + at, total.to(out_ptr.dtype.element_ty), mask=rows < hidden)
