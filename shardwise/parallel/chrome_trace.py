@@ -125,7 +125,7 @@ class DeviceWork:
 def decode_work(path: Path) -> DeviceWork:
     """Between the tokens of one decode step and those of the next the device does one step's work."""
     with gzip.open(path, "rt") as file:
-        events = [event for event in json.load(file)["traceEvents"] if event["ph"] == "X"]
+        events = [event for event in json.load(file)["traceEvents"] if event["ph"] == "X" and "cat" in event]
     spans = sorted((e["ts"], e["ts"] + e["dur"], e["name"]) for e in events if e["cat"] == "user_annotation")
     kinds = [name for *_, name in spans if name in (PREFILL, DECODE)]
     ends = [end for _, end, name in spans if name == SAMPLE]

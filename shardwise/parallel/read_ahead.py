@@ -104,7 +104,8 @@ class ReadAhead:
         if not hasattr(self._lanes, "lane"):
             self._lanes.lane = _Lane(self._device)
         lane: _Lane = self._lanes.lane
-        return lane.move(lambda into: self._reader.read(stored, ranges, into), target, free)
+        with torch.inference_mode():  # which is a thread's own, and whose tensors may be written in no other
+            return lane.move(lambda into: self._reader.read(stored, ranges, into), target, free)
 
 
 @dataclass(frozen=True)

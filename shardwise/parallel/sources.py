@@ -39,7 +39,10 @@ class TensorSource(Protocol):
 class CheckpointSource:
     """Reads the byte ranges of the shards: piece by piece on the CPU, by several threads ahead of time for a GPU."""
 
-    def __init__(self, checkpoint: Checkpoint, plan: Plan, rank: int, device: torch.device):
+    def __init__(
+        self, checkpoint: Checkpoint, plan: Plan, rank: int, device: torch.device, *, reads_ahead: bool | None = None
+    ):
+        """reads_ahead: None, on a GPU."""
         self.checkpoint, self.rank = checkpoint, rank
         self._reader = Reader()
         self._own: dict[str, TensorEntry] | None = None
@@ -47,21 +50,21 @@ class CheckpointSource:
         if checkpoint.gguf is None and is_per_rank(checkpoint.path):
             self._own = rank_entries(checkpoint.path, rank, plan.layout.world, plan_hash(plan))
         self._ahead: ReadAhead | None = None
-        if device.type == "cuda":
+        if device.type == "cuda" if reads_ahead is None else reads_ahead:
             self._ahead = ReadAhead(self._reader, self._locate, load_order(plan, rank), device, world=plan.layout.world)
 
     def fill(self, out: Tensor, shard: TensorShard, on_bytes: OnBytes) -> None:
+        stored, chosen = self._locate(shard)
+        bits = BITS.get(stored.entry.dtype)
         if self._ahead is not None:
-            out.copy_(self._ahead.take(shard))
+            found = self._ahead.take(shard)
+            out.copy_(found.view(bits) if bits else found)
             on_bytes(shard.nbytes)
             return
-        stored, chosen = self._locate(shard)
         per_element = shard.nbytes / max(1, out.numel())
         for (start, stop), array in self._reader.pieces(stored, chosen):
             piece = torch.from_numpy(array)
-            if stored.entry.dtype in BITS:
-                piece = piece.view(BITS[stored.entry.dtype])
-            out[start:stop].copy_(piece)
+            out[start:stop].copy_(piece.view(bits) if bits else piece)
             on_bytes(int(array.size * per_element))
         self._reader.release(stored)
 
