@@ -45,8 +45,9 @@ def span(name: str) -> Iterator[None]:
 
 
 def watched() -> bool:
-    """Whether somebody watches this rank."""
-    return _watcher.get() is not None
+    """Whether somebody wants to be told of this rank's routing; a clock does not, and must not change what it times."""
+    watcher = _watcher.get()
+    return watcher is not None and type(watcher).routed is not Watcher.routed
 
 
 def routed(ids: "Tensor") -> None:

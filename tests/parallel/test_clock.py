@@ -12,7 +12,7 @@ from shardwise.comm.rank import current_groups
 from shardwise.parallel.chrome_trace import COLLECTIVES_ROW, DECODE_STEPS, ChromeTrace, decode_work
 from shardwise.parallel.clock import Clock, mean
 from shardwise.parallel.engine import Engine, SamplingParams
-from shardwise.parallel.trace import DECODE, PREFILL, SAMPLE, SCHEDULE, span, watched_by
+from shardwise.parallel.trace import DECODE, PREFILL, SAMPLE, SCHEDULE, Watcher, span, watched, watched_by
 from shardwise.parallel.traffic import copy_bandwidth, step_bytes
 from shardwise.sharding.checkpoint.resolve import random_checkpoint
 from shardwise.sharding.layout import ParallelLayout
@@ -67,6 +67,20 @@ def test_a_step_launched_ahead_of_the_last_ones_tokens_keeps_its_own_times():
     assert [len(steps[kind]) for kind in (PREFILL, DECODE)] == [1, 2]  # the last launch was never waited for
     assert steps[PREFILL][0].launch >= 0.003 and all(0.001 <= step.launch < 0.003 for step in steps[DECODE])
     assert steps[DECODE][0].wall > steps[DECODE][1].wall
+
+
+def test_only_who_asks_for_the_routing_is_waited_for():
+    class Listener(Watcher):
+        def routed(self, ids):
+            pass
+
+    assert not watched()
+    with watched_by(Clock(torch.device("cpu"))):
+        assert not watched()
+        with watched_by(Listener()):
+            assert watched()
+            with watched_by(None):
+                assert not watched()
 
 
 def test_the_mean_of_no_steps_is_none_and_spans_cost_nobody_anything():
