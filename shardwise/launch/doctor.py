@@ -202,7 +202,10 @@ def _devices(facts: dict[str, Any]) -> list[Finding]:
         driver = shutil.which("nvidia-smi")
         advice = "there is an NVIDIA driver, but this torch is a CPU build" if driver and not facts["cuda"] else None
         return [Finding("gpu", "devices", "none", WARNING if advice else NOTE, advice)]
-    found = [
+    from shardwise.launch.machine import driver_version
+
+    found = [Finding("gpu", "driver", driver_version() or "unknown version")]
+    found += [
         Finding("gpu", f"device {i}", f"{name}, {memory / 2**30:.0f} GiB, sm {capability}, {processors} SMs")
         for i, (name, memory, capability, processors) in enumerate(devices)
     ]

@@ -19,7 +19,7 @@ def machine_facts() -> dict[str, Any]:
         "cpu": cpu_name(),
         "cores": len(os.sched_getaffinity(0)),
         "gpu": torch.cuda.get_device_name() if has_gpu else None,
-        "driver": _driver() if has_gpu else None,
+        "driver": driver_version() if has_gpu else None,
         "cuda": torch.version.cuda,
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -34,7 +34,7 @@ def cpu_name() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def _driver() -> str | None:
+def driver_version() -> str | None:
     """Version of NVIDIA's kernel module, as it says itself."""
     path = Path("/proc/driver/nvidia/version")
     match = re.search(r"\b(\d+\.\d+(?:\.\d+)?)\b", path.read_text()) if path.exists() else None

@@ -1,5 +1,6 @@
 """The command line: verbs, exit codes, errors in one sentence, nothing heavy imported, no process left behind."""
 
+import gzip
 import json
 import os
 import signal
@@ -113,8 +114,9 @@ def test_a_cache_too_small_for_the_prompt_is_one_sentence():
     assert "Traceback" not in done.stderr
 
 
-def test_json_on_standard_output_is_all_there_is():
-    done = cli("run", "smollm2", "--tp", "2", "--max-new-tokens", "4", "--raw", "--json", OMP_NUM_THREADS="1")
+def test_json_on_standard_output_is_all_there_is(tmp_path):
+    words = ["--max-new-tokens", "4", "--raw", "--json", "--trace", str(tmp_path / "traces")]
+    done = cli("run", "smollm2", "--tp", "2", *words, OMP_NUM_THREADS="1")
     result = json.loads(done.stdout)
     expected = {
         "text", "token_ids", "prompt_tokens", "new_tokens", "tokens_per_second", "time_to_first_token_seconds",
@@ -125,6 +127,10 @@ def test_json_on_standard_output_is_all_there_is():
     assert result["launcher"] == "local" and result["transport"] == "shm"
     assert sum(rank["weight_bytes"] for rank in result["ranks"]) < 1.02 * 4 * 134_515_008
     assert "loading 100 %" in done.stderr
+    for rank in range(2):
+        events = json.loads(gzip.decompress((tmp_path / "traces" / f"rank-{rank}.json.gz").read_bytes()))["traceEvents"]
+        assert {event["pid"] for event in events} == {rank}
+        assert {"prefill", "decode", "sample"} <= {event["name"] for event in events}
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])

@@ -10,6 +10,7 @@ from shardwise.comm.rank import current_groups
 from shardwise.parallel.batch import Batch, Span
 from shardwise.parallel.cache import SlotCache
 from shardwise.parallel.engine import Engine, SamplingParams
+from shardwise.sharding.layout import ParallelLayout
 from shardwise.sharding.plan import plan
 from shardwise.testing import run_processes, run_threads
 
@@ -211,7 +212,8 @@ def ranks(checkpoint):
 
 @two_gpus
 @pytest.mark.parametrize(("mode", "transport", "name", "sizes"), CASES, ids=str)
-def test_two_gpus_give_transformers_tokens(ranks, checkpoint, mode, transport, name, sizes):
+def test_two_gpus_give_transformers_tokens(ranks, checkpoint, parity, mode, transport, name, sizes):
+    parity(name, ParallelLayout(**sizes), transport)
     number = [case[1:] for case in CASES if case[0] == mode].index((transport, name, sizes))
     for rank in ranks(mode):
         assert not isinstance(rank[number], str), rank[number]
