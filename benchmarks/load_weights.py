@@ -107,14 +107,16 @@ def load(context) -> dict:
     payload = context.payload
     device = choose_device(payload["device"], context.info)
     made = plan(payload["folder"], ParallelLayout(context.info.world))
+    if device != "cpu":
+        import torch
+
+        torch.zeros(1, device=device)  # a device's context takes time of its own
     world = context.communicator(device=device.split(":")[0])
     with use_groups(make_groups(world, made.layout)) as groups, _MemoryWatch() as memory, context.phase("load"):
         world.barrier()
         begin = time.perf_counter()
         engine = Engine(payload["folder"], made, groups, dtype="bfloat16", device=device)
         if device != "cpu":
-            import torch
-
             torch.cuda.synchronize()
         seconds = time.perf_counter() - begin
         world.barrier()
