@@ -16,7 +16,9 @@ from shardwise.ops.moe.contract import SILU
 from shardwise.ops.moe.mxfp4 import mxfp4_moe, packed_moe
 from shardwise.ops.moe.mxfp4_layout import PackedMXFP4
 from shardwise.ops.moe.reference import run_experts, swiglu_clamped
+from shardwise.ops.moe.routing import route_tokens
 from shardwise.ops.moe.triton import triton_moe_fused
+from shardwise.ops.moe.workspace import Workspace
 from shardwise.parallel.layers import Linear, LinearLike
 from shardwise.parallel.routing import route
 from shardwise.parallel.trace import watched
@@ -115,18 +117,34 @@ class MoeBlock:
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [T, H] -> this rank's partial sum [T, H]."""
-        experts, router = self.experts, self.router
-        in_kernel = isinstance(experts, PackedExperts) and isinstance(router, Linear) and self._routes_in_kernel
-        if in_kernel and not watched():  # who watches is told of the routing
-            assert self.first is not None
-            return experts.routed(x, router, self.routing.top_k, self.first)
+        experts, router, first = self.experts, self.router, self.first
+        if first is not None and isinstance(router, Linear) and self._routes_in_kernel(x):
+            if isinstance(experts, PackedExperts):
+                return experts.routed(x, router, self.routing.top_k, first)
+            ids, weights = _route_in_kernel(x.contiguous(), router, self.routing.top_k)
+            return experts(x, ids - first, weights)
         ids, weights = route(router(x), self.routing, self.correction)
         return experts(x, self.slots[ids], weights)
 
-    @property
-    def _routes_in_kernel(self) -> bool:
-        routing = self.routing
-        return self.first is not None and routing.softmax_after_topk and routing.scale == 1.0
+    def _routes_in_kernel(self, x: Tensor) -> bool:
+        """Whether the operators' router does what this one does: the largest logits, softmax over these."""
+        routing, packed = self.routing, isinstance(self.experts, PackedExperts)
+        over_chosen = routing.softmax_after_topk or (routing.score == "softmax" and routing.normalize)
+        plain = over_chosen and routing.groups == 1 and routing.scale == 1.0 and self.correction is None
+        sixteen_bit = x.is_cuda and x.dtype != torch.float32  # else its products would be rounded
+        return plain and (packed or sixteen_bit) and not watched()  # who watches is told of the routing
+
+
+def _route_in_kernel(x: Tensor, router: Linear, top_k: int) -> tuple[Tensor, Tensor]:
+    """Global expert ids and weights, both [T, K]."""
+    experts = router.out_features
+    bias = router.weight.new_zeros(experts) if router.bias is None else router.bias
+    space = Workspace.of(x.device, x.shape[0])
+    found = route_tokens(space, x, router.weight.t(), bias, top_k, 0, experts, _BLOCK)
+    return found.ids, found.weights
+
+
+_BLOCK = 16  # of the grouping, which the experts' kernels do again as they need it
 
 
 class SharedExpert:

@@ -76,9 +76,11 @@ def _logits(form, ids):
     size = current_groups().world.size
     engine = Engine("smollm2", plan("smollm2", tp=size), current_groups(), weights=form)
     cache = SlotCache(engine._cache_shapes, slots=1, max_length=512, dtype=engine.dtype, device=engine.device)
-    assert engine._token_step is not None
-    steps = [Batch([Span(0, place, 1)], [token], engine.device) for place, token in enumerate(ids)]
-    rows = [engine._decoder.head(engine._hidden(step, cache)) for step in steps]
+    token_step, head = engine._runner._token_step, engine._decoder.head
+    assert token_step is not None
+    rows = [
+        head(token_step(Batch([Span(0, place, 1)], [token], engine.device), cache)) for place, token in enumerate(ids)
+    ]
     return torch.cat(rows), engine.stats().weight_bytes, engine
 
 
@@ -91,7 +93,7 @@ def _hidden_both_ways(ids):
     size = current_groups().world.size
     engine = Engine("smollm2", plan("smollm2", tp=size), current_groups(), weights="native")
     found = []
-    for step in (engine._token_step, engine._decoder.hidden):
+    for step in (engine._runner._token_step, engine._decoder.hidden):
         cache = SlotCache(engine._cache_shapes, slots=1, max_length=32, dtype=engine.dtype, device=engine.device)
         for place, token in enumerate(ids):
             last = step(Batch([Span(0, place, 1)], [token], engine.device), cache)
