@@ -8,12 +8,14 @@ from dataclasses import dataclass
 import torch
 
 
-def device_microseconds(call: Callable[[], object], *, calls: int = 20, repeats: int = 15) -> float:
+def device_microseconds(
+    call: Callable[[], object], *, calls: int = 20, repeats: int = 15, captured: bool = True
+) -> float:
     """Median time of one call on the current CUDA device, launched `calls` times in a graph.
 
-    A call that cannot be captured (it synchronises) is timed by events around single calls.
+    captured  False for a call that synchronises: timed by events around single calls, no capture tried
     """
-    return statistics.median(_samples(_runner([call] * calls), repeats))
+    return statistics.median(_samples(_runner([call] * calls, captured), repeats))
 
 
 def alternating_microseconds(
@@ -40,11 +42,13 @@ class _Runner:
     count: int
 
 
-def _runner(calls: Sequence[Callable[[], object]]) -> _Runner:
+def _runner(calls: Sequence[Callable[[], object]], captured: bool = True) -> _Runner:
     """The calls as one graph, or the first call alone where they cannot be captured; warmed up."""
     for call in list(calls[:2]) + [calls[0]]:
         call()
     torch.cuda.synchronize()
+    if not captured:
+        return _Runner(calls[0], 1)
     graph = torch.cuda.CUDAGraph()
     try:
         with torch.cuda.graph(graph):
