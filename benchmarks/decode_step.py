@@ -38,6 +38,7 @@ from shardwise.parallel.decode_moe import ExpertStep  # noqa: E402
 from shardwise.parallel.decode_stream import SKINNY_ROWS, Product  # noqa: E402
 from shardwise.parallel.engine import Engine, SamplingParams  # noqa: E402
 from shardwise.parallel.layers import GatedMlp  # noqa: E402
+from shardwise.parallel.moe import PackedExperts  # noqa: E402
 from shardwise.parallel.traffic import copy_bandwidth, step_bytes  # noqa: E402
 from shardwise.sharding.checkpoint.resolve import random_checkpoint  # noqa: E402
 from shardwise.sharding.layout import ParallelLayout  # noqa: E402
@@ -227,7 +228,8 @@ def expert_kinds(add, moe: list[ExpertStep], x: torch.Tensor, positions: torch.T
         biases = (getattr(experts, "up_gate_bias", None), getattr(experts, "down_bias", None))
         logits = torch.randn(x.shape[0], len(each._slots), device=x.device)
         up = dict(bias=biases[0], positions=positions, pdl=True)
-        args = (x.float(), logits, each._slots, each._choice, experts.up_gate, each._gate)
+        inputs = x if isinstance(experts, PackedExperts) else x.float()
+        args = (inputs, logits, each._slots, each._choice, experts.up_gate, each._gate)
         ready.append((each, experts, biases, args, up, expert_up(*args, **up)))
     each, experts = ready[0][:2]
     chosen = statistics.mean(int((r[-1].ids >= 0).sum()) for r in ready)

@@ -113,11 +113,10 @@ def expert_options() -> list[tuple[int, int, int, int]]:
 def expert_calls(options: tuple[int, int, int, int], experts: int, count: int):
     """Calls of Qwen3-30B-A3B's experts, half of them on this rank, with different routings."""
     up_rows, down_rows, warps, per_sm = options
-    decode._plain_tile = lambda columns, rows: decode._Tile(
-        up_rows if rows == 4 else down_rows, warps if columns % (256 * warps) == 0 else 1
-    )
-    decode.PLAIN_PER_SM = per_sm
     hidden, size = 2048, 768
+    decode.UP_TILE = decode.Tile(up_rows, warps)
+    decode.DOWN_TILE = decode.Tile(down_rows, warps if size % (256 * warps) == 0 else 1)
+    decode.PLAIN_PER_SM = per_sm
     up = torch.randn(experts // 2, 2 * size, hidden, device="cuda").bfloat16()
     down = torch.randn(experts // 2, hidden, size, device="cuda").bfloat16()
     slots = torch.arange(experts, device="cuda", dtype=torch.int32)

@@ -141,7 +141,7 @@ def main():
     parser.add_argument("--batch", type=int, nargs="+", default=[1])
     args = parser.parse_args()
     replace_launches()
-    assert linear_decode.tile_for(4096, False)
+    assert linear_decode.tile_for(4096, 4096, False)
     steps = {}
     with torch.inference_mode():
         for model in args.models:

@@ -94,7 +94,8 @@ def launches():
 def few_programs(monkeypatch):
     """The interpreter takes as long for a program whatever its tile."""
     monkeypatch.setattr("shardwise.ops.linear.decode.tile_for", lambda *args: Tile(64, 1))
-    monkeypatch.setattr("shardwise.ops.moe.decode._plain_tile", lambda columns, rows: Tile(64, 1))
+    for name in ("UP_TILE", "DOWN_TILE"):
+        monkeypatch.setattr(f"shardwise.ops.moe.decode.{name}", Tile(64, 1))
 
 
 @pytest.mark.parametrize(("name", "layout"), CASES, ids=str)
