@@ -2,15 +2,16 @@
 
     python benchmarks/ops_tiles.py [--only states outputs decode prefill cuda tokens step] [--warm]
 
-The chosen values stand at the top of shardwise/ops/mamba/scan.py and conv_triton.py, of shardwise/ops/fla/step.py, and
-in block_rows of shardwise/ops/mamba/conv.py; nothing is changed by this program. It prints every choice as it is
-measured and each sweep's fastest at its end. --warm only compiles, so that several of these can do so side by side
-before one measures.
+The chosen values stand at the top of shardwise/ops/mamba/scan.py, conv_triton.py and conv_cuda.py, of
+shardwise/ops/fla/step.py, and in block_rows of shardwise/ops/mamba/conv.py; nothing is changed by this program. It
+prints every choice as it is measured and each sweep's fastest at its end. --warm only compiles, so that several of
+these can do so side by side before one measures.
 """
 
 import argparse
 import itertools
 from collections.abc import Callable, Iterable, Iterator
+from unittest import mock
 
 from shardwise.ops import bench_states, measure
 from shardwise.ops.fla import step
@@ -59,16 +60,18 @@ def scan_rows(kernel: str, table: dict[str, int], choices: Iterable[tuple[int, .
     table.update(chosen)
 
 
-def step_rows(cases: Iterable, operator: str, table: dict[str, int], choices: Iterable[tuple[int, int]]) -> Rows:
+def step_rows(cases: Iterable, operator: str, module, choices: Iterable[tuple[int, int]]) -> Rows:
     """A decode step at several batch sizes: numbers of a state that a program holds, and its warps."""
-    chosen = dict(table)
+    chosen = dict(module.FEW), dict(module.MANY)
     for case in cases:
         if case.operator != operator:
             continue
         for elements, warps in choices:
-            table.update(elements=elements, warps=warps)
-            yield time_of(case.call, 20), f"{case.size} {table}"
-    table.update(chosen)
+            for table in (module.FEW, module.MANY):
+                table.update(elements=elements, warps=warps)
+            yield time_of(case.call, 20), f"{case.size} {module.FEW}"
+    module.FEW.update(chosen[0])
+    module.MANY.update(chosen[1])
 
 
 def delta_rows() -> Rows:
@@ -77,7 +80,7 @@ def delta_rows() -> Rows:
         return
     choices = itertools.product((2048, 4096, 8192), (1, 2, 4, 8))
     cases = bench_states.delta_cases((), (1, 64, 256))
-    yield from step_rows(cases, "fla_cached_gated_delta_rule", step.STEP, list(choices))
+    yield from step_rows(cases, "fla_cached_gated_delta_rule", step, list(choices))
 
 
 def conv_prefill_rows(module, choices: Iterable[tuple[int, int, int]]) -> Rows:
@@ -94,20 +97,21 @@ def conv_prefill_rows(module, choices: Iterable[tuple[int, int, int]]) -> Rows:
 
 
 def conv_decode_rows() -> Rows:
-    """The convolution's decode step with one, two and four tokens a program (Triton)."""
-    limit, tokens = conv_triton.MANY_TOKENS, conv_triton.TOGETHER
+    """The convolutions' decode steps with one, two and four tokens a program (Triton) or thread (CUDA)."""
     for case in bench_states.conv_cases((1, 32, 64, 128, 256, 1024), ()):
-        if case.operator == "triton_cached_causal_conv1d":
-            for conv_triton.MANY_TOKENS, conv_triton.TOGETHER in ((1 << 30, 1), (1, 2), (1, 4)):
-                yield time_of(case.call, 20), f"{case.size} {conv_triton.TOGETHER} tokens a program"
-    conv_triton.MANY_TOKENS, conv_triton.TOGETHER = limit, tokens
+        for together in (1, 2, 4):
+            with (
+                mock.patch.multiple(conv_triton, MANY_TOKENS=0, TOGETHER=together),
+                mock.patch.object(conv_cuda, "TOGETHER", {together: 0}),
+            ):
+                yield time_of(case.call, 20), f"{case.operator} {case.size} {together} tokens together"
 
 
 def ssm_decode_rows() -> Rows:
     """The state-space decode step."""
-    cases = bench_states.ssm_decode_cases((1, 64, 256), {"Nemotron-H": bench_states.NEMOTRON_H})
+    cases = bench_states.ssm_decode_cases((1, 8, 64, 256), {"Nemotron-H": bench_states.NEMOTRON_H})
     choices = itertools.product((1024, 2048, 4096), (1, 2, 4))
-    yield from step_rows(cases, "triton_cached_ssm", scan.DECODE, list(choices))
+    yield from step_rows(cases, "triton_cached_ssm", scan, list(choices))
 
 
 SWEEPS: dict[str, Callable[[], Rows]] = {

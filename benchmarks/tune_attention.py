@@ -62,12 +62,11 @@ def main() -> None:
             with mock.patch.object(tiles, "prefill_tile", lambda *_, sizes=sizes: Tile(*sizes)):
                 row(str(sizes), shapes, prefill, pool)
         return
-    processors = torch.cuda.get_device_properties("cuda").multi_processor_count
     for sizes in DECODE_TILES:
         for programs in PROGRAMS_ON_AN_SM:
             with (
                 mock.patch.object(tiles, "decode_tile", lambda *_, sizes=sizes: Tile(16, *sizes)),
-                mock.patch.object(tiles, "resident_programs", lambda _, n=programs * processors: n),
+                mock.patch.object(tiles, "FILL", programs),
             ):
                 row(f"{sizes}, {programs} programs an SM", shapes, decode, pool)
 

@@ -47,6 +47,12 @@ def dependent_launch(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
 
 
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """Multiprocessors of a GPU; 4 stand for the interpreter's device."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
 @triton.jit
 def await_predecessor(PDL: tl.constexpr):
     """First statement of a kernel launched with launch_pdl: no memory of earlier kernels is touched before it.

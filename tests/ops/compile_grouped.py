@@ -81,8 +81,8 @@ def few(name, top_k, itemsize):
     up = dict(ACT="silu", QUANTIZE="divide" if fp8 else "", WEIGHT_IN=False, ROWS=plan.up_rows)
     down = dict(K_BLOCK=power_of_two(top_k), WEIGHTED=True, ROWS=plan.down_rows, AHEAD=8)
     return [
-        describe(f"{name} up", compiled(few_up, {**kinds, "out_ptr": kind}, common | up, plan.warps), 3),
-        describe(f"{name} down", compiled(few_down, {**kinds, "out_ptr": "*bf16"}, common | down, plan.warps), 3),
+        describe(f"{name} up", compiled(few_up, {**kinds, "out_ptr": kind}, common | up, plan.warps), 2),
+        describe(f"{name} down", compiled(few_down, {**kinds, "out_ptr": "*bf16"}, common | down, plan.warps), 2),
     ]
 
 

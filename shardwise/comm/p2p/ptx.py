@@ -112,9 +112,9 @@ _STAGE = """
     mov.u32 $0, stage;
 }
 """
-STAGE_16K, STAGE_32K, STAGE_48K = (tl.constexpr(_STAGE % (kib << 10)) for kib in (16, 32, 48))
-STAGE_BYTES = 48 << 10
-"""Static shared memory that a kernel may have."""
+STAGE_16K, STAGE_32K = (tl.constexpr(_STAGE % (kib << 10)) for kib in (16, 32))
+STAGE_BYTES = 32 << 10
+"""The larger stage. A kernel may have 48 KiB of shared memory unasked, and sums across warps need some of it."""
 STAGE_CHUNK = tl.constexpr("""
 {
     .reg .pred p;
@@ -240,11 +240,11 @@ def push_chunk(words, lane, mask, chunk):
 
 @triton.jit
 def stage(BYTES: tl.constexpr):
-    """Address of BYTES (16, 32 or 48 KiB) of shared memory. Ask once a kernel."""
+    """Address of BYTES (16 or 32 KiB) of shared memory. Ask once a kernel."""
     if INTERPRET:
         return 0
     else:
-        asm: tl.constexpr = STAGE_16K if BYTES == 16384 else STAGE_32K if BYTES == 32768 else STAGE_48K
+        asm: tl.constexpr = STAGE_16K if BYTES == 16384 else STAGE_32K
         return tl.inline_asm_elementwise(asm, "=r", [], dtype=tl.int32, is_pure=False, pack=1)
 
 

@@ -18,7 +18,7 @@ from shardwise.ops.attention.kernels.decode import decode_kernel, reduce_kernel
 from shardwise.ops.attention.kernels.prefill import prefill_kernel
 from shardwise.ops.attention.tiles import Tile
 from shardwise.ops.registry import TRITON, operator
-from shardwise.ops.triton_support import Form, Kernel, dependent_launch
+from shardwise.ops.triton_support import Form, Kernel, dependent_launch, multiprocessors
 
 OP = "triton_attention_flattened_mha_with_cache"
 LOG2_E = math.log2(math.e)
@@ -287,7 +287,7 @@ class _Step(NamedTuple):
         call, tile, heads = self.call, self.call.decode_tile, self.call.heads
         q, max_seq, decode = self.tensors[0], self.tensors[3].shape[1], self.batch.decode
         reach = min(max_seq, self.window) if self.window else max_seq
-        splits = tiles.choose_splits(decode * heads.keys, tiles.resident_programs(q.device), reach, tile.keys)
+        splits = tiles.choose_splits(decode * heads.keys, multiprocessors(q.device), reach, tile.keys)
         several, block_splits = splits > 1, tiles.power_of_two(splits, 2)
         key = (call.same, self.window, self.input_pos.dtype, self.slot_idx.dtype)
         options = (self.window, self.sinks is not None, dependent_launch(q.device))

@@ -8,11 +8,12 @@ from torch import Tensor
 from shardwise.ops.attention.batch import Batch
 from shardwise.ops.fla import kernels
 from shardwise.ops.fla.delta import CHUNK
-from shardwise.ops.state_batch import token_rows
+from shardwise.ops.state_batch import many_or_few, token_rows
 from shardwise.ops.triton_support import Kernel
 
-# Numbers of a state that one program of the decode step holds, and its warps.
-STEP = {"elements": 4096, "warps": 4}
+# A decode program's numbers of a state and its warps: while there are few programs, and for a full device.
+FEW = {"elements": 4096, "warps": 2}
+MANY = {"elements": 8192, "warps": 4}
 _COPY_ROWS = 32
 
 _launch_load = Kernel(kernels.load_states_kernel)
@@ -109,7 +110,8 @@ def decode(
     (q, q_t), (k, k_t), (v, v_t), (beta, beta_t) = (token_rows(t) for t in (q, k, v, beta))
     gate, g_t = (beta, 0) if g is None else token_rows(g)
     block_k = _power(K)
-    block_v = min(_power(V), max(1, STEP["elements"] // block_k))
+    table = many_or_few(batch.decode * heads * V * block_k, cache.device, MANY, FEW)
+    block_v = min(_power(V), max(1, table["elements"] // block_k))
     fixed = (
         q_t, q.stride(2), k_t, k.stride(2), v_t, v.stride(2), beta_t, g_t,
         *cache.stride()[:3], heads // q.shape[2], heads, K, V, block_k, block_v, g is not None,
@@ -120,5 +122,5 @@ def decode(
         (q, k, v, beta, gate, slots, cache, out),
         (batch.prefill_tokens, batch.prefill, cache.shape[0], scale),
         fixed,
-        warps=STEP["warps"],
+        warps=table["warps"],
     )

@@ -21,12 +21,11 @@ struct Args {
   void* halo;  // [blocks, K - 1, C]
   int64_t x_t, x_c, cache_slot, cache_c, cache_k, slot_count;
   int32_t channels, sequences, rows, blocks;  // blocks: tokens in decode
-  int32_t wide_bounds, wide_slots, silu;
+  int32_t wide_bounds, wide_slots, silu, together;  // together: tokens of a decode thread, 1, 2 or 4
 };
 
 constexpr int kThreads = 128;
 constexpr int kGroup = 4;
-constexpr int kManyTokens = 128;  // from here on decode threads take two tokens
 
 __device__ int64_t index_at(const void* data, int wide, int64_t i) {
   return wide ? static_cast<const int64_t*>(data)[i] : static_cast<const int32_t*>(data)[i];
@@ -275,10 +274,10 @@ struct States {
   }
 };
 
-// TOKENS tokens that share one reading of the weights; dense channels and states. Every load is on its way before the
-// first is used.
+// TOKENS tokens that share one reading of the weights; dense channels and states. The loads of a token are on their way
+// while its predecessor is computed.
 template <typename T, int K, int V, int TOKENS>
-__global__ void decode_wide(Args a) {
+__global__ void __launch_bounds__(kThreads, 4) decode_wide(Args a) {
   __shared__ Pack<T, V> room[kThreads * (K - 1)];
   const Place<V> place(a);
   const int64_t c = place.c;
@@ -288,28 +287,31 @@ __global__ void decode_wide(Args a) {
   const bool mine = c < a.channels;
   const int count = int(min(int64_t(32), (a.channels - first) / V)) * (K - 1);
   const States<T, K, V> states{room + (threadIdx.x - lane) * (K - 1), lane, count};
-  T* x[TOKENS];
-  Pack<T, V>* cache[TOKENS];
-  Pack<T, V> input[TOKENS], moved[TOKENS][K - 1];
+  T* x = static_cast<T*>(a.x) + place.block * TOKENS * a.x_t + c;
+  T* cache = static_cast<T*>(a.cache) + first * (K - 1);
+  int64_t slot[TOKENS];
 #pragma unroll
   for (int i = 0; i < TOKENS; ++i) {
     const int64_t token = place.block * TOKENS + i;
-    const int64_t slot = token < a.blocks ? live_slot(a, token) : -1;
-    x[i] = static_cast<T*>(a.x) + token * a.x_t + c;
-    if (token < a.blocks && mine) input[i] = load<T, V>(x[i]);
-    T* run = static_cast<T*>(a.cache) + slot * a.cache_slot + first * (K - 1);
-    cache[i] = slot < 0 ? nullptr : reinterpret_cast<Pack<T, V>*>(run);
-    if (cache[i]) states.fetch(cache[i], moved[i]);
+    slot[i] = token < a.blocks ? live_slot(a, token) : -1;
   }
+  Pack<T, V> input[2], moved[2][K - 1];
+  auto fetch = [&](int i) {
+    if (slot[i] < 0) return;
+    if (mine) input[i % 2] = load<T, V>(x + i * a.x_t);
+    states.fetch(reinterpret_cast<const Pack<T, V>*>(cache + slot[i] * a.cache_slot), moved[i % 2]);
+  };
+  fetch(0);
   const Taps<T, K, V> taps(a, mine ? c : 0);
 #pragma unroll
   for (int i = 0; i < TOKENS; ++i) {
-    if (!cache[i]) continue;
+    if (i + 1 < TOKENS) fetch(i + 1);
+    if (slot[i] < 0) continue;
     Pack<T, V> past[K - 1];
-    states.to_taps(moved[i], past);
-    Pack<T, V> out = taps.step(past, input[i], a.silu);
-    if (mine) store<T, V>(x[i], out);
-    states.put(past, cache[i]);
+    states.to_taps(moved[i % 2], past);
+    Pack<T, V> out = taps.step(past, input[i % 2], a.silu);
+    if (mine) store<T, V>(x + i * a.x_t, out);
+    states.put(past, reinterpret_cast<Pack<T, V>*>(cache + slot[i] * a.cache_slot));
   }
 }
 
@@ -329,7 +331,9 @@ void run(const Args& a, bool is_decode, bool vector, cudaStream_t stream) {
   if (is_decode && !vector) {
     decode_any<T, K><<<grid<1>(a, a.blocks), kThreads, 0, stream>>>(a);
   } else if (is_decode) {
-    a.blocks < kManyTokens ? run_wide<T, K, V, 1>(a, stream) : run_wide<T, K, V, 2>(a, stream);
+    if (a.together == 4) run_wide<T, K, V, 4>(a, stream);
+    if (a.together == 2) run_wide<T, K, V, 2>(a, stream);
+    if (a.together == 1) run_wide<T, K, V, 1>(a, stream);
   } else if (vector) {
     save<T, K, V><<<grid<V>(a, a.blocks), kThreads, 0, stream>>>(a);
     prefill<T, K, V><<<grid<V>(a, a.blocks), kThreads, 0, stream>>>(a);

@@ -10,7 +10,7 @@ from shardwise.ops.triton_support import Kernel
 # Channels of a program for each of its warps: eight of a thread, 16 bytes of a half-precision row.
 WARP_CHANNELS = 256
 PREFILL = {"warps": 4, "ahead": 4}
-# From here on a decode program takes several tokens, which share one reading of the weights (conv.cu: kManyTokens).
+# From here on a decode program takes several tokens, which share one reading of the weights.
 MANY_TOKENS, TOGETHER = 128, 2
 
 _launch_save = Kernel(kernels.save_kernel)

@@ -8,14 +8,16 @@ from torch import Tensor
 from shardwise.ops.attention.batch import Batch, read_batch
 from shardwise.ops.mamba import ssd_kernels as kernels
 from shardwise.ops.mamba.checks import check_ssm
-from shardwise.ops.state_batch import check_counts, token_rows
+from shardwise.ops.state_batch import check_counts, many_or_few, token_rows
 from shardwise.ops.triton_support import Kernel
 
 # Tile sizes, warps and pipeline stages, for half precision and states of up to 8192 numbers (see `_output_tiles`).
 STEPS = {"heads": 16, "warps": 4}
-STATES = {"P": 64, "N": 64, "T": 64, "warps": 4, "stages": 3}
+STATES = {"P": 64, "N": 64, "T": 128, "warps": 4, "stages": 3}
 OUTPUTS = {"T": 64, "heads": 1, "warps": 4, "stages": 2}
-DECODE = {"elements": 2048, "warps": 1}
+# A decode program's numbers of a state and its warps: while there are few programs, and for a full device.
+FEW = {"elements": 2048, "warps": 1}
+MANY = {"elements": 4096, "warps": 2}
 
 _launch_steps = Kernel(kernels.steps_kernel)
 _launch_states = Kernel(kernels.states_kernel)
@@ -138,7 +140,8 @@ def decode(one: Inputs, batch: Batch) -> None:
     (_, _, heads, P), (_, _, groups, N) = one.x.shape, one.B.shape
     cache_slot, cache_h, cache_p, _ = one.cache.stride()
     block_n = 1 << (N - 1).bit_length()
-    block_p = min(1 << (P - 1).bit_length(), max(1, DECODE["elements"] // block_n))
+    table = many_or_few(batch.decode * heads * P * block_n, one.x.device, MANY, FEW)
+    block_p = min(1 << (P - 1).bit_length(), max(1, table["elements"] // block_n))
     _launch_decode(
         one.x.device,
         (batch.decode, heads, -(-P // block_p)),
@@ -146,5 +149,5 @@ def decode(one: Inputs, batch: Batch) -> None:
         (batch.prefill_tokens, batch.prefill, heads, one.cache.shape[0], one.low, one.high),
         (one.x_t, one.x.stride(2), one.dt_t, one.B_t, one.B.stride(2), one.C_t, one.C.stride(2))
         + (cache_slot, cache_h, cache_p, heads // groups, P, N, block_p, block_n),
-        warps=DECODE["warps"],
+        warps=table["warps"],
     )

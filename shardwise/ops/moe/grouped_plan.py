@@ -1,4 +1,9 @@
-"""Launch shapes of mixtures with given routing, by how many pairs an expert gets."""
+"""Launch shapes of mixtures with given routing, by how many pairs an expert gets.
+
+Measured on an H100 (3.11 TB/s of plain reads, 728 TFLOP/s) in bf16, up and down products each by themselves, on
+Qwen3-30B-A3B's layer with 1, 4, 16, 64, 256 and 512 pairs an expert and on Mixtral-8x7B's with 4 and 16. e4m3 takes
+the same shapes in bytes; its own were not swept, nor were Mixtral's from 64 pairs on.
+"""
 
 from dataclasses import dataclass
 
@@ -43,25 +48,32 @@ MOST_FEW_CHOICES = 16
 
 
 def choose_few(pairs: int, experts: int, top_k: int) -> FewPlan | None:
-    """For one token, and for so few pairs that hardly two share an expert; else None."""
-    if top_k > MOST_FEW_CHOICES or (pairs > top_k and pairs * 4 > experts):
+    """For one token, and while there are two experts a pair; else None.
+
+    Measured beside the grouped products: 15 % less time for one token and 5 % less for 64 pairs of 128 experts, as
+    much for 128; with 8 experts 6 % less for 4 pairs, 4 % more for 8. Six stages: 3 % less than four for long rows.
+    """
+    if top_k > MOST_FEW_CHOICES or (pairs > top_k and pairs * 2 > experts):
         return None
-    return FewPlan(16, max(1, 32 // power_of_two(top_k)), 4, 4)
+    return FewPlan(16, max(1, 32 // power_of_two(top_k)), 4, 6)
 
 
 def choose_plan(pairs: int, experts: int, itemsize: int, blocks: bool = False) -> GroupedPlan:
     """Few pairs an expert: narrow token blocks, to read weights at memory rate. Many: wide ones, near the matrix rate.
 
-    A step of K is 128 bytes, the widest row of a swizzled tile in shared memory.
+    A row of a step is 128 bytes, or 256 where a tile is small: that took 5 % off the up products.
     blocks   weights have scales of 128 x 128, which a tile must not exceed
     """
     each, bk = pairs / max(1, experts), 128 // itemsize
-    if each <= 16:
-        return GroupedPlan(16, Shape(64, bk, 4, 4, 3), Shape(64, bk, 4, 6, 3))
-    if each <= 64:
-        return GroupedPlan(64, Shape(64, bk, 4, 3, 2, group=4), Shape(128, bk, 4, 3, 2, group=4))
+    long, tall = (bk, 128) if blocks else (2 * bk, 256)
+    if each <= 8:  # an expert rarely has more than 16
+        return GroupedPlan(16, Shape(64, long, 4, 3, 2), Shape(128, long, 4, 3, 2))
+    if each <= 32:
+        return GroupedPlan(32, Shape(128, bk, 4, 3, 1, group=4), Shape(tall, bk, 8, 3, 2, group=4))
+    if each <= 128:  # still bound by the weights: two programs a multiprocessor
+        return GroupedPlan(128, Shape(64, bk, 4, 3, 2, group=4), Shape(128, bk, 4, 3, 2, group=4, tokens_left=True))
     return GroupedPlan(
         128,
-        Shape(128, bk, 8, 4, 1, group=8, tokens_left=True),
-        Shape(128 if blocks else 256, bk, 8, 4, 1, group=8, tokens_left=True),
+        Shape(128, bk, 8, 4, 1, group=4, tokens_left=True),
+        Shape(tall, bk, 8, 4, 1, group=4, tokens_left=True),
     )

@@ -7,7 +7,15 @@ import torch
 
 from shardwise.ops.normalization.reference import add_norm_fake, check_add_norm, check_gated, row_stride
 from shardwise.ops.registry import TRITON, operator
-from shardwise.ops.triton_support import Form, Kernel, await_predecessor, dependent_launch, tl, triton
+from shardwise.ops.triton_support import (
+    Form,
+    Kernel,
+    await_predecessor,
+    dependent_launch,
+    multiprocessors,
+    tl,
+    triton,
+)
 
 
 @triton.jit(do_not_specialize=["eps", "groups"])
@@ -77,6 +85,18 @@ def _add_norm_kernel(
 _norm, _add_norm = Kernel(_norm_kernel), Kernel(_add_norm_kernel)
 
 
+def _warps(programs: int, elements: int, device: torch.device) -> int:
+    """Warps of a program that holds `elements` numbers of each tensor, by a sweep on an H100.
+
+    A warp for 1024 numbers moves much data best. A small launch is a chain of latencies, which more warps shorten as
+    long as all programs run at once: 512 rows of 2880 numbers take 2.3 µs instead of 2.5, with fused add 3.0 not 3.8.
+    """
+    streaming, processors = min(16, max(2, elements // 1024)), multiprocessors(device)
+    if elements < 1024 or programs > 4 * processors:
+        return streaming
+    return 16 if elements == 4096 and programs > processors else max(8, streaming)
+
+
 class _Plan(NamedTuple):
     """What follows from shapes, strides and dtypes; remembered, since finding it out costs more than launching."""
 
@@ -89,7 +109,7 @@ class _Plan(NamedTuple):
 
 @functools.lru_cache(maxsize=4096)
 def _plan(shape, stride, gate_stride, dtypes, size, norm_first, device) -> _Plan:
-    """Several short groups share a program; warps by a sweep on an H200."""
+    """Several short groups share a program."""
     groups, block = shape.numel() // size, 1 << (size - 1).bit_length()
     rows = max(1, min(1024 // block, groups))
     rows = 1 << (rows.bit_length() - 1)
@@ -100,8 +120,9 @@ def _plan(shape, stride, gate_stride, dtypes, size, norm_first, device) -> _Plan
         shape[-1] if x_stride is None else x_stride, shape[-1] if gate_row_stride is None else gate_row_stride,
         shape[-1] // size, size, block, rows, gated, norm_first, pdl,
     )  # fmt: skip
-    form = _norm.form(device, fixed, warps=min(16, max(2, rows * block // 1024)), pdl=pdl)
-    return _Plan(form, (-(-groups // rows), 1, 1), groups, x_stride is None, gate_row_stride is None)
+    programs = -(-groups // rows)
+    form = _norm.form(device, fixed, warps=_warps(programs, rows * block, device), pdl=pdl)
+    return _Plan(form, (programs, 1, 1), groups, x_stride is None, gate_row_stride is None)
 
 
 def _normalize(x, weight, gate, eps, size, norm_first) -> torch.Tensor:
@@ -162,9 +183,9 @@ def _add_plan(shape, x_stride, residual_stride, dtypes, device) -> tuple[Form, t
             f"{tuple(shape)} with strides {x_stride} and {residual_stride}"
         )
     size, pdl = shape[-1], dependent_launch(device)
-    block = 1 << (size - 1).bit_length()
-    form = _add_norm.form(device, (*strides, size, block, pdl), warps=min(16, max(2, block // 1024)), pdl=pdl)
-    return form, (shape.numel() // size, 1, 1)
+    block, rows = 1 << (size - 1).bit_length(), shape.numel() // size
+    form = _add_norm.form(device, (*strides, size, block, pdl), warps=_warps(rows, block, device), pdl=pdl)
+    return form, (rows, 1, 1)
 
 
 @operator(fake=add_norm_fake, mutates=("x", "residual"), needs=(TRITON,), instead="torch_fused_add_rms_norm_inplace")

@@ -42,10 +42,11 @@ def torch_quant_fp8_linear(
     input_scale   one float32 element, required
     weight_scale  one float32 element, or those of blocks of 128 x 128 [ceil(N/128), ceil(K/128)]; required
     Returns [..., N] in input's dtype: codes' product * input_scale * weight_scale + bias, summed in float32.
+    The input is quantised by three elementwise operations; `trtllm_quant_fp8_linear` does it in one launch.
     """
     name = "torch_quant_fp8_linear"
     s_in, s_weight = check_fp8_linear(name, input, weight_fp8, bias, input_scale, weight_scale, blocks=True)
-    codes = e4m3_encode(input.reshape(-1, input.shape[-1]).float() / s_in)
+    codes = e4m3_encode(input.reshape(-1, input.shape[-1]) / s_in.reshape(1))  # one element of one dim: in float32
     if s_weight.numel() > 1:
         weight = dequantize_fp8_blocks(weight_fp8, s_weight, dtype=torch.float32)
         out = (codes.float() @ weight.t() * s_in).to(input.dtype)
@@ -83,16 +84,23 @@ def check_fp8_linear(
 def scaled_mm(codes: Tensor, weight: Tensor, s_in: Tensor, s_weight: Tensor, dtype: torch.dtype) -> Tensor:
     """e4m3 [M, K] x e4m3 [N, K]^T * s_in * s_weight in `dtype`, contiguous, on the GPU's FP8 units if it has them.
 
-    Sizes are padded to multiples of 16, which those units ask of K and N; of M, their library refuses 1 for some types.
+    K and N are padded to the multiples of 16 which those units ask for.
     """
     if codes.shape[0] == 0 or not _native_fp8(codes.device):
         return (codes.float() @ weight.float().t() * (s_in.float() * s_weight.float()).reshape(())).to(dtype)
-    rows, columns = codes.shape[0], weight.shape[0]
-    pad_m, pad_n, pad_k = (16 - rows if rows < 16 else 0), -columns % 16, -codes.shape[1] % 16
-    codes, weight = _pad_fp8(codes, pad_m, pad_k), _pad_fp8(weight, pad_n, pad_k)
-    scale_a, scale_b = s_in.reshape(1).float(), s_weight.reshape(1).float()
-    out = torch._scaled_mm(codes, weight.t(), scale_a, scale_b, out_dtype=dtype, use_fast_accum=True)
-    return out[:rows, :columns].contiguous()
+    columns = weight.shape[0]
+    pad_n, pad_k = -columns % 16, -codes.shape[1] % 16
+    codes, weight = _pad_fp8(codes, 0, pad_k), _pad_fp8(weight, pad_n, pad_k)
+    out = torch._scaled_mm(
+        codes, weight.t(), _own_scale(s_in), _own_scale(s_weight), out_dtype=dtype, use_fast_accum=True
+    )
+    return out[:, :columns].contiguous()
+
+
+def _own_scale(scale: Tensor) -> Tensor:
+    """One float32 element at a multiple of 16 bytes: cuBLASLt refuses a scale elsewhere, such as one of a view."""
+    scale = scale.reshape(1).float()
+    return scale if scale.data_ptr() % 16 == 0 else scale.clone()
 
 
 @functools.cache

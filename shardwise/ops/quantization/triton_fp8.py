@@ -17,6 +17,7 @@ from shardwise.ops.triton_support import (
 )
 
 MOST_FEW_ROWS = 64
+"""Rows up to which the kernel below beats quantising and the library's product, or is within 2 us of it (H100)."""
 AHEAD_LINES = 8
 
 
@@ -111,10 +112,13 @@ class FewRows:
     warps: int
 
 
-def choose_few_rows(outputs: int) -> FewRows:
-    """The tallest tile that still gives nearly each of an H100's 132 multiprocessors one."""
-    height = next((height for height in (64, 32) if outputs >= 120 * height), 16)
-    return FewRows(height, 256, 6 if height == 64 else 8, 4 if height == 64 else 2)
+def choose_few_rows(rows: int) -> FewRows:
+    """Tall tiles, however few programs that leaves, and as many stages as fit.
+
+    Measured on an H100 with weights of 2048 x 2048 to 28672 x 4096: 64 outputs by 256 columns won everywhere, even
+    where 32 programs had all of 2048 outputs (4.1 us; with 16 or 32 outputs a program 5 us and more).
+    """
+    return FewRows(64, 256, 8 if rows <= 32 else 6, 4)
 
 
 def few_rows_linear(
@@ -129,7 +133,7 @@ def few_rows_linear(
     (count, columns), outputs = rows.shape, weight.shape[0]
     out = torch.empty((count, outputs), dtype=rows.dtype, device=rows.device)
     device, pdl = rows.device, dependent_launch(rows.device)
-    shape = shape or choose_few_rows(outputs)
+    shape = shape or choose_few_rows(count)
     codes = quantize(rows, in_scale)
     block = max(16, 1 << (count - 1).bit_length())
     tma = columns % 16 == 0 and weight.data_ptr() % 16 == 0
