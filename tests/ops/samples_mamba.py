@@ -15,7 +15,10 @@ DECODE = Batch(prefill=(), decode=4, slots=(2, -1, 0, 6), resumes=())
 LONG = Batch(prefill=(70, 3, 33), decode=0, slots=(0, 3, 5), resumes=(True, True, False))
 PREFILL = Batch(prefill=(37,), decode=0, slots=(3,), resumes=(True,))
 BORDERS = Batch(prefill=(16, 1, 17, 2, 0, 48, 3), decode=2, slots=(0, 3, 5, 6, 2, 4, -1, 1, -1), resumes=(True,) * 7)
-MANY = Batch(prefill=(), decode=131, slots=tuple(-1 if i % 7 == 3 else i for i in range(131)), resumes=())
+# Decode batches whose tokens share readings of the weights by two and by four.
+MANY, MOST = (
+    Batch(prefill=(), decode=n, slots=tuple(-1 if i % 7 == 3 else i for i in range(n)), resumes=()) for n in (131, 259)
+)
 
 
 def ssm_inputs(tokens, heads, groups, size, states, dtype, device):
@@ -243,11 +246,14 @@ SAMPLES = [
             ("borders", BORDERS, 300, 4, torch.float32, 1e-5),
         )
     ),
-    Sample(
-        op="cuda_cached_causal_conv1d",
-        build=cached_conv_args("cuda_cached_causal_conv1d", MANY, 264, 4, torch.float16, None),
-        oracle=cached_conv(MANY, True),
-        atol=2**-9,
-        note="many tokens",
+    *(
+        Sample(
+            op="cuda_cached_causal_conv1d",
+            build=cached_conv_args("cuda_cached_causal_conv1d", batch, 264, 4, torch.float16, None),
+            oracle=cached_conv(batch, True),
+            atol=2**-9,
+            note=f"{note} tokens",
+        )
+        for note, batch in (("many", MANY), ("most", MOST))
     ),
 ]
