@@ -72,7 +72,7 @@ def packed(blocks, scales, bias, paired):
 
 
 def compile_launch(self, *args, grid, warmup, **options):
-    keys = ("num_warps", "num_stages", "launch_pdl")
+    keys = ("num_warps", "num_stages", "maxnreg", "launch_pdl")
     chosen = {key: options.pop(key) for key in keys if key in options}
     launches.append(self.__name__)
     compile_kernels.compile_for_target(self, [*args, *(options[n] for n in self.arg_names[len(args) :])], chosen)

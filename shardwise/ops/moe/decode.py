@@ -24,6 +24,8 @@ from shardwise.ops.triton_support import interpreting, triton
 MOST_EXPERTS = 512
 """Of a model: a program compares all logits with all."""
 MOST_CHOICES = 8
+_PACKED_PER_SM, _PACKED_REGISTERS = 3, 80
+"""Programs of eight warps that a multiprocessor holds at once, and the registers of a thread that let it."""
 MOST_LOCAL = 256
 """Experts of a rank: a program keeps the numbers of its token's in one 64-bit word."""
 
@@ -110,10 +112,11 @@ def expert_up(
     if isinstance(weight, PackedMXFP4):
         # Of this rank's share of the pairs: where programs of eight warps do not all fit at once, four each.
         expected = weight.words.shape[1] * pairs * weight.words.shape[0] / experts
-        warps = 8 if expected <= 2 * multiprocessors(device) else 4
+        warps = 8 if expected <= _PACKED_PER_SM * multiprocessors(device) else 4
         packed_up[(weight.words.shape[1], pairs)](
             *common, weight.words, weight.scales, weight.bias, *weight.words.shape[1:3],
-            EVEN=hidden % TILE == 0, WARPS=warps, INTERPRET=interpreting(), num_warps=warps, **flags,
+            EVEN=hidden % TILE == 0, WARPS=warps, INTERPRET=interpreting(), num_warps=warps,
+            maxnreg=_PACKED_REGISTERS, **flags,
         )  # fmt: skip
     else:
         tile = UP_TILE
