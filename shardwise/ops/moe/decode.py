@@ -94,7 +94,8 @@ def expert_up(
     tokens, hidden = x.shape
     pairs, experts, packed = tokens * choice.top_k, logits.shape[1], isinstance(weight, PackedMXFP4)
     _check(choice, experts, weight)
-    size, device = (weight.rows if packed else weight.shape[1]) // 2, x.device
+    rows = weight.rows if isinstance(weight, PackedMXFP4) else weight.shape[1]
+    size, device = rows // 2, x.device
     routed = Routed(
         torch.empty(tokens, choice.top_k, dtype=torch.int32, device=device),
         torch.empty(tokens, choice.top_k, dtype=torch.float32, device=device),
