@@ -1,4 +1,4 @@
-"""PTX instructions that the decode kernels use, each with a twin for Triton's interpreter."""
+"""PTX instructions that kernels use, each with a twin for Triton's interpreter."""
 
 from shardwise.ops.triton_support import interpreting, tl, triton
 
@@ -25,4 +25,18 @@ def prefetch_to_l2(pointer, nbytes):
     if not _INTERPRET:
         tl.inline_asm_elementwise(
             _PREFETCH, "=r,l,r", [pointer.to(tl.int64), nbytes.to(tl.int32)], dtype=tl.int32, is_pure=False, pack=1
+        )
+
+
+@triton.jit
+def finish_products():
+    """Wait for all matrix products of this warp (wgmma: compute capability 9 alone). To be the last statement of a
+    loop over products whose left operand was made in registers.
+
+    Triton 3.6 leaves such products running into the next round. Their registers are theirs until they end, but ptxas
+    (12.8) keeps that promise to the end of the round only and then loads new values there: wrong sums, now and then.
+    """
+    if not _INTERPRET:
+        tl.inline_asm_elementwise(
+            "wgmma.wait_group.sync.aligned 0; // dummy $0", "=r", [], dtype=tl.int32, is_pure=False, pack=1
         )

@@ -53,6 +53,12 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
+@functools.cache
+def asynchronous_products(device: torch.device) -> bool:
+    """Whether tl.dot runs as wgmma, whose end a kernel has to wait for (compute capability 9 alone)."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+
+
 @triton.jit
 def await_predecessor(PDL: tl.constexpr):
     """First statement of a kernel launched with launch_pdl: no memory of earlier kernels is touched before it.

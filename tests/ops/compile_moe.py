@@ -32,7 +32,7 @@ def compiled(tiles, bt, act, form="narrow", short=0):
         return _compile(mxfp4_few, GluonASTSource, tiles, constants)
     constants |= {
         "WEIGHT_IN": False, "BN": tiles.bn, "BT": bt, "SHORT": short, "BK": tiles.bk, "FORMAT": form, "EVEN_K": even,
-        "STAGES": tiles.stages, "AHEAD": 2, "EARLY": act == "none",
+        "STAGES": tiles.stages, "AHEAD": 2, "EARLY": act == "none", "ASYNC": True,
     }  # fmt: skip
     return _compile(mxfp4_gemm, ASTSource, tiles, constants)
 
@@ -48,20 +48,29 @@ def _compile(kernel, source, tiles, constants):
     return triton.compile(source(kernel, signature, values, attributes), target=target, options=options)
 
 
-def main_loop(ptx: str) -> str:
-    """The shortest stretch from a label to a branch back to it that holds matrix products."""
-    best = None
+def loops(ptx: str) -> list[str]:
+    """The stretches from a label to a branch back to it that hold matrix products, loops around loops left out."""
+    found = []
     for label in re.finditer(r"^(\$L__BB\d+_\d+):", ptx, re.MULTILINE):
         for branch in re.finditer(rf"bra(?:\.uni)?\s+{re.escape(label[1])};", ptx):
             body = ptx[label.end() : branch.start()]
-            if re.search(r"wgmma.mma_async|mma.sync", body) and (best is None or len(body) < len(best)):
-                best = body
-    return best or ""
+            if re.search(r"wgmma.mma_async|mma.sync", body) and not re.search(r"^\$L__BB", body, re.MULTILINE):
+                found.append(body)
+    return found
+
+
+def products_in_flight(loop: str) -> int:
+    """Groups of asynchronous products that may still run when a round of the loop ends."""
+    running = 0
+    for step in re.finditer(r"wgmma\.(commit_group|wait_group)\S*\s*(\d*)", loop):
+        running = running + 1 if step[1] == "commit_group" else min(running, int(step[2]))
+    return running
 
 
 def describe(tiles, bt, act, form="narrow", short=0):
     kernel = compiled(tiles, bt, act, form, short)
-    loop = main_loop(kernel.asm["ptx"])
+    bodies = loops(kernel.asm["ptx"])
+    loop = min(bodies, key=len)
     return {
         "shape": [tiles.bn, bt, tiles.bk, act, form],
         "warps": tiles.warps,
@@ -71,6 +80,8 @@ def describe(tiles, bt, act, form="narrow", short=0):
         "wide_loads": len(re.findall(r"ld.shared.v4|ld.global.\S*v4", loop)),
         "asynchronous_copies": loop.count("cp.async.cg.shared"),
         "between_threads": len(re.findall(r"st\.shared|shfl\.sync|stmatrix", loop)),
+        "in_flight": max(map(products_in_flight, bodies)),
+        "loops": len(bodies),
         "stack": ".local" in kernel.asm["ptx"],
     }
 

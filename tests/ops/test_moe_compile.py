@@ -1,5 +1,6 @@
 """MoE kernels as compiled for Hopper keep their promises: what the interpreter cannot show."""
 
+import functools
 import importlib.util
 import json
 import os
@@ -13,6 +14,7 @@ HERE = Path(__file__).parent
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
 
 
+@functools.cache
 def rows_of(program):
     """The JSON list that a program of this folder prints, run without the interpreter."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
@@ -34,6 +36,12 @@ def test_unpacked_weights_go_straight_to_the_matrix_unit():
         else:  # 32 weights in 16 bytes
             assert row["wide_loads"] == bn * bk // (32 * 32 * row["warps"]), row
             assert row["products"] == bn // (16 * row["warps"]) * bk // 16, row
+
+
+def test_no_product_runs_into_the_next_round_which_unpacks_into_its_registers():
+    rows = [row for row in rows_of("compile_moe.py") if row["shape"][0] > 16]
+    assert rows and all(row["products"] > 0 for row in rows)
+    assert [row for row in rows if row["in_flight"]] == []
 
 
 def test_no_reduction_runs_over_lanes_with_a_gap():

@@ -15,7 +15,7 @@ from shardwise.ops.moe.mxfp4_plan import choose_plan
 from shardwise.ops.moe.routing import Routing, combine, most_blocks, multiprocessors, route_tokens, routed
 from shardwise.ops.moe.tiles import Plan, Tiles
 from shardwise.ops.moe.workspace import Workspace
-from shardwise.ops.triton_support import Launcher, aligned, dependent_launch, interpreting
+from shardwise.ops.triton_support import Launcher, aligned, asynchronous_products, dependent_launch, interpreting
 
 _gemm, _few = Launcher(mxfp4_gemm), Launcher(mxfp4_few)
 WIDE_TOKENS = 256  # up to here an expert's results wait for their sum in float32: the bytes do not count yet
@@ -135,7 +135,7 @@ def run_gemm(
     ahead = AHEAD_BYTES // (tiles.bn * TILE // 2)
     constants = (
         (top_k, act, on_input, tiles.bn, plan.bt, plan.short, tiles.bk, tiles.splits)
-        + (packed.format, even, tiles.stages, ahead, act == "none", interpreting(), pdl)
+        + (packed.format, even, tiles.stages, ahead, act == "none", interpreting(), asynchronous_products(device), pdl)
     )  # fmt: skip
     factor = packed.bias if factor is None else factor
     kinds = (x.dtype, out.dtype, routing.weights.dtype, aligned(x, out, factor, routing.weights))

@@ -6,7 +6,7 @@ as many as let all programs end together.
 """
 
 from shardwise.ops.moe.mxfp4_convert import dequantize_tile
-from shardwise.ops.ptx import prefetch_to_l2
+from shardwise.ops.ptx import finish_products, prefetch_to_l2
 from shardwise.ops.triton_support import tl, triton
 
 
@@ -76,7 +76,7 @@ def _first_k(split, tiles_k, SPLITS: tl.constexpr, CHUNKS: tl.constexpr):
 def _product(
     x_ptr, word_ptr, scale_ptr, rows, valid, first, stop, k_start, k_stop, tiles_k, columns, stride_x,
     BN: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, FORMAT: tl.constexpr, INTERPRET: tl.constexpr,
-    STAGES: tl.constexpr, EVEN_K: tl.constexpr,
+    STAGES: tl.constexpr, EVEN_K: tl.constexpr, ASYNC: tl.constexpr,
 ):  # fmt: skip
     """[BN, BT] float32 sum over the k-tiles of 64 in [k_start, k_stop); pointers at the expert's weights.
 
@@ -116,6 +116,8 @@ def _product(
             acc += tl.dot(weights, tl.trans(x).to(tl.float32), input_precision="ieee")
         else:
             acc = tl.dot(weights, tl.trans(x), acc)
+            if ASYNC:  # the next step unpacks into the registers that these products read
+                finish_products()
     return acc
 
 
@@ -158,7 +160,7 @@ def _tile(
     out_rows, tiles_n, tiles_k, stride_x, expert, start, end, first, stop, split,
     TOP_K: tl.constexpr, ACT: tl.constexpr, WEIGHT_IN: tl.constexpr, BN: tl.constexpr, BT: tl.constexpr,
     BK: tl.constexpr, SPLITS: tl.constexpr, FORMAT: tl.constexpr, EVEN_K: tl.constexpr, STAGES: tl.constexpr,
-    INTERPRET: tl.constexpr,
+    INTERPRET: tl.constexpr, ASYNC: tl.constexpr,
 ):  # fmt: skip
     """Slabs [first, stop) of an expert for the sorted positions [start, min(start + BT, end))."""
     position = start + tl.arange(0, BT)
@@ -168,7 +170,7 @@ def _tile(
     k, each = _first_k(split, tiles_k, SPLITS, BK // 64)
     acc = _product(
         x_ptr, word_ptr, scale_ptr, rows, valid, first, stop, k, tl.minimum(k + each, tiles_k), tiles_k, columns,
-        stride_x, BN, BT, BK, FORMAT, INTERPRET, STAGES, EVEN_K,
+        stride_x, BN, BT, BK, FORMAT, INTERPRET, STAGES, EVEN_K, ASYNC,
     )  # fmt: skip
     n = first * 16 + tl.arange(0, BN)
     bias = tl.load(bias_ptr + expert * tiles_n * 64 + n, mask=(n < stop * 16) & (split == 0), other=0.0)
@@ -195,7 +197,8 @@ def mxfp4_gemm(
     columns, out_rows, tiles_n, tiles_k, stride_x,
     TOP_K: tl.constexpr, ACT: tl.constexpr, WEIGHT_IN: tl.constexpr, BN: tl.constexpr, BT: tl.constexpr,
     SHORT: tl.constexpr, BK: tl.constexpr, SPLITS: tl.constexpr, FORMAT: tl.constexpr, EVEN_K: tl.constexpr,
-    STAGES: tl.constexpr, AHEAD: tl.constexpr, EARLY: tl.constexpr, INTERPRET: tl.constexpr, PDL: tl.constexpr,
+    STAGES: tl.constexpr, AHEAD: tl.constexpr, EARLY: tl.constexpr, INTERPRET: tl.constexpr, ASYNC: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """Persistent over (token block, chunk of rows, k split).
 
@@ -205,6 +208,7 @@ def mxfp4_gemm(
     SHORT       a block of so few tokens is computed as one of SHORT instead of BT; 0: none is
     AHEAD       k-tiles of a tile's weights that are asked for while the one before is computed
     EARLY       the first tile's even while the kernel before still runs, which must not be the one that made the blocks
+    ASYNC       products run behind the program's back (wgmma)
     factor_ptr  float32 [E], multiplied on the products of NVFP4
     WEIGHT_IN   products are multiplied with routing_ptr[pair], which is the routing weight applied to the input
     block_ptr   int32 [1 + 3 * blocks]: number of blocks, then (expert, first and end of sorted positions) of each;
@@ -241,13 +245,13 @@ def mxfp4_gemm(
             _tile(
                 x_ptr, words, scales, bias_ptr, out_ptr, sorted_ptr, factor_ptr, routing_ptr, alpha, limit, pairs,
                 columns, out_rows, tiles_n, tiles_k, stride_x, expert, start, end, first, stop, split,
-                TOP_K, ACT, WEIGHT_IN, BN, SHORT, BK, SPLITS, FORMAT, EVEN_K, STAGES, INTERPRET,
+                TOP_K, ACT, WEIGHT_IN, BN, SHORT, BK, SPLITS, FORMAT, EVEN_K, STAGES, INTERPRET, ASYNC,
             )  # fmt: skip
         else:
             _tile(
                 x_ptr, words, scales, bias_ptr, out_ptr, sorted_ptr, factor_ptr, routing_ptr, alpha, limit, pairs,
                 columns, out_rows, tiles_n, tiles_k, stride_x, expert, start, end, first, stop, split,
-                TOP_K, ACT, WEIGHT_IN, BN, BT, BK, SPLITS, FORMAT, EVEN_K, STAGES, INTERPRET,
+                TOP_K, ACT, WEIGHT_IN, BN, BT, BK, SPLITS, FORMAT, EVEN_K, STAGES, INTERPRET, ASYNC,
             )  # fmt: skip
         expert, start, end = later
         later = last
