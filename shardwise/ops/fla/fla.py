@@ -101,7 +101,12 @@ def fla_cached_delta_rule(
     delta_cache: torch.Tensor,
     scale: float,
 ) -> torch.Tensor:
-    """`torch_cached_delta_rule` by fla: chunked kernel for the prefill tokens, recurrent step for decode."""
+    """`torch_cached_delta_rule` by fla's chunked kernels for the prefill tokens and our own step for decode.
+
+    Nothing is synchronised: a slot outside the cache counts as -1, and cu_seqlen, which must ascend from 0 to the
+    prefill tokens, is trusted. Shapes and counts that contradict each other raise ValueError, a dtype that fla does not
+    take TypeError.
+    """
     rest = (batch_info_host, cu_seqlen, slot_idx, use_initial_states, delta_cache, scale)
     return _cached("fla_cached_delta_rule", q, k, v, None, beta, *rest)
 
@@ -120,6 +125,6 @@ def fla_cached_gated_delta_rule(
     delta_cache: torch.Tensor,
     scale: float,
 ) -> torch.Tensor:
-    """`torch_cached_gated_delta_rule` by fla: chunked kernel for the prefill tokens, recurrent step for decode."""
+    """`torch_cached_gated_delta_rule` by fla's chunked kernels and our own step, as `fla_cached_delta_rule`."""
     rest = (batch_info_host, cu_seqlen, slot_idx, use_initial_states, delta_cache, scale)
     return _cached("fla_cached_gated_delta_rule", q, k, v, g, beta, *rest)

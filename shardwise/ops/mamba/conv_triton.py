@@ -87,7 +87,9 @@ def triton_cached_causal_conv1d(
 
     input [b, 1, C] or [1, T, C]; weight [C, 1, K] or [C, K]; conv_state_cache [slots, C, K - 1] holds the last K - 1
     inputs: read where use_initial_states and for decode, brought up to date for all. Slot -1 is skipped: its tokens
-    keep their values, as does the padding. stride to padding_mode are accepted and not used.
+    keep their values, as does the padding; a slot outside the cache counts as -1, and cu_seqlen, which must ascend
+    from 0 to the prefill tokens, is trusted: reading it would wait for the device. Shapes, K and counts that
+    contradict each other raise ValueError. stride to padding_mode are accepted and not used.
     """
     one = prepare(
         "triton_cached_causal_conv1d", input, weight, bias, batch_info_host, cu_seqlen, slot_idx,

@@ -29,7 +29,9 @@ def mamba_ssm_prepare_metadata(
     and seq_idx_prefill [1, prefill tokens] (the sequence of every token), on cu_seqlen's device.
 
     On a CUDA device nothing is synchronised: the first two have the length min(tokens, cdiv(tokens, chunk_size) +
-    sequences - 1), which is never exceeded, and -1 where there is no piece. The fake gives upper bounds.
+    sequences - 1), which is never exceeded, and -1 where there is no piece; cu_seqlen is not checked and must ascend
+    from 0 to the prefill tokens. Elsewhere it is read, and a ValueError tells what it holds. The fake gives upper
+    bounds.
     """
     op = "mamba_ssm_prepare_metadata"
     if chunk_size < 1:
@@ -113,4 +115,4 @@ def _on_device(op: str, batch: Batch, cu_seqlen: torch.Tensor, chunk: int) -> li
         (chunk, width, block),
         warps=4,
     )
-    return [index, offset, owner[None]]
+    return [index, offset, owner.unsqueeze(0)]

@@ -33,7 +33,8 @@ def triton_cached_ssm(
 ) -> torch.Tensor:
     """As `torch_cached_ssm`, with the pieces that `mamba_ssm_prepare_metadata` cut for the same chunk_size.
 
-    Nothing is synchronised. A slot outside the cache is treated as -1.
+    Nothing is synchronised: a slot outside the cache is treated as -1, and cu_seqlen, which must ascend from 0 to the
+    prefill tokens, is trusted. Shapes and counts that contradict each other raise ValueError.
     """
     batch, one = prepare(
         "triton_cached_ssm", hidden_states, A, B, C, D, dt, dt_bias, batch_info_host, slot_idx, use_initial_states,
