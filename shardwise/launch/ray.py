@@ -16,6 +16,8 @@ from shardwise.launch.backend import Backend
 from shardwise.launch.job import Job, rank_environment
 from shardwise.launch.link import Link
 
+KNOCK_SECONDS = 10.0
+"""How long a host of an address HOST:PORT may take to accept a connection."""
 EXPLAIN_AFTER = 8.0
 """Seconds after which waiting for busy resources ends with a reason, though they may come free later."""
 _EXIT_CODE = re.compile(r"exit code[ =](\d+)", re.IGNORECASE)
@@ -55,7 +57,14 @@ class Ray(Backend):
         handler = signal.getsignal(signal.SIGTERM)
         quiet = {"log_to_driver": False, "logging_level": "ERROR", "configure_logging": True}
         if self._address:
-            ray.init(address=self._address, **quiet)
+            try:
+                _knock(self._address)
+                ray.init(address=self._address, **quiet)
+            except OSError:
+                raise ValueError(
+                    f"no Ray cluster answers at the address {self._address!r}: start one (ray start --head), or leave "
+                    "the address out and one is started for this job"
+                ) from None
         else:
             ray.init(num_cpus=max(world, len(os.sched_getaffinity(0))), include_dashboard=False, **quiet)
         self._own_connection = True
@@ -183,6 +192,13 @@ def serve_store(info: RankInfo, link: Link) -> Any:
         link.send({"event": "store", "host": socket.gethostbyname(socket.gethostname()), "port": store.store.port})
     where = next(link.commands())
     return store or tcp_store(info, where["host"], where["port"], 60.0)
+
+
+def _knock(address: str) -> None:
+    """OSError where nothing listens at HOST:PORT; Ray itself would try for many minutes, deaf to Ctrl-C."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if host and port.isdigit():
+        socket.create_connection((host, int(port)), KNOCK_SECONDS).close()
 
 
 def _places(ray: Any, group: Any, world: int) -> list[RankInfo]:

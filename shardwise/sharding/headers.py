@@ -118,7 +118,8 @@ class _Binder:
         return tuple(t for t in bound if t is not None)
 
     def raise_if_wrong(self, model: ModelSpec) -> None:
-        where = next(iter(self.tensors.values())).path.parent if self.tensors else "the checkpoint"
+        files = sorted({entry.path for entry in self.tensors.values()})
+        where = (files[0] if len(files) == 1 else files[0].parent) if files else "the checkpoint"
         if self.missing:
             raise CheckpointError(
                 f"{where}: {len(self.missing)} tensors of {model.architecture} are missing: {_some(self.missing)}; "

@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -11,7 +12,9 @@ import time
 import pytest
 
 from shardwise.launch.cli import BENCHES, VERBS, main
+from shardwise.launch.cli.run import _Screen
 from shardwise.launch.failure import Failure, write
+from shardwise.parallel.results import TokenEvent
 
 
 def cli(*words: str, **more: str) -> subprocess.CompletedProcess:
@@ -53,9 +56,10 @@ def test_every_verb_stands_in_the_help():
 
 
 @pytest.mark.parametrize("words", [[], ["no-such-verb"], ["bench"], ["run"], ["run", "smollm2", "--dtype", "int3"]])
-def test_unusable_command_lines_exit_with_2(words):
+def test_unusable_command_lines_are_one_sentence_and_exit_with_2(words):
     done = cli(*words)
-    assert done.returncode == 2 and "usage:" in done.stderr and done.stdout == ""
+    assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
+    assert "error: " in done.stderr and "--help lists what is legal" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -64,6 +68,8 @@ def test_unusable_command_lines_exit_with_2(words):
         (["run", "smollm2", "--launcher", "warp"], 2, "unknown launcher 'warp'; legal: local, torchrun, mpi, ray"),
         (["run", "smollm2", "--tp", "0"], 2, "--tp 0: must be at least 1"),
         (["run", "smollm2", "-n", "4", "--tp", "3"], 2, "-n 4 contradicts --tp 3"),
+        (["run", "smollm2", "--transport", "pigeon"], 2, "unknown transport 'pigeon'; legal: auto, gloo, nccl"),
+        (["run", "smollm2", "--json", "/no/such/file"], 2, "--json /no/such/file: there is no folder /no/such"),
         (["run", "smollm2", "--top-p", "2"], 2, "--top-p is 2.0, legal: above 0 and at most 1"),
         (["run", "smollm2", "--tp", "2", "--ep", "3"], 1, "world % ep = 2 % 3 = 2"),
         (["run", "smollm2", "--tp", "99"], 1, "tp 99 does not fit"),
@@ -78,6 +84,17 @@ def test_errors_are_one_sentence(capfd, words, code, text):
     out, err = capfd.readouterr()
     assert out == "" and err.startswith("shardwise: error: ") and err.count("\n") == 1
     assert text in err
+
+
+def test_an_address_without_a_ray_cluster_is_one_sentence_within_seconds(capfd):
+    pytest.importorskip("ray")
+    with socket.socket() as deaf:  # bound, but nobody listens
+        deaf.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{deaf.getsockname()[1]}"
+        assert main(["run", "smollm2", "--tp", "2", "--launcher", "ray", "--ray-address", address]) == 1
+    err = capfd.readouterr().err
+    assert err.startswith(f"shardwise: error: no Ray cluster answers at the address '{address}'")
+    assert err.count("\n") == 1
 
 
 def test_debug_shows_the_traceback(capfd):
@@ -131,6 +148,26 @@ def test_json_on_standard_output_is_all_there_is(tmp_path):
         events = json.loads(gzip.decompress((tmp_path / "traces" / f"rank-{rank}.json.gz").read_bytes()))["traceEvents"]
         assert {event["pid"] for event in events} == {rank}
         assert {"prefill", "decode", "sample"} <= {event["name"] for event in events}
+
+
+def test_answers_stream_in_the_order_of_the_prompts(capsys):
+    screen = _Screen(["one", "two"])
+    seen = []
+    for event in (
+        TokenEvent(1, 5, "later"),
+        TokenEvent(0, 6, "fir"),
+        TokenEvent(1, 7, ".", finish_reason="stop"),
+        TokenEvent(0, 8, "st", finish_reason="length"),
+    ):
+        screen.add(event)
+        seen.append(capsys.readouterr().out)
+    assert seen == ["> one\n", "fir", "", "st\n\n> two\nlater.\n\n"]
+
+
+def test_the_answer_to_one_prompt_stands_alone(capsys):
+    screen = _Screen(["one"])
+    screen.add(TokenEvent(0, 6, "text", finish_reason="stop"))
+    assert capsys.readouterr().out == "text\n"
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])

@@ -53,9 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _dispatch(words: list[str]) -> int:
     from shardwise import __version__
 
-    parser = argparse.ArgumentParser(
-        prog="shardwise", description="Plan, load and run language models over many ranks."
-    )
+    parser = _Parser(prog="shardwise", description="Plan, load and run language models over many ranks.")
     parser.add_argument("--version", action="version", version=f"shardwise {__version__}")
     table = parser.add_subparsers(title="verbs", dest="verb", metavar="VERB", required=True)
     for verb, help in VERBS.items():
@@ -67,7 +65,7 @@ def _dispatch(words: list[str]) -> int:
 
 
 def _bench(words: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="shardwise bench", description=VERBS["bench"])
+    parser = _Parser(prog="shardwise bench", description=VERBS["bench"])
     table = parser.add_subparsers(title="what to measure", dest="what", metavar="WHAT", required=True)
     for what, help in BENCHES.items():
         table.add_parser(what, help=help, add_help=False)
@@ -81,17 +79,18 @@ def _run_module(prog: str, module: str, description: str, words: list[str]) -> i
         print(f"{prog}: this verb is not part of this installation", file=sys.stderr)
         return USAGE
     verb = importlib.import_module(name)
-    parser = _VerbParser(prog=prog, description=description)
+    parser = _Parser(prog=prog, description=description)
     verb.add_arguments(parser)
     if "--debug" not in parser._option_string_actions:
         parser.add_argument("--debug", action="store_true", help="show tracebacks")
     return verb.run(parser.parse_args(words))
 
 
-class _VerbParser(argparse.ArgumentParser):
+class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
+        """One sentence, like every other error; the list of options would bury it."""
         _after_rank_0()
-        super().error(message)
+        self.exit(USAGE, f"{self.prog}: error: {message} ({self.prog} --help lists what is legal)\n")
 
 
 def _after_rank_0() -> None:

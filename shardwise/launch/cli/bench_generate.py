@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from shardwise.launch import env
 from shardwise.launch.cli import DONE, UsageError
-from shardwise.launch.cli.grid import add_forms, add_grid, set_log_folder, tensor_parallel, write
+from shardwise.launch.cli.grid import add_forms, add_grid, require_folder, set_log_folder, tensor_parallel, write
 from shardwise.launch.job import interruptible, run_job
 from shardwise.launch.progress import LoadProgress
 
@@ -49,6 +49,7 @@ def run(args: argparse.Namespace) -> int:
 
     info = env.detect()
     config, load = _config(args, info), _load(args)
+    require_folder(args.json)
     set_log_folder(args.log_dir)
     if within(info):
         return _inside_rank(args, info, config, load)

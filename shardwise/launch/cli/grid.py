@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from shardwise.comm.base import TRANSPORTS
 from shardwise.comm.watch import LOG_FOLDER_ENV
 from shardwise.launch.cli import UsageError
 from shardwise.launch.job import LAUNCHERS
@@ -78,6 +79,8 @@ def tensor_parallel(args: argparse.Namespace, info: "RankInfo") -> int | None:
 
     if args.launcher is not None and args.launcher not in LAUNCHERS:
         raise UsageError(f"unknown launcher {args.launcher!r}; legal: {', '.join(LAUNCHERS)}")
+    if args.transport != "auto" and args.transport not in TRANSPORTS:
+        raise UsageError(f"unknown transport {args.transport!r}; legal: auto, {', '.join(TRANSPORTS)}")
     for name in ("world", "tp", "attn_dp", "ep"):
         value = getattr(args, name)
         if value is not None and value < 1:
@@ -98,6 +101,12 @@ def tensor_parallel(args: argparse.Namespace, info: "RankInfo") -> int | None:
 def set_log_folder(folder: str | None) -> None:
     if folder is not None:
         os.environ[LOG_FOLDER_ENV] = str(Path(folder).absolute())
+
+
+def require_folder(target: str | None) -> None:
+    """UsageError for a --json FILE that could not be written: before the work, not when it is done."""
+    if target not in (None, "-") and not (folder := Path(str(target)).absolute().parent).is_dir():
+        raise UsageError(f"--json {target}: there is no folder {folder}")
 
 
 def write(text: str, target: str) -> None:

@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING
 
 from shardwise.launch import env
 from shardwise.launch.cli import DONE, UsageError
-from shardwise.launch.cli.grid import add_forms, add_grid, set_log_folder, tensor_parallel, write
+from shardwise.launch.cli.grid import add_forms, add_grid, require_folder, set_log_folder, tensor_parallel, write
 from shardwise.launch.job import interruptible
 
 if TYPE_CHECKING:
     from shardwise.comm.rank import RankInfo
     from shardwise.launch.llm import LLM
+    from shardwise.parallel.results import TokenEvent
     from shardwise.parallel.sampler import SamplingParams
 
 DEFAULT_PROMPT = "Name three primary colors."
@@ -53,6 +54,7 @@ def run(args: argparse.Namespace) -> int:
     tp = tensor_parallel(args, info)
     params = _sampling(args)
     texts = _prompts(args)
+    require_folder(args.json)
     set_log_folder(args.log_dir)
     if info.source != type(info)().source:
         return _inside_rank(args, info, tp, params, texts)
@@ -104,15 +106,13 @@ def _generate(
             debug=args.debug,
         )
     with llm:
-        show = speaks and args.json != "-"
-        printed = ""
+        screen = _Screen(texts) if speaks and args.json != "-" else None
         for event in llm.stream(prompts, params):
-            if show and len(texts) == 1:
-                print(event.text, end="", flush=True)
-                printed += event.text
+            if screen is not None:
+                screen.add(event)
         result = _result(llm)
-        if show:
-            _show(llm, texts, printed)
+        if screen is not None:
+            _show_figures(llm)
         if speaks and args.json:
             write(json.dumps(result, ensure_ascii=False, indent=1), args.json)
     return DONE
@@ -146,14 +146,32 @@ def _result(llm: "LLM") -> dict:
     }
 
 
-def _show(llm: "LLM", texts: list[str], printed: str) -> None:
+class _Screen:
+    """Shows answers as they are produced, in the order of the prompts: the later ones are held until their turn."""
+
+    def __init__(self, prompts: list[str]):
+        self._heads = [f"> {prompt}\n" for prompt in prompts] if len(prompts) > 1 else [""]
+        self._held = list(self._heads)
+        self._ended = [False] * len(self._heads)
+        self._turn = 0
+
+    def add(self, event: "TokenEvent") -> None:
+        number = event.request
+        self._held[number] += event.text
+        if event.finish_reason is not None:
+            self._ended[number] = True
+            self._held[number] += "\n\n" if self._heads[number] else "\n"
+        while self._turn < len(self._held):
+            print(self._held[self._turn], end="", flush=True)
+            self._held[self._turn] = ""
+            if not self._ended[self._turn]:
+                break
+            self._turn += 1
+
+
+def _show_figures(llm: "LLM") -> None:
     answer = llm.last_answer
     assert answer is not None
-    if len(texts) > 1:
-        for text, completion in zip(texts, answer.completions, strict=True):
-            print(f"> {text}\n{completion.text}\n")
-    elif not printed.endswith("\n"):
-        print()
     peaks = ", ".join(f"{rank.peak_rss_bytes / 2**20:.0f}" for rank in llm.stats())
     print(
         f"{answer.new_tokens} tokens, {answer.tokens_per_second:.1f} tokens/s, first token after "
