@@ -87,7 +87,7 @@ def describe(tiles, bt, act, form="narrow", short=0):
 
 
 def main():
-    plans = [choose_plan(4 * tokens, 128) for tokens in (1, 64, 512, 1024, 8192)]
+    plans = [choose_plan(4 * tokens, 128) for tokens in (1, 64, 512, 1024, 4096, 8192)]
     rows = {(plan.up, plan.bt, "swiglu", "narrow", plan.short) for plan in plans}
     rows |= {(plan.down, plan.bt, "none", "narrow", plan.short) for plan in plans}
     described = [describe(*row) for row in sorted(rows, key=str)]
