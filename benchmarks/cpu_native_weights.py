@@ -12,7 +12,6 @@ is what ran here.
 
 import argparse
 import json
-import platform
 import statistics
 import subprocess
 import sys
@@ -37,7 +36,9 @@ def main() -> None:
     if args.llama_cpp_only:
         print(json.dumps(_llama_cpp(args.llama_cpp_only, args.new_tokens)))
         return
-    result = {"machine": _machine(), "rows": _rows(args)}
+    from shardwise.launch.machine import machine_facts
+
+    result = {"machine": machine_facts(), "rows": _rows(args)}
     for row in result["rows"]:
         speed = f"{row['tokens_per_second']:8.1f} tokens/s" if "tokens_per_second" in row else f"   {row['missing']}"
         print(f"{row['what']:48s}{speed}")
@@ -135,19 +136,14 @@ def _next_tokens(form: str, tp: int) -> list[list[int]]:
     torch.set_num_threads(1)
     engine = Engine("smollm2", plan("smollm2", tp=tp), current_groups(), weights=form)
     texts = [*map(engine.tokenizer.encode, PLAIN), *map(engine.tokenizer.encode_chat, CONVERSATIONS)]
-    cache = SlotCache(engine._cache_shapes, slots=1, max_length=512, dtype=engine.dtype, device=engine.device)
+    cache = SlotCache(engine.cache_shapes, slots=1, max_length=512, dtype=engine.dtype, device=engine.device)
+    step, head = engine.runner.token_step or engine.decoder.hidden, engine.decoder.head
 
     def best(place: int, token: int) -> int:
-        return engine._decoder.head.best(engine._hidden(Batch([Span(0, place, 1)], [token], engine.device), cache))[0]
+        return head.best(step(Batch([Span(0, place, 1)], [token], engine.device), cache))[0]
 
     with torch.inference_mode():
         return [[best(place, token) for place, token in enumerate(ids)] for ids in texts]
-
-
-def _machine() -> dict:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    cpu = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-    return {"cpu": cpu, "python": platform.python_version()}
 
 
 if __name__ == "__main__":

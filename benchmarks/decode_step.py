@@ -15,34 +15,24 @@ import os
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
-for _name, _value in (
-    ("NCCL_NVLS_ENABLE", "0"),
-    ("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1"),
-    ("NVSHMEM_DISABLE_NVLS", "1"),
-):
-    os.environ.setdefault(_name, _value)
+from shardwise.launch import env
 
-import torch  # noqa: E402
+os.environ.update(env.NO_MULTICAST)
 
-from shardwise.comm.rank import use_groups  # noqa: E402
-from shardwise.comm.strategy import create, make_groups  # noqa: E402
-from shardwise.launch.env import detect  # noqa: E402
-from shardwise.launch.machine import machine_facts  # noqa: E402
-from shardwise.ops.attention.decode import fused_decode_attention  # noqa: E402
-from shardwise.ops.linear.decode import skinny_linear  # noqa: E402
-from shardwise.ops.moe.decode import expert_down, expert_up  # noqa: E402
-from shardwise.parallel.batch import Batch, Span  # noqa: E402
-from shardwise.parallel.decode_moe import ExpertStep  # noqa: E402
-from shardwise.parallel.decode_stream import SKINNY_ROWS, Product  # noqa: E402
-from shardwise.parallel.engine import Engine, SamplingParams  # noqa: E402
-from shardwise.parallel.layers import GatedMlp  # noqa: E402
-from shardwise.parallel.moe import PackedExperts  # noqa: E402
-from shardwise.parallel.traffic import copy_bandwidth, step_bytes  # noqa: E402
-from shardwise.sharding.checkpoint.resolve import random_checkpoint  # noqa: E402
-from shardwise.sharding.layout import ParallelLayout  # noqa: E402
-from shardwise.sharding.plan import plan  # noqa: E402
+import torch
+from decode_kinds import kinds
+
+from shardwise.comm.rank import use_groups
+from shardwise.comm.strategy import create, make_groups
+from shardwise.launch.machine import machine_facts
+from shardwise.parallel.batch import Batch, Span
+from shardwise.parallel.engine import Engine, SamplingParams
+from shardwise.parallel.traffic import copy_bandwidth, step_bytes
+from shardwise.sharding.checkpoint.resolve import random_checkpoint
+from shardwise.sharding.layout import ParallelLayout
+from shardwise.sharding.plan import plan
 
 REPEATS = 9
 
@@ -97,23 +87,14 @@ def generated(engine: Engine, batch: int, prompt: int, count: int) -> dict:
 
 def steady_batch(engine: Engine, batch: int, context: int) -> Batch:
     """Sequences of `context` tokens, whose cache holds whatever it holds."""
+    cache, vocab = engine.cache, engine.plan.model.vocab
     for slot in range(batch):
-        engine._cache.release(slot)
-        if not engine._cache.reserve(slot, context + 1):
+        cache.release(slot)
+        if not cache.reserve(slot, context + 1):
             raise SystemExit(f"the cache has no room for {batch} sequences of {context} tokens")
-    spans = [Span(slot, context, 1) for slot in range(batch)]
-    pages = Batch([Span(slot, 0, context) for slot in range(batch)], [1] * (batch * context), engine.device)
-    engine._cache._of(pages)  # enters the page table
-    tokens = [(977 * slot + 13) % engine.plan.model.vocab for slot in range(batch)]
-    return Batch(spans, tokens, engine.device)
-
-
-def replayed(engine: Engine, batch: Batch) -> tuple[Callable[[], None], torch.Tensor]:
-    graphs = engine._runner._graphs
-    graphs.launch(batch).tokens()
-    size = next(s for s in graphs.sizes if s >= len(batch.spans))
-    graph, inputs, _ = graphs._graphs[size]
-    return graph.replay, inputs
+    cache.place(Batch([Span(slot, 0, context) for slot in range(batch)], [1] * (batch * context), engine.device))
+    tokens = [(977 * slot + 13) % vocab for slot in range(batch)]
+    return Batch([Span(slot, context, 1) for slot in range(batch)], tokens, engine.device)
 
 
 def kernel_list(run: Callable[[], None]) -> list[list]:
@@ -143,119 +124,10 @@ def summary(kernels: list[list]) -> dict[str, dict]:
     return {name: {k: round(v, 2) for k, v in row.items()} for name, row in table.items()}
 
 
-@dataclass
-class Kind:
-    """One kind of kernel: a launch for each layer, and the bytes that one reads."""
-
-    calls: list[Callable[[], object]]
-    nbytes: float
-
-
-def kinds(engine: Engine, batch: int, context: int) -> dict[str, Kind]:
-    """The kernels of a step by kind, on inputs that stay; only those of few tokens."""
-    step, decoder, device, dtype = engine._runner._graphs.step, engine._decoder, engine.device, engine.dtype
-    hidden = engine.plan.model.hidden
-    x, positions = torch.randn(batch, hidden, device=device).to(dtype), torch.full((batch,), context, device=device)
-    positions, slots = positions.int(), torch.arange(batch, device=device, dtype=torch.int32)
-    found: dict[str, Kind] = {}
-
-    def add(name: str, calls: list, nbytes: float) -> None:
-        found[name] = Kind(calls, nbytes)
-
-    def product(p: Product, inputs: torch.Tensor, **options) -> Callable[[], object]:
-        if batch > SKINNY_ROWS:
-            return lambda: torch.nn.functional.linear(inputs, p.weight, p.bias)
-        return lambda: skinny_linear(inputs, p.weight, bias=p.bias, pdl=True, **options)
-
-    layers, first = step._layers, step._layers[0]
-    norm = decoder.first_norm.weight
-    normed = {} if batch > SKINNY_ROWS else dict(norm_weight=norm, eps=1e-5)
-    add("qkv", [product(la.qkv, x, **normed) for la in layers], first.qkv.weight.nbytes)
-    inner = torch.randn(batch, first.out.weight.shape[1], device=device).to(dtype)
-    add("out", [product(la.out, inner) for la in layers], first.out.weight.nbytes)
-    add("head", [product(step._head, x)] * 2, step._head.weight.nbytes)
-    for name, window in (("attention", None), ("attention with a window", True)):
-        chosen = [(n, la) for n, la in enumerate(layers) if bool(la.mixer.masking.window) == bool(window)]
-        if chosen:
-            seen = min(context, chosen[0][1].mixer.masking.window or context)
-            mixer = chosen[0][1].mixer
-            nbytes = batch * seen * mixer.kv_heads * 2 * mixer.head_dim * dtype.itemsize
-            add(name, [attention(step, n, la, batch, positions, slots) for n, la in chosen], nbytes)
-    inners = [layer.feed_forward for layer in decoder.layers]
-    if isinstance(inners[0], GatedMlp) and batch <= SKINNY_ROWS:
-        products = [(Product.of(i.gate_up), Product.of(i.down)) for i in inners]
-        wide = torch.randn(batch, products[0][1].weight.shape[1], device=device).to(dtype)
-        gates = [(lambda p=p: skinny_linear(x, p.weight, norm_weight=norm, gated=True, pdl=True)) for p, _ in products]
-        add("gate and up", gates, products[0][0].weight.nbytes)
-        add("down", [product(p, wide) for _, p in products], products[0][1].weight.nbytes)
-    moe = [la.feed_forward for la in layers if isinstance(la.feed_forward, ExpertStep)]
-    if moe and batch <= moe[0]._most_few:
-        expert_kinds(add, moe, x, positions)
-    if decoder.head.group.size > 1:
-        group, residual = decoder.head.group, torch.randn_like(x)
-        sums = [lambda: group.all_reduce_residual_rms_norm(x, residual, norm, 1e-5)] * len(layers)
-        add("all-reduce + residual + norm", sums, 2 * x.nbytes)
-    return found
-
-
-def attention(step, number: int, layer, batch: int, positions, slots) -> Callable[[], object]:
-    mixer, cache = layer.mixer, step.cache
-    qkv = torch.randn(batch, layer.qkv.weight.shape[0], device=positions.device).to(cache.dtype)
-    q_norm = mixer.q_norm.weight if mixer.q_norm else None
-    return lambda: fused_decode_attention(
-        qkv,
-        *cache.pages(number),
-        cache.table,
-        positions,
-        layer.rope,
-        cache.workspace(mixer.heads, mixer.kv_heads, mixer.head_dim),
-        heads=mixer.heads,
-        slots=slots,
-        splits=cache.splits(mixer.kv_heads, mixer.masking.window, batch),
-        scale=mixer.masking.scale,
-        q_norm=q_norm,
-        k_norm=mixer.k_norm.weight if mixer.k_norm else None,
-        sinks=mixer.masking.sinks,
-        window=mixer.masking.window,
-        pdl=True,
-    )
-
-
-def expert_kinds(add, moe: list[ExpertStep], x: torch.Tensor, positions: torch.Tensor) -> None:
-    ready = []
-    for each in moe:
-        experts = each.block.experts
-        biases = (getattr(experts, "up_gate_bias", None), getattr(experts, "down_bias", None))
-        logits = torch.randn(x.shape[0], len(each._slots), device=x.device)
-        up = dict(bias=biases[0], positions=positions, pdl=True)
-        inputs = x if isinstance(experts, PackedExperts) else x.float()
-        args = (inputs, logits, each._slots, each._choice, experts.up_gate, each._gate)
-        ready.append((each, experts, biases, args, up, expert_up(*args, **up)))
-    each, experts = ready[0][:2]
-    chosen = statistics.mean(int((r[-1].ids >= 0).sum()) for r in ready)
-    routers = [lambda e=e: skinny_linear(x, e._router, bias=e._bias, pdl=True) for e, *_ in ready]
-    add("router", routers, each._router.nbytes)
-    add(
-        "experts up",
-        [lambda a=a, o=o: expert_up(*a, **o) for _, _, _, a, o, _ in ready],
-        chosen * of_one(experts.up_gate),
-    )
-    downs = [lambda e=e, b=b, r=r: expert_down(r, e.down, bias=b[1], pdl=True) for _, e, b, _, _, r in ready]
-    add("experts down", downs, chosen * of_one(experts.down))
-
-
-def of_one(weight) -> float:
-    """Bytes of one expert's matrix."""
-    if hasattr(weight, "words"):
-        return (weight.words.nbytes + weight.scales.nbytes) / weight.words.shape[0]
-    return weight.nbytes / weight.shape[0]
-
-
 def timed_kinds(engine: Engine, batch: int, context: int, bandwidth: float) -> dict[str, dict]:
     rows = {}
-    for name, kind in kinds(engine, batch, context).items():
-        for call in kind.calls[:1]:
-            call()
+    for name, kind in kinds(engine.decoder, engine.runner.graphs.step, batch, context).items():
+        kind.calls[0]()
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
@@ -278,11 +150,10 @@ def measure(engine: Engine, args, report: Report, bandwidth: float) -> None:
         row |= generated(engine, batch, args.context, args.output)
         report.add({**row, "path": engine.decode_path, "cache": engine.stats().cache})
         with torch.inference_mode():
-            steady = steady_batch(engine, batch, args.context)
-            run, _ = replayed(engine, steady)
+            run = engine.runner.graphs.replay(steady_batch(engine, batch, args.context))
             ms = milliseconds(run, engine.groups)
             read = step_bytes(
-                engine._decoder,
+                engine.decoder,
                 engine.plan,
                 engine.groups.world.rank,
                 batch=batch,
@@ -297,7 +168,7 @@ def measure(engine: Engine, args, report: Report, bandwidth: float) -> None:
                 report.add({"batch": batch, "kernels": summary(kernels), "order": kernels[40:64]})
                 report.add({"batch": batch, "kinds": timed_kinds(engine, batch, args.context, bandwidth)})
             for slot in range(batch):
-                engine._cache.release(slot)
+                engine.cache.release(slot)
 
 
 def transformers_rate(config: str, prompt: int, count: int) -> float:
@@ -336,7 +207,7 @@ def main() -> None:
     parser.add_argument("--transformers", action="store_true", help="Transformers beside it, on one GPU")
     parser.add_argument("--json")
     args = parser.parse_args()
-    info = detect()
+    info = env.detect()
     torch.cuda.set_device(info.local_rank)
     device = f"cuda:{info.local_rank}"
     world = create(info, device="cuda", transport=args.transport)

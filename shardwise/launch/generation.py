@@ -110,7 +110,7 @@ def measure_session(session: Session, load: Load, trace: str | None) -> dict[str
         touched, parts = _touched(session, load), _clocked(session, load)
         device_step = _profiled(session, load, trace)
     read = step_bytes(
-        engine._decoder,
+        engine.decoder,
         engine.plan,
         context.info.rank,
         batch=load.batch,

@@ -1,6 +1,6 @@
 """Decode steps as CUDA graphs: one captured for each padded batch size, replayed with new inputs."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,7 +59,7 @@ class DecodeGraphs:
     def launch(self, batch: Batch, sources: Sequence[int] | None = None) -> Flight:
         """Start a step. `sources`: rows of the last step, whose tokens, still on the device, this one begins with."""
         count = len(batch.spans)
-        size = next(s for s in self.sizes if s >= count)
+        size = self._size(count)
         buffer = self._buffers[self._launches % IN_FLIGHT]
         self._launches += 1
         host = buffer.fill(self._inputs(batch, sources, size))
@@ -75,6 +75,15 @@ class DecodeGraphs:
             inputs = host.to(self._device)
             logits = self.step(inputs)
         return Flight(logits[:count], *buffer.take(self.step.last[:count]))
+
+    def replay(self, batch: Batch) -> Callable[[], None]:
+        """What runs the captured step of `batch` again, with the same inputs: for measuring it. Needs `capture`."""
+        self.launch(batch).tokens()
+        graph, _, _ = self._graphs[self._size(len(batch.spans))]
+        return graph.replay
+
+    def _size(self, count: int) -> int:
+        return next(size for size in self.sizes if size >= count)
 
     def _inputs(self, batch: Batch, sources: Sequence[int] | None, size: int) -> list[list[int]]:
         spans, padding = batch.spans, size - len(batch.spans)

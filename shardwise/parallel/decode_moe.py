@@ -46,30 +46,34 @@ def _choice(routing: Routing) -> Choice:
 
 
 class ExpertStep:
-    """`step(stream, join, positions)`: routed experts of one layer, summed, joined with the residual."""
+    """`step(stream, join, positions)`: routed experts of one layer, summed, joined with the residual.
+
+    Where `most_few` is above 0, the kernels for few tokens have what they take of the block: the router's weights
+    `router` [E, H] (a copy) and `bias`, `slots` int32 [E], the `choice` of experts, and the `gate` between products.
+    """
 
     def __init__(self, block: MoeBlock, *, pdl: bool):
         self.block, self.pdl = block, pdl
         experts = block.experts
         few = not _reason_against_few(block)
         fused = isinstance(experts, PackedExperts) or experts.is_fused
-        self._most_few = (FEW_TOKENS if fused else torch.iinfo(torch.int64).max) if few else 0
+        self.most_few = (FEW_TOKENS if fused else torch.iinfo(torch.int64).max) if few else 0
         """Most tokens for the kernels for few: all, where no others can be part of a graph."""
         if few:
             assert isinstance(block.router, Linear)
-            self._router, self._bias = block.router.weight.t().contiguous(), block.router.bias
-            self._slots, self._choice = block.slots.int(), _choice(block.routing)
-            self._gate = Gate(experts.unit.alpha, experts.unit.limit)
+            self.router, self.bias = block.router.weight.t().contiguous(), block.router.bias
+            self.slots, self.choice = block.slots.int(), _choice(block.routing)
+            self.gate = Gate(experts.unit.alpha, experts.unit.limit)
 
     def __call__(self, stream: Stream, join: ResidualNorm, positions: Tensor) -> Stream:
-        if join.group.size == 1 and join.is_plain and stream.x.shape[0] <= self._most_few:
+        if join.group.size == 1 and join.is_plain and stream.x.shape[0] <= self.most_few:
             summed = self._few(stream, positions, stream.residual)
             return Stream(summed, summed, join.norm)
         return joined(self.partial(stream, positions), stream.residual, join)
 
     def partial(self, stream: Stream, positions: Tensor) -> Tensor:
         """This rank's partial sum [B, H]."""
-        if stream.x.shape[0] <= self._most_few:
+        if stream.x.shape[0] <= self.most_few:
             return self._few(stream, positions, None)
         return self.block(stream.normed())
 
@@ -80,10 +84,10 @@ class ExpertStep:
         routed = expert_up(
             normed,
             logits,
-            self._slots,
-            self._choice,
+            self.slots,
+            self.choice,
             experts.up_gate,
-            self._gate,
+            self.gate,
             bias=biases[0],
             positions=positions,
             pdl=self.pdl,
@@ -95,15 +99,15 @@ class ExpertStep:
         x, norm = stream.x, stream.norm
         if x.shape[0] > MAX_TOKENS:
             normed = stream.normed()
-            return normed, F.linear(normed, self._router, self._bias).float()
+            return normed, F.linear(normed, self.router, self.bias).float()
         packed = isinstance(self.block.experts, PackedExperts)  # which multiply with 16-bit floats
         normed = torch.empty(x.shape, dtype=x.dtype if packed else torch.float32, device=x.device)
         logits = skinny_linear(
             x,
-            self._router,
+            self.router,
             norm_weight=norm.weight if norm else None,
             eps=norm.eps if norm else 0.0,
-            bias=self._bias,
+            bias=self.bias,
             normed=normed,
             out_dtype=torch.float32,
             pdl=self.pdl,

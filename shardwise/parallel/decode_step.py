@@ -88,7 +88,9 @@ def _reason_against_feed_forward(inner: object) -> str:
 class DecodeStep:
     """`step(inputs)` -> this rank's columns of the logits, and each row's greedy token in `last`.
 
-    last  int32 [max_batch]: tokens of the last step, from which the next one may begin
+    last    int32 [max_batch]: tokens of the last step, from which the next one may begin
+    layers  what it needs of each layer
+    head    the product that gives the logits
     """
 
     def __init__(self, decoder: Decoder, cache: DeviceCache, *, max_batch: int):
@@ -103,9 +105,9 @@ class DecodeStep:
         table = decoder.embedding.table
         self._table = Product.of(table).weight if isinstance(table, Linear) else table
         self._rope: dict[RotaryAngles, Tensor] = {}
-        self._layers = [self._prepared(layer) for layer in decoder.layers]
+        self.layers = [self._prepared(layer) for layer in decoder.layers]
         head = decoder.head
-        self._head, self._group = Product.of(head.linear), head.group
+        self.head, self._group = Product.of(head.linear), head.group
         first = sum(head.sizes[: head.group.rank])
         self._greedy = GreedyChoice(
             most=max_batch,
@@ -121,9 +123,9 @@ class DecodeStep:
         """inputs int32 [5, B] (`ops/linear/vocab.py`) -> [B, columns of this rank], float32 or the weights' type."""
         stream = self._begin(inputs)
         positions, slots = inputs[POSITION], inputs[SLOT]
-        for number, layer in enumerate(self._layers):
+        for number, layer in enumerate(self.layers):
             stream = self._layer(layer, number, stream, positions, slots)
-        logits = self._product(self._head, stream, dtype=torch.float32)
+        logits = self._product(self.head, stream, dtype=torch.float32)
         self._choose(logits)
         return logits
 

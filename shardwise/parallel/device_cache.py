@@ -89,7 +89,7 @@ class DeviceCache(KvCache):
         return splits_for(batch, kv_heads, min(self.max_length, window or self.max_length), self._processors)
 
     def attend(self, layer: int, q: Tensor, kv: Tensor, batch: Batch, masking: Masking) -> Tensor:
-        step, shape = self._of(batch), self.layers[layer]
+        step, shape = self.place(batch), self.layers[layer]
         rows = self._pools[layer].view(-1, kv.shape[1])
         rows.index_copy_(0, step.new, kv)
         if masking.softcap or not _has_decode_kernel(shape):
@@ -137,7 +137,7 @@ class DeviceCache(KvCache):
             out=out.view(count, -1),
         )
 
-    def _of(self, batch: Batch) -> "_Step":
+    def place(self, batch: Batch) -> "_Step":
         """A batch's places in the pool, found once for all layers; its pages enter the table."""
         if self._step is None or self._step[0] is not batch:
             self._step = (batch, _Step(batch, self.tables, self.table))

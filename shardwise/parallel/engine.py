@@ -51,6 +51,9 @@ class Engine:
     decode       which code runs steps of single tokens, see `Runner`
     attention    whose kernels attend to prompts on a GPU: auto, triton, flashinfer or torch
     on_progress  called with (bytes read, bytes to read) while the weights load
+
+    For measurements and tests: `decoder` is this rank's part of the model, `runner` runs its steps, `cache` is the one
+    of the last call (None before the first), `cache_shapes` has what a cache of this model needs to know of each layer.
     """
 
     def __init__(
@@ -91,11 +94,11 @@ class Engine:
         )
         with torch.inference_mode():
             builder = DecoderBuilder(source, groups)
-            self._decoder = builder.build()
-            self._runner = Runner(self._decoder, self.device, decode)
-        self._weight_bytes = memory_bytes(self._decoder)
-        self._cache_shapes = builder.cache_shapes()
-        self._cache: KvCache | None = None
+            self.decoder = builder.build()
+            self.runner = Runner(self.decoder, self.device, decode)
+        self._weight_bytes = memory_bytes(self.decoder)
+        self.cache_shapes = builder.cache_shapes()
+        self.cache: KvCache | None = None
         self._running = False
         self._load_seconds = time.perf_counter() - started
 
@@ -106,7 +109,7 @@ class Engine:
     @property
     def decode_path(self) -> str:
         """Which code runs the steps that decode, and why."""
-        return self._runner.describe()
+        return self.runner.describe()
 
     @property
     def max_length(self) -> int:
@@ -142,7 +145,7 @@ class Engine:
         return RankStats(
             rank=self.groups.world.rank,
             weight_bytes=self._weight_bytes,
-            cache_bytes=self._cache.nbytes() if self._cache else 0,
+            cache_bytes=self.cache.nbytes() if self.cache else 0,
             peak_rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
             load_seconds=self._load_seconds,
             decode=self.decode_path,
@@ -151,7 +154,7 @@ class Engine:
         )
 
     def _describe_cache(self) -> str:
-        cache = self._cache
+        cache = self.cache
         if isinstance(cache, DeviceCache):
             return f"{cache.tables.describe()}; prompts: {cache.describe_attention()}"
         if isinstance(cache, PagedCache):
@@ -194,12 +197,12 @@ class Engine:
             step = schedule()
         # Entered for each step: a generator that is suspended inside would leave its caller in inference mode.
         with span(PREFILL if step.batch.prefills else DECODE), torch.inference_mode():
-            return _Running(step, self._runner.launch(step))
+            return _Running(step, self.runner.launch(step))
 
     def _ahead(self, scheduler: Scheduler, running: "_Running") -> "_Running | None":
         """The step behind the running one, launched before that one's tokens are known, where it can be."""
         greedy = all(request.params.temperature == 0 for request in running.step.sampled)
-        if not self._runner.runs_ahead or not greedy or running.step.batch.prefills or self.groups.attn_dp.size > 1:
+        if not self.runner.runs_ahead or not greedy or running.step.batch.prefills or self.groups.attn_dp.size > 1:
             return None
         if not scheduler.may_go_ahead(running.step):
             return None
@@ -243,21 +246,21 @@ class Engine:
         longest = max((len(r.prompt) + r.params.max_new_tokens for r in requests), default=1)
         share = -(-len(requests) // self.groups.attn_dp.size)
         length, slots = min(longest, self.max_length), max(1, min(share, MAX_BATCH))
-        if self._runner.needs_device_cache:
-            self._cache = self._cache or self._device_cache()
-        elif self._cache is None or self._cache.max_length < length or self._cache.slots < slots:
-            self._cache = None
-            self._cache = self._host_cache(length, slots)
-        if length > self._cache.max_length:
+        if self.runner.needs_device_cache:
+            self.cache = self.cache or self._device_cache()
+        elif self.cache is None or self.cache.max_length < length or self.cache.slots < slots:
+            self.cache = None
+            self.cache = self._host_cache(length, slots)
+        if length > self.cache.max_length:
             raise ValueError(
-                f"a request may become {length} tokens long, the cache holds {self._cache.max_length} "
+                f"a request may become {length} tokens long, the cache holds {self.cache.max_length} "
                 f"({self._describe_cache()}); give it more tokens, or ask for fewer new ones"
             )
-        self._runner.use(self._cache)
-        return self._cache
+        self.runner.use(self.cache)
+        return self.cache
 
     def _host_cache(self, length: int, slots: int) -> KvCache:
-        shapes, dtype, device = self._cache_shapes, self.dtype, self.device
+        shapes, dtype, device = self.cache_shapes, self.dtype, self.device
         if self.cache_tokens is None:
             return SlotCache(shapes, slots=slots, max_length=length, dtype=dtype, device=device)
         pages = self.cache_tokens // paged.PAGE_SIZE
@@ -265,7 +268,7 @@ class Engine:
         return PagedCache(shapes, pages=pages, slots=slots, max_length=most, dtype=dtype, device=device)
 
     def _device_cache(self) -> DeviceCache:
-        shapes, dtype, most = self._cache_shapes, self.dtype, self.max_length
+        shapes, dtype, most = self.cache_shapes, self.dtype, self.max_length
         if self.cache_tokens is not None:
             pages = self.cache_tokens // device_cache.PAGE_SIZE
         else:

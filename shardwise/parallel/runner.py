@@ -53,11 +53,11 @@ class Runner:
         self._decoder, self._device = decoder, device
         self._on_gpu = device.type == "cuda" or path in KERNEL_PATHS
         self._reason, self._why = self._choose(path), ""
-        self._token_step: TokenStep | None = None
+        self.token_step: TokenStep | None = None
         if not self._on_gpu and path == "auto":
             self._why = token_step.reason_against(decoder)
-            self._token_step = None if self._why else TokenStep(decoder)
-        self._graphs: DecodeGraphs | None = None
+            self.token_step = None if self._why else TokenStep(decoder)
+        self.graphs: DecodeGraphs | None = None
         self._cache: KvCache | None = None
         self._path = path
 
@@ -89,7 +89,7 @@ class Runner:
         if not self._reason:
             if self._path == "fused":
                 return "fused step, kernel by kernel: asked for by name"
-            sizes = self._graphs.captured if self._graphs else ()
+            sizes = self.graphs.captured if self.graphs else ()
             return f"fused step in CUDA graphs (batch sizes captured: {', '.join(map(str, sizes)) or 'none yet'})"
         if self._on_gpu or self._path == "layers":
             return f"layer by layer: {self._reason}"
@@ -101,17 +101,17 @@ class Runner:
         """Run on this cache from now on."""
         if cache is self._cache:
             return
-        self._cache, self._graphs = cache, None
+        self._cache, self.graphs = cache, None
         if self.runs_ahead:
             assert isinstance(cache, DeviceCache)
             step = DecodeStep(self._decoder, cache, max_batch=cache.slots)
-            self._graphs = DecodeGraphs(step, max_batch=cache.slots, capture=self._path != "fused")
+            self.graphs = DecodeGraphs(step, max_batch=cache.slots, capture=self._path != "fused")
 
     def launch(self, step: Step) -> Launched:
         """Start a step; where it cannot run ahead, or its requests do not all choose greedily, finish it."""
         greedy = all(request.params.temperature == 0 for request in step.sampled)
-        if self._graphs is not None and step.batch.prefills == 0:
-            flight = self._graphs.launch(step.batch, step.sources)
+        if self.graphs is not None and step.batch.prefills == 0:
+            flight = self.graphs.launch(step.batch, step.sources)
             return flight if greedy else Known(self._sampled(self._decoder.head.finish(flight.logits), step.sampled))
         hidden = self._hidden(step.batch)
         if not step.sampled:  # a chunk of a prompt
@@ -123,8 +123,8 @@ class Runner:
     def _hidden(self, batch: Batch) -> Tensor:
         cache = self._cache
         assert cache is not None
-        if self._token_step is not None and batch.is_single_token and isinstance(cache, SlotCache):
-            return self._token_step(batch, cache)
+        if self.token_step is not None and batch.is_single_token and isinstance(cache, SlotCache):
+            return self.token_step(batch, cache)
         return self._decoder.hidden(batch, cache)
 
     def _sampled(self, logits: Tensor, requests: Sequence[Request]) -> list[int]:

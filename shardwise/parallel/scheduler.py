@@ -76,10 +76,6 @@ class Scheduler:
     def add(self, requests: Sequence[Request]) -> None:
         self.waiting.extend(requests)
 
-    @property
-    def has_work(self) -> bool:
-        return bool(self.waiting or self.running)
-
     def next_step(self) -> Step:
         """The next batch; the cache positions of its requests count as filled from here on."""
         shares = self._shares()

@@ -119,7 +119,7 @@ def step_of(config: str, tp: int, ep: int) -> DecodeStep:
     cache._processors = PROCESSORS
     step = DecodeStep(decoder, cache, max_batch=64)
     step.pdl = True
-    for layer in step._layers:
+    for layer in step.layers:
         if hasattr(layer.feed_forward, "pdl"):
             layer.feed_forward.pdl = True
     return step

@@ -75,8 +75,8 @@ def _logits(form, ids):
 
     size = current_groups().world.size
     engine = Engine("smollm2", plan("smollm2", tp=size), current_groups(), weights=form)
-    cache = SlotCache(engine._cache_shapes, slots=1, max_length=512, dtype=engine.dtype, device=engine.device)
-    token_step, head = engine._runner._token_step, engine._decoder.head
+    cache = SlotCache(engine.cache_shapes, slots=1, max_length=512, dtype=engine.dtype, device=engine.device)
+    token_step, head = engine.runner.token_step, engine.decoder.head
     assert token_step is not None
     rows = [
         head(token_step(Batch([Span(0, place, 1)], [token], engine.device), cache)) for place, token in enumerate(ids)
@@ -93,8 +93,8 @@ def _hidden_both_ways(ids):
     size = current_groups().world.size
     engine = Engine("smollm2", plan("smollm2", tp=size), current_groups(), weights="native")
     found = []
-    for step in (engine._runner._token_step, engine._decoder.hidden):
-        cache = SlotCache(engine._cache_shapes, slots=1, max_length=32, dtype=engine.dtype, device=engine.device)
+    for step in (engine.runner.token_step, engine.decoder.hidden):
+        cache = SlotCache(engine.cache_shapes, slots=1, max_length=32, dtype=engine.dtype, device=engine.device)
         for place, token in enumerate(ids):
             last = step(Batch([Span(0, place, 1)], [token], engine.device), cache)
         found.append(last.clone())

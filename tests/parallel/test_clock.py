@@ -99,7 +99,7 @@ def test_a_step_reads_dense_weights_the_chosen_experts_and_the_cache(shape, layo
 
     def body(engine):
         return step_bytes(
-            engine._decoder, made, engine.groups.world.rank, batch=2, context=8, cache_itemsize=4
+            engine.decoder, made, engine.groups.world.rank, batch=2, context=8, cache_itemsize=4
         ), engine.stats()
 
     for rank, (read, stats) in enumerate(on_ranks(path, layout, body)):

@@ -108,7 +108,7 @@ def test_greedy_tokens_equal_transformers(name, layout, tmp_path):
     def rank():
         engine = Engine(folder, made, current_groups(), **OPTIONS)
         found = tokens_of(engine), tokens_of(engine, PROMPTS[:1])
-        assert isinstance(engine._cache, DeviceCache)
+        assert isinstance(engine.cache, DeviceCache)
         return *found, engine.stats().decode
 
     for together, alone, path in run_threads(layout.world, rank, layout=layout):
@@ -132,7 +132,7 @@ def test_experts_that_stay_mxfp4_give_the_tokens_of_their_values(layout, prompts
 
     def rank():
         engine = Engine(folder, made, current_groups(), **OPTIONS)
-        assert isinstance(engine._decoder.layers[0].feed_forward.experts, PackedExperts)
+        assert isinstance(engine.decoder.layers[0].feed_forward.experts, PackedExperts)
         assert engine.stats().weights == "experts MXFP4, the rest float32"
         return tokens_of(engine, PROMPTS[chosen])
 
@@ -159,7 +159,7 @@ def test_steps_ahead_change_no_token_whatever_the_batching(llama, monkeypatch):
     monkeypatch.setattr("shardwise.parallel.engine.MAX_BATCH", 4)
     engine = fused(llama, cache_tokens=4 * 64)
     assert tokens_of(engine, prompts, params) == expected
-    assert sorted(engine._cache.tables.free) == list(range(4))
+    assert sorted(engine.cache.tables.free) == list(range(4))
 
 
 def test_a_stop_id_ends_an_answer_whose_next_step_was_under_way(llama):
@@ -179,7 +179,7 @@ def test_leaving_the_stream_with_a_step_under_way_leaves_a_working_engine(llama)
         if index == 4:
             break
     assert tokens_of(engine) == expected
-    assert len(engine._cache.tables.free) == 8
+    assert len(engine.cache.tables.free) == 8
 
 
 def test_sampled_tokens_equal_those_of_the_layers(llama):

@@ -45,7 +45,7 @@ def test_one_prompt_at_a_time_equals_transformers(folder, tp):
 
     def rank():
         own = Engine(folder, made, current_groups())
-        assert own._runner._token_step is not None
+        assert own.runner.token_step is not None
         return alone(own, PROMPTS, [SamplingParams(max_new_tokens=NEW_TOKENS)] * len(PROMPTS))
 
     expected = expected_tokens(folder)
@@ -58,7 +58,7 @@ def test_200_random_requests_do_not_depend_on_the_batching(engine, monkeypatch, 
     expected = alone(engine, prompts, params)
     monkeypatch.setattr(engine_module, "MAX_BATCH", batch)
     monkeypatch.setattr(engine_module, "STEP_TOKENS", step_tokens)
-    monkeypatch.setattr(engine, "_cache", None)
+    monkeypatch.setattr(engine, "cache", None)
     assert tokens(engine.generate(prompts, params)) == expected
 
 
@@ -67,10 +67,10 @@ def test_requests_that_share_pages_get_the_same_tokens(engine, monkeypatch, page
     # The longest request needs 3 pages of 16 tokens: with 3 or 5 pages, running requests have to give way to others.
     prompts, params = random_requests(60)
     expected = alone(engine, prompts, params)
-    monkeypatch.setattr(engine, "_cache", None)
+    monkeypatch.setattr(engine, "cache", None)
     monkeypatch.setattr(engine, "cache_tokens", pages * 16)
     assert tokens(engine.generate(prompts, params)) == expected
-    assert sorted(engine._cache.tables.free) == list(range(pages))
+    assert sorted(engine.cache.tables.free) == list(range(pages))
 
 
 @pytest.mark.parametrize("tp", [2, 3])
@@ -86,7 +86,7 @@ def test_pages_on_several_ranks_and_across_page_borders(folder, tp):
 
 
 def test_a_cache_too_small_for_one_request_is_refused(engine, monkeypatch):
-    monkeypatch.setattr(engine, "_cache", None)
+    monkeypatch.setattr(engine, "cache", None)
     monkeypatch.setattr(engine, "cache_tokens", 32)
     with pytest.raises(ValueError, match="may become 40 tokens long, the cache holds 32 .2 pages of 16 .*give it more"):
         engine.generate([[1] * 10], SamplingParams(max_new_tokens=30))
@@ -124,7 +124,7 @@ def test_a_stop_text_ends_the_answer_before_it(engine):
 
 @pytest.mark.parametrize("cache_tokens", [None, 64])
 def test_leaving_the_stream_early_leaves_a_working_engine(engine, monkeypatch, cache_tokens):
-    monkeypatch.setattr(engine, "_cache", None)
+    monkeypatch.setattr(engine, "cache", None)
     monkeypatch.setattr(engine, "cache_tokens", cache_tokens)
     params = SamplingParams(max_new_tokens=NEW_TOKENS)
     expected = tokens(engine.generate(PROMPTS, params))

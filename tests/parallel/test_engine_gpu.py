@@ -59,15 +59,15 @@ def step_logits(engine, prompt, tokens, cache):
     device, rows = engine.device, []
     with torch.inference_mode():
         assert cache.reserve(0, len(prompt) + len(tokens))
-        engine._decoder(Batch([Span(0, 0, len(prompt))], prompt, device), cache)
+        engine.decoder(Batch([Span(0, 0, len(prompt))], prompt, device), cache)
         for past, token in enumerate(tokens, len(prompt)):
             batch = Batch([Span(0, past, 1)], [token], device)
-            if engine._runner._graphs is None:
-                rows.append(engine._decoder(batch, cache)[0])
+            if engine.runner.graphs is None:
+                rows.append(engine.decoder(batch, cache)[0])
             else:
-                flight = engine._runner._graphs.launch(batch)
+                flight = engine.runner.graphs.launch(batch)
                 flight.tokens()
-                rows.append(engine._decoder.head.finish(flight.logits)[0].clone())
+                rows.append(engine.decoder.head.finish(flight.logits)[0].clone())
     return torch.stack(rows).cpu().double()
 
 
@@ -75,11 +75,11 @@ def relative_logits(folder, reference, **options) -> float:
     """Relative error of a bfloat16 engine's decode logits against a float32 engine's on the CPU."""
     prompt, tokens = PROMPTS[2], [5, 77, 201, 33, 8]
     cpu = engine_on(reference, device="cpu", decode="layers")
-    rows = SlotCache(cpu._cache_shapes, slots=1, max_length=64, dtype=torch.float32, device=torch.device("cpu"))
+    rows = SlotCache(cpu.cache_shapes, slots=1, max_length=64, dtype=torch.float32, device=torch.device("cpu"))
     expected = step_logits(cpu, prompt, tokens, rows)
     engine = engine_on(folder, dtype="bfloat16", **options)
     engine.generate([prompt], SamplingParams(max_new_tokens=2))
-    got = step_logits(engine, prompt, tokens, engine._cache)
+    got = step_logits(engine, prompt, tokens, engine.cache)
     return ((got - expected).norm() / expected.norm()).item()
 
 
@@ -113,7 +113,7 @@ def test_mixed_lengths_over_page_borders_in_a_tiny_cache_change_no_token(checkpo
     cpu = engine_on(folder, device="cpu")
     engine = engine_on(folder, dtype="float32", decode=path, cache_tokens=9 * 64)
     assert tokens_of(engine, prompts, params) == tokens_of(cpu, prompts, params)
-    assert len(engine._cache.tables.free) == 9
+    assert len(engine.cache.tables.free) == 9
 
 
 def test_a_prompt_longer_than_a_step_goes_on_over_its_cached_part(checkpoint, monkeypatch):

@@ -1,0 +1,147 @@
+"""The kernels of a fused decode step by kind, each with a launch for every layer, on inputs that stay.
+
+`decode_step.py` times them. Bytes are those that one launch must read.
+"""
+
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from shardwise.ops.attention.decode import fused_decode_attention
+from shardwise.ops.linear.decode import skinny_linear
+from shardwise.ops.moe.decode import expert_down, expert_up
+from shardwise.parallel.decode_moe import ExpertStep
+from shardwise.parallel.decode_step import DecodeStep, Layer
+from shardwise.parallel.decode_stream import SKINNY_ROWS, Product
+from shardwise.parallel.decoder import Decoder
+from shardwise.parallel.layers import GatedMlp
+from shardwise.parallel.moe import PackedExperts
+
+EPS = 1e-5
+Calls = list[Callable[[], object]]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of kernel: a launch for each layer, and the bytes that one reads."""
+
+    calls: Calls
+    nbytes: float
+
+
+def kinds(decoder: Decoder, step: DecodeStep, batch: int, context: int) -> dict[str, Kind]:
+    """By name, for `batch` sequences of `context` tokens; experts and the dense layer only where tokens are few."""
+    norm, dtype = decoder.first_norm.weight, step.cache.dtype
+    x = torch.randn(batch, len(norm), device=step.cache.device).to(dtype)
+    positions = torch.full((batch,), context, device=x.device, dtype=torch.int32)
+    group, residual = decoder.head.group, torch.randn_like(x)
+    found = _products(step, x, norm) | _attention(step, positions)
+    if batch <= SKINNY_ROWS and isinstance(decoder.layers[0].feed_forward, GatedMlp):
+        found |= _dense([layer.feed_forward for layer in decoder.layers], x, norm, step.pdl)
+    experts = [layer.feed_forward for layer in step.layers if isinstance(layer.feed_forward, ExpertStep)]
+    if experts and batch <= experts[0].most_few:
+        found |= _experts(experts, x, positions)
+    if group.size > 1:
+        sums = [partial(group.all_reduce_residual_rms_norm, x, residual, norm, EPS)] * len(step.layers)
+        found["all-reduce + residual + norm"] = Kind(sums, 2 * x.nbytes)
+    return found
+
+
+def _products(step: DecodeStep, x: Tensor, norm: Tensor) -> dict[str, Kind]:
+    first = step.layers[0]
+    inner = torch.randn(len(x), first.out.weight.shape[1], device=x.device).to(x.dtype)
+    return {
+        "qkv": Kind([_product(each.qkv, x, step.pdl, norm) for each in step.layers], first.qkv.weight.nbytes),
+        "out": Kind([_product(each.out, inner, step.pdl) for each in step.layers], first.out.weight.nbytes),
+        "head": Kind([_product(step.head, x, step.pdl)] * 2, step.head.weight.nbytes),
+    }
+
+
+def _product(product: Product, x: Tensor, pdl: bool, norm: Tensor | None = None) -> Callable[[], object]:
+    if len(x) > SKINNY_ROWS:
+        return partial(F.linear, x, product.weight, product.bias)
+    normed = {} if norm is None else {"norm_weight": norm, "eps": EPS}
+    return partial(skinny_linear, x, product.weight, bias=product.bias, pdl=pdl, **normed)
+
+
+def _attention(step: DecodeStep, positions: Tensor) -> dict[str, Kind]:
+    found, (batch,), context = {}, positions.shape, int(positions[0])
+    for name, windowed in (("attention", False), ("attention with a window", True)):
+        chosen = [(n, each) for n, each in enumerate(step.layers) if bool(each.mixer.masking.window) == windowed]
+        if chosen:
+            mixer = chosen[0][1].mixer
+            seen = min(context, mixer.masking.window or context)
+            nbytes = batch * seen * mixer.kv_heads * 2 * mixer.head_dim * step.cache.dtype.itemsize
+            found[name] = Kind([_attend(step, n, each, positions) for n, each in chosen], nbytes)
+    return found
+
+
+def _attend(step: DecodeStep, number: int, layer: Layer, positions: Tensor) -> Callable[[], object]:
+    mixer, cache, batch = layer.mixer, step.cache, len(positions)
+    return partial(
+        fused_decode_attention,
+        torch.randn(batch, layer.qkv.weight.shape[0], device=positions.device).to(cache.dtype),
+        *cache.pages(number),
+        cache.table,
+        positions,
+        layer.rope,
+        cache.workspace(mixer.heads, mixer.kv_heads, mixer.head_dim),
+        heads=mixer.heads,
+        slots=torch.arange(batch, device=positions.device, dtype=torch.int32),
+        splits=cache.splits(mixer.kv_heads, mixer.masking.window, batch),
+        scale=mixer.masking.scale,
+        q_norm=mixer.q_norm.weight if mixer.q_norm else None,
+        k_norm=mixer.k_norm.weight if mixer.k_norm else None,
+        sinks=mixer.masking.sinks,
+        window=mixer.masking.window,
+        pdl=step.pdl,
+    )
+
+
+def _dense(layers: list[GatedMlp], x: Tensor, norm: Tensor, pdl: bool) -> dict[str, Kind]:
+    products = [(Product.of(layer.gate_up), Product.of(layer.down)) for layer in layers]
+    gate_up, down = products[0]
+    wide = torch.randn(len(x), down.weight.shape[1], device=x.device).to(x.dtype)
+    options = {"norm_weight": norm, "eps": EPS, "gated": True, "pdl": pdl}
+    return {
+        "gate and up": Kind(
+            [partial(skinny_linear, x, g.weight, **options) for g, _ in products], gate_up.weight.nbytes
+        ),
+        "down": Kind([_product(d, wide, pdl) for _, d in products], down.weight.nbytes),
+    }
+
+
+def _experts(steps: list[ExpertStep], x: Tensor, positions: Tensor) -> dict[str, Kind]:
+    ups: Calls = []
+    downs: Calls = []
+    chosen = []
+    for step in steps:
+        experts = step.block.experts
+        biases = (getattr(experts, "up_gate_bias", None), getattr(experts, "down_bias", None))
+        inputs = x if isinstance(experts, PackedExperts) else x.float()
+        logits = torch.randn(len(x), len(step.slots), device=x.device)
+        args = (inputs, logits, step.slots, step.choice, experts.up_gate, step.gate)
+        up = partial(expert_up, *args, bias=biases[0], positions=positions, pdl=step.pdl)
+        routed = up()
+        ups.append(up)
+        downs.append(partial(expert_down, routed, experts.down, bias=biases[1], pdl=step.pdl))
+        chosen.append(int((routed.ids >= 0).sum()))
+    first, mean = steps[0], statistics.mean(chosen)
+    routers = [partial(skinny_linear, x, step.router, bias=step.bias, pdl=step.pdl) for step in steps]
+    return {
+        "router": Kind(routers, first.router.nbytes),
+        "experts up": Kind(ups, mean * _of_one(first.block.experts.up_gate)),
+        "experts down": Kind(downs, mean * _of_one(first.block.experts.down)),
+    }
+
+
+def _of_one(weight) -> float:
+    """Bytes of one expert's matrix."""
+    if hasattr(weight, "words"):
+        return (weight.words.nbytes + weight.scales.nbytes) / weight.words.shape[0]
+    return weight.nbytes / weight.shape[0]
