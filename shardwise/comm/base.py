@@ -118,6 +118,10 @@ class Communicator(ABC):
     def split(self, color: int, key: int | None = None) -> "Communicator":
         """Sub-group of the members with the same color, ordered by (key, rank). Called by every member."""
 
+    @abstractmethod
+    def split_known(self, colors: Sequence[int], keys: Sequence[int] | None = None) -> "Communicator":
+        """`split` where every rank knows the colors and keys of all ranks already; nothing is exchanged for them."""
+
     def accumulator(self, total: "Tensor") -> "Accumulator":
         """What adds sums over the group to `total`, without the copies of an all-reduce where the transport can."""
         from shardwise.comm.accumulate import Accumulator  # which needs torch

@@ -4,7 +4,6 @@ A transport implements the `_`-methods at the end of `Collective` on contiguous 
 the rest, so that shapes, ragged sizes, errors and records are the same everywhere.
 """
 
-import hashlib
 import os
 import pickle
 from abc import abstractmethod
@@ -15,12 +14,12 @@ import torch
 from torch import Tensor
 
 from shardwise import partition
-from shardwise.comm import arguments, compose, watch
+from shardwise.comm import arguments, compose, control, watch
 from shardwise.comm.arguments import as_bytes
 from shardwise.comm.base import STRATEGIES, CollectiveMismatch, CommError, Communicator
+from shardwise.comm.control import MESSAGE_BYTES
 from shardwise.comm.watch import FLIGHT, Deadlines
 
-FINGERPRINT_BYTES = 256
 ALONE = "one rank has no peers to talk to"
 _MULTICAST = "needs NVLink multicast, which is never used here; use AUTO, ONESHOT or TWOSHOT"
 UNUSABLE = {
@@ -52,15 +51,6 @@ def require_strategy(strategy: str) -> None:
     require_strategy_name(strategy)
     if strategy in UNUSABLE:
         raise CommError(f"strategy {strategy}: {UNUSABLE[strategy]}")
-
-
-def _fingerprint(call: str) -> bytes:
-    """`call` for comparison: as it is, or where it is too long (sizes of many ranks) its beginning and a digest."""
-    blob = call.encode()
-    if len(blob) <= FINGERPRINT_BYTES:
-        return blob
-    digest = f"... {hashlib.blake2b(blob, digest_size=8).hexdigest()}".encode()
-    return blob[: FINGERPRINT_BYTES - len(digest)] + digest
 
 
 class Collective(Communicator):
@@ -98,6 +88,11 @@ class Collective(Communicator):
 
     def __repr__(self) -> str:
         return f"<{self.transport} group {self.name}: rank {self.rank} of {self.size}>"
+
+    @property
+    def _settings(self) -> dict[str, Any]:
+        """What a group hands on to those made of it."""
+        return {"deadlines": self.deadlines, "check": self.check, "deterministic": self.deterministic}
 
     def why(self) -> str:
         """One line: what moves this group's bytes, and for what reason. The same on all ranks."""
@@ -222,10 +217,12 @@ class Collective(Communicator):
     def all_gather_object(self, value: Any) -> list[Any]:
         entry = self._begin("all_gather_object", (), "", "")
         blob = pickle.dumps(value)
-        frames = self._exchange(len(blob).to_bytes(8, "little") + blob[: FINGERPRINT_BYTES - 8])
-        counts = [int.from_bytes(frame[:8], "little") for frame in frames]
-        blobs = [frame[8:] for frame in frames]
-        if max(counts) > FINGERPRINT_BYTES - 8:
+        length = control.number(len(blob))
+        room = MESSAGE_BYTES - len(length)
+        messages = self._exchange(length + blob[:room])
+        counts = [control.numbers(message[: len(length)])[0] for message in messages]
+        blobs = [message[len(length) :] for message in messages]
+        if max(counts) > room:
             joined = torch.empty(sum(counts), dtype=torch.uint8, device="cpu")
             self._gather_control(torch.frombuffer(bytearray(blob), dtype=torch.uint8), joined, counts)
             blobs = [part.numpy().tobytes() for part in joined.split(counts)]
@@ -237,7 +234,6 @@ class Collective(Communicator):
         return self.split_known([c for c, _ in wanted], [k for _, k in wanted])
 
     def split_known(self, colors: Sequence[int], keys: Sequence[int] | None = None) -> "Collective":
-        """`split` where every rank knows the colors and keys of all ranks already."""
         if keys is None:
             keys = range(self.size)
         color = colors[self.rank]
@@ -251,14 +247,7 @@ class Collective(Communicator):
     def _alone(self, name: str) -> "Collective":
         from shardwise.comm.fake import FakeCommunicator  # which derives from this class
 
-        group = FakeCommunicator(
-            0,
-            (self._world_rank,),
-            name=name,
-            deadlines=self.deadlines,
-            check=self.check,
-            deterministic=self.deterministic,
-        )
+        group = FakeCommunicator(0, (self._world_rank,), name=name, **self._settings)
         group.reason = ALONE
         return group
 
@@ -298,14 +287,7 @@ class Collective(Communicator):
 
     def _compare(self, entry: list, details: tuple) -> None:
         """Check mode: no byte of the payload moves before all ranks have shown the same call."""
-        shape = tuple(entry[watch.SHAPE])
-        if entry[watch.OP] == "all_gather":  # the lengths on its dimension may differ; they stand in `sizes`
-            shape = tuple(-1 if i == details[0] else n for i, n in enumerate(shape))
-        call = (
-            f"#{entry[watch.SEQUENCE]} {entry[watch.OP]} shape={shape} dtype={entry[watch.DTYPE]} "
-            f"strategy={entry[watch.STRATEGY]} group={entry[watch.GROUP]} {details}"
-        )
-        calls = self._exchange(_fingerprint(call))
+        calls = self._exchange(control.fingerprint(control.call_text(entry, details)))
         for rank, other in enumerate(calls):
             if other != calls[0]:
                 raise self._fail(
@@ -363,14 +345,12 @@ class Collective(Communicator):
 
     def _exchange_sizes(self, sends: tuple[int, ...], recv_sizes: Sequence[int] | None) -> list[tuple[int, ...]]:
         """Row i: how many rows rank i sends to each member. `recv_sizes` serves the transport that has no peers."""
-        blob = b"".join(size.to_bytes(8, "little") for size in sends)
-        rows = self._exchange_long(blob)
-        return [tuple(int.from_bytes(row[i : i + 8], "little") for i in range(0, len(row), 8)) for row in rows]
+        return [control.numbers(row) for row in self._exchange_long(b"".join(map(control.number, sends)))]
 
     def _exchange_long(self, blob: bytes) -> list[bytes]:
-        """Equal-sized control messages of any length, through frames of `_exchange`."""
-        frames = [self._exchange(blob[i : i + FINGERPRINT_BYTES]) for i in range(0, len(blob), FINGERPRINT_BYTES)]
-        return [b"".join(frame[rank] for frame in frames) for rank in range(self.size)]
+        """Everyone's control message of any length, the same for all, in pieces that `_exchange` takes."""
+        pieces = [self._exchange(blob[i : i + MESSAGE_BYTES]) for i in range(0, len(blob), MESSAGE_BYTES)]
+        return [b"".join(piece[rank] for piece in pieces) for rank in range(self.size)]
 
     def _gather_control(self, source: Tensor, joined: Tensor, counts: Sequence[int]) -> None:
         """`_all_gather` for bytes on the CPU; a transport that moves only CUDA tensors overrides it."""
@@ -401,7 +381,7 @@ class Collective(Communicator):
 
     @abstractmethod
     def _exchange(self, blob: bytes) -> list[bytes]:
-        """Everyone's control message of at most FINGERPRINT_BYTES, in group order; lengths may differ."""
+        """Everyone's control message of at most MESSAGE_BYTES, in group order; lengths may differ."""
 
     @abstractmethod
     def _split(self, name: str, members: list[int], colors: list[int]) -> "Collective":

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from shardwise.comm import watch
 from shardwise.comm.collective import Collective
-from shardwise.comm.watch import Deadlines
 
 
 class FakeCommunicator(Collective):
@@ -22,21 +21,9 @@ class FakeCommunicator(Collective):
         self,
         rank: int = 0,
         ranks: Sequence[int] = (0,),
-        *,
-        name: str = "world",
-        deadlines: Deadlines | None = None,
-        check: bool | None = None,
-        deterministic: bool | None = None,
+        **options,
     ):
-        super().__init__(
-            rank=rank,
-            ranks=ranks,
-            transport="fake",
-            name=name,
-            deadlines=deadlines,
-            check=check,
-            deterministic=deterministic,
-        )
+        super().__init__(rank=rank, ranks=ranks, transport="fake", **options)
 
     def all_reduce(self, tensor: Tensor, *, out: Tensor | None = None, strategy: str = "AUTO") -> Tensor:
         if out is tensor and self.size == 1 and strategy == "AUTO" and self.broken is None:
@@ -78,9 +65,7 @@ class FakeCommunicator(Collective):
             members.index(self.rank),
             [self.ranks[i] for i in members],
             name=name,
-            deadlines=self.deadlines,
-            check=self.check,
-            deterministic=self.deterministic,
+            **self._settings,
         )
 
     def _abort(self, reason: str) -> None:

@@ -23,7 +23,8 @@ from shardwise.comm.arguments import starts
 from shardwise.comm.arrival import Arrivals, MessageArrivals, MissingRanks, SegmentArrivals, free_owned, owned
 from shardwise.comm.base import CollectiveTimeout, CommError, PeerLost
 from shardwise.comm.bootstrap import Rendezvous
-from shardwise.comm.collective import FINGERPRINT_BYTES, Collective
+from shardwise.comm.collective import Collective
+from shardwise.comm.control import FRAME_BYTES, framed, unframed
 
 PIECE = 1 << 28
 """Elements of one call: MPI counts are 32-bit integers."""
@@ -211,13 +212,10 @@ class MpiCommunicator(Collective):
         self._meet()
 
     def _exchange(self, blob: bytes) -> list[bytes]:
-        width = 8 + FINGERPRINT_BYTES
-        frame = bytearray(len(blob).to_bytes(8, "little") + blob.ljust(FINGERPRINT_BYTES, b"\0"))
-        frames = bytearray(width * self.size)
+        frames = bytearray(FRAME_BYTES * self.size)
         self._meet()
-        self.comm.Allgather([frame, self._mpi.BYTE], [frames, self._mpi.BYTE])
-        rows = [frames[i : i + width] for i in range(0, len(frames), width)]
-        return [bytes(row[8 : 8 + int.from_bytes(row[:8], "little")]) for row in rows]
+        self.comm.Allgather([framed(blob), self._mpi.BYTE], [frames, self._mpi.BYTE])
+        return unframed(frames)
 
     def _split(self, name: str, members: list[int], colors: list[int]) -> "MpiCommunicator":
         self._meet()
@@ -227,9 +225,7 @@ class MpiCommunicator(Collective):
             [self.ranks[i] for i in members],
             arrivals=self._arrivals.split(comm, members),
             name=name,
-            deadlines=self.deadlines,
-            check=self.check,
-            deterministic=self.deterministic,
+            **self._settings,
         )
         return group
 

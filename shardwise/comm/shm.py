@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from shardwise import partition
-from shardwise.comm import compose, direct, watch
+from shardwise.comm import compose, control, direct, watch
 from shardwise.comm.accumulate import Accumulator, SlotAccumulator
 from shardwise.comm.arguments import starts
 from shardwise.comm.base import CollectiveTimeout, CommError, PeerLost
@@ -196,8 +196,8 @@ class ShmCommunicator(Collective):
 
     def _addresses(self, *tensors: Tensor) -> list[list[int]]:
         """Where all ranks have each of their `tensors`; a round, after which they may be read."""
-        frames = self._exchange(b"".join(tensor.data_ptr().to_bytes(8, "little") for tensor in tensors))
-        return [[int.from_bytes(frame[i : i + 8], "little") for frame in frames] for i in range(0, len(frames[0]), 8)]
+        messages = self._exchange(b"".join(control.number(tensor.data_ptr()) for tensor in tensors))
+        return [list(each) for each in zip(*map(control.numbers, messages), strict=True)]
 
     def _pull(self, peer: int, address: int, into: Tensor) -> None:
         member = self.segment.members[peer]
@@ -347,9 +347,7 @@ class ShmCommunicator(Collective):
             [self.ranks[i] for i in members],
             reads_peers=self.reads_peers,
             name=name,
-            deadlines=self.deadlines,
-            check=self.check,
-            deterministic=self.deterministic,
+            **self._settings,
         )
 
     def _abort(self, reason: str) -> None:

@@ -283,7 +283,7 @@ def make_groups(world: Communicator, layout: "Grid | None" = None) -> Groups:
         if len(set(colors)) == 1:
             return world
         if members not in made:
-            made[members] = world.split_known(colors)  # type: ignore[attr-defined]
+            made[members] = world.split_known(colors)
         return made[members]
 
     return Groups(

@@ -16,7 +16,6 @@ from shardwise.comm import compose, watch
 from shardwise.comm.arguments import starts
 from shardwise.comm.base import CollectiveTimeout, CommError
 from shardwise.comm.collective import Collective
-from shardwise.comm.watch import Deadlines
 
 
 class Board:
@@ -80,21 +79,9 @@ class ThreadsCommunicator(Collective):
         board: Board,
         rank: int,
         ranks: Sequence[int],
-        *,
-        name: str = "world",
-        deadlines: Deadlines | None = None,
-        check: bool | None = None,
-        deterministic: bool | None = None,
+        **options,
     ):
-        super().__init__(
-            rank=rank,
-            ranks=ranks,
-            transport="threads",
-            name=name,
-            deadlines=deadlines,
-            check=check,
-            deterministic=deterministic,
-        )
+        super().__init__(rank=rank, ranks=ranks, transport="threads", **options)
         self._board = board
         self._step = 0
 
@@ -151,9 +138,7 @@ class ThreadsCommunicator(Collective):
             members.index(self.rank),
             [self.ranks[i] for i in members],
             name=name,
-            deadlines=self.deadlines,
-            check=self.check,
-            deterministic=self.deterministic,
+            **self._settings,
         )
 
     def _abort(self, reason: str) -> None:

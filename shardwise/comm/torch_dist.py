@@ -26,7 +26,8 @@ from shardwise.comm import compose, symmetric, watch
 from shardwise.comm.arguments import starts
 from shardwise.comm.base import CollectiveTimeout, CommError, PeerLost
 from shardwise.comm.bootstrap import Rendezvous, TorchStore
-from shardwise.comm.collective import FINGERPRINT_BYTES, Collective
+from shardwise.comm.collective import Collective
+from shardwise.comm.control import FRAME_BYTES, framed, unframed
 from shardwise.comm.symmetric import SymmetricMemory
 
 SLICE = timedelta(seconds=0.2)
@@ -148,8 +149,12 @@ class TorchDistCommunicator(Collective):
 
     def _library_failed(self, error: Exception) -> CommError:
         where = self._where(self._last_entry())
-        with contextlib.suppress(Exception):  # the store is gone when rank 0 is
+        try:
             self._look_for_abort()
+        except CommError as aborted:
+            return aborted
+        except RuntimeError:  # the store is gone when rank 0 is
+            pass
         if any(sign in str(error) for sign in LOST_SIGNS):
             return self._fail(PeerLost(f"{where}: a peer's connection broke, its process is gone: {error}"))
         return self._fail(CommError(f"{where}: {self.transport} failed: {error}"))
@@ -268,12 +273,9 @@ class TorchDistCommunicator(Collective):
     def _exchange(self, blob: bytes) -> list[bytes]:
         if self.control is not None:
             return self.control._exchange(blob)
-        width = 8 + FINGERPRINT_BYTES
-        mine = bytearray(len(blob).to_bytes(8, "little") + blob.ljust(FINGERPRINT_BYTES, b"\0"))
-        joined = torch.empty(width * self.size, dtype=torch.uint8, device="cpu")
-        self._all_gather(torch.frombuffer(mine, dtype=torch.uint8), joined, [width] * self.size)
-        frames = joined.view(self.size, width).numpy()
-        return [frame[8 : 8 + int.from_bytes(frame[:8].tobytes(), "little")].tobytes() for frame in frames]
+        joined = torch.empty(FRAME_BYTES * self.size, dtype=torch.uint8, device="cpu")
+        self._all_gather(torch.frombuffer(framed(blob), dtype=torch.uint8), joined, [FRAME_BYTES] * self.size)
+        return unframed(joined.numpy().tobytes())
 
     def _gather_control(self, source: Tensor, joined: Tensor, counts: Sequence[int]) -> None:
         (self.control or self)._all_gather(source, joined, counts)
@@ -293,9 +295,7 @@ class TorchDistCommunicator(Collective):
             ranks=ranks,
             control=control,
             name=name,
-            deadlines=self.deadlines,
-            check=self.check,
-            deterministic=self.deterministic,
+            **self._settings,
         )
 
     def _abort(self, reason: str) -> None:

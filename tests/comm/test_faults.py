@@ -8,7 +8,7 @@ import torch
 
 from shardwise.comm import watch
 from shardwise.comm.base import CollectiveMismatch, CollectiveTimeout, CommError
-from shardwise.comm.collective import FINGERPRINT_BYTES, _fingerprint
+from shardwise.comm.control import MESSAGE_BYTES, fingerprint
 from shardwise.comm.rank import current_groups
 from shardwise.comm.watch import Deadlines
 from shardwise.testing import run_processes, run_threads
@@ -151,6 +151,6 @@ def test_a_failure_dumps_the_flight_record(tmp_path, monkeypatch):
 
 def test_check_mode_sees_a_difference_behind_what_is_too_long_to_send():
     sizes = [1000] * 100
-    calls = [_fingerprint(f"all_gather {(*sizes, last)}") for last in (7, 8)]
-    assert len(calls[0]) == len(calls[1]) == FINGERPRINT_BYTES
+    calls = [fingerprint(f"all_gather {(*sizes, last)}") for last in (7, 8)]
+    assert len(calls[0]) == len(calls[1]) == MESSAGE_BYTES
     assert calls[0] != calls[1]

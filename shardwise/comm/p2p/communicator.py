@@ -54,10 +54,10 @@ class P2PCommunicator(Delegating):
         return group
 
     @classmethod
-    def or_beyond(cls, beyond: Collective, *, region_bytes: int | None = None) -> Collective:
+    def or_beyond(cls, beyond: Collective) -> Collective:
         """The group on these kernels where they run, else `beyond` itself with the reason."""
         try:
-            return cls.connect(beyond, region_bytes=region_bytes)
+            return cls.connect(beyond)
         except P2PUnavailable as error:
             return with_reason(beyond, str(error))
 

@@ -21,9 +21,7 @@ class Delegating(Collective):
             ranks=beyond.ranks,
             transport=transport,
             name=beyond.name,
-            deadlines=beyond.deadlines,
-            check=beyond.check,
-            deterministic=beyond.deterministic,
+            **beyond._settings,
         )
         self.beyond = beyond
         own_kernels = ("AUTO", "MIN_LATENCY", "ONESHOT", "TWOSHOT")

@@ -90,7 +90,7 @@ class Launcher:
         rows = _token_rows(x, residual, weight, out, residual_out)
         self._run(rows, tuning, x, residual, weight, out, residual_out, eps, weight_bias, True, launch)
 
-    def low_precision(self, x: Tensor, out: Tensor, *, launch: bool = True) -> None:
+    def low_precision(self, x: Tensor, out: Tensor) -> None:
         """out = sum of x over the ranks, each sent as e4m3 (fp8.py). Flat, bfloat16 or float16; `out` may be `x`."""
         row_values = FP8_LANES * fp8.LANE_VALUES
         limit = self.workspace.region_bytes // (FP8_LANES * fp8.LANE_CHUNKS * CHUNK_BYTES)
@@ -98,9 +98,9 @@ class Launcher:
             raise ValueError(f"region_bytes {self.workspace.region_bytes} is too small for strategy LOWPRECISION")
         for first in range(0, x.numel(), limit * row_values):
             part, target = (tensor[first : first + limit * row_values] for tensor in (x, out))
-            self._launch_fp8(part, target, -(-part.numel() // row_values), launch)
+            self._launch_fp8(part, target, -(-part.numel() // row_values))
 
-    def _launch_fp8(self, x: Tensor, out: Tensor, rows: int, launch: bool) -> None:
+    def _launch_fp8(self, x: Tensor, out: Tensor, rows: int) -> None:
         space = self.workspace
         places = (space.slots, space.counters, space.abort, space.records.data_ptr(), space.region_bytes)
         positional = (x, out, *places, self.deadline_ns, rows, x.numel())
@@ -117,8 +117,7 @@ class Launcher:
         }
         with space.on_device():
             compiled, resident = self._compiled(fp8.one_shot_fp8, positional, options, x.dtype)
-            if launch:
-                self._start(compiled, min(rows, resident, COUNTERS), positional, options)
+            self._start(compiled, min(rows, resident, COUNTERS), positional, options)
 
     def fits(self, x: Tensor, tuning: Tuning) -> bool:
         """True when a call can take at least one row of x [..., H]."""

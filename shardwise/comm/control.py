@@ -1,0 +1,52 @@
+"""Control messages between ranks: frames of one size, and the texts that check mode compares. Free of torch."""
+
+import hashlib
+
+from shardwise.comm import watch
+
+MESSAGE_BYTES = 256
+"""Longest message of one frame: a call's text, or the sizes of 32 ranks."""
+_LENGTH_BYTES = 8
+FRAME_BYTES = _LENGTH_BYTES + MESSAGE_BYTES
+
+
+def framed(message: bytes) -> bytearray:
+    """`message`, of at most MESSAGE_BYTES, behind its length: always FRAME_BYTES long."""
+    return bytearray(number(len(message)) + message.ljust(MESSAGE_BYTES, b"\0"))
+
+
+def unframed(frames: bytes | bytearray) -> list[bytes]:
+    """The messages of frames that lie one behind the other."""
+    rows = [frames[start : start + FRAME_BYTES] for start in range(0, len(frames), FRAME_BYTES)]
+    return [bytes(row[_LENGTH_BYTES:][: int.from_bytes(row[:_LENGTH_BYTES], "little")]) for row in rows]
+
+
+def number(value: int) -> bytes:
+    """A length or count on the wire."""
+    return value.to_bytes(_LENGTH_BYTES, "little")
+
+
+def numbers(blob: bytes) -> tuple[int, ...]:
+    """Those of a blob that holds several."""
+    starts = range(0, len(blob), _LENGTH_BYTES)
+    return tuple(int.from_bytes(blob[start : start + _LENGTH_BYTES], "little") for start in starts)
+
+
+def call_text(entry: list, details: tuple) -> str:
+    """A call as check mode compares it: what the flight record has of it, and `details` (dim, sizes, root, ...)."""
+    shape = tuple(entry[watch.SHAPE])
+    if entry[watch.OP] == "all_gather":  # the lengths on its dimension may differ; they stand in `sizes`
+        shape = tuple(-1 if i == details[0] else n for i, n in enumerate(shape))
+    return (
+        f"#{entry[watch.SEQUENCE]} {entry[watch.OP]} shape={shape} dtype={entry[watch.DTYPE]} "
+        f"strategy={entry[watch.STRATEGY]} group={entry[watch.GROUP]} {details}"
+    )
+
+
+def fingerprint(call: str) -> bytes:
+    """`call` for one frame: as it is, or where it is too long (sizes of many ranks) its beginning and a digest."""
+    blob = call.encode()
+    if len(blob) <= MESSAGE_BYTES:
+        return blob
+    digest = f"... {hashlib.blake2b(blob, digest_size=8).hexdigest()}".encode()
+    return blob[: MESSAGE_BYTES - len(digest)] + digest
