@@ -272,6 +272,3 @@ def collective_seconds(collective: Collective, plan: Plan, topology: Topology, t
     if collective.axis == "world" and collective.op != "all_reduce":
         crossing *= layout.attn_dp
     return link.latency_seconds + crossing / link.bandwidth_bytes_per_second
-
-
-__all__ = ["Estimate", "Memory", "StepTime", "Workload", "collective_seconds", "estimate", "fullest_rank", "memory_of"]

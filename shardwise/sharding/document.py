@@ -19,17 +19,17 @@ if TYPE_CHECKING:
 SCHEMA_VERSION = 1
 
 
-def document(plan: Plan, *, per_tensor: bool = False, cost: "Cost | None" = None) -> dict[str, Any]:
-    """The plan as JSON values. Tensors are patterns with a count; `per_tensor` lists every tensor on its own.
-
-    `cost`: (topology, workload, estimate) of `cost.estimate`, which then has its own field.
-    """
+def document(plan: Plan, *, per_tensor: bool = False) -> dict[str, Any]:
+    """The plan as JSON values. Tensors are patterns with a count; `per_tensor` lists every tensor on its own."""
     ranks = [{**_totals(plan, r), "tensors": list(_tensors(plan, r, per_tensor))} for r in range(plan.layout.world)]
-    return {**_head(plan, cost), "ranks": ranks}
+    return {**_head(plan, None), "ranks": ranks}
 
 
 def document_lines(plan: Plan, *, per_tensor: bool = False, cost: "Cost | None" = None) -> Iterator[str]:
-    """The text of `document`, line by line: one field, rank or tensor a line, never all tensors in memory at once."""
+    """The text of `document`, line by line: one field, rank or tensor a line, never all tensors in memory at once.
+
+    `cost`: (topology, workload, estimate) of `cost.estimate`, which then has its own field.
+    """
     yield "{"
     for key, value in _head(plan, cost).items():
         yield f' "{key}": {json.dumps(value)},'

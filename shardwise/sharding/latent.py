@@ -9,7 +9,7 @@ from shardwise.sharding.builder import Builder, Tensors
 from shardwise.sharding.spec import MlaAttention, Moe, Rope, Routing
 
 
-def mla(b: Builder, module: str, *, indexer: bool = False, interleaved: bool = True, **options: Any) -> MlaAttention:
+def mla(b: Builder, module: str, *, indexer: bool = False, **options: Any) -> MlaAttention:
     """Latent attention: the latent and its projections are whole on every rank, heads are cut."""
     c = b.config
     axis = LogicalAxis(Axis.Q_HEADS, c.integer("num_attention_heads"))
@@ -38,7 +38,7 @@ def mla(b: Builder, module: str, *, indexer: bool = False, interleaved: bool = T
         tensors += _indexer(
             b, f"{module}.indexer", index["index_heads"], index["index_head_dim"], q_rank or b.hidden_size
         )
-    rope = options.pop("rope", None) or latent_rope(b, rope_dim, interleaved)
+    rope = options.pop("rope", None) or latent_rope(b, rope_dim)
     return MlaAttention(
         tensors,
         q_axis=axis,
@@ -55,10 +55,10 @@ def mla(b: Builder, module: str, *, indexer: bool = False, interleaved: bool = T
     )
 
 
-def latent_rope(b: Builder, rope_dim: int, interleaved: bool) -> Rope:
-    """Rotation of the separate rope part of each head."""
+def latent_rope(b: Builder, rope_dim: int) -> Rope:
+    """Rotation of the separate rope part of each head, in neighbouring pairs."""
     base = b.rope(rope_dim, partial=1.0)
-    return Rope(theta=base.theta, dim=rope_dim, interleaved=interleaved, kind=base.kind, scaling=base.scaling)
+    return Rope(theta=base.theta, dim=rope_dim, interleaved=True, kind=base.kind, scaling=base.scaling)
 
 
 def yarn_scale(rope: Rope) -> float:

@@ -8,6 +8,8 @@ from shardwise.sharding.cutting import Grain, axes_of, grain_of, grains_of, larg
 from shardwise.sharding.plan import patterns_of
 from shardwise.sharding.spec import ModelSpec, TensorSpec
 
+SHOWN = 24
+"""Sizes of a list that the text names, before its last."""
 _MESHES = (MeshAxis.TP, MeshAxis.MOE_TP, MeshAxis.MOE_EP)
 
 
@@ -68,6 +70,5 @@ def legal_text(sizes: tuple[LegalSizes, ...]) -> str:
     return "\n".join(lines)
 
 
-def _list(numbers: tuple[int, ...], shown: int = 24) -> str:
-    rest = len(numbers) - shown
-    return ", ".join(map(str, numbers[:shown])) + (f", ... {numbers[-1]}" if rest > 0 else "")
+def _list(numbers: tuple[int, ...]) -> str:
+    return ", ".join(map(str, numbers[:SHOWN])) + (f", ... {numbers[-1]}" if len(numbers) > SHOWN else "")

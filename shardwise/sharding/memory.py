@@ -14,6 +14,7 @@ from shardwise.sharding.spec import (
     ModelSpec,
 )
 
+STATE_ITEMSIZE = 4
 ShareOf = Callable[[LogicalAxis], Share]
 
 
@@ -34,19 +35,20 @@ class CacheEntry:
         return self.layers * (-(-kept // self.tokens_per_entry) * self.token_bytes + self.sequence_bytes)
 
 
-def cache_entries(
-    model: ModelSpec, share_of: ShareOf, kv_itemsize: int = 2, state_itemsize: int = 4
-) -> tuple[CacheEntry, ...]:
-    """Cache of every kind of layer on the rank whose shares `share_of` gives. Convolution state has the KV type."""
+def cache_entries(model: ModelSpec, share_of: ShareOf, kv_itemsize: int) -> tuple[CacheEntry, ...]:
+    """Cache of every kind of layer on the rank whose shares `share_of` gives.
+
+    `kv_itemsize`: bytes of an element of keys, values and convolution states; recurrent states are float32.
+    """
     return tuple(
         entry
         for layer, numbers in model.layer_groups()
         for mixer in layer.mixers
-        for entry in _entries(mixer, len(numbers), share_of, kv_itemsize, state_itemsize)
+        for entry in _entries(mixer, len(numbers), share_of, kv_itemsize)
     )
 
 
-def _entries(mixer: Block, layers: int, share_of: ShareOf, kv: int, state: int) -> tuple[CacheEntry, ...]:
+def _entries(mixer: Block, layers: int, share_of: ShareOf, kv: int) -> tuple[CacheEntry, ...]:
     match mixer:
         case Attention():
             width = share_of(mixer.kv_axis).length * (mixer.head_dim + mixer.v_head_dim)
@@ -64,11 +66,11 @@ def _entries(mixer: Block, layers: int, share_of: ShareOf, kv: int, state: int) 
         case Mamba2():
             heads, groups = share_of(mixer.head_axis).length, share_of(mixer.group_axis).length
             channels = heads * mixer.head_dim + 2 * groups * mixer.state
-            size = heads * mixer.head_dim * mixer.state * state + channels * (mixer.conv_kernel - 1) * kv
+            size = heads * mixer.head_dim * mixer.state * STATE_ITEMSIZE + channels * (mixer.conv_kernel - 1) * kv
             return (CacheEntry(layers, sequence_bytes=size),)
         case GatedDelta():
             k, v = share_of(mixer.k_axis).length, share_of(mixer.v_axis).length
             channels = 2 * k * mixer.k_head_dim + v * mixer.v_head_dim
-            size = v * mixer.v_head_dim * mixer.k_head_dim * state + channels * (mixer.conv_kernel - 1) * kv
+            size = v * mixer.v_head_dim * mixer.k_head_dim * STATE_ITEMSIZE + channels * (mixer.conv_kernel - 1) * kv
             return (CacheEntry(layers, sequence_bytes=size),)
     return ()

@@ -18,7 +18,6 @@ def mtp_layers(
     module: str,
     *,
     first: int = 0,
-    count: int | None = None,
     base: str | None = None,
     names: Iterable[str] = MTP_NAMES,
     more: tuple[TensorSpec, ...] = (),
@@ -28,7 +27,7 @@ def mtp_layers(
     `module` is the prefix of the tensors of `like`, `base` the prefix that they have in the MTP part; `first` is the
     number of the first MTP layer there.
     """
-    count = config.integer("num_nextn_predict_layers", default=0, least=0) if count is None else count
+    count = config.integer("num_nextn_predict_layers", default=0, least=0)
     if not count:
         return
     base = base or module

@@ -9,10 +9,9 @@ from shardwise.sharding.shards import TensorPattern
 
 if TYPE_CHECKING:
     from shardwise.sharding.cost import Estimate, Workload
+    from shardwise.sharding.document import Cost
     from shardwise.sharding.search import SearchResult
     from shardwise.sharding.topology import Topology
-
-    Cost = tuple[Topology, Workload, Estimate]
 
 _STEP = ("weights", "cache", "compute", "communication", "launch")
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")

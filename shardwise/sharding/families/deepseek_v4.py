@@ -92,7 +92,7 @@ def _attention(b: Builder, c: Config, ratio: int) -> CompressedAttention:
         tensors += b.linear("index_q", f"{module}.indexer.wq_b", fixed(n * di), fixed(q_rank))
         tensors += b.linear("index_weights", f"{module}.indexer.weights_proj", fixed(n), b.hidden, plain=True)
         tensors += _compressor(b, f"{module}.indexer.compressor", "index_compress", ratio, di, 2)
-    rope = latent_rope(b, c.integer("qk_rope_head_dim"), interleaved=True)
+    rope = latent_rope(b, c.integer("qk_rope_head_dim"))
     theta = c.number("compress_rope_theta", default=rope.theta) if ratio else rope.theta
     return CompressedAttention(
         tensors,
