@@ -11,7 +11,6 @@ fullest rank once, at the rate at which all ranks together, one thread each, str
 import argparse
 import json
 import os
-import platform
 import statistics
 import sys
 import time
@@ -112,9 +111,9 @@ class TransformersPeer:
 
 
 def run(tp: int, tokens: int, rounds: int) -> dict:
-    import torch
     import transformers
 
+    from shardwise.launch.machine import machine_facts
     from shardwise.testing import run_processes
 
     program = f"{Path(__file__).stem}:"
@@ -129,8 +128,7 @@ def run(tp: int, tokens: int, rounds: int) -> dict:
             raise SystemExit("Shardwise and Transformers generate different tokens: the rates mean nothing")
     fullest = max(rank["weight_bytes"] for rank in ours[0]["ranks"])
     result = {
-        "machine": {"cpu": _cpu(), "cores": os.cpu_count(), "load": os.getloadavg()},
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        "machine": machine_facts() | {"load": os.getloadavg(), "transformers": transformers.__version__},
         "model": "SmolLM2-135M-Instruct, float32",
         "tp": tp,
         "tokens": tokens,
@@ -152,13 +150,6 @@ def _summary(runs: list[dict]) -> dict:
         "best": max(rates),
         "first_token_seconds": min(run["first_token_seconds"] for run in runs),
     }
-
-
-def _cpu() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    return next(
-        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor()
-    )
 
 
 def report(result: dict) -> str:

@@ -1,7 +1,6 @@
 """All-reduce on GPUs of one host, plain and fused with residual add and RMSNorm, beside its peers in the same run.
 
-    NCCL_NVLS_ENABLE=0 TORCH_SYMM_MEM_DISABLE_MULTICAST=1 NVSHMEM_DISABLE_NVLS=1 \
-        python3 -m torch.distributed.run --nproc-per-node WORLD benchmarks/gpu_all_reduce.py --json FILE
+    python3 -m torch.distributed.run --nproc-per-node WORLD benchmarks/gpu_all_reduce.py --json FILE
 
 Each time is that of one call among many captured in a CUDA graph: the median over replays, the slowest rank's (the
 loop of `shardwise bench comm`). Random bf16 data, several input sets in turn. NCCL reduces in place with AVG instead of
@@ -17,22 +16,19 @@ import statistics
 from collections.abc import Callable
 from datetime import timedelta
 
-for _name, _value in (
-    ("NCCL_NVLS_ENABLE", "0"),
-    ("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1"),
-    ("NVSHMEM_DISABLE_NVLS", "1"),
-):
-    os.environ.setdefault(_name, _value)
+from shardwise.launch import env
 
-import torch  # noqa: E402
-import torch.distributed as dist  # noqa: E402
+os.environ.update(env.NO_MULTICAST)
 
-from shardwise.comm import bench as measure  # noqa: E402
-from shardwise.comm.bench_peers import Peers, made  # noqa: E402
-from shardwise.comm.p2p import cuda, table  # noqa: E402
-from shardwise.comm.p2p.launch import Launcher  # noqa: E402
-from shardwise.comm.p2p.workspace import Workspace  # noqa: E402
-from shardwise.launch.machine import machine_facts  # noqa: E402
+import torch
+import torch.distributed as dist
+
+from shardwise.comm import bench as measure
+from shardwise.comm.bench_peers import Peers, made
+from shardwise.comm.p2p import cuda, table
+from shardwise.comm.p2p.launch import Launcher
+from shardwise.comm.p2p.workspace import Workspace
+from shardwise.launch.machine import machine_facts
 
 KIB, MIB = 1 << 10, 1 << 20
 PLAIN_BYTES = [KIB, 16 * KIB, 64 * KIB, 256 * KIB, MIB, 4 * MIB, 16 * MIB, 64 * MIB, 256 * MIB]

@@ -2,9 +2,9 @@
 
     python benchmarks/load_weights.py --gigabytes 16 --folder /dev/shm/weights
 
-Writes random weights (only as many layers as fill that many gigabytes), unless the folder holds them already. Each
-reading begins with the page cache in the same state: dropped where the file system lets it go, else full; the result
-says which.
+Writes random weights (only as many layers as fill that many gigabytes) into a folder of its own inside, unless that
+holds them already, and removes it at the end. Each reading begins with the page cache in the same state: dropped where
+the file system lets it go, else full; the result says which.
 """
 
 import argparse
@@ -43,7 +43,8 @@ def write_checkpoint(shape: Path, folder: Path, gigabytes: float) -> int:
     marker = folder / "model.safetensors.index.json"
     if marker.exists() and json.loads(marker.read_text())["metadata"]["total_size"] == total:
         return total
-    folder.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)  # of another size
+    folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config))
     files: list[list[tuple]] = [[]]
     held = 0
@@ -197,13 +198,14 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", type=Path, default=HERE / "shapes" / "llama-3.1-8b.json")
     parser.add_argument("--gigabytes", type=float, default=16.0)
-    parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("--folder", type=Path, required=True, help="where to make the folder of the files")
     parser.add_argument("--tp", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--keep", action="store_true", help="leave the files in the folder")
+    parser.add_argument("--keep", action="store_true", help="leave the files there")
     parser.add_argument("--json", type=Path)
     chosen = parser.parse_args()
+    chosen.folder = chosen.folder / f"shardwise-{chosen.shape.stem}"
     try:
         run(chosen)
     finally:

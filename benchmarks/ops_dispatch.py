@@ -9,13 +9,12 @@ check, with a mutated argument, and through `torch.library.custom_op` without an
 
 import argparse
 import json
-import os
-import platform
 import timeit
 from pathlib import Path
 
 import torch
 
+from shardwise.launch.machine import machine_facts
 from shardwise.ops.registry import Need, _define, _describe
 
 
@@ -78,9 +77,7 @@ def main() -> None:
         rows.append({"call": label, "us": min(times) / args.calls * 1e6})
         print(f"{label:28} {rows[-1]['us']:7.2f} µs")
     if args.json:
-        machine = {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count()}
-        machine |= {"python": platform.python_version(), "torch": torch.__version__}
-        args.json.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
+        args.json.write_text(json.dumps({"machine": machine_facts(), "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

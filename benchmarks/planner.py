@@ -55,7 +55,9 @@ def main() -> None:
         figures = ", ".join(f"{k} {v:.3g}" for k, v in row.items() if k != "what")
         print(f"{row['what']:60s} {figures}")
     if args.json:
-        machine = {"cores": os.cpu_count(), "python": sys.version.split()[0], "load": os.getloadavg()}
+        from shardwise.launch.machine import machine_facts
+
+        machine = machine_facts() | {"load": os.getloadavg()}
         args.json.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
 
 
