@@ -22,7 +22,7 @@ def choose_plan(pairs: int, experts: int, few: bool = False) -> Plan:
         return Plan(16, Tiles(256, 128, 8, 4, 1), Tiles(256, 64, 4, 4, 3, 4))
     if each <= 10:
         return Plan(16, _HALF if each <= 4 else _FULL, _FULL)
-    if each <= 20:
+    if each <= 40:
         return Plan(32, Tiles(256, 64, 4, 6, 2), Tiles(256, 64, 4, 6, 2))
     if each <= 72:
         return Plan(64, _WIDE, _WIDE, 32)
