@@ -4,7 +4,7 @@ from functools import cache
 from importlib.util import find_spec
 
 import pytest
-from families import FAMILIES
+from families import FAMILIES, NEAR_KIN
 from parity import parity, pytest_terminal_summary  # noqa: F401
 
 from shardwise.sharding.checkpoint.resolve import resolve
@@ -39,7 +39,7 @@ def checkpoint_of(tmp_path_factory):
 
     @cache
     def made(name: str):
-        model_type, fields = FAMILIES[name]
+        model_type, fields = {**FAMILIES, **NEAR_KIN}[name]
         folder = write(tmp_path_factory.mktemp("model"), model_type, **fields)
         return folder, expected_tokens(folder)
 

@@ -50,3 +50,31 @@ MOE_FAMILIES: dict[str, tuple[str, dict]] = {
     ),
 }
 FAMILIES |= MOE_FAMILIES
+ALTERNATING = dict(sliding_window=5, query_pre_attn_scalar=16)
+NEAR_KIN: dict[str, tuple[str, dict]] = {
+    "phi3": ("phi3", dict(pad_token_id=0, num_key_value_heads=2, head_dim=8)),
+    "gemma": ("gemma", {}),
+    "gemma2": (
+        "gemma2",
+        dict(**ALTERNATING, layer_types=["sliding_attention", "full_attention", "sliding_attention"]),
+    ),
+    "gemma3": (
+        "gemma3_text",
+        dict(**ALTERNATING, layer_types=["sliding_attention", "sliding_attention", "full_attention"]),
+    ),
+    "glm4_moe": (
+        "glm4_moe",
+        dict(
+            n_routed_experts=6,
+            n_shared_experts=1,
+            moe_intermediate_size=36,
+            num_experts_per_tok=2,
+            first_k_dense_replace=1,
+            n_group=2,
+            topk_group=1,
+            partial_rotary_factor=0.5,
+            use_qk_norm=True,
+        ),
+    ),
+}
+"""Fused tensors, norms after blocks, capped scores, grouped routing: in few layouts, which the others try out."""

@@ -3,7 +3,7 @@
 from functools import cache
 
 import pytest
-from families import FAMILIES, MOE_FAMILIES
+from families import FAMILIES, MOE_FAMILIES, NEAR_KIN
 from tiny import NEW_TOKENS, PROMPTS, generate
 
 from shardwise.sharding.layout import ParallelLayout
@@ -27,6 +27,7 @@ DATA_PARALLEL_LAYOUTS = [
 CASES = [(name, layout) for name in FAMILIES for layout in LAYOUTS]
 CASES += [(name, layout) for name in MOE_FAMILIES for layout in MOE_LAYOUTS + DATA_PARALLEL_LAYOUTS]
 CASES += [("llama", ParallelLayout(tp=2, attn_dp=2))]
+CASES += [(name, ParallelLayout(tp=n)) for name in NEAR_KIN for n in (1, 2)]
 
 
 @pytest.mark.parametrize(("name", "layout"), CASES, ids=str)
