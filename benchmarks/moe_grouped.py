@@ -7,7 +7,6 @@ is compiled; --build-peer compiles it first, which takes many minutes once. Floo
 """
 
 import argparse
-import sys
 from pathlib import Path
 
 from shardwise.launch.cli import bench_moe
@@ -16,7 +15,7 @@ RESULTS = Path(__file__).parent / "results" / "moe-grouped.json"
 LAYERS = ["qwen3-30b-a3b", "qwen3-30b-a3b-fp8", "mixtral-8x7b", "mixtral-8x7b-fp8"]
 
 
-def main() -> int:
+def main() -> None:
     """Measure the four layers and write the rows."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--build-peer", action="store_true", help="compile FlashInfer's module first")
@@ -26,8 +25,8 @@ def main() -> int:
         from shardwise.ops.moe.trtllm import build_cutlass_moe
 
         build_cutlass_moe()
-    return bench_moe.run(argparse.Namespace(layer=LAYERS, experts=None, tokens=None, json=args.json))
+    bench_moe.run(argparse.Namespace(layer=LAYERS, experts=None, tokens=None, json=args.json))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

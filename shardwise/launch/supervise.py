@@ -67,13 +67,13 @@ class Supervisor:
         if not self._ended:
             self.send({"command": "stop"})
             self.backend.wait(self.job.deadlines.stop)
-            self._end(signal.SIGTERM)
+            self._end()
             self._release(failed=False)
 
     def abort(self) -> None:
         """End everything at once, busy or not."""
         if not self._ended:
-            self._end(signal.SIGTERM)
+            self._end()
             self._release(failed=False)
 
     def __exit__(self, kind, error, trace) -> None:
@@ -104,7 +104,7 @@ class Supervisor:
             for event in self.next_events(end - time.monotonic() if end else None, "the job to end"):
                 on_event(event)
         self.backend.wait(self.job.deadlines.stop)
-        self._end(signal.SIGTERM)
+        self._end()
         self._release(failed=False)
         return [self.results[rank] for rank in range(self.job.world)]
 
@@ -188,7 +188,7 @@ class Supervisor:
             self._take(0.05)
         stacks = self._stacks_of_missing()
         died = dict(self._died)  # without those that we end now
-        self._end(signal.SIGTERM)
+        self._end()
         self._take(0.0)
         found = postmortem.failures(
             self.job,
@@ -216,7 +216,7 @@ class Supervisor:
         late = [rank for rank in range(self.job.world) if rank not in self.hub.hello]
         late = late or [rank for rank in range(self.job.world) if rank not in self.results]
         stacks = self._dump_stacks(late)
-        self._end(signal.SIGTERM)
+        self._end()
         self._raise(postmortem.stall(self.job, self.hub.hello, self.phases, late, stacks, seconds, waiting_for))
 
     def _stacks_of_missing(self) -> dict[int, str]:
@@ -246,11 +246,11 @@ class Supervisor:
         self._release(failed=True)
         raise JobFailed(text, cause, path)
 
-    def _end(self, signum: int) -> None:
+    def _end(self) -> None:
         """End what was started: ask, wait, kill. Ranks are hit only while (pid, start time) is still theirs."""
         if self.backend.running():
-            self.backend.signal(signum)
-            if not self.backend.wait(self.job.deadlines.stop if signum != signal.SIGKILL else 0.0):
+            self.backend.signal(signal.SIGTERM)
+            if not self.backend.wait(self.job.deadlines.stop):
                 self.backend.signal(signal.SIGKILL)
                 self.backend.wait(self.job.deadlines.stop)
         for hello in self.hub.hello.values() if self._hub else ():

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from shardwise.comm import watch
 from shardwise.comm.bootstrap import STORE_ENV
@@ -112,6 +112,15 @@ def context_here(info: RankInfo, payload: dict, on_event: Callable[[dict], None]
     return RankContext(info, payload, deadlines, Guard(info, folder), link=None, on_event=on_event)
 
 
+def run_here(info: RankInfo, body: Callable[[], object], *, debug: bool) -> NoReturn:
+    """`body` in the guard of this process, a rank that the user's own launcher started; then the process ends."""
+    keeper = Guard(info, guard.job_folder(info), debug=debug)
+    guard.bind_to_parent()
+    guard.report_crashes()
+    keeper.run(body)
+    leave()
+
+
 def resolve(target: str) -> Callable[[RankContext], Any]:
     """The function that `module:name` names. Raises ValueError when there is none."""
     module, _, name = target.partition(":")
@@ -129,7 +138,7 @@ def own_log(path: Path) -> None:
     os.close(descriptor)
 
 
-def leave() -> None:
+def leave() -> NoReturn:
     """End a rank that finished its work: MPI wants its farewell, nothing else is worth the wait."""
     with watch.phase("stop"):
         guard.farewell(Deadlines.from_environment().stop)

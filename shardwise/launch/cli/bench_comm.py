@@ -1,11 +1,9 @@
 """`shardwise bench comm`: collectives of a transport, beside its peers in the same run."""
 
 import argparse
-import json
 import re
-import sys
-from pathlib import Path
 
+from shardwise.launch.cli.output import add_json, table_stream, write_json
 from shardwise.launch.machine import machine_facts
 
 BODY = "shardwise.comm.bench:"
@@ -18,7 +16,7 @@ SWEEP = "1KiB,4KiB,16KiB,64KiB,256KiB,1MiB,4MiB,16MiB"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the verb."""
     parser.add_argument("--transport", default="auto", help="shm, gloo, mpi, nccl, p2p, flashinfer (default auto)")
-    parser.add_argument("--world", type=int, default=2, help="ranks to start (default 2)")
+    parser.add_argument("-n", "--world", type=int, default=2, help="ranks to start (default 2)")
     parser.add_argument("--sizes", type=sizes, default=sizes(SWEEP), help=f"payloads, default {SWEEP}")
     parser.add_argument("--op", default="all_reduce", help="operations, comma separated, or all (default all_reduce)")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16", "float64"])
@@ -27,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--peers", default="auto", help="gloo, mpi, nccl, symm_mem, flashinfer, none; default: all that run here"
     )
-    parser.add_argument("--json", nargs="?", const="-", metavar="FILE", help="JSON to FILE or standard output")
+    add_json(parser, "machine, reasons and rows")
     parser.add_argument("--why", action="store_true", help="say which transport and algorithm serve, and why")
     parser.add_argument(
         "--calibrate", metavar="FILE", help="write a topology file with this machine's measured link, for plan --device"
@@ -73,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
     if "all_reduce" in ops and args.world > 1:
         for peer in [peer for peer in peers if peer not in ON_CUDA]:
             rows += _peer(peer, payload, args.world, notes)
-    _print(rows, why if args.why else [], notes, sys.stderr if args.json == "-" else sys.stdout)
+    _print(rows, why if args.why else [], notes, table_stream(args.json))
     _write(args, rows, why)
     return 1 if any(row["wrong"] for row in rows) else 0
 
@@ -151,8 +149,7 @@ def _print(rows: list[dict], why: list[str], notes: list[str], out) -> None:
 
 def _write(args: argparse.Namespace, rows: list[dict], why: list[str]) -> None:
     if args.json is not None:
-        text = json.dumps({"machine": machine_facts(), "why": why, "rows": rows}, indent=1)
-        print(text) if args.json == "-" else Path(args.json).write_text(text + "\n")
+        write_json({"machine": machine_facts(), "why": why, "rows": rows}, args.json)
     if args.calibrate:
         _calibrate(args, [row for row in rows if not row["transport"].startswith("peer:")])
 

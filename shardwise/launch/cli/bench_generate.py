@@ -4,16 +4,16 @@ Starts the ranks itself, or runs inside ranks that torchrun or mpirun started.
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from shardwise.launch import env
 from shardwise.launch.cli import DONE, UsageError
-from shardwise.launch.cli.grid import add_forms, add_grid, require_folder, set_log_folder, tensor_parallel, write
+from shardwise.launch.cli.grid import add_forms, add_grid, set_log_folder, tensor_parallel
+from shardwise.launch.cli.output import add_json, require_folder, write_json
 from shardwise.launch.job import interruptible, run_job
 from shardwise.launch.progress import LoadProgress
 
@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     load.add_argument("--seed", type=int, default=0, metavar="S", help="of prompts and dummy weights (default 0)")
     out = parser.add_argument_group("output")
     out.add_argument("--trace", metavar="DIR", help="write a Chrome trace of each rank there, of a run of its own")
-    out.add_argument("--json", nargs="?", const="-", metavar="FILE", help="everything as one JSON object")
+    add_json(out, "everything")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
     require_folder(args.json)
     set_log_folder(args.log_dir)
     if within(info):
-        return _inside_rank(args, info, config, load)
+        _inside_rank(args, info, config, load)
     _check_fit(config, load)
     payload = {"model": asdict(config), "load": asdict(load), "trace": config.trace}
     options = {"address": args.ray_address, "device": args.device} if args.launcher == "ray" else {}
@@ -70,13 +70,8 @@ def run(args: argparse.Namespace) -> int:
     return DONE
 
 
-def _inside_rank(args: argparse.Namespace, info: "RankInfo", config: "ModelConfig", load: "Load") -> int:
-    from shardwise.launch import guard
-    from shardwise.launch.worker import context_here, leave
-
-    keeper = guard.Guard(info, guard.job_folder(info), debug=args.debug)
-    guard.bind_to_parent()
-    guard.report_crashes()
+def _inside_rank(args: argparse.Namespace, info: "RankInfo", config: "ModelConfig", load: "Load") -> NoReturn:
+    from shardwise.launch.worker import context_here, run_here
 
     def body() -> None:
         _check_fit(config, load)
@@ -92,9 +87,7 @@ def _inside_rank(args: argparse.Namespace, info: "RankInfo", config: "ModelConfi
         if info.rank == 0:
             _show(args, config, load, info.source, ranks)
 
-    keeper.run(body)
-    leave()
-    return DONE
+    run_here(info, body, debug=args.debug)
 
 
 def _listener(progress: LoadProgress) -> Callable[[dict], None]:
@@ -169,5 +162,4 @@ def _show(args: argparse.Namespace, config: "ModelConfig", load: "Load", launche
     }
     if args.json != "-":
         print(text(result))
-    if args.json:
-        write(json.dumps(result, indent=1), args.json)
+    write_json(result, args.json)

@@ -1,10 +1,9 @@
 """`shardwise bench ops`: operators timed on one GPU beside their peers and a plain copy of the same bytes."""
 
 import argparse
-import json
-import sys
-from pathlib import Path
 
+from shardwise.launch.cli import DONE, UsageError
+from shardwise.launch.cli.output import add_json, table_stream, write_json
 from shardwise.launch.machine import machine_facts
 
 
@@ -12,28 +11,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the verb."""
     parser.add_argument("--category", metavar="NAME", action="append", help="only this category; may be repeated")
     parser.add_argument("--full", action="store_true", help="the whole sweep of sizes instead of a few")
-    parser.add_argument("--json", nargs="?", const="-", metavar="FILE", help="JSON to FILE or standard output")
+    add_json(parser, "machine and rows")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure and print; 1 without a CUDA device, 2 for an unknown category."""
+    """Measure and print; ValueError without a CUDA device, UsageError for an unknown category."""
     import torch
 
     from shardwise.ops.bench import CATEGORIES
 
     unknown = [name for name in args.category or () if name not in CATEGORIES]
     if unknown:
-        print(f"shardwise bench ops: unknown category {unknown[0]}: choose of {', '.join(CATEGORIES)}", file=sys.stderr)
-        return 2
+        raise UsageError(f"unknown category {unknown[0]}: choose of {', '.join(CATEGORIES)}")
     if not torch.cuda.is_available():
-        print("shardwise bench ops: no CUDA device; `shardwise ops` tells what runs here", file=sys.stderr)
-        return 1
-    table = sys.stderr if args.json == "-" else sys.stdout
+        raise ValueError("no CUDA device; `shardwise ops` tells what runs here")
+    table = table_stream(args.json)
     rows = [row for name in args.category or CATEGORIES for row in _measure(CATEGORIES[name](args.full), name, table)]
     if args.json is not None:
-        text = json.dumps({"machine": machine_facts(), "rows": rows}, indent=1)
-        print(text) if args.json == "-" else Path(args.json).write_text(text + "\n")
-    return 0
+        write_json({"machine": machine_facts(), "rows": rows}, args.json)
+    return DONE
 
 
 def _measure(cases, category: str, table) -> list[dict]:

@@ -1,30 +1,22 @@
 """`shardwise doctor`: what this machine offers to a job, and what is wrong with it."""
 
 import argparse
-import json
-from pathlib import Path
 
 from shardwise.launch.cli import DONE, FAILED
+from shardwise.launch.cli.output import add_json, write_json
 from shardwise.launch.doctor import OK, Finding, examine, problems, to_json
 
 _MARKS = {"ok": " ", "note": "-", "warning": "!", "problem": "X"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--json", nargs="?", const="-", metavar="FILE", help="all findings as JSON, to FILE or standard output"
-    )
+    add_json(parser, "all findings")
 
 
 def run(args: argparse.Namespace) -> int:
     """0; 1 when something is broken."""
     findings = examine()
-    if args.json:
-        text = json.dumps(to_json(findings), indent=1)
-        if args.json == "-":
-            print(text)
-        else:
-            Path(args.json).write_text(text + "\n")
+    write_json(to_json(findings), args.json)
     if args.json != "-":
         print(table(findings))
     return FAILED if problems(findings) else DONE

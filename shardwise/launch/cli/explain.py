@@ -5,27 +5,22 @@ import json
 from pathlib import Path
 
 from shardwise.launch.cli import DONE
+from shardwise.launch.cli.output import add_json, write_json
 from shardwise.launch.failure import Failure, primary, read_all, report
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("path", metavar="PATH", help="a failure.json, or the folder of a failed job's logs")
     parser.add_argument("--trace", action="store_true", help="with the traceback or stacks of every rank")
-    parser.add_argument(
-        "--json", nargs="?", const="-", metavar="FILE", help="the cause and its victims as JSON, to FILE or stdout"
-    )
+    add_json(parser, "the cause and its victims")
 
 
 def run(args: argparse.Namespace) -> int:
     """0; ValueError for a file that is no failure report, FileNotFoundError for none."""
     cause = load(Path(args.path))
-    if args.json:
-        text = json.dumps(cause.to_json(), indent=1)
-        if args.json == "-":
-            print(text)
-            return DONE
-        Path(args.json).write_text(text + "\n")
-    print(_full(cause) if args.trace else report(cause, sentence=False))
+    write_json(cause.to_json(), args.json)
+    if args.json != "-":
+        print(_full(cause) if args.trace else report(cause, sentence=False))
     return DONE
 
 

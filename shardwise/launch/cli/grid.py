@@ -101,17 +101,3 @@ def tensor_parallel(args: argparse.Namespace, info: "RankInfo") -> int | None:
 def set_log_folder(folder: str | None) -> None:
     if folder is not None:
         os.environ[LOG_FOLDER_ENV] = str(Path(folder).absolute())
-
-
-def require_folder(target: str | None) -> None:
-    """UsageError for a --json FILE that could not be written: before the work, not when it is done."""
-    if target not in (None, "-") and not (folder := Path(str(target)).absolute().parent).is_dir():
-        raise UsageError(f"--json {target}: there is no folder {folder}")
-
-
-def write(text: str, target: str) -> None:
-    """To a file, or standard output for `-`."""
-    if target == "-":
-        print(text)
-    else:
-        Path(target).write_text(text + "\n")

@@ -1,11 +1,9 @@
 """`shardwise ops`: every operator, whether it runs on this machine, and if not, why and what to call instead."""
 
 import argparse
-import json
-import sys
-from pathlib import Path
 
-USAGE = 2
+from shardwise.launch.cli import DONE, UsageError
+from shardwise.launch.cli.output import add_json, write_json
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -13,28 +11,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--category", metavar="NAME", help="only this category, such as rope or moe")
     parser.add_argument("--backend", metavar="NAME", help="only this backend, such as torch or triton")
     parser.add_argument("--schema", action="store_true", help="print the full schemas too")
-    parser.add_argument("--json", nargs="?", const="-", metavar="FILE", help="JSON to FILE or standard output")
+    add_json(parser, "the operators")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the table; 2 for an unknown category or backend."""
+    """Print the table; UsageError for an unknown category or backend."""
     from shardwise.ops import operators
     from shardwise.ops.registry import BACKENDS, CATEGORIES
 
     for option, value, legal in (("category", args.category, CATEGORIES), ("backend", args.backend, BACKENDS)):
         if value is not None and value not in legal:
-            print(f"shardwise ops: --{option} {value}: choose one of {', '.join(legal)}", file=sys.stderr)
-            return USAGE
+            raise UsageError(f"--{option} {value}: choose one of {', '.join(legal)}")
     rows = [
         _row(info)
         for info in operators()
         if args.category in (None, info.category) and args.backend in (None, info.backend)
     ]
-    if args.json is not None:
-        _write_json(rows, args.json)
-    else:
+    write_json({"operators": rows}, args.json)
+    if args.json is None:
         _print_table(rows, args.schema)
-    return 0
+    return DONE
 
 
 def _row(info) -> dict:
@@ -49,14 +45,6 @@ def _row(info) -> dict:
         "schema": info.schema,
         "mutates": list(info.mutates),
     }
-
-
-def _write_json(rows: list[dict], target: str) -> None:
-    text = json.dumps({"operators": rows}, indent=1)
-    if target == "-":
-        print(text)
-    else:
-        Path(target).write_text(text + "\n")
 
 
 def _print_table(rows: list[dict], schemas: bool) -> None:

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING
 
 from shardwise.launch import env
 from shardwise.launch.cli import DONE, UsageError
-from shardwise.launch.cli.grid import add_forms, add_grid, require_folder, set_log_folder, tensor_parallel, write
+from shardwise.launch.cli.grid import add_forms, add_grid, set_log_folder, tensor_parallel
+from shardwise.launch.cli.output import add_json, require_folder, write_json
 from shardwise.launch.job import interruptible
 
 if TYPE_CHECKING:
-    from shardwise.comm.rank import RankInfo
     from shardwise.launch.llm import LLM
     from shardwise.parallel.results import TokenEvent
     from shardwise.parallel.sampler import SamplingParams
@@ -45,41 +45,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     text.add_argument("--ignore-eos", action="store_true", help="go on behind the model's own end of text")
     add_forms(text)
     text.add_argument("--trace", metavar="DIR", help="write a Chrome trace of each rank's first steps there")
-    text.add_argument("--json", nargs="?", const="-", metavar="FILE", help="the result as one JSON object")
+    add_json(text)
 
 
 def run(args: argparse.Namespace) -> int:
     """0; errors come out as exceptions. Nothing of torch is imported unless this process is itself a rank."""
+    from shardwise.launch.llm import within
+
     info = env.detect()
     tp = tensor_parallel(args, info)
     params = _sampling(args)
     texts = _prompts(args)
     require_folder(args.json)
     set_log_folder(args.log_dir)
-    if info.source != type(info)().source:
-        return _inside_rank(args, info, tp, params, texts)
+    if within(info):
+        from shardwise.launch.worker import run_here
+
+        run_here(info, lambda: _generate(args, tp, params, texts, speaks=info.rank == 0), debug=args.debug)
     with interruptible():
-        return _generate(args, tp, params, texts, speaks=True)
-
-
-def _inside_rank(
-    args: argparse.Namespace, info: "RankInfo", tp: int | None, params: "SamplingParams", texts: list[str]
-) -> int:
-    from shardwise.launch import guard
-
-    keeper = guard.Guard(info, guard.job_folder(info), debug=args.debug)
-    guard.bind_to_parent()
-    guard.report_crashes()
-    keeper.run(lambda: _generate(args, tp, params, texts, speaks=info.rank == 0))
-    from shardwise.launch.worker import leave
-
-    leave()
+        _generate(args, tp, params, texts, speaks=True)
     return DONE
 
 
 def _generate(
     args: argparse.Namespace, tp: int | None, params: "SamplingParams", texts: list[str], *, speaks: bool
-) -> int:
+) -> None:
     from shardwise.launch.llm import LLM
     from shardwise.launch.progress import LoadProgress
 
@@ -113,9 +103,8 @@ def _generate(
         result = _result(llm)
         if screen is not None:
             _show_figures(llm)
-        if speaks and args.json:
-            write(json.dumps(result, ensure_ascii=False, indent=1), args.json)
-    return DONE
+        if speaks:
+            write_json(result, args.json)
 
 
 def _result(llm: "LLM") -> dict:

@@ -1,0 +1,35 @@
+"""`--json [FILE]`, which every verb has: without FILE, or with -, JSON has standard output to itself."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any, TextIO
+
+from shardwise.launch.cli import UsageError
+
+
+def add_json(parser: "argparse.ArgumentParser | argparse._ArgumentGroup", what: str = "the result") -> None:
+    parser.add_argument(
+        "--json", nargs="?", const="-", metavar="FILE", help=f"{what} as JSON, to FILE or standard output"
+    )
+
+
+def require_folder(target: str | None) -> None:
+    """UsageError for a --json FILE that could not be written: before the work, not when it is done."""
+    if target not in (None, "-") and not (folder := Path(str(target)).absolute().parent).is_dir():
+        raise UsageError(f"--json {target}: there is no folder {folder}")
+
+
+def table_stream(target: str | None) -> TextIO:
+    """Where the text for people goes beside JSON."""
+    return sys.stderr if target == "-" else sys.stdout
+
+
+def write_json(value: Any, target: str | None) -> None:
+    """To a file, to standard output for `-`, nowhere for None."""
+    text = json.dumps(value, indent=1, ensure_ascii=False)
+    if target == "-":
+        print(text)
+    elif target is not None:
+        Path(target).write_text(text + "\n")
