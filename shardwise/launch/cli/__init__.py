@@ -3,7 +3,6 @@
 import argparse
 import contextlib
 import importlib
-import importlib.util
 import sys
 import traceback
 from collections.abc import Sequence
@@ -74,15 +73,10 @@ def _bench(words: list[str]) -> int:
 
 
 def _run_module(prog: str, module: str, description: str, words: list[str]) -> int:
-    name = f"{__name__}.{module}"
-    if importlib.util.find_spec(name) is None:
-        print(f"{prog}: this verb is not part of this installation", file=sys.stderr)
-        return USAGE
-    verb = importlib.import_module(name)
+    verb = importlib.import_module(f"{__name__}.{module}")
     parser = _Parser(prog=prog, description=description)
     verb.add_arguments(parser)
-    if "--debug" not in parser._option_string_actions:
-        parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks")
     return verb.run(parser.parse_args(words))
 
 
