@@ -60,10 +60,10 @@ class Ray(Backend):
             try:
                 _knock(self._address)
                 ray.init(address=self._address, **quiet)
-            except OSError:
+            except OSError as error:
                 raise ValueError(
-                    f"no Ray cluster answers at the address {self._address!r}: start one (ray start --head), or leave "
-                    "the address out and one is started for this job"
+                    f"no Ray cluster lets us in at the address {self._address!r} ({error}): start one "
+                    "(ray start --head), or leave the address out and one is started for this job"
                 ) from None
         else:
             ray.init(num_cpus=max(world, len(os.sched_getaffinity(0))), include_dashboard=False, **quiet)

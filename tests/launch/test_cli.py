@@ -16,6 +16,8 @@ from shardwise.launch.cli.run import _Screen
 from shardwise.launch.failure import Failure, write
 from shardwise.parallel.results import TokenEvent
 
+pytestmark = pytest.mark.alone
+
 
 def cli(*words: str, **more: str) -> subprocess.CompletedProcess:
     return subprocess.run(
@@ -93,7 +95,7 @@ def test_an_address_without_a_ray_cluster_is_one_sentence_within_seconds(capfd):
         address = f"127.0.0.1:{deaf.getsockname()[1]}"
         assert main(["run", "smollm2", "--tp", "2", "--launcher", "ray", "--ray-address", address]) == 1
     err = capfd.readouterr().err
-    assert err.startswith(f"shardwise: error: no Ray cluster answers at the address '{address}'")
+    assert err.startswith(f"shardwise: error: no Ray cluster lets us in at the address '{address}'")
     assert err.count("\n") == 1
 
 
