@@ -64,6 +64,17 @@ def rank_0_aborts(info, store, transport):
     return results
 
 
+def rank_1_aborts_and_is_gone(info, store):
+    """What rank 0 of a gloo group sees whose peer gave its reason and left before anybody looked for it."""
+    torch.set_num_threads(1)
+    group = create(info, transport="gloo", store=store, deadlines=Deadlines(collective=60))
+    group.all_reduce(torch.ones(4))
+    if info.rank == 1:
+        group.store.set("abort", b"rank 1 lost its files")
+        os.kill(os.getpid(), signal.SIGKILL)
+    return outcome(lambda: group.all_reduce(torch.ones(4)))
+
+
 def calls_differ(info, store, transport):
     """For every way in which two calls can differ, what this rank sees."""
     torch.set_num_threads(1)

@@ -109,6 +109,11 @@ def test_abort_unblocks_waiting_peers_in_sub_groups_too(transport):
         assert seconds < 15
 
 
+def test_the_reason_of_an_abort_outlives_the_connection():
+    kind, text, _, _ = run_processes(2, "fault_ranks:rank_1_aborts_and_is_gone", may_die=(1,))[0]
+    assert kind == "CommError" and "rank 1 lost its files" in text
+
+
 @pytest.mark.parametrize("transport", TRANSPORTS)
 def test_check_mode_names_both_calls(transport):
     results = run_processes(2, "fault_ranks:calls_differ", transport, mpi=transport == "mpi")
