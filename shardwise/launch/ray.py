@@ -24,12 +24,12 @@ _EXIT_CODE = re.compile(r"exit code[ =](\d+)", re.IGNORECASE)
 
 
 class Ray(Backend):
-    """Uses the Ray that this process is connected to, the cluster at `address`, or a new one on this host."""
+    """Uses the Ray that this process is connected to, the cluster at `address` or RAY_ADDRESS, or a new one here."""
 
     name = "ray"
 
     def __init__(self, address: str | None = None, device: str = "auto"):
-        self._address = address
+        self._address = address or os.environ.get("RAY_ADDRESS")
         self._device = device
         self._own_connection = False
         self._group: Any = None
@@ -66,7 +66,8 @@ class Ray(Backend):
                     "(ray start --head), or leave the address out and one is started for this job"
                 ) from None
         else:
-            ray.init(num_cpus=max(world, len(os.sched_getaffinity(0))), include_dashboard=False, **quiet)
+            cpus = max(world, len(os.sched_getaffinity(0)))
+            ray.init("local", num_cpus=cpus, include_dashboard=False, **quiet)  # also beside somebody else's cluster
         self._own_connection = True
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, handler)  # Ray puts one of its own there, which exits with code 15

@@ -11,13 +11,14 @@ from fault_jobs import fail, job_environment, start_parent, survivors
 
 from shardwise.launch.job import run_job
 
+pytestmark = pytest.mark.alone
 ray = pytest.importorskip("ray")
 
 
 @pytest.fixture(scope="module", autouse=True)
 def cluster():
     """One small cluster for all tests of this file; the launcher uses the connection that it finds."""
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     yield
     ray.shutdown()
 
