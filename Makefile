@@ -1,11 +1,12 @@
 # make demo   a real model answers a prompt, split over two processes on the CPU
-# make test   the whole suite
+# make test   the whole suite, by WORKERS processes
 #
 # TORCH_INDEX: an extra package index for torch, empty by default. On a machine without an NVIDIA GPU set it to
 # PyTorch's CPU wheel index to spare the download of CUDA libraries.
 
 PYTHON ?= python3
 VENV ?= .venv
+WORKERS ?= 2
 TORCH_INDEX ?=
 BIN := $(VENV)/bin
 GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -c GPU)
@@ -20,7 +21,7 @@ demo: $(VENV)/.run
 	$(BIN)/shardwise run smollm2 --tp 2 --device cpu --prompt "Name three primary colors."
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy shardwise

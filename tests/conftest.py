@@ -7,14 +7,21 @@ for CPU tensors; nothing chooses them for CPU tensors by itself.
 
 A kernel's fault breaks the CUDA context of its process and with it every later test; it is looked for after each test
 marked `gpu`, and the process ends there, so that the test is named and, under pytest-xdist, a new process goes on.
+
+Under pytest-xdist, a test marked `alone` has the machine to itself.
 """
 
+import contextlib
+import fcntl
 import importlib.util
 import os
 import sys
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
+from parity import parity, pytest_terminal_summary  # noqa: F401
 
 if not torch.cuda.is_available() and importlib.util.find_spec("triton") and "TRITON_INTERPRET" not in os.environ:
     os.environ["TRITON_INTERPRET"] = "1"
@@ -24,6 +31,28 @@ if not torch.cuda.is_available() and importlib.util.find_spec("triton") and "TRI
     triton.knobs.runtime.interpret = True
     triton.knobs.propagate_env = True
     del os.environ["TRITON_INTERPRET"]
+
+if not torch.cuda.is_available():
+    # Ranks are threads or processes here, more of them than cores: with several threads each they take twice as long.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_protocol(item):
+    """Take the test's share of the machine: all of it for one marked `alone`, else what one takes beside others."""
+    if not hasattr(item.config, "workerinput"):
+        return (yield)
+    folder = Path(tempfile.gettempdir())
+    with contextlib.ExitStack() as files:
+        gate, machine = (
+            files.enter_context((folder / f"shardwise-tests-{os.getuid()}.{name}").open("a+"))
+            for name in ("gate", "machine")
+        )
+        fcntl.lockf(gate, fcntl.LOCK_EX)  # while one waits to be alone, nobody else begins
+        fcntl.lockf(machine, fcntl.LOCK_EX if item.get_closest_marker("alone") else fcntl.LOCK_SH)
+        fcntl.lockf(gate, fcntl.LOCK_UN)
+        return (yield)
 
 
 @pytest.hookimpl(trylast=True)

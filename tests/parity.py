@@ -1,7 +1,7 @@
 """The table of token equality: which family generates Transformers' tokens, under which layout, over which transport.
 
-Tests enter what they compare; the table stands at the end of every run that has entries. A folder's conftest takes
-part by importing `parity` and `pytest_terminal_summary`.
+Tests enter what they compare; the table stands at the end of every run that has entries. `conftest.py` beside this file
+takes `parity` and `pytest_terminal_summary` from here.
 """
 
 import re
@@ -11,7 +11,6 @@ import pytest
 
 TRANSPORTS = {"threads": "t", "shm": "s", "gloo": "g", "mpi": "m", "nccl": "n", "p2p": "p", "single": "1"}
 KEY = "parity"
-SHOWN = pytest.StashKey[bool]()
 
 
 @pytest.fixture
@@ -24,10 +23,7 @@ def parity(record_property) -> Callable[[str, object, str], None]:
     return enter
 
 
-def pytest_terminal_summary(terminalreporter, config) -> None:
-    if config.stash.get(SHOWN, False):  # several conftests have this hook
-        return
-    config.stash[SHOWN] = True
+def pytest_terminal_summary(terminalreporter) -> None:
     cells: dict[tuple[str, str], dict[str, bool]] = {}
     for outcome in ("passed", "failed"):
         for report in terminalreporter.stats.get(outcome, ()):

@@ -5,6 +5,8 @@ import pytest
 
 from shardwise.testing import run_processes
 
+pytestmark = pytest.mark.alone
+
 
 @pytest.mark.parametrize(
     ("transport", "world", "options"),

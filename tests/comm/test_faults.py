@@ -13,6 +13,7 @@ from shardwise.comm.rank import current_groups
 from shardwise.comm.watch import Deadlines
 from shardwise.testing import run_processes, run_threads
 
+pytestmark = pytest.mark.alone
 TRANSPORTS = ("shm", "gloo", "mpi")
 
 

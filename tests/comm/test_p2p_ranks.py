@@ -4,6 +4,7 @@ import pytest
 
 from shardwise.testing import run_processes
 
+pytestmark = pytest.mark.alone
 pytest.importorskip("triton")
 ENV = {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
 

@@ -9,6 +9,7 @@ from fault_jobs import fail, job_environment, start_parent, survivors
 
 from shardwise.launch.job import run_job
 
+pytestmark = pytest.mark.alone
 LAUNCHERS = ("local", "torchrun", "mpi")
 BOUND = {"local": 10.0, "torchrun": 30.0, "mpi": 15.0}
 """Seconds from start to report; torchrun needs 2 to 3 to start at all, more on a busy machine."""

@@ -1,7 +1,6 @@
 """Ranks that these tests start run on the CPU, also on a machine with fewer GPUs than they have ranks."""
 
 import pytest
-from parity import parity, pytest_terminal_summary  # noqa: F401
 
 
 @pytest.fixture(scope="package", autouse=True)

@@ -11,6 +11,7 @@ from torch_watch import SWITCHES
 from shardwise.launch import env
 from shardwise.launch.job import run_job
 
+pytestmark = pytest.mark.alone
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 

@@ -5,7 +5,6 @@ from importlib.util import find_spec
 
 import pytest
 from families import FAMILIES, NEAR_KIN
-from parity import parity, pytest_terminal_summary  # noqa: F401
 
 from shardwise.sharding.checkpoint.resolve import resolve
 

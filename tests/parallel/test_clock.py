@@ -19,6 +19,7 @@ from shardwise.sharding.layout import ParallelLayout
 from shardwise.sharding.plan import plan
 from shardwise.testing import run_threads
 
+pytestmark = pytest.mark.alone
 NEW_TOKENS = 10
 PARAMS = SamplingParams(max_new_tokens=NEW_TOKENS, ignore_eos=True)
 
