@@ -2,7 +2,9 @@
 
 from functools import cache
 from importlib.util import find_spec
+from pathlib import Path
 
+import gguf
 import pytest
 from families import FAMILIES, NEAR_KIN
 
@@ -16,11 +18,25 @@ def smollm2_path():
     return resolve("smollm2")
 
 
+@cache
+def read_once(name: str):
+    return cache(getattr(gguf, name))
+
+
+def from_gguf(auto_class, path: Path, **options):
+    """What Transformers makes of a GGUF file. It reads the file's long header for each of its parts, and lists all
+    names that a tensor may have for each module; both take seconds and are done once here."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("GGUFReader", "get_tensor_name_map"):
+            patch.setattr(gguf, name, read_once(name))
+        return auto_class.from_pretrained(path.parent, gguf_file=path.name, **options)
+
+
 @pytest.fixture(scope="session")
 def transformers_tokenizer(smollm2_path):
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(smollm2_path.parent, gguf_file=smollm2_path.name)
+    return from_gguf(AutoTokenizer, smollm2_path)
 
 
 @pytest.fixture(scope="session")
@@ -28,7 +44,7 @@ def transformers_model(smollm2_path):
     import torch
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(smollm2_path.parent, gguf_file=smollm2_path.name, dtype=torch.float32)
+    return from_gguf(AutoModelForCausalLM, smollm2_path, dtype=torch.float32)
 
 
 @pytest.fixture(scope="session")
