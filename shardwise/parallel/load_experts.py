@@ -64,7 +64,7 @@ def _stacked(weights: Weights, block: spec.Moe, layer: int) -> tuple:
     """3-D tensors, gate and up in one; quantised ones always have [E, out, in]."""
     up_gate, down = (weights.linear(block, role, layer=layer) for role in ("gate_up", "down"))
     if block.transposed and "gate_up.scale" not in block.roles:
-        up_gate, down = up_gate.transpose(1, 2), down.transpose(1, 2).contiguous()
+        up_gate, down = (stored.transpose(1, 2).contiguous() for stored in (up_gate, down))
     gate_up_bias = weights.find(block, "gate_up.bias", layer=layer)
     return (
         _up_before_gate(up_gate, block.gate_up_interleaved),
@@ -75,8 +75,8 @@ def _stacked(weights: Weights, block: spec.Moe, layer: int) -> tuple:
 
 
 def _up_before_gate(both: Tensor, interleaved: bool) -> Tensor:
-    """[E, 2I, ...] with gate rows first, or gate and up rows in turn -> up rows first."""
-    if interleaved:
-        return torch.cat((both[:, 1::2], both[:, 0::2]), 1)
-    gate, up = both.chunk(2, dim=1)
-    return torch.cat((up, gate), 1)
+    """[E, 2I, ...] with gate rows first, or gate and up rows in turn -> up rows first. In place: no second copy."""
+    for expert in both:
+        gate, up = (expert[0::2], expert[1::2]) if interleaved else expert.chunk(2)
+        expert.copy_(torch.cat((up, gate)))
+    return both
