@@ -74,6 +74,16 @@ def test_a_prompt_fed_in_pieces_gives_the_whole_convolution(op):
 
 
 @needs_triton
+def test_a_block_is_no_shorter_than_the_inputs_that_it_needs():
+    batch = Batch((40, 3), 1, (1, 0, 2), (True, True))
+    args = samples_mamba.cached_conv_args("triton_cached_causal_conv1d", batch, 8, 20)(DEVICE)
+    expected, states = samples_mamba.cached_conv(batch, True)(*args)
+    OPS.triton_cached_causal_conv1d(*args)
+    torch.testing.assert_close(args[0].double().cpu(), expected, rtol=1e-5, atol=1e-5)
+    assert torch.equal(args[8].double().cpu(), states)
+
+
+@needs_triton
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_decode_tokens_that_share_a_program_are_convolved_alone(monkeypatch, dtype):
     batch = Batch((), 5, (2, -1, 0, 6, 3), ())

@@ -72,12 +72,13 @@ def nothing(input, weight, *_args) -> None:
 
 
 def block_rows(one: ConvBatch) -> int:
-    """Tokens of a prefill block: as many as leave 2^16 threads of eight channels to the device, 16 to 128.
+    """Tokens of a prefill block: as many as leave 2^16 threads of eight channels to the device, 16 to 128, and no fewer
+    than a block needs from its predecessor alone.
 
     A block moves K - 1 rows thrice beside its own rows twice; fewer threads do not fill the memory's queues.
     """
     threads = one.batch.prefill_tokens * one.channels // 8
-    return 1 << min(max((threads >> 17).bit_length(), 4), 7)
+    return max(1 << min(max((threads >> 17).bit_length(), 4), 7), one.K - 1)
 
 
 def halo(one: ConvBatch, rows: int) -> Tensor:
