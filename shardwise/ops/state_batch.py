@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from shardwise.ops.attention.batch import Batch
-from shardwise.ops.triton_support import multiprocessors
+from shardwise.ops.triton_support import multiprocessors, tl, triton
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,15 @@ def prefill_bounds(op: str, batch: Batch, cu_seqlen: torch.Tensor | None) -> lis
             f"of {batch.prefill} sequences"
         )
     return bounds
+
+
+@triton.jit
+def load_bounds(pointers, mask, tokens):
+    """Entries of cu_seqlen as numbers from 0 to `tokens`, which they are where it was made well; 0 where masked.
+
+    Kernels cannot refuse what they find in device memory, so that whatever stands there must lead to tokens.
+    """
+    return tl.minimum(tl.maximum(tl.load(pointers, mask=mask, other=0), 0), tokens)
 
 
 def check_counts(

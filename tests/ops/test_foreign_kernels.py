@@ -118,7 +118,7 @@ def test_flashinfer_decode_gets_what_it_demands(monkeypatch, limit, name):
 def mamba_flashinfer_prefill(monkeypatch, args):
     """Prefill by the reference, so that this test also runs where Triton is missing."""
 
-    def prefill(one, batch, bounds, resumes, *_pieces):
+    def prefill(_op, one, batch, bounds, resumes, *_pieces):
         first = batch.prefill_tokens
         info = torch.tensor([batch.prefill, first, 0])
         tokens = [t.flatten(0, 1)[None, :first] for t in (one.x, one.B, one.C, one.dt)]

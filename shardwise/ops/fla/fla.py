@@ -77,10 +77,10 @@ def _cached(op, q, k, v, g, beta, batch_info_host, cu_seqlen, slot_idx, use_init
         make = torch.empty_like if batch.tokens == tokens else torch.zeros_like
         out = make(v, memory_format=torch.contiguous_format)
     else:
-        one = Prefill(op, batch, tokens, cu_seqlen, slots, use_initial_states, cache)
+        one = Prefill(op, batch, tokens, cu_seqlen.contiguous(), slots, use_initial_states.contiguous(), cache)
         rows = [t.reshape(1, tokens, *t.shape[2:]) for t in (q, k, v, beta)]
         gate = None if g is None else g.reshape(1, tokens, -1)
-        o, final = _chunked(rows[0], rows[1], rows[2], gate, rows[3], scale, one.states(), one.bounds, one.chunks())
+        o, final = _chunked(rows[0], rows[1], rows[2], gate, rows[3], scale, one.states(), *one.chunks())
         out = o.to(v.dtype).contiguous().view(v.shape)
         one.finish(out, final)
     if batch.decode:
@@ -103,8 +103,9 @@ def fla_cached_delta_rule(
 ) -> torch.Tensor:
     """`torch_cached_delta_rule` by fla's chunked kernels for the prefill tokens and our own step for decode.
 
-    Nothing is synchronised: a slot outside the cache counts as -1, and cu_seqlen, which must ascend from 0 to the
-    prefill tokens, is trusted. Shapes and counts that contradict each other raise ValueError, a dtype that fla does not
+    Nothing is synchronised: a slot outside the cache counts as -1. fla gets cu_seqlen clamped to the prefill tokens and
+    made to ascend: one that does not ascend from 0 to them gives wrong values for prefill sequences, never an access
+    outside of the tensors. Shapes and counts that contradict each other raise ValueError, a dtype that fla does not
     take TypeError.
     """
     rest = (batch_info_host, cu_seqlen, slot_idx, use_initial_states, delta_cache, scale)

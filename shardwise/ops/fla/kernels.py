@@ -1,5 +1,6 @@
 """Triton kernels around fla's: states in and out of the cache, chunks of several sequences, the decode step."""
 
+from shardwise.ops.state_batch import load_bounds
 from shardwise.ops.triton_support import tl, triton
 
 
@@ -67,24 +68,38 @@ def store_states_kernel(
     tl.store(row + k[:, None] * cache_k + v[None, :], state, mask=inside)
 
 
-@triton.jit(do_not_specialize=["sequences", "chunks"])
+@triton.jit
+def larger(a, b):
+    """The maximum of two, for scans."""
+    return tl.maximum(a, b)
+
+
+@triton.jit(do_not_specialize=["sequences", "tokens", "chunks"])
 def chunks_kernel(
     bounds_ptr,
+    safe_ptr,
     chunk_ptr,
     sequences,
+    tokens,
     chunks,
     CHUNK: tl.constexpr,
     SEQUENCES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """(sequence, chunk of that sequence) of every chunk [chunks, 2].
+    """The bounds made to ascend within the prefill tokens [sequences + 1], which fla trusts them to and good ones do;
+    (sequence, chunk of that sequence) of every chunk [chunks, 2].
 
     There is room for as many as there can be; what is left over names a chunk behind the end of the last sequence that
     has tokens, in which fla's kernels find none.
     """
     i, j = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, SEQUENCES)
-    low = tl.load(bounds_ptr + j, mask=j < sequences, other=0)
-    high = tl.load(bounds_ptr + j + 1, mask=j < sequences, other=0)
+    first = load_bounds(bounds_ptr, True, tokens)
+    low = tl.associative_scan(load_bounds(bounds_ptr + j, j < sequences, tokens), 0, larger)
+    high = tl.associative_scan(load_bounds(bounds_ptr + j + 1, j < sequences, tokens), 0, larger)
+    high = tl.maximum(high, first)
+    if tl.program_id(0) == 0:
+        tl.store(safe_ptr, first)
+        tl.store(safe_ptr + j + 1, high, mask=j < sequences)
     ends = tl.cumsum(tl.cdiv(high - low, CHUNK), axis=0)
     done = (ends[None, :] <= i[:, None]) & (j < sequences)[None, :]
     sequence = tl.sum(done.to(tl.int32), axis=1)

@@ -47,10 +47,6 @@ class Prefill(NamedTuple):
         """One sequence has all tokens: fla needs no bounds."""
         return self.batch.prefill == 1 and self.batch.prefill_tokens == self.tokens
 
-    @property
-    def bounds(self) -> Tensor | None:
-        return None if self.alone else self.cu_seqlen[: self.batch.prefill + 1]
-
     def _fixed(self) -> tuple:
         return *self.cache.stride()[:3], *self.cache.shape[1:], _COPY_ROWS, _power(self.cache.shape[3])
 
@@ -69,17 +65,18 @@ class Prefill(NamedTuple):
         _launch_load(cache.device, self._grid(), pointers, (cache.shape[0],), self._fixed(), warps=4)
         return state
 
-    def chunks(self) -> Tensor | None:
-        """(sequence, chunk) of every chunk, int32 [at least as many as there are, 2]."""
+    def chunks(self) -> tuple[Tensor | None, Tensor | None]:
+        """Bounds that fla can trust, [sequences + 1]; (sequence, chunk) of every chunk, int32 [chunks or more, 2]."""
         if self.alone:
-            return None
-        sequences = self.batch.prefill
-        count = min(self.batch.prefill_tokens, -(-self.batch.prefill_tokens // CHUNK) + sequences - 1)
-        chunks = torch.empty((count, 2), dtype=torch.int32, device=self.cache.device)
+            return None, None
+        sequences, tokens, device = self.batch.prefill, self.batch.prefill_tokens, self.cache.device
+        count = min(tokens, -(-tokens // CHUNK) + sequences - 1)
+        bounds = torch.empty(sequences + 1, dtype=self.cu_seqlen.dtype, device=device)
+        chunks = torch.empty((count, 2), dtype=torch.int32, device=device)
         fixed = CHUNK, max(_power(sequences), 2), 128
         grid = -(-count // 128), 1, 1
-        _launch_chunks(chunks.device, grid, (self.cu_seqlen, chunks), (sequences, count), fixed, warps=4)
-        return chunks
+        _launch_chunks(device, grid, (self.cu_seqlen, bounds, chunks), (sequences, tokens, count), fixed, warps=4)
+        return bounds, chunks
 
     def finish(self, out: Tensor, final: Tensor) -> None:
         """Final states into the cache; zeros for tokens without a state and for padding, in `out` [.., HV, V]."""

@@ -2,6 +2,8 @@
 
 from torch import Tensor
 
+from shardwise.ops.attention.batch import Batch
+
 
 def check_ssm(
     op: str, hidden_states: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, dt: Tensor, dt_bias: Tensor,
@@ -30,6 +32,20 @@ def check_ssm(
     ):
         return
     raise ValueError(f"{op}: {_complaint(hidden_states, A, B, C, D, dt, dt_bias, time_step_limit, chunk_size, cache)}")
+
+
+def check_pieces(op: str, batch: Batch, bounds: Tensor, index: Tensor, offset: Tensor, owner: Tensor) -> None:
+    """Raises ValueError when metadata of prefill sequences is too short for these; what it holds is not looked at."""
+    for name, tensor, least in (
+        ("cu_seqlen", bounds, batch.prefill + 1),
+        ("chunk_offsets", offset, index.numel()),
+        ("seq_idx_prefill", owner, batch.prefill_tokens),
+    ):
+        if tensor.numel() < least:
+            raise ValueError(
+                f"{op}: {name} has {tensor.numel()} entries; {batch.prefill} sequences, {batch.prefill_tokens} tokens "
+                f"and {index.numel()} pieces need {least}"
+            )
 
 
 def _complaint(hidden_states, A, B, C, D, dt, dt_bias, time_step_limit, chunk_size, cache) -> str:

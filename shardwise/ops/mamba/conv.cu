@@ -19,7 +19,7 @@ struct Args {
   const bool* resumes;
   void* cache;
   void* halo;  // [blocks, K - 1, C]
-  int64_t x_t, x_c, cache_slot, cache_c, cache_k, slot_count;
+  int64_t x_t, x_c, cache_slot, cache_c, cache_k, slot_count, tokens;  // tokens: of prefill
   int32_t channels, sequences, rows, blocks;  // blocks: tokens in decode
   int32_t wide_bounds, wide_slots, silu, together;  // together: tokens of a decode thread, 1, 2 or 4
 };
@@ -29,6 +29,11 @@ constexpr int kGroup = 4;
 
 __device__ int64_t index_at(const void* data, int wide, int64_t i) {
   return wide ? static_cast<const int64_t*>(data)[i] : static_cast<const int32_t*>(data)[i];
+}
+
+// A bound of sequence i, which no content of `bounds` leads out of the prefill tokens.
+__device__ int64_t bound_at(const Args& a, int64_t i) {
+  return max(int64_t(0), min(index_at(a.bounds, a.wide_bounds, i), a.tokens));
 }
 
 template <typename T, int V>
@@ -70,8 +75,7 @@ __device__ Block find_block(const Args& a, int64_t block) {
     for (int base = 0; base < a.sequences; base += 32) {
       int i = base + threadIdx.x;
       int64_t count = 0;
-      if (i < a.sequences)
-        count = (index_at(a.bounds, a.wide_bounds, i + 1) - index_at(a.bounds, a.wide_bounds, i) + a.rows - 1) / a.rows;
+      if (i < a.sequences) count = max(int64_t(0), bound_at(a, i + 1) - bound_at(a, i) + a.rows - 1) / a.rows;
       int64_t sum = count;
       for (int step = 1; step < 32; step *= 2) {
         int64_t other = __shfl_up_sync(~0u, sum, step);
@@ -89,8 +93,8 @@ __device__ Block find_block(const Args& a, int64_t block) {
     if (threadIdx.x == 0) {
       found.sequence = sequence;
       found.local = (block - before) * a.rows;
-      found.start = sequence < a.sequences ? index_at(a.bounds, a.wide_bounds, sequence) : 0;
-      found.end = sequence < a.sequences ? index_at(a.bounds, a.wide_bounds, sequence + 1) : 0;
+      found.start = sequence < a.sequences ? bound_at(a, sequence) : 0;
+      found.end = sequence < a.sequences ? bound_at(a, sequence + 1) : 0;
     }
   }
   __syncthreads();

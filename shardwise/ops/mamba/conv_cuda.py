@@ -13,8 +13,8 @@ from shardwise.ops.registry import CUDA, NVCC, operator
 
 _OP = "cuda_cached_causal_conv1d"
 _TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-# The struct Args of conv.cu: eight pointers, six int64, eight int32.
-_ARGS = struct.Struct("8P6q8i")
+# The struct Args of conv.cu: eight pointers, seven int64, eight int32.
+_ARGS = struct.Struct("8P7q8i")
 # Tokens that a decode thread takes, and the least batch for it: they share one reading of the weights, which at two is
 # a quarter of all that a step moves.
 TOGETHER = {4: 256, 2: 128, 1: 0}
@@ -52,7 +52,8 @@ def cuda_cached_causal_conv1d(
     if batch.prefill_tokens:
         rows = block_rows(one)
         saved = halo(one, rows)
-        pointers = one.bounds.data_ptr(), one.slots.data_ptr(), one.resumes.data_ptr()
+        bounds, resumes = one.bounds.contiguous(), one.resumes.contiguous()
+        pointers = bounds.data_ptr(), one.slots.data_ptr(), resumes.data_ptr()
         _launch(one, one.x.data_ptr(), pointers, saved.data_ptr(), rows, saved.shape[0])
     if batch.decode:
         x = one.x.data_ptr() + batch.prefill_tokens * one.x_t * one.x.element_size()
@@ -87,7 +88,7 @@ def _launch(one: ConvBatch, x: int, pointers: tuple[int, int, int], saved: int, 
     strides, wide = cache.stride(), (not saved or one.bounds.dtype == torch.int64, one.slots.dtype == torch.int64)
     args = _ARGS.pack(
         x, one.weight.data_ptr(), bias, *pointers, cache.data_ptr(), saved,
-        one.x_t, one.x_c, *strides, cache.shape[0],
+        one.x_t, one.x_c, *strides, cache.shape[0], one.batch.prefill_tokens,
         one.channels, one.batch.prefill, rows, blocks, *wide, one.silu,
         next(tokens for tokens, least in TOGETHER.items() if blocks >= least),
     )  # fmt: skip

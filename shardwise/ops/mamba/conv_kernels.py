@@ -5,21 +5,26 @@ needs, so `save_kernel` first copies the K - 1 inputs before every block (its ha
 date. `prefill_kernel` then walks over the rows of all blocks in parallel.
 """
 
+from shardwise.ops.state_batch import load_bounds
 from shardwise.ops.triton_support import tl, triton
 
 
 @triton.jit
-def find_block(bounds_ptr, sequences, block, rows, SEQUENCES: tl.constexpr):
-    """(sequence, its first token, its end, tokens before the block); sequence == sequences for unused blocks."""
+def find_block(bounds_ptr, sequences, tokens, block, rows, SEQUENCES: tl.constexpr):
+    """(sequence, its first token, its end, tokens before the block); sequence == sequences for unused blocks.
+
+    Whatever the bounds hold, start and end lie within the `tokens` of prefill. Only where bad ones make block counts
+    overflow 32 bits may a block begin behind its sequence's end: it has no tokens.
+    """
     j = tl.arange(0, SEQUENCES)
-    low = tl.load(bounds_ptr + j, mask=j < sequences, other=0)
-    high = tl.load(bounds_ptr + j + 1, mask=j < sequences, other=0)
-    ends = tl.cumsum(tl.cdiv(high - low, rows), axis=0)
+    low = load_bounds(bounds_ptr + j, j < sequences, tokens)
+    high = load_bounds(bounds_ptr + j + 1, j < sequences, tokens)
+    ends = tl.cumsum(tl.cdiv(tl.maximum(high - low, 0), rows), axis=0)
     done = (ends <= block) & (j < sequences)
     sequence = tl.sum(done.to(tl.int32), axis=0)
     before = tl.max(tl.where(done, ends, 0), axis=0)
-    start = tl.load(bounds_ptr + sequence, mask=sequence < sequences, other=0).to(tl.int64)
-    end = tl.load(bounds_ptr + sequence + 1, mask=sequence < sequences, other=0).to(tl.int64)
+    start = load_bounds(bounds_ptr + sequence, sequence < sequences, tokens).to(tl.int64)
+    end = load_bounds(bounds_ptr + sequence + 1, sequence < sequences, tokens).to(tl.int64)
     return sequence, start, end, (block - before).to(tl.int64) * rows
 
 
@@ -42,7 +47,7 @@ def load_taps(weight_ptr, c, channels, K: tl.constexpr):
     return taps
 
 
-@triton.jit(do_not_specialize=["sequences", "slots", "rows"])
+@triton.jit(do_not_specialize=["sequences", "tokens", "slots", "rows"])
 def save_kernel(
     x_ptr,
     bounds_ptr,
@@ -51,6 +56,7 @@ def save_kernel(
     cache_ptr,
     halo_ptr,
     sequences,
+    tokens,
     slots,
     rows,
     channels,
@@ -67,11 +73,11 @@ def save_kernel(
     """Inputs before one block into its halo; at a sequence's first block also its new state into the cache."""
     tiles = tl.cdiv(channels, CHANNELS)
     block = tl.program_id(0) // tiles
-    sequence, start, end, local = find_block(bounds_ptr, sequences, block, rows, SEQUENCES)
+    sequence, start, end, local = find_block(bounds_ptr, sequences, tokens, block, rows, SEQUENCES)
     if sequence >= sequences:
         return
     slot = tl.load(slot_ptr + sequence).to(tl.int64)
-    if (slot < 0) | (slot >= slots):
+    if (slot < 0) | (slot >= slots) | (local >= end - start):
         return
     k = tl.arange(0, TAPS)[:, None]
     c = (tl.program_id(0) % tiles * CHANNELS + tl.arange(0, CHANNELS))[None, :]
@@ -103,7 +109,7 @@ def load_rows(row_ptr, first, count, stride, mask, ROWS: tl.constexpr):
     return rows
 
 
-@triton.jit(do_not_specialize=["sequences", "slots", "rows"])
+@triton.jit(do_not_specialize=["sequences", "tokens", "slots", "rows"])
 def prefill_kernel(
     x_ptr,
     weight_ptr,
@@ -112,6 +118,7 @@ def prefill_kernel(
     slot_ptr,
     halo_ptr,
     sequences,
+    tokens,
     slots,
     rows,
     channels,
@@ -130,7 +137,7 @@ def prefill_kernel(
     """
     tiles = tl.cdiv(channels, CHANNELS)
     block = tl.program_id(0) // tiles
-    sequence, start, end, local = find_block(bounds_ptr, sequences, block, rows, SEQUENCES)
+    sequence, start, end, local = find_block(bounds_ptr, sequences, tokens, block, rows, SEQUENCES)
     if sequence >= sequences:
         return
     slot = tl.load(slot_ptr + sequence)

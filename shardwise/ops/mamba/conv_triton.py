@@ -28,11 +28,12 @@ def _prefill(one: ConvBatch) -> None:
     saved, sequences = halo(one, rows), one.batch.prefill
     blocks, lookup = saved.shape[0], _power(sequences)
     width = min(WARP_CHANNELS, _power(channels))
-    free, strides = (sequences, one.cache.shape[0], rows), (channels, one.x_t, one.x_c)
+    free = sequences, one.batch.prefill_tokens, one.cache.shape[0], rows
+    strides, bounds, resumes = (channels, one.x_t, one.x_c), one.bounds.contiguous(), one.resumes.contiguous()
     _launch_save(
         x.device,
         (blocks * -(-channels // width), 1, 1),
-        (x, one.bounds, one.slots, one.resumes, one.cache, saved),
+        (x, bounds, one.slots, resumes, one.cache, saved),
         free,
         (*strides, *one.cache.stride(), K, _power(K - 1), width, lookup),
         warps=4,
@@ -41,7 +42,7 @@ def _prefill(one: ConvBatch) -> None:
     _launch_prefill(
         x.device,
         (blocks * -(-channels // width), 1, 1),
-        (x, one.weight, one.weight if one.bias is None else one.bias, one.bounds, one.slots, saved),
+        (x, one.weight, one.weight if one.bias is None else one.bias, bounds, one.slots, saved),
         free,
         (*strides, K, PREFILL["ahead"], width, lookup, one.bias is not None, one.silu),
         warps=PREFILL["warps"],
@@ -87,9 +88,10 @@ def triton_cached_causal_conv1d(
 
     input [b, 1, C] or [1, T, C]; weight [C, 1, K] or [C, K]; conv_state_cache [slots, C, K - 1] holds the last K - 1
     inputs: read where use_initial_states and for decode, brought up to date for all. Slot -1 is skipped: its tokens
-    keep their values, as does the padding; a slot outside the cache counts as -1, and cu_seqlen, which must ascend
-    from 0 to the prefill tokens, is trusted: reading it would wait for the device. Shapes, K and counts that
-    contradict each other raise ValueError. stride to padding_mode are accepted and not used.
+    keep their values, as does the padding; a slot outside the cache counts as -1. A cu_seqlen that does not ascend from
+    0 to the prefill tokens gives wrong values for prefill sequences, never an access outside of the tensors; refusing
+    it would wait for the device. Shapes, K and counts that contradict each other raise ValueError. stride to
+    padding_mode are accepted and not used.
     """
     one = prepare(
         "triton_cached_causal_conv1d", input, weight, bias, batch_info_host, cu_seqlen, slot_idx,

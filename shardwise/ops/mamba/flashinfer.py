@@ -48,7 +48,8 @@ def flashinfer_cached_ssm(
         ssm_state_cache, time_step_limit, chunk_size,
     )  # fmt: skip
     if batch.prefill_tokens:
-        prefill(one, batch, cu_seqlen, use_initial_states, chunk_indices, chunk_offsets, seq_idx_prefill, chunk_size)
+        rest = cu_seqlen, use_initial_states, chunk_indices, chunk_offsets, seq_idx_prefill
+        prefill(op, one, batch, *rest, chunk_size)
     if batch.decode:
         if ssm_state_cache.shape[0] < batch.decode:
             raise ValueError(

@@ -7,7 +7,7 @@ import torch
 
 from shardwise.ops.attention.batch import Batch, read_batch
 from shardwise.ops.registry import TRITON, operator
-from shardwise.ops.state_batch import prefill_bounds
+from shardwise.ops.state_batch import load_bounds, prefill_bounds
 from shardwise.ops.triton_support import Kernel, tl, triton
 
 
@@ -29,9 +29,10 @@ def mamba_ssm_prepare_metadata(
     and seq_idx_prefill [1, prefill tokens] (the sequence of every token), on cu_seqlen's device.
 
     On a CUDA device nothing is synchronised: the first two have the length min(tokens, cdiv(tokens, chunk_size) +
-    sequences - 1), which is never exceeded, and -1 where there is no piece; cu_seqlen is not checked and must ascend
-    from 0 to the prefill tokens. Elsewhere it is read, and a ValueError tells what it holds. The fake gives upper
-    bounds.
+    sequences - 1), which is never exceeded, and -1 where there is no piece; cu_seqlen is not checked: where it does
+    not ascend from 0 to the prefill tokens, pieces and sequences are wrong ones, or none (-1; the number of sequences),
+    and their operators stay inside of their tensors. Elsewhere it is read, and a ValueError tells what it holds. The
+    fake gives upper bounds.
     """
     op = "mamba_ssm_prepare_metadata"
     if chunk_size < 1:
@@ -52,14 +53,13 @@ def _on_host(bounds: list[int], chunk: int, device: torch.device) -> list[torch.
 
 
 @triton.jit
-def first_piece(bounds_ptr, sequence, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
+def first_piece(bounds_ptr, sequence, tokens, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
     """How many pieces lie before the start of `sequence`."""
-    start = tl.load(bounds_ptr + sequence)
-    count = tl.cdiv(start, CHUNK)
+    count = tl.cdiv(load_bounds(bounds_ptr + sequence, True, tokens), CHUNK)
     for begin in range(0, sequence, BLOCK):
         j = begin + tl.arange(0, BLOCK)
-        low = tl.load(bounds_ptr + j, mask=j < sequence, other=0)
-        high = tl.load(bounds_ptr + j + 1, mask=j < sequence, other=0)
+        low = load_bounds(bounds_ptr + j, j < sequence, tokens)
+        high = load_bounds(bounds_ptr + j + 1, j < sequence, tokens)
         count += tl.sum(((low < high) & (low % CHUNK != 0)).to(tl.int32), axis=0)
     return count
 
@@ -79,8 +79,8 @@ def _pieces_kernel(
 ):
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     j = tl.arange(0, SEQUENCES)
-    low = tl.load(bounds_ptr + j, mask=j < sequences, other=0)
-    high = tl.load(bounds_ptr + j + 1, mask=j < sequences, other=0)
+    low = load_bounds(bounds_ptr + j, j < sequences, tokens)
+    high = load_bounds(bounds_ptr + j + 1, j < sequences, tokens)
     owner = tl.sum(((high[None, :] <= i[:, None]) & (j < sequences)[None, :]).to(tl.int32), axis=1)
     tl.store(owner_ptr + i, owner, mask=i < tokens)
     # Pieces up to the end of sequence j: whole chunks, and one more for every start inside a chunk.
@@ -88,10 +88,10 @@ def _pieces_kernel(
     done = (ends[None, :] <= i[:, None]) & (j < sequences)[None, :]
     owner = tl.sum(done.to(tl.int32), axis=1)
     before = tl.max(tl.where(done, ends[None, :], 0), axis=1)
-    start = tl.load(bounds_ptr + owner, mask=owner < sequences, other=0)
+    start = load_bounds(bounds_ptr + owner, owner < sequences, tokens)
     local = i - before
     cut = tl.where(local == 0, start, (start // CHUNK + local) * CHUNK)
-    exists = owner < sequences
+    exists = (owner < sequences) & (cut < tokens)
     tl.store(index_ptr + i, tl.where(exists, cut // CHUNK, -1), mask=i < pieces)
     tl.store(offset_ptr + i, tl.where(exists, cut % CHUNK, -1), mask=i < pieces)
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from shardwise.ops.attention.batch import Batch, read_batch
 from shardwise.ops.mamba import ssd_kernels as kernels
-from shardwise.ops.mamba.checks import check_ssm
+from shardwise.ops.mamba.checks import check_pieces, check_ssm
 from shardwise.ops.state_batch import check_counts, many_or_few, token_rows
 from shardwise.ops.triton_support import Kernel
 
@@ -79,9 +79,19 @@ def _power(n: int) -> int:
 
 
 def prefill(
-    one: Inputs, batch: Batch, bounds: Tensor, resumes: Tensor, index: Tensor, offset: Tensor, owner: Tensor, chunk: int
+    op: str,
+    one: Inputs,
+    batch: Batch,
+    bounds: Tensor,
+    resumes: Tensor,
+    index: Tensor,
+    offset: Tensor,
+    owner: Tensor,
+    chunk: int,
 ) -> None:
     """The tokens before the decode tokens, cut into pieces by `mamba_ssm_prepare_metadata`."""
+    check_pieces(op, batch, bounds, index, offset, owner)
+    bounds, resumes, index, offset, owner = (t.contiguous() for t in (bounds, resumes, index, offset, owner))
     tokens, (heads, P), (groups, N) = batch.prefill_tokens, one.x.shape[2:], one.B.shape[2:]
     pieces, ratio, exact = index.numel(), heads // groups, one.x.dtype == torch.float32
     device, slots, cuts = one.x.device, one.cache.shape[0], (index, offset, owner, bounds)
@@ -91,7 +101,7 @@ def prefill(
         device,
         (pieces, -(-heads // STEPS["heads"]), 1),
         (one.dt, one.dt_bias, one.A, *cuts, totals, levels),
-        (tokens, heads, one.low, one.high),
+        (batch.prefill, tokens, heads, one.low, one.high),
         (one.dt_t, chunk, 1 << (chunk - 1).bit_length(), STEPS["heads"]),
         warps=STEPS["warps"],
     )
@@ -102,7 +112,7 @@ def prefill(
         device,
         (batch.prefill, heads, -(-P // block_p) * -(-N // block_n)),
         (one.x, one.B, totals, levels, bounds, one.slots, resumes, one.cache, states),
-        (tokens, heads, slots),
+        (pieces, tokens, heads, slots),
         (*x_strides, *B_strides, *one.cache.stride()[:3])
         + (ratio, P, N, chunk, step, block_p, block_n, _power(step), 64, exact),
         warps=STATES["warps"],
@@ -114,7 +124,7 @@ def prefill(
         device,
         (pieces * heads // together, 1, 1),
         (one.x, one.B, one.C, one.D, totals, levels, *cuts, one.slots, states, one.out),
-        (tokens, heads, slots),
+        (batch.prefill, tokens, heads, slots),
         (*x_strides, *B_strides, *C_strides, ratio, P, N, chunk, _power(P), _power(N), block_t, together, exact),
         warps=warps,
         stages=stages,

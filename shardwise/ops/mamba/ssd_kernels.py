@@ -7,6 +7,7 @@ in short steps that carry the state along, so that the quadratic part is as narr
 """
 
 from shardwise.ops.mamba.metadata import first_piece
+from shardwise.ops.state_batch import load_bounds
 from shardwise.ops.triton_support import tl, triton
 
 
@@ -30,17 +31,18 @@ def time_step(dt, bias, low, high):
 
 
 @triton.jit
-def piece_bounds(index_ptr, offset_ptr, owner_ptr, bounds_ptr, piece, CHUNK: tl.constexpr):
-    """(sequence, first token, end) of a piece; sequence -1 for an unused entry."""
+def piece_bounds(index_ptr, offset_ptr, owner_ptr, bounds_ptr, piece, sequences, tokens, CHUNK: tl.constexpr):
+    """(sequence, first token, end) of a piece; sequence -1 for an unused entry, or one that leads out of the tokens."""
     index = tl.load(index_ptr + piece)
     start = index * CHUNK + tl.load(offset_ptr + piece)
-    exists = index >= 0
+    exists = (index >= 0) & (start >= 0) & (start < tokens)
     owner = tl.load(owner_ptr + start, mask=exists, other=-1)
-    end = tl.load(bounds_ptr + owner + 1, mask=exists, other=0)
-    return owner, start, tl.minimum(end, (index + 1) * CHUNK)
+    exists = (owner >= 0) & (owner < sequences)
+    end = load_bounds(bounds_ptr + owner + 1, exists, tokens)
+    return tl.where(exists, owner, -1), start, tl.minimum(end, (index + 1) * CHUNK)
 
 
-@triton.jit(do_not_specialize=["tokens", "heads", "low", "high"])
+@triton.jit(do_not_specialize=["sequences", "tokens", "heads", "low", "high"])
 def steps_kernel(
     dt_ptr,
     bias_ptr,
@@ -51,6 +53,7 @@ def steps_kernel(
     bounds_ptr,
     total_ptr,
     level_ptr,
+    sequences,
     tokens,
     heads,
     low,
@@ -65,7 +68,8 @@ def steps_kernel(
     Of token j's input, exp(total_i - level_j) is left at token i: its time step and the decay since in one number.
     """
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
-    owner, start, end = piece_bounds(index_ptr, offset_ptr, owner_ptr, bounds_ptr, tl.program_id(0), CHUNK)
+    piece = tl.program_id(0)
+    owner, start, end = piece_bounds(index_ptr, offset_ptr, owner_ptr, bounds_ptr, piece, sequences, tokens, CHUNK)
     if owner < 0:
         return
     row = start + tl.arange(0, BLOCK)
@@ -80,7 +84,7 @@ def steps_kernel(
     tl.store(level_ptr + target, total - tl.log(tl.where(mask, step, 1.0)), mask=mask)
 
 
-@triton.jit(do_not_specialize=["tokens", "heads", "slots"])
+@triton.jit(do_not_specialize=["pieces", "tokens", "heads", "slots"])
 def states_kernel(
     x_ptr,
     B_ptr,
@@ -91,6 +95,7 @@ def states_kernel(
     resume_ptr,
     cache_ptr,
     piece_state_ptr,
+    pieces,
     tokens,
     heads,
     slots,
@@ -112,19 +117,23 @@ def states_kernel(
     SEQUENCES: tl.constexpr,
     EXACT: tl.constexpr,
 ):
-    """One sequence, head and tile of its state [N, P], from piece to piece; writes the state before every piece."""
+    """One sequence, head and tile of its state [N, P], from piece to piece; writes the state before every piece.
+
+    The pieces of bad bounds can be more than there is room for; the states of those beyond are not written.
+    """
     sequence, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
     p = (tl.program_id(2) // tl.cdiv(N, BLOCK_N)) * BLOCK_P + tl.arange(0, BLOCK_P)
     n = (tl.program_id(2) % tl.cdiv(N, BLOCK_N)) * BLOCK_N + tl.arange(0, BLOCK_N)
     slot = tl.load(slot_ptr + sequence).to(tl.int64)
-    start, end = tl.load(bounds_ptr + sequence), tl.load(bounds_ptr + sequence + 1)
+    start = load_bounds(bounds_ptr + sequence, True, tokens)
+    end = load_bounds(bounds_ptr + sequence + 1, True, tokens)
     if (start >= end) | (slot < 0) | (slot >= slots):
         return
     tile = (n < N)[:, None] & (p < P)[None, :]
     cached = cache_ptr + slot * cache_slot + head * cache_h + p[None, :] * cache_p + n[:, None]
     resume = tl.load(resume_ptr + sequence).to(tl.int1)
     state = tl.load(cached, mask=tile & resume, other=0.0).to(tl.float32)
-    piece = first_piece(bounds_ptr, sequence, CHUNK, SEQUENCES) - start // CHUNK
+    piece = first_piece(bounds_ptr, sequence, tokens, CHUNK, SEQUENCES) - start // CHUNK
     x_ptr += head * x_h
     B_ptr += (head // RATIO) * B_g
     total_ptr += head * tokens
@@ -137,9 +146,9 @@ def states_kernel(
         begin = tl.where(i < first_steps, start + i * STEP, first_stop + (i - first_steps) * STEP)
         opens = (i == 0) | (begin % CHUNK == 0)
         if opens:
-            number = (piece + begin // CHUNK).to(tl.int64) * heads + head
-            before = piece_state_ptr + (number * N + n[:, None]) * P + p[None, :]
-            tl.store(before, state.to(piece_state_ptr.dtype.element_ty), mask=tile)
+            number = piece + begin // CHUNK
+            before = piece_state_ptr + ((number.to(tl.int64) * heads + head) * N + n[:, None]) * P + p[None, :]
+            tl.store(before, state.to(piece_state_ptr.dtype.element_ty), mask=tile & (number < pieces))
         stop = tl.minimum(tl.minimum(begin + STEP, (begin // CHUNK + 1) * CHUNK), end)
         row = begin + tl.arange(0, BLOCK_T)
         live = row < stop
@@ -155,7 +164,7 @@ def states_kernel(
     tl.store(cached, state.to(cache_ptr.dtype.element_ty), mask=tile)
 
 
-@triton.jit(do_not_specialize=["tokens", "heads", "slots"])
+@triton.jit(do_not_specialize=["sequences", "tokens", "heads", "slots"])
 def outputs_kernel(
     x_ptr,
     B_ptr,
@@ -170,6 +179,7 @@ def outputs_kernel(
     slot_ptr,
     piece_state_ptr,
     out_ptr,
+    sequences,
     tokens,
     heads,
     slots,
@@ -195,7 +205,7 @@ def outputs_kernel(
     """
     blocks = heads // HEADS  # heads change fastest: those of a group find B and C in the cache
     piece, head = (tl.program_id(0) // blocks).to(tl.int64), (tl.program_id(0) % blocks).to(tl.int64) * HEADS
-    owner, start, end = piece_bounds(index_ptr, offset_ptr, owner_ptr, bounds_ptr, piece, CHUNK)
+    owner, start, end = piece_bounds(index_ptr, offset_ptr, owner_ptr, bounds_ptr, piece, sequences, tokens, CHUNK)
     if owner < 0:
         return
     i, p, n = tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_N)

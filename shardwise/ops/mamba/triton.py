@@ -33,15 +33,18 @@ def triton_cached_ssm(
 ) -> torch.Tensor:
     """As `torch_cached_ssm`, with the pieces that `mamba_ssm_prepare_metadata` cut for the same chunk_size.
 
-    Nothing is synchronised: a slot outside the cache is treated as -1, and cu_seqlen, which must ascend from 0 to the
-    prefill tokens, is trusted. Shapes and counts that contradict each other raise ValueError.
+    Nothing is synchronised: a slot outside the cache is treated as -1; a cu_seqlen that does not ascend from 0 to the
+    prefill tokens, or pieces that are not its own, give wrong values for prefill sequences, never an access outside of
+    the tensors. Shapes and counts that contradict each other raise ValueError.
     """
+    op = "triton_cached_ssm"
     batch, one = prepare(
-        "triton_cached_ssm", hidden_states, A, B, C, D, dt, dt_bias, batch_info_host, slot_idx, use_initial_states,
+        op, hidden_states, A, B, C, D, dt, dt_bias, batch_info_host, slot_idx, use_initial_states,
         ssm_state_cache, time_step_limit, chunk_size,
     )  # fmt: skip
     if batch.prefill_tokens:
-        prefill(one, batch, cu_seqlen, use_initial_states, chunk_indices, chunk_offsets, seq_idx_prefill, chunk_size)
+        rest = cu_seqlen, use_initial_states, chunk_indices, chunk_offsets, seq_idx_prefill
+        prefill(op, one, batch, *rest, chunk_size)
     if batch.decode:
         decode(one, batch)
     return one.out
