@@ -8,10 +8,10 @@ for CPU tensors; nothing chooses them for CPU tensors by itself.
 A kernel's fault breaks the CUDA context of its process and with it every later test; it is looked for after each test
 marked `gpu`, and the process ends there, so that the test is named and, under pytest-xdist, a new process goes on.
 
-Under pytest-xdist, a test marked `alone` has the machine to itself.
+Under pytest-xdist, a test marked `alone` has the machine to itself, and with `--dist loadfile` (as in `make test`) all
+tests that start several processes run in one worker: the other ones go on beside them, one process each.
 """
 
-import contextlib
 import fcntl
 import importlib.util
 import os
@@ -37,18 +37,37 @@ if not torch.cuda.is_available():
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
+LOCKS = pytest.StashKey[tempfile.TemporaryDirectory]()
+STARTS_PROCESSES = ("tests/comm/", "tests/faults/", "tests/launch/")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Files to workers, but those that start processes to one of them."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid):
+            return "processes" if nodeid.startswith(STARTS_PROCESSES) else super()._split_scope(nodeid)
+
+    return Scheduling(config, log) if config.option.dist == "loadfile" else None
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node):
+    """Tell pytest-xdist's workers where the locks of this run lie."""
+    if LOCKS not in node.config.stash:
+        node.config.stash[LOCKS] = tempfile.TemporaryDirectory(prefix="shardwise-tests-")
+    node.workerinput["locks"] = node.config.stash[LOCKS].name
+
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_runtest_protocol(item):
     """Take the test's share of the machine: all of it for one marked `alone`, else what one takes beside others."""
     if not hasattr(item.config, "workerinput"):
         return (yield)
-    folder = Path(tempfile.gettempdir())
-    with contextlib.ExitStack() as files:
-        gate, machine = (
-            files.enter_context((folder / f"shardwise-tests-{os.getuid()}.{name}").open("a+"))
-            for name in ("gate", "machine")
-        )
+    folder = Path(item.config.workerinput["locks"])
+    with (folder / "gate").open("a+") as gate, (folder / "machine").open("a+") as machine:
         fcntl.lockf(gate, fcntl.LOCK_EX)  # while one waits to be alone, nobody else begins
         fcntl.lockf(machine, fcntl.LOCK_EX if item.get_closest_marker("alone") else fcntl.LOCK_SH)
         fcntl.lockf(gate, fcntl.LOCK_UN)

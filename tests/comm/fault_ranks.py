@@ -24,13 +24,13 @@ def outcome(call):
 
 def one_rank_is_slow_then_late(info, store, transport, late):
     torch.set_num_threads(1)
-    group = create(info, transport=transport, store=store, deadlines=Deadlines(collective=2.0))
+    group = create(info, transport=transport, store=store, deadlines=Deadlines(collective=1.5))
     group.all_reduce(torch.ones(4))
     if info.rank == late:
         time.sleep(0.5)
     slow = outcome(lambda: group.all_reduce(torch.ones(4)))
     if info.rank == late:
-        time.sleep(5)
+        time.sleep(3)  # until the others have given up
         return slow, None, None, None
     result = outcome(lambda: group.all_reduce(torch.ones(4)))
     again = outcome(lambda: group.all_reduce(torch.ones(4)))
@@ -60,7 +60,7 @@ def rank_0_aborts(info, store, transport):
             world.abort("rank 0 ran out of ideas")
         waits = info.rank == 2 if in_sub_group else info.rank > 0
         results.append(outcome((part if in_sub_group else world).barrier) if waits else None)
-    time.sleep(2)  # nobody's end may be taken for the abort
+    time.sleep(1)  # nobody's end may be taken for the abort
     return results
 
 

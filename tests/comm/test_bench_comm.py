@@ -12,7 +12,6 @@ from shardwise.launch.cli import bench_comm, main
 from shardwise.sharding import topology
 from shardwise.testing import run_threads
 
-pytestmark = pytest.mark.alone
 LABELS = {"op", "bytes", "dtype", "world", "transport", "strategy"}
 FIGURES = {"p50_us", "p99_us", "algbw_gbps", "busbw_gbps", "wrong"}
 

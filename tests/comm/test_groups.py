@@ -21,7 +21,6 @@ from shardwise.comm.watch import Deadlines
 from shardwise.sharding.layout import ParallelLayout
 from shardwise.testing import RankFailed, run_processes, run_threads
 
-pytestmark = pytest.mark.alone
 AXES = ("tp", "attn_dp", "moe_tp", "moe_ep")
 
 

@@ -4,7 +4,6 @@ import pytest
 
 from shardwise.testing import run_processes
 
-pytestmark = pytest.mark.alone
 pytest.importorskip("triton")
 ENV = {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
 
@@ -17,5 +16,6 @@ def test_four_ranks(tmp_path):
     run_processes(4, "p2p_on_cpu:conformance", str(tmp_path), timeout=120, env=ENV)
 
 
+@pytest.mark.alone
 def test_missing_ranks_aborts_and_broken_links_are_named(tmp_path):
     run_processes(2, "p2p_on_cpu:faults", str(tmp_path), timeout=120, env=ENV)

@@ -12,7 +12,6 @@ import pytest
 from shardwise.launch.cli import main
 from shardwise.launch.generation import Load, Run
 
-pytestmark = pytest.mark.alone
 SHAPE = {
     "architectures": ["GptOssForCausalLM"],
     "model_type": "gpt_oss",

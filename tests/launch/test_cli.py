@@ -16,8 +16,6 @@ from shardwise.launch.cli.run import _Screen
 from shardwise.launch.failure import Failure, write
 from shardwise.parallel.results import TokenEvent
 
-pytestmark = pytest.mark.alone
-
 
 def cli(*words: str, **more: str) -> subprocess.CompletedProcess:
     return subprocess.run(
@@ -172,6 +170,7 @@ def test_the_answer_to_one_prompt_stands_alone(capsys):
     assert capsys.readouterr().out == "text\n"
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_a_run_within_a_moment(signum):
     command = [

@@ -10,7 +10,6 @@ import pytest
 from shardwise import LLM, SamplingParams
 from shardwise.launch.job import JobFailed
 
-pytestmark = pytest.mark.alone
 BIN = Path(sys.executable).parent
 GREEDY = SamplingParams(max_new_tokens=8)
 

@@ -11,7 +11,6 @@ from torch_watch import SWITCHES
 from shardwise.launch import env
 from shardwise.launch.job import run_job
 
-pytestmark = pytest.mark.alone
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 

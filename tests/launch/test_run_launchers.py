@@ -10,7 +10,6 @@ import pytest
 
 from shardwise import LLM, SamplingParams
 
-pytestmark = pytest.mark.alone
 BIN = Path(sys.executable).parent
 ROOT = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
 PROMPTS = (

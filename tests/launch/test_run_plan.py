@@ -9,8 +9,6 @@ import pytest
 from shardwise.launch.llm import planned_sizes
 from shardwise.launch.session import ModelConfig, plan_of
 
-pytestmark = pytest.mark.alone
-
 
 def shardwise(*arguments):
     done = subprocess.run(
