@@ -145,7 +145,7 @@ def test_every_tiling_gives_the_same_layer(plan):
     assert relative(got, gpt_oss_oracle(x, layer, 2)) < EXACT
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("ranks", [2, 3, 8])
 def test_expert_parallel_sums_to_the_whole(ranks):
     layer, x = layer_of(9, 64, 32), randn(2, 3, 64)
     whole = OPS.triton_mxfp4_moe(x, *layer.arguments(3))
