@@ -167,20 +167,30 @@ def test_fp8_rounds_where_the_contract_says(plan, gated, on_input):
         assert relative(got, wanted) < 1e-2
 
 
+def fp8_block_parts(gated):
+    """(x, ids, weights), (codes, scales) of both products, scales of the inputs, the result in float64."""
+    x, ids, weights, first, second, s1, s2 = fp8_parts(gated, 192, 160)
+    (q1, w1, v1), (q2, w2, v2) = fp8_block_stack(first, 2 if gated else 1), fp8_block_stack(second, 1)
+    wanted = routed_oracle(x, ids, weights, v1, v2, gated, False, e4m3_step(s1), e4m3_step(s2))
+    return (x, ids, weights), (q1, w1), (q2, w2), s1, s2, wanted
+
+
 @pytest.mark.parametrize("gated", [True, False])
 @pytest.mark.parametrize("plan", [p for p in PLANS.values() if p is not FEW], ids=[n for n in PLANS if n != "few"])
 def test_fp8_weights_may_have_scales_of_blocks(gated, plan):
-    x, ids, weights, first, second, s1, s2 = fp8_parts(gated, 192, 160)
-    halves = 2 if gated else 1
-    (q1, w1, v1), (q2, w2, v2) = fp8_block_stack(first, halves), fp8_block_stack(second, 1)
-    none = torch.empty(0, device=DEVICE)
-    wanted = routed_oracle(x, ids, weights, v1, v2, gated, False, e4m3_step(s1), e4m3_step(s2))
+    call, (q1, w1), (q2, w2), s1, s2, wanted = fp8_block_parts(gated)
     scales, act = FP8Scales(s1, w1, s2, w2, True), "silu" if gated else "relu2"
-    assert relative(grouped_moe(x, ids, weights, q1, q2, act, False, scales, plan), wanted) < 1e-2
-    got = OPS.triton_quant_fp8_moe(x, ids, weights, q1, q2, none, s1, s2, none, w1, w2, none, gated, 4 if gated else 8)
+    assert relative(grouped_moe(*call, q1, q2, act, False, scales, plan), wanted) < 1e-2
+
+
+@pytest.mark.parametrize("gated", [True, False])
+def test_the_fp8_operator_takes_scales_of_blocks_and_names_what_they_must_be(gated):
+    call, (q1, w1), (q2, w2), s1, s2, wanted = fp8_block_parts(gated)
+    none, act = torch.empty(0, device=DEVICE), 4 if gated else 8
+    got = OPS.triton_quant_fp8_moe(*call, q1, q2, none, s1, s2, none, w1, w2, none, gated, act)
     assert relative(got, wanted) < 1e-2
     with pytest.raises(ValueError, match=r"or, for blocks of 128 x 128, \[3, 2, 2\], got \(3, 1, 2\)"):
-        OPS.triton_quant_fp8_moe(x, ids, weights, q1, q2, none, s1, s2, none, w1, w2[:, :1], none, gated, 4)
+        OPS.triton_quant_fp8_moe(*call, q1, q2, none, s1, s2, none, w1, w2[:, :1], none, gated, 4)
 
 
 @pytest.mark.parametrize("pairs,experts", [(8, 128), (2048, 128), (8192, 128), (65536, 8)])
