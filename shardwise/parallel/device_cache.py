@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from shardwise.ops.attention.decode import DecodeWorkspace, fused_decode_attention, splits_for, takes_head_size
+from shardwise.ops.triton_support import multiprocessors
 from shardwise.parallel.batch import Batch, Span
 from shardwise.parallel.cache import KvCache, LayerShape, Masking
 from shardwise.parallel.paged import PageTables
@@ -48,8 +49,7 @@ class DeviceCache(KvCache):
         self._choices: dict[tuple, Choice] = {}
         self._step: tuple[Batch, _Step] | None = None
         self._workspaces: dict[tuple[int, int, int], DecodeWorkspace] = {}
-        cuda = device.type == "cuda"
-        self._processors = torch.cuda.get_device_properties(device).multi_processor_count if cuda else 2
+        self._processors = multiprocessors(device)
 
     def reserve(self, slot: int, tokens: int) -> bool:
         return tokens <= self.max_length and self.tables.reserve(slot, tokens)

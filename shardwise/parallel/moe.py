@@ -88,9 +88,8 @@ class PackedExperts:
             x.contiguous(), ids, weights, self.up_gate, self.down, "swiglu", alpha=unit.alpha, limit=unit.limit or 0.0
         )
 
-    def routed(self, x: Tensor, router: Linear, top_k: int, first: int) -> Tensor:
+    def routed(self, x: Tensor, router: Linear, bias: Tensor, top_k: int, first: int) -> Tensor:
         """Routing by the same kernels: the largest logits, softmax over these; local experts begin at `first`."""
-        bias = router.weight.new_zeros(router.out_features) if router.bias is None else router.bias
         up, down, alpha, limit = self.up_gate, self.down, self.unit.alpha, self.unit.limit or 0.0
         return mxfp4_moe(x.contiguous(), router.weight.t(), bias, top_k, up, down, alpha, limit, first)
 
@@ -114,14 +113,16 @@ class MoeBlock:
     ):
         self.router, self.routing, self.correction = router, routing, correction
         self.slots, self.experts, self.first = slots, experts, first
+        if isinstance(router, Linear):
+            self._bias = router.panels.new_zeros(router.out_features) if router.bias is None else router.bias
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [T, H] -> this rank's partial sum [T, H]."""
         experts, router, first = self.experts, self.router, self.first
         if first is not None and isinstance(router, Linear) and self._routes_in_kernel(x):
             if isinstance(experts, PackedExperts):
-                return experts.routed(x, router, self.routing.top_k, first)
-            ids, weights = _route_in_kernel(x.contiguous(), router, self.routing.top_k)
+                return experts.routed(x, router, self._bias, self.routing.top_k, first)
+            ids, weights = _route_in_kernel(x.contiguous(), router, self._bias, self.routing.top_k)
             return experts(x, ids - first, weights)
         ids, weights = route(router(x), self.routing, self.correction)
         return experts(x, self.slots[ids], weights)
@@ -135,12 +136,10 @@ class MoeBlock:
         return plain and (packed or sixteen_bit) and not watched()  # who watches is told of the routing
 
 
-def _route_in_kernel(x: Tensor, router: Linear, top_k: int) -> tuple[Tensor, Tensor]:
+def _route_in_kernel(x: Tensor, router: Linear, bias: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     """Global expert ids and weights, both [T, K]."""
-    experts = router.out_features
-    bias = router.weight.new_zeros(experts) if router.bias is None else router.bias
     space = Workspace.of(x.device, x.shape[0])
-    found = route_tokens(space, x, router.weight.t(), bias, top_k, 0, experts, _BLOCK)
+    found = route_tokens(space, x, router.weight.t(), bias, top_k, 0, router.out_features, _BLOCK)
     return found.ids, found.weights
 
 

@@ -18,8 +18,7 @@ from shardwise.ops.gluon_support import GLUON
 from shardwise.ops.moe.decode_kernels import plain_down, plain_up
 from shardwise.ops.moe.decode_packed import packed_down, packed_up
 from shardwise.ops.moe.mxfp4_layout import TILE, PackedMXFP4
-from shardwise.ops.moe.routing import multiprocessors
-from shardwise.ops.triton_support import interpreting, triton
+from shardwise.ops.triton_support import interpreting, multiprocessors, triton
 
 MOST_EXPERTS = 512
 """Of a model: a program compares all logits with all."""

@@ -9,10 +9,9 @@ product. Only the sums of warps that share rows pass through shared memory.
 # mypy: ignore-errors
 
 from shardwise.ops.gluon_support import gl, jit, mma_v2
-from shardwise.ops.moe.mxfp4_convert import _NARROW, _SHAPE, _plain
+from shardwise.ops.moe.mxfp4_few import DEPTH, decode_words
 from shardwise.ops.triton_support import tl
 
-DEPTH = tl.constexpr(5)
 COLUMNS = tl.constexpr(8)  # of a product of the matrix unit
 
 
@@ -57,12 +56,7 @@ def _unpack(words, scales, STEPS: tl.constexpr, LEFT: tl.constexpr, INTERPRET: t
     far = ((scale >> (shift + 16)[None, None, None, :]) & 0xFF) * 0x00800080 + 0x3F003F00
     near, _ = gl.broadcast(near, words)
     far, _ = gl.broadcast(far, words)
-    if INTERPRET:
-        a0, a1, b0, b1, c0, c1, d0, d1 = _plain(words, near, far, "narrow")
-    else:
-        a0, a1, b0, b1, c0, c1, d0, d1 = gl.inline_asm_elementwise(
-            _NARROW, _SHAPE, [words, near, far], dtype=(gl.int16,) * 8, is_pure=True, pack=1
-        )
+    a0, a1, b0, b1, c0, c1, d0, d1 = decode_words(words, near, far, INTERPRET)
     low = gl.join(gl.join(a0, a1), gl.join(b0, b1))  # [warp, row, lane, step, pair, row half] of k-half 0
     high = gl.join(gl.join(c0, c1), gl.join(d0, d1))
     tile = gl.reshape(gl.permute(gl.join(low, high), (0, 5, 1, 3, 6, 2, 4)), (words.shape[0], 16, 64))
@@ -72,7 +66,7 @@ def _unpack(words, scales, STEPS: tl.constexpr, LEFT: tl.constexpr, INTERPRET: t
 
 
 @jit
-def _words(word_at, k, stop, WORDS: tl.constexpr):
+def _words(word_at, k, stop):
     """A tile's words for each warp; where there is no tile any more, anything."""
     there = gl.expand_dims(gl.expand_dims(gl.expand_dims(k < stop, 1), 2), 3)
     return gl.load(word_at, mask=there, eviction_policy="evict_first")
@@ -90,6 +84,19 @@ def _x(x_at, column, k, stop, columns, EVEN: tl.constexpr):
     if not EVEN:
         there = there & (gl.expand_dims(gl.expand_dims(k * 64, 1), 2) + column < columns)
     return gl.load(x_at, mask=there, other=0.0)
+
+
+@jit
+def _step(
+    acc, words, scales, word_at, scale_at, x_at, column, k, k_x, stop, stop_x, columns,
+    AHEAD: tl.constexpr, EVEN: tl.constexpr, STEPS: tl.constexpr, LEFT: tl.constexpr, INTERPRET: tl.constexpr,
+):  # fmt: skip
+    """Add the products of tile k + AHEAD, whose weights are here, and load those DEPTH tiles behind it."""
+    x = _x(x_at + AHEAD * 64, column, k_x + AHEAD, stop_x, columns, EVEN)
+    acc = mma_v2(_unpack(words, scales, STEPS, LEFT, INTERPRET), x, acc)
+    words = _words(word_at + (AHEAD + DEPTH) * 512, k + AHEAD + DEPTH, stop)
+    scales = _scales(scale_at + (AHEAD + DEPTH) * 32, k + AHEAD + DEPTH, stop)
+    return acc, words, scales
 
 
 @jit
@@ -125,11 +132,11 @@ def _product(
     k = first
     k_x = gl.convert_layout(first, OF_X)
     stop_x = gl.convert_layout(stop, OF_X)
-    w0 = _words(word_at, k, stop, WORDS)
-    w1 = _words(word_at + 512, k + 1, stop, WORDS)
-    w2 = _words(word_at + 1024, k + 2, stop, WORDS)
-    w3 = _words(word_at + 1536, k + 3, stop, WORDS)
-    w4 = _words(word_at + 2048, k + 4, stop, WORDS)
+    w0 = _words(word_at, k, stop)
+    w1 = _words(word_at + 512, k + 1, stop)
+    w2 = _words(word_at + 1024, k + 2, stop)
+    w3 = _words(word_at + 1536, k + 3, stop)
+    w4 = _words(word_at + 2048, k + 4, stop)
     s0 = _scales(scale_at, k, stop)
     s1 = _scales(scale_at + 32, k + 1, stop)
     s2 = _scales(scale_at + 64, k + 2, stop)
@@ -137,26 +144,21 @@ def _product(
     s4 = _scales(scale_at + 128, k + 4, stop)
     acc = gl.zeros([w0.shape[0], 16, COLUMNS], gl.float32, ACC)
     for _ in range(0, count, DEPTH):
-        x = _x(x_at, column, k_x, stop_x, columns, EVEN)
-        acc = mma_v2(_unpack(w0, s0, STEPS, LEFT, INTERPRET), x, acc)
-        w0 = _words(word_at + DEPTH * 512, k + DEPTH, stop, WORDS)
-        s0 = _scales(scale_at + DEPTH * 32, k + DEPTH, stop)
-        x = _x(x_at + 64, column, k_x + 1, stop_x, columns, EVEN)
-        acc = mma_v2(_unpack(w1, s1, STEPS, LEFT, INTERPRET), x, acc)
-        w1 = _words(word_at + (DEPTH + 1) * 512, k + DEPTH + 1, stop, WORDS)
-        s1 = _scales(scale_at + (DEPTH + 1) * 32, k + DEPTH + 1, stop)
-        x = _x(x_at + 128, column, k_x + 2, stop_x, columns, EVEN)
-        acc = mma_v2(_unpack(w2, s2, STEPS, LEFT, INTERPRET), x, acc)
-        w2 = _words(word_at + (DEPTH + 2) * 512, k + DEPTH + 2, stop, WORDS)
-        s2 = _scales(scale_at + (DEPTH + 2) * 32, k + DEPTH + 2, stop)
-        x = _x(x_at + 192, column, k_x + 3, stop_x, columns, EVEN)
-        acc = mma_v2(_unpack(w3, s3, STEPS, LEFT, INTERPRET), x, acc)
-        w3 = _words(word_at + (DEPTH + 3) * 512, k + DEPTH + 3, stop, WORDS)
-        s3 = _scales(scale_at + (DEPTH + 3) * 32, k + DEPTH + 3, stop)
-        x = _x(x_at + 256, column, k_x + 4, stop_x, columns, EVEN)
-        acc = mma_v2(_unpack(w4, s4, STEPS, LEFT, INTERPRET), x, acc)
-        w4 = _words(word_at + (DEPTH + 4) * 512, k + DEPTH + 4, stop, WORDS)
-        s4 = _scales(scale_at + (DEPTH + 4) * 32, k + DEPTH + 4, stop)
+        acc, w0, s0 = _step(
+            acc, w0, s0, word_at, scale_at, x_at, column, k, k_x, stop, stop_x, columns, 0, EVEN, STEPS, LEFT, INTERPRET
+        )
+        acc, w1, s1 = _step(
+            acc, w1, s1, word_at, scale_at, x_at, column, k, k_x, stop, stop_x, columns, 1, EVEN, STEPS, LEFT, INTERPRET
+        )
+        acc, w2, s2 = _step(
+            acc, w2, s2, word_at, scale_at, x_at, column, k, k_x, stop, stop_x, columns, 2, EVEN, STEPS, LEFT, INTERPRET
+        )
+        acc, w3, s3 = _step(
+            acc, w3, s3, word_at, scale_at, x_at, column, k, k_x, stop, stop_x, columns, 3, EVEN, STEPS, LEFT, INTERPRET
+        )
+        acc, w4, s4 = _step(
+            acc, w4, s4, word_at, scale_at, x_at, column, k, k_x, stop, stop_x, columns, 4, EVEN, STEPS, LEFT, INTERPRET
+        )
         word_at += DEPTH * 512
         scale_at += DEPTH * 32
         x_at += DEPTH * 64

@@ -14,11 +14,11 @@ from shardwise.ops.moe.few import few_moe
 from shardwise.ops.moe.grouped_gemm import grouped_gemm
 from shardwise.ops.moe.grouped_plan import FewPlan, GroupedPlan, Shape, choose_few, choose_plan
 from shardwise.ops.moe.mxfp4 import WIDE_TOKENS
-from shardwise.ops.moe.routing import Routing, combine, most_blocks, multiprocessors, routed
+from shardwise.ops.moe.routing import Routing, combine, most_blocks, routed
 from shardwise.ops.moe.workspace import Workspace
 from shardwise.ops.quantization.triton_fp8 import quantize
 from shardwise.ops.tensor_memory import matrix_tiles
-from shardwise.ops.triton_support import Launcher, aligned, dependent_launch, interpreting
+from shardwise.ops.triton_support import Launcher, aligned, dependent_launch, interpreting, multiprocessors
 
 _gemm = Launcher(grouped_gemm)
 

@@ -13,6 +13,17 @@ DEPTH = tl.constexpr(5)  # tiles of K in flight
 
 
 @jit
+def decode_words(words, near, far, INTERPRET: tl.constexpr):
+    """The eight values of each word, in `mxfp4_convert`'s order; `near` and `far` are factors of the words' shape."""
+    if INTERPRET:
+        return _plain(words, near, far, "narrow")
+    else:
+        return gl.inline_asm_elementwise(
+            _NARROW, _SHAPE, [words, near, far], dtype=(gl.int16,) * 8, is_pure=True, pack=1
+        )
+
+
+@jit
 def _unpack(words, scales, STEPS: tl.constexpr, LEFT: tl.constexpr, INTERPRET: tl.constexpr):
     """Words [8 rows, 4 lanes, 4 steps] and scales [8] of a tile to [16, 64] weights, see `mxfp4_layout`."""
     shift = gl.arange(0, 4, layout=STEPS) // 2 * 8
@@ -21,12 +32,7 @@ def _unpack(words, scales, STEPS: tl.constexpr, LEFT: tl.constexpr, INTERPRET: t
     far = ((scale >> (shift + 16)[None, None, :]) & 0xFF) * 0x00800080 + 0x3F003F00
     near, _ = gl.broadcast(near, words)
     far, _ = gl.broadcast(far, words)
-    if INTERPRET:
-        a0, a1, b0, b1, c0, c1, d0, d1 = _plain(words, near, far, "narrow")
-    else:
-        a0, a1, b0, b1, c0, c1, d0, d1 = gl.inline_asm_elementwise(
-            _NARROW, _SHAPE, [words, near, far], dtype=(gl.int16,) * 8, is_pure=True, pack=1
-        )
+    a0, a1, b0, b1, c0, c1, d0, d1 = decode_words(words, near, far, INTERPRET)
     low = gl.join(gl.join(a0, a1), gl.join(b0, b1))  # [row, lane, step, pair, row half] of k-half 0
     high = gl.join(gl.join(c0, c1), gl.join(d0, d1))
     tile = gl.reshape(gl.permute(gl.join(low, high), (4, 0, 2, 5, 1, 3)), (16, 64))

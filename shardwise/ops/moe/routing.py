@@ -8,7 +8,7 @@ from torch import Tensor
 from shardwise.ops.moe.grouping_kernels import count_kernel, group_few_kernel, place_kernel
 from shardwise.ops.moe.routing_kernels import combine_kernel, route_kernel
 from shardwise.ops.moe.workspace import Workspace
-from shardwise.ops.triton_support import Launcher, aligned, dependent_launch, interpreting
+from shardwise.ops.triton_support import Launcher, aligned, dependent_launch, interpreting, multiprocessors
 
 _route, _combine = Launcher(route_kernel), Launcher(combine_kernel)
 _few, _count, _place = Launcher(group_few_kernel), Launcher(count_kernel), Launcher(place_kernel)
@@ -175,14 +175,3 @@ def combine(values: Tensor, routing: Routing, dtype: torch.dtype, weighted: bool
 def power_of_two(value: int) -> int:
     """The smallest power of two that is not below `value`."""
     return 1 << (value - 1).bit_length()
-
-
-_COUNTS: dict[torch.device, int] = {}
-
-
-def multiprocessors(device: torch.device) -> int:
-    """Of a GPU; 2 for the interpreter."""
-    if device not in _COUNTS:
-        cuda = device.type == "cuda"
-        _COUNTS[device] = torch.cuda.get_device_properties(device).multi_processor_count if cuda else 2
-    return _COUNTS[device]
