@@ -34,9 +34,9 @@ class Choice:
 def choose(wanted: str, shape: LayerShape, masking: Masking, dtype: torch.dtype) -> Choice:
     """The kernels for one layer. ValueError when those that are wanted by name cannot serve it.
 
-    auto: Triton's, which take windows and sinks and need no compiler on the machine. One H100 ran them at 1.13 to 1.33
-    times the rate of FlashInfer's FA2 kernels for prompts of 1k to 16k tokens and for a 2k piece behind 14k, at 0.89
-    times for eight prompts of 1k at once (32 heads over 8 of size 128). PyTorch's for capped scores.
+    auto: Triton's, which take windows and sinks and need no compiler on the machine. One H100 ran them at 1.28 to 1.34
+    times the rate of FlashInfer's FA2 kernels for prompts of 1k to 16k tokens and for a 2k piece behind 14k, at the
+    same rate for eight prompts of 1k at once (benchmarks/results/ops-attention-h100.json). PyTorch's for capped scores.
     """
     reasons = {
         "triton": "capped scores" if masking.softcap else "",
@@ -46,7 +46,7 @@ def choose(wanted: str, shape: LayerShape, masking: Masking, dtype: torch.dtype)
     if wanted == "auto":
         if reasons["triton"]:
             return Choice("torch", f"auto: Triton's kernels have no {reasons['triton']}")
-        return Choice("triton", "auto: 0.9 to 1.3 times FlashInfer's rate, windows and sinks included")
+        return Choice("triton", "auto: 1.0 to 1.3 times FlashInfer's rate, windows and sinks included")
     if reasons[wanted]:
         raise ValueError(f"attention {wanted} cannot serve this model: {reasons[wanted]}; use attention auto")
     return Choice(wanted, "asked for by name")
