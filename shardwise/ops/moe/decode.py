@@ -44,7 +44,7 @@ class Tile:
 
 UP_TILE, DOWN_TILE = Tile(4, 1), Tile(8, 1)
 PLAIN_PER_SM = 8
-"""Programs of plain weights for each multiprocessor. Swept, as the tiles, on an H100 for Qwen3-30B-A3B."""
+"""Programs of plain weights for each multiprocessor. Swept, as the tiles, on H100 and H200 for Qwen3-30B-A3B."""
 
 
 @dataclass(frozen=True)
