@@ -11,6 +11,7 @@ Gate and up rows are dealt to rows r and r + 8 of a slab, so that one thread hol
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -77,15 +78,25 @@ def pack_codes(codes: Tensor, order: Tensor, tiles_n: int, tiles_k: int) -> Tens
     # columns of a tile: k-step (4), k-half (2), lane (4), then the two nibbles of the byte
     view = padded.view(tiles_n, 4, 2, 8, tiles_k, 4, 2, 4).permute(0, 4, 1, 3, 7, 5, 6, 2)
     # now [N/64, K/64, slab, row, lane, step, k-half, row-half]; register = 2 * k-half + row-half
-    word = torch.zeros(view.shape[:-2], dtype=torch.int64, device=codes.device)
+    table = _code_bits(codes.device)
+    word = table[0][view[..., 0, 0].int()]
+    for register in range(1, len(BITS)):
+        word |= table[register][view[..., register // 2, register % 2].int()]
+    return word
+
+
+@cache
+def _code_bits(device: torch.device) -> Tensor:
+    """int32 [4, 256]: what a byte of two codes contributes to its word, in each of the four registers."""
+    table = torch.zeros(len(BITS), 256, dtype=torch.int64)
+    byte = torch.arange(256)
     for register, bits in enumerate(BITS):
-        pair = view[..., register // 2, register % 2].to(torch.int64)
         for half in (0, 1):
-            nibble = (pair >> (4 * half)) & 0xF
+            nibble = (byte >> (4 * half)) & 0xF
             for source, target in zip((3, 2, 1, 0), bits, strict=True):
                 crosses = register == 1 and source == 3
-                word |= ((nibble >> source) & 1) << (target + 16 * (half ^ crosses))
-    return torch.where(word >= 2**31, word - 2**32, word).to(torch.int32)
+                table[register] |= ((nibble >> source) & 1) << (target + 16 * (half ^ crosses))
+    return torch.where(table >= 2**31, table - 2**32, table).to(device, torch.int32)
 
 
 def _pack_scales(scales: Tensor, order: Tensor, tiles_n: int, tiles_k: int) -> Tensor:
