@@ -5,6 +5,7 @@ then one run under a clock for the parts of a step, and a short one under the pr
 or a trace was asked for.
 """
 
+import gc
 import random
 import statistics
 import tempfile
@@ -98,6 +99,7 @@ def measure_session(session: Session, load: Load, trace: str | None) -> dict[str
     from shardwise.parallel.traffic import copy_bandwidth, step_bytes
 
     engine, context = session.engine, session.context
+    gc.freeze()  # as `session.serve` does; what a clock keeps of each step makes collections more frequent
     with context.phase("run"):
         _tell(session, "measuring the copy bandwidth")
         engine.groups.world.barrier()
@@ -186,11 +188,14 @@ def _clocked(session: Session, load: Load) -> dict[str, Any]:
     clock = Clock(session.engine.device, session.context.info.rank)
     with watched_by(clock):
         _generate(session, load)
-    means = {kind: (len(steps), mean(steps)) for kind, steps in clock.steps().items()}
     return {
-        kind: {"steps": count, "seconds": {**asdict(typical), "other": typical.other}}
-        for kind, (count, typical) in means.items()
-        if typical
+        kind: {
+            "steps": len(steps),
+            "seconds": {**asdict(typical), "other": typical.other},
+            "longest_seconds": max(step.wall for step in steps),
+        }
+        for kind, steps in clock.steps().items()
+        if (typical := mean(steps))
     }
 
 
@@ -217,6 +222,7 @@ def _profiled(session: Session, load: Load, trace: str | None) -> dict[str, Any]
         "steps": count,
         "seconds": work.seconds / count,
         "busy_seconds": sum(spent for _, (_, spent) in kernels) / count,
+        "overlapped_seconds": work.overlapped / count,
         "collective_seconds": sum(moving) / count,
         "kernels": [
             {"name": name[:160], "calls": calls / count, "seconds": spent / count}

@@ -119,7 +119,13 @@ class DeviceWork:
     seconds: float
     """From the tokens of the step before to each one's, summed."""
     by_name: dict[str, tuple[int, float]]
-    """Kernels and copies: how many, and their seconds, summed."""
+    """Kernels and copies: how many, and their seconds, each counted from the end of all that began before it, summed.
+
+    A kernel may be resident while the one before still runs (dependent launch, other streams), so lengths overlap;
+    these shares add up to the time in which the device was busy.
+    """
+    overlapped: float
+    """Seconds by which their whole lengths add up to more."""
 
 
 def decode_work(path: Path) -> DeviceWork:
@@ -135,8 +141,13 @@ def decode_work(path: Path) -> DeviceWork:
         if last == kind == DECODE
     ]
     by_name: dict[str, tuple[int, float]] = {}
-    for event in events:
-        if event["cat"] in _DEVICE_WORK and any(begin <= event["ts"] < end for begin, end in steps):
+    reached = overlapped = 0.0
+    for event in sorted((e for e in events if e["cat"] in _DEVICE_WORK), key=lambda e: e["ts"]):
+        end = event["ts"] + event["dur"]
+        own = max(0.0, end - max(event["ts"], reached))
+        reached = max(reached, end)
+        if any(begin <= event["ts"] < end for begin, end in steps):
             count, seconds = by_name.get(event["name"], (0, 0.0))
-            by_name[event["name"]] = (count + 1, seconds + event["dur"] / 1e6)
-    return DeviceWork(len(steps), sum(end - begin for begin, end in steps) / 1e6, by_name)
+            by_name[event["name"]] = (count + 1, seconds + own / 1e6)
+            overlapped += (event["dur"] - own) / 1e6
+    return DeviceWork(len(steps), sum(end - begin for begin, end in steps) / 1e6, by_name, overlapped)

@@ -58,6 +58,8 @@ def test_a_shape_is_measured_on_two_ranks_and_every_rank_writes_a_trace(shape, t
     assert result["decode_tokens_per_second"]["median"] in [run["decode_tokens_per_second"] for run in first["runs"]]
     assert 0 < result["share_of_limit"] < 1
     assert first["step_parts"]["decode"]["steps"] == 5 and first["step_parts"]["prefill"]["steps"] == 1
+    for parts in first["step_parts"].values():
+        assert parts["seconds"]["wall"] <= parts["longest_seconds"]
     assert first["step_bytes"]["experts"] > result["ranks"][1]["step_bytes"]["experts"] > 0
     assert 0.4 <= first["touched_seen"] <= 0.8  # 2 tokens x 2 of 5 experts
     printed = capsys.readouterr().out

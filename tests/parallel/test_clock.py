@@ -174,3 +174,18 @@ def test_device_work_is_that_of_decode_steps(tmp_path):
     work = decode_work(path)
     assert work.steps == 1 and work.seconds == pytest.approx(17e-6)
     assert work.by_name["gemm"] == (2, pytest.approx(8e-6)) and work.by_name["Memcpy DtoH"][0] == 1
+    assert work.overlapped == 0
+
+
+def test_kernels_that_wait_beside_the_one_before_are_busy_only_from_its_end(tmp_path):
+    def event(name, begin, end, cat="user_annotation"):
+        return {"ph": "X", "cat": cat, "name": name, "ts": begin, "dur": end - begin}
+
+    spans = [event(DECODE, 0, 1), event(SAMPLE, 2, 10), event(DECODE, 11, 12), event(SAMPLE, 13, 30)]
+    kernels = [event("a", 12, 16, "kernel"), event("b", 13, 20, "kernel"), event("c", 14, 19, "kernel")]
+    path = tmp_path / "trace.json.gz"
+    path.write_bytes(gzip.compress(json.dumps({"traceEvents": [*kernels, *spans]}).encode()))
+    work = decode_work(path)
+    seconds = {name: spent for name, (_, spent) in work.by_name.items()}
+    assert seconds == {"a": pytest.approx(4e-6), "b": pytest.approx(4e-6), "c": 0}  # 8 us from 12 to 20
+    assert work.overlapped == pytest.approx(8e-6)

@@ -64,7 +64,7 @@ def _speed(result: dict[str, Any]) -> list[str]:
         f"{result['share_of_limit']:.0%})",
         f"  end to end      {run['tokens_per_second']:10.1f} tokens/s",
         f"  first token     {run['first_token_seconds']['p50'] / MS:10.1f} ms        "
-        f"(last prompt's: {run['first_token_seconds']['max'] / MS:.1f})",
+        f"(median of the prompts; last one's: {run['first_token_seconds']['max'] / MS:.1f})",
         f"  between tokens  {times} ms",
     ]
 
@@ -115,9 +115,10 @@ def _size(count: float) -> str:
 def _parts(result: dict[str, Any]) -> list[str]:
     """Where a step's time goes."""
     names = ("wall", "schedule", "launch", "wait", "other", "collectives", "device")
-    lines = ["mean step of rank 0 (ms)", f"  {'':8} {'steps':>6}" + "".join(f" {name:>11}" for name in names)]
+    headers = (*names, "longest")
+    lines = ["mean step of rank 0 (ms)", f"  {'':8} {'steps':>6}" + "".join(f" {name:>11}" for name in headers)]
     for kind, part in result["step_parts"].items():
-        cells = (part["seconds"][name] for name in names)
+        cells = (*(part["seconds"][name] for name in names), part["longest_seconds"])
         lines.append(
             f"  {kind:8} {part['steps']:6}" + "".join(f" {'-' if c is None else f'{c / MS:.3f}':>11}" for c in cells)
         )
@@ -128,6 +129,8 @@ def _parts(result: dict[str, Any]) -> list[str]:
         "",
         f"device, decode step under the profiler: {work['seconds'] / MS:.3f} ms, busy {work['busy_seconds'] / MS:.3f}, "
         f"collectives {work['collective_seconds'] / MS:.3f}",
+        f"a kernel's time begins when those before it have ended; {work['overlapped_seconds'] / MS:.3f} ms more of it "
+        "overlap with theirs",
     ]
     lines += [
         f"  {row['seconds'] / MS:8.3f} ms {row['calls']:7.1f} x  {row['name'][:90]}" for row in work["kernels"][:10]
