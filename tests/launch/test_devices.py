@@ -1,5 +1,7 @@
 """Which device a rank takes, and what it says when there are too few."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -68,6 +70,7 @@ def test_more_ranks_than_devices_are_one_sentence(with_gpus, capfd):
     from shardwise.launch.cli import main
 
     world = torch.cuda.device_count() + 1
-    assert main(["run", "smollm2", "--tp", str(world), "--max-new-tokens", "1"]) == 1
+    shape = Path(__file__).parents[2] / "benchmarks" / "shapes" / "llama-3.1-8b.json"
+    assert main(["bench", "generate", "--shape", str(shape), "--dummy-weights", "--tp", str(world)]) == 1
     err = capfd.readouterr().err
     assert "would share one CUDA device" in err and "Traceback" not in err
