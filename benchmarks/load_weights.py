@@ -4,7 +4,7 @@
 
 Writes random weights (only as many layers as fill that many gigabytes) into a folder of its own inside, unless that
 holds them already, and removes it at the end. Each reading begins with the page cache in the same state: dropped where
-the file system lets it go, else full; the result says which.
+the file system lets it go, else full, or full by `--cached`; the result says which.
 """
 
 import argparse
@@ -82,12 +82,15 @@ def _write_file(path: Path, content: list[tuple], noise: bytes) -> None:
 
 
 def drop_from_page_cache(files: list[Path]) -> float:
-    """Ask for the files' pages to go; the share of their pages that stayed (all of them on tmpfs)."""
+    """Ask for the files' pages to go; the share of them that stayed (all of them on tmpfs)."""
     for path in files:
         with path.open("rb") as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    pages = np.concatenate([pages_in_memory(path) for path in files])
-    return float(pages.mean())
+    return share_in_memory(files)
+
+
+def share_in_memory(files: list[Path]) -> float:
+    return float(np.concatenate([pages_in_memory(path) for path in files]).mean())
 
 
 def pages_in_memory(path: Path) -> np.ndarray:
@@ -180,16 +183,21 @@ def measure(folder: Path, world: int, device: str) -> list[dict]:
 def run(options: argparse.Namespace) -> dict:
     total = write_checkpoint(options.shape, options.folder, options.gigabytes)
     files = sorted(options.folder.glob("*.safetensors"))
-    rounds = []
+    begin_with = share_in_memory if options.cached else drop_from_page_cache
+    rounds: list[dict] = []
+    result = {"shape": options.shape.stem, "bytes": total, "machine": machine_facts(), "rounds": rounds}
+    if options.cached:
+        time_cat(files)
     for number in range(options.rounds):
-        resident = drop_from_page_cache(files)
+        resident = begin_with(files)
         seconds = time_cat(files)
         row: dict = {"resident_before": resident, "cat_seconds": seconds, "ranks": {}}
+        rounds.append(row)
         print(
             f"round {number}: cat {seconds:.2f} s ({total / seconds / 1e9:.2f} GB/s), in memory before: {resident:.0%}"
         )
         for world in options.tp:
-            drop_from_page_cache(files)
+            begin_with(files)
             row["ranks"][world] = ranks = measure(options.folder, world, options.device)
             slowest = max(rank["seconds"] for rank in ranks)
             excess = max(rank["peak_rss_bytes"] - rank["shard_bytes"] for rank in ranks)
@@ -200,11 +208,9 @@ def run(options: argparse.Namespace) -> dict:
                 f"taken by loading (mapped files left out)",
                 flush=True,
             )
-        rounds.append(row)
-        result = {"shape": options.shape.stem, "bytes": total, "machine": machine_facts(), "rounds": rounds}
-        if options.json:
-            options.json.parent.mkdir(exist_ok=True)
-            options.json.write_text(json.dumps(result, indent=1) + "\n")
+            if options.json:
+                options.json.parent.mkdir(exist_ok=True)
+                options.json.write_text(json.dumps(result, indent=1) + "\n")
     return result
 
 
@@ -216,6 +222,7 @@ if __name__ == "__main__":
     parser.add_argument("--tp", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--cached", action="store_true", help="read from the page cache: for disks slower than devices")
     parser.add_argument("--keep", action="store_true", help="leave the files there")
     parser.add_argument("--json", type=Path)
     chosen = parser.parse_args()
