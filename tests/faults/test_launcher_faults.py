@@ -9,7 +9,6 @@ from fault_jobs import fail, job_environment, start_parent, survivors
 
 from shardwise.launch.job import run_job
 
-pytestmark = pytest.mark.alone
 LAUNCHERS = ("local", "torchrun", "mpi")
 BOUND = {"local": 10.0, "torchrun": 30.0, "mpi": 15.0}
 """Seconds from start to report; torchrun needs 2 to 3 to start at all, more on a busy machine."""
@@ -49,6 +48,7 @@ def test_a_fault_before_the_rendezvous_ends_those_who_wait(tmp_path, launcher):
     assert failed.survivors == [] and failed.seconds < BOUND[launcher]
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_a_rank_that_never_enters_a_collective_is_named_with_its_stack(tmp_path, monkeypatch, launcher):
     monkeypatch.setenv("SHARDWISE_DEADLINE_COLLECTIVE", "1")

@@ -11,7 +11,6 @@ from fault_jobs import fail, job_environment, start_parent, survivors
 
 from shardwise.launch.job import run_job
 
-pytestmark = pytest.mark.alone
 ray = pytest.importorskip("ray")
 
 
@@ -49,6 +48,7 @@ def test_the_rank_that_failed_is_named(tmp_path, fault, code, what):
     assert failed.survivors == [] and failed.seconds < 20
 
 
+@pytest.mark.alone
 def test_a_cluster_that_is_too_small_is_explained_within_ten_seconds(tmp_path):
     started = time.monotonic()
     with pytest.raises(RuntimeError, match=r"too little for 5 ranks: wanted 5 CPU, free .* CPU \(nodes: .*: 2 CPU\)"):
