@@ -50,39 +50,47 @@ def grouped(name, plan, up, itemsize):
     shape, kind = plan.up if up else plan.down, {1: "fp8e4nv", 2: "bf16"}[itemsize]
     fp8 = itemsize == 1
     kinds = {
-        "x": "*" + kind if up else f"tensordesc<{kind}[{plan.bt}, {shape.bk}]>",
-        "w": f"tensordesc<{kind}[{shape.bn}, {shape.bk}]>",
+        "x": "*" + kind if up and not plan.copied else f"tensordesc<{kind}[{plan.bt}, {shape.bk}]>",
+        "w": f"tensordesc<{kind}[{'2, ' if shape.paired else ''}{shape.bn}, {shape.bk}]>",
         "out_ptr": "*" + (kind if up else "bf16"),
         **dict.fromkeys(("sorted_ptr", "block_ptr"), "*i32"),
         **dict.fromkeys(("pairs", "sharing", "columns", "out_rows", "stride_x"), "i32"),
     }
     constants = dict(
-        GATHER=up, ACT="silu" if up else "none", SCALED="expert" if fp8 else "", FACTORED=fp8,
-        QUANTIZE="divide" if fp8 and up else "", WEIGHT_IN=False, BN=shape.bn, BT=plan.bt, BK=shape.bk,
-        SPLITS=shape.splits, GROUP=shape.group, TOKENS_LEFT=shape.tokens_left, FLAT=shape.flat, TMA=True, EVEN_K=True,
-        STAGES=shape.stages, INTERPRET=False, PDL=True,
+        GATHER=up and not plan.copied, BY_PAIR=not up, ACT="silu" if up else "none", SCALED="expert" if fp8 else "",
+        FACTORED=fp8, QUANTIZE="divide" if fp8 and up else "", WEIGHT_IN=False, BN=shape.bn, BT=plan.bt, BK=shape.bk,
+        SPLITS=shape.splits, GROUP=shape.group, TOKENS_LEFT=shape.tokens_left, PAIRED=shape.paired, FLAT=shape.flat,
+        TMA=True, EVEN_K=True, STAGES=shape.stages, INTERPRET=False, PDL=True,
     )  # fmt: skip
     return describe(name, compiled(grouped_gemm, kinds, constants, shape.warps), shape.per_sm)
 
 
 def few(name, top_k, itemsize):
     """Both launches for one token."""
-    plan, kind, fp8 = choose_few(top_k, 128, top_k), {1: "*fp8e4nv", 2: "*bf16"}[itemsize], itemsize == 1
+    plan, kind, fp8 = choose_few(top_k, 128, top_k, itemsize), {1: "*fp8e4nv", 2: "*bf16"}[itemsize], itemsize == 1
     kinds = {
         **dict.fromkeys(("w_ptr", "inner_ptr"), kind),
         "x_ptr": "*bf16",
         "id_ptr": "*i64",
         **dict.fromkeys(("experts", "columns", "out_rows"), "i32"),
     }
+
+    def sized(shape):
+        return dict(ROWS=shape.rows, BK=shape.step // itemsize, STAGES=shape.stages)
+
     common = dict(
-        TOP_K=top_k, SCALED=fp8, FACTORED=fp8, BK=512 // itemsize, VECTOR=16 // itemsize, STAGES=plan.stages,
-        EVEN_K=True, INTERPRET=False, PDL=True,
+        TOP_K=top_k, SCALED=fp8, FACTORED=fp8, VECTOR=16 // itemsize, EVEN_K=True, INTERPRET=False, PDL=True,
     )  # fmt: skip
-    up = dict(ACT="silu", QUANTIZE="divide" if fp8 else "", WEIGHT_IN=False, ROWS=plan.up_rows)
-    down = dict(K_BLOCK=power_of_two(top_k), WEIGHTED=True, ROWS=plan.down_rows, AHEAD=8)
+    up = dict(ACT="silu", QUANTIZE="divide" if fp8 else "", WEIGHT_IN=False)
+    down = dict(K_BLOCK=power_of_two(top_k), WEIGHTED=True, AHEAD=8)
     return [
-        describe(f"{name} up", compiled(few_up, {**kinds, "out_ptr": kind}, common | up, plan.warps), 2),
-        describe(f"{name} down", compiled(few_down, {**kinds, "out_ptr": "*bf16"}, common | down, plan.warps), 2),
+        describe(
+            f"{name} {half}", compiled(kernel, {**kinds, "out_ptr": out}, common | own | sized(shape), shape.warps), 2
+        )
+        for half, kernel, out, own, shape in (
+            ("up", few_up, kind, up, plan.up),
+            ("down", few_down, "*bf16", down, plan.down),
+        )
     ]
 
 

@@ -11,7 +11,7 @@ from shardwise.comm.rank import current_groups
 from shardwise.ops.moe import triton, trtllm
 from shardwise.ops.moe.contract import FP8Scales
 from shardwise.ops.moe.grouped import grouped_moe
-from shardwise.ops.moe.grouped_plan import FewPlan, GroupedPlan, Shape, choose_few, choose_plan
+from shardwise.ops.moe.grouped_plan import FewPlan, FewShape, GroupedPlan, Shape, choose_few, choose_plan
 from shardwise.ops.triton_support import interpreting
 from shardwise.partition import extent
 from shardwise.sharding.layout import ParallelLayout
@@ -114,13 +114,19 @@ def test_no_tokens():
     assert OPS.triton_moe_fused(x, ids, weights, *stacks, True, 4).shape == (0, 32)
 
 
-FEW = FewPlan(64, 32, 4, 2)
+FEW = FewPlan(FewShape(64, 512, 4, 2), FewShape(32, 256, 4, 3))
 PLANS = {
     "few": FEW,
     "narrow": GroupedPlan(16, Shape(64, 32, 4, 2, 1), Shape(64, 32, 4, 2, 1, 2)),
     "three splits": GroupedPlan(32, Shape(32, 64, 4, 2, 1), Shape(32, 64, 4, 2, 1, 3, group=3)),
     "wide": GroupedPlan(64, Shape(128, 32, 4, 2, 1, group=2), Shape(128, 32, 4, 2, 1, group=4)),
     "tokens left": GroupedPlan(16, Shape(64, 32, 4, 2, 1, 1, 2, True), Shape(64, 64, 4, 2, 1, 1, 3, True)),
+    "up and gate at once": GroupedPlan(
+        16, Shape(64, 32, 4, 2, 1, 1, 2, True, True), Shape(64, 64, 4, 2, 1, 1, 3, True)
+    ),
+    "tokens in order": GroupedPlan(
+        16, Shape(64, 32, 4, 2, 1, 1, 2, True, True), Shape(64, 64, 4, 2, 1, 1, 3, True), copied=True
+    ),
 }
 plans = pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
 
@@ -210,8 +216,9 @@ def test_no_tile_reaches_over_a_block_of_scales(pairs):
 
 
 def test_one_token_takes_two_launches_and_many_do_not():
-    assert choose_few(8, 128, 8) and choose_few(64, 128, 8) and choose_few(2, 8, 2) and choose_few(4, 8, 2)
-    assert not choose_few(8, 8, 2) and not choose_few(128, 128, 8)
+    assert all(choose_few(*call, itemsize) for call in ((8, 128, 8), (2, 8, 2)) for itemsize in (1, 2))
+    assert choose_few(64, 128, 8, 2) and choose_few(4, 8, 2, 2)
+    assert not choose_few(8, 8, 2, 2) and not choose_few(128, 128, 8, 2) and not choose_few(16, 128, 8, 1)
 
 
 def test_scales_of_another_number_of_experts_are_named():

@@ -6,7 +6,7 @@ from memory_check import checked_memory
 from oracles_moe import ALPHA, LIMIT, gpt_oss_layer, nvfp4_stack, routing, stacked
 
 from shardwise.ops.moe.grouped import grouped_moe
-from shardwise.ops.moe.grouped_plan import FewPlan, GroupedPlan, Shape
+from shardwise.ops.moe.grouped_plan import FewPlan, FewShape, GroupedPlan, Shape
 from shardwise.ops.moe.mxfp4 import mxfp4_moe
 from shardwise.ops.moe.mxfp4_layout import pack_mxfp4
 from shardwise.ops.moe.tiles import Plan, Tiles
@@ -49,7 +49,7 @@ def test_mxfp4_for_one_token(monkeypatch):
 GROUPED = [
     GroupedPlan(16, Shape(32, 64, 4, 2, 1), Shape(64, 32, 4, 2, 1, 2)),
     GroupedPlan(32, Shape(128, 32, 4, 2, 1, 1, 2, True), Shape(64, 64, 4, 2, 1, 1, 2, True)),
-    FewPlan(32, 16, 4, 2),
+    FewPlan(FewShape(32, 512, 4, 2), FewShape(16, 512, 4, 2)),
 ]
 
 

@@ -38,33 +38,34 @@ def few_moe(
     )
     how = ("divide" if factored else "multiply") if scaled else ""
     vector = 16 // first.element_size()
-    bk = 32 * vector
+    up, down = plan.up, plan.down
+    up_bk, down_bk = (shape.step // first.element_size() for shape in (up, down))
     common = (interpreting(), pdl)
     kinds = (tokens.dtype, first.dtype, ids.dtype, weights.dtype, first.shape[0] == 1, hidden, size, plan)
     up_constants = (
-        (top_k, act, scaled, factored, how, on_input, plan.up_rows, bk, vector, plan.stages, hidden % bk == 0) + common
+        (top_k, act, scaled, factored, how, on_input, up.rows, up_bk, vector, up.stages, hidden % up_bk == 0) + common
     )  # fmt: skip
     _up(
         device,
         (*kinds, aligned(tokens, first, inner, ids, weights, s1, in_scale, inner_scale), up_constants),
-        (pairs, -(-size // plan.up_rows), 1),
+        (pairs, -(-size // up.rows), 1),
         (tokens, first, inner, ids, weights, s1, in_scale, in_scale, inner_scale, first.shape[0], hidden, size)
         + up_constants,
-        num_warps=plan.warps,
+        num_warps=up.warps,
         launch_pdl=pdl,
     )
     ahead = 0 if interpreting() else power_of_two(-(-min(AHEAD_BYTES, size * first.element_size()) // 128))
     down_constants = (
-        (top_k, power_of_two(top_k), scaled, factored, not on_input, plan.down_rows, bk, vector, plan.stages)
-        + (size % bk == 0, ahead)
+        (top_k, power_of_two(top_k), scaled, factored, not on_input, down.rows, down_bk, vector, down.stages)
+        + (size % down_bk == 0, ahead)
         + common
     )  # fmt: skip
     _down(
         device,
         (*kinds, aligned(inner, second, out, ids, weights, s2, inner_scale), down_constants),
-        (-(-hidden // plan.down_rows), count, 1),
+        (-(-hidden // down.rows), count, 1),
         (inner, second, out, ids, weights, s2, inner_scale, first.shape[0], size, hidden) + down_constants,
-        num_warps=plan.warps,
+        num_warps=down.warps,
         launch_pdl=pdl,
     )
     return out

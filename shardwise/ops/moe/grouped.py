@@ -4,23 +4,23 @@ A token or a few: two launches of matrix-vector products (`few_kernels.py`). Mor
 activation -> down GEMM -> weighted sum (`grouped_gemm.py`). Nothing synchronises; sums are in a fixed order.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from shardwise.ops.moe.contract import FP8Scales
 from shardwise.ops.moe.few import few_moe
-from shardwise.ops.moe.grouped_gemm import grouped_gemm
+from shardwise.ops.moe.grouped_gemm import gather_rows, grouped_gemm
 from shardwise.ops.moe.grouped_plan import FewPlan, GroupedPlan, Shape, choose_few, choose_plan
 from shardwise.ops.moe.mxfp4 import WIDE_TOKENS
 from shardwise.ops.moe.routing import Routing, combine, most_blocks, routed
 from shardwise.ops.moe.workspace import Workspace
 from shardwise.ops.quantization.triton_fp8 import quantize
-from shardwise.ops.tensor_memory import matrix_tiles
+from shardwise.ops.tensor_memory import matrix_tiles, pair_tiles
 from shardwise.ops.triton_support import Launcher, aligned, dependent_launch, interpreting, multiprocessors
 
-_gemm = Launcher(grouped_gemm)
+_gemm, _gather = Launcher(grouped_gemm), Launcher(gather_rows)
 
 
 @dataclass(frozen=True)
@@ -29,9 +29,10 @@ class _Product:
 
     x: Tensor
     weight: Tensor
-    out: Tensor  # [pairs, N] by sorted position, or [splits, pairs, N] by pair
+    out: Tensor  # [pairs, N] by sorted position, or [splits, pairs, N] with by_pair
     sharing: int
     """Pairs that share a row of x, which is gathered; 0: x rows are sorted positions."""
+    by_pair: bool
     act: str
     weight_in: bool
     scale: Tensor | None
@@ -62,7 +63,7 @@ def grouped_moe(
     ids, weights = ids.contiguous(), weights.contiguous()
     blocks = scales is not None and scales.blocks
     if plan is None and not blocks:
-        plan = choose_few(pairs, experts, top_k)
+        plan = choose_few(pairs, experts, top_k, first.element_size())
     if isinstance(plan, FewPlan):
         return few_moe(tokens, ids, weights, first, second, act, on_input, scales, plan)
     plan = plan or choose_plan(pairs, experts, first.element_size(), blocks)
@@ -72,6 +73,7 @@ def grouped_moe(
     wide = torch.float32 if count <= WIDE_TOKENS else tokens.dtype
     values = space.take("values", (plan.down.splits, pairs, hidden), wide)
     up, down = _products(tokens, routing, first, second, act, on_input, scales, inner, values)
+    up = _in_order(up, routing) if plan.copied else up
     _run(plan.up, plan.bt, up, routing)
     _run(plan.down, plan.bt, down, routing)
     return combine(values, routing, tokens.dtype, weighted=not on_input)
@@ -80,13 +82,29 @@ def grouped_moe(
 def _products(tokens, routing, first, second, act, on_input, scales, inner, values) -> tuple[_Product, _Product]:
     top_k = routing.ids.shape[1]
     if scales is None:
-        up = _Product(tokens, first, inner, top_k, act, on_input, None, None, None, "")
-        return up, _Product(inner, second, values, 0, "none", False, None, None, None, "")
+        up = _Product(tokens, first, inner, top_k, False, act, on_input, None, None, None, "")
+        return up, _Product(inner, second, values, 0, True, "none", False, None, None, None, "")
     x, sharing = (_weighted(tokens, routing.weights), 1) if on_input else (tokens, top_k)
     factors, how = ((scales.input, scales.inner), "divide") if scales.factored else ((None, None), "multiply")
     x = quantize(x, scales.input)
-    up = _Product(x, first, inner, sharing, act, False, scales.first, factors[0], scales.inner, how)
-    return up, _Product(inner, second, values, 0, "none", False, scales.second, factors[1], None, "")
+    up = _Product(x, first, inner, sharing, False, act, False, scales.first, factors[0], scales.inner, how)
+    return up, _Product(inner, second, values, 0, True, "none", False, scales.second, factors[1], None, "")
+
+
+def _in_order(product: _Product, routing: Routing) -> _Product:
+    """The product with its rows copied into sorted positions."""
+    x, pairs = product.x, routing.order.shape[0]
+    device, pdl, columns = x.device, dependent_launch(x.device), x.shape[1]
+    rows, block = torch.empty((pairs, columns), dtype=x.dtype, device=device), 2048
+    _gather(
+        device,
+        (x.dtype, aligned(x), columns, pdl),
+        (pairs, -(-columns // block), 1),
+        (x, rows, routing.order, routing.blocks, product.sharing, columns, block, pdl),
+        num_warps=4,
+        launch_pdl=pdl,
+    )
+    return replace(product, x=rows, sharing=0)
 
 
 def _weighted(tokens: Tensor, weights: Tensor) -> Tensor:
@@ -109,16 +127,20 @@ def _run(shape: Shape, bt: int, product: _Product, routing: Routing) -> None:
     tma = _by_tensor_memory(x, w)
     even = columns % (shape.bk * shape.splits) == 0
     scaled = "" if product.scale is None else "expert" if product.scale.dim() == 1 else "block"
+    paired = shape.paired and tma and product.act == "silu" and scaled != "block"
     constants = (
-        (product.sharing > 0, product.act, scaled, product.factor is not None, product.quant_how, product.weight_in)
-        + (shape.bn, bt, shape.bk, shape.splits, shape.group, shape.tokens_left, shape.flat, tma, even, shape.stages)
-        + (interpreting(), pdl)
+        (product.sharing > 0, product.by_pair, product.act, scaled, product.factor is not None, product.quant_how)
+        + (product.weight_in, shape.bn, bt, shape.bk, shape.splits, shape.group, shape.tokens_left, paired, shape.flat)
+        + (tma, even, shape.stages, interpreting(), pdl)
     )  # fmt: skip
     absent = routing.order  # stands for an argument that the kernel does not read
     others = [absent if other is None else other for other in (product.scale, product.factor, product.quant)]
     key = (x.dtype, w.dtype, out.dtype, routing.weights.dtype, columns, rows, shape.warps, constants)
     bound = most_blocks(pairs, routing.local, bt) * -(-rows // shape.bn) * shape.splits
-    left = matrix_tiles(w.view(-1, columns), shape.bn, shape.bk) if tma else w
+    left = w
+    if tma:
+        whole = w.view(-1, columns)
+        left = pair_tiles(whole, rows, shape.bn, shape.bk) if paired else matrix_tiles(whole, shape.bn, shape.bk)
     right = matrix_tiles(x, bt, shape.bk) if tma and not product.sharing else x
     _gemm(
         device,

@@ -1,8 +1,9 @@
 """Grouped GEMM over routed token rows with bf16, fp16, float32 or e4m3 weights.
 
 Few tokens an expert: out^T [N, tokens] = W x^T, so that a tile's long side is the weights' (64 rows of them for as few
-as 16 tokens). Many: out [tokens, N] = x W^T. Weights, and activations that lie in order, come by the tensor memory
-accelerator where their rows are multiples of 16 bytes; tokens are gathered.
+as 16 tokens). Many: out [tokens, N] = x W^T, and the tokens may have been copied into the experts' order first.
+Weights, and activations that lie in order, come by the tensor memory accelerator where their rows are multiples of 16
+bytes; others are gathered.
 """
 
 from shardwise.ops.quantization.triton_fp8 import encode_e4m3
@@ -61,33 +62,47 @@ def _lines(values, TOKENS_LEFT: tl.constexpr):
     return values[None, :] if TOKENS_LEFT else values[:, None]
 
 
+@triton.jit(do_not_specialize=["sharing"])
+def gather_rows(x_ptr, out_ptr, sorted_ptr, block_ptr, sharing, columns, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    """out[position] = x[pair // sharing] for the sorted positions of local pairs."""
+    await_predecessor(PDL)
+    position = tl.program_id(0)
+    if position < tl.load(block_ptr + 3 * tl.load(block_ptr)):  # the end of the last block; 0 without any
+        row = tl.load(sorted_ptr + position) // sharing
+        column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        inside = column < columns
+        x = tl.load(x_ptr + row.to(tl.int64) * columns + column, mask=inside)
+        tl.store(out_ptr + position.to(tl.int64) * columns + column, x, mask=inside)
+
+
 @triton.jit(do_not_specialize=["pairs", "sharing"])
 def grouped_gemm(
     x, w, out_ptr, sorted_ptr, block_ptr, scale_ptr, factor_ptr, quant_ptr, routing_ptr, pairs, sharing, columns,
     out_rows, stride_x,
-    GATHER: tl.constexpr, ACT: tl.constexpr, SCALED: tl.constexpr, FACTORED: tl.constexpr, QUANTIZE: tl.constexpr,
-    WEIGHT_IN: tl.constexpr, BN: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, SPLITS: tl.constexpr,
-    GROUP: tl.constexpr, TOKENS_LEFT: tl.constexpr, FLAT: tl.constexpr, TMA: tl.constexpr, EVEN_K: tl.constexpr,
-    STAGES: tl.constexpr, INTERPRET: tl.constexpr, PDL: tl.constexpr,
+    GATHER: tl.constexpr, BY_PAIR: tl.constexpr, ACT: tl.constexpr, SCALED: tl.constexpr, FACTORED: tl.constexpr,
+    QUANTIZE: tl.constexpr, WEIGHT_IN: tl.constexpr, BN: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr,
+    SPLITS: tl.constexpr, GROUP: tl.constexpr, TOKENS_LEFT: tl.constexpr, PAIRED: tl.constexpr, FLAT: tl.constexpr,
+    TMA: tl.constexpr, EVEN_K: tl.constexpr, STAGES: tl.constexpr, INTERPRET: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Persistent over (token block, n tile, k split); n tiles of BN output rows.
 
     w           [E, N, K], twice N rows (up, then gate) with ACT "silu"; with TMA a descriptor of [E * N, K]
     x           [rows, K]; with TMA and without GATHER a descriptor
-    GATHER      `sharing` pairs share a row of x, which is gathered, and results go to sorted positions; otherwise x
-                stands in sorted positions, and results go to their pairs, [SPLITS, pairs, N]
+    GATHER      `sharing` pairs share a row of x, which is gathered; otherwise x stands in sorted positions
+    BY_PAIR     results go to their pairs, [SPLITS, pairs, N]; otherwise to sorted positions
     ACT         "none", "silu" (silu(gate) * up) or "relu2"
     SCALED      "expert": products are multiplied with scale_ptr[expert]; "block": with the scales of 128 x 128
                 weights each, [E, ceil(N/128), ceil(K/128)], twice as many rows with ACT "silu"; FACTORED: also with
                 factor_ptr[0]
     QUANTIZE    results are divided ("divide") by quant_ptr[0] or multiplied ("multiply") with it and stored as e4m3
+    PAIRED      a tile's up and gate rows are one operand; w is a descriptor of [2E, N, K], tokens are the left operand
     FLAT        tiles and their steps are one loop: a tile's first loads run beside its predecessor's results
     WEIGHT_IN   products are multiplied with routing_ptr[pair], which is the routing weight applied to the input
     """
     await_predecessor(PDL)
     GATED: tl.constexpr = ACT == "silu"
     ROWS: tl.constexpr = BT if TOKENS_LEFT else BN
-    COLUMNS: tl.constexpr = BN if TOKENS_LEFT else BT
+    COLUMNS: tl.constexpr = BT if not TOKENS_LEFT else 2 * BN if PAIRED else BN
     n_tiles = tl.cdiv(out_rows, BN)
     blocks = tl.load(block_ptr)
     per_block = n_tiles * SPLITS
@@ -108,24 +123,29 @@ def grouped_gemm(
         scale_rows = tl.cdiv(out_rows, 128) * (2 if GATED else 1)
         at_row = first + n_start if TMA else first
         acc = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
-        gate = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
+        gate = tl.zeros((ROWS, COLUMNS), dtype=tl.float32) if not PAIRED else acc
         for step in tl.range(split * k_steps, (split + 1) * k_steps, num_stages=STAGES):
             k = step * BK
             tokens = _tokens(x, start, rows, valid, k, columns, stride_x, BK, TMA and not GATHER, EVEN_K)
-            up = _weights(w, at_row, n, real, k, columns, BK, TMA, EVEN_K)
+            if PAIRED:
+                up = tl.reshape(w.load([2 * expert, n_start, k]), (2 * BN, BK))
+            else:
+                up = _weights(w, at_row, n, real, k, columns, BK, TMA, EVEN_K)
             if SCALED == "block":
                 scale_at = scale_ptr + (expert * scale_rows + n_start // 128) * tl.cdiv(columns, 128) + k // 128
                 zero = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
                 acc += _step(zero, up, tokens, TOKENS_LEFT, INTERPRET) * tl.load(scale_at)
             else:
                 acc = _step(acc, up, tokens, TOKENS_LEFT, INTERPRET)
-            if GATED:
+            if GATED and not PAIRED:
                 other = _weights(w, at_row + out_rows, n, real, k, columns, BK, TMA, EVEN_K)
                 if SCALED == "block":
                     scale_at += tl.cdiv(out_rows, 128) * tl.cdiv(columns, 128)
                     gate += _step(zero, other, tokens, TOKENS_LEFT, INTERPRET) * tl.load(scale_at)
                 else:
                     gate = _step(gate, other, tokens, TOKENS_LEFT, INTERPRET)
+        if PAIRED:
+            acc, gate = tl.split(tl.permute(tl.reshape(acc, (ROWS, 2, BN)), (0, 2, 1)))
         if SCALED != "":
             factor = tl.load(scale_ptr + expert) if SCALED == "expert" else 1.0
             if FACTORED:
@@ -146,6 +166,6 @@ def grouped_gemm(
             value = encode_e4m3(acc * tl.load(quant_ptr), INTERPRET)
         else:
             value = acc.to(out_ptr.dtype.element_ty)
-        at = (position if GATHER else split * pairs + pair).to(tl.int64) * out_rows
+        at = (split * pairs + pair if BY_PAIR else position).to(tl.int64) * out_rows
         out = out_ptr + _lines(at, not TOKENS_LEFT) + _lines(n, TOKENS_LEFT)
         tl.store(out, value, mask=_lines(real, TOKENS_LEFT) & _lines(valid, not TOKENS_LEFT))
