@@ -97,14 +97,16 @@ def conv_prefill_rows(module, choices: Iterable[tuple[int, int, int]]) -> Rows:
 
 
 def conv_decode_rows() -> Rows:
-    """The convolutions' decode steps with one, two and four tokens a program (Triton) or thread (CUDA)."""
+    """The convolutions' decode steps: tokens of a program (Triton), thread blocks of a multiprocessor (CUDA)."""
     for case in bench_states.conv_cases((1, 32, 64, 128, 256, 1024), ()):
-        for together in (1, 2, 4):
-            with (
-                mock.patch.multiple(conv_triton, MANY_TOKENS=0, TOGETHER=together),
-                mock.patch.object(conv_cuda, "TOGETHER", {together: 0}),
-            ):
-                yield time_of(case.call, 20), f"{case.operator} {case.size} {together} tokens together"
+        if case.operator.startswith("triton"):
+            for together in (1, 2, 4):
+                with mock.patch.multiple(conv_triton, MANY_TOKENS=0, TOGETHER=together):
+                    yield time_of(case.call, 20), f"{case.operator} {case.size} {together} tokens together"
+        else:
+            for resident in (1, 2, 3, 4, 8):
+                with mock.patch.object(conv_cuda, "RESIDENT", resident):
+                    yield time_of(case.call, 20), f"{case.operator} {case.size} {resident} blocks a multiprocessor"
 
 
 def ssm_decode_rows() -> Rows:

@@ -1,7 +1,7 @@
 """Triton kernels around fla's: states in and out of the cache, chunks of several sequences, the decode step."""
 
 from shardwise.ops.state_batch import load_bounds
-from shardwise.ops.triton_support import tl, triton
+from shardwise.ops.triton_support import await_predecessor, tl, triton
 
 
 @triton.jit
@@ -28,8 +28,10 @@ def load_states_kernel(
     V: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_V: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Float32 states [sequences, HEADS, K, V] before the first token: a sequence's row, or zeros."""
+    await_predecessor(PDL)
     sequence, head = tl.program_id(0) // HEADS, tl.program_id(0) % HEADS
     k, v = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_V)
     inside = (k < K)[:, None] & (v < V)[None, :]
@@ -38,34 +40,6 @@ def load_states_kernel(
     state = tl.load(row + k[:, None] * cache_k + v[None, :], mask=inside & taken, other=0.0)
     target = state_ptr + tl.program_id(0).to(tl.int64) * K * V + k[:, None] * V + v[None, :]
     tl.store(target, state.to(tl.float32), mask=inside)
-
-
-@triton.jit(do_not_specialize=["slots"])
-def store_states_kernel(
-    bounds_ptr,
-    slot_ptr,
-    cache_ptr,
-    state_ptr,
-    slots,
-    cache_slot,
-    cache_h,
-    cache_k,
-    HEADS: tl.constexpr,
-    K: tl.constexpr,
-    V: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-):
-    """States [sequences, HEADS, K, V] into the rows of their sequences."""
-    sequence, head = tl.program_id(0) // HEADS, tl.program_id(0) % HEADS
-    if not is_live(bounds_ptr, slot_ptr, sequence, slots):
-        return
-    k, v = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_V)
-    inside = (k < K)[:, None] & (v < V)[None, :]
-    source = state_ptr + tl.program_id(0).to(tl.int64) * K * V + k[:, None] * V + v[None, :]
-    row = cache_ptr + tl.load(slot_ptr + sequence).to(tl.int64) * cache_slot + head * cache_h
-    state = tl.load(source, mask=inside, other=0.0).to(cache_ptr.dtype.element_ty)
-    tl.store(row + k[:, None] * cache_k + v[None, :], state, mask=inside)
 
 
 @triton.jit
@@ -85,6 +59,7 @@ def chunks_kernel(
     CHUNK: tl.constexpr,
     SEQUENCES: tl.constexpr,
     BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """The bounds made to ascend within the prefill tokens [sequences + 1], which fla trusts them to and good ones do;
     (sequence, chunk of that sequence) of every chunk [chunks, 2].
@@ -92,6 +67,7 @@ def chunks_kernel(
     There is room for as many as there can be; what is left over names a chunk behind the end of the last sequence that
     has tokens, in which fla's kernels find none.
     """
+    await_predecessor(PDL)
     i, j = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, SEQUENCES)
     first = load_bounds(bounds_ptr, True, tokens)
     low = tl.associative_scan(load_bounds(bounds_ptr + j, j < sequences, tokens), 0, larger)
@@ -110,8 +86,39 @@ def chunks_kernel(
     tl.store(chunk_ptr + 2 * i + 1, tl.where(beyond, chunks, chunk), mask=i < chunks)
 
 
-@triton.jit(do_not_specialize=["sequences", "slots", "prefill", "used", "tokens"])
-def drop_kernel(
+@triton.jit
+def store_states(
+    program,
+    bounds_ptr,
+    slot_ptr,
+    cache_ptr,
+    state_ptr,
+    slots,
+    cache_slot,
+    cache_h,
+    cache_k,
+    HEADS: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    """BLOCK_K rows of one of the states [sequences, HEADS, K, V] into its sequence's row of the cache."""
+    parts: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
+    number = program // parts
+    sequence, head = number // HEADS, number % HEADS
+    live = is_live(bounds_ptr, slot_ptr, sequence, slots)
+    k, v = program % parts * BLOCK_K + tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_V)
+    inside = (k < K)[:, None] & (v < V)[None, :] & live
+    source = state_ptr + number.to(tl.int64) * K * V + k[:, None] * V + v[None, :]
+    row = cache_ptr + tl.load(slot_ptr + sequence).to(tl.int64) * cache_slot + head * cache_h
+    state = tl.load(source, mask=inside, other=0.0).to(cache_ptr.dtype.element_ty)
+    tl.store(row + k[:, None] * cache_k + v[None, :], state, mask=inside)
+
+
+@triton.jit
+def drop_tokens(
+    program,
     bounds_ptr,
     slot_ptr,
     out_ptr,
@@ -126,18 +133,58 @@ def drop_kernel(
     BLOCK: tl.constexpr,
 ):
     """Zeros for prefill tokens (the first `prefill`) of sequences without a row, and for padding from `used` on."""
-    i, j = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, SEQUENCES)
+    i, j = program * ROWS + tl.arange(0, ROWS), tl.arange(0, SEQUENCES)
     high = tl.load(bounds_ptr + j + 1, mask=j < sequences, other=0)
     owner = tl.sum(((high[None, :] <= i[:, None]) & (j < sequences)[None, :]).to(tl.int32), axis=1)
     slot = tl.load(slot_ptr + owner, mask=(i < prefill) & (owner < sequences), other=0)
     dropped = ((slot < 0) | (slot >= slots) | (i >= used)) & (i < tokens)
-    if tl.sum(dropped.to(tl.int32), axis=0) == 0:
-        return
-    for begin in range(0, WIDTH, BLOCK):
-        c = begin + tl.arange(0, BLOCK)
-        target = out_ptr + i.to(tl.int64)[:, None] * WIDTH + c[None, :]
-        nothing = tl.zeros((ROWS, BLOCK), out_ptr.dtype.element_ty)
-        tl.store(target, nothing, mask=dropped[:, None] & (c < WIDTH)[None, :])
+    if tl.sum(dropped.to(tl.int32), axis=0) > 0:
+        for begin in range(0, WIDTH, BLOCK):
+            c = begin + tl.arange(0, BLOCK)
+            target = out_ptr + i.to(tl.int64)[:, None] * WIDTH + c[None, :]
+            nothing = tl.zeros((ROWS, BLOCK), out_ptr.dtype.element_ty)
+            tl.store(target, nothing, mask=dropped[:, None] & (c < WIDTH)[None, :])
+
+
+@triton.jit(do_not_specialize=["state_programs", "sequences", "slots", "prefill", "used", "tokens"])
+def finish_kernel(
+    bounds_ptr,
+    slot_ptr,
+    cache_ptr,
+    state_ptr,
+    out_ptr,
+    state_programs,
+    sequences,
+    slots,
+    prefill,
+    used,
+    tokens,
+    cache_slot,
+    cache_h,
+    cache_k,
+    HEADS: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    SEQUENCES: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """What follows fla's kernels, in one launch: the first programs store states, the others drop tokens."""
+    await_predecessor(PDL)
+    program = tl.program_id(0)
+    if program < state_programs:
+        store_states(
+            program, bounds_ptr, slot_ptr, cache_ptr, state_ptr, slots, cache_slot, cache_h, cache_k,
+            HEADS, K, V, BLOCK_K, BLOCK_V,
+        )  # fmt: skip
+    else:
+        drop_tokens(
+            program - state_programs, bounds_ptr, slot_ptr, out_ptr, sequences, slots, prefill, used, tokens,
+            HEADS * V, SEQUENCES, ROWS, BLOCK,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["first", "skip", "slots", "scale"])
@@ -172,16 +219,19 @@ def step_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_V: tl.constexpr,
     GATED: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """One decode token, one head and BLOCK_V columns of its state, which are read, stepped and written once.
 
     What the old state holds for k and for q comes out of one pass: with u the update, S'^T q = S^T q + (k . q) u.
-    The decode tokens begin at token `first` and their slots at entry `skip`.
+    Programs lie in the order of a slot's memory. The decode tokens begin at token `first`, their slots at entry `skip`.
     """
-    number, head = tl.program_id(0) // HEADS, tl.program_id(0) % HEADS
+    parts: tl.constexpr = (V + BLOCK_V - 1) // BLOCK_V
+    number, head = tl.program_id(0) // parts // HEADS, tl.program_id(0) // parts % HEADS
     token = (first + number).to(tl.int64)
-    k_rows, v_columns = tl.arange(0, BLOCK_K), tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
+    k_rows, v_columns = tl.arange(0, BLOCK_K), tl.program_id(0) % parts * BLOCK_V + tl.arange(0, BLOCK_V)
     target = out_ptr + (token * HEADS + head) * V + v_columns
+    await_predecessor(PDL)
     slot = tl.load(slot_ptr + skip + number).to(tl.int64)
     if (slot < 0) | (slot >= slots):
         tl.store(target, tl.zeros((BLOCK_V,), out_ptr.dtype.element_ty), mask=v_columns < V)

@@ -9,7 +9,7 @@ from shardwise.ops.attention.batch import Batch
 from shardwise.ops.fla import kernels
 from shardwise.ops.fla.delta import CHUNK
 from shardwise.ops.state_batch import many_or_few, token_rows
-from shardwise.ops.triton_support import Kernel
+from shardwise.ops.triton_support import Kernel, dependent_launch
 
 # A decode program's numbers of a state and its warps: while there are few programs, and for a full device.
 FEW = {"elements": 4096, "warps": 2}
@@ -17,9 +17,8 @@ MANY = {"elements": 8192, "warps": 4}
 _COPY_ROWS = 32
 
 _launch_load = Kernel(kernels.load_states_kernel)
-_launch_store = Kernel(kernels.store_states_kernel)
 _launch_chunks = Kernel(kernels.chunks_kernel)
-_launch_drop = Kernel(kernels.drop_kernel)
+_launch_finish = Kernel(kernels.finish_kernel)
 _launch_step = Kernel(kernels.step_kernel)
 
 
@@ -50,9 +49,6 @@ class Prefill(NamedTuple):
     def _fixed(self) -> tuple:
         return *self.cache.stride()[:3], *self.cache.shape[1:], _COPY_ROWS, _power(self.cache.shape[3])
 
-    def _grid(self) -> tuple[int, int, int]:
-        return self.batch.prefill * self.cache.shape[1], -(-self.cache.shape[2] // _COPY_ROWS), 1
-
     def states(self) -> Tensor:
         """Float32 [sequences, HV, K, V] before the first tokens."""
         batch, cache = self.batch, self.cache
@@ -61,8 +57,9 @@ class Prefill(NamedTuple):
                 f"{self.op}: cu_seqlen has {self.cu_seqlen.numel()} entries; {batch.prefill} sequences need one more"
             )
         state = torch.empty((batch.prefill, *cache.shape[1:]), dtype=torch.float32, device=cache.device)
-        pointers = self.cu_seqlen, self.slots, self.resumes, cache, state
-        _launch_load(cache.device, self._grid(), pointers, (cache.shape[0],), self._fixed(), warps=4)
+        pointers, pdl = (self.cu_seqlen, self.slots, self.resumes, cache, state), dependent_launch(cache.device)
+        grid = batch.prefill * cache.shape[1], -(-cache.shape[2] // _COPY_ROWS), 1
+        _launch_load(cache.device, grid, pointers, (cache.shape[0],), (*self._fixed(), pdl), warps=4, pdl=pdl)
         return state
 
     def chunks(self) -> tuple[Tensor | None, Tensor | None]:
@@ -73,21 +70,21 @@ class Prefill(NamedTuple):
         count = min(tokens, -(-tokens // CHUNK) + sequences - 1)
         bounds = torch.empty(sequences + 1, dtype=self.cu_seqlen.dtype, device=device)
         chunks = torch.empty((count, 2), dtype=torch.int32, device=device)
-        fixed = CHUNK, max(_power(sequences), 2), 128
-        grid = -(-count // 128), 1, 1
-        _launch_chunks(device, grid, (self.cu_seqlen, bounds, chunks), (sequences, tokens, count), fixed, warps=4)
+        pdl = dependent_launch(device)
+        fixed = CHUNK, max(_power(sequences), 2), 128, pdl
+        grid, free = (-(-count // 128), 1, 1), (sequences, tokens, count)
+        _launch_chunks(device, grid, (self.cu_seqlen, bounds, chunks), free, fixed, warps=4, pdl=pdl)
         return bounds, chunks
 
     def finish(self, out: Tensor, final: Tensor) -> None:
         """Final states into the cache; zeros for tokens without a state and for padding, in `out` [.., HV, V]."""
-        batch, cache = self.batch, self.cache
-        pointers = self.cu_seqlen, self.slots, cache, final
-        _launch_store(cache.device, self._grid(), pointers, (cache.shape[0],), self._fixed(), warps=4)
+        batch, cache, pdl = self.batch, self.cache, dependent_launch(out.device)
         width, rows = out.shape[2] * out.shape[3], 16
-        free = batch.prefill, cache.shape[0], batch.prefill_tokens, batch.tokens, self.tokens
-        fixed = width, max(_power(batch.prefill), 2), rows, min(_power(width), 512)
-        grid = -(-self.tokens // rows), 1, 1
-        _launch_drop(out.device, grid, (self.cu_seqlen, self.slots, out), free, fixed, warps=4)
+        states = batch.prefill * cache.shape[1] * -(-cache.shape[2] // _COPY_ROWS)
+        free = states, batch.prefill, cache.shape[0], batch.prefill_tokens, batch.tokens, self.tokens
+        fixed = *self._fixed(), max(_power(batch.prefill), 2), rows, min(_power(width), 512), pdl
+        grid = states + -(-self.tokens // rows), 1, 1
+        _launch_finish(out.device, grid, (self.cu_seqlen, self.slots, cache, final, out), free, fixed, warps=4, pdl=pdl)
 
 
 def decode(
@@ -106,18 +103,19 @@ def decode(
     heads, K, V = cache.shape[1:]
     (q, q_t), (k, k_t), (v, v_t), (beta, beta_t) = (token_rows(t) for t in (q, k, v, beta))
     gate, g_t = (beta, 0) if g is None else token_rows(g)
-    block_k = _power(K)
+    block_k, pdl = _power(K), dependent_launch(cache.device)
     table = many_or_few(batch.decode * heads * V * block_k, cache.device, MANY, FEW)
     block_v = min(_power(V), max(1, table["elements"] // block_k))
     fixed = (
         q_t, q.stride(2), k_t, k.stride(2), v_t, v.stride(2), beta_t, g_t,
-        *cache.stride()[:3], heads // q.shape[2], heads, K, V, block_k, block_v, g is not None,
+        *cache.stride()[:3], heads // q.shape[2], heads, K, V, block_k, block_v, g is not None, pdl,
     )  # fmt: skip
     _launch_step(
         cache.device,
-        (batch.decode * heads, -(-V // block_v), 1),
+        (batch.decode * heads * -(-V // block_v), 1, 1),
         (q, k, v, beta, gate, slots, cache, out),
         (batch.prefill_tokens, batch.prefill, cache.shape[0], scale),
         fixed,
         warps=table["warps"],
+        pdl=pdl,
     )

@@ -21,11 +21,22 @@ struct Args {
   void* halo;  // [blocks, K - 1, C]
   int64_t x_t, x_c, cache_slot, cache_c, cache_k, slot_count, tokens;  // tokens: of prefill
   int32_t channels, sequences, rows, blocks;  // blocks: tokens in decode
-  int32_t wide_bounds, wide_slots, silu, together;  // together: tokens of a decode thread, 1, 2 or 4
+  int32_t wide_bounds, wide_slots, silu, groups;  // groups: thread blocks that share a decode step's tokens
+  int32_t overlap;  // whether a kernel may be scheduled while its predecessor drains
 };
 
 constexpr int kThreads = 128;
-constexpr int kGroup = 4;
+constexpr int kGroup = 4;   // rows of prefill tokens on their way
+constexpr int kStages = 4;  // decode tokens on their way; 32 KB of shared memory a block with K = 4
+
+// First statement of every kernel: nothing is touched before all earlier kernels are through, and the next kernel may
+// be scheduled.
+__device__ void await_predecessor() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
 
 __device__ int64_t index_at(const void* data, int wide, int64_t i) {
   return wide ? static_cast<const int64_t*>(data)[i] : static_cast<const int32_t*>(data)[i];
@@ -58,8 +69,47 @@ __device__ void narrow(float x, float& to) { to = x; }
 __device__ void narrow(float x, __half& to) { to = __float2half_rn(x); }
 __device__ void narrow(float x, __nv_bfloat16& to) { to = __float2bfloat16_rn(x); }
 
-// The fast division has no slow path for numbers that the quotient of a large batch always holds somewhere.
-__device__ float activate(float x, int silu) { return silu ? __fdividef(x, 1.0f + __expf(-x)) : x; }
+template <typename T, int V>
+__device__ Pack<T, V> narrow(const float (&x)[V]) {
+  Pack<T, V> pack;
+#pragma unroll
+  for (int v = 0; v < V; ++v) narrow(x[v], pack.value[v]);
+  return pack;
+}
+
+// Two values an instruction.
+template <>
+__device__ Pack<__nv_bfloat16, 8> narrow<__nv_bfloat16, 8>(const float (&x)[8]) {
+  Pack<__nv_bfloat16, 8> pack;
+#pragma unroll
+  for (int v = 0; v < 8; v += 2)
+    *reinterpret_cast<__nv_bfloat162*>(pack.value + v) = __floats2bfloat162_rn(x[v], x[v + 1]);
+  return pack;
+}
+
+template <>
+__device__ Pack<__half, 8> narrow<__half, 8>(const float (&x)[8]) {
+  Pack<__half, 8> pack;
+#pragma unroll
+  for (int v = 0; v < 8; v += 2) *reinterpret_cast<__half2*>(pack.value + v) = __floats2half2_rn(x[v], x[v + 1]);
+  return pack;
+}
+
+template <typename T, int V>
+__device__ void widen(const Pack<T, V>& pack, float (&x)[V]) {
+#pragma unroll
+  for (int v = 0; v < V; ++v) x[v] = wide(pack.value[v]);
+}
+
+// x / (1 + exp(-x)) in five instructions: the forms that flush denormals need no scaling around them, and the kernels
+// are about as busy with this as with memory.
+__device__ float activate(float x, int silu) {
+  if (!silu) return x;
+  float e, quotient;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(e) : "f"(x * -1.4426950408889634f));
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(quotient) : "f"(1.0f + e));
+  return x * quotient;
+}
 
 struct Block {
   int64_t start, end, local;  // sequence's first token, its end, tokens of it before this block
@@ -121,6 +171,7 @@ struct Place {
 
 template <typename T, int K, int V>
 __global__ void save(Args a) {
+  await_predecessor();
   const Place<V> place(a);
   const int64_t c = place.c;
   Block b = find_block(a, place.block);
@@ -174,40 +225,39 @@ struct Taps {
     for (int v = 0; v < V; ++v) bias[v] = a.bias ? wide(offset.value[v]) : 0.0f;
   }
 
-  // The result of one token; `past` then ends with that token.
-  __device__ Pack<T, V> step(Pack<T, V> (&past)[K - 1], const Pack<T, V>& x, int silu) const {
-    Pack<T, V> out;
+  // The result of one token.
+  __device__ Pack<T, V> step(const float (&past)[K - 1][V], const Pack<T, V>& token, int silu) const {
+    float x[V], out[V];
+    widen(token, x);
 #pragma unroll
     for (int v = 0; v < V; ++v) {
-      float sum = bias[v] + weight[K - 1][v] * wide(x.value[v]);
+      float sum = bias[v];
 #pragma unroll
-      for (int k = 0; k < K - 1; ++k) sum += weight[k][v] * wide(past[k].value[v]);
-      narrow(activate(sum, silu), out.value[v]);
+      for (int k = 0; k < K - 1; ++k) sum += weight[k][v] * past[k][v];
+      out[v] = activate(sum + weight[K - 1][v] * x[v], silu);
     }
-#pragma unroll
-    for (int k = 0; k + 1 < K - 1; ++k) past[k] = past[k + 1];
-    past[K - 2] = x;
-    return out;
+    return narrow<T, V>(out);
   }
 };
 
 template <typename T, int K, int V>
 __global__ void __launch_bounds__(kThreads, 4) prefill(Args a) {
+  await_predecessor();
   const Place<V> place(a);
   const int64_t c = place.c;
   Block b = find_block(a, place.block);
   if (b.sequence >= a.sequences || c >= a.channels || live_slot(a, b.sequence) < 0) return;
-  const Taps<T, K, V> taps(a, c);
-  const T* halo = static_cast<const T*>(a.halo) + place.block * (K - 1) * a.channels + c;
-  Pack<T, V> past[K - 1];
-#pragma unroll
-  for (int k = 0; k < K - 1; ++k) past[k] = load<T, V>(halo + k * int64_t(a.channels));
   T* x = static_cast<T*>(a.x) + (b.start + b.local) * a.x_t + c * a.x_c;
-  int count = int(min(int64_t(a.rows), b.end - b.start - b.local));
+  const int count = int(min(int64_t(a.rows), b.end - b.start - b.local));
   Pack<T, V> now[kGroup], next[kGroup];
 #pragma unroll
   for (int i = 0; i < kGroup; ++i)
     if (i < count) next[i] = load<T, V>(x + i * a.x_t);
+  const T* halo = static_cast<const T*>(a.halo) + place.block * (K - 1) * a.channels + c;
+  Pack<T, V> past[K - 1];
+#pragma unroll
+  for (int k = 0; k < K - 1; ++k) past[k] = load<T, V>(halo + k * int64_t(a.channels));
+  const Taps<T, K, V> taps(a, c);
   for (int first = 0; first < count; first += kGroup) {
 #pragma unroll
     for (int i = 0; i < kGroup; ++i) {
@@ -215,14 +265,23 @@ __global__ void __launch_bounds__(kThreads, 4) prefill(Args a) {
       if (first + kGroup + i < count) next[i] = load<T, V>(x + (first + kGroup + i) * a.x_t);
     }
 #pragma unroll
-    for (int i = 0; i < kGroup; ++i)
-      if (first + i < count) store<T, V>(x + (first + i) * a.x_t, taps.step(past, now[i], a.silu));
+    for (int i = 0; i < kGroup; ++i) {
+      float window[K - 1][V];  // widened once a row: the compiler keeps what the last rows share
+#pragma unroll
+      for (int k = 0; k < K - 1; ++k) widen(past[k], window[k]);
+      const Pack<T, V> out = taps.step(window, now[i], a.silu);
+      if (first + i < count) store<T, V>(x + (first + i) * a.x_t, out);
+#pragma unroll
+      for (int k = 0; k + 1 < K - 1; ++k) past[k] = past[k + 1];
+      past[K - 2] = now[i];
+    }
   }
 }
 
 // One token, any strides.
 template <typename T, int K>
 __global__ void decode_any(Args a) {
+  await_predecessor();
   const Place<1> place(a);
   const int64_t c = place.c;
   if (c >= a.channels) return;
@@ -230,120 +289,151 @@ __global__ void decode_any(Args a) {
   if (slot < 0) return;
   T* x = static_cast<T*>(a.x) + place.block * a.x_t + c * a.x_c;
   T* cache = static_cast<T*>(a.cache) + slot * a.cache_slot + c * a.cache_c;
-  Pack<T, 1> past[K - 1];
+  T kept[K];
+  float past[K - 1][1];
 #pragma unroll
-  for (int k = 0; k < K - 1; ++k) past[k].value[0] = cache[k * a.cache_k];
+  for (int k = 0; k < K - 1; ++k) past[k][0] = wide(kept[k] = cache[k * a.cache_k]);
   const Taps<T, K, 1> taps(a, c);
-  store<T, 1>(x, taps.step(past, load<T, 1>(x), a.silu));
+  const Pack<T, 1> token = load<T, 1>(x);
+  kept[K - 1] = token.value[0];
+  store<T, 1>(x, taps.step(past, token, a.silu));
 #pragma unroll
-  for (int k = 0; k < K - 1; ++k) cache[k * a.cache_k] = past[k].value[0];
+  for (int k = 0; k < K - 1; ++k) cache[k * a.cache_k] = kept[k + 1];
 }
 
+template <typename P>
+__device__ void copy_ahead(P* to, const P* from) {
+#if __CUDA_ARCH__ >= 800
+  static_assert(sizeof(P) == 16);
+  const unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(to));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(from) : "memory");
+#else
+  *to = *from;
+#endif
+}
+
+__device__ void close_group() {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+
+template <int OPEN>
+__device__ void await_groups() {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.wait_group %0;" ::"n"(OPEN) : "memory");
+#endif
+}
+
+// Dense channels and states: a thread block walks over every `groups`-th token of its channels, whose weights it reads
+// once, with kStages tokens on their way into shared memory.
+//
 // The states of a warp's channels are one run of packs. They are moved in order, 512 bytes an instruction, and change
-// hands in shared memory: a thread's own states are K - 1 packs in a row.
+// hands in shared memory: a thread's own states are K - 1 packs in a row. Warps do not wait for each other.
 template <typename T, int K, int V>
-struct States {
-  Pack<T, V>* room;  // the warp's [32 * (K - 1)] packs of shared memory
-  int lane, count;   // packs of this warp that exist
-
-  __device__ void fetch(const Pack<T, V>* from, Pack<T, V> (&moved)[K - 1]) const {
-#pragma unroll
-    for (int j = 0; j < K - 1; ++j)
-      if (lane + 32 * j < count) moved[j] = from[lane + 32 * j];
-  }
-
-  __device__ void to_taps(const Pack<T, V> (&moved)[K - 1], Pack<T, V> (&past)[K - 1]) const {
-    Pack<T, V> own[K - 1];
-    __syncwarp();
-#pragma unroll
-    for (int j = 0; j < K - 1; ++j) room[lane + 32 * j] = moved[j];
-    __syncwarp();
-#pragma unroll
-    for (int j = 0; j < K - 1; ++j) own[j] = room[lane * (K - 1) + j];
-#pragma unroll
-    for (int i = 0; i < V * (K - 1); ++i) past[i % (K - 1)].value[i / (K - 1)] = own[i / V].value[i % V];
-  }
-
-  __device__ void put(const Pack<T, V> (&past)[K - 1], Pack<T, V>* to) const {
-    Pack<T, V> own[K - 1];
-#pragma unroll
-    for (int i = 0; i < V * (K - 1); ++i) own[i / V].value[i % V] = past[i % (K - 1)].value[i / (K - 1)];
-    __syncwarp();
-#pragma unroll
-    for (int j = 0; j < K - 1; ++j) room[lane * (K - 1) + j] = own[j];
-    __syncwarp();
-#pragma unroll
-    for (int j = 0; j < K - 1; ++j)
-      if (lane + 32 * j < count) to[lane + 32 * j] = room[lane + 32 * j];
-  }
-};
-
-// TOKENS tokens that share one reading of the weights; dense channels and states. The loads of a token are on their way
-// while its predecessor is computed.
-template <typename T, int K, int V, int TOKENS>
 __global__ void __launch_bounds__(kThreads, 4) decode_wide(Args a) {
-  __shared__ Pack<T, V> room[kThreads * (K - 1)];
+  using P = Pack<T, V>;
+  __shared__ P rooms[kStages][kThreads / 32][32 * K];  // of a warp: its states, then its inputs
+  await_predecessor();
   const Place<V> place(a);
   const int64_t c = place.c;
-  const int lane = threadIdx.x % 32;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int64_t first = c - lane * V;  // the warp's first channel
   if (first >= a.channels) return;
   const bool mine = c < a.channels;
-  const int count = int(min(int64_t(32), (a.channels - first) / V)) * (K - 1);
-  const States<T, K, V> states{room + (threadIdx.x - lane) * (K - 1), lane, count};
-  T* x = static_cast<T*>(a.x) + place.block * TOKENS * a.x_t + c;
+  const int packs = int(min(int64_t(32), (a.channels - first) / V)) * (K - 1);  // of this warp that exist
+  T* x = static_cast<T*>(a.x) + c;
   T* cache = static_cast<T*>(a.cache) + first * (K - 1);
-  int64_t slot[TOKENS];
+
+  auto slot_of = [&](int64_t token) { return token < a.blocks ? live_slot(a, token) : -1; };
+  auto fetch = [&](int stage, int64_t token, int64_t slot) {
+    if (slot >= 0) {
+      P* room = rooms[stage][warp];
+      const P* from = reinterpret_cast<const P*>(cache + slot * a.cache_slot);
 #pragma unroll
-  for (int i = 0; i < TOKENS; ++i) {
-    const int64_t token = place.block * TOKENS + i;
-    slot[i] = token < a.blocks ? live_slot(a, token) : -1;
-  }
-  Pack<T, V> input[2], moved[2][K - 1];
-  auto fetch = [&](int i) {
-    if (slot[i] < 0) return;
-    if (mine) input[i % 2] = load<T, V>(x + i * a.x_t);
-    states.fetch(reinterpret_cast<const Pack<T, V>*>(cache + slot[i] * a.cache_slot), moved[i % 2]);
+      for (int j = 0; j < K - 1; ++j)
+        if (lane + 32 * j < packs) copy_ahead(room + lane + 32 * j, from + lane + 32 * j);
+      if (mine) copy_ahead(room + 32 * (K - 1) + lane, reinterpret_cast<const P*>(x + token * a.x_t));
+    }
+    close_group();
   };
-  fetch(0);
-  const Taps<T, K, V> taps(a, mine ? c : 0);
+  auto advance = [&](const Taps<T, K, V>& taps, int stage, int64_t token, int64_t slot) {
+    P* room = rooms[stage][warp];
+    P own[K - 1];
+    float past[K - 1][V];
 #pragma unroll
-  for (int i = 0; i < TOKENS; ++i) {
-    if (i + 1 < TOKENS) fetch(i + 1);
-    if (slot[i] < 0) continue;
-    Pack<T, V> past[K - 1];
-    states.to_taps(moved[i % 2], past);
-    Pack<T, V> out = taps.step(past, input[i % 2], a.silu);
-    if (mine) store<T, V>(x + i * a.x_t, out);
-    states.put(past, reinterpret_cast<Pack<T, V>*>(cache + slot[i] * a.cache_slot));
+    for (int j = 0; j < K - 1; ++j) own[j] = room[lane * (K - 1) + j];
+#pragma unroll
+    for (int i = 0; i < V * (K - 1); ++i) past[i % (K - 1)][i / (K - 1)] = wide(own[i / V].value[i % V]);
+    const P input = room[32 * (K - 1) + lane];
+    const P out = taps.step(past, input, a.silu);
+    if (mine) store<T, V>(x + token * a.x_t, out);
+    // The kept inputs move by one place, as they are; the new one follows.
+    P kept[K - 1];
+#pragma unroll
+    for (int i = 0; i < V * (K - 1); ++i) {
+      const int v = i / (K - 1), k = i % (K - 1);
+      kept[i / V].value[i % V] = k < K - 2 ? own[(i + 1) / V].value[(i + 1) % V] : input.value[v];
+    }
+#pragma unroll
+    for (int j = 0; j < K - 1; ++j) room[lane * (K - 1) + j] = kept[j];
+    __syncwarp();
+    P* to = reinterpret_cast<P*>(cache + slot * a.cache_slot);
+#pragma unroll
+    for (int j = 0; j < K - 1; ++j)
+      if (lane + 32 * j < packs) to[lane + 32 * j] = room[lane + 32 * j];
+  };
+
+  int64_t slot[kStages], later[kStages];  // of the tokens on their way, and of those after them
+#pragma unroll
+  for (int s = 0; s < kStages; ++s) slot[s] = slot_of(place.block + int64_t(s) * a.groups);
+#pragma unroll
+  for (int s = 0; s < kStages; ++s) later[s] = slot_of(place.block + int64_t(s + kStages) * a.groups);
+#pragma unroll
+  for (int s = 0; s < kStages; ++s) fetch(s, place.block + int64_t(s) * a.groups, slot[s]);
+  const Taps<T, K, V> taps(a, mine ? c : 0);
+  for (int64_t begin = place.block; begin < a.blocks; begin += int64_t(kStages) * a.groups) {
+#pragma unroll
+    for (int s = 0; s < kStages; ++s) {
+      const int64_t token = begin + int64_t(s) * a.groups, next = token + int64_t(kStages) * a.groups;
+      await_groups<kStages - 1>();
+      __syncwarp();
+      if (slot[s] >= 0) advance(taps, s, token, slot[s]);
+      slot[s] = later[s];
+      later[s] = slot_of(next + int64_t(kStages) * a.groups);
+      __syncwarp();
+      fetch(s, next, slot[s]);
+    }
   }
 }
 
 template <int V>
-unsigned grid(const Args& a, int64_t blocks) {
-  return unsigned(blocks * ((a.channels + kThreads * V - 1) / (kThreads * V)));
-}
-
-template <typename T, int K, int V, int TOKENS>
-void run_wide(const Args& a, cudaStream_t stream) {
-  decode_wide<T, K, V, TOKENS><<<grid<V>(a, (a.blocks + TOKENS - 1) / TOKENS), kThreads, 0, stream>>>(a);
+void launch(void (*kernel)(Args), const Args& a, int64_t blocks, cudaStream_t stream) {
+  cudaLaunchAttribute overlap;
+  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  overlap.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(unsigned(blocks * ((a.channels + kThreads * V - 1) / (kThreads * V))));
+  config.blockDim = dim3(kThreads);
+  config.stream = stream;
+  config.attrs = &overlap;
+  config.numAttrs = a.overlap ? 1 : 0;
+  cudaLaunchKernelEx(&config, kernel, a);
 }
 
 template <typename T, int K>
 void run(const Args& a, bool is_decode, bool vector, cudaStream_t stream) {
   constexpr int V = 16 / sizeof(T);
-  if (is_decode && !vector) {
-    decode_any<T, K><<<grid<1>(a, a.blocks), kThreads, 0, stream>>>(a);
+  if (is_decode && vector) {
+    launch<V>(decode_wide<T, K, V>, a, a.groups, stream);
   } else if (is_decode) {
-    if (a.together == 4) run_wide<T, K, V, 4>(a, stream);
-    if (a.together == 2) run_wide<T, K, V, 2>(a, stream);
-    if (a.together == 1) run_wide<T, K, V, 1>(a, stream);
+    launch<1>(decode_any<T, K>, a, a.blocks, stream);
   } else if (vector) {
-    save<T, K, V><<<grid<V>(a, a.blocks), kThreads, 0, stream>>>(a);
-    prefill<T, K, V><<<grid<V>(a, a.blocks), kThreads, 0, stream>>>(a);
+    launch<V>(save<T, K, V>, a, a.blocks, stream);
+    launch<V>(prefill<T, K, V>, a, a.blocks, stream);
   } else {
-    save<T, K, 1><<<grid<1>(a, a.blocks), kThreads, 0, stream>>>(a);
-    prefill<T, K, 1><<<grid<1>(a, a.blocks), kThreads, 0, stream>>>(a);
+    launch<1>(save<T, K, 1>, a, a.blocks, stream);
+    launch<1>(prefill<T, K, 1>, a, a.blocks, stream);
   }
 }
 

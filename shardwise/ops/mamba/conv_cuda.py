@@ -10,14 +10,16 @@ import torch
 from shardwise.ops.mamba.conv import ConvBatch, block_rows, halo, nothing, prepare
 from shardwise.ops.nvcc import library, on_device, stream
 from shardwise.ops.registry import CUDA, NVCC, operator
+from shardwise.ops.triton_support import dependent_launch, multiprocessors
 
 _OP = "cuda_cached_causal_conv1d"
 _TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-# The struct Args of conv.cu: eight pointers, seven int64, eight int32.
-_ARGS = struct.Struct("8P7q8i")
-# Tokens that a decode thread takes, and the least batch for it: they share one reading of the weights, which at two is
-# a quarter of all that a step moves.
-TOGETHER = {4: 256, 2: 128, 1: 0}
+# The struct Args of conv.cu: eight pointers, seven int64, nine int32 and what aligns the end.
+_ARGS = struct.Struct("8P7q9i4x")
+# Thread blocks of a decode step for each multiprocessor, all of which run at once: each walks over its share of the
+# tokens and reads the weights of its channels once.
+RESIDENT = 4
+_BLOCK_BYTES = 128 * 16  # of a token's channels
 _launchers: dict[int, Callable] = {}
 
 
@@ -85,20 +87,26 @@ def _check(one: ConvBatch) -> None:
 def _launch(one: ConvBatch, x: int, pointers: tuple[int, int, int], saved: int, rows: int, blocks: int) -> None:
     """The prefill kernels when there is room for the block borders at address `saved`, else the decode step."""
     cache, dtype, bias = one.cache, one.x.dtype, 0 if one.bias is None else one.bias.data_ptr()
+    device = one.x.device
     strides, wide = cache.stride(), (not saved or one.bounds.dtype == torch.int64, one.slots.dtype == torch.int64)
     args = _ARGS.pack(
         x, one.weight.data_ptr(), bias, *pointers, cache.data_ptr(), saved,
         one.x_t, one.x_c, *strides, cache.shape[0], one.batch.prefill_tokens,
-        one.channels, one.batch.prefill, rows, blocks, *wide, one.silu,
-        next(tokens for tokens, least in TOGETHER.items() if blocks >= least),
+        one.channels, one.batch.prefill, rows, blocks, *wide, one.silu, _groups(one, blocks), dependent_launch(device),
     )  # fmt: skip
     vector = _vector(one, x, bias, strides)
-    device = one.x.device
     with on_device(device):
         launcher = _launchers.get(device.index) or _compile(device)
         status = launcher(args, _TYPES[dtype], one.K, not saved, vector, stream(device))
     if status:
         raise RuntimeError(f"{_OP}: kernel launch failed with CUDA error {status}")
+
+
+def _groups(one: ConvBatch, tokens: int) -> int:
+    """Shares of equal size, but for one token, into which a decode step's tokens are cut."""
+    tiles = -(-one.channels * one.x.element_size() // _BLOCK_BYTES)
+    most = max(1, RESIDENT * multiprocessors(one.x.device) // tiles)
+    return -(-tokens // -(-tokens // most))
 
 
 def _compile(device: torch.device) -> Callable:

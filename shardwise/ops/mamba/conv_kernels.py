@@ -6,7 +6,7 @@ date. `prefill_kernel` then walks over the rows of all blocks in parallel.
 """
 
 from shardwise.ops.state_batch import load_bounds
-from shardwise.ops.triton_support import tl, triton
+from shardwise.ops.triton_support import await_predecessor, tl, triton
 
 
 @triton.jit
@@ -69,8 +69,10 @@ def save_kernel(
     TAPS: tl.constexpr,
     CHANNELS: tl.constexpr,
     SEQUENCES: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Inputs before one block into its halo; at a sequence's first block also its new state into the cache."""
+    await_predecessor(PDL)
     tiles = tl.cdiv(channels, CHANNELS)
     block = tl.program_id(0) // tiles
     sequence, start, end, local = find_block(bounds_ptr, sequences, tokens, block, rows, SEQUENCES)
@@ -130,11 +132,13 @@ def prefill_kernel(
     SEQUENCES: tl.constexpr,
     BIAS: tl.constexpr,
     SILU: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """One block of tokens and channels: a walk over its rows, K - 1 inputs in registers and AHEAD rows on their way.
 
     A thread owns its channels, so that nobody else reads what it overwrites.
     """
+    await_predecessor(PDL)
     tiles = tl.cdiv(channels, CHANNELS)
     block = tl.program_id(0) // tiles
     sequence, start, end, local = find_block(bounds_ptr, sequences, tokens, block, rows, SEQUENCES)
@@ -188,11 +192,13 @@ def decode_kernel(
     CHANNELS: tl.constexpr,
     BIAS: tl.constexpr,
     SILU: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """One token and a block of its channels, for any strides and K.
 
     The decode tokens begin at token `first` and their slots at entry `skip`.
     """
+    await_predecessor(PDL)
     tiles = tl.cdiv(channels, CHANNELS)
     token = (tl.program_id(0) // tiles).to(tl.int64)
     slot = tl.load(slot_ptr + skip + token).to(tl.int64)
@@ -273,6 +279,7 @@ def decode_dense_kernel(
     GROUPS: tl.constexpr,
     BIAS: tl.constexpr,
     SILU: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """K = 4, contiguous channels and states: TOKENS tokens and GROUPS times eight channels.
 
@@ -280,6 +287,7 @@ def decode_dense_kernel(
     16 bytes a thread, and a thread turns its three tiles into one for each tap by renaming registers. The order of
     the dimensions decides how Triton spreads them over lanes: the first one fastest.
     """
+    await_predecessor(PDL)
     tiles = tl.cdiv(channels, GROUPS * 8)
     t = tl.program_id(0) // tiles * TOKENS + tl.arange(0, TOKENS)
     slot = tl.load(slot_ptr + skip + t, mask=t < tokens, other=-1).to(tl.int64)

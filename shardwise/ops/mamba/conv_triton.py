@@ -5,7 +5,7 @@ import torch
 from shardwise.ops.mamba import conv_kernels as kernels
 from shardwise.ops.mamba.conv import ConvBatch, block_rows, halo, nothing, prepare
 from shardwise.ops.registry import TRITON, operator
-from shardwise.ops.triton_support import Kernel
+from shardwise.ops.triton_support import Kernel, dependent_launch
 
 # Channels of a program for each of its warps: eight of a thread, 16 bytes of a half-precision row.
 WARP_CHANNELS = 256
@@ -25,7 +25,7 @@ def _power(n: int) -> int:
 
 def _prefill(one: ConvBatch) -> None:
     x, channels, K, rows = one.x, one.channels, one.K, block_rows(one)
-    saved, sequences = halo(one, rows), one.batch.prefill
+    saved, sequences, pdl = halo(one, rows), one.batch.prefill, dependent_launch(x.device)
     blocks, lookup = saved.shape[0], _power(sequences)
     width = min(WARP_CHANNELS, _power(channels))
     free = sequences, one.batch.prefill_tokens, one.cache.shape[0], rows
@@ -35,8 +35,9 @@ def _prefill(one: ConvBatch) -> None:
         (blocks * -(-channels // width), 1, 1),
         (x, bounds, one.slots, resumes, one.cache, saved),
         free,
-        (*strides, *one.cache.stride(), K, _power(K - 1), width, lookup),
+        (*strides, *one.cache.stride(), K, _power(K - 1), width, lookup, pdl),
         warps=4,
+        pdl=pdl,
     )
     width = min(PREFILL["warps"] * WARP_CHANNELS, _power(channels))
     _launch_prefill(
@@ -44,26 +45,27 @@ def _prefill(one: ConvBatch) -> None:
         (blocks * -(-channels // width), 1, 1),
         (x, one.weight, one.weight if one.bias is None else one.bias, bounds, one.slots, saved),
         free,
-        (*strides, K, PREFILL["ahead"], width, lookup, one.bias is not None, one.silu),
+        (*strides, K, PREFILL["ahead"], width, lookup, one.bias is not None, one.silu, pdl),
         warps=PREFILL["warps"],
+        pdl=pdl,
     )
 
 
 def _decode(one: ConvBatch) -> None:
-    cache, channels, tokens = one.cache, one.channels, one.batch.decode
+    cache, channels, tokens, pdl = one.cache, one.channels, one.batch.decode, dependent_launch(one.x.device)
     pointers = one.x, one.weight, one.weight if one.bias is None else one.bias, one.slots, cache
     free = one.batch.prefill_tokens, one.batch.prefill, tokens, cache.shape[0]
     strides = slot, c, k = cache.stride()
     if one.K == 4 and one.x_c == 1 and c == 3 and k == 1 and channels % 8 == 0:
         together = 1 if tokens < MANY_TOKENS else TOGETHER
         grid = -(-channels // WARP_CHANNELS) * -(-tokens // together), 1, 1
-        dense = channels, one.x_t, slot, together, WARP_CHANNELS // 8, one.bias is not None, one.silu
-        _launch_decode_dense(one.x.device, grid, pointers, free, dense, warps=1)
+        dense = channels, one.x_t, slot, together, WARP_CHANNELS // 8, one.bias is not None, one.silu, pdl
+        _launch_decode_dense(one.x.device, grid, pointers, free, dense, warps=1, pdl=pdl)
         return
     width = min(WARP_CHANNELS, _power(channels))
     grid = -(-channels // width) * tokens, 1, 1
-    fixed = channels, one.x_t, one.x_c, *strides, one.K, width, one.bias is not None, one.silu
-    _launch_decode(one.x.device, grid, pointers, free, fixed, warps=2)
+    fixed = channels, one.x_t, one.x_c, *strides, one.K, width, one.bias is not None, one.silu, pdl
+    _launch_decode(one.x.device, grid, pointers, free, fixed, warps=2, pdl=pdl)
 
 
 @operator(fake=nothing, mutates=("input", "conv_state_cache"), needs=(TRITON,), instead="torch_cached_causal_conv1d")

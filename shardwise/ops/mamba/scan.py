@@ -9,7 +9,7 @@ from shardwise.ops.attention.batch import Batch, read_batch
 from shardwise.ops.mamba import ssd_kernels as kernels
 from shardwise.ops.mamba.checks import check_pieces, check_ssm
 from shardwise.ops.state_batch import check_counts, many_or_few, token_rows
-from shardwise.ops.triton_support import Kernel
+from shardwise.ops.triton_support import Kernel, dependent_launch
 
 # Tile sizes, warps and pipeline stages, for half precision and states of up to 8192 numbers (see `_output_tiles`).
 STEPS = {"heads": 16, "warps": 4}
@@ -150,14 +150,16 @@ def decode(one: Inputs, batch: Batch) -> None:
     (_, _, heads, P), (_, _, groups, N) = one.x.shape, one.B.shape
     cache_slot, cache_h, cache_p, _ = one.cache.stride()
     block_n = 1 << (N - 1).bit_length()
+    pdl = dependent_launch(one.x.device)
     table = many_or_few(batch.decode * heads * P * block_n, one.x.device, MANY, FEW)
     block_p = min(1 << (P - 1).bit_length(), max(1, table["elements"] // block_n))
     _launch_decode(
         one.x.device,
-        (batch.decode, heads, -(-P // block_p)),
+        (batch.decode * heads * -(-P // block_p), 1, 1),
         (one.x, one.dt, one.dt_bias, one.A, one.B, one.C, one.D, one.slots, one.cache, one.out),
         (batch.prefill_tokens, batch.prefill, heads, one.cache.shape[0], one.low, one.high),
         (one.x_t, one.x.stride(2), one.dt_t, one.B_t, one.B.stride(2), one.C_t, one.C.stride(2))
-        + (cache_slot, cache_h, cache_p, heads // groups, P, N, block_p, block_n),
+        + (cache_slot, cache_h, cache_p, heads // groups, P, N, block_p, block_n, pdl),
         warps=table["warps"],
+        pdl=pdl,
     )

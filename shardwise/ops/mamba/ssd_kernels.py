@@ -8,7 +8,7 @@ in short steps that carry the state along, so that the quadratic part is as narr
 
 from shardwise.ops.mamba.metadata import first_piece
 from shardwise.ops.state_batch import load_bounds
-from shardwise.ops.triton_support import tl, triton
+from shardwise.ops.triton_support import await_predecessor, tl, triton
 
 
 @triton.jit
@@ -291,15 +291,21 @@ def decode_kernel(
     N: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """One token: BLOCK_P rows of one head's state are read, stepped and written once.
 
-    The decode tokens begin at token `first` and their slots at entry `skip`.
+    Programs lie in the order of a slot's memory, so that those that run together read neighbouring pages. The decode
+    tokens begin at token `first` and their slots at entry `skip`.
     """
-    token, head = first + tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
-    p = tl.program_id(2) * BLOCK_P + tl.arange(0, BLOCK_P)
+    parts: tl.constexpr = (P + BLOCK_P - 1) // BLOCK_P
+    head = (tl.program_id(0) // parts % heads).to(tl.int64)
+    number = tl.program_id(0) // parts // heads
+    token = first + number.to(tl.int64)
+    p = tl.program_id(0) % parts * BLOCK_P + tl.arange(0, BLOCK_P)
     n = tl.arange(0, BLOCK_N)
-    slot = tl.load(slot_ptr + skip + tl.program_id(0)).to(tl.int64)
+    await_predecessor(PDL)
+    slot = tl.load(slot_ptr + skip + number).to(tl.int64)
     target = out_ptr + (token * heads + head) * P + p
     if (slot < 0) | (slot >= slots):
         tl.store(target, tl.zeros((BLOCK_P,), out_ptr.dtype.element_ty), mask=p < P)
