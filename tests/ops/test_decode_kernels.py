@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from shardwise.ops.attention.decode import DecodeWorkspace, fused_decode_attention
+from shardwise.ops.attention.decode import DecodeWorkspace, Reach, fused_decode_attention
 from shardwise.ops.linear.decode import Tile, skinny_linear
 from shardwise.ops.triton_support import interpreting
 
@@ -96,16 +96,16 @@ def pages_of(layout, pages, page_size, kv_heads, dim):
     return randn(pages, page_size, kv_heads, dim), randn(pages, page_size, kv_heads, dim)
 
 
-@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize("splits, ahead", [(1, 0), (1, 32), (3, 16), (3, 64), (5, 0)])
 @pytest.mark.parametrize("heads, kv_heads, layout", [(6, 2, "plain"), (6, 2, "heads first"), (4, 4, "rows joined")])
 @pytest.mark.parametrize("options", ["plain", "qk_norm", "sinks", "window", "no rotation"])
-def test_fused_decode_attention(splits, heads, kv_heads, layout, options):
+def test_fused_decode_attention(splits, ahead, heads, kv_heads, layout, options):
     torch.manual_seed(1)
-    dim, page_size, positions = 32, 16, [0, 37, 16, -1]
-    batch, max_pages = len(positions), 4
+    dim, page_size, positions = 32, 16, [0, 37, 16, -1, 75]
+    batch, max_pages = len(positions), 5
     k_cache, v_cache = pages_of(layout, batch * max_pages, page_size, kv_heads, dim)
     table = torch.randperm(batch * max_pages).view(batch, max_pages).int().to(DEVICE)
-    angles = torch.rand(64, dim // 2, dtype=torch.float64) * (0 if options == "no rotation" else 6)
+    angles = torch.rand(80, dim // 2, dtype=torch.float64) * (0 if options == "no rotation" else 6)
     rope = torch.cat([angles.cos(), angles.sin()], -1).to(DEVICE)
     qkv = randn(batch, (heads + 2 * kv_heads) * dim)
     q_norm, k_norm = (randn(dim), randn(dim)) if options == "qk_norm" else (None, None)
@@ -117,6 +117,7 @@ def test_fused_decode_attention(splits, heads, kv_heads, layout, options):
         None if options == "no rotation" else rope.float(),
         DecodeWorkspace.create(batch, heads, kv_heads, dim, splits, DEVICE),
         heads=heads, q_norm=q_norm, k_norm=k_norm, sinks=sinks, window=window,
+        reach=Reach(ahead, 4),
     )  # fmt: skip
     wide = [None if t is None else t.double() for t in (q_norm, k_norm, sinks)]
     for row, position in enumerate(positions):

@@ -11,189 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
-from shardwise.ops.triton_support import interpreting, tl, triton
-
-
-@triton.jit
-def _rotate(first, second, cos, sin):
-    return first * cos - second * sin, second * cos + first * sin
-
-
-@triton.jit
-def _unit(first, second, weight_ptr, half, eps, HALF: tl.constexpr, ON: tl.constexpr):
-    """RMS-normalise rows given as two halves of the head; identity when not ON."""
-    if ON:
-        scale = 1.0 / tl.sqrt((tl.sum(first * first, 1) + tl.sum(second * second, 1)) / (2 * HALF) + eps)
-        first = first * scale[:, None] * tl.load(weight_ptr + half)[None, :].to(tl.float32)
-        second = second * scale[:, None] * tl.load(weight_ptr + HALF + half)[None, :].to(tl.float32)
-    return first, second
-
-
-@triton.jit(do_not_specialize=["splits", "scale", "eps"])
-def _decode_kernel(
-    qkv_ptr,  # [B, (N + 2 Nkv) D]
-    k_cache_ptr,  # [pages, PAGE, Nkv, D], strided
-    v_cache_ptr,  # the same, with the same strides
-    table_ptr,  # int32 [rows, max_pages]
-    slot_ptr,  # int32 [B], each sequence's row of the table
-    position_ptr,  # int32 [B], keys already cached; negative: the row is padding
-    rope_ptr,  # float32 [max_position, D]: cos of the first half, then sin; only with ROPE
-    q_norm_ptr,  # [D]
-    k_norm_ptr,  # [D]
-    sinks_ptr,  # [N]
-    out_ptr,  # [B, N D]
-    partial_ptr,  # float32 [B Nkv, splits, GROUP_PAD, D + 2]
-    counter_ptr,  # int32 [B Nkv], zero between calls
-    kv_heads,
-    max_pages,
-    splits,
-    page_stride,
-    token_stride,
-    head_stride,
-    scale,
-    eps,
-    window,
-    GROUP: tl.constexpr,
-    GROUP_PAD: tl.constexpr,
-    HALF: tl.constexpr,
-    PAGE: tl.constexpr,
-    BLOCK: tl.constexpr,
-    MAX_SPLITS: tl.constexpr,
-    ROPE: tl.constexpr,
-    QK_NORM: tl.constexpr,
-    SINKS: tl.constexpr,
-    WINDOW: tl.constexpr,
-    SLOTS: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    pair = tl.program_id(0)
-    split = tl.program_id(1)
-    sequence = pair // kv_heads
-    head = pair % kv_heads
-    D: tl.constexpr = 2 * HALF
-    PRECISION: tl.constexpr = "ieee" if qkv_ptr.dtype.element_ty == tl.float32 else "tf32"
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-    # Positions, slots and angles are constant for the whole step: they load while the kernel before drains.
-    position = tl.load(position_ptr + sequence)
-    slot = tl.load(slot_ptr + sequence) if SLOTS else sequence
-    table = table_ptr + slot * max_pages
-    half = tl.arange(0, HALF)
-    whole = tl.arange(0, D)
-    group = tl.arange(0, GROUP_PAD)
-    live = group < GROUP
-    row = qkv_ptr + sequence.to(tl.int64) * (kv_heads * (GROUP + 2) * D)
-    if position < 0:
-        if PDL:
-            tl.extra.cuda.gdc_wait()
-        if split == 0:
-            place = (sequence.to(tl.int64) * kv_heads + head) * GROUP * D + group[:, None] * D + whole[None, :]
-            tl.store(out_ptr + place, tl.zeros([GROUP_PAD, D], out_ptr.dtype.element_ty), mask=live[:, None])
-        return
-
-    first = 0
-    if WINDOW:
-        first = tl.maximum(position - window + 1, 0)
-    blocks = tl.cdiv(position - first // BLOCK * BLOCK, BLOCK)
-    run = tl.maximum(tl.cdiv(blocks, splits), 1)
-    active = tl.maximum(tl.cdiv(blocks, run), 1)  # splits that have keys; split 0 also has the new one
-    if split >= active:
-        return
-    cos = 1.0
-    sin = 0.0
-    if ROPE:
-        cos = tl.load(rope_ptr + position.to(tl.int64) * D + half)[None, :]
-        sin = tl.load(rope_ptr + position.to(tl.int64) * D + HALF + half)[None, :]
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-    q_at = row + (head * GROUP + group[:, None]) * D + half[None, :]
-    q1 = tl.load(q_at, mask=live[:, None], other=0.0).to(tl.float32)
-    q2 = tl.load(q_at + HALF, mask=live[:, None], other=0.0).to(tl.float32)
-    q1, q2 = _unit(q1, q2, q_norm_ptr, half, eps, HALF, QK_NORM)
-    if ROPE:
-        q1, q2 = _rotate(q1, q2, cos, sin)
-    q1 = (q1 * scale).to(qkv_ptr.dtype.element_ty)
-    q2 = (q2 * scale).to(qkv_ptr.dtype.element_ty)
-
-    top = tl.full([GROUP_PAD], float("-inf"), tl.float32)
-    weight = tl.zeros([GROUP_PAD], tl.float32)
-    total = tl.zeros([GROUP_PAD, D], tl.float32)
-    if split == 0:  # this token's own key and value: rotate, store, and start the softmax with them
-        k_at = row + (kv_heads * GROUP + head) * D + half[None, :]
-        k1 = tl.load(k_at).to(tl.float32)
-        k2 = tl.load(k_at + HALF).to(tl.float32)
-        k1, k2 = _unit(k1, k2, k_norm_ptr, half, eps, HALF, QK_NORM)
-        if ROPE:
-            k1, k2 = _rotate(k1, k2, cos, sin)
-        k1 = k1.to(k_cache_ptr.dtype.element_ty)
-        k2 = k2.to(k_cache_ptr.dtype.element_ty)
-        v = tl.load(row + (kv_heads * (GROUP + 1) + head) * D + whole)
-        page = tl.load(table + position // PAGE).to(tl.int64)
-        place = page * page_stride + position % PAGE * token_stride + head * head_stride
-        tl.store(k_cache_ptr + place + half[None, :], k1)
-        tl.store(k_cache_ptr + place + HALF + half[None, :], k2)
-        tl.store(v_cache_ptr + place + whole, v.to(v_cache_ptr.dtype.element_ty))
-        top = tl.sum(q1.to(tl.float32) * k1.to(tl.float32), 1) + tl.sum(q2.to(tl.float32) * k2.to(tl.float32), 1)
-        weight += 1.0
-        total += v.to(tl.float32)[None, :]
-
-    begin = first // BLOCK * BLOCK + split * run * BLOCK
-    end = tl.minimum(begin + run * BLOCK, position)
-    keys = tl.arange(0, BLOCK)
-    for start in range(begin, end, BLOCK):
-        at = start + keys
-        seen = (at < position) & (at >= first)
-        page = tl.load(table + start // PAGE).to(tl.int64)
-        slots = page * page_stride + (start % PAGE + keys).to(tl.int64) * token_stride + head * head_stride
-        k1 = tl.load(k_cache_ptr + slots[None, :] + half[:, None], mask=seen[None, :], other=0.0)
-        k2 = tl.load(k_cache_ptr + slots[None, :] + HALF + half[:, None], mask=seen[None, :], other=0.0)
-        v = tl.load(v_cache_ptr + slots[:, None] + whole[None, :], mask=seen[:, None], other=0.0)
-        scores = tl.dot(q1, k1, input_precision=PRECISION) + tl.dot(q2, k2, input_precision=PRECISION)
-        scores = tl.where(seen[None, :], scores, float("-inf"))
-        new_top = tl.maximum(top, tl.max(scores, 1))
-        decay = tl.where(top == float("-inf"), 0.0, tl.exp(top - new_top))
-        p = tl.where(seen[None, :], tl.exp(scores - tl.where(new_top == float("-inf"), 0.0, new_top)[:, None]), 0.0)
-        total = total * decay[:, None] + tl.dot(p.to(v.dtype), v, input_precision=PRECISION)
-        weight = weight * decay + tl.sum(p, 1)
-        top = new_top
-
-    if active > 1:
-        stride: tl.constexpr = GROUP_PAD * (D + 2)
-        parts = partial_ptr + pair.to(tl.int64) * splits * stride
-        mine = parts + split * stride
-        tl.store(mine + group[:, None] * D + whole[None, :], total, mask=live[:, None])
-        tl.store(mine + GROUP_PAD * D + group, top, mask=live)
-        tl.store(mine + GROUP_PAD * D + GROUP_PAD + group, weight, mask=live)
-        tl.debug_barrier()  # all of this program's stores come before its arrival
-        arrived = tl.atomic_add(counter_ptr + pair, 1, sem="acq_rel", scope="gpu")
-        if arrived != active - 1:
-            return
-        tl.store(counter_ptr + pair, 0)
-        # First the maxima of all parts, then the parts: their loads wait for nothing, so many are on the way at once.
-        other = tl.arange(0, MAX_SPLITS)
-        tops = tl.load(
-            parts + other[:, None] * stride + GROUP_PAD * D + group[None, :],
-            mask=(other < active)[:, None] & live[None, :], other=float("-inf"), cache_modifier=".cg",
-        )  # fmt: skip
-        top = tl.where(live, tl.max(tops, 0), 0.0)
-        weight = tl.zeros([GROUP_PAD], tl.float32)
-        total = tl.zeros([GROUP_PAD, D], tl.float32)
-        for part in tl.range(0, active, loop_unroll_factor=4):
-            theirs = parts + part * stride
-            at = theirs + group[:, None] * D + whole[None, :]
-            values = tl.load(at, mask=live[:, None], other=0.0, cache_modifier=".cg")
-            its_top = tl.load(theirs + GROUP_PAD * D + group, mask=live, other=0.0, cache_modifier=".cg")
-            its_weight = tl.load(theirs + GROUP_PAD * D + GROUP_PAD + group, mask=live, other=1.0, cache_modifier=".cg")
-            factor = tl.exp(its_top - top)
-            total += values * factor[:, None]
-            weight += its_weight * factor
-    if SINKS:
-        sink = tl.load(sinks_ptr + head * GROUP + group, mask=live, other=0.0).to(tl.float32)
-        weight += tl.exp(sink - top)
-    place = (sequence.to(tl.int64) * kv_heads + head) * GROUP * D + group[:, None] * D + whole[None, :]
-    result = total / weight[:, None]
-    tl.store(out_ptr + place, result.to(out_ptr.dtype.element_ty), mask=live[:, None])
-
+from shardwise.ops.attention.decode_kernel import decode_kernel
+from shardwise.ops.triton_support import interpreting, triton
 
 MAX_SPLITS = 64
 
@@ -218,6 +37,23 @@ class DecodeWorkspace:
             torch.zeros(batch * splits * kv_heads, dtype=torch.int32, device=device),
             splits,
         )
+
+
+@dataclass(frozen=True)
+class Reach:
+    """Keys that a program loads at once while the kernel before still runs, a power of two or none, and its warps."""
+
+    keys: int
+    warps: int
+
+
+def reach_for(pairs: int, head_dim: int, itemsize: int, splits: int) -> Reach:
+    """For so many (sequence, head) pairs.
+
+    Where runs are many, keys and values wait in 64 registers a thread, and no run is shorter than that. Else a program
+    has a long way to go by itself, and several of them share a multiprocessor.
+    """
+    return Reach(8 * 4096 // (head_dim * itemsize), 8) if splits > 1 else Reach(0, 4)
 
 
 def takes_head_size(size: int) -> bool:
@@ -250,6 +86,7 @@ def fused_decode_attention(
     sinks: torch.Tensor | None = None,  # [N]
     window: int | None = None,
     out: torch.Tensor | None = None,  # [B, N D]
+    reach: Reach | None = None,
     pdl: bool = False,
 ) -> torch.Tensor:
     """Attention of one new token a sequence; its key and value are appended to the cache. Returns [B, N D].
@@ -258,6 +95,9 @@ def fused_decode_attention(
     NeoX pairing over the whole head. The caches may be views with equal strides and contiguous heads: a plain cache
     [slots, max_seq, Nkv, D], or one of FlashInfer's [pages, 2, Nkv, page_size, D] transposed. `window` counts the keys
     seen, the new token's included. `splits` replaces the workspace's, where the product with the batch fits in it.
+
+    `pdl`: the kernel may read positions, the page table and earlier tokens' keys and values before the kernels launched
+    in front of it have ended.
     """
     page_size, kv_heads, head_dim = k_cache.shape[1:]
     batch = qkv.shape[0]
@@ -283,12 +123,14 @@ def fused_decode_attention(
     group = heads // kv_heads
     out = qkv.new_empty(batch, heads * head_dim) if out is None else out
     pdl = pdl and not interpreting()
-    _decode_kernel[(batch * kv_heads, splits)](
+    reach = reach or reach_for(batch * kv_heads, head_dim, qkv.element_size(), splits)
+    decode_kernel[(batch * kv_heads, splits)](
         qkv, k_cache, v_cache, page_table, slots, positions, rope, q_norm, k_norm, sinks, out,
         workspace.partial, workspace.counter, kv_heads, page_table.shape[1], splits, *k_cache.stride()[:3],
         head_dim**-0.5 if scale is None else scale, eps, window or 0,
         GROUP=group, GROUP_PAD=max(16, triton.next_power_of_2(group)), HALF=head_dim // 2, PAGE=page_size,
-        BLOCK=block, MAX_SPLITS=MAX_SPLITS, ROPE=rope is not None, QK_NORM=q_norm is not None, SINKS=sinks is not None,
-        WINDOW=bool(window), SLOTS=slots is not None, PDL=pdl, num_warps=4, launch_pdl=pdl,
+        BLOCK=block, AHEAD=max(reach.keys, block) if reach.keys else 0, ROPE=rope is not None,
+        QK_NORM=q_norm is not None, SINKS=sinks is not None, WINDOW=bool(window), SLOTS=slots is not None, PDL=pdl,
+        num_warps=reach.warps, launch_pdl=pdl,
     )  # fmt: skip
     return out

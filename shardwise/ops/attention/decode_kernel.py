@@ -1,0 +1,225 @@
+"""The kernel of `decode.py`."""
+
+# Triton's language, not Python's, where types are concerned.
+# mypy: ignore-errors
+
+from shardwise.ops.triton_support import tl, triton
+
+
+@triton.jit
+def _rotate(first, second, cos, sin):
+    return first * cos - second * sin, second * cos + first * sin
+
+
+@triton.jit
+def _unit(first, second, first_weight, second_weight, eps, HALF: tl.constexpr, ON: tl.constexpr):
+    """RMS-normalise rows given as two halves of the head; identity when not ON."""
+    if ON:
+        scale = 1.0 / tl.sqrt((tl.sum(first * first, 1) + tl.sum(second * second, 1)) / (2 * HALF) + eps)
+        first = first * scale[:, None] * first_weight
+        second = second * scale[:, None] * second_weight
+    return first, second
+
+
+@triton.jit
+def _halves(pointer, row, half, HALF: tl.constexpr, ON: tl.constexpr):
+    """Two halves of a row of a head's size, [1, HALF] float32; ones when not ON."""
+    first = 1.0
+    second = 1.0
+    if ON:
+        at = pointer + row.to(tl.int64) * (2 * HALF) + half
+        first = tl.load(at)[None, :].to(tl.float32)
+        second = tl.load(at + HALF)[None, :].to(tl.float32)
+    return first, second
+
+
+@triton.jit
+def _cached(k_cache_ptr, v_cache_ptr, rows, half, whole, seen, HALF: tl.constexpr):
+    """The two halves of keys [HALF, keys] and the values [keys, D] at `rows` of the cache."""
+    k1 = tl.load(k_cache_ptr + rows[None, :] + half[:, None], mask=seen[None, :], other=0.0)
+    k2 = tl.load(k_cache_ptr + rows[None, :] + HALF + half[:, None], mask=seen[None, :], other=0.0)
+    v = tl.load(v_cache_ptr + rows[:, None] + whole[None, :], mask=seen[:, None], other=0.0)
+    return k1, k2, v
+
+
+@triton.jit
+def _attend(q1, q2, k1, k2, v, seen, top, weight, total, PRECISION: tl.constexpr):
+    """The softmax so far, and that of some keys more."""
+    scores = tl.dot(q1, k1, input_precision=PRECISION) + tl.dot(q2, k2, input_precision=PRECISION)
+    scores = tl.where(seen[None, :], scores, float("-inf"))
+    new_top = tl.maximum(top, tl.max(scores, 1))
+    decay = tl.where(top == float("-inf"), 0.0, tl.exp(top - new_top))
+    p = tl.where(seen[None, :], tl.exp(scores - tl.where(new_top == float("-inf"), 0.0, new_top)[:, None]), 0.0)
+    total = total * decay[:, None] + tl.dot(p.to(v.dtype), v, input_precision=PRECISION)
+    return new_top, weight * decay + tl.sum(p, 1), total
+
+
+@triton.jit(do_not_specialize=["splits", "scale", "eps"])
+def decode_kernel(
+    qkv_ptr,  # [B, (N + 2 Nkv) D]
+    k_cache_ptr,  # [pages, PAGE, Nkv, D], strided
+    v_cache_ptr,  # the same, with the same strides
+    table_ptr,  # int32 [rows, max_pages]
+    slot_ptr,  # int32 [B], each sequence's row of the table
+    position_ptr,  # int32 [B], keys already cached; negative: the row is padding
+    rope_ptr,  # float32 [max_position, D]: cos of the first half, then sin; only with ROPE
+    q_norm_ptr,  # [D]
+    k_norm_ptr,  # [D]
+    sinks_ptr,  # [N]
+    out_ptr,  # [B, N D]
+    partial_ptr,  # float32 [B Nkv, splits, GROUP_PAD, D + 2]
+    counter_ptr,  # int32 [B Nkv], zero between calls
+    kv_heads,
+    max_pages,
+    splits,
+    page_stride,
+    token_stride,
+    head_stride,
+    scale,
+    eps,
+    window,
+    GROUP: tl.constexpr,
+    GROUP_PAD: tl.constexpr,
+    HALF: tl.constexpr,
+    PAGE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    AHEAD: tl.constexpr,
+    ROPE: tl.constexpr,
+    QK_NORM: tl.constexpr,
+    SINKS: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SLOTS: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    pair = tl.program_id(0)
+    split = tl.program_id(1)
+    sequence = pair // kv_heads
+    head = pair % kv_heads
+    D: tl.constexpr = 2 * HALF
+    PRECISION: tl.constexpr = "ieee" if qkv_ptr.dtype.element_ty == tl.float32 else "tf32"
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+    # What stays during the whole step loads while the kernel before drains: positions, slots, angles, and the keys and
+    # values of earlier tokens, as many as the registers hold.
+    position = tl.load(position_ptr + sequence)
+    slot = tl.load(slot_ptr + sequence) if SLOTS else sequence
+    table = table_ptr + slot * max_pages
+    half = tl.arange(0, HALF)
+    whole = tl.arange(0, D)
+    group = tl.arange(0, GROUP_PAD)
+    live = group < GROUP
+    row = qkv_ptr + sequence.to(tl.int64) * (kv_heads * (GROUP + 2) * D)
+    if position < 0:
+        if PDL:
+            tl.extra.cuda.gdc_wait()
+        if split == 0:
+            place = (sequence.to(tl.int64) * kv_heads + head) * GROUP * D + group[:, None] * D + whole[None, :]
+            tl.store(out_ptr + place, tl.zeros([GROUP_PAD, D], out_ptr.dtype.element_ty), mask=live[:, None])
+        return
+
+    first = 0
+    if WINDOW:
+        first = tl.maximum(position - window + 1, 0)
+    old = position - first // BLOCK * BLOCK
+    run = tl.maximum(tl.cdiv(tl.cdiv(old, splits), BLOCK) * BLOCK, AHEAD if AHEAD else BLOCK)
+    active = tl.maximum(tl.cdiv(old, run), 1)  # splits that have keys; split 0 also has the new one
+    if split >= active:
+        return
+    begin = first // BLOCK * BLOCK + split * run
+    end = tl.minimum(begin + run, position)
+    if AHEAD:
+        ahead = begin + tl.arange(0, AHEAD)
+        seen_ahead = (ahead < end) & (ahead >= first)
+        pages = tl.load(table + ahead // PAGE, mask=seen_ahead, other=0).to(tl.int64)
+        rows_ahead = pages * page_stride + (ahead % PAGE).to(tl.int64) * token_stride + head * head_stride
+        k1_ahead, k2_ahead, v_ahead = _cached(k_cache_ptr, v_cache_ptr, rows_ahead, half, whole, seen_ahead, HALF)
+    cos, sin = _halves(rope_ptr, position, half, HALF, ROPE)
+    q_weight1, q_weight2 = _halves(q_norm_ptr, position * 0, half, HALF, QK_NORM)
+    k_weight1, k_weight2 = _halves(k_norm_ptr, position * 0, half, HALF, QK_NORM)
+    if SINKS:
+        sink = tl.load(sinks_ptr + head * GROUP + group, mask=live, other=0.0).to(tl.float32)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+    q_at = row + (head * GROUP + group[:, None]) * D + half[None, :]
+    k_at = row + (kv_heads * GROUP + head) * D + half[None, :]
+    own = split == 0  # it also rotates, stores and attends to this token's own key and value
+    q1 = tl.load(q_at, mask=live[:, None], other=0.0).to(tl.float32)
+    q2 = tl.load(q_at + HALF, mask=live[:, None], other=0.0).to(tl.float32)
+    own_k1 = tl.load(k_at, mask=own, other=0.0).to(tl.float32)
+    own_k2 = tl.load(k_at + HALF, mask=own, other=0.0).to(tl.float32)
+    own_v = tl.load(row + (kv_heads * (GROUP + 1) + head) * D + whole, mask=own, other=0.0)
+    own_page = tl.load(table + position // PAGE, mask=own, other=0, cache_modifier=".cg").to(tl.int64)  # may be new
+    q1, q2 = _unit(q1, q2, q_weight1, q_weight2, eps, HALF, QK_NORM)
+    if ROPE:
+        q1, q2 = _rotate(q1, q2, cos, sin)
+    q1 = (q1 * scale).to(qkv_ptr.dtype.element_ty)
+    q2 = (q2 * scale).to(qkv_ptr.dtype.element_ty)
+
+    top = tl.full([GROUP_PAD], float("-inf"), tl.float32)
+    weight = tl.zeros([GROUP_PAD], tl.float32)
+    total = tl.zeros([GROUP_PAD, D], tl.float32)
+    if own:
+        own_k1, own_k2 = _unit(own_k1, own_k2, k_weight1, k_weight2, eps, HALF, QK_NORM)
+        if ROPE:
+            own_k1, own_k2 = _rotate(own_k1, own_k2, cos, sin)
+        k1 = own_k1.to(k_cache_ptr.dtype.element_ty)
+        k2 = own_k2.to(k_cache_ptr.dtype.element_ty)
+        place = own_page * page_stride + position % PAGE * token_stride + head * head_stride
+        tl.store(k_cache_ptr + place + half[None, :], k1)
+        tl.store(k_cache_ptr + place + HALF + half[None, :], k2)
+        tl.store(v_cache_ptr + place + whole, own_v.to(v_cache_ptr.dtype.element_ty))
+        top = tl.sum(q1.to(tl.float32) * k1.to(tl.float32), 1) + tl.sum(q2.to(tl.float32) * k2.to(tl.float32), 1)
+        weight += 1.0
+        total += own_v.to(tl.float32)[None, :]
+
+    if AHEAD:
+        top, weight, total = _attend(q1, q2, k1_ahead, k2_ahead, v_ahead, seen_ahead, top, weight, total, PRECISION)
+    keys = tl.arange(0, BLOCK)
+    for start in range(begin + AHEAD, end, BLOCK):
+        at = start + keys
+        seen = (at < position) & (at >= first)
+        page = tl.load(table + start // PAGE).to(tl.int64)
+        slots = page * page_stride + (start % PAGE + keys).to(tl.int64) * token_stride + head * head_stride
+        keys1, keys2, values = _cached(k_cache_ptr, v_cache_ptr, slots, half, whole, seen, HALF)
+        top, weight, total = _attend(q1, q2, keys1, keys2, values, seen, top, weight, total, PRECISION)
+
+    if active > 1:
+        stride: tl.constexpr = GROUP_PAD * (D + 2)
+        parts = partial_ptr + pair.to(tl.int64) * splits * stride
+        mine = parts + split * stride
+        tl.store(mine + group[:, None] * D + whole[None, :], total, mask=live[:, None])
+        tl.store(mine + GROUP_PAD * D + group, top, mask=live)
+        tl.store(mine + GROUP_PAD * D + GROUP_PAD + group, weight, mask=live)
+        tl.debug_barrier()  # all of this program's stores come before its arrival
+        arrived = tl.atomic_add(counter_ptr + pair, 1, sem="acq_rel", scope="gpu")
+        if arrived != active - 1:
+            return
+        tl.store(counter_ptr + pair, 0)
+        top = tl.full([GROUP_PAD], float("-inf"), tl.float32)
+        weight = tl.zeros([GROUP_PAD], tl.float32)
+        total = tl.zeros([GROUP_PAD, D], tl.float32)
+        for base in range(0, active, 4):  # the loads of four parts are on the way at once
+            totals = ()
+            tops = ()
+            weights = ()
+            for number in tl.static_range(4):
+                theirs = parts + (base + number) * stride
+                there = live & (base + number < active)
+                total_at = theirs + group[:, None] * D + whole[None, :]
+                totals = totals + (tl.load(total_at, mask=there[:, None], other=0.0, cache_modifier=".cg"),)
+                top_at = theirs + GROUP_PAD * D + group
+                tops = tops + (tl.load(top_at, mask=there, other=float("-inf"), cache_modifier=".cg"),)
+                weights = weights + (tl.load(top_at + GROUP_PAD, mask=there, other=0.0, cache_modifier=".cg"),)
+            for number in tl.static_range(4):
+                new_top = tl.where(live, tl.maximum(top, tops[number]), 0.0)
+                before = tl.exp(top - new_top)
+                factor = tl.exp(tops[number] - new_top)
+                total = total * before[:, None] + totals[number] * factor[:, None]
+                weight = weight * before + weights[number] * factor
+                top = new_top
+        weight = tl.where(live, weight, 1.0)
+    if SINKS:
+        weight += tl.exp(sink - top)
+    place = (sequence.to(tl.int64) * kv_heads + head) * GROUP * D + group[:, None] * D + whole[None, :]
+    result = total / weight[:, None]
+    tl.store(out_ptr + place, result.to(out_ptr.dtype.element_ty), mask=live[:, None])
