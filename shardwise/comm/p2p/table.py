@@ -1,6 +1,6 @@
 """Which strategy and launch for which call.
 
-World 2 is what won a sweep of launches on 2x H200 (NVLink, CUDA graphs, bf16), benchmarks/results/gpu_all_reduce.md.
+World 2 is what won a sweep of launches on 2x H200 (NVLink, CUDA graphs, bf16; NCCL in the same run), benchmarks/results/gpu_all_reduce.md.
 Worlds 4 and 8 are not measured: launches that compile without spilling registers, and the sizes up to which others'
 one-stage all-reduce of the same shape is published to win on Hopper, half a MiB and a quarter.
 """
@@ -52,14 +52,24 @@ class _Entry:
 
 
 _PLAIN_2 = (
-    _Entry(512 * KIB, Tuning("ONESHOT", warps=8, blocks_per_sm=4, lanes=256), "16 KiB 2.9 us, NCCL 10.5"),
-    _Entry(2 * MIB, Tuning("ONESHOT", warps=16, ahead=1, blocks_per_sm=4), "1 MiB 5.5 us, NCCL 18.5"),
-    _Entry(8 * MIB, Tuning("ONESHOT", warps=16, blocks_per_sm=4), "4 MiB 14.8 us, NCCL 34.6"),
-    _Entry(_NO_LIMIT, Tuning("ONESHOT", warps=8, ahead=2, blocks_per_sm=4), "64 MiB 207 us, NCCL 253"),
+    _Entry(512 * KIB, Tuning("ONESHOT", warps=8, blocks_per_sm=4, lanes=256), "16 KiB 2.6 us, NCCL 9.6"),
+    _Entry(2 * MIB, Tuning("ONESHOT", warps=16, blocks_per_sm=4), "1 MiB 5.8 us, NCCL 16.5"),
+    _Entry(
+        _NO_LIMIT,
+        Tuning("ONESHOT", warps=32, ahead=1, lanes=1024, bulk=True, pausing=True),
+        "4 MiB 14.4 us, NCCL 34.3; 64 MiB 193 us, NCCL 261",
+    ),
 )
+_STREAMING = Tuning("ONESHOT", warps=16, ahead=1, blocks_per_sm=2, pausing=True)
 _FUSED_2 = (
-    _Entry(4 * MIB, Tuning("ONESHOT", warps=16, blocks_per_sm=2), "4 x 4096 3.2 us, 256 x 7168 15.6 us"),
-    _Entry(_NO_LIMIT, Tuning("ONESHOT", warps=8, blocks_per_sm=2), "1024 x 7168 47.5 us, 4096 x 7168 171 us"),
+    _Entry(512 * KIB, Tuning("ONESHOT", warps=16, blocks_per_sm=2), "4 x 4096 3.2 us, NCCL + norm 11.4"),
+    _Entry(3 * MIB, _STREAMING, "256 x 4096 9.5 us, NCCL + norm 32.1"),
+    _Entry(
+        4 * MIB,
+        Tuning("ONESHOT", warps=16, pushers=32, pausing=True),
+        "256 x 7168 14.8 us, 15.2 where blocks push and sum, NCCL + norm 39.6",
+    ),
+    _Entry(_NO_LIMIT, _STREAMING, "1024 x 7168 47.4 us, NCCL + norm 88.3; 4096 x 7168 174 us, 287"),
 )
 _TWO_SHOT = Tuning("TWOSHOT", warps=8, ahead=2, blocks_per_sm=2)
 _WIDE_ONE_SHOT = Tuning("ONESHOT", warps=8, blocks_per_sm=2)
