@@ -30,29 +30,39 @@ def _norm_kernel(
     gate_stride,
     PER_ROW: tl.constexpr,  # groups in a row
     SIZE: tl.constexpr,  # elements in a group
-    BLOCK: tl.constexpr,
+    PIECES: tl.constexpr,  # tiles that hold a group
+    BLOCK: tl.constexpr,  # columns of a tile
     ROWS: tl.constexpr,  # groups in a program
     GATED: tl.constexpr,
     NORM_FIRST: tl.constexpr,
     PDL: tl.constexpr,
 ):
     group = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
-    column = tl.arange(0, BLOCK)[None, :]
-    mask = (group < groups) & (column < SIZE)
-    within = (group % PER_ROW) * SIZE + column
+    first = tl.arange(0, BLOCK)[None, :]
+    x_row, gate_row = x_ptr + (group // PER_ROW) * x_stride, gate_ptr + (group // PER_ROW) * gate_stride
+    start = (group % PER_ROW) * SIZE
     await_predecessor(PDL)
-    x = tl.load(x_ptr + (group // PER_ROW) * x_stride + within, mask=mask, other=0.0).to(tl.float32)
-    weight = tl.load(weight_ptr + within, mask=mask, other=0.0).to(tl.float32)
-    if GATED:
-        gate = tl.load(gate_ptr + (group // PER_ROW) * gate_stride + within, mask=mask, other=0.0).to(tl.float32)
-        silu = gate * tl.sigmoid(gate)
-        if not NORM_FIRST:
-            x *= silu
-    scale = tl.rsqrt(tl.sum(x * x, axis=1, keep_dims=True) / SIZE + eps)
-    out = x * scale * weight
-    if GATED and NORM_FIRST:
-        out *= silu
-    tl.store(out_ptr + group * SIZE + column, out.to(out_ptr.dtype.element_ty), mask=mask)
+    values, factors = (), ()
+    squares = tl.zeros((ROWS, BLOCK), tl.float32)
+    for piece in tl.static_range(PIECES):
+        within = start + piece * BLOCK + first
+        mask = (group < groups) & (piece * BLOCK + first < SIZE)
+        x = tl.load(x_row + within, mask=mask, other=0.0).to(tl.float32)
+        factor = tl.load(weight_ptr + within, mask=mask, other=0.0).to(tl.float32)
+        if GATED:
+            gate = tl.load(gate_row + within, mask=mask, other=0.0).to(tl.float32)
+            silu = gate * tl.sigmoid(gate)
+            if NORM_FIRST:
+                factor *= silu
+            else:
+                x *= silu
+        squares += x * x
+        values, factors = values + (x,), factors + (factor,)
+    scale = tl.rsqrt(tl.sum(squares, axis=1, keep_dims=True) / SIZE + eps)
+    for piece in tl.static_range(PIECES):
+        mask = (group < groups) & (piece * BLOCK + first < SIZE)
+        out = (values[piece] * scale * factors[piece]).to(out_ptr.dtype.element_ty)
+        tl.store(out_ptr + group * SIZE + piece * BLOCK + first, out, mask=mask)
 
 
 @triton.jit(do_not_specialize=["eps"])
@@ -97,6 +107,16 @@ def _warps(programs: int, elements: int, device: torch.device) -> int:
     return 16 if elements == 4096 and programs > processors else max(8, streaming)
 
 
+def _tiles(size: int, gated: bool) -> tuple[int, int]:
+    """(tiles, columns of each) for a group: one, or three where that leaves a quarter of the lanes less idle.
+
+    With a gate the lanes are as busy as the memory: on an H200, 360 numbers in a tile of 512 took 1.7 times a copy's
+    time, 512 took 1.1 times.
+    """
+    block = 1 << (size - 1).bit_length()
+    return (3, block // 4) if gated and block >= 128 and size <= block // 4 * 3 else (1, block)
+
+
 class _Plan(NamedTuple):
     """What follows from shapes, strides and dtypes; remembered, since finding it out costs more than launching."""
 
@@ -110,18 +130,18 @@ class _Plan(NamedTuple):
 @functools.lru_cache(maxsize=4096)
 def _plan(shape, stride, gate_stride, dtypes, size, norm_first, device) -> _Plan:
     """Several short groups share a program."""
-    groups, block = shape.numel() // size, 1 << (size - 1).bit_length()
-    rows = max(1, min(1024 // block, groups))
-    rows = 1 << (rows.bit_length() - 1)
     x_stride, gated = row_stride(shape, stride), gate_stride is not None
+    groups, (pieces, block) = shape.numel() // size, _tiles(size, gated)
+    rows = max(1, min(1536 // (pieces * block), groups))
+    rows = 1 << (rows.bit_length() - 1)
     gate_row_stride = row_stride(shape, gate_stride) if gated else 0
     pdl = dependent_launch(device)
     fixed = (
         shape[-1] if x_stride is None else x_stride, shape[-1] if gate_row_stride is None else gate_row_stride,
-        shape[-1] // size, size, block, rows, gated, norm_first, pdl,
+        shape[-1] // size, size, pieces, block, rows, gated, norm_first, pdl,
     )  # fmt: skip
     programs = -(-groups // rows)
-    form = _norm.form(device, fixed, warps=_warps(programs, rows * block, device), pdl=pdl)
+    form = _norm.form(device, fixed, warps=_warps(programs, rows * pieces * block, device), pdl=pdl)
     return _Plan(form, (programs, 1, 1), groups, x_stride is None, gate_row_stride is None)
 
 
