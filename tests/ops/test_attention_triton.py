@@ -213,7 +213,15 @@ def test_passes_opcheck():
 
 
 # The quickest on an H200 of 1 to 3 splits, or within 1 % of it.
-MEASURED = {(64, 1024): 2, (96, 4096): 2, (192, 4096): 1, (512, 1024): 2, (512, 8192): 2, (896, 2048): 2, (2048, 1024): 1}
+MEASURED = {
+    (64, 1024): 2,
+    (96, 4096): 2,
+    (192, 4096): 1,
+    (512, 1024): 2,
+    (512, 8192): 2,
+    (896, 2048): 2,
+    (2048, 1024): 1,
+}
 
 
 @pytest.mark.parametrize(("programs", "max_seq"), MEASURED)

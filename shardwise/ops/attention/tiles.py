@@ -50,8 +50,8 @@ def prefill_tile(rows: int, size: int, value_size: int, itemsize: int) -> Tile:
 
 MAX_SPLITS = 128
 FIT, FILL = 3, 2  # decode programs that an SM holds (`decode_tile`), and that it needs to keep the memory busy
-# What an SM's programs take of the time that their bytes have as an equal share of the device's memory, by their number:
-# one alone waits for itself, several read faster than that share. Fitted to shapes of 64 to 2048 programs on an H200.
+# An SM's time for its programs' bytes, by their number, relative to that of an equal share of the device's memory: one
+# alone waits for itself, several read faster than that share. Fitted to shapes of 64 to 2048 programs on an H200.
 PACE = {1: 1.1, 2: 0.78, 3: 0.8}
 REDUCTION = 5.0  # the second kernel, in tiles that an SM reads meanwhile
 
