@@ -14,19 +14,24 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from shardwise.comm.rank import RankInfo
 from shardwise.comm.watch import Deadlines
 from shardwise.launch import env, guard
 from shardwise.launch.job import Job, backend
-from shardwise.launch.session import SERVE, Answer, ModelConfig, Session, params_to_json, plan_of
+from shardwise.launch.session import SERVE, Answer, ModelConfig, Session, checkpoint_of, params_to_json, plan_of
 from shardwise.launch.supervise import Supervisor
 from shardwise.parallel.results import Completion, RankStats, TokenEvent
 from shardwise.parallel.sampler import SamplingParams
 
-Prompt = str | Sequence[int] | Sequence[dict[str, str]]
+if TYPE_CHECKING:
+    from shardwise.parallel.prompts import Prompt
+    from shardwise.parallel.tokenizer import IdTokenizer, Tokenizer
+    from shardwise.sharding.spec import ModelSpec
+
 Progress = Callable[[int, int], None]
 """Called with (bytes read, bytes to read) of rank 0 while the weights load."""
 
@@ -110,9 +115,9 @@ class LLM:
         if within(info):
             self._runner: Runner = SpmdRunner(self.config, info, on_progress)
         else:
-            plan_of(self.config)  # errors come up before any rank starts
+            planned = plan_of(self.config).model  # errors come up before any rank starts
             options = {"address": ray_address, "device": device} if self.launcher == "ray" else {}
-            self._runner = ParentRunner(self.config, self.launcher, options, on_progress, debug)
+            self._runner = ParentRunner(self.config, planned, self.launcher, options, on_progress, debug)
         self._closer = weakref.finalize(self, self._runner.close)
         self._closer.atexit = False  # runners know better when to close at the end
         self.last_answer: Answer | None = None
@@ -124,7 +129,7 @@ class LLM:
         return self._runner.transport
 
     def generate(
-        self, prompts: Sequence[Prompt] | str, params: SamplingParams | Sequence[SamplingParams] | None = None
+        self, prompts: "Sequence[Prompt] | str", params: SamplingParams | Sequence[SamplingParams] | None = None
     ) -> list[Completion]:
         """Completions in the order of the prompts. A prompt is raw text, token ids, or a list of chat messages."""
         for _ in self.stream(prompts, params):
@@ -133,7 +138,7 @@ class LLM:
         return list(self.last_answer.completions)
 
     def stream(
-        self, prompts: Sequence[Prompt] | str, params: SamplingParams | Sequence[SamplingParams] | None = None
+        self, prompts: "Sequence[Prompt] | str", params: SamplingParams | Sequence[SamplingParams] | None = None
     ) -> Iterator[TokenEvent]:
         """Tokens of all prompts as they come; ValueError as `generate`.
 
@@ -220,8 +225,15 @@ class ParentRunner:
     """Ranks that this process started and watches."""
 
     def __init__(
-        self, config: ModelConfig, launcher: str, options: dict, on_progress: Progress | None, debug: bool = False
+        self,
+        config: ModelConfig,
+        model: "ModelSpec",
+        launcher: str,
+        options: dict,
+        on_progress: Progress | None,
+        debug: bool = False,
     ):
+        self._config, self._model = config, model
         deadlines = Deadlines.from_environment()
         world = config.tp * config.attn_dp
         job = Job(target=SERVE, payload=asdict(config), world=world, deadlines=deadlines, debug=debug)
@@ -249,6 +261,9 @@ class ParentRunner:
         self.transport = ready[0]
 
     def stream(self, prompts: Sequence[Any], params: Sequence[SamplingParams]) -> Iterator[TokenEvent | Answer]:
+        self._refuse_unfit(prompts)
+        if self._supervisor.ended:
+            raise RuntimeError("the ranks of this LLM have ended, after a failure or a close: make a new one")
         for _ in self._items or ():  # what a caller that left the last stream early did not take
             pass
         self._stats.clear()
@@ -258,6 +273,19 @@ class ParentRunner:
         )
         self._items = _Items(self._supervisor, self._silence, self._stats)
         yield from self._items
+
+    def _refuse_unfit(self, prompts: Sequence[Any]) -> None:
+        """ValueError here; in the ranks it would end them."""
+        from shardwise.parallel.prompts import refuse_unfit
+
+        model = self._model
+        refuse_unfit(prompts, lambda: self._tokenizer, vocab=model.vocab, context=model.max_positions)
+
+    @cached_property
+    def _tokenizer(self) -> "Tokenizer | IdTokenizer":
+        from shardwise.parallel.tokenizer import load_tokenizer
+
+        return load_tokenizer(checkpoint_of(self._config))
 
     def stats(self) -> list[RankStats]:
         return [self._stats[rank] for rank in sorted(self._stats)]

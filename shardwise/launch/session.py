@@ -152,8 +152,10 @@ class Session:
 
     def stream(self, prompts: Sequence[Any], params: Sequence[SamplingParams]) -> Iterator[TokenEvent | Answer]:
         """Tokens as they come, then the Answer."""
+        from shardwise.parallel.prompts import encode
+
         tokenizer = self.engine.tokenizer
-        ids = [self._encode(prompt) for prompt in prompts]
+        ids = [encode(prompt, tokenizer) for prompt in prompts]
         ends = [{*each.stop_token_ids, *(() if each.ignore_eos else tokenizer.stop_ids)} for each in params]
         tally = Tally([len(each) for each in ids], lambda number: ends[number])
         with self.context.phase("run"), self._traced():
@@ -182,14 +184,6 @@ class Session:
 
     def close(self) -> None:
         self._stack.close()
-
-    def _encode(self, prompt: Any) -> list[int]:
-        """Ids of raw text, of a conversation, or as given."""
-        if isinstance(prompt, str):
-            return self.engine.tokenizer.encode(prompt)
-        if prompt and isinstance(prompt[0], dict):
-            return self.engine.tokenizer.encode_chat(prompt)
-        return [int(token) for token in prompt]
 
     def _progress(self) -> Callable[[int, int], None] | None:
         """Rank 0 tells how far it is, rarely."""

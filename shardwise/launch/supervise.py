@@ -80,6 +80,11 @@ class Supervisor:
         self.abort()
 
     @property
+    def ended(self) -> bool:
+        """Whether the job is over, well or not."""
+        return self._ended
+
+    @property
     def hub(self) -> Hub:
         assert self._hub is not None, "the job was not started"
         return self._hub

@@ -18,7 +18,8 @@ from shardwise.parallel.device_cache import DeviceCache
 from shardwise.parallel.memory import memory_bytes
 from shardwise.parallel.paged import PagedCache
 from shardwise.parallel.prefill import ATTENTIONS
-from shardwise.parallel.requests import Limits, Prompt, make_requests
+from shardwise.parallel.prompts import Prompt
+from shardwise.parallel.requests import Limits, make_requests
 from shardwise.parallel.results import Completion, RankStats, TokenEvent
 from shardwise.parallel.runner import KERNEL_PATHS, Launched, Runner
 from shardwise.parallel.sampler import SamplingParams

@@ -3,18 +3,15 @@
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import cast
 
 import torch
 
 from shardwise.comm.base import Communicator
+from shardwise.parallel.prompts import Prompt, encode, require_fit
 from shardwise.parallel.sampler import SamplingParams
 from shardwise.parallel.scheduler import Request
 from shardwise.parallel.text import TextStream
 from shardwise.parallel.tokenizer import IdTokenizer, Tokenizer
-
-Prompt = str | Sequence[int] | Sequence[dict[str, str]]
-"""Raw text, token ids, or a conversation of {"role", "content"} messages that the chat template formats."""
 
 
 @dataclass(frozen=True)
@@ -50,24 +47,9 @@ def make_requests(
 
 
 def _request(number: int, prompt: Prompt, params: SamplingParams, limits: Limits) -> Request:
-    ids = _encode(prompt, limits)
-    if not ids:
-        raise ValueError(f"prompt {number} has no tokens")
-    if len(ids) >= limits.max_length:
-        raise ValueError(f"prompt {number} has {len(ids)} tokens, the model's context holds {limits.max_length}")
+    ids = encode(prompt, limits.tokenizer)
+    require_fit(number, ids, vocab=limits.vocab, context=limits.max_length)
     generator = None
     if params.temperature > 0 and params.seed is not None:
         generator = torch.Generator(limits.device).manual_seed(params.seed)
     return Request(number, ids, params, TextStream(limits.tokenizer.stream(), params.stop), generator)
-
-
-def _encode(prompt: Prompt, limits: Limits) -> list[int]:
-    if isinstance(prompt, str):
-        return limits.tokenizer.encode(prompt)
-    if prompt and isinstance(prompt[0], dict):
-        return limits.tokenizer.encode_chat(cast(Sequence[dict[str, str]], prompt))
-    ids = [int(i) for i in cast(Sequence[int], prompt)]
-    wrong = [i for i in ids if not 0 <= i < limits.vocab]
-    if wrong:
-        raise ValueError(f"token id {wrong[0]} is not in the vocabulary of {limits.vocab}")
-    return ids

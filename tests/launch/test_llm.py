@@ -46,6 +46,32 @@ def test_each_prompt_can_have_its_own_parameters(llm):
         llm.generate(["A", "B"], [GREEDY])
 
 
+@pytest.mark.parametrize(
+    "prompt, text",
+    [
+        ([1] * 8192, "prompt 1 has 8192 tokens, the model's context holds 8192"),
+        ("word " * 9000, "prompt 1 has 9001 tokens, the model's context holds 8192"),
+        ([{"role": "user", "content": "word " * 9000}], "prompt 1 has 90.. tokens"),
+        ([1, 49152], "prompt 1: token id 49152 is not in the vocabulary of 49152"),
+        ("", "prompt 1 has no tokens"),
+        ([], "prompt 1 has no tokens"),
+    ],
+    ids=["ids", "text", "chat", "unknown id", "empty text", "no ids"],
+)
+def test_a_prompt_that_does_not_fit_is_refused_and_the_ranks_stay(llm, prompt, text):
+    with pytest.raises(ValueError, match=text):
+        llm.generate(["A", prompt], GREEDY)
+    assert llm.generate(["The capital of France is"], GREEDY)[0].text.lstrip().startswith("Paris")
+
+
+def test_after_a_failure_the_next_call_says_that_the_ranks_ended():
+    with LLM("smollm2", tp=1, cache_tokens=32) as small:
+        with pytest.raises(JobFailed, match="the cache holds 32"):
+            small.generate(["A"], SamplingParams(max_new_tokens=100))
+        with pytest.raises(RuntimeError, match="have ended, after a failure or a close: make a new one"):
+            small.generate(["A"], GREEDY)
+
+
 def test_a_seed_makes_sampling_repeatable(llm):
     params = SamplingParams(max_new_tokens=12, temperature=1.0, top_p=0.9, seed=7)
     assert llm.generate(["Once upon a time"], params) == llm.generate(["Once upon a time"], params)

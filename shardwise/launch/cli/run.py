@@ -7,6 +7,7 @@ and rank 0 speaks.
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,10 +20,13 @@ from shardwise.launch.job import interruptible
 
 if TYPE_CHECKING:
     from shardwise.launch.llm import LLM
+    from shardwise.parallel.prompts import Prompt
     from shardwise.parallel.results import TokenEvent
     from shardwise.parallel.sampler import SamplingParams
 
 DEFAULT_PROMPT = "Name three primary colors."
+SHORT = 1024
+"""Bytes of a prompt that every model has room for, so that nothing need be read to know."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -74,6 +78,7 @@ def _generate(
     from shardwise.launch.progress import LoadProgress
 
     prompts = texts if args.raw else [[{"role": "user", "content": text}] for text in texts]
+    _refuse_unfit(args.model, prompts, texts)
     with LoadProgress(sys.stderr, enabled=speaks) as progress:
         llm = LLM(
             args.model,
@@ -105,6 +110,19 @@ def _generate(
             _show_figures(llm)
         if speaks:
             write_json(result, args.json)
+
+
+def _refuse_unfit(model: str, prompts: "Sequence[Prompt]", texts: list[str]) -> None:
+    """ValueError for a prompt that the context cannot hold, before any rank starts."""
+    if all(0 < len(text.encode()) <= SHORT for text in texts):
+        return
+    from shardwise.parallel.prompts import refuse_unfit
+    from shardwise.parallel.tokenizer import load_tokenizer
+    from shardwise.sharding.checkpoint.resolve import open_checkpoint
+    from shardwise.sharding.plan import plan
+
+    spec = plan(model).model
+    refuse_unfit(prompts, lambda: load_tokenizer(open_checkpoint(model)), vocab=spec.vocab, context=spec.max_positions)
 
 
 def _result(llm: "LLM") -> dict:
