@@ -25,6 +25,9 @@ class Shape:
     paired: bool = False  # up and gate rows are one operand of each product; with tokens_left only
     flat: bool = False  # a tile's first loads run beside its predecessor's results
 
+    def __post_init__(self):
+        assert self.tokens_left or not self.paired
+
 
 @dataclass(frozen=True)
 class GroupedPlan:
