@@ -36,7 +36,7 @@ Progress = Callable[[int, int], None]
 """Called with (bytes read, bytes to read) of rank 0 while the weights load."""
 
 
-class Runner(Protocol):
+class Executor(Protocol):
     """Where the ranks are: in processes of ours, or around us."""
 
     transport: str
@@ -113,20 +113,20 @@ class LLM:
         )
         self.launcher = launcher or (info.source if within(info) else "local")
         if within(info):
-            self._runner: Runner = SpmdRunner(self.config, info, on_progress)
+            self._executor: Executor = SpmdExecutor(self.config, info, on_progress)
         else:
             planned = plan_of(self.config).model  # errors come up before any rank starts
             options = {"address": ray_address, "device": device} if self.launcher == "ray" else {}
-            self._runner = ParentRunner(self.config, planned, self.launcher, options, on_progress, debug)
-        self._closer = weakref.finalize(self, self._runner.close)
-        self._closer.atexit = False  # runners know better when to close at the end
+            self._executor = ParentExecutor(self.config, planned, self.launcher, options, on_progress, debug)
+        self._closer = weakref.finalize(self, self._executor.close)
+        self._closer.atexit = False  # executors know better when to close at the end
         self.last_answer: Answer | None = None
         """Times of the last call that was read to its end."""
 
     @property
     def transport(self) -> str:
         """What moves the bytes between the ranks: gloo, nccl, mpi, shm, p2p, …"""
-        return self._runner.transport
+        return self._executor.transport
 
     def generate(
         self, prompts: "Sequence[Prompt] | str", params: SamplingParams | Sequence[SamplingParams] | None = None
@@ -148,7 +148,7 @@ class LLM:
         each = _one_each(params, len(listed))
         if not self._closer.alive:
             raise RuntimeError("this LLM is closed")
-        for item in self._runner.stream(listed, each):
+        for item in self._executor.stream(listed, each):
             if isinstance(item, Answer):
                 self.last_answer = item
             else:
@@ -156,7 +156,7 @@ class LLM:
 
     def stats(self) -> list[RankStats]:
         """Of every rank, by rank, as they were after the last call."""
-        return self._runner.stats()
+        return self._executor.stats()
 
     def close(self) -> None:
         """End the ranks and free what they hold; idempotent."""
@@ -167,7 +167,7 @@ class LLM:
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if error is not None:
-            self._runner.abort()
+            self._executor.abort()
         self.close()
 
 
@@ -221,7 +221,7 @@ def _one_each(params: SamplingParams | Sequence[SamplingParams] | None, count: i
     return list(params)
 
 
-class ParentRunner:
+class ParentExecutor:
     """Ranks that this process started and watches."""
 
     def __init__(
@@ -338,7 +338,7 @@ class _Items:
             self._stats[rank] = RankStats(rank=rank, **event)
 
 
-class SpmdRunner:
+class SpmdExecutor:
     """This process is one of the ranks."""
 
     def __init__(self, config: ModelConfig, info: RankInfo, on_progress: Progress | None):

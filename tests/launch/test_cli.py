@@ -117,7 +117,7 @@ def test_a_file_that_is_no_model_is_refused_before_ranks_start(tmp_path, capfd, 
 
 @pytest.mark.parametrize("words", [[], ["--raw"]], ids=["chat", "raw"])
 def test_a_prompt_longer_than_the_context_is_one_sentence_before_ranks_start(monkeypatch, capfd, words):
-    monkeypatch.setattr("shardwise.launch.llm.ParentRunner", None)
+    monkeypatch.setattr("shardwise.launch.llm.ParentExecutor", None)
     assert main(["run", "smollm2", "--tp", "2", "--prompt", "word " * 9000, *words]) == 1
     err = capfd.readouterr().err
     assert err.startswith("shardwise: error: prompt 0 has 90") and "context holds 8192" in err and err.count("\n") == 1
