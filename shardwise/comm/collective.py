@@ -1,7 +1,7 @@
 """What all transports share: argument checks, sequence numbers, the flight record, check mode, composed collectives.
 
-A transport implements the `_`-methods at the end of `Collective` on contiguous one-dimensional tensors and inherits
-the rest, so that shapes, ragged sizes, errors and records are the same everywhere.
+A transport implements the `_`-methods at the end of `BaseCommunicator` on contiguous one-dimensional tensors and
+inherits the rest, so that shapes, ragged sizes, errors and records are the same everywhere.
 """
 
 import os
@@ -53,7 +53,7 @@ def require_strategy(strategy: str) -> None:
         raise CommError(f"strategy {strategy}: {UNUSABLE[strategy]}")
 
 
-class Collective(Communicator):
+class BaseCommunicator(Communicator):
     """Base of the transports. `name` tells groups apart in messages: world, world/0, ..."""
 
     strategies: tuple[str, ...] = ("AUTO", "NCCL", "MIN_LATENCY", "ONESHOT", "TWOSHOT")
@@ -233,7 +233,7 @@ class Collective(Communicator):
         wanted = self.all_gather_object((color, self.rank if key is None else key))
         return self.split_known([c for c, _ in wanted], [k for _, k in wanted])
 
-    def split_known(self, colors: Sequence[int], keys: Sequence[int] | None = None) -> "Collective":
+    def split_known(self, colors: Sequence[int], keys: Sequence[int] | None = None) -> "BaseCommunicator":
         if keys is None:
             keys = range(self.size)
         color = colors[self.rank]
@@ -244,7 +244,7 @@ class Collective(Communicator):
             return self._alone(name)
         return self._split(name, [rank for _, rank in members], list(colors))
 
-    def _alone(self, name: str) -> "Collective":
+    def _alone(self, name: str) -> "BaseCommunicator":
         from shardwise.comm.fake import FakeCommunicator  # which derives from this class
 
         group = FakeCommunicator(0, (self._world_rank,), name=name, **self._settings)
@@ -384,7 +384,7 @@ class Collective(Communicator):
         """Everyone's control message of at most MESSAGE_BYTES, in group order; lengths may differ."""
 
     @abstractmethod
-    def _split(self, name: str, members: list[int], colors: list[int]) -> "Collective":
+    def _split(self, name: str, members: list[int], colors: list[int]) -> "BaseCommunicator":
         """Group of `members` (ranks of this group, in the new order); `colors` of all ranks of this group."""
 
     @abstractmethod

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from shardwise.comm import watch
-from shardwise.comm.collective import Collective
+from shardwise.comm.collective import BaseCommunicator
 
 
-class FakeCommunicator(Collective):
+class FakeCommunicator(BaseCommunicator):
     """Rank `rank` of a world whose other members are imagined."""
 
     devices = ("cpu", "cuda")

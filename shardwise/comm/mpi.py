@@ -23,7 +23,7 @@ from shardwise.comm.arguments import starts
 from shardwise.comm.arrival import Arrivals, MessageArrivals, MissingRanks, SegmentArrivals, free_owned, owned
 from shardwise.comm.base import CollectiveTimeout, CommError, PeerLost
 from shardwise.comm.bootstrap import Rendezvous
-from shardwise.comm.collective import Collective
+from shardwise.comm.collective import BaseCommunicator
 from shardwise.comm.control import FRAME_BYTES, framed, unframed
 
 PIECE = 1 << 28
@@ -86,7 +86,7 @@ class MpiRendezvous(Rendezvous):
         return self.comm.allgather(value)
 
 
-class MpiCommunicator(Collective):
+class MpiCommunicator(BaseCommunicator):
     """One rank's end of an MPI communicator, which stays the caller's."""
 
     devices = ("cpu", "cuda")

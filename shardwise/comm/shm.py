@@ -19,7 +19,7 @@ from shardwise.comm.accumulate import Accumulator, SlotAccumulator
 from shardwise.comm.arguments import starts
 from shardwise.comm.base import CollectiveTimeout, CommError, PeerLost
 from shardwise.comm.bootstrap import Rendezvous
-from shardwise.comm.collective import Collective
+from shardwise.comm.collective import BaseCommunicator
 from shardwise.comm.segment import Segment, WaitFailed, share
 from shardwise.comm.watch import FLIGHT
 
@@ -35,7 +35,7 @@ DIRECT_BLOCK = 512 * 1024
 KEPT_PLANS = 512
 
 
-class ShmCommunicator(Collective):
+class ShmCommunicator(BaseCommunicator):
     """One rank's end of a group in shared memory. Made by `join` or `split`."""
 
     def __init__(self, segment: Segment, ranks: Sequence[int], *, reads_peers: bool = False, **options):

@@ -27,7 +27,7 @@ from shardwise.comm.rank import Groups, RankInfo
 from shardwise.comm.watch import Deadlines
 
 if TYPE_CHECKING:
-    from shardwise.comm.collective import Collective
+    from shardwise.comm.collective import BaseCommunicator
 
 
 class Grid(Protocol):
@@ -129,7 +129,7 @@ class _Request:
         return world_rendezvous(store, self.info)
 
 
-def _create_cpu(request: _Request) -> "Collective":
+def _create_cpu(request: _Request) -> "BaseCommunicator":
     if request.transport in ("nccl", "p2p", "flashinfer"):
         raise CommError(f"transport {request.transport} moves CUDA tensors: pass device='cuda', or use auto")
     if request.transport == "mpi":
@@ -171,19 +171,19 @@ def one_host(meeting: Rendezvous, limit: float) -> tuple[bool, str]:
     return True, f"{meeting.size} ranks on one host, {reason}"
 
 
-def _shared_memory(request: _Request, meeting: Rendezvous) -> "Collective":
+def _shared_memory(request: _Request, meeting: Rendezvous) -> "BaseCommunicator":
     from shardwise.comm.shm import ShmCommunicator
 
     return ShmCommunicator.join(meeting, cores=len(os.sched_getaffinity(0)), **request.options)
 
 
-def _mpi(request: _Request) -> "Collective":
+def _mpi(request: _Request) -> "BaseCommunicator":
     from shardwise.comm.mpi import MpiCommunicator, world_communicator
 
     return MpiCommunicator(request.mpi_comm or world_communicator(), **request.options)
 
 
-def _torch_dist(request: _Request, meeting: Rendezvous, backend: str) -> "Collective":
+def _torch_dist(request: _Request, meeting: Rendezvous, backend: str) -> "BaseCommunicator":
     from shardwise.comm.torch_dist import TorchDistCommunicator
 
     if request.process_group is not None:
@@ -191,7 +191,7 @@ def _torch_dist(request: _Request, meeting: Rendezvous, backend: str) -> "Collec
     return TorchDistCommunicator.join(meeting, backend, **request.options)
 
 
-def _create_cuda(request: _Request) -> "Collective":
+def _create_cuda(request: _Request) -> "BaseCommunicator":
     """CPU group for control, NCCL on it, peer-to-peer kernels where the GPUs reach each other."""
     import torch
 

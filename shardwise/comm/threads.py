@@ -15,7 +15,7 @@ from torch import Tensor
 from shardwise.comm import compose, watch
 from shardwise.comm.arguments import starts
 from shardwise.comm.base import CollectiveTimeout, CommError
-from shardwise.comm.collective import Collective
+from shardwise.comm.collective import BaseCommunicator
 
 
 class Board:
@@ -69,7 +69,7 @@ class Board:
             child.break_up(reason)
 
 
-class ThreadsCommunicator(Collective):
+class ThreadsCommunicator(BaseCommunicator):
     """One thread's end of a group."""
 
     devices = ("cpu", "cuda")

@@ -26,7 +26,7 @@ from shardwise.comm import compose, symmetric, watch
 from shardwise.comm.arguments import starts
 from shardwise.comm.base import CollectiveTimeout, CommError, PeerLost
 from shardwise.comm.bootstrap import Rendezvous, TorchStore
-from shardwise.comm.collective import Collective
+from shardwise.comm.collective import BaseCommunicator
 from shardwise.comm.control import FRAME_BYTES, framed, unframed
 from shardwise.comm.symmetric import SymmetricMemory
 
@@ -58,7 +58,7 @@ class ProcessGroupRendezvous(Rendezvous):
         return values
 
 
-class TorchDistCommunicator(Collective):
+class TorchDistCommunicator(BaseCommunicator):
     """One rank's end of a torch.distributed group."""
 
     def __init__(
@@ -68,7 +68,7 @@ class TorchDistCommunicator(Collective):
         store: TorchStore,
         *,
         ranks: Sequence[int] | None = None,
-        control: Collective | None = None,
+        control: BaseCommunicator | None = None,
         **options,
     ):
         torch_order = dist.get_process_group_ranks(group)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from shardwise.comm import compose, watch
 from shardwise.comm.base import CollectiveTimeout, CommError
-from shardwise.comm.collective import Collective
+from shardwise.comm.collective import BaseCommunicator
 from shardwise.comm.p2p import table
 from shardwise.comm.p2p.delegate import BEYOND, Delegating, with_reason
 from shardwise.comm.p2p.table import DTYPES, HALVES, Tuning
@@ -30,7 +30,7 @@ _SELF_TEST_WORDS = 256
 class P2PCommunicator(Delegating):
     """One rank's end of a group of GPUs that write into each other's memory."""
 
-    def __init__(self, beyond: Collective, workspace: Workspace, launcher: "Launcher"):
+    def __init__(self, beyond: BaseCommunicator, workspace: Workspace, launcher: "Launcher"):
         """On a workspace of `beyond`'s ranks; `connect` makes both. `beyond` does all that the kernels do not."""
         super().__init__(beyond, "p2p")
         self.strategies = (*self.strategies, LOW_PRECISION)
@@ -39,7 +39,7 @@ class P2PCommunicator(Delegating):
         self._flying = threading.Lock()
 
     @classmethod
-    def connect(cls, beyond: Collective, *, region_bytes: int | None = None) -> "P2PCommunicator":
+    def connect(cls, beyond: BaseCommunicator, *, region_bytes: int | None = None) -> "P2PCommunicator":
         """Every rank of `beyond` calls it, with its GPU as the current device.
 
         region_bytes  workspace for one peer; 2 * (size - 1) times that is allocated. Larger calls go in pieces
@@ -54,7 +54,7 @@ class P2PCommunicator(Delegating):
         return group
 
     @classmethod
-    def or_beyond(cls, beyond: Collective) -> Collective:
+    def or_beyond(cls, beyond: BaseCommunicator) -> BaseCommunicator:
         """The group on these kernels where they run, else `beyond` itself with the reason."""
         try:
             return cls.connect(beyond)
@@ -197,7 +197,7 @@ class P2PCommunicator(Delegating):
             if not torch.equal(rows[place], expected * (rank + 1))
         ]
 
-    def _split(self, name: str, members: list[int], colors: list[int]) -> Collective:
+    def _split(self, name: str, members: list[int], colors: list[int]) -> BaseCommunicator:
         group = P2PCommunicator.or_beyond(self._split_beyond(members, colors))
         group.name = name
         return group
@@ -211,7 +211,9 @@ class P2PCommunicator(Delegating):
         super().close()
 
 
-def create(control: Collective, *, transport: str = "p2p", fallback: Collective | None = None) -> Collective:
+def create(
+    control: BaseCommunicator, *, transport: str = "p2p", fallback: BaseCommunicator | None = None
+) -> BaseCommunicator:
     """The group `transport` (p2p or flashinfer) of `control`'s ranks. Raises P2PUnavailable on every rank alike.
 
     `fallback` serves what the kernels do not; without one, `control` does, where it moves CUDA tensors at all.

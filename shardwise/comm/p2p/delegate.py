@@ -4,18 +4,18 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from shardwise.comm.collective import Collective
+from shardwise.comm.collective import BaseCommunicator
 
 BEYOND = ("NCCL", "SYMM_MEM")
 """Strategies that are the other group's."""
 
 
-class Delegating(Collective):
+class Delegating(BaseCommunicator):
     """`beyond` moves CUDA tensors (NCCL, or MPI through pinned memory) and carries control messages."""
 
     devices = ("cuda",)
 
-    def __init__(self, beyond: Collective, transport: str):
+    def __init__(self, beyond: BaseCommunicator, transport: str):
         super().__init__(
             rank=beyond.rank,
             ranks=beyond.ranks,
@@ -51,10 +51,10 @@ class Delegating(Collective):
     def _gather_control(self, source: Tensor, joined: Tensor, counts: Sequence[int]) -> None:
         self.beyond._gather_control(source, joined, counts)
 
-    def _split_beyond(self, members: list[int], colors: list[int]) -> Collective:
+    def _split_beyond(self, members: list[int], colors: list[int]) -> BaseCommunicator:
         order = [members.index(rank) if rank in members else 0 for rank in range(self.size)]
         group = self.beyond.split_known(colors, order)
-        assert isinstance(group, Collective)
+        assert isinstance(group, BaseCommunicator)
         return group
 
     def _abort(self, reason: str) -> None:
@@ -65,7 +65,7 @@ class Delegating(Collective):
         self.beyond.close()
 
 
-def with_reason(group: Collective, reason: str) -> Collective:
+def with_reason(group: BaseCommunicator, reason: str) -> BaseCommunicator:
     """`group`, which says `reason` when asked why it serves."""
     group.reason = reason
     return group

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from shardwise.comm import compose, watch
-from shardwise.comm.collective import Collective
+from shardwise.comm.collective import BaseCommunicator
 from shardwise.comm.p2p.delegate import Delegating, with_reason
 from shardwise.comm.p2p.workspace import P2PUnavailable
 
@@ -33,7 +33,7 @@ ONE_SHOT_BYTES = 8 << 20
 class FlashInferCommunicator(Delegating):
     """One rank's end of a group on one host, demo mode only."""
 
-    def __init__(self, beyond: Collective, *, max_tokens: int = 2048, max_hidden: int = 8192):
+    def __init__(self, beyond: BaseCommunicator, *, max_tokens: int = 2048, max_hidden: int = 8192):
         """Every rank of `beyond` (transport nccl) calls it. A call may have max_tokens * max_hidden elements.
 
         Larger calls, float32, and shapes that the kernels do not take go to `beyond`.
@@ -148,7 +148,7 @@ class FlashInferCommunicator(Delegating):
             layout_code=None,
         )
 
-    def _split(self, name: str, members: list[int], colors: list[int]) -> Collective:
+    def _split(self, name: str, members: list[int], colors: list[int]) -> BaseCommunicator:
         beyond = self._split_beyond(members, colors)
         beyond.name = name
         return with_reason(beyond, "sub-groups of a flashinfer group use NCCL: its workspace serves the whole group")
