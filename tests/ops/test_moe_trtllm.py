@@ -70,7 +70,7 @@ def test_fp8_scales_stand_in_the_order_of_the_kernel(monkeypatch):
     s_in, s_hidden = torch.tensor(4 / 448), torch.tensor(8 / 448)
     steps = e4m3_step(s_in), e4m3_step(s_hidden)
     wanted = routed_oracle(x, ids, weights, v1, v2, first_step=steps[0], second_step=steps[1])
-    monkeypatch.setattr(trtllm, "on_cutlass", lambda rows, on_input: True)
+    monkeypatch.setattr(trtllm, "on_cutlass", lambda rows, weight, on_input: True)
     monkeypatch.setattr(trtllm, "quantize", lambda rows, scale: (rows / scale).to(torch.float8_e4m3fn))
     got = trtllm.trtllm_quant_fp8_moe_fused(
         x, ids, weights, q1, q2, s_in, s1 * s_in, 1 / s_hidden, s2 * s_hidden, True, 4
@@ -78,8 +78,21 @@ def test_fp8_scales_stand_in_the_order_of_the_kernel(monkeypatch):
     assert relative(got, wanted) < 2e-2
 
 
+class OnGpu(torch.Tensor):
+    """Says that it is on a GPU."""
+
+    is_cuda = True
+
+
 def test_the_module_is_used_only_where_it_applies(monkeypatch):
+    def taken(rows=3, dtype=torch.bfloat16, sizes=(32, 48), codes=torch.bfloat16, on_input=False, kind=OnGpu):
+        x = torch.empty(rows, sizes[0], dtype=dtype).as_subclass(kind)
+        return trtllm.on_cutlass(x, torch.empty(4, *sizes, dtype=codes), on_input)
+
     monkeypatch.setattr(trtllm, "cutlass_ready", lambda: True)
-    assert not trtllm.on_cutlass(torch.empty(3, 8), False)
+    assert taken() and taken(dtype=torch.float16) and taken(sizes=(32, 8)) and taken(codes=torch.float8_e4m3fn)
+    assert not taken(kind=torch.Tensor) and not taken(0) and not taken(on_input=True)
+    assert not taken(dtype=torch.float32) and not taken(sizes=(32, 12)) and not taken(sizes=(44, 48))
+    assert not taken(sizes=(32, 8), codes=torch.float8_e4m3fn)
     monkeypatch.setattr(trtllm, "cutlass_ready", lambda: False)
-    assert not trtllm.on_cutlass(torch.empty(3, 8, device="meta"), False)
+    assert not taken()

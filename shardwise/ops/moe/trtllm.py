@@ -2,8 +2,9 @@
 
 FlashInfer would compile its Hopper module (CUTLASS grouped GEMMs) on the first call, which takes an hour or more, so
 nothing here starts that: `build_cutlass_moe` does, once, and later processes find the result. `shardwise ops` says
-which kernels serve. The module adds the experts' results with float atomics when it picks a fused epilogue, so bits may
-differ between runs; the Triton kernels' do not.
+which kernels serve. Outside of FlashInfer's `autotune` the module takes its first shapes, which have no fused finalize.
+Inside it may pick one that adds the experts' results with float atomics, and bits may then differ between runs;
+FlashInfer 0.6 has no argument against that. The Triton kernels' bits do not differ.
 """
 
 import functools
@@ -70,9 +71,13 @@ def _kernels() -> tuple[bool, str]:
 KERNELS = Need("FlashInfer's CUTLASS or our Triton kernels", _kernels, on_cpu=TRITON.on_cpu)
 
 
-def on_cutlass(rows: Tensor, on_input: bool) -> bool:
-    """Whether FlashInfer's kernels take this call: they have no weights on the input, and no empty batch."""
-    return rows.is_cuda and rows.shape[0] > 0 and not on_input and cutlass_ready()
+def on_cutlass(rows: Tensor, weight: Tensor, on_input: bool) -> bool:
+    """Whether FlashInfer's kernels take this call: 16-bit rows, not none of them, no routing weights on the input, and
+    rows of w2_stacked_weight [E, H, I], as of its transpose, that are multiples of 16 bytes.
+    """
+    fits = all(size * weight.element_size() % 16 == 0 for size in weight.shape[1:])
+    taken = rows.dtype in (torch.bfloat16, torch.float16) and rows.shape[0] > 0 and fits and not on_input
+    return rows.is_cuda and taken and cutlass_ready()
 
 
 def cutlass_moe(rows, ids, weights, first, second, act, dtype, scales) -> Tensor:
@@ -125,7 +130,7 @@ def trtllm_moe_fused(
     weights = (w3_w1_stacked_weight, w2_stacked_weight)
 
     def compute(rows: Tensor, ids: Tensor, routing: Tensor) -> Tensor:
-        if on_cutlass(rows, apply_routing_on_input):
+        if on_cutlass(rows, weights[1], apply_routing_on_input):
             return cutlass_moe(rows, ids, routing, *weights, act, rows.dtype, [])
         return grouped_moe(rows, ids, routing, *weights, act, apply_routing_on_input)
 
@@ -188,7 +193,7 @@ def trtllm_quant_fp8_moe_fused(
     scales = FP8Scales(s1, fc1_dequant_scale.float(), reciprocal, fc2_dequant_scale.float(), False)
 
     def compute(rows: Tensor, ids: Tensor, routing: Tensor) -> Tensor:
-        if on_cutlass(rows, apply_routing_on_input):
+        if on_cutlass(rows, weights[1], apply_routing_on_input):
             quant = [scales.first, reciprocal.reshape(()), scales.second, s1.reshape(())]
             return cutlass_moe(quantize(rows, s1), ids, routing, *weights, act, rows.dtype, quant)
         return grouped_moe(rows, ids, routing, *weights, act, apply_routing_on_input, scales)
