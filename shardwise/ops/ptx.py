@@ -29,6 +29,19 @@ def prefetch_to_l2(pointer, nbytes):
 
 
 @triton.jit
+def keep_loads_above():
+    """Loads that stand above are issued before what stands below.
+
+    ptxas gathers a loop's loads at the end of its body, where nothing is left to do while they are on their way; it
+    moves none over a barrier, and a warp's own costs one instruction.
+    """
+    if not _INTERPRET:
+        tl.inline_asm_elementwise(
+            "bar.warp.sync 0xffffffff; // dummy $0", "=r", [], dtype=tl.int32, is_pure=False, pack=1
+        )
+
+
+@triton.jit
 def finish_products():
     """Wait for all matrix products of this warp (wgmma: compute capability 9 alone). To be the last statement of a
     loop over products whose left operand was made in registers.

@@ -1,5 +1,6 @@
 """Kernels of `decode.py` for plain weights: routing and the two products of a token's experts."""
 
+from shardwise.ops.ptx import prefetch_to_l2
 from shardwise.ops.triton_support import tl, triton
 
 
@@ -12,45 +13,40 @@ def _start(PDL: tl.constexpr):
 
 
 @triton.jit
-def _choose(
-    logit_ptr, slot_ptr, choice, experts, scale, E_BLOCK: tl.constexpr, TOP_K: tl.constexpr, NORMALIZE: tl.constexpr
-):  # fmt: skip
-    """Local slot and weight of a token's expert number `choice`, the lowest number first among equal logits."""
-    e = tl.arange(0, E_BLOCK)
-    logits = tl.load(logit_ptr + e, mask=e < experts, other=float("-inf"))
-    top = tl.max(logits, 0)
+def choose(logit_ptr, e, slots, choice, experts, scale, TOP_K: tl.constexpr, NORMALIZE: tl.constexpr):
+    """Local slot and weight of a token's expert number `choice`, the lowest number first among equal logits.
+
+    Of experts `e`, with their `slots`. Compared as integers of the same order: those a warp reduces in one instruction.
+    """
+    logits = tl.load(logit_ptr + e, mask=e < experts, other=float("-inf")).to(tl.float32) + 0.0
+    bits = logits.to(tl.int32, bitcast=True)
+    keys = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    best = tl.max(keys, 0)
+    top = (best ^ ((best >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
     total = tl.sum(tl.exp(logits - top), 0)
     chosen = 0.0
     expert = 0
     power = 0.0
     for number in tl.static_range(TOP_K):
-        value = tl.max(logits, 0)
-        place = tl.minimum(tl.min(tl.where(logits == value, e, 0x7FFFFFFF), 0), experts - 1)
-        logits = tl.where(e == place, float("-inf"), logits)
-        chosen += tl.exp(value - top)
+        best = tl.max(keys, 0)
+        place = tl.minimum(tl.min(tl.where(keys == best, e, 0x7FFFFFFF), 0), experts - 1)
+        keys = tl.where(e == place, -0x80000000, keys)
+        its_power = tl.exp((best ^ ((best >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True) - top)
+        chosen += its_power
         if number == choice:
             expert = place
-            power = tl.exp(value - top)
-    return tl.load(slot_ptr + expert), scale * power / (chosen if NORMALIZE else total)
+            power = its_power
+    return tl.sum(tl.where(e == expert, slots, 0), 0), scale * power / (chosen if NORMALIZE else total)
 
 
 @triton.jit
-def _route(
-    logit_ptr, slot_ptr, position_ptr, id_ptr, route_ptr, experts, scale, E_BLOCK: tl.constexpr, TOP_K: tl.constexpr,
-    NORMALIZE: tl.constexpr, PADDED: tl.constexpr,
-):  # fmt: skip
-    """Slot of the pair, -1 if it is nobody's here; the pair's first program writes it and its weight down."""
-    pair = tl.program_id(1)
-    token = pair // TOP_K
-    slot, weight = _choose(
-        logit_ptr + token * experts, slot_ptr, pair % TOP_K, experts, scale, E_BLOCK, TOP_K, NORMALIZE
-    )
-    if PADDED:
-        slot = tl.where(tl.load(position_ptr + token) < 0, -1, slot)
-    if tl.program_id(0) == 0:
-        tl.store(id_ptr + pair, slot)
-        tl.store(route_ptr + pair, weight)
-    return slot
+def ask_for_share(weight_ptr, expert, nbytes, number, programs):
+    """Ask for this program's part of an expert's `nbytes` (a multiple of 16) to come to the L2 cache."""
+    share = tl.cdiv(nbytes, programs * 16) * 16
+    begin = number * share
+    size = tl.minimum(share, nbytes - begin)
+    if size > 0:
+        prefetch_to_l2(weight_ptr.to(tl.pointer_type(tl.int8)) + expert.to(tl.int64) * nbytes + begin, size)
 
 
 @triton.jit
@@ -65,18 +61,28 @@ def _activate(gate, up, alpha, limit, CLAMPED: tl.constexpr):
 @triton.jit(do_not_specialize=["scale", "alpha", "limit"])
 def plain_up(
     x_ptr, logit_ptr, slot_ptr, position_ptr, id_ptr, route_ptr, out_ptr, size, hidden, experts, scale, alpha, limit,
-    weight_ptr, bias_ptr,
+    weight_ptr, bias_ptr, following_ptr, following_bytes,
     TOP_K: tl.constexpr, E_BLOCK: tl.constexpr, NORMALIZE: tl.constexpr, PADDED: tl.constexpr, CLAMPED: tl.constexpr,
-    PDL: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, BIAS: tl.constexpr,
+    AHEAD: tl.constexpr, PDL: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
+    BIAS: tl.constexpr,
 ):  # fmt: skip
     """Rows of one pair's activation, BLOCK_N at once; a program takes several turns, for it chooses only once."""
+    pair = tl.program_id(1)
+    token = pair // TOP_K
+    e = tl.arange(0, E_BLOCK)
+    slots = tl.load(slot_ptr + e, mask=e < experts, other=-1)
+    position = tl.load(position_ptr + token) if PADDED else 0
     _start(PDL)
-    slot = _route(
-        logit_ptr, slot_ptr, position_ptr, id_ptr, route_ptr, experts, scale, E_BLOCK, TOP_K, NORMALIZE, PADDED
-    )
+    slot, route = choose(logit_ptr + token * experts, e, slots, pair % TOP_K, experts, scale, TOP_K, NORMALIZE)
+    if PADDED:
+        slot = tl.where(position < 0, -1, slot)
+    if tl.program_id(0) == 0:
+        tl.store(id_ptr + pair, slot)
+        tl.store(route_ptr + pair, route)
     if slot < 0:
         return
-    pair = tl.program_id(1)
+    if AHEAD:
+        ask_for_share(following_ptr, slot, following_bytes, tl.program_id(0), tl.num_programs(0))
     column = tl.arange(0, BLOCK_K)
     x_ptr += (pair // TOP_K).to(tl.int64) * hidden
     steps = tl.cdiv(hidden, BLOCK_K)

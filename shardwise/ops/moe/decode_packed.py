@@ -9,7 +9,9 @@ product. Only the sums of warps that share rows pass through shared memory.
 # mypy: ignore-errors
 
 from shardwise.ops.gluon_support import gl, jit, mma_v2
-from shardwise.ops.moe.mxfp4_few import DEPTH, decode_words
+from shardwise.ops.moe.decode_kernels import ask_for_share, choose
+from shardwise.ops.moe.mxfp4_few import decode_words
+from shardwise.ops.ptx import keep_loads_above
 from shardwise.ops.triton_support import tl
 
 COLUMNS = tl.constexpr(8)  # of a product of the matrix unit
@@ -21,30 +23,6 @@ def _start(PDL: tl.constexpr):
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-
-
-@jit
-def _choose(
-    logit_ptr, slot_ptr, choice, experts, scale, E_BLOCK: tl.constexpr, TOP_K: tl.constexpr, NORMALIZE: tl.constexpr,
-    EXPERTS: tl.constexpr,
-):  # fmt: skip
-    """Local slot and weight of a token's expert number `choice`, the lowest number first among equal logits."""
-    e = gl.arange(0, E_BLOCK, layout=EXPERTS)
-    logits = gl.load(logit_ptr + e, mask=e < experts, other=float("-inf"))
-    top = gl.max(logits, 0)
-    total = gl.sum(gl.exp(logits - top), 0)
-    chosen = 0.0
-    expert = 0
-    power = 0.0
-    for number in gl.static_range(TOP_K):
-        value = gl.max(logits, 0)
-        place = gl.minimum(gl.min(gl.where(logits == value, e, 0x7FFFFFFF), 0), experts - 1)
-        logits = gl.where(e == place, float("-inf"), logits)
-        chosen += gl.exp(value - top)
-        if number == choice:
-            expert = place
-            power = gl.exp(value - top)
-    return gl.load(slot_ptr + expert), scale * power / (chosen if NORMALIZE else total)
 
 
 @jit
@@ -89,20 +67,22 @@ def _x(x_at, column, k, stop, columns, EVEN: tl.constexpr):
 @jit
 def _step(
     acc, words, scales, word_at, scale_at, x_at, column, k, k_x, stop, stop_x, columns,
-    AHEAD: tl.constexpr, EVEN: tl.constexpr, STEPS: tl.constexpr, LEFT: tl.constexpr, INTERPRET: tl.constexpr,
+    AHEAD: tl.constexpr, DEPTH: tl.constexpr, EVEN: tl.constexpr, STEPS: tl.constexpr, LEFT: tl.constexpr,
+    INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """Add the products of tile k + AHEAD, whose weights are here, and load those DEPTH tiles behind it."""
     x = _x(x_at + AHEAD * 64, column, k_x + AHEAD, stop_x, columns, EVEN)
     acc = mma_v2(_unpack(words, scales, STEPS, LEFT, INTERPRET), x, acc)
     words = _words(word_at + (AHEAD + DEPTH) * 512, k + AHEAD + DEPTH, stop)
     scales = _scales(scale_at + (AHEAD + DEPTH) * 32, k + AHEAD + DEPTH, stop)
+    keep_loads_above()
     return acc, words, scales
 
 
 @jit
 def _product(
     word_ptr, scale_ptr, x_ptr, expert, slab, x_row, first, stop, count, tiles_n, tiles_k, columns,
-    EVEN: tl.constexpr, INTERPRET: tl.constexpr, ACC: tl.constexpr, WORDS: tl.constexpr,
+    DEPTH: tl.constexpr, EVEN: tl.constexpr, INTERPRET: tl.constexpr, ACC: tl.constexpr, WORDS: tl.constexpr,
 ):  # fmt: skip
     """[W, 16, COLUMNS] sums of each warp over its tiles from `first` to `stop`, at most `count`.
 
@@ -128,37 +108,29 @@ def _product(
     column = gl.expand_dims(gl.expand_dims(column, 0), 2)
     same = gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, gl.SliceLayout(1, RIGHT))) * 0
     from_x = gl.convert_layout(x_row + first * 64, OF_X)
-    x_at = x_ptr + (gl.expand_dims(gl.expand_dims(from_x, 1), 2) + column + gl.expand_dims(gl.expand_dims(same, 0), 1))
+    # Added up one by one: a thread's columns then differ by constants, and share the registers of their address.
+    x_at = x_ptr + gl.expand_dims(gl.expand_dims(from_x, 1), 2) + column + gl.expand_dims(gl.expand_dims(same, 0), 1)
     k = first
     k_x = gl.convert_layout(first, OF_X)
     stop_x = gl.convert_layout(stop, OF_X)
-    w0 = _words(word_at, k, stop)
-    w1 = _words(word_at + 512, k + 1, stop)
-    w2 = _words(word_at + 1024, k + 2, stop)
-    w3 = _words(word_at + 1536, k + 3, stop)
-    w4 = _words(word_at + 2048, k + 4, stop)
-    s0 = _scales(scale_at, k, stop)
-    s1 = _scales(scale_at + 32, k + 1, stop)
-    s2 = _scales(scale_at + 64, k + 2, stop)
-    s3 = _scales(scale_at + 96, k + 3, stop)
-    s4 = _scales(scale_at + 128, k + 4, stop)
-    acc = gl.zeros([w0.shape[0], 16, COLUMNS], gl.float32, ACC)
+    words = ()
+    scales = ()
+    for ahead in gl.static_range(DEPTH):
+        words = words + (_words(word_at + ahead * 512, k + ahead, stop),)
+        scales = scales + (_scales(scale_at + ahead * 32, k + ahead, stop),)
+    acc = gl.zeros([words[0].shape[0], 16, COLUMNS], gl.float32, ACC)
     for _ in range(0, count, DEPTH):
-        acc, w0, s0 = _step(
-            acc, w0, s0, word_at, scale_at, x_at, column, k, k_x, stop, stop_x, columns, 0, EVEN, STEPS, LEFT, INTERPRET
-        )
-        acc, w1, s1 = _step(
-            acc, w1, s1, word_at, scale_at, x_at, column, k, k_x, stop, stop_x, columns, 1, EVEN, STEPS, LEFT, INTERPRET
-        )
-        acc, w2, s2 = _step(
-            acc, w2, s2, word_at, scale_at, x_at, column, k, k_x, stop, stop_x, columns, 2, EVEN, STEPS, LEFT, INTERPRET
-        )
-        acc, w3, s3 = _step(
-            acc, w3, s3, word_at, scale_at, x_at, column, k, k_x, stop, stop_x, columns, 3, EVEN, STEPS, LEFT, INTERPRET
-        )
-        acc, w4, s4 = _step(
-            acc, w4, s4, word_at, scale_at, x_at, column, k, k_x, stop, stop_x, columns, 4, EVEN, STEPS, LEFT, INTERPRET
-        )
+        next_words = ()
+        next_scales = ()
+        for ahead in gl.static_range(DEPTH):
+            acc, word, scale = _step(
+                acc, words[ahead], scales[ahead], word_at, scale_at, x_at, column, k, k_x, stop, stop_x, columns,
+                ahead, DEPTH, EVEN, STEPS, LEFT, INTERPRET,
+            )  # fmt: skip
+            next_words = next_words + (word,)
+            next_scales = next_scales + (scale,)
+        words = next_words
+        scales = next_scales
         word_at += DEPTH * 512
         scale_at += DEPTH * 32
         x_at += DEPTH * 64
@@ -170,27 +142,34 @@ def _product(
 @jit(do_not_specialize=["scale", "alpha", "limit"])
 def packed_up(
     x_ptr, logit_ptr, slot_ptr, position_ptr, id_ptr, route_ptr, out_ptr, size, hidden, experts, scale, alpha, limit,
-    word_ptr, scale_ptr, bias_ptr, tiles_n, tiles_k,
+    word_ptr, scale_ptr, bias_ptr, tiles_n, tiles_k, following_ptr, following_bytes,
     TOP_K: tl.constexpr, E_BLOCK: tl.constexpr, NORMALIZE: tl.constexpr, PADDED: tl.constexpr, CLAMPED: tl.constexpr,
-    PDL: tl.constexpr, EVEN: tl.constexpr, WARPS: tl.constexpr, INTERPRET: tl.constexpr,
+    AHEAD: tl.constexpr, PDL: tl.constexpr, DEPTH: tl.constexpr, EVEN: tl.constexpr, WARPS: tl.constexpr,
+    INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """64 packed rows of one pair's activation, a slab's first eight of them gates; WARPS / 4 warps share 16 rows."""
     ACC: tl.constexpr = gl.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[WARPS, 1, 1], instr_shape=[1, 16, 8])
     WORDS: tl.constexpr = gl.BlockedLayout([1, 1, 1, 4], [1, 8, 4, 1], [WARPS, 1, 1, 1], [3, 2, 1, 0])
     OF_WARP: tl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, gl.SliceLayout(3, WORDS)))
+    BIASES: tl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
     EXPERTS: tl.constexpr = gl.BlockedLayout([E_BLOCK // 32], [32], [WARPS], [0])  # all of them in every warp
-    _start(PDL)
     pair = gl.program_id(1)
     token = pair // TOP_K
-    slot, weight = _choose(
-        logit_ptr + token * experts, slot_ptr, pair % TOP_K, experts, scale, E_BLOCK, TOP_K, NORMALIZE, EXPERTS
-    )
+    e = gl.arange(0, E_BLOCK, layout=EXPERTS)
+    slots = gl.load(slot_ptr + e, mask=e < experts, other=-1)
+    position = gl.load(position_ptr + token) if PADDED else 0
+    _start(PDL)
+    slot, weight = choose(logit_ptr + token * experts, e, slots, pair % TOP_K, experts, scale, TOP_K, NORMALIZE)
     if PADDED:
-        slot = gl.where(gl.load(position_ptr + token) < 0, -1, slot)
+        slot = gl.where(position < 0, -1, slot)
     if gl.program_id(0) == 0:
         gl.store(id_ptr + pair, slot)
         gl.store(route_ptr + pair, weight)
     if slot >= 0:
+        if AHEAD:
+            ask_for_share(following_ptr, slot, following_bytes, gl.program_id(0), gl.num_programs(0))
+        place = gl.arange(0, 64, layout=BIASES)
+        bias = gl.load(bias_ptr + (slot * tiles_n + gl.program_id(0)) * 64 + place)
         warp = gl.arange(0, WARPS, layout=OF_WARP)
         slab = gl.program_id(0) * 4 + warp % 4
         each = gl.cdiv(tiles_k, WARPS // 4)
@@ -198,18 +177,15 @@ def packed_up(
         stop = gl.minimum(first + each, tiles_k)
         acc = _product(
             word_ptr, scale_ptr, x_ptr, slab * 0 + slot, slab, slab * 0 + token * hidden, first, stop, each,
-            tiles_n, tiles_k, hidden, EVEN, INTERPRET, ACC, WORDS,
+            tiles_n, tiles_k, hidden, DEPTH, EVEN, INTERPRET, ACC, WORDS,
         )  # fmt: skip
         # Columns are equal: one of them counts. [halves of K, slab, gate or up, row] to [slab, gate or up, row].
         sums = gl.sum(gl.reshape(gl.max(acc, 2), (WARPS // 4, 4, 2, 8)), 0)
+        sums += gl.convert_layout(gl.reshape(bias, (4, 2, 8)), sums.type.layout if not INTERPRET else 0)
         gate, up = gl.split(gl.permute(sums, (0, 2, 1)))
         OUT: tl.constexpr = gate.type.layout if not INTERPRET else 0
         slabs = gl.arange(0, 4, layout=gl.SliceLayout(1, OUT))
         row = gl.arange(0, 8, layout=gl.SliceLayout(0, OUT))
-        tile_row = slabs[:, None] * 16 + row[None, :]
-        biases = bias_ptr + (slot * tiles_n + gl.program_id(0)) * 64 + tile_row
-        gate += gl.load(biases)
-        up += gl.load(biases + 8)
         if CLAMPED:
             gate = gl.minimum(gate, limit)
             up = gl.minimum(gl.maximum(up, -limit), limit) + 1.0
@@ -222,8 +198,8 @@ def packed_up(
 @jit
 def packed_down(
     inner_ptr, id_ptr, route_ptr, residual_ptr, out_ptr, hidden, size, word_ptr, scale_ptr, bias_ptr, tiles_n, tiles_k,
-    TOP_K: tl.constexpr, RESIDUAL: tl.constexpr, PDL: tl.constexpr, EVEN: tl.constexpr, WARPS: tl.constexpr,
-    INTERPRET: tl.constexpr,
+    TOP_K: tl.constexpr, RESIDUAL: tl.constexpr, PDL: tl.constexpr, DEPTH: tl.constexpr, EVEN: tl.constexpr,
+    WARPS: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """Sixteen rows of one token's sum. Its local experts are dealt to the warps, as many to each."""
     ACC: tl.constexpr = gl.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[WARPS, 1, 1], instr_shape=[1, 16, 8])
@@ -250,20 +226,21 @@ def packed_down(
     each = gl.cdiv(tiles_k, parts)
     first = warp % parts * each
     stop = gl.where(held, gl.minimum(first + each, tiles_k), first)
-    acc = _product(
-        word_ptr, scale_ptr, inner_ptr, expert, warp * 0 + gl.program_id(0), pair * size, first, stop,
-        each if count > 0 else 0, tiles_n, tiles_k, size, EVEN, INTERPRET, ACC, WORDS,
-    )  # fmt: skip
     OF_SUM: tl.constexpr = gl.SliceLayout(2, ACC)
     weight = gl.convert_layout(gl.load(route_ptr + pair), gl.SliceLayout(1, OF_SUM))
-    expert = gl.convert_layout(expert, gl.SliceLayout(1, OF_SUM))
     leads = gl.convert_layout((first == 0) & (stop > first), gl.SliceLayout(1, OF_SUM))
+    of_expert = gl.convert_layout(expert, gl.SliceLayout(1, OF_SUM)) * tiles_n * 4 + gl.program_id(0)
     row = gl.arange(0, 16, layout=gl.SliceLayout(0, OF_SUM))
-    biases = bias_ptr + ((expert * tiles_n * 4 + gl.program_id(0)) * 16)[:, None] + row[None, :]
-    bias = gl.load(biases, mask=leads[:, None], other=0.0)
-    total = gl.sum((gl.max(acc, 2) + bias) * weight[:, None], 0)
-    rows = gl.program_id(0) * 16 + gl.arange(0, 16, layout=gl.SliceLayout(0, OF_SUM))
+    bias = gl.load(bias_ptr + of_expert[:, None] * 16 + row[None, :], mask=leads[:, None], other=0.0)
+    rows = gl.program_id(0) * 16 + row
     at = token.to(gl.int64) * hidden + rows
     if RESIDUAL:
-        total += gl.load(residual_ptr + at, mask=rows < hidden, other=0.0).to(gl.float32)
+        residual = gl.load(residual_ptr + at, mask=rows < hidden, other=0.0).to(gl.float32)
+    acc = _product(
+        word_ptr, scale_ptr, inner_ptr, expert, warp * 0 + gl.program_id(0), pair * size, first, stop,
+        each if count > 0 else 0, tiles_n, tiles_k, size, DEPTH, EVEN, INTERPRET, ACC, WORDS,
+    )  # fmt: skip
+    total = gl.sum((gl.max(acc, 2) + bias) * weight[:, None], 0)
+    if RESIDUAL:
+        total += residual
     gl.store(out_ptr + at, total.to(out_ptr.dtype.element_ty), mask=rows < hidden)
