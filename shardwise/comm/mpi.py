@@ -5,7 +5,8 @@ float32. CUDA tensors are staged through pinned host memory, unless the library 
 pointers.
 
 MPI's blocking calls are the fast ones and cannot be left, so ranks meet first (`arrival.py`: with a deadline, and
-naming who is missing) and only then enter the library together.
+naming who is missing) and only then enter the library together. Non-blocking and persistent forms, which could be left,
+take three times as long at 4 KiB: 9.3 and 8.0 us, where the blocking call takes 2.5 and the meeting 0.3.
 """
 
 import atexit
@@ -25,9 +26,12 @@ from shardwise.comm.base import CollectiveTimeout, CommError, PeerLost
 from shardwise.comm.bootstrap import Rendezvous
 from shardwise.comm.collective import BaseCommunicator
 from shardwise.comm.control import FRAME_BYTES, framed, unframed
+from shardwise.comm.segment import Segment
+from shardwise.comm.watch import END, FLIGHT, now
 
 PIECE = 1 << 28
 """Elements of one call: MPI counts are 32-bit integers."""
+KEPT_PLANS = 512
 _failed = False
 
 
@@ -98,23 +102,60 @@ class MpiCommunicator(BaseCommunicator):
         self._mpi = library()
         self._types = _datatypes(self._mpi)
         self._arrivals = arrivals or _arrivals(comm, options["deadlines"].rendezvous)
+        self._allreduce, self._in_place = comm.Allreduce, self._mpi.IN_PLACE
+        self._plans: dict[tuple, tuple] = {}
+
+    # The decode path
 
     def all_reduce(self, tensor: Tensor, *, out: Tensor | None = None, strategy: str = "AUTO") -> Tensor:
-        plain = tensor.is_cpu and tensor.is_contiguous() and not tensor.requires_grad
-        direct = plain and out is tensor and strategy == "AUTO"
-        if not direct or tensor.dtype not in self._types or not 0 < tensor.numel() <= PIECE or self.deterministic:
-            return super().all_reduce(tensor, out=out, strategy=strategy)
-        entry = self._begin("all_reduce", tensor.shape, tensor.dtype, "AUTO")
-        self._meet()
-        self.comm.Allreduce(self._mpi.IN_PLACE, [tensor.numpy(), self._types[tensor.dtype]])
-        entry[watch.END] = watch.now()
+        plan = self._plans.get((tensor.data_ptr(), tensor.shape, tensor.dtype))
+        if plan is None or out is not tensor or strategy != "AUTO" or not tensor.is_contiguous():
+            return self._all_reduce_any(tensor, out, strategy)
+        spec, call, segment, words, flag, peers, root = plan
+        if self.broken is not None or root[0] or self.check or self.deterministic:
+            return self._all_reduce_any(tensor, out, strategy)
+        segment.epoch = epoch = segment.epoch + 1
+        words[flag] = epoch  # the peers see it while this rank keeps its books
+        self.sequence = sequence = self.sequence + 1
+        entry = [sequence, *call, now(), 0]
+        FLIGHT.ring.append(entry)
+        for peer in peers:
+            if words[peer] < epoch:
+                self._await(segment)
+        self._allreduce(self._in_place, spec)
+        entry[END] = now()
         return tensor
+
+    def _all_reduce_any(self, tensor: Tensor, out: Tensor | None, strategy: str) -> Tensor:
+        """The general path; tensors that MPI can sum where they lie are planned here for the next time."""
+        if out is tensor and tensor.is_cpu and tensor.dtype in self._types and 0 < tensor.numel() <= PIECE:
+            self._plan(tensor)
+        return super().all_reduce(tensor, out=out, strategy=strategy)
+
+    def _plan(self, tensor: Tensor) -> None:
+        """What a call on this memory needs, in one tuple. The address in it is good as long as a tensor has it."""
+        arrivals = self._arrivals
+        if not isinstance(arrivals, SegmentArrivals):
+            return
+        if len(self._plans) >= KEPT_PLANS:
+            self._plans.clear()
+        segment = arrivals.segment
+        call = ("all_reduce", tensor.shape, tensor.dtype, "AUTO", self.name, self._world_rank)
+        meeting = (segment, segment.words, segment.flag, segment.peer_words, segment.root.words)
+        self._plans[tensor.data_ptr(), tensor.shape, tensor.dtype] = (self._buffer(tensor), call, *meeting)
 
     # Meeting, then moving
 
     def _meet(self) -> None:
         try:
             self._arrivals.meet(self.deadlines.in_phase(watch.current_phase()))
+        except MissingRanks as error:
+            raise self._missing(error) from None
+
+    def _await(self, segment: Segment) -> None:
+        """The wait of a meeting at which this rank has arrived."""
+        try:
+            segment.wait(self.deadlines.in_phase(watch.current_phase()))
         except MissingRanks as error:
             raise self._missing(error) from None
 
@@ -141,8 +182,8 @@ class MpiCommunicator(BaseCommunicator):
         return host.copy_(tensor) if filled else host
 
     def _buffer(self, tensor: Tensor, *extra) -> list:
-        """What mpi4py takes: memory, counts, datatype."""
-        memory = tensor.numpy() if tensor.is_cpu else tensor
+        """What mpi4py takes: memory, counts, datatype. By address, as numpy's view of a tensor takes longer to make."""
+        memory = self._mpi.buffer.fromaddress(tensor.data_ptr(), tensor.nbytes)
         return [memory, *extra, self._types[tensor.dtype]]
 
     def _all_reduce(self, source: Tensor, target: Tensor) -> None:

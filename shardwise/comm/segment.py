@@ -133,6 +133,15 @@ class Segment:
                     self._wait(epoch, limit)
                     return
 
+    def wait(self, limit: float) -> None:
+        """The second half of a `round` whose first half the caller did: `epoch` is published."""
+        spins = self.spins
+        while any(self.words[word] < self.epoch for word in self.peer_words):
+            spins -= 1
+            if spins < 0:
+                self._wait(self.epoch, limit)
+                return
+
     def frame_round(self, blob: bytes, limit: float) -> list[bytes]:
         """A round that carries one small message from each rank, in the control pages."""
         parity = (self.epoch + 1) & 1
