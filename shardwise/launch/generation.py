@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from shardwise.launch.worker import RankContext
-    from shardwise.sharding.spec import ModelSpec
+    from shardwise.sharding.model import ModelSpec
 
 MEASURE = "shardwise.launch.generation:measure"
 """The job target."""

@@ -30,7 +30,7 @@ from shardwise.parallel.sampler import SamplingParams
 if TYPE_CHECKING:
     from shardwise.parallel.prompts import Prompt
     from shardwise.parallel.tokenizer import IdTokenizer, Tokenizer
-    from shardwise.sharding.spec import ModelSpec
+    from shardwise.sharding.model import ModelSpec
 
 Progress = Callable[[int, int], None]
 """Called with (bytes read, bytes to read) of rank 0 while the weights load."""

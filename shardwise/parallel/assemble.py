@@ -30,6 +30,7 @@ from shardwise.parallel.rotary import RotaryAngles
 from shardwise.parallel.supported import check_supported
 from shardwise.parallel.weights import Weights
 from shardwise.sharding import spec
+from shardwise.sharding.model import Layer
 
 
 class DecoderBuilder:
@@ -58,7 +59,7 @@ class DecoderBuilder:
         mixers = [layer.mixers[0] for layer in self.model.layers]
         return [LayerShape(*_local_heads(self.weights, m)[1:]) for m in mixers if isinstance(m, spec.Attention)]
 
-    def _layer(self, layer: spec.Layer, number: int, next_norm: Norm | None) -> DecoderLayer:
+    def _layer(self, layer: Layer, number: int, next_norm: Norm | None) -> DecoderLayer:
         def joining(norm: Norm | None, post: spec.Norm | None, role: str) -> ResidualNorm:
             return ResidualNorm(
                 norm=norm,

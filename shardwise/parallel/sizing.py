@@ -8,6 +8,7 @@ from shardwise.comm.base import Communicator
 from shardwise.parallel.cache import LayerShape
 from shardwise.parallel.device_cache import PAGE_SIZE
 from shardwise.sharding import spec
+from shardwise.sharding.model import Layer, ModelSpec
 
 RESERVED_BYTES = 2 << 30
 """For CUDA graphs, communication, library workspaces and what the allocator cannot use."""
@@ -60,13 +61,13 @@ def pages_for(
     return min(fits)
 
 
-def activation_bytes(model: spec.ModelSpec, tokens: int, dtype: torch.dtype) -> int:
+def activation_bytes(model: ModelSpec, tokens: int, dtype: torch.dtype) -> int:
     """An upper bound of what a step of so many tokens has alive at once: the widest layer's, and a batch's logits."""
     widest = max((_inner_elements(layer, model.hidden) for layer in model.layers), default=0)
     return tokens * (8 * model.hidden + widest) * dtype.itemsize + 64 * model.vocab * 8
 
 
-def _inner_elements(layer: spec.Layer, hidden: int) -> int:
+def _inner_elements(layer: Layer, hidden: int) -> int:
     """Elements a token of a layer's projections, each with its activation."""
     found = [0]
     for block in (*layer.mixers, *layer.feed_forward):

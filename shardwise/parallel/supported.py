@@ -3,6 +3,7 @@
 from shardwise.sharding import spec
 from shardwise.sharding.checkpoint.reader import NUMPY
 from shardwise.sharding.families import ARCHITECTURES
+from shardwise.sharding.model import Layer, ModelSpec
 
 
 class UnsupportedModel(ValueError):
@@ -46,7 +47,7 @@ _LEGAL: dict[type, dict[str, tuple]] = {
 }
 
 
-def check_supported(model: spec.ModelSpec, *, mixers: tuple[type, ...], feed_forwards: tuple[type, ...]) -> None:
+def check_supported(model: ModelSpec, *, mixers: tuple[type, ...], feed_forwards: tuple[type, ...]) -> None:
     """UnsupportedModel unless every block is of these types, its options have an implementation and its weights a form
     that can be read."""
     if model.architecture not in ARCHITECTURES:
@@ -71,7 +72,7 @@ def check_supported(model: spec.ModelSpec, *, mixers: tuple[type, ...], feed_for
                 _check_options(model, block.routing, where)
 
 
-def _check_structure(model: spec.ModelSpec, layer: spec.Layer, where: str) -> None:
+def _check_structure(model: ModelSpec, layer: Layer, where: str) -> None:
     if len(layer.mixers) != 1 or len(layer.feed_forward) != 1 or layer.others or layer.parallel_residual:
         raise UnsupportedModel(
             f"{model.architecture}, {where}: the runtime needs one mixer and then one feed-forward, here are "
@@ -81,7 +82,7 @@ def _check_structure(model: spec.ModelSpec, layer: spec.Layer, where: str) -> No
         raise UnsupportedModel(f"{model.architecture}, {where}: blocks without a norm before them are not supported")
 
 
-def _check_options(model: spec.ModelSpec, block: spec.Block | spec.Routing, where: str) -> None:
+def _check_options(model: ModelSpec, block: spec.Block | spec.Routing, where: str) -> None:
     for name, legal in _LEGAL.get(type(block), {}).items():
         value = getattr(block, name)
         if value not in legal:
@@ -89,7 +90,7 @@ def _check_options(model: spec.ModelSpec, block: spec.Block | spec.Routing, wher
             raise UnsupportedModel(f"{model.architecture}, {where}: {option} = {value!r}; the runtime supports {legal}")
 
 
-def _check_storage(model: spec.ModelSpec, block: spec.Block, where: str) -> None:
+def _check_storage(model: ModelSpec, block: spec.Block, where: str) -> None:
     roles = {tensor.role: tensor for tensor in (block.all_tensors if isinstance(block, spec.Moe) else block.tensors)}
     for role, tensor in roles.items():
         base, _, part = role.rpartition(".")

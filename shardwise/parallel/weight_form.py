@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from shardwise.sharding import spec
-from shardwise.sharding.spec import ModelSpec
+from shardwise.sharding.model import ModelSpec
 
 WEIGHT_FORMS = ("auto", "native", "dequantised")
 

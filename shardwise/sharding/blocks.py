@@ -4,7 +4,8 @@ from typing import Any
 
 from shardwise.sharding.axes import Axis, Dim, LogicalAxis, along, concat, fixed
 from shardwise.sharding.builder import Builder, Tensors
-from shardwise.sharding.spec import Attention, DenseMlp, Layer, Moe, Rope, Routing
+from shardwise.sharding.model import Layer
+from shardwise.sharding.spec import Attention, DenseMlp, Moe, Rope, Routing
 
 _DEFAULT: Any = object()
 

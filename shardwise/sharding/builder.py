@@ -7,8 +7,9 @@ from typing import Any
 from shardwise.sharding.axes import Axis, Dim, LogicalAxis, along, fixed
 from shardwise.sharding.config import Config
 from shardwise.sharding.formats import DTYPES, Linear, bias
+from shardwise.sharding.model import Extra, Layer, ModelSpec
 from shardwise.sharding.quantization import Quantization, quantization_of
-from shardwise.sharding.spec import Embedding, Extra, Head, Layer, ModelSpec, Norm, Rope, TensorSpec
+from shardwise.sharding.spec import Embedding, Head, Norm, Rope, TensorSpec
 from shardwise.sharding.vision import vision_extras
 
 Tensors = tuple[TensorSpec, ...]

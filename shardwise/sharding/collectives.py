@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from shardwise.sharding.layout import ParallelLayout
-from shardwise.sharding.spec import Attention, Block, Layer, Mamba2, ModelSpec, Moe
+from shardwise.sharding.model import Layer, ModelSpec
+from shardwise.sharding.spec import Attention, Block, Mamba2, Moe
 
 PARTIAL_SUM_BYTES = 4
 """Statistics (mean squares) are reduced in float32."""

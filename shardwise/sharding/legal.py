@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from shardwise.sharding.axes import MESH_AXIS, SHARED_BY_RANKS, LogicalAxis, MeshAxis
 from shardwise.sharding.cuts import Cut, CutKind
 from shardwise.sharding.cutting import Grain, axes_of, grain_of, grains_of, largest, user_of
+from shardwise.sharding.model import ModelSpec
 from shardwise.sharding.plan import patterns_of
-from shardwise.sharding.spec import ModelSpec, TensorSpec
+from shardwise.sharding.spec import TensorSpec
 
 SHOWN = 24
 """Sizes of a list that the text names, before its last."""

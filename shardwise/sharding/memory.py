@@ -4,15 +4,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from shardwise.sharding.axes import LogicalAxis, Share
-from shardwise.sharding.spec import (
-    Attention,
-    Block,
-    CompressedAttention,
-    GatedDelta,
-    Mamba2,
-    MlaAttention,
-    ModelSpec,
-)
+from shardwise.sharding.model import ModelSpec
+from shardwise.sharding.spec import Attention, Block, CompressedAttention, GatedDelta, Mamba2, MlaAttention
 
 STATE_ITEMSIZE = 4
 ShareOf = Callable[[LogicalAxis], Share]

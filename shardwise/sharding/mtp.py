@@ -5,7 +5,8 @@ from collections.abc import Iterable
 from shardwise.sharding.axes import fixed
 from shardwise.sharding.builder import Builder
 from shardwise.sharding.config import Config
-from shardwise.sharding.spec import Extra, Layer, TensorSpec
+from shardwise.sharding.model import Extra, Layer
+from shardwise.sharding.spec import TensorSpec
 
 MTP_NAMES = ("enorm", "hnorm", "eh_proj", "shared_head.norm")
 """Norm of the embedding, norm of the hidden state, projection of both, norm before the head (DeepSeek's names)."""

@@ -14,10 +14,11 @@ from shardwise.sharding.experts import Placement, place_experts
 from shardwise.sharding.formats import storage_type
 from shardwise.sharding.layout import Coordinates, ParallelLayout
 from shardwise.sharding.memory import CacheEntry, cache_entries
+from shardwise.sharding.model import ModelSpec
 from shardwise.sharding.names import NameIndex, expand
 from shardwise.sharding.shards import Cuts, TensorPattern, TensorShard, local_count
 from shardwise.sharding.source import load_model
-from shardwise.sharding.spec import ModelSpec, TensorSpec
+from shardwise.sharding.spec import TensorSpec
 
 
 @dataclass(frozen=True, slots=True)

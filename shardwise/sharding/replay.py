@@ -8,8 +8,8 @@ from shardwise.sharding.config import Config, ConfigError
 from shardwise.sharding.diff import read_document
 from shardwise.sharding.document import plan_hash
 from shardwise.sharding.layout import ParallelLayout
+from shardwise.sharding.model import ModelSpec
 from shardwise.sharding.plan import Plan, plan
-from shardwise.sharding.spec import ModelSpec
 
 
 def replay(path: str | Path, model: ModelSpec | Mapping[str, Any] | str | Path) -> Plan:

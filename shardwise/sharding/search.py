@@ -7,8 +7,9 @@ from enum import StrEnum
 from shardwise.sharding.cost import Estimate, Workload, estimate
 from shardwise.sharding.cutting import IllegalLayout
 from shardwise.sharding.layout import ParallelLayout
+from shardwise.sharding.model import ModelSpec
 from shardwise.sharding.plan import Plan, plan
-from shardwise.sharding.spec import ModelSpec, Moe
+from shardwise.sharding.spec import Moe
 from shardwise.sharding.topology import Topology
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from shardwise.sharding.config import Config, read_config
 from shardwise.sharding.families import ARCHITECTURES, UnknownArchitecture, build
-from shardwise.sharding.spec import ModelSpec
+from shardwise.sharding.model import ModelSpec
 
 
 def load_model(model: Mapping[str, Any] | str | Path, styles: Mapping[str, str] | None = None) -> ModelSpec:

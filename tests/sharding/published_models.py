@@ -4,8 +4,8 @@ import json
 from functools import cache
 from pathlib import Path
 
+from shardwise.sharding.model import ModelSpec
 from shardwise.sharding.source import load_model
-from shardwise.sharding.spec import ModelSpec
 
 DATA = Path(__file__).parent / "data"
 CONFIGS = {

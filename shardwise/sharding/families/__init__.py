@@ -6,7 +6,7 @@ import json
 from dataclasses import replace
 
 from shardwise.sharding.config import Config, ConfigError
-from shardwise.sharding.spec import ModelSpec
+from shardwise.sharding.model import ModelSpec
 
 FAMILIES: dict[str, tuple[str, ...]] = {
     "llama": (

@@ -5,8 +5,9 @@ from shardwise.sharding.blocks import attention, dense_mlp, pre_norm_layer
 from shardwise.sharding.builder import Builder
 from shardwise.sharding.config import Config
 from shardwise.sharding.latent import deepseek_moe, mla, sparse_layers
+from shardwise.sharding.model import Layer, ModelSpec
 from shardwise.sharding.mtp import mtp_layers
-from shardwise.sharding.spec import Block, Layer, ModelSpec
+from shardwise.sharding.spec import Block
 
 GQA = ("DeepseekForCausalLM", "Glm4MoeForCausalLM")
 INDEXED = ("DeepseekV32ForCausalLM", "GlmMoeDsaForCausalLM")

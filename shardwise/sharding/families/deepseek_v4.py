@@ -9,8 +9,9 @@ from shardwise.sharding.builder import Builder, Tensors
 from shardwise.sharding.config import Config
 from shardwise.sharding.formats import NVFP4, Fp8, Packed4
 from shardwise.sharding.latent import latent_rope
+from shardwise.sharding.model import Layer, ModelSpec
 from shardwise.sharding.quantization import NamePatterns, Quantization
-from shardwise.sharding.spec import Block, CompressedAttention, Layer, ModelSpec, Moe, Routing
+from shardwise.sharding.spec import Block, CompressedAttention, Moe, Routing
 
 LAYER = "layers.{layer}"
 W1_W3_W2 = ("w1", "w3", "w2")

@@ -5,7 +5,8 @@ from typing import Any
 from shardwise.sharding.blocks import attention, dense_mlp
 from shardwise.sharding.builder import Builder
 from shardwise.sharding.config import Config
-from shardwise.sharding.spec import Layer, ModelSpec, Rope
+from shardwise.sharding.model import Layer, ModelSpec
+from shardwise.sharding.spec import Rope
 
 LOCAL_THETA = 10000.0
 

@@ -6,7 +6,8 @@ from shardwise.sharding.axes import fixed
 from shardwise.sharding.blocks import attention, dense_mlp, head_axes, stacked_moe
 from shardwise.sharding.builder import Builder
 from shardwise.sharding.config import Config
-from shardwise.sharding.spec import Attention, Block, Layer, ModelSpec, Rope, Routing
+from shardwise.sharding.model import Layer, ModelSpec
+from shardwise.sharding.spec import Attention, Block, Rope, Routing
 
 PREFIX = "model.language_model."
 LAYER = f"{PREFIX}layers.{{layer}}"

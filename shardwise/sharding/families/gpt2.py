@@ -4,7 +4,8 @@ from shardwise.sharding.axes import Axis, LogicalAxis, along, concat, fixed, int
 from shardwise.sharding.blocks import activation_of, head_axes
 from shardwise.sharding.builder import Builder
 from shardwise.sharding.config import Config
-from shardwise.sharding.spec import Attention, DenseMlp, Layer, ModelSpec
+from shardwise.sharding.model import Layer, ModelSpec
+from shardwise.sharding.spec import Attention, DenseMlp
 
 
 def build(config: Config, name: str, architecture: str) -> ModelSpec:

@@ -5,8 +5,9 @@ from typing import Any
 from shardwise.sharding.blocks import attention, dense_mlp, pre_norm_layer, stacked_moe
 from shardwise.sharding.builder import Builder
 from shardwise.sharding.config import Config
+from shardwise.sharding.model import Layer, ModelSpec
 from shardwise.sharding.recurrent import mamba2
-from shardwise.sharding.spec import Attention, Layer, Mamba2, ModelSpec, Moe, Routing
+from shardwise.sharding.spec import Attention, Mamba2, Moe, Routing
 
 LAYER = "model.layers.{layer}"
 PRE_FF = ("input_layernorm", "pre_ff_layernorm")

@@ -4,7 +4,8 @@ from shardwise.sharding.axes import along, interleave
 from shardwise.sharding.blocks import dense_mlp, heads_of, pre_norm_layer
 from shardwise.sharding.builder import Builder
 from shardwise.sharding.config import Config
-from shardwise.sharding.spec import Attention, Layer, ModelSpec
+from shardwise.sharding.model import Layer, ModelSpec
+from shardwise.sharding.spec import Attention
 
 LAYER = "model.layers.{layer}"
 

@@ -7,8 +7,9 @@ from shardwise.sharding.blocks import dense_mlp, pre_norm_layer
 from shardwise.sharding.builder import Builder
 from shardwise.sharding.config import Config
 from shardwise.sharding.latent import deepseek_moe, mla, sparse_layers
+from shardwise.sharding.model import Layer, ModelSpec
 from shardwise.sharding.recurrent import kimi_delta
-from shardwise.sharding.spec import Block, Layer, ModelSpec, Moe
+from shardwise.sharding.spec import Block, Moe
 
 
 def build(config: Config, name: str, architecture: str) -> ModelSpec:

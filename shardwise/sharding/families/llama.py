@@ -5,8 +5,8 @@ from typing import Any
 from shardwise.sharding.blocks import attention, dense_mlp, pre_norm_layer
 from shardwise.sharding.builder import Builder
 from shardwise.sharding.config import Config
+from shardwise.sharding.model import Layer, ModelSpec
 from shardwise.sharding.mtp import mtp_layers
-from shardwise.sharding.spec import Layer, ModelSpec
 
 QKV_BIAS = ("Qwen2ForCausalLM", "MiMoForCausalLM")
 HEAD_NORM = ("Qwen3ForCausalLM", "Qwen3VLForConditionalGeneration")

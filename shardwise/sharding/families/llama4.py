@@ -3,7 +3,8 @@
 from shardwise.sharding.blocks import attention, dense_mlp, pre_norm_layer, stacked_moe
 from shardwise.sharding.builder import Builder
 from shardwise.sharding.config import Config
-from shardwise.sharding.spec import Layer, ModelSpec, Routing
+from shardwise.sharding.model import Layer, ModelSpec
+from shardwise.sharding.spec import Routing
 
 PREFIX = "language_model.model."
 LAYER = f"{PREFIX}layers.{{layer}}"

@@ -4,7 +4,8 @@ from shardwise.sharding.blocks import attention, dense_mlp, head_axes, pre_norm_
 from shardwise.sharding.builder import Builder
 from shardwise.sharding.config import Config
 from shardwise.sharding.latent import deepseek_moe, sparse_layers
-from shardwise.sharding.spec import Attention, Layer, ModelSpec
+from shardwise.sharding.model import Layer, ModelSpec
+from shardwise.sharding.spec import Attention
 
 LAYER = "model.layers.{layer}"
 

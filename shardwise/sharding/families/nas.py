@@ -5,7 +5,7 @@ from typing import Any
 from shardwise.sharding.blocks import attention, dense_mlp, head_axes
 from shardwise.sharding.builder import Builder
 from shardwise.sharding.config import Config
-from shardwise.sharding.spec import Layer, ModelSpec
+from shardwise.sharding.model import Layer, ModelSpec
 
 LAYER = "model.layers.{layer}"
 WIDTH_STEP = 256

@@ -4,9 +4,10 @@ from shardwise.sharding.axes import fixed
 from shardwise.sharding.blocks import attention, dense_mlp, heads_of, moe
 from shardwise.sharding.builder import Builder, Tensors
 from shardwise.sharding.config import Config
+from shardwise.sharding.model import Extra, Layer, ModelSpec
 from shardwise.sharding.mtp import replace_prefix
 from shardwise.sharding.recurrent import mamba2
-from shardwise.sharding.spec import Extra, Layer, ModelSpec, Moe, Routing
+from shardwise.sharding.spec import Moe, Routing
 
 LAYER = "backbone.layers.{layer}"
 MIXER = f"{LAYER}.mixer"

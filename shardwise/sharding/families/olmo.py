@@ -3,7 +3,8 @@
 from shardwise.sharding.blocks import attention, dense_mlp, moe, pre_norm_layer
 from shardwise.sharding.builder import Builder
 from shardwise.sharding.config import Config
-from shardwise.sharding.spec import Layer, ModelSpec, Routing
+from shardwise.sharding.model import Layer, ModelSpec
+from shardwise.sharding.spec import Routing
 
 LAYER = "model.layers.{layer}"
 

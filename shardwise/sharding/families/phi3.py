@@ -3,7 +3,7 @@
 from shardwise.sharding.blocks import attention, dense_mlp, pre_norm_layer
 from shardwise.sharding.builder import Builder
 from shardwise.sharding.config import Config
-from shardwise.sharding.spec import Layer, ModelSpec
+from shardwise.sharding.model import Layer, ModelSpec
 
 LAYER = "model.layers.{layer}"
 

@@ -7,7 +7,7 @@ from shardwise.sharding.blocks import attention, dense_mlp, pre_norm_layer
 from shardwise.sharding.builder import Builder
 from shardwise.sharding.config import Config
 from shardwise.sharding.families.llama import windows
-from shardwise.sharding.spec import Layer, ModelSpec
+from shardwise.sharding.model import Layer, ModelSpec
 
 LAYER = "model.layers.{layer}"
 

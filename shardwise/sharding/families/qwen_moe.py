@@ -5,7 +5,8 @@ from shardwise.sharding.blocks import attention, dense_mlp, moe, pre_norm_layer,
 from shardwise.sharding.builder import Builder
 from shardwise.sharding.config import Config
 from shardwise.sharding.families.llama import windows
-from shardwise.sharding.spec import Layer, ModelSpec, Moe, Routing
+from shardwise.sharding.model import Layer, ModelSpec
+from shardwise.sharding.spec import Moe, Routing
 
 
 def build(config: Config, name: str, architecture: str) -> ModelSpec:

@@ -5,9 +5,10 @@ from shardwise.sharding.blocks import attention, dense_mlp, moe, pre_norm_layer,
 from shardwise.sharding.builder import Builder
 from shardwise.sharding.config import Config
 from shardwise.sharding.families.qwen_moe import shared_expert, sparse_layers
+from shardwise.sharding.model import Extra, Layer, ModelSpec
 from shardwise.sharding.mtp import replace_prefix
 from shardwise.sharding.recurrent import qwen_delta
-from shardwise.sharding.spec import Block, Extra, Layer, ModelSpec, Routing
+from shardwise.sharding.spec import Block, Routing
 
 
 def build(config: Config, name: str, architecture: str) -> ModelSpec:

@@ -5,7 +5,8 @@ from shardwise.sharding.blocks import activation_of, attention, dense_mlp, head_
 from shardwise.sharding.builder import Builder
 from shardwise.sharding.config import Config
 from shardwise.sharding.latent import sparse_layers
-from shardwise.sharding.spec import Layer, ModelSpec, Moe, Routing
+from shardwise.sharding.model import Layer, ModelSpec
+from shardwise.sharding.spec import Moe, Routing
 
 LAYER = "model.layers.{layer}"
 
