@@ -310,6 +310,7 @@ def raises(kind, call) -> str:
 def run(group, cases=CASES) -> list[str]:
     """Names of the cases that passed; the first failure is raised with its case's name."""
     for case in cases:
+        print(f"{case.__name__} on {group!r}", flush=True)  # a run that is cut off says how far it came
         try:
             case(group)
         except Exception as error:

@@ -27,7 +27,7 @@ def results():
         if mode not in found:
             try:
                 found[mode] = run_processes(
-                    2, "rank_bodies:conform_cuda", TRANSPORTS[mode], mpi=mode == "MPI", timeout=150
+                    2, "rank_bodies:conform_cuda", TRANSPORTS[mode], mpi=mode == "MPI", timeout=100
                 )
             except Exception as error:  # the cases that follow need not run it again
                 found[mode] = error

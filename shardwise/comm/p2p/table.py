@@ -1,6 +1,7 @@
 """Which strategy and launch for which call.
 
-World 2 is what won a sweep of launches on 2x H200 (NVLink, CUDA graphs, bf16; NCCL in the same run), benchmarks/results/gpu_all_reduce.md.
+World 2 is what won a sweep of launches on 2x H200 (NVLink, CUDA graphs, bf16), benchmarks/results/gpu_all_reduce.md;
+NCCL's times are of the same run.
 Worlds 4 and 8 are not measured: launches that compile without spilling registers, and the sizes up to which others'
 one-stage all-reduce of the same shape is published to win on Hopper, half a MiB and a quarter.
 """
