@@ -7,6 +7,8 @@ import on any machine, and keep to what the stand-ins offer.
 
 from typing import Any
 
+from torch import Tensor
+
 from shardwise.ops.triton_support import interpreting, tl, triton
 
 
@@ -18,6 +20,7 @@ class _Language:
     """The part of Gluon's language that kernels here use, on Triton's, without layouts."""
 
     NVMMADistributedLayout = DotOperandLayout = BlockedLayout = SliceLayout = staticmethod(_layout)
+    DistributedLinearLayout = staticmethod(_layout)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(tl, name)  # what both languages have
@@ -54,3 +57,11 @@ def _found() -> tuple[Any, Any, Any, bool]:
 
 
 gl, jit, mma_v2, GLUON = _found()
+
+
+def swizzled_tiles(matrix: Tensor, rows: int, columns: int) -> Any:
+    """Descriptor of a matrix [M, K] in tiles of `rows` x `columns`, whose rows are 128 bytes; for kernels on a GPU."""
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8 * matrix.element_size(), rank=2)
+    return TensorDescriptor.from_tensor(matrix, [rows, columns], layout)

@@ -1,5 +1,7 @@
 """MoE kernels with given routing and FP8 linears on a GPU at real sizes: errors beside other products, graphs."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from oracles_moe import (
@@ -13,6 +15,9 @@ from oracles_moe import (
     stacked,
 )
 
+from shardwise.ops.moe.contract import FP8Scales
+from shardwise.ops.moe.grouped import grouped_moe
+from shardwise.ops.moe.grouped_plan import GroupedPlan, choose_plan
 from shardwise.partition import extent
 
 OPS = torch.ops.auto_deploy
@@ -168,3 +173,20 @@ def test_fp8_linear_agrees_with_its_codes(rows, outputs, columns):
     wanted = e4m3_step(s_in)(x.double()) @ values.T
     for name in ("trtllm_quant_fp8_linear", "torch_quant_fp8_linear"):
         assert relative(getattr(OPS, name)(x, codes, None, s_in, scale), wanted) < 5e-3
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("tokens,hidden,size", [(40, 72 * 8, 40 * 8), (700, 512, 384), (3000, 1024, 768)])
+def test_one_warp_may_load_for_the_others(tokens, hidden, size, gated, fp8):
+    """Whole steps and tiles and parts of them, blocks that are full and not."""
+    (x, ids, weights), stacks = draw(9, 3, hidden, size, tokens, gated)
+    one, ones, act = torch.ones(1, device="cuda"), torch.ones(9, device="cuda"), "silu" if gated else "relu2"
+    scales = FP8Scales(one, ones, one, ones, True) if fp8 else None
+    stacks = [w.to(torch.float8_e4m3fn) for w in stacks] if fp8 else stacks
+    plain = choose_plan(10**6, 9, 1 if fp8 else 2)
+    shapes = (replace(shape, paired=gated and shape is plain.up, specialised=True) for shape in (plain.up, plain.down))
+    plan = replace(GroupedPlan(plain.bt, *shapes), copied=True)
+    got, wanted = (grouped_moe(x, ids, weights, *stacks, act, False, scales, p) for p in (plan, plain))
+    assert relative(got, wanted.double()) < 8e-3
+    assert torch.equal(got, grouped_moe(x, ids, weights, *stacks, act, False, scales, plan))

@@ -9,18 +9,20 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from shardwise.ops.gluon_support import GLUON, swizzled_tiles
 from shardwise.ops.moe.contract import FP8Scales
 from shardwise.ops.moe.few import few_moe
 from shardwise.ops.moe.grouped_gemm import gather_rows, grouped_gemm
 from shardwise.ops.moe.grouped_plan import FewPlan, GroupedPlan, Shape, choose_few, choose_plan
 from shardwise.ops.moe.mxfp4 import WIDE_TOKENS
 from shardwise.ops.moe.routing import Routing, combine, most_blocks, routed
+from shardwise.ops.moe.wide_gemm import wide_gemm
 from shardwise.ops.moe.workspace import Workspace
 from shardwise.ops.quantization.triton_fp8 import quantize
 from shardwise.ops.tensor_memory import matrix_tiles, pair_tiles
 from shardwise.ops.triton_support import Launcher, aligned, dependent_launch, interpreting, multiprocessors
 
-_gemm, _gather = Launcher(grouped_gemm), Launcher(gather_rows)
+_gemm, _gather, _wide = Launcher(grouped_gemm), Launcher(gather_rows), Launcher(wide_gemm)
 
 
 @dataclass(frozen=True)
@@ -120,7 +122,37 @@ def _by_tensor_memory(x: Tensor, w: Tensor) -> bool:
     return hopper and w.element_size() < 4 and not (w.shape[2] * w.element_size() | w.data_ptr() | x.data_ptr()) % 16
 
 
+def _runs_specialised(shape: Shape, product: _Product) -> bool:
+    """Whether `wide_gemm` takes the product."""
+    by_expert = product.scale is None or product.scale.dim() == 1
+    plain = product.sharing == 0 and product.act in ("silu", "none") and not product.weight_in and by_expert
+    return shape.specialised and plain and GLUON and not interpreting() and _by_tensor_memory(product.x, product.weight)
+
+
+def _run_specialised(shape: Shape, bt: int, product: _Product, routing: Routing) -> None:
+    x, w, out = product.x, product.weight, product.out
+    rows, columns, pairs = out.shape[-1], w.shape[2], routing.order.shape[0]
+    device, pdl = x.device, dependent_launch(x.device)
+    constants = (
+        (product.act == "silu", product.by_pair, product.scale is not None, product.factor is not None)
+        + (product.quant_how == "divide", product.quant_how == "multiply")
+        + (shape.bn, bt, shape.bk, shape.stages, shape.group, pdl)
+    )
+    others = [routing.order if other is None else other for other in (product.scale, product.factor, product.quant)]
+    _wide(
+        device,
+        (x.dtype, out.dtype, columns, rows, shape.warps, constants, aligned(out, *others)),
+        (min(most_blocks(pairs, routing.local, bt) * -(-rows // shape.bn), multiprocessors(device)), 1, 1),
+        (swizzled_tiles(x, bt, shape.bk), swizzled_tiles(w.view(-1, columns), shape.bn, shape.bk), out)
+        + (routing.order, routing.blocks, *others, columns, rows, *constants),
+        num_warps=shape.warps,
+        launch_pdl=pdl,
+    )
+
+
 def _run(shape: Shape, bt: int, product: _Product, routing: Routing) -> None:
+    if _runs_specialised(shape, product):
+        return _run_specialised(shape, bt, product, routing)
     x, w, out = product.x, product.weight, product.out
     rows, columns, pairs = out.shape[-1], w.shape[2], routing.order.shape[0]
     device, pdl = x.device, dependent_launch(x.device)

@@ -24,6 +24,7 @@ class Shape:
     tokens_left: bool = False  # tokens are the left operand of the products
     paired: bool = False  # up and gate rows are one operand of each product; with tokens_left only
     flat: bool = False  # a tile's first loads run beside its predecessor's results
+    specialised: bool = False  # one warp loads, two warpgroups multiply (`wide_gemm`); steps of 128 bytes
 
     def __post_init__(self):
         assert self.tokens_left or not self.paired

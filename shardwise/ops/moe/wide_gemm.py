@@ -1,0 +1,141 @@
+"""Grouped GEMM for many tokens an expert on Hopper: one warp brings the tiles, two warpgroups multiply them.
+
+Loads run ahead of the products, also beyond the end of a tile, so that storing its results costs no wait for memory.
+Written in Gluon, as Triton splits no loop on Hopper by itself; `grouped_gemm` does the same for what this does not take
+and in the interpreter.
+"""
+
+from shardwise.ops.gluon_support import gl, jit
+from shardwise.ops.triton_support import tl
+
+
+@jit
+def _place(index, blocks, per_block, GROUP: tl.constexpr):
+    """As in `grouped_gemm`."""
+    group = index // (GROUP * per_block)
+    within = index - group * (GROUP * per_block)
+    size = gl.minimum(blocks - group * GROUP, GROUP)
+    return group * GROUP + within % size, within // size
+
+
+@jit
+def _load(
+    x, w, left, right, full, empty, block_ptr, columns, out_rows,
+    GATED: tl.constexpr, BN: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
+    GROUP: tl.constexpr,
+):  # fmt: skip
+    """Bring the tiles of all steps in their order, each when its stage has been emptied."""
+    blocks, per_block, steps = gl.load(block_ptr), gl.cdiv(out_rows, BN), gl.cdiv(columns, BK)
+    BYTES: tl.constexpr = (BT + (2 * BN if GATED else BN)) * BK * x.dtype.primitive_bitwidth // 8
+    count = 0
+    for index in range(gl.program_id(0), blocks * per_block, gl.num_programs(0)):
+        block, tile = _place(index, blocks, per_block, GROUP)
+        row = gl.load(block_ptr + 1 + 3 * block) * (out_rows * (2 if GATED else 1)) + tile * BN
+        start = gl.load(block_ptr + 2 + 3 * block)
+        for step in range(steps):
+            stage, k = count % STAGES, step * BK
+            gl.nvidia.hopper.mbarrier.wait(empty.index(stage), (count // STAGES & 1) ^ 1)
+            there = full.index(stage)
+            gl.nvidia.hopper.mbarrier.expect(there, BYTES)
+            gl.nvidia.hopper.tma.async_copy_global_to_shared(x, [start, k], there, left.index(stage))
+            weights = right.index(stage)
+            gl.nvidia.hopper.tma.async_copy_global_to_shared(w, [row, k], there, weights.slice(0, BN, 0))
+            if GATED:
+                gl.nvidia.hopper.tma.async_copy_global_to_shared(
+                    w, [row + out_rows, k], there, weights.slice(BN, BN, 0)
+                )
+            count += 1
+
+
+@jit
+def _multiply(
+    left, right, full, empty, out_ptr, sorted_ptr, block_ptr, scale_ptr, factor_ptr, quant_ptr, columns, out_rows,
+    GATED: tl.constexpr, BY_PAIR: tl.constexpr, SCALED: tl.constexpr, FACTORED: tl.constexpr, DIVIDE: tl.constexpr,
+    MULTIPLY: tl.constexpr, BN: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
+    GROUP: tl.constexpr, ACC: tl.constexpr, OUT: tl.constexpr,
+):  # fmt: skip
+    """The products of all steps, and each tile's results."""
+    blocks, per_block, steps = gl.load(block_ptr), gl.cdiv(out_rows, BN), gl.cdiv(columns, BK)
+    count = 0
+    for index in range(gl.program_id(0), blocks * per_block, gl.num_programs(0)):
+        block, tile = _place(index, blocks, per_block, GROUP)
+        start, stop = gl.load(block_ptr + 2 + 3 * block), gl.load(block_ptr + 3 + 3 * block)
+        acc = gl.zeros([BT, 2 * BN if GATED else BN], gl.float32, ACC)
+        for step in range(steps):
+            stage = count % STAGES
+            gl.nvidia.hopper.mbarrier.wait(full.index(stage), count // STAGES & 1)
+            weights = right.index(stage).permute((1, 0))
+            acc = gl.nvidia.hopper.warpgroup_mma(left.index(stage), weights, acc, is_async=True)
+            acc = gl.nvidia.hopper.warpgroup_mma_wait(num_outstanding=1, deps=(acc,))
+            if step > 0:  # the product before has read its stage, in both warpgroups
+                gl.thread_barrier()
+                gl.nvidia.hopper.mbarrier.arrive(empty.index((count + STAGES - 1) % STAGES))
+            count += 1
+        acc = gl.nvidia.hopper.warpgroup_mma_wait(num_outstanding=0, deps=(acc,))
+        gl.thread_barrier()
+        gl.nvidia.hopper.mbarrier.arrive(empty.index((count + STAGES - 1) % STAGES))
+        if SCALED:
+            factor = gl.load(scale_ptr + gl.load(block_ptr + 1 + 3 * block))
+            if FACTORED:
+                factor *= gl.load(factor_ptr)
+            acc *= factor
+        if GATED:
+            up, gate = gl.split(gl.permute(gl.reshape(acc, (BT, 2, BN)), (0, 2, 1)))
+            value = up * gate / (1.0 + gl.exp(-gate))
+        else:
+            value = acc
+        if DIVIDE:
+            value = gl.minimum(gl.maximum(value / gl.load(quant_ptr), -448.0), 448.0)
+        elif MULTIPLY:
+            value = gl.minimum(gl.maximum(value * gl.load(quant_ptr), -448.0), 448.0)
+        value = gl.convert_layout(value.to(out_ptr.dtype.element_ty), OUT)
+        position = start + gl.arange(0, BT, layout=gl.SliceLayout(1, OUT))
+        n = tile * BN + gl.arange(0, BN, layout=gl.SliceLayout(0, OUT))
+        row = gl.load(sorted_ptr + position, mask=position < stop, other=0) if BY_PAIR else position
+        at = out_ptr + row.to(gl.int64)[:, None] * out_rows + n[None, :]
+        gl.store(at, value, mask=(position < stop)[:, None] & (n < out_rows)[None, :])
+
+
+@jit
+def wide_gemm(
+    x, w, out_ptr, sorted_ptr, block_ptr, scale_ptr, factor_ptr, quant_ptr, columns, out_rows,
+    GATED: tl.constexpr, BY_PAIR: tl.constexpr, SCALED: tl.constexpr, FACTORED: tl.constexpr, DIVIDE: tl.constexpr,
+    MULTIPLY: tl.constexpr, BN: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
+    GROUP: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Persistent over (token block, n tile); arguments as in `grouped_gemm`, x and w descriptors of two dimensions.
+
+    GATED   silu(gate) * up; otherwise the products are the results
+    SCALED  products are multiplied with scale_ptr[expert]
+    DIVIDE  results are divided by quant_ptr[0], or with MULTIPLY multiplied with it, and stored as e4m3
+    """
+    WIDTH: tl.constexpr = 2 * BN if GATED else BN
+    BITS: tl.constexpr = x.dtype.primitive_bitwidth
+    ACC: tl.constexpr = gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[gl.num_warps(), 1], instr_shape=[16, WIDTH, 256 // BITS]
+    )
+    OUT: tl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [gl.num_warps(), 1], [1, 0])
+    SHARED: tl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=BITS, rank=2)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    left = gl.allocate_shared_memory(x.dtype, [STAGES, BT, BK], SHARED)
+    right = gl.allocate_shared_memory(x.dtype, [STAGES, WIDTH, BK], SHARED)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], gl.nvidia.hopper.mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], gl.nvidia.hopper.mbarrier.MBarrierLayout())
+    for stage in gl.static_range(STAGES):
+        gl.nvidia.hopper.mbarrier.init(full.index(stage), count=1)
+        gl.nvidia.hopper.mbarrier.init(empty.index(stage), count=1)
+    gl.nvidia.hopper.fence_async_shared()
+    gl.thread_barrier()
+    gl.warp_specialize(
+        [
+            (_multiply, (
+                left, right, full, empty, out_ptr, sorted_ptr, block_ptr, scale_ptr, factor_ptr, quant_ptr, columns,
+                out_rows, GATED, BY_PAIR, SCALED, FACTORED, DIVIDE, MULTIPLY, BN, BT, BK, STAGES, GROUP, ACC, OUT,
+            )),
+            (_load, (x, w, left, right, full, empty, block_ptr, columns, out_rows, GATED, BN, BT, BK, STAGES, GROUP)),
+        ],
+        [1],
+        [40],
+    )  # fmt: skip
