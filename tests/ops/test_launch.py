@@ -9,21 +9,38 @@ from shardwise.ops.registry import NVCC, OperatorUnavailable
 DEVICE = torch.device("cpu")
 
 
-class Compiled:
-    """A compiled kernel that notes its launches, on either way to the driver."""
+class Run:
+    """Triton's launcher of a compiled kernel: called itself, or by its C function `launch`."""
 
-    function, packed_metadata = "function", "metadata"
+    launch_cooperative_grid, launch_pdl, profile_scratch_size = "cooperative", "pdl", 0
 
-    def __init__(self):
-        self.calls = []
+    def __init__(self, note, scratch):
+        self.note, self.global_scratch_size = note, scratch
 
-    def __getitem__(self, grid):
-        return lambda *args: self.note(grid, args)
-
-    def run(self, x, y, z, stream, function, metadata, *rest):
+    def __call__(self, x, y, z, stream, function, metadata, *rest):
+        assert self.global_scratch_size
         assert (stream, function, metadata) == ("stream of None", "function", "metadata")
         assert rest[:3] == (None, None, None)  # launch metadata and hooks
         self.note((x, y, z), rest[3:])
+
+    def launch(self, x, y, z, stream, function, cooperative, pdl, *rest):
+        assert not self.global_scratch_size
+        assert (stream, function, cooperative, pdl) == ("stream of None", "function", "cooperative", "pdl")
+        assert rest[:6] == (None, None, "metadata", None, None, None)  # scratch memory, then as above
+        self.note((x, y, z), rest[6:])
+
+
+class Compiled:
+    """A compiled kernel that notes its launches, on any way to the driver."""
+
+    function, packed_metadata = "function", "metadata"
+
+    def __init__(self, scratch=0):
+        self.calls = []
+        self.run = Run(self.note, scratch)
+
+    def __getitem__(self, grid):
+        return lambda *args: self.note(grid, args)
 
     def note(self, grid, args):
         if any(isinstance(value, int) and 2**31 <= value < 2**32 for value in args[1:]) and self is not Jit.wide:
@@ -36,25 +53,26 @@ class Jit:
 
     wide = None
 
-    def __init__(self):
-        self.compilations, self.forms = [], []
+    def __init__(self, scratch=0):
+        self.compilations, self.forms, self._scratch = [], [], scratch
 
     def __getitem__(self, grid):
         def run(*args, **options):
             self.compilations.append((grid, args, options))
-            self.forms.append(Compiled())
+            self.forms.append(Compiled(self._scratch))
             return self.forms[-1]
 
         return run
 
 
-@pytest.fixture(params=[True, False], ids=["direct", "through Triton"])
+@pytest.fixture(params=[(True, 0), (True, 128), (False, 0)], ids=["direct", "with scratch memory", "through Triton"])
 def jit(monkeypatch, request):
+    direct, scratch = request.param
     monkeypatch.setattr(triton_support, "_INTERPRETING", False)
-    monkeypatch.setattr(triton_support, "_DIRECT", request.param)
+    monkeypatch.setattr(triton_support, "_DIRECT", direct)
     monkeypatch.setattr(triton_support, "_raw_stream", lambda: lambda device: f"stream of {device}")
     monkeypatch.setattr(torch.cuda, "current_device", lambda: None)
-    return Jit()
+    return Jit(scratch)
 
 
 def test_equal_launches_compile_once_and_pass_addresses(jit):

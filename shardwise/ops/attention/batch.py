@@ -4,6 +4,7 @@ A batch is flattened to T tokens: prefill sequences first, then one token for ea
 Metadata tensors may be longer than the batch; entries beyond its sequences are ignored.
 """
 
+import functools
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -40,7 +41,11 @@ def read_counts(op: str, batch_info_host: torch.Tensor) -> Counts:
     """Read `batch_info_host`, int [3] (prefill, prefill tokens, decode) or int [6+] (prefill, prefill tokens,
     extend, extend tokens, decode, decode tokens). It belongs on the host: on a CUDA device the read synchronises.
     """
-    info = batch_info_host.tolist()
+    return _counts(op, tuple(batch_info_host.tolist()))
+
+
+@functools.lru_cache(maxsize=4096)
+def _counts(op: str, info: tuple[int, ...]) -> Counts:
     if len(info) == 3:
         counts = Counts(info[0], info[1], 0, 0, info[2])
     elif len(info) >= 6:
@@ -49,13 +54,20 @@ def read_counts(op: str, batch_info_host: torch.Tensor) -> Counts:
         raise ValueError(f"{op}: batch_info_host has {len(info)} entries; legal: 3, or 6 and more")
     orphans = (counts.prefill_tokens and not counts.prefill) or (counts.extend_tokens and not counts.extend)
     if orphans or min(counts) < 0:
-        raise ValueError(f"{op}: batch_info_host is {info}; legal: counts >= 0, prefill tokens only with sequences")
+        raise ValueError(
+            f"{op}: batch_info_host is {list(info)}; legal: counts >= 0, prefill tokens only with sequences"
+        )
     return counts
 
 
 def read_batch(op: str, batch_info_host: torch.Tensor) -> Batch:
     """The step that `batch_info_host` counts, see `read_counts`."""
-    counts = read_counts(op, batch_info_host)
+    return _batch(op, tuple(batch_info_host.tolist()))
+
+
+@functools.lru_cache(maxsize=4096)
+def _batch(op: str, info: tuple[int, ...]) -> Batch:
+    counts = _counts(op, info)
     return Batch(counts.prefill + counts.extend, counts.prefill_tokens + counts.extend_tokens, counts.decode)
 
 
