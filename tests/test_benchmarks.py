@@ -1,0 +1,50 @@
+"""Benchmark programs start: they import what they need and explain their options. What they measure is theirs."""
+
+import json
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).parents[1] / "benchmarks"
+PROGRAMS = sorted(path for path in FOLDER.glob("*.py") if "__main__" in path.read_text())
+
+
+@pytest.mark.parametrize("path", PROGRAMS, ids=lambda path: path.stem)
+def test_a_benchmark_explains_its_options(path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    monkeypatch.setattr(sys, "argv", [path.name, "--help"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(path), run_name="__main__")
+    out = capsys.readouterr().out
+    assert ended.value.code == 0 and out.startswith("usage: ") and path.name in out
+
+
+def test_loading_is_measured_beside_cat_on_files_of_a_shape(tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    shape = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": 512,
+        "hidden_size": 256,
+        "intermediate_size": 512,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+        "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+    }
+    (tmp_path / "shape.json").write_text(json.dumps(shape))
+    words = ["--shape", str(tmp_path / "shape.json"), "--gigabytes", "0.005", "--folder", str(tmp_path), "--tp", "1"]
+    command = [sys.executable, str(FOLDER / "load_weights.py"), *words, "--rounds", "1", "--cached"]
+    done = subprocess.run([*command, "--json", str(tmp_path / "out.json")], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "out.json").read_text())
+    (one,) = result["rounds"]
+    assert 4e6 < result["bytes"] < 6e6 and one["resident_before"] == 1 and one["cat_seconds"] > 0
+    assert sum(rank["shard_bytes"] for rank in one["ranks"]["1"]) >= result["bytes"]
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == [], "its files are gone"
