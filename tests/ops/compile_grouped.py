@@ -10,27 +10,30 @@ import triton
 from compile_routing import has_gap, reductions
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon._runtime import GluonASTSource
 
 from shardwise.ops.moe.few_kernels import few_down, few_up
 from shardwise.ops.moe.grouped_gemm import grouped_gemm
 from shardwise.ops.moe.grouped_plan import choose_few, choose_plan
 from shardwise.ops.moe.routing import power_of_two
+from shardwise.ops.moe.wide_gemm import wide_gemm
 
 FREE = ("pairs", "sharing", "experts")
 """Numbers of which nothing is compiled in."""
 
 
-def compiled(kernel, kinds, constants, warps):
+def compiled(kernel, kinds, constants, warps, source=ASTSource):
     names = kernel.arg_names
     signature = {name: "constexpr" if name in constants else kinds.get(name, "*fp32") for name in names}
     specialised = [name for name in names if name not in (*constants, *FREE) and "tensor" not in signature[name]]
-    source = ASTSource(
+    made = source(
         kernel,
         signature,
         {(names.index(name),): value for name, value in constants.items()},
         {(names.index(name),): [["tt.divisibility", 16]] for name in specialised},
     )
-    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
+    return triton.compile(made, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
 
 
 def describe(name, kernel, programs):
@@ -94,6 +97,25 @@ def few(name, top_k, itemsize):
     ]
 
 
+def specialised(name, up, itemsize):
+    """A product of `wide_gemm`."""
+    kind, bk, bn = {1: "fp8e4nv", 2: "bf16"}[itemsize], 128 // itemsize, 128 if up else 256
+    fp8 = itemsize == 1
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8 * itemsize, rank=2)
+    kinds = {
+        "x": f"tensordesc<{kind}[128, {bk}],{layout!r}>",
+        "w": f"tensordesc<{kind}[{bn}, {bk}],{layout!r}>",
+        "out_ptr": "*" + (kind if up else "bf16"),
+        **dict.fromkeys(("sorted_ptr", "block_ptr"), "*i32"),
+        **dict.fromkeys(("columns", "out_rows"), "i32"),
+    }
+    constants = dict(
+        GATED=up, BY_PAIR=not up, SCALED=fp8, FACTORED=fp8, DIVIDE=fp8 and up, MULTIPLY=False, BN=bn, BT=128, BK=bk,
+        STAGES=4, GROUP=8, PDL=True,
+    )  # fmt: skip
+    return describe(name, compiled(wide_gemm, kinds, constants, 8, GluonASTSource), 1)
+
+
 def main():
     narrow, wide = choose_plan(8 * 16, 128, 2), choose_plan(8 * 8192, 128, 2)
     rows = [
@@ -103,6 +125,8 @@ def main():
         grouped("wide up", wide, True, 2),
         grouped("wide down", wide, False, 2),
         grouped("wide up fp8", choose_plan(8 * 8192, 128, 1), True, 1),
+        specialised("specialised up", True, 2),
+        specialised("specialised down fp8", False, 1),
     ]
     print(json.dumps(rows))
 

@@ -31,17 +31,23 @@ def test_unpacked_weights_go_straight_to_the_matrix_unit():
         bn, _, bk, *_ = row["shape"]
         assert row["between_threads"] == 0 and not row["stack"], row
         assert row["shared_bytes"] * row["programs"] <= 227 * 1024, row
-        if bn == 16:  # five tiles of a warp: nothing passes through shared memory
-            assert row["wide_loads"] == 5 and row["products"] == 20 and row["shared_bytes"] == 0, row
+        if bn == 16:  # a tile's words in one load, eight tokens in two: nothing passes through shared memory
+            tiles = row["products"] // 4
+            assert tiles >= 5 and row["wide_loads"] == 3 * tiles and row["shared_bytes"] == 0, row
         else:  # 32 weights in 16 bytes
             assert row["wide_loads"] == bn * bk // (32 * 32 * row["warps"]), row
-            assert row["products"] == bn // (16 * row["warps"]) * bk // 16, row
+            assert row["products"] == bn // (16 * row["warps"]) * bk // 16 * (2 if row["side"] else 1), row
 
 
 def test_no_product_runs_into_the_next_round_which_unpacks_into_its_registers():
     rows = [row for row in rows_of("compile_moe.py") if row["shape"][0] > 16]
     assert rows and all(row["products"] > 0 for row in rows)
     assert [row for row in rows if row["in_flight"]] == []
+
+
+def test_products_do_not_wait_for_each_other():
+    rows = [row for row in rows_of("compile_moe.py") if row["shape"][0] > 16]
+    assert [row for row in rows if row["serialized"]] == []
 
 
 def test_no_reduction_runs_over_lanes_with_a_gap():
@@ -52,7 +58,7 @@ def test_no_reduction_runs_over_lanes_with_a_gap():
 
 def test_kernels_with_given_routing_stay_in_registers_and_fit_a_multiprocessor():
     rows = rows_of("compile_grouped.py")
-    assert len(rows) >= 8
+    assert len(rows) >= 10
     for row in rows:
         few = row["kernel"].startswith("few")
         assert not row["stack"] and row["gaps"] == [], row
