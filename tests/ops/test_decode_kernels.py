@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from shardwise.ops.attention.decode import DecodeWorkspace, Reach, fused_decode_attention
-from shardwise.ops.linear.decode import Tile, skinny_linear
+from shardwise.ops.linear.decode import Tile, most_tokens, skinny_linear
 from shardwise.ops.triton_support import interpreting
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -46,6 +46,33 @@ def test_skinny_linear(tokens, n, k, norm, form, tile):
     if form == "gated":
         expected = torch.nn.functional.silu(expected[:, :n]) * expected[:, n:]
     close(got, expected + sum(term.double() for term in (bias, residual) if term is not None))
+
+
+@pytest.mark.parametrize("tokens, n, k", [(2, 40, 640), (3, 32, 64), (8, 21, 320)])
+@pytest.mark.parametrize("form", ["plain", "norm", "bias", "residual", "gated"])
+def test_two_to_eight_tokens_on_the_matrix_unit(tokens, n, k, form):
+    torch.manual_seed(0)
+    x, weight = randn(tokens, k), randn(2 * n if form == "gated" else n, k, scale=k**-0.5)
+    assert tokens <= most_tokens(weight)
+    norm_weight = randn(k) if form in ("norm", "gated") else None
+    bias = randn(n) if form == "bias" else None
+    residual = randn(tokens, n) if form in ("residual", "gated") else None
+    got = skinny_linear(
+        x, weight, norm_weight=norm_weight, eps=1e-5, norm_bias=0.5, bias=bias, residual=residual, gated=form == "gated"
+    )
+    wide = x.double() if norm_weight is None else rms_norm(x.double(), norm_weight.double(), 1e-5, 0.5)
+    expected = wide @ weight.double().T
+    if form == "gated":
+        expected = torch.nn.functional.silu(expected[:, :n]) * expected[:, n:]
+    close(got, expected + sum(term.double() for term in (bias, residual) if term is not None))
+
+
+def test_more_tokens_than_a_kernel_takes_are_refused():
+    wide, narrow = randn(4, 128), randn(4, 128, dtype=torch.float32)
+    with pytest.raises(ValueError, match="9 tokens; legal: 1 to 8"):
+        skinny_linear(randn(9, 128), wide)
+    with pytest.raises(ValueError, match="5 tokens; legal: 1 to 4"):
+        skinny_linear(randn(5, 128, dtype=torch.float32), narrow)
 
 
 def test_skinny_linear_keeps_the_normed_input():
