@@ -1,8 +1,8 @@
 """Products of two to eight tokens with weights read once: sixteen rows a program, on the matrix unit.
 
 A program's warps are the first dimension of all its tensors. Each takes every WARPS-th tile of 64 columns, DEPTH of
-them on their way from memory straight into the registers from which the matrix unit reads. A lane loads eight columns of a
-row at once; in which order a product adds its columns up is free, so x is taken in the order that this gives.
+them on their way from memory straight into the registers from which the matrix unit reads. A lane loads eight columns
+of a row at once; in which order a product adds its columns up is free, so x is taken in the order that this gives.
 """
 
 # The languages of kernels, not Python's, where types are concerned.
