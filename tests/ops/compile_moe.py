@@ -5,7 +5,10 @@ kernel for few tokens, bn 16, comes last.
 """
 
 import json
+import os
 import re
+import subprocess
+import tempfile
 
 import triton
 from triton.backends.compiler import GPUTarget
@@ -23,16 +26,18 @@ POINTERS = {
 MULTIPLES = {*POINTERS, "columns", "out_rows", "stride_x"}
 
 
-def compiled(tiles, bt, act, form="narrow", short=0):
+def compiled(tiles, bt, act, form="narrow", short=0, side=0):
     """One shape at gpt-oss' sizes."""
     even = 2880 % tiles.bk == 0 and tiles.splits == 1
     constants = {"TOP_K": 4, "ACT": act, "SPLITS": tiles.splits, "INTERPRET": False, "PDL": True}
     if tiles.bn == 16:
-        constants |= {"BT": bt, "EVEN": True, "ASK": tiles.ask, "EARLY": act == "none"}
+        constants |= {
+            "BT": bt, "EVEN": True, "DEEP": tiles.stages, "WARPS": tiles.warps, "EARLY": act == "none"
+        }  # fmt: skip
         return _compile(mxfp4_few, GluonASTSource, tiles, constants)
     constants |= {
-        "WEIGHT_IN": False, "BN": tiles.bn, "BT": bt, "SHORT": short, "BK": tiles.bk, "FORMAT": form, "EVEN_K": even,
-        "STAGES": tiles.stages, "AHEAD": 2, "EARLY": act == "none", "ASYNC": True,
+        "WEIGHT_IN": False, "BN": tiles.bn, "BT": bt, "SHORT": short, "SIDE": side, "BK": tiles.bk, "FORMAT": form,
+        "EVEN_K": even, "STAGES": tiles.stages, "AHEAD": 2, "EARLY": act == "none", "ASYNC": True,
     }  # fmt: skip
     return _compile(mxfp4_gemm, ASTSource, tiles, constants)
 
@@ -67,12 +72,23 @@ def products_in_flight(loop: str) -> int:
     return running
 
 
-def describe(tiles, bt, act, form="narrow", short=0):
-    kernel = compiled(tiles, bt, act, form, short)
+def serialized(ptx: str) -> bool:
+    """Whether ptxas lets each asynchronous product wait for the one before."""
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as source:
+        source.write(ptx)
+        source.flush()
+        command = [triton.knobs.nvidia.ptxas.path, "-v", "--gpu-name=sm_90a", source.name, "-o", os.devnull]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return "instructions are serialized" in done.stderr
+
+
+def describe(tiles, bt, act, form="narrow", short=0, side=0):
+    kernel = compiled(tiles, bt, act, form, short, side)
     bodies = loops(kernel.asm["ptx"])
     loop = min(bodies, key=len)
     return {
         "shape": [tiles.bn, bt, tiles.bk, act, form],
+        "side": side,
         "warps": tiles.warps,
         "shared_bytes": kernel.metadata.shared,
         "programs": tiles.per_sm,
@@ -81,15 +97,16 @@ def describe(tiles, bt, act, form="narrow", short=0):
         "asynchronous_copies": loop.count("cp.async.cg.shared"),
         "between_threads": len(re.findall(r"st\.shared|shfl\.sync|stmatrix", loop)),
         "in_flight": max(map(products_in_flight, bodies)),
+        "serialized": serialized(kernel.asm["ptx"]),
         "loops": len(bodies),
         "stack": ".local" in kernel.asm["ptx"],
     }
 
 
 def main():
-    plans = [choose_plan(4 * tokens, 128) for tokens in (1, 64, 512, 1024, 4096, 8192)]
-    rows = {(plan.up, plan.bt, "swiglu", "narrow", plan.short) for plan in plans}
-    rows |= {(plan.down, plan.bt, "none", "narrow", plan.short) for plan in plans}
+    plans = [choose_plan(4 * tokens, 128) for tokens in (1, 64, 512, 1024, 2048, 4096, 8192)]
+    rows = {(plan.up, plan.bt, "swiglu", "narrow", plan.short, plan.side) for plan in plans}
+    rows |= {(plan.down, plan.bt, "none", "narrow", plan.short, plan.side) for plan in plans}
     described = [describe(*row) for row in sorted(rows, key=str)]
     described.append(describe(plans[1].up, 16, "silu", "nvfp4"))
     few = choose_plan(4, 128, few=True)

@@ -38,7 +38,8 @@ def router(tokens, experts, top_k, hidden=2880):
     return compiled(
         route_kernel, shape.warps, ("columns",) if hidden % 16 == 0 else (), BT=shape.tokens, ROWS=rows,
         BE=shape.experts, BK=128, SPLITS=shape.splits, E_BLOCK=power_of_two(experts), TOP_K=top_k, K_BLOCK=k_block,
-        GROUP=tokens <= shape.tokens and rows * k_block <= 64, BLOCK=16, STAGES=shape.stages, INTERPRET=False, PDL=True,
+        GROUP=tokens <= shape.tokens and rows * k_block <= 64, BLOCK=16, TURN=tokens <= 64, STAGES=shape.stages,
+        INTERPRET=False, PDL=True,
     )  # fmt: skip
 
 

@@ -38,7 +38,7 @@ def test_mxfp4_for_one_token(monkeypatch):
     layer = gpt_oss_layer(2, 96, 32)  # 64 and 96 rows, 3 and 1 blocks of 32 columns
     up = pack_mxfp4(layer.gate_up, layer.gate_up_scales, layer.gate_up_bias, paired=True)
     down = pack_mxfp4(layer.down, layer.down_scales, layer.down_bias, paired=False)
-    tiles = Tiles(16, 64, 1, 5, 2, 1, 64)
+    tiles = Tiles(16, 64, 1, 2, 2)
     with checked_memory(monkeypatch) as seen:
         got = mxfp4_moe(
             torch.randn(1, 96), layer.router, layer.router_bias, 2, up, down, ALPHA, LIMIT, 0, Plan(8, tiles, tiles)

@@ -133,12 +133,13 @@ PLANS = [
     Plan(16, Tiles(64, 128, 4, 2, 1), Tiles(64, 64, 4, 2, 1, 2)),
     Plan(32, Tiles(128, 64, 4, 2, 2), Tiles(128, 128, 8, 2, 1, 3), 16),
     Plan(64, Tiles(128, 64, 4, 2, 2), Tiles(256, 64, 8, 2, 1), 16),
+    Plan(16, Tiles(64, 64, 4, 2, 1), Tiles(64, 128, 4, 2, 1, 2), side=32),
 ]
 
 
-@pytest.mark.parametrize("plan", PLANS, ids=["narrow", "wide", "wider"])
+@pytest.mark.parametrize("plan", PLANS, ids=["narrow", "wide", "wider", "beside"])
 def test_every_tiling_gives_the_same_layer(plan):
-    layer, x = layer_of(4, 192, 96), randn(19, 192)
+    layer, x = layer_of(4, 192, 96), randn(39, 192)
     up = pack_mxfp4(layer.gate_up, layer.gate_up_scales, layer.gate_up_bias, paired=True)
     down = pack_mxfp4(layer.down, layer.down_scales, layer.down_bias, paired=False)
     got = mxfp4_moe(x, layer.router, layer.router_bias, 2, up, down, ALPHA, LIMIT, 0, plan)

@@ -2,11 +2,12 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from oracles_moe import ALPHA, LIMIT, relative
 
 from shardwise.ops.moe.mxfp4 import run_gemm
 from shardwise.ops.moe.mxfp4_layout import pack_mxfp4
-from shardwise.ops.moe.routing import routed
+from shardwise.ops.moe.routing import routed, turn_rows
 from shardwise.ops.moe.tiles import Plan, Tiles
 from shardwise.ops.moe.workspace import Workspace
 from shardwise.ops.quantization.mxfp4 import dequantize_mxfp4, quantize_mxfp4
@@ -32,25 +33,39 @@ def given(rows, columns, paired, block):
     return pack_mxfp4(blocks, scales, bias, paired), values, bias.double(), ids.flatten(), routing
 
 
-@pytest.mark.parametrize("columns,ask,block", [(448, 4, 8), (320, 0, 16), (160, 64, 8)])
-def test_the_first_product_with_its_activation(columns, ask, block):
+def rows_of(x, columns):
+    """Rows of whole tiles, turned: lane, k-step, k-half and neighbour of the matrix unit's fragment."""
+    tiles = F.pad(x, (0, columns - x.shape[1])).view(x.shape[0], -1, 4, 2, 4, 2)
+    return tiles.permute(0, 1, 4, 2, 3, 5).reshape(x.shape[0], columns)
+
+
+@pytest.mark.parametrize("columns,block,warps,deep", [(448, 8, 1, 3), (320, 16, 4, 5), (160, 8, 2, 2)])
+def test_the_first_product_with_its_activation(columns, block, warps, deep):
     packed, values, bias, ids, routing = given(24, columns, True, block)
-    x, out = torch.randn(3, columns, device=DEVICE).to(DTYPE), torch.full((3, 12), torch.nan, device=DEVICE)
-    tiles = Tiles(16, 64, 1, 5, 4, 1, ask)
-    run_gemm(Plan(block, tiles, tiles), tiles, x, packed, out, routing, "swiglu", ALPHA, LIMIT)
+    x, out = torch.randn(3, columns, device=DEVICE).to(DTYPE), torch.full((3, 64), torch.nan, device=DEVICE)
+    tiles = Tiles(16, 64, warps, deep, 4)
+    rows = rows_of(x, packed.words.shape[2] * 64)
+    run_gemm(Plan(block, tiles, tiles), tiles, rows, packed, out, routing, "swiglu", ALPHA, LIMIT)
     z = torch.einsum("th,tnh->tn", x.double(), values[ids]) + bias[ids]
     gate, up = z[:, 0::2].clamp(max=LIMIT), z[:, 1::2].clamp(-LIMIT, LIMIT)
     wanted = (up + 1) * gate * torch.sigmoid(ALPHA * gate)
-    assert relative(out, wanted[routing.order.long()]) < EXACT
+    written = rows_of(torch.arange(64)[None], 64)[0] < 32  # columns of the 64 padded rows: zeros behind the twelfth
+    assert relative(out[:, written], rows_of(wanted[routing.order.long()], 64)[:, written]) < EXACT
 
 
-@pytest.mark.parametrize("columns,splits", [(448, 2), (320, 1)])
-def test_the_second_product_in_parts(columns, splits):
+@pytest.mark.parametrize("columns,splits,warps,deep", [(448, 2, 1, 5), (320, 1, 4, 2)])
+def test_the_second_product_in_parts(columns, splits, warps, deep):
     packed, values, bias, ids, routing = given(40, columns, False, 8)
     inner = torch.randn(3, columns, device=DEVICE).to(DTYPE)  # in sorted positions
     out = torch.full((splits, 3, 40), torch.nan, device=DEVICE)
-    tiles = Tiles(16, 64, 1, 5, 4, splits)
-    run_gemm(Plan(8, tiles, tiles), tiles, inner, packed, out, routing, "none")
+    tiles = Tiles(16, 64, warps, deep, 4, splits)
+    run_gemm(Plan(8, tiles, tiles), tiles, rows_of(inner, columns), packed, out, routing, "none")
     pairs = routing.order.long()
     wanted = torch.einsum("ph,pnh->pn", inner.double(), values[ids[pairs]]) + bias[ids[pairs]]
     assert relative(out.sum(0)[pairs], wanted) < EXACT
+
+
+def test_tokens_are_turned_with_zeros_behind_the_last_column():
+    x = torch.randn(3, 160, device=DEVICE).to(DTYPE)
+    got = turn_rows(Workspace((torch.device(DEVICE), "test")), x, 192)
+    assert torch.equal(got, rows_of(x, 192))

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from shardwise.ops.gluon_support import GLUON
-from shardwise.ops.moe.mxfp4_few import DEPTH, mxfp4_few
+from shardwise.ops.moe.mxfp4_few import mxfp4_few
 from shardwise.ops.moe.mxfp4_gemm import mxfp4_gemm
 from shardwise.ops.moe.mxfp4_layout import TILE, PackedMXFP4
 from shardwise.ops.moe.mxfp4_plan import choose_plan
-from shardwise.ops.moe.routing import Routing, combine, most_blocks, route_tokens, routed
+from shardwise.ops.moe.routing import Routing, combine, most_blocks, route_tokens, routed, turn_rows
 from shardwise.ops.moe.tiles import Plan, Tiles
 from shardwise.ops.moe.workspace import Workspace
 from shardwise.ops.triton_support import (
@@ -54,8 +54,9 @@ def mxfp4_moe(
     local = up.words.shape[0]
     plan = plan or choose_plan(count * top_k, router_weight.shape[0], _few_serve(up, down))
     space = Workspace.of(tokens.device, count)
-    routing = route_tokens(space, tokens, router_weight, router_bias, top_k, first, local, plan.bt)
-    return _experts(space, plan, tokens, up, down, routing, "swiglu", alpha, limit)
+    rows = space.take("turned", (count, up.words.shape[2] * TILE), tokens.dtype) if plan.few else None
+    routing = route_tokens(space, tokens, router_weight, router_bias, top_k, first, local, plan.block, rows)
+    return _experts(space, plan, tokens if rows is None else rows, up, down, routing, "swiglu", alpha, limit)
 
 
 def packed_moe(
@@ -82,8 +83,9 @@ def packed_moe(
         return torch.zeros_like(tokens)
     plan = choose_plan(pairs, experts, act == "swiglu" and not on_input and _few_serve(up, down))
     space = Workspace.of(tokens.device, tokens.shape[0])
-    routing = routed(space, ids, weights, experts, plan.bt)
-    return _experts(space, plan, tokens, up, down, routing, act, alpha, limit, factors, on_input)
+    routing = routed(space, ids, weights, experts, plan.block)
+    rows = turn_rows(space, tokens, up.words.shape[2] * TILE) if plan.few else tokens
+    return _experts(space, plan, rows, up, down, routing, act, alpha, limit, factors, on_input)
 
 
 def _few_serve(*packed: PackedMXFP4) -> bool:
@@ -104,12 +106,12 @@ def _experts(
     factors: tuple[Tensor | None, Tensor | None] = (None, None),
     on_input: bool = False,
 ) -> Tensor:
-    """Both GEMMs and the sum."""
-    count, hidden = tokens.shape
-    pairs = routing.ids.numel()
-    inner = space.take("inner", (pairs, down.columns), tokens.dtype)
+    """Both GEMMs and the sum. The kernel for few tokens takes turned rows of whole tiles."""
+    count, pairs = tokens.shape[0], routing.ids.numel()
+    columns = down.words.shape[2] * TILE if plan.few else down.columns
+    inner = space.take("inner", (pairs, columns), tokens.dtype)
     wide = torch.float32 if count <= WIDE_TOKENS else tokens.dtype
-    values = space.take("values", (plan.down.splits, pairs, hidden), wide)
+    values = space.take("values", (plan.down.splits, pairs, down.rows), wide)
     run_gemm(plan, plan.up, tokens, up, inner, routing, act, alpha, limit, factors[0], on_input)
     run_gemm(plan, plan.down, inner, down, values, routing, "none", factor=factors[1])
     return combine(values, routing, tokens.dtype, weighted=not on_input)
@@ -132,16 +134,16 @@ def run_gemm(
 
     act   "none" is launched behind a GEMM, so that the blocks were complete before that began
     """
-    if tiles.bn == 16:
+    if plan.few:
         return _run_few(plan, tiles, x, packed, out, routing, act, alpha, limit)
     tiles_n, tiles_k = packed.words.shape[1:3]
     pairs, top_k = routing.order.shape[0], routing.ids.shape[1]
     even = packed.columns % tiles.bk == 0 and tiles_k * TILE // tiles.bk % tiles.splits == 0
     device, pdl = x.device, dependent_launch(x.device)
-    bound = most_blocks(pairs, routing.local, plan.bt) * tiles_n * TILE // 16 * tiles.splits
+    bound = most_blocks(pairs, routing.local, plan.block) * tiles_n * TILE // 16 * tiles.splits
     ahead = AHEAD_BYTES // (tiles.bn * TILE // 2)
     constants = (
-        (top_k, act, on_input, tiles.bn, plan.bt, plan.short, tiles.bk, tiles.splits)
+        (top_k, act, on_input, tiles.bn, plan.bt, plan.short, plan.side, tiles.bk, tiles.splits)
         + (packed.format, even, tiles.stages, ahead, act == "none", interpreting(), asynchronous_products(device), pdl)
     )  # fmt: skip
     factor = packed.bias if factor is None else factor
@@ -170,14 +172,14 @@ def _run_few(
     alpha: float,
     limit: float,
 ) -> None:
-    """The same for blocks of 8 or 16 tokens, by warps of their own, see `mxfp4_few`."""
+    """The same for blocks of 8 or 16 tokens, by `mxfp4_few`: rows of x and of the activation are turned."""
     assert plan.bt in (8, 16) and packed.format == "narrow" and act in ("swiglu", "none")
     tiles_n, tiles_k = packed.words.shape[1:3]
     pairs, top_k = routing.order.shape[0], routing.ids.shape[1]
     device, pdl = x.device, dependent_launch(x.device)
-    even = packed.columns % TILE == 0 and tiles_k % (DEPTH.value * tiles.splits) == 0
-    bound = most_blocks(pairs, routing.local, plan.bt) * tiles_n * 4 * tiles.splits
-    constants = (top_k, act, plan.bt, tiles.splits, even, tiles.ask, act == "none", interpreting(), pdl)
+    even = packed.columns % TILE == 0 and tiles_k % (tiles.stages * tiles.splits) == 0
+    bound = most_blocks(pairs, routing.local, plan.bt) * tiles_n * 4 // tiles.warps * tiles.splits
+    constants = (top_k, act, plan.bt, tiles.splits, even, tiles.stages, tiles.warps, act == "none", interpreting(), pdl)
     _few(
         device,
         (x.dtype, out.dtype, aligned(x, out), packed.columns, out.shape[-1], tiles_n, tiles_k, tiles.per_sm, constants),
@@ -185,7 +187,7 @@ def _run_few(
         (x, packed.words, packed.scales, packed.bias, out, routing.order, routing.blocks, alpha, limit, pairs)
         + (packed.columns, out.shape[-1], tiles_n, tiles_k, x.stride(0))
         + constants,
-        num_warps=1,
+        num_warps=tiles.warps,
         maxnreg=tiles.most_registers,
         launch_pdl=pdl,
     )

@@ -74,13 +74,14 @@ def _first_k(split, tiles_k, SPLITS: tl.constexpr, CHUNKS: tl.constexpr):
 
 @triton.jit
 def _product(
-    x_ptr, word_ptr, scale_ptr, rows, valid, first, stop, k_start, k_stop, tiles_k, columns, stride_x,
-    BN: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, FORMAT: tl.constexpr, INTERPRET: tl.constexpr,
+    x_ptr, word_ptr, scale_ptr, rows, valid, side_rows, side_valid, first, stop, k_start, k_stop, tiles_k, columns,
+    stride_x,
+    BN: tl.constexpr, SIDE: tl.constexpr, BK: tl.constexpr, FORMAT: tl.constexpr, INTERPRET: tl.constexpr,
     STAGES: tl.constexpr, EVEN_K: tl.constexpr, ASYNC: tl.constexpr,
 ):  # fmt: skip
-    """[BN, BT] float32 sum over the k-tiles of 64 in [k_start, k_stop); pointers at the expert's weights.
+    """[BN, BT] and, where SIDE, [BN, SIDE] float32 sums over the k-tiles of 64 in [k_start, k_stop).
 
-    Rows of slabs from `stop` on hold anything.
+    Pointers at the expert's weights; rows of slabs from `stop` on hold anything.
     """
     CHUNKS: tl.constexpr = BK // 64
     SLABS: tl.constexpr = BN // 16
@@ -97,28 +98,43 @@ def _product(
     scale_at = tile[:, None] * SCALES + tl.arange(0, SCALES)[None, :]
     column = tl.arange(0, BK)
     x_at = rows[:, None] * stride_x + column[None, :]
-    acc = tl.zeros((BN, BT), dtype=tl.float32)
+    side_at = side_rows[:, None] * stride_x + column[None, :]
+    acc = tl.zeros((BN, rows.shape[0]), dtype=tl.float32)
+    side = tl.zeros((BN, side_rows.shape[0]), dtype=tl.float32)
     for k in tl.range(k_start, k_stop, CHUNKS, num_stages=STAGES):
-        real, line_real, x_real = slab < stop, line_slab < stop, valid[:, None]
+        real, line_real = slab < stop, line_slab < stop
         if not EVEN_K:
             real &= chunk + k < k_stop
             line_real &= line_chunk + k < k_stop
-            x_real &= (column + k * 64 < columns)[None, :]
         words = tl.load(word_ptr + word_at + k * 512, mask=line_real[:, None])
         # Absent scales are zero: whatever the words are, they become finite and meet zeros of x.
         if EVEN_K:
             scales = tl.load(scale_ptr + scale_at + k * (4 * SCALES), mask=real[:, None])
         else:
             scales = tl.load(scale_ptr + scale_at + k * (4 * SCALES), mask=real[:, None], other=0)
-        x = tl.load(x_ptr + x_at + k * 64, mask=x_real, other=0.0)
+        x = _columns(x_ptr + x_at + k * 64, valid, column + k * 64, columns, EVEN_K)
         weights = dequantize_tile(words, scales, CHUNKS, FORMAT, INTERPRET)
-        if INTERPRET:
-            acc += tl.dot(weights, tl.trans(x).to(tl.float32), input_precision="ieee")
-        else:
-            acc = tl.dot(weights, tl.trans(x), acc)
-            if ASYNC:  # the next step unpacks into the registers that these products read
-                finish_products()
-    return acc
+        acc = _add(acc, weights, x, INTERPRET)
+        if SIDE > 0:
+            x = _columns(x_ptr + side_at + k * 64, side_valid, column + k * 64, columns, EVEN_K)
+            side = _add(side, weights, x, INTERPRET)
+        if ASYNC:  # the next step unpacks into the registers that these products read
+            finish_products()
+    return acc, side
+
+
+@triton.jit
+def _columns(at, valid, column, columns, EVEN_K: tl.constexpr):
+    """Some columns of token rows, zeros of those that are not valid."""
+    mask = valid[:, None] if EVEN_K else valid[:, None] & (column < columns)[None, :]
+    return tl.load(at, mask=mask, other=0.0)
+
+
+@triton.jit
+def _add(acc, weights, x, INTERPRET: tl.constexpr):
+    if INTERPRET:
+        return acc + tl.dot(weights, tl.trans(x).to(tl.float32), input_precision="ieee")
+    return tl.dot(weights, tl.trans(x), acc)
 
 
 _LOGISTIC = tl.constexpr("""
@@ -155,23 +171,12 @@ def _gated(acc, alpha, limit, ACT: tl.constexpr, BN: tl.constexpr, BT: tl.conste
 
 
 @triton.jit
-def _tile(
-    x_ptr, word_ptr, scale_ptr, bias_ptr, out_ptr, sorted_ptr, factor_ptr, routing_ptr, alpha, limit, pairs, columns,
-    out_rows, tiles_n, tiles_k, stride_x, expert, start, end, first, stop, split,
-    TOP_K: tl.constexpr, ACT: tl.constexpr, WEIGHT_IN: tl.constexpr, BN: tl.constexpr, BT: tl.constexpr,
-    BK: tl.constexpr, SPLITS: tl.constexpr, FORMAT: tl.constexpr, EVEN_K: tl.constexpr, STAGES: tl.constexpr,
-    INTERPRET: tl.constexpr, ASYNC: tl.constexpr,
+def _store(
+    acc, bias_ptr, out_ptr, factor_ptr, routing_ptr, alpha, limit, pairs, out_rows, tiles_n, expert, position, valid,
+    pair, first, stop, split,
+    ACT: tl.constexpr, WEIGHT_IN: tl.constexpr, BN: tl.constexpr, FORMAT: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
-    """Slabs [first, stop) of an expert for the sorted positions [start, min(start + BT, end))."""
-    position = start + tl.arange(0, BT)
-    valid = position < end
-    pair = tl.load(sorted_ptr + position, mask=valid, other=0)
-    rows = position if ACT == "none" else pair // TOP_K
-    k, each = _first_k(split, tiles_k, SPLITS, BK // 64)
-    acc = _product(
-        x_ptr, word_ptr, scale_ptr, rows, valid, first, stop, k, tl.minimum(k + each, tiles_k), tiles_k, columns,
-        stride_x, BN, BT, BK, FORMAT, INTERPRET, STAGES, EVEN_K, ASYNC,
-    )  # fmt: skip
+    """What becomes of the products of slabs [first, stop) with the pairs at some sorted positions."""
     n = first * 16 + tl.arange(0, BN)
     bias = tl.load(bias_ptr + expert * tiles_n * 64 + n, mask=(n < stop * 16) & (split == 0), other=0.0)
     if FORMAT == "nvfp4":
@@ -181,7 +186,7 @@ def _tile(
     acc += bias[:, None]
     at = position if ACT != "none" else split * pairs + pair
     if (ACT == "swiglu") | (ACT == "silu"):
-        value = _gated(acc, alpha, limit, ACT, BN, BT, INTERPRET)
+        value = _gated(acc, alpha, limit, ACT, BN, position.shape[0], INTERPRET)
         n = first * 8 + tl.arange(0, BN // 2)
         real = n < tl.minimum(stop * 8, out_rows)
     else:
@@ -191,14 +196,50 @@ def _tile(
     tl.store(out, value.to(out_ptr.dtype.element_ty), mask=real[:, None] & valid[None, :])
 
 
+@triton.jit
+def _tile(
+    x_ptr, word_ptr, scale_ptr, bias_ptr, out_ptr, sorted_ptr, factor_ptr, routing_ptr, alpha, limit, pairs, columns,
+    out_rows, tiles_n, tiles_k, stride_x, expert, start, end, first, stop, split,
+    TOP_K: tl.constexpr, ACT: tl.constexpr, WEIGHT_IN: tl.constexpr, BN: tl.constexpr, BT: tl.constexpr,
+    SIDE: tl.constexpr, BK: tl.constexpr, SPLITS: tl.constexpr, FORMAT: tl.constexpr, EVEN_K: tl.constexpr,
+    STAGES: tl.constexpr, INTERPRET: tl.constexpr, ASYNC: tl.constexpr,
+):  # fmt: skip
+    """Slabs [first, stop) of an expert for the sorted positions [start, min(start + BT + SIDE, end))."""
+    position = start + tl.arange(0, BT)
+    valid = position < end
+    pair = tl.load(sorted_ptr + position, mask=valid, other=0)
+    rows = position if ACT == "none" else pair // TOP_K
+    more = start + BT + tl.arange(0, SIDE if SIDE > 0 else 16)
+    more_valid = more < end
+    more_pair = tl.load(sorted_ptr + more, mask=more_valid, other=0)
+    more_rows = more if ACT == "none" else more_pair // TOP_K
+    k, each = _first_k(split, tiles_k, SPLITS, BK // 64)
+    k_stop = tl.minimum(k + each, tiles_k)
+    if SPLITS == 1:  # ptxas lets products wait for each other in loops that may have no round, where a kernel has two
+        tl.assume(k_stop > k)
+    acc, side = _product(
+        x_ptr, word_ptr, scale_ptr, rows, valid, more_rows, more_valid, first, stop, k, k_stop, tiles_k, columns,
+        stride_x, BN, SIDE, BK, FORMAT, INTERPRET, STAGES, EVEN_K, ASYNC,
+    )  # fmt: skip
+    _store(
+        acc, bias_ptr, out_ptr, factor_ptr, routing_ptr, alpha, limit, pairs, out_rows, tiles_n, expert, position,
+        valid, pair, first, stop, split, ACT, WEIGHT_IN, BN, FORMAT, INTERPRET,
+    )  # fmt: skip
+    if SIDE > 0:
+        _store(
+            side, bias_ptr, out_ptr, factor_ptr, routing_ptr, alpha, limit, pairs, out_rows, tiles_n, expert, more,
+            more_valid, more_pair, first, stop, split, ACT, WEIGHT_IN, BN, FORMAT, INTERPRET,
+        )  # fmt: skip
+
+
 @triton.jit(do_not_specialize=["alpha", "limit", "pairs"])
 def mxfp4_gemm(
     x_ptr, word_ptr, scale_ptr, bias_ptr, out_ptr, sorted_ptr, block_ptr, factor_ptr, routing_ptr, alpha, limit, pairs,
     columns, out_rows, tiles_n, tiles_k, stride_x,
     TOP_K: tl.constexpr, ACT: tl.constexpr, WEIGHT_IN: tl.constexpr, BN: tl.constexpr, BT: tl.constexpr,
-    SHORT: tl.constexpr, BK: tl.constexpr, SPLITS: tl.constexpr, FORMAT: tl.constexpr, EVEN_K: tl.constexpr,
-    STAGES: tl.constexpr, AHEAD: tl.constexpr, EARLY: tl.constexpr, INTERPRET: tl.constexpr, ASYNC: tl.constexpr,
-    PDL: tl.constexpr,
+    SHORT: tl.constexpr, SIDE: tl.constexpr, BK: tl.constexpr, SPLITS: tl.constexpr, FORMAT: tl.constexpr,
+    EVEN_K: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr, EARLY: tl.constexpr, INTERPRET: tl.constexpr,
+    ASYNC: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Persistent over (token block, chunk of rows, k split).
 
@@ -206,13 +247,14 @@ def mxfp4_gemm(
                 at the sorted position, [pairs, N/2] or, with relu2, [pairs, N]
                 "none": x rows are sorted positions; writes partial sums at the pair, [SPLITS, pairs, N]
     SHORT       a block of so few tokens is computed as one of SHORT instead of BT; 0: none is
+    SIDE        tokens of a block beyond BT, computed with the same unpacked weights; 0: none
     AHEAD       k-tiles of a tile's weights that are asked for while the one before is computed
     EARLY       the first tile's even while the kernel before still runs, which must not be the one that made the blocks
     ASYNC       products run behind the program's back (wgmma)
     factor_ptr  float32 [E], multiplied on the products of NVFP4
     WEIGHT_IN   products are multiplied with routing_ptr[pair], which is the routing weight applied to the input
     block_ptr   int32 [1 + 3 * blocks]: number of blocks, then (expert, first and end of sorted positions) of each;
-                only the first BT positions of a block are its own
+                only the first BT + SIDE positions of a block are its own
     """
     SLABS: tl.constexpr = BN // 16
     SCALES: tl.constexpr = 64 if FORMAT == "nvfp4" else 32
@@ -245,13 +287,13 @@ def mxfp4_gemm(
             _tile(
                 x_ptr, words, scales, bias_ptr, out_ptr, sorted_ptr, factor_ptr, routing_ptr, alpha, limit, pairs,
                 columns, out_rows, tiles_n, tiles_k, stride_x, expert, start, end, first, stop, split,
-                TOP_K, ACT, WEIGHT_IN, BN, SHORT, BK, SPLITS, FORMAT, EVEN_K, STAGES, INTERPRET, ASYNC,
+                TOP_K, ACT, WEIGHT_IN, BN, SHORT, 0, BK, SPLITS, FORMAT, EVEN_K, STAGES, INTERPRET, ASYNC,
             )  # fmt: skip
         else:
             _tile(
                 x_ptr, words, scales, bias_ptr, out_ptr, sorted_ptr, factor_ptr, routing_ptr, alpha, limit, pairs,
                 columns, out_rows, tiles_n, tiles_k, stride_x, expert, start, end, first, stop, split,
-                TOP_K, ACT, WEIGHT_IN, BN, BT, BK, SPLITS, FORMAT, EVEN_K, STAGES, INTERPRET, ASYNC,
+                TOP_K, ACT, WEIGHT_IN, BN, BT, SIDE, BK, SPLITS, FORMAT, EVEN_K, STAGES, INTERPRET, ASYNC,
             )  # fmt: skip
         expert, start, end = later
         later = last

@@ -23,7 +23,7 @@ def choose_plan(pairs: int, experts: int, few: bool = False) -> Plan:
     if each <= 24:
         return Plan(32, Tiles(128, 64, 4, 6, 4), Tiles(128, 64, 4, 6, 4))
     if each <= 48:
-        return Plan(64, Tiles(256, 64, 4, 4, 2), Tiles(256, 64, 4, 4, 2), 32)
+        return Plan(64, Tiles(128, 64, 4, 6, 3), Tiles(128, 64, 4, 6, 3))
     if each <= 90:
-        return Plan(64, Tiles(128, 64, 4, 6, 3), Tiles(128, 64, 4, 6, 3), 32)
-    return Plan(128, _PAIR, _PAIR, 32 if each <= 180 else 0)
+        return Plan(64, _PAIR, _PAIR, 32)
+    return Plan(128, _PAIR, _PAIR, 32)

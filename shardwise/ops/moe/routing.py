@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 from shardwise.ops.moe.grouping_kernels import count_kernel, group_few_kernel, place_kernel
-from shardwise.ops.moe.routing_kernels import combine_kernel, route_kernel
+from shardwise.ops.moe.routing_kernels import combine_kernel, route_kernel, turn_kernel
 from shardwise.ops.moe.workspace import Workspace
 from shardwise.ops.triton_support import Launcher, aligned, dependent_launch, interpreting, multiprocessors
 
-_route, _combine = Launcher(route_kernel), Launcher(combine_kernel)
+_route, _combine, _turn = Launcher(route_kernel), Launcher(combine_kernel), Launcher(turn_kernel)
 _few, _count, _place = Launcher(group_few_kernel), Launcher(count_kernel), Launcher(place_kernel)
 _FEW_PAIRS = 64
 """Most pairs that one program groups by comparing all with all."""
@@ -50,8 +50,12 @@ def route_tokens(
     first: int,
     local: int,
     block: int,
+    turned_rows: Tensor | None = None,
 ) -> Routing:
-    """The router's product, top-k with softmax over the k, and the pairs of local experts in blocks of `block`."""
+    """The router's product, top-k with softmax over the k, and the pairs of local experts in blocks of `block`.
+
+    turned_rows   [T, H in whole tiles of 64], becomes the tokens as `mxfp4_few` reads them
+    """
     count, hidden = tokens.shape
     experts, pairs = weight.shape[0], count * top_k
     e_block, k_block = power_of_two(experts), power_of_two(top_k)
@@ -69,14 +73,15 @@ def route_tokens(
     grid = (parts, -(-experts // shape.experts), shape.splits)
     constants = (
         (shape.tokens, rows, shape.experts, _ROUTER_STEP, shape.splits, e_block, top_k, k_block, group, block)
-        + (shape.stages, interpreting(), pdl)
+        + (turned_rows is not None, shape.stages, interpreting(), pdl)
     )  # fmt: skip
+    rows_out = tokens if turned_rows is None else turned_rows
     _route(
         device,
-        (tokens.dtype, bias.dtype, aligned(tokens, weight, bias), hidden, experts, constants),
+        (tokens.dtype, bias.dtype, aligned(tokens, weight, bias), hidden, rows_out.shape[1], experts, constants),
         grid,
-        (tokens, weight, bias, logits, ids, weights, order, blocks, counts, space.counters(parts))
-        + (count, hidden, experts, first, local) + constants,
+        (tokens, weight, bias, rows_out, logits, ids, weights, order, blocks, counts, space.counters(parts))
+        + (count, hidden, rows_out.shape[1], experts, first, local) + constants,
         num_warps=shape.warps,
         launch_pdl=pdl,
     )  # fmt: skip
@@ -145,6 +150,20 @@ def _place_pairs(routing: Routing, counts: Tensor, part: int, block: int) -> Non
         num_warps=4 if part <= 128 else 8,
         launch_pdl=pdl,
     )
+
+
+def turn_rows(space: Workspace, tokens: Tensor, columns: int) -> Tensor:
+    """Tokens [T, H] as `mxfp4_few` reads them, [T, columns]: `columns` is H in whole tiles of 64."""
+    rows, pdl = space.take("turned", (tokens.shape[0], columns), tokens.dtype), dependent_launch(tokens.device)
+    _turn(
+        tokens.device,
+        (tokens.dtype, aligned(tokens), tokens.shape[1], columns, pdl),
+        (tokens.shape[0], -(-columns // 1024), 1),
+        (tokens, rows, tokens.shape[1], columns, pdl),
+        num_warps=4,
+        launch_pdl=pdl,
+    )
+    return rows
 
 
 def most_blocks(pairs: int, experts: int, block: int) -> int:

@@ -55,19 +55,36 @@ def _select(
     return tl.where(kept, ids, -1), tl.sum(tl.where(inside[:, None], taken, 0), axis=0)
 
 
+@triton.jit
+def _turned(column):
+    """Where `mxfp4_few` reads a column of a token, in Triton: see its `turned`."""
+    return column // 64 * 64 + column % 8 // 2 * 16 + column % 64 // 8 * 2 + column % 2
+
+
+@triton.jit
+def turn_kernel(x_ptr, out_ptr, columns, width, PDL: tl.constexpr):
+    """Turned rows [T, width] of x [T, columns], zeros behind the last column."""
+    await_predecessor(PDL)
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * 1024 + tl.arange(0, 1024)
+    x = tl.load(x_ptr + row * columns + column, mask=column < columns, other=0.0)
+    tl.store(out_ptr + row * width + _turned(column), x, mask=column < width)
+
+
 @triton.jit(do_not_specialize=["tokens", "first", "local"])
 def route_kernel(
-    x_ptr, w_ptr, bias_ptr, logit_ptr, id_ptr, weight_ptr, sorted_ptr, block_ptr, count_ptr, counter_ptr, tokens,
-    columns, experts, first, local,
+    x_ptr, w_ptr, bias_ptr, turned_ptr, logit_ptr, id_ptr, weight_ptr, sorted_ptr, block_ptr, count_ptr, counter_ptr,
+    tokens, columns, width, experts, first, local,
     BT: tl.constexpr, ROWS: tl.constexpr, BE: tl.constexpr, BK: tl.constexpr, SPLITS: tl.constexpr,
     E_BLOCK: tl.constexpr, TOP_K: tl.constexpr, K_BLOCK: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr,
-    STAGES: tl.constexpr, INTERPRET: tl.constexpr, PDL: tl.constexpr,
+    TURN: tl.constexpr, STAGES: tl.constexpr, INTERPRET: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Partial logits of BT tokens x BE experts x one k split; the last program of a token block selects its experts.
 
     ROWS    tokens of a block that there can be: BT, or fewer where there is one block
     GROUP   there is one token block, and its last program groups the pairs as well. Otherwise each block's last
             program stores how many of its tokens chose each expert, count_ptr int32 [token blocks, experts]
+    TURN    turned_ptr [tokens, width] becomes the tokens as `mxfp4_few` reads them, zeros behind the last column
     """
     await_predecessor(PDL)
     token = tl.program_id(0) * BT + tl.arange(0, BT)
@@ -85,6 +102,9 @@ def route_kernel(
         x = tl.load(
             x_ptr + token[:, None] * columns + k[None, :], mask=inside[:, None] & (k < columns)[None, :], other=0.0
         )
+        if TURN and tl.program_id(1) == 0:
+            at = turned_ptr + token[:, None] * width + _turned(k)[None, :]
+            tl.store(at, x, mask=inside[:, None] & (k < width)[None, :])
         if INTERPRET:
             acc += tl.dot(w.to(tl.float32), tl.trans(x).to(tl.float32), input_precision="ieee")
         else:
