@@ -5,6 +5,9 @@ matrix unit reads the unpacked weights, DEEP tiles of 64 columns ahead, also bey
 columns of its products. Token rows are turned: of 64 columns, those of one lane of the matrix unit come together.
 """
 
+# The languages of kernels, not Python's, where types are concerned.
+# mypy: ignore-errors
+
 from shardwise.ops.gluon_support import gl, jit, mma_v2
 from shardwise.ops.moe.mxfp4_convert import _NARROW, _SHAPE, _plain
 from shardwise.ops.ptx import keep_loads_above
