@@ -206,7 +206,10 @@ def moe(builder: DecoderBuilder, block: spec.Moe, layer: int) -> MoeBlock | MoeW
     )
     shared = _shared_expert(builder, block, layer)
     if groups.attn_dp.size > 1:
-        return DataParallelMoe(routed=routed, groups=groups, shared=shared)
+        holders = torch.empty_like(slots)
+        for rank, held in enumerate(plan.cuts.placement[block.expert_axis]):
+            holders[list(held)] = rank
+        return DataParallelMoe(routed=routed, groups=groups, holders=holders.to(weights.device), shared=shared)
     return routed if shared is None else MoeWithShared(routed=routed, shared=shared)
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from shardwise.comm.rank import Groups
 from shardwise.ops.moe.contract import SILU
+from shardwise.ops.moe.exchange import dispatch_and_combine
 from shardwise.ops.moe.mxfp4 import mxfp4_moe, packed_moe
 from shardwise.ops.moe.mxfp4_layout import PackedMXFP4
 from shardwise.ops.moe.reference import run_experts, swiglu_clamped
@@ -124,8 +125,15 @@ class MoeBlock:
                 return experts.routed(x, router, self._bias, self.routing.top_k, first)
             ids, weights = _route_in_kernel(x.contiguous(), router, self._bias, self.routing.top_k)
             return experts(x, ids - first, weights)
-        ids, weights = route(router(x), self.routing, self.correction)
-        return experts(x, self.slots[ids], weights)
+        return self.compute(x, *self.choose(x))
+
+    def choose(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x [T, H] -> each token's experts, by their numbers in the model, and weights, both [T, K]."""
+        return route(self.router(x), self.routing, self.correction)
+
+    def compute(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        """What the local ones of these experts add: [T, H]."""
+        return self.experts(x, self.slots[ids], weights)
 
     def _routes_in_kernel(self, x: Tensor) -> bool:
         """Whether the operators' router does what this one does: the largest logits, softmax over these."""
@@ -170,22 +178,44 @@ class MoeWithShared:
 class DataParallelMoe:
     """Experts that all ranks share while attention is data parallel: each attn_dp group brings tokens of its own.
 
-    Tokens of all groups are gathered, routed and computed on every rank. The sum over the world is scattered so that
-    each tensor-parallel rank gets some of its group's tokens; the layer's all-reduce puts those together.
+    Each tensor-parallel rank cares for some of its group's tokens; the layer's all-reduce puts them together. Where the
+    experts are whole (moe_tp 1), a token travels to the ranks of its experts, and their sums back: all-to-all. Where
+    they are cut, every rank has a part in every token: tokens of all groups are gathered, and the sum over the world is
+    scattered.
+
+    holders   int64 [number of experts of the model]: the moe_ep rank that has each
     """
 
-    def __init__(self, *, routed: MoeBlock, groups: Groups, shared: Callable[[Tensor], Tensor] | None = None):
-        self.routed, self.shared, self.groups = routed, shared, groups
+    def __init__(
+        self,
+        *,
+        routed: MoeBlock,
+        groups: Groups,
+        holders: Tensor,
+        shared: Callable[[Tensor], Tensor] | None = None,
+    ):
+        self.routed, self.shared, self.groups, self.holders = routed, shared, groups, holders
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [T, H], T different for each attn_dp group and possibly 0 -> partial sum [T, H]."""
+        tp = self.groups.tp
+        start, stop = extent(x.shape[0], tp.size, tp.rank)
+        out = torch.zeros_like(x)
+        out[start:stop] = self._sent(x[start:stop]) if self.groups.moe_tp.size == 1 else self._gathered(x)
+        return out if self.shared is None else out + self.shared(x)
+
+    def _sent(self, x: Tensor) -> Tensor:
+        """Rows of this rank's own -> what all experts add to them."""
+        group, (ids, weights) = self.groups.moe_ep, self.routed.choose(x)
+        there = self.holders[ids]
+        rows = [(there == rank).any(dim=1).nonzero().squeeze(1) for rank in range(group.size)]
+        return dispatch_and_combine(group, rows, x, ids, weights, self.routed.compute)
+
+    def _gathered(self, x: Tensor) -> Tensor:
+        """Rows of the group -> what all experts add to those of this rank's own."""
         groups = self.groups
         mine = torch.tensor([x.shape[0]], dtype=torch.int64)
         counts = groups.attn_dp.all_gather(mine.to(x.device)).tolist()
         everyone = groups.attn_dp.all_gather(x, dim=0, sizes=counts)
         parts = [size for count in counts for size in lengths(count, groups.tp.size)]  # tp is fastest inside attn_dp
-        rows = groups.world.reduce_scatter(self.routed(everyone), dim=0, sizes=parts)
-        out = torch.zeros_like(x)
-        start, stop = extent(x.shape[0], groups.tp.size, groups.tp.rank)
-        out[start:stop] = rows
-        return out if self.shared is None else out + self.shared(x)
+        return groups.world.reduce_scatter(self.routed(everyone), dim=0, sizes=parts)

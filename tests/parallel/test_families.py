@@ -6,8 +6,12 @@ import pytest
 from families import FAMILIES, MOE_FAMILIES, NEAR_KIN
 from tiny import NEW_TOKENS, PROMPTS, generate
 
+from shardwise.comm.rank import current_groups
+from shardwise.comm.watch import FLIGHT
+from shardwise.parallel.engine import Engine, SamplingParams
 from shardwise.sharding.layout import ParallelLayout
-from shardwise.testing import run_processes
+from shardwise.sharding.plan import plan
+from shardwise.testing import run_processes, run_threads
 
 LAYOUTS = [ParallelLayout(tp=n) for n in (1, 2, 3, 4)]
 MOE_LAYOUTS = [
@@ -36,6 +40,31 @@ def test_greedy_tokens_equal_transformers(checkpoint_of, parity, name, layout):
     parity(name, layout, "threads")
     for completions in generate(folder, layout):
         assert [list(c.token_ids) for c in completions] == expected
+
+
+@pytest.mark.parametrize(
+    ("layout", "used", "unused"),
+    [
+        (ParallelLayout(tp=2, attn_dp=2, moe_ep=4), "all_to_all", "reduce_scatter"),
+        (ParallelLayout(tp=1, attn_dp=4, moe_ep=2), "reduce_scatter", "all_to_all"),
+    ],
+    ids=str,
+)
+def test_whole_experts_are_sent_their_tokens_and_cut_ones_gather_them_as_planned(checkpoint_of, layout, used, unused):
+    folder, _ = checkpoint_of("mixtral")
+    FLIGHT.ring.clear()
+    generate(folder, layout)
+    seen, planned = {row["op"] for row in FLIGHT.rows()}, {each.op for each in plan(folder, layout).collectives}
+    assert used in seen & planned and unused not in seen | planned
+
+
+def test_a_plan_may_place_whole_experts_in_any_order(checkpoint_of):
+    folder, expected = checkpoint_of("mixtral")
+    layout = ParallelLayout(tp=1, attn_dp=2, moe_ep=2)
+    made = plan(folder, layout, expert_placement=((4, 1), (0, 2, 3)))
+    params = SamplingParams(max_new_tokens=NEW_TOKENS)
+    ranks = run_threads(2, lambda: Engine(folder, made, current_groups()).generate(PROMPTS, params), layout=layout)
+    assert all([list(c.token_ids) for c in completions] == expected for completions in ranks)
 
 
 SIZES = {"dense": [dict(tp=2)], "moe": [dict(tp=2), dict(tp=2, moe_ep=2), dict(tp=1, attn_dp=2, moe_ep=2)]}

@@ -57,7 +57,10 @@ def exchange_tokens(
     total = mapping.num_experts or local_experts * group.size
     if max_num_tokens:
         return _gather_and_scatter(name, group, max_num_tokens, start, x, ids, weights, compute)
-    return _dispatch_and_combine(group, total, start, x, ids, weights, compute)
+    rows = [_rows_for(ids, *extent(total, group.size, rank)) for rank in range(group.size)]
+    return dispatch_and_combine(
+        group, rows, x, ids, weights, lambda there, chosen, factors: compute(there, chosen - start, factors)
+    )
 
 
 def _group(name: str, mapping: ExpertMapping) -> Communicator:
@@ -88,16 +91,26 @@ def _gather_and_scatter(name, group, limit, start, x, ids, weights, compute) -> 
     return group.reduce_scatter(partial, sizes=[limit] * group.size)[:tokens]
 
 
-def _dispatch_and_combine(group, total, start, x, ids, weights, compute) -> Tensor:
-    """Partial sums are added in rank order, in float32."""
-    rows = [_rows_for(ids, *extent(total, group.size, rank)) for rank in range(group.size)]
+def dispatch_and_combine(
+    group: Communicator,
+    rows: list[Tensor],  # of each rank, the tokens that have experts there, rising
+    x: Tensor,  # [T, H], this rank's tokens, possibly none
+    ids: Tensor,  # [T, K], global
+    weights: Tensor,  # [T, K]
+    compute: Compute,
+) -> Tensor:
+    """Sum over the experts of all ranks, [T, H] in x's dtype. A collective of the group.
+
+    `compute` gets the tokens that have experts here, their ids still global. Partial sums are added in rank order, in
+    float32.
+    """
     send = [len(part) for part in rows]
     order = torch.cat(rows)
     receive = [counts[group.rank] for counts in group.all_gather_object(send)]
     there_x, there_ids, there_weights = (
         group.all_to_all(tensor[order].contiguous(), send, receive) for tensor in (x, ids, weights)
     )
-    back = group.all_to_all(compute(there_x, there_ids - start, there_weights), receive, send)
+    back = group.all_to_all(compute(there_x, there_ids, there_weights), receive, send)
     out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
     for part, partial in zip(rows, back.split(send), strict=True):
         out[part] += partial.float()
