@@ -46,7 +46,7 @@ def test_small_layers_of_any_number_of_experts(experts, hidden, size, tokens, to
     assert relative(OPS.triton_mxfp4_moe(x, *small.arguments(top_k)), wanted) <= 2 * plain
 
 
-@pytest.mark.parametrize("ranks", [2, 3, 8])
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4, 8])
 def test_expert_parallel_sums_to_the_whole(layer, ranks):
     x = torch.randn(40, 2880, device="cuda").bfloat16()
     parts = [
