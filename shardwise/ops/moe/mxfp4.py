@@ -177,9 +177,10 @@ def _run_few(
     tiles_n, tiles_k = packed.words.shape[1:3]
     pairs, top_k = routing.order.shape[0], routing.ids.shape[1]
     device, pdl = x.device, dependent_launch(x.device)
-    even = packed.columns % TILE == 0 and tiles_k % (tiles.stages * tiles.splits) == 0
+    deep = min(tiles.stages, -(-tiles_k // tiles.splits))
+    even = packed.columns % TILE == 0 and tiles_k % (deep * tiles.splits) == 0
     bound = most_blocks(pairs, routing.local, plan.bt) * tiles_n * 4 // tiles.warps * tiles.splits
-    constants = (top_k, act, plan.bt, tiles.splits, even, tiles.stages, tiles.warps, act == "none", interpreting(), pdl)
+    constants = (top_k, act, plan.bt, tiles.splits, even, deep, tiles.warps, act == "none", interpreting(), pdl)
     _few(
         device,
         (x.dtype, out.dtype, aligned(x, out), packed.columns, out.shape[-1], tiles_n, tiles_k, tiles.per_sm, constants),
