@@ -179,14 +179,15 @@ def _run_few(
     device, pdl = x.device, dependent_launch(x.device)
     deep = min(tiles.stages, -(-tiles_k // tiles.splits))
     even = packed.columns % TILE == 0 and tiles_k % (deep * tiles.splits) == 0
-    bound = most_blocks(pairs, routing.local, plan.bt) * tiles_n * 4 // tiles.warps * tiles.splits
+    most = most_blocks(pairs, routing.local, plan.bt)
+    bound = most * tiles_n * 4 // tiles.warps * tiles.splits
     constants = (top_k, act, plan.bt, tiles.splits, even, deep, tiles.warps, act == "none", interpreting(), pdl)
     _few(
         device,
         (x.dtype, out.dtype, aligned(x, out), packed.columns, out.shape[-1], tiles_n, tiles_k, tiles.per_sm, constants),
         (min(bound, tiles.per_sm * multiprocessors(device)), 1, 1),
         (x, packed.words, packed.scales, packed.bias, out, routing.order, routing.blocks, alpha, limit, pairs)
-        + (packed.columns, out.shape[-1], tiles_n, tiles_k, x.stride(0))
+        + (most, packed.columns, out.shape[-1], tiles_n, tiles_k, x.stride(0))
         + constants,
         num_warps=tiles.warps,
         maxnreg=tiles.most_registers,

@@ -78,10 +78,9 @@ def _rows(index, tiles_n, tiles_k, SPLITS: tl.constexpr, WARPS: tl.constexpr):
 
 
 @jit
-def _block(block_ptr, index, total, tiles_n, SPLITS: tl.constexpr, WARPS: tl.constexpr):
-    """As in `mxfp4_gemm`."""
-    last = gl.maximum(gl.minimum(index, total - 1), 0)
-    entry = block_ptr + 1 + 3 * (last // SPLITS // (tiles_n * 4 // WARPS))
+def _block(block_ptr, index, most, tiles_n, SPLITS: tl.constexpr, WARPS: tl.constexpr):
+    """As in `mxfp4_gemm`; anything where there is no such tile, so that nobody waits for their number."""
+    entry = block_ptr + 1 + 3 * gl.minimum(index // SPLITS // (tiles_n * 4 // WARPS), most - 1)
     expert = gl.load(entry, cache_modifier=".cg")
     return expert, gl.load(entry + 1, cache_modifier=".cg"), gl.load(entry + 2, cache_modifier=".cg")
 
@@ -137,15 +136,16 @@ def _await(PDL: tl.constexpr):
         tl.extra.cuda.gdc_launch_dependents()
 
 
-@jit(do_not_specialize=["alpha", "limit", "pairs"])
+@jit(do_not_specialize=["alpha", "limit", "pairs", "most"])
 def mxfp4_few(
-    x_ptr, word_ptr, scale_ptr, bias_ptr, out_ptr, sorted_ptr, block_ptr, alpha, limit, pairs, columns, out_rows,
-    tiles_n, tiles_k, stride_x,
+    x_ptr, word_ptr, scale_ptr, bias_ptr, out_ptr, sorted_ptr, block_ptr, alpha, limit, pairs, most, columns,
+    out_rows, tiles_n, tiles_k, stride_x,
     TOP_K: tl.constexpr, ACT: tl.constexpr, BT: tl.constexpr, SPLITS: tl.constexpr, EVEN: tl.constexpr,
     DEEP: tl.constexpr, WARPS: tl.constexpr, EARLY: tl.constexpr, INTERPRET: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Persistent over (block, slab of 16 rows for each warp, k split); arguments as of `mxfp4_gemm`.
 
+    most    blocks that the table has room for
     x_ptr   turned rows of whole tiles, see `turned`
     ACT     "swiglu", which writes turned rows of out_rows columns with zeros behind the last, or "none"
     EVEN    K is whole tiles, and every split whole DEEPs of them
@@ -170,7 +170,7 @@ def mxfp4_few(
         _await(PDL)
     total = gl.load(block_ptr, cache_modifier=".cg") * (tiles_n * 4 // WARPS) * SPLITS
     program, programs = gl.program_id(0), gl.num_programs(0)
-    expert, start, end = _block(block_ptr, program, total, tiles_n, SPLITS, WARPS)
+    expert, start, end = _block(block_ptr, program, most, tiles_n, SPLITS, WARPS)
     warp = gl.arange(0, WARPS, layout=gl.SliceLayout(1, SCALES))
     row = gl.arange(0, 8, layout=gl.SliceLayout(0, SCALES))
     lane = gl.arange(0, 4, layout=LANES)
@@ -186,7 +186,7 @@ def mxfp4_few(
     if EARLY:
         _await(PDL)
     for index in range(program, total, programs):
-        later = _block(block_ptr, index + programs, total, tiles_n, SPLITS, WARPS)
+        later = _block(block_ptr, index + programs, most, tiles_n, SPLITS, WARPS)
         slab, first, stop, split = _rows(index, tiles_n, tiles_k, SPLITS, WARPS)
         tile = (expert.to(gl.int64) * tiles_n + slab // 4) * tiles_k
         word_at, scale_at = word_ptr + slab % 4 * 128 + tile * 512, scale_ptr + slab % 4 * 8 + tile * 32
