@@ -40,6 +40,8 @@ class Tile:
     warps: int
     stages: int = 1
     """1: the next tile waits in registers; more: that many tiles wait in shared memory."""
+    early: bool = False
+    """With one stage: the next tile's loads are issued before this tile's sums, which takes registers."""
     prefetch: bool = False
     """Ask for all rows of a program to come to the L2 cache while the kernel before still runs."""
 
@@ -96,7 +98,7 @@ def skinny_linear(
     n = weight.shape[0] // 2 if gated else weight.shape[0]
     if weight.shape[1] != k or not weight.is_contiguous() or not x.is_contiguous():
         raise ValueError(f"skinny_linear: contiguous x [T, K] and weight [N, K], got {x.shape} and {weight.shape}")
-    few = tokens > 1 and tile is None and normed is None and _few_serves(weight)
+    few = tokens >= FEW_FROM and tile is None and normed is None and _few_serves(weight)
     most = MAX_FEW_TOKENS if few else MAX_TOKENS
     if not 1 <= tokens <= most:
         raise ValueError(f"skinny_linear: {tokens} tokens; legal: 1 to {most}")
@@ -110,7 +112,7 @@ def skinny_linear(
     pdl = pdl and not interpreting()
     skinny_kernel[(triton.cdiv(n, tile.rows),)](
         x, weight, out, norm_weight, bias, residual, normed, n, k, eps, norm_bias,
-        TOKENS=tokens, BLOCK_N=tile.rows, BLOCK_K=tile.columns, STAGES=tile.stages,
+        TOKENS=tokens, BLOCK_N=tile.rows, BLOCK_K=tile.columns, STAGES=tile.stages, EARLY=tile.early,
         PREFETCH=tile.prefetch and pdl and k * weight.element_size() % 16 == 0,
         NORM=norm_weight is not None, BIAS=bias is not None, RESIDUAL=residual is not None, GATED=gated,
         KEEP=normed is not None, EVEN_N=n % tile.rows == 0, EVEN_K=k % tile.columns == 0, PDL=pdl,
@@ -139,6 +141,8 @@ def _launch_few(x, weight, out, norm_weight, bias, residual, eps, norm_bias, n, 
     )  # fmt: skip
 
 
+FEW_FROM = 2
+"""Tokens from which the matrix unit's kernel is the faster one."""
 FEW_DEPTH = 4
 """Tiles of weights that a warp has on their way."""
 

@@ -3,7 +3,7 @@
 # Triton's language, not Python's, where types are concerned.
 # mypy: ignore-errors
 
-from shardwise.ops.ptx import prefetch_to_l2
+from shardwise.ops.ptx import keep_loads_above, prefetch_to_l2
 from shardwise.ops.triton_support import tl, triton
 
 
@@ -59,6 +59,7 @@ def skinny_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
+    EARLY: tl.constexpr,
     PREFETCH: tl.constexpr,
     NORM: tl.constexpr,
     BIAS: tl.constexpr,
@@ -101,6 +102,8 @@ def skinny_kernel(
             following = start + BLOCK_K + columns < K
             next_w = _tile(weights + start + BLOCK_K, inside, following, False)
             next_u = _tile(ups + start + BLOCK_K, inside, following, False) if GATED else next_w
+            if EARLY:
+                keep_loads_above()
             totals, products, squares = _add(
                 totals, products, squares, w, u, x_ptr, norm_ptr, norm_bias, K, start + columns, start + columns < K,
                 TOKENS, NORM, GATED,
