@@ -89,6 +89,7 @@ def choose_plan(pairs: int, experts: int, itemsize: int, blocks: bool = False) -
         return GroupedPlan(128, Shape(64, bk, 4, 3, 2, group=4), Shape(128, bk, 4, 3, 2, group=4, tokens_left=True))
     return GroupedPlan(
         128,
-        Shape(128, bk, 8, 4, 1, group=4, tokens_left=True),
-        Shape(tall, bk, 8, 4, 1, group=4, tokens_left=True),
+        Shape(128, bk, 8, 4, 1, group=4, tokens_left=True, paired=not blocks, specialised=not blocks),
+        Shape(tall, bk, 8, 4, 1, group=4, tokens_left=True, specialised=not blocks),
+        copied=not blocks,
     )

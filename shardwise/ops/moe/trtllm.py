@@ -81,20 +81,32 @@ def on_cutlass(rows: Tensor, weight: Tensor, on_input: bool) -> bool:
 
 
 def cutlass_moe(rows, ids, weights, first, second, act, dtype, scales) -> Tensor:
-    """Ids outside the local experts become expert 0 with weight 0: the module has no skip for them."""
+    """FlashInfer's operator on the rows; it skips ids that are no local experts."""
     from flashinfer.fused_moe import ActivationType, cutlass_fused_moe
 
-    local = (ids >= 0) & (ids < first.shape[0])
-    return cutlass_fused_moe(
+    out = torch.empty(rows.shape, dtype=dtype, device=rows.device)
+    ids, weights = _merged(ids.to(torch.int32), weights.float(), first.shape[0])
+    cutlass_fused_moe(
         rows,
-        torch.where(local, ids, 0).to(torch.int32),
-        torch.where(local, weights, 0).float(),
+        ids,
+        weights,
         first,
         second,
         dtype,
         quant_scales=scales,
+        output=out,
         activation_type=ActivationType.Swiglu if act == "silu" else ActivationType.Relu2,
     )
+    return out
+
+
+def _merged(ids: Tensor, weights: Tensor, experts: int) -> tuple[Tensor, Tensor]:
+    """Routing in which no token names an expert twice: the first of equal ids has the sum of their weights, others are
+    `experts`, which is none. With more than 256 tokens the module loses an id that repeats and reads past its buffers.
+    """
+    same = ids[:, :, None] == ids[:, None, :]
+    again = same.tril(-1).any(2)
+    return torch.where(again, experts, ids), (same * weights[:, None, :]).sum(2)
 
 
 def _check_exchange(name: str, mapping_config: str, max_num_tokens: int) -> None:
