@@ -194,13 +194,15 @@ def gpt_oss_whole(x, router, bias, top_k, gu, gub, gus, alpha, limit, down, down
 BF16 = 3e-2
 # A value on the edge between two codes may fall to either side, in float32 and float64.
 CODES = 2e-2
+# So much do results move when one of relu2's larger values does; a GPU's e4m3 products keep 14 bits of their sums.
+LARGER_CODES = 0.15
 SAMPLES = [
     Sample(op="torch_moe", build=listed_args(True), oracle=listed, traced=True),
     Sample(op="torch_moe", build=listed_args(False, True), oracle=listed, note="relu2, weight on input"),
     Sample(op="torch_moe_fused", build=fused_args(True), oracle=fused, traced=True),
     Sample(op="torch_moe_dense_mlp", build=dense, oracle=dense_oracle, traced=True),
     Sample(op="torch_quant_fp8_moe", build=fp8_lists(True), oracle=fp8_listed, atol=CODES, traced=True),
-    Sample(op="torch_quant_fp8_moe", build=fp8_lists(False), oracle=fp8_listed, atol=CODES, note="relu2"),
+    Sample(op="torch_quant_fp8_moe", build=fp8_lists(False), oracle=fp8_listed, atol=LARGER_CODES, note="relu2"),
     Sample(op="torch_quant_nvfp4_moe", build=nvfp4_lists, oracle=nvfp4_listed, atol=CODES),
     Sample(op="triton_moe_fused", build=fused_args(False), oracle=fused_relu2, atol=BF16),
     Sample(op="triton_moe_fused", build=fused_args(True, True, 4), oracle=fused, atol=BF16, note="gated"),
