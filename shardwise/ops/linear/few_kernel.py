@@ -87,9 +87,20 @@ def few_kernel(
         words = words + (_rows(at + ahead * (WARPS * 64), inside, tile + ahead * WARPS, tiles),)
         if GATED:
             ups = ups + (_rows(up_at + ahead * (WARPS * 64), inside, tile + ahead * WARPS, tiles),)
+    OUT: tl.constexpr = gl.SliceLayout(0, ACC)
+    out_row = gl.program_id(0) * 16 + gl.arange(0, 16, layout=gl.SliceLayout(1, OUT))
+    bias = 0.0
+    if BIAS:
+        bias = gl.load(bias_ptr + out_row, mask=out_row < N, other=0.0).to(gl.float32)[:, None]
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
+    out_token = gl.arange(0, TOKENS, layout=gl.SliceLayout(0, OUT))
+    written = (out_row < N)[:, None] & (out_token < tokens)[None, :]
+    place = out_token[None, :].to(gl.int64) * N + out_row[:, None]
+    residual = 0.0
+    if RESIDUAL:
+        residual = gl.load(residual_ptr + place, mask=written, other=0.0).to(gl.float32)
     token = _dimension(8, 2, ONE)
     tile_x = _dimension(WARPS, 0, ONE)
     column_x = tile_x * 64 + _dimension(2, 3, ONE) * 32 + _dimension(4, 4, ONE) * 8 + _dimension(8, 5, ONE)
@@ -126,30 +137,12 @@ def few_kernel(
         norm_at += DEPTH * WARPS * 64
         tile += DEPTH * WARPS
         tile_x += DEPTH * WARPS
-    _finish(acc, acc_up, squares, out_ptr, bias_ptr, residual_ptr, tokens, N, K, eps, NORM, BIAS, RESIDUAL, GATED, ACC)
-
-
-@jit
-def _finish(
-    acc, acc_up, squares, out_ptr, bias_ptr, residual_ptr, tokens, N, K, eps,
-    NORM: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, GATED: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
-    """All that follows the product, [16, TOKENS]."""
-    OUT: tl.constexpr = gl.SliceLayout(0, ACC)
     y = gl.sum(acc, 0)
-    row = gl.program_id(0) * 16 + gl.arange(0, 16, layout=gl.SliceLayout(1, OUT))
-    token = gl.arange(0, TOKENS, layout=gl.SliceLayout(0, OUT))
     scale = 1.0
     if NORM:
         total = gl.sum(gl.sum(gl.sum(gl.sum(gl.sum(squares, 5), 4), 3), 1), 0)
         scale = gl.convert_layout(1.0 / gl.sqrt(total / K + eps), gl.SliceLayout(0, OUT))[None, :]
-        y *= scale
-    if BIAS:
-        y += gl.load(bias_ptr + row, mask=row < N, other=0.0).to(gl.float32)[:, None]
+    y = y * scale + bias
     if GATED:
         y = y / (1.0 + gl.exp(-y)) * (gl.sum(acc_up, 0) * scale)
-    inside = (row < N)[:, None] & (token < tokens)[None, :]
-    place = token[None, :].to(gl.int64) * N + row[:, None]
-    if RESIDUAL:
-        y += gl.load(residual_ptr + place, mask=inside, other=0.0).to(gl.float32)
-    gl.store(out_ptr + place, y.to(out_ptr.dtype.element_ty), mask=inside)
+    gl.store(out_ptr + place, (y + residual).to(out_ptr.dtype.element_ty), mask=written)
