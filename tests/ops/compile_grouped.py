@@ -70,7 +70,11 @@ def grouped(name, plan, up, itemsize):
 
 def few(name, top_k, itemsize):
     """Both launches for one token."""
-    plan, kind, fp8 = choose_few(top_k, 128, top_k, itemsize), {1: "*fp8e4nv", 2: "*bf16"}[itemsize], itemsize == 1
+    plan, kind, fp8 = (
+        choose_few(top_k, 128, top_k, itemsize, 2048 * itemsize),
+        {1: "*fp8e4nv", 2: "*bf16"}[itemsize],
+        itemsize == 1,
+    )
     kinds = {
         **dict.fromkeys(("w_ptr", "inner_ptr"), kind),
         "x_ptr": "*bf16",

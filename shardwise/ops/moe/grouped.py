@@ -65,7 +65,7 @@ def grouped_moe(
     ids, weights = ids.contiguous(), weights.contiguous()
     blocks = scales is not None and scales.blocks
     if plan is None and not blocks:
-        plan = choose_few(pairs, experts, top_k, first.element_size())
+        plan = choose_few(pairs, experts, top_k, first.element_size(), hidden * first.element_size())
     if isinstance(plan, FewPlan):
         return few_moe(tokens, ids, weights, first, second, act, on_input, scales, plan)
     plan = plan or choose_plan(pairs, experts, first.element_size(), blocks)
