@@ -14,8 +14,9 @@ from collections.abc import Callable, Iterable, Iterator
 from unittest import mock
 
 from shardwise.ops import bench_states, measure
-from shardwise.ops.fla import step
+from shardwise.ops.fla import fla, step
 from shardwise.ops.mamba import conv_cuda, conv_triton, scan
+from shardwise.ops.mamba import triton as ssm_triton
 from shardwise.ops.registry import FLA
 
 TOKENS = 8192
@@ -69,6 +70,8 @@ def step_rows(cases: Iterable, operator: str, module, choices: Iterable[tuple[in
         for elements, warps in choices:
             for table in (module.FEW, module.MANY):
                 table.update(elements=elements, warps=warps)
+            ssm_triton.STEPS.clear()  # launches of other tables
+            fla.STEPS.clear()
             yield time_of(case.call, 20), f"{case.size} {module.FEW}"
     module.FEW.update(chosen[0])
     module.MANY.update(chosen[1])

@@ -7,7 +7,7 @@ they serve declare the need `TRITON`, so a placeholder is never launched.
 import functools
 import operator
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -194,11 +194,37 @@ class Kernel:
         pdl: bool = False,
     ) -> None:
         """Run on `grid`, with the form that device, dtypes and `fixed` ask for; `pdl` follows from the device."""
+        self.form_for(device, pointers, fixed, warps=warps, stages=stages, pdl=pdl)(grid, pointers, free)
+
+    def form_for(
+        self,
+        device: torch.device,
+        pointers: tuple[torch.Tensor, ...],
+        fixed: tuple[Any, ...],
+        *,
+        warps: int,
+        stages: int = 2,
+        pdl: bool = False,
+    ) -> Form:
+        """The form that device, the dtypes of `pointers` and `fixed` ask for, made at its first use."""
         key = (device, warps, stages, *[tensor.dtype for tensor in pointers], *fixed)
         form = self._forms.get(key)
         if form is None:
             form = self._forms[key] = self.form(device, fixed, warps=warps, stages=stages, pdl=pdl)
-        form(grid, pointers, free)
+        return form
+
+
+class Launch(NamedTuple):
+    """A launch of one layout of tensors, but for these; callers keep it where finding it out costs as much."""
+
+    form: Form
+    grid: tuple[int, int, int]
+    free: tuple[float, ...]
+
+
+def layout(*tensors: torch.Tensor) -> tuple:
+    """Key part for what a launch of these tensors follows from, alignment apart."""
+    return tuple([(tensor.shape, tensor.stride(), tensor.dtype) for tensor in tensors])
 
 
 def aligned(*tensors: Any) -> Any:

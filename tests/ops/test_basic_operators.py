@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 
 import shardwise.ops  # noqa: F401  (registers the operators)
+from shardwise.ops.normalization import triton as triton_norms
 from shardwise.ops.registry import TRITON
 from shardwise.testing import run_threads
 
@@ -275,3 +276,10 @@ def test_operators_replay_in_a_cuda_graph():
     graph.replay()
     expected = OPS.triton_rms_norm(OPS.triton_rms_norm(x, weight, 1e-5), weight, 1e-5)
     assert torch.equal(out, expected)
+
+
+@pytest.mark.parametrize("elements", [64, 1536, 3072, 4096, 8192, 24576])
+@pytest.mark.parametrize("programs", [1, 500, 100_000])
+def test_a_norms_program_has_a_power_of_two_of_warps(elements, programs):
+    warps = triton_norms._warps(programs, elements, torch.device("cpu"))
+    assert warps in (2, 4, 8, 16)

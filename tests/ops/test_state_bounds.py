@@ -103,10 +103,9 @@ def replaced(bounds, values, dtype=None):
 
 
 def place_of_bounds(args):
-    entries = len(BATCH.lengths) + 1  # as many as heads in one of the samples: only integers are bounds
-    shaped = [i for i, a in enumerate(args) if isinstance(a, torch.Tensor) and a.shape == (entries,)]
-    (place,) = (i for i in shaped if not args[i].is_floating_point())
-    return place
+    entries = len(BATCH.lengths) + 1  # as many as heads of one sample and as pieces, which follow, on a device
+    shaped = (i for i, a in enumerate(args) if isinstance(a, torch.Tensor) and a.shape == (entries,))
+    return next(i for i in shaped if not args[i].is_floating_point())
 
 
 WIDE = ("one entry back", "far beyond", "extremes")

@@ -51,6 +51,8 @@ class _Call:
     """Dtypes, strides, heads and tile: where these are equal the same compiled kernels serve"""
     decodes: dict[Hashable, "_Decode"] = field(default_factory=dict)
     """What decode steps of this shape launch"""
+    prefills: dict[Hashable, "_Prefill"] = field(default_factory=dict)
+    """What its prefill sequences launch"""
 
 
 _CALLS: dict[tuple, _Call] = {}
@@ -213,6 +215,16 @@ class _Decode(NamedTuple):
     """Joins the splits, where there are several"""
 
 
+class _Prefill(NamedTuple):
+    """The launches of one step's prefill sequences, but for its tensors."""
+
+    append: Form
+    append_grid: tuple[int, int, int]
+    attend: Form
+    tiles: int
+    """Tiles of rows (tokens x heads of a group), for each KV head"""
+
+
 class _Step(NamedTuple):
     """One call, ready to be launched."""
 
@@ -239,31 +251,36 @@ class _Step(NamedTuple):
         given = ("seq_len", seq_len), ("input_pos", self.input_pos), ("slot_idx", self.slot_idx)
         metadata = tuple(self._each(name, tensor, batch.prefill) for name, tensor in given)
         q, k, v, k_cache, v_cache, out = self.tensors
-        heads, device = call.heads, q.device
-        sequences, pdl = min(256, tiles.power_of_two(batch.prefill)), dependent_launch(device)
-        key = (call.same, *(tensor.dtype for tensor in metadata), self.window, sequences)
+        key = (batch.prefill, batch.prefill_tokens, self.window, *[tensor.dtype for tensor in metadata])
+        plan = call.prefills.get(key)
+        if plan is None:
+            plan = call.prefills[key] = self._plan_prefill(metadata)
         limits = (batch.prefill, k_cache.shape[0], k_cache.shape[1])
+        plan.append(plan.append_grid, (k, v, k_cache, v_cache, *metadata), (batch.prefill_tokens, *limits))
+        plan.attend(
+            (plan.tiles * call.heads.keys, 1, 1),
+            (q, k_cache, v_cache, out, *metadata, q if self.sinks is None else self.sinks),
+            (self.scale, plan.tiles, batch.prefill_tokens, *limits),
+        )
+
+    def _plan_prefill(self, metadata: tuple[torch.Tensor, ...]) -> _Prefill:
+        batch, call, heads, q = self.batch, self.call, self.call.heads, self.tensors[0]
+        sequences, pdl = min(256, tiles.power_of_two(batch.prefill)), dependent_launch(q.device)
+        key = (call.same, *(tensor.dtype for tensor in metadata), self.window, sequences)
         append = _form(
-            _append, device, key,
+            _append, q.device, key,
             (*call.rows[1:], *call.caches, *call.sizes, APPEND_TOKENS, sequences, pdl), warps=4,
-        )  # fmt: skip
-        append(
-            (-(-batch.prefill_tokens // APPEND_TOKENS), heads.keys, 1), (k, v, k_cache, v_cache, *metadata),
-            (batch.prefill_tokens, *limits),
         )  # fmt: skip
         rows = batch.prefill_tokens * heads.group
         tile = tiles.prefill_tile(rows // batch.prefill, heads.size, heads.value_size, q.element_size())
-        count = -(-rows // tile.rows) + batch.prefill  # each sequence may end in a part tile
         attend = _form(
-            _prefill, device, (*key, tile),
+            _prefill, q.device, (*key, tile),
             (call.rows[0], *call.caches, heads.keys, heads.group, *call.sizes, tile.rows, tile.keys, sequences,
              self.window, self.sinks is not None, pdl),
             warps=tile.warps, stages=tile.stages,
         )  # fmt: skip
-        attend(
-            (count * heads.keys, 1, 1), (q, k_cache, v_cache, out, *metadata, q if self.sinks is None else self.sinks),
-            (self.scale, count, batch.prefill_tokens, *limits),
-        )  # fmt: skip
+        count = -(-rows // tile.rows) + batch.prefill  # each sequence may end in a part tile
+        return _Prefill(append, (-(-batch.prefill_tokens // APPEND_TOKENS), heads.keys, 1), attend, count)
 
     def run_decode(self) -> None:
         batch, call = self.batch, self.call

@@ -12,6 +12,10 @@ from shardwise.ops.fla.reference import like_v
 from shardwise.ops.fla.step import Prefill, decode
 from shardwise.ops.registry import FLA, TRITON, operator
 from shardwise.ops.state_batch import check_counts
+from shardwise.ops.triton_support import Launch, layout
+
+# Steps of decode tokens alone, without a copy or padding, by their layout.
+STEPS: dict[tuple, Launch] = {}
 
 
 def _half(op: str, q: torch.Tensor) -> None:
@@ -66,11 +70,20 @@ def fla_gated_delta_rule(
 
 
 def _cached(op, q, k, v, g, beta, batch_info_host, cu_seqlen, slot_idx, use_initial_states, cache, scale):
+    batch = read_batch(op, batch_info_host)
+    given = q, k, v, beta, beta if g is None else g, slot_idx, cache
+    key = None
+    if not batch.prefill:
+        key = (batch, scale, g is None, cache.device, layout(*given))
+        again = STEPS.get(key)
+        if again is not None:
+            out = torch.empty_like(v, memory_format=torch.contiguous_format)
+            again.form(again.grid, (*given, out), again.free)
+            return out
     check_delta(op, q, k, v, beta, g, cache)
     _half(op, q)
     if cache.stride(-1) != 1:
         raise ValueError(f"{op}: the last dimension of delta_cache must be contiguous, got strides {cache.stride()}")
-    batch = read_batch(op, batch_info_host)
     tokens, slots = v.shape[0] * v.shape[1], slot_idx.contiguous()
     check_counts(op, batch, tokens, slots, use_initial_states)
     if not batch.prefill_tokens:
@@ -84,7 +97,11 @@ def _cached(op, q, k, v, g, beta, batch_info_host, cu_seqlen, slot_idx, use_init
         out = o.to(v.dtype).contiguous().view(v.shape)
         one.finish(out, final)
     if batch.decode:
-        decode(q, k, v, g, beta, slots, cache, out, scale, batch)
+        launch, taken = decode(q, k, v, g, beta, slots, cache, out, scale, batch)
+        if key is not None and batch.decode == tokens and all(a is b for a, b in zip(taken, given, strict=False)):
+            if len(STEPS) >= 4096:
+                STEPS.clear()
+            STEPS[key] = launch
     return out
 
 

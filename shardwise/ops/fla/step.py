@@ -9,7 +9,7 @@ from shardwise.ops.attention.batch import Batch
 from shardwise.ops.fla import kernels
 from shardwise.ops.fla.delta import CHUNK
 from shardwise.ops.state_batch import many_or_few, token_rows
-from shardwise.ops.triton_support import Kernel, dependent_launch
+from shardwise.ops.triton_support import Kernel, Launch, dependent_launch
 
 # A decode program's numbers of a state and its warps: while there are few programs, and for a full device.
 FEW = {"elements": 4096, "warps": 2}
@@ -19,7 +19,7 @@ _COPY_ROWS = 32
 _launch_load = Kernel(kernels.load_states_kernel)
 _launch_chunks = Kernel(kernels.chunks_kernel)
 _launch_finish = Kernel(kernels.finish_kernel)
-_launch_step = Kernel(kernels.step_kernel)
+_step = Kernel(kernels.step_kernel)
 
 
 def _power(n: int) -> int:
@@ -98,8 +98,11 @@ def decode(
     out: Tensor,
     scale: float,
     batch: Batch,
-) -> None:
-    """One step of every decode sequence, in the cache; the rows of `out` without a state become zeros."""
+) -> tuple[Launch, tuple[Tensor, ...]]:
+    """One step of every decode sequence, in the cache; the rows of `out` without a state become zeros.
+
+    How it was launched, and with which tensors.
+    """
     heads, K, V = cache.shape[1:]
     (q, q_t), (k, k_t), (v, v_t), (beta, beta_t) = (token_rows(t) for t in (q, k, v, beta))
     gate, g_t = (beta, 0) if g is None else token_rows(g)
@@ -110,12 +113,11 @@ def decode(
         q_t, q.stride(2), k_t, k.stride(2), v_t, v.stride(2), beta_t, g_t,
         *cache.stride()[:3], heads // q.shape[2], heads, K, V, block_k, block_v, g is not None, pdl,
     )  # fmt: skip
-    _launch_step(
-        cache.device,
+    pointers = q, k, v, beta, gate, slots, cache, out
+    launch = Launch(
+        _step.form_for(cache.device, pointers, fixed, warps=table["warps"], pdl=pdl),
         (batch.decode * heads * -(-V // block_v), 1, 1),
-        (q, k, v, beta, gate, slots, cache, out),
         (batch.prefill_tokens, batch.prefill, cache.shape[0], scale),
-        fixed,
-        warps=table["warps"],
-        pdl=pdl,
     )
+    launch.form(launch.grid, pointers, launch.free)
+    return launch, pointers

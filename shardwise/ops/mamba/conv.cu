@@ -22,7 +22,7 @@ struct Args {
   int64_t x_t, x_c, cache_slot, cache_c, cache_k, slot_count, tokens;  // tokens: of prefill
   int32_t channels, sequences, rows, blocks;  // blocks: tokens in decode
   int32_t wide_bounds, wide_slots, silu, groups;  // groups: thread blocks that share a decode step's tokens
-  int32_t overlap;  // whether a kernel may be scheduled while its predecessor drains
+  int32_t overlap;  // whether decode may be scheduled while its predecessor drains
 };
 
 constexpr int kThreads = 128;
@@ -408,7 +408,7 @@ __global__ void __launch_bounds__(kThreads, 4) decode_wide(Args a) {
 }
 
 template <int V>
-void launch(void (*kernel)(Args), const Args& a, int64_t blocks, cudaStream_t stream) {
+void launch(void (*kernel)(Args), const Args& a, int64_t blocks, bool overlaps, cudaStream_t stream) {
   cudaLaunchAttribute overlap;
   overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   overlap.val.programmaticStreamSerializationAllowed = 1;
@@ -417,23 +417,25 @@ void launch(void (*kernel)(Args), const Args& a, int64_t blocks, cudaStream_t st
   config.blockDim = dim3(kThreads);
   config.stream = stream;
   config.attrs = &overlap;
-  config.numAttrs = a.overlap ? 1 : 0;
+  config.numAttrs = overlaps ? 1 : 0;
   cudaLaunchKernelEx(&config, kernel, a);
 }
 
+// Prefill's kernels do not overlap: the blocks of one are a single wave, which those of its neighbours would place
+// unevenly (90 µs instead of 82 for 8192 tokens of 8192 channels on an H200).
 template <typename T, int K>
 void run(const Args& a, bool is_decode, bool vector, cudaStream_t stream) {
   constexpr int V = 16 / sizeof(T);
   if (is_decode && vector) {
-    launch<V>(decode_wide<T, K, V>, a, a.groups, stream);
+    launch<V>(decode_wide<T, K, V>, a, a.groups, a.overlap, stream);
   } else if (is_decode) {
-    launch<1>(decode_any<T, K>, a, a.blocks, stream);
+    launch<1>(decode_any<T, K>, a, a.blocks, a.overlap, stream);
   } else if (vector) {
-    launch<V>(save<T, K, V>, a, a.blocks, stream);
-    launch<V>(prefill<T, K, V>, a, a.blocks, stream);
+    launch<V>(save<T, K, V>, a, a.blocks, false, stream);
+    launch<V>(prefill<T, K, V>, a, a.blocks, false, stream);
   } else {
-    launch<1>(save<T, K, 1>, a, a.blocks, stream);
-    launch<1>(prefill<T, K, 1>, a, a.blocks, stream);
+    launch<1>(save<T, K, 1>, a, a.blocks, false, stream);
+    launch<1>(prefill<T, K, 1>, a, a.blocks, false, stream);
   }
 }
 

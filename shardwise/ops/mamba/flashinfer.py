@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import torch
 
-from shardwise.ops.attention.batch import Batch
+from shardwise.ops.attention.batch import Batch, read_batch
 from shardwise.ops.mamba import ssd_kernels as kernels
 from shardwise.ops.mamba.scan import Inputs, prefill, prepare
 from shardwise.ops.mamba.triton import like_hidden
@@ -43,8 +43,9 @@ def flashinfer_cached_ssm(
         raise ValueError(
             f"{op}: FlashInfer takes head sizes 64 and 128, got {hidden_states.shape[-1]}; triton_cached_ssm takes any"
         )
-    batch, one = prepare(
-        op, hidden_states, A, B, C, D, dt, dt_bias, batch_info_host, slot_idx, use_initial_states,
+    batch = read_batch(op, batch_info_host)
+    one = prepare(
+        op, hidden_states, A, B, C, D, dt, dt_bias, batch, slot_idx, use_initial_states,
         ssm_state_cache, time_step_limit, chunk_size,
     )  # fmt: skip
     if batch.prefill_tokens:

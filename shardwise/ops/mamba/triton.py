@@ -2,8 +2,13 @@
 
 import torch
 
+from shardwise.ops.attention.batch import read_batch
 from shardwise.ops.mamba.scan import decode, prefill, prepare
 from shardwise.ops.registry import TRITON, operator
+from shardwise.ops.triton_support import Launch, layout
+
+# Steps of decode tokens alone, without a copy or padding, by their layout.
+STEPS: dict[tuple, Launch] = {}
 
 
 def like_hidden(hidden_states, *_args):
@@ -38,13 +43,29 @@ def triton_cached_ssm(
     the tensors. Shapes and counts that contradict each other raise ValueError.
     """
     op = "triton_cached_ssm"
-    batch, one = prepare(
-        op, hidden_states, A, B, C, D, dt, dt_bias, batch_info_host, slot_idx, use_initial_states,
+    batch = read_batch(op, batch_info_host)
+    given = hidden_states, dt, dt_bias, A, B, C, D, slot_idx, ssm_state_cache
+    key = None
+    if not batch.prefill:
+        key = (batch, *time_step_limit, chunk_size, hidden_states.device, layout(*given))
+        again = STEPS.get(key)
+        if again is not None:
+            out = torch.empty_like(hidden_states, memory_format=torch.contiguous_format)
+            again.form(again.grid, (*given, out), again.free)
+            return out
+    one = prepare(
+        op, hidden_states, A, B, C, D, dt, dt_bias, batch, slot_idx, use_initial_states,
         ssm_state_cache, time_step_limit, chunk_size,
     )  # fmt: skip
     if batch.prefill_tokens:
         rest = cu_seqlen, use_initial_states, chunk_indices, chunk_offsets, seq_idx_prefill
         prefill(op, one, batch, *rest, chunk_size)
     if batch.decode:
-        decode(one, batch)
+        launch = decode(one, batch)
+        taken = one.x, one.dt, one.dt_bias, one.A, one.B, one.C, one.D, one.slots, one.cache
+        whole = batch.decode == hidden_states.shape[0] * hidden_states.shape[1]
+        if key is not None and whole and all(a is b for a, b in zip(taken, given, strict=True)):
+            if len(STEPS) >= 4096:
+                STEPS.clear()
+            STEPS[key] = launch
     return one.out

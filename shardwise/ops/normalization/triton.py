@@ -101,7 +101,7 @@ def _warps(programs: int, elements: int, device: torch.device) -> int:
     A warp for 1024 numbers moves much data best. A small launch is a chain of latencies, which more warps shorten as
     long as all programs run at once: 512 rows of 2880 numbers take 2.3 µs instead of 2.5, with fused add 3.0 not 3.8.
     """
-    streaming, processors = min(16, max(2, elements // 1024)), multiprocessors(device)
+    streaming, processors = min(16, 1 << max(1, (elements // 1024).bit_length() - 1)), multiprocessors(device)
     if elements < 1024 or programs > 4 * processors:
         return streaming
     return 16 if elements == 4096 and programs > processors else max(8, streaming)
