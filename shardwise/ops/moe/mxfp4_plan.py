@@ -13,9 +13,10 @@ def choose_plan(pairs: int, experts: int, few: bool = False) -> Plan:
     Fastest of a sweep on an H200 for 128 experts, see benchmarks/moe_mxfp4.md.
     """
     each = pairs / max(1, experts)
-    if few and each <= 2.5:
-        per_sm, splits = (16, 3) if pairs <= 8 else (24, 1)
-        return Plan(8, Tiles(16, 64, 1, 5, per_sm), Tiles(16, 64, 1, 5, per_sm, splits))
+    if few and pairs <= 8:
+        return Plan(8, Tiles(16, 64, 1, 9, 12), Tiles(16, 64, 1, 5, 17, 3))
+    if few and each <= 5:
+        return Plan(8, Tiles(16, 64, 4, 5, 6), Tiles(16, 64, 4, 5, 6))
     if pairs <= 8:
         return Plan(16, Tiles(256, 128, 8, 4, 1), Tiles(256, 64, 4, 4, 3, 4))
     if each <= 10:
@@ -23,7 +24,7 @@ def choose_plan(pairs: int, experts: int, few: bool = False) -> Plan:
     if each <= 24:
         return Plan(32, Tiles(128, 64, 4, 6, 4), Tiles(128, 64, 4, 6, 4))
     if each <= 48:
-        return Plan(64, Tiles(128, 64, 4, 6, 3), Tiles(128, 64, 4, 6, 3))
+        return Plan(64, Tiles(256, 64, 4, 4, 2), Tiles(256, 64, 4, 4, 2))
     if each <= 90:
-        return Plan(64, _PAIR, _PAIR, 32)
-    return Plan(128, _PAIR, _PAIR, 32)
+        return Plan(64, Tiles(128, 64, 4, 5, 3), Tiles(128, 64, 4, 5, 3), side=16)
+    return Plan(128, _PAIR, _PAIR, side=16 if each <= 400 else 0)

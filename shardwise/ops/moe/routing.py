@@ -70,7 +70,7 @@ def route_tokens(
     logits = space.take("logits", (shape.splits, count, experts), torch.float32)
     counts = space.take("counts", (parts, experts), torch.int32)
     weight = weight.to(tokens.dtype).contiguous()
-    grid = (parts, -(-experts // shape.experts), shape.splits)
+    grid = (parts, -(-experts // shape.experts) + (turned_rows is not None), shape.splits)
     constants = (
         (shape.tokens, rows, shape.experts, _ROUTER_STEP, shape.splits, e_block, top_k, k_block, group, block)
         + (turned_rows is not None, shape.stages, interpreting(), pdl)

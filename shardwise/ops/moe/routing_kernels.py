@@ -71,22 +71,27 @@ def turn_kernel(x_ptr, out_ptr, columns, width, PDL: tl.constexpr):
     tl.store(out_ptr + row * width + _turned(column), x, mask=column < width)
 
 
-@triton.jit(do_not_specialize=["tokens", "first", "local"])
-def route_kernel(
-    x_ptr, w_ptr, bias_ptr, turned_ptr, logit_ptr, id_ptr, weight_ptr, sorted_ptr, block_ptr, count_ptr, counter_ptr,
-    tokens, columns, width, experts, first, local,
+@triton.jit
+def _turn(x_ptr, turned_ptr, tokens, columns, width, BT: tl.constexpr, BK: tl.constexpr, SPLITS: tl.constexpr):
+    """Turned rows of a token block, one k split of them."""
+    token = tl.program_id(0) * BT + tl.arange(0, BT)
+    inside = (token < tokens)[:, None]
+    per_split = tl.cdiv(tl.cdiv(columns, BK), SPLITS) * BK
+    for start in tl.range(0, per_split, BK):
+        k = tl.program_id(2) * per_split + start + tl.arange(0, BK)
+        x = tl.load(x_ptr + token[:, None] * columns + k[None, :], mask=inside & (k < columns)[None, :], other=0.0)
+        tl.store(turned_ptr + token[:, None] * width + _turned(k)[None, :], x, mask=inside & (k < width)[None, :])
+
+
+@triton.jit
+def _route(
+    x_ptr, w_ptr, bias_ptr, logit_ptr, id_ptr, weight_ptr, sorted_ptr, block_ptr, count_ptr, counter_ptr, tokens,
+    columns, experts, first, local, programs,
     BT: tl.constexpr, ROWS: tl.constexpr, BE: tl.constexpr, BK: tl.constexpr, SPLITS: tl.constexpr,
     E_BLOCK: tl.constexpr, TOP_K: tl.constexpr, K_BLOCK: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr,
-    TURN: tl.constexpr, STAGES: tl.constexpr, INTERPRET: tl.constexpr, PDL: tl.constexpr,
+    STAGES: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
-    """Partial logits of BT tokens x BE experts x one k split; the last program of a token block selects its experts.
-
-    ROWS    tokens of a block that there can be: BT, or fewer where there is one block
-    GROUP   there is one token block, and its last program groups the pairs as well. Otherwise each block's last
-            program stores how many of its tokens chose each expert, count_ptr int32 [token blocks, experts]
-    TURN    turned_ptr [tokens, width] becomes the tokens as `mxfp4_few` reads them, zeros behind the last column
-    """
-    await_predecessor(PDL)
+    """What one of a token block's `programs` does for `route_kernel`."""
     token = tl.program_id(0) * BT + tl.arange(0, BT)
     expert = tl.program_id(1) * BE + tl.arange(0, BE)
     split = tl.program_id(2)
@@ -102,9 +107,6 @@ def route_kernel(
         x = tl.load(
             x_ptr + token[:, None] * columns + k[None, :], mask=inside[:, None] & (k < columns)[None, :], other=0.0
         )
-        if TURN and tl.program_id(1) == 0:
-            at = turned_ptr + token[:, None] * width + _turned(k)[None, :]
-            tl.store(at, x, mask=inside[:, None] & (k < width)[None, :])
         if INTERPRET:
             acc += tl.dot(w.to(tl.float32), tl.trans(x).to(tl.float32), input_precision="ieee")
         else:
@@ -113,7 +115,7 @@ def route_kernel(
     acc += bias[:, None]
     at = logit_ptr + (split * tokens + token)[None, :] * experts + expert[:, None]
     tl.store(at, acc, mask=real[:, None] & inside[None, :])
-    if _arrived_last(counter_ptr + tl.program_id(0), tl.num_programs(1) * tl.num_programs(2)):
+    if _arrived_last(counter_ptr + tl.program_id(0), programs):
         row = tl.program_id(0) * BT + tl.arange(0, ROWS)
         ids, counts = _select(
             logit_ptr, id_ptr, weight_ptr, row, tokens, experts, SPLITS, E_BLOCK, TOP_K, K_BLOCK
@@ -127,6 +129,34 @@ def route_kernel(
         else:
             e = tl.arange(0, E_BLOCK)
             tl.store(count_ptr + tl.program_id(0) * experts + e, counts, mask=e < experts)
+
+
+@triton.jit(do_not_specialize=["tokens", "first", "local"])
+def route_kernel(
+    x_ptr, w_ptr, bias_ptr, turned_ptr, logit_ptr, id_ptr, weight_ptr, sorted_ptr, block_ptr, count_ptr, counter_ptr,
+    tokens, columns, width, experts, first, local,
+    BT: tl.constexpr, ROWS: tl.constexpr, BE: tl.constexpr, BK: tl.constexpr, SPLITS: tl.constexpr,
+    E_BLOCK: tl.constexpr, TOP_K: tl.constexpr, K_BLOCK: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr,
+    TURN: tl.constexpr, STAGES: tl.constexpr, INTERPRET: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Partial logits of BT tokens x BE experts x one k split; the last program of a token block selects its experts.
+
+    ROWS    tokens of a block that there can be: BT, or fewer where there is one block
+    GROUP   there is one token block, and its last program groups the pairs as well. Otherwise each block's last
+            program stores how many of its tokens chose each expert, count_ptr int32 [token blocks, experts]
+    TURN    turned_ptr [tokens, width] becomes the tokens as `mxfp4_few` reads them, zeros behind the last column, by
+            programs of their own, the last of dimension 1: as a part of the others' loops it took 5 us
+    """
+    await_predecessor(PDL)
+    others = tl.num_programs(1) - 1 if TURN else tl.num_programs(1)
+    if TURN and tl.program_id(1) == others:
+        _turn(x_ptr, turned_ptr, tokens, columns, width, BT, BK, SPLITS)
+    else:
+        _route(
+            x_ptr, w_ptr, bias_ptr, logit_ptr, id_ptr, weight_ptr, sorted_ptr, block_ptr, count_ptr, counter_ptr,
+            tokens, columns, experts, first, local, others * SPLITS, BT, ROWS, BE, BK, SPLITS, E_BLOCK, TOP_K, K_BLOCK,
+            GROUP, BLOCK, STAGES, INTERPRET,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["pairs", "first", "local"])
