@@ -36,7 +36,7 @@ def flashinfer_rope(
     )
     if q.numel() == 0:
         return _pair(q, k)
-    positions = position_ids.reshape(-1)
+    positions = position_ids if position_ids.dim() == 1 else position_ids.reshape(-1)
     if positions.dtype not in (torch.int32, torch.int64):  # the kernel has forms for both
         positions = positions.to(torch.int64)
     q_rows, k_rows = with_vectors(q.reshape(tokens, -1)), with_vectors(k.reshape(tokens, -1))
