@@ -19,7 +19,7 @@ PROMPTS = (
     "Count from one to ten.",
     "Why is the sky blue?",
 )
-TOKENS = 64
+TOKENS = 32
 WITHIN = {
     "torchrun": [str(BIN / "torchrun"), "--nproc-per-node", "2", "-m", "shardwise"],
     "mpirun": [str(BIN / "mpirun"), "-n", "2", "--bind-to", "none", str(BIN / "shardwise")],
