@@ -15,6 +15,7 @@ import triton
 from operator_samples import Sample
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 import shardwise.ops as ops
@@ -60,7 +61,8 @@ def compile_for_target(kernel, arguments, options):
         return
     compiled[key] = None
     try:
-        source = ASTSource(kernel, signature, constants, attributes)
+        language = GluonASTSource if kernel.is_gluon() else ASTSource
+        source = language(kernel, signature, constants, attributes)
         compiled[key] = triton.compile(source, target=TARGET, options=options)
     except Exception as error:
         reasons = f"{error}"[-600:]
