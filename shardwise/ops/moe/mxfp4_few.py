@@ -216,6 +216,7 @@ def mxfp4_few(
         words, scales = _begin(
             word_ptr, scale_ptr, later[0], index + programs, total, tiles_n, tiles_k, word, rows_at, SPLITS, WARPS, DEEP
         )
+        keep_loads_above()
         n = slab * 16 + gl.arange(0, 16 * WARPS, layout=gl.SliceLayout(1, ACC))
         bias = gl.load(bias_ptr + expert * tiles_n * 64 + n, mask=(n >= 0) & (split == 0), other=0.0)
         acc += odd + bias[:, None]
