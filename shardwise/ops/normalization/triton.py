@@ -57,7 +57,7 @@ def _norm_kernel(
             else:
                 x *= silu
         squares += x * x
-        values, factors = values + (x,), factors + (factor,)
+        values, factors = values + (x,), factors + (factor,)  # type: ignore[assignment]  # they grow
     scale = tl.rsqrt(tl.sum(squares, axis=1, keep_dims=True) / SIZE + eps)
     for piece in tl.static_range(PIECES):
         mask = (group < groups) & (piece * BLOCK + first < SIZE)
