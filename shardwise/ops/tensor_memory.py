@@ -27,12 +27,6 @@ def matrix_tiles(matrix: Tensor, rows: int, columns: int) -> Any:
     return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), [rows, columns])
 
 
-def pair_tiles(matrix: Tensor, height: int, rows: int, columns: int) -> Any:
-    """Descriptor of a matrix [2E * height, K] as [2E, height, K], in pairs of tiles of `rows` x `columns`."""
-    shape, strides = [matrix.shape[0] // height, height, matrix.shape[1]], [height * matrix.stride(0), *matrix.stride()]
-    return TensorDescriptor(matrix, shape, strides, [2, rows, columns])
-
-
 @triton.jit
 def prefetch(pointers, INTERPRET: tl.constexpr):
     """Bring the lines of 128 bytes at `pointers` to the L2 cache: a hint, for which nothing waits, also not memory."""

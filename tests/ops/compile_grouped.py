@@ -54,7 +54,7 @@ def grouped(name, plan, up, itemsize):
     fp8 = itemsize == 1
     kinds = {
         "x": "*" + kind if up and not plan.copied else f"tensordesc<{kind}[{plan.bt}, {shape.bk}]>",
-        "w": f"tensordesc<{kind}[{'2, ' if shape.paired else ''}{shape.bn}, {shape.bk}]>",
+        "w": f"tensordesc<{kind}[{shape.bn}, {shape.bk}]>",
         "out_ptr": "*" + (kind if up else "bf16"),
         **dict.fromkeys(("sorted_ptr", "block_ptr"), "*i32"),
         **dict.fromkeys(("pairs", "sharing", "columns", "out_rows", "stride_x"), "i32"),
@@ -62,8 +62,8 @@ def grouped(name, plan, up, itemsize):
     constants = dict(
         GATHER=up and not plan.copied, BY_PAIR=not up, ACT="silu" if up else "none", SCALED="expert" if fp8 else "",
         FACTORED=fp8, QUANTIZE="divide" if fp8 and up else "", WEIGHT_IN=False, BN=shape.bn, BT=plan.bt, BK=shape.bk,
-        SPLITS=shape.splits, GROUP=shape.group, TOKENS_LEFT=shape.tokens_left, PAIRED=shape.paired, FLAT=shape.flat,
-        TMA=True, EVEN_K=True, STAGES=shape.stages, INTERPRET=False, PDL=True,
+        SPLITS=shape.splits, GROUP=shape.group, TOKENS_LEFT=shape.tokens_left, TMA=True, EVEN_K=True,
+        STAGES=shape.stages, INTERPRET=False, PDL=True,
     )  # fmt: skip
     return describe(name, compiled(grouped_gemm, kinds, constants, shape.warps), shape.per_sm)
 

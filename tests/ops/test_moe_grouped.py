@@ -121,12 +121,7 @@ PLANS = {
     "three splits": GroupedPlan(32, Shape(32, 64, 4, 2, 1), Shape(32, 64, 4, 2, 1, 3, group=3)),
     "wide": GroupedPlan(64, Shape(128, 32, 4, 2, 1, group=2), Shape(128, 32, 4, 2, 1, group=4)),
     "tokens left": GroupedPlan(16, Shape(64, 32, 4, 2, 1, 1, 2, True), Shape(64, 64, 4, 2, 1, 1, 3, True)),
-    "up and gate at once": GroupedPlan(
-        16, Shape(64, 32, 4, 2, 1, 1, 2, True, True), Shape(64, 64, 4, 2, 1, 1, 3, True)
-    ),
-    "tokens in order": GroupedPlan(
-        16, Shape(64, 32, 4, 2, 1, 1, 2, True, True), Shape(64, 64, 4, 2, 1, 1, 3, True), copied=True
-    ),
+    "tokens in order": GroupedPlan(16, Shape(64, 32, 4, 2, 1, 1, 2, True), Shape(64, 64, 4, 2, 1, 1, 3, True), True),
 }
 plans = pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
 

@@ -19,8 +19,15 @@ from shardwise.ops.moe.routing import Routing, combine, most_blocks, routed
 from shardwise.ops.moe.wide_gemm import wide_gemm
 from shardwise.ops.moe.workspace import Workspace
 from shardwise.ops.quantization.triton_fp8 import quantize
-from shardwise.ops.tensor_memory import matrix_tiles, pair_tiles
-from shardwise.ops.triton_support import Launcher, aligned, dependent_launch, interpreting, multiprocessors
+from shardwise.ops.tensor_memory import matrix_tiles
+from shardwise.ops.triton_support import (
+    Launcher,
+    aligned,
+    asynchronous_products,
+    dependent_launch,
+    interpreting,
+    multiprocessors,
+)
 
 _gemm, _gather, _wide = Launcher(grouped_gemm), Launcher(gather_rows), Launcher(wide_gemm)
 
@@ -126,7 +133,8 @@ def _runs_specialised(shape: Shape, product: _Product) -> bool:
     """Whether `wide_gemm` takes the product."""
     by_expert = product.scale is None or product.scale.dim() == 1
     plain = product.sharing == 0 and product.act in ("silu", "none") and not product.weight_in and by_expert
-    return shape.specialised and plain and GLUON and not interpreting() and _by_tensor_memory(product.x, product.weight)
+    hopper = GLUON and not interpreting() and asynchronous_products(product.x.device)
+    return shape.specialised and plain and hopper and _by_tensor_memory(product.x, product.weight)
 
 
 def _run_specialised(shape: Shape, bt: int, product: _Product, routing: Routing) -> None:
@@ -159,20 +167,16 @@ def _run(shape: Shape, bt: int, product: _Product, routing: Routing) -> None:
     tma = _by_tensor_memory(x, w)
     even = columns % (shape.bk * shape.splits) == 0
     scaled = "" if product.scale is None else "expert" if product.scale.dim() == 1 else "block"
-    paired = shape.paired and tma and product.act == "silu" and scaled != "block"
     constants = (
         (product.sharing > 0, product.by_pair, product.act, scaled, product.factor is not None, product.quant_how)
-        + (product.weight_in, shape.bn, bt, shape.bk, shape.splits, shape.group, shape.tokens_left, paired, shape.flat)
-        + (tma, even, shape.stages, interpreting(), pdl)
+        + (product.weight_in, shape.bn, bt, shape.bk, shape.splits, shape.group, shape.tokens_left, tma, even)
+        + (shape.stages, interpreting(), pdl)
     )  # fmt: skip
     absent = routing.order  # stands for an argument that the kernel does not read
     others = [absent if other is None else other for other in (product.scale, product.factor, product.quant)]
     key = (x.dtype, w.dtype, out.dtype, routing.weights.dtype, columns, rows, shape.warps, constants)
     bound = most_blocks(pairs, routing.local, bt) * -(-rows // shape.bn) * shape.splits
-    left = w
-    if tma:
-        whole = w.view(-1, columns)
-        left = pair_tiles(whole, rows, shape.bn, shape.bk) if paired else matrix_tiles(whole, shape.bn, shape.bk)
+    left = matrix_tiles(w.view(-1, columns), shape.bn, shape.bk) if tma else w
     right = matrix_tiles(x, bt, shape.bk) if tma and not product.sharing else x
     _gemm(
         device,

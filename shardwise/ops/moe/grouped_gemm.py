@@ -81,8 +81,8 @@ def grouped_gemm(
     out_rows, stride_x,
     GATHER: tl.constexpr, BY_PAIR: tl.constexpr, ACT: tl.constexpr, SCALED: tl.constexpr, FACTORED: tl.constexpr,
     QUANTIZE: tl.constexpr, WEIGHT_IN: tl.constexpr, BN: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr,
-    SPLITS: tl.constexpr, GROUP: tl.constexpr, TOKENS_LEFT: tl.constexpr, PAIRED: tl.constexpr, FLAT: tl.constexpr,
-    TMA: tl.constexpr, EVEN_K: tl.constexpr, STAGES: tl.constexpr, INTERPRET: tl.constexpr, PDL: tl.constexpr,
+    SPLITS: tl.constexpr, GROUP: tl.constexpr, TOKENS_LEFT: tl.constexpr, TMA: tl.constexpr, EVEN_K: tl.constexpr,
+    STAGES: tl.constexpr, INTERPRET: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Persistent over (token block, n tile, k split); n tiles of BN output rows.
 
@@ -95,19 +95,17 @@ def grouped_gemm(
                 weights each, [E, ceil(N/128), ceil(K/128)], twice as many rows with ACT "silu"; FACTORED: also with
                 factor_ptr[0]
     QUANTIZE    results are divided ("divide") by quant_ptr[0] or multiplied ("multiply") with it and stored as e4m3
-    PAIRED      a tile's up and gate rows are one operand; w is a descriptor of [2E, N, K], tokens are the left operand
-    FLAT        tiles and their steps are one loop: a tile's first loads run beside its predecessor's results
     WEIGHT_IN   products are multiplied with routing_ptr[pair], which is the routing weight applied to the input
     """
     await_predecessor(PDL)
     GATED: tl.constexpr = ACT == "silu"
     ROWS: tl.constexpr = BT if TOKENS_LEFT else BN
-    COLUMNS: tl.constexpr = BT if not TOKENS_LEFT else 2 * BN if PAIRED else BN
+    COLUMNS: tl.constexpr = BN if TOKENS_LEFT else BT
     n_tiles = tl.cdiv(out_rows, BN)
     blocks = tl.load(block_ptr)
     per_block = n_tiles * SPLITS
     k_steps = tl.cdiv(tl.cdiv(columns, BK), SPLITS)
-    for index in tl.range(tl.program_id(0), blocks * per_block, tl.num_programs(0), num_stages=1, flatten=FLAT):
+    for index in tl.range(tl.program_id(0), blocks * per_block, tl.num_programs(0), num_stages=1):
         block, place = _place(index, blocks, per_block, GROUP)
         split, n_start = place % SPLITS, place // SPLITS * BN
         expert = tl.load(block_ptr + 1 + 3 * block)
@@ -123,29 +121,24 @@ def grouped_gemm(
         scale_rows = tl.cdiv(out_rows, 128) * (2 if GATED else 1)
         at_row = first + n_start if TMA else first
         acc = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
-        gate = tl.zeros((ROWS, COLUMNS), dtype=tl.float32) if not PAIRED else acc
+        gate = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
         for step in tl.range(split * k_steps, (split + 1) * k_steps, num_stages=STAGES):
             k = step * BK
             tokens = _tokens(x, start, rows, valid, k, columns, stride_x, BK, TMA and not GATHER, EVEN_K)
-            if PAIRED:
-                up = tl.reshape(w.load([2 * expert, n_start, k]), (2 * BN, BK))
-            else:
-                up = _weights(w, at_row, n, real, k, columns, BK, TMA, EVEN_K)
+            up = _weights(w, at_row, n, real, k, columns, BK, TMA, EVEN_K)
             if SCALED == "block":
                 scale_at = scale_ptr + (expert * scale_rows + n_start // 128) * tl.cdiv(columns, 128) + k // 128
                 zero = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
                 acc += _step(zero, up, tokens, TOKENS_LEFT, INTERPRET) * tl.load(scale_at)
             else:
                 acc = _step(acc, up, tokens, TOKENS_LEFT, INTERPRET)
-            if GATED and not PAIRED:
+            if GATED:
                 other = _weights(w, at_row + out_rows, n, real, k, columns, BK, TMA, EVEN_K)
                 if SCALED == "block":
                     scale_at += tl.cdiv(out_rows, 128) * tl.cdiv(columns, 128)
                     gate += _step(zero, other, tokens, TOKENS_LEFT, INTERPRET) * tl.load(scale_at)
                 else:
                     gate = _step(gate, other, tokens, TOKENS_LEFT, INTERPRET)
-        if PAIRED:
-            acc, gate = tl.split(tl.permute(tl.reshape(acc, (ROWS, 2, BN)), (0, 2, 1)))
         if SCALED != "":
             factor = tl.load(scale_ptr + expert) if SCALED == "expert" else 1.0
             if FACTORED:

@@ -22,12 +22,7 @@ class Shape:
     splits: int = 1  # parts of K, summed by the combine
     group: int = 1  # token blocks that share the weights they read
     tokens_left: bool = False  # tokens are the left operand of the products
-    paired: bool = False  # up and gate rows are one operand of each product; with tokens_left only
-    flat: bool = False  # a tile's first loads run beside its predecessor's results
     specialised: bool = False  # one warp loads, two warpgroups multiply (`wide_gemm`); steps of 128 bytes
-
-    def __post_init__(self):
-        assert self.tokens_left or not self.paired
 
 
 @dataclass(frozen=True)
@@ -92,7 +87,7 @@ def choose_plan(pairs: int, experts: int, itemsize: int, blocks: bool = False) -
         return GroupedPlan(128, Shape(64, bk, 4, 3, 2, group=4), Shape(128, bk, 4, 3, 2, group=4, tokens_left=True))
     return GroupedPlan(
         128,
-        Shape(128, bk, 8, 4, 1, group=4, tokens_left=True, paired=not blocks, specialised=not blocks),
+        Shape(128, bk, 8, 4, 1, group=4, tokens_left=True, specialised=not blocks),
         Shape(tall, bk, 8, 4, 1, group=4, tokens_left=True, specialised=not blocks),
         copied=not blocks,
     )
