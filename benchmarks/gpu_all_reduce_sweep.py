@@ -45,21 +45,24 @@ def small(fused: bool) -> list[Tuning]:
 def candidates(fused: bool, nbytes: int) -> list[Tuning]:
     if nbytes < MIB // 2:
         return small(fused)
-    both = [
+    tunings = [
         Tuning("ONESHOT", warps, ahead, blocks, lanes, bulk=bulk, pausing=pausing)
         for warps, lanes, blocks in SHAPES
-        for ahead, bulk, pausing in ((0, False, False), (1, False, True), (1, True, True))
+        for ahead, bulk, pausing in ((0, False, 0), (1, False, 64), (1, False, 250), (1, True, 64))
     ]
-    divided = [
-        Tuning("ONESHOT", warps, ahead, blocks, lanes, pushers=pushers, bulk=bulk, pausing=True)
+    if nbytes >= 32 * MIB:
+        return tunings
+    tunings += [
+        Tuning("ONESHOT", warps, ahead, blocks, lanes, pushers=pushers, bulk=bulk, pausing=64)
         for (warps, lanes, blocks), (ahead, bulk), pushers in itertools.product(
             SHAPES, ((0, False), (1, True)), (16, 24, 32)
         )
-        if nbytes < 32 * MIB and (fused or warps > 8)
+        if fused or warps > 8
     ]
-    if fused and nbytes < 32 * MIB:
-        divided += [Tuning("ONESHOT", warps, pushers=pushers) for warps in (16, 32) for pushers in (24, 40)]
-    return both + divided
+    if fused:
+        pauses = itertools.product((16, 32), (24, 32), (0, 250))
+        tunings += [Tuning("ONESHOT", warps, pushers=pushers, pausing=pause) for warps, pushers, pause in pauses]
+    return tunings
 
 
 def wide_candidates(fused: bool, nbytes: int) -> list[Tuning]:
@@ -67,13 +70,13 @@ def wide_candidates(fused: bool, nbytes: int) -> list[Tuning]:
     two = [
         Tuning("TWOSHOT", warps, ahead, blocks, lanes, pausing=pausing)
         for warps, ahead, blocks, lanes in ((8, 1, 2, 256), (8, 2, 2, 512), (16, 1, 1, 512), (16, 1, 2, 512))
-        for pausing in (False, True)
+        for pausing in (0, 64)
         if fused is False or lanes == 512
     ]
     if nbytes < 128 * KIB:
         return small(fused) + two[:1]
     one = [Tuning("ONESHOT", warps, 0, blocks, lanes) for warps, lanes, blocks in SHAPES]
-    one += [Tuning("ONESHOT", 16, pushers=pushers, pausing=True) for pushers in (16, 32)]
+    one += [Tuning("ONESHOT", 16, pushers=pushers, pausing=64) for pushers in (16, 32)]
     return two + (one if nbytes <= 4 * MIB else [])
 
 

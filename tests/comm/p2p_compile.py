@@ -24,8 +24,12 @@ def compiled(tuning, world: int, fused: bool, aligned: bool, dtype: str, lanes: 
     signature = {**pointers, "slots": ("i64",) * world, "counters": "*i32", **INTEGERS, **SIZES}
     signature |= dict.fromkeys(constants, "constexpr")
     kernel = kernels.one_shot if tuning.strategy == "ONESHOT" else kernels.two_shot
-    options = {"num_warps": tuning.warps, "launch_pdl": True}
+    options = {"num_warps": warps(tuning, lanes), "launch_pdl": True}
     return triton.compile(ASTSource(kernel, signature, constants), target=GPUTarget("cuda", 90, 32), options=options)
+
+
+def warps(tuning, lanes: int) -> int:
+    return min(tuning.warps, lanes // 32)
 
 
 def resources(cubin: bytes) -> tuple[int, int]:
@@ -48,7 +52,7 @@ def main() -> None:
     seen = set()
     for world, fused, aligned, dtype, nbytes in cases:
         tuning = table.choose(world, nbytes, fused, "AUTO").tuning
-        lanes = 512 if fused else tuning.lanes
+        lanes = (1024 if world == 2 and nbytes >= 1 << 20 else 512) if fused else tuning.lanes
         case = (tuning, world, fused, aligned, dtype, lanes)
         if case in seen:
             continue
@@ -60,7 +64,7 @@ def main() -> None:
             json.dumps(
                 {
                     "case": str(case),
-                    "warps": tuning.warps,
+                    "warps": warps(tuning, lanes),
                     "registers": registers,
                     "stack": stack,
                     "pushes": ptx.count("st.relaxed.sys.global.v4.b32"),

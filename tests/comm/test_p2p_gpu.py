@@ -140,11 +140,11 @@ def check_strategies(group) -> None:
 
 
 VARIANTS = (
-    Tuning("ONESHOT", 16, pausing=True),
+    Tuning("ONESHOT", 16, pausing=64),
     Tuning("ONESHOT", 8, ahead=1, bulk=True),
-    Tuning("ONESHOT", 16, pushers=16, pausing=True),
-    Tuning("ONESHOT", 16, ahead=1, pushers=32, bulk=True, pausing=True),
-    Tuning("TWOSHOT", 8, ahead=1, pausing=True),
+    Tuning("ONESHOT", 16, pushers=16, pausing=64),
+    Tuning("ONESHOT", 16, ahead=1, pushers=32, bulk=True, pausing=64),
+    Tuning("TWOSHOT", 8, ahead=1, pausing=64),
 )
 
 
@@ -240,7 +240,7 @@ def test_one_workspace_serves_one_thread_at_a_time():
 
             def intrude():
                 try:
-                    group.all_reduce(torch.ones(8, device="cuda"))
+                    group.all_reduce(torch.ones(8, device=group.workspace.counters.device))
                 except CommError as error:
                     caught.append(str(error))
 

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from shardwise.comm.p2p import ptx, workspace
-from shardwise.comm.p2p.rows import advance, begin, load_row, pack, push, region, store_row, unpack
+from shardwise.comm.p2p.rows import advance, begin, load_row, number, pack, push, region, store_row, unpack
 
 GROUPS, GROUP_CHUNKS = 4, 4
 CHUNK_VALUES = 8
@@ -163,7 +163,8 @@ def one_shot_fp8(
     kind: tl.constexpr = x.dtype.element_ty
     lane = tl.arange(0, LANES)
     everyone = lane >= 0
-    call = begin(counters, PDL)
+    begin(PDL)
+    call = number(counters)
     parity = (call & 1).to(tl.int64)
     what = call.to(tl.int64) | (_PHASE << 32)
     for index in range(tl.program_id(0), rows, tl.num_programs(0)):

@@ -32,7 +32,9 @@ from shardwise.comm.p2p.rows import (
     advance,
     begin,
     finish,
+    gain,
     load_row,
+    number,
     push,
     region,
     row_length,
@@ -51,13 +53,15 @@ _RUNTIME = [
 
 @triton.jit
 def _push_rows(
-    x, slots, parity, region_bytes, first, stop, step, rows, width, total_elements, chunks, lane, stage,
+    x, slots, counters, region_bytes, first, stop, step, rows, width, total_elements, chunks, lane, stage,
     WORLD: tl.constexpr, RANK: tl.constexpr, LANES: tl.constexpr, ALIGNED: tl.constexpr, WIDTH: tl.constexpr,
     BULK: tl.constexpr, PLACES: tl.constexpr,
 ):  # fmt: skip
-    """Push the rows first, first + step, ..., each loaded while the one before leaves."""
+    """Push the rows first, first + step, ..., each loaded while the one before leaves. The call's number."""
     limit = row_length(first, rows, width, total_elements)
     chunk = load_row(x + first * width, lane, limit, ALIGNED, WIDTH)
+    call = number(counters)
+    parity = (call & 1).to(tl.int64)
     for index in range(first, stop, step):
         row = tl.cast(index, tl.int64)
         mask = lane * (16 // WIDTH) < limit
@@ -68,23 +72,30 @@ def _push_rows(
             ptx.bulk_sent(PLACES - 1)
         place = stage + ((index - first) // step % PLACES * (LANES * 16)).to(tl.int32)
         push(ready, slots, parity, region_bytes, row, chunks, lane, mask, place, WORLD, RANK, BULK)
+    return call
 
 
 @triton.jit
 def _sum_rows(
-    x, residual, weight, out, residual_out, slots, parity, region_bytes, first, step, rows, width, total_elements,
-    chunks, lane, eps, weight_bias, abort, records, what, deadline_ns, kind: tl.constexpr,
+    x, residual, weight, out, residual_out, slots, counters, region_bytes, first, step, rows, width, total_elements,
+    chunks, lane, eps, weight_bias, abort, records, deadline_ns, kind: tl.constexpr,
     WORLD: tl.constexpr, RANK: tl.constexpr, ALIGNED: tl.constexpr, WIDTH: tl.constexpr, FUSED: tl.constexpr,
     PAUSING: tl.constexpr,
 ):  # fmt: skip
-    """Sum and finish the rows first, first + step, ...; what they need of this rank is loaded one row ahead."""
+    """Sum and finish the rows first, first + step, ...; what they need of this rank is loaded one row ahead.
+
+    The call's number.
+    """
     limit = row_length(first, rows, width, total_elements)
     own = load_row(x + first * width, lane, limit, ALIGNED, WIDTH)
     carried = own
-    gain = own
+    gains = ()
     if FUSED:
         carried = load_row(residual + first * width, lane, limit, ALIGNED, WIDTH)
-        gain = load_row(weight, lane, width, ALIGNED, WIDTH)
+        gains = gain(load_row(weight, lane, width, ALIGNED, WIDTH), weight_bias, kind)
+    call = number(counters)
+    parity = (call & 1).to(tl.int64)
+    what = call.to(tl.int64) | (ONE_SHOT << 32)
     for index in range(first, rows, step):
         row = tl.cast(index, tl.int64)
         limit = row_length(row, rows, width, total_elements)
@@ -99,58 +110,64 @@ def _sum_rows(
             records, what, deadline_ns, WORLD, RANK, kind, PAUSING,
         )  # fmt: skip
         finish(
-            total, carried, gain, out + row * width, residual_out + row * width, lane, limit, eps, weight_bias, kind,
-            ALIGNED, WIDTH, FUSED,
+            total, carried, gains, out + row * width, residual_out + row * width, lane, limit, eps,
+            (index - first) // step, kind, ALIGNED, WIDTH, FUSED,
         )  # fmt: skip
         own = next_own
         carried = next_carried
+    return call
 
 
 @triton.jit
 def _exchange_rows(
-    x, residual, weight, out, residual_out, slots, parity, region_bytes, rows, width, total_elements, chunks, lane,
-    stage, eps, weight_bias, abort, records, what, deadline_ns, kind: tl.constexpr,
+    x, residual, weight, out, residual_out, slots, counters, region_bytes, rows, width, total_elements, chunks, lane,
+    stage, eps, weight_bias, abort, records, deadline_ns, kind: tl.constexpr,
     WORLD: tl.constexpr, RANK: tl.constexpr, LANES: tl.constexpr, ALIGNED: tl.constexpr, WIDTH: tl.constexpr,
     FUSED: tl.constexpr, AHEAD: tl.constexpr, BULK: tl.constexpr, PAUSING: tl.constexpr,
 ):  # fmt: skip
-    """Push and sum this block's rows, each pushed while the one AHEAD rows before it is awaited."""
+    """Push and sum this block's rows, each pushed while the one AHEAD rows before it is awaited. The call's number."""
     step = tl.num_programs(0)
+    first = tl.program_id(0).to(tl.int64)
+    limit = row_length(first, rows, width, total_elements)
+    own = load_row(x + first * width, lane, limit, ALIGNED, WIDTH)
+    call = number(counters)
+    parity = (call & 1).to(tl.int64)
+    what = call.to(tl.int64) | (ONE_SHOT << 32)
     for ahead in tl.static_range(AHEAD):
-        row = (tl.program_id(0) + ahead * step).to(tl.int64)
+        row = first + ahead * step
         limit = row_length(row, rows, width, total_elements)
         mask = lane * (16 // WIDTH) < limit
-        chunk = ptx.disarm(load_row(x + row * width, lane, limit, ALIGNED, WIDTH))
+        chunk = own if ahead == 0 else load_row(x + row * width, lane, limit, ALIGNED, WIDTH)
         place = stage + ahead * (LANES * 16)
-        push(chunk, slots, parity, region_bytes, row, chunks, lane, mask, place, WORLD, RANK, BULK)
+        push(ptx.disarm(chunk), slots, parity, region_bytes, row, chunks, lane, mask, place, WORLD, RANK, BULK)
     for index in range(tl.program_id(0), rows, step):
         row = tl.cast(index, tl.int64)
         limit = row_length(row, rows, width, total_elements)
         mask = lane * (16 // WIDTH) < limit
-        own = ptx.disarm(load_row(x + row * width, lane, limit, ALIGNED, WIDTH))
+        later = row + AHEAD * step
+        later_limit = row_length(later, rows, width, total_elements)
+        later_mask = lane * (16 // WIDTH) < later_limit
+        chunk = own if AHEAD == 0 else load_row(x + later * width, lane, later_limit, ALIGNED, WIDTH)
         if BULK:
             ptx.bulk_sent(AHEAD)
         place = stage + ((index // step + AHEAD) % (AHEAD + 1) * (LANES * 16)).to(tl.int32)
-        if AHEAD == 0:
-            push(own, slots, parity, region_bytes, row, chunks, lane, mask, place, WORLD, RANK, BULK)
-        else:
-            later = row + AHEAD * step
-            later_limit = row_length(later, rows, width, total_elements)
-            later_mask = lane * (16 // WIDTH) < later_limit
-            chunk = ptx.disarm(load_row(x + later * width, lane, later_limit, ALIGNED, WIDTH))
-            push(chunk, slots, parity, region_bytes, later, chunks, lane, later_mask, place, WORLD, RANK, BULK)
-        residual_chunk = own
-        weight_chunk = own
+        push(ptx.disarm(chunk), slots, parity, region_bytes, later, chunks, lane, later_mask, place, WORLD, RANK, BULK)
+        carried = own
+        gains = ()
         if FUSED:
-            residual_chunk = load_row(residual + row * width, lane, limit, ALIGNED, WIDTH)
-            weight_chunk = load_row(weight, lane, limit, ALIGNED, WIDTH)
+            carried = load_row(residual + row * width, lane, limit, ALIGNED, WIDTH)
+            gains = gain(load_row(weight, lane, limit, ALIGNED, WIDTH), weight_bias, kind)
         total = sum_in_rank_order(
-            own, slots, parity, region_bytes, row, chunks, lane, mask, abort, records, what, deadline_ns,
+            ptx.disarm(own), slots, parity, region_bytes, row, chunks, lane, mask, abort, records, what, deadline_ns,
             WORLD, RANK, kind, PAUSING,
         )  # fmt: skip
         finish(
-            total, residual_chunk, weight_chunk, out + row * width, residual_out + row * width, lane, limit, eps,
-            weight_bias, kind, ALIGNED, WIDTH, FUSED,
+            total, carried, gains, out + row * width, residual_out + row * width, lane, limit, eps, index // step,
+            kind, ALIGNED, WIDTH, FUSED,
         )  # fmt: skip
+        row += step
+        own = load_row(x + row * width, lane, row_length(row, rows, width, total_elements), ALIGNED, WIDTH)
+    return call
 
 
 @triton.jit(do_not_specialize=_RUNTIME)
@@ -173,26 +190,24 @@ def one_shot(
     stage = 0
     if BULK:
         stage = ptx.stage(triton.cdiv(PLACES * LANES * 16, 16384) * 16384)
-    call = begin(counters, PDL)
-    parity = (call & 1).to(tl.int64)
-    what = call.to(tl.int64) | (ONE_SHOT << 32)
+    begin(PDL)
     block = tl.program_id(0).to(tl.int64)
     if PUSHERS == 0:
-        _exchange_rows(
-            x, residual, weight, out, residual_out, slots, parity, region_bytes, rows, width, total_elements, chunks,
-            lane, stage, eps, weight_bias, abort, records, what, deadline_ns, kind,
+        call = _exchange_rows(
+            x, residual, weight, out, residual_out, slots, counters, region_bytes, rows, width, total_elements, chunks,
+            lane, stage, eps, weight_bias, abort, records, deadline_ns, kind,
             WORLD, RANK, LANES, ALIGNED, WIDTH, FUSED, AHEAD, BULK, PAUSING,
         )  # fmt: skip
     elif block < PUSHERS:
-        _push_rows(
-            x, slots, parity, region_bytes, block, rows, PUSHERS, rows, width, total_elements, chunks, lane, stage,
+        call = _push_rows(
+            x, slots, counters, region_bytes, block, rows, PUSHERS, rows, width, total_elements, chunks, lane, stage,
             WORLD, RANK, LANES, ALIGNED, WIDTH, BULK, PLACES,
         )  # fmt: skip
     else:
-        _sum_rows(
-            x, residual, weight, out, residual_out, slots, parity, region_bytes, block - PUSHERS,
+        call = _sum_rows(
+            x, residual, weight, out, residual_out, slots, counters, region_bytes, block - PUSHERS,
             tl.num_programs(0) - PUSHERS, rows, width, total_elements, chunks, lane, eps, weight_bias, abort, records,
-            what, deadline_ns, kind, WORLD, RANK, ALIGNED, WIDTH, FUSED, PAUSING,
+            deadline_ns, kind, WORLD, RANK, ALIGNED, WIDTH, FUSED, PAUSING,
         )  # fmt: skip
     if BULK:
         ptx.bulk_sent(0)  # the block's shared memory is given away when it ends
@@ -222,7 +237,7 @@ def _scatter(
 def _gather(
     residual, weight, out, residual_out,
     slots, parity, region_bytes, index, rows, width, total_elements, chunks, lane, eps, weight_bias,
-    abort, records, what, deadline_ns, kind: tl.constexpr,
+    abort, records, what, deadline_ns, turn, kind: tl.constexpr,
     owner: tl.constexpr, WORLD: tl.constexpr, RANK: tl.constexpr, ALIGNED: tl.constexpr, WIDTH: tl.constexpr,
     FUSED: tl.constexpr, PAUSING: tl.constexpr,
 ):  # fmt: skip
@@ -233,16 +248,16 @@ def _gather(
     place = tl.cdiv(rows, WORLD) + index
     words = region(slots, RANK, owner, parity, region_bytes, WORLD) + place * chunks * 4
     total = ptx.peek_chunk(words, lane, mask)
-    residual_chunk = total
-    weight_chunk = total
+    carried = total
+    gains = ()
     if FUSED:
-        residual_chunk = load_row(residual + row * width, lane, limit, ALIGNED, WIDTH)
-        weight_chunk = load_row(weight, lane, limit, ALIGNED, WIDTH)
+        carried = load_row(residual + row * width, lane, limit, ALIGNED, WIDTH)
+        gains = gain(load_row(weight, lane, limit, ALIGNED, WIDTH), weight_bias, kind)
     total = ptx.wait_chunk(total, words, lane, abort, records + owner * 8, what, deadline_ns, PAUSING)
     ptx.rearm_chunk(words, lane, mask)
     finish(
-        total, residual_chunk, weight_chunk, out + row * width, residual_out + row * width, lane, limit, eps,
-        weight_bias, kind, ALIGNED, WIDTH, FUSED,
+        total, carried, gains, out + row * width, residual_out + row * width, lane, limit, eps, turn, kind, ALIGNED,
+        WIDTH, FUSED,
     )  # fmt: skip
 
 
@@ -265,7 +280,8 @@ def two_shot(
     WIDTH: tl.constexpr = kind.primitive_bitwidth // 8
     lane = tl.arange(0, LANES)
     step = tl.num_programs(0)
-    call = begin(counters, PDL)
+    begin(PDL)
+    call = number(counters)
     parity = (call & 1).to(tl.int64)
     reduce_what = call.to(tl.int64) | (TWO_SHOT_REDUCE << 32)
     gather_what = call.to(tl.int64) | (TWO_SHOT_GATHER << 32)
@@ -288,11 +304,11 @@ def two_shot(
         limit = row_length(row, _part_start(rows, RANK + 1, WORLD), width, total_elements)
         mask = lane * (16 // WIDTH) < limit
         own = ptx.disarm(load_row(x + row * width, lane, limit, ALIGNED, WIDTH))
-        residual_chunk = own
-        weight_chunk = own
+        carried = own
+        gains = ()
         if FUSED:
-            residual_chunk = load_row(residual + row * width, lane, limit, ALIGNED, WIDTH)
-            weight_chunk = load_row(weight, lane, limit, ALIGNED, WIDTH)
+            carried = load_row(residual + row * width, lane, limit, ALIGNED, WIDTH)
+            gains = gain(load_row(weight, lane, limit, ALIGNED, WIDTH), weight_bias, kind)
         total = sum_in_rank_order(
             own, slots, parity, region_bytes, index, chunks, lane, mask, abort, records, reduce_what, deadline_ns,
             WORLD, RANK, kind, PAUSING,
@@ -300,13 +316,14 @@ def two_shot(
         total = ptx.disarm(total)
         push(total, slots, parity, region_bytes, turns + index, chunks, lane, mask, 0, WORLD, RANK, False)
         finish(
-            total, residual_chunk, weight_chunk, out + row * width, residual_out + row * width, lane, limit, eps,
-            weight_bias, kind, ALIGNED, WIDTH, FUSED,
+            total, carried, gains, out + row * width, residual_out + row * width, lane, limit, eps, turn // step, kind,
+            ALIGNED, WIDTH, FUSED,
         )  # fmt: skip
         for hop in tl.static_range(1, WORLD):
             _gather(
                 residual, weight, out, residual_out, slots, parity, region_bytes, index - step, rows, width,
-                total_elements, chunks, lane, eps, weight_bias, abort, records, gather_what, deadline_ns, kind,
+                total_elements, chunks, lane, eps, weight_bias, abort, records, gather_what, deadline_ns,
+                turn // step, kind,
                 (RANK + WORLD - hop) % WORLD, WORLD, RANK, ALIGNED, WIDTH, FUSED, PAUSING,
             )  # fmt: skip
     advance(counters, call)

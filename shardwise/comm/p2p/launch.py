@@ -110,7 +110,7 @@ class Launcher:
             "RANK": space.rank,
             "LANES": FP8_LANES,
             "ALIGNED": aligned,
-            "PAUSING": False,
+            "PAUSING": 0,
             "PDL": self.pdl,
             "num_warps": FP8_LANES // 32,
             "launch_pdl": self.pdl,

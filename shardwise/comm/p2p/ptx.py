@@ -58,50 +58,113 @@ REARM = tl.constexpr("""
 }
 """)
 
-# The clock is read, and the abort word looked at, once in 1024 looks (about 0.5 ms): the fast path pays nothing.
-_WAIT = """
-{
-    .reg .pred p, q;
+
+@triton.constexpr_function
+def wait_code(chunks, pausing):
+    """Looks at all chunks of a thread that have not arrived, until they have: one trip to the memory for all.
+    Between looks it sleeps about `pausing` nanoseconds.
+
+    The clock is read, and the abort word looked at, once in 1024 looks (about 0.5 ms): the fast path pays nothing.
+    """
+    words = [[f"${word * chunks + i}" for word in range(4)] for i in range(chunks)]
+    inputs = [[f"${(4 + k) * chunks + i}" for i in range(chunks)] for k in range(9)]
+    place, abort, record, deadline, *seen, what = inputs
+    copy = [f"mov.b32 {words[i][word]}, {seen[word][i]};" for i in range(chunks) for word in range(4)]
+    judge, again = [], []
+    for i in range(chunks):
+        first, *others = words[i]
+        judge += [f"setp.eq.s32 p{i}, {first}, -1;"] + [f"setp.eq.or.s32 p{i}, {w}, -1, p{i};" for w in others]
+        again.append(f"@p{i} ld.relaxed.sys.global.v4.b32 {{{', '.join(words[i])}}}, [{place[i]}];")
+    judge += ["mov.pred p, p0;"] + [f"or.pred p, p, p{i};" for i in range(1, chunks)]
+    return f"""
+{{
+    .reg .pred p, q, {", ".join(f"p{i}" for i in range(chunks))};
     .reg .b32 n, a;
     .reg .b64 begun, now;
-    mov.b32 $0, $8; mov.b32 $1, $9; mov.b32 $2, $10; mov.b32 $3, $11;
+    {" ".join(copy)}
     mov.b32 n, 0;
     mov.b64 begun, 0;
 LOOK:
-    setp.eq.s32 p, $0, -1;
-    setp.eq.or.s32 p, $1, -1, p;
-    setp.eq.or.s32 p, $2, -1, p;
-    setp.eq.or.s32 p, $3, -1, p;
+    {" ".join(judge)}
     @!p bra LEAVE;
     add.u32 n, n, 1;
     and.b32 a, n, 1023;
     setp.ne.u32 q, a, 0;
     @q bra AGAIN;
-    ld.relaxed.sys.global.b32 a, [$5];
+    ld.relaxed.sys.global.b32 a, [{abort[0]}];
     setp.ne.s32 q, a, 0;
     @q bra ENDED;
     mov.u64 now, %globaltimer;
     setp.eq.u64 q, begun, 0;
     @q mov.b64 begun, now;
     sub.u64 now, now, begun;
-    setp.lt.u64 q, now, $7;
+    setp.lt.u64 q, now, {deadline[0]};
     @q bra AGAIN;
-    st.relaxed.sys.global.b64 [$6], $12;
-    st.relaxed.sys.global.b32 [$5], 1;
+    st.relaxed.sys.global.b64 [{record[0]}], {what[0]};
+    st.relaxed.sys.global.b32 [{abort[0]}], 1;
     bra LEAVE;
 ENDED:
-    st.relaxed.sys.global.b64 [$6 + 64], $12;
+    st.relaxed.sys.global.b64 [{record[0]} + 64], {what[0]};
     bra LEAVE;
 AGAIN:
-    %s
-    ld.relaxed.sys.global.v4.b32 {$0, $1, $2, $3}, [$4];
+    {f"nanosleep.u32 {pausing};" if pausing else ""}
+    {" ".join(again)}
     bra LOOK;
 LEAVE:
-}
+}}
 """
-WAIT = tl.constexpr(_WAIT.replace("%s", ""))
-WAIT_PAUSING = tl.constexpr(_WAIT.replace("%s", "nanosleep.u32 64;"))
-"""Fewer looks leave more of the memory to the data that is awaited, and see it a little later."""
+
+
+@triton.constexpr_function
+def constraints(outputs, kinds, chunks):
+    """Of `outputs` registers and of inputs of these kinds (r, l, f), each of `chunks` elements of a thread."""
+    return ",".join(["=&" + outputs[0]] * (len(outputs) * chunks) + [kind for kind in kinds for _ in range(chunks)])
+
+
+@triton.constexpr_function
+def block_sum_code(elements, warps):
+    """Sum over a block, to all its threads: over every 32 lanes, then over those sums, which lie in shared memory.
+
+    So the order does not depend on the number of warps: lane 32 (warps * i + warp) + thread is a thread's i-th element.
+    One barrier a sum: the sums of two calls that follow each other lie in different places.
+    """
+    parts, groups = [f"s{i}" for i in range(elements)], elements * warps
+    inside = [
+        f"shfl.sync.bfly.b32 t, {part}, {step}, 31, 0xffffffff; add.f32 {part}, {part}, t;"
+        for step in (16, 8, 4, 2, 1)
+        for part in parts
+    ]
+    across = [f"ld.shared.f32 t, [a + {4 * i}]; add.f32 s, s, t;" for i in range(groups)]
+    if groups % 4 == 0:
+        across = [
+            f"ld.shared.v4.f32 {{t, u, v, w}}, [a + {16 * i}]; add.f32 t, t, u; add.f32 v, v, w; add.f32 t, t, v; "
+            "add.f32 s, s, t;"
+            for i in range(groups // 4)
+        ]
+    return f"""
+{{
+    .reg .f32 s, t, u, v, w, {", ".join(parts)};
+    .reg .b32 a, b, c;
+    .reg .pred q;
+    .shared .align 16 .b8 sums[{8 * groups}];
+    {" ".join(f"mov.f32 {part}, ${elements + i};" for i, part in enumerate(parts))}
+    {" ".join(inside)}
+    and.b32 a, ${2 * elements}, 1;
+    mov.u32 b, sums;
+    mad.lo.u32 a, a, {4 * groups}, b;
+    mov.u32 b, %tid.x;
+    and.b32 c, b, 31;
+    setp.eq.u32 q, c, 0;
+    shr.u32 b, b, 5;
+    mad.lo.u32 b, b, 4, a;
+    {" ".join(f"@q st.shared.f32 [b + {4 * warps * i}], {part};" for i, part in enumerate(parts))}
+    bar.sync 0;
+    mov.f32 s, 0f00000000;
+    {" ".join(across)}
+    {" ".join(f"mov.f32 ${i}, s;" for i in range(elements))}
+}}
+"""
+
 
 # Bulk copies leave from shared memory through an engine of their own: the warp's loads and stores do not queue behind
 # them where the link is busy. A warp's 32 chunks are one copy; lane 0 issues it. PTX calls the writes of a copy weak
@@ -191,13 +254,14 @@ def wait_chunk(seen, words, lane, abort, record, what, deadline_ns, PAUSING: tl.
     that gives up stores the int64 `what` at `record` (pinned host memory) and sets the int32 at `abort` (this device);
     a lane that was waiting when another, or a peer, had set it stores `what` 64 bytes behind `record`.
     """
+    CHUNKS: tl.constexpr = seen[0].shape[0] // (32 * tl_cuda.num_warps())
     return tl.inline_asm_elementwise(
-        WAIT_PAUSING if PAUSING else WAIT,
-        "=&r,=&r,=&r,=&r,l,l,l,l,r,r,r,r,l",
+        wait_code(CHUNKS, PAUSING),
+        constraints("rrrr", "llllrrrrl", CHUNKS),
         [words + lane * 4, abort, record, deadline_ns, seen[0], seen[1], seen[2], seen[3], what],
         dtype=(tl.int32, tl.int32, tl.int32, tl.int32),
         is_pure=False,
-        pack=1,
+        pack=CHUNKS,
     )
 
 
@@ -343,6 +407,38 @@ def round_pair(low, high, HALF: tl.constexpr):
             return tl.inline_asm_elementwise(
                 "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,r,r", [low, high], dtype=tl.int32, is_pure=True, pack=1
             )
+
+
+@triton.jit
+def add_pair(left, right, HALF: tl.constexpr):
+    """Sum of two words of two 16-bit floats each. The float32 sum rounded to them has the same bits: float32 has
+    twice their precision and two bits more."""
+    if HALF:
+        return tl.inline_asm_elementwise(
+            "add.rn.f16x2 $0, $1, $2;", "=r,r,r", [left, right], dtype=tl.int32, is_pure=True, pack=1
+        )
+    else:
+        return tl.inline_asm_elementwise(
+            "add.rn.bf16x2 $0, $1, $2;", "=r,r,r", [left, right], dtype=tl.int32, is_pure=True, pack=1
+        )
+
+
+@triton.jit
+def block_sum(values, turn):
+    """Sum of a float32 tensor over the block, in every lane. `turn`: 0, 1, 0, 1, ... in sums that follow each other."""
+    if INTERPRET:
+        return tl.sum(values)
+    else:
+        WARPS: tl.constexpr = tl_cuda.num_warps()
+        ELEMENTS: tl.constexpr = values.shape[0] // (32 * WARPS)
+        return tl.inline_asm_elementwise(
+            block_sum_code(ELEMENTS, WARPS),
+            constraints("f", "fr", ELEMENTS),
+            [values, turn.to(tl.int32)],
+            dtype=tl.float32,
+            is_pure=False,
+            pack=ELEMENTS,
+        )
 
 
 @triton.jit

@@ -95,14 +95,35 @@ def _add(left, right):
 
 
 @triton.jit
-def _normalise(values, gain, weight_bias, width, eps):
+def add_chunks(left, right, kind: tl.constexpr):
+    """Sum of two packed chunks, rounded to their type."""
+    if kind == tl.float32 or ptx.INTERPRET:
+        return pack(_add(unpack(left, kind), unpack(right, kind)), kind)
+    else:
+        total = ()
+        for i in tl.static_range(4):
+            total = total + (ptx.add_pair(left[i], right[i], kind == tl.float16),)
+        return total
+
+
+@triton.jit
+def gain(weight, weight_bias, kind: tl.constexpr):
+    """What a normalised chunk is multiplied by. Ask for it before a wait: what follows one adds to the call's time."""
+    result = ()
+    for value in tl.static_range(16 // (kind.primitive_bitwidth // 8)):
+        result = result + (unpack(weight, kind)[value] + weight_bias,)
+    return result
+
+
+@triton.jit
+def _normalise(values, gains, width, eps, turn):
     squares = values[0] * values[0]
     for i in tl.static_range(1, len(values)):
         squares += values[i] * values[i]
-    scale = tl.rsqrt(tl.sum(squares) / width + eps)
+    scale = tl.rsqrt(ptx.block_sum(squares, turn) * (1.0 / width) + eps)  # the quotient is ready before the sum
     result = ()
     for i in tl.static_range(len(values)):
-        result = result + (values[i] * scale * (gain[i] + weight_bias),)
+        result = result + (values[i] * scale * gains[i],)
     return result
 
 
@@ -116,14 +137,14 @@ def region(slots, owner: tl.constexpr, source: tl.constexpr, parity, region_byte
 
 @triton.jit
 def finish(
-    total, residual, weight, out_row, residual_row, lane, limit, eps, weight_bias,
+    total, residual, gains, out_row, residual_row, lane, limit, eps, turn,
     kind: tl.constexpr, ALIGNED: tl.constexpr, WIDTH: tl.constexpr, FUSED: tl.constexpr,
 ):  # fmt: skip
-    """Write a row whose sum is known: the sum, or the normalised row and the new residual."""
+    """Write a row whose sum is known: the sum, or the normalised row and the new residual. `turn`: see block_sum."""
     if FUSED:
-        chunk = pack(_add(unpack(total, kind), unpack(residual, kind)), kind)
+        chunk = add_chunks(total, residual, kind)
         store_row(residual_row, lane, limit, chunk, ALIGNED, WIDTH)
-        values = _normalise(unpack(chunk, kind), unpack(weight, kind), weight_bias, limit, eps)
+        values = _normalise(unpack(chunk, kind), gains, limit, eps, turn)
         store_row(out_row, lane, limit, pack(values, kind), ALIGNED, WIDTH)
     else:
         store_row(out_row, lane, limit, total, ALIGNED, WIDTH)
@@ -149,24 +170,34 @@ def sum_in_rank_order(
             words = region(slots, RANK, source, parity, region_bytes, WORLD) + row * chunks * 4
             chunk = ptx.wait_chunk(chunk, words, lane, abort, records + source * 8, what, deadline_ns, PAUSING)
             ptx.rearm_chunk(words, lane, mask)
-        if source == 0:
+        if source == 0 and WORLD > 2:
             total = unpack(chunk, kind)
-        else:
+        elif source == 0:
+            total = chunk
+        elif WORLD > 2:
             total = _add(total, unpack(chunk, kind))
-    return pack(total, kind)
+        else:
+            total = add_chunks(total, chunk, kind)
+    return pack(total, kind) if WORLD > 2 else total
 
 
 @triton.jit
-def begin(counters, PDL: tl.constexpr):
-    """Number of this call. Nothing that an earlier kernel wrote may be read before it returns."""
+def begin(PDL: tl.constexpr):
+    """Nothing that an earlier kernel wrote may be read before."""
     ptx.dependency_wait(PDL)
     ptx.dependency_launch(PDL)
+
+
+@triton.jit
+def number(counters):
+    """Number of this call. Ask for it when the first loads are under way: all addresses of slots wait for it."""
     return tl.load(counters + tl.program_id(0), volatile=True)
 
 
 @triton.jit
 def advance(counters, call):
-    """Set the next call's number in this block's share of the copies."""
+    """Set the next call's number in this block's share of the copies, when all its threads have read this call's."""
+    tl.debug_barrier()
     copy = tl.program_id(0) + tl.arange(0, _COUNTERS) * tl.num_programs(0)
     tl.store(counters + copy, tl.full([_COUNTERS], 1, tl.int32) + call, copy < _COUNTERS)
 

@@ -32,8 +32,8 @@ class Tuning:
     """One-shot: blocks that only push, so that the others only sum; 0: every block does both."""
     bulk: bool = False
     """One-shot: push by bulk copies from shared memory, where rows are aligned and AHEAD + 1 of them fit there."""
-    pausing: bool = False
-    """Look for what has not arrived less often."""
+    pausing: int = 0
+    """Nanoseconds between two looks for what has not arrived: fewer looks leave more of the cache to what arrives."""
 
 
 @dataclass(frozen=True)
@@ -53,24 +53,30 @@ class _Entry:
 
 
 _PLAIN_2 = (
-    _Entry(512 * KIB, Tuning("ONESHOT", warps=8, blocks_per_sm=4, lanes=256), "16 KiB 2.6 us, NCCL 9.6"),
-    _Entry(2 * MIB, Tuning("ONESHOT", warps=16, blocks_per_sm=4), "1 MiB 5.8 us, NCCL 16.5"),
+    _Entry(512 * KIB, Tuning("ONESHOT", warps=8, blocks_per_sm=4, lanes=256), "16 KiB 2.4 us, NCCL 9.6"),
+    _Entry(2 * MIB, Tuning("ONESHOT", warps=16, blocks_per_sm=4), "1 MiB 5.2 us, NCCL 16.5"),
     _Entry(
         _NO_LIMIT,
-        Tuning("ONESHOT", warps=32, ahead=1, lanes=1024, bulk=True, pausing=True),
-        "4 MiB 14.4 us, NCCL 34.3; 64 MiB 193 us, NCCL 261",
+        Tuning("ONESHOT", warps=32, ahead=1, lanes=1024, bulk=True, pausing=64),
+        "4 MiB 15.2 us, NCCL 34.8; 64 MiB 196 us, NCCL 251",
     ),
 )
-_STREAMING = Tuning("ONESHOT", warps=16, ahead=1, blocks_per_sm=2, pausing=True)
 _FUSED_2 = (
-    _Entry(512 * KIB, Tuning("ONESHOT", warps=16, blocks_per_sm=2), "4 x 4096 3.2 us, NCCL + norm 11.4"),
-    _Entry(3 * MIB, _STREAMING, "256 x 4096 9.5 us, NCCL + norm 32.1"),
     _Entry(
-        4 * MIB,
-        Tuning("ONESHOT", warps=16, pushers=32, pausing=True),
-        "256 x 7168 14.8 us, 15.2 where blocks push and sum, NCCL + norm 39.6",
+        256 * KIB,
+        Tuning("ONESHOT", warps=32, ahead=1, bulk=True),
+        "4 x 4096 2.9 us, NCCL + norm 11.1; 16 x 7168 4.0 us, 12.8",
     ),
-    _Entry(_NO_LIMIT, _STREAMING, "1024 x 7168 47.4 us, NCCL + norm 88.3; 4096 x 7168 174 us, 287"),
+    _Entry(
+        MIB,
+        Tuning("ONESHOT", warps=32, ahead=1, bulk=True, pausing=64),
+        "64 x 7168 5.9 us, NCCL + norm 17.7",
+    ),
+    _Entry(
+        _NO_LIMIT,
+        Tuning("ONESHOT", warps=16, ahead=1, blocks_per_sm=2, pausing=64),
+        "256 x 7168 15 us, NCCL + norm 39; 1024 x 7168 47 us, 86; 4096 x 7168 172 us, 294",
+    ),
 )
 _TWO_SHOT = Tuning("TWOSHOT", warps=8, ahead=2, blocks_per_sm=2)
 _WIDE_ONE_SHOT = Tuning("ONESHOT", warps=8, blocks_per_sm=2)
