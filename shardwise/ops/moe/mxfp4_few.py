@@ -10,7 +10,6 @@ columns of its products. Token rows are turned: of 64 columns, those of one lane
 
 from shardwise.ops.gluon_support import gl, jit, mma_v2
 from shardwise.ops.moe.mxfp4_convert import _NARROW, _SHAPE, _plain
-from shardwise.ops.ptx import keep_loads_above
 from shardwise.ops.triton_support import tl
 
 
@@ -195,7 +194,6 @@ def mxfp4_few(
         rows = position if ACT == "none" else gl.load(sorted_ptr + position) // TOP_K
         x_at = x_ptr + rows[:, None] * stride_x + place[None, :]
         acc = gl.zeros([16 * WARPS, BT], gl.float32, ACC)
-        odd = gl.zeros([16 * WARPS, BT], gl.float32, ACC)  # of every second tile, so that products wait less
         for k in range(first, stop, DEEP):
             xs, next_words, next_scales = x_at + k * 64, (), ()
             from_words, from_scales = word_at + k * 512, scale_at + k * 32
@@ -206,19 +204,14 @@ def mxfp4_few(
                 w, s = _load(from_words, from_scales, ahead + DEEP, there, word, rows_at)
                 next_words = next_words + (w,)
                 next_scales = next_scales + (s,)
-                if ahead % 2 == 0:
-                    acc = mma_v2(weights, x, acc)
-                else:
-                    odd = mma_v2(weights, x, odd)
-                keep_loads_above()
+                acc = mma_v2(weights, x, acc)
             words = next_words
             scales = next_scales
         words, scales = _begin(
             word_ptr, scale_ptr, later[0], index + programs, total, tiles_n, tiles_k, word, rows_at, SPLITS, WARPS, DEEP
         )
-        keep_loads_above()
         n = slab * 16 + gl.arange(0, 16 * WARPS, layout=gl.SliceLayout(1, ACC))
         bias = gl.load(bias_ptr + expert * tiles_n * 64 + n, mask=(n >= 0) & (split == 0), other=0.0)
-        acc += odd + bias[:, None]
+        acc += bias[:, None]
         _store(acc, out_ptr, sorted_ptr, alpha, limit, pairs, out_rows, slab, split, start, end, ACT, BT, WARPS, ACC)
         expert, start, end = later
