@@ -90,7 +90,6 @@ class ExpertStep:
             self.gate,
             bias=biases[0],
             positions=positions,
-            following=experts.down,
             pdl=self.pdl,
         )
         return expert_down(routed, experts.down, bias=biases[1], residual=residual, dtype=x.dtype, pdl=self.pdl)

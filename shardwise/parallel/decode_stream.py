@@ -7,8 +7,9 @@ from torch import Tensor
 from shardwise.ops.normalization.triton import triton_fused_add_rms_norm_inplace, triton_rms_norm
 from shardwise.parallel.layers import Linear, LinearLike, Norm, ResidualNorm
 
-SKINNY_ROWS = 2
-"""Most tokens for which reading the weights once in matrix-vector products beats a matrix product."""
+SKINNY_ROWS = 1
+"""Most tokens for which reading the weights once in matrix-vector products beats a matrix product. On an H200 a step of
+Llama-3.1-8B took 5.3 ms for two tokens in the former, and 4.8 ms for four in the latter."""
 
 
 @dataclass(frozen=True)

@@ -39,23 +39,6 @@ class DecodeWorkspace:
         )
 
 
-@dataclass(frozen=True)
-class Reach:
-    """Keys that a program loads at once while the kernel before still runs, a power of two or none, and its warps."""
-
-    keys: int
-    warps: int
-
-
-def reach_for(pairs: int, head_dim: int, itemsize: int, splits: int) -> Reach:
-    """For so many (sequence, head) pairs.
-
-    Where runs are many, keys and values wait in 64 registers a thread, and no run is shorter than that. Else a program
-    has a long way to go by itself, and several of them share a multiprocessor.
-    """
-    return Reach(8 * 4096 // (head_dim * itemsize), 8) if splits > 1 else Reach(0, 4)
-
-
 def takes_head_size(size: int) -> bool:
     """A power of two from 32 to 256."""
     return 32 <= size <= 256 and not size & (size - 1)
@@ -86,7 +69,6 @@ def fused_decode_attention(
     sinks: torch.Tensor | None = None,  # [N]
     window: int | None = None,
     out: torch.Tensor | None = None,  # [B, N D]
-    reach: Reach | None = None,
     pdl: bool = False,
 ) -> torch.Tensor:
     """Attention of one new token a sequence; its key and value are appended to the cache. Returns [B, N D].
@@ -96,8 +78,7 @@ def fused_decode_attention(
     [slots, max_seq, Nkv, D], or one of FlashInfer's [pages, 2, Nkv, page_size, D] transposed. `window` counts the keys
     seen, the new token's included. `splits` replaces the workspace's, where the product with the batch fits in it.
 
-    `pdl`: the kernel may read positions, the page table and earlier tokens' keys and values before the kernels launched
-    in front of it have ended.
+    `pdl`: the kernel may read positions, slots and angles before the kernels launched in front of it have ended.
     """
     page_size, kv_heads, head_dim = k_cache.shape[1:]
     batch = qkv.shape[0]
@@ -123,14 +104,13 @@ def fused_decode_attention(
     group = heads // kv_heads
     out = qkv.new_empty(batch, heads * head_dim) if out is None else out
     pdl = pdl and not interpreting()
-    reach = reach or reach_for(batch * kv_heads, head_dim, qkv.element_size(), splits)
     decode_kernel[(batch * kv_heads, splits)](
         qkv, k_cache, v_cache, page_table, slots, positions, rope, q_norm, k_norm, sinks, out,
         workspace.partial, workspace.counter, kv_heads, page_table.shape[1], splits, *k_cache.stride()[:3],
         head_dim**-0.5 if scale is None else scale, eps, window or 0,
         GROUP=group, GROUP_PAD=max(16, triton.next_power_of_2(group)), HALF=head_dim // 2, PAGE=page_size,
-        BLOCK=block, AHEAD=max(reach.keys, block) if reach.keys else 0, ROPE=rope is not None,
+        BLOCK=block, ROPE=rope is not None,
         QK_NORM=q_norm is not None, SINKS=sinks is not None, WINDOW=bool(window), SLOTS=slots is not None, PDL=pdl,
-        num_warps=reach.warps, launch_pdl=pdl,
+        num_warps=4, launch_pdl=pdl,
     )  # fmt: skip
     return out

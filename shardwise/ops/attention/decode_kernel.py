@@ -83,7 +83,6 @@ def decode_kernel(
     HALF: tl.constexpr,
     PAGE: tl.constexpr,
     BLOCK: tl.constexpr,
-    AHEAD: tl.constexpr,
     ROPE: tl.constexpr,
     QK_NORM: tl.constexpr,
     SINKS: tl.constexpr,
@@ -99,8 +98,7 @@ def decode_kernel(
     PRECISION: tl.constexpr = "ieee" if qkv_ptr.dtype.element_ty == tl.float32 else "tf32"
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
-    # What stays during the whole step loads while the kernel before drains: positions, slots, angles, and the keys and
-    # values of earlier tokens, as many as the registers hold.
+    # What stays during the whole step loads while the kernel before drains.
     position = tl.load(position_ptr + sequence)
     slot = tl.load(slot_ptr + sequence) if SLOTS else sequence
     table = table_ptr + slot * max_pages
@@ -121,18 +119,12 @@ def decode_kernel(
     if WINDOW:
         first = tl.maximum(position - window + 1, 0)
     old = position - first // BLOCK * BLOCK
-    run = tl.maximum(tl.cdiv(tl.cdiv(old, splits), BLOCK) * BLOCK, AHEAD if AHEAD else BLOCK)
+    run = tl.maximum(tl.cdiv(tl.cdiv(old, splits), BLOCK) * BLOCK, BLOCK)
     active = tl.maximum(tl.cdiv(old, run), 1)  # splits that have keys; split 0 also has the new one
     if split >= active:
         return
     begin = first // BLOCK * BLOCK + split * run
     end = tl.minimum(begin + run, position)
-    if AHEAD:
-        ahead = begin + tl.arange(0, AHEAD)
-        seen_ahead = (ahead < end) & (ahead >= first)
-        pages = tl.load(table + ahead // PAGE, mask=seen_ahead, other=0).to(tl.int64)
-        rows_ahead = pages * page_stride + (ahead % PAGE).to(tl.int64) * token_stride + head * head_stride
-        k1_ahead, k2_ahead, v_ahead = _cached(k_cache_ptr, v_cache_ptr, rows_ahead, half, whole, seen_ahead, HALF)
     cos, sin = _halves(rope_ptr, position, half, HALF, ROPE)
     q_weight1, q_weight2 = _halves(q_norm_ptr, position * 0, half, HALF, QK_NORM)
     k_weight1, k_weight2 = _halves(k_norm_ptr, position * 0, half, HALF, QK_NORM)
@@ -172,10 +164,8 @@ def decode_kernel(
         weight += 1.0
         total += own_v.to(tl.float32)[None, :]
 
-    if AHEAD:
-        top, weight, total = _attend(q1, q2, k1_ahead, k2_ahead, v_ahead, seen_ahead, top, weight, total, PRECISION)
     keys = tl.arange(0, BLOCK)
-    for start in range(begin + AHEAD, end, BLOCK):
+    for start in range(begin, end, BLOCK):
         at = start + keys
         seen = (at < position) & (at >= first)
         page = tl.load(table + start // PAGE).to(tl.int64)

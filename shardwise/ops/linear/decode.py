@@ -9,23 +9,17 @@ normalisation costs nothing extra: its scale is one factor a token and is applie
 dependent launch a kernel fetches its first weights while the kernel before it still runs.
 
 bf16, fp16 or float32 weights, float32 accumulation. CUDA only, or Triton's interpreter with fp16 and float32.
-Two to eight tokens and 16-bit weights take the matrix unit (`few_kernel.py`), where x times the norm's weights is
-rounded to x's type; all else takes multiply-adds (`decode_kernels.py`).
 """
 
 from dataclasses import dataclass, replace
 
 import torch
 
-from shardwise.ops.gluon_support import GLUON
 from shardwise.ops.linear.decode_kernels import gate_kernel, skinny_kernel
-from shardwise.ops.linear.few_kernel import few_kernel
-from shardwise.ops.triton_support import interpreting, multiprocessors, triton
+from shardwise.ops.triton_support import interpreting, triton
 
 MAX_TOKENS = 4
 """A program holds a sum for each token and each weight of its tile; more would leave the registers."""
-MAX_FEW_TOKENS = 8
-"""Of the matrix unit's kernel."""
 
 
 @dataclass(frozen=True)
@@ -55,9 +49,10 @@ def tile_for(rows: int, columns: int, gated: bool, tokens: int = 1) -> Tile:
 
     Much to read: tall tiles, whose loads cover the way to memory, or several on their way through shared memory.
     Little: short programs, so that all multiprocessors have some. More tokens take registers, so fewer rows, not swept.
+    Early loads pay where tiles are low (3 % of a step of gpt-oss on an H200), and cost where they are tall.
     """
     if rows <= 512:
-        return Tile(1, 8)
+        return Tile(1, 8, early=tokens == 1)
     even = columns % 1024 == 0
     if rows > 65536:
         tile = Tile(8, 4 if even else 2, stages=5)
@@ -67,7 +62,9 @@ def tile_for(rows: int, columns: int, gated: bool, tokens: int = 1) -> Tile:
         tile = Tile(8 if even else 4, 4 if even and rows <= columns else 2)
     else:
         tile = Tile(2, 4)
-    return tile if tokens == 1 else replace(tile, rows=min(tile.rows, 2 if gated else 4), stages=1)
+    if tokens == 1:
+        return replace(tile, early=tile.stages == 1 and tile.rows <= 4)
+    return replace(tile, rows=min(tile.rows, 2 if gated else 4), stages=1)
 
 
 _MUCH = 14_000_000
@@ -90,7 +87,7 @@ def skinny_linear(
     tile: Tile | None = None,
     pdl: bool = False,
 ) -> torch.Tensor:
-    """See the module's formula, for T from 1 to `most_tokens(weight)`. Returns [T, N] in `out_dtype`, or x's dtype.
+    """See the module's formula, for T from 1 to MAX_TOKENS. Returns [T, N] in `out_dtype`, or x's dtype.
 
     `gated` takes SiLU of the first N rows' product times the other N rows'. x after the norm is written to `normed`.
     """
@@ -98,16 +95,11 @@ def skinny_linear(
     n = weight.shape[0] // 2 if gated else weight.shape[0]
     if weight.shape[1] != k or not weight.is_contiguous() or not x.is_contiguous():
         raise ValueError(f"skinny_linear: contiguous x [T, K] and weight [N, K], got {x.shape} and {weight.shape}")
-    few = tokens >= FEW_FROM and tile is None and normed is None and _few_serves(weight)
-    most = MAX_FEW_TOKENS if few else MAX_TOKENS
-    if not 1 <= tokens <= most:
-        raise ValueError(f"skinny_linear: {tokens} tokens; legal: 1 to {most}")
+    if not 1 <= tokens <= MAX_TOKENS:
+        raise ValueError(f"skinny_linear: {tokens} tokens; legal: 1 to {MAX_TOKENS}")
     if gated and bias is not None:
         raise ValueError("skinny_linear: a gated product takes no bias")
     out = torch.empty(tokens, n, dtype=out_dtype or x.dtype, device=x.device) if out is None else out
-    if few:
-        _launch_few(x, weight, out, norm_weight, bias, residual, eps, norm_bias, n, gated, pdl and not interpreting())
-        return out
     tile = tile or tile_for(n, k, gated, tokens)
     pdl = pdl and not interpreting()
     skinny_kernel[(triton.cdiv(n, tile.rows),)](
@@ -119,32 +111,6 @@ def skinny_linear(
         num_warps=tile.warps, launch_pdl=pdl,
     )  # fmt: skip
     return out
-
-
-def most_tokens(weight: torch.Tensor) -> int:
-    """Tokens that `skinny_linear` takes, without `normed` and a tile of the caller's."""
-    return MAX_FEW_TOKENS if _few_serves(weight) else MAX_TOKENS
-
-
-def _few_serves(weight: torch.Tensor) -> bool:
-    """Whether the matrix unit's kernel can: 16-bit weights with whole tiles of columns, and Triton's Gluon."""
-    return GLUON and weight.element_size() == 2 and weight.shape[1] % 64 == 0
-
-
-def _launch_few(x, weight, out, norm_weight, bias, residual, eps, norm_bias, n, gated, pdl) -> None:
-    programs = triton.cdiv(n, 16)
-    warps = 8 if programs <= 2 * multiprocessors(x.device) else 4
-    few_kernel[(programs,)](
-        x, weight, out, norm_weight, bias, residual, x.shape[0], n, x.shape[1], eps, norm_bias,
-        NORM=norm_weight is not None, BIAS=bias is not None, RESIDUAL=residual is not None, GATED=gated,
-        DEPTH=FEW_DEPTH // 2 if gated else FEW_DEPTH, WARPS=warps, PDL=pdl, num_warps=warps, launch_pdl=pdl,
-    )  # fmt: skip
-
-
-FEW_FROM = 2
-"""Tokens from which the matrix unit's kernel is the faster one."""
-FEW_DEPTH = 4
-"""Tiles of weights that a warp has on their way."""
 
 
 def gated_activation(both: torch.Tensor, *, pdl: bool = False) -> torch.Tensor:

@@ -87,9 +87,6 @@ def skinny_kernel(
     if STAGES == 1:  # the first tile waits in registers
         w = _tile(weights, inside, columns < K, EVEN_N and EVEN_K)
         u = _tile(ups, inside, columns < K, EVEN_N and EVEN_K) if GATED else w
-    bias = 0.0
-    if BIAS:
-        bias = tl.load(bias_ptr + rows, mask=inside, other=0.0).to(tl.float32)
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
@@ -125,7 +122,9 @@ def skinny_kernel(
     for token in tl.static_range(TOKENS):
         y = tl.sum(totals[token], 1)
         scale = tl.rsqrt(tl.sum(squares[token], 0) / K + eps) if NORM else 1.0
-        y = y * scale + bias
+        y *= scale
+        if BIAS:
+            y += tl.load(bias_ptr + rows, mask=inside, other=0.0).to(tl.float32)
         if GATED:
             y = y / (1.0 + tl.exp(-y)) * (tl.sum(products[token], 1) * scale)
         if RESIDUAL:

@@ -1,6 +1,5 @@
 """Kernels of `decode.py` for plain weights: routing and the two products of a token's experts."""
 
-from shardwise.ops.ptx import prefetch_to_l2
 from shardwise.ops.triton_support import tl, triton
 
 
@@ -40,16 +39,6 @@ def choose(logit_ptr, e, slots, choice, experts, scale, TOP_K: tl.constexpr, NOR
 
 
 @triton.jit
-def ask_for_share(weight_ptr, expert, nbytes, number, programs):
-    """Ask for this program's part of an expert's `nbytes` (a multiple of 16) to come to the L2 cache."""
-    share = tl.cdiv(nbytes, programs * 16) * 16
-    begin = number * share
-    size = tl.minimum(share, nbytes - begin)
-    if size > 0:
-        prefetch_to_l2(weight_ptr.to(tl.pointer_type(tl.int8)) + expert.to(tl.int64) * nbytes + begin, size)
-
-
-@triton.jit
 def _activate(gate, up, alpha, limit, CLAMPED: tl.constexpr):
     if CLAMPED:
         gate = tl.minimum(gate, limit)
@@ -61,10 +50,9 @@ def _activate(gate, up, alpha, limit, CLAMPED: tl.constexpr):
 @triton.jit(do_not_specialize=["scale", "alpha", "limit"])
 def plain_up(
     x_ptr, logit_ptr, slot_ptr, position_ptr, id_ptr, route_ptr, out_ptr, size, hidden, experts, scale, alpha, limit,
-    weight_ptr, bias_ptr, following_ptr, following_bytes,
+    weight_ptr, bias_ptr,
     TOP_K: tl.constexpr, E_BLOCK: tl.constexpr, NORMALIZE: tl.constexpr, PADDED: tl.constexpr, CLAMPED: tl.constexpr,
-    AHEAD: tl.constexpr, PDL: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
-    BIAS: tl.constexpr,
+    PDL: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, BIAS: tl.constexpr,
 ):  # fmt: skip
     """Rows of one pair's activation, BLOCK_N at once; a program takes several turns, for it chooses only once."""
     pair = tl.program_id(1)
@@ -81,8 +69,6 @@ def plain_up(
         tl.store(route_ptr + pair, route)
     if slot < 0:
         return
-    if AHEAD:
-        ask_for_share(following_ptr, slot, following_bytes, tl.program_id(0), tl.num_programs(0))
     column = tl.arange(0, BLOCK_K)
     x_ptr += (pair // TOP_K).to(tl.int64) * hidden
     steps = tl.cdiv(hidden, BLOCK_K)

@@ -9,7 +9,7 @@ product. Only the sums of warps that share rows pass through shared memory.
 # mypy: ignore-errors
 
 from shardwise.ops.gluon_support import gl, jit, mma_v2
-from shardwise.ops.moe.decode_kernels import ask_for_share, choose
+from shardwise.ops.moe.decode_kernels import choose
 from shardwise.ops.moe.mxfp4_few import decode_words
 from shardwise.ops.ptx import keep_loads_above
 from shardwise.ops.triton_support import tl
@@ -142,10 +142,9 @@ def _product(
 @jit(do_not_specialize=["scale", "alpha", "limit"])
 def packed_up(
     x_ptr, logit_ptr, slot_ptr, position_ptr, id_ptr, route_ptr, out_ptr, size, hidden, experts, scale, alpha, limit,
-    word_ptr, scale_ptr, bias_ptr, tiles_n, tiles_k, following_ptr, following_bytes,
+    word_ptr, scale_ptr, bias_ptr, tiles_n, tiles_k,
     TOP_K: tl.constexpr, E_BLOCK: tl.constexpr, NORMALIZE: tl.constexpr, PADDED: tl.constexpr, CLAMPED: tl.constexpr,
-    AHEAD: tl.constexpr, PDL: tl.constexpr, DEPTH: tl.constexpr, EVEN: tl.constexpr, WARPS: tl.constexpr,
-    INTERPRET: tl.constexpr,
+    PDL: tl.constexpr, DEPTH: tl.constexpr, EVEN: tl.constexpr, WARPS: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """64 packed rows of one pair's activation, a slab's first eight of them gates; WARPS / 4 warps share 16 rows."""
     ACC: tl.constexpr = gl.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[WARPS, 1, 1], instr_shape=[1, 16, 8])
@@ -166,8 +165,6 @@ def packed_up(
         gl.store(id_ptr + pair, slot)
         gl.store(route_ptr + pair, weight)
     if slot >= 0:
-        if AHEAD:
-            ask_for_share(following_ptr, slot, following_bytes, gl.program_id(0), gl.num_programs(0))
         place = gl.arange(0, 64, layout=BIASES)
         bias = gl.load(bias_ptr + (slot * tiles_n + gl.program_id(0)) * 64 + place)
         warp = gl.arange(0, WARPS, layout=OF_WARP)
@@ -226,21 +223,20 @@ def packed_down(
     each = gl.cdiv(tiles_k, parts)
     first = warp % parts * each
     stop = gl.where(held, gl.minimum(first + each, tiles_k), first)
-    OF_SUM: tl.constexpr = gl.SliceLayout(2, ACC)
-    weight = gl.convert_layout(gl.load(route_ptr + pair), gl.SliceLayout(1, OF_SUM))
-    leads = gl.convert_layout((first == 0) & (stop > first), gl.SliceLayout(1, OF_SUM))
-    of_expert = gl.convert_layout(expert, gl.SliceLayout(1, OF_SUM)) * tiles_n * 4 + gl.program_id(0)
-    row = gl.arange(0, 16, layout=gl.SliceLayout(0, OF_SUM))
-    bias = gl.load(bias_ptr + of_expert[:, None] * 16 + row[None, :], mask=leads[:, None], other=0.0)
-    rows = gl.program_id(0) * 16 + row
-    at = token.to(gl.int64) * hidden + rows
-    if RESIDUAL:
-        residual = gl.load(residual_ptr + at, mask=rows < hidden, other=0.0).to(gl.float32)
     acc = _product(
         word_ptr, scale_ptr, inner_ptr, expert, warp * 0 + gl.program_id(0), pair * size, first, stop,
         each if count > 0 else 0, tiles_n, tiles_k, size, DEPTH, EVEN, INTERPRET, ACC, WORDS,
     )  # fmt: skip
+    OF_SUM: tl.constexpr = gl.SliceLayout(2, ACC)
+    weight = gl.convert_layout(gl.load(route_ptr + pair), gl.SliceLayout(1, OF_SUM))
+    expert = gl.convert_layout(expert, gl.SliceLayout(1, OF_SUM))
+    leads = gl.convert_layout((first == 0) & (stop > first), gl.SliceLayout(1, OF_SUM))
+    row = gl.arange(0, 16, layout=gl.SliceLayout(0, OF_SUM))
+    biases = bias_ptr + ((expert * tiles_n * 4 + gl.program_id(0)) * 16)[:, None] + row[None, :]
+    bias = gl.load(biases, mask=leads[:, None], other=0.0)
     total = gl.sum((gl.max(acc, 2) + bias) * weight[:, None], 0)
+    rows = gl.program_id(0) * 16 + gl.arange(0, 16, layout=gl.SliceLayout(0, OF_SUM))
+    at = token.to(gl.int64) * hidden + rows
     if RESIDUAL:
-        total += residual
+        total += gl.load(residual_ptr + at, mask=rows < hidden, other=0.0).to(gl.float32)
     gl.store(out_ptr + at, total.to(out_ptr.dtype.element_ty), mask=rows < hidden)
