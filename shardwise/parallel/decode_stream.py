@@ -8,8 +8,8 @@ from shardwise.ops.normalization.triton import triton_fused_add_rms_norm_inplace
 from shardwise.parallel.layers import Linear, LinearLike, Norm, ResidualNorm
 
 SKINNY_ROWS = 1
-"""Most tokens for which reading the weights once in matrix-vector products beats a matrix product. On an H200 a step of
-Llama-3.1-8B took 5.3 ms for two tokens in the former, and 4.8 ms for four in the latter."""
+"""Most tokens for which reading the weights once in matrix-vector products beats a matrix product. On an H200 gate
+and up of Llama-3.1-8B took 88 µs for two tokens in the former, and 62 µs for 64 in the latter."""
 
 
 @dataclass(frozen=True)
