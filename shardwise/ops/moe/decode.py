@@ -24,7 +24,7 @@ MOST_EXPERTS = 512
 """Of a model: a program compares all logits with all."""
 MOST_CHOICES = 8
 UP_DEPTH, DOWN_DEPTH = 6, 8
-"""Tiles of packed weights that a warp has on their way. With 5 and 5 a step of gpt-oss-20b took 10 % more on an H200."""
+"""Tiles of packed weights that a warp has on their way. With 5 and 5 a step of gpt-oss-20b took 10 % more (H200)."""
 _PACKED_PER_SM, _PACKED_REGISTERS = 3, 80
 """Programs of eight warps that a multiprocessor holds at once, and the registers of a thread that let it."""
 MOST_LOCAL = 256
