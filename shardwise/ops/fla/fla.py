@@ -12,7 +12,7 @@ from shardwise.ops.fla.reference import like_v
 from shardwise.ops.fla.step import Prefill, decode
 from shardwise.ops.registry import FLA, TRITON, operator
 from shardwise.ops.state_batch import check_counts
-from shardwise.ops.triton_support import Launch, layout
+from shardwise.ops.triton_support import Launch, keep_launch, layout
 
 # Steps of decode tokens alone, without a copy or padding, by their layout.
 STEPS: dict[tuple, Launch] = {}
@@ -98,10 +98,8 @@ def _cached(op, q, k, v, g, beta, batch_info_host, cu_seqlen, slot_idx, use_init
         one.finish(out, final)
     if batch.decode:
         launch, taken = decode(q, k, v, g, beta, slots, cache, out, scale, batch)
-        if key is not None and batch.decode == tokens and all(a is b for a, b in zip(taken, given, strict=False)):
-            if len(STEPS) >= 4096:
-                STEPS.clear()
-            STEPS[key] = launch
+        if key is not None and batch.decode == tokens:
+            keep_launch(STEPS, key, launch, taken[:-1], given)
     return out
 
 

@@ -5,7 +5,7 @@ import torch
 from shardwise.ops.attention.batch import read_batch
 from shardwise.ops.mamba.scan import decode, prefill, prepare
 from shardwise.ops.registry import TRITON, operator
-from shardwise.ops.triton_support import Launch, layout
+from shardwise.ops.triton_support import Launch, keep_launch, layout
 
 # Steps of decode tokens alone, without a copy or padding, by their layout.
 STEPS: dict[tuple, Launch] = {}
@@ -64,8 +64,6 @@ def triton_cached_ssm(
         launch = decode(one, batch)
         taken = one.x, one.dt, one.dt_bias, one.A, one.B, one.C, one.D, one.slots, one.cache
         whole = batch.decode == hidden_states.shape[0] * hidden_states.shape[1]
-        if key is not None and whole and all(a is b for a, b in zip(taken, given, strict=True)):
-            if len(STEPS) >= 4096:
-                STEPS.clear()
-            STEPS[key] = launch
+        if key is not None and whole:
+            keep_launch(STEPS, key, launch, taken, given)
     return one.out

@@ -4,7 +4,7 @@ from shardwise.ops.triton_support import tl, triton
 
 
 @triton.jit
-def _start(PDL: tl.constexpr):
+def await_and_trigger(PDL: tl.constexpr):
     """Wait for the kernel before, and only then let the next one begin: it may read what that kernel wrote."""
     if PDL:
         tl.extra.cuda.gdc_wait()
@@ -12,7 +12,7 @@ def _start(PDL: tl.constexpr):
 
 
 @triton.jit
-def choose(logit_ptr, e, slots, choice, experts, scale, TOP_K: tl.constexpr, NORMALIZE: tl.constexpr):
+def _choose(logit_ptr, e, slots, choice, experts, scale, TOP_K: tl.constexpr, NORMALIZE: tl.constexpr):
     """Local slot and weight of a token's expert number `choice`, the lowest number first among equal logits.
 
     Of experts `e`, with their `slots`. Compared as integers of the same order: those a warp reduces in one instruction.
@@ -39,6 +39,22 @@ def choose(logit_ptr, e, slots, choice, experts, scale, TOP_K: tl.constexpr, NOR
 
 
 @triton.jit
+def route(
+    logit_ptr, e, slots, position, id_ptr, route_ptr, pair, experts, scale, TOP_K: tl.constexpr,
+    NORMALIZE: tl.constexpr, PADDED: tl.constexpr,
+):  # fmt: skip
+    """Slot of the pair, -1 if it is nobody's here; the pair's first program writes it and its weight down."""
+    logits = logit_ptr + pair // TOP_K * experts
+    slot, weight = _choose(logits, e, slots, pair % TOP_K, experts, scale, TOP_K, NORMALIZE)
+    if PADDED:
+        slot = tl.where(position < 0, -1, slot)
+    if tl.program_id(0) == 0:
+        tl.store(id_ptr + pair, slot)
+        tl.store(route_ptr + pair, weight)
+    return slot
+
+
+@triton.jit
 def _activate(gate, up, alpha, limit, CLAMPED: tl.constexpr):
     if CLAMPED:
         gate = tl.minimum(gate, limit)
@@ -60,13 +76,10 @@ def plain_up(
     e = tl.arange(0, E_BLOCK)
     slots = tl.load(slot_ptr + e, mask=e < experts, other=-1)
     position = tl.load(position_ptr + token) if PADDED else 0
-    _start(PDL)
-    slot, route = choose(logit_ptr + token * experts, e, slots, pair % TOP_K, experts, scale, TOP_K, NORMALIZE)
-    if PADDED:
-        slot = tl.where(position < 0, -1, slot)
-    if tl.program_id(0) == 0:
-        tl.store(id_ptr + pair, slot)
-        tl.store(route_ptr + pair, route)
+    await_and_trigger(PDL)
+    slot = route(
+        logit_ptr, e, slots, position, id_ptr, route_ptr, pair, experts, scale, TOP_K, NORMALIZE, PADDED
+    )  # fmt: skip
     if slot < 0:
         return
     column = tl.arange(0, BLOCK_K)
@@ -134,7 +147,7 @@ def plain_down(
     STAGES: tl.constexpr, BIAS: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_N rows of one token's sum, one expert behind the other in one loop."""
-    _start(PDL)
+    await_and_trigger(PDL)
     pair = tl.program_id(1) * TOP_K
     count, slots, choices = _local_choices(id_ptr + pair, TOP_K)
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)

@@ -9,8 +9,8 @@ product. Only the sums of warps that share rows pass through shared memory.
 # mypy: ignore-errors
 
 from shardwise.ops.gluon_support import gl, jit, mma_v2
-from shardwise.ops.moe.decode_kernels import choose
-from shardwise.ops.moe.mxfp4_few import decode_words
+from shardwise.ops.moe.decode_kernels import await_and_trigger, route
+from shardwise.ops.moe.mxfp4_few import decode_tile
 from shardwise.ops.ptx import keep_loads_above
 from shardwise.ops.triton_support import tl
 
@@ -18,26 +18,9 @@ COLUMNS = tl.constexpr(8)  # of a product of the matrix unit
 
 
 @jit
-def _start(PDL: tl.constexpr):
-    """Wait for the kernel before, and only then let the next one begin: it may read what that kernel wrote."""
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
-
-
-@jit
 def _unpack(words, scales, STEPS: tl.constexpr, LEFT: tl.constexpr, INTERPRET: tl.constexpr):
-    """Words [W, 8 rows, 4 lanes, 4 steps] and scales [W, 8] of a tile to [W, 16, 64] weights, see `mxfp4_layout`."""
-    shift = gl.arange(0, 4, layout=STEPS) // 2 * 8
-    scale = gl.expand_dims(gl.expand_dims(scales, 2), 3)
-    near = ((scale >> shift[None, None, None, :]) & 0xFF) * 0x00800080 + 0x3F003F00
-    far = ((scale >> (shift + 16)[None, None, None, :]) & 0xFF) * 0x00800080 + 0x3F003F00
-    near, _ = gl.broadcast(near, words)
-    far, _ = gl.broadcast(far, words)
-    a0, a1, b0, b1, c0, c1, d0, d1 = decode_words(words, near, far, INTERPRET)
-    low = gl.join(gl.join(a0, a1), gl.join(b0, b1))  # [warp, row, lane, step, pair, row half] of k-half 0
-    high = gl.join(gl.join(c0, c1), gl.join(d0, d1))
-    tile = gl.reshape(gl.permute(gl.join(low, high), (0, 5, 1, 3, 6, 2, 4)), (words.shape[0], 16, 64))
+    """A tile's weights [W, 16, 64], see `decode_tile`."""
+    tile = gl.reshape(decode_tile(words, scales, STEPS, INTERPRET), (words.shape[0], 16, 64))
     if INTERPRET:
         return tile
     return gl.convert_layout(tile.to(gl.bfloat16, bitcast=True), LEFT, assert_trivial=True)
@@ -157,13 +140,10 @@ def packed_up(
     e = gl.arange(0, E_BLOCK, layout=EXPERTS)
     slots = gl.load(slot_ptr + e, mask=e < experts, other=-1)
     position = gl.load(position_ptr + token) if PADDED else 0
-    _start(PDL)
-    slot, weight = choose(logit_ptr + token * experts, e, slots, pair % TOP_K, experts, scale, TOP_K, NORMALIZE)
-    if PADDED:
-        slot = gl.where(position < 0, -1, slot)
-    if gl.program_id(0) == 0:
-        gl.store(id_ptr + pair, slot)
-        gl.store(route_ptr + pair, weight)
+    await_and_trigger(PDL)
+    slot = route(
+        logit_ptr, e, slots, position, id_ptr, route_ptr, pair, experts, scale, TOP_K, NORMALIZE, PADDED
+    )  # fmt: skip
     if slot >= 0:
         place = gl.arange(0, 64, layout=BIASES)
         bias = gl.load(bias_ptr + (slot * tiles_n + gl.program_id(0)) * 64 + place)
@@ -202,7 +182,7 @@ def packed_down(
     ACC: tl.constexpr = gl.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[WARPS, 1, 1], instr_shape=[1, 16, 8])
     WORDS: tl.constexpr = gl.BlockedLayout([1, 1, 1, 4], [1, 8, 4, 1], [WARPS, 1, 1, 1], [3, 2, 1, 0])
     OF_WARP: tl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, gl.SliceLayout(3, WORDS)))
-    _start(PDL)
+    await_and_trigger(PDL)
     token = gl.program_id(1)
     count = 0
     for choice in gl.static_range(TOP_K):

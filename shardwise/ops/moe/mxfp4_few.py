@@ -25,8 +25,9 @@ def decode_words(words, near, far, INTERPRET: tl.constexpr):
 
 
 @jit
-def _unpack(words, scales, STEPS: tl.constexpr, LEFT: tl.constexpr, INTERPRET: tl.constexpr):
-    """Words [W, 8 rows, 4 lanes, 4 steps] and scales [W, 8] of a tile to [16 W, 64] weights, see `mxfp4_layout`."""
+def decode_tile(words, scales, STEPS: tl.constexpr, INTERPRET: tl.constexpr):
+    """Words [W, 8 rows, 4 lanes, 4 steps] and scales [W, 8] of a tile to the bits of its weights in order, see
+    `mxfp4_layout`: to be reshaped to W slabs of 16 rows and 64 columns."""
     shift = gl.arange(0, 4, layout=STEPS) // 2 * 8
     scale = gl.expand_dims(gl.expand_dims(scales, 2), 3)
     near = ((scale >> shift[None, None, None, :]) & 0xFF) * 0x00800080 + 0x3F003F00
@@ -36,7 +37,13 @@ def _unpack(words, scales, STEPS: tl.constexpr, LEFT: tl.constexpr, INTERPRET: t
     a0, a1, b0, b1, c0, c1, d0, d1 = decode_words(words, near, far, INTERPRET)
     low = gl.join(gl.join(a0, a1), gl.join(b0, b1))  # [warp, row, lane, step, pair, row half] of k-half 0
     high = gl.join(gl.join(c0, c1), gl.join(d0, d1))
-    tile = gl.reshape(gl.permute(gl.join(low, high), (0, 5, 1, 3, 6, 2, 4)), (words.shape[0] * 16, 64))
+    return gl.permute(gl.join(low, high), (0, 5, 1, 3, 6, 2, 4))
+
+
+@jit
+def _unpack(words, scales, STEPS: tl.constexpr, LEFT: tl.constexpr, INTERPRET: tl.constexpr):
+    """A tile's weights [16 W, 64], see `decode_tile`."""
+    tile = gl.reshape(decode_tile(words, scales, STEPS, INTERPRET), (words.shape[0] * 16, 64))
     if INTERPRET:
         return tile
     return gl.convert_layout(tile.to(gl.bfloat16, bitcast=True), LEFT, assert_trivial=True)
