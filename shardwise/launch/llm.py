@@ -250,18 +250,19 @@ class ParentExecutor:
             raise
 
     def _load(self, seconds: float, on_progress: Progress | None) -> None:
-        ready: dict[int, str] = {}
+        ready: dict[int, dict] = {}
         self._supervisor.wait_for_ranks()
         while len(ready) < self._supervisor.job.world:
             for event in self._supervisor.next_events(seconds, "the ranks to load the model"):
                 if event["event"] == "ready":
-                    ready[event["rank"]] = event["transport"]
+                    ready[event["rank"]] = event
                 elif event["event"] == "progress" and on_progress is not None:
                     on_progress(event["done"], event["total"])
-        self.transport = ready[0]
+        self.transport = ready[0]["transport"]
+        self._capacity = ready[0]["capacity"]
 
     def stream(self, prompts: Sequence[Any], params: Sequence[SamplingParams]) -> Iterator[TokenEvent | Answer]:
-        self._refuse_unfit(prompts)
+        self._refuse_unfit(prompts, params)
         if self._supervisor.ended:
             raise RuntimeError("the ranks of this LLM have ended, after a failure or a close: make a new one")
         for _ in self._items or ():  # what a caller that left the last stream early did not take
@@ -274,12 +275,12 @@ class ParentExecutor:
         self._items = _Items(self._supervisor, self._silence, self._stats)
         yield from self._items
 
-    def _refuse_unfit(self, prompts: Sequence[Any]) -> None:
+    def _refuse_unfit(self, prompts: Sequence[Any], params: Sequence[SamplingParams]) -> None:
         """ValueError here; in the ranks it would end them."""
-        from shardwise.parallel.prompts import refuse_unfit
+        from shardwise.parallel.prompts import Room, refuse_unfit
 
-        model = self._model
-        refuse_unfit(prompts, lambda: self._tokenizer, vocab=model.vocab, context=model.max_positions)
+        room = Room(self._model.vocab, self._model.max_positions, self._capacity)
+        refuse_unfit(prompts, [each.max_new_tokens for each in params], lambda: self._tokenizer, room)
 
     @cached_property
     def _tokenizer(self) -> "Tokenizer | IdTokenizer":

@@ -259,7 +259,7 @@ def serve(context: "RankContext") -> None:
     """Load the model of `payload`, then answer the parent's commands until it says stop."""
     session = Session(context, ModelConfig(**context.payload))
     gc.freeze()  # else a full collection looks through a loaded model and its libraries: 0.1 s amid the tokens
-    context.emit("ready", transport=session.transport, device=session.device)
+    context.emit("ready", transport=session.transport, device=session.device, capacity=session.engine.capacity)
     assert context.link is not None
     for command in context.link.commands():
         params = [params_from_json(each) for each in command["params"]]

@@ -18,7 +18,7 @@ from shardwise.parallel.device_cache import DeviceCache
 from shardwise.parallel.memory import memory_bytes
 from shardwise.parallel.paged import PagedCache
 from shardwise.parallel.prefill import ATTENTIONS
-from shardwise.parallel.prompts import Prompt
+from shardwise.parallel.prompts import Prompt, Room
 from shardwise.parallel.requests import Limits, make_requests
 from shardwise.parallel.results import Completion, RankStats, TokenEvent
 from shardwise.parallel.runner import KERNEL_PATHS, Launched, Runner
@@ -117,6 +117,13 @@ class Engine:
         """Tokens that prompt and answer may have together."""
         return self.plan.model.max_positions or sys.maxsize
 
+    @property
+    def capacity(self) -> int:
+        """Tokens of one sequence that the cache has room for. A GPU's cache is made for it, if it is not there yet."""
+        if self.runner.needs_device_cache:
+            return self._device_cache.max_length
+        return self.max_length if self.cache_tokens is None else self._host_pages * paged.PAGE_SIZE
+
     def generate(
         self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
     ) -> list[Completion]:
@@ -137,8 +144,9 @@ class Engine:
     ) -> Iterator[TokenEvent]:
         """Tokens of all prompts as they come; `params` for all prompts or one for each.
 
-        ValueError for an empty prompt, or one that leaves no room in the context. Leaving the iterator early aborts
-        what is unfinished: every rank must leave it after the same event.
+        ValueError, on all ranks, for an empty prompt, one that leaves no room in the context, or one that the cache
+        cannot hold with its answer. Leaving the iterator early aborts what is unfinished: every rank must leave it
+        after the same event.
         """
         yield from self._run(make_requests(prompts, params, self._limits()))
 
@@ -163,7 +171,8 @@ class Engine:
         return f"{cache.slots} rows of {cache.max_length} tokens" if cache else "none yet"
 
     def _limits(self) -> Limits:
-        return Limits(self.tokenizer, self.plan.model.vocab, self.max_length, self.groups.world, self.device)
+        room = Room(self.plan.model.vocab, self.max_length, self.capacity)
+        return Limits(self.tokenizer, room, self.groups.world, self.device)
 
     def _run(self, requests: list[Request]) -> Iterator[TokenEvent]:
         if self._running:
@@ -239,24 +248,16 @@ class Engine:
         return tuple(request.tokens[:-1] if ended else request.tokens)
 
     def _cache_for(self, requests: list[Request]) -> KvCache:
-        """The cache for these requests, which the data-parallel groups share out in turn.
-
-        Rows as long as the longest may become, or pages of `cache_tokens` tokens. ValueError, on all ranks, when one
-        request alone needs more than all pages.
-        """
+        """The cache for these requests, which the data-parallel groups share out in turn: rows as long as the longest
+        may become, or pages."""
         longest = max((len(r.prompt) + r.params.max_new_tokens for r in requests), default=1)
         share = -(-len(requests) // self.groups.attn_dp.size)
         length, slots = min(longest, self.max_length), max(1, min(share, MAX_BATCH))
         if self.runner.needs_device_cache:
-            self.cache = self.cache or self._device_cache()
+            self.cache = self._device_cache
         elif self.cache is None or self.cache.max_length < length or self.cache.slots < slots:
             self.cache = None
             self.cache = self._host_cache(length, slots)
-        if length > self.cache.max_length:
-            raise ValueError(
-                f"a request may become {length} tokens long, the cache holds {self.cache.max_length} "
-                f"({self._describe_cache()}); give it more tokens, or ask for fewer new ones"
-            )
         self.runner.use(self.cache)
         return self.cache
 
@@ -264,10 +265,14 @@ class Engine:
         shapes, dtype, device = self.cache_shapes, self.dtype, self.device
         if self.cache_tokens is None:
             return SlotCache(shapes, slots=slots, max_length=length, dtype=dtype, device=device)
-        pages = self.cache_tokens // paged.PAGE_SIZE
-        most = self.max_length
+        pages, most = self._host_pages, self.max_length
         return PagedCache(shapes, pages=pages, slots=slots, max_length=most, dtype=dtype, device=device)
 
+    @property
+    def _host_pages(self) -> int:
+        return (self.cache_tokens or 0) // paged.PAGE_SIZE
+
+    @cached_property
     def _device_cache(self) -> DeviceCache:
         shapes, dtype, most = self.cache_shapes, self.dtype, self.max_length
         if self.cache_tokens is not None:

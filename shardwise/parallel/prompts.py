@@ -1,6 +1,7 @@
 """What a model can be asked: texts, token ids or conversations, as ids, and whether they fit. Needs no torch."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import cast
 
 from shardwise.parallel.tokenizer import IdTokenizer, Tokenizer
@@ -19,27 +20,49 @@ def encode(prompt: Prompt, tokenizer: Tokenizer | IdTokenizer) -> list[int]:
     return [int(i) for i in cast(Sequence[int], prompt)]
 
 
-def require_fit(number: int, ids: Sequence[int], *, vocab: int, context: int | None) -> None:
-    """ValueError names the prompt that is empty, leaves no room in the context or has an id that is no token."""
+@dataclass(frozen=True)
+class Room:
+    """What bounds a request: ids below `vocab`, and tokens of prompt and answer together."""
+
+    vocab: int
+    context: int | None
+    """Where an answer ends at the latest; None: nowhere."""
+    cache: int | None = None
+    """Tokens of one sequence that the KV cache has room for; None: for the whole context."""
+
+    def longest(self, prompt: int, new: int) -> int:
+        """Tokens that a prompt of so many with its answer may have."""
+        return min(prompt + new, self.context or prompt + new)
+
+
+def require_fit(number: int, ids: Sequence[int], new: int, room: Room) -> None:
+    """ValueError names the prompt that is empty, leaves no room in the context, has an id that is no token, or may
+    outgrow the cache with an answer of `new` tokens."""
     if not ids:
         raise ValueError(f"prompt {number} has no tokens")
-    wrong = [i for i in ids if not 0 <= i < vocab]
+    wrong = [i for i in ids if not 0 <= i < room.vocab]
     if wrong:
-        raise ValueError(f"prompt {number}: token id {wrong[0]} is not in the vocabulary of {vocab}")
-    if context and len(ids) >= context:
-        raise ValueError(f"prompt {number} has {len(ids)} tokens, the model's context holds {context}")
+        raise ValueError(f"prompt {number}: token id {wrong[0]} is not in the vocabulary of {room.vocab}")
+    if room.context and len(ids) >= room.context:
+        raise ValueError(f"prompt {number} has {len(ids)} tokens, the model's context holds {room.context}")
+    longest = room.longest(len(ids), new)
+    if room.cache is not None and longest > room.cache:
+        raise ValueError(
+            f"prompt {number} may become {longest} tokens long with its answer, the cache holds {room.cache}; "
+            "give it more tokens, or ask for fewer new ones"
+        )
 
 
 def refuse_unfit(
-    prompts: Iterable[Prompt], tokenizer: Callable[[], Tokenizer | IdTokenizer], *, vocab: int, context: int | None
+    prompts: Sequence[Prompt], new: Sequence[int], tokenizer: Callable[[], Tokenizer | IdTokenizer], room: Room
 ) -> None:
     """`require_fit` of each, for a process without the model: texts that surely fit need no tokenizer."""
-    for number, prompt in enumerate(prompts):
-        if not surely_fits(prompt, context):
-            require_fit(number, encode(prompt, tokenizer()), vocab=vocab, context=context)
+    for number, (prompt, count) in enumerate(zip(prompts, new, strict=True)):
+        if not surely_fits(prompt, count, room):
+            require_fit(number, encode(prompt, tokenizer()), count, room)
 
 
-def surely_fits(prompt: Prompt, context: int | None) -> bool:
+def surely_fits(prompt: Prompt, new: int, room: Room) -> bool:
     """Of texts: a token is a byte at least."""
     if isinstance(prompt, str):
         size = len(prompt.encode())
@@ -47,7 +70,9 @@ def surely_fits(prompt: Prompt, context: int | None) -> bool:
         size = sum(len(str(part).encode()) for message in prompt for part in cast(dict, message).values())
     else:
         return False  # ids, which need no tokenizer
-    return size > 0 and (not context or size + TEMPLATE_TOKENS < context)
+    most = size + TEMPLATE_TOKENS
+    in_context = not room.context or most < room.context
+    return size > 0 and in_context and (room.cache is None or room.longest(most, new) <= room.cache)
 
 
 def _is_conversation(prompt: Prompt) -> bool:

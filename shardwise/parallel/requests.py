@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from shardwise.comm.base import Communicator
-from shardwise.parallel.prompts import Prompt, encode, require_fit
+from shardwise.parallel.prompts import Prompt, Room, encode, require_fit
 from shardwise.parallel.sampler import SamplingParams
 from shardwise.parallel.scheduler import Request
 from shardwise.parallel.text import TextStream
@@ -19,8 +19,7 @@ class Limits:
     """What requests of one engine are made with and checked against."""
 
     tokenizer: Tokenizer | IdTokenizer
-    vocab: int
-    max_length: int
+    room: Room
     world: Communicator
     """Agrees on the seeds of requests that have none."""
     device: torch.device
@@ -31,8 +30,8 @@ def make_requests(
 ) -> list[Request]:
     """One request a prompt; `params` for all or one for each.
 
-    TypeError for one text instead of a list. ValueError names the prompt that is empty, too long for the context or has
-    an id outside of the vocabulary, and counts that do not agree.
+    TypeError for one text instead of a list. ValueError names the prompt that `require_fit` refuses, and counts that do
+    not agree.
     """
     if isinstance(prompts, str):
         raise TypeError("prompts is one text; pass a list of prompts")
@@ -48,7 +47,7 @@ def make_requests(
 
 def _request(number: int, prompt: Prompt, params: SamplingParams, limits: Limits) -> Request:
     ids = encode(prompt, limits.tokenizer)
-    require_fit(number, ids, vocab=limits.vocab, context=limits.max_length)
+    require_fit(number, ids, params.max_new_tokens, limits.room)
     generator = None
     if params.temperature > 0 and params.seed is not None:
         generator = torch.Generator(limits.device).manual_seed(params.seed)

@@ -127,7 +127,7 @@ def test_a_cache_too_small_for_the_prompt_is_one_sentence():
     done = cli("run", "smollm2", "--cache-tokens", "32", "--max-new-tokens", "100", OMP_NUM_THREADS="1")
     assert done.returncode == 1 and done.stdout.strip() == ""
     last = done.stderr.splitlines()[-1]
-    assert last.startswith("shardwise: error: a request may become") and "the cache holds 32" in last
+    assert last.startswith("shardwise: error: prompt 0 may become 1") and "the cache holds 32" in last
     assert "Traceback" not in done.stderr
 
 

@@ -64,10 +64,19 @@ def test_a_prompt_that_does_not_fit_is_refused_and_the_ranks_stay(llm, prompt, t
     assert llm.generate(["The capital of France is"], GREEDY)[0].text.lstrip().startswith("Paris")
 
 
+def test_a_request_larger_than_the_cache_is_refused_and_the_ranks_stay():
+    with LLM("smollm2", tp=2, cache_tokens=40) as small:
+        with pytest.raises(ValueError, match="prompt 1 may become 10. tokens long .*the cache holds 32;"):
+            small.generate(["A", "One, two, three,"], [GREEDY, SamplingParams(max_new_tokens=100)])
+        with pytest.raises(ValueError, match="prompt 0 may become 40 tokens long"):
+            small.generate([[504] * 32], GREEDY)
+        assert len(small.generate([[504] * 24], GREEDY)[0].token_ids) == 8
+
+
 def test_after_a_failure_the_next_call_says_that_the_ranks_ended():
-    with LLM("smollm2", tp=1, cache_tokens=32) as small:
-        with pytest.raises(JobFailed, match="the cache holds 32"):
-            small.generate(["A"], SamplingParams(max_new_tokens=100))
+    with LLM("smollm2", tp=1) as small:
+        with pytest.raises(JobFailed, match="role"):
+            small.generate([[{"content": "no role"}]], GREEDY)
         with pytest.raises(RuntimeError, match="have ended, after a failure or a close: make a new one"):
             small.generate(["A"], GREEDY)
 

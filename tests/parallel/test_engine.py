@@ -88,7 +88,7 @@ def test_pages_on_several_ranks_and_across_page_borders(folder, tp):
 def test_a_cache_too_small_for_one_request_is_refused(engine, monkeypatch):
     monkeypatch.setattr(engine, "cache", None)
     monkeypatch.setattr(engine, "cache_tokens", 32)
-    with pytest.raises(ValueError, match="may become 40 tokens long, the cache holds 32 .2 pages of 16 .*give it more"):
+    with pytest.raises(ValueError, match="prompt 0 may become 40 tokens long .*the cache holds 32; give it more"):
         engine.generate([[1] * 10], SamplingParams(max_new_tokens=30))
 
 

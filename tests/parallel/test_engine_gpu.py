@@ -166,7 +166,7 @@ def test_the_cache_takes_what_the_weights_leave_but_no_more_than_is_useful(check
 def test_a_request_larger_than_the_cache_is_refused(checkpoint):
     folder, _ = checkpoint("llama")
     engine = engine_on(folder, cache_tokens=128)
-    with pytest.raises(ValueError, match="may become 240 tokens long, the cache holds 128 .2 pages of 64 tokens"):
+    with pytest.raises(ValueError, match="may become 240 tokens long .*the cache holds 128;"):
         engine.generate([[1] * 200], SamplingParams(max_new_tokens=40))
 
 

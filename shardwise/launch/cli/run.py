@@ -78,7 +78,7 @@ def _generate(
     from shardwise.launch.progress import LoadProgress
 
     prompts = texts if args.raw else [[{"role": "user", "content": text}] for text in texts]
-    _refuse_unfit(args.model, prompts, texts)
+    _refuse_unfit(args.model, prompts, texts, params.max_new_tokens)
     with LoadProgress(sys.stderr, enabled=speaks) as progress:
         llm = LLM(
             args.model,
@@ -112,17 +112,18 @@ def _generate(
             write_json(result, args.json)
 
 
-def _refuse_unfit(model: str, prompts: "Sequence[Prompt]", texts: list[str]) -> None:
+def _refuse_unfit(model: str, prompts: "Sequence[Prompt]", texts: list[str], new: int) -> None:
     """ValueError for a prompt that the context cannot hold, before any rank starts."""
     if all(0 < len(text.encode()) <= SHORT for text in texts):
         return
-    from shardwise.parallel.prompts import refuse_unfit
+    from shardwise.parallel.prompts import Room, refuse_unfit
     from shardwise.parallel.tokenizer import load_tokenizer
     from shardwise.sharding.checkpoint.resolve import open_checkpoint
     from shardwise.sharding.plan import plan
 
     spec = plan(model).model
-    refuse_unfit(prompts, lambda: load_tokenizer(open_checkpoint(model)), vocab=spec.vocab, context=spec.max_positions)
+    room = Room(spec.vocab, spec.max_positions)
+    refuse_unfit(prompts, [new] * len(prompts), lambda: load_tokenizer(open_checkpoint(model)), room)
 
 
 def _result(llm: "LLM") -> dict:
