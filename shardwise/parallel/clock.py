@@ -64,7 +64,8 @@ class Clock(Watcher):
         if name == SCHEDULE:
             self._schedules.append(mark)
         elif name == SAMPLE:
-            self._collectives.append(self._spent_since(self._waits[-1].end if self._waits else 0))
+            begin = self._waits[-1].end if self._waits else self._schedules[0].begin
+            self._collectives.append(self._spent_since(begin))
             self._waits.append(mark)
         else:
             self._launches.append((name, mark))

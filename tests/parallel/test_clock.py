@@ -45,6 +45,7 @@ def on_ranks(path, layout, body):
 
 def test_every_step_is_counted_and_its_parts_fit_into_it(shape):
     def body(engine):
+        engine.generate([[1]], PARAMS)  # nobody looks yet
         clock = Clock(engine.device, engine.groups.world.rank)
         with watched_by(clock):
             engine.generate([[1, 2, 3], [4, 5]], PARAMS)
@@ -53,7 +54,7 @@ def test_every_step_is_counted_and_its_parts_fit_into_it(shape):
 
     for steps in on_ranks(shape(LLAMA), ParallelLayout(tp=2), body):
         assert [len(steps[kind]) for kind in (PREFILL, DECODE)] == [1, NEW_TOKENS - 1]
-        for each in steps[DECODE]:
+        for each in (*steps[PREFILL], *steps[DECODE]):
             assert 0 < each.schedule + each.launch + each.wait <= each.wall and each.device is None
             assert 0 < each.collectives < each.wall
 
