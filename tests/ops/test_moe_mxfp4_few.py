@@ -34,9 +34,9 @@ def given(rows, columns, paired, block):
 
 
 def rows_of(x, columns):
-    """Rows of whole tiles, turned: lane, k-step, k-half and neighbour of the matrix unit's fragment."""
-    tiles = F.pad(x, (0, columns - x.shape[1])).view(x.shape[0], -1, 4, 2, 4, 2)
-    return tiles.permute(0, 1, 4, 2, 3, 5).reshape(x.shape[0], columns)
+    """Rows of whole tiles, turned: of 32 columns, lane, then k-step and k-half of the matrix unit's fragment."""
+    halves = F.pad(x, (0, columns - x.shape[1])).view(x.shape[0], -1, 4, 4, 2)
+    return halves.transpose(2, 3).reshape(x.shape[0], columns)
 
 
 @pytest.mark.parametrize("columns,block,warps,deep", [(448, 8, 1, 3), (320, 16, 4, 5), (160, 8, 2, 2)])

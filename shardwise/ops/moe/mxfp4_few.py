@@ -2,7 +2,7 @@
 
 Warps share nothing and wait for nobody. A warp's codes come from memory straight into the registers from which the
 matrix unit reads the unpacked weights, DEEP tiles of 64 columns ahead, also beyond the end of its rows; tokens are the
-columns of its products. Token rows are turned: of 64 columns, those of one lane of the matrix unit come together.
+columns of its products. Token rows are turned: of 32 columns, those of one lane of the matrix unit come together.
 """
 
 # The languages of kernels, not Python's, where types are concerned.
@@ -51,8 +51,8 @@ def _unpack(words, scales, STEPS: tl.constexpr, LEFT: tl.constexpr, INTERPRET: t
 
 @jit
 def turned(column):
-    """Where a column stands in a turned row: k-step, k-half, lane, neighbour become lane, k-step, k-half, neighbour."""
-    return column // 64 * 64 + column % 8 // 2 * 16 + column % 64 // 8 * 2 + column % 2
+    """Where a column stands in a turned row, and the other way round: of 32 columns, those of a lane come together."""
+    return column // 32 * 32 + column % 8 // 2 * 8 + column % 32 // 8 * 2 + column % 2
 
 
 @jit
@@ -61,10 +61,9 @@ def _tokens(x_at, k, stop, columns, X: tl.constexpr, RIGHT: tl.constexpr, EVEN: 
     if EVEN:
         x = gl.load(x_at)
     else:
-        place = gl.arange(0, 64, layout=gl.SliceLayout(0, X))
-        column = k * 64 + place % 16 // 2 * 8 + place // 16 * 2 + place % 2
+        column = k * 64 + turned(gl.arange(0, 64, layout=gl.SliceLayout(0, X)))
         x = gl.load(x_at, mask=((column < columns) & (k < stop))[None, :], other=0.0)
-    x = gl.permute(gl.reshape(x, (x_at.shape[0], 4, 8, 2)), (2, 1, 3, 0))  # [step and half, lane, neighbour, token]
+    x = gl.permute(gl.reshape(x, (x_at.shape[0], 2, 4, 4, 2)), (1, 3, 2, 4, 0))  # columns in their order, token
     return gl.convert_layout(gl.reshape(x, (64, x_at.shape[0])), RIGHT)
 
 
@@ -166,10 +165,10 @@ def mxfp4_few(
     SCALES: tl.constexpr = gl.SliceLayout(2, gl.SliceLayout(3, WORDS))
     LANES: tl.constexpr = gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(3, WORDS)))
     STEPS: tl.constexpr = gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, WORDS)))
-    # Sixteen columns of a token a lane, as the matrix unit wants them; the same in every warp.
+    # Twice eight columns of a token a lane, as the matrix unit wants them; the same in every warp.
     X: tl.constexpr = gl.DistributedLinearLayout(
-        [[0, 1], [0, 2], [0, 4], [0, 8]] + ([[8, 0]] if BT == 16 else []),
-        [[0, 16], [0, 32], [1, 0], [2, 0], [4, 0]],
+        [[0, 1], [0, 2], [0, 4], [0, 32]] + ([[8, 0]] if BT == 16 else []),
+        [[0, 8], [0, 16], [1, 0], [2, 0], [4, 0]],
         [[0, 0]] * (WARPS // 2), [], [BT, 64],
     )  # fmt: skip
     if not EARLY:

@@ -58,7 +58,7 @@ def _select(
 @triton.jit
 def _turned(column):
     """Where `mxfp4_few` reads a column of a token, in Triton: see its `turned`."""
-    return column // 64 * 64 + column % 8 // 2 * 16 + column % 64 // 8 * 2 + column % 2
+    return column // 32 * 32 + column % 8 // 2 * 8 + column % 32 // 8 * 2 + column % 2
 
 
 @triton.jit
