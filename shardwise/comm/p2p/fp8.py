@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from shardwise.comm.p2p import ptx, workspace
-from shardwise.comm.p2p.rows import advance, begin, load_row, number, pack, push, region, store_row, unpack
+from shardwise.comm.p2p.rows import add, advance, begin, load_row, number, pack, push, region, store_row, unpack
 
 GROUPS, GROUP_CHUNKS = 4, 4
 CHUNK_VALUES = 8
@@ -103,7 +103,7 @@ def _decode(word):
 
 
 @triton.jit
-def _quantised(x, start, total_elements, lane, group: tl.constexpr, kind, LANES: tl.constexpr, ALIGNED: tl.constexpr):
+def _quantised(x, start, total_elements, lane, group, kind, LANES: tl.constexpr, ALIGNED: tl.constexpr):
     """(8 words of e4m3, scale) of each lane's values of a group."""
     values = ()
     for part in tl.static_range(_GROUP_CHUNKS):
@@ -133,9 +133,28 @@ def _quantised(x, start, total_elements, lane, group: tl.constexpr, kind, LANES:
 def _dequantised(words, scale):
     values = ()
     for i in tl.static_range(8):
+        four = _decode(words[i])
         for value in tl.static_range(4):
-            values = values + (_decode(words[i])[value] * scale,)
+            values = values + (four[value] * scale,)
     return values
+
+
+@triton.jit
+def _with_scale(scales, group, scale):
+    """The chunk of four groups' scales with this group's word in place."""
+    word = scale.to(tl.int32, bitcast=True)
+    result = ()
+    for i in tl.static_range(_GROUPS):
+        result = result + (tl.where(group == i, word, scales[i]),)
+    return result
+
+
+@triton.jit
+def _scale_of(scales, group):
+    word = scales[0]
+    for i in tl.static_range(1, _GROUPS):
+        word = tl.where(group == i, scales[i], word)
+    return word.to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -171,10 +190,11 @@ def one_shot_fp8(
         row = tl.cast(index, tl.int64)
         start = row * (LANES * _LANE_VALUES)
         place = row * (LANES * _LANE_CHUNKS)
-        scales = ()
-        for group in tl.static_range(_GROUPS):
+        nothing = tl.zeros([LANES], tl.int32)
+        scales = (nothing, nothing, nothing, nothing)
+        for group in range(_GROUPS):  # not unrolled: an unaligned row's loads would take half a minute to compile
             words, scale = _quantised(x, start, total_elements, lane, group, kind, LANES, ALIGNED)
-            scales = scales + (scale.to(tl.int32, bitcast=True),)
+            scales = _with_scale(scales, group, scale)
             for half in tl.static_range(2):
                 chunk = (words[4 * half], words[4 * half + 1], words[4 * half + 2], words[4 * half + 3])
                 push(
@@ -193,7 +213,7 @@ def one_shot_fp8(
                     WORLD, RANK, PAUSING,
                 )  # fmt: skip
                 everyones = everyones + (chunk,)
-        for group in tl.static_range(_GROUPS):
+        for group in range(_GROUPS):
             total = ()
             for source in tl.static_range(WORLD):
                 if source == RANK:
@@ -205,12 +225,8 @@ def one_shot_fp8(
                             slots, source, parity, region_bytes, place + (2 * group + half) * LANES, lane, everyone,
                             abort, records, what, deadline_ns, WORLD, RANK, PAUSING,
                         )  # fmt: skip
-                values = _dequantised(words, everyones[source][group].to(tl.float32, bitcast=True))
-                if source == 0:
-                    total = values
-                else:
-                    for i in tl.static_range(32):
-                        total = total[:i] + (total[i] + values[i],) + total[i + 1 :]
+                values = _dequantised(words, _scale_of(everyones[source], group))
+                total = values if source == 0 else add(total, values)
             for part in tl.static_range(_GROUP_CHUNKS):
                 first = start + (group * _GROUP_CHUNKS + part) * LANES * 8
                 limit = tl.minimum(tl.maximum(total_elements - first, 0), LANES * 8).to(tl.int32)

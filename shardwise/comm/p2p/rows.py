@@ -87,7 +87,8 @@ def pack(values, kind: tl.constexpr):
 
 
 @triton.jit
-def _add(left, right):
+def add(left, right):
+    """Sum of two tuples of values."""
     total = ()
     for i in tl.static_range(len(left)):
         total = total + (left[i] + right[i],)
@@ -98,7 +99,7 @@ def _add(left, right):
 def add_chunks(left, right, kind: tl.constexpr):
     """Sum of two packed chunks, rounded to their type."""
     if kind == tl.float32 or ptx.INTERPRET:
-        return pack(_add(unpack(left, kind), unpack(right, kind)), kind)
+        return pack(add(unpack(left, kind), unpack(right, kind)), kind)
     else:
         total = ()
         for i in tl.static_range(4):
@@ -175,7 +176,7 @@ def sum_in_rank_order(
         elif source == 0:
             total = chunk
         elif WORLD > 2:
-            total = _add(total, unpack(chunk, kind))
+            total = add(total, unpack(chunk, kind))
         else:
             total = add_chunks(total, chunk, kind)
     return pack(total, kind) if WORLD > 2 else total
