@@ -28,6 +28,31 @@ def prefetch_to_l2(pointer, nbytes):
         )
 
 
+_SILU = tl.constexpr("""
+{
+    .reg .f32 e;
+    mul.ftz.f32 e, $1, 0fBFB8AA3B;
+    ex2.approx.ftz.f32 e, e;
+    add.ftz.f32 e, e, 0f3F800000;
+    rcp.approx.ftz.f32 e, e;
+    mul.ftz.f32 $0, $1, e;
+}
+""")
+
+
+@triton.jit
+def silu(x):
+    """x / (1 + exp(-x)) of float32 numbers, in five instructions: Triton's exponential and division take 20.
+
+    The forms that count denormals as zero need no scaling around them.
+    """
+    if _INTERPRET:
+        out = x * tl.sigmoid(x)
+    else:
+        out = tl.inline_asm_elementwise(_SILU, "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+    return out
+
+
 @triton.jit
 def keep_loads_above():
     """Loads that stand above are issued before what stands below.

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from shardwise.ops.attention.batch import Batch
+from shardwise.ops.metadata_reports import raise_report, read_at_once
 from shardwise.ops.triton_support import multiprocessors, tl, triton
 
 
@@ -44,6 +45,21 @@ def read_state_spans(
     lengths = [stop - start for start, stop in zip(bounds, bounds[1:], strict=False)] + [1] * batch.decode
     starts = bounds[:-1] + list(range(batch.prefill_tokens, batch.tokens))
     return [StateSpan(*one) for one in zip(starts, lengths, rows, resumes, strict=True)]
+
+
+def check_metadata(
+    op: str,
+    batch: Batch,
+    x: torch.Tensor,  # [b, s, ...]
+    cu_seqlen: torch.Tensor,
+    slot_idx: torch.Tensor,
+    use_initial_states: torch.Tensor,
+    cache: torch.Tensor,  # [slots, ...]
+) -> None:
+    """Raise ValueError for what kernels of earlier calls reported and, where that does not wait, for bad metadata."""
+    raise_report(op)
+    if read_at_once(cache):
+        read_state_spans(op, batch, x.shape[:2].numel(), cu_seqlen, slot_idx, use_initial_states, cache.shape[0])
 
 
 def prefill_bounds(op: str, batch: Batch, cu_seqlen: torch.Tensor | None) -> list[int]:

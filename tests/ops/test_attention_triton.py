@@ -1,11 +1,13 @@
 """The Triton attention operator against the float64 oracle: in the interpreter here, compiled where there is a GPU."""
 
+import contextlib
+
 import oracles_attention as oracle
 import pytest
 import torch
 from oracles_attention import Step
 
-from shardwise.ops import triton_support
+from shardwise.ops import metadata_reports, triton_support
 from shardwise.ops.attention import tiles, triton
 from shardwise.ops.attention.tiles import Tile, choose_splits
 from shardwise.ops.attention.triton import OP
@@ -117,15 +119,57 @@ def test_fp8_cache():
     check(STEPS["mixed"], tensors)
 
 
-def test_a_sequence_that_leaves_the_cache_is_neither_read_nor_stored():
+def reported():
+    """What the kernels of earlier calls complain of."""
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+    with pytest.raises(ValueError) as caught:
+        metadata_reports.raise_reports()
+    return str(caught.value)
+
+
+def test_a_sequence_that_leaves_the_cache_is_neither_read_nor_stored(monkeypatch):
+    monkeypatch.setattr(metadata_reports, "AT_ONCE", set())
     step = Step([4, 3, 1, 1], [38, 0, 40, 2], [0, 4, 1, 9], decode=2)
     tensors = build(step)
     before = [x.clone() for x in tensors[3:]]
     out = run(step, *tensors)
     assert not out.any()
+    assert reported().startswith(f"{triton.OP}: in an earlier call ")
     # The prefill that starts inside the cache stores what fits.
     for cache, old in zip(tensors[3:], before, strict=True):
         assert torch.equal(cache[1:], old[1:]) and torch.equal(cache[0, :38], old[0, :38])
+
+
+@pytest.mark.parametrize("values,at_once,words", [
+    ({"slot_idx": 4}, "slot_idx holds 4; legal", "slot_idx holds 4 for sequence {}; legal"),
+    ({"slot_idx": -2}, "slot_idx holds -2; legal", "slot_idx holds -2 for sequence {}; legal"),
+    ({"input_pos": 40}, "input_pos 40 .* leaves the cache", "input_pos 40 and seq_len of sequence {} leave the cache"),
+    ({"input_pos": -1}, "input_pos -1 .* leaves the cache", "input_pos -1 and seq_len of sequence {} leave the cache"),
+    ({"seq_len": 1}, "counts 5 prefill tokens", "seq_len of the prefill sequences adds up to 2"),
+])  # fmt: skip
+@pytest.mark.parametrize("sequence", [0, 2])  # of prefill, of decode
+def test_bad_metadata_raises_at_once_or_in_the_next_call(monkeypatch, values, at_once, words, sequence):
+    step = Step([4, 1, 1], [2, 3, 5], [0, 1, 2], decode=1)
+    tensors = build(step)
+    info, seq_len, input_pos, slot_idx, cu_seqlen = step.metadata(DEVICE)
+    bad = {"seq_len": seq_len.clone(), "input_pos": input_pos.clone(), "slot_idx": slot_idx.clone()}
+    if "seq_len" in values and sequence:
+        pytest.skip("decode sequences have one token")
+    for name, value in values.items():
+        bad[name][sequence] = value
+    new, caches = [x[None] for x in tensors[:3]], tensors[3:]
+    operator = torch.ops.auto_deploy.triton_attention_flattened_mha_with_cache
+    monkeypatch.setattr(metadata_reports, "AT_ONCE", {False, True})
+    with pytest.raises(ValueError, match=f"^{triton.OP}: .*{at_once}"):
+        operator(*new, info, *bad.values(), cu_seqlen, *caches, None)
+    monkeypatch.setattr(metadata_reports, "AT_ONCE", set())
+    operator(*new, info, *bad.values(), cu_seqlen, *caches, None)
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+    with pytest.raises(ValueError, match=f"^{triton.OP}: in an earlier call {words.format(sequence)}"):
+        operator(*new, info, seq_len, input_pos, slot_idx, cu_seqlen, *caches, None)
+    operator(*new, info, seq_len, input_pos, slot_idx, cu_seqlen, *caches, None)
 
 
 @triton_support.triton.jit
@@ -155,6 +199,7 @@ def test_the_memory_checker_notices_one_element_too_many(monkeypatch):
 def test_no_metadata_makes_a_kernel_leave_its_tensors(monkeypatch, seed):
     from memory_check import checked_memory
 
+    monkeypatch.setattr(metadata_reports, "AT_ONCE", set())
     step = oracle.random_step(seed, max_seq=40) if seed % 2 else STEPS[list(STEPS)[seed // 2 % 6]]
     q, k, v, k_cache, v_cache = build(step, size=20, value_size=9)
     info, *metadata, cu_seqlen = step.metadata()
@@ -168,6 +213,8 @@ def test_no_metadata_makes_a_kernel_leave_its_tensors(monkeypatch, seed):
             q[None], k[None], v[None], info, *metadata, cu_seqlen, k_cache, v_cache, None, None, 7 if seed % 3 else None
         )
     assert sum(seen) > 0
+    with contextlib.suppress(ValueError):
+        metadata_reports.raise_reports()
 
 
 def test_strided_flattened_and_generate_shapes():

@@ -1,4 +1,5 @@
-"""State operators on bad metadata: wrong values for prefill sequences, no access outside, decode as ever."""
+"""State operators on bad metadata: it raises, if only in the next call; until then wrong values for prefill sequences,
+no access outside, decode as ever."""
 
 import contextlib
 import functools
@@ -12,6 +13,7 @@ from mamba_oracle import Batch
 from operator_samples import flat, mutated
 from test_operator_table import INFOS
 
+from shardwise.ops import metadata_reports
 from shardwise.ops.attention.batch import Batch as CountedBatch
 from shardwise.ops.fla.step import Prefill
 from shardwise.ops.mamba import metadata
@@ -27,6 +29,7 @@ pytestmark = [
 BATCH = Batch(prefill=(40, 0, 33, 2), decode=3, slots=(4, 6, 0, 2, 5, -1, 1), resumes=(True, False, False, True))
 TOKENS, SEQUENCES, CHUNK = 75, 4, 16
 ALONE = [1, 3, 5]  # slots that no prefill sequence names
+METADATA = "mamba_ssm_prepare_metadata"
 LEAST, MOST = -(2**31), 2**31 - 1
 BOUNDS = {
     "descending": [75, 73, 40, 40, 0],
@@ -66,6 +69,22 @@ def checked(monkeypatch):
     from memory_check import checked_memory
 
     return checked_memory(monkeypatch)
+
+
+@pytest.fixture
+def kernels_decide(monkeypatch):
+    """Bad metadata reaches the kernels on the CPU as well."""
+    monkeypatch.setattr(metadata_reports, "AT_ONCE", set())
+
+
+def reported():
+    """What the kernels of earlier calls complain of."""
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+    with pytest.raises(ValueError) as caught:
+        metadata_reports.raise_reports()
+    metadata_reports.raise_reports()
+    return str(caught.value)
 
 
 def run(op, args):
@@ -112,18 +131,59 @@ WIDE = ("one entry back", "far beyond", "extremes")
 CASES = [(kind, torch.int32) for kind in BOUNDS] + [(kind, torch.int64) for kind in WIDE]
 
 
+@pytest.mark.usefixtures("kernels_decide")
 @pytest.mark.parametrize("kind,dtype", CASES, ids=str)
 @pytest.mark.parametrize("op", HERE)
-def test_bad_bounds_lead_nowhere_outside(monkeypatch, op, kind, dtype):
+def test_bad_bounds_are_reported_and_lead_nowhere_outside(monkeypatch, op, kind, dtype):
     args = arguments(op)
     place = place_of_bounds(args)
     values = [v << 31 if dtype == torch.int64 and v in (LEAST, MOST) else v for v in BOUNDS[kind]]
     bounds, change = replaced(args[place], values, dtype), {}
     if op.endswith("_ssm"):  # with the pieces of the good bounds, then with those of the bad ones
         check(monkeypatch, op, args, {place: bounds})
-        pieces = metadata._on_device("test", CountedBatch(SEQUENCES, TOKENS, 3), bounds, CHUNK)
+        assert reported().startswith(f"{op}: in an earlier call cu_seqlen holds")
+        pieces = metadata._on_device(METADATA, CountedBatch(SEQUENCES, TOKENS, 3), bounds, CHUNK)
         change = dict(zip((11, 12, 13), pieces, strict=True))
+        assert reported().startswith(f"{METADATA}: in an earlier call cu_seqlen holds")
     check(monkeypatch, op, args, {place: bounds, **change})
+    assert reported().startswith(f"{op}: in an earlier call cu_seqlen holds")
+
+
+@pytest.mark.usefixtures("kernels_decide")
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
+@pytest.mark.parametrize("sequence", [0, SEQUENCES + 1])
+@pytest.mark.parametrize("slot", [7, -2, MOST, LEAST])
+@pytest.mark.parametrize("op", HERE)
+def test_a_slot_outside_of_the_cache_is_reported_and_skipped(monkeypatch, op, slot, sequence, dtype):
+    args = arguments(op)
+    place = place_of_bounds(args) + 1
+    slots = args[place].to(dtype)
+    slots[sequence] = slot
+    expected = run(op, [args[place].index_fill(0, torch.tensor(sequence, device=DEVICE), -1) if i == place else a
+                        for i, a in enumerate(args)])  # fmt: skip
+    with checked(monkeypatch):
+        result = run(op, [slots if i == place else a for i, a in enumerate(args)])
+    assert all(torch.equal(a, b) for a, b in zip(result, expected, strict=True))
+    assert reported().startswith(f"{op}: in an earlier call slot_idx holds {slot} for sequence {sequence};")
+
+
+@pytest.mark.parametrize("op", HERE)
+def test_the_next_call_raises_what_a_kernel_reported(monkeypatch, op):
+    args = arguments(op)
+    place = place_of_bounds(args) + 1
+    bad = [torch.full_like(a, 9) if i == place else a for i, a in enumerate(args)]
+    with monkeypatch.context() as patch:
+        patch.setattr(metadata_reports, "AT_ONCE", set())
+        run(op, bad)
+        if DEVICE == "cuda":
+            torch.cuda.synchronize()
+        with pytest.raises(ValueError, match=f"^{op}: in an earlier call slot_idx holds 9 for sequence"):
+            run(op, args)
+        run(op, args)
+    monkeypatch.setattr(metadata_reports, "AT_ONCE", {False, True})
+    with pytest.raises(ValueError, match=f"^{op}: slot_idx holds 9; the state cache has 7 slots"):
+        run(op, bad)
+    run(op, args)
 
 
 PIECES = {
@@ -168,7 +228,8 @@ def test_pieces_of_bad_bounds_begin_inside_the_tokens(monkeypatch, kind):
     made: list[Guarded] = []
     bounds = guard_all(torch.tensor(BOUNDS[kind], dtype=torch.int32, device=DEVICE), 0xFF, made)
     with checked(monkeypatch):
-        index, offset, owner = metadata._on_device("test", CountedBatch(SEQUENCES, TOKENS, 0), bounds, CHUNK)
+        index, offset, owner = metadata._on_device(METADATA, CountedBatch(SEQUENCES, TOKENS, 0), bounds, CHUNK)
+    assert reported().startswith(f"{METADATA}: in an earlier call cu_seqlen holds")
     first = (index * CHUNK + offset)[index >= 0]
     assert ((first >= 0) & (first < TOKENS)).all() and (index >= -1).all() and (offset < CHUNK).all()
     assert ((owner >= 0) & (owner <= SEQUENCES)).all()
@@ -179,11 +240,14 @@ def test_fla_gets_bounds_that_ascend_within_the_prefill_tokens(monkeypatch, kind
     values = BOUNDS.get(kind, [0, 40, 40, 73, 75])
     bounds = torch.tensor(values, dtype=torch.int32, device=DEVICE)
     cache, slots = torch.zeros(7, 2, 16, 16, device=DEVICE), torch.arange(SEQUENCES, device=DEVICE)
-    one = Prefill("test", CountedBatch(SEQUENCES, TOKENS, 3), 78, bounds, slots, slots > 0, cache)
+    one = Prefill("fla_cached_delta_rule", CountedBatch(SEQUENCES, TOKENS, 3), 78, bounds, slots, slots > 0, cache)
     with checked(monkeypatch):
         safe, chunks = one.chunks()
         one.states()
         one.finish(torch.zeros(1, 78, 2, 16, device=DEVICE), torch.zeros(SEQUENCES, 2, 16, 16, device=DEVICE))
+    if kind != "good":
+        assert reported().startswith("fla_cached_delta_rule: in an earlier call cu_seqlen holds")
+    metadata_reports.raise_reports()
     cuts = safe.tolist()
     assert cuts == sorted(cuts) and cuts[0] >= 0 and cuts[-1] <= TOKENS
     assert cuts == values or kind != "good"

@@ -109,7 +109,7 @@ def read_spans(
     for length, past, slot in zip(lengths + [1] * batch.decode, positions, slots, strict=True):
         if not -1 <= slot < cache_shape[0]:
             raise ValueError(f"{op}: slot_idx holds {slot}; legal: -1 (padding) to {cache_shape[0] - 1}")
-        if past < 0 or length < 0 or past + length > cache_shape[1]:
+        if length < 0 or (slot >= 0 and not 0 <= past <= cache_shape[1] - length):
             raise ValueError(
                 f"{op}: input_pos {past} + seq_len {length} leaves the cache of {cache_shape[1]} positions"
             )

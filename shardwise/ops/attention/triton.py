@@ -11,12 +11,13 @@ from typing import NamedTuple
 import torch
 
 from shardwise.ops.attention import tiles
-from shardwise.ops.attention.batch import Batch, read_batch
+from shardwise.ops.attention.batch import Batch, read_batch, read_spans
 from shardwise.ops.attention.checks import Heads, cached_output_shape, check_cached, default_scale, fake_cached, shape
 from shardwise.ops.attention.kernels.append import append_kernel
 from shardwise.ops.attention.kernels.decode import decode_kernel, reduce_kernel
 from shardwise.ops.attention.kernels.prefill import prefill_kernel
 from shardwise.ops.attention.tiles import Tile
+from shardwise.ops.metadata_reports import raise_report, read_at_once, report_word
 from shardwise.ops.registry import TRITON, operator
 from shardwise.ops.triton_support import Form, Kernel, dependent_launch, multiprocessors
 
@@ -106,8 +107,10 @@ def triton_attention_flattened_mha_with_cache(
 
     Tensors and meaning are those of `torch_cached_attention_with_cache`, without a logit cap. float16, bfloat16 or
     float32; the caches may be float8_e4m3fn. `cu_seqlen` is not read. Lengths, positions and slots stay on the
-    device and are not checked: a sequence that would leave the cache is not read and gives 0, like slot -1.
+    device: a sequence that would leave the cache is not read and gives 0, like slot -1, and the next call raises
+    ValueError for it (`metadata_reports.py`).
     """
+    raise_report(OP)
     batch = read_batch(OP, batch_info_host)
     call = _call(q, k, v, k_cache, v_cache, sinks)
     if call.copy:
@@ -115,6 +118,8 @@ def triton_attention_flattened_mha_with_cache(
         call = _call(q, k, v, k_cache, v_cache, sinks)
     if batch.tokens > call.tokens:
         raise ValueError(f"{OP}: batch_info_host counts {batch.tokens} tokens, q holds {call.tokens}")
+    if read_at_once(q):
+        read_spans(OP, batch, call.tokens, seq_len, input_pos, slot_idx, k_cache.shape)
     if call.out_shape == q.shape:
         out = torch.empty_like(q, memory_format=torch.contiguous_format)  # half the host time of torch.empty
     else:
@@ -256,7 +261,8 @@ class _Step(NamedTuple):
         if plan is None:
             plan = call.prefills[key] = self._plan_prefill(metadata)
         limits = (batch.prefill, k_cache.shape[0], k_cache.shape[1])
-        plan.append(plan.append_grid, (k, v, k_cache, v_cache, *metadata), (batch.prefill_tokens, *limits))
+        word = report_word(OP)
+        plan.append(plan.append_grid, (k, v, k_cache, v_cache, *metadata, word), (batch.prefill_tokens, *limits))
         plan.attend(
             (plan.tiles * call.heads.keys, 1, 1),
             (q, k_cache, v_cache, out, *metadata, q if self.sinks is None else self.sinks),
@@ -296,7 +302,8 @@ class _Step(NamedTuple):
             partial = torch.empty(plan.rows * (call.heads.value_size + 1), dtype=torch.float32, device=q.device)
         place = (batch.prefill, batch.prefill_tokens, k_cache.shape[0], k_cache.shape[1], plan.rows, plan.splits)
         metadata = (input_pos, slot_idx, q if self.sinks is None else self.sinks)
-        plan.form(plan.grid, (q, k, v, k_cache, v_cache, out, partial, *metadata), (self.scale, *place))
+        word = report_word(OP)
+        plan.form(plan.grid, (q, k, v, k_cache, v_cache, out, partial, *metadata, word), (self.scale, *place))
         if plan.reduce is not None:
             plan.reduce((batch.decode * call.heads.queries, 1, 1), (partial, out, *metadata), place)
 

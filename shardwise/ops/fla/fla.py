@@ -10,8 +10,9 @@ from shardwise.ops.attention.batch import read_batch
 from shardwise.ops.fla.checks import check_delta
 from shardwise.ops.fla.reference import like_v
 from shardwise.ops.fla.step import Prefill, decode
+from shardwise.ops.metadata_reports import report_word
 from shardwise.ops.registry import FLA, TRITON, operator
-from shardwise.ops.state_batch import check_counts
+from shardwise.ops.state_batch import check_counts, check_metadata
 from shardwise.ops.triton_support import Launch, keep_launch, layout
 
 # Steps of decode tokens alone, without a copy or padding, by their layout.
@@ -71,6 +72,7 @@ def fla_gated_delta_rule(
 
 def _cached(op, q, k, v, g, beta, batch_info_host, cu_seqlen, slot_idx, use_initial_states, cache, scale):
     batch = read_batch(op, batch_info_host)
+    check_metadata(op, batch, v, cu_seqlen, slot_idx, use_initial_states, cache)
     given = q, k, v, beta, beta if g is None else g, slot_idx, cache
     key = None
     if not batch.prefill:
@@ -78,7 +80,7 @@ def _cached(op, q, k, v, g, beta, batch_info_host, cu_seqlen, slot_idx, use_init
         again = STEPS.get(key)
         if again is not None:
             out = torch.empty_like(v, memory_format=torch.contiguous_format)
-            again.form(again.grid, (*given, out), again.free)
+            again.form(again.grid, (*given, out, report_word(op)), again.free)
             return out
     check_delta(op, q, k, v, beta, g, cache)
     _half(op, q)
@@ -97,9 +99,9 @@ def _cached(op, q, k, v, g, beta, batch_info_host, cu_seqlen, slot_idx, use_init
         out = o.to(v.dtype).contiguous().view(v.shape)
         one.finish(out, final)
     if batch.decode:
-        launch, taken = decode(q, k, v, g, beta, slots, cache, out, scale, batch)
+        launch, taken = decode(op, q, k, v, g, beta, slots, cache, out, scale, batch)
         if key is not None and batch.decode == tokens:
-            keep_launch(STEPS, key, launch, taken[:-1], given)
+            keep_launch(STEPS, key, launch, taken[:-2], given)
     return out
 
 

@@ -1,5 +1,6 @@
 """Triton kernels around fla's: states in and out of the cache, chunks of several sequences, the decode step."""
 
+from shardwise.ops.metadata_reports import check_bounds, check_slots
 from shardwise.ops.state_batch import load_bounds
 from shardwise.ops.triton_support import await_predecessor, tl, triton
 
@@ -12,14 +13,16 @@ def is_live(bounds_ptr, slot_ptr, sequence, slots):
     return (slot >= 0) & (slot < slots) & (tokens > 0)
 
 
-@triton.jit(do_not_specialize=["slots"])
+@triton.jit(do_not_specialize=["slots", "tokens"])
 def load_states_kernel(
     bounds_ptr,
     slot_ptr,
     resume_ptr,
     cache_ptr,
     state_ptr,
+    word_ptr,
     slots,
+    tokens,
     cache_slot,
     cache_h,
     cache_k,
@@ -33,6 +36,9 @@ def load_states_kernel(
     """Float32 states [sequences, HEADS, K, V] before the first token: a sequence's row, or zeros."""
     await_predecessor(PDL)
     sequence, head = tl.program_id(0) // HEADS, tl.program_id(0) % HEADS
+    if (head == 0) & (tl.program_id(1) == 0):
+        check_bounds(word_ptr, bounds_ptr, sequence, tl.num_programs(0) // HEADS, tokens)
+        check_slots(word_ptr, True, sequence, tl.load(slot_ptr + sequence), slots)
     k, v = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_V)
     inside = (k < K)[:, None] & (v < V)[None, :]
     taken = is_live(bounds_ptr, slot_ptr, sequence, slots) & tl.load(resume_ptr + sequence).to(tl.int1)
@@ -197,6 +203,7 @@ def step_kernel(
     slot_ptr,
     cache_ptr,
     out_ptr,
+    word_ptr,
     first,
     skip,
     slots,
@@ -234,6 +241,7 @@ def step_kernel(
     await_predecessor(PDL)
     slot = tl.load(slot_ptr + skip + number).to(tl.int64)
     if (slot < 0) | (slot >= slots):
+        check_slots(word_ptr, True, skip + number, slot, slots)
         tl.store(target, tl.zeros((BLOCK_V,), out_ptr.dtype.element_ty), mask=v_columns < V)
         return
     tile = (k_rows < K)[:, None] & (v_columns < V)[None, :]

@@ -8,6 +8,7 @@ from torch import Tensor
 from shardwise.ops.attention.batch import Batch
 from shardwise.ops.fla import kernels
 from shardwise.ops.fla.delta import CHUNK
+from shardwise.ops.metadata_reports import report_word
 from shardwise.ops.state_batch import many_or_few, token_rows
 from shardwise.ops.triton_support import Kernel, Launch, dependent_launch
 
@@ -57,9 +58,11 @@ class Prefill(NamedTuple):
                 f"{self.op}: cu_seqlen has {self.cu_seqlen.numel()} entries; {batch.prefill} sequences need one more"
             )
         state = torch.empty((batch.prefill, *cache.shape[1:]), dtype=torch.float32, device=cache.device)
-        pointers, pdl = (self.cu_seqlen, self.slots, self.resumes, cache, state), dependent_launch(cache.device)
+        word, pdl = report_word(self.op), dependent_launch(cache.device)
+        pointers = self.cu_seqlen, self.slots, self.resumes, cache, state, word
+        free = cache.shape[0], batch.prefill_tokens
         grid = batch.prefill * cache.shape[1], -(-cache.shape[2] // _COPY_ROWS), 1
-        _launch_load(cache.device, grid, pointers, (cache.shape[0],), (*self._fixed(), pdl), warps=4, pdl=pdl)
+        _launch_load(cache.device, grid, pointers, free, (*self._fixed(), pdl), warps=4, pdl=pdl)
         return state
 
     def chunks(self) -> tuple[Tensor | None, Tensor | None]:
@@ -88,6 +91,7 @@ class Prefill(NamedTuple):
 
 
 def decode(
+    op: str,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -113,7 +117,7 @@ def decode(
         q_t, q.stride(2), k_t, k.stride(2), v_t, v.stride(2), beta_t, g_t,
         *cache.stride()[:3], heads // q.shape[2], heads, K, V, block_k, block_v, g is not None, pdl,
     )  # fmt: skip
-    pointers = q, k, v, beta, gate, slots, cache, out
+    pointers = q, k, v, beta, gate, slots, cache, out, report_word(op)
     launch = Launch(
         _step.form_for(cache.device, pointers, fixed, warps=table["warps"], pdl=pdl),
         (batch.decode * heads * -(-V // block_v), 1, 1),

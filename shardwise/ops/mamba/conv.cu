@@ -19,6 +19,7 @@ struct Args {
   const bool* resumes;
   void* cache;
   void* halo;  // [blocks, K - 1, C]
+  int64_t* word;  // for a report of bad metadata (metadata_reports.py)
   int64_t x_t, x_c, cache_slot, cache_c, cache_k, slot_count, tokens;  // tokens: of prefill
   int32_t channels, sequences, rows, blocks;  // blocks: tokens in decode
   int32_t wide_bounds, wide_slots, silu, groups;  // groups: thread blocks that share a decode step's tokens
@@ -101,6 +102,17 @@ __device__ void widen(const Pack<T, V>& pack, float (&x)[V]) {
   for (int v = 0; v < V; ++v) x[v] = wide(pack.value[v]);
 }
 
+// Two values of a word, an instruction each; taken out of their pack one by one they cost two.
+template <>
+__device__ void widen<__nv_bfloat16, 8>(const Pack<__nv_bfloat16, 8>& pack, float (&x)[8]) {
+  const auto* words = reinterpret_cast<const unsigned*>(pack.value);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    x[2 * i] = __uint_as_float(words[i] << 16);
+    x[2 * i + 1] = __uint_as_float(words[i] & 0xFFFF0000u);
+  }
+}
+
 // x / (1 + exp(-x)) in five instructions: the forms that flush denormals need no scaling around them, and the kernels
 // are about as busy with this as with memory.
 __device__ float activate(float x, int silu) {
@@ -151,9 +163,31 @@ __device__ Block find_block(const Args& a, int64_t block) {
   return found;
 }
 
+// What metadata_reports.py reads.
+__device__ void report(const Args& a, int64_t kind, int64_t sequence, int64_t value) {
+  value = max(int64_t(INT32_MIN), min(value, int64_t(INT32_MAX)));
+  *a.word = kind << 56 | (sequence & 0xFFFFFF) << 32 | (value & 0xFFFFFFFF);
+}
+
 __device__ int64_t live_slot(const Args& a, int64_t sequence) {
-  int64_t slot = index_at(a.slots, a.wide_slots, sequence);
+  const int64_t slot = index_at(a.slots, a.wide_slots, sequence);
   return slot < a.slot_count ? slot : -1;
+}
+
+__device__ int64_t checked_slot(const Args& a, int64_t sequence) {
+  const int64_t slot = index_at(a.slots, a.wide_slots, sequence);
+  if (slot >= -1 && slot < a.slot_count) return slot;
+  report(a, 1, sequence, slot);
+  return -1;
+}
+
+// By one thread block of a launch: its threads share the sequences.
+__device__ void check_sequences(const Args& a) {
+  for (int64_t i = threadIdx.x; i < a.sequences; i += kThreads) {
+    const int64_t low = index_at(a.bounds, a.wide_bounds, i), high = index_at(a.bounds, a.wide_bounds, i + 1);
+    if (low > high || (i == 0 && low != 0) || (i == a.sequences - 1 && high != a.tokens)) report(a, 2, i, high);
+    checked_slot(a, i);
+  }
 }
 
 // Neighbouring thread blocks take neighbouring channels, so that rows are read whole at about the same time.
@@ -172,6 +206,7 @@ struct Place {
 template <typename T, int K, int V>
 __global__ void save(Args a) {
   await_predecessor();
+  if (blockIdx.x == 0) check_sequences(a);
   const Place<V> place(a);
   const int64_t c = place.c;
   Block b = find_block(a, place.block);
@@ -217,12 +252,16 @@ struct Taps {
     Pack<T, V> raw[K];
 #pragma unroll
     for (int j = 0; j < K; ++j) raw[j] = load<T, V>(from + j * V);
-#pragma unroll
-    for (int i = 0; i < V * K; ++i) weight[i % K][i / K] = wide(raw[i / V].value[i % V]);
     Pack<T, V> offset{};
     if (a.bias) offset = load<T, V>(static_cast<const T*>(a.bias) + c);
+    widen(offset, bias);
 #pragma unroll
-    for (int v = 0; v < V; ++v) bias[v] = a.bias ? wide(offset.value[v]) : 0.0f;
+    for (int j = 0; j < K; ++j) {
+      float values[V];
+      widen(raw[j], values);
+#pragma unroll
+      for (int v = 0; v < V; ++v) weight[(j * V + v) % K][(j * V + v) / K] = values[v];
+    }
   }
 
   // The result of one token.
@@ -285,7 +324,7 @@ __global__ void decode_any(Args a) {
   const Place<1> place(a);
   const int64_t c = place.c;
   if (c >= a.channels) return;
-  const int64_t slot = live_slot(a, place.block);
+  const int64_t slot = checked_slot(a, place.block);
   if (slot < 0) return;
   T* x = static_cast<T*>(a.x) + place.block * a.x_t + c * a.x_c;
   T* cache = static_cast<T*>(a.cache) + slot * a.cache_slot + c * a.cache_c;
@@ -301,14 +340,14 @@ __global__ void decode_any(Args a) {
   for (int k = 0; k < K - 1; ++k) cache[k * a.cache_k] = kept[k + 1];
 }
 
-template <typename P>
-__device__ void copy_ahead(P* to, const P* from) {
+// 16 bytes from global to shared memory, on their way until `await_groups`.
+__device__ void copy_ahead(unsigned to, const char* from) {
 #if __CUDA_ARCH__ >= 800
-  static_assert(sizeof(P) == 16);
-  const unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(to));
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(from) : "memory");
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
 #else
-  *to = *from;
+  const uint4 value = *reinterpret_cast<const uint4*>(from);
+  asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(value.x), "r"(value.y), "r"(value.z), "r"(value.w)
+               : "memory");
 #endif
 }
 
@@ -326,48 +365,62 @@ __device__ void await_groups() {
 }
 
 // Dense channels and states: a thread block walks over every `groups`-th token of its channels, whose weights it reads
-// once, with kStages tokens on their way into shared memory.
+// once, with kStages tokens on their way into shared memory. WHOLE: all lanes of all warps have channels.
 //
 // The states of a warp's channels are one run of packs. They are moved in order, 512 bytes an instruction, and change
-// hands in shared memory: a thread's own states are K - 1 packs in a row. Warps do not wait for each other.
-template <typename T, int K, int V>
+// hands in shared memory: a thread's own states are K - 1 packs in a row. Warps do not wait for each other. The number
+// of instructions bounds the step as much as memory does: slots come 32 a load and pass from lane to lane, and strides
+// in bytes are 32-bit numbers.
+template <typename T, int K, int V, bool WHOLE>
 __global__ void __launch_bounds__(kThreads, 4) decode_wide(Args a) {
   using P = Pack<T, V>;
+  constexpr int kRow = 32 * sizeof(P);  // bytes that a warp moves in an instruction
   __shared__ P rooms[kStages][kThreads / 32][32 * K];  // of a warp: its states, then its inputs
   await_predecessor();
   const Place<V> place(a);
-  const int64_t c = place.c;
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int64_t first = c - lane * V;  // the warp's first channel
-  if (first >= a.channels) return;
-  const bool mine = c < a.channels;
-  const int packs = int(min(int64_t(32), (a.channels - first) / V)) * (K - 1);  // of this warp that exist
-  T* x = static_cast<T*>(a.x) + c;
-  T* cache = static_cast<T*>(a.cache) + first * (K - 1);
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, block = int(place.block);
+  const int64_t first = place.c - lane * V;  // the warp's first channel
+  if (!WHOLE && first >= a.channels) return;
+  const bool mine = WHOLE || place.c < a.channels;
+  const int packs = WHOLE ? 32 * (K - 1) : int(min(int64_t(32), (a.channels - first) / V)) * (K - 1);  // that exist
+  const int count = (a.blocks - block + a.groups - 1) / a.groups;  // of the block's tokens
+  const unsigned slot_bytes = unsigned(a.cache_slot * sizeof(T));
+  const int64_t step = a.groups * a.x_t * int64_t(sizeof(T));  // from token to token
+  char* cache = static_cast<char*>(a.cache) + (first * (K - 1) + lane * V) * sizeof(T);
+  char* x_in = static_cast<char*>(a.x) + (place.c + block * a.x_t) * int64_t(sizeof(T));
+  char* x_out = x_in;
+  const unsigned room = static_cast<unsigned>(__cvta_generic_to_shared(&rooms[0][warp][lane]));
 
-  auto slot_of = [&](int64_t token) { return token < a.blocks ? live_slot(a, token) : -1; };
-  auto fetch = [&](int stage, int64_t token, int64_t slot) {
-    if (slot >= 0) {
-      P* room = rooms[stage][warp];
-      const P* from = reinterpret_cast<const P*>(cache + slot * a.cache_slot);
+  auto slots_from = [&](int n) {  // a lane's slot of 32 tokens from the n-th on
+    const int64_t token = block + int64_t(n + lane) * a.groups;
+    return n + lane < count ? int(checked_slot(a, token)) : -1;
+  };
+  int slots = slots_from(0), slot[kStages];
+  auto fetch = [&](int stage, int n) {
+    if (n % 32 == 0 && n > 0) slots = slots_from(n);
+    slot[stage] = n < count ? __shfl_sync(~0u, slots, n % 32) : -1;
+    if (slot[stage] >= 0) {
+      const char* from = cache + uint64_t(unsigned(slot[stage])) * slot_bytes;
+      const unsigned to = room + stage * unsigned(sizeof(rooms[0]));
 #pragma unroll
       for (int j = 0; j < K - 1; ++j)
-        if (lane + 32 * j < packs) copy_ahead(room + lane + 32 * j, from + lane + 32 * j);
-      if (mine) copy_ahead(room + 32 * (K - 1) + lane, reinterpret_cast<const P*>(x + token * a.x_t));
+        if (WHOLE || lane + 32 * j < packs) copy_ahead(to + j * kRow, from + j * kRow);
+      if (mine) copy_ahead(to + (K - 1) * kRow, x_in);
     }
+    x_in += step;
     close_group();
   };
-  auto advance = [&](const Taps<T, K, V>& taps, int stage, int64_t token, int64_t slot) {
-    P* room = rooms[stage][warp];
+  auto advance = [&](const Taps<T, K, V>& taps, int stage) {
+    P* states = rooms[stage][warp];
     P own[K - 1];
-    float past[K - 1][V];
+    float flat[K - 1][V], past[K - 1][V];
 #pragma unroll
-    for (int j = 0; j < K - 1; ++j) own[j] = room[lane * (K - 1) + j];
+    for (int j = 0; j < K - 1; ++j) widen(own[j] = states[lane * (K - 1) + j], flat[j]);
 #pragma unroll
-    for (int i = 0; i < V * (K - 1); ++i) past[i % (K - 1)][i / (K - 1)] = wide(own[i / V].value[i % V]);
-    const P input = room[32 * (K - 1) + lane];
+    for (int i = 0; i < V * (K - 1); ++i) past[i % (K - 1)][i / (K - 1)] = flat[i / V][i % V];
+    const P input = states[32 * (K - 1) + lane];
     const P out = taps.step(past, input, a.silu);
-    if (mine) store<T, V>(x + token * a.x_t, out);
+    if (mine) *reinterpret_cast<P*>(x_out) = out;
     // The kept inputs move by one place, as they are; the new one follows.
     P kept[K - 1];
 #pragma unroll
@@ -376,33 +429,26 @@ __global__ void __launch_bounds__(kThreads, 4) decode_wide(Args a) {
       kept[i / V].value[i % V] = k < K - 2 ? own[(i + 1) / V].value[(i + 1) % V] : input.value[v];
     }
 #pragma unroll
-    for (int j = 0; j < K - 1; ++j) room[lane * (K - 1) + j] = kept[j];
+    for (int j = 0; j < K - 1; ++j) states[lane * (K - 1) + j] = kept[j];
     __syncwarp();
-    P* to = reinterpret_cast<P*>(cache + slot * a.cache_slot);
+    char* to = cache + uint64_t(unsigned(slot[stage])) * slot_bytes;
 #pragma unroll
     for (int j = 0; j < K - 1; ++j)
-      if (lane + 32 * j < packs) to[lane + 32 * j] = room[lane + 32 * j];
+      if (WHOLE || lane + 32 * j < packs) *reinterpret_cast<P*>(to + j * kRow) = states[lane + 32 * j];
   };
 
-  int64_t slot[kStages], later[kStages];  // of the tokens on their way, and of those after them
 #pragma unroll
-  for (int s = 0; s < kStages; ++s) slot[s] = slot_of(place.block + int64_t(s) * a.groups);
-#pragma unroll
-  for (int s = 0; s < kStages; ++s) later[s] = slot_of(place.block + int64_t(s + kStages) * a.groups);
-#pragma unroll
-  for (int s = 0; s < kStages; ++s) fetch(s, place.block + int64_t(s) * a.groups, slot[s]);
-  const Taps<T, K, V> taps(a, mine ? c : 0);
-  for (int64_t begin = place.block; begin < a.blocks; begin += int64_t(kStages) * a.groups) {
+  for (int s = 0; s < kStages; ++s) fetch(s, s);
+  const Taps<T, K, V> taps(a, mine ? place.c : 0);
+  for (int begin = 0; begin < count; begin += kStages) {
 #pragma unroll
     for (int s = 0; s < kStages; ++s) {
-      const int64_t token = begin + int64_t(s) * a.groups, next = token + int64_t(kStages) * a.groups;
       await_groups<kStages - 1>();
       __syncwarp();
-      if (slot[s] >= 0) advance(taps, s, token, slot[s]);
-      slot[s] = later[s];
-      later[s] = slot_of(next + int64_t(kStages) * a.groups);
+      if (slot[s] >= 0) advance(taps, s);
+      x_out += step;
       __syncwarp();
-      fetch(s, next, slot[s]);
+      fetch(s, begin + s + kStages);
     }
   }
 }
@@ -427,7 +473,8 @@ template <typename T, int K>
 void run(const Args& a, bool is_decode, bool vector, cudaStream_t stream) {
   constexpr int V = 16 / sizeof(T);
   if (is_decode && vector) {
-    launch<V>(decode_wide<T, K, V>, a, a.groups, a.overlap, stream);
+    const bool whole = a.channels % (V * kThreads) == 0;
+    launch<V>(whole ? decode_wide<T, K, V, true> : decode_wide<T, K, V, false>, a, a.groups, a.overlap, stream);
   } else if (is_decode) {
     launch<1>(decode_any<T, K>, a, a.blocks, a.overlap, stream);
   } else if (vector) {

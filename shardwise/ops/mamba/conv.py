@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from shardwise.ops.attention.batch import Batch, read_batch
-from shardwise.ops.state_batch import check_counts
+from shardwise.ops.state_batch import check_counts, check_metadata
 
 
 class ConvBatch(NamedTuple):
@@ -34,7 +34,7 @@ class ConvBatch(NamedTuple):
 def prepare(
     op: str, input, weight, bias, batch_info_host, cu_seqlen, slot_idx, resumes, cache, activation
 ) -> ConvBatch:
-    """Checked arguments; raises ValueError. Shapes only: device memory is not looked at."""
+    """Checked arguments; raises ValueError."""
     if activation not in (None, "silu"):
         raise ValueError(f"{op}: activation must be None or 'silu', got {activation!r}")
     shape, K = input.shape, weight.shape[-1]
@@ -53,6 +53,7 @@ def prepare(
     batch = read_batch(op, batch_info_host)
     rows = shape[0] * shape[1]
     check_counts(op, batch, rows, slot_idx, resumes)
+    check_metadata(op, batch, input, cu_seqlen, slot_idx, resumes, cache)
     if batch.prefill and cu_seqlen.numel() < batch.prefill + 1:
         raise ValueError(f"{op}: cu_seqlen has {cu_seqlen.numel()} entries; {batch.prefill} sequences need one more")
     if shape[0] != 1 and shape[1] != 1:

@@ -8,14 +8,15 @@ from pathlib import Path
 import torch
 
 from shardwise.ops.mamba.conv import ConvBatch, block_rows, halo, nothing, prepare
+from shardwise.ops.metadata_reports import report_word
 from shardwise.ops.nvcc import library, on_device, stream
 from shardwise.ops.registry import CUDA, NVCC, operator
 from shardwise.ops.triton_support import dependent_launch, multiprocessors
 
 _OP = "cuda_cached_causal_conv1d"
 _TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-# The struct Args of conv.cu: eight pointers, seven int64, nine int32 and what aligns the end.
-_ARGS = struct.Struct("8P7q9i4x")
+# The struct Args of conv.cu: nine pointers, seven int64, nine int32 and what aligns the end.
+_ARGS = struct.Struct("9P7q9i4x")
 # Thread blocks of a decode step for each multiprocessor, all of which run at once: each walks over its share of the
 # tokens and reads the weights of its channels once.
 RESIDENT = 4
@@ -91,6 +92,7 @@ def _launch(one: ConvBatch, x: int, pointers: tuple[int, int, int], saved: int, 
     strides, wide = cache.stride(), (not saved or one.bounds.dtype == torch.int64, one.slots.dtype == torch.int64)
     args = _ARGS.pack(
         x, one.weight.data_ptr(), bias, *pointers, cache.data_ptr(), saved,
+        report_word(_OP).data_ptr(),
         one.x_t, one.x_c, *strides, cache.shape[0], one.batch.prefill_tokens,
         one.channels, one.batch.prefill, rows, blocks, *wide, one.silu, _groups(one, blocks), dependent_launch(device),
     )  # fmt: skip

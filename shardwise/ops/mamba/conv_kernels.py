@@ -5,6 +5,8 @@ needs, so `save_kernel` first copies the K - 1 inputs before every block (its ha
 date. `prefill_kernel` then walks over the rows of all blocks in parallel.
 """
 
+from shardwise.ops.metadata_reports import check_bounds, check_slots
+from shardwise.ops.ptx import silu
 from shardwise.ops.state_batch import load_bounds
 from shardwise.ops.triton_support import await_predecessor, tl, triton
 
@@ -55,6 +57,7 @@ def save_kernel(
     resume_ptr,
     cache_ptr,
     halo_ptr,
+    word_ptr,
     sequences,
     tokens,
     slots,
@@ -73,6 +76,10 @@ def save_kernel(
 ):
     """Inputs before one block into its halo; at a sequence's first block also its new state into the cache."""
     await_predecessor(PDL)
+    if tl.program_id(0) == 0:
+        j = tl.arange(0, SEQUENCES)
+        check_bounds(word_ptr, bounds_ptr, j, sequences, tokens)
+        check_slots(word_ptr, j < sequences, j, tl.load(slot_ptr + j, mask=j < sequences, other=-1), slots)
     tiles = tl.cdiv(channels, CHANNELS)
     block = tl.program_id(0) // tiles
     sequence, start, end, local = find_block(bounds_ptr, sequences, tokens, block, rows, SEQUENCES)
@@ -166,7 +173,7 @@ def prefill_kernel(
                 out += past[k].to(tl.float32) * taps[k]
             past = past[1:] + (now[i],)
             if SILU:
-                out *= tl.sigmoid(out)
+                out = silu(out)
             target = row_ptr + (first + i) * x_t
             tl.store(target, out.to(x_ptr.dtype.element_ty), mask=mask & (first + i < count))
 
@@ -178,6 +185,7 @@ def decode_kernel(
     bias_ptr,
     slot_ptr,
     cache_ptr,
+    word_ptr,
     first,
     skip,
     tokens,
@@ -203,6 +211,7 @@ def decode_kernel(
     token = (tl.program_id(0) // tiles).to(tl.int64)
     slot = tl.load(slot_ptr + skip + token).to(tl.int64)
     if (slot < 0) | (slot >= slots):
+        check_slots(word_ptr, True, skip + token, slot, slots)
         return
     c = tl.program_id(0) % tiles * CHANNELS + tl.arange(0, CHANNELS)
     mask = c < channels
@@ -217,7 +226,7 @@ def decode_kernel(
     for k in tl.static_range(K - 1):
         out += past[k].to(tl.float32) * taps[k]
     if SILU:
-        out *= tl.sigmoid(out)
+        out = silu(out)
     past = past + (x.to(cache_ptr.dtype.element_ty),)
     for k in tl.static_range(K - 1):
         tl.store(cached + k * cache_k, past[k + 1], mask=mask)
@@ -268,6 +277,7 @@ def decode_dense_kernel(
     bias_ptr,
     slot_ptr,
     cache_ptr,
+    word_ptr,
     first,
     skip,
     tokens,
@@ -291,6 +301,7 @@ def decode_dense_kernel(
     tiles = tl.cdiv(channels, GROUPS * 8)
     t = tl.program_id(0) // tiles * TOKENS + tl.arange(0, TOKENS)
     slot = tl.load(slot_ptr + skip + t, mask=t < tokens, other=-1).to(tl.int64)
+    check_slots(word_ptr, t < tokens, skip + t, slot, slots)
     t = first + t.to(tl.int64)
     g, j, e = tl.program_id(0) % tiles * GROUPS + tl.arange(0, GROUPS), tl.arange(0, 4), tl.arange(0, 8)
     live = (slot >= 0) & (slot < slots)
@@ -316,7 +327,7 @@ def decode_dense_kernel(
     out += past1.to(tl.float32) * tap1[:, None, :]
     out += past2.to(tl.float32) * tap2[:, None, :]
     if SILU:
-        out *= tl.sigmoid(out)
+        out = silu(out)
     first, second, third = columns(past1), columns(past2), columns(x.to(cache_ptr.dtype.element_ty))
     given = ()
     for i in tl.static_range(8):

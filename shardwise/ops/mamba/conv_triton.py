@@ -4,9 +4,11 @@ import torch
 
 from shardwise.ops.mamba import conv_kernels as kernels
 from shardwise.ops.mamba.conv import ConvBatch, block_rows, halo, nothing, prepare
+from shardwise.ops.metadata_reports import report_word
 from shardwise.ops.registry import TRITON, operator
 from shardwise.ops.triton_support import Kernel, dependent_launch
 
+_OP = "triton_cached_causal_conv1d"
 # Channels of a program for each of its warps: eight of a thread, 16 bytes of a half-precision row.
 WARP_CHANNELS = 256
 PREFILL = {"warps": 4, "ahead": 4}
@@ -33,7 +35,7 @@ def _prefill(one: ConvBatch) -> None:
     _launch_save(
         x.device,
         (blocks * -(-channels // width), 1, 1),
-        (x, bounds, one.slots, resumes, one.cache, saved),
+        (x, bounds, one.slots, resumes, one.cache, saved, report_word(_OP)),
         free,
         (*strides, *one.cache.stride(), K, _power(K - 1), width, lookup, pdl),
         warps=4,
@@ -53,7 +55,8 @@ def _prefill(one: ConvBatch) -> None:
 
 def _decode(one: ConvBatch) -> None:
     cache, channels, tokens, pdl = one.cache, one.channels, one.batch.decode, dependent_launch(one.x.device)
-    pointers = one.x, one.weight, one.weight if one.bias is None else one.bias, one.slots, cache
+    bias, word = one.weight if one.bias is None else one.bias, report_word(_OP)
+    pointers = one.x, one.weight, bias, one.slots, cache, word
     free = one.batch.prefill_tokens, one.batch.prefill, tokens, cache.shape[0]
     strides = slot, c, k = cache.stride()
     if one.K == 4 and one.x_c == 1 and c == 3 and k == 1 and channels % 8 == 0:
@@ -96,9 +99,8 @@ def triton_cached_causal_conv1d(
     padding_mode are accepted and not used.
     """
     one = prepare(
-        "triton_cached_causal_conv1d", input, weight, bias, batch_info_host, cu_seqlen, slot_idx,
-        use_initial_states, conv_state_cache, activation,
-    )  # fmt: skip
+        _OP, input, weight, bias, batch_info_host, cu_seqlen, slot_idx, use_initial_states, conv_state_cache, activation
+    )
     if one.batch.prefill_tokens:
         _prefill(one)
     if one.batch.decode:

@@ -9,7 +9,9 @@ from shardwise.ops.attention.batch import Batch, read_batch
 from shardwise.ops.mamba import ssd_kernels as kernels
 from shardwise.ops.mamba.scan import Inputs, prefill, prepare
 from shardwise.ops.mamba.triton import like_hidden
+from shardwise.ops.metadata_reports import report_word
 from shardwise.ops.registry import FLASHINFER, TRITON, operator
+from shardwise.ops.state_batch import check_metadata
 from shardwise.ops.triton_support import Kernel
 
 _launch_ready = Kernel(kernels.ready_kernel)
@@ -44,6 +46,7 @@ def flashinfer_cached_ssm(
             f"{op}: FlashInfer takes head sizes 64 and 128, got {hidden_states.shape[-1]}; triton_cached_ssm takes any"
         )
     batch = read_batch(op, batch_info_host)
+    check_metadata(op, batch, hidden_states, cu_seqlen, slot_idx, use_initial_states, ssm_state_cache)
     one = prepare(
         op, hidden_states, A, B, C, D, dt, dt_bias, batch, slot_idx, use_initial_states,
         ssm_state_cache, time_step_limit, chunk_size,
@@ -57,7 +60,7 @@ def flashinfer_cached_ssm(
                 f"{op}: FlashInfer wants a slot for each of the {batch.decode} decode sequences, the cache has "
                 f"{ssm_state_cache.shape[0]}; triton_cached_ssm takes any number"
             )
-        _decode(one, batch)
+        _decode(op, one, batch)
     return one.out
 
 
@@ -68,7 +71,7 @@ def _update() -> Callable:
     return selective_state_update
 
 
-def _decode(one: Inputs, batch: Batch) -> None:
+def _decode(op: str, one: Inputs, batch: Batch) -> None:
     """FlashInfer's step between two small kernels of ours.
 
     The first makes the time steps, clamped, which FlashInfer's are not, and 32-bit slots; the last gives zeros to the
@@ -80,7 +83,8 @@ def _decode(one: Inputs, batch: Batch) -> None:
     slots = torch.empty(count, dtype=torch.int32, device=device)
     free = batch.prefill_tokens, batch.prefill, heads, one.cache.shape[0], one.low, one.high
     fixed = one.dt_t, 1 << (heads - 1).bit_length()
-    _launch_ready(device, (count, 1, 1), (one.dt, one.dt_bias, one.slots, steps, slots), free, fixed, warps=4)
+    pointers = one.dt, one.dt_bias, one.slots, steps, slots, report_word(op)
+    _launch_ready(device, (count, 1, 1), pointers, free, fixed, warps=4)
     x, B, C = (_tokens(t, batch) for t in (one.x, one.B, one.C))
     A, D, out = one.A.float(), one.D.float(), _tokens(one.out, batch)
     _update()(

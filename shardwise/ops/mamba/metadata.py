@@ -6,6 +6,7 @@ Cuts lie at every multiple of the chunk size and at every sequence's start, so t
 import torch
 
 from shardwise.ops.attention.batch import Batch, read_batch
+from shardwise.ops.metadata_reports import check_bounds, raise_report, read_at_once, report_word
 from shardwise.ops.registry import TRITON, operator
 from shardwise.ops.state_batch import load_bounds, prefill_bounds
 from shardwise.ops.triton_support import Kernel, tl, triton
@@ -28,21 +29,23 @@ def mamba_ssm_prepare_metadata(
     """int32 chunk_indices and chunk_offsets (the physical chunk of every piece, and where in it the piece begins)
     and seq_idx_prefill [1, prefill tokens] (the sequence of every token), on cu_seqlen's device.
 
-    On a CUDA device nothing is synchronised: the first two have the length min(tokens, cdiv(tokens, chunk_size) +
-    sequences - 1), which is never exceeded, and -1 where there is no piece; cu_seqlen is not checked: where it does
-    not ascend from 0 to the prefill tokens, pieces and sequences are wrong ones, or none (-1; the number of sequences),
-    and their operators stay inside of their tensors. Elsewhere it is read, and a ValueError tells what it holds. The
+    A cu_seqlen that does not ascend from 0 to the prefill tokens raises ValueError, on a CUDA device in the next call
+    (`metadata_reports.py`): nothing is synchronised there, pieces and sequences of such bounds are wrong ones or none
+    (-1; the number of sequences), and their operators stay inside of their tensors. There the first two have the length
+    min(tokens, cdiv(tokens, chunk_size) + sequences - 1), which is never exceeded, and -1 where there is no piece. The
     fake gives upper bounds.
     """
     op = "mamba_ssm_prepare_metadata"
     if chunk_size < 1:
         raise ValueError(f"{op}: chunk_size must be positive, got {chunk_size}")
-    batch = read_batch(op, batch_info_host)
+    batch, on_device = read_batch(op, batch_info_host), cu_seqlen.is_cuda and TRITON.state[0]
+    if on_device:
+        raise_report(op)
     if not batch.prefill_tokens:
         return [torch.empty(shape, dtype=torch.int32, device=cu_seqlen.device) for shape in ((0,), (0,), (1, 0))]
-    if cu_seqlen.is_cuda and TRITON.state[0]:
-        return _on_device(op, batch, cu_seqlen, chunk_size)
-    return _on_host(prefill_bounds(op, batch, cu_seqlen), chunk_size, cu_seqlen.device)
+    if not on_device or read_at_once(cu_seqlen):
+        bounds = prefill_bounds(op, batch, cu_seqlen)
+    return _on_device(op, batch, cu_seqlen, chunk_size) if on_device else _on_host(bounds, chunk_size, cu_seqlen.device)
 
 
 def _on_host(bounds: list[int], chunk: int, device: torch.device) -> list[torch.Tensor]:
@@ -70,6 +73,7 @@ def _pieces_kernel(
     index_ptr,
     offset_ptr,
     owner_ptr,
+    word_ptr,
     sequences,
     tokens,
     pieces,
@@ -81,6 +85,8 @@ def _pieces_kernel(
     j = tl.arange(0, SEQUENCES)
     low = load_bounds(bounds_ptr + j, j < sequences, tokens)
     high = load_bounds(bounds_ptr + j + 1, j < sequences, tokens)
+    if tl.program_id(0) == 0:
+        check_bounds(word_ptr, bounds_ptr, j, sequences, tokens)
     owner = tl.sum(((high[None, :] <= i[:, None]) & (j < sequences)[None, :]).to(tl.int32), axis=1)
     tl.store(owner_ptr + i, owner, mask=i < tokens)
     # Pieces up to the end of sequence j: whole chunks, and one more for every start inside a chunk.
@@ -110,7 +116,7 @@ def _on_device(op: str, batch: Batch, cu_seqlen: torch.Tensor, chunk: int) -> li
     _launch(
         buffer.device,
         (-(-max(tokens, pieces) // block), 1, 1),
-        (cu_seqlen, index, offset, owner),
+        (cu_seqlen, index, offset, owner, report_word(op)),
         (batch.prefill, tokens, pieces),
         (chunk, width, block),
         warps=4,

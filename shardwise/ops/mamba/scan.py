@@ -8,6 +8,7 @@ from torch import Tensor
 from shardwise.ops.attention.batch import Batch
 from shardwise.ops.mamba import ssd_kernels as kernels
 from shardwise.ops.mamba.checks import check_pieces, check_ssm
+from shardwise.ops.metadata_reports import report_word
 from shardwise.ops.state_batch import check_counts, many_or_few, token_rows
 from shardwise.ops.triton_support import Kernel, Launch, dependent_launch
 
@@ -111,7 +112,7 @@ def prefill(
     _launch_states(
         device,
         (batch.prefill, heads, -(-P // block_p) * -(-N // block_n)),
-        (one.x, one.B, totals, levels, bounds, one.slots, resumes, one.cache, states),
+        (one.x, one.B, totals, levels, bounds, one.slots, resumes, one.cache, states, report_word(op)),
         (pieces, tokens, heads, slots),
         (*x_strides, *B_strides, *one.cache.stride()[:3])
         + (ratio, P, N, chunk, step, block_p, block_n, _power(step), 64, exact),
@@ -145,7 +146,7 @@ def _output_tiles(size: int, exact: bool) -> tuple[int, int, int]:
     return OUTPUTS["T"], OUTPUTS["warps"], OUTPUTS["stages"]
 
 
-def decode(one: Inputs, batch: Batch) -> Launch:
+def decode(op: str, one: Inputs, batch: Batch) -> Launch:
     """One step of every decode sequence; how it was launched."""
     (_, _, heads, P), (_, _, groups, N) = one.x.shape, one.B.shape
     cache_slot, cache_h, cache_p, _ = one.cache.stride()
@@ -154,6 +155,7 @@ def decode(one: Inputs, batch: Batch) -> Launch:
     table = many_or_few(batch.decode * heads * P * block_n, one.x.device, wide, FEW)
     block_p = min(1 << (P - 1).bit_length(), max(1, table["elements"] // block_n))
     pointers = (one.x, one.dt, one.dt_bias, one.A, one.B, one.C, one.D, one.slots, one.cache, one.out)
+    pointers = (*pointers, report_word(op))
     strides = one.x_t, one.x.stride(2), one.dt_t, one.B_t, one.B.stride(2), one.C_t, one.C.stride(2)
     fixed = (*strides, cache_slot, cache_h, cache_p, heads // groups, P, N, block_p, block_n, pdl)
     launch = Launch(

@@ -7,6 +7,7 @@ in short steps that carry the state along, so that the quadratic part is as narr
 """
 
 from shardwise.ops.mamba.metadata import first_piece
+from shardwise.ops.metadata_reports import check_bounds, check_slots
 from shardwise.ops.state_batch import load_bounds
 from shardwise.ops.triton_support import await_predecessor, tl, triton
 
@@ -95,6 +96,7 @@ def states_kernel(
     resume_ptr,
     cache_ptr,
     piece_state_ptr,
+    word_ptr,
     pieces,
     tokens,
     heads,
@@ -125,6 +127,9 @@ def states_kernel(
     p = (tl.program_id(2) // tl.cdiv(N, BLOCK_N)) * BLOCK_P + tl.arange(0, BLOCK_P)
     n = (tl.program_id(2) % tl.cdiv(N, BLOCK_N)) * BLOCK_N + tl.arange(0, BLOCK_N)
     slot = tl.load(slot_ptr + sequence).to(tl.int64)
+    if (tl.program_id(1) == 0) & (tl.program_id(2) == 0):
+        check_bounds(word_ptr, bounds_ptr, sequence, tl.num_programs(0), tokens)
+        check_slots(word_ptr, True, sequence, slot, slots)
     start = load_bounds(bounds_ptr + sequence, True, tokens)
     end = load_bounds(bounds_ptr + sequence + 1, True, tokens)
     if (start >= end) | (slot < 0) | (slot >= slots):
@@ -270,6 +275,7 @@ def decode_kernel(
     slot_ptr,
     cache_ptr,
     out_ptr,
+    word_ptr,
     first,
     skip,
     heads,
@@ -308,6 +314,7 @@ def decode_kernel(
     slot = tl.load(slot_ptr + skip + number).to(tl.int64)
     target = out_ptr + (token * heads + head) * P + p
     if (slot < 0) | (slot >= slots):
+        check_slots(word_ptr, True, skip + number, slot, slots)
         tl.store(target, tl.zeros((BLOCK_P,), out_ptr.dtype.element_ty), mask=p < P)
         return
     tile = (p < P)[:, None] & (n < N)[None, :]
@@ -330,6 +337,7 @@ def ready_kernel(
     slot_ptr,
     step_ptr,
     index_ptr,
+    word_ptr,
     first,
     skip,
     heads,
@@ -346,6 +354,7 @@ def ready_kernel(
     step = time_step(dt, tl.load(bias_ptr + head, mask=mask, other=0.0), low, high)
     tl.store(step_ptr + token * heads + head, step, mask=mask)
     slot = tl.load(slot_ptr + skip + token)
+    check_slots(word_ptr, True, skip + token, slot, slots)
     tl.store(index_ptr + token, tl.where((slot >= 0) & (slot < slots), slot, -1).to(tl.int32))
 
 

@@ -4,7 +4,9 @@ import torch
 
 from shardwise.ops.attention.batch import read_batch
 from shardwise.ops.mamba.scan import decode, prefill, prepare
+from shardwise.ops.metadata_reports import report_word
 from shardwise.ops.registry import TRITON, operator
+from shardwise.ops.state_batch import check_metadata
 from shardwise.ops.triton_support import Launch, keep_launch, layout
 
 # Steps of decode tokens alone, without a copy or padding, by their layout.
@@ -44,6 +46,7 @@ def triton_cached_ssm(
     """
     op = "triton_cached_ssm"
     batch = read_batch(op, batch_info_host)
+    check_metadata(op, batch, hidden_states, cu_seqlen, slot_idx, use_initial_states, ssm_state_cache)
     given = hidden_states, dt, dt_bias, A, B, C, D, slot_idx, ssm_state_cache
     key = None
     if not batch.prefill:
@@ -51,7 +54,7 @@ def triton_cached_ssm(
         again = STEPS.get(key)
         if again is not None:
             out = torch.empty_like(hidden_states, memory_format=torch.contiguous_format)
-            again.form(again.grid, (*given, out), again.free)
+            again.form(again.grid, (*given, out, report_word(op)), again.free)
             return out
     one = prepare(
         op, hidden_states, A, B, C, D, dt, dt_bias, batch, slot_idx, use_initial_states,
@@ -61,9 +64,8 @@ def triton_cached_ssm(
         rest = cu_seqlen, use_initial_states, chunk_indices, chunk_offsets, seq_idx_prefill
         prefill(op, one, batch, *rest, chunk_size)
     if batch.decode:
-        launch = decode(one, batch)
+        launch = decode(op, one, batch)
         taken = one.x, one.dt, one.dt_bias, one.A, one.B, one.C, one.D, one.slots, one.cache
-        whole = batch.decode == hidden_states.shape[0] * hidden_states.shape[1]
-        if key is not None and whole:
+        if key is not None and batch.decode == hidden_states.shape[0] * hidden_states.shape[1]:
             keep_launch(STEPS, key, launch, taken, given)
     return one.out

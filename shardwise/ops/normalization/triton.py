@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 
 from shardwise.ops.normalization.reference import add_norm_fake, check_add_norm, check_gated, row_stride
+from shardwise.ops.ptx import silu
 from shardwise.ops.registry import TRITON, operator
 from shardwise.ops.triton_support import (
     Form,
@@ -51,11 +52,10 @@ def _norm_kernel(
         factor = tl.load(weight_ptr + within, mask=mask, other=0.0).to(tl.float32)
         if GATED:
             gate = tl.load(gate_row + within, mask=mask, other=0.0).to(tl.float32)
-            silu = gate * tl.sigmoid(gate)
             if NORM_FIRST:
-                factor *= silu
+                factor *= silu(gate)
             else:
-                x *= silu
+                x *= silu(gate)
         squares += x * x
         values, factors = values + (x,), factors + (factor,)  # type: ignore[assignment]  # they grow
     scale = tl.rsqrt(tl.sum(squares, axis=1, keep_dims=True) / SIZE + eps)

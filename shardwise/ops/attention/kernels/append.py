@@ -1,6 +1,26 @@
 """Write the keys and values of a step's prefill tokens into the cache."""
 
+from shardwise.ops.metadata_reports import LENGTHS, PLACE, check_slots, report
 from shardwise.ops.triton_support import await_predecessor, tl, triton
+
+
+@triton.jit
+def _check_sequences(
+    seq_len_ptr, input_pos_ptr, slot_ptr, word_ptr, tokens, sequences, slots, max_seq, SEQUENCES: tl.constexpr
+):
+    """Report slots, positions and lengths that the kernels leave out."""
+    count = tl.zeros((), tl.int64)
+    for base in range(0, sequences, SEQUENCES):
+        member = base + tl.arange(0, SEQUENCES)
+        exists = member < sequences
+        length = tl.load(seq_len_ptr + member, mask=exists, other=0).to(tl.int64)
+        past = tl.load(input_pos_ptr + member, mask=exists, other=0).to(tl.int64)
+        slot = tl.load(slot_ptr + member, mask=exists, other=-1).to(tl.int64)
+        check_slots(word_ptr, exists, member, slot, slots)
+        outside = (length < 0) | ((slot >= 0) & ((past < 0) | (past > max_seq - length)))
+        report(word_ptr, exists & outside, PLACE, member, past)
+        count += tl.sum(length, 0)
+    report(word_ptr, count != tokens, LENGTHS, sequences, count)
 
 
 @triton.jit(do_not_specialize=["tokens", "sequences", "slots", "max_seq"])
@@ -12,6 +32,7 @@ def append_kernel(
     seq_len_ptr,
     input_pos_ptr,
     slot_ptr,
+    word_ptr,
     tokens,
     sequences,
     slots,
@@ -32,6 +53,10 @@ def append_kernel(
     head = tl.program_id(1).to(tl.int64)
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     await_predecessor(PDL)
+    if (tl.program_id(0) == 0) & (tl.program_id(1) == 0):
+        _check_sequences(
+            seq_len_ptr, input_pos_ptr, slot_ptr, word_ptr, tokens, sequences, slots, max_seq, SEQUENCES
+        )  # fmt: skip
     passed = tl.zeros((TOKENS,), tl.int32)
     before = tl.zeros((TOKENS,), tl.int32)
     carry = 0

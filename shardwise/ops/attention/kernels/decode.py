@@ -5,6 +5,7 @@ key and value is read once. Splits divide the length that the sequence has on th
 their number comes from the host, from the batch alone. The split that owns the new position also appends it.
 """
 
+from shardwise.ops.metadata_reports import PLACE, check_slots, report
 from shardwise.ops.triton_support import await_predecessor, tl, triton
 
 
@@ -26,6 +27,7 @@ def decode_kernel(
     input_pos_ptr,
     slot_ptr,
     sinks_ptr,
+    word_ptr,
     scale,
     first_sequence,
     first_token,
@@ -64,6 +66,9 @@ def decode_kernel(
     position = tl.load(input_pos_ptr + first_sequence + index).to(tl.int32)
     slot = tl.load(slot_ptr + first_sequence + index).to(tl.int64)
     live = (slot >= 0) & (slot < slots) & (position >= 0) & (position < max_seq)
+    if not live:
+        check_slots(word_ptr, True, first_sequence + index, slot, slots)
+        report(word_ptr, (slot >= 0) & (slot < slots), PLACE, first_sequence + index, position)
     lowest = tl.maximum(position - WINDOW + 1, 0) if WINDOW > 0 else 0
     length = _split_length(position + 1 - lowest, splits, BLOCK_N)
     begin = lowest + split * length
