@@ -47,17 +47,6 @@ _STORE = """
 STORE = tl.constexpr(_STORE % "global")
 PUSH = tl.constexpr(_STORE % "relaxed.sys.global")
 
-REARM = tl.constexpr("""
-{
-    .reg .pred p;
-    .reg .b32 armed;
-    setp.ne.b32 p, $2, 0;
-    mov.b32 armed, -1;
-    @p st.relaxed.sys.global.v4.b32 [$1], {armed, armed, armed, armed};
-    mov.b32 $0, 0;
-}
-""")
-
 
 @triton.constexpr_function
 def wait_code(chunks, pausing):
@@ -209,7 +198,7 @@ BULK_SENT_0, BULK_SENT_1, BULK_SENT_2 = (tl.constexpr(_BULK_SENT % rows) for row
 
 
 @triton.jit
-def load_chunk(words, lane, mask):
+def load_chunk(words, lane, mask, CODE: tl.constexpr = LOAD):
     """Four words of chunk `lane` of ordinary memory; zero where masked. `words`: int32 pointer, 16-byte aligned."""
     if INTERPRET:
         at = words + lane * 4
@@ -221,7 +210,7 @@ def load_chunk(words, lane, mask):
         )
     else:
         return tl.inline_asm_elementwise(
-            LOAD,
+            CODE,
             "=&r,=&r,=&r,=&r,l,r",
             [words + lane * 4, mask.to(tl.int32)],
             dtype=(tl.int32, tl.int32, tl.int32, tl.int32),
@@ -233,17 +222,7 @@ def load_chunk(words, lane, mask):
 @triton.jit
 def peek_chunk(words, lane, mask):
     """As load_chunk, of memory that a peer is writing: one look, which may find ARMED words."""
-    if INTERPRET:
-        return load_chunk(words, lane, mask)
-    else:
-        return tl.inline_asm_elementwise(
-            PEEK,
-            "=&r,=&r,=&r,=&r,l,r",
-            [words + lane * 4, mask.to(tl.int32)],
-            dtype=(tl.int32, tl.int32, tl.int32, tl.int32),
-            is_pure=False,
-            pack=1,
-        )
+    return load_chunk(words, lane, mask, PEEK)
 
 
 @triton.jit
@@ -270,14 +249,14 @@ if INTERPRET.value:  # here and not inside the kernel, which may name no Python 
 
 
 @triton.jit
-def store_chunk(words, lane, mask, chunk):
+def store_chunk(words, lane, mask, chunk, CODE: tl.constexpr = STORE):
     """Write a chunk to ordinary memory of this device."""
     if INTERPRET:
         for i in tl.static_range(4):
             tl.store(words + lane * 4 + i, chunk[i], mask)
     else:
         tl.inline_asm_elementwise(
-            STORE,
+            CODE,
             "=r,l,r,r,r,r,r",
             [words + lane * 4, mask.to(tl.int32), chunk[0], chunk[1], chunk[2], chunk[3]],
             dtype=tl.int32,
@@ -289,17 +268,14 @@ def store_chunk(words, lane, mask, chunk):
 @triton.jit
 def push_chunk(words, lane, mask, chunk):
     """Write a chunk where another device, or another kernel's peer, will look for it."""
-    if INTERPRET:
-        store_chunk(words, lane, mask, chunk)
-    else:
-        tl.inline_asm_elementwise(
-            PUSH,
-            "=r,l,r,r,r,r,r",
-            [words + lane * 4, mask.to(tl.int32), chunk[0], chunk[1], chunk[2], chunk[3]],
-            dtype=tl.int32,
-            is_pure=False,
-            pack=1,
-        )
+    store_chunk(words, lane, mask, chunk, PUSH)
+
+
+@triton.jit
+def rearm_chunk(words, lane, mask):
+    """Mark a chunk of this device's workspace as not arrived."""
+    armed = tl.full(lane.shape, ARMED, tl.int32)
+    push_chunk(words, lane, mask, (armed, armed, armed, armed))
 
 
 @triton.jit
@@ -356,18 +332,6 @@ def bulk_sent(ROWS: tl.constexpr):
     if not INTERPRET:
         asm: tl.constexpr = BULK_SENT_0 if ROWS == 0 else BULK_SENT_1 if ROWS == 1 else BULK_SENT_2
         tl.inline_asm_elementwise(asm, "=r,r", [0], dtype=tl.int32, is_pure=False, pack=1)
-
-
-@triton.jit
-def rearm_chunk(words, lane, mask):
-    """Mark a chunk of this device's workspace as not arrived."""
-    if INTERPRET:
-        for i in tl.static_range(4):
-            tl.store(words + lane * 4 + i, ARMED, mask)
-    else:
-        tl.inline_asm_elementwise(
-            REARM, "=r,l,r", [words + lane * 4, mask.to(tl.int32)], dtype=tl.int32, is_pure=False, pack=1
-        )
 
 
 @triton.jit
