@@ -31,3 +31,14 @@ def test_products_of_any_size_take_scales_out_of_a_list_of_views(scales_seen, ro
     rounded = (x / scales[3]).to(torch.float8_e4m3fn).double() * scales[3].double()
     assert relative(got, rounded @ (codes.double() * w_scale.double()).T) < 1e-5
     assert got.is_contiguous() and scales_seen == [0, 0]
+
+
+@pytest.mark.parametrize("batch,rows,outputs,columns", [(3, 5, 16, 32), (2, 17, 40, 77), (2, 0, 16, 32)])
+def test_batches_too(scales_seen, batch, rows, outputs, columns):
+    left, s_left = fp8.quantize_fp8(torch.randn(batch, rows, columns), torch.tensor(5 / 448))
+    right, s_right = fp8.quantize_fp8(torch.randn(batch, columns, outputs))
+    got = torch.ops.auto_deploy.torch_quant_fp8_bmm(left, right, s_left, s_right)
+    assert got.shape == (batch, rows, outputs) and got.is_contiguous() and got.dtype == torch.bfloat16
+    assert scales_seen == ([0, 0] * batch if rows else [])
+    if rows:
+        assert relative(got, left.double() @ right.double() * (s_left * s_right).double()) < 4e-3

@@ -89,12 +89,22 @@ def scaled_mm(codes: Tensor, weight: Tensor, s_in: Tensor, s_weight: Tensor, dty
     if codes.shape[0] == 0 or not _native_fp8(codes.device):
         return (codes.float() @ weight.float().t() * (s_in.float() * s_weight.float()).reshape(())).to(dtype)
     columns = weight.shape[0]
-    pad_n, pad_k = -columns % 16, -codes.shape[1] % 16
-    codes, weight = _pad_fp8(codes, 0, pad_k), _pad_fp8(weight, pad_n, pad_k)
+    codes, weight = _padded(codes, weight)
     out = torch._scaled_mm(
         codes, weight.t(), _own_scale(s_in), _own_scale(s_weight), out_dtype=dtype, use_fast_accum=True
     )
     return out[:, :columns].contiguous()
+
+
+def _scaled_bmm(codes: Tensor, weight: Tensor, s_in: Tensor, s_weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """`scaled_mm` of each pair of [B, M, K] and [B, N, K]: one launch a pair, which is all that PyTorch has for FP8."""
+    columns = weight.shape[1]
+    codes, weight = _padded(codes, weight)
+    s_in, s_weight = _own_scale(s_in), _own_scale(s_weight)
+    out = torch.empty(*codes.shape[:2], weight.shape[1], dtype=dtype, device=codes.device)
+    for left, right, product in zip(codes, weight.transpose(1, 2), out, strict=True):
+        torch._scaled_mm(left, right, s_in, s_weight, out_dtype=dtype, use_fast_accum=True, out=product)
+    return out[..., :columns].contiguous()
 
 
 def _own_scale(scale: Tensor) -> Tensor:
@@ -106,6 +116,12 @@ def _own_scale(scale: Tensor) -> Tensor:
 @functools.cache
 def _native_fp8(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
+
+
+def _padded(codes: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Both contiguous, with zeros behind the last of K columns and N rows up to multiples of 16."""
+    columns = -codes.shape[-1] % 16
+    return _pad_fp8(codes, 0, columns), _pad_fp8(weight, -weight.shape[-2] % 16, columns)
 
 
 def _pad_fp8(codes: Tensor, rows: int, columns: int) -> Tensor:
@@ -135,10 +151,9 @@ def torch_quant_fp8_bmm(input: Tensor, mat2: Tensor, input_scale: Tensor, weight
             raise ValueError(f"torch_quant_fp8_bmm: {label} must have one element, got {tuple(scale.shape)}")
     dtype = torch.bfloat16 if input.dtype == torch.float8_e4m3fn else input.dtype
     left, right = _codes(input, input_scale), _codes(mat2, weight_scale)
-    if input.shape[0] == 0 or not _native_fp8(input.device):
+    if 0 in input.shape[:2] or not _native_fp8(input.device):
         return (torch.bmm(left.float(), right.float()) * (input_scale.float() * weight_scale.float())).to(dtype)
-    pairs = zip(left, right.transpose(1, 2), strict=True)
-    return torch.stack([scaled_mm(a, b, input_scale, weight_scale, dtype) for a, b in pairs])
+    return _scaled_bmm(left, right.transpose(1, 2), input_scale, weight_scale, dtype)
 
 
 def _codes(values: Tensor, scale: Tensor) -> Tensor:
