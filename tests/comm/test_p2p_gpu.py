@@ -98,6 +98,24 @@ def check_variants(group) -> None:
             assert torch.isfinite(normed).all()
 
 
+def check_streams(group) -> None:
+    """One thread that calls on two streams, not the same one on every rank: a call waits for the one before."""
+    streams = torch.cuda.current_stream(), torch.cuda.Stream()
+    parts = [everyones(group.size, (300 if turn % 3 else 2, 1024), torch.bfloat16, 60 + turn) for turn in range(12)]
+    inputs = [values[group.rank].cuda() for values in parts]
+    outputs = [torch.full_like(x, float("nan")) for x in inputs]
+    for x, out in zip(inputs[:2], outputs, strict=False):
+        warm(group, lambda x=x, out=out: group.all_reduce(x, out=out))
+    torch.cuda.synchronize()
+    for turn, (x, out) in enumerate(zip(inputs, outputs, strict=True)):
+        with torch.cuda.stream(streams[(turn + group.rank) % 2]):
+            group.all_reduce(x, out=out)
+    torch.cuda.synchronize()
+    group.check_waits()
+    for values, out in zip(parts, outputs, strict=True):
+        assert torch.equal(out.cpu(), rounded_sum(values))
+
+
 def check_same_bits(group) -> None:
     """Deterministic mode: eager, again, and from a graph, on every rank, for small and large calls."""
     group.deterministic = True
@@ -161,6 +179,7 @@ CHECKS = {
     "pieces": check_pieces,
     "variants": check_variants,
     "fp8": check_low_precision,
+    "streams": check_streams,
     "bits": check_same_bits,
     "strategies": check_strategies,
 }
