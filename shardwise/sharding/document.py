@@ -100,6 +100,7 @@ def _cost(cost: "Cost") -> dict[str, Any]:
     steps = {"decode": estimate.decode, "prefill": estimate.prefill}
     return {
         "device": topology.device.name,
+        "nodes": topology.nodes,
         "workload": asdict(workload),
         "memory": {**asdict(estimate.memory), "left": estimate.memory.left, "fits": estimate.memory.fits},
         **{name: {**asdict(t), "total": t.total, "bound": t.bound} for name, t in steps.items()},

@@ -172,7 +172,10 @@ def plan(
     """
     spec = model if isinstance(model, ModelSpec) else load_model(model, tp_plan)
     spec = spec.stored_as(storage_type(dtype)) if dtype else spec
-    layout = layout or ParallelLayout(tp, attn_dp, moe_tp, ep)
+    sizes = ParallelLayout(tp, attn_dp, moe_tp, ep)
+    if layout is not None and sizes != ParallelLayout():
+        raise ValueError(f"a layout ({layout}) and sizes of mesh axes ({sizes}) are given: drop one of them")
+    layout = layout or sizes
     extras, padded = tuple(extras), tuple(sorted(set(pad)))
     _check_names("extras", extras, (e.name for e in spec.extras))
     patterns = patterns_of(spec, frozenset(extras))

@@ -28,8 +28,9 @@ def text_report(plan: Plan, cost: "Cost | None" = None) -> str:
     if plan.collectives:
         parts.append(collective_table(plan))
     if cost is not None:
-        parts.append(cost_text(*cost))
-    notes = [_extra_line(row) for row in extras(plan)] + [f"warning: {w}" for w in plan.warnings]
+        parts.append(cost_text(plan, *cost))
+    warnings = plan.warnings + (_beyond(plan, cost[1]) if cost is not None else ())
+    notes = [_extra_line(row) for row in extras(plan)] + [f"warning: {w}" for w in warnings]
     return "\n\n".join(parts + (["\n".join(notes)] if notes else []))
 
 
@@ -41,24 +42,37 @@ def _imbalance(plan: Plan) -> str:
     )
 
 
+def _beyond(plan: Plan, workload: "Workload") -> tuple[str, ...]:
+    most, wanted = plan.model.max_positions, max(workload.context, workload.prompt)
+    return (f"{wanted} tokens a sequence are more than the model's {most} positions",) if 0 < most < wanted else ()
+
+
 def _extra_line(row: dict) -> str:
     state = "loaded" if row["loaded"] else "not loaded"
     size = f"{size_text(row['bytes'])}, {count_text(row['parameters'])} parameters"
     return f"extra, {state}: {row['name']}, {size}" + (f" ({row['note']})" if row["note"] else "")
 
 
-def cost_text(topology: "Topology", workload: "Workload", estimate: "Estimate") -> str:
+def cost_text(plan: Plan, topology: "Topology", workload: "Workload", estimate: "Estimate") -> str:
     """Memory of the fullest rank and the predicted steps with what they are made of."""
+    from shardwise.sharding.capacity import most_sequences
+
     memory = estimate.memory
     rows = [(name, size_text(getattr(memory, name))) for name in ("weights", "cache", "workspace")]
     rows.append(("left" if memory.fits else "too much", size_text(abs(memory.left))))
+    rows.append(("room for", f"{most_sequences(plan, topology, workload)} sequences of {workload.context} tokens"))
     of = f"fullest rank on {topology.device.name} ({size_text(memory.device)})"
     steps = [
         (name, *(f"{1e3 * getattr(t, part):.3f}" for part in _STEP), f"{1e3 * t.total:.3f}", t.bound)
-        for name, t in (("decode", estimate.decode), ("prefill", estimate.prefill))
+        for name, t in (
+            (f"decode, {workload.batch} x {workload.context} tokens cached", estimate.decode),
+            (f"prefill, {workload.batch} x {workload.prompt} tokens", estimate.prefill),
+        )
     ]
-    work = f"predicted ms, {workload.batch} x {workload.context} tokens"
-    return table((of, "bytes"), rows) + "\n\n" + table((work, *_STEP, "step", "bound by"), steps)
+    where = (
+        f"predicted ms, {topology.nodes} nodes of {topology.ranks_per_node}" if topology.nodes > 1 else "predicted ms"
+    )
+    return table((of, "bytes"), rows) + "\n\n" + table((where, *_STEP, "step", "bound by"), steps)
 
 
 def search_rows(found: "SearchResult") -> dict:

@@ -39,7 +39,7 @@ class Device:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Topology:
-    """A homogeneous cluster: `ranks_per_node` devices on each of `nodes` hosts."""
+    """A homogeneous cluster: `ranks_per_node` devices on each of `nodes` hosts; `spread` says where ranks lie in it."""
 
     device: Device
     intra: Link
@@ -51,9 +51,24 @@ class Topology:
     source: str = "built in"
     """Where the figures come from."""
 
+    def spread(self, ranks: int, nodes: int | None = None) -> "Topology":
+        """`ranks` ranks on `nodes` hosts of this kind, as many on each; None: on as few as hold them.
+
+        ValueError lists the legal numbers of nodes.
+        """
+        legal = [n for n in range(1, ranks + 1) if ranks % n == 0 and ranks // n <= self.ranks_per_node]
+        nodes = legal[0] if nodes is None else nodes
+        if nodes not in legal:
+            raise ValueError(
+                f"--nodes {nodes}: {ranks} ranks, as many on each node and at most {self.ranks_per_node}, lie on "
+                f"{', '.join(map(str, legal))}"
+            )
+        return replace(self, nodes=nodes, ranks_per_node=ranks // nodes)
+
     def link(self, ranks: int) -> Link:
-        """The slowest link that a group of `ranks` consecutive ranks crosses."""
-        return self.intra if ranks <= self.ranks_per_node else self.inter
+        """The slowest link that a group of `ranks` consecutive ranks crosses, the first of them or any other."""
+        aligned = self.nodes == 1 or self.ranks_per_node % ranks == 0
+        return self.intra if aligned and ranks <= self.ranks_per_node else self.inter
 
 
 def _device(name, memory_gib, bandwidth_tb, tflops16, tflops8, launch_us=1.5) -> Device:
@@ -93,10 +108,10 @@ BUILT_IN = {
 }
 
 
-def load(name_or_file: str, *, nodes: int = 1) -> Topology:
+def load(name_or_file: str) -> Topology:
     """A built-in device by name, or a topology file. Raises ValueError naming file and field."""
     if name_or_file in BUILT_IN:
-        return replace(BUILT_IN[name_or_file], nodes=nodes)
+        return BUILT_IN[name_or_file]
     path = Path(name_or_file)
     if not path.is_file():
         raise ValueError(f"--device {name_or_file}: neither a file nor one of {', '.join(BUILT_IN)}")
@@ -104,7 +119,7 @@ def load(name_or_file: str, *, nodes: int = 1) -> Topology:
         data = json.loads(path.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not a JSON file: {error}") from None
-    return replace(from_json(data, str(path)), nodes=nodes)
+    return from_json(data, str(path))
 
 
 def save(topology: Topology, path: str | Path) -> None:

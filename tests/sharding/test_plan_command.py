@@ -92,6 +92,7 @@ def test_text_names_tensors_ranks_collectives_and_warnings(config, capsys):
         (["--tp", "0"], "tp is 0"),
         (["surplus"], "unexpected 'surplus'"),
         (["--device", "toaster"], "neither a file nor one of"),
+        (["--device", "h200", "--tp", "9", "--nodes", "2"], "--nodes 2: 9 ranks"),
         (["--redundant-experts", "-1", "--tp", "2"], None),
     ],
 )
@@ -115,6 +116,37 @@ def test_a_model_that_does_not_fit_exits_3(config, capsys):
     assert "does not fit" in capsys.readouterr().err
     assert main(["plan", config(SMOL), "--device", "h100", "--context", "32k", "--batch", "4"]) == 0
     assert "predicted ms" in capsys.readouterr().out
+
+
+def test_what_does_not_fit_names_what_would(config, capsys):
+    assert main(["plan", config(KIMI), "--tp", "8", "--ep", "8", "--device", "h100"]) == 3
+    assert "; what fits: tp 16 (--search --gpus 16" in capsys.readouterr().err
+    workload = ["--device", "h100", "--tp", "2", "--context", "32k"]
+    assert main(["plan", config(MOE), *workload, "--batch", "500"]) == 3
+    batch = capsys.readouterr().err.split("--batch ")[1].split(";")[0]
+    assert main(["plan", config(MOE), *workload, "--batch", batch]) == 0
+    assert f"  {batch} sequences of 32768 tokens" in capsys.readouterr().out
+
+
+def test_each_predicted_step_names_its_tokens(config, capsys):
+    assert main(["plan", config(SMOL), "--device", "h200", "--batch", "3", "--context", "1k", "--prompt", "512"]) == 0
+    text = capsys.readouterr().out
+    assert "decode, 3 x 1024 tokens cached" in text and "prefill, 3 x 512 tokens" in text
+
+
+def test_nodes_decide_which_links_are_crossed(config, capsys):
+    seconds = []
+    for nodes in ("1", "2"):
+        assert main(["plan", config(SMOL), "--tp", "8", "--device", "h200", "--nodes", nodes, "--json"]) == 0
+        cost = json.loads(capsys.readouterr().out)["cost"]
+        seconds.append(cost["decode"]["communication"])
+        assert cost["nodes"] == int(nodes)
+    assert seconds[1] > 4 * seconds[0]
+
+
+def test_a_context_beyond_the_models_positions_is_warned_of(config, capsys):
+    assert main(["plan", config(SMOL), "--device", "h200", "--context", "8k"]) == 0
+    assert "warning: 8192 tokens a sequence are more than the model's 2048 positions" in capsys.readouterr().out
 
 
 def test_diff_says_what_moved(config, tmp_path, capsys):

@@ -13,8 +13,22 @@ def test_a_built_in_topology_survives_its_file(name, tmp_path):
 
 
 def test_groups_beyond_a_node_use_the_slow_link():
-    h200 = topology.load("h200", nodes=2)
-    assert h200.link(8) is h200.intra and h200.link(16) is h200.inter and h200.nodes == 2
+    h200 = topology.load("h200")
+    two = h200.spread(16)
+    assert (two.nodes, two.ranks_per_node) == (2, 8) and two.link(8) is h200.intra and two.link(16) is h200.inter
+    four = h200.spread(16, nodes=4)
+    assert four.ranks_per_node == 4 and four.link(4) is h200.intra and four.link(8) is h200.inter
+
+
+def test_a_group_that_straddles_two_nodes_uses_the_slow_link():
+    h200 = topology.load("h200").spread(12, nodes=2)
+    assert h200.link(3) is h200.intra and h200.link(4) is h200.inter
+
+
+@pytest.mark.parametrize(("ranks", "nodes", "legal"), [(8, 3, "1, 2, 4, 8"), (16, 1, "2, 4, 8, 16"), (4, 8, "1, 2, 4")])
+def test_ranks_that_cannot_lie_on_so_many_nodes_are_refused_with_those_they_can(ranks, nodes, legal):
+    with pytest.raises(ValueError, match=f"--nodes {nodes}: {ranks} ranks, .* lie on {legal}$"):
+        topology.load("h200").spread(ranks, nodes)
 
 
 @pytest.mark.parametrize(

@@ -98,6 +98,13 @@ def _after_rank_0() -> None:
             time.sleep(ECHO_PAUSE)
 
 
+def positive(text: str) -> int:
+    """Type of options that count something."""
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of at least 1")
+    return int(text)
+
+
 class UsageError(ValueError):
     """The command line asks for something contradictory or unknown; exit code 2."""
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from shardwise.comm.base import TRANSPORTS
 from shardwise.comm.watch import LOG_FOLDER_ENV
-from shardwise.launch.cli import UsageError
+from shardwise.launch.cli import UsageError, positive
 from shardwise.launch.job import LAUNCHERS
 
 if TYPE_CHECKING:
@@ -65,12 +65,6 @@ def add_forms(parser: "argparse.ArgumentParser | argparse._ArgumentGroup") -> No
         metavar="NAME",
         help="whose kernels attend to prompts on GPUs: triton, flashinfer or torch",
     )
-
-
-def positive(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of at least 1")
-    return int(text)
 
 
 def tensor_parallel(args: argparse.Namespace, info: "RankInfo") -> int | None:

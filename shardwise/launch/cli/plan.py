@@ -69,10 +69,21 @@ def _plan(args: argparse.Namespace) -> int:
 
         print(text_report(planned, cost))
     if cost and not cost[2].memory.fits:
-        missing = -cost[2].memory.left / 2**30
-        print(f"does not fit: {missing:.2f} GiB too much on the fullest rank of {args.device}", file=sys.stderr)
+        print(_misfit(args, planned, cost[1], -cost[2].memory.left), file=sys.stderr)
         return DOES_NOT_FIT
     return DONE
+
+
+def _misfit(args: argparse.Namespace, planned, workload, missing: int) -> str:
+    """One sentence: how much is missing, and what would fit."""
+    from shardwise.sharding import topology
+    from shardwise.sharding.capacity import remedies
+
+    text = f"does not fit: {missing / 2**30:.2f} GiB too much on the fullest rank of {args.device}"
+    if args.pad or args.extras or args.redundant_experts:  # which a search does not carry over
+        return text
+    fitting = "; or ".join(remedies(planned, topology.load(args.device), workload))
+    return f"{text}; what fits: {fitting or 'no layout on up to eight times as many ranks'}"
 
 
 def _cost(args: argparse.Namespace, planned, device: str | None = None):
@@ -82,15 +93,16 @@ def _cost(args: argparse.Namespace, planned, device: str | None = None):
         return None
     from shardwise.sharding.cost import estimate
 
-    topology, workload = _machine(args, device)
+    topology, workload = _machine(args, device, planned.layout.world)
     return topology, workload, estimate(planned, topology, workload)
 
 
-def _machine(args: argparse.Namespace, device: str):
+def _machine(args: argparse.Namespace, device: str, ranks: int):
     from shardwise.sharding import topology
     from shardwise.sharding.cost import Workload
 
-    return topology.load(device, nodes=args.nodes), Workload(batch=args.batch, context=args.context, prompt=args.prompt)
+    workload = Workload(batch=args.batch, context=args.context, prompt=args.prompt)
+    return topology.load(device).spread(ranks, args.nodes), workload
 
 
 def _legal(args: argparse.Namespace) -> int:
@@ -112,7 +124,7 @@ def _search(args: argparse.Namespace) -> int:
     from shardwise.sharding.search import Objective, search
     from shardwise.sharding.source import load_model
 
-    topology, workload = _machine(args, args.device or "h200")
+    topology, workload = _machine(args, args.device or "h200", args.gpus)
     found = search(load_model(args.model), topology, workload, devices=args.gpus, objective=Objective(args.objective))
     if args.json:
         _write([json.dumps(search_rows(found), indent=1)], args.json)

@@ -2,6 +2,7 @@
 
 import argparse
 
+from shardwise.launch.cli import positive
 from shardwise.sharding.axes import Axis
 
 DEFAULTS: dict[str, int | str] = {
@@ -11,7 +12,6 @@ DEFAULTS: dict[str, int | str] = {
     "attn_dp": 1,
     "redundant_experts": 0,
     "kv_bytes": 2,
-    "nodes": 1,
     "context": 4096,
     "batch": 1,
     "prompt": 1024,
@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     layout.add_argument("--tp-plan", metavar="FILE", help="a Transformers tp_plan, for an architecture that is unknown")
     cost = parser.add_argument_group("cost")
     cost.add_argument("--device", metavar="NAME", help="h200, h100, b200, a100, mi300x, cpu or a topology file")
-    cost.add_argument("--nodes", type=int, metavar="N", help="default 1")
+    cost.add_argument("--nodes", type=positive, metavar="N", help="hosts of the ranks (default: as few as hold them)")
     cost.add_argument("--context", type=_tokens, metavar="N", help="tokens a sequence, 32k is 32768 (default 4096)")
     cost.add_argument("--batch", type=int, metavar="N", help="sequences (default 1)")
     cost.add_argument("--prompt", type=_tokens, metavar="N", help="new tokens a sequence in prefill (default 1024)")
@@ -54,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     search = parser.add_argument_group("instead of one plan")
     search.add_argument("--legal", action="store_true", help="the legal sizes of every mesh axis and what stops others")
     search.add_argument("--search", action="store_true", help="every layout on --gpus devices, ranked")
-    search.add_argument("--gpus", type=int, metavar="N", help="default 8")
+    search.add_argument("--gpus", type=positive, metavar="N", help="default 8")
     search.add_argument(
         "--objective", choices=("latency", "throughput", "memory"), help="what ranks them (default latency)"
     )

@@ -1,0 +1,57 @@
+"""How much of a workload a plan has room for, and what has room for a workload that a plan has not."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+from shardwise.sharding.cost import Workload, fullest_rank, memory_of
+from shardwise.sharding.plan import Plan
+from shardwise.sharding.search import Objective, search
+from shardwise.sharding.topology import Topology
+
+MOST = 1 << 40
+"""Sequences or tokens at which looking ends: a model without a cache takes any number."""
+GROWTH = 8
+"""Times as many devices as the plan has, at most, are looked at for a layout that fits."""
+
+
+def most_sequences(plan: Plan, topology: Topology, workload: Workload) -> int:
+    """The largest batch of sequences of the workload's lengths that the fullest rank has room for, 0 for none."""
+    return _most(plan, topology, lambda n: replace(workload, batch=n))
+
+
+def most_context(plan: Plan, topology: Topology, workload: Workload) -> int:
+    """The longest context at the workload's batch, 0 where not even the prompts fit."""
+    return _most(plan, topology, lambda n: replace(workload, context=n))
+
+
+def _most(plan: Plan, topology: Topology, of: Callable[[int], Workload]) -> int:
+    rank = fullest_rank(plan)
+
+    def fits(n: int) -> bool:
+        return memory_of(plan, topology, of(n), rank).fits
+
+    below, above = 0, 1
+    while above < MOST and fits(above):
+        below, above = above, 2 * above
+    while above - below > 1:
+        middle = (below + above) // 2
+        below, above = (middle, above) if fits(middle) else (below, middle)
+    return below
+
+
+def remedies(plan: Plan, topology: Topology, workload: Workload) -> Iterator[str]:
+    """What fits instead of a plan that does not: fewer sequences, a shorter context, another layout, more devices."""
+    sequences = most_sequences(plan, topology, workload)
+    if sequences:
+        yield f"--batch {sequences}"
+    context = most_context(plan, topology, workload)
+    if context >= workload.prompt:
+        yield f"--context {context}"
+    devices = plan.layout.world
+    while devices <= plan.layout.world * GROWTH:
+        on = topology.spread(devices, None)
+        best = search(plan.model, on, workload, devices=devices, objective=Objective.LATENCY).ranked
+        if best and best[0].estimate.memory.fits:
+            yield f"{best[0].layout} (--search --gpus {devices} ranks all)"
+            return
+        devices *= 2
