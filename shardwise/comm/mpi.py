@@ -26,7 +26,7 @@ from shardwise.comm.base import CollectiveTimeout, CommError, PeerLost
 from shardwise.comm.bootstrap import Rendezvous
 from shardwise.comm.collective import BaseCommunicator
 from shardwise.comm.control import FRAME_BYTES, framed, unframed
-from shardwise.comm.segment import Segment
+from shardwise.comm.segment import FEW_SPINS, Segment
 from shardwise.comm.watch import END, FLIGHT, now
 
 PIECE = 1 << 28
@@ -120,8 +120,11 @@ class MpiCommunicator(BaseCommunicator):
         entry = [sequence, *call, now(), 0]
         FLIGHT.ring.append(entry)
         for peer in peers:
-            if words[peer] < epoch:
-                self._await(segment)
+            looks = FEW_SPINS  # here, as a call of the wait takes longer than a peer lags behind
+            while words[peer] < epoch:
+                looks -= 1
+                if not looks:
+                    self._await(segment)
         self._allreduce(self._in_place, spec)
         entry[END] = now()
         return tensor

@@ -122,9 +122,13 @@ class Segment:
 
     def round(self, limit: float) -> None:
         """Publish the half that was written for round `epoch + 1`, and wait for all ranks' halves of it."""
-        self.epoch = epoch = self.epoch + 1
-        words = self.words
-        words[self.flag] = epoch
+        self.epoch += 1
+        self.words[self.flag] = self.epoch
+        self.wait(limit)
+
+    def wait(self, limit: float) -> None:
+        """The second half of a `round`, whose first half the caller may do itself: `epoch` is published."""
+        epoch, words = self.epoch, self.words
         for word in self.peer_words:
             spins = self.spins
             while words[word] < epoch:
@@ -132,15 +136,6 @@ class Segment:
                 if spins < 0:
                     self._wait(epoch, limit)
                     return
-
-    def wait(self, limit: float) -> None:
-        """The second half of a `round` whose first half the caller did: `epoch` is published."""
-        spins = self.spins
-        while any(self.words[word] < self.epoch for word in self.peer_words):
-            spins -= 1
-            if spins < 0:
-                self._wait(self.epoch, limit)
-                return
 
     def frame_round(self, blob: bytes, limit: float) -> list[bytes]:
         """A round that carries one small message from each rank, in the control pages."""
