@@ -71,6 +71,15 @@ def await_predecessor(PDL: tl.constexpr):
         gdc_wait()
 
 
+@triton.jit
+def await_and_trigger(PDL: tl.constexpr):
+    """As `await_predecessor` for a kernel whose successor may read, before it waits itself, what the kernels in front
+    of this one wrote: it may start only when those have ended."""
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+
+
 @functools.cache
 def _raw_stream() -> Callable[[int], int]:
     """Device number -> handle of its current stream."""
@@ -226,13 +235,13 @@ class Launch(NamedTuple):
 
 
 def keep_launch(
-    launches: dict[tuple, Launch],
+    launches: dict[tuple, Any],
     key: tuple,
-    launch: Launch,
+    launch: Any,
     taken: tuple[torch.Tensor, ...],
     given: tuple[torch.Tensor, ...],
 ) -> None:
-    """Remember a launch by its layout, if the kernel took the tensors themselves as they were given, and no copies."""
+    """Remember a launch, or several, by its layout, if kernels took the tensors as they were given, and no copies."""
     if all(a is b for a, b in zip(taken, given, strict=True)):
         if len(launches) >= KEPT_LAUNCHES:
             launches.clear()

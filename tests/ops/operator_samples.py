@@ -17,7 +17,7 @@ class Sample:
             in any dtype; None where another sample or test proves the values
     atol    largest allowed |difference| to the oracle, scaled by max(1, |oracle|)
     bound   the lengths of the result depend on data: the fake's shape is an upper bound
-    traced  also exported and compiled (a second or so each: one sample an operator at most)
+    traced  also exported and compiled (a second or so each): one sample of every operator
     """
 
     op: str

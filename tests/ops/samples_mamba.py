@@ -201,6 +201,7 @@ SAMPLES = [
             build=metadata_args(batch, 4),
             oracle=metadata(batch),
             bound=True,
+            traced=name == "mixed",
             note=name,
         )
         for name, batch in BATCHES.items()

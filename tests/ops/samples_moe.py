@@ -203,13 +203,15 @@ SAMPLES = [
     Sample(op="torch_moe_dense_mlp", build=dense, oracle=dense_oracle, traced=True),
     Sample(op="torch_quant_fp8_moe", build=fp8_lists(True), oracle=fp8_listed, atol=CODES, traced=True),
     Sample(op="torch_quant_fp8_moe", build=fp8_lists(False), oracle=fp8_listed, atol=LARGER_CODES, note="relu2"),
-    Sample(op="torch_quant_nvfp4_moe", build=nvfp4_lists, oracle=nvfp4_listed, atol=CODES),
-    Sample(op="triton_moe_fused", build=fused_args(False), oracle=fused_relu2, atol=BF16),
+    Sample(op="torch_quant_nvfp4_moe", build=nvfp4_lists, oracle=nvfp4_listed, atol=CODES, traced=True),
+    Sample(op="triton_moe_fused", build=fused_args(False), oracle=fused_relu2, atol=BF16, traced=True),
     Sample(op="triton_moe_fused", build=fused_args(True, True, 4), oracle=fused, atol=BF16, note="gated"),
-    Sample(op="triton_quant_fp8_moe", build=fp8_stacked(True), oracle=fp8_grouped, atol=CODES),
-    Sample(op="triton_mxfp4_moe", build=gpt_oss(), oracle=gpt_oss_whole, atol=BF16),
-    Sample(op="triton_mxfp4_moe_ep", build=gpt_oss(4, 1)),
-    Sample(op="trtllm_moe_fused", build=fused_args(True), oracle=fused, atol=BF16),
-    Sample(op="trtllm_quant_fp8_moe_fused", build=fp8_trtllm, oracle=fp8_trtllm_oracle, atol=CODES),
-    Sample(op="trtllm_quant_nvfp4_moe_fused", build=nvfp4_trtllm(True), oracle=nvfp4_trtllm_oracle, atol=BF16),
+    Sample(op="triton_quant_fp8_moe", build=fp8_stacked(True), oracle=fp8_grouped, atol=CODES, traced=True),
+    Sample(op="triton_mxfp4_moe", build=gpt_oss(), oracle=gpt_oss_whole, atol=BF16, traced=True),
+    Sample(op="triton_mxfp4_moe_ep", build=gpt_oss(4, 1), traced=True),
+    Sample(op="trtllm_moe_fused", build=fused_args(True), oracle=fused, atol=BF16, traced=True),
+    Sample(op="trtllm_quant_fp8_moe_fused", build=fp8_trtllm, oracle=fp8_trtllm_oracle, atol=CODES, traced=True),
+    Sample(
+        op="trtllm_quant_nvfp4_moe_fused", build=nvfp4_trtllm(True), oracle=nvfp4_trtllm_oracle, atol=BF16, traced=True
+    ),
 ]

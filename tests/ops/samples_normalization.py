@@ -137,11 +137,16 @@ SAMPLES = [
     ),
     Sample(
         op="sharded_rmsnorm",
+        traced=True,
         build=lambda device: (*norm_args(4, 32)(device), 1),
         oracle=lambda x, w, e, _: rms(x, w, e),
     ),
     Sample(op="torch_l2norm", build=lambda device: (torch.randn(3, 4, 40, device=device),), oracle=l2, traced=True),
     Sample(
-        op="fla_l2norm", build=lambda device: (torch.randn(3, 4, 128, device=device, dtype=HALF),), oracle=l2, atol=BF16
+        op="fla_l2norm",
+        build=lambda device: (torch.randn(3, 4, 128, device=device, dtype=HALF),),
+        oracle=l2,
+        atol=BF16,
+        traced=True,
     ),
 ]

@@ -139,7 +139,7 @@ SAMPLES = [
     Sample(op="torch_quant_fp8_linear", build=fp8_args((2, M, K), N, True), oracle=fp8_oracle, atol=EDGE, traced=True),
     Sample(op="torch_quant_fp8_linear", build=fp8_args((5, 24), 10, False), oracle=fp8_oracle, atol=EDGE, note="pad"),
     Sample(op="torch_quant_fp8_linear", build=fp8_args((0, K), N, True), oracle=fp8_oracle, note="empty"),
-    Sample(op="trtllm_quant_fp8_linear", build=fp8_args((2, M, K), N, True), oracle=fp8_oracle, atol=EDGE),
+    Sample(op="trtllm_quant_fp8_linear", build=fp8_args((2, M, K), N, True), oracle=fp8_oracle, atol=EDGE, traced=True),
     Sample(
         op="trtllm_quant_fp8_linear", build=fp8_args((40, 96), 40, False), oracle=fp8_oracle, atol=EDGE, note="many"
     ),

@@ -35,7 +35,7 @@ def load_states_kernel(
 ):
     """Float32 states [sequences, HEADS, K, V] before the first token: a sequence's row, or zeros."""
     await_predecessor(PDL)
-    sequence, head = tl.program_id(0) // HEADS, tl.program_id(0) % HEADS
+    sequence, head = tl.program_id(0) // HEADS, (tl.program_id(0) % HEADS).to(tl.int64)
     if (head == 0) & (tl.program_id(1) == 0):
         check_bounds(word_ptr, bounds_ptr, sequence, tl.num_programs(0) // HEADS, tokens)
         check_slots(word_ptr, True, sequence, tl.load(slot_ptr + sequence), slots)
@@ -112,7 +112,7 @@ def store_states(
     """BLOCK_K rows of one of the states [sequences, HEADS, K, V] into its sequence's row of the cache."""
     parts: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
     number = program // parts
-    sequence, head = number // HEADS, number % HEADS
+    sequence, head = number // HEADS, (number % HEADS).to(tl.int64)
     live = is_live(bounds_ptr, slot_ptr, sequence, slots)
     k, v = program % parts * BLOCK_K + tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_V)
     inside = (k < K)[:, None] & (v < V)[None, :] & live
@@ -234,7 +234,7 @@ def step_kernel(
     Programs lie in the order of a slot's memory. The decode tokens begin at token `first`, their slots at entry `skip`.
     """
     parts: tl.constexpr = (V + BLOCK_V - 1) // BLOCK_V
-    number, head = tl.program_id(0) // parts // HEADS, tl.program_id(0) // parts % HEADS
+    number, head = tl.program_id(0) // parts // HEADS, (tl.program_id(0) // parts % HEADS).to(tl.int64)
     token = (first + number).to(tl.int64)
     k_rows, v_columns = tl.arange(0, BLOCK_K), tl.program_id(0) % parts * BLOCK_V + tl.arange(0, BLOCK_V)
     target = out_ptr + (token * HEADS + head) * V + v_columns

@@ -174,8 +174,9 @@ __device__ int64_t live_slot(const Args& a, int64_t sequence) {
   return slot < a.slot_count ? slot : -1;
 }
 
-__device__ int64_t checked_slot(const Args& a, int64_t sequence) {
-  const int64_t slot = index_at(a.slots, a.wide_slots, sequence);
+// Entry i of the slots, which is that of `sequence`.
+__device__ int64_t checked_slot(const Args& a, int64_t i, int64_t sequence) {
+  const int64_t slot = index_at(a.slots, a.wide_slots, i);
   if (slot >= -1 && slot < a.slot_count) return slot;
   report(a, 1, sequence, slot);
   return -1;
@@ -186,7 +187,7 @@ __device__ void check_sequences(const Args& a) {
   for (int64_t i = threadIdx.x; i < a.sequences; i += kThreads) {
     const int64_t low = index_at(a.bounds, a.wide_bounds, i), high = index_at(a.bounds, a.wide_bounds, i + 1);
     if (low > high || (i == 0 && low != 0) || (i == a.sequences - 1 && high != a.tokens)) report(a, 2, i, high);
-    checked_slot(a, i);
+    checked_slot(a, i, i);
   }
 }
 
@@ -324,7 +325,7 @@ __global__ void decode_any(Args a) {
   const Place<1> place(a);
   const int64_t c = place.c;
   if (c >= a.channels) return;
-  const int64_t slot = checked_slot(a, place.block);
+  const int64_t slot = checked_slot(a, place.block, a.sequences + place.block);
   if (slot < 0) return;
   T* x = static_cast<T*>(a.x) + place.block * a.x_t + c * a.x_c;
   T* cache = static_cast<T*>(a.cache) + slot * a.cache_slot + c * a.cache_c;
@@ -393,7 +394,7 @@ __global__ void __launch_bounds__(kThreads, 4) decode_wide(Args a) {
 
   auto slots_from = [&](int n) {  // a lane's slot of 32 tokens from the n-th on
     const int64_t token = block + int64_t(n + lane) * a.groups;
-    return n + lane < count ? int(checked_slot(a, token)) : -1;
+    return n + lane < count ? int(checked_slot(a, token, a.sequences + token)) : -1;
   };
   int slots = slots_from(0), slot[kStages];
   auto fetch = [&](int stage, int n) {

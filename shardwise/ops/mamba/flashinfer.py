@@ -7,7 +7,7 @@ import torch
 
 from shardwise.ops.attention.batch import Batch, read_batch
 from shardwise.ops.mamba import ssd_kernels as kernels
-from shardwise.ops.mamba.scan import Inputs, prefill, prepare
+from shardwise.ops.mamba.scan import Inputs, plan_prefill, prefill, prepare
 from shardwise.ops.mamba.triton import like_hidden
 from shardwise.ops.metadata_reports import report_word
 from shardwise.ops.registry import FLASHINFER, TRITON, operator
@@ -52,8 +52,9 @@ def flashinfer_cached_ssm(
         ssm_state_cache, time_step_limit, chunk_size,
     )  # fmt: skip
     if batch.prefill_tokens:
-        rest = cu_seqlen, use_initial_states, chunk_indices, chunk_offsets, seq_idx_prefill
-        prefill(op, one, batch, *rest, chunk_size)
+        metadata = cu_seqlen, use_initial_states, chunk_indices, chunk_offsets, seq_idx_prefill
+        cuts = tuple(tensor.contiguous() for tensor in metadata)
+        prefill(op, one.taken, cuts, one.out, plan_prefill(op, one, batch, cuts, chunk_size))
     if batch.decode:
         if ssm_state_cache.shape[0] < batch.decode:
             raise ValueError(

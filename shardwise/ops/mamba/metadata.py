@@ -3,13 +3,15 @@
 Cuts lie at every multiple of the chunk size and at every sequence's start, so that a piece belongs to one sequence.
 """
 
+import functools
+
 import torch
 
 from shardwise.ops.attention.batch import Batch, read_batch
 from shardwise.ops.metadata_reports import check_bounds, raise_report, read_at_once, report_word
 from shardwise.ops.registry import TRITON, operator
 from shardwise.ops.state_batch import load_bounds, prefill_bounds
-from shardwise.ops.triton_support import Kernel, tl, triton
+from shardwise.ops.triton_support import Kernel, Launch, tl, triton
 
 
 def _metadata(position_ids, batch_info_host, seq_len, cu_seqlen, chunk_size):
@@ -102,23 +104,25 @@ def _pieces_kernel(
     tl.store(offset_ptr + i, tl.where(exists, cut % CHUNK, -1), mask=i < pieces)
 
 
-_launch = Kernel(_pieces_kernel)
+_pieces = Kernel(_pieces_kernel)
+_BLOCK = 128
+
+
+@functools.lru_cache(maxsize=4096)
+def _plan(batch: Batch, chunk: int, dtype: torch.dtype, device: torch.device) -> tuple[tuple[int, int, int], Launch]:
+    """Lengths of the results and their launch, which cost more to find out than to use; `dtype` is cu_seqlen's."""
+    tokens = batch.prefill_tokens
+    pieces = min(tokens, -(-tokens // chunk) + batch.prefill - 1)
+    width = max(1 << (batch.prefill - 1).bit_length(), 2)
+    form = _pieces.form(device, (chunk, width, _BLOCK), warps=4)
+    return (pieces, pieces, tokens), Launch(form, (-(-tokens // _BLOCK), 1, 1), (batch.prefill, tokens, pieces))
 
 
 def _on_device(op: str, batch: Batch, cu_seqlen: torch.Tensor, chunk: int) -> list[torch.Tensor]:
     if cu_seqlen.numel() < batch.prefill + 1:
         raise ValueError(f"{op}: cu_seqlen has {cu_seqlen.numel()} entries; {batch.prefill} sequences need one more")
-    tokens = batch.prefill_tokens
-    pieces = min(tokens, -(-tokens // chunk) + batch.prefill - 1)
-    buffer = torch.empty(2 * pieces + tokens, dtype=torch.int32, device=cu_seqlen.device)
-    index, offset, owner = buffer.split((pieces, pieces, tokens))
-    width, block = max(1 << (batch.prefill - 1).bit_length(), 2), 128
-    _launch(
-        buffer.device,
-        (-(-max(tokens, pieces) // block), 1, 1),
-        (cu_seqlen, index, offset, owner, report_word(op)),
-        (batch.prefill, tokens, pieces),
-        (chunk, width, block),
-        warps=4,
-    )
+    lengths, launch = _plan(batch, chunk, cu_seqlen.dtype, cu_seqlen.device)
+    buffer = torch.empty(sum(lengths), dtype=torch.int32, device=cu_seqlen.device)
+    index, offset, owner = buffer.split_with_sizes(lengths)
+    launch.form(launch.grid, (cu_seqlen.contiguous(), index, offset, owner, report_word(op)), launch.free)
     return [index, offset, owner.unsqueeze(0)]

@@ -51,6 +51,11 @@ class Inputs(NamedTuple):
     low: float
     high: float
 
+    @property
+    def taken(self) -> tuple[Tensor, ...]:
+        """The tensors that kernels read, without the metadata of prefill sequences."""
+        return self.x, self.dt, self.dt_bias, self.A, self.B, self.C, self.D, self.slots, self.cache
+
 
 def prepare(
     op: str, hidden_states, A, B, C, D, dt, dt_bias, batch: Batch, slot_idx, resumes, cache, limit, chunk
@@ -79,41 +84,54 @@ def _power(n: int) -> int:
     return max(16, 1 << (n - 1).bit_length())
 
 
-def prefill(
-    op: str,
-    one: Inputs,
-    batch: Batch,
-    bounds: Tensor,
-    resumes: Tensor,
-    index: Tensor,
-    offset: Tensor,
-    owner: Tensor,
-    chunk: int,
-) -> None:
-    """The tokens before the decode tokens, cut into pieces by `mamba_ssm_prepare_metadata`."""
+class Prefill(NamedTuple):
+    """What prefill tokens of one layout launch, but for their tensors."""
+
+    steps: Launch
+    states: Launch
+    outputs: Launch
+    sums_shape: tuple[int, ...]
+    states_shape: tuple[int, ...]
+
+
+def prefill(op: str, given: tuple[Tensor, ...], metadata: tuple[Tensor, ...], out: Tensor, plan: Prefill) -> None:
+    """The tokens before the decode tokens, cut into pieces by `mamba_ssm_prepare_metadata`.
+
+    given     hidden_states, dt, dt_bias, A, B, C, D, slots, cache
+    metadata  cu_seqlen, use_initial_states, chunk_indices, chunk_offsets, seq_idx_prefill; all as planned for
+    """
+    x, dt, dt_bias, A, B, C, D, slots, cache = given
+    bounds, resumes, index, offset, owner = metadata
+    totals, levels = torch.empty(plan.sums_shape, dtype=torch.float32, device=x.device).unbind()
+    states, cuts = x.new_empty(plan.states_shape), (index, offset, owner, bounds)
+    one = plan.steps
+    one.form(one.grid, (dt, dt_bias, A, *cuts, totals, levels), one.free)
+    one, word = plan.states, report_word(op)
+    one.form(one.grid, (x, B, totals, levels, bounds, slots, resumes, cache, states, word), one.free)
+    one = plan.outputs
+    one.form(one.grid, (x, B, C, D, totals, levels, *cuts, slots, states, out), one.free)
+
+
+def plan_prefill(op: str, one: Inputs, batch: Batch, metadata: tuple[Tensor, ...], chunk: int) -> Prefill:
+    """Checks the lengths of the metadata."""
+    bounds, resumes, index, offset, owner = metadata
     check_pieces(op, batch, bounds, index, offset, owner)
-    bounds, resumes, index, offset, owner = (t.contiguous() for t in (bounds, resumes, index, offset, owner))
     tokens, (heads, P), (groups, N) = batch.prefill_tokens, one.x.shape[2:], one.B.shape[2:]
     pieces, ratio, exact = index.numel(), heads // groups, one.x.dtype == torch.float32
     device, slots, cuts = one.x.device, one.cache.shape[0], (index, offset, owner, bounds)
-    totals, levels = torch.empty((2, heads, tokens), dtype=torch.float32, device=device)
-    states = torch.empty((pieces, heads, N, P), dtype=one.x.dtype, device=device)
-    _launch_steps(
+    sums = torch.empty(0, dtype=torch.float32, device=device)  # for its dtype
+    steps = _launch_steps.form_for(
         device,
-        (pieces, -(-heads // STEPS["heads"]), 1),
-        (one.dt, one.dt_bias, one.A, *cuts, totals, levels),
-        (batch.prefill, tokens, heads, one.low, one.high),
+        (one.dt, one.dt_bias, one.A, *cuts, sums, sums),
         (one.dt_t, chunk, 1 << (chunk - 1).bit_length(), STEPS["heads"]),
         warps=STEPS["warps"],
     )
     x_strides, B_strides, C_strides = (one.x_t, one.x.stride(2)), (one.B_t, one.B.stride(2)), (one.C_t, one.C.stride(2))
     block_p, block_n = min(STATES["P"], _power(P)), min(STATES["N"], _power(N))
     step = _divisor(chunk, 32 if exact else STATES["T"])
-    _launch_states(
+    states = _launch_states.form_for(
         device,
-        (batch.prefill, heads, -(-P // block_p) * -(-N // block_n)),
-        (one.x, one.B, totals, levels, bounds, one.slots, resumes, one.cache, states, report_word(op)),
-        (pieces, tokens, heads, slots),
+        (one.x, one.B, sums, sums, bounds, one.slots, resumes, one.cache, one.x, report_word(op)),
         (*x_strides, *B_strides, *one.cache.stride()[:3])
         + (ratio, P, N, chunk, step, block_p, block_n, _power(step), 64, exact),
         warps=STATES["warps"],
@@ -121,14 +139,20 @@ def prefill(
     )
     block_t, warps, stages = _output_tiles(_power(P) * _power(N), exact)
     block_t, together = min(block_t, _power(chunk)), OUTPUTS["heads"] if ratio % OUTPUTS["heads"] == 0 else 1
-    _launch_outputs(
+    outputs = _launch_outputs.form_for(
         device,
-        (pieces * heads // together, 1, 1),
-        (one.x, one.B, one.C, one.D, totals, levels, *cuts, one.slots, states, one.out),
-        (batch.prefill, tokens, heads, slots),
+        (one.x, one.B, one.C, one.D, sums, sums, *cuts, one.slots, one.x, one.out),
         (*x_strides, *B_strides, *C_strides, ratio, P, N, chunk, _power(P), _power(N), block_t, together, exact),
         warps=warps,
         stages=stages,
+    )
+    tiles = -(-P // block_p) * -(-N // block_n)
+    return Prefill(
+        Launch(steps, (pieces, -(-heads // STEPS["heads"]), 1), (batch.prefill, tokens, heads, one.low, one.high)),
+        Launch(states, (batch.prefill, heads, tiles), (pieces, tokens, heads, slots)),
+        Launch(outputs, (pieces * heads // together, 1, 1), (batch.prefill, tokens, heads, slots)),
+        (2, heads, tokens),
+        (pieces, heads, N, P),
     )
 
 
@@ -146,22 +170,19 @@ def _output_tiles(size: int, exact: bool) -> tuple[int, int, int]:
     return OUTPUTS["T"], OUTPUTS["warps"], OUTPUTS["stages"]
 
 
-def decode(op: str, one: Inputs, batch: Batch) -> Launch:
-    """One step of every decode sequence; how it was launched."""
+def plan_decode(op: str, one: Inputs, batch: Batch) -> Launch:
+    """One step of every decode sequence."""
     (_, _, heads, P), (_, _, groups, N) = one.x.shape, one.B.shape
     cache_slot, cache_h, cache_p, _ = one.cache.stride()
     block_n, pdl = 1 << (N - 1).bit_length(), dependent_launch(one.x.device)
     wide = MANY if one.cache.dtype == torch.float32 else FEW
     table = many_or_few(batch.decode * heads * P * block_n, one.x.device, wide, FEW)
     block_p = min(1 << (P - 1).bit_length(), max(1, table["elements"] // block_n))
-    pointers = (one.x, one.dt, one.dt_bias, one.A, one.B, one.C, one.D, one.slots, one.cache, one.out)
-    pointers = (*pointers, report_word(op))
+    pointers = *one.taken, one.out, report_word(op)
     strides = one.x_t, one.x.stride(2), one.dt_t, one.B_t, one.B.stride(2), one.C_t, one.C.stride(2)
     fixed = (*strides, cache_slot, cache_h, cache_p, heads // groups, P, N, block_p, block_n, pdl)
-    launch = Launch(
+    return Launch(
         _decode.form_for(one.x.device, pointers, fixed, warps=table["warps"], pdl=pdl),
         (batch.decode * heads * -(-P // block_p), 1, 1),
         (batch.prefill_tokens, batch.prefill, heads, one.cache.shape[0], one.low, one.high),
     )
-    launch.form(launch.grid, pointers, launch.free)
-    return launch

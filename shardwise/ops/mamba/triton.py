@@ -1,16 +1,26 @@
 """The state-space scan over a flat batch, on our own Triton kernels; gradients are not provided."""
 
+from typing import NamedTuple
+
 import torch
 
 from shardwise.ops.attention.batch import read_batch
-from shardwise.ops.mamba.scan import decode, prefill, prepare
+from shardwise.ops.mamba.scan import Prefill, plan_decode, plan_prefill, prefill, prepare
 from shardwise.ops.metadata_reports import report_word
 from shardwise.ops.registry import TRITON, operator
 from shardwise.ops.state_batch import check_metadata
 from shardwise.ops.triton_support import Launch, keep_launch, layout
 
-# Steps of decode tokens alone, without a copy or padding, by their layout.
-STEPS: dict[tuple, Launch] = {}
+
+class _Plan(NamedTuple):
+    """What a step launches, but for its tensors."""
+
+    prefill: Prefill | None
+    decode: Launch | None
+
+
+# Of steps without a copy or padding, by their layout.
+STEPS: dict[tuple, _Plan] = {}
 
 
 def like_hidden(hidden_states, *_args):
@@ -48,24 +58,32 @@ def triton_cached_ssm(
     batch = read_batch(op, batch_info_host)
     check_metadata(op, batch, hidden_states, cu_seqlen, slot_idx, use_initial_states, ssm_state_cache)
     given = hidden_states, dt, dt_bias, A, B, C, D, slot_idx, ssm_state_cache
-    key = None
-    if not batch.prefill:
-        key = (batch, *time_step_limit, chunk_size, hidden_states.device, layout(*given))
-        again = STEPS.get(key)
-        if again is not None:
-            out = torch.empty_like(hidden_states, memory_format=torch.contiguous_format)
-            again.form(again.grid, (*given, out, report_word(op)), again.free)
-            return out
+    metadata: tuple[torch.Tensor, ...] = ()
+    if batch.prefill_tokens:
+        metadata = cu_seqlen, use_initial_states, chunk_indices, chunk_offsets, seq_idx_prefill
+    key = batch, *time_step_limit, chunk_size, hidden_states.device, layout(*given, *metadata)
+    again = STEPS.get(key)
+    if again is not None:
+        out = torch.empty_like(hidden_states, memory_format=torch.contiguous_format)
+        _run(op, again, given, metadata, out)
+        return out
     one = prepare(
         op, hidden_states, A, B, C, D, dt, dt_bias, batch, slot_idx, use_initial_states,
         ssm_state_cache, time_step_limit, chunk_size,
     )  # fmt: skip
-    if batch.prefill_tokens:
-        rest = cu_seqlen, use_initial_states, chunk_indices, chunk_offsets, seq_idx_prefill
-        prefill(op, one, batch, *rest, chunk_size)
-    if batch.decode:
-        launch = decode(op, one, batch)
-        taken = one.x, one.dt, one.dt_bias, one.A, one.B, one.C, one.D, one.slots, one.cache
-        if key is not None and batch.decode == hidden_states.shape[0] * hidden_states.shape[1]:
-            keep_launch(STEPS, key, launch, taken, given)
+    cuts = tuple(tensor.contiguous() for tensor in metadata)
+    plan = _Plan(
+        plan_prefill(op, one, batch, cuts, chunk_size) if batch.prefill_tokens else None,
+        plan_decode(op, one, batch) if batch.decode else None,
+    )
+    _run(op, plan, one.taken, cuts, one.out)
+    if batch.tokens == hidden_states.shape[0] * hidden_states.shape[1]:
+        keep_launch(STEPS, key, plan, (*one.taken, *cuts), (*given, *metadata))
     return one.out
+
+
+def _run(op: str, plan: _Plan, given: tuple, metadata: tuple, out: torch.Tensor) -> None:
+    if plan.prefill is not None:
+        prefill(op, given, metadata, out, plan.prefill)
+    if plan.decode is not None:
+        plan.decode.form(plan.decode.grid, (*given, out, report_word(op)), plan.decode.free)
