@@ -54,7 +54,7 @@ def mxfp4_moe(
     local = up.words.shape[0]
     plan = plan or choose_plan(count * top_k, router_weight.shape[0], _few_serve(up, down))
     space = Workspace.of(tokens.device, count)
-    rows = space.take("turned", (count, up.words.shape[2] * TILE), tokens.dtype) if plan.few else None
+    rows = space.take("turned", (count, _turned_columns(up)), tokens.dtype) if plan.few else None
     routing = route_tokens(space, tokens, router_weight, router_bias, top_k, first, local, plan.block, rows)
     return _experts(space, plan, tokens if rows is None else rows, up, down, routing, "swiglu", alpha, limit)
 
@@ -84,13 +84,18 @@ def packed_moe(
     plan = choose_plan(pairs, experts, act == "swiglu" and not on_input and _few_serve(up, down))
     space = Workspace.of(tokens.device, tokens.shape[0])
     routing = routed(space, ids, weights, experts, plan.block)
-    rows = turn_rows(space, tokens, up.words.shape[2] * TILE) if plan.few else tokens
+    rows = turn_rows(space, tokens, _turned_columns(up)) if plan.few else tokens
     return _experts(space, plan, rows, up, down, routing, act, alpha, limit, factors, on_input)
 
 
 def _few_serve(*packed: PackedMXFP4) -> bool:
     """Whether the kernel for few tokens can: it knows the usual scales only."""
     return GLUON and all(weights.format == "narrow" for weights in packed)
+
+
+def _turned_columns(packed: PackedMXFP4) -> int:
+    """Columns of turned rows: whole tiles, and 64 bytes, for two rows that are read at once to come from other banks."""
+    return packed.words.shape[2] * TILE + 32
 
 
 def _experts(
@@ -108,7 +113,7 @@ def _experts(
 ) -> Tensor:
     """Both GEMMs and the sum. The kernel for few tokens takes turned rows of whole tiles."""
     count, pairs = tokens.shape[0], routing.ids.numel()
-    columns = down.words.shape[2] * TILE if plan.few else down.columns
+    columns = _turned_columns(down) if plan.few else down.columns
     inner = space.take("inner", (pairs, columns), tokens.dtype)
     wide = torch.float32 if count <= WIDE_TOKENS else tokens.dtype
     values = space.take("values", (plan.down.splits, pairs, down.rows), wide)
