@@ -10,10 +10,11 @@ An operator `<backend>_<category>_<name>` lives in `<category>/<backend file>.py
 import importlib
 import pkgutil
 
+from shardwise.ops.metadata_reports import raise_reports
 from shardwise.ops.registry import OperatorUnavailable, OpInfo, operators
 
 for _module in pkgutil.walk_packages(__path__, __name__ + "."):
     if _module.name.count(".") == 3:  # shardwise.ops.<category>.<backend file>
         importlib.import_module(_module.name)
 
-__all__ = ["OpInfo", "OperatorUnavailable", "operators"]
+__all__ = ["OpInfo", "OperatorUnavailable", "operators", "raise_reports"]

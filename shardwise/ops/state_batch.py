@@ -82,7 +82,7 @@ def prefill_bounds(op: str, batch: Batch, cu_seqlen: torch.Tensor | None) -> lis
 def load_bounds(pointers, mask, tokens):
     """Entries of cu_seqlen as numbers from 0 to `tokens`, which they are where it was made well; 0 where masked.
 
-    Kernels cannot refuse what they find in device memory, so that whatever stands there must lead to tokens.
+    Kernels cannot refuse what they find in device memory: whatever stands there must lead to tokens.
     """
     return tl.minimum(tl.maximum(tl.load(pointers, mask=mask, other=0), 0), tokens)
 

@@ -122,8 +122,8 @@ def fla_cached_delta_rule(
 
     Nothing is synchronised: a slot outside the cache counts as -1. fla gets cu_seqlen clamped to the prefill tokens and
     made to ascend: one that does not ascend from 0 to them gives wrong values for prefill sequences, never an access
-    outside of the tensors. Shapes and counts that contradict each other raise ValueError, a dtype that fla does not
-    take TypeError.
+    outside of the tensors. Both raise ValueError in the next call (`metadata_reports.py`), shapes and counts that
+    contradict each other in this one, and a dtype that fla does not take raises TypeError.
     """
     rest = (batch_info_host, cu_seqlen, slot_idx, use_initial_states, delta_cache, scale)
     return _cached("fla_cached_delta_rule", q, k, v, None, beta, *rest)

@@ -94,9 +94,9 @@ def triton_cached_causal_conv1d(
     input [b, 1, C] or [1, T, C]; weight [C, 1, K] or [C, K]; conv_state_cache [slots, C, K - 1] holds the last K - 1
     inputs: read where use_initial_states and for decode, brought up to date for all. Slot -1 is skipped: its tokens
     keep their values, as does the padding; a slot outside the cache counts as -1. A cu_seqlen that does not ascend from
-    0 to the prefill tokens gives wrong values for prefill sequences, never an access outside of the tensors; refusing
-    it would wait for the device. Shapes, K and counts that contradict each other raise ValueError. stride to
-    padding_mode are accepted and not used.
+    0 to the prefill tokens gives wrong values for prefill sequences, never an access outside of the tensors. Both raise
+    ValueError in the next call (`metadata_reports.py`), shapes, K and counts that contradict each other in this one.
+    stride to padding_mode are accepted and not used.
     """
     one = prepare(
         _OP, input, weight, bias, batch_info_host, cu_seqlen, slot_idx, use_initial_states, conv_state_cache, activation

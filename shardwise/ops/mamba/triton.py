@@ -50,9 +50,10 @@ def triton_cached_ssm(
 ) -> torch.Tensor:
     """As `torch_cached_ssm`, with the pieces that `mamba_ssm_prepare_metadata` cut for the same chunk_size.
 
-    Nothing is synchronised: a slot outside the cache is treated as -1; a cu_seqlen that does not ascend from 0 to the
-    prefill tokens, or pieces that are not its own, give wrong values for prefill sequences, never an access outside of
-    the tensors. Shapes and counts that contradict each other raise ValueError.
+    Shapes and counts that contradict each other raise ValueError; so do, in the next call (`metadata_reports.py`), a
+    slot outside the cache, which counts as -1, and a cu_seqlen that does not ascend from 0 to the prefill tokens. This
+    and pieces that are not its own give wrong values for prefill sequences, never an access outside of the tensors.
+    Nothing is synchronised.
     """
     op = "triton_cached_ssm"
     batch = read_batch(op, batch_info_host)
