@@ -1,14 +1,6 @@
 """Kernels of `decode.py` for plain weights: routing and the two products of a token's experts."""
 
-from shardwise.ops.triton_support import tl, triton
-
-
-@triton.jit
-def await_and_trigger(PDL: tl.constexpr):
-    """Wait for the kernel before, and only then let the next one begin: it may read what that kernel wrote."""
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+from shardwise.ops.triton_support import await_and_trigger, tl, triton
 
 
 @triton.jit

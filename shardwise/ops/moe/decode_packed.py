@@ -9,10 +9,10 @@ product. Only the sums of warps that share rows pass through shared memory.
 # mypy: ignore-errors
 
 from shardwise.ops.gluon_support import gl, jit, mma_v2
-from shardwise.ops.moe.decode_kernels import await_and_trigger, route
+from shardwise.ops.moe.decode_kernels import route
 from shardwise.ops.moe.mxfp4_few import decode_tile
 from shardwise.ops.ptx import keep_loads_above
-from shardwise.ops.triton_support import tl
+from shardwise.ops.triton_support import await_and_trigger, tl
 
 COLUMNS = tl.constexpr(8)  # of a product of the matrix unit
 

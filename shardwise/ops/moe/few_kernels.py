@@ -6,15 +6,7 @@ Rows stream through registers with 16 bytes a thread and load; sums are float32.
 
 from shardwise.ops.quantization.triton_fp8 import encode_e4m3
 from shardwise.ops.tensor_memory import prefetch
-from shardwise.ops.triton_support import tl, triton
-
-
-@triton.jit
-def _begin(PDL: tl.constexpr):
-    """Wait for the kernels before; only then may the next one start, which thus may read what those wrote."""
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+from shardwise.ops.triton_support import await_and_trigger, tl, triton
 
 
 @triton.jit
@@ -33,7 +25,7 @@ def few_up(
     EVEN_K: tl.constexpr, INTERPRET: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """ROWS rows of one pair's activation. Arguments as in `grouped_gemm`; in_ptr is the scale that x is divided by."""
-    _begin(PDL)
+    await_and_trigger(PDL)
     GATED: tl.constexpr = ACT == "silu"
     pair = tl.program_id(0)
     expert = tl.load(id_ptr + pair).to(tl.int32)
@@ -108,7 +100,7 @@ def few_down(
         line = tl.arange(0, AHEAD) * (8 * VECTOR)
         lines = row_at[:, :, None] + tl.where(line < columns, line, 0)[None, None, :]
         prefetch(lines, INTERPRET)
-    _begin(PDL)
+    await_and_trigger(PDL)
     column = tl.arange(0, BK)
     acc = tl.zeros((K_BLOCK, ROWS, BK // VECTOR), dtype=tl.float32)
     for k in tl.range(0, columns, BK, num_stages=STAGES):
