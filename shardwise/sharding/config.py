@@ -140,7 +140,13 @@ def _plain(value: Any) -> Any:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; ConfigError for anything else. `Infinity` and `NaN` literals are accepted."""
+    """The object in a JSON file; ConfigError for anything else."""
+    return read_json(path, dict, "one JSON object")
+
+
+def read_json(path: str | Path, kind: type, expected: str) -> Any:
+    """The value in a JSON file, of this kind; ConfigError for anything else. `Infinity` and `NaN` are accepted."""
+    path = Path(path)
     try:
         size = path.stat().st_size
         if size > MAX_CONFIG_BYTES:
@@ -153,7 +159,7 @@ def read_config(path: Path) -> dict[str, Any]:
     except RecursionError:
         raise ConfigError(f"{path}: nested too deeply for a config") from None
     except ValueError as error:
-        raise ConfigError(f"{path}: not valid JSON: {error}") from None
-    if not isinstance(data, dict):
-        raise ConfigError(f"{path}: holds a {type(data).__name__}, expected one JSON object")
+        raise error if isinstance(error, ConfigError) else ConfigError(f"{path}: not valid JSON: {error}") from None
+    if not isinstance(data, kind):
+        raise ConfigError(f"{path}: holds a {type(data).__name__}, expected {expected}")
     return data

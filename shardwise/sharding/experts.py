@@ -1,11 +1,10 @@
 """Which rank holds which expert: contiguous by default, with copies of busy experts where asked for."""
 
-import json
 from pathlib import Path
 
 from shardwise.partition import extent, lengths
 from shardwise.sharding.axes import LogicalAxis
-from shardwise.sharding.config import ConfigError
+from shardwise.sharding.config import ConfigError, read_json
 
 Placement = tuple[tuple[int, ...], ...]
 """Experts of each moe_ep coordinate, ascending; every expert at least once, none twice on a rank."""
@@ -36,13 +35,8 @@ def place_experts(
 
 def read_load(path: str | Path) -> tuple[float, ...]:
     """A JSON list of one non-negative number an expert."""
-    try:
-        data = json.loads(Path(path).read_text("utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
-    except ValueError as error:
-        raise ConfigError(f"{path}: not valid JSON: {error}") from None
-    if not isinstance(data, list) or not all(type(x) in (int, float) and x >= 0 for x in data):
+    data = read_json(path, list, "a list of non-negative numbers, one an expert")
+    if not all(type(x) in (int, float) and x >= 0 for x in data):
         raise ConfigError(f"{path}: expected a list of non-negative numbers, one an expert")
     return tuple(float(x) for x in data)
 

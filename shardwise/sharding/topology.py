@@ -8,6 +8,8 @@ import json
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
+from shardwise.sharding.config import read_json
+
 SCHEMA_VERSION = 1
 
 
@@ -115,11 +117,7 @@ def load(name_or_file: str) -> Topology:
     path = Path(name_or_file)
     if not path.is_file():
         raise ValueError(f"--device {name_or_file}: neither a file nor one of {', '.join(BUILT_IN)}")
-    try:
-        data = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not a JSON file: {error}") from None
-    return from_json(data, str(path))
+    return from_json(read_json(path, dict, "an object"), str(path))
 
 
 def save(topology: Topology, path: str | Path) -> None:

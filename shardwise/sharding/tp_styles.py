@@ -1,11 +1,10 @@
 """Styles of Transformers' `tp_plan` dictionaries (module globs to styles), as far as a planner can follow them."""
 
 import fnmatch
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from shardwise.sharding.config import ConfigError
+from shardwise.sharding.config import ConfigError, read_json
 
 COLUMN = ("colwise", "colwise_gather_output", "colwise_rep", "packed_colwise", "local_colwise", "local_packed_rowwise")
 ROW = ("rowwise", "rowwise_split_input", "local_rowwise")
@@ -14,14 +13,7 @@ WHOLE = ("replicated", "replicated_with_grad_allreduce", "sequence_parallel", "g
 
 def read_tp_plan(path: str | Path) -> dict[str, str]:
     """A JSON object of globs to known styles; ConfigError names the entry that is none."""
-    try:
-        data = json.loads(Path(path).read_text("utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{path}: not valid JSON: {error}") from None
-    if not isinstance(data, dict):
-        raise ConfigError(f"{path}: holds a {type(data).__name__}, expected an object of module globs to styles")
+    data = read_json(path, dict, "an object of module globs to styles")
     known = (*COLUMN, *ROW, *WHOLE)
     for glob, style in data.items():
         if style not in known:

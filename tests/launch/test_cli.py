@@ -76,7 +76,18 @@ def test_unusable_command_lines_are_one_sentence_and_exit_with_2(words):
         (["run", "no-such-model"], 1, "is no file and no folder"),
         (["run", "smollm2", "--prompts", "/no/such/file"], 1, "/no/such/file: No such file or directory"),
         (["bench", "comm", "--transport", "nope"], 2, "unknown transport 'nope'; legal: auto, gloo, nccl, mpi, shm"),
+        (["bench", "comm", "--json", "/no/such/file"], 2, "--json /no/such/file: there is no folder /no/such"),
+        (["bench", "comm", "--calibrate", "/no/such/file"], 2, "--calibrate /no/such/file: there is no folder"),
+        (
+            ["bench", "comm", "--calibrate", "here.json", "--sizes", "4KiB"],
+            2,
+            "--calibrate needs all_reduce at two sizes",
+        ),
+        (["shard", "smollm2", "--out", "x", "--tp", "99"], 2, "tp 99 does not fit"),
+        (["shard", "smollm2", "--out", "x", "--tp", "2", "--ep", "3"], 2, "world % ep = 2 % 3 = 2"),
+        (["shard", "x", "--out", "y", "--merge", "--tp", "2"], 2, "--tp has no effect with --merge"),
         (["explain", "/no/such/file"], 1, "/no/such/file: No such file or directory"),
+        (["explain", __file__], 1, "not a failure report of Shardwise: name a failure.json"),
     ],
 )
 def test_errors_are_one_sentence(capfd, words, code, text):

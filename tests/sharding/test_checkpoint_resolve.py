@@ -8,6 +8,7 @@ from shardwise.sharding.checkpoint.gguf import read_gguf
 from shardwise.sharding.checkpoint.gguf_model import gguf_config, gguf_tensors
 from shardwise.sharding.checkpoint.header import CheckpointError
 from shardwise.sharding.checkpoint.resolve import open_checkpoint, resolve
+from shardwise.sharding.config import ConfigError
 
 
 def u32(key: str, value: int) -> bytes:
@@ -85,8 +86,22 @@ def test_a_folder_with_one_gguf_file_names_that_file(tmp_path):
 def test_a_config_that_is_no_object_is_refused(tmp_path):
     for content in ("[]", "{"):
         (tmp_path / "config.json").write_text(content)
-        with pytest.raises(CheckpointError, match="config.json"):
+        with pytest.raises(ConfigError, match="config.json"):
             open_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("llama.json", "a config has no weights"),
+        ("model.safetensors", "name the folder that holds it"),
+        ("pytorch_model.bin", "a pickle file may run code"),
+    ],
+)
+def test_a_file_that_is_no_model_by_itself_says_what_to_name(name, words, tmp_path):
+    (tmp_path / name).write_text("{}")
+    with pytest.raises(FileNotFoundError, match=words):
+        resolve(tmp_path / name)
 
 
 @pytest.mark.parametrize("name", ["nothing-here", "/no/such/file.gguf", "./no/such", "a/b/c"])

@@ -3,7 +3,7 @@
 import argparse
 import re
 
-from shardwise.launch.cli.output import add_json, table_stream, write_json
+from shardwise.launch.cli.output import add_json, require_folder, table_stream, write_json
 from shardwise.launch.machine import machine_facts
 
 BODY = "shardwise.comm.bench:"
@@ -37,9 +37,10 @@ def sizes(text: str) -> list[int]:
     result = []
     for word in text.split(","):
         match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", word)
-        if not match or match[2].lower() not in UNITS:
+        size = int(float(match[1]) * UNITS.get(match[2].lower(), 0)) if match else 0
+        if size < 1:
             raise argparse.ArgumentTypeError(f"{word!r} is no size; write for instance 4KiB,16MiB")
-        result.append(int(float(match[1]) * UNITS[match[2].lower()]))
+        result.append(size)
     return result
 
 
@@ -55,6 +56,10 @@ def run(args: argparse.Namespace) -> int:
     _require_known("strategy", [args.strategy], STRATEGIES)
     if args.world < 1:
         raise UsageError(f"--world {args.world}: a job has at least one rank")
+    require_folder(args.json)
+    require_folder(args.calibrate, "--calibrate")
+    if args.calibrate and ("all_reduce" not in ops or len(set(args.sizes)) < 2):
+        raise UsageError("--calibrate needs all_reduce at two sizes at least: a small one and a large one")
     device = _device(args)
     peers = _peers(args, device)
     payload = {
@@ -158,12 +163,9 @@ def _calibrate(args: argparse.Namespace, rows: list[dict]) -> None:
     """A topology whose link inside the host is the one measured; the device's own figures stay the built-in ones."""
     from dataclasses import replace
 
-    from shardwise.launch.cli import UsageError
     from shardwise.sharding import topology
 
     sums = [row for row in rows if row["op"] == "all_reduce"]
-    if len(sums) < 2:
-        raise UsageError("--calibrate needs all_reduce at two sizes at least: a small one and a large one")
     base = topology.load(_built_in(_device(args)))
     link = topology.Link(
         bandwidth_bytes_per_second=max(row["busbw_gbps"] for row in sums) * 1e9,

@@ -33,8 +33,10 @@ def load(path: Path) -> Failure:
         return cause
     try:
         return Failure.from_json(json.loads(path.read_text()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path}: not a failure report of Shardwise: {error}") from None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ValueError(
+            f"{path}: not a failure report of Shardwise: name a failure.json, or the folder of a failed job's logs"
+        ) from None
 
 
 def _full(cause: Failure) -> str:

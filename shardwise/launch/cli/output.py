@@ -15,10 +15,10 @@ def add_json(parser: "argparse.ArgumentParser | argparse._ArgumentGroup", what: 
     )
 
 
-def require_folder(target: str | None) -> None:
-    """UsageError for a --json FILE that could not be written: before the work, not when it is done."""
+def require_folder(target: str | None, option: str = "--json") -> None:
+    """UsageError for a FILE that could not be written: before the work, not when it is done."""
     if target not in (None, "-") and not (folder := Path(str(target)).absolute().parent).is_dir():
-        raise UsageError(f"--json {target}: there is no folder {folder}")
+        raise UsageError(f"{option} {target}: there is no folder {folder}")
 
 
 def table_stream(target: str | None) -> TextIO:

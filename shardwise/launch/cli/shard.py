@@ -5,37 +5,55 @@ import sys
 import time
 from pathlib import Path
 
-from shardwise.sharding.layout import ParallelLayout
+from shardwise.launch.cli import DONE, UsageError, positive
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="safetensors folder or hub id; with --merge a per-rank folder")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder to write into")
     parser.add_argument("--merge", action="store_true", help="write the original files back, bit for bit")
-    parser.add_argument("--tp", type=int, default=1, metavar="N", help="tensor parallel ranks (default 1)")
-    parser.add_argument("--ep", type=int, default=1, metavar="N", help="expert parallel ranks (default 1)")
-    parser.add_argument("--moe-tp", type=int, default=0, metavar="N", help="ranks that share an expert")
-    parser.add_argument("--attn-dp", type=int, default=1, metavar="N", help="attention data parallel groups")
+    parser.add_argument("--tp", type=positive, metavar="N", help="tensor parallel ranks (default 1)")
+    parser.add_argument("--ep", type=positive, metavar="N", help="expert parallel ranks (default 1)")
+    parser.add_argument("--moe-tp", type=positive, metavar="N", help="ranks that share an expert (default world / ep)")
+    parser.add_argument("--attn-dp", type=positive, metavar="N", help="attention data parallel groups (default 1)")
 
 
 def run(args: argparse.Namespace) -> int:
+    """0; UsageError for a layout that the model does not allow, or one beside --merge."""
     out = Path(args.out)
     started = time.perf_counter()
-    if args.merge:
-        from shardwise.sharding.checkpoint.merge import merge_shards
-
-        files = merge_shards(Path(args.model), out)
-    else:
-        from shardwise.sharding.checkpoint.resolve import open_checkpoint
-        from shardwise.sharding.checkpoint.shard import write_shards
-        from shardwise.sharding.plan import plan
-
-        planned = plan(args.model, ParallelLayout(args.tp, args.attn_dp, args.moe_tp, args.ep))
-        files = write_shards(planned, open_checkpoint(args.model), out, progress=_Progress())
+    files = _merge(args, out) if args.merge else _shard(args, out)
     seconds = time.perf_counter() - started
     size = sum(f.stat().st_size for f in files)
     print(f"{len(files)} files, {size / 1e9:.2f} GB in {seconds:.1f} s ({size / 1e9 / seconds:.2f} GB/s): {out}")
-    return 0
+    return DONE
+
+
+def _merge(args: argparse.Namespace, out: Path) -> list[Path]:
+    from shardwise.sharding.checkpoint.merge import merge_shards
+
+    for name in ("tp", "ep", "moe_tp", "attn_dp"):
+        if getattr(args, name) is not None:
+            raise UsageError(f"--{name.replace('_', '-')} has no effect with --merge: drop one of them")
+    return merge_shards(Path(args.model), out)
+
+
+def _shard(args: argparse.Namespace, out: Path) -> list[Path]:
+    from shardwise.sharding.checkpoint.resolve import open_checkpoint
+    from shardwise.sharding.checkpoint.shard import write_shards
+    from shardwise.sharding.cutting import IllegalLayout
+    from shardwise.sharding.layout import ParallelLayout
+    from shardwise.sharding.plan import plan
+
+    try:
+        layout = ParallelLayout(args.tp or 1, args.attn_dp or 1, args.moe_tp or 0, args.ep or 1)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    try:
+        planned = plan(args.model, layout)
+    except IllegalLayout as error:
+        raise UsageError(str(error)) from None
+    return write_shards(planned, open_checkpoint(args.model), out, progress=_Progress())
 
 
 class _Progress:

