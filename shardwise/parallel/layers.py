@@ -5,14 +5,15 @@ part of the input into a partial sum, which `ResidualNorm` adds up over the grou
 """
 
 from collections.abc import Callable
-from operator import itemgetter
 from typing import Protocol
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from shardwise.comm.base import Communicator
+from shardwise.parallel.block_linear import BlockHead
 from shardwise.parallel.memory import weight_memory
 from shardwise.sharding.axes import Range
 
@@ -181,9 +182,12 @@ class VocabHead:
 
     def best(self, x: Tensor) -> list[int]:
         """The most likely token of each row of x [B, H]: the argmax of the logits, of which only the best travel."""
-        if self.group.size == 1 or sum(self.sizes) != self.vocab:  # a padded vocabulary has columns that are no token
+        if sum(self.sizes) != self.vocab:  # a padded vocabulary has columns that are no token
             return self(x).argmax(-1).tolist()
-        logits, first = self.linear(x), sum(self.sizes[: self.group.rank])
+        logits = self.linear.for_best(x, self._best_of_all) if isinstance(self.linear, BlockHead) else self.linear(x)
+        if self.group.size == 1:
+            return self.finish(logits).argmax(-1).tolist()
+        first = sum(self.sizes[: self.group.rank])
         if x.is_cuda:
             values, ids = logits.max(-1)
             mine = torch.stack((values.double(), ids.double() + first), -1)[None]
@@ -191,9 +195,19 @@ class VocabHead:
             winner = found[..., 0].argmax(0, keepdim=True)
             return found[..., 1].gather(0, winner)[0].long().tolist()
         rows = logits.float().numpy()  # NumPy finds a maximum's place in a third of torch's time
-        own = [(float(row[best]), first + int(best)) for row, best in zip(rows, rows.argmax(1), strict=True)]
-        ranks = self.group.all_gather_object(own)
-        return [max(found, key=itemgetter(0))[1] for found in zip(*ranks, strict=True)]
+        ids = rows.argmax(1)
+        everyone = self._of_all_ranks(np.stack((rows[np.arange(len(ids)), ids], first + ids), 1))
+        winner = everyone[..., 0].argmax(0)
+        return everyone[winner, np.arange(len(ids)), 1].astype(int).tolist()
+
+    def _best_of_all(self, values: np.ndarray) -> np.ndarray:
+        return self._of_all_ranks(values).max(0) if self.group.size > 1 else values
+
+    def _of_all_ranks(self, values: np.ndarray) -> np.ndarray:
+        """float64 [ranks, ...]: a gather as a sum, since the all-reduce has the shortest way for few bytes."""
+        everyone = torch.zeros(self.group.size, *values.shape, dtype=torch.float64)
+        everyone[self.group.rank] = torch.from_numpy(values)
+        return self.group.all_reduce(everyone, out=everyone).numpy()
 
     def finish(self, logits: Tensor) -> Tensor:
         """This rank's columns of the logits -> all of them, scaled and capped."""

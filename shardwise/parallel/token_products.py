@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from shardwise.parallel.block_linear import GROUP, BlockLinear
+from shardwise.parallel.block_linear import BlockLinear
 from shardwise.parallel.layers import Linear, LinearLike, Norm
 
 Product = Callable[[float, Tensor], None]
@@ -51,7 +51,8 @@ class BlockProduct:
     """Of weights in 4-bit blocks. Without the weight [in] of a norm, the factor is 1."""
 
     def __init__(self, linear: BlockLinear, x: Tensor, weight: Tensor | None):
-        self._x, self._weight, self._packed, self._scales = x, weight, linear.packed, linear.scales
+        (self._plane,) = linear.planes
+        self._x, self._weight = x, weight
         self._rounded = x.new_empty(x.shape, dtype=torch.bfloat16)
         self._zero = torch.zeros(())
 
@@ -60,4 +61,4 @@ class BlockProduct:
             self._rounded.copy_(self._x)
         else:
             torch.addcmul(self._zero, self._x, self._weight, value=factor, out=self._rounded)
-        out.copy_(torch._weight_int4pack_mm_for_cpu(self._rounded, self._packed, GROUP, self._scales))
+        out.copy_(self._plane(self._rounded))

@@ -138,7 +138,7 @@ def reason_against(decoder: Decoder) -> str:
 def _is_usable(linear: LinearLike) -> bool:
     if isinstance(linear, Linear):
         return linear.panels.dtype == torch.float32 and linear.panels.device.type == "cpu"
-    return isinstance(linear, BlockLinear) and linear.planes == 1
+    return isinstance(linear, BlockLinear) and len(linear.planes) == 1
 
 
 class _Rotation:

@@ -5,7 +5,7 @@ from gguf import GGMLQuantizationType
 from gguf.quants import dequantize, quantize
 
 from shardwise.comm.rank import current_groups
-from shardwise.parallel.block_linear import BlockEmbedding, BlockHead, BlockLinear, codes_of
+from shardwise.parallel.block_linear import BlockEmbedding, BlockHead, BlockLinear, planes_of
 from shardwise.parallel.engine import Engine
 from shardwise.sharding.plan import plan
 from shardwise.testing import run_threads
@@ -23,10 +23,11 @@ def stored(dtype, rows, columns):
 @pytest.mark.parametrize("dtype", ["Q4_0", "Q4_1", "Q8_0"])
 def test_codes_scales_and_zeros_are_the_stored_weights_exactly(dtype):
     blocks, weight = stored(dtype, 16, 96)
-    codes, scales, zeros = codes_of(dtype, blocks)
-    assert codes.min() >= 0 and codes.max() <= 15
-    values = ((codes - 8).view(16, -1, 32) * scales[..., None] + zeros[..., None]).view(16, -1, 96).sum(1)
-    assert torch.allclose(values, weight, atol=1e-5)
+    total = torch.zeros(16, 96)
+    for codes, scales, zeros in planes_of(dtype, blocks):
+        assert codes.min() >= 0 and codes.max() <= 15
+        total += ((codes - 8).view(16, -1, 32) * scales[..., None] + zeros[..., None]).flatten(1)
+    assert torch.allclose(total, weight, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", ["Q4_0", "Q4_1", "Q8_0"])
@@ -40,19 +41,28 @@ def test_products_are_those_of_the_dequantised_weights(dtype, tokens):
     assert (got - expected).norm() / expected.norm() < 8e-3  # bfloat16 inputs and scales
 
 
-def test_logits_near_the_best_are_exact():
-    blocks, weight = stored("Q8_0", 48, 64)
-    table = BlockEmbedding(blocks=blocks, vocab=(0, 48), group=None, dtype=torch.float32)
-    x = torch.randn(3, 64)
-    got, expected = BlockHead(blocks=blocks, table=table)(x), x @ weight.T
-    best = expected.argmax(1)
+@pytest.mark.parametrize("options", [[], [lambda values: values]], ids=["all", "for the best"])
+def test_logits_near_the_best_are_exact(options):
+    blocks, weight = stored("Q8_0", 4096, 64)
+    table = BlockEmbedding(blocks=blocks, vocab=(0, 4096), group=None, dtype=torch.float32)
+    x = torch.randn(200, 64, generator=torch.Generator().manual_seed(1))
+    head = BlockHead(blocks=blocks, table=table)
+    got, expected = head.for_best(x, *options) if options else head(x), x @ weight.T
+    best, rows = expected.argmax(1), range(len(x))
     assert torch.equal(got.argmax(1), best)
-    assert torch.allclose(got[range(3), best], expected[range(3), best], rtol=1e-5)
+    assert torch.allclose(got[rows, best], expected[rows, best], rtol=1e-5)
+
+
+def test_high_codes_alone_would_often_choose_another_token():
+    blocks, weight = stored("Q8_0", 4096, 64)
+    x = torch.randn(200, 64, generator=torch.Generator().manual_seed(1))
+    high = BlockLinear(dtype="Q8_0", blocks=blocks).planes[0](x.bfloat16())
+    assert (high.argmax(1) == (x @ weight.T).argmax(1)).float().mean() < 0.9
 
 
 def test_other_storage_types_are_refused():
     with pytest.raises(ValueError, match="blocks of Q6_K, expected Q4_0, Q4_1, Q8_0"):
-        codes_of("Q6_K", torch.zeros(1, 1, 210, dtype=torch.uint8))
+        planes_of("Q6_K", torch.zeros(1, 1, 210, dtype=torch.uint8))
 
 
 def test_an_embedding_in_blocks_gives_exact_rows_over_two_ranks():
