@@ -1,16 +1,20 @@
 """Program: small calls of every operator that has kernels, for NVIDIA's memory checker.
 
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 1 \
-        python tests/ops/sanitize.py [part of an operator's name ...]
+        python tests/ops/sanitize.py [--share I/N] [part of an operator's name ...]
 
-Without PyTorch's caching every tensor is an allocation of its own, so that the checker knows its end. Prints each
-operator before it runs: after an error the CUDA context is gone and the name says whose it was.
+The samples of the operators' table, then the mixtures in all ways that they are launched. Several processes, each with
+its share, are done sooner; a run without the checker before it leaves the kernels compiled. Without PyTorch's caching
+every tensor is an allocation of its own, so that the checker knows its end. Prints each call before it is made: after
+an error the CUDA context is gone and the name says whose it was.
 """
 
+import argparse
 import sys
 import time
 
 import torch
+from mixture_calls import mixture_calls
 from operator_samples import all_samples
 
 import shardwise.ops as ops
@@ -31,17 +35,37 @@ def chosen(parts: list[str]) -> list:
     return ours + list(firsts.values())
 
 
-def main(parts: list[str]) -> int:
-    """Call each; 1 when nothing was called."""
-    begin, samples = time.monotonic(), chosen(parts)
-    for sample in samples:
-        print(f"[{time.monotonic() - begin:5.1f} s] {sample}", flush=True)
+def calls(parts: list[str], device: str = "cuda"):
+    """(label, call) of each."""
+
+    def sampled(sample):
         torch.manual_seed(0)
-        sample.overload(*sample.build("cuda"))
-        torch.cuda.synchronize()
-    print(f"[{time.monotonic() - begin:5.1f} s] {len(samples)} samples called", flush=True)
-    return 0 if samples else 1
+        return sample.overload(*sample.build(device))
+
+    yield from ((str(sample), lambda sample=sample: sampled(sample)) for sample in chosen(parts))
+    torch.manual_seed(0)
+    for label, call in mixture_calls(device):
+        if not parts or any(part in label for part in parts):
+            yield label, call
+
+
+def main() -> int:
+    """Call each; 1 when nothing was called."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--share", default="1/1", metavar="I/N", help="every Nth call, from the Ith")
+    parser.add_argument("parts", nargs="*", help="parts of operators' names; without any, all are called")
+    args = parser.parse_args()
+    share, shares = map(int, args.share.split("/"))
+    begin, count = time.monotonic(), 0
+    for number, (label, call) in enumerate(calls(args.parts)):
+        if number % shares == share - 1:
+            print(f"[{time.monotonic() - begin:5.1f} s] {label}", flush=True)
+            call()
+            torch.cuda.synchronize()
+            count += 1
+    print(f"[{time.monotonic() - begin:5.1f} s] {count} calls", flush=True)
+    return 0 if count else 1
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())
