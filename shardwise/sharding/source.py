@@ -30,7 +30,7 @@ def _load(model: Mapping[str, Any] | str | Path, styles: Mapping[str, str] | Non
     path = Path(model).expanduser()
     if path.is_file() and path.suffix == ".json":
         config = _with_quantization(read_config(path), path.parent)
-        return build(Config(config, str(path)), path.parent.resolve().name)
+        return build(Config(config, str(path)), path.parent.resolve().name if path.stem == "config" else path.stem)
     return _from_checkpoint(model, styles)
 
 

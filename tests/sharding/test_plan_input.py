@@ -201,3 +201,11 @@ def test_a_quantisation_file_beside_the_config_counts(tmp_path):
     packed = plan(path)
     assert packed.model.quantization == "nvfp4"
     assert packed.parameters == plain.parameters and packed.ranks[0].weight_bytes < plain.ranks[0].weight_bytes
+
+
+@pytest.mark.parametrize(("file", "name"), [("phi.json", "phi"), ("config.json", "model-folder")])
+def test_a_model_has_the_name_of_its_config_or_of_the_folder_around_it(tmp_path, file, name):
+    path = tmp_path / "model-folder" / file
+    path.parent.mkdir()
+    path.write_text(json.dumps(CONFIGS["microsoft/phi-4"]))
+    assert plan(path).model.name == name

@@ -28,29 +28,67 @@ def test_a_dense_plan_in_styles():
 
 
 @pytest.mark.parametrize(
-    ("name", "layout", "module", "style"),
+    ("name", "config", "layout"),
     [
-        ("openai/gpt-oss-20b", {"tp": 4, "ep": 4}, "model.layers.*.mlp.experts.gate_up_proj", "grouped_gemm"),
-        ("openai/gpt-oss-20b", {"tp": 2}, "model.layers.*.mlp.experts.down_proj", "rowwise"),
-        ("openai/gpt-oss-20b", {"tp": 2}, "model.layers.*.mlp.experts.gate_up_proj", "colwise"),
-        ("Qwen/Qwen3-30B-A3B", {"tp": 4}, "model.layers.*.mlp.experts.*.down_proj", "rowwise"),
+        ("meta-llama/Meta-Llama-3.1-70B", "LlamaConfig", {"tp": 8}),
+        ("Qwen/Qwen3-32B", "Qwen3Config", {"tp": 4}),
+        ("Qwen/Qwen3-30B-A3B", "Qwen3MoeConfig", {"tp": 4}),
+        ("Qwen/Qwen3-30B-A3B", "Qwen3MoeConfig", {"tp": 4, "ep": 4}),
+        ("mistralai/Mixtral-8x7B-v0.1", "MixtralConfig", {"tp": 8}),
+        ("mistralai/Mixtral-8x7B-v0.1", "MixtralConfig", {"tp": 8, "ep": 8}),
+        ("zai-org/GLM-4.5", "Glm4MoeConfig", {"tp": 8}),
+        ("openai/gpt-oss-20b", "GptOssConfig", {"tp": 8, "ep": 8}),
     ],
+    ids=str,
 )
-def test_experts_in_styles(name, layout, module, style):
-    assert export_tp_plan(plan(model(name), **layout))[module] == style
+def test_styles_are_those_that_transformers_itself_has_for_the_model(name, config, layout):
+    transformers = pytest.importorskip("transformers")
+    theirs = getattr(transformers, config)
+    plans = [theirs.base_model_tp_plan, theirs.base_model_ep_plan if "ep" in layout else None]
+    expected = {glob: style for part in plans for glob, style in (part or {}).items()}
+    found = {glob.removeprefix("model."): s for glob, s in export_tp_plan(plan(model(name), **layout)).items()}
+    assert {glob: style for glob, style in found.items() if "experts" in glob} == {
+        glob: style for glob, style in expected.items() if "experts" in glob
+    }
+    for glob in found.keys() & expected.keys() - {"embed_tokens"}:
+        assert found[glob] == expected[glob], glob
+    cut = {glob for glob, style in expected.items() if style in ("colwise", "rowwise")}
+    missing = cut - found.keys()
+    assert all(glob.startswith("layers.*.mlp.") for glob in missing), missing  # dense layers, which this model has not
+
+
+def test_every_plan_of_transformers_can_be_read(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    for config in (
+        "Llama4TextConfig",
+        "Qwen3MoeConfig",
+        "DeepseekV3Config",
+        "GptOssConfig",
+        "Phi3Config",
+        "OlmoeConfig",
+    ):
+        theirs = getattr(transformers, config)
+        for part in (theirs.base_model_tp_plan, theirs.base_model_ep_plan):
+            file = tmp_path / "styles.json"
+            file.write_text(json.dumps(part or {}))
+            assert read_tp_plan(file) == (part or {})
 
 
 @pytest.mark.parametrize(
-    ("name", "tp", "words"),
+    ("name", "layout", "words"),
     [
-        ("HuggingFaceTB/SmolLM-135M", 2, "9 q_heads on 2 ranks are cut uneven"),
-        ("Qwen/Qwen3-30B-A3B", 8, "4 kv_heads on 8 ranks are cut replicate"),
-        ("microsoft/phi-4", 2, "parts of different axes"),
+        ("HuggingFaceTB/SmolLM-135M", {"tp": 2}, "9 q_heads on 2 ranks are cut uneven"),
+        ("Qwen/Qwen3-30B-A3B", {"tp": 8}, "4 kv_heads on 8 ranks are cut replicate"),
+        ("microsoft/phi-4", {"tp": 2}, "parts of different axes"),
+        ("openai/gpt-oss-20b", {"tp": 2}, "gate and up rows lie in turn"),
+        ("openai/gpt-oss-20b", {"tp": 4, "ep": 2}, "dealt to 2 ranks and each is cut in 2"),
+        ("Qwen/Qwen3-30B-A3B", {"tp": 2, "attn_dp": 2, "ep": 4}, "attn_dp 2: no tp_plan style"),
+        ("Qwen/Qwen3-30B-A3B", {"tp": 4, "ep": 4, "redundant_experts": 4}, "redundant experts have no tp_plan style"),
     ],
 )
-def test_what_styles_cannot_say_is_refused(name, tp, words):
+def test_what_styles_cannot_say_is_refused(name, layout, words):
     with pytest.raises(ValueError, match=words):
-        export_tp_plan(plan(model(name), tp=tp))
+        export_tp_plan(plan(model(name), **layout))
 
 
 def unknown_model(folder):
