@@ -27,6 +27,8 @@ warm = False
 
 def time_of(call: Callable[[], object], calls: int = 5) -> float:
     """Microseconds of one call; infinite where the choice cannot be compiled or launched. 0 when only compiling."""
+    for module in (conv_triton, ssm_triton, fla):  # launches of other tables
+        module.STEPS.clear()
     try:
         if warm:
             call()
@@ -37,12 +39,20 @@ def time_of(call: Callable[[], object], calls: int = 5) -> float:
         return float("inf")
 
 
+class Absent:
+    """A kernel that is not launched."""
+
+    @staticmethod
+    def form_for(*_args, **_options) -> Callable:
+        return lambda grid, pointers, free: None
+
+
 def alone(kernel: str, call: Callable[[], object]) -> float:
     """Time of one of the scan's three kernels: the other two are left out."""
     kept = {name: getattr(scan, name) for name in KERNELS}
     for name in KERNELS:
         if name != kernel:
-            setattr(scan, name, lambda *_args, **_options: None)
+            setattr(scan, name, Absent)
     try:
         return time_of(call)
     finally:
@@ -70,8 +80,6 @@ def step_rows(cases: Iterable, operator: str, module, choices: Iterable[tuple[in
         for elements, warps in choices:
             for table in (module.FEW, module.MANY):
                 table.update(elements=elements, warps=warps)
-            ssm_triton.STEPS.clear()  # launches of other tables
-            fla.STEPS.clear()
             yield time_of(case.call, 20), f"{case.size} {module.FEW}"
     module.FEW.update(chosen[0])
     module.MANY.update(chosen[1])

@@ -2,11 +2,10 @@
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
-from shardwise.ops.attention.batch import Batch, read_batch
-from shardwise.ops.state_batch import check_counts, check_metadata
+from shardwise.ops.attention.batch import Batch
+from shardwise.ops.state_batch import check_counts
 
 
 class ConvBatch(NamedTuple):
@@ -31,9 +30,7 @@ class ConvBatch(NamedTuple):
     silu: bool
 
 
-def prepare(
-    op: str, input, weight, bias, batch_info_host, cu_seqlen, slot_idx, resumes, cache, activation
-) -> ConvBatch:
+def prepare(op: str, batch: Batch, input, weight, bias, cu_seqlen, slot_idx, resumes, cache, activation) -> ConvBatch:
     """Checked arguments; raises ValueError."""
     if activation not in (None, "silu"):
         raise ValueError(f"{op}: activation must be None or 'silu', got {activation!r}")
@@ -50,10 +47,8 @@ def prepare(
         )
     if bias is not None and bias.shape != (channels,):
         raise ValueError(f"{op}: bias must be [{channels}], got {tuple(bias.shape)}")
-    batch = read_batch(op, batch_info_host)
     rows = shape[0] * shape[1]
     check_counts(op, batch, rows, slot_idx, resumes)
-    check_metadata(op, batch, input, cu_seqlen, slot_idx, resumes, cache)
     if batch.prefill and cu_seqlen.numel() < batch.prefill + 1:
         raise ValueError(f"{op}: cu_seqlen has {cu_seqlen.numel()} entries; {batch.prefill} sequences need one more")
     if shape[0] != 1 and shape[1] != 1:
@@ -82,7 +77,7 @@ def block_rows(one: ConvBatch) -> int:
     return max(1 << min(max((threads >> 17).bit_length(), 4), 7), one.K - 1)
 
 
-def halo(one: ConvBatch, rows: int) -> Tensor:
-    """Room for the K - 1 inputs before each block of `rows` prefill tokens; a sequence begins a new block."""
+def halo_of(one: ConvBatch, rows: int) -> tuple[int, int, int]:
+    """Shape of the K - 1 inputs before each block of `rows` prefill tokens; a sequence begins a new block."""
     blocks = -(-one.batch.prefill_tokens // rows) + one.batch.prefill
-    return torch.empty((blocks, one.K - 1, one.channels), dtype=one.x.dtype, device=one.x.device)
+    return blocks, one.K - 1, one.channels

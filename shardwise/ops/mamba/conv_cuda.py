@@ -7,10 +7,12 @@ from pathlib import Path
 
 import torch
 
-from shardwise.ops.mamba.conv import ConvBatch, block_rows, halo, nothing, prepare
+from shardwise.ops.attention.batch import read_batch
+from shardwise.ops.mamba.conv import ConvBatch, block_rows, halo_of, nothing, prepare
 from shardwise.ops.metadata_reports import report_word
 from shardwise.ops.nvcc import library, on_device, stream
 from shardwise.ops.registry import CUDA, NVCC, operator
+from shardwise.ops.state_batch import check_metadata
 from shardwise.ops.triton_support import dependent_launch, multiprocessors
 
 _OP = "cuda_cached_causal_conv1d"
@@ -47,14 +49,15 @@ def cuda_cached_causal_conv1d(
     activation: str | None,
 ) -> None:
     """As `triton_cached_causal_conv1d`; K 2 to 4, one dtype (float32, float16, bfloat16) for all but the metadata."""
+    batch = read_batch(_OP, batch_info_host)
+    check_metadata(_OP, batch, input, cu_seqlen, slot_idx, use_initial_states, conv_state_cache)
     one = prepare(
-        _OP, input, weight, bias, batch_info_host, cu_seqlen, slot_idx, use_initial_states, conv_state_cache, activation
+        _OP, batch, input, weight, bias, cu_seqlen, slot_idx, use_initial_states, conv_state_cache, activation
     )
     _check(one)
-    batch = one.batch
     if batch.prefill_tokens:
         rows = block_rows(one)
-        saved = halo(one, rows)
+        saved = one.x.new_empty(halo_of(one, rows))
         bounds, resumes = one.bounds.contiguous(), one.resumes.contiguous()
         pointers = bounds.data_ptr(), one.slots.data_ptr(), resumes.data_ptr()
         _launch(one, one.x.data_ptr(), pointers, saved.data_ptr(), rows, saved.shape[0])

@@ -1,12 +1,16 @@
 """Causal convolution in place, on our own Triton kernels (`conv_kernels.py`)."""
 
+from typing import NamedTuple
+
 import torch
 
+from shardwise.ops.attention.batch import read_batch
 from shardwise.ops.mamba import conv_kernels as kernels
-from shardwise.ops.mamba.conv import ConvBatch, block_rows, halo, nothing, prepare
+from shardwise.ops.mamba.conv import ConvBatch, block_rows, halo_of, nothing, prepare
 from shardwise.ops.metadata_reports import report_word
 from shardwise.ops.registry import TRITON, operator
-from shardwise.ops.triton_support import Kernel, dependent_launch
+from shardwise.ops.state_batch import check_metadata
+from shardwise.ops.triton_support import Kernel, Launch, dependent_launch, keep_launch, layout
 
 _OP = "triton_cached_causal_conv1d"
 # Channels of a program for each of its warps: eight of a thread, 16 bytes of a half-precision row.
@@ -25,50 +29,82 @@ def _power(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
-def _prefill(one: ConvBatch) -> None:
-    x, channels, K, rows = one.x, one.channels, one.K, block_rows(one)
-    saved, sequences, pdl = halo(one, rows), one.batch.prefill, dependent_launch(x.device)
-    blocks, lookup = saved.shape[0], _power(sequences)
+class _Prefill(NamedTuple):
+    """What prefill tokens launch, but for their tensors."""
+
+    save: Launch
+    walk: Launch
+    halo_shape: tuple[int, ...]
+
+
+class _Plan(NamedTuple):
+    """What a step launches, but for its tensors."""
+
+    prefill: _Prefill | None
+    decode: Launch | None
+
+
+# Of steps whose tensors are taken as they are, by their layout.
+STEPS: dict[tuple, _Plan] = {}
+
+
+def _run(plan: _Plan, given: tuple[torch.Tensor, ...]) -> None:
+    """`given`: input, weight, bias (or weight, unused), cu_seqlen, slots, use_initial_states, cache; as planned for."""
+    x, weight, bias, bounds, slots, resumes, cache = given
+    if plan.prefill is not None:
+        save, walk, shape = plan.prefill
+        halo = x.new_empty(shape)
+        save.form(save.grid, (x, bounds, slots, resumes, cache, halo, report_word(_OP)), save.free)
+        walk.form(walk.grid, (x, weight, bias, bounds, slots, halo), walk.free)
+    if plan.decode is not None:
+        plan.decode.form(plan.decode.grid, (x, weight, bias, slots, cache, report_word(_OP)), plan.decode.free)
+
+
+def _plan_prefill(one: ConvBatch, given: tuple[torch.Tensor, ...]) -> _Prefill:
+    x, weight, bias, bounds, slots, resumes, cache = given
+    channels, K, rows = one.channels, one.K, block_rows(one)
+    halo_shape, sequences, pdl = halo_of(one, rows), one.batch.prefill, dependent_launch(x.device)
+    blocks, lookup = halo_shape[0], _power(sequences)
     width = min(WARP_CHANNELS, _power(channels))
-    free = sequences, one.batch.prefill_tokens, one.cache.shape[0], rows
-    strides, bounds, resumes = (channels, one.x_t, one.x_c), one.bounds.contiguous(), one.resumes.contiguous()
-    _launch_save(
+    free = sequences, one.batch.prefill_tokens, cache.shape[0], rows
+    strides = channels, one.x_t, one.x_c
+    save = _launch_save.form_for(
         x.device,
-        (blocks * -(-channels // width), 1, 1),
-        (x, bounds, one.slots, resumes, one.cache, saved, report_word(_OP)),
-        free,
-        (*strides, *one.cache.stride(), K, _power(K - 1), width, lookup, pdl),
+        (x, bounds, slots, resumes, cache, x, report_word(_OP)),
+        (*strides, *cache.stride(), K, _power(K - 1), width, lookup, pdl),
         warps=4,
         pdl=pdl,
     )
-    width = min(PREFILL["warps"] * WARP_CHANNELS, _power(channels))
-    _launch_prefill(
+    walk_width = min(PREFILL["warps"] * WARP_CHANNELS, _power(channels))
+    walk = _launch_prefill.form_for(
         x.device,
-        (blocks * -(-channels // width), 1, 1),
-        (x, one.weight, one.weight if one.bias is None else one.bias, bounds, one.slots, saved),
-        free,
-        (*strides, K, PREFILL["ahead"], width, lookup, one.bias is not None, one.silu, pdl),
+        (x, weight, bias, bounds, slots, x),
+        (*strides, K, PREFILL["ahead"], walk_width, lookup, one.bias is not None, one.silu, pdl),
         warps=PREFILL["warps"],
         pdl=pdl,
     )
+    return _Prefill(
+        Launch(save, (blocks * -(-channels // width), 1, 1), free),
+        Launch(walk, (blocks * -(-channels // walk_width), 1, 1), free),
+        halo_shape,
+    )
 
 
-def _decode(one: ConvBatch) -> None:
-    cache, channels, tokens, pdl = one.cache, one.channels, one.batch.decode, dependent_launch(one.x.device)
-    bias, word = one.weight if one.bias is None else one.bias, report_word(_OP)
-    pointers = one.x, one.weight, bias, one.slots, cache, word
+def _plan_decode(one: ConvBatch, given: tuple[torch.Tensor, ...]) -> Launch:
+    x, weight, bias, _, slots, _, cache = given
+    channels, tokens, pdl = one.channels, one.batch.decode, dependent_launch(x.device)
+    pointers = x, weight, bias, slots, cache, report_word(_OP)
     free = one.batch.prefill_tokens, one.batch.prefill, tokens, cache.shape[0]
     strides = slot, c, k = cache.stride()
     if one.K == 4 and one.x_c == 1 and c == 3 and k == 1 and channels % 8 == 0:
         together = 1 if tokens < MANY_TOKENS else TOGETHER
-        grid = -(-channels // WARP_CHANNELS) * -(-tokens // together), 1, 1
         dense = channels, one.x_t, slot, together, WARP_CHANNELS // 8, one.bias is not None, one.silu, pdl
-        _launch_decode_dense(one.x.device, grid, pointers, free, dense, warps=1, pdl=pdl)
-        return
+        form = _launch_decode_dense.form_for(x.device, pointers, dense, warps=1, pdl=pdl)
+        return Launch(form, (-(-channels // WARP_CHANNELS) * -(-tokens // together), 1, 1), free)
     width = min(WARP_CHANNELS, _power(channels))
-    grid = -(-channels // width) * tokens, 1, 1
     fixed = channels, one.x_t, one.x_c, *strides, one.K, width, one.bias is not None, one.silu, pdl
-    _launch_decode(one.x.device, grid, pointers, free, fixed, warps=2, pdl=pdl)
+    form = _launch_decode.form_for(x.device, pointers, fixed, warps=2, pdl=pdl)
+    return Launch(form, (-(-channels // width) * tokens, 1, 1), free)
 
 
 @operator(fake=nothing, mutates=("input", "conv_state_cache"), needs=(TRITON,), instead="torch_cached_causal_conv1d")
@@ -98,10 +134,21 @@ def triton_cached_causal_conv1d(
     ValueError in the next call (`metadata_reports.py`), shapes, K and counts that contradict each other in this one.
     stride to padding_mode are accepted and not used.
     """
-    one = prepare(
-        _OP, input, weight, bias, batch_info_host, cu_seqlen, slot_idx, use_initial_states, conv_state_cache, activation
-    )
-    if one.batch.prefill_tokens:
-        _prefill(one)
-    if one.batch.decode:
-        _decode(one)
+    batch = read_batch(_OP, batch_info_host)
+    check_metadata(_OP, batch, input, cu_seqlen, slot_idx, use_initial_states, conv_state_cache)
+    given = input, weight, weight if bias is None else bias, cu_seqlen, slot_idx, use_initial_states, conv_state_cache
+    key = batch, bias is None, activation, input.device, layout(*given)
+    plan = STEPS.get(key)
+    if plan is None:
+        one = prepare(
+            _OP, batch, input, weight, bias, cu_seqlen, slot_idx, use_initial_states, conv_state_cache, activation
+        )
+        bounds, resumes = (one.bounds.contiguous(), one.resumes.contiguous()) if batch.prefill else given[3:6:2]
+        taken = one.x, one.weight, one.weight if one.bias is None else one.bias, bounds, one.slots, resumes, one.cache
+        plan = _Plan(
+            _plan_prefill(one, taken) if batch.prefill_tokens else None,
+            _plan_decode(one, taken) if batch.decode else None,
+        )
+        keep_launch(STEPS, key, plan, taken, given)
+        given = taken
+    _run(plan, given)
