@@ -36,7 +36,7 @@ class Device:
     flops_8bit: float
     """Dense FP8 matrix products; equal to `flops_16bit` where the hardware has no FP8."""
     launch_seconds: float
-    """Host-independent cost of one kernel inside a captured graph."""
+    """What a kernel inside a captured graph takes beyond its bytes: launch, first loads, the last blocks' end."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,14 +73,14 @@ class Topology:
         return self.intra if aligned and ranks <= self.ranks_per_node else self.inter
 
 
-def _device(name, memory_gib, bandwidth_tb, tflops16, tflops8, launch_us=1.5) -> Device:
+def _device(name, memory_gib, bandwidth_tb, tflops16, tflops8) -> Device:
     return Device(
         name=name,
         memory_bytes=int(memory_gib * 2**30),
         memory_bandwidth_bytes_per_second=bandwidth_tb * 1e12,
         flops_16bit=tflops16 * 1e12,
         flops_8bit=tflops8 * 1e12,
-        launch_seconds=launch_us * 1e-6,
+        launch_seconds=5e-6,
     )
 
 
@@ -90,18 +90,20 @@ def _link(gb_per_second: float, latency_us: float) -> Link:
 
 _NETWORK = _link(45, 20)
 
-# H200: copy 4.3 TB/s, bf16 product 790 TFLOP/s and NVLink push 400 GB/s measured on the device; the other accelerators
-# take the same fractions (0.90, 0.80, 0.88) of their datasheets. cpu: one core of a server VM, measured GEMV and GEMM.
+# H200, measured: copy 4.2 TB/s, bf16 product 700 TFLOP/s, all-reduce of two 350 GB/s and 3 us (benchmarks/results); decode
+# steps of four models take 4.6 to 5.9 us a kernel beyond their bytes (benchmarks/planner_accuracy.py). H100: copy
+# measured. The others take the H200's fractions of their datasheets: 0.88 of the memory's rate, 0.71 of the products',
+# 0.78 of the link's. cpu: one core of a server VM, measured GEMV and GEMM.
 BUILT_IN = {
     topology.device.name: topology
     for topology in (
-        Topology(device=_device("h200", 139.8, 4.3, 790, 1580), intra=_link(400, 4.5), inter=_NETWORK),
-        Topology(device=_device("h100", 79.6, 3.0, 790, 1580), intra=_link(400, 4.5), inter=_NETWORK),
-        Topology(device=_device("b200", 179.0, 7.2, 1800, 3600), intra=_link(790, 4.5), inter=_NETWORK),
-        Topology(device=_device("a100", 79.3, 1.83, 250, 250), intra=_link(264, 6.0), inter=_link(22, 20)),
-        Topology(device=_device("mi300x", 191.5, 4.7, 1045, 2090), intra=_link(56, 8.0), inter=_NETWORK),
+        Topology(device=_device("h200", 139.8, 4.2, 700, 1400), intra=_link(350, 3.0), inter=_NETWORK),
+        Topology(device=_device("h100", 79.6, 3.0, 700, 1400), intra=_link(350, 3.0), inter=_NETWORK),
+        Topology(device=_device("b200", 179.0, 7.0, 1600, 3200), intra=_link(700, 3.0), inter=_NETWORK),
+        Topology(device=_device("a100", 79.3, 1.79, 221, 221), intra=_link(234, 4.0), inter=_link(22, 20)),
+        Topology(device=_device("mi300x", 191.5, 4.66, 928, 1856), intra=_link(50, 8.0), inter=_NETWORK),
         Topology(
-            device=_device("cpu", 16.0, 0.014, 0.1, 0.1, launch_us=5.0),
+            device=_device("cpu", 16.0, 0.014, 0.1, 0.1),
             intra=_link(4, 10.0),
             inter=_link(1, 60.0),
             ranks_per_node=2,
