@@ -1,8 +1,9 @@
 """Timing of operators: device time by events, launches inside a graph; host time of an eager call."""
 
+import itertools
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,14 +20,16 @@ def device_microseconds(
 
 
 def alternating_microseconds(
-    variants: Mapping[str, Sequence[Callable[[], object]]], *, repeats: int = 25
+    variants: Mapping[str, Sequence[Callable[[], object]]], *, repeats: int = 25, eager: Collection[str] = ()
 ) -> dict[str, float]:
     """Median time of one call of every variant, the variants' graphs replayed in turn.
 
     What slows the device for a while (its power limit, other work) then meets all of them alike. A variant is a list of
     calls that follow one another in its graph.
+
+    eager   variants that synchronise: their calls are made and timed one by one, no capture tried
     """
-    runners = {name: _runner(calls) for name, calls in variants.items()}
+    runners = {name: _runner(calls, name not in eager) for name, calls in variants.items()}
     samples: dict[str, list[float]] = {name: [] for name in runners}
     for _ in range(repeats):
         for name, runner in runners.items():
@@ -43,12 +46,14 @@ class _Runner:
 
 
 def _runner(calls: Sequence[Callable[[], object]], captured: bool = True) -> _Runner:
-    """The calls as one graph, or the first call alone where they cannot be captured; warmed up."""
+    """The calls as one graph, or one by one where they cannot be captured; warmed up."""
     for call in list(calls[:2]) + [calls[0]]:
         call()
     torch.cuda.synchronize()
+    turn = itertools.cycle(calls)
+    one_by_one = _Runner(lambda: next(turn)(), 1)
     if not captured:
-        return _Runner(calls[0], 1)
+        return one_by_one
     graph = torch.cuda.CUDAGraph()
     try:
         with torch.cuda.graph(graph):
@@ -56,7 +61,7 @@ def _runner(calls: Sequence[Callable[[], object]], captured: bool = True) -> _Ru
                 call()
     except RuntimeError:
         torch.cuda.synchronize()
-        return _Runner(calls[0], 1)
+        return one_by_one
     graph.replay()
     return _Runner(graph.replay, len(calls))
 

@@ -15,18 +15,18 @@ pytestmark = [
 
 @pytest.mark.parametrize("form,peers", [("mxfp4", set()), ("bf16", {"expert loop"}), ("fp8", {"ours in bf16"})])
 def test_rows_carry_floors_and_peers(form, peers):
-    outputs, eager = [], []
+    outputs, synchronising = [], []
 
-    def stopwatch(call, captured=True):
-        outputs.append(call())
-        eager.append(not captured)
-        return 5.0
+    def stopwatch(calls, eager):
+        outputs.extend(call() for each in calls.values() for call in each[:2])
+        synchronising.extend(set(calls) & set(eager))
+        return dict.fromkeys(calls, 5.0)
 
     layer = Layer(4, 64, 32, 2, form)
     (row,) = measure_layer("tiny", layer, (3,), stopwatch, Ceilings(90.0, 100.0, 1000.0), "cpu")
     assert all(out.shape == (3, 64) and out.isfinite().all() for out in outputs)
-    assert row.us == 5.0 and set(row.peers_us) == peers and len(outputs) == 1 + len(peers)
-    assert sum(eager) == ("expert loop" in peers)  # which synchronises
+    assert row.us == 5.0 and set(row.peers_us) == peers and len(outputs) == 2 + 2 * len(peers)
+    assert set(synchronising) == peers & {"expert loop"}
     assert 2 <= row.active_experts <= 4 and INPUTS > 1
     values = 3 * 64 * 32
     size = {"mxfp4": values * 17 / 32, "bf16": values * 2, "fp8": values}[form]

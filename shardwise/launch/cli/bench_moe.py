@@ -28,11 +28,11 @@ def run(args: argparse.Namespace) -> int:
     _check(args, LAYERS)
     if not torch.cuda.is_available():
         raise ValueError("no CUDA device; `shardwise ops` tells what runs here")
-    from shardwise.ops.measure import device_microseconds
+    from shardwise.ops.measure import alternating_microseconds, device_microseconds
 
     table = table_stream(args.json)
-    time = partial(device_microseconds, calls=16, repeats=9)  # a layer's largest call takes 10 ms
-    ceilings = measure_ceilings(time)
+    ceilings = measure_ceilings(partial(device_microseconds, calls=16, repeats=9))
+    time = partial(alternating_microseconds, repeats=15)
     print(
         f"copy {ceilings.copy / 1e6:.2f} TB/s, read {ceilings.read / 1e6:.2f} TB/s, "
         f"bf16 product {ceilings.operations / 1e6:.0f} TFLOP/s",

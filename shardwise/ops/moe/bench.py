@@ -1,12 +1,10 @@
 """Mixture-of-experts layers timed at real sizes, beside their peers and the floors of memory and matrix rate."""
 
-import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 
 import torch
-from torch import Tensor
 
 from shardwise.ops.moe import triton as kernels
 from shardwise.ops.moe import trtllm
@@ -15,10 +13,13 @@ from shardwise.ops.moe.mxfp4 import mxfp4_moe
 from shardwise.ops.moe.mxfp4_layout import pack_mxfp4
 from shardwise.ops.moe.reference import route, torch_moe_fused
 
-Timer = Callable[..., float]
-"""(call, captured=True) to microseconds; `captured` False for calls that synchronise and cannot stand in a graph."""
+Timer = Callable[..., Mapping[str, float]]
+"""(lists of calls by label, eager=labels) to the microseconds of one call by label, all timed in turn, so that the
+card's power limit meets all alike; calls of eager labels synchronise and cannot stand in a graph."""
 LOOP = "expert loop"
 """The peer that synchronises: it asks which experts have tokens."""
+FEW_TOKENS = 1024
+"""Below, calls are so short that a graph holds 16 of them; from here on 2, as one peer's calls are timed one by one."""
 INPUTS = 8
 """Token sets that calls take in turn, so that few tokens do not find their experts' weights in the L2 cache."""
 
@@ -77,8 +78,8 @@ class Ceilings:
     operations: float
 
 
-def measure_ceilings(time: Timer, device: str = "cuda", size: int = 8192) -> Ceilings:
-    """A copy and a sum of 32 bytes a matrix element, and a bf16 product of random matrices."""
+def measure_ceilings(time: Callable[[Callable[[], object]], float], device: str = "cuda", size: int = 8192) -> Ceilings:
+    """A copy and a sum of 32 bytes a matrix element, and a bf16 product of random matrices; `time` in microseconds."""
     a, b = (torch.randn(size, size, device=device).bfloat16() for _ in range(2))
     source = torch.zeros(8 * size * size, dtype=torch.float32, device=device)
     target = torch.empty_like(source)
@@ -94,11 +95,13 @@ def measure_layer(
     calls_of = _mxfp4_calls(layer, device) if layer.format == "mxfp4" else _stacked_calls(layer, device)
     router = torch.randn(layer.experts, layer.hidden, device=device) * layer.hidden**-0.5
     for tokens in token_counts:
-        sets = [torch.randn(tokens, layer.hidden, device=device).bfloat16() for _ in range(INPUTS)]
+        count = INPUTS if tokens < FEW_TOKENS else 2
+        sets = [torch.randn(tokens, layer.hidden, device=device).bfloat16() for _ in range(count)]
         routed = [route(x.float(), router, router.new_zeros(layer.experts), layer.top_k) for x in sets]
         calls = calls_of(list(zip(sets, *zip(*routed, strict=True), strict=True)), router)
-        times = {label: time(_in_turn(call), captured=label != LOOP) for label, call in calls.items()}
-        active = sum(ids.unique().numel() for ids, _ in routed) / INPUTS
+        rounds = 2 if tokens < FEW_TOKENS else 1
+        times = dict(time({label: each * rounds for label, each in calls.items()}, eager={LOOP}))
+        active = sum(ids.unique().numel() for ids, _ in routed) / count
         peak = ceilings.operations * (2 if layer.format == "fp8" else 1)
         yield Row(
             layer=name,
@@ -110,11 +113,6 @@ def measure_layer(
             matrix_floor_us=layer.operations(tokens) / peak,
             peers_us=times,
         )
-
-
-def _in_turn(calls: list[Callable[[], Tensor]]) -> Callable[[], Tensor]:
-    turn = itertools.cycle(calls)
-    return lambda: next(turn)()
 
 
 def _mxfp4_calls(layer: Layer, device: str):

@@ -30,6 +30,10 @@ from shardwise.ops.triton_support import (
 )
 
 _gemm, _gather, _wide = Launcher(grouped_gemm), Launcher(gather_rows), Launcher(wide_gemm)
+_COPIED_ROWS, _COPIED_BYTES = 8, 2048
+"""Rows, and bytes of each, that one program copies."""
+_SHORT = 64
+"""Most tokens of a block that is computed as half a block."""
 
 
 @dataclass(frozen=True)
@@ -104,12 +108,13 @@ def _in_order(product: _Product, routing: Routing) -> _Product:
     """The product with its rows copied into sorted positions."""
     x, pairs = product.x, routing.order.shape[0]
     device, pdl, columns = x.device, dependent_launch(x.device), x.shape[1]
-    rows, block = torch.empty((pairs, columns), dtype=x.dtype, device=device), 2048
+    rows = torch.empty((pairs, columns), dtype=x.dtype, device=device)
+    constants = (_COPIED_ROWS, _COPIED_BYTES // x.element_size(), pdl)
     _gather(
         device,
-        (x.dtype, aligned(x), columns, pdl),
-        (pairs, -(-columns // block), 1),
-        (x, rows, routing.order, routing.blocks, product.sharing, columns, block, pdl),
+        (x.dtype, aligned(x), columns, constants),
+        (-(-pairs // _COPIED_ROWS), -(-columns // constants[1]), 1),
+        (x, rows, routing.order, routing.blocks, pairs, product.sharing, columns) + constants,
         num_warps=4,
         launch_pdl=pdl,
     )
@@ -144,7 +149,7 @@ def _run_specialised(shape: Shape, bt: int, product: _Product, routing: Routing)
     constants = (
         (product.act == "silu", product.by_pair, product.scale is not None, product.factor is not None)
         + (product.quant_how == "divide", product.quant_how == "multiply")
-        + (shape.bn, bt, shape.bk, shape.stages, shape.group, pdl)
+        + (shape.bn, bt, shape.bk, shape.stages, shape.group, shape.short, shape.turn, pdl)
     )
     others = [routing.order if other is None else other for other in (product.scale, product.factor, product.quant)]
     _wide(

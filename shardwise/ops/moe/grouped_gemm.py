@@ -62,17 +62,20 @@ def _lines(values, TOKENS_LEFT: tl.constexpr):
     return values[None, :] if TOKENS_LEFT else values[:, None]
 
 
-@triton.jit(do_not_specialize=["sharing"])
-def gather_rows(x_ptr, out_ptr, sorted_ptr, block_ptr, sharing, columns, BLOCK: tl.constexpr, PDL: tl.constexpr):
-    """out[position] = x[pair // sharing] for the sorted positions of local pairs."""
+@triton.jit(do_not_specialize=["pairs", "sharing"])
+def gather_rows(
+    x_ptr, out_ptr, sorted_ptr, block_ptr, pairs, sharing, columns, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    """out[position] = x[pair // sharing] for the sorted positions of local pairs, ROWS of them a program."""
     await_predecessor(PDL)
-    position = tl.program_id(0)
-    if position < tl.load(block_ptr + 3 * tl.load(block_ptr)):  # the end of the last block; 0 without any
-        row = tl.load(sorted_ptr + position) // sharing
-        column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-        inside = column < columns
-        x = tl.load(x_ptr + row.to(tl.int64) * columns + column, mask=inside)
-        tl.store(out_ptr + position.to(tl.int64) * columns + column, x, mask=inside)
+    position = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    row = tl.load(sorted_ptr + position, mask=position < pairs, other=0) // sharing
+    real = position < tl.load(block_ptr + 3 * tl.load(block_ptr))  # the end of the last block; 0 without any
+    inside = real[:, None] & (column < columns)[None, :]
+    x = tl.load(x_ptr + row[:, None].to(tl.int64) * columns + column[None, :], mask=inside)
+    tl.store(out_ptr + position[:, None].to(tl.int64) * columns + column[None, :], x, mask=inside)
 
 
 @triton.jit(do_not_specialize=["pairs", "sharing"])

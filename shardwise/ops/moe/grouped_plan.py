@@ -23,6 +23,8 @@ class Shape:
     group: int = 1  # token blocks that share the weights they read
     tokens_left: bool = False  # tokens are the left operand of the products
     specialised: bool = False  # one warp loads, two warpgroups multiply (`wide_gemm`); steps of 128 bytes
+    short: int = 64
+    turn: bool = True
 
 
 @dataclass(frozen=True)
@@ -68,9 +70,10 @@ def choose_few(pairs: int, experts: int, top_k: int, itemsize: int, row_bytes: i
     if top_k > MOST_FEW_CHOICES or (pairs > top_k and (itemsize == 1 or pairs * 2 > experts)):
         return None
     rows = max(1, 32 // power_of_two(top_k))
+    if row_bytes <= 4096 and itemsize == 1:
+        return FewPlan(FewShape(16, 1024, 4, 2), FewShape(rows, 256, 4, 6))
     if row_bytes <= 4096:
-        up = FewShape(16, 512, 4, 4) if itemsize == 1 else FewShape(8, 1024, 4, 3)
-        return FewPlan(up, FewShape(rows, 512, 4, 4))
+        return FewPlan(FewShape(8, 1024, 4, 3), FewShape(rows, 512, 4, 4))
     return FewPlan(FewShape(16, 512, 4, 6), FewShape(rows, 512, 4, 6))
 
 

@@ -126,8 +126,8 @@ class PackedOnce:
         found = self._kept.get(key)
         if found is not None and found[1] == versions and not _expired(found[0]):
             return found[2]
-        for stale in [other for other, entry in self._kept.items() if _expired(entry[0])]:
-            del self._kept[stale]
+        for stale in [other for other, entry in list(self._kept.items()) if _expired(entry[0])]:
+            self._kept.pop(stale, None)  # ranks may be threads, and another one was quicker
         packed = make()
         self._kept[key] = ([StorageWeakRef(source.untyped_storage()) for source in sources], versions, packed)
         return packed

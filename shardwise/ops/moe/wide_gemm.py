@@ -10,26 +10,27 @@ from shardwise.ops.triton_support import tl
 
 
 @jit
-def _place(index, blocks, per_block, GROUP: tl.constexpr):
-    """As in `grouped_gemm`."""
+def _place(index, blocks, per_block, GROUP: tl.constexpr, TURN: tl.constexpr):
+    """As in `grouped_gemm`; a program's tiles are of the group's blocks in turn, as some blocks are short."""
     group = index // (GROUP * per_block)
     within = index - group * (GROUP * per_block)
     size = gl.minimum(blocks - group * GROUP, GROUP)
-    return group * GROUP + within % size, within // size
+    tile = within // size
+    return group * GROUP + (within + tile if TURN else within) % size, tile
 
 
 @jit
 def _load(
     x, w, left, right, full, empty, block_ptr, columns, out_rows,
     GATED: tl.constexpr, BN: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
-    GROUP: tl.constexpr,
+    GROUP: tl.constexpr, TURN: tl.constexpr,
 ):  # fmt: skip
     """Bring the tiles of all steps in their order, each when its stage has been emptied."""
     blocks, per_block, steps = gl.load(block_ptr), gl.cdiv(out_rows, BN), gl.cdiv(columns, BK)
     BYTES: tl.constexpr = (BT + (2 * BN if GATED else BN)) * BK * x.dtype.primitive_bitwidth // 8
     count = 0
     for index in range(gl.program_id(0), blocks * per_block, gl.num_programs(0)):
-        block, tile = _place(index, blocks, per_block, GROUP)
+        block, tile = _place(index, blocks, per_block, GROUP, TURN)
         row = gl.load(block_ptr + 1 + 3 * block) * (out_rows * (2 if GATED else 1)) + tile * BN
         start = gl.load(block_ptr + 2 + 3 * block)
         for step in range(steps):
@@ -48,52 +49,84 @@ def _load(
 
 
 @jit
+def _products(
+    left, right, full, empty, count, steps, ROWS: tl.constexpr, WIDTH: tl.constexpr, STAGES: tl.constexpr,
+    ACC: tl.constexpr,
+):  # fmt: skip
+    """[ROWS, WIDTH] sums of a tile over all steps, the first of which is the program's `count`th."""
+    acc = gl.zeros([ROWS, WIDTH], gl.float32, ACC)
+    for step in range(steps):
+        stage = count % STAGES
+        gl.nvidia.hopper.mbarrier.wait(full.index(stage), count // STAGES & 1)
+        tokens, weights = left.index(stage).slice(0, ROWS, 0), right.index(stage).permute((1, 0))
+        acc = gl.nvidia.hopper.warpgroup_mma(tokens, weights, acc, is_async=True)
+        acc = gl.nvidia.hopper.warpgroup_mma_wait(num_outstanding=1, deps=(acc,))
+        if step > 0:  # the product before has read its stage, in both warpgroups
+            gl.thread_barrier()
+            gl.nvidia.hopper.mbarrier.arrive(empty.index((count + STAGES - 1) % STAGES))
+        count += 1
+    acc = gl.nvidia.hopper.warpgroup_mma_wait(num_outstanding=0, deps=(acc,))
+    gl.thread_barrier()
+    gl.nvidia.hopper.mbarrier.arrive(empty.index((count + STAGES - 1) % STAGES))
+    return acc
+
+
+@jit
+def _tile(
+    left, right, full, empty, count, steps, out_ptr, sorted_ptr, quant_ptr, factor, start, stop, first_row, out_rows,
+    ROWS: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr, GATED: tl.constexpr, BY_PAIR: tl.constexpr,
+    SCALED: tl.constexpr, DIVIDE: tl.constexpr, MULTIPLY: tl.constexpr, ACC: tl.constexpr, OUT: tl.constexpr,
+):  # fmt: skip
+    """The results of ROWS tokens and BN rows of an expert."""
+    acc = _products(left, right, full, empty, count, steps, ROWS, 2 * BN if GATED else BN, STAGES, ACC)
+    if SCALED:
+        acc *= factor
+    if GATED:
+        up, gate = gl.split(gl.permute(gl.reshape(acc, (ROWS, 2, BN)), (0, 2, 1)))
+        value = up * gate / (1.0 + gl.exp(-gate))
+    else:
+        value = acc
+    if DIVIDE:
+        value = gl.minimum(gl.maximum(value / gl.load(quant_ptr), -448.0), 448.0)
+    elif MULTIPLY:
+        value = gl.minimum(gl.maximum(value * gl.load(quant_ptr), -448.0), 448.0)
+    value = gl.convert_layout(value.to(out_ptr.dtype.element_ty), OUT)
+    position = start + gl.arange(0, ROWS, layout=gl.SliceLayout(1, OUT))
+    n = first_row + gl.arange(0, BN, layout=gl.SliceLayout(0, OUT))
+    row = gl.load(sorted_ptr + position, mask=position < stop, other=0) if BY_PAIR else position
+    at = out_ptr + row.to(gl.int64)[:, None] * out_rows + n[None, :]
+    gl.store(at, value, mask=(position < stop)[:, None] & (n < out_rows)[None, :])
+
+
+@jit
 def _multiply(
     left, right, full, empty, out_ptr, sorted_ptr, block_ptr, scale_ptr, factor_ptr, quant_ptr, columns, out_rows,
     GATED: tl.constexpr, BY_PAIR: tl.constexpr, SCALED: tl.constexpr, FACTORED: tl.constexpr, DIVIDE: tl.constexpr,
-    MULTIPLY: tl.constexpr, BN: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
-    GROUP: tl.constexpr, ACC: tl.constexpr, OUT: tl.constexpr,
+    MULTIPLY: tl.constexpr, BN: tl.constexpr, BT: tl.constexpr, STAGES: tl.constexpr, GROUP: tl.constexpr,
+    SHORT: tl.constexpr, TURN: tl.constexpr, ACC: tl.constexpr, SHORT_ACC: tl.constexpr, OUT: tl.constexpr,
 ):  # fmt: skip
     """The products of all steps, and each tile's results."""
-    blocks, per_block, steps = gl.load(block_ptr), gl.cdiv(out_rows, BN), gl.cdiv(columns, BK)
+    blocks, per_block, steps = gl.load(block_ptr), gl.cdiv(out_rows, BN), gl.cdiv(columns, left.shape[2])
     count = 0
     for index in range(gl.program_id(0), blocks * per_block, gl.num_programs(0)):
-        block, tile = _place(index, blocks, per_block, GROUP)
+        block, tile = _place(index, blocks, per_block, GROUP, TURN)
         start, stop = gl.load(block_ptr + 2 + 3 * block), gl.load(block_ptr + 3 + 3 * block)
-        acc = gl.zeros([BT, 2 * BN if GATED else BN], gl.float32, ACC)
-        for step in range(steps):
-            stage = count % STAGES
-            gl.nvidia.hopper.mbarrier.wait(full.index(stage), count // STAGES & 1)
-            weights = right.index(stage).permute((1, 0))
-            acc = gl.nvidia.hopper.warpgroup_mma(left.index(stage), weights, acc, is_async=True)
-            acc = gl.nvidia.hopper.warpgroup_mma_wait(num_outstanding=1, deps=(acc,))
-            if step > 0:  # the product before has read its stage, in both warpgroups
-                gl.thread_barrier()
-                gl.nvidia.hopper.mbarrier.arrive(empty.index((count + STAGES - 1) % STAGES))
-            count += 1
-        acc = gl.nvidia.hopper.warpgroup_mma_wait(num_outstanding=0, deps=(acc,))
-        gl.thread_barrier()
-        gl.nvidia.hopper.mbarrier.arrive(empty.index((count + STAGES - 1) % STAGES))
+        factor = 1.0
         if SCALED:
             factor = gl.load(scale_ptr + gl.load(block_ptr + 1 + 3 * block))
             if FACTORED:
                 factor *= gl.load(factor_ptr)
-            acc *= factor
-        if GATED:
-            up, gate = gl.split(gl.permute(gl.reshape(acc, (BT, 2, BN)), (0, 2, 1)))
-            value = up * gate / (1.0 + gl.exp(-gate))
+        if SHORT > 0 and stop - start <= SHORT:
+            _tile(
+                left, right, full, empty, count, steps, out_ptr, sorted_ptr, quant_ptr, factor, start, stop, tile * BN,
+                out_rows, SHORT, BN, STAGES, GATED, BY_PAIR, SCALED, DIVIDE, MULTIPLY, SHORT_ACC, OUT,
+            )  # fmt: skip
         else:
-            value = acc
-        if DIVIDE:
-            value = gl.minimum(gl.maximum(value / gl.load(quant_ptr), -448.0), 448.0)
-        elif MULTIPLY:
-            value = gl.minimum(gl.maximum(value * gl.load(quant_ptr), -448.0), 448.0)
-        value = gl.convert_layout(value.to(out_ptr.dtype.element_ty), OUT)
-        position = start + gl.arange(0, BT, layout=gl.SliceLayout(1, OUT))
-        n = tile * BN + gl.arange(0, BN, layout=gl.SliceLayout(0, OUT))
-        row = gl.load(sorted_ptr + position, mask=position < stop, other=0) if BY_PAIR else position
-        at = out_ptr + row.to(gl.int64)[:, None] * out_rows + n[None, :]
-        gl.store(at, value, mask=(position < stop)[:, None] & (n < out_rows)[None, :])
+            _tile(
+                left, right, full, empty, count, steps, out_ptr, sorted_ptr, quant_ptr, factor, start, stop, tile * BN,
+                out_rows, BT, BN, STAGES, GATED, BY_PAIR, SCALED, DIVIDE, MULTIPLY, ACC, OUT,
+            )  # fmt: skip
+        count += steps
 
 
 @jit
@@ -101,7 +134,7 @@ def wide_gemm(
     x, w, out_ptr, sorted_ptr, block_ptr, scale_ptr, factor_ptr, quant_ptr, columns, out_rows,
     GATED: tl.constexpr, BY_PAIR: tl.constexpr, SCALED: tl.constexpr, FACTORED: tl.constexpr, DIVIDE: tl.constexpr,
     MULTIPLY: tl.constexpr, BN: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
-    GROUP: tl.constexpr, PDL: tl.constexpr,
+    GROUP: tl.constexpr, SHORT: tl.constexpr, TURN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Persistent over (token block, n tile); arguments as in `grouped_gemm`, x and w descriptors of two dimensions.
 
@@ -113,6 +146,10 @@ def wide_gemm(
     BITS: tl.constexpr = x.dtype.primitive_bitwidth
     ACC: tl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[gl.num_warps(), 1], instr_shape=[16, WIDTH, 256 // BITS]
+    )
+    # Both warpgroups on the same rows; up and gate rows of a result in one of them.
+    SHORT_ACC: tl.constexpr = gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[4, gl.num_warps() // 4], instr_shape=[16, BN // 2, 256 // BITS]
     )
     OUT: tl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [gl.num_warps(), 1], [1, 0])
     SHARED: tl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=BITS, rank=2)
@@ -132,9 +169,12 @@ def wide_gemm(
         [
             (_multiply, (
                 left, right, full, empty, out_ptr, sorted_ptr, block_ptr, scale_ptr, factor_ptr, quant_ptr, columns,
-                out_rows, GATED, BY_PAIR, SCALED, FACTORED, DIVIDE, MULTIPLY, BN, BT, BK, STAGES, GROUP, ACC, OUT,
+                out_rows, GATED, BY_PAIR, SCALED, FACTORED, DIVIDE, MULTIPLY, BN, BT, STAGES, GROUP, SHORT, TURN, ACC,
+                SHORT_ACC, OUT,
             )),
-            (_load, (x, w, left, right, full, empty, block_ptr, columns, out_rows, GATED, BN, BT, BK, STAGES, GROUP)),
+            (_load, (
+                x, w, left, right, full, empty, block_ptr, columns, out_rows, GATED, BN, BT, BK, STAGES, GROUP, TURN,
+            )),
         ],
         [1],
         [40],

@@ -87,16 +87,19 @@ _quantize, _few_rows = Launcher(quantize_kernel), Launcher(few_rows_kernel)
 
 
 def quantize(values: Tensor, scale: Tensor) -> Tensor:
-    """float8_e4m3fn of clamp(values / scale, -448, 448) in one launch; `scale` one float32 element."""
+    """float8_e4m3fn of clamp(values / scale, -448, 448) in one launch; `scale` one float32 element.
+
+    Some 100 programs at least: with 7 for one row of 14336, the product behind it took 3 us more on an H100.
+    """
     out = torch.empty(values.shape, dtype=torch.float8_e4m3fn, device=values.device)
-    size, block = values.numel(), 2048
-    pdl = dependent_launch(values.device)
+    size, pdl = values.numel(), dependent_launch(values.device)
+    block = min(2048, max(128, triton.next_power_of_2(size // 128)))
     _quantize(
         values.device,
-        (values.dtype, aligned(values, scale), size % 16 == 0, size == 1, pdl),
+        (values.dtype, aligned(values, scale), size % 16 == 0, size == 1, block, pdl),
         (-(-size // block), 1, 1),
         (values, scale, out, size, block, interpreting(), pdl),
-        num_warps=8,
+        num_warps=4 if block <= 512 else 8,
         launch_pdl=pdl,
     )
     return out
