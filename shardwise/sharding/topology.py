@@ -90,10 +90,11 @@ def _link(gb_per_second: float, latency_us: float) -> Link:
 
 _NETWORK = _link(45, 20)
 
-# H200, measured: copy 4.2 TB/s, bf16 product 700 TFLOP/s, all-reduce of two 350 GB/s and 3 us (benchmarks/results); steps
-# of four models take 4.6 to 5.9 us a kernel beyond their bytes (benchmarks/planner_accuracy.py). H100: copy measured. The
-# others take the H200's fractions of their datasheets: 0.88 of the memory's rate, 0.71 of the products', 0.78 of the
-# link's. cpu: one core of a server VM, measured GEMV and GEMM.
+# H200, measured: copy 4.2 TB/s, bf16 product 700 TFLOP/s, all-reduce of two 350 GB/s and 3 us
+# (benchmarks/results); steps of four models take 4.6 to 5.9 us a kernel beyond their bytes
+# (benchmarks/planner_accuracy.py). H100: copy measured. The others take the H200's fractions of their datasheets:
+# 0.88 of the memory's rate, 0.71 of the products', 0.78 of the link's. cpu: one core of a server VM, measured
+# GEMV and GEMM.
 BUILT_IN = {
     topology.device.name: topology
     for topology in (
