@@ -186,6 +186,25 @@ def test_the_next_call_raises_what_a_kernel_reported(monkeypatch, op):
     run(op, args)
 
 
+@pytest.mark.skipif(DEVICE == "cpu", reason="graphs are a GPU's")
+@pytest.mark.parametrize("op", HERE)
+def test_a_replayed_graph_reports_a_slot_outside_of_the_cache(op):
+    args = arguments(op)
+    place = place_of_bounds(args) + 1
+    args = [a.clone() if i == place else a for i, a in enumerate(args)]
+    overload = getattr(OPS, op).default
+    overload(*args)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        overload(*args)
+    graph.replay()
+    torch.cuda.synchronize()
+    metadata_reports.raise_reports()
+    args[place][SEQUENCES] = 7
+    graph.replay()
+    assert reported().startswith(f"{op}: in an earlier call slot_idx holds 7 for sequence {SEQUENCES};")
+
+
 PIECES = {
     "chunks beyond the tokens": (11, [0, 1, 5, 10**6, MOST, 2, 2]),
     "chunks whose first token wraps around": (11, [1 << 28, 1 << 29, LEAST, -(1 << 28) + 1, 3, (1 << 28) + 4, -1]),
