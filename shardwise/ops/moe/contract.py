@@ -93,6 +93,11 @@ def check_same_dtype(name: str, x: Tensor, *weights: Tensor) -> None:
         raise TypeError(f"{name}: x and weights must share a dtype, got {[str(t.dtype) for t in (x, *weights)]}")
 
 
+def like_x(x: Tensor, *_args, **_options) -> Tensor:
+    """Fake of the operators: a contiguous result of x's shape and dtype."""
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
 @dataclass(frozen=True)
 class FP8Scales:
     """Scales of an e4m3 mixture, float32: value = code * scale."""

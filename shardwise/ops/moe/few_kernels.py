@@ -4,7 +4,7 @@ Each pair reads its expert's rows, whoever else chose it, so nothing has to be g
 Rows stream through registers with 16 bytes a thread and load; sums are float32.
 """
 
-from shardwise.ops.quantization.triton_fp8 import encode_e4m3
+from shardwise.ops.quantization.triton_fp8 import encode_e4m3, quantized
 from shardwise.ops.tensor_memory import prefetch
 from shardwise.ops.triton_support import await_and_trigger, tl, triton
 
@@ -66,12 +66,7 @@ def few_up(
         value *= other / (1.0 + tl.exp(-other))
     else:
         value = tl.maximum(value, 0.0) * tl.maximum(value, 0.0)
-    if QUANTIZE == "divide":
-        result = encode_e4m3(value / tl.load(quant_ptr), INTERPRET)
-    elif QUANTIZE == "multiply":
-        result = encode_e4m3(value * tl.load(quant_ptr), INTERPRET)
-    else:
-        result = value.to(out_ptr.dtype.element_ty)
+    result = quantized(value, quant_ptr, QUANTIZE, INTERPRET).to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + pair.to(tl.int64) * out_rows + n, result, mask=real)
 
 

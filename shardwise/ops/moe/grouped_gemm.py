@@ -6,7 +6,7 @@ Weights, and activations that lie in order, come by the tensor memory accelerato
 bytes; others are gathered.
 """
 
-from shardwise.ops.quantization.triton_fp8 import encode_e4m3
+from shardwise.ops.quantization.triton_fp8 import quantized
 from shardwise.ops.triton_support import await_predecessor, tl, triton
 
 
@@ -156,12 +156,7 @@ def grouped_gemm(
             acc *= gate / (1.0 + tl.exp(-gate))
         if ACT == "relu2":
             acc = tl.maximum(acc, 0.0) * tl.maximum(acc, 0.0)
-        if QUANTIZE == "divide":
-            value = encode_e4m3(acc / tl.load(quant_ptr), INTERPRET)
-        elif QUANTIZE == "multiply":
-            value = encode_e4m3(acc * tl.load(quant_ptr), INTERPRET)
-        else:
-            value = acc.to(out_ptr.dtype.element_ty)
+        value = quantized(acc, quant_ptr, QUANTIZE, INTERPRET).to(out_ptr.dtype.element_ty)
         at = (split * pairs + pair if BY_PAIR else position).to(tl.int64) * out_rows
         out = out_ptr + _lines(at, not TOKENS_LEFT) + _lines(n, TOKENS_LEFT)
         tl.store(out, value, mask=_lines(real, TOKENS_LEFT) & _lines(valid, not TOKENS_LEFT))

@@ -6,30 +6,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from shardwise.ops.moe.contract import check_stacked, reference_activation
+from shardwise.ops.moe.contract import check_stacked, like_x, reference_activation
 from shardwise.ops.moe.exchange import run_routed
 from shardwise.ops.quantization.mxfp4 import check_mxfp4, dequantize_mxfp4
 from shardwise.ops.registry import operator
 from shardwise.partition import extent
 
 
-def _moe_fake(
-    x,
-    selected_experts,
-    routing_weights,
-    w1_weight,
-    w2_weight,
-    w3_weight,
-    is_gated_mlp=True,
-    act_fn=4,
-    mapping_config="",
-    max_num_tokens=0,
-    apply_routing_on_input=False,
-):
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
-
-
-@operator(fake=_moe_fake)
+@operator(fake=like_x)
 def torch_moe(
     x: Tensor,
     selected_experts: Tensor,
@@ -116,11 +100,7 @@ def _present(ids: Tensor, experts: int) -> list[int]:
     return torch.bincount(local, minlength=experts).nonzero().squeeze(1).tolist() if local.numel() else []
 
 
-def _fused_fake(x, selected_experts, routing_weights, w3_w1_stacked_weight, w2_stacked_weight):
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
-
-
-@operator(fake=_fused_fake)
+@operator(fake=like_x)
 def torch_moe_fused(
     x: Tensor,
     selected_experts: Tensor,
@@ -150,11 +130,7 @@ def swiglu_clamped(gate: Tensor, up: Tensor, alpha: float, limit: float) -> Tens
     return (up + 1) * gate * torch.sigmoid(alpha * gate)
 
 
-def _dense_fake(hidden_states, routing_weights, gate_up_w, gate_up_b, down_w, down_b, alpha=1.0, limit=10.0):
-    return torch.empty_like(hidden_states, memory_format=torch.contiguous_format)
-
-
-@operator(fake=_dense_fake)
+@operator(fake=like_x)
 def torch_moe_dense_mlp(
     hidden_states: Tensor,
     routing_weights: Tensor,

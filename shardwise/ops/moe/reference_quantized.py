@@ -1,16 +1,11 @@
 """Mixture of experts over quantised linears in plain PyTorch: FP8 and NVFP4, one weight tensor an expert."""
 
-import torch
 from torch import Tensor
 
-from shardwise.ops.moe.contract import reference_activation
+from shardwise.ops.moe.contract import like_x, reference_activation
 from shardwise.ops.moe.reference import check_lists, run_experts
 from shardwise.ops.quantization.reference import torch_quant_fp8_linear, torch_quant_nvfp4_linear
 from shardwise.ops.registry import operator
-
-
-def _fake(x, *_args, **_options):
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 def _run(name, x, ids, weights, w1, w2, w3, gated, act_fn, linear, tail, **scales) -> Tensor:
@@ -33,7 +28,7 @@ def _run(name, x, ids, weights, w1, w2, w3, gated, act_fn, linear, tail, **scale
     return run_experts(name, x, ids, weights, len(w1), mlp, *tail)
 
 
-@operator(fake=_fake)
+@operator(fake=like_x)
 def torch_quant_fp8_moe(
     x: Tensor,
     selected_experts: Tensor,
@@ -75,7 +70,7 @@ def torch_quant_fp8_moe(
     )  # fmt: skip
 
 
-@operator(fake=_fake)
+@operator(fake=like_x)
 def torch_quant_nvfp4_moe(
     x: Tensor,
     selected_experts: Tensor,

@@ -12,6 +12,7 @@ from shardwise.ops.moe.contract import (
     check_fp8,
     check_same_dtype,
     check_stacked,
+    like_x,
 )
 from shardwise.ops.moe.exchange import run_routed
 from shardwise.ops.moe.grouped import grouped_moe
@@ -23,11 +24,7 @@ from shardwise.ops.triton_support import interpreting
 from shardwise.partition import extent
 
 
-def _mxfp4_fake(hidden_states, *_args):
-    return torch.empty_like(hidden_states, memory_format=torch.contiguous_format)
-
-
-@operator(fake=_mxfp4_fake, needs=(TRITON,), instead="torch_moe_dense_mlp")
+@operator(fake=like_x, needs=(TRITON,), instead="torch_moe_dense_mlp")
 def triton_mxfp4_moe(
     hidden_states: Tensor,
     router_weight: Tensor,
@@ -61,7 +58,7 @@ def triton_mxfp4_moe(
     )  # fmt: skip
 
 
-@operator(fake=_mxfp4_fake, needs=(TRITON,), instead="torch_moe_dense_mlp")
+@operator(fake=like_x, needs=(TRITON,), instead="torch_moe_dense_mlp")
 def triton_mxfp4_moe_ep(
     hidden_states: Tensor,
     router_weight: Tensor,
@@ -115,11 +112,7 @@ def prepare_mxfp4(
     packed_once(down_blocks, down_scales, down_bias, paired=False)
 
 
-def _routed_fake(x, *_args, **_options):
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
-
-
-@operator(fake=_routed_fake, needs=(TRITON,), instead="torch_moe")
+@operator(fake=like_x, needs=(TRITON,), instead="torch_moe")
 def triton_moe_fused(
     x: Tensor,
     selected_experts: Tensor,
@@ -151,7 +144,7 @@ def triton_moe_fused(
     return run_routed(name, x, selected_experts, routing_weights, experts, compute, mapping_config, max_num_tokens)
 
 
-@operator(fake=_routed_fake, needs=(TRITON,), instead="torch_quant_fp8_moe")
+@operator(fake=like_x, needs=(TRITON,), instead="torch_quant_fp8_moe")
 def triton_quant_fp8_moe(
     x: Tensor,
     selected_experts: Tensor,

@@ -19,6 +19,7 @@ from shardwise.ops.moe.contract import (
     check_fp8,
     check_same_dtype,
     check_stacked,
+    like_x,
     parse_mapping,
 )
 from shardwise.ops.moe.exchange import run_routed
@@ -26,10 +27,6 @@ from shardwise.ops.moe.grouped import grouped_moe
 from shardwise.ops.moe.nvfp4 import Weight, nvfp4_moe
 from shardwise.ops.quantization.triton_fp8 import quantize
 from shardwise.ops.registry import TRITON, Need, operator
-
-
-def _fake(x, *_args, **_options):
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 def build_cutlass_moe() -> None:
@@ -114,7 +111,7 @@ def _check_exchange(name: str, mapping_config: str, max_num_tokens: int) -> None
         raise ValueError(f"{name}: mapping_config asks for a token exchange, which needs max_num_tokens > 0")
 
 
-@operator(fake=_fake, needs=(KERNELS, TRITON), instead="torch_moe_fused")
+@operator(fake=like_x, needs=(KERNELS, TRITON), instead="torch_moe_fused")
 def trtllm_moe_fused(
     x: Tensor,
     selected_experts: Tensor,
@@ -167,7 +164,7 @@ def _fp8_fake(
     activation("trtllm_quant_fp8_moe_fused", is_gated_mlp, act_fn)
     if fc1_dequant_scale.dim() != 1 or fc2_dequant_scale.dim() != 1:
         raise ValueError("trtllm_quant_fp8_moe_fused: fc1_dequant_scale and fc2_dequant_scale must be [E]")
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
+    return like_x(x)
 
 
 @operator(fake=_fp8_fake, needs=(KERNELS, TRITON), instead="torch_quant_fp8_moe")
@@ -229,7 +226,7 @@ def _nvfp4(name: str, label: str, codes: Tensor, scales: Tensor, alpha: Tensor, 
     return codes, scales, alpha.reshape(-1).float() * act_scale.reshape(-1).float()
 
 
-@operator(fake=_fake, needs=(TRITON,), instead="torch_quant_nvfp4_moe")
+@operator(fake=like_x, needs=(TRITON,), instead="torch_quant_nvfp4_moe")
 def trtllm_quant_nvfp4_moe_fused(
     x: Tensor,
     selected_experts: Tensor,

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from shardwise.ops.quantization.int4 import dequantize_int4_awq, dequantize_int4_gptq
 from shardwise.ops.quantization.nvfp4 import dequantize_nvfp4, quantize_nvfp4
-from shardwise.ops.quantization.reference import nvfp4_weight
+from shardwise.ops.quantization.reference import linear_fake, nvfp4_weight
 from shardwise.ops.registry import operator
 
 
@@ -19,11 +19,7 @@ def _element(name: str, label: str, scales: list[Tensor], index: int = 0) -> Ten
     return scales[index]
 
 
-def _rows_fake(input, weight_quantized, bias, input_scale, weight_scale, input_zp, weight_zp):
-    return input.new_empty(*input.shape[:-1], weight_quantized.shape[0])
-
-
-@operator(fake=_rows_fake)
+@operator(fake=linear_fake)
 def torch_fake_quant_fp8_linear(
     input: Tensor,
     weight_quantized: Tensor,
@@ -46,7 +42,7 @@ def torch_fake_quant_fp8_linear(
     return _linear(input.dtype, rounded, weight, bias)
 
 
-@operator(fake=_rows_fake)
+@operator(fake=linear_fake)
 def torch_fake_quant_nvfp4_linear(
     input: Tensor,
     weight_quantized: Tensor,

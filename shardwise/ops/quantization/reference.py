@@ -22,11 +22,12 @@ def torch_quant_fn(x: Tensor, scale: Tensor) -> Tensor:
     return (torch.clamp(torch.round(x / scale), -128, 127) * scale).to(x.dtype)
 
 
-def _fp8_linear_fake(input, weight_fp8, bias=None, input_scale=None, weight_scale=None):
-    return input.new_empty(*input.shape[:-1], weight_fp8.shape[0])
+def linear_fake(input, weight, *_args, **_options):
+    """Fake of the linears whose weight has a row an output."""
+    return input.new_empty(*input.shape[:-1], weight.shape[0])
 
 
-@operator(fake=_fp8_linear_fake)
+@operator(fake=linear_fake)
 def torch_quant_fp8_linear(
     input: Tensor,
     weight_fp8: Tensor,
@@ -160,11 +161,7 @@ def _codes(values: Tensor, scale: Tensor) -> Tensor:
     return values if values.dtype == torch.float8_e4m3fn else e4m3_encode(values.float() / scale)
 
 
-def _nvfp4_linear_fake(input, weight_fp4, bias=None, input_scale=None, weight_scale=None, alpha=None):
-    return input.new_empty(*input.shape[:-1], weight_fp4.shape[0])
-
-
-@operator(fake=_nvfp4_linear_fake)
+@operator(fake=linear_fake)
 def torch_quant_nvfp4_linear(
     input: Tensor,
     weight_fp4: Tensor,

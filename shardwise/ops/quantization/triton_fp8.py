@@ -34,6 +34,20 @@ def encode_e4m3(value, INTERPRET: tl.constexpr):
 
 
 @triton.jit
+def quantized(value, scale_ptr, HOW: tl.constexpr, INTERPRET: tl.constexpr):
+    """e4m3 of float32 values that are divided by scale_ptr[0] (HOW "divide") or multiplied with it ("multiply"), or the
+    values as they are ("").
+    """
+    if HOW == "divide":
+        result = encode_e4m3(value / tl.load(scale_ptr), INTERPRET)
+    elif HOW == "multiply":
+        result = encode_e4m3(value * tl.load(scale_ptr), INTERPRET)
+    else:
+        result = value
+    return result
+
+
+@triton.jit
 def quantize_kernel(x_ptr, scale_ptr, out_ptr, size, BLOCK: tl.constexpr, INTERPRET: tl.constexpr, PDL: tl.constexpr):
     """e4m3 of clamp(x / scale, -448, 448), elementwise."""
     await_predecessor(PDL)

@@ -2,17 +2,13 @@
 
 from torch import Tensor
 
-from shardwise.ops.quantization.reference import check_fp8_linear, scaled_mm
+from shardwise.ops.quantization.reference import check_fp8_linear, linear_fake, scaled_mm
 from shardwise.ops.quantization.triton_fp8 import MOST_FEW_ROWS, few_rows_linear, quantize
 from shardwise.ops.registry import TRITON, operator
 from shardwise.ops.triton_support import interpreting
 
 
-def _fake(input, weight_fp8, bias=None, input_scale=None, weight_scale=None):
-    return input.new_empty(*input.shape[:-1], weight_fp8.shape[0])
-
-
-@operator(fake=_fake, needs=(TRITON,), instead="torch_quant_fp8_linear")
+@operator(fake=linear_fake, needs=(TRITON,), instead="torch_quant_fp8_linear")
 def trtllm_quant_fp8_linear(
     input: Tensor,
     weight_fp8: Tensor,
