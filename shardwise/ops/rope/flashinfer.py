@@ -45,7 +45,7 @@ def flashinfer_rope(
 
 
 def _rows(x: torch.Tensor, tokens: int) -> torch.Tensor:
-    """x as [T, N, D] or [T, N * D]: as it is or without a dimension of one entry, which takes less time than a reshape."""
+    """x as [T, N, D] or [T, N * D]: as it is, or without a dimension of one entry, which is quicker than a reshape."""
     if x.dim() == 4 and x.is_contiguous():
         if x.shape[0] == 1:
             return with_vectors(x.squeeze(0))
