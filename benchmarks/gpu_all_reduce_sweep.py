@@ -45,24 +45,11 @@ def small(fused: bool) -> list[Tuning]:
 def candidates(fused: bool, nbytes: int) -> list[Tuning]:
     if nbytes < MIB // 2:
         return small(fused)
-    tunings = [
+    return [
         Tuning("ONESHOT", warps, ahead, blocks, lanes, bulk=bulk, pausing=pausing)
         for warps, lanes, blocks in SHAPES
         for ahead, bulk, pausing in ((0, False, 0), (1, False, 64), (1, False, 250), (1, True, 64))
     ]
-    if nbytes >= 32 * MIB:
-        return tunings
-    tunings += [
-        Tuning("ONESHOT", warps, ahead, blocks, lanes, pushers=pushers, bulk=bulk, pausing=64)
-        for (warps, lanes, blocks), (ahead, bulk), pushers in itertools.product(
-            SHAPES, ((0, False), (1, True)), (16, 24, 32)
-        )
-        if fused or warps > 8
-    ]
-    if fused:
-        pauses = itertools.product((16, 32), (24, 32), (0, 250))
-        tunings += [Tuning("ONESHOT", warps, pushers=pushers, pausing=pause) for warps, pushers, pause in pauses]
-    return tunings
 
 
 def wide_candidates(fused: bool, nbytes: int) -> list[Tuning]:
@@ -76,7 +63,7 @@ def wide_candidates(fused: bool, nbytes: int) -> list[Tuning]:
     if nbytes < 128 * KIB:
         return small(fused) + two[:1]
     one = [Tuning("ONESHOT", warps, 0, blocks, lanes) for warps, lanes, blocks in SHAPES]
-    one += [Tuning("ONESHOT", 16, pushers=pushers, pausing=64) for pushers in (16, 32)]
+    one += [Tuning("ONESHOT", 16, blocks_per_sm=2, pausing=64)]
     return two + (one if nbytes <= 4 * MIB else [])
 
 

@@ -19,7 +19,7 @@ def compiled(tuning, world: int, fused: bool, aligned: bool, dtype: str, lanes: 
     pointers = dict.fromkeys(("x", "residual", "weight", "out", "residual_out"), "*" + dtype)
     constants = {"WORLD": world, "RANK": world - 1, "LANES": lanes, "ALIGNED": aligned, "FUSED": fused}
     if tuning.strategy == "ONESHOT":
-        constants |= {"PUSHERS": tuning.pushers, "BULK": tuning.bulk and aligned}
+        constants |= {"BULK": tuning.bulk and aligned}
     constants |= {"AHEAD": tuning.ahead, "PAUSING": tuning.pausing, "PDL": True}
     signature = {**pointers, "slots": ("i64",) * world, "counters": "*i32", **INTEGERS, **SIZES}
     signature |= dict.fromkeys(constants, "constexpr")

@@ -84,7 +84,7 @@ def check_graph(group) -> None:
 
 
 def check_variants(group) -> None:
-    """Launches that only the table chooses: blocks that only push, bulk copies, pauses. None changes a bit."""
+    """Launches that only the table chooses: rows ahead, bulk copies, pauses. None changes a bit."""
     for shape in ((300, 2880), (2, 1003)):
         parts = everyones(group.size, shape, torch.bfloat16, 17)
         residual = everyones(1, shape, torch.bfloat16, 18)[0]
@@ -167,8 +167,7 @@ def check_strategies(group) -> None:
 VARIANTS = (
     Tuning("ONESHOT", 16, pausing=64),
     Tuning("ONESHOT", 8, ahead=1, bulk=True),
-    Tuning("ONESHOT", 16, pushers=16, pausing=64),
-    Tuning("ONESHOT", 16, ahead=1, pushers=32, bulk=True, pausing=64),
+    Tuning("ONESHOT", 16, ahead=1, bulk=True, pausing=64),
     Tuning("TWOSHOT", 8, ahead=1, pausing=64),
 )
 

@@ -51,13 +51,13 @@ def words(values: torch.Tensor, row_words: int) -> torch.Tensor:
 
 def launch(
     kernel, world, rank, slots, tensors, rows, width, total, chunks, *,
-    fused, call, aligned=True, grid=2, ahead=0, pushers=0,
+    fused, call, aligned=True, grid=2, ahead=0, bulk=False,
 ):  # fmt: skip
     counters = torch.full((COUNTERS,), call, dtype=torch.int32)
     abort = torch.zeros(1, dtype=torch.int32)
     records = torch.zeros(world, dtype=torch.int64)
     lanes = max(32, 1 << (chunks - 1).bit_length())
-    one_shot = {"PUSHERS": pushers, "BULK": pushers > 0} if kernel is kernels.one_shot else {}
+    one_shot = {"BULK": bulk} if kernel is kernels.one_shot else {}
     kernel[(grid,)](
         *tensors, slots.addresses, counters, abort.data_ptr(), records.data_ptr(), slots.region_words * 4, 10**9,
         rows, width, total, chunks, EPS, 1.0,
@@ -89,10 +89,8 @@ def random_rows(world: int, rows: int, width: int, dtype: torch.dtype) -> list[t
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("world, rank", [(2, 0), (2, 1), (4, 2)])
-@pytest.mark.parametrize(
-    "ahead, pushers", [(0, 0), (2, 0), (0, 1), (1, 2)], ids=["", "2 ahead", "1 block pushes", "2 blocks push"]
-)
-def test_one_shot_sums_pushes_and_rearms(world, rank, dtype, ahead, pushers):
+@pytest.mark.parametrize("ahead, bulk", [(0, False), (2, False), (1, True)], ids=["", "2 ahead", "1 ahead in bulk"])
+def test_one_shot_sums_pushes_and_rearms(world, rank, dtype, ahead, bulk):
     rows, width, call = 5, 64, 7
     chunks = width * dtype.itemsize // 16
     x = random_rows(world, rows, width, dtype)
@@ -103,7 +101,7 @@ def test_one_shot_sums_pushes_and_rearms(world, rank, dtype, ahead, pushers):
     out = torch.full_like(x[rank], float("nan"))
     tensors = (x[rank], x[rank], x[rank], out, out)
     launch(kernels.one_shot, world, rank, slots, tensors, rows, width, rows * width, chunks,
-           fused=False, call=call, grid=2 + pushers, ahead=ahead, pushers=pushers)  # fmt: skip
+           fused=False, call=call, ahead=ahead, bulk=bulk)  # fmt: skip
     check_close(out, ordered_sum(x))
     assert slots.memory[rank].eq(ARMED).all(), "what was taken is armed again"
     for peer in set(range(world)) - {rank}:
@@ -112,9 +110,9 @@ def test_one_shot_sums_pushes_and_rearms(world, rank, dtype, ahead, pushers):
 
 
 @pytest.mark.parametrize("width, aligned", [(64, True), (51, False)])
-@pytest.mark.parametrize("kernel, pushers", [("one_shot", 0), ("one_shot", 2), ("two_shot", 0)])
+@pytest.mark.parametrize("kernel", ["one_shot", "two_shot"])
 @pytest.mark.parametrize("world, rank, rows", [(2, 1, 5), (4, 1, 3), (4, 3, 9), (8, 5, 9)])
-def test_fused_equals_the_three_steps(kernel, pushers, world, rank, rows, width, aligned):
+def test_fused_equals_the_three_steps(kernel, world, rank, rows, width, aligned):
     dtype, call = torch.float16, 4
     chunks = -(-width * 2 // 16)
     x = random_rows(world, rows, width, dtype)
@@ -126,7 +124,7 @@ def test_fused_equals_the_three_steps(kernel, pushers, world, rank, rows, width,
     out, residual_out = torch.full_like(total, float("nan")), torch.full_like(total, float("nan"))
     tensors = (x[rank], residual, weight, out, residual_out)
     launch(getattr(kernels, kernel), world, rank, slots, tensors, rows, width, rows * width, chunks,
-           fused=True, call=call, aligned=aligned, grid=2 + pushers, pushers=pushers)  # fmt: skip
+           fused=True, call=call, aligned=aligned)  # fmt: skip
     stream = (total.float() + residual.float()).to(dtype)
     scale = torch.rsqrt(stream.float().square().mean(-1, keepdim=True) + EPS)
     check_close(residual_out, stream)

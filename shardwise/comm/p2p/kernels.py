@@ -14,9 +14,7 @@ copy of the counter, and advances the copies b, b + grid, b + 2 grid, ..., of wh
 atomics, and calls with different grids follow each other.
 
 Rows are dealt to blocks alike on all ranks, and blocks take them in the same order; all blocks of a launch must be
-resident together (launch.py bounds the grid). With PUSHERS the first blocks of a launch only push and the others only
-sum: a multiprocessor's accesses leave it in order, so behind pushes that wait for the link its sums would wait too,
-while rows that have arrived could be finished. Sums run in float32 over ranks 0..W-1 and are rounded once to the
+resident together (launch.py bounds the grid). Sums run in float32 over ranks 0..W-1 and are rounded once to the
 input's type; then the residual is added, and the norm is that of the rounded result. So one-shot, two-shot and an
 all-reduce followed by these steps give the same bits, on every rank and for every size.
 """
@@ -51,81 +49,27 @@ _RUNTIME = [
 ]
 
 
-@triton.jit
-def _push_rows(
-    x, slots, counters, region_bytes, first, stop, step, rows, width, total_elements, chunks, lane, stage,
-    WORLD: tl.constexpr, RANK: tl.constexpr, LANES: tl.constexpr, ALIGNED: tl.constexpr, WIDTH: tl.constexpr,
-    BULK: tl.constexpr, PLACES: tl.constexpr,
+@triton.jit(do_not_specialize=_RUNTIME)
+def one_shot(
+    x, residual, weight, out, residual_out,  # rows of `width` elements; the middle ones only when FUSED
+    slots, counters, abort: tl.int64, records: tl.int64, region_bytes: tl.int64, deadline_ns: tl.int64,
+    rows: tl.int64, width: tl.int32, total_elements: tl.int64, chunks: tl.int64,
+    eps: tl.float32, weight_bias: tl.float32,
+    WORLD: tl.constexpr, RANK: tl.constexpr, LANES: tl.constexpr, ALIGNED: tl.constexpr, FUSED: tl.constexpr,
+    AHEAD: tl.constexpr, BULK: tl.constexpr, PAUSING: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Push the rows first, first + step, ..., each loaded while the one before leaves. The call's number."""
-    limit = row_length(first, rows, width, total_elements)
-    chunk = load_row(x + first * width, lane, limit, ALIGNED, WIDTH)
-    call = number(counters)
-    parity = (call & 1).to(tl.int64)
-    for index in range(first, stop, step):
-        row = tl.cast(index, tl.int64)
-        mask = lane * (16 // WIDTH) < limit
-        ready = ptx.disarm(chunk)
-        limit = row_length(row + step, rows, width, total_elements)
-        chunk = load_row(x + (row + step) * width, lane, limit, ALIGNED, WIDTH)
-        if BULK:
-            ptx.bulk_sent(PLACES - 1)
-        place = stage + ((index - first) // step % PLACES * (LANES * 16)).to(tl.int32)
-        push(ready, slots, parity, region_bytes, row, chunks, lane, mask, place, WORLD, RANK, BULK)
-    return call
+    """Every rank pushes every row to every peer, and sums what it received.
 
-
-@triton.jit
-def _sum_rows(
-    x, residual, weight, out, residual_out, slots, counters, region_bytes, first, step, rows, width, total_elements,
-    chunks, lane, eps, weight_bias, abort, records, deadline_ns, kind: tl.constexpr,
-    WORLD: tl.constexpr, RANK: tl.constexpr, ALIGNED: tl.constexpr, WIDTH: tl.constexpr, FUSED: tl.constexpr,
-    PAUSING: tl.constexpr,
-):  # fmt: skip
-    """Sum and finish the rows first, first + step, ...; what they need of this rank is loaded one row ahead.
-
-    The call's number.
+    A block pushes each of its rows while it awaits the one AHEAD rows before. `chunks`: 16-byte chunks that a row
+    takes, at most LANES.
     """
-    limit = row_length(first, rows, width, total_elements)
-    own = load_row(x + first * width, lane, limit, ALIGNED, WIDTH)
-    carried = own
-    gains = ()
-    if FUSED:
-        carried = load_row(residual + first * width, lane, limit, ALIGNED, WIDTH)
-        gains = gain(load_row(weight, lane, width, ALIGNED, WIDTH), weight_bias, kind)
-    call = number(counters)
-    parity = (call & 1).to(tl.int64)
-    what = call.to(tl.int64) | (ONE_SHOT << 32)
-    for index in range(first, rows, step):
-        row = tl.cast(index, tl.int64)
-        limit = row_length(row, rows, width, total_elements)
-        later = row + step
-        later_limit = row_length(later, rows, width, total_elements)
-        next_own = load_row(x + later * width, lane, later_limit, ALIGNED, WIDTH)
-        next_carried = next_own
-        if FUSED:
-            next_carried = load_row(residual + later * width, lane, later_limit, ALIGNED, WIDTH)
-        total = sum_in_rank_order(
-            ptx.disarm(own), slots, parity, region_bytes, row, chunks, lane, lane * (16 // WIDTH) < limit, abort,
-            records, what, deadline_ns, WORLD, RANK, kind, PAUSING,
-        )  # fmt: skip
-        finish(
-            total, carried, gains, out + row * width, residual_out + row * width, lane, limit, eps,
-            (index - first) // step, kind, ALIGNED, WIDTH, FUSED,
-        )  # fmt: skip
-        own = next_own
-        carried = next_carried
-    return call
-
-
-@triton.jit
-def _exchange_rows(
-    x, residual, weight, out, residual_out, slots, counters, region_bytes, rows, width, total_elements, chunks, lane,
-    stage, eps, weight_bias, abort, records, deadline_ns, kind: tl.constexpr,
-    WORLD: tl.constexpr, RANK: tl.constexpr, LANES: tl.constexpr, ALIGNED: tl.constexpr, WIDTH: tl.constexpr,
-    FUSED: tl.constexpr, AHEAD: tl.constexpr, BULK: tl.constexpr, PAUSING: tl.constexpr,
-):  # fmt: skip
-    """Push and sum this block's rows, each pushed while the one AHEAD rows before it is awaited. The call's number."""
+    kind: tl.constexpr = x.dtype.element_ty
+    WIDTH: tl.constexpr = kind.primitive_bitwidth // 8
+    lane = tl.arange(0, LANES)
+    stage = 0
+    if BULK:
+        stage = ptx.stage(triton.cdiv((AHEAD + 1) * LANES * 16, 16384) * 16384)
+    begin(PDL)
     step = tl.num_programs(0)
     first = tl.program_id(0).to(tl.int64)
     limit = row_length(first, rows, width, total_elements)
@@ -167,48 +111,6 @@ def _exchange_rows(
         )  # fmt: skip
         row += step
         own = load_row(x + row * width, lane, row_length(row, rows, width, total_elements), ALIGNED, WIDTH)
-    return call
-
-
-@triton.jit(do_not_specialize=_RUNTIME)
-def one_shot(
-    x, residual, weight, out, residual_out,  # rows of `width` elements; the middle ones only when FUSED
-    slots, counters, abort: tl.int64, records: tl.int64, region_bytes: tl.int64, deadline_ns: tl.int64,
-    rows: tl.int64, width: tl.int32, total_elements: tl.int64, chunks: tl.int64,
-    eps: tl.float32, weight_bias: tl.float32,
-    WORLD: tl.constexpr, RANK: tl.constexpr, LANES: tl.constexpr, ALIGNED: tl.constexpr, FUSED: tl.constexpr,
-    AHEAD: tl.constexpr, PUSHERS: tl.constexpr, BULK: tl.constexpr, PAUSING: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """Every rank pushes every row to every peer, and sums what it received.
-
-    `chunks`: 16-byte chunks that a row takes, at most LANES. PUSHERS: blocks that only push, 0: all do both.
-    """
-    kind: tl.constexpr = x.dtype.element_ty
-    WIDTH: tl.constexpr = kind.primitive_bitwidth // 8
-    PLACES: tl.constexpr = AHEAD + 1
-    lane = tl.arange(0, LANES)
-    stage = 0
-    if BULK:
-        stage = ptx.stage(triton.cdiv(PLACES * LANES * 16, 16384) * 16384)
-    begin(PDL)
-    block = tl.program_id(0).to(tl.int64)
-    if PUSHERS == 0:
-        call = _exchange_rows(
-            x, residual, weight, out, residual_out, slots, counters, region_bytes, rows, width, total_elements, chunks,
-            lane, stage, eps, weight_bias, abort, records, deadline_ns, kind,
-            WORLD, RANK, LANES, ALIGNED, WIDTH, FUSED, AHEAD, BULK, PAUSING,
-        )  # fmt: skip
-    elif block < PUSHERS:
-        call = _push_rows(
-            x, slots, counters, region_bytes, block, rows, PUSHERS, rows, width, total_elements, chunks, lane, stage,
-            WORLD, RANK, LANES, ALIGNED, WIDTH, BULK, PLACES,
-        )  # fmt: skip
-    else:
-        call = _sum_rows(
-            x, residual, weight, out, residual_out, slots, counters, region_bytes, block - PUSHERS,
-            tl.num_programs(0) - PUSHERS, rows, width, total_elements, chunks, lane, eps, weight_bias, abort, records,
-            deadline_ns, kind, WORLD, RANK, ALIGNED, WIDTH, FUSED, PAUSING,
-        )  # fmt: skip
     if BULK:
         ptx.bulk_sent(0)  # the block's shared memory is given away when it ends
     advance(counters, call)

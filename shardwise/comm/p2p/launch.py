@@ -148,20 +148,15 @@ class Launcher:
             self._launch(replace(rows, count=count, total=stop - start), tuning, parts, eps, weight_bias, fused, launch)
 
     def _launch(self, rows: _Rows, tuning: Tuning, tensors, eps, weight_bias, fused: bool, launch: bool) -> None:
-        one_shot = tuning.strategy == "ONESHOT"
-        # A block that only pushes may read a row of x after another has written that row's result.
-        pushers = tuning.pushers if one_shot and not _share_start(tensors[0], *tensors[3:]) else 0
-        kernel, positional, options = self._arguments(rows, tuning, pushers, tensors, eps, weight_bias, fused)
+        kernel, positional, options = self._arguments(rows, tuning, tensors, eps, weight_bias, fused)
         with self.workspace.on_device():
             compiled, resident = self._compiled(kernel, positional, options, tensors[0].dtype)
-            room = min(resident, tuning.blocks_per_sm * self.multiprocessors, COUNTERS)
-            if room <= pushers:
-                self._launch(rows, replace(tuning, pushers=0), tensors, eps, weight_bias, fused, launch)
-            elif launch:
-                turns = rows.count if one_shot else -(-rows.count // self.workspace.size)
-                self._start(compiled, min(turns + pushers, room), positional, options)
+            if launch:
+                turns = rows.count if tuning.strategy == "ONESHOT" else -(-rows.count // self.workspace.size)
+                room = min(resident, tuning.blocks_per_sm * self.multiprocessors, COUNTERS)
+                self._start(compiled, min(turns, room), positional, options)
 
-    def _arguments(self, rows: _Rows, tuning: Tuning, pushers: int, tensors, eps, weight_bias, fused: bool):
+    def _arguments(self, rows: _Rows, tuning: Tuning, tensors, eps, weight_bias, fused: bool):
         workspace = self.workspace
         positional = (
             *tensors,
@@ -179,7 +174,7 @@ class Launcher:
             weight_bias,
         )
         stage_bytes = (tuning.ahead + 1) * rows.lanes * CHUNK_BYTES
-        one_shot = {"PUSHERS": pushers, "BULK": tuning.bulk and rows.aligned and stage_bytes <= STAGE_BYTES}
+        one_shot = {"BULK": tuning.bulk and rows.aligned and stage_bytes <= STAGE_BYTES}
         options = {
             "WORLD": workspace.size,
             "RANK": workspace.rank,
@@ -214,7 +209,3 @@ class Launcher:
         """Past Triton's look-up of the compiled kernel, which takes longer than the rest of a launch."""
         constants = [value for name, value in options.items() if name.isupper()]
         compiled[(grid, 1, 1)](*positional, *constants)
-
-
-def _share_start(x: Tensor, *others: Tensor) -> bool:
-    return any(x.data_ptr() == other.data_ptr() for other in others)

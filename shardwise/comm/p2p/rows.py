@@ -9,6 +9,8 @@ import triton.language as tl
 from shardwise.comm.p2p import ptx, workspace
 
 _COUNTERS = tl.constexpr(workspace.COUNTERS)
+_LOOKS = tl.constexpr(3)
+"""Contributions that are looked at ahead: with four, eight ranks' rows of 1024 chunks spill registers."""
 
 
 @triton.jit
@@ -152,21 +154,33 @@ def finish(
 
 
 @triton.jit
+def _first_look(
+    own, slots, parity, region_bytes, row, chunks, lane, mask,
+    source: tl.constexpr, WORLD: tl.constexpr, RANK: tl.constexpr,
+):  # fmt: skip
+    """What is there of the source's contribution, this rank's own included."""
+    if source == RANK:
+        return own
+    else:
+        return ptx.peek_chunk(region(slots, RANK, source, parity, region_bytes, WORLD) + row * chunks * 4, lane, mask)
+
+
+@triton.jit
 def sum_in_rank_order(
     own, slots, parity, region_bytes, row, chunks, lane, mask, abort, records, what, deadline_ns,
     WORLD: tl.constexpr, RANK: tl.constexpr, kind: tl.constexpr, PAUSING: tl.constexpr,
 ):  # fmt: skip
     """Sum of a row over all ranks, rounded and packed. Peers' contributions are waited for and their place re-armed."""
     seen = ()
-    for source in tl.static_range(WORLD):
-        if source == RANK:
-            seen = seen + (own,)
-        else:
-            words = region(slots, RANK, source, parity, region_bytes, WORLD) + row * chunks * 4
-            seen = seen + (ptx.peek_chunk(words, lane, mask),)
+    for source in tl.static_range(WORLD if WORLD < _LOOKS else _LOOKS):
+        look = _first_look(own, slots, parity, region_bytes, row, chunks, lane, mask, source, WORLD, RANK)
+        seen = seen + (look,)
     total = ()
     for source in tl.static_range(WORLD):
         chunk = seen[source]
+        if source + _LOOKS < WORLD:
+            look = _first_look(own, slots, parity, region_bytes, row, chunks, lane, mask, source + _LOOKS, WORLD, RANK)
+            seen = seen + (look,)
         if source != RANK:
             words = region(slots, RANK, source, parity, region_bytes, WORLD) + row * chunks * 4
             chunk = ptx.wait_chunk(chunk, words, lane, abort, records + source * 8, what, deadline_ns, PAUSING)

@@ -28,8 +28,6 @@ class Tuning:
     blocks_per_sm: int = 1
     lanes: int = 512
     """Chunks of a row, when the call may choose (plain)."""
-    pushers: int = 0
-    """One-shot: blocks that only push, so that the others only sum; 0: every block does both."""
     bulk: bool = False
     """One-shot: push by bulk copies from shared memory, where rows are aligned and AHEAD + 1 of them fit there."""
     pausing: int = 0
