@@ -1,6 +1,7 @@
 """Checked access to a published config.json: wrong types and impossible sizes raise with file and field named."""
 
 import json
+import sys
 from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any
@@ -74,7 +75,7 @@ class Config:
         value = self._get(names, default)
         if value is default:
             return value
-        if not isinstance(value, int | float) or isinstance(value, bool) or not abs(value) < float("inf"):
+        if not isinstance(value, int | float) or isinstance(value, bool) or not abs(value) <= sys.float_info.max:
             raise self.error(names, value, "a finite number")
         if above is not None and value <= above:
             raise self.error(names, value, f"a number above {above:g}")

@@ -5,7 +5,7 @@ import re
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from shardwise.sharding.config import Config
+from shardwise.sharding.config import Config, ConfigError
 from shardwise.sharding.formats import (
     MXFP4_COMPRESSED,
     MXFP8,
@@ -96,7 +96,14 @@ class Quantization:
 
 
 def quantization_of(config: Config) -> Quantization:
-    """How the checkpoint stores its weights. ConfigError for a method that the planner does not know."""
+    """How the checkpoint stores its weights. ConfigError for a method that the planner does not know, or bad names."""
+    try:
+        return _quantization_of(config)
+    except re.error as error:
+        raise ConfigError(f"{config.source}: quantized module names: {error.pattern!r} is no regular expression") from None
+
+
+def _quantization_of(config: Config) -> Quantization:
     section = config.own("quantization_config")
     modelopt = config.own("hf_quant_config").own("quantization")
     method = section.text("quant_method", default="").lower()

@@ -107,7 +107,7 @@ def search_report(found: "SearchResult") -> str:
             str(i),
             str(c.layout),
             str(c.replicas),
-            size_text(c.plan.ranks[0].weight_bytes),
+            size_text(c.estimate.memory.weights),
             ("" if c.estimate.memory.fits else "-") + size_text(abs(c.estimate.memory.left)),
             f"{1e3 * c.estimate.decode.total:.3f}",
             f"{1e3 * c.estimate.prefill.total:.1f}",

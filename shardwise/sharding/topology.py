@@ -80,7 +80,7 @@ def _device(name, memory_gib, bandwidth_tb, tflops16, tflops8) -> Device:
         memory_bandwidth_bytes_per_second=bandwidth_tb * 1e12,
         flops_16bit=tflops16 * 1e12,
         flops_8bit=tflops8 * 1e12,
-        launch_seconds=5e-6,
+        launch_seconds=4e-6,
     )
 
 
@@ -91,7 +91,7 @@ def _link(gb_per_second: float, latency_us: float) -> Link:
 _NETWORK = _link(45, 20)
 
 # H200, measured: copy 4.2 TB/s, bf16 product 700 TFLOP/s, all-reduce of two 350 GB/s and 3 us
-# (benchmarks/results); steps of four models take 4.6 to 5.9 us a kernel beyond their bytes
+# (benchmarks/results); steps of four models take 2.6 to 5.1 us a kernel beyond their bytes
 # (benchmarks/planner_accuracy.py). H100: copy measured. The others take the H200's fractions of their datasheets:
 # 0.88 of the memory's rate, 0.71 of the products', 0.78 of the link's. cpu: one core of a server VM, measured
 # GEMV and GEMM.

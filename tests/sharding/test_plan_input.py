@@ -40,10 +40,12 @@ LLAMA = {
         ("vocab_size", [100], "expected an integer"),
         ("torch_dtype", "int3", "bfloat16 or float16"),
         ("rms_norm_eps", "small", "expected a finite number"),
+        ("rms_norm_eps", 10**400, "expected a finite number"),
         ("tie_word_embeddings", "yes", "expected true or false"),
         ("rope_scaling", [1], "rope_scaling is [1], expected an object"),
         ("quantization_config", 8, "quantization_config is 8, expected an object"),
         ("architectures", "LlamaForCausalLM", "expected a list of str"),
+        ("quantization_config", {"quant_method": "fp8", "modules_to_not_convert": ["re:("]}, "is no regular expression"),
     ],
 )
 def test_a_wrong_field_is_named_with_its_value(field, value, words, tmp_path):
