@@ -14,8 +14,7 @@ from shardwise.ops.moe.contract import FP8Scales
 from shardwise.ops.moe.few import few_moe
 from shardwise.ops.moe.grouped_gemm import gather_rows, grouped_gemm
 from shardwise.ops.moe.grouped_plan import FewPlan, GroupedPlan, Shape, choose_few, choose_plan
-from shardwise.ops.moe.mxfp4 import WIDE_TOKENS
-from shardwise.ops.moe.routing import Routing, combine, most_blocks, routed
+from shardwise.ops.moe.routing import WIDE_TOKENS, Routing, combine, most_blocks, routed
 from shardwise.ops.moe.wide_gemm import wide_gemm
 from shardwise.ops.moe.workspace import Workspace
 from shardwise.ops.quantization.triton_fp8 import quantize

@@ -12,7 +12,7 @@ from shardwise.ops.moe.mxfp4_few import mxfp4_few
 from shardwise.ops.moe.mxfp4_gemm import mxfp4_gemm
 from shardwise.ops.moe.mxfp4_layout import TILE, PackedMXFP4
 from shardwise.ops.moe.mxfp4_plan import choose_plan
-from shardwise.ops.moe.routing import Routing, combine, most_blocks, route_tokens, routed, turn_rows
+from shardwise.ops.moe.routing import WIDE_TOKENS, Routing, combine, most_blocks, route_tokens, routed, turn_rows
 from shardwise.ops.moe.tiles import Plan, Tiles
 from shardwise.ops.moe.workspace import Workspace
 from shardwise.ops.triton_support import (
@@ -25,7 +25,6 @@ from shardwise.ops.triton_support import (
 )
 
 _gemm, _few = Launcher(mxfp4_gemm), Launcher(mxfp4_few)
-WIDE_TOKENS = 256  # up to here an expert's results wait for their sum in float32: the bytes do not count yet
 AHEAD_BYTES = 16384
 """Of a program's next weights, asked for while it computes."""
 

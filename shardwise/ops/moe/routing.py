@@ -14,6 +14,8 @@ _route, _combine, _turn = Launcher(route_kernel), Launcher(combine_kernel), Laun
 _few, _count, _place = Launcher(group_few_kernel), Launcher(count_kernel), Launcher(place_kernel)
 _FEW_PAIRS = 64
 """Most pairs that one program groups by comparing all with all."""
+WIDE_TOKENS = 256
+"""Up to here an expert's results wait for their sum in float32: the bytes do not count yet."""
 _PART = 256
 """Pairs of a part of a counting sort, where the router has not counted already."""
 
