@@ -118,13 +118,13 @@ def test_flashinfer_decode_gets_what_it_demands(monkeypatch, limit, name):
 def mamba_flashinfer_prefill(monkeypatch, args):
     """Prefill by the reference, so that this test also runs where Triton is missing."""
 
-    def prefill(_op, one, batch, bounds, resumes, *_pieces):
-        first = batch.prefill_tokens
-        info = torch.tensor([batch.prefill, first, 0])
-        tokens = [t.flatten(0, 1)[None, :first] for t in (one.x, one.B, one.C, one.dt)]
-        one.out.flatten(0, 1)[:first] = torch.ops.auto_deploy.torch_cached_ssm(
-            tokens[0], one.A, tokens[1], tokens[2], one.D, tokens[3], one.dt_bias, info, bounds, bounds, one.slots,
-            resumes, one.cache, [one.low, one.high], 16,
-        )[0]  # fmt: skip
+    def prefill(_op, given, metadata, out, plan):
+        x, dt, dt_bias, A, B, C, D, slots, cache = given
+        (bounds, resumes, *_), (sequences, first, _, *limit) = metadata, plan.steps.free
+        info = torch.tensor([sequences, first, 0])
+        x, B, C, dt = (t.flatten(0, 1)[None, :first] for t in (x, B, C, dt))
+        out.flatten(0, 1)[:first] = torch.ops.auto_deploy.torch_cached_ssm(
+            x, A, B, C, D, dt, dt_bias, info, bounds, bounds, slots, resumes, cache, limit, 16
+        )[0]
 
     monkeypatch.setattr(mamba_flashinfer, "prefill", prefill)
