@@ -211,3 +211,12 @@ def test_a_model_has_the_name_of_its_config_or_of_the_folder_around_it(tmp_path,
     path.parent.mkdir()
     path.write_text(json.dumps(CONFIGS["microsoft/phi-4"]))
     assert plan(path).model.name == name
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "words"),
+    [("hidden_size", 3, "a divisor of hidden_size 3"), ("num_attention_heads", 4, "n_heads_in_group is 8, expected")],
+)
+def test_heads_of_a_searched_architecture_that_do_not_divide_are_named(field, value, words):
+    with pytest.raises(ConfigError, match=words):
+        plan(CONFIGS["nvidia/Llama-3_3-Nemotron-Super-49B-v1"] | {field: value})

@@ -14,12 +14,16 @@ WIDTH_STEP = 256
 def build(config: Config, name: str, architecture: str) -> ModelSpec:
     b = Builder(config, name, architecture, norm_eps=config.number("rms_norm_eps", default=1e-5))
     count, heads = config.integer("num_hidden_layers"), config.integer("num_attention_heads")
+    if b.hidden_size % heads:
+        raise config.error(("num_attention_heads",), heads, f"a divisor of hidden_size {b.hidden_size}")
     blocks = [Config(block, config.source) for block in config.list("block_configs", length=count, of=dict)]
 
     def layer(key: tuple[int, float]) -> Layer:
         group, multiplier = key
         halves: dict[str, Any] = {}
         if group:
+            if heads % group:
+                raise config.error(("n_heads_in_group",), group, f"a divisor of num_attention_heads {heads}")
             axes = (*head_axes(b, heads, heads // group), b.hidden_size // heads)
             halves["mixers"] = (attention(b, f"{LAYER}.self_attn", heads=axes, qkv_bias=config.flag("attention_bias")),)
             halves["mixer_norm"] = b.norm("mixer_norm", f"{LAYER}.input_layernorm")
