@@ -1,11 +1,15 @@
 """One step's work: which tokens of which sequences enter the decoder, and where their caches continue."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from shardwise.parallel.transfer import to_device
 
 
 @dataclass(frozen=True)
@@ -48,25 +52,21 @@ class Batch:
     def is_single_token(self) -> bool:
         return len(self.spans) == 1 and self.prefills == 0
 
-    @cached_property
+    @property
     def tokens(self) -> Tensor:
         """int64 [T]."""
-        return torch.tensor(self.ids, dtype=torch.int64, device=self.device)
+        return self._metadata.tokens
 
-    @cached_property
+    @property
     def positions(self) -> Tensor:
         """int64 [T]."""
-        return torch.tensor([p for s in self.spans for p in range(s.past, s.total)], device=self.device)
+        return self._metadata.positions
 
-    @cached_property
+    @property
     def logits_rows(self) -> Tensor | None:
         """int64 rows of the tokens whose logits are wanted; None: all of them."""
-        rows, end = [], 0
-        for span in self.spans:
-            end += span.length
-            if span.wants_logits:
-                rows.append(end - 1)
-        return None if len(rows) == self.size else torch.tensor(rows, dtype=torch.int64, device=self.device)
+        rows = self._metadata.logits_rows
+        return None if len(rows) == self.size else rows
 
     @cached_property
     def batch_info(self) -> Tensor:
@@ -74,24 +74,41 @@ class Batch:
         tokens = sum(s.length for s in self.spans[: self.prefills])
         return torch.tensor([self.prefills, tokens, len(self.spans) - self.prefills], dtype=torch.int32)
 
-    @cached_property
+    @property
     def seq_len(self) -> Tensor:
-        return self._int32([s.length for s in self.spans])
+        """int32 [spans]: new tokens of each."""
+        return self._metadata.seq_len
 
-    @cached_property
+    @property
     def input_pos(self) -> Tensor:
-        return self._int32([s.past for s in self.spans])
+        """int32 [spans]: tokens that the cache holds of each."""
+        return self._metadata.input_pos
 
-    @cached_property
+    @property
     def slots(self) -> Tensor:
-        return torch.tensor([s.slot for s in self.spans], dtype=torch.int64, device=self.device)
+        """int64 [spans]."""
+        return self._metadata.slots
+
+    @property
+    def cu_seqlen(self) -> Tensor:
+        """int32 [spans + 1]: where each span's tokens begin."""
+        return self._metadata.cu_seqlen
 
     @cached_property
-    def cu_seqlen(self) -> Tensor:
-        ends = [0]
-        for span in self.spans:
-            ends.append(ends[-1] + span.length)
-        return self._int32(ends)
+    def _metadata(self) -> "_Metadata":
+        spans = self.spans
+        ends = list(accumulate((span.length for span in spans), initial=0))
+        wanted = [end - 1 for end, span in zip(ends[1:], spans, strict=True) if span.wants_logits]
+        made = _Metadata(
+            tokens=torch.tensor(self.ids, dtype=torch.int64),
+            positions=torch.tensor([p for s in spans for p in range(s.past, s.total)], dtype=torch.int64),
+            logits_rows=torch.tensor(wanted, dtype=torch.int64),
+            seq_len=_int32(s.length for s in spans),
+            input_pos=_int32(s.past for s in spans),
+            slots=torch.tensor([s.slot for s in spans], dtype=torch.int64),
+            cu_seqlen=_int32(ends),
+        )
+        return made if self.device.type == "cpu" else _Metadata(*to_device(made, self.device))
 
     def rotation(self, angles) -> tuple[Tensor, Tensor]:
         """(cos, sin) of this step's positions for one `RotaryAngles`, computed once a step."""
@@ -99,5 +116,16 @@ class Batch:
             self._rotations[angles] = angles(self.positions)
         return self._rotations[angles]
 
-    def _int32(self, values: list[int]) -> Tensor:
-        return torch.tensor(values, dtype=torch.int32, device=self.device)
+
+class _Metadata(NamedTuple):
+    tokens: Tensor
+    positions: Tensor
+    logits_rows: Tensor
+    seq_len: Tensor
+    input_pos: Tensor
+    slots: Tensor
+    cu_seqlen: Tensor
+
+
+def _int32(values: Iterable[int]) -> Tensor:
+    return torch.tensor(list(values), dtype=torch.int32)

@@ -12,6 +12,7 @@ from shardwise.parallel.batch import Batch, Span
 from shardwise.parallel.cache import KvCache, LayerShape, Masking
 from shardwise.parallel.paged import PageTables
 from shardwise.parallel.prefill import Choice, PrefillAttention, PrefillStep, choose
+from shardwise.parallel.transfer import to_device
 
 PAGE_SIZE = 64
 """Tokens of a page: what the decode kernels take at once."""
@@ -94,22 +95,24 @@ class DeviceCache(KvCache):
         rows.index_copy_(0, step.new, kv)
         if masking.softcap or not _has_decode_kernel(shape):
             return self._attend_part(step.whole, rows, q, kv, shape, masking)
+        if not step.singles:
+            return self._attend_part(step.longer, rows, q, kv, shape, masking)
         out = q.new_empty(q.shape[0], q.shape[1], shape.v_head_dim)
         count = q.shape[0] - step.singles
         if count:
             out[:count] = self._attend_part(step.longer, rows, q[:count], kv[:count], shape, masking)
-        if step.singles:
-            self._attend_singles(out[count:], layer, q[count:], kv[count:], step, masking)
+        self._attend_singles(out[count:], layer, q[count:], kv[count:], step, masking)
         return out
 
     def _attend_part(
         self, part: "_Part", rows: Tensor, q: Tensor, kv: Tensor, shape: LayerShape, masking: Masking
     ) -> Tensor:
         """Spans of any length, over a copy of what the pool holds of them."""
-        count = part.rows.shape[0]
-        known = rows.new_empty(count + part.step.longest, rows.shape[1])
-        torch.index_select(rows, 0, part.rows, out=known[:count])
-        return self._prefill(self.choice(shape, masking), q, kv, known, part.step, shape, masking)
+        step, choice = part.step, self.choice(shape, masking)
+        known = rows.new_empty(part.tokens + step.longest, rows.shape[1])
+        if step.continues or choice.name == "flashinfer":
+            torch.index_select(rows, 0, part.rows, out=known[: part.tokens])
+        return self._prefill(choice, q, kv, known, step, shape, masking)
 
     def choice(self, shape: LayerShape, masking: Masking) -> Choice:
         """Which prefill backend serves such a layer, and why."""
@@ -149,11 +152,17 @@ def _has_decode_kernel(shape: LayerShape) -> bool:
 
 
 class _Part:
-    """Spans that a prefill backend serves, and the pool rows of all their tokens, the new ones included."""
+    """Spans that a prefill backend serves."""
 
     def __init__(self, spans: Sequence[Span], tables: PageTables, device: torch.device):
-        self.step = PrefillStep(spans, device)
-        self.rows = torch.cat([tables.rows(span.slot, 0, span.total) for span in spans]).to(device)
+        self.step, self._tables = PrefillStep(spans, device), tables
+        self.tokens = sum(span.total for span in spans)
+
+    @cached_property
+    def rows(self) -> Tensor:
+        """int64 [tokens]: pool rows of all their tokens, the new ones included."""
+        rows = [self._tables.rows(span.slot, 0, span.total) for span in self.step.spans]
+        return to_device([torch.cat(rows)], self.step.device)[0]
 
 
 class _Step:
@@ -167,9 +176,10 @@ class _Step:
     def __init__(self, batch: Batch, tables: PageTables, table: Tensor):
         self._batch, self._tables = batch, tables
         self.singles = len(batch.spans) - batch.prefills
-        self.new = torch.cat([tables.rows(s.slot, s.past, s.total) for s in batch.spans]).to(batch.device)
         lists = [torch.tensor(tables[span.slot], dtype=torch.int32) for span in batch.spans]
-        pages = torch.nn.utils.rnn.pad_sequence(lists, batch_first=True).to(table.device)
+        pages = torch.nn.utils.rnn.pad_sequence(lists, batch_first=True)
+        new = torch.cat([tables.rows(s.slot, s.past, s.total) for s in batch.spans])
+        self.new, pages = to_device([new, pages], batch.device)
         table[:, : pages.shape[1]].index_copy_(0, batch.slots, pages)
 
     @cached_property

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from shardwise.comm.base import Communicator
+from shardwise.ops.normalization.triton import triton_fused_add_rms_norm_inplace
 from shardwise.parallel.block_linear import BlockHead
 from shardwise.parallel.memory import weight_memory
 from shardwise.sharding.axes import Range
@@ -117,8 +118,11 @@ class ResidualNorm:
 
     def __call__(self, partial: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         """partial, residual [T, H] -> (normed sum, sum); both arguments may be overwritten."""
-        if self.norm is not None and self.is_plain and partial.is_cuda and self.group.size > 1:
-            return self.group.all_reduce_residual_rms_norm(partial, residual, self.norm.weight, self.norm.eps)
+        if self.norm is not None and self.is_plain and partial.is_cuda:
+            if self.group.size > 1:
+                return self.group.all_reduce_residual_rms_norm(partial, residual, self.norm.weight, self.norm.eps)
+            triton_fused_add_rms_norm_inplace(partial, residual, self.norm.weight, self.norm.eps)
+            return partial, residual
         if self.group.size > 1:
             self.group.all_reduce(partial, out=partial)
         if self.post is not None:

@@ -7,7 +7,8 @@ import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from itertools import accumulate
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from shardwise.ops.attention.reference import torch_cached_attention_with_cache
 from shardwise.ops.attention.triton import triton_attention_flattened_mha_with_cache
 from shardwise.parallel.batch import Span
 from shardwise.parallel.cache import LayerShape, Masking
+from shardwise.parallel.transfer import to_device
 
 ATTENTIONS = ("auto", "triton", "flashinfer", "torch")
 HALVES = (torch.float16, torch.bfloat16)
@@ -78,33 +80,34 @@ class PrefillStep:
     def info(self) -> Tensor:
         return torch.tensor([len(self.spans), self.tokens, 0], dtype=torch.int32)
 
-    @cached_property
-    def lengths(self) -> Tensor:
-        return self._int32([span.length for span in self.spans])
+    @property
+    def continues(self) -> bool:
+        """Whether the cache already holds tokens of some sequence."""
+        return any(span.past for span in self.spans)
 
     @cached_property
-    def past(self) -> Tensor:
-        return self._int32([span.past for span in self.spans])
-
-    @cached_property
-    def starts(self) -> Tensor:
-        """int32 [sequences + 1]: where each sequence's keys begin."""
-        return self._int32(_ends([span.total for span in self.spans]))
-
-    @cached_property
-    def query_starts(self) -> Tensor:
-        """int32 [sequences + 1]: where each sequence's queries begin."""
-        return self._int32(_ends([span.length for span in self.spans]))
-
-    def _int32(self, values: list[int]) -> Tensor:
-        return torch.tensor(values, dtype=torch.int32, device=self.device)
+    def places(self) -> "Places":
+        spans = self.spans
+        rows = (
+            [span.length for span in spans],
+            [span.past for span in spans],
+            list(accumulate((span.total for span in spans), initial=0)),
+            list(accumulate((span.length for span in spans), initial=0)),
+        )
+        return Places(*to_device([torch.tensor(row, dtype=torch.int32) for row in rows], self.device))
 
 
-def _ends(lengths: list[int]) -> list[int]:
-    ends = [0]
-    for length in lengths:
-        ends.append(ends[-1] + length)
-    return ends
+class Places(NamedTuple):
+    """Of a step's sequences, int32."""
+
+    lengths: Tensor
+    """[sequences], new tokens"""
+    past: Tensor
+    """[sequences], tokens before them"""
+    starts: Tensor
+    """[sequences + 1]: where each one's keys begin"""
+    query_starts: Tensor
+    """[sequences + 1]: where each one's queries begin"""
 
 
 class PrefillAttention:
@@ -126,15 +129,17 @@ class PrefillAttention:
         """q [T, N, D] -> [T, N, Dv].
 
         kv    [T, Nkv * (D + Dv)], of the new tokens
-        rows  [all tokens + step.longest, Nkv * (D + Dv)], the new ones included; what is behind the last is not read
+        rows  [all tokens + step.longest, Nkv * (D + Dv)], with room for the new ones, which FlashInfer's kernels want
+              to be there already; what is behind the last is not read
         """
         if choice.name == "flashinfer":
             return self._flashinfer(q, rows, step, shape, masking)
-        widths = (shape.kv_heads * shape.head_dim, shape.kv_heads * shape.v_head_dim)
-        keys, values = (_overlapping(part, shape.kv_heads, step.longest) for part in rows.split_with_sizes(widths, 1))
-        k, v = kv.split_with_sizes(widths, 1)
-        new = q[None], k[None], v[None]
-        places = step.info, step.lengths, step.past, step.starts[:-1], step.query_starts
+        heads, widths = shape.kv_heads, (shape.kv_heads * shape.head_dim, shape.kv_heads * shape.v_head_dim)
+        keys = _overlapping(rows, 0, heads, shape.head_dim, step.longest)
+        values = _overlapping(rows, widths[0], heads, shape.v_head_dim, step.longest)
+        new = q[None], *kv[None].split_with_sizes(widths, 2)
+        lengths, past, starts, query_starts = step.places
+        places = step.info, lengths, past, starts[:-1], query_starts
         options = masking.scale, masking.sinks, masking.window
         if choice.name == "triton":
             return triton_attention_flattened_mha_with_cache(*new, *places, keys, values, *options)[0]
@@ -158,8 +163,8 @@ class PrefillAttention:
 
         wrapper = BatchPrefillWithRaggedKVCacheWrapper(self._workspace, "NHD", backend="fa2")
         wrapper.plan(
-            step.query_starts,
-            step.starts,
+            step.places.query_starts,
+            step.places.starts,
             q.shape[1],
             shape.kv_heads,
             shape.head_dim,
@@ -172,12 +177,11 @@ class PrefillAttention:
         return wrapper
 
 
-def _overlapping(rows: Tensor, heads: int, length: int) -> Tensor:
-    """Rows [R + length, heads * size] as R caches [R, length, heads, size], each one row behind the other.
+def _overlapping(rows: Tensor, column: int, heads: int, size: int, length: int) -> Tensor:
+    """Rows [R + length, ...], from a column on, as R caches [R, length, heads, size], each one row behind the other.
 
     A sequence's first row then is its cache slot, and sequences of any lengths need no padding between them.
     """
-    split = rows.unflatten(1, (heads, -1))
-    row, head, element = split.stride()
-    count = rows.shape[0] - length
-    return split.as_strided((count, length, heads, split.shape[2]), (row, row, head, element), split.storage_offset())
+    row = rows.stride(0)
+    shape = rows.shape[0] - length, length, heads, size
+    return rows.as_strided(shape, (row, row, size, 1), rows.storage_offset() + column)
