@@ -91,18 +91,20 @@ def _head(plan: Plan, cost: "Cost | None") -> dict[str, Any]:
         "warnings": list(plan.warnings),
     }
     if cost is not None:
-        head["cost"] = _cost(cost)
+        head["cost"] = _cost(plan, *cost)
     return head
 
 
-def _cost(cost: "Cost") -> dict[str, Any]:
-    topology, workload, estimate = cost
+def _cost(plan: Plan, topology: "Topology", workload: "Workload", estimate: "Estimate") -> dict[str, Any]:
+    from shardwise.sharding.capacity import most_sequences
+
     steps = {"decode": estimate.decode, "prefill": estimate.prefill}
     return {
         "device": topology.device.name,
         "nodes": topology.nodes,
         "workload": asdict(workload),
         "memory": {**asdict(estimate.memory), "left": estimate.memory.left, "fits": estimate.memory.fits},
+        "most_sequences": most_sequences(plan, topology, workload),
         **{name: {**asdict(t), "total": t.total, "bound": t.bound} for name, t in steps.items()},
     }
 

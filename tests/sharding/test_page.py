@@ -50,3 +50,7 @@ def test_drawings_are_well_formed_and_show_both_ranks(html):
 
 def test_the_refused_layouts_stand_with_their_reason(html):
     assert re.search(r"<h2>Refused</h2>.*<li>tp 16: .*9 q_heads in 3 groups on 16 ranks", html)
+
+
+def test_how_many_sequences_fit_is_among_the_figures(html):
+    assert re.search(r"<b>\d+</b><span>sequences of 4096 tokens fit</span>", html)

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
 
+from shardwise.sharding.capacity import most_sequences
 from shardwise.sharding.cost import Estimate, Workload, collective_seconds
 from shardwise.sharding.page.svg import Bar, MapRow, Point, holding_map, scatter, stacked_bars
 from shardwise.sharding.plan import Plan
@@ -24,7 +25,7 @@ def page(
         f"<h1>{escape(plan.model.name)}</h1>",
         f"<p class='lead'>{escape(plan.model.architecture)} · {escape(str(plan.layout))} on "
         f"{escape(topology.device.name)} · {workload.batch} × {workload.context} tokens</p>",
-        _cards(plan, estimate),
+        _cards(plan, topology, workload, estimate),
         _memory(plan, topology, estimate, workload),
         _map(plan),
         _collectives(plan, topology, workload),
@@ -39,7 +40,7 @@ def page(
     )
 
 
-def _cards(plan: Plan, estimate: Estimate) -> str:
+def _cards(plan: Plan, topology: Topology, workload: Workload, estimate: Estimate) -> str:
     heaviest = max(r.weight_bytes for r in plan.ranks)
     lightest = min(r.weight_bytes for r in plan.ranks)
     figures = [
@@ -49,6 +50,7 @@ def _cards(plan: Plan, estimate: Estimate) -> str:
         (f"{estimate.decode.total * 1e3:.2f} ms", f"predicted decode step ({estimate.decode.bound})"),
         (f"{estimate.prefill.total * 1e3:.0f} ms", f"predicted prefill ({estimate.prefill.bound})"),
         (f"{max(r.kv_bytes_per_token for r in plan.ranks) / 1024:.1f} KiB", "cache a token and rank"),
+        (str(most_sequences(plan, topology, workload)), f"sequences of {workload.context} tokens fit"),
     ]
     cards = "".join(
         f"<div class='card'><b>{escape(value)}</b><span>{escape(name)}</span></div>" for value, name in figures
