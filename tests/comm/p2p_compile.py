@@ -52,7 +52,7 @@ def main() -> None:
     seen = set()
     for world, fused, aligned, dtype, nbytes in cases:
         tuning = table.choose(world, nbytes, fused, "AUTO").tuning
-        lanes = (1024 if world == 2 and nbytes >= 1 << 20 else 512) if fused else tuning.lanes
+        lanes = (1024 if nbytes >= 1 << 20 else 512) if fused else tuning.lanes
         case = (tuning, world, fused, aligned, dtype, lanes)
         if case in seen:
             continue
