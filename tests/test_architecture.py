@@ -90,3 +90,28 @@ def test_planning_modules_import_without_torch():
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+OPTIONAL = ("mpi4py", "ray", "flashinfer", "fla", "transformers", "triton", "einops", "huggingface_hub")
+KERNELS = ("fp8", "interpreted", "kernels", "launch", "ptx", "rows")
+ASKED_FOR_FIRST = ("ops.bench", *(f"comm.p2p.{name}" for name in KERNELS))
+"""Beginnings of modules that are imported only where Triton was found."""
+
+
+def test_every_module_imports_without_the_optional_packages():
+    names = [
+        ".".join(("shardwise", *path.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(".__init__")
+        for path in files()
+    ]
+    chosen = [name for name in names if not name.removeprefix("shardwise.").startswith(ASKED_FOR_FIRST)]
+    chosen.remove("shardwise.launch.tether")  # a program
+    program = (
+        "import sys, importlib\n"
+        "class Refuse:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        f"        if name.split('.')[0] in {OPTIONAL!r}: raise ModuleNotFoundError(name)\n"
+        "sys.meta_path.insert(0, Refuse())\n"
+        f"for name in {chosen!r}: importlib.import_module(name)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]

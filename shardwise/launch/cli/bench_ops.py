@@ -1,6 +1,7 @@
 """`shardwise bench ops`: operators timed on one GPU beside their peers and a plain copy of the same bytes."""
 
 import argparse
+import importlib.util
 
 from shardwise.launch.cli import DONE, UsageError
 from shardwise.launch.cli.output import add_json, table_stream, write_json
@@ -15,7 +16,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure and print; ValueError without a CUDA device, UsageError for an unknown category."""
+    """Measure and print; ValueError without Triton or a CUDA device, UsageError for an unknown category."""
+    if importlib.util.find_spec("triton") is None:
+        raise ValueError("the package triton is not installed; `shardwise ops` tells what runs here")
     import torch
 
     from shardwise.ops.bench import CATEGORIES
