@@ -38,6 +38,10 @@ def few_up(
     w_at = w_ptr + first + tl.where(real, n, 0)[:, None] * columns + column[None, :]
     x_ptr += (pair // TOP_K).to(tl.int64) * columns
     weight = tl.load(routing_ptr + pair).to(tl.float32) if WEIGHT_IN else 1.0
+    # Scales are asked for before the rows: behind them, each would be a wait of its own.
+    in_scale = tl.load(in_ptr) if SCALED else 1.0
+    scale = _scale(scale_ptr, factor_ptr, expert, True, FACTORED) if SCALED else 1.0
+    quant = tl.load(quant_ptr) if SCALED else 1.0
     acc = tl.zeros((ROWS, BK // VECTOR), dtype=tl.float32)
     gate = tl.zeros((ROWS, BK // VECTOR), dtype=tl.float32)
     for k in tl.range(0, columns, BK, num_stages=STAGES):
@@ -50,7 +54,7 @@ def few_up(
             if SCALED:  # the contract rounds a weighted input to its own type before it quantises it
                 x = x.to(x_ptr.dtype.element_ty).to(tl.float32)
         if SCALED:
-            x = encode_e4m3(x / tl.load(in_ptr), INTERPRET).to(tl.float32)
+            x = encode_e4m3(x / in_scale, INTERPRET).to(tl.float32)
         acc += tl.sum(tl.reshape(up.to(tl.float32) * x[None, :], (ROWS, BK // VECTOR, VECTOR)), axis=2)
         if GATED:
             other = w_at + out_rows * columns + k
@@ -59,14 +63,13 @@ def few_up(
     value = tl.sum(acc, axis=1)
     other = tl.sum(gate, axis=1)
     if SCALED:
-        scale = _scale(scale_ptr, factor_ptr, expert, True, FACTORED)
         value *= scale
         other *= scale
     if GATED:
         value *= other / (1.0 + tl.exp(-other))
     else:
         value = tl.maximum(value, 0.0) * tl.maximum(value, 0.0)
-    result = quantized(value, quant_ptr, QUANTIZE, INTERPRET).to(out_ptr.dtype.element_ty)
+    result = quantized(value, quant, QUANTIZE, INTERPRET).to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + pair.to(tl.int64) * out_rows + n, result, mask=real)
 
 
@@ -79,8 +82,8 @@ def few_down(
 ):  # fmt: skip
     """ROWS elements of one token's sum over its local experts.
 
-    Launched behind `few_up`: ids and weights were complete before that began. AHEAD lines of 128 bytes of every row
-    are asked for while it runs.
+    Launched behind `few_up`: ids, weights and scales were complete before that began. AHEAD lines of 128 bytes of every
+    row are asked for while it runs.
     """
     token = tl.program_id(1)
     choice = tl.arange(0, K_BLOCK)
@@ -90,6 +93,8 @@ def few_down(
     expert = tl.where(held, expert, 0)
     n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     real = n < out_rows
+    scale = _scale(scale_ptr, factor_ptr, expert, held, FACTORED) if SCALED else 1.0
+    routing = tl.load(routing_ptr + pair, mask=held, other=0.0).to(tl.float32) if WEIGHTED else 1.0
     row_at = w_ptr + (expert[:, None].to(tl.int64) * out_rows + tl.where(real, n, 0)[None, :]) * columns
     if AHEAD > 0:
         line = tl.arange(0, AHEAD) * (8 * VECTOR)
@@ -106,8 +111,8 @@ def few_down(
         acc += tl.sum(tl.reshape(products, (K_BLOCK, ROWS, BK // VECTOR, VECTOR)), axis=3)
     value = tl.sum(acc, axis=2)
     if SCALED:
-        value *= _scale(scale_ptr, factor_ptr, expert, held, FACTORED)[:, None]
+        value *= scale[:, None]
     if WEIGHTED:
-        value *= tl.load(routing_ptr + pair, mask=held, other=0.0).to(tl.float32)[:, None]
+        value *= routing[:, None]
     total = tl.sum(value, axis=0)
     tl.store(out_ptr + token.to(tl.int64) * out_rows + n, total.to(out_ptr.dtype.element_ty), mask=real)

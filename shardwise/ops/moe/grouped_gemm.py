@@ -123,6 +123,13 @@ def grouped_gemm(
         first = expert * (out_rows * (2 if GATED else 1))
         scale_rows = tl.cdiv(out_rows, 128) * (2 if GATED else 1)
         at_row = first + n_start if TMA else first
+        # What the results are scaled with is asked for before the rows: behind them it would be a wait of its own.
+        factor = tl.load(scale_ptr + expert) if SCALED == "expert" else 1.0
+        if FACTORED:
+            factor *= tl.load(factor_ptr)
+        quant = tl.load(quant_ptr) if QUANTIZE != "" else 1.0
+        if WEIGHT_IN:
+            weight = tl.load(routing_ptr + pair, mask=valid, other=0.0).to(tl.float32)
         acc = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
         gate = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
         for step in tl.range(split * k_steps, (split + 1) * k_steps, num_stages=STAGES):
@@ -143,20 +150,16 @@ def grouped_gemm(
                 else:
                     gate = _step(gate, other, tokens, TOKENS_LEFT, INTERPRET)
         if SCALED != "":
-            factor = tl.load(scale_ptr + expert) if SCALED == "expert" else 1.0
-            if FACTORED:
-                factor *= tl.load(factor_ptr)
             acc *= factor
             gate *= factor
         if WEIGHT_IN:
-            weight = tl.load(routing_ptr + pair, mask=valid, other=0.0).to(tl.float32)
             acc *= _lines(weight, not TOKENS_LEFT)
             gate *= _lines(weight, not TOKENS_LEFT)
         if ACT == "silu":
             acc *= gate / (1.0 + tl.exp(-gate))
         if ACT == "relu2":
             acc = tl.maximum(acc, 0.0) * tl.maximum(acc, 0.0)
-        value = quantized(acc, quant_ptr, QUANTIZE, INTERPRET).to(out_ptr.dtype.element_ty)
+        value = quantized(acc, quant, QUANTIZE, INTERPRET).to(out_ptr.dtype.element_ty)
         at = (split * pairs + pair if BY_PAIR else position).to(tl.int64) * out_rows
         out = out_ptr + _lines(at, not TOKENS_LEFT) + _lines(n, TOKENS_LEFT)
         tl.store(out, value, mask=_lines(real, TOKENS_LEFT) & _lines(valid, not TOKENS_LEFT))

@@ -34,14 +34,14 @@ def encode_e4m3(value, INTERPRET: tl.constexpr):
 
 
 @triton.jit
-def quantized(value, scale_ptr, HOW: tl.constexpr, INTERPRET: tl.constexpr):
-    """e4m3 of float32 values that are divided by scale_ptr[0] (HOW "divide") or multiplied with it ("multiply"), or the
+def quantized(value, scale, HOW: tl.constexpr, INTERPRET: tl.constexpr):
+    """e4m3 of float32 values that are divided by the scale (HOW "divide") or multiplied with it ("multiply"), or the
     values as they are ("").
     """
     if HOW == "divide":
-        result = encode_e4m3(value / tl.load(scale_ptr), INTERPRET)
+        result = encode_e4m3(value / scale, INTERPRET)
     elif HOW == "multiply":
-        result = encode_e4m3(value * tl.load(scale_ptr), INTERPRET)
+        result = encode_e4m3(value * scale, INTERPRET)
     else:
         result = value
     return result
