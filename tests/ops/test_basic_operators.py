@@ -280,6 +280,7 @@ def test_operators_replay_in_a_cuda_graph():
 
 @pytest.mark.parametrize("elements", [64, 1536, 3072, 4096, 8192, 24576])
 @pytest.mark.parametrize("programs", [1, 500, 100_000])
-def test_a_norms_program_has_a_power_of_two_of_warps(elements, programs):
-    warps = triton_norms._warps(programs, elements, torch.device("cpu"))
+@pytest.mark.parametrize("gated", [False, True])
+def test_a_norms_program_has_a_power_of_two_of_warps(elements, programs, gated):
+    warps = triton_norms._warps(programs, elements, gated, torch.device("cpu"))
     assert warps in (2, 4, 8, 16)
