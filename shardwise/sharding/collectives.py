@@ -77,15 +77,13 @@ def _experts(moe: Moe, layout: ParallelLayout, hidden: int, itemsize: int) -> It
         if layout.world > 1:
             yield Collective("moe", "all_reduce", "world", hidden, 1)
         return
-    if moe.shared is not None and layout.tp > 1:
-        yield Collective("shared_expert", "all_reduce", "tp", hidden, 1)
-    width = (moe.latent * itemsize) if moe.latent else hidden
-    if layout.moe_ep > 1 and layout.moe_tp == 1:
-        sent = min(moe.routing.top_k, layout.moe_ep) * width
+    if layout.moe_ep > 1 and layout.moe_tp == 1:  # each of a group's ranks cares for its part of the group's tokens
+        width = moe.latent * itemsize if moe.latent else hidden
+        sent = -(-min(moe.routing.top_k, layout.moe_ep) * width // layout.tp)
         yield Collective("moe_dispatch", "all_to_all", "moe_ep", sent, 1)
         yield Collective("moe_combine", "all_to_all", "moe_ep", sent, 1)
-        if layout.tp > 1:
-            yield Collective("moe_gather", "all_gather", "tp", hidden, 1)
-        return
-    yield Collective("moe_dispatch", "all_gather", "world", hidden, 1)
-    yield Collective("moe_combine", "reduce_scatter", "world", hidden, 1)
+    else:
+        yield Collective("moe_dispatch", "all_gather", "attn_dp", hidden, 1)
+        yield Collective("moe_combine", "reduce_scatter", "world", hidden, 1)
+    if layout.tp > 1:
+        yield Collective("moe", "all_reduce", "tp", hidden, 1)

@@ -265,10 +265,10 @@ def collective_seconds(collective: Collective, plan: Plan, topology: Topology, t
     size = layout.world if collective.axis == "world" else getattr(layout, collective.axis)
     if size == 1:
         return 0.0
-    stride = layout.moe_ep if collective.axis == MeshAxis.MOE_TP else 1
+    stride = {MeshAxis.MOE_TP: layout.moe_ep, MeshAxis.ATTN_DP: layout.tp}.get(collective.axis, 1)
     link = topology.link(size * stride)
     payload = collective.bytes_per_token * tokens
     crossing = payload * (size - 1) / size * (2 if collective.op == "all_reduce" else 1)
-    if collective.axis == "world" and collective.op != "all_reduce":
-        crossing *= layout.attn_dp
+    if collective.axis in ("world", MeshAxis.ATTN_DP) and collective.op != "all_reduce":
+        crossing *= layout.attn_dp  # tokens of all groups
     return link.latency_seconds + crossing / link.bandwidth_bytes_per_second
