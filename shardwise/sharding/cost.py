@@ -265,7 +265,8 @@ def collective_seconds(collective: Collective, plan: Plan, topology: Topology, t
     size = layout.world if collective.axis == "world" else getattr(layout, collective.axis)
     if size == 1:
         return 0.0
-    stride = {MeshAxis.MOE_TP: layout.moe_ep, MeshAxis.ATTN_DP: layout.tp}.get(collective.axis, 1)
+    strides: dict[str, int] = {MeshAxis.MOE_TP: layout.moe_ep, MeshAxis.ATTN_DP: layout.tp}
+    stride = strides.get(collective.axis, 1)
     link = topology.link(size * stride)
     payload = collective.bytes_per_token * tokens
     crossing = payload * (size - 1) / size * (2 if collective.op == "all_reduce" else 1)
