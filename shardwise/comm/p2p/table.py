@@ -1,9 +1,9 @@
 """Which strategy and launch for which call.
 
-World 2 is what won a sweep of launches on 2x H200 (NVLink, CUDA graphs, bf16), benchmarks/results/gpu_all_reduce.md;
-NCCL's times are of the same run.
-Worlds 4 and 8 are not measured: launches that compile without spilling registers, and the sizes up to which others'
-one-stage all-reduce of the same shape is published to win on Hopper, half a MiB and a quarter.
+Worlds 2 and 4 are what won a sweep of launches on 2x H200 and on 4x H100 (NVLink, CUDA graphs, bf16),
+benchmarks/results/gpu_all_reduce.md; NCCL's times are of the same runs.
+World 8 is not measured: launches that compile without spilling registers, and one-shot up to the size up to which
+others' one-stage all-reduce of the same shape is published to win on Hopper, a quarter MiB.
 """
 
 from dataclasses import dataclass
@@ -77,25 +77,52 @@ _FUSED_2 = (
     ),
 )
 _TWO_SHOT = Tuning("TWOSHOT", warps=8, ahead=2, blocks_per_sm=2)
-_WIDE_ONE_SHOT = Tuning("ONESHOT", warps=8, blocks_per_sm=2)
+_PLAIN_4 = (
+    _Entry(64 * KIB, Tuning("ONESHOT", warps=4, blocks_per_sm=4, lanes=128), "16 KiB 3.7 us, NCCL 13.8"),
+    _Entry(
+        512 * KIB,
+        Tuning("ONESHOT", warps=16, blocks_per_sm=2),
+        "256 KiB 6.3 us, NCCL 14.9; 512 KiB 8.7 us, two-shot 10.3",
+    ),
+    _Entry(
+        32 * MIB,
+        Tuning("TWOSHOT", warps=16, ahead=1, blocks_per_sm=2),
+        "1 MiB 12.6 us, NCCL 20.3; 4 MiB 25 us, 47; 16 MiB 87 us, 103",
+    ),
+    _Entry(64 * MIB, _TWO_SHOT, "64 MiB 321 us, NCCL 338"),
+    _Entry(_NO_LIMIT, None, "256 MiB 1207 us, two-shot 1245"),
+)
+_FUSED_4 = (
+    _Entry(
+        64 * KIB,
+        Tuning("ONESHOT", warps=32, ahead=1, bulk=True),
+        "1 x 4096 4.3 us, NCCL + norm 13.8",
+    ),
+    _Entry(
+        MIB,
+        Tuning("ONESHOT", warps=32),
+        "16 x 7168 8.2 us, NCCL + norm 16.8; 64 x 7168 13.5 us, 22.5",
+    ),
+    _Entry(
+        64 * MIB,
+        _TWO_SHOT,
+        "256 x 7168 33 us, NCCL + norm 47; 1024 x 7168 94 us, 115; 4096 x 7168 305 us, 378",
+    ),
+    _Entry(_NO_LIMIT, None, "not measured"),
+)
 _UNMEASURED = "not measured at this world size"
-
-
-def _wide(one_shot_bytes: int, two_shot_bytes: int) -> tuple[_Entry, ...]:
-    return (
-        _Entry(one_shot_bytes, _WIDE_ONE_SHOT, _UNMEASURED),
-        _Entry(two_shot_bytes, _TWO_SHOT, _UNMEASURED),
-        _Entry(_NO_LIMIT, None, _UNMEASURED),
-    )
-
-
+_BOTH_8 = (
+    _Entry(256 * KIB, Tuning("ONESHOT", warps=8, blocks_per_sm=2), _UNMEASURED),
+    _Entry(16 * MIB, _TWO_SHOT, _UNMEASURED),
+    _Entry(_NO_LIMIT, None, _UNMEASURED),
+)
 _ENTRIES = {
     (2, False): _PLAIN_2,
     (2, True): _FUSED_2,
-    (4, False): _wide(512 * KIB, 32 * MIB),
-    (4, True): _wide(512 * KIB, 32 * MIB),
-    (8, False): _wide(256 * KIB, 16 * MIB),
-    (8, True): _wide(256 * KIB, 16 * MIB),
+    (4, False): _PLAIN_4,
+    (4, True): _FUSED_4,
+    (8, False): _BOTH_8,
+    (8, True): _BOTH_8,
 }
 
 
