@@ -1,8 +1,8 @@
 """Gluon, Triton's lower level, where layouts are the kernel's own: kernels of it are written once and run twice.
 
 `gl`, `jit` and `mma_v2` are Gluon's on a GPU and stand-ins in Triton's interpreter, which Gluon lacks: there layouts
-mean nothing and products are float32. Kernel files write `from shardwise.ops.gluon_support import gl, jit, mma_v2`,
-import on any machine, and keep to what the stand-ins offer.
+mean nothing, products are float32, and no memory is shared (`async_copy` is None). Kernel files write
+`from shardwise.ops.gluon_support import gl, jit, mma_v2`, import on any machine, and keep to what the stand-ins offer.
 """
 
 from typing import Any
@@ -42,21 +42,21 @@ def _product(a, b, acc):
     return acc + tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
 
 
-def _found() -> tuple[Any, Any, Any, bool]:
-    """(language, jit, matrix product, whether kernels of it can run here)."""
-    stand_ins = _Language(), triton.jit, _product
+def _found() -> tuple[Any, Any, Any, Any, bool]:
+    """(language, jit, matrix product, copies to shared memory, whether kernels of it can run here)."""
+    stand_ins = _Language(), triton.jit, _product, None
     if interpreting():
         return *stand_ins, True
     try:
         import triton.experimental.gluon.language as language
         from triton.experimental.gluon import jit
-        from triton.experimental.gluon.language.nvidia.ampere import mma_v2
+        from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
     except ImportError:
         return *stand_ins, False
-    return language, jit, mma_v2, True
+    return language, jit, mma_v2, async_copy, True
 
 
-gl, jit, mma_v2, GLUON = _found()
+gl, jit, mma_v2, async_copy, GLUON = _found()
 
 
 def swizzled_tiles(matrix: Tensor, rows: int, columns: int) -> Any:

@@ -80,7 +80,7 @@ def call_form(self, grid, pointers, free):
     compile_for_target(self._kernel, (*pointers, *free, *self._fixed), self._options)
 
 
-def call_launcher(self, device, key, grid, args, **options):
+def call_launcher(self, device, key, grid, args, sharing=0, **options):
     compile_for_target(self._kernel, args, options)
 
 

@@ -1,7 +1,7 @@
 """Program: compile the MXFP4 GEMMs' planned shapes for sm_90 without a GPU and look at the machine-level main loop.
 
 Prints one JSON list: for each shape its shared memory and what the PTX loop around the matrix products holds. The
-kernel for few tokens, bn 16, comes last.
+kernels for few tokens, bn 16, come last; of `mxfp4_stream` also what a warp has in a round.
 """
 
 import json
@@ -18,6 +18,8 @@ from triton.experimental.gluon._runtime import GluonASTSource
 from shardwise.ops.moe.mxfp4_few import mxfp4_few
 from shardwise.ops.moe.mxfp4_gemm import mxfp4_gemm
 from shardwise.ops.moe.mxfp4_plan import choose_plan
+from shardwise.ops.moe.mxfp4_stream import mxfp4_stream
+from shardwise.ops.moe.tiles import Stream
 
 POINTERS = {
     "x_ptr": "*bf16", "word_ptr": "*i32", "scale_ptr": "*i32", "bias_ptr": "*fp32", "out_ptr": "*bf16",
@@ -28,8 +30,14 @@ MULTIPLES = {*POINTERS, "columns", "out_rows", "stride_x"}
 
 def compiled(tiles, bt, act, form="narrow", short=0, side=0):
     """One shape at gpt-oss' sizes."""
-    even = 2880 % tiles.bk == 0 and tiles.splits == 1
     constants = {"TOP_K": 4, "ACT": act, "SPLITS": tiles.splits, "INTERPRET": False, "PDL": True}
+    if isinstance(tiles, Stream):
+        constants |= {
+            "BT": bt, "EVEN": True, "DEEP": tiles.deep, "RING": tiles.ring, "SLABS": tiles.slabs,
+            "ROW_WARPS": tiles.row_warps, "W": tiles.k_warps, "EARLY": act == "none",
+        }  # fmt: skip
+        return _compile(mxfp4_stream, GluonASTSource, tiles, constants)
+    even = 2880 % tiles.bk == 0 and tiles.splits == 1
     if tiles.bn == 16:
         constants |= {
             "BT": bt, "EVEN": True, "DEEP": tiles.stages, "WARPS": tiles.warps, "EARLY": act == "none"
@@ -86,8 +94,11 @@ def describe(tiles, bt, act, form="narrow", short=0, side=0):
     kernel = compiled(tiles, bt, act, form, short, side)
     bodies = loops(kernel.asm["ptx"])
     loop = min(bodies, key=len)
+    stream = isinstance(tiles, Stream)
     return {
-        "shape": [tiles.bn, bt, tiles.bk, act, form],
+        "shape": [16, bt, 64, act, form] if stream else [tiles.bn, bt, tiles.bk, act, form],
+        "slabs": tiles.deep * tiles.slabs // tiles.row_warps if stream else 0,
+        "steps": tiles.deep if stream else 0,
         "side": side,
         "warps": tiles.warps,
         "shared_bytes": kernel.metadata.shared,
@@ -96,6 +107,7 @@ def describe(tiles, bt, act, form="narrow", short=0, side=0):
         "wide_loads": len(re.findall(r"ld.shared.v4|ld.global.\S*v4", loop)),
         "asynchronous_copies": loop.count("cp.async.cg.shared"),
         "between_threads": len(re.findall(r"st\.shared|shfl\.sync|stmatrix", loop)),
+        "barriers": loop.count("bar.sync"),
         "in_flight": max(map(products_in_flight, bodies)),
         "serialized": serialized(kernel.asm["ptx"]),
         "loops": len(bodies),
@@ -109,8 +121,9 @@ def main():
     rows |= {(plan.down, plan.bt, "none", "narrow", plan.short, plan.side) for plan in plans}
     described = [describe(*row) for row in sorted(rows, key=str)]
     described.append(describe(plans[1].up, 16, "silu", "nvfp4"))
-    few = choose_plan(4, 128, few=True)
-    described += [describe(few.up, few.bt, "swiglu"), describe(few.down, few.bt, "none")]
+    for pairs in (4, 256, 1024):
+        few = choose_plan(pairs, 128, few=True)
+        described += [describe(few.up, few.bt, "swiglu"), describe(few.down, few.bt, "none")]
     print(json.dumps(described))
 
 

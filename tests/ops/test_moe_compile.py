@@ -28,10 +28,13 @@ def test_unpacked_weights_go_straight_to_the_matrix_unit():
     rows = rows_of("compile_moe.py")
     assert len(rows) >= 8
     for row in rows:
-        bn, _, bk, *_ = row["shape"]
+        bn, bt, bk, *_ = row["shape"]
         assert row["between_threads"] == 0 and not row["stack"], row
         assert row["shared_bytes"] * row["programs"] <= 227 * 1024, row
-        if bn == 16:  # a tile's words in one load, eight tokens in two: nothing passes through shared memory
+        if row["slabs"]:  # a slab's words in one copy and one load, eight tokens in two
+            assert row["asynchronous_copies"] == row["slabs"] and row["products"] == bt // 2 * row["slabs"], row
+            assert row["wide_loads"] == row["slabs"] + bt // 4 * row["steps"] and row["barriers"] <= 2, row
+        elif bn == 16:  # a tile's words in one load, eight tokens in two: nothing passes through shared memory
             tiles = row["products"] // 4
             assert tiles >= 5 and row["wide_loads"] == 3 * tiles and row["shared_bytes"] == 0, row
         else:  # 32 weights in 16 bytes

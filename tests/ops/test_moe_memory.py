@@ -9,7 +9,7 @@ from shardwise.ops.moe.grouped import grouped_moe
 from shardwise.ops.moe.grouped_plan import FewPlan, FewShape, GroupedPlan, Shape
 from shardwise.ops.moe.mxfp4 import mxfp4_moe
 from shardwise.ops.moe.mxfp4_layout import pack_mxfp4
-from shardwise.ops.moe.tiles import Plan, Tiles
+from shardwise.ops.moe.tiles import Plan, Stream, Tiles
 from shardwise.ops.triton_support import interpreting
 
 OPS = torch.ops.auto_deploy
@@ -34,14 +34,14 @@ def test_mxfp4(plan, tokens, monkeypatch):
     assert sum(seen) > 10000 and got.isfinite().all()
 
 
-def test_mxfp4_for_one_token(monkeypatch):
+@pytest.mark.parametrize("shape", [Tiles(16, 64, 1, 2, 2), Stream(1, 1, 2, 2, 3, 2)], ids=["few", "stream"])
+def test_mxfp4_for_one_token(shape, monkeypatch):
     layer = gpt_oss_layer(2, 96, 32)  # 64 and 96 rows, 3 and 1 blocks of 32 columns
     up = pack_mxfp4(layer.gate_up, layer.gate_up_scales, layer.gate_up_bias, paired=True)
     down = pack_mxfp4(layer.down, layer.down_scales, layer.down_bias, paired=False)
-    tiles = Tiles(16, 64, 1, 2, 2)
     with checked_memory(monkeypatch) as seen:
         got = mxfp4_moe(
-            torch.randn(1, 96), layer.router, layer.router_bias, 2, up, down, ALPHA, LIMIT, 0, Plan(8, tiles, tiles)
+            torch.randn(1, 96), layer.router, layer.router_bias, 2, up, down, ALPHA, LIMIT, 0, Plan(8, shape, shape)
         )
     assert sum(seen) > 10000 and got.isfinite().all()
 

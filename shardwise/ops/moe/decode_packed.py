@@ -10,7 +10,7 @@ product. Only the sums of warps that share rows pass through shared memory.
 
 from shardwise.ops.gluon_support import gl, jit, mma_v2
 from shardwise.ops.moe.decode_kernels import route
-from shardwise.ops.moe.mxfp4_few import decode_tile
+from shardwise.ops.moe.mxfp4_pieces import decode_tile
 from shardwise.ops.ptx import keep_loads_above
 from shardwise.ops.triton_support import await_and_trigger, tl
 
@@ -20,7 +20,9 @@ COLUMNS = tl.constexpr(8)  # of a product of the matrix unit
 @jit
 def _unpack(words, scales, STEPS: tl.constexpr, LEFT: tl.constexpr, INTERPRET: tl.constexpr):
     """A tile's weights [W, 16, 64], see `decode_tile`."""
-    tile = gl.reshape(decode_tile(words, scales, STEPS, INTERPRET), (words.shape[0], 16, 64))
+    shift = gl.expand_dims(gl.expand_dims(gl.expand_dims(gl.arange(0, 4, layout=STEPS) // 2 * 8, 0), 1), 2)
+    bits = decode_tile(words, gl.expand_dims(gl.expand_dims(scales, 2), 3), shift, INTERPRET)
+    tile = gl.reshape(gl.permute(bits, (0, 5, 1, 3, 6, 2, 4)), (words.shape[0], 16, 64))
     if INTERPRET:
         return tile
     return gl.convert_layout(tile.to(gl.bfloat16, bitcast=True), LEFT, assert_trivial=True)

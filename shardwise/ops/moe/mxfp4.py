@@ -12,8 +12,9 @@ from shardwise.ops.moe.mxfp4_few import mxfp4_few
 from shardwise.ops.moe.mxfp4_gemm import mxfp4_gemm
 from shardwise.ops.moe.mxfp4_layout import TILE, PackedMXFP4
 from shardwise.ops.moe.mxfp4_plan import choose_plan
+from shardwise.ops.moe.mxfp4_stream import mxfp4_stream
 from shardwise.ops.moe.routing import WIDE_TOKENS, Routing, combine, most_blocks, route_tokens, routed, turn_rows
-from shardwise.ops.moe.tiles import Plan, Tiles
+from shardwise.ops.moe.tiles import Plan, Stream, Tiles
 from shardwise.ops.moe.workspace import Workspace
 from shardwise.ops.triton_support import (
     Launcher,
@@ -24,7 +25,7 @@ from shardwise.ops.triton_support import (
     multiprocessors,
 )
 
-_gemm, _few = Launcher(mxfp4_gemm), Launcher(mxfp4_few)
+_gemm, _few, _stream = Launcher(mxfp4_gemm), Launcher(mxfp4_few), Launcher(mxfp4_stream)
 AHEAD_BYTES = 16384
 """Of a program's next weights, asked for while it computes."""
 
@@ -93,7 +94,7 @@ def _few_serve(*packed: PackedMXFP4) -> bool:
 
 
 def _turned_columns(packed: PackedMXFP4) -> int:
-    """Columns of turned rows: whole tiles, and 64 bytes, for two rows that are read at once to come from other banks."""
+    """Columns of turned rows: whole tiles and 64 bytes, so that two rows read at once come from different banks."""
     return packed.words.shape[2] * TILE + 32
 
 
@@ -110,7 +111,7 @@ def _experts(
     factors: tuple[Tensor | None, Tensor | None] = (None, None),
     on_input: bool = False,
 ) -> Tensor:
-    """Both GEMMs and the sum. The kernel for few tokens takes turned rows of whole tiles."""
+    """Both GEMMs and the sum. The kernels for few tokens take turned rows of whole tiles."""
     count, pairs = tokens.shape[0], routing.ids.numel()
     columns = _turned_columns(down) if plan.few else down.columns
     inner = space.take("inner", (pairs, columns), tokens.dtype)
@@ -123,7 +124,7 @@ def _experts(
 
 def run_gemm(
     plan: Plan,
-    tiles: Tiles,
+    tiles: Tiles | Stream,
     x: Tensor,
     packed: PackedMXFP4,
     out: Tensor,
@@ -138,6 +139,8 @@ def run_gemm(
 
     act   "none" is launched behind a GEMM, so that the blocks were complete before that began
     """
+    if isinstance(tiles, Stream):
+        return _run_stream(plan, tiles, x, packed, out, routing, act, alpha, limit)
     if plan.few:
         return _run_few(plan, tiles, x, packed, out, routing, act, alpha, limit)
     tiles_n, tiles_k = packed.words.shape[1:3]
@@ -195,5 +198,46 @@ def _run_few(
         + constants,
         num_warps=tiles.warps,
         maxnreg=tiles.most_registers,
+        launch_pdl=pdl,
+    )
+
+
+def _run_stream(
+    plan: Plan,
+    stream: Stream,
+    x: Tensor,
+    packed: PackedMXFP4,
+    out: Tensor,
+    routing: Routing,
+    act: str,
+    alpha: float,
+    limit: float,
+) -> None:
+    """The same by `mxfp4_stream`."""
+    assert plan.bt in (8, 16) and packed.format == "narrow" and act in ("swiglu", "none")
+    tiles_n, tiles_k = packed.words.shape[1:3]
+    pairs, top_k = routing.order.shape[0], routing.ids.shape[1]
+    device, pdl = x.device, dependent_launch(x.device)
+    each = -(-tiles_k // stream.splits)
+    steps = -(-each // stream.k_warps)
+    deep = min(stream.deep, steps)
+    ring = min(stream.ring, -(-steps // deep) + 1)
+    even = tiles_k % stream.splits == 0 and steps % deep == 0
+    most = most_blocks(pairs, routing.local, plan.bt)
+    bound = most * (tiles_n * 4 // stream.slabs) * stream.splits
+    constants = (
+        (top_k, act, plan.bt, stream.splits, even, deep, ring, stream.slabs, stream.row_warps, stream.k_warps)
+        + (act == "none", interpreting(), pdl)
+    )  # fmt: skip
+    _stream(
+        device,
+        (x.dtype, out.dtype, aligned(x, out), out.shape[-1], tiles_n, tiles_k, stream.per_sm, constants),
+        (min(bound, stream.per_sm * multiprocessors(device)), 1, 1),
+        (x, packed.words, packed.scales, packed.bias, out, routing.order, routing.blocks, alpha, limit, pairs, most)
+        + (out.shape[-1], tiles_n, tiles_k, x.stride(0))
+        + constants,
+        sharing=stream.per_sm,
+        num_warps=stream.warps,
+        maxnreg=stream.most_registers,
         launch_pdl=pdl,
     )

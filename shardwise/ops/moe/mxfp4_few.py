@@ -9,50 +9,19 @@ columns of its products. Token rows are turned: of 32 columns, those of one lane
 # mypy: ignore-errors
 
 from shardwise.ops.gluon_support import gl, jit, mma_v2
-from shardwise.ops.moe.mxfp4_convert import _NARROW, _SHAPE, _plain
+from shardwise.ops.moe.mxfp4_pieces import await_before, block_of, decode_tile, rows_of, store_results, turned
 from shardwise.ops.triton_support import tl
 
 
 @jit
-def decode_words(words, near, far, INTERPRET: tl.constexpr):
-    """The eight values of each word, in `mxfp4_convert`'s order; `near` and `far` are factors of the words' shape."""
-    if INTERPRET:
-        return _plain(words, near, far, "narrow")
-    else:
-        return gl.inline_asm_elementwise(
-            _NARROW, _SHAPE, [words, near, far], dtype=(gl.int16,) * 8, is_pure=True, pack=1
-        )
-
-
-@jit
-def decode_tile(words, scales, STEPS: tl.constexpr, INTERPRET: tl.constexpr):
-    """Words [W, 8 rows, 4 lanes, 4 steps] and scales [W, 8] of a tile to the bits of its weights in order, see
-    `mxfp4_layout`: to be reshaped to W slabs of 16 rows and 64 columns."""
-    shift = gl.arange(0, 4, layout=STEPS) // 2 * 8
-    scale = gl.expand_dims(gl.expand_dims(scales, 2), 3)
-    near = ((scale >> shift[None, None, None, :]) & 0xFF) * 0x00800080 + 0x3F003F00
-    far = ((scale >> (shift + 16)[None, None, None, :]) & 0xFF) * 0x00800080 + 0x3F003F00
-    near, _ = gl.broadcast(near, words)
-    far, _ = gl.broadcast(far, words)
-    a0, a1, b0, b1, c0, c1, d0, d1 = decode_words(words, near, far, INTERPRET)
-    low = gl.join(gl.join(a0, a1), gl.join(b0, b1))  # [warp, row, lane, step, pair, row half] of k-half 0
-    high = gl.join(gl.join(c0, c1), gl.join(d0, d1))
-    return gl.permute(gl.join(low, high), (0, 5, 1, 3, 6, 2, 4))
-
-
-@jit
 def _unpack(words, scales, STEPS: tl.constexpr, LEFT: tl.constexpr, INTERPRET: tl.constexpr):
-    """A tile's weights [16 W, 64], see `decode_tile`."""
-    tile = gl.reshape(decode_tile(words, scales, STEPS, INTERPRET), (words.shape[0] * 16, 64))
+    """Words [W, 8, 4, 4] and scales [W, 8] of a tile to its weights [16 W, 64]."""
+    shift = gl.expand_dims(gl.expand_dims(gl.expand_dims(gl.arange(0, 4, layout=STEPS) // 2 * 8, 0), 1), 2)
+    bits = decode_tile(words, gl.expand_dims(gl.expand_dims(scales, 2), 3), shift, INTERPRET)
+    tile = gl.reshape(gl.permute(bits, (0, 5, 1, 3, 6, 2, 4)), (words.shape[0] * 16, 64))
     if INTERPRET:
         return tile
     return gl.convert_layout(tile.to(gl.bfloat16, bitcast=True), LEFT, assert_trivial=True)
-
-
-@jit
-def turned(column):
-    """Where a column stands in a turned row, and the other way round: of 32 columns, those of a lane come together."""
-    return column // 32 * 32 + column % 8 // 2 * 8 + column % 32 // 8 * 2 + column % 2
 
 
 @jit
@@ -75,28 +44,12 @@ def _load(word_at, scale_at, ahead, there, word, row):
 
 
 @jit
-def _rows(index, tiles_n, tiles_k, SPLITS: tl.constexpr, WARPS: tl.constexpr):
-    """(slab, first k-tile, end of k-tiles, split) of a tile."""
-    split, each = index % SPLITS, gl.cdiv(tiles_k, SPLITS)
-    k = split * each
-    return index // SPLITS % (tiles_n * 4 // WARPS) * WARPS, k, gl.minimum(k + each, tiles_k), split
-
-
-@jit
-def _block(block_ptr, index, most, tiles_n, SPLITS: tl.constexpr, WARPS: tl.constexpr):
-    """As in `mxfp4_gemm`; anything where there is no such tile, so that nobody waits for their number."""
-    entry = block_ptr + 1 + 3 * gl.minimum(index // SPLITS // (tiles_n * 4 // WARPS), most - 1)
-    expert = gl.load(entry, cache_modifier=".cg")
-    return expert, gl.load(entry + 1, cache_modifier=".cg"), gl.load(entry + 2, cache_modifier=".cg")
-
-
-@jit
 def _begin(
     word_ptr, scale_ptr, expert, index, total, tiles_n, tiles_k, word, row,
     SPLITS: tl.constexpr, WARPS: tl.constexpr, DEEP: tl.constexpr,
 ):  # fmt: skip
     """The first DEEP k-tiles of a tile's words and scales; of none where there is no such tile."""
-    slab, first, stop, _ = _rows(index, tiles_n, tiles_k, SPLITS, WARPS)
+    slab, first, stop, _ = rows_of(index, tiles_n, tiles_k, SPLITS, WARPS)
     stop = gl.where(index < total, stop, first)
     tile = (expert.to(gl.int64) * tiles_n + slab // 4) * tiles_k + first
     word_at, scale_at = word_ptr + slab % 4 * 128 + tile * 512, scale_ptr + slab % 4 * 8 + tile * 32
@@ -106,39 +59,6 @@ def _begin(
         words = words + (w,)
         scales = scales + (s,)
     return words, scales
-
-
-@jit
-def _store(
-    acc, out_ptr, sorted_ptr, alpha, limit, pairs, out_rows, slab, split, start, end, ACT: tl.constexpr,
-    BT: tl.constexpr, WARPS: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
-    row = gl.arange(0, 16 * WARPS, layout=gl.SliceLayout(1, ACC))
-    position = start + gl.arange(0, BT, layout=gl.SliceLayout(0, ACC))
-    valid = position < end
-    if ACT == "none":
-        pair = gl.load(sorted_ptr + position, mask=valid, other=0)
-        n = slab * 16 + row
-        out = out_ptr + (split * pairs + pair).to(gl.int64)[None, :] * out_rows + n[:, None]
-        gl.store(out, acc.to(out_ptr.dtype.element_ty), mask=(n < out_rows)[:, None] & valid[None, :])
-    else:
-        gate, up = gl.split(gl.permute(gl.reshape(acc, (WARPS, 2, 8, BT)), (0, 2, 3, 1)))
-        gate = gl.minimum(gate, limit)
-        up = gl.minimum(gl.maximum(up, -limit), limit)
-        value = (up + 1.0) * gate / (1.0 + gl.exp(-alpha * gate))
-        n = turned(slab * 8 + row // 16 * 8 + row % 8)
-        # What a gate's element needs to know goes the gate's way, and so has its layout.
-        at = gl.where((n < out_rows)[:, None] & valid[None, :], position[None, :] * out_rows + n[:, None], -1)
-        at, _ = gl.split(gl.permute(gl.reshape(at, (WARPS, 2, 8, BT)), (0, 2, 3, 1)))
-        gl.store(out_ptr + at, value.to(out_ptr.dtype.element_ty), mask=at >= 0)
-
-
-@jit
-def _await(PDL: tl.constexpr):
-    """As in `mxfp4_gemm`."""
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
 
 
 @jit(do_not_specialize=["alpha", "limit", "pairs", "most"])
@@ -172,10 +92,10 @@ def mxfp4_few(
         [[0, 0]] * (WARPS // 2), [], [BT, 64],
     )  # fmt: skip
     if not EARLY:
-        _await(PDL)
+        await_before(PDL)
     total = gl.load(block_ptr, cache_modifier=".cg") * (tiles_n * 4 // WARPS) * SPLITS
     program, programs = gl.program_id(0), gl.num_programs(0)
-    expert, start, end = _block(block_ptr, program, most, tiles_n, SPLITS, WARPS)
+    expert, start, end = block_of(block_ptr, program, most, tiles_n, SPLITS, WARPS)
     warp = gl.arange(0, WARPS, layout=gl.SliceLayout(1, SCALES))
     row = gl.arange(0, 8, layout=gl.SliceLayout(0, SCALES))
     lane = gl.arange(0, 4, layout=LANES)
@@ -189,10 +109,10 @@ def mxfp4_few(
         word_ptr, scale_ptr, expert, program, total, tiles_n, tiles_k, word, rows_at, SPLITS, WARPS, DEEP
     )
     if EARLY:
-        _await(PDL)
+        await_before(PDL)
     for index in range(program, total, programs):
-        later = _block(block_ptr, index + programs, most, tiles_n, SPLITS, WARPS)
-        slab, first, stop, split = _rows(index, tiles_n, tiles_k, SPLITS, WARPS)
+        later = block_of(block_ptr, index + programs, most, tiles_n, SPLITS, WARPS)
+        slab, first, stop, split = rows_of(index, tiles_n, tiles_k, SPLITS, WARPS)
         tile = (expert.to(gl.int64) * tiles_n + slab // 4) * tiles_k
         word_at, scale_at = word_ptr + slab % 4 * 128 + tile * 512, scale_ptr + slab % 4 * 8 + tile * 32
         # Columns of absent tokens hold the last one's, so that nothing is masked.
@@ -219,5 +139,8 @@ def mxfp4_few(
         n = slab * 16 + gl.arange(0, 16 * WARPS, layout=gl.SliceLayout(1, ACC))
         bias = gl.load(bias_ptr + expert * tiles_n * 64 + n, mask=(n >= 0) & (split == 0), other=0.0)
         acc += bias[:, None]
-        _store(acc, out_ptr, sorted_ptr, alpha, limit, pairs, out_rows, slab, split, start, end, ACT, BT, WARPS, ACC)
+        store_results(
+            acc, out_ptr, sorted_ptr, alpha, limit, pairs, out_rows, tiles_n, slab, split, start, end,
+            ACT, BT, WARPS, ACC,
+        )  # fmt: skip
         expert, start, end = later

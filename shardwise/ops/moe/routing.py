@@ -14,8 +14,8 @@ _route, _combine, _turn = Launcher(route_kernel), Launcher(combine_kernel), Laun
 _few, _count, _place = Launcher(group_few_kernel), Launcher(count_kernel), Launcher(place_kernel)
 _FEW_PAIRS = 64
 """Most pairs that one program groups by comparing all with all."""
-WIDE_TOKENS = 256
-"""Up to here an expert's results wait for their sum in float32: the bytes do not count yet."""
+WIDE_TOKENS = 128
+"""Up to here an expert's results wait for their sum in float32. Beyond, its bytes count: 7 us of 256 tokens."""
 _PART = 256
 """Pairs of a part of a counting sort, where the router has not counted already."""
 
@@ -103,7 +103,9 @@ def _router_shape(count: int, hidden: int, experts: int, programs: int) -> _Rout
     width = min(16 if count <= 16 else 64 if count <= 128 else 128, max(16, power_of_two(experts)))
     tiles = -(-count // tokens) * -(-experts // width)
     steps = -(-hidden // _ROUTER_STEP)
-    each = max(2 if count <= 128 else 4, -(-steps // max(1, programs // tiles)), -(-steps // 16))
+    # A program chooses for 16 tokens, and reads their logits of all parts: they are to be fewer.
+    least = 2 if count <= 8 or 16 < count <= 128 else 4
+    each = max(least, -(-steps // max(1, programs // tiles)), -(-steps // 16))
     area = width * tokens
     return _RouterShape(tokens, width, -(-steps // each), 4 if area <= 2048 else 3, 4 if area <= 4096 else 8)
 

@@ -57,7 +57,7 @@ def _select(
 
 @triton.jit
 def _turned(column):
-    """Where `mxfp4_few` reads a column of a token, in Triton: see its `turned`."""
+    """Where the kernels for few tokens read a column of a token, in Triton: see `mxfp4_pieces`."""
     return column // 32 * 32 + column % 8 // 2 * 8 + column % 32 // 8 * 2 + column % 2
 
 

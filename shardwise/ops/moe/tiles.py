@@ -16,8 +16,36 @@ class Tiles:
 
     @property
     def most_registers(self) -> int:
-        """Of a thread, so that `per_sm` programs fit: a multiprocessor of Hopper has 65536, given out in eights."""
-        return min(255, 65536 // (32 * self.warps * self.per_sm) // 8 * 8)
+        """Of a thread, so that `per_sm` programs fit."""
+        return _registers(self.warps * self.per_sm)
+
+
+@dataclass(frozen=True)
+class Stream:
+    """Shape of a launch of `mxfp4_stream`."""
+
+    slabs: int  # of 16 weight rows, of a program: 1, 2 or 4
+    row_warps: int  # that share them
+    k_warps: int  # sets of such warps, which take k-tiles in turn
+    deep: int  # k-tiles of a round, for each set
+    ring: int  # rounds that are there or on their way
+    per_sm: int
+    splits: int = 1
+
+    @property
+    def warps(self) -> int:
+        """Of a program."""
+        return self.row_warps * self.k_warps
+
+    @property
+    def most_registers(self) -> int:
+        """Of a thread, so that `per_sm` programs fit."""
+        return _registers(self.warps * self.per_sm)
+
+
+def _registers(warps: int) -> int:
+    """Of a thread where so many warps share a multiprocessor of Hopper: it has 65536, given out in eights."""
+    return min(255, 65536 // (32 * warps) // 8 * 8)
 
 
 @dataclass(frozen=True)
@@ -25,15 +53,15 @@ class Plan:
     """How a call with so many pairs runs."""
 
     bt: int  # tokens of a block's first product
-    up: Tiles
-    down: Tiles
+    up: Tiles | Stream
+    down: Tiles | Stream
     short: int = 0  # a block of at most so many tokens is computed as one of so many; 0: none is
     side: int = 0  # tokens of a second product with the same weights: what a power of two is too small for
 
     @property
     def few(self) -> bool:
-        """Whether `mxfp4_few` runs it."""
-        return self.up.bn == 16
+        """Whether kernels for few tokens run it, which read turned rows."""
+        return isinstance(self.up, Stream) or self.up.bn == 16
 
     @property
     def block(self) -> int:
