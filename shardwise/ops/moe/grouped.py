@@ -148,7 +148,7 @@ def _run_specialised(shape: Shape, bt: int, product: _Product, routing: Routing)
     constants = (
         (product.act == "silu", product.by_pair, product.scale is not None, product.factor is not None)
         + (product.quant_how == "divide", product.quant_how == "multiply")
-        + (shape.bn, bt, shape.bk, shape.stages, shape.group, shape.short, shape.turn, pdl)
+        + (shape.bn, bt, shape.bk, shape.stages, shape.group, shape.short, shape.turn, shape.halves, pdl)
     )
     others = [routing.order if other is None else other for other in (product.scale, product.factor, product.quant)]
     _wide(

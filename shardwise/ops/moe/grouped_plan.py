@@ -23,8 +23,9 @@ class Shape:
     group: int = 1  # token blocks that share the weights they read
     tokens_left: bool = False  # tokens are the left operand of the products
     specialised: bool = False  # one warp loads, two warpgroups multiply (`wide_gemm`); steps of 128 bytes
-    short: int = 64
-    turn: bool = True
+    short: int = 0
+    turn: bool = False
+    halves: bool = False
 
 
 @dataclass(frozen=True)
@@ -71,9 +72,11 @@ def choose_few(pairs: int, experts: int, top_k: int, itemsize: int, row_bytes: i
         return None
     rows = max(1, 32 // power_of_two(top_k))
     if row_bytes <= 4096 and itemsize == 1:
-        return FewPlan(FewShape(16, 1024, 4, 2), FewShape(rows, 256, 4, 6))
+        return FewPlan(FewShape(16, 512, 4, 6), FewShape(rows, 256, 4, 6))
     if row_bytes <= 4096:
         return FewPlan(FewShape(8, 1024, 4, 3), FewShape(rows, 512, 4, 4))
+    if itemsize == 1:
+        return FewPlan(FewShape(8, 2048, 4, 2), FewShape(max(1, rows // 2), 512, 4, 4))
     return FewPlan(FewShape(16, 512, 4, 6), FewShape(rows, 512, 4, 6))
 
 
@@ -93,7 +96,7 @@ def choose_plan(pairs: int, experts: int, itemsize: int, blocks: bool = False) -
         return GroupedPlan(128, Shape(64, bk, 4, 3, 2, group=4), Shape(128, bk, 4, 3, 2, group=4, tokens_left=True))
     return GroupedPlan(
         128,
-        Shape(128, bk, 8, 4, 1, group=4, tokens_left=True, specialised=not blocks),
-        Shape(tall, bk, 8, 4, 1, group=4, tokens_left=True, specialised=not blocks),
+        Shape(128, bk, 8, 4, 1, group=4, tokens_left=True, specialised=not blocks, short=64, turn=True),
+        Shape(tall, bk, 8, 4, 1, group=4, tokens_left=True, specialised=not blocks, halves=True),
         copied=not blocks,
     )

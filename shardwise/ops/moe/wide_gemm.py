@@ -20,32 +20,57 @@ def _place(index, blocks, per_block, GROUP: tl.constexpr, TURN: tl.constexpr):
 
 
 @jit
+def _bring(
+    x, w, left, right, full, empty, count, row, start, steps, out_rows, GATED: tl.constexpr, BN: tl.constexpr,
+    BT: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """The steps of one tile, each when its stage has been emptied; the first is the program's `count`th."""
+    BYTES: tl.constexpr = (BT + (2 * BN if GATED else BN)) * BK * x.dtype.primitive_bitwidth // 8
+    for step in range(steps):
+        stage, k = count % STAGES, step * BK
+        gl.nvidia.hopper.mbarrier.wait(empty.index(stage), (count // STAGES & 1) ^ 1)
+        there = full.index(stage)
+        gl.nvidia.hopper.mbarrier.expect(there, BYTES)
+        gl.nvidia.hopper.tma.async_copy_global_to_shared(x, [start, k], there, left.index(stage))
+        weights = right.index(stage)
+        gl.nvidia.hopper.tma.async_copy_global_to_shared(w, [row, k], there, weights.slice(0, BN, 0))
+        if GATED:
+            gl.nvidia.hopper.tma.async_copy_global_to_shared(w, [row + out_rows, k], there, weights.slice(BN, BN, 0))
+        count += 1
+
+
+@jit
+def _whole(tiles, HALVES: tl.constexpr):
+    """Tiles that are not halved: all, or all but those of a last round that has work for no more than half of the
+    programs; there, two programs share a tile.
+    """
+    rest = tiles % gl.num_programs(0)
+    return tiles - rest if HALVES and 2 * rest <= gl.num_programs(0) else tiles
+
+
+@jit
 def _load(
     x, w, left, right, full, empty, block_ptr, columns, out_rows,
     GATED: tl.constexpr, BN: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
-    GROUP: tl.constexpr, TURN: tl.constexpr,
+    GROUP: tl.constexpr, TURN: tl.constexpr, HALVES: tl.constexpr,
 ):  # fmt: skip
-    """Bring the tiles of all steps in their order, each when its stage has been emptied."""
+    """Bring all tiles of the program, in their order."""
     blocks, per_block, steps = gl.load(block_ptr), gl.cdiv(out_rows, BN), gl.cdiv(columns, BK)
-    BYTES: tl.constexpr = (BT + (2 * BN if GATED else BN)) * BK * x.dtype.primitive_bitwidth // 8
+    whole = _whole(blocks * per_block, HALVES)
     count = 0
-    for index in range(gl.program_id(0), blocks * per_block, gl.num_programs(0)):
+    for index in range(gl.program_id(0), whole, gl.num_programs(0)):
         block, tile = _place(index, blocks, per_block, GROUP, TURN)
         row = gl.load(block_ptr + 1 + 3 * block) * (out_rows * (2 if GATED else 1)) + tile * BN
         start = gl.load(block_ptr + 2 + 3 * block)
-        for step in range(steps):
-            stage, k = count % STAGES, step * BK
-            gl.nvidia.hopper.mbarrier.wait(empty.index(stage), (count // STAGES & 1) ^ 1)
-            there = full.index(stage)
-            gl.nvidia.hopper.mbarrier.expect(there, BYTES)
-            gl.nvidia.hopper.tma.async_copy_global_to_shared(x, [start, k], there, left.index(stage))
-            weights = right.index(stage)
-            gl.nvidia.hopper.tma.async_copy_global_to_shared(w, [row, k], there, weights.slice(0, BN, 0))
-            if GATED:
-                gl.nvidia.hopper.tma.async_copy_global_to_shared(
-                    w, [row + out_rows, k], there, weights.slice(BN, BN, 0)
-                )
-            count += 1
+        _bring(x, w, left, right, full, empty, count, row, start, steps, out_rows, GATED, BN, BT, BK, STAGES)
+        count += steps
+    if HALVES:
+        index = whole + gl.program_id(0) // 2
+        if index < blocks * per_block:  # twice the rows that are needed, as the descriptor has them
+            block, tile = _place(index, blocks, per_block, GROUP, TURN)
+            row = gl.load(block_ptr + 1 + 3 * block) * out_rows + tile * BN + gl.program_id(0) % 2 * (BN // 2)
+            start = gl.load(block_ptr + 2 + 3 * block)
+            _bring(x, w, left, right, full, empty, count, row, start, steps, out_rows, GATED, BN, BT, BK, STAGES)
 
 
 @jit
@@ -58,7 +83,7 @@ def _products(
     for step in range(steps):
         stage = count % STAGES
         gl.nvidia.hopper.mbarrier.wait(full.index(stage), count // STAGES & 1)
-        tokens, weights = left.index(stage).slice(0, ROWS, 0), right.index(stage).permute((1, 0))
+        tokens, weights = left.index(stage).slice(0, ROWS, 0), right.index(stage).slice(0, WIDTH, 0).permute((1, 0))
         acc = gl.nvidia.hopper.warpgroup_mma(tokens, weights, acc, is_async=True)
         acc = gl.nvidia.hopper.warpgroup_mma_wait(num_outstanding=1, deps=(acc,))
         if step > 0:  # the product before has read its stage, in both warpgroups
@@ -99,23 +124,32 @@ def _tile(
 
 
 @jit
+def _factor(scale_ptr, factor_ptr, block_ptr, block, SCALED: tl.constexpr, FACTORED: tl.constexpr):
+    """What a block's products are multiplied with."""
+    factor = 1.0
+    if SCALED:
+        factor = gl.load(scale_ptr + gl.load(block_ptr + 1 + 3 * block))
+        if FACTORED:
+            factor *= gl.load(factor_ptr)
+    return factor
+
+
+@jit
 def _multiply(
     left, right, full, empty, out_ptr, sorted_ptr, block_ptr, scale_ptr, factor_ptr, quant_ptr, columns, out_rows,
     GATED: tl.constexpr, BY_PAIR: tl.constexpr, SCALED: tl.constexpr, FACTORED: tl.constexpr, DIVIDE: tl.constexpr,
     MULTIPLY: tl.constexpr, BN: tl.constexpr, BT: tl.constexpr, STAGES: tl.constexpr, GROUP: tl.constexpr,
-    SHORT: tl.constexpr, TURN: tl.constexpr, ACC: tl.constexpr, SHORT_ACC: tl.constexpr, OUT: tl.constexpr,
+    SHORT: tl.constexpr, TURN: tl.constexpr, HALVES: tl.constexpr, ACC: tl.constexpr, SHORT_ACC: tl.constexpr,
+    HALF_ACC: tl.constexpr, OUT: tl.constexpr,
 ):  # fmt: skip
     """The products of all steps, and each tile's results."""
     blocks, per_block, steps = gl.load(block_ptr), gl.cdiv(out_rows, BN), gl.cdiv(columns, left.shape[2])
+    whole = _whole(blocks * per_block, HALVES)
     count = 0
-    for index in range(gl.program_id(0), blocks * per_block, gl.num_programs(0)):
+    for index in range(gl.program_id(0), whole, gl.num_programs(0)):
         block, tile = _place(index, blocks, per_block, GROUP, TURN)
         start, stop = gl.load(block_ptr + 2 + 3 * block), gl.load(block_ptr + 3 + 3 * block)
-        factor = 1.0
-        if SCALED:
-            factor = gl.load(scale_ptr + gl.load(block_ptr + 1 + 3 * block))
-            if FACTORED:
-                factor *= gl.load(factor_ptr)
+        factor = _factor(scale_ptr, factor_ptr, block_ptr, block, SCALED, FACTORED)
         if SHORT > 0 and stop - start <= SHORT:
             _tile(
                 left, right, full, empty, count, steps, out_ptr, sorted_ptr, quant_ptr, factor, start, stop, tile * BN,
@@ -127,6 +161,17 @@ def _multiply(
                 out_rows, BT, BN, STAGES, GATED, BY_PAIR, SCALED, DIVIDE, MULTIPLY, ACC, OUT,
             )  # fmt: skip
         count += steps
+    if HALVES:
+        index = whole + gl.program_id(0) // 2
+        if index < blocks * per_block:
+            block, tile = _place(index, blocks, per_block, GROUP, TURN)
+            start, stop = gl.load(block_ptr + 2 + 3 * block), gl.load(block_ptr + 3 + 3 * block)
+            factor = _factor(scale_ptr, factor_ptr, block_ptr, block, SCALED, FACTORED)
+            _tile(
+                left, right, full, empty, count, steps, out_ptr, sorted_ptr, quant_ptr, factor, start, stop,
+                tile * BN + gl.program_id(0) % 2 * (BN // 2), out_rows, BT, BN // 2, STAGES, GATED, BY_PAIR, SCALED,
+                DIVIDE, MULTIPLY, HALF_ACC, OUT,
+            )  # fmt: skip
 
 
 @jit
@@ -134,7 +179,7 @@ def wide_gemm(
     x, w, out_ptr, sorted_ptr, block_ptr, scale_ptr, factor_ptr, quant_ptr, columns, out_rows,
     GATED: tl.constexpr, BY_PAIR: tl.constexpr, SCALED: tl.constexpr, FACTORED: tl.constexpr, DIVIDE: tl.constexpr,
     MULTIPLY: tl.constexpr, BN: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
-    GROUP: tl.constexpr, SHORT: tl.constexpr, TURN: tl.constexpr, PDL: tl.constexpr,
+    GROUP: tl.constexpr, SHORT: tl.constexpr, TURN: tl.constexpr, HALVES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Persistent over (token block, n tile); arguments as in `grouped_gemm`, x and w descriptors of two dimensions.
 
@@ -150,6 +195,9 @@ def wide_gemm(
     # Both warpgroups on the same rows; up and gate rows of a result in one of them.
     SHORT_ACC: tl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[4, gl.num_warps() // 4], instr_shape=[16, BN // 2, 256 // BITS]
+    )
+    HALF_ACC: tl.constexpr = gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[gl.num_warps(), 1], instr_shape=[16, BN // 2, 256 // BITS]
     )
     OUT: tl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [gl.num_warps(), 1], [1, 0])
     SHARED: tl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=BITS, rank=2)
@@ -169,11 +217,12 @@ def wide_gemm(
         [
             (_multiply, (
                 left, right, full, empty, out_ptr, sorted_ptr, block_ptr, scale_ptr, factor_ptr, quant_ptr, columns,
-                out_rows, GATED, BY_PAIR, SCALED, FACTORED, DIVIDE, MULTIPLY, BN, BT, STAGES, GROUP, SHORT, TURN, ACC,
-                SHORT_ACC, OUT,
+                out_rows, GATED, BY_PAIR, SCALED, FACTORED, DIVIDE, MULTIPLY, BN, BT, STAGES, GROUP, SHORT, TURN,
+                HALVES, ACC, SHORT_ACC, HALF_ACC, OUT,
             )),
             (_load, (
                 x, w, left, right, full, empty, block_ptr, columns, out_rows, GATED, BN, BT, BK, STAGES, GROUP, TURN,
+                HALVES,
             )),
         ],
         [1],
