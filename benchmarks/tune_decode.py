@@ -66,7 +66,8 @@ def tiles(shape: Shape) -> list[Tile]:
     heights = (2, 4) if shape.gated else (1, 2, 4, 8)
     plain = [Tile(rows, warps) for rows, warps in product(heights, (1, 2, 4, 8))]
     staged = [Tile(rows, warps, stages) for rows, warps, stages in product(heights, (2, 4), (3, 5))]
-    return [replace(t, prefetch=ask) for t in plain + staged if t.columns <= shape.columns for ask in (False, True)]
+    whole = [Tile(rows, 4, whole=True) for rows in heights if shape.columns <= 4096]
+    return [tile for tile in plain + staged + whole if tile.columns <= shape.columns]
 
 
 def weights_of(shape: Shape, footprint: int) -> list[torch.Tensor]:

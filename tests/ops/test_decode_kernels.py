@@ -30,7 +30,9 @@ def rms_norm(x, weight, eps, bias=0.0):
 @pytest.mark.parametrize("n, k", [(40, 256), (37, 200)])
 @pytest.mark.parametrize("norm", [False, True])
 @pytest.mark.parametrize("form", ["plain", "bias", "residual", "gated"])
-@pytest.mark.parametrize("tile", [Tile(4, 1), Tile(4, 1, early=True), Tile(2, 1, stages=3, prefetch=True)], ids=str)
+@pytest.mark.parametrize(
+    "tile", [Tile(4, 1), Tile(4, 1, early=True), Tile(2, 1, stages=3), Tile(2, 1, whole=True)], ids=str
+)
 def test_skinny_linear(tokens, n, k, norm, form, tile):
     torch.manual_seed(0)
     x, weight = randn(tokens, k), randn(2 * n if form == "gated" else n, k, scale=k**-0.5)
@@ -101,16 +103,32 @@ def pages_of(layout, pages, page_size, kv_heads, dim):
     return randn(pages, page_size, kv_heads, dim), randn(pages, page_size, kv_heads, dim)
 
 
-@pytest.mark.parametrize("splits", [1, 3, 5])
+@pytest.fixture(params=["registers", "matrix unit"])
+def kernel(request, monkeypatch):
+    """Which of the two kernels serves, whatever the number of sequences."""
+    monkeypatch.setattr("shardwise.ops.attention.decode.DIRECT_PAIRS", 1000 if request.param == "registers" else 0)
+
+
+@pytest.mark.parametrize("splits", [1, 4])
 @pytest.mark.parametrize("heads, kv_heads, layout", [(6, 2, "plain"), (6, 2, "heads first"), (4, 4, "rows joined")])
 @pytest.mark.parametrize("options", ["plain", "qk_norm", "sinks", "window", "no rotation"])
-def test_fused_decode_attention(splits, heads, kv_heads, layout, options):
+def test_fused_decode_attention(kernel, splits, heads, kv_heads, layout, options):
+    check_decode_attention(32, 16, [0, 37, 16, -1, 75], splits, heads, kv_heads, layout, options)
+
+
+@pytest.mark.parametrize(
+    "dim, group, options", [(64, 4, "sinks"), (128, 4, "qk_norm"), (128, 2, "plain"), (256, 1, "window")]
+)
+def test_fused_decode_attention_of_real_heads(kernel, dim, group, options):
+    check_decode_attention(dim, 64, [63, 200], 3, group, 1, "plain", options)
+
+
+def check_decode_attention(dim, page_size, positions, splits, heads, kv_heads, layout, options):
     torch.manual_seed(1)
-    dim, page_size, positions = 32, 16, [0, 37, 16, -1, 75]
-    batch, max_pages = len(positions), 5
+    batch, max_pages = len(positions), max(positions) // page_size + 1
     k_cache, v_cache = pages_of(layout, batch * max_pages, page_size, kv_heads, dim)
     table = torch.randperm(batch * max_pages).view(batch, max_pages).int().to(DEVICE)
-    angles = torch.rand(80, dim // 2, dtype=torch.float64) * (0 if options == "no rotation" else 6)
+    angles = torch.rand(max(positions) + 1, dim // 2, dtype=torch.float64) * (0 if options == "no rotation" else 6)
     rope = torch.cat([angles.cos(), angles.sin()], -1).to(DEVICE)
     qkv = randn(batch, (heads + 2 * kv_heads) * dim)
     q_norm, k_norm = (randn(dim), randn(dim)) if options == "qk_norm" else (None, None)

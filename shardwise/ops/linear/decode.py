@@ -36,8 +36,8 @@ class Tile:
     """1: the next tile waits in registers; more: that many tiles wait in shared memory."""
     early: bool = False
     """With one stage: the next tile's loads are issued before this tile's sums, which takes registers."""
-    prefetch: bool = False
-    """Ask for all rows of a program to come to the L2 cache while the kernel before still runs."""
+    whole: bool = False
+    """With one stage: all tiles of a program's rows wait in registers, loaded while the kernel before still runs."""
 
     @property
     def columns(self) -> int:
@@ -104,8 +104,8 @@ def skinny_linear(
     pdl = pdl and not interpreting()
     skinny_kernel[(triton.cdiv(n, tile.rows),)](
         x, weight, out, norm_weight, bias, residual, normed, n, k, eps, norm_bias,
-        TOKENS=tokens, BLOCK_N=tile.rows, BLOCK_K=tile.columns, STAGES=tile.stages, EARLY=tile.early,
-        PREFETCH=tile.prefetch and pdl and k * weight.element_size() % 16 == 0,
+        TOKENS=tokens, BLOCK_N=tile.rows, BLOCK_K=tile.columns, STAGES=tile.stages,
+        WHOLE=triton.cdiv(k, tile.columns) if tile.whole else 0, EARLY=tile.early,
         NORM=norm_weight is not None, BIAS=bias is not None, RESIDUAL=residual is not None, GATED=gated,
         KEEP=normed is not None, EVEN_N=n % tile.rows == 0, EVEN_K=k % tile.columns == 0, PDL=pdl,
         num_warps=tile.warps, launch_pdl=pdl,

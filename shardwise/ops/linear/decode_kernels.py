@@ -3,7 +3,7 @@
 # Triton's language, not Python's, where types are concerned.
 # mypy: ignore-errors
 
-from shardwise.ops.ptx import keep_loads_above, prefetch_to_l2
+from shardwise.ops.ptx import keep_loads_above
 from shardwise.ops.triton_support import tl, triton
 
 
@@ -15,30 +15,33 @@ def _tile(pointers, inside, here, EVEN: tl.constexpr):
 
 
 @triton.jit
-def _token(x_ptr, norm, token: tl.constexpr, K, columns, here, NORM: tl.constexpr):
-    """A token's columns in float32, times the norm's weights, and their squares."""
-    x = tl.load(x_ptr + token * K + columns, mask=here, other=0.0).to(tl.float32)
-    squares = x * x
+def _inputs(x_ptr, norm_ptr, K, columns, TOKENS: tl.constexpr, NORM: tl.constexpr):
+    """Some columns of every token and, behind them, of the norm's weights, as they lie in memory."""
+    here = columns < K
+    loads = ()
+    for token in tl.static_range(TOKENS):
+        loads = loads + (tl.load(x_ptr + token * K + columns, mask=here, other=0.0),)
     if NORM:
-        x *= norm
-    return x, squares
+        loads = loads + (tl.load(norm_ptr + columns, mask=here, other=0.0),)
+    return loads
 
 
 @triton.jit
-def _add(totals, products, squares, w, u, x_ptr, norm_ptr, norm_bias, K, columns, here,
+def _add(totals, products, squares, w, u, inputs, norm_bias,
          TOKENS: tl.constexpr, NORM: tl.constexpr, GATED: tl.constexpr):  # fmt: skip
     """One tile's part of every sum."""
-    norm = tl.load(norm_ptr + columns, mask=here, other=0.0).to(tl.float32) + norm_bias if NORM else 1.0
     w = w.to(tl.float32)
     u = u.to(tl.float32)
     new_totals = ()
     new_products = ()
     new_squares = ()
     for token in tl.static_range(TOKENS):
-        x, square = _token(x_ptr, norm, token, K, columns, here, NORM)
+        x = inputs[token].to(tl.float32)
+        new_squares = new_squares + (squares[token] + x * x if NORM else squares[token],)
+        if NORM:
+            x *= inputs[TOKENS].to(tl.float32) + norm_bias
         new_totals = new_totals + (totals[token] + w * x[None, :],)
         new_products = new_products + (products[token] + u * x[None, :] if GATED else products[token],)
-        new_squares = new_squares + (squares[token] + square if NORM else squares[token],)
     return new_totals, new_products, new_squares
 
 
@@ -59,8 +62,8 @@ def skinny_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
+    WHOLE: tl.constexpr,
     EARLY: tl.constexpr,
-    PREFETCH: tl.constexpr,
     NORM: tl.constexpr,
     BIAS: tl.constexpr,
     RESIDUAL: tl.constexpr,
@@ -76,17 +79,13 @@ def skinny_kernel(
     inside = rows < N
     weights = weight_ptr + rows.to(tl.int64)[:, None] * K + columns[None, :]
     ups = weights + N.to(tl.int64) * K
-    if PREFETCH:
-        slab = weight_ptr + first.to(tl.int64) * K
-        nbytes = tl.minimum(BLOCK_N, N - first) * K * (weight_ptr.dtype.element_ty.primitive_bitwidth // 8)
-        prefetch_to_l2(slab, nbytes)
-        if GATED:
-            prefetch_to_l2(slab + N.to(tl.int64) * K, nbytes)
-    w = tl.zeros([BLOCK_N, BLOCK_K], weight_ptr.dtype.element_ty)
-    u = w
-    if STAGES == 1:  # the first tile waits in registers
-        w = _tile(weights, inside, columns < K, EVEN_N and EVEN_K)
-        u = _tile(ups, inside, columns < K, EVEN_N and EVEN_K) if GATED else w
+    w = ()
+    u = ()
+    if STAGES == 1:  # the first tile waits in registers, or all WHOLE of a row
+        for ahead in tl.static_range(WHOLE if WHOLE > 0 else 1):
+            here = ahead * BLOCK_K + columns < K
+            w = w + (_tile(weights + ahead * BLOCK_K, inside, here, EVEN_N and EVEN_K),)
+            u = u + (_tile(ups + ahead * BLOCK_K, inside, here, EVEN_N and EVEN_K) if GATED else 0.0,)
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
@@ -97,27 +96,39 @@ def skinny_kernel(
         totals = totals + (tl.zeros([BLOCK_N, BLOCK_K], tl.float32),)
         products = products + (tl.zeros([BLOCK_N, BLOCK_K], tl.float32) if GATED else 0.0,)
         squares = squares + (tl.zeros([BLOCK_K], tl.float32) if NORM else 0.0,)
-    if STAGES == 1:
+    if WHOLE > 0:
+        inputs = ()
+        for ahead in tl.static_range(WHOLE):
+            inputs = inputs + (_inputs(x_ptr, norm_ptr, K, ahead * BLOCK_K + columns, TOKENS, NORM),)
+        keep_loads_above()
+        for ahead in tl.static_range(WHOLE):
+            totals, products, squares = _add(
+                totals, products, squares, w[ahead], u[ahead] if GATED else w[ahead], inputs[ahead], norm_bias,
+                TOKENS, NORM, GATED,
+            )  # fmt: skip
+    elif STAGES == 1:
+        tile = w[0]
+        other = u[0] if GATED else tile
         for start in range(0, K, BLOCK_K):
             following = start + BLOCK_K + columns < K
-            next_w = _tile(weights + start + BLOCK_K, inside, following, False)
-            next_u = _tile(ups + start + BLOCK_K, inside, following, False) if GATED else next_w
+            next_tile = _tile(weights + start + BLOCK_K, inside, following, False)
+            next_other = _tile(ups + start + BLOCK_K, inside, following, False) if GATED else next_tile
             if EARLY:
                 keep_loads_above()
             totals, products, squares = _add(
-                totals, products, squares, w, u, x_ptr, norm_ptr, norm_bias, K, start + columns, start + columns < K,
-                TOKENS, NORM, GATED,
+                totals, products, squares, tile, other, _inputs(x_ptr, norm_ptr, K, start + columns, TOKENS, NORM),
+                norm_bias, TOKENS, NORM, GATED,
             )  # fmt: skip
-            w = next_w
-            u = next_u
+            tile = next_tile
+            other = next_other
     else:
         for start in tl.range(0, K, BLOCK_K, num_stages=STAGES):
             here = start + columns < K
-            w = _tile(weights + start, inside, here, EVEN_N and EVEN_K)
-            u = _tile(ups + start, inside, here, EVEN_N and EVEN_K) if GATED else w
+            tile = _tile(weights + start, inside, here, EVEN_N and EVEN_K)
+            other = _tile(ups + start, inside, here, EVEN_N and EVEN_K) if GATED else tile
             totals, products, squares = _add(
-                totals, products, squares, w, u, x_ptr, norm_ptr, norm_bias, K, start + columns, here,
-                TOKENS, NORM, GATED,
+                totals, products, squares, tile, other, _inputs(x_ptr, norm_ptr, K, start + columns, TOKENS, NORM),
+                norm_bias, TOKENS, NORM, GATED,
             )  # fmt: skip
     for token in tl.static_range(TOKENS):
         y = tl.sum(totals[token], 1)
