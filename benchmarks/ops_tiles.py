@@ -27,7 +27,7 @@ warm = False
 
 def time_of(call: Callable[[], object], calls: int = 5) -> float:
     """Microseconds of one call; infinite where the choice cannot be compiled or launched. 0 when only compiling."""
-    for module in (conv_triton, ssm_triton, fla):  # launches of other tables
+    for module in (conv_cuda, conv_triton, ssm_triton, fla):  # launches of other tables
         module.STEPS.clear()
     try:
         if warm:

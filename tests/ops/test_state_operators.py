@@ -74,6 +74,16 @@ def test_a_prompt_fed_in_pieces_gives_the_whole_convolution(op):
     torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("op", CONV_OPS)
+def test_a_decode_step_of_the_convolution_needs_no_metadata_of_prefill(op):
+    batch = Batch((), 3, (2, -1, 0), ())
+    args = list(samples_mamba.cached_conv_args(op, batch)(DEVICE))
+    again = [a.clone() if isinstance(a, torch.Tensor) else a for a in args]
+    again[4] = again[5] = again[7] = None  # seq_len, cu_seqlen, use_initial_states
+    results = [flat(getattr(OPS, op)(*each)) + mutated(getattr(OPS, op).default, each) for each in (args, again)]
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
 @needs_triton
 def test_a_block_is_no_shorter_than_the_inputs_that_it_needs():
     batch = Batch((40, 3), 1, (1, 0, 2), (True, True))

@@ -4,6 +4,7 @@ import ctypes
 import struct
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -13,17 +14,43 @@ from shardwise.ops.metadata_reports import report_word
 from shardwise.ops.nvcc import library, on_device, stream
 from shardwise.ops.registry import CUDA, NVCC, operator
 from shardwise.ops.state_batch import check_metadata
-from shardwise.ops.triton_support import dependent_launch, multiprocessors
+from shardwise.ops.triton_support import dependent_launch, keep_launch, layout, multiprocessors
 
 _OP = "cuda_cached_causal_conv1d"
 _TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-# The struct Args of conv.cu: nine pointers, seven int64, nine int32 and what aligns the end.
-_ARGS = struct.Struct("9P7q9i4x")
-# Thread blocks of a decode step for each multiprocessor, all of which run at once: each walks over its share of the
-# tokens and reads the weights of its channels once.
+# The struct Args of conv.cu: nine pointers, then seven int64, nine int32 and what aligns the end.
+_POINTERS, _NUMBERS = struct.Struct("9P"), struct.Struct("7q9i4x")
+# Thread blocks of a decode step for each multiprocessor, all of which run at once (kResident of conv.cu): each walks over
+# its share of the tokens and reads the weights of its channels once.
 RESIDENT = 4
 _BLOCK_BYTES = 128 * 16  # of a token's channels
 _launchers: dict[int, Callable] = {}
+
+
+class _Phase(NamedTuple):
+    """A launch for the prefill tokens, or for the decode tokens, but for addresses."""
+
+    numbers: bytes
+    x_offset: int
+    """Bytes before the first of its tokens"""
+    slot_offset: int
+    halo_shape: tuple[int, ...] | None
+    """Room for the block borders of prefill"""
+
+
+class _Plan(NamedTuple):
+    """What a step launches, but for its tensors."""
+
+    phases: tuple[_Phase, ...]
+    kind: tuple[int, int]
+    """Type and K"""
+    bias: bool
+    wide: bool
+    """Whether 16-byte accesses are possible where addresses are aligned: dense rows of channels and a dense cache"""
+
+
+# Of steps whose tensors are taken as they are, by their layout.
+STEPS: dict[tuple, _Plan] = {}
 
 
 @operator(
@@ -51,20 +78,21 @@ def cuda_cached_causal_conv1d(
     """As `triton_cached_causal_conv1d`; K 2 to 4, one dtype (float32, float16, bfloat16) for all but the metadata."""
     batch = read_batch(_OP, batch_info_host)
     check_metadata(_OP, batch, input, cu_seqlen, slot_idx, use_initial_states, conv_state_cache)
-    one = prepare(
-        _OP, batch, input, weight, bias, cu_seqlen, slot_idx, use_initial_states, conv_state_cache, activation
-    )
-    _check(one)
-    if batch.prefill_tokens:
-        rows = block_rows(one)
-        saved = one.x.new_empty(halo_of(one, rows))
-        bounds, resumes = one.bounds.contiguous(), one.resumes.contiguous()
-        pointers = bounds.data_ptr(), one.slots.data_ptr(), resumes.data_ptr()
-        _launch(one, one.x.data_ptr(), pointers, saved.data_ptr(), rows, saved.shape[0])
-    if batch.decode:
-        x = one.x.data_ptr() + batch.prefill_tokens * one.x_t * one.x.element_size()
-        pointers = 0, one.slots.data_ptr() + batch.prefill * one.slots.element_size(), 0
-        _launch(one, x, pointers, 0, 0, batch.decode)
+    given = input, weight, weight if bias is None else bias, slot_idx, conv_state_cache
+    metadata = (cu_seqlen, use_initial_states) if batch.prefill_tokens else ()
+    key = batch, bias is None, activation, input.device, layout(*given, *metadata)
+    plan = STEPS.get(key)
+    if plan is None:
+        one = prepare(
+            _OP, batch, input, weight, bias, cu_seqlen, slot_idx, use_initial_states, conv_state_cache, activation
+        )
+        _check(one)
+        taken = one.x, one.weight, one.weight if one.bias is None else one.bias, one.slots, one.cache
+        dense = tuple(tensor.contiguous() for tensor in metadata)
+        plan = _plan(one)
+        keep_launch(STEPS, key, plan, (*taken, *dense), (*given, *metadata))
+        given, metadata = taken, dense
+    _run(plan, *given, *metadata)
 
 
 def _check(one: ConvBatch) -> None:
@@ -88,23 +116,51 @@ def _check(one: ConvBatch) -> None:
         raise TypeError(f"{_OP}: use_initial_states must be bool, got {one.resumes.dtype}")
 
 
-def _launch(one: ConvBatch, x: int, pointers: tuple[int, int, int], saved: int, rows: int, blocks: int) -> None:
-    """The prefill kernels when there is room for the block borders at address `saved`, else the decode step."""
-    cache, dtype, bias = one.cache, one.x.dtype, 0 if one.bias is None else one.bias.data_ptr()
-    device = one.x.device
-    strides, wide = cache.stride(), (not saved or one.bounds.dtype == torch.int64, one.slots.dtype == torch.int64)
-    args = _ARGS.pack(
-        x, one.weight.data_ptr(), bias, *pointers, cache.data_ptr(), saved,
-        report_word(_OP).data_ptr(),
-        one.x_t, one.x_c, *strides, cache.shape[0], one.batch.prefill_tokens,
-        one.channels, one.batch.prefill, rows, blocks, *wide, one.silu, _groups(one, blocks), dependent_launch(device),
-    )  # fmt: skip
-    vector = _vector(one, x, bias, strides)
+def _run(plan: _Plan, x, weight, bias, slots, cache, bounds=None, resumes=None) -> None:
+    device, first, taps, states = x.device, x.data_ptr(), weight.data_ptr(), cache.data_ptr()
+    offset = bias.data_ptr() if plan.bias else 0
     with on_device(device):
-        launcher = _launchers.get(device.index) or _compile(device)
-        status = launcher(args, _TYPES[dtype], one.K, not saved, vector, stream(device))
-    if status:
-        raise RuntimeError(f"{_OP}: kernel launch failed with CUDA error {status}")
+        launcher, queue = _launchers.get(device.index) or _compile(device), stream(device)
+        for phase in plan.phases:
+            begin, halo, of_prefill = first + phase.x_offset, None, (0, 0, 0)
+            if phase.halo_shape is not None:
+                halo = x.new_empty(phase.halo_shape)
+                of_prefill = bounds.data_ptr(), resumes.data_ptr(), halo.data_ptr()
+            pointers = _POINTERS.pack(
+                begin, taps, offset, of_prefill[0], slots.data_ptr() + phase.slot_offset, of_prefill[1], states,
+                of_prefill[2], report_word(_OP).data_ptr(),
+            )  # fmt: skip
+            vector = plan.wide and (begin | offset | taps | states) % 16 == 0
+            status = launcher(pointers + phase.numbers, *plan.kind, halo is None, vector, queue)
+            if status:
+                raise RuntimeError(f"{_OP}: kernel launch failed with CUDA error {status}")
+
+
+def _plan(one: ConvBatch) -> _Plan:
+    batch, item, strides, rows = one.batch, one.x.element_size(), one.cache.stride(), block_rows(one)
+    bits = one.channels | one.x_t | strides[0]
+    dense = one.x_c == 1 and strides[1:] == (one.K - 1, 1)
+    phases: tuple[_Phase, ...] = ()
+    if batch.prefill_tokens:
+        halo_shape = halo_of(one, rows)
+        phases = (_Phase(_numbers(one, rows, halo_shape[0]), 0, 0, halo_shape),)
+    if batch.decode:
+        x_offset, slot_offset = batch.prefill_tokens * one.x_t * item, batch.prefill * one.slots.element_size()
+        phases = (*phases, _Phase(_numbers(one, 0, batch.decode), x_offset, slot_offset, None))
+    kind = _TYPES[one.x.dtype], one.K
+    # Strides in bytes are 32-bit numbers to the wide form.
+    fits = strides[0] * item < 2**32
+    return _Plan(phases, kind, one.bias is not None, dense and fits and bits * item % 16 == 0)
+
+
+def _numbers(one: ConvBatch, rows: int, blocks: int) -> bytes:
+    """Strides and counts, in the order of Args."""
+    wide = rows > 0 and one.bounds.dtype == torch.int64, one.slots.dtype == torch.int64
+    return _NUMBERS.pack(
+        one.x_t, one.x_c, *one.cache.stride(), one.cache.shape[0], one.batch.prefill_tokens,
+        one.channels, one.batch.prefill, rows, blocks, *wide, one.silu, _groups(one, blocks),
+        dependent_launch(one.x.device),
+    )  # fmt: skip
 
 
 def _groups(one: ConvBatch, tokens: int) -> int:
@@ -120,14 +176,3 @@ def _compile(device: torch.device) -> Callable:
     launcher.argtypes = (ctypes.c_char_p, *[ctypes.c_int] * 4, ctypes.c_void_p)
     _launchers[device.index] = launcher
     return launcher
-
-
-def _vector(one: ConvBatch, x: int, bias: int, strides: tuple[int, ...]) -> bool:
-    """Whether 16-byte accesses are possible: aligned dense rows of channels, and a dense cache."""
-    return (
-        one.x_c == 1
-        and strides[1] == one.K - 1
-        and strides[2] == 1
-        and (one.channels | one.x_t | strides[0]) * one.x.element_size() % 16 == 0
-        and (x | bias | one.weight.data_ptr() | one.cache.data_ptr()) % 16 == 0
-    )

@@ -48,10 +48,11 @@ class _Plan(NamedTuple):
 STEPS: dict[tuple, _Plan] = {}
 
 
-def _run(plan: _Plan, given: tuple[torch.Tensor, ...]) -> None:
-    """`given`: input, weight, bias (or weight, unused), cu_seqlen, slots, use_initial_states, cache; as planned for."""
-    x, weight, bias, bounds, slots, resumes, cache = given
+def _run(plan: _Plan, given: tuple[torch.Tensor, ...], metadata: tuple[torch.Tensor, ...]) -> None:
+    """All as planned for: input, weight, bias (or weight, unused), slots, cache; cu_seqlen, use_initial_states."""
+    x, weight, bias, slots, cache = given
     if plan.prefill is not None:
+        bounds, resumes = metadata
         save, walk, shape = plan.prefill
         halo = x.new_empty(shape)
         save.form(save.grid, (x, bounds, slots, resumes, cache, halo, report_word(_OP)), save.free)
@@ -60,8 +61,8 @@ def _run(plan: _Plan, given: tuple[torch.Tensor, ...]) -> None:
         plan.decode.form(plan.decode.grid, (x, weight, bias, slots, cache, report_word(_OP)), plan.decode.free)
 
 
-def _plan_prefill(one: ConvBatch, given: tuple[torch.Tensor, ...]) -> _Prefill:
-    x, weight, bias, bounds, slots, resumes, cache = given
+def _plan_prefill(one: ConvBatch, given: tuple[torch.Tensor, ...], metadata: tuple[torch.Tensor, ...]) -> _Prefill:
+    (x, weight, bias, slots, cache), (bounds, resumes) = given, metadata
     channels, K, rows = one.channels, one.K, block_rows(one)
     halo_shape, sequences, pdl = halo_of(one, rows), one.batch.prefill, dependent_launch(x.device)
     blocks, lookup = halo_shape[0], _power(sequences)
@@ -91,7 +92,7 @@ def _plan_prefill(one: ConvBatch, given: tuple[torch.Tensor, ...]) -> _Prefill:
 
 
 def _plan_decode(one: ConvBatch, given: tuple[torch.Tensor, ...]) -> Launch:
-    x, weight, bias, _, slots, _, cache = given
+    x, weight, bias, slots, cache = given
     channels, tokens, pdl = one.channels, one.batch.decode, dependent_launch(x.device)
     pointers = x, weight, bias, slots, cache, report_word(_OP)
     free = one.batch.prefill_tokens, one.batch.prefill, tokens, cache.shape[0]
@@ -136,19 +137,20 @@ def triton_cached_causal_conv1d(
     """
     batch = read_batch(_OP, batch_info_host)
     check_metadata(_OP, batch, input, cu_seqlen, slot_idx, use_initial_states, conv_state_cache)
-    given = input, weight, weight if bias is None else bias, cu_seqlen, slot_idx, use_initial_states, conv_state_cache
-    key = batch, bias is None, activation, input.device, layout(*given)
+    given = input, weight, weight if bias is None else bias, slot_idx, conv_state_cache
+    metadata = (cu_seqlen, use_initial_states) if batch.prefill_tokens else ()
+    key = batch, bias is None, activation, input.device, layout(*given, *metadata)
     plan = STEPS.get(key)
     if plan is None:
         one = prepare(
             _OP, batch, input, weight, bias, cu_seqlen, slot_idx, use_initial_states, conv_state_cache, activation
         )
-        bounds, resumes = (one.bounds.contiguous(), one.resumes.contiguous()) if batch.prefill else given[3:6:2]
-        taken = one.x, one.weight, one.weight if one.bias is None else one.bias, bounds, one.slots, resumes, one.cache
+        taken = one.x, one.weight, one.weight if one.bias is None else one.bias, one.slots, one.cache
+        dense = tuple(tensor.contiguous() for tensor in metadata)
         plan = _Plan(
-            _plan_prefill(one, taken) if batch.prefill_tokens else None,
+            _plan_prefill(one, taken, dense) if batch.prefill_tokens else None,
             _plan_decode(one, taken) if batch.decode else None,
         )
-        keep_launch(STEPS, key, plan, taken, given)
-        given = taken
-    _run(plan, given)
+        keep_launch(STEPS, key, plan, (*taken, *dense), (*given, *metadata))
+        given, metadata = taken, dense
+    _run(plan, given, metadata)
