@@ -115,7 +115,7 @@ def specialised(name, up, itemsize):
     }
     constants = dict(
         GATED=up, BY_PAIR=not up, SCALED=fp8, FACTORED=fp8, DIVIDE=fp8 and up, MULTIPLY=False, BN=bn, BT=128, BK=bk,
-        STAGES=4, GROUP=8, SHORT=64 if up else 0, TURN=up, HALVES=not up, PDL=True,
+        STAGES=4, GROUP=8, SHORT=64 if up else 0, HALVES=not up, PDL=True,
     )  # fmt: skip
     return describe(name, compiled(wide_gemm, kinds, constants, 8, GluonASTSource), 1)
 

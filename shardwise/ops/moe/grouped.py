@@ -31,8 +31,6 @@ from shardwise.ops.triton_support import (
 _gemm, _gather, _wide = Launcher(grouped_gemm), Launcher(gather_rows), Launcher(wide_gemm)
 _COPIED_ROWS, _COPIED_BYTES = 8, 2048
 """Rows, and bytes of each, that one program copies."""
-_SHORT = 64
-"""Most tokens of a block that is computed as half a block."""
 
 
 @dataclass(frozen=True)
@@ -148,7 +146,7 @@ def _run_specialised(shape: Shape, bt: int, product: _Product, routing: Routing)
     constants = (
         (product.act == "silu", product.by_pair, product.scale is not None, product.factor is not None)
         + (product.quant_how == "divide", product.quant_how == "multiply")
-        + (shape.bn, bt, shape.bk, shape.stages, shape.group, shape.short, shape.turn, shape.halves, pdl)
+        + (shape.bn, bt, shape.bk, shape.stages, shape.group, shape.short, shape.halves, pdl)
     )
     others = [routing.order if other is None else other for other in (product.scale, product.factor, product.quant)]
     _wide(

@@ -10,13 +10,13 @@ from shardwise.ops.triton_support import tl
 
 
 @jit
-def _place(index, blocks, per_block, GROUP: tl.constexpr, TURN: tl.constexpr):
-    """As in `grouped_gemm`; a program's tiles are of the group's blocks in turn, as some blocks are short."""
+def _place(index, blocks, per_block, GROUP: tl.constexpr, SHORT: tl.constexpr):
+    """As in `grouped_gemm`; with SHORT, a program's tiles are of the blocks in turn, so that all get short ones."""
     group = index // (GROUP * per_block)
     within = index - group * (GROUP * per_block)
     size = gl.minimum(blocks - group * GROUP, GROUP)
     tile = within // size
-    return group * GROUP + (within + tile if TURN else within) % size, tile
+    return group * GROUP + (within + tile if SHORT > 0 else within) % size, tile
 
 
 @jit
@@ -52,14 +52,14 @@ def _whole(tiles, HALVES: tl.constexpr):
 def _load(
     x, w, left, right, full, empty, block_ptr, columns, out_rows,
     GATED: tl.constexpr, BN: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
-    GROUP: tl.constexpr, TURN: tl.constexpr, HALVES: tl.constexpr,
+    GROUP: tl.constexpr, SHORT: tl.constexpr, HALVES: tl.constexpr,
 ):  # fmt: skip
     """Bring all tiles of the program, in their order."""
     blocks, per_block, steps = gl.load(block_ptr), gl.cdiv(out_rows, BN), gl.cdiv(columns, BK)
     whole = _whole(blocks * per_block, HALVES)
     count = 0
     for index in range(gl.program_id(0), whole, gl.num_programs(0)):
-        block, tile = _place(index, blocks, per_block, GROUP, TURN)
+        block, tile = _place(index, blocks, per_block, GROUP, SHORT)
         row = gl.load(block_ptr + 1 + 3 * block) * (out_rows * (2 if GATED else 1)) + tile * BN
         start = gl.load(block_ptr + 2 + 3 * block)
         _bring(x, w, left, right, full, empty, count, row, start, steps, out_rows, GATED, BN, BT, BK, STAGES)
@@ -67,7 +67,7 @@ def _load(
     if HALVES:
         index = whole + gl.program_id(0) // 2
         if index < blocks * per_block:  # twice the rows that are needed, as the descriptor has them
-            block, tile = _place(index, blocks, per_block, GROUP, TURN)
+            block, tile = _place(index, blocks, per_block, GROUP, SHORT)
             row = gl.load(block_ptr + 1 + 3 * block) * out_rows + tile * BN + gl.program_id(0) % 2 * (BN // 2)
             start = gl.load(block_ptr + 2 + 3 * block)
             _bring(x, w, left, right, full, empty, count, row, start, steps, out_rows, GATED, BN, BT, BK, STAGES)
@@ -139,7 +139,7 @@ def _multiply(
     left, right, full, empty, out_ptr, sorted_ptr, block_ptr, scale_ptr, factor_ptr, quant_ptr, columns, out_rows,
     GATED: tl.constexpr, BY_PAIR: tl.constexpr, SCALED: tl.constexpr, FACTORED: tl.constexpr, DIVIDE: tl.constexpr,
     MULTIPLY: tl.constexpr, BN: tl.constexpr, BT: tl.constexpr, STAGES: tl.constexpr, GROUP: tl.constexpr,
-    SHORT: tl.constexpr, TURN: tl.constexpr, HALVES: tl.constexpr, ACC: tl.constexpr, SHORT_ACC: tl.constexpr,
+    SHORT: tl.constexpr, HALVES: tl.constexpr, ACC: tl.constexpr, SHORT_ACC: tl.constexpr,
     HALF_ACC: tl.constexpr, OUT: tl.constexpr,
 ):  # fmt: skip
     """The products of all steps, and each tile's results."""
@@ -147,7 +147,7 @@ def _multiply(
     whole = _whole(blocks * per_block, HALVES)
     count = 0
     for index in range(gl.program_id(0), whole, gl.num_programs(0)):
-        block, tile = _place(index, blocks, per_block, GROUP, TURN)
+        block, tile = _place(index, blocks, per_block, GROUP, SHORT)
         start, stop = gl.load(block_ptr + 2 + 3 * block), gl.load(block_ptr + 3 + 3 * block)
         factor = _factor(scale_ptr, factor_ptr, block_ptr, block, SCALED, FACTORED)
         if SHORT > 0 and stop - start <= SHORT:
@@ -164,7 +164,7 @@ def _multiply(
     if HALVES:
         index = whole + gl.program_id(0) // 2
         if index < blocks * per_block:
-            block, tile = _place(index, blocks, per_block, GROUP, TURN)
+            block, tile = _place(index, blocks, per_block, GROUP, SHORT)
             start, stop = gl.load(block_ptr + 2 + 3 * block), gl.load(block_ptr + 3 + 3 * block)
             factor = _factor(scale_ptr, factor_ptr, block_ptr, block, SCALED, FACTORED)
             _tile(
@@ -179,13 +179,15 @@ def wide_gemm(
     x, w, out_ptr, sorted_ptr, block_ptr, scale_ptr, factor_ptr, quant_ptr, columns, out_rows,
     GATED: tl.constexpr, BY_PAIR: tl.constexpr, SCALED: tl.constexpr, FACTORED: tl.constexpr, DIVIDE: tl.constexpr,
     MULTIPLY: tl.constexpr, BN: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
-    GROUP: tl.constexpr, SHORT: tl.constexpr, TURN: tl.constexpr, HALVES: tl.constexpr, PDL: tl.constexpr,
+    GROUP: tl.constexpr, SHORT: tl.constexpr, HALVES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Persistent over (token block, n tile); arguments as in `grouped_gemm`, x and w descriptors of two dimensions.
 
     GATED   silu(gate) * up; otherwise the products are the results
     SCALED  products are multiplied with scale_ptr[expert]
     DIVIDE  results are divided by quant_ptr[0], or with MULTIPLY multiplied with it, and stored as e4m3
+    SHORT   a block of at most so many tokens is computed as one of so many; 0: none is
+    HALVES  two programs share a tile in a last round that has work for no more than half of them; not with GATED
     """
     WIDTH: tl.constexpr = 2 * BN if GATED else BN
     BITS: tl.constexpr = x.dtype.primitive_bitwidth
@@ -217,11 +219,11 @@ def wide_gemm(
         [
             (_multiply, (
                 left, right, full, empty, out_ptr, sorted_ptr, block_ptr, scale_ptr, factor_ptr, quant_ptr, columns,
-                out_rows, GATED, BY_PAIR, SCALED, FACTORED, DIVIDE, MULTIPLY, BN, BT, STAGES, GROUP, SHORT, TURN,
+                out_rows, GATED, BY_PAIR, SCALED, FACTORED, DIVIDE, MULTIPLY, BN, BT, STAGES, GROUP, SHORT,
                 HALVES, ACC, SHORT_ACC, HALF_ACC, OUT,
             )),
             (_load, (
-                x, w, left, right, full, empty, block_ptr, columns, out_rows, GATED, BN, BT, BK, STAGES, GROUP, TURN,
+                x, w, left, right, full, empty, block_ptr, columns, out_rows, GATED, BN, BT, BK, STAGES, GROUP, SHORT,
                 HALVES,
             )),
         ],
