@@ -5,8 +5,10 @@ your own with `set` and `get`. `Rendezvous` turns a store, an MPI communicator o
 that transports need: everyone's value, in rank order.
 """
 
+import ipaddress
 import os
 import pickle
+import socket
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -94,6 +96,40 @@ def tcp_store(info: RankInfo, host: str, port: int, timeout: float) -> TorchStor
         host, port, info.world, info.rank == 0, timeout=timedelta(seconds=timeout), wait_for_workers=False
     )
     return TorchStore(store)
+
+
+def own_address() -> str:
+    """IPv4 address of the interface by which this host reaches others; 127.0.0.1 where it has none.
+
+    Not that of the host's name: Debian and its kin write 127.0.1.1 beside it, where peers meet themselves.
+    """
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as line:
+        try:
+            line.connect(("192.0.2.1", 9))  # of RFC 5737, nobody's; UDP sends nothing here, it only picks the interface
+        except OSError:  # no route leads out
+            return _address_of_name()
+        return line.getsockname()[0]
+
+
+def _address_of_name() -> str:
+    try:
+        return socket.gethostbyname(socket.gethostname())
+    except OSError:
+        return "127.0.0.1"
+
+
+def require_reachable(host: str, names: Sequence[str]) -> None:
+    """CommError where `host` is a loopback address and the ranks are on several hosts, called `names`."""
+    try:
+        loopback = ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        loopback = host == "localhost"
+    if loopback and len(set(names)) > 1:
+        raise CommError(
+            f"rank 0 on host {names[0]} announces the address {host}, which leads every other host to itself: the "
+            f"ranks are on {', '.join(dict.fromkeys(names))}. Set MASTER_ADDR to an address of {names[0]} that the "
+            "others reach, on all ranks"
+        )
 
 
 def store_from_environment(info: RankInfo, timeout: float, environ=os.environ) -> Store:

@@ -25,7 +25,7 @@ from torch import Tensor
 from shardwise.comm import compose, symmetric, watch
 from shardwise.comm.arguments import starts
 from shardwise.comm.base import CollectiveTimeout, CommError, PeerLost
-from shardwise.comm.bootstrap import Rendezvous, TorchStore
+from shardwise.comm.bootstrap import Rendezvous, TorchStore, own_address, require_reachable
 from shardwise.comm.collective import BaseCommunicator
 from shardwise.comm.control import FRAME_BYTES, framed, unframed
 from shardwise.comm.symmetric import SymmetricMemory
@@ -335,9 +335,11 @@ def _served_store(meeting: Rendezvous, limit: float) -> TorchStore:
     store = None
     place = None
     if meeting.rank == 0:
-        store = _tcp_store(_own_address(), 0, meeting.size, limit, serve=True)
+        store = _tcp_store(_announced_address(meeting), 0, meeting.size, limit, serve=True)
         place = (store.host, store.port)
-    host, port = meeting.gather("tcp-store", place, limit)[0]
+    facts = meeting.gather("tcp-store", (place, socket.gethostname()), limit)
+    (host, port), _ = facts[0]
+    require_reachable(host, [name for _, name in facts])
     return TorchStore(store or _tcp_store(host, port, meeting.size, limit, serve=False))
 
 
@@ -345,14 +347,7 @@ def _tcp_store(host: str, port: int, world: int, limit: float, *, serve: bool) -
     return dist.TCPStore(host, port, world, serve, timeout=timedelta(seconds=limit), wait_for_workers=False)
 
 
-def _own_address() -> str:
-    """An address of this host that its peers can reach: MASTER_ADDR where a launcher set it, else by name."""
-    given = os.environ.get("MASTER_ADDR")
-    if given:
-        return given
-    name = socket.gethostname()
-    try:
-        address = socket.gethostbyname(name)
-    except OSError:
-        return "127.0.0.1"
-    return address
+def _announced_address(meeting: Rendezvous) -> str:
+    """Where the first rank of `meeting` is reached: MASTER_ADDR, which is that of rank 0 of the world, else its own."""
+    given = os.environ.get("MASTER_ADDR") if meeting.ranks[0] == 0 else None
+    return given or own_address()

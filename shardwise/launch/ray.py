@@ -11,6 +11,7 @@ from collections import Counter
 from typing import Any
 
 from shardwise.comm.rank import RankInfo
+from shardwise.comm.watch import Deadlines
 from shardwise.launch import env
 from shardwise.launch.backend import Backend
 from shardwise.launch.job import Job, rank_environment
@@ -185,14 +186,17 @@ class RankActor:
 
 def serve_store(info: RankInfo, link: Link) -> Any:
     """torch's TCPStore on rank 0, at a port that the system picks; the parent tells the others where it is."""
+    import ray
+
     from shardwise.comm.bootstrap import tcp_store
 
+    limit = Deadlines.from_environment().rendezvous
     store = None
     if info.rank == 0:
-        store = tcp_store(info, "0.0.0.0", 0, 60.0)
-        link.send({"event": "store", "host": socket.gethostbyname(socket.gethostname()), "port": store.store.port})
+        store = tcp_store(info, "0.0.0.0", 0, limit)
+        link.send({"event": "store", "host": ray.util.get_node_ip_address(), "port": store.store.port})
     where = next(link.commands())
-    return store or tcp_store(info, where["host"], where["port"], 60.0)
+    return store or tcp_store(info, where["host"], where["port"], limit)
 
 
 def _knock(address: str) -> None:

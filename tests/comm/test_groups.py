@@ -2,6 +2,7 @@
 
 import errno
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -12,7 +13,13 @@ import torch
 
 from shardwise.comm import watch
 from shardwise.comm.base import STRATEGIES, CollectiveTimeout, CommError
-from shardwise.comm.bootstrap import FolderStore, StoreRendezvous, store_from_environment
+from shardwise.comm.bootstrap import (
+    FolderStore,
+    StoreRendezvous,
+    own_address,
+    require_reachable,
+    store_from_environment,
+)
 from shardwise.comm.fake import FakeCommunicator
 from shardwise.comm.rank import RankInfo, current_groups
 from shardwise.comm.segment import share
@@ -130,6 +137,47 @@ def test_a_rendezvous_names_who_did_not_come(tmp_path):
         meeting.gather("hello", None, 0.2)
     assert caught.value.missing == (0, 2)
     assert time.monotonic() - begin < 2
+
+
+class Route:
+    """Stands for a UDP socket of a host whose interface is 10.1.2.3."""
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def connect(self, place):
+        self.place = place
+
+    def getsockname(self):
+        return "10.1.2.3", 40000
+
+
+def test_a_host_announces_its_interface_even_where_its_name_is_loopback(monkeypatch):
+    monkeypatch.setattr(socket, "socket", lambda *_: Route())
+    monkeypatch.setattr(socket, "gethostbyname", lambda name: "127.0.1.1")
+    assert own_address() == "10.1.2.3"
+
+
+def test_a_host_without_a_way_out_goes_by_its_name(monkeypatch):
+    def unreachable(self, place):
+        raise OSError(errno.ENETUNREACH, "Network is unreachable")
+
+    monkeypatch.setattr(socket, "socket", lambda *_: Route())
+    monkeypatch.setattr(Route, "connect", unreachable)
+    monkeypatch.setattr(socket, "gethostbyname", lambda name: "127.0.1.1")
+    assert own_address() == "127.0.1.1"
+
+
+@pytest.mark.parametrize("address", ["127.0.1.1", "127.0.0.1", "localhost", "::1"])
+def test_a_loopback_address_serves_one_host_only(address):
+    require_reachable(address, ["a", "a"])
+    require_reachable("10.1.2.3", ["a", "b"])
+    require_reachable("node-7", ["a", "b"])
+    with pytest.raises(CommError, match=f"announces the address {address}.*a, b.*MASTER_ADDR"):
+        require_reachable(address, ["a", "a", "b"])
 
 
 def test_a_folder_store_gives_back_any_key(tmp_path):

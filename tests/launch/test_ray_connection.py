@@ -1,8 +1,13 @@
-"""Which Ray cluster a job takes."""
+"""Which Ray cluster a job takes, and where its ranks meet."""
+
+import socket
+import types
 
 import pytest
 
-from shardwise.launch.ray import Ray
+from shardwise.comm import bootstrap
+from shardwise.comm.rank import RankInfo
+from shardwise.launch.ray import Ray, serve_store
 
 
 class Recorder:
@@ -30,3 +35,29 @@ def test_an_address_is_that_of_the_option_or_of_the_environment(recorder, monkey
     monkeypatch.setattr("shardwise.launch.ray._knock", lambda address: None)
     Ray("here:1")._connect(recorder, 3)
     assert recorder.address == "here:1"
+
+
+class Line:
+    """Stands for a rank's link: what was sent, and the parent's answer, which is that same place."""
+
+    def send(self, event):
+        self.sent = event
+
+    def commands(self):
+        return iter([{"command": "store", **self.sent}])
+
+
+def test_rank_0_announces_the_address_that_ray_knows_its_node_by(monkeypatch):
+    asked = []
+
+    def tcp_store(info, host, port, timeout):
+        asked.append(timeout)
+        return types.SimpleNamespace(store=types.SimpleNamespace(port=4711))
+
+    monkeypatch.setattr(bootstrap, "tcp_store", tcp_store)
+    monkeypatch.setattr("ray.util.get_node_ip_address", lambda: "10.1.2.3")
+    monkeypatch.setattr(socket, "gethostbyname", lambda name: "127.0.1.1")
+    monkeypatch.setenv("SHARDWISE_DEADLINE_RENDEZVOUS", "33")
+    link = Line()
+    serve_store(RankInfo(0, 2, 0, 1), link)
+    assert (link.sent["host"], link.sent["port"], asked) == ("10.1.2.3", 4711, [33])
