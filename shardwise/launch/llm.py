@@ -22,7 +22,16 @@ from shardwise.comm.rank import RankInfo
 from shardwise.comm.watch import Deadlines
 from shardwise.launch import env, guard
 from shardwise.launch.job import Job, backend
-from shardwise.launch.session import SERVE, Answer, ModelConfig, Session, checkpoint_of, params_to_json, plan_of
+from shardwise.launch.session import (
+    SERVE,
+    Answer,
+    ModelConfig,
+    Session,
+    checkpoint_of,
+    params_to_json,
+    plan_of,
+    trace_folder,
+)
 from shardwise.launch.supervise import Supervisor
 from shardwise.parallel.results import Completion, RankStats, TokenEvent
 from shardwise.parallel.sampler import SamplingParams
@@ -65,11 +74,11 @@ class LLM:
     cache_tokens   tokens that the KV cache holds; default: room for what is asked for, on a GPU what the weights leave
     decode      which code runs steps of single tokens: auto, graphs, fused or layers
     attention   whose kernels attend to prompts on a GPU: auto, triton, flashinfer or torch
-    transport   auto, or one of `shardwise.comm.base.TRANSPORTS`
+    transport   one of `shardwise.parallel.options.RUN_TRANSPORTS`
     plan        a file that `shardwise plan --json FILE` wrote: its layout is run, and another checkpoint refused
     trace       a folder for a Chrome trace of each rank's first steps
-    Raises ValueError for a layout that does not fit the model or the launcher's world, FileNotFoundError for a missing
-    model, JobFailed when a rank fails.
+    Raises ValueError for an unknown option and for a layout that does not fit the model or the launcher's world,
+    FileNotFoundError for a missing model, JobFailed when a rank fails.
     """
 
     def __init__(
@@ -109,7 +118,7 @@ class LLM:
             decode=decode,
             attention=attention,
             plan=None if plan is None else str(Path(plan).resolve()),
-            trace=None if trace is None else str(Path(trace).resolve()),
+            trace=trace_folder(trace),
         )
         self.launcher = launcher or (info.source if within(info) else "local")
         if within(info):
@@ -180,6 +189,9 @@ def layout_for(
     info: RankInfo, *, tp: int | None, attn_dp: int, moe_tp: int, ep: int, launcher: str | None = None
 ) -> dict[str, int]:
     """Sizes of the grid; tp defaults to the launcher's world. ValueError names both sides of a contradiction."""
+    for name, size in (("tp", tp), ("attn_dp", attn_dp), ("ep", ep)):
+        if size is not None and size < 1:
+            raise ValueError(f"{name} {size}: must be at least 1")
     if within(info) and launcher is not None:
         raise ValueError(
             f"launcher {launcher!r} was asked for, but this process is already rank {info.rank} of {info.world} "
@@ -195,7 +207,7 @@ def layout_for(
                 f"tp {tp} x attn_dp {attn_dp} needs {tp * attn_dp} ranks, but {info.source} started {info.world} "
                 f"({env.explain()}): change one of them"
             )
-    return {"tp": tp or 1, "attn_dp": attn_dp, "moe_tp": moe_tp, "ep": ep}
+    return {"tp": 1 if tp is None else tp, "attn_dp": attn_dp, "moe_tp": moe_tp, "ep": ep}
 
 
 def planned_sizes(path: str, **given: int | None) -> tuple[int, int, int, int]:

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from shardwise.parallel import options
 from shardwise.parallel.results import Completion, RankStats, TokenEvent
 from shardwise.parallel.sampler import SamplingParams
 
@@ -29,7 +30,10 @@ PROGRESS_STEPS = 100
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """Which model the ranks load, and how; JSON values all."""
+    """Which model the ranks load, and how; JSON values all.
+
+    ValueError for a word or number that no machine would take, so that none starts for it.
+    """
 
     model: str
     tp: int = 1
@@ -53,6 +57,15 @@ class ModelConfig:
     """Set: weights are random, and `model` may be a config.json of any name."""
     trace: str | None = None
     """Folder for a Chrome trace of each rank's first steps."""
+
+    def __post_init__(self) -> None:
+        options.require_known("dtype", self.dtype, options.DTYPES)
+        options.require_known("weights", self.weights, options.WEIGHT_FORMS)
+        options.require_known("device", self.device, options.DEVICES)
+        options.require_known("attention", self.attention, options.ATTENTIONS)
+        options.require_decode(self.decode, self.device)
+        options.require_transport(self.transport)
+        options.require_page(self.cache_tokens, self.device)
 
 
 @dataclass(frozen=True)
@@ -223,6 +236,18 @@ def checkpoint_of(config: ModelConfig) -> "Checkpoint":
     return open_checkpoint(config.model)
 
 
+def trace_folder(path: str | None) -> str | None:
+    """Where traces go, made now: ValueError where that cannot be would else come when there is something to write."""
+    if path is None:
+        return None
+    folder = Path(path).resolve()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"trace {path}: no folder can be made there: {error.strerror}") from None
+    return str(folder)
+
+
 def _refuse_redundant_experts(planned: "Plan", source: str) -> None:
     """Every rank computes all its experts, so an expert on two ranks would count twice."""
     for axis, placement in planned.cuts.placement.items():
@@ -239,8 +264,7 @@ def choose_device(wanted: str, info: "RankInfo") -> str:
 
     Ranks never share a device: `comm.strategy.create` refuses that, since only there ranks see each other's.
     """
-    if wanted not in ("auto", "cpu", "cuda"):
-        raise ValueError(f"device {wanted!r} is unknown, legal: auto, cpu, cuda")
+    options.require_known("device", wanted, options.DEVICES)
     if wanted == "cpu":
         return "cpu"
     import torch

@@ -10,12 +10,12 @@ from shardwise.ops.attention.decode import DecodeWorkspace, fused_decode_attenti
 from shardwise.ops.triton_support import multiprocessors
 from shardwise.parallel.batch import Batch, Span
 from shardwise.parallel.cache import KvCache, LayerShape, Masking
+from shardwise.parallel.options import DEVICE_PAGE
 from shardwise.parallel.paged import PageTables
 from shardwise.parallel.prefill import Choice, PrefillAttention, PrefillStep, choose
 from shardwise.parallel.transfer import to_device
 
-PAGE_SIZE = 64
-"""Tokens of a page: what the decode kernels take at once."""
+PAGE_SIZE = DEVICE_PAGE
 
 
 class DeviceCache(KvCache):

@@ -16,12 +16,19 @@ from shardwise.parallel.assemble import DecoderBuilder
 from shardwise.parallel.cache import KvCache, SlotCache
 from shardwise.parallel.device_cache import DeviceCache
 from shardwise.parallel.memory import memory_bytes
+from shardwise.parallel.options import (
+    ATTENTIONS,
+    DTYPES,
+    KERNEL_PATHS,
+    require_decode,
+    require_known,
+    require_page,
+)
 from shardwise.parallel.paged import PagedCache
-from shardwise.parallel.prefill import ATTENTIONS
 from shardwise.parallel.prompts import Prompt, Room
 from shardwise.parallel.requests import Limits, make_requests
 from shardwise.parallel.results import Completion, RankStats, TokenEvent
-from shardwise.parallel.runner import KERNEL_PATHS, Launched, Runner
+from shardwise.parallel.runner import Launched, Runner
 from shardwise.parallel.sampler import SamplingParams
 from shardwise.parallel.scheduler import Request, Scheduler, Step
 from shardwise.parallel.sizing import activation_bytes, pages_for
@@ -32,7 +39,6 @@ from shardwise.parallel.weights import Progress, Weights
 from shardwise.sharding.checkpoint.resolve import Checkpoint, open_checkpoint
 from shardwise.sharding.plan import Plan
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MAX_BATCH = 64
 STEP_TOKENS = 2048
 """Tokens of one step at most: bounds activations and how long a running request waits for a new prompt."""
@@ -78,10 +84,11 @@ class Engine:
         self.device = _numbered(torch.device(device))
         self.dtype = _dtype(dtype, self.device)
         self.checkpoint = model if isinstance(model, Checkpoint) else open_checkpoint(model)
-        if attention not in ATTENTIONS:
-            raise ValueError(f"attention {attention!r} is unknown, legal: {', '.join(ATTENTIONS)}")
+        require_known("attention", attention, ATTENTIONS)
+        require_decode(decode, self.device.type)
         self._attention = attention
         kernels = self.device.type == "cuda" or decode in KERNEL_PATHS
+        require_page(cache_tokens, "cuda" if kernels else "cpu")
         self._form = WeightForm.choose(weights, plan.model, self.dtype, self.device, kernels=kernels)
         source = Weights(
             self.checkpoint,
@@ -315,10 +322,9 @@ def _numbered(device: torch.device) -> torch.device:
 
 
 def _dtype(dtype: torch.dtype | str, device: torch.device) -> torch.dtype:
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    require_known("dtype", dtype, DTYPES)
     if dtype == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
-    if isinstance(dtype, str):
-        if dtype not in DTYPES:
-            raise ValueError(f"dtype {dtype!r} is unknown, legal: auto, {', '.join(DTYPES)}")
-        return DTYPES[dtype]
-    return dtype
+    return getattr(torch, dtype)

@@ -6,9 +6,9 @@ from torch import Tensor
 from shardwise.ops.attention.reference import torch_cached_attention_with_cache
 from shardwise.parallel.batch import Batch
 from shardwise.parallel.cache import KvCache, LayerShape, Masking
+from shardwise.parallel.options import HOST_PAGE
 
-PAGE_SIZE = 16
-"""Tokens of a page: on average half a page of every sequence is unused."""
+PAGE_SIZE = HOST_PAGE
 
 
 class PageTables:

@@ -19,7 +19,6 @@ from shardwise.parallel.batch import Span
 from shardwise.parallel.cache import LayerShape, Masking
 from shardwise.parallel.transfer import to_device
 
-ATTENTIONS = ("auto", "triton", "flashinfer", "torch")
 HALVES = (torch.float16, torch.bfloat16)
 FLASHINFER_SIZES = (64, 128, 256)
 WORKSPACE_BYTES = 256 << 20

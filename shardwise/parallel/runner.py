@@ -14,13 +14,10 @@ from shardwise.parallel.cuda_graph import DecodeGraphs
 from shardwise.parallel.decode_step import DecodeStep
 from shardwise.parallel.decoder import Decoder
 from shardwise.parallel.device_cache import DeviceCache
+from shardwise.parallel.options import KERNEL_PATHS, require_decode
 from shardwise.parallel.sampler import sample
 from shardwise.parallel.scheduler import Request, Step
 from shardwise.parallel.token_step import TokenStep
-
-KERNEL_PATHS = ("graphs", "fused")
-"""Those that run the kernels of a GPU by name; `fused` also does in Triton's interpreter."""
-DECODE_PATHS = ("auto", *KERNEL_PATHS, "layers")
 
 
 class Launched(Protocol):
@@ -48,8 +45,7 @@ class Runner:
     """
 
     def __init__(self, decoder: Decoder, device: torch.device, path: str = "auto"):
-        if path not in DECODE_PATHS:
-            raise ValueError(f"decode path {path!r} is unknown, legal: {', '.join(DECODE_PATHS)}")
+        require_decode(path, device.type)
         self._decoder, self._device = decoder, device
         self._on_gpu = device.type == "cuda" or path in KERNEL_PATHS
         self._reason, self._why = self._choose(path), ""
@@ -67,8 +63,6 @@ class Runner:
             return "asked for by name"
         if not self._on_gpu:
             return "the device is a CPU"
-        if path == "graphs" and self._device.type != "cuda":
-            raise ValueError("decode path graphs needs a CUDA device; legal here: auto, fused, layers")
         reason = decode_step.reason_against(self._decoder)
         if reason and path != "auto":
             raise ValueError(f"decode path {path} cannot serve this model: {reason}; use auto")

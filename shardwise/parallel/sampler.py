@@ -1,10 +1,14 @@
 """From logits to the next token: greedy, or temperature with top-k and top-p."""
 
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor
+
+SEEDS = range(-(2**63), 2**64)
+"""What torch's generators take."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,7 +23,7 @@ class SamplingParams:
     top_k: int = 0
     """Keep this many most likely tokens; 0: all."""
     seed: int | None = None
-    """None: a seed that the first rank draws. Equal seeds give equal tokens, whatever else is in the batch."""
+    """None: one that the first rank draws. Equal seeds give equal tokens, whatever else is in the batch."""
     stop: tuple[str, ...] = ()
     """Texts that end the answer; they are not part of it."""
     stop_token_ids: tuple[int, ...] = ()
@@ -30,14 +34,17 @@ class SamplingParams:
     def __post_init__(self):
         object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
-        for name, value, legal, fits in (
-            ("max_new_tokens", self.max_new_tokens, "at least 1", self.max_new_tokens >= 1),
-            ("temperature", self.temperature, "at least 0", self.temperature >= 0),
-            ("top_p", self.top_p, "above 0 and at most 1", 0 < self.top_p <= 1),
-            ("top_k", self.top_k, "at least 0", self.top_k >= 0),
-            ("stop", self.stop, "texts that are not empty", all(self.stop)),
+        for name, kind, legal, fits in (
+            ("max_new_tokens", Integral, "a whole number of at least 1", lambda n: n >= 1),
+            ("temperature", Real, "a number of at least 0", lambda t: t >= 0),
+            ("top_p", Real, "a number above 0 and at most 1", lambda p: 0 < p <= 1),
+            ("top_k", Integral, "a whole number of at least 0", lambda k: k >= 0),
+            ("seed", Integral | None, "from -2**63 to 2**64 - 1", lambda s: s is None or s in SEEDS),
+            ("stop", tuple, "texts that are not empty", lambda texts: all(isinstance(t, str) and t for t in texts)),
+            ("stop_token_ids", tuple, "whole numbers", lambda ids: all(isinstance(i, Integral) for i in ids)),
         ):
-            if not fits:
+            value = getattr(self, name)
+            if not isinstance(value, kind) or not fits(value):
                 raise ValueError(f"{name} is {value!r}, legal: {legal}")
 
 

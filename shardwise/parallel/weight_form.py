@@ -4,10 +4,9 @@ from dataclasses import dataclass
 
 import torch
 
+from shardwise.parallel.options import WEIGHT_FORMS, require_known
 from shardwise.sharding import spec
 from shardwise.sharding.model import ModelSpec
-
-WEIGHT_FORMS = ("auto", "native", "dequantised")
 
 
 @dataclass(frozen=True)
@@ -28,8 +27,7 @@ class WeightForm:
 
         kernels  layers are those of a GPU, on a GPU or in Triton's interpreter
         """
-        if wanted not in WEIGHT_FORMS:
-            raise ValueError(f"weights {wanted!r} is unknown, legal: {', '.join(WEIGHT_FORMS)}")
+        require_known("weights", wanted, WEIGHT_FORMS)
         name, plain = str(dtype).removeprefix("torch."), model.quantization == "none"
         if wanted == "dequantised":
             return cls(False, False, f"{name}, asked for by name")

@@ -55,7 +55,17 @@ def test_every_verb_stands_in_the_help():
     assert all(what in text for what in BENCHES)
 
 
-@pytest.mark.parametrize("words", [[], ["no-such-verb"], ["bench"], ["run"], ["run", "smollm2", "--dtype", "int3"]])
+@pytest.mark.parametrize(
+    "words",
+    [
+        [],
+        ["no-such-verb"],
+        ["bench"],
+        ["run"],
+        ["run", "smollm2", "--dtype", "int3"],
+        ["run", "smollm2", "--decode", "nope"],
+    ],
+)
 def test_unusable_command_lines_are_one_sentence_and_exit_with_2(words):
     done = cli(*words)
     assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
@@ -68,9 +78,14 @@ def test_unusable_command_lines_are_one_sentence_and_exit_with_2(words):
         (["run", "smollm2", "--launcher", "warp"], 2, "unknown launcher 'warp'; legal: local, torchrun, mpi, ray"),
         (["run", "smollm2", "--tp", "0"], 2, "--tp 0: must be at least 1"),
         (["run", "smollm2", "-n", "4", "--tp", "3"], 2, "-n 4 contradicts --tp 3"),
-        (["run", "smollm2", "--transport", "pigeon"], 2, "unknown transport 'pigeon'; legal: auto, gloo, nccl"),
+        (["run", "smollm2", "--transport", "pigeon"], 2, "transport 'pigeon' is unknown, legal: auto, gloo, nccl"),
         (["run", "smollm2", "--json", "/no/such/file"], 2, "--json /no/such/file: there is no folder /no/such"),
-        (["run", "smollm2", "--top-p", "2"], 2, "--top-p is 2.0, legal: above 0 and at most 1"),
+        (["run", "smollm2", "--top-p", "2"], 2, "--top-p is 2.0, legal: a number above 0 and at most 1"),
+        (["run", "smollm2", "--seed", "9" * 23], 2, "legal: from -2**63 to 2**64 - 1"),
+        (["run", "smollm2", "--tp", "2", "--transport", "fake"], 2, "transport fake has no peers in other processes"),
+        (["run", "smollm2", "--decode", "graphs", "--device", "cpu"], 2, "decode graphs needs a CUDA device"),
+        (["run", "smollm2", "--cache-tokens", "3"], 2, "of 16 tokens on the CPU and 64 for the kernels of GPUs"),
+        (["run", "smollm2", "--trace", "/proc/x"], 1, "trace /proc/x: no folder can be made there"),
         (["run", "smollm2", "--tp", "2", "--ep", "3"], 1, "world % ep = 2 % 3 = 2"),
         (["run", "smollm2", "--tp", "99"], 1, "tp 99 does not fit"),
         (["run", "no-such-model"], 1, "is no file and no folder"),

@@ -144,6 +144,41 @@ def test_a_rank_that_cannot_load_is_reported_and_nothing_stays(tmp_path):
         LLM(str(broken), tp=2)
 
 
+@pytest.mark.parametrize(
+    "option, text",
+    [
+        ({"dtype": "x"}, "dtype 'x' is unknown, legal: auto, float32, bfloat16, float16"),
+        ({"weights": "x"}, "weights 'x' is unknown, legal: auto, native, dequantised"),
+        ({"device": "x"}, "device 'x' is unknown, legal: auto, cpu, cuda"),
+        ({"decode": "x"}, "decode 'x' is unknown, legal: auto, graphs, fused, layers"),
+        ({"decode": "graphs", "device": "cpu"}, "decode graphs needs a CUDA device"),
+        ({"attention": "x"}, "attention 'x' is unknown, legal: auto, triton, flashinfer, torch"),
+        ({"transport": "x"}, "transport 'x' is unknown, legal: auto, gloo, nccl, mpi, shm, p2p, flashinfer"),
+        ({"transport": "fake"}, "transport fake has no peers in other processes"),
+        ({"transport": "threads"}, "transport threads has no peers in other processes"),
+        ({"cache_tokens": 15}, "so that 16 is the least here"),
+        ({"cache_tokens": 63, "device": "cuda"}, "so that 64 is the least here"),
+        ({"tp": 0}, "tp 0: must be at least 1"),
+        ({"attn_dp": 0}, "attn_dp 0: must be at least 1"),
+    ],
+    ids=str,
+)
+def test_options_that_cannot_be_met_are_refused_before_any_rank_starts(monkeypatch, option, text):
+    monkeypatch.setattr("shardwise.launch.llm.ParentExecutor", None)
+    with pytest.raises(ValueError, match=text):
+        LLM("smollm2", **{"tp": 2, **option})
+
+
+def test_the_folder_of_traces_is_made_before_any_rank_starts(monkeypatch, tmp_path):
+    monkeypatch.setattr("shardwise.launch.llm.ParentExecutor", None)
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="file/traces: no folder can be made there: Not a directory"):
+        LLM("smollm2", trace=str(tmp_path / "file" / "traces"))
+    with pytest.raises(TypeError):
+        LLM("smollm2", trace=str(tmp_path / "new" / "traces"))
+    assert (tmp_path / "new" / "traces").is_dir()
+
+
 def test_layouts_that_do_not_fit_are_refused_before_any_rank_starts():
     with pytest.raises(ValueError, match="tp 99 does not fit"):
         LLM("smollm2", tp=99)

@@ -193,9 +193,9 @@ def test_what_a_step_cannot_hold_is_named(tmp_path):
     folder = write(tmp_path, "llama", num_hidden_layers=1, head_dim=16)
     with pytest.raises(ValueError, match="path fused cannot serve this model: layer 0: head sizes 16 and 16, need one"):
         fused(folder)
-    with pytest.raises(ValueError, match="path graphs needs a CUDA device"):
+    with pytest.raises(ValueError, match="decode graphs needs a CUDA device"):
         run_threads(1, lambda: Engine(folder, plan(folder), current_groups(), decode="graphs"))
-    with pytest.raises(ValueError, match="decode path 'fast' is unknown, legal: auto, graphs, fused, layers"):
+    with pytest.raises(ValueError, match="decode 'fast' is unknown, legal: auto, graphs, fused, layers"):
         run_threads(1, lambda: Engine(folder, plan(folder), current_groups(), decode="fast"))
 
 

@@ -190,11 +190,15 @@ def test_requests_that_cannot_run_are_refused(engine, prompts, params, kind, mes
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"max_new_tokens": 0}, "max_new_tokens is 0, legal: at least 1"),
+        ({"max_new_tokens": 0}, "max_new_tokens is 0, legal: a whole number of at least 1"),
         ({"temperature": -1.0}, "temperature is -1.0"),
         ({"top_p": 0.0}, "top_p is 0.0"),
         ({"top_k": -2}, "top_k is -2"),
         ({"stop": ("a", "")}, "stop is"),
+        ({"seed": 2**64}, r"seed is 18446744073709551616, legal: from -2\*\*63 to 2\*\*64 - 1"),
+        ({"max_new_tokens": "5"}, "max_new_tokens is '5', legal: a whole number of at least 1"),
+        ({"temperature": "hot"}, "temperature is 'hot', legal: a number of at least 0"),
+        ({"stop_token_ids": ("2",)}, "stop_token_ids is"),
     ],
 )
 def test_sampling_parameters_outside_of_their_range_are_refused(fields, message):

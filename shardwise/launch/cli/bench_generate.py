@@ -7,7 +7,6 @@ import argparse
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from shardwise.launch import env
@@ -102,7 +101,7 @@ def _listener(progress: LoadProgress) -> Callable[[dict], None]:
 
 def _config(args: argparse.Namespace, info: "RankInfo") -> "ModelConfig":
     from shardwise.launch.llm import layout_for
-    from shardwise.launch.session import ModelConfig
+    from shardwise.launch.session import ModelConfig, trace_folder
 
     sizes = {"attn_dp": args.attn_dp, "moe_tp": args.moe_tp, "ep": args.ep}
     layout = layout_for(info, tp=tensor_parallel(args, info), **sizes, launcher=args.launcher)
@@ -123,7 +122,7 @@ def _config(args: argparse.Namespace, info: "RankInfo") -> "ModelConfig":
         transport=args.transport,
         plan=None,
         random_seed=args.seed if args.dummy_weights else None,
-        trace=None if args.trace is None else str(Path(args.trace).resolve()),
+        trace=trace_folder(args.trace),
     )
 
 

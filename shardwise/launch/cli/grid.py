@@ -5,10 +5,10 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from shardwise.comm.base import TRANSPORTS
 from shardwise.comm.watch import LOG_FOLDER_ENV
 from shardwise.launch.cli import UsageError, positive
 from shardwise.launch.job import LAUNCHERS
+from shardwise.parallel import options
 
 if TYPE_CHECKING:
     from shardwise.comm.rank import RankInfo
@@ -25,9 +25,11 @@ def add_grid(parser: argparse.ArgumentParser) -> "argparse._ArgumentGroup":
         "--launcher", metavar="NAME", help=f"who starts the ranks: {', '.join(LAUNCHERS)} (default local)"
     )
     grid.add_argument("--ray-address", metavar="ADDRESS", help="an existing Ray cluster, for instance auto")
-    grid.add_argument("--transport", default="auto", metavar="NAME", help="what moves the bytes (default auto)")
     grid.add_argument(
-        "--device", default="auto", choices=("auto", "cpu", "cuda"), help="auto: one GPU a rank where there are GPUs"
+        "--transport", default="auto", metavar="NAME", help=f"what moves the bytes: {', '.join(options.RUN_TRANSPORTS)}"
+    )
+    grid.add_argument(
+        "--device", default="auto", choices=options.DEVICES, help="auto: one GPU a rank where there are GPUs"
     )
     grid.add_argument("--log-dir", metavar="DIR", help="where the ranks' logs and failure.json go")
     return grid
@@ -38,13 +40,13 @@ def add_forms(parser: "argparse.ArgumentParser | argparse._ArgumentGroup") -> No
     parser.add_argument(
         "--dtype",
         default="auto",
-        choices=("auto", "float32", "bfloat16", "float16"),
+        choices=options.DTYPES,
         help="of weights and activations (auto: bfloat16 on GPUs, float32 on the CPU)",
     )
     parser.add_argument(
         "--weights",
         default="auto",
-        choices=("auto", "native", "dequantised"),
+        choices=options.WEIGHT_FORMS,
         help="whether quantised weights stay in their form (auto: on GPUs where a layer takes them)",
     )
     parser.add_argument(
@@ -56,14 +58,14 @@ def add_forms(parser: "argparse.ArgumentParser | argparse._ArgumentGroup") -> No
     parser.add_argument(
         "--decode",
         default="auto",
-        metavar="NAME",
-        help="what runs steps of single tokens: graphs, fused or layers (auto: graphs on GPUs, where the model allows)",
+        choices=options.DECODE_PATHS,
+        help="what runs steps of single tokens (auto: graphs on GPUs, where the model allows)",
     )
     parser.add_argument(
         "--attention",
         default="auto",
-        metavar="NAME",
-        help="whose kernels attend to prompts on GPUs: triton, flashinfer or torch",
+        choices=options.ATTENTIONS,
+        help="whose kernels attend to prompts on GPUs",
     )
 
 
@@ -73,8 +75,6 @@ def tensor_parallel(args: argparse.Namespace, info: "RankInfo") -> int | None:
 
     if args.launcher is not None and args.launcher not in LAUNCHERS:
         raise UsageError(f"unknown launcher {args.launcher!r}; legal: {', '.join(LAUNCHERS)}")
-    if args.transport != "auto" and args.transport not in TRANSPORTS:
-        raise UsageError(f"unknown transport {args.transport!r}; legal: auto, {', '.join(TRANSPORTS)}")
     for name in ("world", "tp", "attn_dp", "ep"):
         value = getattr(args, name)
         if value is not None and value < 1:
@@ -86,6 +86,9 @@ def tensor_parallel(args: argparse.Namespace, info: "RankInfo") -> int | None:
             raise UsageError(f"-n {args.world} contradicts {asked}--attn-dp {args.attn_dp}: tp x attn-dp is the world")
         tp = args.world // args.attn_dp
     try:
+        options.require_transport(args.transport)
+        options.require_decode(args.decode, args.device)
+        options.require_page(args.cache_tokens, args.device)
         layout_for(info, tp=tp, attn_dp=args.attn_dp, moe_tp=args.moe_tp, ep=args.ep, launcher=args.launcher)
     except ValueError as error:
         raise UsageError(str(error)) from None

@@ -1,0 +1,56 @@
+"""What a user may ask of the runtime, by word or number, as far as that is known without torch, ranks and weights."""
+
+from collections.abc import Sequence
+
+from shardwise.comm.base import TRANSPORTS
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+"""Of weights and activations; auto: bfloat16 on GPUs, float32 on the CPU."""
+WEIGHT_FORMS = ("auto", "native", "dequantised")
+KERNEL_PATHS = ("graphs", "fused")
+"""Those that run the kernels of a GPU by name; `fused` also does in Triton's interpreter."""
+DECODE_PATHS = ("auto", *KERNEL_PATHS, "layers")
+ATTENTIONS = ("auto", "triton", "flashinfer", "torch")
+DEVICES = ("auto", "cpu", "cuda")
+RUN_TRANSPORTS = ("auto", *(name for name in TRANSPORTS if name not in ("threads", "fake")))
+"""Transports between processes that answer: threads share one process, the peers of fake are imagined."""
+HOST_PAGE, DEVICE_PAGE = 16, 64
+"""Tokens of a page of the KV cache: on average half a page of every sequence is unused; what decode kernels take."""
+
+
+def require_known(name: str, value: str, legal: Sequence[str]) -> None:
+    """ValueError for a word that is not one of `legal`."""
+    if value not in legal:
+        raise ValueError(f"{name} {value!r} is unknown, legal: {', '.join(legal)}")
+
+
+def require_transport(transport: str) -> None:
+    """ValueError for one that does not carry a model's collectives between processes."""
+    if transport in TRANSPORTS and transport not in RUN_TRANSPORTS:
+        raise ValueError(
+            f"transport {transport} has no peers in other processes, it is for tests and dry runs of collectives; "
+            f"legal: {', '.join(RUN_TRANSPORTS)}"
+        )
+    require_known("transport", transport, RUN_TRANSPORTS)
+
+
+def require_decode(path: str, device: str) -> None:
+    """ValueError for an unknown path, or one that a device of this type (auto: whichever is there) does not run."""
+    require_known("decode", path, DECODE_PATHS)
+    if path == "graphs" and device == "cpu":
+        raise ValueError("decode graphs needs a CUDA device; legal here: auto, fused, layers")
+
+
+def require_page(cache_tokens: int | None, device: str) -> None:
+    """ValueError for a KV cache of less than one page; None leaves its size open.
+
+    device  cuda where the kernels of a GPU read the cache, cpu, or auto
+    """
+    if cache_tokens is None:
+        return
+    page = DEVICE_PAGE if device == "cuda" else HOST_PAGE
+    if not isinstance(cache_tokens, int) or cache_tokens < page:
+        raise ValueError(
+            f"cache_tokens is {cache_tokens!r}: the KV cache is made of pages, of {HOST_PAGE} tokens on the CPU and "
+            f"{DEVICE_PAGE} for the kernels of GPUs, so that {page} is the least here"
+        )
