@@ -1,6 +1,5 @@
 """Text to token ids and back, from GGUF metadata or a Hugging Face folder. Needs no transformers and no torch."""
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from shardwise.parallel.chat import render_chat
 from shardwise.sharding.checkpoint.gguf import GgufFile
 from shardwise.sharding.checkpoint.header import CheckpointError
 from shardwise.sharding.checkpoint.resolve import Checkpoint
+from shardwise.sharding.config import read_json
 
 
 class Tokenizer:
@@ -176,7 +176,7 @@ def _from_folder(checkpoint: Checkpoint) -> Tokenizer:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_bytes()) if path.is_file() else {}
+    return read_json(path, dict, "one JSON object") if path.is_file() else {}
 
 
 def _content(token: Any) -> str | None:

@@ -99,6 +99,12 @@ def test_a_model_without_template_says_what_to_do(folder):
         load(folder).encode_chat(CHAT)
 
 
+def test_broken_settings_of_a_tokenizer_are_named_by_their_file(folder):
+    (folder / "tokenizer_config.json").write_text('{"bos_token": ')
+    with pytest.raises(ValueError, match="tokenizer_config.json: not valid JSON"):
+        load(folder)
+
+
 def test_a_folder_without_tokenizer_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match="tokenizer.json is missing"):
         load(tmp_path)
