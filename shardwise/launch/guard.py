@@ -12,6 +12,7 @@ import json
 import os
 import signal
 import socket
+import stat
 import sys
 import tempfile
 import time
@@ -137,13 +138,29 @@ def report_crashes() -> None:
 
 
 def job_folder(info: RankInfo) -> Path:
-    """Where the reports of a job go that the user's own launcher started: the same for its ranks on one host."""
+    """Where the reports of a job go that the user's own launcher started: the same for its ranks on one host.
+
+    Of a place that nobody chose, whose name others can guess, PermissionError unless it is this user's alone.
+    """
     chosen = os.environ.get(watch.LOG_FOLDER_ENV)
     if chosen:
         return Path(chosen)
     parent = os.getppid()
     name = f"{info.source.replace(' ', '').lower()}-{parent}-{watch.process_start(parent)}"
-    return Path(tempfile.gettempdir()) / f"shardwise-{os.getuid()}" / name
+    return _private(Path(tempfile.gettempdir()) / f"shardwise-{os.getuid()}") / name
+
+
+def _private(folder: Path) -> Path:
+    with contextlib.suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
+    found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
+        raise PermissionError(
+            f"{folder} is no folder of this user's, and reports are read back from it: remove it, or name another "
+            f"place by {watch.LOG_FOLDER_ENV}"
+        )
+    folder.chmod(0o700)
+    return folder
 
 
 def guard_script(info: RankInfo) -> None:

@@ -1,0 +1,47 @@
+"""Reports of jobs that the user's own launcher started lie where nobody else can write."""
+
+import stat
+
+import pytest
+
+from shardwise.comm import watch
+from shardwise.comm.rank import RankInfo
+from shardwise.launch.guard import job_folder
+
+INFO = RankInfo(rank=0, world=2, source="torchrun")
+
+
+@pytest.fixture(autouse=True)
+def nobody_chose(monkeypatch, tmp_path):
+    monkeypatch.delenv(watch.LOG_FOLDER_ENV, raising=False)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+
+
+def test_the_folder_above_all_reports_is_its_users_alone(tmp_path):
+    for _ in range(2):  # and again, when it is there
+        parent = job_folder(INFO).parent
+        assert parent.parent == tmp_path and stat.S_IMODE(parent.stat().st_mode) == 0o700
+        parent.chmod(0o755)
+
+
+def test_a_link_in_its_place_is_not_followed(tmp_path):
+    parent = job_folder(INFO).parent
+    parent.rmdir()
+    (tmp_path / "elsewhere").mkdir()
+    parent.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(PermissionError, match="no folder of this user's"):
+        job_folder(INFO)
+
+
+def test_a_folder_that_somebody_else_made_is_refused(monkeypatch):
+    parent = job_folder(INFO).parent
+    another = parent.stat().st_uid + 1
+    parent.rename(parent.with_name(f"shardwise-{another}"))
+    monkeypatch.setattr("os.getuid", lambda: another)
+    with pytest.raises(PermissionError, match="name another place by SHARDWISE_LOG_DIR"):
+        job_folder(INFO)
+
+
+def test_a_place_that_the_user_chose_is_taken_as_it_is(monkeypatch, tmp_path):
+    monkeypatch.setenv(watch.LOG_FOLDER_ENV, str(tmp_path / "mine"))
+    assert job_folder(INFO) == tmp_path / "mine" and not list(tmp_path.iterdir())
