@@ -174,8 +174,20 @@ def run_job(
         return supervisor.finish(on_event, deadline)
 
 
+def require_launcher(launcher: str | None, ray_address: str | None = None) -> None:
+    """ValueError for an unknown one, and for a cluster's address that the launcher has no use for. None: local."""
+    if launcher not in (None, *LAUNCHERS):
+        raise ValueError(f"unknown launcher {launcher!r}; legal: {', '.join(LAUNCHERS)}")
+    if ray_address is not None and launcher != "ray":
+        raise ValueError(
+            f"the Ray address {ray_address!r} has no effect with launcher {launcher or 'local'}: name launcher ray, or "
+            "drop the address"
+        )
+
+
 def backend(launcher: str, **options: Any):
     """The launcher of that name. Raises ValueError for an unknown one."""
+    require_launcher(launcher)
     if launcher == "local":
         from shardwise.launch.local import Local
 
@@ -188,11 +200,9 @@ def backend(launcher: str, **options: Any):
         from shardwise.launch.mpi import Mpi
 
         return Mpi()
-    if launcher == "ray":
-        from shardwise.launch.ray import Ray
+    from shardwise.launch.ray import Ray
 
-        return Ray(**options)
-    raise ValueError(f"unknown launcher {launcher!r}; legal: {', '.join(LAUNCHERS)}")
+    return Ray(**options)
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from shardwise.comm.rank import RankInfo
 from shardwise.comm.watch import Deadlines
 from shardwise.launch import env, guard
-from shardwise.launch.job import Job, backend
+from shardwise.launch.job import Job, backend, require_launcher
 from shardwise.launch.session import (
     SERVE,
     Answer,
@@ -103,6 +103,7 @@ class LLM:
         on_progress: Progress | None = None,
         debug: bool = False,
     ):
+        require_launcher(launcher, ray_address)
         info = env.detect()
         if plan is not None:
             tp, attn_dp, moe_tp, ep = planned_sizes(str(plan), tp=tp, attn_dp=attn_dp, moe_tp=moe_tp, ep=ep)

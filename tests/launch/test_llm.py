@@ -158,6 +158,7 @@ def test_a_rank_that_cannot_load_is_reported_and_nothing_stays(tmp_path):
         ({"transport": "threads"}, "transport threads has no peers in other processes"),
         ({"cache_tokens": 15}, "so that 16 is the least here"),
         ({"cache_tokens": 63, "device": "cuda"}, "so that 64 is the least here"),
+        ({"ray_address": "auto"}, "the Ray address 'auto' has no effect with launcher local"),
         ({"tp": 0}, "tp 0: must be at least 1"),
         ({"attn_dp": 0}, "attn_dp 0: must be at least 1"),
     ],

@@ -112,6 +112,7 @@ class UsageError(ValueError):
 def _complain(error: Exception) -> int:
     """One sentence for an error that its text explains, with the name of its type for any other."""
     from shardwise.launch.failure import INPUT_ERRORS
+    from shardwise.sharding.cutting import IllegalLayout
 
     _after_rank_0()
     outcome = getattr(error, "exit_code", None)
@@ -127,4 +128,4 @@ def _complain(error: Exception) -> int:
         f"shardwise: error: {text if known else f'{type(error).__name__}: {text} (--debug shows where)'}",
         file=sys.stderr,
     )
-    return USAGE if isinstance(error, UsageError) else FAILED
+    return USAGE if isinstance(error, (UsageError, IllegalLayout)) else FAILED

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 
 from shardwise.comm.watch import LOG_FOLDER_ENV
 from shardwise.launch.cli import UsageError, positive
-from shardwise.launch.job import LAUNCHERS
+from shardwise.launch.job import LAUNCHERS, require_launcher
 from shardwise.parallel import options
+from shardwise.sharding.layout import ParallelLayout
 
 if TYPE_CHECKING:
     from shardwise.comm.rank import RankInfo
@@ -73,8 +74,6 @@ def tensor_parallel(args: argparse.Namespace, info: "RankInfo") -> int | None:
     """--tp, or what -n leaves for it. UsageError names both sides of a contradiction."""
     from shardwise.launch.llm import layout_for
 
-    if args.launcher is not None and args.launcher not in LAUNCHERS:
-        raise UsageError(f"unknown launcher {args.launcher!r}; legal: {', '.join(LAUNCHERS)}")
     for name in ("world", "tp", "attn_dp", "ep"):
         value = getattr(args, name)
         if value is not None and value < 1:
@@ -86,10 +85,13 @@ def tensor_parallel(args: argparse.Namespace, info: "RankInfo") -> int | None:
             raise UsageError(f"-n {args.world} contradicts {asked}--attn-dp {args.attn_dp}: tp x attn-dp is the world")
         tp = args.world // args.attn_dp
     try:
+        require_launcher(args.launcher, args.ray_address)
         options.require_transport(args.transport)
         options.require_decode(args.decode, args.device)
         options.require_page(args.cache_tokens, args.device)
-        layout_for(info, tp=tp, attn_dp=args.attn_dp, moe_tp=args.moe_tp, ep=args.ep, launcher=args.launcher)
+        sizes = layout_for(info, tp=tp, attn_dp=args.attn_dp, moe_tp=args.moe_tp, ep=args.ep, launcher=args.launcher)
+        if getattr(args, "plan", None) is None:  # whose sizes replace these
+            ParallelLayout(sizes["tp"], sizes["attn_dp"], sizes["moe_tp"], sizes["ep"])
     except ValueError as error:
         raise UsageError(str(error)) from None
     return tp

@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """0; UsageError for a layout that the model does not allow, or one beside --merge."""
+    """0; IllegalLayout for one that the model does not allow, UsageError for one beside --merge or none at all."""
     out = Path(args.out)
     started = time.perf_counter()
     files = _merge(args, out) if args.merge else _shard(args, out)
@@ -41,7 +41,6 @@ def _merge(args: argparse.Namespace, out: Path) -> list[Path]:
 def _shard(args: argparse.Namespace, out: Path) -> list[Path]:
     from shardwise.sharding.checkpoint.resolve import open_checkpoint
     from shardwise.sharding.checkpoint.shard import write_shards
-    from shardwise.sharding.cutting import IllegalLayout
     from shardwise.sharding.layout import ParallelLayout
     from shardwise.sharding.plan import plan
 
@@ -49,10 +48,7 @@ def _shard(args: argparse.Namespace, out: Path) -> list[Path]:
         layout = ParallelLayout(args.tp or 1, args.attn_dp or 1, args.moe_tp or 0, args.ep or 1)
     except ValueError as error:
         raise UsageError(str(error)) from None
-    try:
-        planned = plan(args.model, layout)
-    except IllegalLayout as error:
-        raise UsageError(str(error)) from None
+    planned = plan(args.model, layout)
     return write_shards(planned, open_checkpoint(args.model), out, progress=_Progress())
 
 
