@@ -31,7 +31,7 @@ from shardwise.parallel.results import Completion, RankStats, TokenEvent
 from shardwise.parallel.runner import Launched, Runner
 from shardwise.parallel.sampler import SamplingParams
 from shardwise.parallel.scheduler import Request, Scheduler, Step
-from shardwise.parallel.sizing import activation_bytes, pages_for
+from shardwise.parallel.sizing import activation_bytes, pages_for, require_memory, weight_bytes
 from shardwise.parallel.tokenizer import IdTokenizer, Tokenizer, load_tokenizer
 from shardwise.parallel.trace import DECODE, PREFILL, SAMPLE, SCHEDULE, span
 from shardwise.parallel.weight_form import WeightForm
@@ -90,6 +90,8 @@ class Engine:
         kernels = self.device.type == "cuda" or decode in KERNEL_PATHS
         require_page(cache_tokens, "cuda" if kernels else "cpu")
         self._form = WeightForm.choose(weights, plan.model, self.dtype, self.device, kernels=kernels)
+        if self.device.type == "cuda":
+            self._require_memory()
         source = Weights(
             self.checkpoint,
             plan,
@@ -176,6 +178,13 @@ class Engine:
         if isinstance(cache, PagedCache):
             return cache.tables.describe()
         return f"{cache.slots} rows of {cache.max_length} tokens" if cache else "none yet"
+
+    def _require_memory(self) -> None:
+        torch.cuda.empty_cache()  # of an earlier model in this process
+        form, size = self._form, self.dtype.itemsize
+        needed = weight_bytes(self.plan, self.groups.world.rank, size, packs_mxfp4=form.packs_mxfp4)
+        what = f"their weights ({form.reason})"
+        require_memory(needed, what, memory=torch.cuda.mem_get_info(self.device), world=self.groups.world)
 
     def _limits(self) -> Limits:
         room = Room(self.plan.model.vocab, self.max_length, self.capacity)

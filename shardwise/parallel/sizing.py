@@ -1,6 +1,7 @@
-"""How many pages the KV cache of a GPU gets: what the weights and the work of a step leave of its memory."""
+"""Whether a rank's weights fit its GPU, and how many pages the KV cache gets of what they and a step's work leave."""
 
 from dataclasses import dataclass
+from math import prod
 
 import torch
 
@@ -9,6 +10,7 @@ from shardwise.parallel.cache import LayerShape
 from shardwise.parallel.device_cache import PAGE_SIZE
 from shardwise.sharding import spec
 from shardwise.sharding.model import Layer, ModelSpec
+from shardwise.sharding.plan import Plan
 
 RESERVED_BYTES = 2 << 30
 """For CUDA graphs, communication, library workspaces and what the allocator cannot use."""
@@ -25,6 +27,36 @@ class Room:
 
     def pages(self, page_bytes: int) -> int:
         return max(0, self.free - RESERVED_BYTES - self.activations) // page_bytes
+
+
+def require_memory(needed: int, what: str, *, memory: tuple[int, int], world: Communicator) -> None:
+    """ValueError, on all ranks, when some rank's device has too little, before it reads weights for minutes.
+
+    needed  bytes of this rank, for `what`
+    memory  (free, total) bytes of its device
+    """
+    short = [r for r in world.all_gather_object((needed, *memory)) if r[0] > r[1]]
+    if short:
+        most, free, total = max(short)
+        raise ValueError(
+            f"{len(short)} of {world.size} ranks have no memory for {what}: {most / 2**30:.1f} GiB on one that has "
+            f"{free / 2**30:.1f} of {total / 2**30:.1f} GiB free; use more ranks or smaller weights "
+            "(shardwise plan MODEL --search --gpus N ranks the layouts)"
+        )
+
+
+def weight_bytes(plan: Plan, rank: int, itemsize: int, *, packs_mxfp4: bool) -> int:
+    """What a rank's weights take on a device: `itemsize` bytes a parameter, MXFP4 as stored where it stays.
+
+    A little less than they do take, but for biases that one rank adds for all, which are counted for each.
+    """
+    held = 0
+    for pattern in plan.loaded:
+        shard, count = plan.pattern_shard(pattern, rank), plan.pattern_count(pattern, rank)
+        stays = packs_mxfp4 and shard.dtype == "U8"
+        parameters = prod(shard.local_shape) * pattern.spec.values
+        held += count * (shard.nbytes if stays else parameters * itemsize)
+    return held
 
 
 def page_bytes(layers: list[LayerShape], dtype: torch.dtype) -> int:
