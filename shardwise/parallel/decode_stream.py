@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from shardwise.ops.normalization.triton import triton_fused_add_rms_norm_inplace, triton_rms_norm
+from shardwise.ops.normalization.triton import triton_rms_norm
 from shardwise.parallel.layers import Linear, LinearLike, Norm, ResidualNorm
 
 SKINNY_ROWS = 1
@@ -43,7 +43,4 @@ class Stream:
 
 def joined(partial: Tensor, residual: Tensor, join: ResidualNorm) -> Stream:
     """The sum over the group, the residual and the norm; both arguments may be overwritten."""
-    if join.group.size == 1 and join.is_plain and join.norm is not None:
-        triton_fused_add_rms_norm_inplace(partial, residual, join.norm.weight, join.norm.eps)
-        return Stream(partial, residual)
     return Stream(*join(partial, residual))

@@ -39,14 +39,16 @@ tokens of [1536, 576], 38 against 47 for 2048."""
 class Linear:
     """x [T, in] -> x W^T + b [T, out].
 
-    On the CPU float32 weights lie in panels of PANEL outputs, as one batch of matrices; other weights, and numbers of
-    outputs that PANEL does not divide, are one panel.
+    On the CPU float32 weights lie in panels of PANEL outputs, as one batch of matrices, or in one where PANEL does not
+    divide the outputs. Other weights stay as they came: 16-bit products on the CPU are faster out of [out, in], 1.7
+    times in bfloat16 and 80 times in float16 (one row, 4096 x 4096, torch 2.13 on Zen 4).
     """
 
     def __init__(self, *, weight: Tensor, bias: Tensor | None = None):
         """weight [out, in]"""
         self.out_features = weight.shape[0]
-        self.panels = weight.t()[None] if weight.is_cuda else _in_panels(weight)
+        turned = weight.device.type == "cpu" and weight.dtype == torch.float32
+        self.panels = _in_panels(weight) if turned else weight.t()[None]
         """[panels, in, outputs of one]"""
         self.bias = bias
         self._matrix = self.panels[0] if len(self.panels) == 1 else None
@@ -80,7 +82,7 @@ class Linear:
 
 def _in_panels(weight: Tensor) -> Tensor:
     outputs, inputs = weight.shape
-    width = PANEL if outputs % PANEL == 0 and weight.dtype == torch.float32 else outputs
+    width = PANEL if outputs % PANEL == 0 else outputs
     count = outputs // width if width else 1
     panels = weight_memory(count, inputs, width, dtype=weight.dtype, device=weight.device)
     for panel, rows in zip(panels, weight.split(width), strict=True):

@@ -93,6 +93,8 @@ class Weights:
 
     def linear(self, block: Block, *roles: str, layer: int | None = None, expert: int | None = None) -> Tensor:
         """Weights of linear layers in the runtime's dtype, dequantised where they are stored with scales, joined."""
+        if not any(f"{role}.scale" in block.roles for role in roles):
+            return self.take(block, *(f"{role}.weight" for role in roles), layer=layer, expert=expert)
         parts = [self._plain(block, role, layer, expert) for role in roles]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
