@@ -32,6 +32,10 @@ class CommError(RuntimeError):
     """A collective failed; the text names operation, sequence number, group and rank."""
 
 
+class NotHere(CommError, ValueError):
+    """What was asked for by name cannot run here: the user's choice to change, no failure of a rank."""
+
+
 class CollectiveTimeout(CommError):
     """A rank did not arrive before the deadline; `missing` holds the ranks (of the world) that never came."""
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import quote
 
-from shardwise.comm.base import CollectiveTimeout, CommError
+from shardwise.comm.base import CollectiveTimeout, CommError, NotHere
 from shardwise.comm.rank import RankInfo
 
 STORE_ENV = "SHARDWISE_STORE"
@@ -137,7 +137,7 @@ def store_from_environment(info: RankInfo, timeout: float, environ=os.environ) -
     if environ.get(STORE_ENV):
         return FolderStore(environ[STORE_ENV])
     if environ.get("MASTER_ADDR") and environ.get("MASTER_PORT"):
-        place = environ["MASTER_ADDR"], int(environ["MASTER_PORT"])
+        place = environ["MASTER_ADDR"], _port(environ["MASTER_PORT"])
         if place[1] == 0:  # torchrun's static rendezvous binds some port and announces the 0 that it was given
             raise ValueError(
                 "MASTER_PORT=0 names no port to meet at: start torchrun with --standalone, without --master-port, or "
@@ -146,10 +146,16 @@ def store_from_environment(info: RankInfo, timeout: float, environ=os.environ) -
         if place not in _torchrun_stores:  # a job has one: its port can be bound once
             _torchrun_stores[place] = _torchrun_store(info, *place, timeout, environ)
         return _torchrun_stores[place]
-    raise CommError(
+    raise NotHere(
         f"rank {info.rank} of {info.world} ({info.source}) has no rendezvous: neither {STORE_ENV} nor MASTER_ADDR and "
         "MASTER_PORT are set. Start ranks with `shardwise run -n`, torchrun or mpirun, or pass store= to create()"
     )
+
+
+def _port(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and int(text) < 1 << 16):
+        raise ValueError(f"MASTER_PORT={text!r} is not the number of a port, 1 to 65535")
+    return int(text)
 
 
 _torchrun_stores: dict[tuple[str, int], Store] = {}

@@ -16,7 +16,7 @@ from torch import Tensor
 from shardwise import partition
 from shardwise.comm import arguments, compose, control, watch
 from shardwise.comm.arguments import as_bytes
-from shardwise.comm.base import STRATEGIES, CollectiveMismatch, CommError, Communicator
+from shardwise.comm.base import STRATEGIES, CollectiveMismatch, CommError, Communicator, NotHere
 from shardwise.comm.control import MESSAGE_BYTES
 from shardwise.comm.watch import FLIGHT, Deadlines
 
@@ -47,10 +47,10 @@ def require_strategy_name(strategy: str) -> None:
 
 
 def require_strategy(strategy: str) -> None:
-    """ValueError for an unknown name; CommError with the reason for a strategy that needs multicast."""
+    """ValueError for an unknown name; NotHere with the reason for a strategy that needs multicast."""
     require_strategy_name(strategy)
     if strategy in UNUSABLE:
-        raise CommError(f"strategy {strategy}: {UNUSABLE[strategy]}")
+        raise NotHere(f"strategy {strategy}: {UNUSABLE[strategy]}")
 
 
 class BaseCommunicator(Communicator):
@@ -263,7 +263,7 @@ class BaseCommunicator(Communicator):
     def _require(self, strategy: str) -> None:
         require_strategy(strategy)
         if strategy not in self.strategies:
-            raise CommError(
+            raise NotHere(
                 f"strategy {strategy} cannot run on transport {self.transport} (group {self.name}); "
                 f"legal here: {', '.join(self.strategies)}"
             )

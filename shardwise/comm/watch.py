@@ -6,6 +6,7 @@ collectives that this process began; a collective whose `end` is missing is the 
 
 import contextlib
 import json
+import math
 import os
 import threading
 import time
@@ -35,8 +36,8 @@ class Deadlines:
     def __post_init__(self):
         for field in fields(self):
             value = getattr(self, field.name)
-            if not value > 0:
-                raise ValueError(f"{env_name(field.name)}={value}: a deadline is a number of seconds above 0")
+            if not (value > 0 and math.isfinite(value)):
+                raise ValueError(f"{env_name(field.name)}={value}: a deadline is a finite number of seconds above 0")
 
     @classmethod
     def from_environment(cls, environ=os.environ) -> "Deadlines":
