@@ -22,7 +22,7 @@ from torch import Tensor
 from shardwise.comm import compose, watch
 from shardwise.comm.arguments import starts
 from shardwise.comm.arrival import Arrivals, MessageArrivals, MissingRanks, SegmentArrivals, free_owned, owned
-from shardwise.comm.base import CollectiveTimeout, CommError, PeerLost
+from shardwise.comm.base import CollectiveTimeout, CommError, NotHere, PeerLost
 from shardwise.comm.bootstrap import Rendezvous
 from shardwise.comm.collective import BaseCommunicator
 from shardwise.comm.control import FRAME_BYTES, framed, unframed
@@ -37,7 +37,7 @@ _failed = False
 
 @functools.cache
 def library():
-    """mpi4py's MPI module with MPI initialised. Raises CommError with the reason where there is none."""
+    """mpi4py's MPI module with MPI initialised. Raises NotHere with the reason where there is none."""
     try:
         import mpi4py
 
@@ -45,7 +45,7 @@ def library():
         mpi4py.rc.finalize = False
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
-        raise CommError(f"transport mpi needs mpi4py and an MPI library: {error}") from None
+        raise NotHere(f"transport mpi needs mpi4py and an MPI library: {error}") from None
     if not MPI.Is_initialized():
         MPI.Init_thread(MPI.THREAD_SERIALIZED)
         atexit.register(_finalize, MPI)
@@ -62,6 +62,12 @@ def _finalize(MPI) -> None:
 def world_communicator():
     """A communicator of our own over all ranks that mpirun started."""
     return owned(library().COMM_WORLD.Dup())
+
+
+def world_ranks(comm) -> list[int]:
+    """Ranks of `comm`'s members in COMM_WORLD, in the order of `comm`."""
+    MPI = library()
+    return MPI.Group.Translate_ranks(comm.Get_group(), list(range(comm.Get_size())), MPI.COMM_WORLD.Get_group())
 
 
 @functools.cache
@@ -83,7 +89,7 @@ class MpiRendezvous(Rendezvous):
     """Through an MPI communicator."""
 
     def __init__(self, comm):
-        super().__init__(comm.Get_rank(), range(comm.Get_size()))
+        super().__init__(comm.Get_rank(), world_ranks(comm))
         self.comm = comm
 
     def gather(self, key: str, value: Any, timeout: float) -> list[Any]:
@@ -96,8 +102,7 @@ class MpiCommunicator(BaseCommunicator):
     devices = ("cpu", "cuda")
 
     def __init__(self, comm, ranks: Sequence[int] | None = None, *, arrivals: Arrivals | None = None, **options):
-        size = comm.Get_size()
-        super().__init__(rank=comm.Get_rank(), ranks=ranks or range(size), transport="mpi", **options)
+        super().__init__(rank=comm.Get_rank(), ranks=ranks or world_ranks(comm), transport="mpi", **options)
         self.comm = comm
         self._mpi = library()
         self._types = _datatypes(self._mpi)

@@ -14,7 +14,7 @@ import sys
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
-from shardwise.comm.base import TRANSPORTS, CommError, Communicator
+from shardwise.comm.base import TRANSPORTS, CommError, Communicator, NotHere
 from shardwise.comm.bootstrap import (
     AloneRendezvous,
     GroupRendezvous,
@@ -74,7 +74,7 @@ def create(
     store          rendezvous of a local launcher; None: found in the environment
     process_group  an existing torch.distributed group to ride on
     mpi_comm       an existing mpi4py communicator to ride on
-    Raises CommError with the reason when a transport asked for by name cannot run here.
+    Raises NotHere with the reason when a transport asked for by name cannot run here.
     """
     if transport != "auto" and transport not in TRANSPORTS:
         raise ValueError(f"unknown transport {transport!r}; legal: auto, {', '.join(TRANSPORTS)}")
@@ -94,7 +94,7 @@ def create(
             group.reason = ALONE
         return group
     if transport == "threads":
-        raise CommError("transport threads has no processes to join: use shardwise.testing.run_threads")
+        raise NotHere("transport threads has no processes to join: use shardwise.testing.run_threads")
     makers = {"cpu": _create_cpu, "cuda": _create_cuda}
     return makers[device](_Request(info, transport, store, process_group, mpi_comm, options))
 
@@ -122,16 +122,30 @@ class _Request:
         if self.info.world == 1 and not self.speaks_mpi:
             return AloneRendezvous()
         if self.speaks_mpi:
-            from shardwise.comm.mpi import MpiRendezvous, world_communicator
+            from shardwise.comm.mpi import MpiRendezvous
 
-            return MpiRendezvous(self.mpi_comm or world_communicator())
+            return MpiRendezvous(self.communicator())
         store = self.store or store_from_environment(self.info, deadlines.rendezvous)
         return world_rendezvous(store, self.info)
+
+    def communicator(self):
+        """MPI's, over the ranks of `info`. Raises NotHere where MPI knows other ranks than the launcher does."""
+        from shardwise.comm.mpi import world_communicator
+
+        comm, info = self.mpi_comm or world_communicator(), self.info
+        if (comm.Get_rank(), comm.Get_size()) != (info.rank, info.world):
+            raise NotHere(
+                f"transport mpi needs ranks that the mpirun of its own MPI library started: {info.source} says rank "
+                f"{info.rank} of {info.world}, MPI says rank {comm.Get_rank()} of {comm.Get_size()}"
+            )
+        return comm
 
 
 def _create_cpu(request: _Request) -> "BaseCommunicator":
     if request.transport in ("nccl", "p2p", "flashinfer"):
-        raise CommError(f"transport {request.transport} moves CUDA tensors: pass device='cuda', or use auto")
+        raise NotHere(
+            f"transport {request.transport} moves CUDA tensors: --device cuda (create(device='cuda')), or use auto"
+        )
     if request.transport == "mpi":
         return _mpi(request)
     if request.transport == "gloo":
@@ -145,7 +159,7 @@ def _create_cpu(request: _Request) -> "BaseCommunicator":
         except CommError as error:  # on every rank, with the same text
             reason = str(error)
     if group is None and request.transport == "shm":
-        raise CommError(f"transport shm cannot serve rank {request.info.rank}: {reason}")
+        raise NotHere(f"transport shm cannot serve rank {request.info.rank}: {reason}")
     if group is None:
         group = _mpi(request) if request.speaks_mpi else _torch_dist(request, meeting, "gloo")
     if request.transport == "auto":
@@ -178,16 +192,16 @@ def _shared_memory(request: _Request, meeting: Rendezvous) -> "BaseCommunicator"
 
 
 def _mpi(request: _Request) -> "BaseCommunicator":
-    from shardwise.comm.mpi import MpiCommunicator, world_communicator
+    from shardwise.comm.mpi import MpiCommunicator
 
-    return MpiCommunicator(request.mpi_comm or world_communicator(), **request.options)
+    return MpiCommunicator(request.communicator(), **request.options)
 
 
 def _torch_dist(request: _Request, meeting: Rendezvous, backend: str) -> "BaseCommunicator":
     from shardwise.comm.torch_dist import TorchDistCommunicator
 
     if request.process_group is not None:
-        return TorchDistCommunicator.adopt(request.process_group, **request.options)
+        return TorchDistCommunicator.adopt(request.process_group, backend, **request.options)
     return TorchDistCommunicator.join(meeting, backend, **request.options)
 
 
@@ -197,13 +211,16 @@ def _create_cuda(request: _Request) -> "BaseCommunicator":
 
     from shardwise.comm.p2p.communicator import P2PCommunicator
     from shardwise.comm.p2p.communicator import create as create_p2p
+    from shardwise.comm.p2p.workspace import P2PUnavailable
     from shardwise.comm.torch_dist import TorchDistCommunicator
 
     info = request.info
     if request.transport in ("gloo", "shm"):
-        raise CommError(f"transport {request.transport} moves CPU tensors: pass device='cpu', or use auto")
+        raise NotHere(
+            f"transport {request.transport} moves CPU tensors: --device cpu (create(device='cpu')), or use auto"
+        )
     if not torch.cuda.is_available():
-        raise CommError(f"device cuda, rank {info.rank}: no CUDA device is available")
+        raise NotHere(f"device cuda, rank {info.rank}: no CUDA device is available")
     if request.process_group is None:
         torch.cuda.set_device(info.local_rank % torch.cuda.device_count())
     if request.transport == "mpi":
@@ -211,14 +228,17 @@ def _create_cuda(request: _Request) -> "BaseCommunicator":
     control = _create_cpu(replace(request, transport="auto"))
     require_own_devices(control, str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid))
     if request.process_group is not None:
-        nccl = TorchDistCommunicator.adopt(request.process_group, control=control, **request.options)
+        nccl = TorchDistCommunicator.adopt(request.process_group, "nccl", control=control, **request.options)
     else:
         nccl = TorchDistCommunicator.join(GroupRendezvous(control), "nccl", control=control, **request.options)
     if request.transport == "nccl":
         return nccl
     if request.transport == "auto":
         return P2PCommunicator.or_beyond(nccl)
-    return create_p2p(control, transport=request.transport, fallback=nccl)
+    try:
+        return create_p2p(control, transport=request.transport, fallback=nccl)
+    except P2PUnavailable as error:  # on every rank alike
+        raise NotHere(str(error)) from error
 
 
 def require_own_devices(control: Communicator, device: str) -> None:
@@ -235,7 +255,8 @@ def require_own_devices(control: Communicator, device: str) -> None:
             )
 
 
-_defaults: dict[tuple[int, str], Communicator] = {}
+_defaults: dict[str, tuple[Any, Communicator]] = {}
+"""By device: torch.distributed's group, None for this rank alone, and what was made for it."""
 
 
 def default_size() -> int:
@@ -252,18 +273,16 @@ def default_group(device: str) -> Communicator:
 
     Made at the first call, which every rank of the default group must reach.
     """
-    alone = default_size() == 1
-    if alone:
-        key, info, group = (0, device), RankInfo(), None
-    else:
+    info, group = RankInfo(), None
+    if default_size() > 1:
         import torch.distributed as dist
 
         group = dist.group.WORLD
-        key = (id(group), device)
         info = RankInfo(dist.get_rank(), dist.get_world_size(), source="torch.distributed")
-    if key not in _defaults:
-        _defaults[key] = create(info, device=device, process_group=group)
-    return _defaults[key]
+    kept = _defaults.get(device)
+    if kept is None or kept[0] is not group:  # a group that was destroyed and made anew is another one
+        kept = _defaults[device] = group, create(info, device=device, process_group=group)
+    return kept[1]
 
 
 def make_groups(world: Communicator, layout: "Grid | None" = None) -> Groups:

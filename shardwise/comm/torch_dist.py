@@ -85,6 +85,8 @@ class TorchDistCommunicator(BaseCommunicator):
         self.control = control
         """NCCL moves CUDA tensors only: control messages go through a CPU group of the same ranks."""
         self._owner = False
+        self._own_group = False
+        """`group` was made here, beside others of the process: it goes when this communicator is closed."""
         self._symmetric: SymmetricMemory | None = None
 
     @classmethod
@@ -112,10 +114,15 @@ class TorchDistCommunicator(BaseCommunicator):
         return communicator
 
     @classmethod
-    def adopt(cls, group: dist.ProcessGroup, **options) -> "TorchDistCommunicator":
-        """Ride on `group`, which stays the caller's."""
+    def adopt(cls, group: dist.ProcessGroup, backend: str, **options) -> "TorchDistCommunicator":
+        """Ride on `group`, which stays the caller's; where it is of another backend, on one of ours of its ranks."""
         store = _served_store(ProcessGroupRendezvous(group), options["deadlines"].rendezvous)
-        return cls(group, dist.get_backend(group), store, **options)
+        if serves(group, backend):
+            return cls(group, backend, store, **options)
+        ranks = dist.get_process_group_ranks(group)
+        communicator = cls(_new_group(ranks, backend), backend, store, **options)
+        communicator._own_group = True
+        return communicator
 
     # Waiting
 
@@ -282,7 +289,7 @@ class TorchDistCommunicator(BaseCommunicator):
 
     def _split(self, name: str, members: list[int], colors: list[int]) -> "TorchDistCommunicator":
         ranks = [self.ranks[i] for i in members]
-        group = dist.new_group(ranks, backend=dist.get_backend(self.group), use_local_synchronization=True)
+        group = _new_group(ranks, self.transport)
         control = None
         if self.control is not None:
             control = self.control.split_known(
@@ -310,11 +317,24 @@ class TorchDistCommunicator(BaseCommunicator):
         super().close()
         if self.control is not None:
             self.control.close()
+        if self._own_group and healthy and dist.is_initialized():  # a broken one may not end; leaving the world ends it
+            dist.destroy_process_group(self.group)
         if self._owner and not closed and dist.is_initialized():
             if healthy:
                 dist.destroy_process_group()
             else:
                 _leave(self.deadlines.stop)
+
+
+def serves(group: dist.ProcessGroup, backend: str) -> bool:
+    """True where `group` moves the tensors of `backend`'s device by `backend`: a group may have one for each device."""
+    device = "cuda" if backend == "nccl" else "cpu"
+    return f"{device}:{backend}" in dist.get_backend_config(group).split(",")
+
+
+def _new_group(ranks: Sequence[int], backend: str) -> dist.ProcessGroup:
+    """Called by its members alone."""
+    return dist.new_group(list(ranks), backend=backend, use_local_synchronization=True)
 
 
 def _leave(limit: float) -> None:

@@ -11,9 +11,10 @@ import torch
 import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from shardwise.comm import mpi
+from shardwise.comm import mpi, strategy
 from shardwise.comm.arrival import MessageArrivals
 from shardwise.comm.bootstrap import FolderStore
+from shardwise.comm.rank import RankInfo
 from shardwise.comm.strategy import create
 from shardwise.comm.watch import Deadlines
 
@@ -97,6 +98,25 @@ def adopt_process_group(info, store):
     return {**result, "sums": sums, "fake": tuple(fake.shape), "still there": dist.is_initialized()}
 
 
+def adopt_group_of_another_backend(info, store):
+    """A program whose torch.distributed has a backend of its own, as NCCL is, which gloo's part cannot be played on."""
+
+    def other(prefix, rank, size, timeout):
+        return dist.ProcessGroupGloo(prefix, rank, size, timeout=timeout)
+
+    dist.Backend.register_backend("other", other, devices=["cpu"])
+    dist.init_process_group("other", init_method=f"file://{store.folder}/torch", rank=info.rank, world_size=info.world)
+    strategy.shared_memory_usable = lambda: (False, "not today")
+    group = create(info, process_group=dist.group.WORLD)
+    made = group.group
+    total = group.all_reduce(torch.tensor([info.rank + 1.0])).item()
+    group.barrier()
+    group.close()
+    left = made in dist.distributed_c10d._world.pg_map
+    dist.barrier()  # the program's own group is still there
+    return group.transport, total, made is dist.group.WORLD, left
+
+
 def adopt_mpi_communicator(info, store):
     """A program that has its own MPI communicator."""
     comm = mpi.world_communicator()
@@ -104,7 +124,10 @@ def adopt_mpi_communicator(info, store):
     for transport in ("mpi", "auto"):
         group = create(info, transport=transport, mpi_comm=comm)
         results.append((group.ranks, group.all_reduce(torch.tensor([info.rank + 1.0])).item()))
-    return results
+    part = comm.Split(int(info.rank == 0))
+    place = RankInfo(part.Get_rank(), part.Get_size())
+    named = [create(place, transport=name, mpi_comm=part).ranks for name in ("mpi", "shm")]
+    return results, named
 
 
 def create_twice(info, store):

@@ -7,12 +7,13 @@ import subprocess
 import sys
 import threading
 import time
+import types
 
 import pytest
 import torch
 
-from shardwise.comm import watch
-from shardwise.comm.base import STRATEGIES, CollectiveTimeout, CommError
+from shardwise.comm import strategy, torch_dist, watch
+from shardwise.comm.base import STRATEGIES, CollectiveTimeout, CommError, NotHere
 from shardwise.comm.bootstrap import (
     FolderStore,
     StoreRendezvous,
@@ -103,30 +104,45 @@ def test_fake_gives_shapes_of_any_world():
 def test_create_says_what_is_legal():
     with pytest.raises(ValueError, match="unknown transport 'smoke'.*gloo.*threads"):
         create(RankInfo(), transport="smoke")
-    with pytest.raises(CommError, match="nccl moves CUDA tensors"):
+    with pytest.raises(NotHere, match="nccl moves CUDA tensors: --device cuda"):
         create(RankInfo(0, 2, 0, 2), transport="nccl")
-    with pytest.raises(CommError, match="run_threads"):
+    with pytest.raises(NotHere, match="run_threads"):
         create(RankInfo(0, 2, 0, 2), transport="threads")
 
 
 def test_ranks_without_a_rendezvous_are_told_how_to_get_one():
-    with pytest.raises(CommError, match="MASTER_ADDR.*torchrun or mpirun"):
+    with pytest.raises(NotHere, match="MASTER_ADDR.*torchrun or mpirun"):
         store_from_environment(RankInfo(1, 2, 1, 2), 1.0, environ={})
+
+
+@pytest.mark.parametrize("port", ["abc", "-1", "65536", "1.5"])
+def test_a_port_that_is_none_is_refused_by_the_name_of_its_variable(port):
+    with pytest.raises(ValueError, match=f"MASTER_PORT='{port}'"):
+        store_from_environment(RankInfo(1, 2, 1, 2), 1.0, {"MASTER_ADDR": "here", "MASTER_PORT": port})
+
+
+@pytest.mark.parametrize("name", ["UB", "MNNVL", "NCCL_SYMMETRIC", "SYMM_MEM"])
+def test_a_strategy_that_cannot_run_here_is_the_users_choice_to_change(name):
+    def body():
+        with pytest.raises(NotHere, match=f"strategy {name}"):
+            current_groups().world.all_reduce(torch.ones(2), strategy=name)
+
+    run_threads(2, body)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
 def test_cuda_without_a_device_is_refused():
-    with pytest.raises(CommError, match="no CUDA device"):
+    with pytest.raises(NotHere, match="no CUDA device"):
         create(RankInfo(0, 2, 0, 2), device="cuda", store=object())
 
 
 def test_every_strategy_name_parses(tmp_path):
     group = create(RankInfo())
-    for strategy in STRATEGIES:
+    for name in STRATEGIES:
         try:
-            group.all_reduce(torch.ones(2), strategy=strategy)
+            group.all_reduce(torch.ones(2), strategy=name)
         except CommError as error:
-            assert strategy in str(error)
+            assert name in str(error)
 
 
 def test_a_rendezvous_names_who_did_not_come(tmp_path):
@@ -190,7 +206,7 @@ def test_a_folder_store_gives_back_any_key(tmp_path):
 
 def test_deadlines_come_from_the_environment():
     assert Deadlines.from_environment({"SHARDWISE_DEADLINE_COLLECTIVE": "7.5"}).collective == 7.5
-    for text in ("soon", "0", "-1", "nan"):
+    for text in ("soon", "0", "-1", "nan", "inf"):
         with pytest.raises(ValueError, match="SHARDWISE_DEADLINE_LOAD"):
             Deadlines.from_environment({"SHARDWISE_DEADLINE_LOAD": text})
 
@@ -230,8 +246,52 @@ def test_an_existing_process_group_is_ridden_on():
 
 
 def test_an_existing_mpi_communicator_is_ridden_on():
-    for result in run_processes(3, "rank_bodies:adopt_mpi_communicator", mpi=True):
-        assert result == [((0, 1, 2), 6.0), ((0, 1, 2), 6.0)]
+    results = run_processes(3, "rank_bodies:adopt_mpi_communicator", mpi=True)
+    for rank, (whole, parts) in enumerate(results):
+        assert whole == [((0, 1, 2), 6.0), ((0, 1, 2), 6.0)]
+        assert parts == [(1, 2) if rank else (0,)] * 2, "a part names its members by their ranks in the world"
+
+
+def test_a_process_group_of_another_backend_gets_a_gloo_group_beside_it():
+    assert run_processes(2, "rank_bodies:adopt_group_of_another_backend") == [("gloo", 3.0, False, False)] * 2
+
+
+@pytest.mark.parametrize(
+    "config, gloo, nccl",
+    [("cpu:gloo,cuda:gloo", True, False), ("cuda:nccl", False, True), ("cpu:gloo,cuda:nccl", True, True)],
+)
+def test_a_process_group_is_ridden_on_by_the_backend_of_the_device(monkeypatch, config, gloo, nccl):
+    monkeypatch.setattr(torch.distributed, "get_backend_config", lambda group: config)
+    assert (torch_dist.serves(None, "gloo"), torch_dist.serves(None, "nccl")) == (gloo, nccl)
+
+
+class Singleton:
+    """COMM_WORLD of a process that mpirun did not start."""
+
+    def Get_rank(self):
+        return 0
+
+    def Get_size(self):
+        return 1
+
+
+def test_mpi_is_refused_to_ranks_that_mpirun_did_not_start(monkeypatch):
+    monkeypatch.setattr("shardwise.comm.mpi.world_communicator", Singleton)
+    with pytest.raises(NotHere, match="mpirun.*torchrun says rank 1 of 2, MPI says rank 0 of 1"):
+        create(RankInfo(1, 2, 1, 2, source="torchrun"), transport="mpi")
+
+
+def test_a_default_group_made_anew_is_not_the_old_one(monkeypatch):
+    monkeypatch.setattr(strategy, "default_size", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(strategy, "_defaults", {})
+    made = []
+    monkeypatch.setattr(strategy, "create", lambda info, device, process_group: made.append(process_group) or len(made))
+    for group, expected in (("old", 1), ("old", 1), ("new", 2)):
+        monkeypatch.setattr(torch.distributed, "group", types.SimpleNamespace(WORLD=group))
+        assert strategy.default_group("cpu") == expected
+    assert strategy._defaults["cpu"][0] == "new", "the old group is let go, the new one is held: its id stays its own"
 
 
 @pytest.mark.parametrize("transport", ["shm", "gloo"])
