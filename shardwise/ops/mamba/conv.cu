@@ -28,17 +28,20 @@ struct Args {
 
 constexpr int kThreads = 128;
 constexpr int kGroup = 4;   // rows of prefill tokens on their way
-constexpr int kStages = 4;  // decode tokens on their way; 32 KB of shared memory a block with K = 4
-// Blocks of a decode step on a multiprocessor: no more fit its shared memory, else early ones of the next step, which
-// wait, take places unevenly and a single wave becomes two (11.5 instead of 8.9 us for 256 tokens on an H100).
-constexpr int kResident = 4, kShared = 184 * 1024;
+constexpr int kStages = 2;  // decode tokens on their way; 16 KB of shared memory a block with K = 4
+constexpr int kResident = 5;  // blocks of a decode step on a multiprocessor, all of which run at once
 
-// First statement of every kernel: nothing is touched before all earlier kernels are through, and the next kernel may
-// be scheduled.
+// Nothing is touched before all earlier kernels are through.
 __device__ void await_predecessor() {
 #if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;");
   asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// The next kernel may be scheduled as soon as all blocks have said so or ended.
+__device__ void admit_successor() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
 #endif
 }
 
@@ -209,6 +212,7 @@ struct Place {
 
 template <typename T, int K, int V>
 __global__ void save(Args a) {
+  admit_successor();
   await_predecessor();
   if (blockIdx.x == 0) check_sequences(a);
   const Place<V> place(a);
@@ -285,6 +289,7 @@ struct Taps {
 
 template <typename T, int K, int V>
 __global__ void __launch_bounds__(kThreads, 4) prefill(Args a) {
+  admit_successor();
   await_predecessor();
   const Place<V> place(a);
   const int64_t c = place.c;
@@ -324,6 +329,7 @@ __global__ void __launch_bounds__(kThreads, 4) prefill(Args a) {
 // One token, any strides.
 template <typename T, int K>
 __global__ void decode_any(Args a) {
+  admit_successor();
   await_predecessor();
   const Place<1> place(a);
   const int64_t c = place.c;
@@ -455,10 +461,12 @@ __global__ void __launch_bounds__(kThreads, kResident) decode_wide(Args a) {
       fetch(s, begin + s + kStages);
     }
   }
+  // Blocks of the next step that came earlier would wait and leave the places of its single wave uneven.
+  admit_successor();
 }
 
 template <int V>
-void launch(void (*kernel)(Args), const Args& a, int64_t blocks, bool overlaps, cudaStream_t stream, int room = 0) {
+void launch(void (*kernel)(Args), const Args& a, int64_t blocks, bool overlaps, cudaStream_t stream) {
   cudaLaunchAttribute overlap;
   overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   overlap.val.programmaticStreamSerializationAllowed = 1;
@@ -468,7 +476,6 @@ void launch(void (*kernel)(Args), const Args& a, int64_t blocks, bool overlaps, 
   config.stream = stream;
   config.attrs = &overlap;
   config.numAttrs = overlaps ? 1 : 0;
-  config.dynamicSmemBytes = room;
   cudaLaunchKernelEx(&config, kernel, a);
 }
 
@@ -479,8 +486,7 @@ void run(const Args& a, bool is_decode, bool vector, cudaStream_t stream) {
   constexpr int V = 16 / sizeof(T);
   if (is_decode && vector) {
     const bool whole = a.channels % (V * kThreads) == 0;
-    launch<V>(whole ? decode_wide<T, K, V, true> : decode_wide<T, K, V, false>, a, a.groups, a.overlap, stream,
-              kShared / kResident - kStages * kThreads * K * 16);
+    launch<V>(whole ? decode_wide<T, K, V, true> : decode_wide<T, K, V, false>, a, a.groups, a.overlap, stream);
   } else if (is_decode) {
     launch<1>(decode_any<T, K>, a, a.blocks, a.overlap, stream);
   } else if (vector) {

@@ -22,7 +22,7 @@ _TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _POINTERS, _NUMBERS = struct.Struct("9P"), struct.Struct("7q9i4x")
 # Thread blocks of a decode step for each multiprocessor (kResident of conv.cu), all of which run at once: each walks
 # over its share of the tokens and reads the weights of its channels once.
-RESIDENT = 4
+RESIDENT = 5
 _BLOCK_BYTES = 128 * 16  # of a token's channels
 _launchers: dict[int, Callable] = {}
 
