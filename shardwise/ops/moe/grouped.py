@@ -76,7 +76,7 @@ def grouped_moe(
         plan = choose_few(pairs, experts, top_k, first.element_size(), hidden * first.element_size())
     if isinstance(plan, FewPlan):
         return few_moe(tokens, ids, weights, first, second, act, on_input, scales, plan)
-    plan = plan or choose_plan(pairs, experts, first.element_size(), blocks)
+    plan = plan or choose_plan(pairs, experts, first.element_size(), blocks, hidden)
     space = Workspace.of(tokens.device, count)
     routing = routed(space, ids, weights, experts, plan.bt)
     inner = space.take("inner", (pairs, size), first.dtype)

@@ -65,25 +65,32 @@ def choose_few(pairs: int, experts: int, top_k: int, itemsize: int, row_bytes: i
     as much for 128; with 8 experts 6 % less for 4 pairs, 4 % more for 8. In e4m3 (H200) 11 % less for one token of 8
     experts, but 2 % more for two and 10 % more for two of 128 experts: unpacking e4m3 takes longer than reading it.
     Shapes: rows of 4 KiB in bf16 were swept on an H200, steps of 1 KiB and fewer stages took 4 % off. e4m3 with one
-    token was swept on an H100: 17.1 us of Qwen3's layer where other shapes took up to 20, 125 of Mixtral's for 130.
+    token was swept on an H100: 17.1 us of Qwen3's layer where other shapes took up to 20, 122 of Mixtral's for 132.
     """
     if top_k > MOST_FEW_CHOICES or (pairs > top_k and (itemsize == 1 or pairs * 2 > experts)):
         return None
     rows = max(1, 32 // power_of_two(top_k))
-    if row_bytes <= 4096 and itemsize == 1:
+    if itemsize == 1 and row_bytes <= 2048:
         return FewPlan(FewShape(16, 512, 4, 6), FewShape(rows, 256, 4, 6))
-    if row_bytes <= 4096:
-        return FewPlan(FewShape(8, 1024, 4, 3), FewShape(rows, 512, 4, 4))
     if itemsize == 1:
         return FewPlan(FewShape(8, 2048, 4, 2), FewShape(max(1, rows // 2), 512, 4, 4))
+    if row_bytes <= 4096:
+        return FewPlan(FewShape(8, 1024, 4, 3), FewShape(rows, 512, 4, 4))
     return FewPlan(FewShape(16, 512, 4, 6), FewShape(rows, 512, 4, 6))
 
 
-def choose_plan(pairs: int, experts: int, itemsize: int, blocks: bool = False) -> GroupedPlan:
+LONG_ROWS = 4096
+
+
+def choose_plan(pairs: int, experts: int, itemsize: int, blocks: bool = False, columns: int = LONG_ROWS) -> GroupedPlan:
     """Few pairs an expert: narrow token blocks, to read weights at memory rate. Many: wide ones, near the matrix rate.
 
     A row of a step is 128 bytes, or 256 where a tile is small: that took 5 % off the up products.
-    blocks   weights have scales of 128 x 128, which a tile must not exceed
+    Many: an expert's last block may be short. Computing it as half of one took 2 to 5 % off Mixtral's rows of 4096, but
+    added 5 % to Qwen3's of 2048 (H100, bf16; 1 % each in e4m3).
+
+    blocks    weights have scales of 128 x 128, which a tile must not exceed
+    columns   of the first product
     """
     each, bk = pairs / max(1, experts), 128 // itemsize
     long, tall = (bk, 128) if blocks else (2 * bk, 256)
@@ -93,9 +100,10 @@ def choose_plan(pairs: int, experts: int, itemsize: int, blocks: bool = False) -
         return GroupedPlan(32, Shape(128, bk, 4, 3, 1, group=4), Shape(tall, bk, 8, 3, 2, group=4))
     if each <= 128:  # still bound by the weights: two programs a multiprocessor
         return GroupedPlan(128, Shape(64, bk, 4, 3, 2, group=4), Shape(128, bk, 4, 3, 2, group=4, tokens_left=True))
+    short = 64 if columns >= LONG_ROWS else 0
     return GroupedPlan(
         128,
-        Shape(128, bk, 8, 4, 1, group=4, tokens_left=True, specialised=not blocks, short=64),
+        Shape(128, bk, 8, 4, 1, group=4, tokens_left=True, specialised=not blocks, short=short),
         Shape(tall, bk, 8, 4, 1, group=4, tokens_left=True, specialised=not blocks, halves=True),
         copied=not blocks,
     )
