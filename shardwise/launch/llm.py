@@ -165,7 +165,7 @@ class LLM:
                 yield item
 
     def stats(self) -> list[RankStats]:
-        """Of every rank, by rank, as they were after the last call."""
+        """Of every rank, by rank, as they were after the last call that was read to its end, or else after loading."""
         return self._executor.stats()
 
     def close(self) -> None:
@@ -251,7 +251,6 @@ class ParentExecutor:
         world = config.tp * config.attn_dp
         job = Job(target=SERVE, payload=asdict(config), world=world, deadlines=deadlines, debug=debug)
         self._silence = deadlines.collective + deadlines.stop
-        self._stats: dict[int, RankStats] = {}
         self._supervisor = Supervisor(job, backend(launcher, **options)).__enter__()
         self._items: _Items | None = None
         self._closed = False
@@ -271,6 +270,7 @@ class ParentExecutor:
                     ready[event["rank"]] = event
                 elif event["event"] == "progress" and on_progress is not None:
                     on_progress(event["done"], event["total"])
+        self._stats = [RankStats(**ready[rank]["stats"]) for rank in range(len(ready))]
         self.transport = ready[0]["transport"]
         self._capacity = ready[0]["capacity"]
 
@@ -280,12 +280,12 @@ class ParentExecutor:
             raise RuntimeError("the ranks of this LLM have ended, after a failure or a close: make a new one")
         for _ in self._items or ():  # what a caller that left the last stream early did not take
             pass
-        self._stats.clear()
+        self._stats = self.stats()
         given = [prompt if isinstance(prompt, str) else list(prompt) for prompt in prompts]
         self._supervisor.send(
             {"command": "generate", "prompts": given, "params": [params_to_json(each) for each in params]}
         )
-        self._items = _Items(self._supervisor, self._silence, self._stats)
+        self._items = _Items(self._supervisor, self._silence)
         yield from self._items
 
     def _refuse_unfit(self, prompts: Sequence[Any], params: Sequence[SamplingParams]) -> None:
@@ -302,7 +302,7 @@ class ParentExecutor:
         return load_tokenizer(checkpoint_of(self._config))
 
     def stats(self) -> list[RankStats]:
-        return [self._stats[rank] for rank in sorted(self._stats)]
+        return self._items.stats() if self._items is not None and self._items.answered else self._stats
 
     def abort(self) -> None:
         self._supervisor.abort()
@@ -322,14 +322,19 @@ class ParentExecutor:
 class _Items:
     """Iterator over one call's tokens and then its Answer; goes on where it was left."""
 
-    def __init__(self, supervisor: Supervisor, silence: float, stats: dict[int, RankStats]):
-        self._supervisor, self._silence, self._stats = supervisor, silence, stats
+    def __init__(self, supervisor: Supervisor, silence: float):
+        self._supervisor, self._silence = supervisor, silence
+        self._stats: dict[int, RankStats] = {}
         self._waiting: deque[TokenEvent | Answer] = deque()
 
     @property
     def answered(self) -> bool:
         """Whether every rank has ended this call."""
         return len(self._stats) == self._supervisor.job.world
+
+    def stats(self) -> list[RankStats]:
+        """Of the ranks that have ended this call."""
+        return [self._stats[rank] for rank in sorted(self._stats)]
 
     def __iter__(self) -> "_Items":
         return self
@@ -366,12 +371,15 @@ class SpmdExecutor:
         context = context_here(info, asdict(config), on_event)
         self._session = Session(context, config)
         self.transport = self._session.transport
-        self._stats: list[RankStats] = []
+        self._stats = self._all_stats()
         atexit.register(guard.farewell, context.deadlines.stop, self.close)
 
     def stream(self, prompts: Sequence[Any], params: Sequence[SamplingParams]) -> Iterator[TokenEvent | Answer]:
         yield from self._session.stream(prompts, params)
-        self._stats = self._session.engine.groups.world.all_gather_object(self._session.stats())
+        self._stats = self._all_stats()
+
+    def _all_stats(self) -> list[RankStats]:
+        return self._session.engine.groups.world.all_gather_object(self._session.stats())
 
     def stats(self) -> list[RankStats]:
         return self._stats

@@ -283,7 +283,8 @@ def serve(context: "RankContext") -> None:
     """Load the model of `payload`, then answer the parent's commands until it says stop."""
     session = Session(context, ModelConfig(**context.payload))
     gc.freeze()  # else a full collection looks through a loaded model and its libraries: 0.1 s amid the tokens
-    context.emit("ready", transport=session.transport, device=session.device, capacity=session.engine.capacity)
+    capacity, stats = session.engine.capacity, asdict(session.stats())
+    context.emit("ready", transport=session.transport, device=session.device, capacity=capacity, stats=stats)
     assert context.link is not None
     for command in context.link.commands():
         params = [params_from_json(each) for each in command["params"]]

@@ -93,6 +93,17 @@ def test_stats_tell_every_ranks_share(llm):
     assert ranks[0].weight_bytes > ranks[1].weight_bytes > 0 and all(rank.peak_rss_bytes > 0 for rank in ranks)
 
 
+def test_stats_are_those_of_the_last_call_that_was_read_to_its_end():
+    with LLM("smollm2", tp=1) as fresh:
+        (loaded,) = fresh.stats()
+        assert loaded.weight_bytes > 0 and loaded.cache == "none yet"
+        for _ in fresh.stream(["One, two, three,"], GREEDY):
+            break
+        assert fresh.stats() == [loaded]
+        fresh.generate(["A"], SamplingParams(max_new_tokens=1))
+        assert "1 rows of" in fresh.stats()[0].cache
+
+
 def test_the_parent_of_the_ranks_never_imports_torch(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(
@@ -111,6 +122,7 @@ SPMD_SCRIPT = """
 import sys
 from shardwise import LLM, SamplingParams
 llm = LLM('smollm2')
+if [rank.cache for rank in llm.stats()] != ['none yet'] * 2: sys.exit(9)
 text = llm.generate(['The capital of France is'], SamplingParams(max_new_tokens=2))[0].text
 print(f'{llm.config.tp} {text!r}\\n', end='', flush=True)
 rank = int(__import__('os').environ['OMPI_COMM_WORLD_RANK'])
