@@ -93,8 +93,10 @@ def few_down(
     expert = tl.where(held, expert, 0)
     n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     real = n < out_rows
-    scale = _scale(scale_ptr, factor_ptr, expert, held, FACTORED) if SCALED else 1.0
-    routing = tl.load(routing_ptr + pair, mask=held, other=0.0).to(tl.float32) if WEIGHTED else 1.0
+    if SCALED:
+        scale = _scale(scale_ptr, factor_ptr, expert, held, FACTORED)
+    if WEIGHTED:
+        routing = tl.load(routing_ptr + pair, mask=held, other=0.0).to(tl.float32)
     row_at = w_ptr + (expert[:, None].to(tl.int64) * out_rows + tl.where(real, n, 0)[None, :]) * columns
     if AHEAD > 0:
         line = tl.arange(0, AHEAD) * (8 * VECTOR)
