@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from shardwise.comm.bootstrap import Rendezvous
-from shardwise.comm.segment import Segment, WaitFailed, share
+from shardwise.comm.segment import LONG_SLEEP, SHORT_SLEEP, YIELD_SECONDS, Segment, WaitFailed, share
 
 MissingRanks = WaitFailed
 ROLL_CALL_SECONDS = 1.5
@@ -111,11 +111,16 @@ class MessageArrivals(Arrivals):
         self.count += 1
         request = self.comm.Ibarrier()
         begin = time.monotonic()
-        turns = 0
+        turns, waited = 0, 0.0
         while not request.Test():
             turns += 1
-            if turns & 63 == 0:
-                self._look(time.monotonic() - begin, limit)
+            if turns & 63 and waited <= YIELD_SECONDS:
+                continue
+            waited = time.monotonic() - begin
+            self._look(waited, limit)
+            if waited > YIELD_SECONDS:  # as on one host: a rank that waits for long leaves its core to others
+                time.sleep(SHORT_SLEEP if waited < 1 else LONG_SLEEP)
+            else:
                 os.sched_yield()
 
     def _look(self, waited: float, limit: float) -> None:

@@ -6,8 +6,8 @@ that transports need: everyone's value, in rank order.
 """
 
 import ipaddress
+import json
 import os
-import pickle
 import socket
 import time
 from abc import ABC, abstractmethod
@@ -181,7 +181,7 @@ def world_rendezvous(store: Store, info: RankInfo) -> "StoreRendezvous":
 
 
 class Rendezvous(ABC):
-    """A group that can gather small Python values before it has a transport."""
+    """A group that can gather small values before it has a transport: numbers, texts, None and tuples of these."""
 
     def __init__(self, rank: int, ranks: Sequence[int]):
         self.rank = rank
@@ -202,14 +202,14 @@ class StoreRendezvous(Rendezvous):
         self.prefix = prefix
 
     def gather(self, key: str, value: Any, timeout: float) -> list[Any]:
-        self.store.set(f"{self.prefix}/{key}/{self.rank}", pickle.dumps(value))
+        self.store.set(f"{self.prefix}/{key}/{self.rank}", json.dumps(value).encode())
         end = time.monotonic() + timeout
         values: list[Any] = []
         missing: list[int] = []
         for rank in range(self.size):
             try:
                 blob = self.store.get(f"{self.prefix}/{key}/{rank}", max(0.01, end - time.monotonic()))
-                values.append(pickle.loads(blob))
+                values.append(self._read(blob, key, rank))
             except TimeoutError:
                 missing.append(self.ranks[rank])
         if missing:
@@ -219,6 +219,21 @@ class StoreRendezvous(Rendezvous):
                 tuple(missing),
             )
         return values
+
+    def _read(self, blob: bytes, key: str, rank: int) -> Any:
+        """Data only: a store may be open to the network, and nothing that lies there is run."""
+        try:
+            return _with_tuples(json.loads(blob))
+        except ValueError:
+            raise CommError(
+                f"rendezvous {self.prefix}/{key}: what stands in the store for rank {self.ranks[rank]} is no JSON, so "
+                "no rank of this job and version wrote it"
+            ) from None
+
+
+def _with_tuples(value: Any) -> Any:
+    """`value` with tuples where JSON has lists, as other rendezvous give them."""
+    return tuple(_with_tuples(each) for each in value) if isinstance(value, list) else value
 
 
 class AloneRendezvous(Rendezvous):

@@ -17,7 +17,7 @@ import mmap
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 from shardwise.comm import watch
 
@@ -207,10 +207,11 @@ def share(
     try:
         if rank == 0:
             fd, problem = _memory(Segment.length(len(members), half))
-        everyone = gather(key + "/offer", (Identity.mine(), fd))
-        people = [everyone[member][0] for member in members]
+        everyone = gather(key + "/offer", (*astuple(Identity.mine()), fd))
+        offers = [(Identity(*everyone[member][:-1]), everyone[member][-1]) for member in members]
+        people = [person for person, _ in offers]
         try:
-            opened = _open(everyone[members[0]], people)
+            opened = _open(offers[0], people)
             try:
                 segment = Segment(opened, len(members), rank, half, people, crowded, root)
             finally:

@@ -1,7 +1,9 @@
 """Groups: mesh axes, choice of a transport, rendezvous, deadlines, ranks as threads."""
 
 import errno
+import json
 import os
+import pickle
 import socket
 import subprocess
 import sys
@@ -12,7 +14,7 @@ import types
 import pytest
 import torch
 
-from shardwise.comm import strategy, torch_dist, watch
+from shardwise.comm import arrival, strategy, torch_dist, watch
 from shardwise.comm.base import STRATEGIES, CollectiveTimeout, CommError, NotHere
 from shardwise.comm.bootstrap import (
     FolderStore,
@@ -147,7 +149,7 @@ def test_every_strategy_name_parses(tmp_path):
 
 def test_a_rendezvous_names_who_did_not_come(tmp_path):
     meeting = StoreRendezvous(FolderStore(tmp_path), 1, range(4))
-    FolderStore(tmp_path).set("world/hello/3", b"\x80\x04N.")
+    FolderStore(tmp_path).set("world/hello/3", b"null")
     begin = time.monotonic()
     with pytest.raises(CollectiveTimeout, match=r"rank 1: rank\(s\) 0, 2 did not arrive within 0.2 s") as caught:
         meeting.gather("hello", None, 0.2)
@@ -194,6 +196,25 @@ def test_a_loopback_address_serves_one_host_only(address):
     require_reachable("node-7", ["a", "b"])
     with pytest.raises(CommError, match=f"announces the address {address}.*a, b.*MASTER_ADDR"):
         require_reachable(address, ["a", "a", "b"])
+
+
+def test_what_lies_in_a_store_is_read_as_data_and_never_run(tmp_path):
+    class Trap:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "sprung"),)
+
+    store = FolderStore(tmp_path)
+    store.set("world/hello/1", pickle.dumps(Trap()))
+    with pytest.raises(CommError, match="for rank 1 is no JSON"):
+        StoreRendezvous(store, 0, range(2)).gather("hello", None, 1.0)
+    assert not (tmp_path / "sprung").exists()
+
+
+def test_a_store_gives_back_what_the_ranks_put_in(tmp_path):
+    value = ("host \u00e4 \udc80", 1 << 63, None, True, (1.5, ()))
+    store = FolderStore(tmp_path)
+    StoreRendezvous(store, 1, range(2)).store.set("world/facts/1", json.dumps(value).encode())
+    assert StoreRendezvous(store, 0, range(2)).gather("facts", value, 1.0) == [value, value]
 
 
 def test_a_folder_store_gives_back_any_key(tmp_path):
@@ -279,6 +300,41 @@ def test_mpi_is_refused_to_ranks_that_mpirun_did_not_start(monkeypatch):
     monkeypatch.setattr("shardwise.comm.mpi.world_communicator", Singleton)
     with pytest.raises(NotHere, match="mpirun.*torchrun says rank 1 of 2, MPI says rank 0 of 1"):
         create(RankInfo(1, 2, 1, 2, source="torchrun"), transport="mpi")
+
+
+class LateComm:
+    """Stands for an MPI communicator whose barrier is over at second 5 of a clock that moves by a look or a sleep."""
+
+    now = 0.0
+    tests = 0
+
+    def Dup(self):
+        return self
+
+    def Get_rank(self):
+        return 0
+
+    Get_size = Ibarrier = Iprobe = lambda self, **_: None
+
+    def monotonic(self):
+        self.now += 1e-3
+        return self.now
+
+    def sleep(self, seconds):
+        self.now += seconds
+
+    def Test(self):
+        self.tests += 1
+        return self.now > 5 or self.tests > 100_000
+
+
+def test_a_rank_that_waits_long_for_ranks_of_other_hosts_leaves_its_core(monkeypatch):
+    comm = LateComm()
+    comm.Ibarrier = lambda: comm
+    monkeypatch.setattr(arrival, "_owned", [])
+    monkeypatch.setattr(arrival, "time", comm)
+    arrival.MessageArrivals(comm).meet(60.0)
+    assert comm.now > 5 and comm.tests < 10_000
 
 
 def test_a_default_group_made_anew_is_not_the_old_one(monkeypatch):
