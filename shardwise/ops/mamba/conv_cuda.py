@@ -79,7 +79,7 @@ def cuda_cached_causal_conv1d(
     batch = read_batch(_OP, batch_info_host)
     check_metadata(_OP, batch, input, cu_seqlen, slot_idx, use_initial_states, conv_state_cache)
     given = input, weight, weight if bias is None else bias, slot_idx, conv_state_cache
-    metadata = (cu_seqlen, use_initial_states) if batch.prefill_tokens else ()
+    metadata: tuple[torch.Tensor, ...] = (cu_seqlen, use_initial_states) if batch.prefill_tokens else ()
     key = batch, bias is None, activation, input.device, layout(*given, *metadata)
     plan = STEPS.get(key)
     if plan is None:
