@@ -1,4 +1,10 @@
-"""The kernel of `decode.py`."""
+"""The kernel of `decode.py` for any number of sequences; `decode_direct.py` takes over where they are few.
+
+A program takes one KV head of one sequence, with all query heads of its group, and a run of the keys. That of the first
+run also norms and rotates the new key, appends it with its value and attends to it. With more than one run each leaves
+its sum of values, its top score and its weight in `partial` and counts itself in `counter`; who finds all others there
+combines the parts in their order, so that the result does not depend on who came last, and sets the counter to zero.
+"""
 
 # Triton's language, not Python's, where types are concerned.
 # mypy: ignore-errors

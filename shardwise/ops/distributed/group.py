@@ -2,7 +2,6 @@
 
 from torch import Tensor
 
-from shardwise.comm.collective import require_strategy
 from shardwise.comm.rank import current_groups
 from shardwise.comm.strategy import default_group, default_size
 
@@ -24,8 +23,3 @@ def gathered(tensor: Tensor, dim: int, sizes: list[int] | None) -> Tensor:
     shape = list(tensor.shape)
     shape[dim] = sum(sizes) if sizes is not None else shape[dim] * size()
     return tensor.new_empty(shape)
-
-
-def check_strategy(strategy: str) -> None:
-    """ValueError for an unknown name, CommError with the reason for one that needs multicast."""
-    require_strategy(strategy)

@@ -1,1 +1,5 @@
-"""Linear layers and the dense router."""
+"""Linear layers.
+
+`reference.py` holds the operators. `decode.py` (matrix-vector products) and `vocab.py` (embedding, greedy choice) serve
+the runtime's fused decode step.
+"""
