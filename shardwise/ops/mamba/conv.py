@@ -1,18 +1,23 @@
-"""What the in-place causal convolutions share: argument checks and the split into prefill and decode."""
+"""What the in-place causal convolutions share: argument checks, the split into prefill and decode, kept launches."""
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple, TypeVar
 
 from torch import Tensor
 
-from shardwise.ops.attention.batch import Batch
-from shardwise.ops.state_batch import check_counts
+from shardwise.ops.attention.batch import Batch, read_batch
+from shardwise.ops.state_batch import check_counts, check_metadata
+from shardwise.ops.triton_support import keep_launch, layout
+
+Tensors = tuple[Tensor, ...]
+_Launches = TypeVar("_Launches")
 
 
 class ConvBatch(NamedTuple):
     """x [b, s, C] as given: only one of b and s exceeds 1, x_t leads from token to token and x_c between channels.
 
-    weight [C, 1, K] or [C, K], contiguous; bias [C] or None; cache [slots, C, K - 1]. A named tuple without views of
-    the arguments, because it is made at every call.
+    weight [C, 1, K] or [C, K], bias [C] or None, slots, and with prefill tokens bounds and resumes are contiguous;
+    cache [slots, C, K - 1].
     """
 
     batch: Batch
@@ -28,6 +33,42 @@ class ConvBatch(NamedTuple):
     x_t: int
     x_c: int
     silu: bool
+
+    @property
+    def tensors(self) -> Tensors:
+        """Input, weight, bias (or weight, unused), slots, cache."""
+        return self.x, self.weight, self.weight if self.bias is None else self.bias, self.slots, self.cache
+
+    @property
+    def metadata(self) -> Tensors:
+        """cu_seqlen and use_initial_states where there are prefill tokens."""
+        return (self.bounds, self.resumes) if self.batch.prefill_tokens else ()
+
+
+def run_step(
+    op: str, kept: dict[tuple, _Launches], plan: Callable[[ConvBatch], _Launches],
+    run: Callable[[_Launches, Tensors, Tensors], None], batch_info_host, input, weight, bias, cu_seqlen, slot_idx,
+    use_initial_states, conv_state_cache, activation,
+) -> None:  # fmt: skip
+    """One call of the operator `op`: its arguments are checked and its launches planned once for each layout.
+
+    kept   launches of steps whose tensors are taken as they are, by their layout
+    run    launches with `ConvBatch.tensors` and `ConvBatch.metadata`
+    """
+    batch = read_batch(op, batch_info_host)
+    check_metadata(op, batch, input, cu_seqlen, slot_idx, use_initial_states, conv_state_cache)
+    given: Tensors = (input, weight, weight if bias is None else bias, slot_idx, conv_state_cache)
+    metadata: Tensors = (cu_seqlen, use_initial_states) if batch.prefill_tokens else ()
+    key = batch, bias is None, activation, input.device, layout(*given, *metadata)
+    launches = kept.get(key)
+    if launches is None:
+        one = prepare(
+            op, batch, input, weight, bias, cu_seqlen, slot_idx, use_initial_states, conv_state_cache, activation
+        )
+        launches = plan(one)
+        keep_launch(kept, key, launches, (*one.tensors, *one.metadata), (*given, *metadata))
+        given, metadata = one.tensors, one.metadata
+    run(launches, given, metadata)
 
 
 def prepare(op: str, batch: Batch, input, weight, bias, cu_seqlen, slot_idx, resumes, cache, activation) -> ConvBatch:
@@ -54,6 +95,8 @@ def prepare(op: str, batch: Batch, input, weight, bias, cu_seqlen, slot_idx, res
     if shape[0] != 1 and shape[1] != 1:
         input = input.view(1, rows, channels)
         shape = input.shape
+    if batch.prefill_tokens:
+        cu_seqlen, resumes = cu_seqlen.contiguous(), resumes.contiguous()
     strides = input.stride()
     return ConvBatch(
         batch, input, weight.contiguous(), None if bias is None else bias.contiguous(), cu_seqlen,

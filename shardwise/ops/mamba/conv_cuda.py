@@ -8,13 +8,11 @@ from typing import NamedTuple
 
 import torch
 
-from shardwise.ops.attention.batch import read_batch
-from shardwise.ops.mamba.conv import ConvBatch, block_rows, halo_of, nothing, prepare
+from shardwise.ops.mamba.conv import ConvBatch, Tensors, block_rows, halo_of, nothing, run_step
 from shardwise.ops.metadata_reports import report_word
 from shardwise.ops.nvcc import library, on_device, stream
 from shardwise.ops.registry import CUDA, NVCC, operator
-from shardwise.ops.state_batch import check_metadata
-from shardwise.ops.triton_support import dependent_launch, keep_launch, layout, multiprocessors
+from shardwise.ops.triton_support import dependent_launch, multiprocessors
 
 _OP = "cuda_cached_causal_conv1d"
 _TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
@@ -76,23 +74,10 @@ def cuda_cached_causal_conv1d(
     activation: str | None,
 ) -> None:
     """As `triton_cached_causal_conv1d`; K 2 to 4, one dtype (float32, float16, bfloat16) for all but the metadata."""
-    batch = read_batch(_OP, batch_info_host)
-    check_metadata(_OP, batch, input, cu_seqlen, slot_idx, use_initial_states, conv_state_cache)
-    given = input, weight, weight if bias is None else bias, slot_idx, conv_state_cache
-    metadata: tuple[torch.Tensor, ...] = (cu_seqlen, use_initial_states) if batch.prefill_tokens else ()
-    key = batch, bias is None, activation, input.device, layout(*given, *metadata)
-    plan = STEPS.get(key)
-    if plan is None:
-        one = prepare(
-            _OP, batch, input, weight, bias, cu_seqlen, slot_idx, use_initial_states, conv_state_cache, activation
-        )
-        _check(one)
-        taken = one.x, one.weight, one.weight if one.bias is None else one.bias, one.slots, one.cache
-        dense = tuple(tensor.contiguous() for tensor in metadata)
-        plan = _plan(one)
-        keep_launch(STEPS, key, plan, (*taken, *dense), (*given, *metadata))
-        given, metadata = taken, dense
-    _run(plan, *given, *metadata)
+    run_step(
+        _OP, STEPS, _plan, _run, batch_info_host, input, weight, bias, cu_seqlen, slot_idx, use_initial_states,
+        conv_state_cache, activation,
+    )  # fmt: skip
 
 
 def _check(one: ConvBatch) -> None:
@@ -116,7 +101,8 @@ def _check(one: ConvBatch) -> None:
         raise TypeError(f"{_OP}: use_initial_states must be bool, got {one.resumes.dtype}")
 
 
-def _run(plan: _Plan, x, weight, bias, slots, cache, bounds=None, resumes=None) -> None:
+def _run(plan: _Plan, given: Tensors, metadata: Tensors) -> None:
+    x, weight, bias, slots, cache = given
     device, first, taps, states = x.device, x.data_ptr(), weight.data_ptr(), cache.data_ptr()
     offset = bias.data_ptr() if plan.bias else 0
     with on_device(device):
@@ -125,6 +111,7 @@ def _run(plan: _Plan, x, weight, bias, slots, cache, bounds=None, resumes=None) 
             begin, halo, of_prefill = first + phase.x_offset, None, (0, 0, 0)
             if phase.halo_shape is not None:
                 halo = x.new_empty(phase.halo_shape)
+                bounds, resumes = metadata
                 of_prefill = bounds.data_ptr(), resumes.data_ptr(), halo.data_ptr()
             pointers = _POINTERS.pack(
                 begin, taps, offset, of_prefill[0], slots.data_ptr() + phase.slot_offset, of_prefill[1], states,
@@ -137,6 +124,7 @@ def _run(plan: _Plan, x, weight, bias, slots, cache, bounds=None, resumes=None) 
 
 
 def _plan(one: ConvBatch) -> _Plan:
+    _check(one)
     batch, item, strides, rows = one.batch, one.x.element_size(), one.cache.stride(), block_rows(one)
     bits = one.channels | one.x_t | strides[0]
     dense = one.x_c == 1 and strides[1:] == (one.K - 1, 1)

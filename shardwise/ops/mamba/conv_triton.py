@@ -4,13 +4,11 @@ from typing import NamedTuple
 
 import torch
 
-from shardwise.ops.attention.batch import read_batch
 from shardwise.ops.mamba import conv_kernels as kernels
-from shardwise.ops.mamba.conv import ConvBatch, block_rows, halo_of, nothing, prepare
+from shardwise.ops.mamba.conv import ConvBatch, Tensors, block_rows, halo_of, nothing, run_step
 from shardwise.ops.metadata_reports import report_word
 from shardwise.ops.registry import TRITON, operator
-from shardwise.ops.state_batch import check_metadata
-from shardwise.ops.triton_support import Kernel, Launch, dependent_launch, keep_launch, layout
+from shardwise.ops.triton_support import Kernel, Launch, dependent_launch
 
 _OP = "triton_cached_causal_conv1d"
 # Channels of a program for each of its warps: eight of a thread, 16 bytes of a half-precision row.
@@ -48,8 +46,7 @@ class _Plan(NamedTuple):
 STEPS: dict[tuple, _Plan] = {}
 
 
-def _run(plan: _Plan, given: tuple[torch.Tensor, ...], metadata: tuple[torch.Tensor, ...]) -> None:
-    """All as planned for: input, weight, bias (or weight, unused), slots, cache; cu_seqlen, use_initial_states."""
+def _run(plan: _Plan, given: Tensors, metadata: Tensors) -> None:
     x, weight, bias, slots, cache = given
     if plan.prefill is not None:
         bounds, resumes = metadata
@@ -61,8 +58,14 @@ def _run(plan: _Plan, given: tuple[torch.Tensor, ...], metadata: tuple[torch.Ten
         plan.decode.form(plan.decode.grid, (x, weight, bias, slots, cache, report_word(_OP)), plan.decode.free)
 
 
-def _plan_prefill(one: ConvBatch, given: tuple[torch.Tensor, ...], metadata: tuple[torch.Tensor, ...]) -> _Prefill:
-    (x, weight, bias, slots, cache), (bounds, resumes) = given, metadata
+def _plan(one: ConvBatch) -> _Plan:
+    return _Plan(
+        _plan_prefill(one) if one.batch.prefill_tokens else None, _plan_decode(one) if one.batch.decode else None
+    )
+
+
+def _plan_prefill(one: ConvBatch) -> _Prefill:
+    (x, weight, bias, slots, cache), (bounds, resumes) = one.tensors, one.metadata
     channels, K, rows = one.channels, one.K, block_rows(one)
     halo_shape, sequences, pdl = halo_of(one, rows), one.batch.prefill, dependent_launch(x.device)
     blocks, lookup = halo_shape[0], _power(sequences)
@@ -91,8 +94,8 @@ def _plan_prefill(one: ConvBatch, given: tuple[torch.Tensor, ...], metadata: tup
     )
 
 
-def _plan_decode(one: ConvBatch, given: tuple[torch.Tensor, ...]) -> Launch:
-    x, weight, bias, slots, cache = given
+def _plan_decode(one: ConvBatch) -> Launch:
+    x, weight, bias, slots, cache = one.tensors
     channels, tokens, pdl = one.channels, one.batch.decode, dependent_launch(x.device)
     pointers = x, weight, bias, slots, cache, report_word(_OP)
     free = one.batch.prefill_tokens, one.batch.prefill, tokens, cache.shape[0]
@@ -135,22 +138,7 @@ def triton_cached_causal_conv1d(
     ValueError in the next call (`metadata_reports.py`), shapes, K and counts that contradict each other in this one.
     stride to padding_mode are accepted and not used.
     """
-    batch = read_batch(_OP, batch_info_host)
-    check_metadata(_OP, batch, input, cu_seqlen, slot_idx, use_initial_states, conv_state_cache)
-    given = input, weight, weight if bias is None else bias, slot_idx, conv_state_cache
-    metadata: tuple[torch.Tensor, ...] = (cu_seqlen, use_initial_states) if batch.prefill_tokens else ()
-    key = batch, bias is None, activation, input.device, layout(*given, *metadata)
-    plan = STEPS.get(key)
-    if plan is None:
-        one = prepare(
-            _OP, batch, input, weight, bias, cu_seqlen, slot_idx, use_initial_states, conv_state_cache, activation
-        )
-        taken = one.x, one.weight, one.weight if one.bias is None else one.bias, one.slots, one.cache
-        dense = tuple(tensor.contiguous() for tensor in metadata)
-        plan = _Plan(
-            _plan_prefill(one, taken, dense) if batch.prefill_tokens else None,
-            _plan_decode(one, taken) if batch.decode else None,
-        )
-        keep_launch(STEPS, key, plan, (*taken, *dense), (*given, *metadata))
-        given, metadata = taken, dense
-    _run(plan, given, metadata)
+    run_step(
+        _OP, STEPS, _plan, _run, batch_info_host, input, weight, bias, cu_seqlen, slot_idx, use_initial_states,
+        conv_state_cache, activation,
+    )  # fmt: skip
