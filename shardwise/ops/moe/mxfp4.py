@@ -139,10 +139,8 @@ def run_gemm(
 
     act   "none" is launched behind a GEMM, so that the blocks were complete before that began
     """
-    if isinstance(tiles, Stream):
-        return _run_stream(plan, tiles, x, packed, out, routing, act, alpha, limit)
-    if plan.few:
-        return _run_few(plan, tiles, x, packed, out, routing, act, alpha, limit)
+    if isinstance(tiles, Stream) or plan.few:
+        return _run_turned(plan, tiles, x, packed, out, routing, act, alpha, limit)
     tiles_n, tiles_k = packed.words.shape[1:3]
     pairs, top_k = routing.order.shape[0], routing.ids.shape[1]
     even = packed.columns % tiles.bk == 0 and tiles_k * TILE // tiles.bk % tiles.splits == 0
@@ -168,9 +166,9 @@ def run_gemm(
     )
 
 
-def _run_few(
+def _run_turned(
     plan: Plan,
-    tiles: Tiles,
+    tiles: Tiles | Stream,
     x: Tensor,
     packed: PackedMXFP4,
     out: Tensor,
@@ -179,65 +177,46 @@ def _run_few(
     alpha: float,
     limit: float,
 ) -> None:
-    """The same for blocks of 8 or 16 tokens, by `mxfp4_few`: rows of x and of the activation are turned."""
+    """The same for blocks of 8 or 16 tokens, by `mxfp4_stream` or `mxfp4_few`: rows of x and of the activation are
+    turned."""
     assert plan.bt in (8, 16) and packed.format == "narrow" and act in ("swiglu", "none")
     tiles_n, tiles_k = packed.words.shape[1:3]
     pairs, top_k = routing.order.shape[0], routing.ids.shape[1]
     device, pdl = x.device, dependent_launch(x.device)
-    deep = min(tiles.stages, -(-tiles_k // tiles.splits))
-    even = packed.columns % TILE == 0 and tiles_k % (deep * tiles.splits) == 0
+    columns: tuple[int, ...] = ()
+    if isinstance(tiles, Stream):
+        launcher, slabs, sharing, shape = _stream, tiles.slabs, tiles.per_sm, _stream_shape(tiles, tiles_k)
+    else:
+        launcher, slabs, sharing, shape = _few, tiles.warps, 0, _few_shape(tiles, tiles_k, packed.columns)
+        columns = (packed.columns,)
     most = most_blocks(pairs, routing.local, plan.bt)
-    bound = most * tiles_n * 4 // tiles.warps * tiles.splits
-    constants = (top_k, act, plan.bt, tiles.splits, even, deep, tiles.warps, act == "none", interpreting(), pdl)
-    _few(
+    bound = most * tiles_n * 4 // slabs * tiles.splits
+    constants = (top_k, act, plan.bt, tiles.splits, *shape, act == "none", interpreting(), pdl)
+    launcher(
         device,
-        (x.dtype, out.dtype, aligned(x, out), packed.columns, out.shape[-1], tiles_n, tiles_k, tiles.per_sm, constants),
+        (x.dtype, out.dtype, aligned(x, out), columns, out.shape[-1], tiles_n, tiles_k, tiles.per_sm, constants),
         (min(bound, tiles.per_sm * multiprocessors(device)), 1, 1),
-        (x, packed.words, packed.scales, packed.bias, out, routing.order, routing.blocks, alpha, limit, pairs)
-        + (most, packed.columns, out.shape[-1], tiles_n, tiles_k, x.stride(0))
+        (x, packed.words, packed.scales, packed.bias, out, routing.order, routing.blocks, alpha, limit, pairs, most)
+        + (*columns, out.shape[-1], tiles_n, tiles_k, x.stride(0))
         + constants,
+        sharing=sharing,
         num_warps=tiles.warps,
         maxnreg=tiles.most_registers,
         launch_pdl=pdl,
     )
 
 
-def _run_stream(
-    plan: Plan,
-    stream: Stream,
-    x: Tensor,
-    packed: PackedMXFP4,
-    out: Tensor,
-    routing: Routing,
-    act: str,
-    alpha: float,
-    limit: float,
-) -> None:
-    """The same by `mxfp4_stream`."""
-    assert plan.bt in (8, 16) and packed.format == "narrow" and act in ("swiglu", "none")
-    tiles_n, tiles_k = packed.words.shape[1:3]
-    pairs, top_k = routing.order.shape[0], routing.ids.shape[1]
-    device, pdl = x.device, dependent_launch(x.device)
+def _few_shape(tiles: Tiles, tiles_k: int, columns: int) -> tuple[bool | int, ...]:
+    """EVEN, DEEP and WARPS of `mxfp4_few`."""
+    deep = min(tiles.stages, -(-tiles_k // tiles.splits))
+    return columns % TILE == 0 and tiles_k % (deep * tiles.splits) == 0, deep, tiles.warps
+
+
+def _stream_shape(stream: Stream, tiles_k: int) -> tuple[bool | int, ...]:
+    """EVEN, DEEP, RING, SLABS, ROW_WARPS and W of `mxfp4_stream`."""
     each = -(-tiles_k // stream.splits)
     steps = -(-each // stream.k_warps)
     deep = min(stream.deep, steps)
     ring = min(stream.ring, -(-steps // deep) + 1)
     even = tiles_k % stream.splits == 0 and steps % deep == 0
-    most = most_blocks(pairs, routing.local, plan.bt)
-    bound = most * (tiles_n * 4 // stream.slabs) * stream.splits
-    constants = (
-        (top_k, act, plan.bt, stream.splits, even, deep, ring, stream.slabs, stream.row_warps, stream.k_warps)
-        + (act == "none", interpreting(), pdl)
-    )  # fmt: skip
-    _stream(
-        device,
-        (x.dtype, out.dtype, aligned(x, out), out.shape[-1], tiles_n, tiles_k, stream.per_sm, constants),
-        (min(bound, stream.per_sm * multiprocessors(device)), 1, 1),
-        (x, packed.words, packed.scales, packed.bias, out, routing.order, routing.blocks, alpha, limit, pairs, most)
-        + (out.shape[-1], tiles_n, tiles_k, x.stride(0))
-        + constants,
-        sharing=stream.per_sm,
-        num_warps=stream.warps,
-        maxnreg=stream.most_registers,
-        launch_pdl=pdl,
-    )
+    return even, deep, ring, stream.slabs, stream.row_warps, stream.k_warps
