@@ -11,6 +11,7 @@ softmax of its own until the program's last key.
 # The languages of kernels, not Python's, where types are concerned.
 # mypy: ignore-errors
 
+from shardwise.ops.attention.decode_kernel import run_of
 from shardwise.ops.gluon_support import gl, jit
 from shardwise.ops.triton_support import tl
 
@@ -160,12 +161,7 @@ def direct_kernel(
     live = lane < GROUP
     place = gl.expand_dims(lane * D, 1) + gl.expand_dims(gl.arange(0, D, layout=gl.SliceLayout(0, OUT)), 0)
     out = out_ptr + (sequence.to(gl.int64) * kv_heads + head) * GROUP * D
-    first = 0
-    if WINDOW:
-        first = gl.maximum(position - window + 1, 0)
-    old = position - first // BLOCK * BLOCK
-    run = gl.maximum(gl.cdiv(gl.cdiv(old, splits), BLOCK) * BLOCK, BLOCK)
-    active = gl.maximum(gl.cdiv(old, run), 1)  # splits that have keys; split 0 also has the new one
+    first, run, active = run_of(position, splits, window, BLOCK, WINDOW)
     if (position < 0) & (split == 0):
         if PDL:
             tl.extra.cuda.gdc_wait()

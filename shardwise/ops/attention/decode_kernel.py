@@ -13,6 +13,18 @@ from shardwise.ops.triton_support import tl, triton
 
 
 @triton.jit
+def run_of(position, splits, window, BLOCK: tl.constexpr, WINDOW: tl.constexpr):
+    """Of `position` cached keys: the first that counts, keys of a split's run, and how many splits have keys; split 0
+    also has the new one."""
+    first = 0
+    if WINDOW:
+        first = tl.maximum(position - window + 1, 0)
+    old = position - first // BLOCK * BLOCK
+    run = tl.maximum(tl.cdiv(tl.cdiv(old, splits), BLOCK) * BLOCK, BLOCK)
+    return first, run, tl.maximum(tl.cdiv(old, run), 1)
+
+
+@triton.jit
 def _rotate(first, second, cos, sin):
     return first * cos - second * sin, second * cos + first * sin
 
@@ -121,12 +133,7 @@ def decode_kernel(
             tl.store(out_ptr + place, tl.zeros([GROUP_PAD, D], out_ptr.dtype.element_ty), mask=live[:, None])
         return
 
-    first = 0
-    if WINDOW:
-        first = tl.maximum(position - window + 1, 0)
-    old = position - first // BLOCK * BLOCK
-    run = tl.maximum(tl.cdiv(tl.cdiv(old, splits), BLOCK) * BLOCK, BLOCK)
-    active = tl.maximum(tl.cdiv(old, run), 1)  # splits that have keys; split 0 also has the new one
+    first, run, active = run_of(position, splits, window, BLOCK, WINDOW)
     if split >= active:
         return
     begin = first // BLOCK * BLOCK + split * run
