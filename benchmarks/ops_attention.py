@@ -19,7 +19,7 @@ import torch
 import shardwise.ops  # noqa: F401  registers the operators
 from shardwise.launch.machine import machine_facts
 from shardwise.ops.attention.planner import decode_graphs
-from shardwise.ops.measure import alternating_microseconds
+from shardwise.ops.bench.measure import alternating_microseconds
 from shardwise.ops.mla.checks import LatentHeads, split_weight
 
 OPS = torch.ops.auto_deploy

@@ -18,8 +18,8 @@ import torch
 from ops_attention import Batch, Pool, flashinfer_calls, mla_calls, triton_calls
 
 from shardwise.launch.machine import machine_facts
-from shardwise.ops.bench_cases import EPS, norm_cases, rope_cases
-from shardwise.ops.measure import host_microseconds
+from shardwise.ops.bench.cases import EPS, norm_cases, rope_cases
+from shardwise.ops.bench.measure import host_microseconds
 from shardwise.ops.registry import _define, _describe
 from shardwise.ops.triton_support import Kernel, triton
 

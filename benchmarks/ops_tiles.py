@@ -13,7 +13,7 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator
 from unittest import mock
 
-from shardwise.ops import bench_states, measure
+from shardwise.ops.bench import measure, states
 from shardwise.ops.fla import fla, step
 from shardwise.ops.mamba import conv_cuda, conv_triton, scan
 from shardwise.ops.mamba import triton as ssm_triton
@@ -62,7 +62,7 @@ def alone(kernel: str, call: Callable[[], object]) -> float:
 
 def scan_rows(kernel: str, table: dict[str, int], choices: Iterable[tuple[int, ...]]) -> Rows:
     """One kernel of the scan at every choice of its table's values."""
-    case = next(bench_states.ssm_prefill_cases((TOKENS,)))
+    case = next(states.ssm_prefill_cases((TOKENS,)))
     chosen = dict(table)
     case.call()
     for values in choices:
@@ -90,14 +90,14 @@ def delta_rows() -> Rows:
     if not FLA.state[0]:
         return
     choices = itertools.product((2048, 4096, 8192), (1, 2, 4, 8))
-    cases = bench_states.delta_cases((), (1, 64, 256))
+    cases = states.delta_cases((), (1, 64, 256))
     yield from step_rows(cases, "fla_cached_gated_delta_rule", step, list(choices))
 
 
 def conv_prefill_rows(module, choices: Iterable[tuple[int, int, int]]) -> Rows:
     """A convolution's prefill: rows of a block, and for Triton warps and rows ahead."""
     name = f"{'cuda' if module is conv_cuda else 'triton'}_cached_causal_conv1d"
-    case = next(case for case in bench_states.conv_cases((), (TOKENS,)) if case.operator == name)
+    case = next(case for case in states.conv_cases((), (TOKENS,)) if case.operator == name)
     rows_of, table = module.block_rows, dict(conv_triton.PREFILL)
     for rows, warps, ahead in choices:
         module.block_rows = lambda _one, rows=rows: rows
@@ -109,7 +109,7 @@ def conv_prefill_rows(module, choices: Iterable[tuple[int, int, int]]) -> Rows:
 
 def conv_decode_rows() -> Rows:
     """The convolutions' decode steps: tokens of a program (Triton), thread blocks of a multiprocessor (CUDA)."""
-    for case in bench_states.conv_cases((1, 32, 64, 128, 256, 1024), ()):
+    for case in states.conv_cases((1, 32, 64, 128, 256, 1024), ()):
         if case.operator.startswith("triton"):
             for together in (1, 2, 4):
                 with mock.patch.multiple(conv_triton, MANY_TOKENS=0, TOGETHER=together):
@@ -122,7 +122,7 @@ def conv_decode_rows() -> Rows:
 
 def ssm_decode_rows() -> Rows:
     """The state-space decode step."""
-    cases = bench_states.ssm_decode_cases((1, 8, 64, 256), {"Nemotron-H": bench_states.NEMOTRON_H})
+    cases = states.ssm_decode_cases((1, 8, 64, 256), {"Nemotron-H": states.NEMOTRON_H})
     choices = itertools.product((1024, 2048, 4096), (1, 2, 4))
     yield from step_rows(cases, "triton_cached_ssm", scan, list(choices))
 

@@ -14,7 +14,7 @@ from ops_attention import HEADS, KV_HEADS, SIZE, Batch, Pool, triton_calls
 
 from shardwise.ops.attention import tiles, triton
 from shardwise.ops.attention.tiles import Tile
-from shardwise.ops.measure import alternating_microseconds
+from shardwise.ops.bench.measure import alternating_microseconds
 
 DECODE_SHAPES = [Batch(1, 1024, 1), Batch(1, 8192, 1), Batch(1, 32768, 1), Batch(8, 8192, 1), Batch(24, 4096, 1),
                  Batch(32, 1024, 1), Batch(32, 8192, 1)]  # fmt: skip

@@ -17,8 +17,8 @@ from itertools import product
 import torch
 
 from shardwise.launch.machine import machine_facts
+from shardwise.ops.bench.measure import device_microseconds
 from shardwise.ops.linear.decode import Tile, skinny_linear
-from shardwise.ops.measure import device_microseconds
 from shardwise.ops.moe import decode
 from shardwise.ops.moe.decode import Choice, Gate, expert_down, expert_up
 from shardwise.parallel.traffic import copy_bandwidth

@@ -11,10 +11,11 @@ import importlib
 import pkgutil
 
 from shardwise.ops.metadata_reports import raise_reports
-from shardwise.ops.registry import OperatorUnavailable, OpInfo, operators
+from shardwise.ops.registry import CATEGORIES, OperatorUnavailable, OpInfo, operators
 
 for _module in pkgutil.walk_packages(__path__, __name__ + "."):
-    if _module.name.count(".") == 3:  # shardwise.ops.<category>.<backend file>
+    _place = _module.name.split(".")[2:]
+    if len(_place) == 2 and _place[0] in CATEGORIES:  # shardwise.ops.<category>.<backend file>
         importlib.import_module(_module.name)
 
 __all__ = ["OpInfo", "OperatorUnavailable", "operators", "raise_reports"]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from shardwise.ops.measure import device_microseconds
+from shardwise.ops.bench.measure import device_microseconds
 from shardwise.parallel.decoder import Decoder
 from shardwise.parallel.memory import memory_bytes
 from shardwise.sharding.cost import touched_share

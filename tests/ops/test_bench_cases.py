@@ -7,25 +7,26 @@ import pytest
 import torch
 
 from shardwise.launch.cli import bench_ops
-from shardwise.ops import bench_cases, bench_quantized, bench_states, measure, operators
+from shardwise.ops import operators
+from shardwise.ops.bench import cases, measure, quantized, states
 
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")
 HERE = {info.name for info in operators() if info.availability()[0] and all(need.on_cpu() for need in info.needs)}
 SHAPE = (4, 16, 16, 2)
 CASES = {
-    "norms": lambda: bench_cases.norm_cases((2,), (64,)),
-    "rope": lambda: bench_cases.rope_cases((3,), 4, 2, 16),
-    "conv": lambda: bench_states.conv_cases((2,), (5,), 32),
-    "ssm decode": lambda: bench_states.ssm_decode_cases((2,), {"small": SHAPE}),
-    "ssm prefill": lambda: bench_states.ssm_prefill_cases((9,), SHAPE),
-    "delta": lambda: bench_states.delta_cases((5,), (2,), 2, 16),
-    "fp8": lambda: bench_quantized.fp8_linear_cases((2,), ((16, 32),)),
+    "norms": lambda: cases.norm_cases((2,), (64,)),
+    "rope": lambda: cases.rope_cases((3,), 4, 2, 16),
+    "conv": lambda: states.conv_cases((2,), (5,), 32),
+    "ssm decode": lambda: states.ssm_decode_cases((2,), {"small": SHAPE}),
+    "ssm prefill": lambda: states.ssm_prefill_cases((9,), SHAPE),
+    "delta": lambda: states.delta_cases((5,), (2,), 2, 16),
+    "fp8": lambda: quantized.fp8_linear_cases((2,), ((16, 32),)),
 }
 
 
 @pytest.fixture(autouse=True)
 def on_cpu_beside_silent_peers(monkeypatch):
-    monkeypatch.setattr(bench_cases, "DEVICE", "cpu")
+    monkeypatch.setattr(cases, "DEVICE", "cpu")
     names = ("flashinfer.norm", "flashinfer.rope", "flashinfer.mamba", "fla.ops.delta_rule", "fla.ops.gated_delta_rule")
     for name in ("flashinfer", "fla", "fla.ops", "fla.ops.simple_gla", *names):
         module = types.ModuleType(name)
@@ -39,10 +40,10 @@ def on_cpu_beside_silent_peers(monkeypatch):
 
 @pytest.mark.parametrize("name", CASES)
 def test_the_cases_that_can_run_here_are_measured(name, capsys):
-    cases = list(CASES[name]())
+    made = list(CASES[name]())
     known = {info.name for info in operators()}
-    assert cases and all(case.operator in known for case in cases)
-    runnable = [case for case in cases if case.operator in HERE]
+    assert made and all(case.operator in known for case in made)
+    runnable = [case for case in made if case.operator in HERE]
     rows = bench_ops._measure(runnable, name, sys.stdout)
     printed = capsys.readouterr().out
     for case, row in zip(runnable, rows, strict=True):
@@ -51,7 +52,7 @@ def test_the_cases_that_can_run_here_are_measured(name, capsys):
 
 
 def test_moved_bytes_count_what_must_be_read_and_written():
-    by_name = {case.operator: case for case in bench_cases.norm_cases((3,), (64,))}
+    by_name = {case.operator: case for case in cases.norm_cases((3,), (64,))}
     once = 3 * 64 * torch.finfo(torch.bfloat16).bits // 8
     assert by_name["triton_rms_norm"].moved_bytes == 2 * once
     assert by_name["triton_rmsnorm_gated"].moved_bytes == 3 * once

@@ -6,7 +6,7 @@ import pytest
 import samples_mamba
 import torch
 
-from shardwise.ops import bench_ssd
+from shardwise.ops.bench import ssd
 from shardwise.ops.registry import TRITON
 
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")
@@ -19,5 +19,5 @@ def test_the_separate_kernels_compute_the_scan():
     inputs = samples_mamba.ssm_inputs(256, 4, 2, 64, 64, torch.float16, device)
     expected = torch.ops.auto_deploy.torch_ssm(*inputs, [0.0, math.inf], 64)
     state = torch.zeros(4, 64, 64, device=device)
-    result = bench_ssd.separate_scan(inputs, state, chunk=128)
+    result = ssd.separate_scan(inputs, state, chunk=128)
     assert (result.float() - expected).norm() < 3e-3 * expected.norm()

@@ -28,7 +28,7 @@ def run(args: argparse.Namespace) -> int:
     _check(args, LAYERS)
     if not torch.cuda.is_available():
         raise ValueError("no CUDA device; `shardwise ops` tells what runs here")
-    from shardwise.ops.measure import alternating_microseconds, device_microseconds
+    from shardwise.ops.bench.measure import alternating_microseconds, device_microseconds
 
     table = table_stream(args.json)
     ceilings = measure_ceilings(partial(device_microseconds, calls=16, repeats=9))

@@ -21,7 +21,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("the package triton is not installed; `shardwise ops` tells what runs here")
     import torch
 
-    from shardwise.ops.bench import CATEGORIES
+    from shardwise.ops.bench.categories import CATEGORIES
 
     unknown = [name for name in args.category or () if name not in CATEGORIES]
     if unknown:
@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _measure(cases, category: str, table) -> list[dict]:
-    from shardwise.ops.measure import copy_microseconds, device_microseconds, host_microseconds
+    from shardwise.ops.bench.measure import copy_microseconds, device_microseconds, host_microseconds
 
     rows = []
     print(f"{'operator':42} {'size':28} {'µs':>9} {'host µs':>8} {'copy µs':>9} {'GB/s':>7}  peers µs", file=table)

@@ -2,9 +2,9 @@
 
 from collections.abc import Callable, Iterator
 
-from shardwise.ops.bench_cases import Case, normalization_cases, rope_cases
-from shardwise.ops.bench_quantized import fp8_linear_cases
-from shardwise.ops.bench_states import fla_cases, mamba_cases
+from shardwise.ops.bench.cases import Case, normalization_cases, rope_cases
+from shardwise.ops.bench.quantized import fp8_linear_cases
+from shardwise.ops.bench.states import fla_cases, mamba_cases
 
 CATEGORIES: dict[str, Callable[[bool], Iterator[Case]]] = {
     "normalization": normalization_cases,

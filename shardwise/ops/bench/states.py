@@ -6,9 +6,9 @@ from functools import partial
 
 import torch
 
-from shardwise.ops import bench_cases
-from shardwise.ops.bench_cases import DTYPE, OPS, Case, draw
-from shardwise.ops.bench_ssd import separate_scan
+from shardwise.ops.bench import cases
+from shardwise.ops.bench.cases import DTYPE, OPS, Case, draw
+from shardwise.ops.bench.ssd import separate_scan
 
 NEMOTRON_H = (128, 64, 128, 8)  # heads, head size, states, groups
 BAMBA = (128, 64, 128, 1)
@@ -22,14 +22,14 @@ def _metadata(prefill: int, length: int, decode: int) -> tuple[torch.Tensor, ...
     bounds = torch.cat((lengths.new_zeros(1), lengths.cumsum(0).to(torch.int32)))
     info = torch.tensor([prefill, prefill * length, decode], dtype=torch.int32)
     rest = lengths, bounds, torch.randperm(prefill + decode), torch.ones(prefill + decode, dtype=torch.bool)
-    return info, *(t.to(bench_cases.DEVICE) for t in rest)
+    return info, *(t.to(cases.DEVICE) for t in rest)
 
 
 def _ssm(tokens: int, shape: tuple[int, int, int, int], decode: bool) -> tuple[torch.Tensor, ...]:
     """hidden_states, A, B, C, D, dt, dt_bias."""
     heads, size, states, groups = shape
     lead = (tokens, 1) if decode else (1, tokens)
-    A, D, bias = (torch.rand(heads, device=bench_cases.DEVICE) for _ in range(3))
+    A, D, bias = (torch.rand(heads, device=cases.DEVICE) for _ in range(3))
     return (
         draw(*lead, heads, size),
         -A,
@@ -43,7 +43,7 @@ def _ssm(tokens: int, shape: tuple[int, int, int, int], decode: bool) -> tuple[t
 
 def ssm_decode_cases(batches: tuple[int, ...], shapes: dict[str, tuple[int, int, int, int]]) -> Iterator[Case]:
     """One step of every sequence; bytes are the states, read and written."""
-    empty = torch.empty(0, dtype=torch.int32, device=bench_cases.DEVICE)
+    empty = torch.empty(0, dtype=torch.int32, device=cases.DEVICE)
     for label, shape in shapes.items():
         for cache_dtype in (torch.float32, DTYPE):
             for batch in batches:
@@ -74,8 +74,8 @@ def ssm_prefill_cases(lengths: tuple[int, ...], shape: tuple[int, int, int, int]
     for length in lengths:
         inputs = _ssm(length, shape, decode=False)
         info, seq_len, bounds, slots, resumes = _metadata(1, length, 0)
-        cache = torch.zeros(1, *shape[:3], device=bench_cases.DEVICE)
-        metadata = (torch.zeros(1, length, dtype=torch.int64, device=bench_cases.DEVICE), info, seq_len, bounds, CHUNK)
+        cache = torch.zeros(1, *shape[:3], device=cases.DEVICE)
+        metadata = (torch.zeros(1, length, dtype=torch.int64, device=cases.DEVICE), info, seq_len, bounds, CHUNK)
         pieces = OPS.mamba_ssm_prepare_metadata(*metadata)
         args = (*inputs, info, bounds, slots, resumes, *pieces, cache, LIMIT, CHUNK)
         moved = 2 * (2 * inputs[0].numel() + inputs[2].numel() + inputs[3].numel())
@@ -84,7 +84,7 @@ def ssm_prefill_cases(lengths: tuple[int, ...], shape: tuple[int, int, int, int]
 
 
 def _scan_peers(inputs: tuple[torch.Tensor, ...]) -> dict[str, Callable[[], object]]:
-    """The scan in separate kernels (`bench_ssd`), and fla's gated linear attention with one decay a head: the same
+    """The scan in separate kernels (`ssd`), and fla's gated linear attention with one decay a head: the same
     recurrence, its inputs made beforehand."""
     x, A, B, C, _, dt, bias = inputs
     state = torch.zeros(*x.shape[2:], B.shape[3], device=x.device)
