@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shardwise.launch.machine import machine_facts
-from shardwise.launch.session import ModelConfig, Session
+from shardwise.launch.model_config import ModelConfig
+from shardwise.launch.session import Session
 from shardwise.parallel.sampler import SamplingParams
 from shardwise.parallel.trace import Watcher, watched_by
 from shardwise.sharding.spec import Moe

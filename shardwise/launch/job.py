@@ -185,6 +185,11 @@ def require_launcher(launcher: str | None, ray_address: str | None = None) -> No
         )
 
 
+def launcher_options(launcher: str, ray_address: str | None, device: str) -> dict[str, Any]:
+    """What the launcher of that name wants to know beside the job."""
+    return {"address": ray_address, "device": device} if launcher == "ray" else {}
+
+
 def backend(launcher: str, **options: Any):
     """The launcher of that name. Raises ValueError for an unknown one."""
     require_launcher(launcher)

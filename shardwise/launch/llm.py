@@ -15,23 +15,14 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from functools import cached_property
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, Unpack
 
 from shardwise.comm.rank import RankInfo
 from shardwise.comm.watch import Deadlines
 from shardwise.launch import env, guard
-from shardwise.launch.job import Job, backend, require_launcher
-from shardwise.launch.session import (
-    SERVE,
-    Answer,
-    ModelConfig,
-    Session,
-    checkpoint_of,
-    params_to_json,
-    plan_of,
-    trace_folder,
-)
+from shardwise.launch.job import Job, backend, launcher_options, require_launcher
+from shardwise.launch.model_config import ModelConfig, ModelOptions, checkpoint_of, model_config, plan_of, within
+from shardwise.launch.session import SERVE, Answer, Session, params_to_json
 from shardwise.launch.supervise import Supervisor
 from shardwise.parallel.results import Completion, RankStats, TokenEvent
 from shardwise.parallel.sampler import SamplingParams
@@ -77,57 +68,32 @@ class LLM:
     transport   one of `shardwise.parallel.options.RUN_TRANSPORTS`
     plan        a file that `shardwise plan --json FILE` wrote: its layout is run, and another checkpoint refused
     trace       a folder for a Chrome trace of each rank's first steps
-    Raises ValueError for an unknown option and for a layout that does not fit the model or the launcher's world,
-    FileNotFoundError for a missing model, JobFailed when a rank fails.
+    on_progress called with (bytes read, bytes to read) of rank 0 while the weights load
+    debug       tracebacks in the report of a failure
+    Raises TypeError for an unknown option, ValueError for an unknown word and for a layout that does not fit the model
+    or the launcher's world, FileNotFoundError for a missing model, JobFailed when a rank fails.
     """
 
     def __init__(
         self,
         model: str,
         *,
-        tp: int | None = None,
-        attn_dp: int = 1,
-        moe_tp: int = 0,
-        ep: int = 1,
         launcher: str | None = None,
-        dtype: str = "auto",
-        weights: str = "auto",
-        device: str = "auto",
-        transport: str = "auto",
-        cache_tokens: int | None = None,
-        decode: str = "auto",
-        attention: str = "auto",
-        plan: str | None = None,
-        trace: str | None = None,
         ray_address: str | None = None,
         on_progress: Progress | None = None,
         debug: bool = False,
+        **options: Unpack[ModelOptions],
     ):
         require_launcher(launcher, ray_address)
         info = env.detect()
-        if plan is not None:
-            tp, attn_dp, moe_tp, ep = planned_sizes(str(plan), tp=tp, attn_dp=attn_dp, moe_tp=moe_tp, ep=ep)
-        layout = layout_for(info, tp=tp, attn_dp=attn_dp, moe_tp=moe_tp, ep=ep, launcher=launcher)
-        self.config = ModelConfig(
-            model=str(model),
-            **layout,
-            dtype=dtype,
-            weights=weights,
-            device=device,
-            transport=transport,
-            cache_tokens=cache_tokens,
-            decode=decode,
-            attention=attention,
-            plan=None if plan is None else str(Path(plan).resolve()),
-            trace=trace_folder(trace),
-        )
+        self.config = model_config(info, launcher, model, **options)
         self.launcher = launcher or (info.source if within(info) else "local")
         if within(info):
             self._executor: Executor = SpmdExecutor(self.config, info, on_progress)
         else:
             planned = plan_of(self.config).model  # errors come up before any rank starts
-            options = {"address": ray_address, "device": device} if self.launcher == "ray" else {}
-            self._executor = ParentExecutor(self.config, planned, self.launcher, options, on_progress, debug)
+            about = launcher_options(self.launcher, ray_address, self.config.device)
+            self._executor = ParentExecutor(self.config, planned, self.launcher, about, on_progress, debug)
         self._closer = weakref.finalize(self, self._executor.close)
         self._closer.atexit = False  # executors know better when to close at the end
         self.last_answer: Answer | None = None
@@ -181,51 +147,6 @@ class LLM:
         self.close()
 
 
-def within(info: RankInfo) -> bool:
-    """Whether somebody else's launcher started this very process as a rank."""
-    return info.source != RankInfo().source
-
-
-def layout_for(
-    info: RankInfo, *, tp: int | None, attn_dp: int, moe_tp: int, ep: int, launcher: str | None = None
-) -> dict[str, int]:
-    """Sizes of the grid; tp defaults to the launcher's world. ValueError names both sides of a contradiction."""
-    for name, size in (("tp", tp), ("attn_dp", attn_dp), ("ep", ep)):
-        if size is not None and size < 1:
-            raise ValueError(f"{name} {size}: must be at least 1")
-    if within(info) and launcher is not None:
-        raise ValueError(
-            f"launcher {launcher!r} was asked for, but this process is already rank {info.rank} of {info.world} "
-            f"started by {info.source}: drop one of them"
-        )
-    if within(info):
-        if tp is None:
-            if info.world % attn_dp:
-                raise ValueError(f"attn_dp {attn_dp} does not divide the {info.world} ranks that {info.source} started")
-            tp = info.world // attn_dp
-        if tp * attn_dp != info.world:
-            raise ValueError(
-                f"tp {tp} x attn_dp {attn_dp} needs {tp * attn_dp} ranks, but {info.source} started {info.world} "
-                f"({env.explain()}): change one of them"
-            )
-    return {"tp": 1 if tp is None else tp, "attn_dp": attn_dp, "moe_tp": moe_tp, "ep": ep}
-
-
-def planned_sizes(path: str, **given: int | None) -> tuple[int, int, int, int]:
-    """(tp, attn_dp, moe_tp, ep) of a plan file; ValueError where a size that was given is another."""
-    from shardwise.sharding.replay import layout_in
-
-    layout = layout_in(path)
-    sizes = {"tp": layout.tp, "attn_dp": layout.attn_dp, "moe_tp": layout.moe_tp, "ep": layout.moe_ep}
-    unset = {"tp": None, "attn_dp": 1, "moe_tp": 0, "ep": 1}
-    for name, value in given.items():
-        if value not in (unset[name], sizes[name]):
-            raise ValueError(
-                f"--{name.replace('_', '-')} {value}, but the plan {path} has {sizes[name]}: drop one of them"
-            )
-    return layout.tp, layout.attn_dp, layout.moe_tp, layout.moe_ep
-
-
 def _one_each(params: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:
     if params is None or isinstance(params, SamplingParams):
         return [params or SamplingParams()] * count
@@ -248,8 +169,7 @@ class ParentExecutor:
     ):
         self._config, self._model = config, model
         deadlines = Deadlines.from_environment()
-        world = config.tp * config.attn_dp
-        job = Job(target=SERVE, payload=asdict(config), world=world, deadlines=deadlines, debug=debug)
+        job = Job(target=SERVE, payload=asdict(config), world=config.world, deadlines=deadlines, debug=debug)
         self._silence = deadlines.collective + deadlines.stop
         self._supervisor = Supervisor(job, backend(launcher, **options)).__enter__()
         self._items: _Items | None = None

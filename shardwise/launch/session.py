@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from shardwise.launch.model_config import ModelConfig, checkpoint_of, plan_of
 from shardwise.parallel import options
 from shardwise.parallel.results import Completion, RankStats, TokenEvent
 from shardwise.parallel.sampler import SamplingParams
@@ -19,53 +20,11 @@ from shardwise.parallel.sampler import SamplingParams
 if TYPE_CHECKING:
     from shardwise.comm.rank import RankInfo
     from shardwise.launch.worker import RankContext
-    from shardwise.sharding.checkpoint.resolve import Checkpoint
-    from shardwise.sharding.plan import Plan
 
 SERVE = "shardwise.launch.session:serve"
 """The job target of a model that waits for its parent's commands."""
 PROGRESS_STEPS = 100
 """Progress events per load at most, so that a fast disk is not slowed by telling of it."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelConfig:
-    """Which model the ranks load, and how; JSON values all.
-
-    ValueError for a word or number that no machine would take, so that none starts for it.
-    """
-
-    model: str
-    tp: int = 1
-    attn_dp: int = 1
-    moe_tp: int = 0
-    ep: int = 1
-    dtype: str = "auto"
-    weights: str = "auto"
-    device: str = "auto"
-    """auto: cuda on hosts that have a GPU, else cpu."""
-    transport: str = "auto"
-    cache_tokens: int | None = None
-    """Tokens that the KV cache holds; None: the engine's own choice."""
-    decode: str = "auto"
-    """Which code runs steps of single tokens: auto, graphs, fused or layers."""
-    attention: str = "auto"
-    """Whose kernels attend to prompts on a GPU: auto, triton, flashinfer or torch."""
-    plan: str | None = None
-    """A plan document to replay; its layout then stands in the sizes above."""
-    random_seed: int | None = None
-    """Set: weights are random, and `model` may be a config.json of any name."""
-    trace: str | None = None
-    """Folder for a Chrome trace of each rank's first steps."""
-
-    def __post_init__(self) -> None:
-        options.require_known("dtype", self.dtype, options.DTYPES)
-        options.require_known("weights", self.weights, options.WEIGHT_FORMS)
-        options.require_known("device", self.device, options.DEVICES)
-        options.require_known("attention", self.attention, options.ATTENTIONS)
-        options.require_decode(self.decode, self.device)
-        options.require_transport(self.transport)
-        options.require_page(self.cache_tokens, self.device)
 
 
 @dataclass(frozen=True)
@@ -152,12 +111,8 @@ class Session:
                 checkpoint,
                 plan,
                 groups,
-                dtype=config.dtype,
+                **config.for_engine,
                 device=self.device,
-                weights=config.weights,
-                cache_tokens=config.cache_tokens,
-                decode=config.decode,
-                attention=config.attention,
                 on_progress=self._progress(),
             )
             _ = self.engine.tokenizer  # read once here, not at the first prompt
@@ -212,51 +167,6 @@ class Session:
                 self.context.emit("progress", done=done, total=total)
 
         return progress
-
-
-def plan_of(config: ModelConfig) -> "Plan":
-    """The plan that the ranks run; errors of model, layout and plan file come up here. Needs no torch."""
-    from shardwise.sharding.layout import ParallelLayout
-    from shardwise.sharding.plan import plan
-    from shardwise.sharding.replay import replay
-
-    if config.plan is not None:
-        planned = replay(config.plan, config.model)
-        _refuse_redundant_experts(planned, config.plan)
-        return planned
-    return plan(config.model, ParallelLayout(config.tp, config.attn_dp, config.moe_tp, config.ep))
-
-
-def checkpoint_of(config: ModelConfig) -> "Checkpoint":
-    """Where the weights come from."""
-    from shardwise.sharding.checkpoint.resolve import open_checkpoint, random_checkpoint
-
-    if config.random_seed is not None:
-        return random_checkpoint(config.model, config.random_seed)
-    return open_checkpoint(config.model)
-
-
-def trace_folder(path: str | None) -> str | None:
-    """Where traces go, made now: ValueError where that cannot be would else come when there is something to write."""
-    if path is None:
-        return None
-    folder = Path(path).resolve()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"trace {path}: no folder can be made there: {error.strerror}") from None
-    return str(folder)
-
-
-def _refuse_redundant_experts(planned: "Plan", source: str) -> None:
-    """Every rank computes all its experts, so an expert on two ranks would count twice."""
-    for axis, placement in planned.cuts.placement.items():
-        copies = sum(map(len, placement)) - axis.units
-        if copies:
-            raise ValueError(
-                f"{source}: places {copies} redundant experts, which the runtime does not run yet; "
-                "make the plan without --redundant-experts"
-            )
 
 
 def choose_device(wanted: str, info: "RankInfo") -> str:

@@ -85,7 +85,7 @@ def test_unusable_command_lines_are_one_sentence_and_exit_with_2(words):
         (["run", "smollm2", "--tp", "2", "--transport", "fake"], 2, "transport fake has no peers in other processes"),
         (["run", "smollm2", "--decode", "graphs", "--device", "cpu"], 2, "decode graphs needs a CUDA device"),
         (["run", "smollm2", "--cache-tokens", "3"], 2, "of 16 tokens on the CPU and 64 for the kernels of GPUs"),
-        (["run", "smollm2", "--trace", "/proc/x"], 1, "trace /proc/x: no folder can be made there"),
+        (["run", "smollm2", "--trace", "/proc/x"], 2, "trace /proc/x: no folder can be made there"),
         (["run", "smollm2", "--tp", "2", "--ep", "3"], 2, "world % ep = 2 % 3 = 2"),
         (["run", "smollm2", "--tp", "99"], 2, "tp 99 does not fit"),
         (["bench", "generate", "smollm2", "--tp", "99"], 2, "tp 99 does not fit"),

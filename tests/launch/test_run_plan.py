@@ -6,8 +6,7 @@ import sys
 
 import pytest
 
-from shardwise.launch.llm import planned_sizes
-from shardwise.launch.session import ModelConfig, plan_of
+from shardwise.launch.model_config import ModelConfig, plan_of, planned_sizes
 
 
 def shardwise(*arguments):
@@ -39,8 +38,9 @@ def test_a_plan_of_something_else_is_refused_before_ranks_start(plan_file, tmp_p
 
 
 def test_a_size_that_contradicts_the_plan_is_named(plan_file):
-    assert planned_sizes(str(plan_file), tp=None, attn_dp=1, moe_tp=0, ep=1) == (2, 1, 2, 1)
-    with pytest.raises(ValueError, match="--tp 3, but the plan .* has 2"):
+    sizes = planned_sizes(str(plan_file), tp=None, attn_dp=1, moe_tp=0, ep=1)
+    assert sizes == {"tp": 2, "attn_dp": 1, "moe_tp": 2, "ep": 1}
+    with pytest.raises(ValueError, match="tp 3 was asked for, but the plan .* has 2"):
         planned_sizes(str(plan_file), tp=3, attn_dp=1, moe_tp=0, ep=1)
 
 

@@ -6,20 +6,20 @@ Starts the ranks itself, or runs inside ranks that torchrun or mpirun started.
 import argparse
 import sys
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from shardwise.launch import env
 from shardwise.launch.cli import DONE, UsageError
-from shardwise.launch.cli.grid import add_forms, add_grid, set_log_folder, tensor_parallel
+from shardwise.launch.cli.grid import add_forms, add_grid, model_config, set_log_folder
 from shardwise.launch.cli.output import add_json, require_folder, write_json
-from shardwise.launch.job import interruptible, run_job
+from shardwise.launch.job import interruptible, launcher_options, run_job
 from shardwise.launch.progress import LoadProgress
 
 if TYPE_CHECKING:
     from shardwise.comm.rank import RankInfo
     from shardwise.launch.generation import Load
-    from shardwise.launch.session import ModelConfig
+    from shardwise.launch.model_config import ModelConfig
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """0; errors come out as exceptions. Nothing of torch is imported unless this process is itself a rank."""
     from shardwise.launch.generation import MEASURE
-    from shardwise.launch.llm import within
+    from shardwise.launch.model_config import within
 
     info = env.detect()
     config, load = _config(args, info), _load(args)
@@ -54,18 +54,18 @@ def run(args: argparse.Namespace) -> int:
         _inside_rank(args, info, config, load)
     _check_fit(config, load)
     payload = {"model": asdict(config), "load": asdict(load), "trace": config.trace}
-    options = {"address": args.ray_address, "device": args.device} if args.launcher == "ray" else {}
+    launcher = args.launcher or "local"
     with interruptible(), LoadProgress(sys.stderr) as progress:
         ranks = run_job(
             MEASURE,
             payload,
-            world=config.tp * config.attn_dp,
-            launcher=args.launcher or "local",
-            options=options,
+            world=config.world,
+            launcher=launcher,
+            options=launcher_options(launcher, args.ray_address, config.device),
             on_event=_listener(progress),
             debug=args.debug,
         )
-    _show(args, config, load, args.launcher or "local", ranks)
+    _show(args, config, load, launcher, ranks)
     return DONE
 
 
@@ -100,30 +100,12 @@ def _listener(progress: LoadProgress) -> Callable[[dict], None]:
 
 
 def _config(args: argparse.Namespace, info: "RankInfo") -> "ModelConfig":
-    from shardwise.launch.llm import layout_for
-    from shardwise.launch.session import ModelConfig, trace_folder
-
-    sizes = {"attn_dp": args.attn_dp, "moe_tp": args.moe_tp, "ep": args.ep}
-    layout = layout_for(info, tp=tensor_parallel(args, info), **sizes, launcher=args.launcher)
-
     if (args.model is None) == (args.shape is None):
         raise UsageError("name one MODEL, or a config.json by --shape")
     if args.shape is not None and not args.dummy_weights:
         raise UsageError("--shape names a model without weights: add --dummy-weights")
-    return ModelConfig(
-        model=args.model or args.shape,
-        **layout,
-        dtype=args.dtype,
-        weights=args.weights,
-        cache_tokens=args.cache_tokens,
-        decode=args.decode,
-        attention=args.attention,
-        device=args.device,
-        transport=args.transport,
-        plan=None,
-        random_seed=args.seed if args.dummy_weights else None,
-        trace=trace_folder(args.trace),
-    )
+    config = model_config(args, info, args.model or args.shape)
+    return replace(config, random_seed=args.seed) if args.dummy_weights else config
 
 
 def _load(args: argparse.Namespace) -> "Load":
@@ -137,7 +119,7 @@ def _load(args: argparse.Namespace) -> "Load":
 
 def _check_fit(config: "ModelConfig", load: "Load") -> None:
     """Errors of model, layout and lengths, before any rank starts."""
-    from shardwise.launch.session import plan_of
+    from shardwise.launch.model_config import plan_of
 
     longest = plan_of(config).model.max_positions
     if longest and load.input + load.output > longest:
@@ -153,7 +135,7 @@ def _show(args: argparse.Namespace, config: "ModelConfig", load: "Load", launche
     result: dict[str, Any] = {
         "model": config.model,
         "dummy_weights": config.random_seed is not None,
-        "layout": {name: getattr(config, name) for name in ("tp", "attn_dp", "moe_tp", "ep")},
+        "layout": config.layout,
         "launcher": launcher,
         "load": asdict(load),
         **summary(ranks, load.batch),

@@ -9,10 +9,10 @@ from shardwise.comm.watch import LOG_FOLDER_ENV
 from shardwise.launch.cli import UsageError, positive
 from shardwise.launch.job import LAUNCHERS, require_launcher
 from shardwise.parallel import options
-from shardwise.sharding.layout import ParallelLayout
 
 if TYPE_CHECKING:
     from shardwise.comm.rank import RankInfo
+    from shardwise.launch.model_config import ModelConfig
 
 
 def add_grid(parser: argparse.ArgumentParser) -> "argparse._ArgumentGroup":
@@ -31,6 +31,9 @@ def add_grid(parser: argparse.ArgumentParser) -> "argparse._ArgumentGroup":
     )
     grid.add_argument(
         "--device", default="auto", choices=options.DEVICES, help="auto: one GPU a rank where there are GPUs"
+    )
+    grid.add_argument(
+        "--plan", metavar="FILE", help="run the layout of a plan; a checkpoint it was not made for is refused"
     )
     grid.add_argument("--log-dir", metavar="DIR", help="where the ranks' logs and failure.json go")
     return grid
@@ -70,31 +73,30 @@ def add_forms(parser: "argparse.ArgumentParser | argparse._ArgumentGroup") -> No
     )
 
 
-def tensor_parallel(args: argparse.Namespace, info: "RankInfo") -> int | None:
-    """--tp, or what -n leaves for it. UsageError names both sides of a contradiction."""
-    from shardwise.launch.llm import layout_for
+def model_config(args: argparse.Namespace, info: "RankInfo", model: str) -> "ModelConfig":
+    """The model of the command line. UsageError for what contradicts itself or is unknown."""
+    from shardwise.launch import model_config as configs
 
+    named = {name: getattr(args, name) for name in configs.ModelOptions.__annotations__}
+    try:
+        require_launcher(args.launcher, args.ray_address)
+        return configs.model_config(info, args.launcher, model, **{**named, "tp": _tensor_parallel(args)})
+    except ValueError as error:
+        raise error if type(error) is not ValueError else UsageError(str(error)) from None
+
+
+def _tensor_parallel(args: argparse.Namespace) -> int | None:
+    """--tp, or what -n leaves for it. UsageError names both sides of a contradiction."""
     for name in ("world", "tp", "attn_dp", "ep"):
         value = getattr(args, name)
         if value is not None and value < 1:
             raise UsageError(f"--{name.replace('_', '-')} {value}: must be at least 1")
-    tp = args.tp
-    if args.world is not None:
-        if args.world % args.attn_dp or (tp is not None and tp * args.attn_dp != args.world):
-            asked = f"--tp {tp} x " if tp is not None else ""
-            raise UsageError(f"-n {args.world} contradicts {asked}--attn-dp {args.attn_dp}: tp x attn-dp is the world")
-        tp = args.world // args.attn_dp
-    try:
-        require_launcher(args.launcher, args.ray_address)
-        options.require_transport(args.transport)
-        options.require_decode(args.decode, args.device)
-        options.require_page(args.cache_tokens, args.device)
-        sizes = layout_for(info, tp=tp, attn_dp=args.attn_dp, moe_tp=args.moe_tp, ep=args.ep, launcher=args.launcher)
-        if getattr(args, "plan", None) is None:  # whose sizes replace these
-            ParallelLayout(sizes["tp"], sizes["attn_dp"], sizes["moe_tp"], sizes["ep"])
-    except ValueError as error:
-        raise UsageError(str(error)) from None
-    return tp
+    if args.world is None:
+        return args.tp
+    if args.world % args.attn_dp or args.tp not in (None, args.world // args.attn_dp):
+        asked = f"--tp {args.tp} x " if args.tp is not None else ""
+        raise UsageError(f"-n {args.world} contradicts {asked}--attn-dp {args.attn_dp}: tp x attn-dp is the world")
+    return args.world // args.attn_dp
 
 
 def set_log_folder(folder: str | None) -> None:

@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING
 
 from shardwise.launch import env
 from shardwise.launch.cli import DONE, UsageError
-from shardwise.launch.cli.grid import add_forms, add_grid, set_log_folder, tensor_parallel
+from shardwise.launch.cli.grid import add_forms, add_grid, model_config, set_log_folder
 from shardwise.launch.cli.output import add_json, require_folder, write_json
 from shardwise.launch.job import interruptible
 
 if TYPE_CHECKING:
     from shardwise.launch.llm import LLM
+    from shardwise.launch.model_config import ModelConfig
     from shardwise.parallel.prompts import Prompt
     from shardwise.parallel.results import TokenEvent
     from shardwise.parallel.sampler import SamplingParams
@@ -31,10 +32,7 @@ SHORT = 1024
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="a known name (smollm2), GGUF file, model folder or hub id")
-    grid = add_grid(parser)
-    grid.add_argument(
-        "--plan", metavar="FILE", help="run the layout of a plan; a checkpoint it was not made for is refused"
-    )
+    add_grid(parser)
     text = parser.add_argument_group("prompts and answers")
     source = text.add_mutually_exclusive_group()
     source.add_argument("--prompt", metavar="TEXT", help=f"default: {DEFAULT_PROMPT}")
@@ -54,10 +52,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """0; errors come out as exceptions. Nothing of torch is imported unless this process is itself a rank."""
-    from shardwise.launch.llm import within
+    from shardwise.launch.model_config import within
 
     info = env.detect()
-    tp = tensor_parallel(args, info)
+    config = model_config(args, info, args.model)
     params = _sampling(args)
     texts = _prompts(args)
     require_folder(args.json)
@@ -65,40 +63,28 @@ def run(args: argparse.Namespace) -> int:
     if within(info):
         from shardwise.launch.worker import run_here
 
-        run_here(info, lambda: _generate(args, tp, params, texts, speaks=info.rank == 0), debug=args.debug)
+        run_here(info, lambda: _generate(args, config, params, texts, speaks=info.rank == 0), debug=args.debug)
     with interruptible():
-        _generate(args, tp, params, texts, speaks=True)
+        _generate(args, config, params, texts, speaks=True)
     return DONE
 
 
 def _generate(
-    args: argparse.Namespace, tp: int | None, params: "SamplingParams", texts: list[str], *, speaks: bool
+    args: argparse.Namespace, config: "ModelConfig", params: "SamplingParams", texts: list[str], *, speaks: bool
 ) -> None:
     from shardwise.launch.llm import LLM
     from shardwise.launch.progress import LoadProgress
 
     prompts = texts if args.raw else [[{"role": "user", "content": text}] for text in texts]
-    _refuse_unfit(args.model, prompts, texts, params.max_new_tokens)
+    _refuse_unfit(config.model, prompts, texts, params.max_new_tokens)
     with LoadProgress(sys.stderr, enabled=speaks) as progress:
         llm = LLM(
-            args.model,
-            tp=tp,
-            attn_dp=args.attn_dp,
-            moe_tp=args.moe_tp,
-            ep=args.ep,
+            config.model,
             launcher=args.launcher,
-            dtype=args.dtype,
-            weights=args.weights,
-            cache_tokens=args.cache_tokens,
-            decode=args.decode,
-            attention=args.attention,
-            plan=args.plan,
-            trace=args.trace,
-            device=args.device,
-            transport=args.transport,
             ray_address=args.ray_address,
             on_progress=progress.update,
             debug=args.debug,
+            **config.options,
         )
     with llm:
         screen = _Screen(texts) if speaks and args.json != "-" else None
@@ -150,7 +136,7 @@ def _result(llm: "LLM") -> dict:
         "launcher": llm.launcher,
         "transport": llm.transport,
         "model": llm.config.model,
-        "layout": {name: getattr(llm.config, name) for name in ("tp", "attn_dp", "moe_tp", "ep")},
+        "layout": llm.config.layout,
     }
 
 
