@@ -159,15 +159,18 @@ def planned_sizes(path: str | Path, **given: int | None) -> dict[str, int]:
 
 
 def plan_of(config: ModelConfig) -> "Plan":
-    """The plan that the ranks run; errors of model, layout and plan file come up here. Needs no torch."""
+    """The plan that the ranks run. ValueError for a layout, a plan file or a model that cannot be; needs no torch."""
+    from shardwise.parallel.supported import check_supported
     from shardwise.sharding.plan import plan
     from shardwise.sharding.replay import replay
 
     if config.plan is not None:
         planned = replay(config.plan, config.model)
         _refuse_redundant_experts(planned, config.plan)
-        return planned
-    return plan(config.model, ParallelLayout(config.tp, config.attn_dp, config.moe_tp, config.ep))
+    else:
+        planned = plan(config.model, ParallelLayout(config.tp, config.attn_dp, config.moe_tp, config.ep))
+    check_supported(planned.model)
+    return planned
 
 
 def checkpoint_of(config: ModelConfig) -> "Checkpoint":

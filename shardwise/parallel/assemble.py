@@ -43,7 +43,7 @@ class DecoderBuilder:
 
     def build(self) -> Decoder:
         model = self.model
-        check_supported(model, mixers=tuple(MIXERS), feed_forwards=tuple(FEED_FORWARDS))
+        check_supported(model)
         embedding, head = self._ends()
         norms = [self._norm(layer.mixer_norm, "mixer_norm", i) for i, layer in enumerate(model.layers)]
         norms.append(self._norm(model.final_norm, "final_norm", None))

@@ -1,7 +1,9 @@
-"""What the runtime has no layer for, found before a byte is loaded."""
+"""What the runtime has no layer for, found before a rank starts or a byte is loaded."""
+
+from dataclasses import fields
 
 from shardwise.sharding import spec
-from shardwise.sharding.checkpoint.reader import NUMPY
+from shardwise.sharding.checkpoint.header import STORAGE
 from shardwise.sharding.families import ARCHITECTURES
 from shardwise.sharding.model import Layer, ModelSpec
 
@@ -10,66 +12,60 @@ class UnsupportedModel(ValueError):
     """The planner describes this model, but the runtime has no layer for one of its blocks."""
 
 
+GGUF_BLOCK = 32
+"""Elements in a block of GGUF's types at least; those of safetensors files have one or two."""
 _FLOATS = {"F64", "F32", "F16", "BF16"}
 _FLOAT8 = {"F8_E4M3", "F8_E5M2"}
 
-# Options with the values that have an implementation; fields that are not listed are all implemented.
-_LEGAL: dict[type, dict[str, tuple]] = {
-    spec.Attention: {
-        "chunk": (None,),
-        "qk_norm": (None, "head"),
-        "qk_norm_after_rope": (False,),
-        "qk_norm_weighted": (True,),
-        "v_norm": (False,),
-        "output_gate": (None,),
-        "k_is_v": (False,),
-        "value_scale": (1.0,),
-        "key_multiplier": (1.0,),
-        "qk_clip": (None,),
-        "temperature": (None,),
-        "alibi": (False,),
-        "in_multiplier": (1.0,),
-        "out_multiplier": (1.0,),
-        "qkv_grouped": (False,),
-        "index_heads": (0,),
-    },
-    spec.DenseMlp: {
-        "gate_up_interleaved": (False,),
-        "limit": (None,),
-        "alpha": (None,),
-        "gate_multiplier": (1.0,),
-        "down_multiplier": (1.0,),
-    },
-    spec.Moe: {"gated": (True,), "latent": (0,)},
-    spec.Routing: {"scores_scale_input": (False,), "hash_layer": (False,)},
-    spec.Norm: {"kind": ("rms",)},
-    spec.Embedding: {"learned_positions": (0,)},
+MIXERS: tuple[type[spec.Block], ...] = (spec.Attention,)
+FEED_FORWARDS: tuple[type[spec.Block], ...] = (spec.DenseMlp, spec.Moe)
+ROPES = ("default", "linear", "llama3", "yarn")
+ACTIVATIONS = ("silu", "swish", "gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "relu2")
+SCORES = ("softmax", "sigmoid", "sqrtsoftplus")
+
+_EVERY: dict[type, set[str]] = {
+    spec.Embedding: {"vocab", "multiplier"},
+    spec.Head: {"tied", "softcap", "multiplier"},
+    spec.Norm: {"eps", "weight_offset"},
+    spec.Rope: {"theta", "dim", "scaling"},
+    spec.Attention: {"q_axis", "kv_axis", "head_dim", "v_head_dim", "scale", "rope", "window", "softcap", "sinks"}
+    | {"norm_eps", "norm_weight_offset"},
+    spec.DenseMlp: {"mlp_axis", "gated"},
+    spec.Moe: {"expert_axis", "mlp_axis", "routing", "stacked", "transposed", "gate_up_interleaved", "limit", "alpha"}
+    | {"shared", "shared_gated"},
+    spec.Routing: {"top_k", "softmax_after_topk", "normalize", "bias_correction", "groups", "top_groups", "group_score"}
+    | {"scale"},
 }
+"""Fields every value of which has an implementation."""
+_SOME: dict[type, dict[str, tuple]] = {
+    spec.Rope: {"kind": ROPES},
+    spec.Attention: {"qk_norm": (None, "head")},
+    spec.DenseMlp: {"activation": ACTIVATIONS},
+    spec.Moe: {"activation": ACTIVATIONS},
+    spec.Routing: {"score": SCORES},
+}
+"""Fields with the values that have one. A field in neither table must have its default: what a family may say one day
+is refused until somebody has implemented it."""
 
 
-def check_supported(model: ModelSpec, *, mixers: tuple[type, ...], feed_forwards: tuple[type, ...]) -> None:
-    """UnsupportedModel unless every block is of these types, its options have an implementation and its weights a form
-    that can be read."""
+def check_supported(model: ModelSpec) -> None:
+    """UnsupportedModel unless every block has a layer here, its options an implementation and its weights a form that
+    can be read. Needs no torch."""
     if model.architecture not in ARCHITECTURES:
         raise UnsupportedModel(
             f"{model.architecture} can be planned but not run, since no family describes it: {'; '.join(model.notes)}"
         )
+    if model.others:
+        raise UnsupportedModel(f"{model.architecture}: blocks beside the layers are not supported")
     _check_options(model, model.embedding, "embedding")
     _check_options(model, model.final_norm, "final norm")
+    _check_options(model, model.head, "head")
     for layer, numbers in model.layer_groups():
         where = f"layer {numbers[0]}"
         _check_structure(model, layer, where)
-        kinds = [type(b) for b in (*layer.mixers, *layer.feed_forward)]
-        if kinds[0] not in mixers or kinds[1] not in feed_forwards:
-            known = ", ".join(t.__name__ for t in (*mixers, *feed_forwards))
-            raise UnsupportedModel(
-                f"{model.architecture}, {where}: blocks {[t.__name__ for t in kinds]}, the runtime has {known}"
-            )
         for block in layer.blocks:
             _check_options(model, block, where)
             _check_storage(model, block, where)
-            if isinstance(block, spec.Moe):
-                _check_options(model, block.routing, where)
 
 
 def _check_structure(model: ModelSpec, layer: Layer, where: str) -> None:
@@ -80,14 +76,25 @@ def _check_structure(model: ModelSpec, layer: Layer, where: str) -> None:
         )
     if layer.mixer_norm is None or layer.feed_forward_norm is None:
         raise UnsupportedModel(f"{model.architecture}, {where}: blocks without a norm before them are not supported")
+    (mixer,), (feed_forward,) = layer.mixers, layer.feed_forward
+    if type(mixer) not in MIXERS or type(feed_forward) not in FEED_FORWARDS:
+        known = ", ".join(t.__name__ for t in (*MIXERS, *FEED_FORWARDS))
+        raise UnsupportedModel(
+            f"{model.architecture}, {where}: {type(mixer).__name__} and {type(feed_forward).__name__}, the runtime has "
+            f"{known}"
+        )
 
 
-def _check_options(model: ModelSpec, block: spec.Block | spec.Routing, where: str) -> None:
-    for name, legal in _LEGAL.get(type(block), {}).items():
-        value = getattr(block, name)
-        if value not in legal:
-            option = f"{type(block).__name__}.{name}"
-            raise UnsupportedModel(f"{model.architecture}, {where}: {option} = {value!r}; the runtime supports {legal}")
+def _check_options(model: ModelSpec, block: spec.Block | spec.Routing | spec.Rope, where: str) -> None:
+    every, some = _EVERY[type(block)], _SOME.get(type(block), {})
+    for field in fields(block):
+        value, legal = getattr(block, field.name), some.get(field.name, (field.default,))
+        if field.name in every or field.name == "tensors":
+            if isinstance(value, spec.Routing | spec.Rope | spec.DenseMlp):  # part of the block
+                _check_options(model, value, where)
+        elif value not in legal:
+            option, words = f"{type(block).__name__}.{field.name}", ", ".join(map(str, legal))
+            raise UnsupportedModel(f"{model.architecture}, {where}: {option} = {value!r}; the runtime supports {words}")
 
 
 def _check_storage(model: ModelSpec, block: spec.Block, where: str) -> None:
@@ -109,4 +116,4 @@ def _is_read(weight: spec.TensorSpec, scale: spec.TensorSpec | None) -> bool:
         return scale is not None and scale.dtype in _FLOATS
     if weight.dtype == "U8":  # blocks have one dimension more, of the 16 bytes that hold 32 codes
         return scale is not None and scale.dtype == "U8" and len(weight.dims) == len(scale.dims) + 1
-    return weight.dtype in _FLOATS or weight.dtype not in NUMPY
+    return weight.dtype in _FLOATS or STORAGE[weight.dtype][0] >= GGUF_BLOCK
