@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from shardwise.comm import symmetric
+from shardwise.comm import symmetric, window
 
 EPS = 1e-5
 MIB = 1 << 20
@@ -38,11 +38,13 @@ class Peers:
     def __init__(self, nccl: dist.ProcessGroup):
         self.nccl, self.rank, self.world = nccl, dist.get_rank(nccl), nccl.size()
         self._flashinfer: tuple[Any, Tensor] | None = None
+        self._stage: window.Window | None = None
 
     def plain(self, inputs: Sequence[Tensor]) -> Makers:
         """For flat tensors of one length."""
         return {
             "nccl": lambda: self._nccl(inputs),
+            "nccl window": lambda: self._window(inputs[0]),
             "symm_mem one-shot": lambda: self._symmetric(inputs[0], "one_shot_all_reduce", MIB),
             "symm_mem two-shot": lambda: self._symmetric(inputs[0], "two_shot_all_reduce_", 64 * MIB),
         }
@@ -64,6 +66,33 @@ class Peers:
             return result
 
         return Peer(lambda i: dist.all_reduce(work[i % len(work)], op=dist.ReduceOp.AVG, group=self.nccl), total)
+
+    def _window(self, x: Tensor) -> Peer | None:
+        """NCCL on memory of its window, in place on zeros: its symmetric kernels have no AVG."""
+        if x.nbytes > window.BUFFER_BYTES:
+            return None
+        reason = window.obstacle(self.world, capturing=False)
+        if reason:
+            raise RuntimeError(reason)
+        window.require_dtype(x.dtype)
+        if self._stage is None:
+            self._stage = window.Window(self.nccl, x.device, self._tell)
+        staged = self._stage.buffer.view(x.dtype)[: x.numel()]
+
+        def total() -> Tensor:
+            staged.copy_(x)
+            dist.all_reduce(staged, group=self.nccl)
+            result = staged.clone()
+            staged.zero_()
+            return result
+
+        staged.zero_()
+        return Peer(lambda i: dist.all_reduce(staged, group=self.nccl), total)
+
+    def _tell(self, value: Any) -> list[Any]:
+        values: list[Any] = [None] * self.world
+        dist.all_gather_object(values, value, group=self.nccl)
+        return values
 
     def _symmetric(self, x: Tensor, operator: str, limit: int) -> Peer | None:
         if x.nbytes > limit:

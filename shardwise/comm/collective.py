@@ -25,8 +25,6 @@ _MULTICAST = "needs NVLink multicast, which is never used here; use AUTO, ONESHO
 UNUSABLE = {
     "UB": "user buffers reduce through NVLS: " + _MULTICAST,
     "MNNVL": "multi-node NVLink kernels write through multicast objects: " + _MULTICAST,
-    "NCCL_SYMMETRIC": "NCCL binds the windows of its symmetric kernels to multicast objects where GPUs have them, and "
-    "torch cannot ask for the forms without: this " + _MULTICAST,
 }
 
 

@@ -5,6 +5,8 @@ bfloat16 and have no deadline.
 """
 
 import os
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -23,7 +25,8 @@ _NO_MULTICAST = "TORCH_SYMM_MEM_DISABLE_MULTICAST"
 class SymmetricMemory:
     """One rank's part of the buffer. Every rank of `group` makes one at the same call."""
 
-    def __init__(self, group: dist.ProcessGroup, device: torch.device):
+    def __init__(self, group: dist.ProcessGroup, device: torch.device, tell: Callable[[Any], list[Any]]):
+        """torch exchanges what it needs itself: nothing is told by `tell`."""
         self.name, self.size = group.group_name, group.size()
         self.buffer = shared_buffer(BUFFER_BYTES, group, device)
 
@@ -32,6 +35,9 @@ class SymmetricMemory:
         limit = BUFFER_BYTES // source.element_size()
         for part, result in zip(source.split(limit), target.split(limit), strict=True):
             self._reduce_part(part, result)
+
+    def close(self) -> None:
+        """torch keeps the memory until the process ends."""
 
     def _reduce_part(self, source: Tensor, target: Tensor) -> None:
         count = source.numel()

@@ -22,13 +22,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from shardwise.comm import compose, symmetric, watch
+from shardwise.comm import compose, symmetric, watch, window
 from shardwise.comm.arguments import starts
-from shardwise.comm.base import CollectiveTimeout, CommError, PeerLost
+from shardwise.comm.base import CollectiveTimeout, CommError, NotHere, PeerLost
 from shardwise.comm.bootstrap import Rendezvous, TorchStore, own_address, require_reachable
 from shardwise.comm.collective import BaseCommunicator
 from shardwise.comm.control import FRAME_BYTES, framed, unframed
-from shardwise.comm.symmetric import SymmetricMemory
 
 SLICE = timedelta(seconds=0.2)
 ROLL_CALL_SECONDS = 1.5
@@ -36,6 +35,11 @@ ROLL_CALL_SECONDS = 1.5
 _gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 """torch 2.13 renames them; 2.11 knows the old names only."""
+STAGED = {
+    "SYMM_MEM": (symmetric, symmetric.SymmetricMemory),
+    "NCCL_SYMMETRIC": (window, window.Window),
+}
+"""Strategies of NCCL groups that copy tensors into memory of their own, made at the first call."""
 LOST_SIGNS = (
     "Connection closed by peer",
     "Connection was likely closed",
@@ -75,7 +79,7 @@ class TorchDistCommunicator(BaseCommunicator):
         ranks = list(ranks or torch_order)
         self.devices = ("cuda",) if backend == "nccl" else ("cpu",)
         if backend == "nccl":
-            self.strategies = (*self.strategies, "SYMM_MEM")
+            self.strategies = (*self.strategies, *STAGED)
         super().__init__(rank=ranks.index(dist.get_rank()), ranks=ranks, transport=backend, **options)
         self.group = group
         self.store = store
@@ -87,7 +91,7 @@ class TorchDistCommunicator(BaseCommunicator):
         self._owner = False
         self._own_group = False
         """`group` was made here, beside others of the process: it goes when this communicator is closed."""
-        self._symmetric: SymmetricMemory | None = None
+        self._stages: dict[str, Any] = {}
 
     @classmethod
     def join(cls, meeting: Rendezvous, backend: str, **options) -> "TorchDistCommunicator":
@@ -200,22 +204,24 @@ class TorchDistCommunicator(BaseCommunicator):
     # Collectives on flat tensors
 
     def _reduce(self, source: Tensor, target: Tensor, strategy: str) -> None:
-        if strategy == "SYMM_MEM":
-            symmetric.require_dtype(source.dtype)
+        if strategy in STAGED:
             with self._calls():
-                self._symmetric_memory(source.device).all_reduce(source, target)
+                self._stage(strategy, source).all_reduce(source, target)
         else:
             super()._reduce(source, target, strategy)
 
-    def _symmetric_memory(self, device: torch.device) -> SymmetricMemory:
-        if self._symmetric is None:
-            reason = symmetric.obstacle(self.size, torch.cuda.is_current_stream_capturing())
-            reasons = (self.control or self).all_gather_object(reason)
+    def _stage(self, strategy: str, source: Tensor):
+        """Shared memory for tensors like `source`. Raises NotHere on every rank when it cannot be made on one."""
+        module, maker = STAGED[strategy]
+        module.require_dtype(source.dtype)
+        if strategy not in self._stages:
+            tell = (self.control or self).all_gather_object
+            reasons = tell(module.obstacle(self.size, torch.cuda.is_current_stream_capturing()))
             for rank, text in zip(self.ranks, reasons, strict=True):
                 if text:
-                    raise CommError(f"strategy SYMM_MEM cannot run on group {self.name}: rank {rank}: {text}")
-            self._symmetric = SymmetricMemory(self.group, device)
-        return self._symmetric
+                    raise NotHere(f"strategy {strategy} cannot run on group {self.name}: rank {rank}: {text}")
+            self._stages[strategy] = maker(self.group, source.device, tell)
+        return self._stages[strategy]
 
     def _all_reduce(self, source: Tensor, target: Tensor) -> None:
         if source.dtype in compose.HALVES and self.transport == "gloo" and self.size > 2:
@@ -317,6 +323,9 @@ class TorchDistCommunicator(BaseCommunicator):
         super().close()
         if self.control is not None:
             self.control.close()
+        if healthy:
+            for stage in self._stages.values():
+                stage.close()
         if self._own_group and healthy and dist.is_initialized():  # a broken one may not end; leaving the world ends it
             dist.destroy_process_group(self.group)
         if self._owner and not closed and dist.is_initialized():

@@ -152,7 +152,7 @@ def check_same_bits(group) -> None:
 def check_strategies(group) -> None:
     """What is refused says why, and leaves the group usable."""
     x = torch.ones(8, device="cuda")
-    for strategy, reason in (("UB", "multicast"), ("MNNVL", "multicast"), ("NCCL_SYMMETRIC", "multicast")):
+    for strategy, reason in (("UB", "multicast"), ("MNNVL", "multicast"), ("NCCL_SYMMETRIC", "transport p2p")):
         with pytest.raises(CommError, match=reason):
             group.all_reduce(x, strategy=strategy)
     with pytest.raises(CommError, match="sums bfloat16, float16, not torch.float32"):
@@ -324,39 +324,6 @@ def test_ranks_as_processes(mpi):
     names = ["sums", "graph", "bits"] if mpi else [name for name in CHECKS if name != "few"]
     results = run_processes(2, "test_p2p_gpu:run_checks", names, timeout=120, mpi=mpi)
     assert results == [{}, {}], "\n".join(text for rank in results for text in rank.values())
-
-
-def symmetric_memory(info: RankInfo, store) -> list[str]:
-    """SYMM_MEM on the NCCL group and through the peer-to-peer group; what it cannot sum it says."""
-    from shardwise.comm.strategy import create
-
-    group = create(info, store=store, device="cuda", transport="p2p")
-    told = []
-    for count, dtype in (
-        (8, torch.bfloat16),
-        (5_000, torch.bfloat16),
-        (300_001, torch.float32),
-        (9_000_000, torch.float32),
-    ):
-        parts = [part.round() for part in everyones(2, (count,), dtype, 40)]
-        x = parts[group.rank].cuda()
-        for each in (group, group.beyond):
-            found = each.all_reduce(x, strategy="SYMM_MEM")
-            assert torch.equal(found.cpu(), rounded_sum(parts)), (count, dtype, each)
-    try:
-        group.all_reduce(x.half(), strategy="SYMM_MEM")
-    except CommError as error:
-        told.append(str(error))
-    group.barrier()
-    group.close()
-    return told
-
-
-@needs_two_gpus
-def test_torchs_symmetric_memory_by_name():
-    env = {"TORCH_SYMM_MEM_DISABLE_MULTICAST": "1", "NCCL_NVLS_ENABLE": "0"}
-    for told in run_processes(2, "test_p2p_gpu:symmetric_memory", timeout=60, env=env):
-        assert "bfloat16 and float32, not torch.float16" in told[0]
 
 
 def rank_that_dies(info: RankInfo, store) -> str:

@@ -97,7 +97,7 @@ def test_an_unknown_strategy_is_a_value_error_that_lists_the_names(call):
         getattr(OPS, call)(torch.ones(2), "FASTEST")
 
 
-@pytest.mark.parametrize("strategy", ["UB", "MNNVL", "NCCL_SYMMETRIC"])
+@pytest.mark.parametrize("strategy", ["UB", "MNNVL"])
 def test_strategies_that_need_multicast_are_refused_with_the_reason(strategy):
     with pytest.raises(CommError, match=f"{strategy}.*multicast"):
         OPS.trtllm_dist_all_reduce(torch.ones(2), strategy)

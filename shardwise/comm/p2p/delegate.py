@@ -6,7 +6,7 @@ from torch import Tensor
 
 from shardwise.comm.collective import BaseCommunicator
 
-BEYOND = ("NCCL", "SYMM_MEM")
+BEYOND = ("NCCL", "SYMM_MEM", "NCCL_SYMMETRIC")
 """Strategies that are the other group's."""
 
 
