@@ -83,7 +83,7 @@ def nvfp4_fake_args(device):
 
 
 def awq_args(device):
-    packed, scales = int4.quantize_int4_awq(on(device, N, 256), 128)
+    packed, scales = int4.quantize_int4_awq(on(device, N, 256))
     return on(device, 2, M, 256), packed, None, [torch.rand(256, device=device) + 0.5], [scales], [], []
 
 

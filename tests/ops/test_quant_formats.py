@@ -135,6 +135,15 @@ def test_nvfp4_error_is_that_of_its_step_and_zero_blocks_stay_zero():
     assert nvfp4.nvfp4_global_scale(torch.zeros(4)) == 1
 
 
+def test_fp8_by_tensor_keeps_its_largest_value_and_a_tensor_of_zeros():
+    values = torch.randn(40, 70)
+    codes, scale = fp8.quantize_fp8(values)
+    got = fp8.dequantize_fp8(codes, scale, torch.float32)
+    assert (got - values).abs().le(values.abs() / 16 + scale * 2**-9).all()
+    torch.testing.assert_close(got.abs().amax(), values.abs().amax())
+    assert fp8.dequantize_fp8(*fp8.quantize_fp8(torch.zeros(3))).tolist() == [0, 0, 0]
+
+
 def test_fp8_blocks_have_a_scale_each_and_ragged_edges():
     values = torch.randn(130, 200)
     values[:128, :128] *= 100
@@ -174,7 +183,7 @@ def test_int4_error_is_at_most_half_a_step():
     qweight, scales, zeros = int4.quantize_int4_gptq(weight, 32)
     steps = scales.repeat_interleave(32, 0)
     assert (int4.dequantize_int4_gptq(qweight, scales, zeros) - weight).abs().le(steps * 1.01).all()
-    packed, scales = int4.quantize_int4_awq(weight.T.repeat(1, 2).contiguous(), 128)
+    packed, scales = int4.quantize_int4_awq(weight.T.repeat(1, 2).contiguous())
     error = (int4.dequantize_int4_awq(packed, scales) - weight.T.repeat(1, 2)).abs()
     assert error.le(scales.repeat_interleave(128, 1) * 0.501).all()
 

@@ -95,12 +95,12 @@ def host_microseconds(call: Callable[[], object], *, calls: int = 500, repeats: 
     return best * 1e6
 
 
-def copy_microseconds(total_bytes: int, device: torch.device | str = "cuda") -> float:
+def copy_microseconds(total_bytes: int) -> float:
     """Device time of the quicker of two copies that read and write `total_bytes` together.
 
     PyTorch's `copy_` leaves a contiguous copy to the driver; an addition of zero goes through its elementwise kernel.
     """
-    source = torch.empty(max(total_bytes // 8, 4), dtype=torch.int32, device=device).random_()
+    source = torch.empty(max(total_bytes // 8, 4), dtype=torch.int32, device="cuda").random_()
     target = torch.empty_like(source)
     copies = {"driver": lambda: target.copy_(source), "kernel": lambda: torch.add(source, 0, out=target)}
     return min(device_microseconds(copy) for copy in copies.values())

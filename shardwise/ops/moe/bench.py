@@ -78,10 +78,11 @@ class Ceilings:
     operations: float
 
 
-def measure_ceilings(time: Callable[[Callable[[], object]], float], device: str = "cuda", size: int = 8192) -> Ceilings:
-    """A copy and a sum of 32 bytes a matrix element, and a bf16 product of random matrices; `time` in microseconds."""
-    a, b = (torch.randn(size, size, device=device).bfloat16() for _ in range(2))
-    source = torch.zeros(8 * size * size, dtype=torch.float32, device=device)
+def measure_ceilings(time: Callable[[Callable[[], object]], float]) -> Ceilings:
+    """A copy and a sum of 2 GiB, and a bf16 product of random matrices of 8192 x 8192; `time` in microseconds."""
+    size = 8192
+    a, b = (torch.randn(size, size, device="cuda").bfloat16() for _ in range(2))
+    source = torch.zeros(8 * size * size, dtype=torch.float32, device="cuda")
     target = torch.empty_like(source)
     moved = source.numel() * source.element_size()
     copy, read = 2 * moved / time(lambda: target.copy_(source)), moved / time(source.sum)

@@ -29,8 +29,9 @@ def activation(name: str, is_gated_mlp: bool, act_fn: int) -> str:
     )
 
 
-def reference_activation(name: str, is_gated_mlp: bool, act_fn: int):
-    """Elementwise function of the gate; the reference takes SiLU and relu2 with and without a gate."""
+def reference_activation(name: str, act_fn: int):
+    """Elementwise function of the gate, or of what stands alone: unlike the kernels (`activation`), the reference takes
+    SiLU and relu2 with and without a gate."""
     if act_fn in (SILU, SWIGLU):
         return F.silu
     if act_fn == RELU2:

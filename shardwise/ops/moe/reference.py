@@ -39,7 +39,7 @@ def torch_moe(
     Returns x's shape and dtype; experts are summed in float32.
     """
     name = "torch_moe"
-    act = reference_activation(name, is_gated_mlp, act_fn)
+    act = reference_activation(name, act_fn)
     check_lists(name, is_gated_mlp, w1_weight, w2_weight, w3_weight)
 
     def mlp(expert: int, rows: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from shardwise.ops.registry import operator
 
 def _run(name, x, ids, weights, w1, w2, w3, gated, act_fn, linear, tail, **scales) -> Tensor:
     """`linear(which, expert, rows)` applies weight `which` (0 gate, 1 down, 2 up) of an expert; `scales`: its lists."""
-    act = reference_activation(name, gated, act_fn)
+    act = reference_activation(name, act_fn)
     check_lists(name, gated, w1, w2, w3)
     for label, lists in scales.items():
         if [len(part) for part in lists] != [len(w1), len(w2), len(w3)]:

@@ -29,29 +29,27 @@ def dequantize_fp8(codes: Tensor, scale: Tensor, dtype: torch.dtype = torch.bflo
     return (codes.float() * scale).to(dtype)
 
 
-def quantize_fp8_blocks(values: Tensor, block: int = BLOCK) -> tuple[Tensor, Tensor]:
-    """[N, K] to (codes float8_e4m3fn [N, K], scales float32 [ceil(N/block), ceil(K/block)])."""
+def quantize_fp8_blocks(values: Tensor) -> tuple[Tensor, Tensor]:
+    """[N, K] to (codes float8_e4m3fn [N, K], scales float32 [ceil(N/128), ceil(K/128)])."""
     rows, columns = values.shape
-    padded = torch.nn.functional.pad(values.float(), (0, -columns % block, 0, -rows % block))
-    tiles = padded.unflatten(1, (-1, block)).unflatten(0, (-1, block))  # [N/b, b, K/b, b]
+    padded = torch.nn.functional.pad(values.float(), (0, -columns % BLOCK, 0, -rows % BLOCK))
+    tiles = padded.unflatten(1, (-1, BLOCK)).unflatten(0, (-1, BLOCK))  # [N/b, b, K/b, b]
     amax = tiles.abs().amax(dim=(1, 3))
     scales = torch.where(amax > 0, amax / E4M3_MAX, torch.ones_like(amax))
-    return e4m3_encode(values.float() / _spread(scales, rows, columns, block)), scales
+    return e4m3_encode(values.float() / _spread(scales, rows, columns)), scales
 
 
-def dequantize_fp8_blocks(
-    codes: Tensor, scales: Tensor, block: int = BLOCK, dtype: torch.dtype = torch.bfloat16
-) -> Tensor:
-    """Inverse of `quantize_fp8_blocks`. ValueError unless `scales` is [ceil(N/block), ceil(K/block)]."""
+def dequantize_fp8_blocks(codes: Tensor, scales: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """Inverse of `quantize_fp8_blocks`. ValueError unless `scales` is [ceil(N/128), ceil(K/128)]."""
     rows, columns = codes.shape
-    expected = (-(-rows // block), -(-columns // block))
+    expected = (-(-rows // BLOCK), -(-columns // BLOCK))
     if tuple(scales.shape) != expected:
         raise ValueError(
-            f"dequantize_fp8_blocks: {rows} x {columns} codes in blocks of {block} have scales {expected}, "
+            f"dequantize_fp8_blocks: {rows} x {columns} codes in blocks of {BLOCK} have scales {expected}, "
             f"got {tuple(scales.shape)}"
         )
-    return (codes.float() * _spread(scales, rows, columns, block)).to(dtype)
+    return (codes.float() * _spread(scales, rows, columns)).to(dtype)
 
 
-def _spread(scales: Tensor, rows: int, columns: int, block: int) -> Tensor:
-    return scales.repeat_interleave(block, 0)[:rows].repeat_interleave(block, 1)[:, :columns]
+def _spread(scales: Tensor, rows: int, columns: int) -> Tensor:
+    return scales.repeat_interleave(BLOCK, 0)[:rows].repeat_interleave(BLOCK, 1)[:, :columns]

@@ -12,12 +12,12 @@ from torch import Tensor
 AWQ_BLOCK = 128
 
 
-def quantize_int4_awq(weight: Tensor, block: int = AWQ_BLOCK) -> tuple[Tensor, Tensor]:
-    """`weight` [N, K] to (packed uint8 [N/2, K], scales float32 [N, K/block]), scale = block amax / 7."""
+def quantize_int4_awq(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """`weight` [N, K] to (packed uint8 [N/2, K], scales float32 [N, K/128]), scale = block amax / 7."""
     rows, columns = weight.shape
-    if rows % 2 or columns % block:
-        raise ValueError(f"quantize_int4_awq: need an even N and K a multiple of {block}, got {rows} x {columns}")
-    grouped = weight.float().unflatten(1, (-1, block))
+    if rows % 2 or columns % AWQ_BLOCK:
+        raise ValueError(f"quantize_int4_awq: need an even N and K a multiple of {AWQ_BLOCK}, got {rows} x {columns}")
+    grouped = weight.float().unflatten(1, (-1, AWQ_BLOCK))
     amax = grouped.abs().amax(dim=-1)
     scales = torch.where(amax > 0, amax / 7, torch.ones_like(amax))
     codes = (grouped / scales[..., None]).round().clamp(-8, 7).flatten(1).to(torch.int16)

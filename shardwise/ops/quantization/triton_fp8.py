@@ -144,13 +144,12 @@ def few_rows_linear(
     bias: Tensor | None,
     in_scale: Tensor,
     weight_scale: Tensor,
-    shape: FewRows | None = None,
 ) -> Tensor:
     """rows [M, K], M at most 64 (quantised first), x weight e4m3 [N, K]^T with scales and bias, in rows' dtype."""
     (count, columns), outputs = rows.shape, weight.shape[0]
     out = torch.empty((count, outputs), dtype=rows.dtype, device=rows.device)
     device, pdl = rows.device, dependent_launch(rows.device)
-    shape = shape or choose_few_rows(count)
+    shape = choose_few_rows(count)
     codes = quantize(rows, in_scale)
     block = max(16, 1 << (count - 1).bit_length())
     tma = columns % 16 == 0 and weight.data_ptr() % 16 == 0
