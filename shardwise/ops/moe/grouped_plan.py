@@ -14,35 +14,49 @@ from shardwise.ops.moe.routing import power_of_two
 class Shape:
     """Shape of one launch of `grouped_gemm`."""
 
-    bn: int  # weight rows of a tile
-    bk: int  # columns of a step
+    bn: int
+    """Weight rows of a tile; twice as many are read where up and gate rows make a result"""
+    bk: int
+    """Columns of a step"""
     warps: int
     stages: int
-    per_sm: int  # programs that share a multiprocessor
-    splits: int = 1  # parts of K, summed by the combine
-    group: int = 1  # token blocks that share the weights they read
-    tokens_left: bool = False  # tokens are the left operand of the products
-    specialised: bool = False  # one warp loads, two warpgroups multiply (`wide_gemm`); steps of 128 bytes
-    short: int = 0  # a block of at most so many tokens is computed as one of so many (`wide_gemm`); 0: none is
-    halves: bool = False  # two programs share a tile of a last round that has work for half of them (`wide_gemm`)
+    """Steps that are there or on their way"""
+    per_sm: int
+    """Programs that share a multiprocessor"""
+    splits: int = 1
+    """Parts of K, summed by the combine"""
+    group: int = 1
+    """Token blocks that share the weights they read while these are in the L2 cache"""
+    tokens_left: bool = False
+    """Tokens are the left operand of the products"""
+    specialised: bool = False
+    """One warp loads, two warpgroups multiply (`wide_gemm`); steps of 128 bytes"""
+    short: int = 0
+    """A block of at most so many tokens is computed as one of so many (`wide_gemm`); 0: none is"""
+    halves: bool = False
+    """Two programs share a tile of a last round that has work for half of them (`wide_gemm`)"""
 
 
 @dataclass(frozen=True)
 class GroupedPlan:
     """How a call runs on grouped GEMMs."""
 
-    bt: int  # tokens of a block
+    bt: int
+    """Tokens of a block"""
     up: Shape
     down: Shape
-    copied: bool = False  # tokens are copied into the experts' order before the first product
+    copied: bool = False
+    """Tokens are copied into the experts' order before the first product"""
 
 
 @dataclass(frozen=True)
 class FewShape:
     """Shape of one launch of `few_up` or `few_down`."""
 
-    rows: int  # of the activation, or of a token's sum (and of each of its choices), by one program
-    step: int  # bytes of a row and step
+    rows: int
+    """Of the activation, or of a token's sum (and of each of its choices), by one program"""
+    step: int
+    """Bytes of a row and step"""
     warps: int
     stages: int
 
