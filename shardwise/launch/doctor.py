@@ -18,6 +18,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from shardwise.parallel.host_memory import host_memory, memory_limit
+
 OK, NOTE, WARNING, PROBLEM = "ok", "note", "warning", "problem"
 PROBE_SECONDS = 60
 SMALL_SHM_BYTES = 1 << 30
@@ -73,11 +75,11 @@ def problems(findings: list[Finding]) -> int:
 def _system() -> list[Finding]:
     cores = len(os.sched_getaffinity(0))
     total = os.cpu_count() or cores
-    memory = _meminfo("MemTotal")
+    free, total_memory = host_memory()
     found = [
         Finding("system", "python", f"{platform.python_version()} ({sys.executable})"),
         Finding("system", "platform", f"{platform.platform()}, {platform.machine()}"),
-        Finding("system", "memory", f"{memory / 2**30:.1f} GiB, {_meminfo('MemAvailable') / 2**30:.1f} GiB available"),
+        Finding("system", "memory", f"{total_memory / 2**30:.1f} GiB, {free / 2**30:.1f} GiB available"),
         Finding("system", "memory limit", _memory_limit()),
         Finding("system", "user", "root" if os.geteuid() == 0 else f"uid {os.geteuid()}"),
     ]
@@ -264,21 +266,9 @@ def _last_line(text: str) -> str:
     return (text.strip().splitlines() or ["failed without a word"])[-1]
 
 
-def _meminfo(name: str) -> int:
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith(name + ":"):
-            return int(line.split()[1]) * 1024
-    return 0
-
-
 def _memory_limit() -> str:
-    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        if Path(path).exists():
-            text = Path(path).read_text().strip()
-            if text == "max" or int(text) >= 1 << 60:
-                return "none in this control group"
-            return f"{int(text) / 2**30:.1f} GiB in this control group"
-    return "unknown"
+    limit = memory_limit()
+    return "none in this control group" if limit is None else f"{limit / 2**30:.1f} GiB in this control group"
 
 
 def _limit(value: int) -> str:

@@ -81,11 +81,11 @@ def from_exception(error: BaseException, *, rank: int, world: int, phase: str, l
 
 
 def exit_code(error: BaseException) -> int:
-    """The process exit code that Python would give `error`; never 0, since the rank did not finish its work."""
+    """The process exit code that `error` names or Python would give it; never 0: the rank did not finish its work."""
     if isinstance(error, KeyboardInterrupt):
         return 130
     if not isinstance(error, SystemExit):
-        return 1
+        return getattr(error, "exit_code", 1)
     return (error.code if isinstance(error.code, int) else 1) or 1
 
 

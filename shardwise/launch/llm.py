@@ -63,6 +63,8 @@ class LLM:
     weights     auto, dequantised, or native: GGUF's 4- and 8-bit blocks stay as they are (CPU)
     device      auto, cpu or cuda
     cache_tokens   tokens that the KV cache holds; default: room for what is asked for, on a GPU what the weights leave
+    request_tokens of the longest request that is to come, prompt and answer; a GPU or host that has no room for its
+                cache beside the weights is then refused before they are read
     decode      which code runs steps of single tokens: auto, graphs, fused or layers
     attention   whose kernels attend to prompts on a GPU: auto, triton, flashinfer or torch
     transport   one of `shardwise.parallel.options.RUN_TRANSPORTS`

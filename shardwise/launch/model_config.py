@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 UNSET = {"tp": None, "attn_dp": 1, "moe_tp": 0, "ep": 1}
 """Sizes of the grid where nobody asks for one."""
-ENGINE = ("dtype", "weights", "cache_tokens", "decode", "attention")
+ENGINE = ("dtype", "weights", "cache_tokens", "request_tokens", "decode", "attention")
 """Options that the engine takes under the same names."""
 
 
@@ -34,6 +34,7 @@ class ModelOptions(TypedDict, total=False):
     device: str
     transport: str
     cache_tokens: int | None
+    request_tokens: int
     decode: str
     attention: str
     plan: str | None
@@ -59,6 +60,8 @@ class ModelConfig:
     transport: str = "auto"
     cache_tokens: int | None = None
     """Tokens that the KV cache holds; None: the engine's own choice."""
+    request_tokens: int = 1
+    """Of the longest request that is to come: memory without room for its cache is refused before weights are read."""
     decode: str = "auto"
     """Which code runs steps of single tokens: auto, graphs, fused or layers."""
     attention: str = "auto"
@@ -78,6 +81,8 @@ class ModelConfig:
         options.require_decode(self.decode, self.device)
         options.require_transport(self.transport)
         options.require_page(self.cache_tokens, self.device)
+        if not isinstance(self.request_tokens, int) or self.request_tokens < 1:
+            raise ValueError(f"request_tokens is {self.request_tokens!r}, legal: a whole number of at least 1")
 
     @property
     def world(self) -> int:

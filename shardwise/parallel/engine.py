@@ -15,6 +15,7 @@ from shardwise.parallel import device_cache, paged
 from shardwise.parallel.assemble import DecoderBuilder
 from shardwise.parallel.cache import KvCache, SlotCache
 from shardwise.parallel.device_cache import DeviceCache
+from shardwise.parallel.fitting import Holding, require_room
 from shardwise.parallel.memory import memory_bytes
 from shardwise.parallel.options import (
     ATTENTIONS,
@@ -31,7 +32,7 @@ from shardwise.parallel.results import Completion, RankStats, TokenEvent
 from shardwise.parallel.runner import Launched, Runner
 from shardwise.parallel.sampler import SamplingParams
 from shardwise.parallel.scheduler import Request, Scheduler, Step
-from shardwise.parallel.sizing import activation_bytes, pages_for, require_memory, weight_bytes
+from shardwise.parallel.sizing import activation_bytes, pages_for
 from shardwise.parallel.tokenizer import IdTokenizer, Tokenizer, load_tokenizer
 from shardwise.parallel.trace import DECODE, PREFILL, SAMPLE, SCHEDULE, span
 from shardwise.parallel.weight_form import WeightForm
@@ -57,7 +58,10 @@ class Engine:
                  the CPU, what the weights leave of the memory on a GPU
     decode       which code runs steps of single tokens, see `Runner`
     attention    whose kernels attend to prompts on a GPU: auto, triton, flashinfer or torch
+    request_tokens of the longest request that is to come, prompt and answer, as far as that is known
     on_progress  called with (bytes read, bytes to read) while the weights load
+    DoesNotFit, on all ranks, before a weight is read: where weights, the cache (of `cache_tokens`, or for one such
+    request) and a step's work are more than a GPU or a host has free.
 
     For measurements and tests: `decoder` is this rank's part of the model, `runner` runs its steps, `cache` is the one
     of the last call (None before the first), `cache_shapes` has what a cache of this model needs to know of each layer.
@@ -75,6 +79,7 @@ class Engine:
         cache_tokens: int | None = None,
         decode: str = "auto",
         attention: str = "auto",
+        request_tokens: int = 1,
         on_progress: Progress | None = None,
     ):
         started = time.perf_counter()
@@ -90,8 +95,7 @@ class Engine:
         kernels = self.device.type == "cuda" or decode in KERNEL_PATHS
         require_page(cache_tokens, "cuda" if kernels else "cpu")
         self._form = WeightForm.choose(weights, plan.model, self.dtype, self.device, kernels=kernels)
-        if self.device.type == "cuda":
-            self._require_memory()
+        self._require_room(request_tokens)
         source = Weights(
             self.checkpoint,
             plan,
@@ -179,12 +183,18 @@ class Engine:
             return cache.tables.describe()
         return f"{cache.slots} rows of {cache.max_length} tokens" if cache else "none yet"
 
-    def _require_memory(self) -> None:
-        torch.cuda.empty_cache()  # of an earlier model in this process
-        form, size = self._form, self.dtype.itemsize
-        needed = weight_bytes(self.plan, self.groups.world.rank, size, packs_mxfp4=form.packs_mxfp4)
-        what = f"their weights ({form.reason})"
-        require_memory(needed, what, memory=torch.cuda.mem_get_info(self.device), world=self.groups.world)
+    def _require_room(self, request_tokens: int) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()  # of an earlier model in this process
+        asked = self.cache_tokens is not None
+        holding = Holding(
+            dtype=self.dtype,
+            form=self._form,
+            device=self.device.type,
+            tokens=self.cache_tokens or min(request_tokens, self.max_length),
+            step_tokens=STEP_TOKENS,
+        )
+        require_room(self.plan, holding, world=self.groups.world, device=self.device, asked=asked)
 
     def _limits(self) -> Limits:
         room = Room(self.plan.model.vocab, self.max_length, self.capacity)

@@ -1,7 +1,6 @@
-"""Whether a rank's weights fit its GPU, and how many pages the KV cache gets of what they and a step's work leave."""
+"""How many pages the KV cache gets of what a GPU's weights and a step's work leave."""
 
 from dataclasses import dataclass
-from math import prod
 
 import torch
 
@@ -10,10 +9,15 @@ from shardwise.parallel.cache import LayerShape
 from shardwise.parallel.device_cache import PAGE_SIZE
 from shardwise.sharding import spec
 from shardwise.sharding.model import Layer, ModelSpec
-from shardwise.sharding.plan import Plan
 
 RESERVED_BYTES = 2 << 30
 """For CUDA graphs, communication, library workspaces and what the allocator cannot use."""
+
+
+class DoesNotFit(ValueError):
+    """Some rank's memory is too small for its part of a model."""
+
+    exit_code = 3
 
 
 @dataclass(frozen=True)
@@ -27,36 +31,6 @@ class Room:
 
     def pages(self, page_bytes: int) -> int:
         return max(0, self.free - RESERVED_BYTES - self.activations) // page_bytes
-
-
-def require_memory(needed: int, what: str, *, memory: tuple[int, int], world: Communicator) -> None:
-    """ValueError, on all ranks, when some rank's device has too little, before it reads weights for minutes.
-
-    needed  bytes of this rank, for `what`
-    memory  (free, total) bytes of its device
-    """
-    short = [r for r in world.all_gather_object((needed, *memory)) if r[0] > r[1]]
-    if short:
-        most, free, total = max(short)
-        raise ValueError(
-            f"{len(short)} of {world.size} ranks have no memory for {what}: {most / 2**30:.1f} GiB on one that has "
-            f"{free / 2**30:.1f} of {total / 2**30:.1f} GiB free; use more ranks or smaller weights "
-            "(shardwise plan MODEL --search --gpus N ranks the layouts)"
-        )
-
-
-def weight_bytes(plan: Plan, rank: int, itemsize: int, *, packs_mxfp4: bool) -> int:
-    """What a rank's weights take on a device: `itemsize` bytes a parameter, MXFP4 as stored where it stays.
-
-    A little less than they do take, but for biases that one rank adds for all, which are counted for each.
-    """
-    held = 0
-    for pattern in plan.loaded:
-        shard, count = plan.pattern_shard(pattern, rank), plan.pattern_count(pattern, rank)
-        stays = packs_mxfp4 and shard.dtype == "U8"
-        parameters = prod(shard.local_shape) * pattern.spec.values
-        held += count * (shard.nbytes if stays else parameters * itemsize)
-    return held
 
 
 def page_bytes(layers: list[LayerShape], dtype: torch.dtype) -> int:
@@ -76,7 +50,7 @@ def pages_for(
 ) -> int:
     """Pages that fit on every rank, at most those that `slots` sequences of `max_length` tokens can use.
 
-    ValueError, on all ranks, when not one fits on some rank.
+    DoesNotFit, on all ranks, when not one fits on some rank.
     """
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(device)
@@ -85,7 +59,7 @@ def pages_for(
     fits = world.all_gather_object(min(useful, room.pages(each)))
     if min(fits) < 1:
         rank = fits.index(min(fits))
-        raise ValueError(
+        raise DoesNotFit(
             f"rank {world.ranks[rank]} has no memory for the KV cache, of which {PAGE_SIZE} tokens take {each} "
             f"bytes: beside the weights, rank {world.ranks[world.rank]} has {free >> 20} MiB of {total >> 20} MiB, and "
             f"{RESERVED_BYTES + activations >> 20} MiB are kept for a step's work; use more ranks or smaller weights"

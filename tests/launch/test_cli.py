@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -157,6 +158,19 @@ def test_a_cache_too_small_for_the_prompt_is_one_sentence():
     last = done.stderr.splitlines()[-1]
     assert last.startswith("shardwise: error: prompt 0 may become 1") and "the cache holds 32" in last
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("launcher", ["local", "mpirun"])
+def test_a_host_without_room_is_one_sentence_and_exits_with_3_before_a_weight_is_read(launcher):
+    words = ["-m", "shardwise", "run", "smollm2", "--cache-tokens", "1000000000"]
+    root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1", "OMP_NUM_THREADS": "1"}
+    start = [str(Path(sys.executable).parent / "mpirun"), "-n", "2"] if launcher == "mpirun" else []
+    done = subprocess.run(
+        [*start, sys.executable, *words], capture_output=True, text=True, timeout=60, env={**os.environ, **root}
+    )
+    assert done.returncode == 3 and done.stdout == "" and "loading" not in done.stderr
+    assert done.stderr.count("shardwise: error: no memory for the model on 1 of 1 hosts: 0.5 GiB of weights") == 1
+    assert "; what fits: cache_tokens " in done.stderr and "Traceback" not in done.stderr
 
 
 def test_json_on_standard_output_is_all_there_is(tmp_path):

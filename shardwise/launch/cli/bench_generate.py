@@ -47,7 +47,8 @@ def run(args: argparse.Namespace) -> int:
     from shardwise.launch.model_config import within
 
     info = env.detect()
-    config, load = _config(args, info), _load(args)
+    load = _load(args)
+    config = replace(_config(args, info), request_tokens=load.input + load.output)
     require_folder(args.json)
     set_log_folder(args.log_dir)
     if within(info):

@@ -77,7 +77,7 @@ def model_config(args: argparse.Namespace, info: "RankInfo", model: str) -> "Mod
     """The model of the command line. UsageError for what contradicts itself or is unknown."""
     from shardwise.launch import model_config as configs
 
-    named = {name: getattr(args, name) for name in configs.ModelOptions.__annotations__}
+    named = {name: getattr(args, name) for name in configs.ModelOptions.__annotations__ if name in args}
     try:
         require_launcher(args.launcher, args.ray_address)
         return configs.model_config(info, args.launcher, model, **{**named, "tp": _tensor_parallel(args)})

@@ -8,7 +8,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -55,8 +55,8 @@ def run(args: argparse.Namespace) -> int:
     from shardwise.launch.model_config import within
 
     info = env.detect()
-    config = model_config(args, info, args.model)
     params = _sampling(args)
+    config = replace(model_config(args, info, args.model), request_tokens=1 + params.max_new_tokens)
     texts = _prompts(args)
     require_folder(args.json)
     set_log_folder(args.log_dir)
