@@ -14,7 +14,7 @@ from torch import Tensor
 from shardwise.comm.rank import Groups
 from shardwise.ops.moe.contract import SILU
 from shardwise.ops.moe.exchange import dispatch_and_combine
-from shardwise.ops.moe.mxfp4 import mxfp4_moe, packed_moe
+from shardwise.ops.moe.mxfp4 import PackedMixture, mxfp4_moe, packed_moe
 from shardwise.ops.moe.mxfp4_layout import PackedMXFP4
 from shardwise.ops.moe.reference import run_experts, swiglu_clamped
 from shardwise.ops.moe.routing import route_tokens
@@ -85,9 +85,8 @@ class PackedExperts:
     def __call__(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """As `Experts`."""
         unit = self.unit
-        return packed_moe(
-            x.contiguous(), ids, weights, self.up_gate, self.down, "swiglu", alpha=unit.alpha, limit=unit.limit or 0.0
-        )
+        experts = PackedMixture(self.up_gate, self.down, "swiglu", unit.alpha, unit.limit or 0.0)
+        return packed_moe(x.contiguous(), ids, weights, experts)
 
     def routed(self, x: Tensor, router: Linear, bias: Tensor, top_k: int, first: int) -> Tensor:
         """Routing by the same kernels: the largest logits, softmax over these; local experts begin at `first`."""
@@ -208,8 +207,8 @@ class DataParallelMoe:
         """Rows of this rank's own -> what all experts add to them."""
         group, (ids, weights) = self.groups.moe_ep, self.routed.choose(x)
         there = self.holders[ids]
-        rows = [(there == rank).any(dim=1).nonzero().squeeze(1) for rank in range(group.size)]
-        return dispatch_and_combine(group, rows, x, ids, weights, self.routed.compute)
+        wanted = torch.stack([(there == rank).any(dim=1) for rank in range(group.size)])
+        return dispatch_and_combine(group, wanted, x, ids, weights, self.routed.compute)
 
     def _gathered(self, x: Tensor) -> Tensor:
         """Rows of the group -> what all experts add to those of this rank's own."""

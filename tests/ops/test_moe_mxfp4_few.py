@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from oracles_moe import ALPHA, LIMIT, relative
 
-from shardwise.ops.moe.mxfp4 import run_gemm
+from shardwise.ops.moe.mxfp4 import Product, run_gemm
 from shardwise.ops.moe.mxfp4_layout import pack_mxfp4
 from shardwise.ops.moe.routing import routed, turn_rows
 from shardwise.ops.moe.tiles import Plan, Stream, Tiles
@@ -55,7 +55,7 @@ def test_the_first_product_with_its_activation(columns, block, shape):
     packed, values, bias, ids, routing = given(24, columns, True, block)
     x, out = torch.randn(3, columns, device=DEVICE).to(DTYPE), torch.full((3, 64), torch.nan, device=DEVICE)
     rows = rows_of(x, packed.words.shape[2] * 64)
-    run_gemm(Plan(block, shape, shape), shape, rows, packed, out, routing, "swiglu", ALPHA, LIMIT)
+    run_gemm(Plan(block, shape, shape), shape, Product(rows, packed, out, routing, "swiglu", ALPHA, LIMIT))
     z = torch.einsum("th,tnh->tn", x.double(), values[ids]) + bias[ids]
     gate, up = z[:, 0::2].clamp(max=LIMIT), z[:, 1::2].clamp(-LIMIT, LIMIT)
     wanted = (up + 1) * gate * torch.sigmoid(ALPHA * gate)
@@ -75,7 +75,7 @@ def test_the_second_product_in_parts(columns, shape):
     packed, values, bias, ids, routing = given(40, columns, False, 8)
     inner = torch.randn(3, columns, device=DEVICE).to(DTYPE)  # in sorted positions
     out = torch.full((shape.splits, 3, 40), torch.nan, device=DEVICE)
-    run_gemm(Plan(8, shape, shape), shape, rows_of(inner, columns), packed, out, routing, "none")
+    run_gemm(Plan(8, shape, shape), shape, Product(rows_of(inner, columns), packed, out, routing, "none"))
     pairs = routing.order.long()
     wanted = torch.einsum("ph,pnh->pn", inner.double(), values[ids[pairs]]) + bias[ids[pairs]]
     assert relative(out.sum(0)[pairs], wanted) < EXACT

@@ -4,6 +4,8 @@ router product + top-k + softmax (and grouping, for few tokens) -> grouping -> g
 down GEMM -> weighted sum. Intermediate rows stand in the order of experts; nothing is sorted but indices.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -30,6 +32,46 @@ AHEAD_BYTES = 16384
 """Of a program's next weights, asked for while it computes."""
 
 
+@dataclass(frozen=True)
+class PackedMixture:
+    """Both products' weights, the activation between them and where routing weights multiply."""
+
+    up: PackedMXFP4
+    down: PackedMXFP4
+    act: str = "swiglu"
+    """"swiglu" (gpt-oss, with alpha and limit), "silu" or "relu2"."""
+    alpha: float = 1.0
+    limit: float = 0.0
+    factors: tuple[Tensor | None, Tensor | None] = (None, None)
+    """float32 [E] for each product of NVFP4."""
+    on_input: bool = False
+    """Routing weights multiply the input instead of the output."""
+
+    @property
+    def few(self) -> bool:
+        """Whether the kernels for few tokens can: they know the usual scales and activation only."""
+        narrow = self.up.format == self.down.format == "narrow"
+        return GLUON and narrow and self.act == "swiglu" and not self.on_input
+
+
+@dataclass(frozen=True)
+class Product:
+    """One grouped GEMM: rows of x by the weights of their experts."""
+
+    x: Tensor
+    """Tokens, or with `act` "none" rows at sorted positions; turned for the kernels for few tokens."""
+    packed: PackedMXFP4
+    out: Tensor
+    """At sorted positions; with `act` "none" [splits, pairs, N] at the pairs."""
+    routing: Routing
+    act: str
+    """"none" is launched behind a GEMM, so that the blocks were complete before that began."""
+    alpha: float = 1.0
+    limit: float = 0.0
+    factor: Tensor | None = None
+    on_input: bool = False
+
+
 def mxfp4_moe(
     tokens: Tensor,  # [T, H]
     router_weight: Tensor,  # [E, H]
@@ -46,51 +88,37 @@ def mxfp4_moe(
     count, hidden = tokens.shape
     if hidden != router_weight.shape[1] or hidden != up.columns:
         columns = f"{router_weight.shape[1]} columns of the router and {up.columns} of the experts"
-        raise ValueError(f"tokens {tuple(tokens.shape)} must have the {columns}")
+        raise ValueError(f"mxfp4_moe: tokens {tuple(tokens.shape)} must have the {columns}")
     if count == 0 or up.words.shape[0] == 0:
         return torch.zeros_like(tokens)
     if count * top_k * max(hidden, up.rows) >= 2**31:
-        raise ValueError(f"{count} tokens x {top_k} choices x {max(hidden, up.rows)} columns exceed 2**31 elements")
-    local = up.words.shape[0]
-    plan = plan or choose_plan(count * top_k, router_weight.shape[0], _few_serve(up, down))
+        wide = max(hidden, up.rows)
+        raise ValueError(f"mxfp4_moe: {count} tokens x {top_k} choices x {wide} columns exceed 2**31 elements")
+    experts = PackedMixture(up, down, "swiglu", alpha, limit)
+    plan = plan or choose_plan(count * top_k, router_weight.shape[0], experts.few)
     space = Workspace.of(tokens.device, count)
     rows = space.take("turned", (count, _turned_columns(up)), tokens.dtype) if plan.few else None
-    routing = route_tokens(space, tokens, router_weight, router_bias, top_k, first, local, plan.block, rows)
-    return _experts(space, plan, tokens if rows is None else rows, up, down, routing, "swiglu", alpha, limit)
+    routing = route_tokens(
+        space, tokens, router_weight, router_bias, top_k, first, up.words.shape[0], plan.block, rows
+    )  # fmt: skip
+    return _experts(space, plan, tokens if rows is None else rows, experts, routing)
 
 
 def packed_moe(
     tokens: Tensor,  # [T, H], contiguous; bf16 on a GPU
     ids: Tensor,  # int [T, K], local; others are skipped
     weights: Tensor,  # [T, K]
-    up: PackedMXFP4,
-    down: PackedMXFP4,
-    act: str,
-    *,
-    alpha: float = 1.0,
-    limit: float = 0.0,
-    factors: tuple[Tensor | None, Tensor | None] = (None, None),
-    on_input: bool = False,
+    experts: PackedMixture,
 ) -> Tensor:
-    """Routed sum [T, H] over packed experts, for callers that route themselves.
-
-    act       "swiglu" (gpt-oss, with alpha and limit), "silu" or "relu2"
-    factors   float32 [E] for each product of NVFP4
-    on_input  routing weights multiply the input instead of the output
-    """
-    pairs, experts = ids.numel(), up.words.shape[0]
-    if pairs == 0 or experts == 0:
+    """Routed sum [T, H] over packed experts, for callers that route themselves."""
+    pairs, local = ids.numel(), experts.up.words.shape[0]
+    if pairs == 0 or local == 0:
         return torch.zeros_like(tokens)
-    plan = choose_plan(pairs, experts, act == "swiglu" and not on_input and _few_serve(up, down))
+    plan = choose_plan(pairs, local, experts.few)
     space = Workspace.of(tokens.device, tokens.shape[0])
-    routing = routed(space, ids, weights, experts, plan.block)
-    rows = turn_rows(space, tokens, _turned_columns(up)) if plan.few else tokens
-    return _experts(space, plan, rows, up, down, routing, act, alpha, limit, factors, on_input)
-
-
-def _few_serve(*packed: PackedMXFP4) -> bool:
-    """Whether the kernel for few tokens can: it knows the usual scales only."""
-    return GLUON and all(weights.format == "narrow" for weights in packed)
+    routing = routed(space, ids, weights, local, plan.block)
+    rows = turn_rows(space, tokens, _turned_columns(experts.up)) if plan.few else tokens
+    return _experts(space, plan, rows, experts, routing)
 
 
 def _turned_columns(packed: PackedMXFP4) -> int:
@@ -98,49 +126,23 @@ def _turned_columns(packed: PackedMXFP4) -> int:
     return packed.words.shape[2] * TILE + 32
 
 
-def _experts(
-    space: Workspace,
-    plan: Plan,
-    tokens: Tensor,
-    up: PackedMXFP4,
-    down: PackedMXFP4,
-    routing: Routing,
-    act: str,
-    alpha: float,
-    limit: float,
-    factors: tuple[Tensor | None, Tensor | None] = (None, None),
-    on_input: bool = False,
-) -> Tensor:
+def _experts(space: Workspace, plan: Plan, tokens: Tensor, experts: PackedMixture, routing: Routing) -> Tensor:
     """Both GEMMs and the sum. The kernels for few tokens take turned rows of whole tiles."""
-    count, pairs = tokens.shape[0], routing.ids.numel()
-    columns = _turned_columns(down) if plan.few else down.columns
-    inner = space.take("inner", (pairs, columns), tokens.dtype)
+    count, pairs, up, down = tokens.shape[0], routing.ids.numel(), experts.up, experts.down
+    inner = space.take("inner", (pairs, _turned_columns(down) if plan.few else down.columns), tokens.dtype)
     wide = torch.float32 if count <= WIDE_TOKENS else tokens.dtype
     values = space.take("values", (plan.down.splits, pairs, down.rows), wide)
-    run_gemm(plan, plan.up, tokens, up, inner, routing, act, alpha, limit, factors[0], on_input)
-    run_gemm(plan, plan.down, inner, down, values, routing, "none", factor=factors[1])
-    return combine(values, routing, tokens.dtype, weighted=not on_input)
+    act = (experts.act, experts.alpha, experts.limit)
+    run_gemm(plan, plan.up, Product(tokens, up, inner, routing, *act, experts.factors[0], experts.on_input))
+    run_gemm(plan, plan.down, Product(inner, down, values, routing, "none", factor=experts.factors[1]))
+    return combine(values, routing, tokens.dtype, weighted=not experts.on_input)
 
 
-def run_gemm(
-    plan: Plan,
-    tiles: Tiles | Stream,
-    x: Tensor,
-    packed: PackedMXFP4,
-    out: Tensor,
-    routing: Routing,
-    act: str,
-    alpha: float = 1.0,
-    limit: float = 0.0,
-    factor: Tensor | None = None,
-    on_input: bool = False,
-) -> None:
-    """One grouped GEMM with packed weights, see `mxfp4_gemm`; `factor` float32 [E] with NVFP4.
-
-    act   "none" is launched behind a GEMM, so that the blocks were complete before that began
-    """
+def run_gemm(plan: Plan, tiles: Tiles | Stream, product: Product) -> None:
+    """One grouped GEMM with packed weights, see `mxfp4_gemm`."""
     if isinstance(tiles, Stream) or plan.few:
-        return _run_turned(plan, tiles, x, packed, out, routing, act, alpha, limit)
+        return _run_turned(plan, tiles, product)
+    x, packed, out, routing = product.x, product.packed, product.out, product.routing
     tiles_n, tiles_k = packed.words.shape[1:3]
     pairs, top_k = routing.order.shape[0], routing.ids.shape[1]
     even = packed.columns % tiles.bk == 0 and tiles_k * TILE // tiles.bk % tiles.splits == 0
@@ -148,17 +150,18 @@ def run_gemm(
     bound = most_blocks(pairs, routing.local, plan.block) * tiles_n * TILE // 16 * tiles.splits
     ahead = AHEAD_BYTES // (tiles.bn * TILE // 2)
     constants = (
-        (top_k, act, on_input, tiles.bn, plan.bt, plan.short, plan.side, tiles.bk, tiles.splits)
-        + (packed.format, even, tiles.stages, ahead, act == "none", interpreting(), asynchronous_products(device), pdl)
+        (top_k, product.act, product.on_input, tiles.bn, plan.bt, plan.short, plan.side, tiles.bk, tiles.splits)
+        + (packed.format, even, tiles.stages, ahead, product.act == "none", interpreting())
+        + (asynchronous_products(device), pdl)
     )  # fmt: skip
-    factor = packed.bias if factor is None else factor
+    factor = packed.bias if product.factor is None else product.factor
     kinds = (x.dtype, out.dtype, routing.weights.dtype, aligned(x, out, factor, routing.weights))
     _gemm(
         device,
         (kinds, packed.columns, out.shape[-1], tiles_n, tiles_k, tiles.warps, tiles.most_registers, constants),
         (min(bound, tiles.per_sm * multiprocessors(device)), 1, 1),
         (x, packed.words, packed.scales, packed.bias, out, routing.order, routing.blocks, factor, routing.weights)
-        + (alpha, limit, pairs, packed.columns, out.shape[-1], tiles_n, tiles_k, x.stride(0))
+        + (product.alpha, product.limit, pairs, packed.columns, out.shape[-1], tiles_n, tiles_k, x.stride(0))
         + constants,
         num_warps=tiles.warps,
         maxnreg=tiles.most_registers,
@@ -166,20 +169,13 @@ def run_gemm(
     )
 
 
-def _run_turned(
-    plan: Plan,
-    tiles: Tiles | Stream,
-    x: Tensor,
-    packed: PackedMXFP4,
-    out: Tensor,
-    routing: Routing,
-    act: str,
-    alpha: float,
-    limit: float,
-) -> None:
+def _run_turned(plan: Plan, tiles: Tiles | Stream, product: Product) -> None:
     """The same for blocks of 8 or 16 tokens, by `mxfp4_stream` or `mxfp4_few`: rows of x and of the activation are
     turned."""
-    assert plan.bt in (8, 16) and packed.format == "narrow" and act in ("swiglu", "none")
+    x, packed, out, routing = product.x, product.packed, product.out, product.routing
+    if plan.block not in (8, 16) or packed.format != "narrow" or product.act not in ("swiglu", "none"):
+        came = f"blocks of {plan.block}, {packed.format} scales, {product.act}"
+        raise ValueError(f"kernels for few tokens: {came}; legal: blocks of 8 or 16, narrow scales, swiglu or none")
     tiles_n, tiles_k = packed.words.shape[1:3]
     pairs, top_k = routing.order.shape[0], routing.ids.shape[1]
     device, pdl = x.device, dependent_launch(x.device)
@@ -191,13 +187,13 @@ def _run_turned(
         columns = (packed.columns,)
     most = most_blocks(pairs, routing.local, plan.bt)
     bound = most * tiles_n * 4 // slabs * tiles.splits
-    constants = (top_k, act, plan.bt, tiles.splits, *shape, act == "none", interpreting(), pdl)
+    constants = (top_k, product.act, plan.bt, tiles.splits, *shape, product.act == "none", interpreting(), pdl)
     launcher(
         device,
         (x.dtype, out.dtype, aligned(x, out), columns, out.shape[-1], tiles_n, tiles_k, tiles.per_sm, constants),
         (min(bound, tiles.per_sm * multiprocessors(device)), 1, 1),
-        (x, packed.words, packed.scales, packed.bias, out, routing.order, routing.blocks, alpha, limit, pairs, most)
-        + (*columns, out.shape[-1], tiles_n, tiles_k, x.stride(0))
+        (x, packed.words, packed.scales, packed.bias, out, routing.order, routing.blocks)
+        + (product.alpha, product.limit, pairs, most, *columns, out.shape[-1], tiles_n, tiles_k, x.stride(0))
         + constants,
         sharing=sharing,
         num_warps=tiles.warps,

@@ -7,30 +7,25 @@ Token rows are turned for them: of 32 columns, those of one lane of the matrix u
 # mypy: ignore-errors
 
 from shardwise.ops.gluon_support import gl, jit
-from shardwise.ops.moe.mxfp4_convert import _NARROW, _SHAPE, _plain
+from shardwise.ops.moe.mxfp4_convert import _NARROW, _SHAPE, _plain, narrow_factors
 from shardwise.ops.triton_support import tl
 
 
 @jit
-def decode_words(words, near, far, INTERPRET: tl.constexpr):
-    """The eight values of each word, in `mxfp4_convert`'s order; `near` and `far` are factors of the words' shape."""
+def decode_words(words, factors, INTERPRET: tl.constexpr):
+    """The eight values of each word, in `mxfp4_convert`'s order; `factors` have the words' shape."""
     if INTERPRET:
-        return _plain(words, near, far, "narrow")
+        return _plain(words, factors, "narrow")
     else:
-        return gl.inline_asm_elementwise(
-            _NARROW, _SHAPE, [words, near, far], dtype=(gl.int16,) * 8, is_pure=True, pack=1
-        )
+        return gl.inline_asm_elementwise(_NARROW, _SHAPE, [words, factors], dtype=(gl.int16,) * 8, is_pure=True, pack=1)
 
 
 @jit
 def decode_tile(words, scales, shift, INTERPRET: tl.constexpr):
     """The bits of a tile's weights, [.., row, lane, step, pair, row half, k-half], from words [.., 8 rows, 4 lanes,
     4 steps], scales [.., 8, 1, 1] and `shift`, 0, 0, 8, 8 along the steps; see `mxfp4_layout`."""
-    near = ((scales >> shift) & 0xFF) * 0x00800080 + 0x3F003F00
-    far = ((scales >> (shift + 16)) & 0xFF) * 0x00800080 + 0x3F003F00
-    near, _ = gl.broadcast(near, words)
-    far, _ = gl.broadcast(far, words)
-    a0, a1, b0, b1, c0, c1, d0, d1 = decode_words(words, near, far, INTERPRET)
+    factors, _ = gl.broadcast(narrow_factors(scales >> shift), words)
+    a0, a1, b0, b1, c0, c1, d0, d1 = decode_words(words, factors, INTERPRET)
     return gl.join(gl.join(gl.join(a0, a1), gl.join(b0, b1)), gl.join(gl.join(c0, c1), gl.join(d0, d1)))
 
 

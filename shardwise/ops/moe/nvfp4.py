@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from shardwise.ops.moe.mxfp4 import packed_moe
+from shardwise.ops.moe.mxfp4 import PackedMixture, packed_moe
 from shardwise.ops.moe.mxfp4_layout import TILE, PackedMXFP4, PackedOnce, join_bytes, pack_codes, row_order
 from shardwise.ops.quantization.nvfp4 import swizzled_size, unswizzle_scales
 from shardwise.ops.triton_support import interpreting
@@ -29,7 +29,8 @@ def nvfp4_moe(
     experts = up.words.shape[0]
     factors = first[2].expand(experts).contiguous(), second[2].expand(experts).contiguous()
     x = rows if interpreting() else rows.to(torch.bfloat16)
-    return packed_moe(x, ids, weights, up, down, act, factors=factors, on_input=on_input).to(rows.dtype)
+    mixture = PackedMixture(up, down, act, factors=factors, on_input=on_input)
+    return packed_moe(x, ids, weights, mixture).to(rows.dtype)
 
 
 def pack_nvfp4(name: str, codes: Tensor, scales: Tensor, arrangement: str) -> PackedMXFP4:
