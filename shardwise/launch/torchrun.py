@@ -5,6 +5,7 @@ import sys
 
 from shardwise.launch.backend import LauncherProcess
 from shardwise.launch.job import Job, rank_environment
+from shardwise.parallel.host_memory import require_ranks
 
 _ROOT_CAUSE = re.compile(r"rank\s*:\s*(\d+)\s*\(local_rank.*?exitcode\s*:\s*(-?\d+)", re.DOTALL)
 
@@ -15,7 +16,7 @@ class Torchrun(LauncherProcess):
     name = "torchrun"
 
     def prepare(self, job: Job) -> None:
-        pass  # torchrun is a part of torch
+        require_ranks(job.world)
 
     def start(self, job: Job, description: dict) -> None:
         environment = rank_environment(job)

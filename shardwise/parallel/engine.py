@@ -18,9 +18,9 @@ from shardwise.parallel.device_cache import DeviceCache
 from shardwise.parallel.fitting import Holding, require_room
 from shardwise.parallel.memory import memory_bytes
 from shardwise.parallel.options import (
-    ATTENTIONS,
     DTYPES,
     KERNEL_PATHS,
+    require_attention,
     require_decode,
     require_known,
     require_page,
@@ -89,7 +89,7 @@ class Engine:
         self.device = _numbered(torch.device(device))
         self.dtype = _dtype(dtype, self.device)
         self.checkpoint = model if isinstance(model, Checkpoint) else open_checkpoint(model)
-        require_known("attention", attention, ATTENTIONS)
+        require_attention(attention, self.device.type)
         require_decode(decode, self.device.type)
         self._attention = attention
         kernels = self.device.type == "cuda" or decode in KERNEL_PATHS

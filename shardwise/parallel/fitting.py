@@ -10,15 +10,14 @@ from math import prod
 import torch
 
 from shardwise.comm.base import Communicator
-from shardwise.parallel.host_memory import host_memory
+from shardwise.parallel.host_memory import DoesNotFit, host_memory
 from shardwise.parallel.options import DEVICE_PAGE, HOST_PAGE
-from shardwise.parallel.sizing import RESERVED_BYTES, DoesNotFit, activation_bytes
+from shardwise.parallel.sizing import RESERVED_BYTES, activation_bytes
 from shardwise.parallel.weight_form import WeightForm
 from shardwise.sharding.checkpoint.header import STORAGE
 from shardwise.sharding.layout import ParallelLayout
 from shardwise.sharding.memory import cache_entries
 from shardwise.sharding.plan import Plan, plan
-from shardwise.sharding.spec import Moe
 
 GIB = 2**30
 GROWTH = (2, 4, 8)
@@ -171,13 +170,10 @@ def _ways_out(made: Plan, holding: Holding, free: int, asked: bool) -> Iterator[
 
 def _larger(made: Plan, holding: Holding, free: int) -> Iterator[ParallelLayout]:
     """Layouts that fit on as few more ranks as may be: with more of tp, or of tp and ep."""
-    old, experts = (
-        made.layout,
-        any(isinstance(block, Moe) for layer in made.model.layers for block in layer.feed_forward),
-    )
+    old = made.layout
     for times in GROWTH:
         found = False
-        for ep in dict.fromkeys((old.moe_ep, old.moe_ep * times if experts else old.moe_ep)):
+        for ep in dict.fromkeys((old.moe_ep, old.moe_ep * times if made.model.has_experts else old.moe_ep)):
             try:
                 larger = plan(made.model, ParallelLayout(old.tp * times, old.attn_dp, 0, ep))
             except ValueError:  # a size that the model does not allow

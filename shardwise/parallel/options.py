@@ -1,6 +1,7 @@
 """What a user may ask of the runtime, by word or number, as far as that is known without torch, ranks and weights."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from shardwise.comm.base import TRANSPORTS
 
@@ -14,6 +15,7 @@ ATTENTIONS = ("auto", "triton", "flashinfer", "torch")
 DEVICES = ("auto", "cpu", "cuda")
 RUN_TRANSPORTS = ("auto", *(name for name in TRANSPORTS if name not in ("threads", "fake")))
 """Transports between processes that answer: threads share one process, the peers of fake are imagined."""
+CUDA_TRANSPORTS = ("nccl", "p2p", "flashinfer")
 HOST_PAGE, DEVICE_PAGE = 16, 64
 """Tokens of a page of the KV cache: on average half a page of every sequence is unused; what decode kernels take."""
 
@@ -24,14 +26,26 @@ def require_known(name: str, value: str, legal: Sequence[str]) -> None:
         raise ValueError(f"{name} {value!r} is unknown, legal: {', '.join(legal)}")
 
 
-def require_transport(transport: str) -> None:
-    """ValueError for one that does not carry a model's collectives between processes."""
+def made_folder(name: str, path: str) -> str:
+    """The absolute path of a folder, made now: ValueError where that cannot be would else come after the work."""
+    folder = Path(path).resolve()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"{name} {path}: no folder can be made there: {error.strerror}") from None
+    return str(folder)
+
+
+def require_transport(transport: str, device: str) -> None:
+    """ValueError for one that does not carry a model's collectives between processes, on devices of this type."""
     if transport in TRANSPORTS and transport not in RUN_TRANSPORTS:
         raise ValueError(
             f"transport {transport} has no peers in other processes, it is for tests and dry runs of collectives; "
             f"legal: {', '.join(RUN_TRANSPORTS)}"
         )
     require_known("transport", transport, RUN_TRANSPORTS)
+    if device == "cpu" and transport in CUDA_TRANSPORTS:
+        raise ValueError(f"transport {transport} needs CUDA devices; legal here: auto, gloo, mpi, shm")
 
 
 def require_decode(path: str, device: str) -> None:
@@ -39,6 +53,13 @@ def require_decode(path: str, device: str) -> None:
     require_known("decode", path, DECODE_PATHS)
     if path == "graphs" and device == "cpu":
         raise ValueError("decode graphs needs a CUDA device; legal here: auto, fused, layers")
+
+
+def require_attention(backend: str, device: str) -> None:
+    """ValueError for an unknown one, or one that a device of this type does not run."""
+    require_known("attention", backend, ATTENTIONS)
+    if device == "cpu" and backend in ("triton", "flashinfer"):
+        raise ValueError(f"attention {backend} needs a CUDA device; legal here: auto, torch")
 
 
 def require_page(cache_tokens: int | None, device: str) -> None:

@@ -7,17 +7,12 @@ import torch
 from shardwise.comm.base import Communicator
 from shardwise.parallel.cache import LayerShape
 from shardwise.parallel.device_cache import PAGE_SIZE
+from shardwise.parallel.host_memory import DoesNotFit
 from shardwise.sharding import spec
 from shardwise.sharding.model import Layer, ModelSpec
 
 RESERVED_BYTES = 2 << 30
 """For CUDA graphs, communication, library workspaces and what the allocator cannot use."""
-
-
-class DoesNotFit(ValueError):
-    """Some rank's memory is too small for its part of a model."""
-
-    exit_code = 3
 
 
 @dataclass(frozen=True)

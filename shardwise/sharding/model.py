@@ -88,6 +88,10 @@ class ModelSpec:
     notes: tuple[str, ...] = ()
     """What the reader should know: assumptions of the family, fields that were inferred."""
 
+    @property
+    def has_experts(self) -> bool:
+        return any(isinstance(block, Moe) for layer, _ in self.layer_groups() for block in layer.feed_forward)
+
     def map_blocks(self, change: Callable[..., Any], same: Callable[[Layer], Any]) -> "ModelSpec":
         """The model with every block changed; `change` gets the block and its layer's number (or None) as `layer`.
 

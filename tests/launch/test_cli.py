@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from shardwise.comm.watch import LOG_FOLDER_ENV
 from shardwise.launch.cli import BENCHES, VERBS, main
 from shardwise.launch.cli.run import _Screen
 from shardwise.launch.failure import Failure, write
@@ -88,6 +89,18 @@ def test_unusable_command_lines_are_one_sentence_and_exit_with_2(words):
         (["run", "smollm2", "--cache-tokens", "3"], 2, "of 16 tokens on the CPU and 64 for the kernels of GPUs"),
         (["run", "smollm2", "--trace", "/proc/x"], 2, "trace /proc/x: no folder can be made there"),
         (["run", "smollm2", "--tp", "2", "--ep", "3"], 2, "world % ep = 2 % 3 = 2"),
+        (["run", "smollm2", "--tp", "2", "--ep", "2"], 1, "ep 2: smollm2 has no experts that ranks could share"),
+        (["run", "smollm2", "--attention", "flashinfer", "--device", "cpu"], 2, "attention flashinfer needs a CUDA"),
+        (["run", "smollm2", "--transport", "nccl", "--device", "cpu"], 2, "transport nccl needs CUDA devices; legal"),
+        (["run", "smollm2", "--transport", "mpi"], 2, "transport mpi needs ranks that mpirun started: name launcher"),
+        (["run", "smollm2", "--log-dir", __file__], 2, "test_cli.py: no folder can be made there: File exists"),
+        (["run", "smollm2", "--json", "/tmp"], 2, "--json /tmp: is a folder, name a file in it"),
+        (["plan"], 2, "the following arguments are required: MODEL (shardwise plan --help"),
+        (["plan", "smollm2", "--json", "/no/such/file"], 2, "--json /no/such/file: there is no folder /no/such"),
+        (["plan", "smollm2", "--html", "/tmp"], 2, "--html /tmp: is a folder"),
+        (["doctor", "--json", "/no/such/file"], 2, "--json /no/such/file: there is no folder /no/such"),
+        (["bench", "comm", "-n", "9999999"], 3, "9999999 ranks do not fit on this host: each takes 128 MiB of its own"),
+        (["shard", "/no/such", "--out", "y", "--merge"], 1, "/no/such: there is no such folder"),
         (["run", "smollm2", "--tp", "99"], 2, "tp 99 does not fit"),
         (["bench", "generate", "smollm2", "--tp", "99"], 2, "tp 99 does not fit"),
         (["run", "smollm2", "--ray-address", "auto"], 2, "'auto' has no effect with launcher local: name launcher ray"),
@@ -108,10 +121,14 @@ def test_unusable_command_lines_are_one_sentence_and_exit_with_2(words):
         (["explain", __file__], 1, "not a failure report of Shardwise: name a failure.json"),
     ],
 )
-def test_errors_are_one_sentence(capfd, words, code, text):
-    assert main(words) == code
+def test_errors_are_one_sentence(monkeypatch, capfd, words, code, text):
+    monkeypatch.delenv(LOG_FOLDER_ENV, raising=False)
+    try:
+        assert main(words) == code
+    except SystemExit as end:  # the parser's
+        assert end.code == code
     out, err = capfd.readouterr()
-    assert out == "" and err.startswith("shardwise: error: ") and err.count("\n") == 1
+    assert out == "" and ": error: " in err and err.startswith("shardwise") and err.count("\n") == 1
     assert text in err
 
 
@@ -190,6 +207,13 @@ def test_json_on_standard_output_is_all_there_is(tmp_path):
         events = json.loads(gzip.decompress((tmp_path / "traces" / f"rank-{rank}.json.gz").read_bytes()))["traceEvents"]
         assert {event["pid"] for event in events} == {rank}
         assert {"prefill", "decode", "sample"} <= {event["name"] for event in events}
+
+
+def test_every_verb_writes_json_to_a_file_and_shows_its_table_all_the_same(tmp_path, capfd):
+    file = tmp_path / "out.json"
+    for words in (["plan", "smollm2"], ["ops", "--category", "rope"]):
+        assert main([*words, "--json", str(file)]) == 0
+        assert json.loads(file.read_text()) and capfd.readouterr().out.count("\n") > 3
 
 
 def test_answers_stream_in_the_order_of_the_prompts(capsys):

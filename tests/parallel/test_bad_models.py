@@ -67,7 +67,8 @@ def without_files(folder):
         (without_files, ["no model.safetensors, no model.safetensors.index.json"]),
     ],
 )
-def test_run_says_what_was_found_and_what_is_missing(folder, capfd, spoil, words):
+def test_run_says_what_was_found_and_what_is_missing_before_any_rank_starts(folder, monkeypatch, capfd, spoil, words):
+    monkeypatch.setattr("shardwise.launch.llm.ParentExecutor", None)
     spoil(folder)
     assert main(["run", str(folder), "--raw", "--device", "cpu", "--tp", "2"]) == 1
     out, err = capfd.readouterr()

@@ -10,8 +10,8 @@ from tiny import write
 from shardwise.comm.rank import current_groups
 from shardwise.parallel.engine import Engine
 from shardwise.parallel.fitting import Holding, require_room
+from shardwise.parallel.host_memory import DoesNotFit
 from shardwise.parallel.sampler import SamplingParams
-from shardwise.parallel.sizing import DoesNotFit
 from shardwise.parallel.weight_form import WeightForm
 from shardwise.sharding.checkpoint.resolve import resolve
 from shardwise.sharding.layout import ParallelLayout

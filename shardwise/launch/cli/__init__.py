@@ -112,13 +112,13 @@ class UsageError(ValueError):
 def _complain(error: Exception) -> int:
     """One sentence for an error that its text explains, with the name of its type for any other."""
     from shardwise.launch.failure import INPUT_ERRORS
+    from shardwise.launch.job import JobFailed
     from shardwise.sharding.cutting import IllegalLayout
 
     _after_rank_0()
-    outcome = getattr(error, "exit_code", None)
-    if outcome is not None:  # a job that failed: its report is the text
+    if isinstance(error, JobFailed):  # its report is the text
         print(error, file=sys.stderr)
-        return outcome
+        return error.exit_code
     text = " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, OSError) and error.filename is not None:
         text = f"{error.filename}: {error.strerror}"
@@ -128,4 +128,6 @@ def _complain(error: Exception) -> int:
         f"shardwise: error: {text if known else f'{type(error).__name__}: {text} (--debug shows where)'}",
         file=sys.stderr,
     )
-    return USAGE if isinstance(error, (UsageError, IllegalLayout)) else FAILED
+    if isinstance(error, (UsageError, IllegalLayout)):
+        return USAGE
+    return getattr(error, "exit_code", FAILED)

@@ -3,7 +3,7 @@
 import argparse
 import re
 
-from shardwise.launch.cli.output import add_json, require_folder, table_stream, write_json
+from shardwise.launch.cli.output import add_json, require_writable, table_stream, write_json
 from shardwise.launch.machine import machine_facts
 
 BODY = "shardwise.comm.bench:"
@@ -56,8 +56,8 @@ def run(args: argparse.Namespace) -> int:
     _require_known("strategy", [args.strategy], STRATEGIES)
     if args.world < 1:
         raise UsageError(f"--world {args.world}: a job has at least one rank")
-    require_folder(args.json)
-    require_folder(args.calibrate, "--calibrate")
+    require_writable(args.json)
+    require_writable(args.calibrate, "--calibrate")
     if args.calibrate and ("all_reduce" not in ops or len(set(args.sizes)) < 2):
         raise UsageError("--calibrate needs all_reduce at two sizes at least: a small one and a large one")
     device = _device(args)

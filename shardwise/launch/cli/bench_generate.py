@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from shardwise.launch import env
 from shardwise.launch.cli import DONE, UsageError
 from shardwise.launch.cli.grid import add_forms, add_grid, model_config, set_log_folder
-from shardwise.launch.cli.output import add_json, require_folder, write_json
+from shardwise.launch.cli.output import add_json, require_writable, write_json
 from shardwise.launch.job import interruptible, launcher_options, run_job
 from shardwise.launch.progress import LoadProgress
 
@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
     info = env.detect()
     load = _load(args)
     config = replace(_config(args, info), request_tokens=load.input + load.output)
-    require_folder(args.json)
+    require_writable(args.json)
     set_log_folder(args.log_dir)
     if within(info):
         _inside_rank(args, info, config, load)

@@ -5,7 +5,7 @@ from dataclasses import asdict, replace
 from functools import partial
 
 from shardwise.launch.cli import DONE, UsageError
-from shardwise.launch.cli.output import add_json, table_stream, write_json
+from shardwise.launch.cli.output import add_json, require_writable, table_stream, write_json
 from shardwise.launch.machine import machine_facts
 
 TOKENS = (1, 4, 16, 64, 256, 1024, 4096, 8192)
@@ -21,6 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measure and print; ValueError without a CUDA device, UsageError for an unknown layer or a size below 1."""
+    require_writable(args.json)
     import torch
 
     from shardwise.ops.moe.bench import LAYERS, measure_ceilings, measure_layer

@@ -4,7 +4,7 @@ import argparse
 import importlib.util
 
 from shardwise.launch.cli import DONE, UsageError
-from shardwise.launch.cli.output import add_json, table_stream, write_json
+from shardwise.launch.cli.output import add_json, require_writable, table_stream, write_json
 from shardwise.launch.machine import machine_facts
 
 
@@ -17,7 +17,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measure and print; ValueError without Triton or a CUDA device, UsageError for an unknown category."""
-    if importlib.util.find_spec("triton") is None:
+    require_writable(args.json)
+    if importlib.util.find_spec("triton") is None:  # what measures imports it
         raise ValueError("the package triton is not installed; `shardwise ops` tells what runs here")
     import torch
 

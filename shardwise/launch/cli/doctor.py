@@ -3,7 +3,7 @@
 import argparse
 
 from shardwise.launch.cli import DONE, FAILED
-from shardwise.launch.cli.output import add_json, write_json
+from shardwise.launch.cli.output import add_json, require_writable, write_json
 from shardwise.launch.doctor import OK, Finding, examine, problems, to_json
 
 _MARKS = {"ok": " ", "note": "-", "warning": "!", "problem": "X"}
@@ -15,6 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """0; 1 when something is broken."""
+    require_writable(args.json)
     findings = examine()
     write_json(to_json(findings), args.json)
     if args.json != "-":

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 from shardwise.launch.cli import DONE
-from shardwise.launch.cli.output import add_json, write_json
+from shardwise.launch.cli.output import add_json, require_writable, write_json
 from shardwise.launch.failure import Failure, primary, read_all, report
 
 
@@ -17,6 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """0; ValueError for a file that is no failure report, FileNotFoundError for none."""
+    require_writable(args.json)
     cause = load(Path(args.path))
     write_json(cause.to_json(), args.json)
     if args.json != "-":

@@ -2,13 +2,13 @@
 
 import argparse
 import os
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from shardwise.comm.watch import LOG_FOLDER_ENV
 from shardwise.launch.cli import UsageError, positive
 from shardwise.launch.job import LAUNCHERS, require_launcher
 from shardwise.parallel import options
+from shardwise.parallel.options import made_folder
 
 if TYPE_CHECKING:
     from shardwise.comm.rank import RankInfo
@@ -100,5 +100,9 @@ def _tensor_parallel(args: argparse.Namespace) -> int | None:
 
 
 def set_log_folder(folder: str | None) -> None:
+    """UsageError where there is none and none can be made."""
     if folder is not None:
-        os.environ[LOG_FOLDER_ENV] = str(Path(folder).absolute())
+        try:
+            os.environ[LOG_FOLDER_ENV] = made_folder("--log-dir", folder)
+        except ValueError as error:
+            raise UsageError(str(error)) from None

@@ -3,7 +3,7 @@
 import argparse
 
 from shardwise.launch.cli import DONE, UsageError
-from shardwise.launch.cli.output import add_json, write_json
+from shardwise.launch.cli.output import add_json, require_writable, write_json
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -16,6 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the table; UsageError for an unknown category or backend."""
+    require_writable(args.json)
     from shardwise.ops import operators
     from shardwise.ops.registry import BACKENDS, CATEGORIES
 
@@ -28,7 +29,7 @@ def run(args: argparse.Namespace) -> int:
         if args.category in (None, info.category) and args.backend in (None, info.backend)
     ]
     write_json({"operators": rows}, args.json)
-    if args.json is None:
+    if args.json != "-":
         _print_table(rows, args.schema)
     return DONE
 

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any, TextIO
@@ -15,10 +16,17 @@ def add_json(parser: "argparse.ArgumentParser | argparse._ArgumentGroup", what: 
     )
 
 
-def require_folder(target: str | None, option: str = "--json") -> None:
+def require_writable(target: str | None, option: str = "--json") -> None:
     """UsageError for a FILE that could not be written: before the work, not when it is done."""
-    if target not in (None, "-") and not (folder := Path(str(target)).absolute().parent).is_dir():
-        raise UsageError(f"{option} {target}: there is no folder {folder}")
+    if target is None or target == "-":
+        return
+    path = Path(target).absolute()
+    if not path.parent.is_dir():
+        raise UsageError(f"{option} {target}: there is no folder {path.parent}")
+    if path.is_dir():
+        raise UsageError(f"{option} {target}: is a folder, name a file in it")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise UsageError(f"{option} {target}: no permission to write there")
 
 
 def table_stream(target: str | None) -> TextIO:

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
+from shardwise.launch.cli.output import require_writable
 from shardwise.launch.cli.plan_options import add_arguments, settle
 from shardwise.sharding.layout import ParallelLayout
 
@@ -18,6 +19,8 @@ def run(args: argparse.Namespace) -> int:
     """0; 2 for a layout that the model does not allow; 3 when it does not fit the device."""
     from shardwise.sharding.cutting import IllegalLayout
 
+    for option in ("json", "html", "export_tp_plan"):
+        require_writable(getattr(args, option), f"--{option.replace('_', '-')}")
     try:
         settle(args)
         if args.model == "diff":

@@ -28,7 +28,7 @@ _UNITS = {"k": 1 << 10, "m": 1 << 20}
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("model", metavar="MODEL", help="config.json, model folder, GGUF file, hub id or a known name; or: diff A B")
-    add("files", nargs="*", metavar="FILE", help="with diff: the two plan files")
+    add("files", nargs="*", default=[], metavar="FILE", help="with diff: the two plan files")
     layout = parser.add_argument_group("layout")
     layout.add_argument("--tp", type=int, metavar="N", help="tensor parallel ranks (default 1)")
     layout.add_argument("--ep", type=int, metavar="N", help="expert parallel ranks (default 1)")

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from shardwise.launch import env
 from shardwise.launch.cli import DONE, UsageError
 from shardwise.launch.cli.grid import add_forms, add_grid, model_config, set_log_folder
-from shardwise.launch.cli.output import add_json, require_folder, write_json
+from shardwise.launch.cli.output import add_json, require_writable, write_json
 from shardwise.launch.job import interruptible
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
     params = _sampling(args)
     config = replace(model_config(args, info, args.model), request_tokens=1 + params.max_new_tokens)
     texts = _prompts(args)
-    require_folder(args.json)
+    require_writable(args.json)
     set_log_folder(args.log_dir)
     if within(info):
         from shardwise.launch.worker import run_here

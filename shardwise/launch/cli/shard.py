@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 from shardwise.launch.cli import DONE, UsageError, positive
+from shardwise.launch.cli.output import add_json, require_writable, write_json
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -16,16 +17,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ep", type=positive, metavar="N", help="expert parallel ranks (default 1)")
     parser.add_argument("--moe-tp", type=positive, metavar="N", help="ranks that share an expert (default world / ep)")
     parser.add_argument("--attn-dp", type=positive, metavar="N", help="attention data parallel groups (default 1)")
+    add_json(parser, "what was written")
 
 
 def run(args: argparse.Namespace) -> int:
     """0; IllegalLayout for one that the model does not allow, UsageError for one beside --merge or none at all."""
+    require_writable(args.json)
     out = Path(args.out)
     started = time.perf_counter()
     files = _merge(args, out) if args.merge else _shard(args, out)
     seconds = time.perf_counter() - started
     size = sum(f.stat().st_size for f in files)
-    print(f"{len(files)} files, {size / 1e9:.2f} GB in {seconds:.1f} s ({size / 1e9 / seconds:.2f} GB/s): {out}")
+    result = {"folder": str(out), "files": [f.name for f in files], "bytes": size, "seconds": seconds}
+    write_json(result, args.json)
+    if args.json != "-":
+        print(f"{len(files)} files, {size / 1e9:.2f} GB in {seconds:.1f} s ({size / 1e9 / seconds:.2f} GB/s): {out}")
     return DONE
 
 

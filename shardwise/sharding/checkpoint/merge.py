@@ -61,6 +61,8 @@ def _source_headers(folder: Path) -> dict[str, str]:
     try:
         headers = json.loads((folder / SOURCE).read_text())
     except OSError:
+        if not folder.is_dir():
+            raise CheckpointError(f"{folder}: there is no such folder") from None
         raise CheckpointError(f"{folder}: no {SOURCE}: not a folder that `shardwise shard` wrote") from None
     except ValueError as error:
         raise CheckpointError(f"{folder / SOURCE}: not JSON: {error}") from None

@@ -72,6 +72,13 @@ def resolve(model: str | Path) -> Path:
     )
 
 
+def require_weights(model: str | Path) -> None:
+    """CheckpointError for a folder that has a config and no weights."""
+    path = resolve(model)
+    if path.is_dir() and not is_per_rank(path) and not any(path.glob("*.safetensors")):
+        read_safetensors_folder(path)  # says what is missing
+
+
 def open_checkpoint(model: str | Path) -> Checkpoint:
     """The checkpoint that `model` names (see `resolve`), with its config read.
 

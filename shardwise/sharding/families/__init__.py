@@ -104,9 +104,10 @@ def build(config: Config, name: str) -> ModelSpec:
     listed = config.list("architectures", default=[], of=str)
     architecture = next((a for a in listed if a in ARCHITECTURES), None)
     if architecture is None:
+        what = f"architectures is {listed}, which no family describes{_closest(listed)}"
         raise UnknownArchitecture(
-            f"{config.source}: architectures is {listed}, which no family describes{_closest(listed)}; beside its "
-            "safetensors files the model plans from their headers"
+            f"{config.source}: {what if listed else 'names no architectures, as the config.json of a model does'}; "
+            "beside its safetensors files the model plans from their headers"
         )
     module = importlib.import_module(f"{__name__}.{ARCHITECTURES[architecture]}")
     return replace(module.build(config, name, architecture), fingerprint=_fingerprint(config))
