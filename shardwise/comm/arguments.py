@@ -56,8 +56,13 @@ def scatter_sizes(tensor: Tensor, dim: int, sizes: Sequence[int] | None, world: 
     return sizes
 
 
-def send_sizes(tensor: Tensor, sends: Sequence[int] | None, receives: Sequence[int] | None, world: int):
-    """How many rows this rank sends to each member, and whether the caller knows what it receives."""
+Sizes = tuple[int, ...]
+
+
+def exchanged_sizes(
+    tensor: Tensor, sends: Sequence[int] | None, receives: Sequence[int] | None, world: int
+) -> tuple[Sizes, Sizes | None]:
+    """How many rows this rank sends to each member and receives from it, None where the caller does not know."""
     if tensor.dim() == 0:
         raise ValueError("all_to_all: a scalar has no rows to deal; give a tensor of at least one dimension")
     rows = tensor.shape[0]
@@ -68,13 +73,17 @@ def send_sizes(tensor: Tensor, sends: Sequence[int] | None, receives: Sequence[i
             raise ValueError(
                 f"all_to_all: {rows} rows cannot be dealt equally to {world} ranks; give send_sizes for ragged parts"
             )
-        return (rows // world,) * world
+        equal = (rows // world,) * world
+        return equal, equal
     sends = tuple(int(count) for count in sends)
     if len(sends) != world or min(sends) < 0 or sum(sends) != rows:
         raise ValueError(f"all_to_all: send_sizes {sends} must hold {world} counts that add up to {rows} rows")
-    if receives is not None and (len(receives) != world or min(receives) < 0):
-        raise ValueError(f"all_to_all: recv_sizes {tuple(receives)} must hold {world} counts")
-    return sends
+    if receives is None:
+        return sends, None
+    receives = tuple(int(count) for count in receives)
+    if len(receives) != world or min(receives) < 0:
+        raise ValueError(f"all_to_all: recv_sizes {receives} must hold {world} counts")
+    return sends, receives
 
 
 def as_bytes(tensor: Tensor) -> Tensor:

@@ -85,7 +85,8 @@ class Communicator(ABC):
     ) -> "Tensor":
         """Rows of dim 0 dealt to the members: `send_sizes[j]` rows go to rank j, `recv_sizes[j]` come from it.
 
-        Both None: equal parts. `recv_sizes` None with `send_sizes` given: the counts are exchanged first.
+        Both None: equal parts, as many rows on every rank. `send_sizes` alone: the counts are exchanged first, through
+        the host. With both, nothing is exchanged but the rows: that they agree is looked at in check mode only.
         """
 
     @abstractmethod

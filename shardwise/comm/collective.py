@@ -160,21 +160,27 @@ class BaseCommunicator(Communicator):
         self, tensor: Tensor, send_sizes: Sequence[int] | None = None, recv_sizes: Sequence[int] | None = None
     ) -> Tensor:
         self._require_device(tensor, "all_to_all")
-        sends = arguments.send_sizes(tensor, send_sizes, recv_sizes, self.size)
+        sends, receives = arguments.exchanged_sizes(tensor, send_sizes, recv_sizes, self.size)
         entry = self._begin("all_to_all", tensor.shape[1:], tensor.dtype, "")
-        table = self._exchange_sizes(sends, recv_sizes)
-        receives = tuple(row[self.rank] for row in table)
-        if recv_sizes is not None and tuple(recv_sizes) != receives:
-            raise self._fail(
-                CollectiveMismatch(
-                    f"{self._where(entry)}: recv_sizes {tuple(recv_sizes)}, but the peers send {receives} rows"
+        longest = sends[0] if send_sizes is None else None
+        if receives is None or self.check:
+            table = self._exchange_sizes(sends, receives)
+            found, longest = tuple(row[self.rank] for row in table), max(map(max, table))
+            if receives not in (None, found):
+                raise self._fail(
+                    CollectiveMismatch(f"{self._where(entry)}: recv_sizes {receives}, but the peers send {found} rows")
                 )
-            )
+            receives = found
         result = torch.empty((sum(receives), *tensor.shape[1:]), dtype=tensor.dtype, device=tensor.device)
         row_bytes = arguments.unit_elements(tensor, 0) * tensor.element_size()
-        if row_bytes and any(any(row) for row in table):
-            sizes = [tuple(count * row_bytes for count in row) for row in table]
-            self._all_to_all(as_bytes(tensor), as_bytes(result), sizes)
+        if row_bytes:
+            self._all_to_all(
+                as_bytes(tensor),
+                as_bytes(result),
+                [count * row_bytes for count in sends],
+                [count * row_bytes for count in receives],
+                None if longest is None else longest * row_bytes,
+            )
         entry[watch.END] = watch.now()
         return result
 
@@ -337,13 +343,18 @@ class BaseCommunicator(Communicator):
         """Reduce-scatter with this package's order of summation, whatever the library underneath does."""
         width = joined.element_size()
         received = torch.empty((self.size, target.numel()), dtype=joined.dtype, device=joined.device)
-        self._all_to_all(as_bytes(joined), as_bytes(received), [tuple(count * width for count in counts)] * self.size)
+        sends = [count * width for count in counts]
+        self._all_to_all(as_bytes(joined), as_bytes(received), sends, [sends[self.rank]] * self.size, max(sends))
         if target.numel():
             compose.ordered_sum(list(received), target)
 
-    def _exchange_sizes(self, sends: tuple[int, ...], recv_sizes: Sequence[int] | None) -> list[tuple[int, ...]]:
-        """Row i: how many rows rank i sends to each member. `recv_sizes` serves the transport that has no peers."""
+    def _exchange_sizes(self, sends: tuple[int, ...], receives: tuple[int, ...] | None) -> list[tuple[int, ...]]:
+        """Row i: how many rows rank i sends to each member. `receives` serves the transport that has no peers."""
         return [control.numbers(row) for row in self._exchange_long(b"".join(map(control.number, sends)))]
+
+    def _longest(self, sends: Sequence[int]) -> int:
+        """Of what all ranks send to each other, the most: for a transport that must know it."""
+        return max(control.numbers(each)[0] for each in self._exchange(control.number(max(sends))))
 
     def _exchange_long(self, blob: bytes) -> list[bytes]:
         """Everyone's control message of any length, the same for all, in pieces that `_exchange` takes."""
@@ -367,8 +378,13 @@ class BaseCommunicator(Communicator):
         self._ordered_reduce_scatter(joined, counts, target)
 
     @abstractmethod
-    def _all_to_all(self, source: Tensor, target: Tensor, table: list[tuple[int, ...]]) -> None:
-        """Bytes: table[i][j] of them go from rank i's `source` to rank j's `target`, both in rank order."""
+    def _all_to_all(
+        self, source: Tensor, target: Tensor, sends: Sequence[int], receives: Sequence[int], longest: int | None
+    ) -> None:
+        """Bytes: sends[j] of `source` go to rank j, receives[j] of `target` come from it, both in rank order.
+
+        longest  the most that any rank sends to another, alike on all ranks; None: not known (`_longest` asks)
+        """
 
     @abstractmethod
     def _broadcast(self, data: Tensor, root: int) -> None:

@@ -43,13 +43,14 @@ class FakeCommunicator(BaseCommunicator):
     def _reduce_scatter(self, joined: Tensor, counts: Sequence[int], target: Tensor) -> None:
         self._all_reduce(joined.split(list(counts))[self.rank], target)
 
-    def _all_to_all(self, source: Tensor, target: Tensor, table: list[tuple[int, ...]]) -> None:
-        for part in target.split([row[self.rank] for row in table]):
+    def _all_to_all(
+        self, source: Tensor, target: Tensor, sends: Sequence[int], receives: Sequence[int], longest: int | None
+    ) -> None:
+        for part in target.split(list(receives)):
             _fill(part, source)
 
-    def _exchange_sizes(self, sends: tuple[int, ...], recv_sizes: Sequence[int] | None) -> list[tuple[int, ...]]:
-        receives = recv_sizes or (sends[self.rank],) * self.size
-        return [(count,) * self.size for count in receives]
+    def _exchange_sizes(self, sends: tuple[int, ...], receives: tuple[int, ...] | None) -> list[tuple[int, ...]]:
+        return [(count,) * self.size for count in receives or (sends[self.rank],) * self.size]
 
     def _broadcast(self, data: Tensor, root: int) -> None:
         pass

@@ -226,17 +226,20 @@ class MpiCommunicator(BaseCommunicator):
         if host is not joined:
             joined.copy_(host)
 
-    def _all_to_all(self, source: Tensor, target: Tensor, table: list[tuple[int, ...]]) -> None:
+    def _all_to_all(
+        self, source: Tensor, target: Tensor, sends: Sequence[int], receives: Sequence[int], longest: int | None
+    ) -> None:
+        sends, receives = list(sends), list(receives)
         host = self._host(target, filled=False)
-        sends, receives = table[self.rank], [row[self.rank] for row in table]
         outgoing = self._host(source)
+        longest = self._longest(sends) if longest is None else longest
         self._meet()
-        if max(sum(row) for row in (*table, *zip(*table, strict=True))) <= PIECE:
+        if longest * self.size <= PIECE:
             self.comm.Alltoallv(
-                self._buffer(outgoing, list(sends), starts(sends)), self._buffer(host, receives, starts(receives))
+                self._buffer(outgoing, sends, starts(sends)), self._buffer(host, receives, starts(receives))
             )
         else:
-            self._all_to_all_by_pairs(outgoing.split(list(sends)), host.split(receives))
+            self._all_to_all_by_pairs(outgoing.split(sends), host.split(receives))
         if host is not target:
             target.copy_(host)
 

@@ -303,12 +303,13 @@ class ShmCommunicator(BaseCommunicator):
                 place = self.rank * quota * width
                 compose.ordered_sum([_typed(h[place:], target.dtype, result.numel()) for h in halves], result)
 
-    def _all_to_all(self, source: Tensor, target: Tensor, table: list[tuple[int, ...]]) -> None:
-        outgoing = source.split(table[self.rank])
-        incoming = target.split([row[self.rank] for row in table])
+    def _all_to_all(
+        self, source: Tensor, target: Tensor, sends: Sequence[int], receives: Sequence[int], longest: int | None
+    ) -> None:
+        outgoing, incoming = source.split(list(sends)), target.split(list(receives))
         incoming[self.rank].copy_(outgoing[self.rank])
         quota = CHUNK // self.size
-        for start in range(0, max(map(max, table)), quota):
+        for start in range(0, self._longest(sends) if longest is None else longest, quota):
             halves = self._writing()
             for peer, part in enumerate(outgoing):
                 piece = part[start : start + quota]

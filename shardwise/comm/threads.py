@@ -114,12 +114,13 @@ class ThreadsCommunicator(BaseCommunicator):
         parts = [value[start : start + counts[self.rank]] for value in self._meet(_snapshot(joined))]
         compose.ordered_sum(parts, target)
 
-    def _all_to_all(self, source: Tensor, target: Tensor, table: list[tuple[int, ...]]) -> None:
-        values = self._meet(_snapshot(source))
-        receives = [row[self.rank] for row in table]
-        for part, value, row in zip(target.split(receives), values, table, strict=True):
-            start = starts(row)[self.rank]
-            part.copy_(value[start : start + row[self.rank]])
+    def _all_to_all(
+        self, source: Tensor, target: Tensor, sends: Sequence[int], receives: Sequence[int], longest: int | None
+    ) -> None:
+        everyone = self._meet((_snapshot(source), sends))
+        for part, (value, theirs) in zip(target.split(list(receives)), everyone, strict=True):
+            start = starts(theirs)[self.rank]
+            part.copy_(value[start : start + theirs[self.rank]])
 
     def _broadcast(self, data: Tensor, root: int) -> None:
         values = self._meet(_snapshot(data) if self.rank == root else None)

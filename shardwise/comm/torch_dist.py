@@ -258,8 +258,10 @@ class TorchDistCommunicator(BaseCommunicator):
         with self._calls():
             self._done(_scatter(target, joined, group=self.group, async_op=True))
 
-    def _all_to_all(self, source: Tensor, target: Tensor, table: list[tuple[int, ...]]) -> None:
-        sends, receives = list(table[self.rank]), [row[self.rank] for row in table]
+    def _all_to_all(
+        self, source: Tensor, target: Tensor, sends: Sequence[int], receives: Sequence[int], longest: int | None
+    ) -> None:
+        sends, receives = list(sends), list(receives)
         outgoing, incoming = source, target
         if not self._sorted:
             order = sorted(range(self.size), key=self._place.__getitem__)

@@ -36,8 +36,13 @@ class Delegating(BaseCommunicator):
     def _reduce_scatter(self, joined: Tensor, counts: Sequence[int], target: Tensor) -> None:
         self.beyond._reduce_scatter(joined, counts, target)
 
-    def _all_to_all(self, source: Tensor, target: Tensor, table: list[tuple[int, ...]]) -> None:
-        self.beyond._all_to_all(source, target, table)
+    def _all_to_all(
+        self, source: Tensor, target: Tensor, sends: Sequence[int], receives: Sequence[int], longest: int | None
+    ) -> None:
+        self.beyond._all_to_all(source, target, sends, receives, longest)
+
+    def _longest(self, sends: Sequence[int]) -> int:
+        return self.beyond._longest(sends)
 
     def _broadcast(self, data: Tensor, root: int) -> None:
         self.beyond._broadcast(data, root)

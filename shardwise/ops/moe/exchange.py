@@ -57,9 +57,10 @@ def exchange_tokens(
     total = mapping.num_experts or local_experts * group.size
     if max_num_tokens:
         return _gather_and_scatter(name, group, max_num_tokens, start, x, ids, weights, compute)
-    rows = [_rows_for(ids, *extent(total, group.size, rank)) for rank in range(group.size)]
+    parts = [extent(total, group.size, rank) for rank in range(group.size)]
+    wanted = torch.stack([((ids >= first) & (ids < last)).any(dim=1) for first, last in parts])
     return dispatch_and_combine(
-        group, rows, x, ids, weights, lambda there, chosen, factors: compute(there, chosen - start, factors)
+        group, wanted, x, ids, weights, lambda there, chosen, factors: compute(there, chosen - start, factors)
     )
 
 
@@ -93,30 +94,37 @@ def _gather_and_scatter(name, group, limit, start, x, ids, weights, compute) -> 
 
 def dispatch_and_combine(
     group: Communicator,
-    rows: list[Tensor],  # of each rank, the tokens that have experts there, rising
+    wanted: Tensor,  # bool [W, T]: which tokens have experts on which rank
     x: Tensor,  # [T, H], this rank's tokens, possibly none
     ids: Tensor,  # [T, K], global
     weights: Tensor,  # [T, K]
     compute: Compute,
 ) -> Tensor:
-    """Sum over the experts of all ranks, [T, H] in x's dtype. A collective of the group.
+    """Sum over the experts of all ranks, [T, H] in x's dtype. Three collectives of the group: counts, tokens, sums.
 
     `compute` gets the tokens that have experts here, their ids still global. Partial sums are added in rank order, in
-    float32.
+    float32. The host waits twice, for which tokens go and for how many come.
     """
-    send = [len(part) for part in rows]
-    order = torch.cat(rows)
-    receive = [counts[group.rank] for counts in group.all_gather_object(send)]
-    there_x, there_ids, there_weights = (
-        group.all_to_all(tensor[order].contiguous(), send, receive) for tensor in (x, ids, weights)
-    )
-    back = group.all_to_all(compute(there_x, there_ids, there_weights), receive, send)
+    order = wanted.nonzero()[:, 1]  # the first rank's tokens, rising, then the second's
+    counts = wanted.sum(dim=1)
+    send, receive = torch.stack([counts, group.all_to_all(counts)]).tolist()
+    there = group.all_to_all(_joined([tensor[order] for tensor in (x, ids, weights)]), send, receive)
+    partial = compute(*_parted(there, (x, ids, weights)))
+    back = group.all_to_all(partial, receive, send)
     out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
-    for part, partial in zip(rows, back.split(send), strict=True):
-        out[part] += partial.float()
+    for rows, sums in zip(order.split(send), back.split(send), strict=True):
+        out[rows] += sums.float()
     return out.to(x.dtype)
 
 
-def _rows_for(ids: Tensor, start: int, stop: int) -> Tensor:
-    """Tokens that have an expert in [start, stop)."""
-    return ((ids >= start) & (ids < stop)).any(dim=1).nonzero().squeeze(1)
+def _joined(tensors: list[Tensor]) -> Tensor:
+    """The rows of all tensors side by side, as bytes: they travel as one."""
+    return torch.cat([tensor.contiguous().view(torch.uint8) for tensor in tensors], dim=1)
+
+
+def _parted(rows: Tensor, like: tuple[Tensor, ...]) -> list[Tensor]:
+    """What `_joined` put together, of rows of the dtypes and widths of `like`."""
+    widths = [tensor.shape[1] * tensor.element_size() for tensor in like]
+    parts = rows.split(widths, dim=1)
+    whole = [part.clone(memory_format=torch.contiguous_format) for part in parts]  # a view of one row is no fit memory
+    return [part.view(tensor.dtype) for part, tensor in zip(whole, like, strict=True)]
