@@ -167,6 +167,9 @@ class Launcher:
             launch(grid, index, args)
 
 
+_address = torch.Tensor.data_ptr
+
+
 class Form:
     """A kernel with all that it is compiled for; a launch adds the grid, the tensors and the numbers that change.
 
@@ -190,7 +193,7 @@ class Form:
         if self._index != torch.cuda.current_device():
             with torch.cuda.device(self._device):
                 return self(grid, pointers, free)
-        addresses = [tensor.data_ptr() for tensor in pointers]  # numbers spare Triton a driver query each
+        addresses = [*map(_address, pointers)]  # numbers spare Triton a driver query each
         odd = functools.reduce(operator.or_, addresses) & 15 and tuple(address % 16 == 0 for address in addresses)
         launch = self._launches.get(odd)
         if launch is not None:

@@ -23,6 +23,11 @@ def _causal(q, k, v, scale, causal):
     return torch_attention(*parts, is_causal=causal, scale=scale)[0].transpose(0, 1)
 
 
+def _both(paged_kv_cache):
+    """Keys and values [pages, Nkv, page_size, D] of one tensor or of two."""
+    return paged_kv_cache if isinstance(paged_kv_cache, tuple) else paged_kv_cache.unbind(1)
+
+
 class _Paged:
     causal = True
 
@@ -33,12 +38,12 @@ class _Paged:
         self.page_size, self.scale, self.dtypes = page_size, scale, dtypes
 
     def run(self, q, paged_kv_cache, *, out, k_scale=1.0, v_scale=1.0):
-        assert (q.dtype, paged_kv_cache.dtype) == self.dtypes and paged_kv_cache.shape[3] == self.page_size
+        keys, values = _both(paged_kv_cache)
+        assert (q.dtype, keys.dtype) == self.dtypes and keys.shape[2] == self.page_size
         lengths = _lengths(self.indptr, self.last_page_len, self.page_size)
         for i, length in enumerate(lengths):
             rows = self.indices[self.indptr[i] : self.indptr[i + 1]].long()
-            pages = paged_kv_cache[rows].float().transpose(2, 3)  # [pages, 2, page_size, Nkv, D]
-            k, v = (pages[:, j].flatten(0, 1)[:length] for j in range(2))
+            k, v = (half[rows].float().transpose(1, 2).flatten(0, 1)[:length] for half in (keys, values))
             part = slice(int(self.qo_indptr[i]), int(self.qo_indptr[i + 1]))
             out[part] = (_causal(q[part], k, v, self.scale * k_scale, self.causal) * v_scale).to(out.dtype)
         return out
@@ -145,9 +150,10 @@ def append_paged_kv_cache(
     append_key, append_value, batch_indices, positions, paged_kv_cache, kv_indices, kv_indptr, kv_last_page_len,
     kv_layout="NHD",
 ):  # fmt: skip
-    assert kv_layout == "HND" and append_key.dtype == append_value.dtype == paged_kv_cache.dtype
-    for which, entries in enumerate((append_key, append_value)):
-        _write(paged_kv_cache[:, which].transpose(1, 2), entries, batch_indices, positions, kv_indices, kv_indptr)
+    assert kv_layout == "HND" and append_key.dtype == append_value.dtype
+    for half, entries in zip(_both(paged_kv_cache), (append_key, append_value), strict=True):
+        assert half.dtype == entries.dtype
+        _write(half.transpose(1, 2), entries, batch_indices, positions, kv_indices, kv_indptr)
 
 
 def append_paged_mla_kv_cache(

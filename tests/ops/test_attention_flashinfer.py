@@ -8,13 +8,16 @@ from paging import PAGE_SIZE, Paged
 
 from shardwise.ops.attention import flashinfer as ours
 from shardwise.ops.attention import planner as planning
+from shardwise.ops.attention import positions
+from shardwise.ops.attention.batch import Batch, read_batch
 from shardwise.ops.attention.flashinfer import (
     flashinfer_attention_mha_with_cache,
     flashinfer_attention_prepare_metadata,
 )
 from shardwise.ops.attention.planner import DecodeFamily, Planner, decode_graphs, planner, replan_decode, select_pages
 from shardwise.ops.attention.reference import torch_cached_attention_with_cache
-from shardwise.ops.registry import OperatorUnavailable, operators
+from shardwise.ops.metadata_reports import raise_report
+from shardwise.ops.registry import TRITON, OperatorUnavailable, operators
 
 OP = torch.ops.auto_deploy.flashinfer_attention_mha_with_cache
 INFO = next(info for info in operators() if info.name == "flashinfer_attention_mha_with_cache")
@@ -49,6 +52,46 @@ def test_metadata_names_sequence_and_position_of_every_token(name, family):
     assert sequences.dtype == positions.dtype == torch.int32
     assert list(zip(sequences.tolist(), positions.tolist(), strict=True)) == expected
     torch.library.opcheck(operator, arguments)
+
+
+needs_triton = pytest.mark.skipif(not TRITON.state[0], reason="needs a GPU, or triton's interpreter")
+
+
+@runs_anywhere
+@needs_triton
+@pytest.mark.parametrize("index", [torch.int32, torch.int64])
+@pytest.mark.parametrize("name", STEPS)
+def test_the_metadata_kernel_names_the_same(name, index):
+    step = STEPS[name]
+    ids, info, bounds, lengths = Paged.of(step).metadata_inputs(step, DEVICE)
+    batch = read_batch("x", info)
+    expected = positions._by_torch(batch, ids, bounds, lengths)
+    result = positions._by_kernel("x", batch, ids, bounds.to(index), lengths.to(index))
+    assert all(a.dtype == torch.int32 and torch.equal(a, b) for a, b in zip(result, expected, strict=True))
+
+
+@runs_anywhere
+@needs_triton
+def test_the_metadata_kernel_with_many_sequences():
+    lengths = torch.tensor([1 + i % 5 for i in range(300)])
+    bounds = torch.cat((torch.zeros(1, dtype=torch.long), lengths.cumsum(0), lengths.sum() + torch.arange(1, 41)))
+    batch, total = Batch(300, int(lengths.sum()), 40), torch.cat((lengths + 7, torch.arange(20, 60)))
+    ids, bounds, total = (t.to(DEVICE) for t in (torch.zeros(1, batch.tokens + 3), bounds, total))
+    results = [make(*given, batch, ids, bounds, total) for make, given in
+               ((positions._by_torch, ()), (positions._by_kernel, ("x",)))]  # fmt: skip
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@runs_anywhere
+@needs_triton
+@pytest.mark.parametrize("bounds", [[0, 9, 4, 12], [3, 4, 9, 12], [0, 4, 9, 11], [0, -5, 2**31 - 1, 12]])
+def test_bad_bounds_name_positions_of_sequences_and_are_reported(bounds):
+    batch, lengths = Batch(3, 12, 1), torch.tensor([20, 30, 5, 7], device=DEVICE)
+    ids, bounds = torch.zeros(1, 13, device=DEVICE), torch.tensor([*bounds, 13], device=DEVICE)
+    owner, position = positions._by_kernel("bad bounds", batch, ids, bounds, lengths)
+    assert all(0 <= p < lengths[i] for i, p in zip(owner.tolist(), position.tolist(), strict=True))
+    with pytest.raises(ValueError, match="cu_seqlen"):
+        raise_report("bad bounds")
 
 
 def test_metadata_makes_plans_stale_and_checks_its_arguments():

@@ -8,9 +8,11 @@ import pytest
 import samples_fla
 import samples_mamba
 import torch
+from mamba_oracle import Batch
 
 from shardwise.ops.fla import delta, fla
 from shardwise.ops.mamba import flashinfer as mamba_flashinfer
+from shardwise.ops.mamba import ssm
 from shardwise.ops.registry import TRITON
 from shardwise.ops.triton_support import interpreting
 
@@ -80,7 +82,10 @@ def selective_state_update(
     heads, size = x.shape[1:]
     assert dt.stride()[1:] == (1, 0) and A.stride() == (1, 0, 0) and D.stride() == (1, 0)
     assert D.dtype == dt.dtype and (dt_bias is None or dt_bias.dtype == dt.dtype)
-    assert x.stride(1) == size and state_batch_indices.dtype == torch.int32 and state.shape[0] >= x.shape[0]
+    assert state_batch_indices.dtype == torch.int32 and state.shape[0] >= x.shape[0] and out.is_contiguous()
+    for rows in (x, B, C):
+        assert rows.stride()[1:] == (rows.shape[2], 1) and rows.stride(0) * rows.element_size() % 16 == 0
+        assert rows.data_ptr() % 16 == 0
     steps = dt[..., 0].float()
     steps = steps if dt_bias is None else steps + dt_bias[:, 0]
     steps = torch.nn.functional.softplus(steps) if dt_softplus else steps
@@ -115,6 +120,31 @@ def test_flashinfer_decode_gets_what_it_demands(monkeypatch, limit, name):
     torch.testing.assert_close(args[-3].double(), states, rtol=5e-3, atol=5e-3)
 
 
+@needs_triton
+@pytest.mark.parametrize("skew", [0, 1, 8], ids=["aligned", "off by an element", "off by a vector"])
+@pytest.mark.parametrize("decode", [(0, 3), (5, 2)], ids=["decode", "mixed"])
+def test_flashinfer_decode_reads_parts_of_wider_rows(monkeypatch, decode, skew):
+    """As a layer has them: input, B and C are slices of one projection's rows."""
+    prefill, count = decode
+    batch = Batch((prefill,) if prefill else (), count, tuple(range(bool(prefill) + count)), (True,) * bool(prefill))
+    torch.manual_seed(0)
+    args = list(samples_mamba.cached_ssm_args("x", batch, 4, 2, 64, 16, 16, torch.float16, torch.float32)("cpu"))
+    expected, _ = samples_mamba.cached_ssm(batch)(*args)
+    for place in (0, 2, 3):
+        rows = args[place]
+        wide = torch.full((*rows.shape[:2], rows[0, 0].numel() + 16), float("nan"), dtype=rows.dtype)
+        wide[..., skew : skew + rows[0, 0].numel()] = rows.flatten(2)
+        args[place] = wide[..., skew : skew + rows[0, 0].numel()].unflatten(2, rows.shape[2:])
+    mamba_flashinfer_prefill(monkeypatch, args)
+    monkeypatch.setattr(mamba_flashinfer, "_update", lambda: selective_state_update)
+    monkeypatch.setattr(mamba_flashinfer, "STEPS", {})
+    caches = [args[-3].clone() for _ in range(2)]
+    for cache in caches:  # the second finds its launches kept
+        result = mamba_flashinfer.flashinfer_cached_ssm(*args[:-3], cache, *args[-2:])
+        torch.testing.assert_close(result.double(), expected, rtol=5e-3, atol=2e-2)
+    assert torch.equal(*caches) and mamba_flashinfer.STEPS
+
+
 def mamba_flashinfer_prefill(monkeypatch, args):
     """Prefill by the reference, so that this test also runs where Triton is missing."""
 
@@ -127,4 +157,4 @@ def mamba_flashinfer_prefill(monkeypatch, args):
             x, A, B, C, D, dt, dt_bias, info, bounds, bounds, slots, resumes, cache, limit, 16
         )[0]
 
-    monkeypatch.setattr(mamba_flashinfer, "prefill", prefill)
+    monkeypatch.setattr(ssm, "prefill", prefill)

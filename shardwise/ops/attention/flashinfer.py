@@ -1,22 +1,21 @@
 """Attention over a paged cache by FlashInfer: plans made once a step (`planner.py`), reused by every layer."""
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
-from shardwise.ops.attention.batch import read_batch
+from shardwise.ops.attention.batch import Batch, read_batch
 from shardwise.ops.attention.checks import Heads, check_tokens, default_scale
 from shardwise.ops.attention.planner import (
     DecodeFamily,
     Pages,
     Planner,
-    fake_token_positions,
     leading,
     planner,
     select_pages,
-    token_positions,
 )
+from shardwise.ops.attention.positions import fake_token_positions, token_positions
 from shardwise.ops.registry import CUDA, FLASHINFER, operator
 from shardwise.ops.vector_access import takes_vectors, with_vectors
 
@@ -59,6 +58,15 @@ class _Parameters(NamedTuple):
             "kv_data_type": self.cache_dtype,
             "sm_scale": self.scale,
         }
+
+
+class _Call(NamedTuple):
+    """What follows from shapes and dtypes alone."""
+
+    parameters: _Parameters
+    tokens: int
+    q_rows: tuple[int, int, int]
+    k_rows: tuple[int, int, int]
 
 
 @functools.cache
@@ -152,56 +160,59 @@ def flashinfer_attention_mha_with_cache(
     from `flashinfer_attention_prepare_metadata`, which must be called once a step. Returns a tensor like q,
     contiguous, 0 for padding tokens.
     """
-    parameters = _checked(
-        (q.shape, k.shape, v.shape, kv_cache.shape), (q.dtype, k.dtype, v.dtype, kv_cache.dtype), scale
-    )
-    heads, batch = parameters.heads, read_batch(OP, batch_info_host)
-    tokens, count = q.shape[0] * q.shape[1], batch.tokens
-    if count > tokens:
-        raise ValueError(f"{OP}: batch_info_host counts {count} tokens, q holds {tokens}")
-    if not takes_vectors(kv_cache):
-        raise ValueError(f"{OP}: kv_cache has strides {kv_cache.stride()}; legal: last dimension contiguous, rows of D "
-                         "beginning at multiples of 16 bytes")  # fmt: skip
-    q_flat = _flat(q, tokens, heads.queries, heads.size)
-    k_flat, v_flat = (leading(_flat(x, tokens, heads.keys, heads.size), count) for x in (k, v))
+    call = _checked((q.shape, k.shape, v.shape, kv_cache.shape), (q.dtype, k.dtype, v.dtype, kv_cache.dtype), scale)
+    batch = read_batch(OP, batch_info_host)
+    count = batch.tokens
+    if count > call.tokens:
+        raise ValueError(f"{OP}: batch_info_host counts {count} tokens, q holds {call.tokens}")
+    q_rows, k_rows, v_rows = _rows(call, q, k, v, kv_cache)
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    out_flat = out.view(tokens, heads.queries, heads.size)
-    if count < tokens:
-        out_flat[count:].zero_()
+    out_rows = out.view(*call.q_rows)
+    if count < call.tokens:
+        out_rows[count:].zero_()
     if count == 0:
         return out
+    if count < call.tokens:
+        q_rows, k_rows, v_rows, out_rows = (rows[:count] for rows in (q_rows, k_rows, v_rows, out_rows))
+    caches = kv_cache.unbind(1)  # here, once: FlashInfer takes both, and would do it in each of its calls
     quantised = kv_cache.dtype == FP8
     _append_function()(
-        *((to_fp8(k_flat, k_scale), to_fp8(v_flat, v_scale)) if quantised else (k_flat, v_flat)),
-        leading(flashinfer_batch_indices, count), leading(flashinfer_positions, count), kv_cache, cache_loc,
+        *((to_fp8(k_rows, k_scale), to_fp8(v_rows, v_scale)) if quantised else (k_rows, v_rows)),
+        leading(flashinfer_batch_indices, count), leading(flashinfer_positions, count), caches, cache_loc,
         leading(cu_num_pages, batch.sequences + 1), leading(last_page_len, batch.sequences), kv_layout="HND",
     )  # fmt: skip
     scales = {"k_scale": k_scale, "v_scale": v_scale} if quantised else {}
-    owner = planner("attention", q.device)
     host = (cu_num_pages_host, cache_loc, last_page_len_host, seq_len_with_cache_host)
-    split = batch.prefill_tokens
+    split, owner = batch.prefill_tokens, planner("attention", q.device)
+    # FlashInfer multiplies v_scale into `out` in place, so the caller's rows hold the final result.
     if split:
-        wrapper = owner.current(("prefill", parameters)) or owner.planned(
-            ("prefill", parameters),
-            lambda: _create_prefill(owner),
-            lambda w: _plan_prefill(
-                parameters, w, cu_seqlen_host[: batch.prefill + 1], select_pages(0, batch.prefill, *host)
-            ),
-        )
-        _run(wrapper, leading(q_flat, split), kv_cache, leading(out_flat, split), scales)
+        wrapper = _prefill_wrapper(owner, call.parameters, batch, cu_seqlen_host, host)
+        wrapper.run(leading(q_rows, split), caches, out=leading(out_rows, split), **scales)
     if batch.decode:
-        if batch.decode < tokens:
-            q_flat, out_flat = q_flat[split:count], out_flat[split:count]
-        key = owner.decode_key(parameters, batch.decode, kv_cache.shape[0])
-        wrapper = owner.current(key) or owner.planned_decode(
-            parameters,
-            lambda: select_pages(batch.prefill, batch.sequences, *host),
-            batch.decode,
-            kv_cache.shape[0],
-            DecodeFamily(_create_decode, functools.partial(_plan_decode, parameters)),
-        )
-        _run(wrapper, q_flat, kv_cache, out_flat, scales)
+        wrapper = _decode_wrapper(owner, call.parameters, batch, kv_cache.shape[0], host)
+        wrapper.run(q_rows[split:] if split else q_rows, caches, out=out_rows[split:] if split else out_rows, **scales)
     return out
+
+
+def _prefill_wrapper(owner: Planner, parameters: _Parameters, batch: Batch, cu_seqlen_host, host) -> Any:
+    key = "prefill", parameters
+    return owner.current(key) or owner.planned(
+        key,
+        lambda: _create_prefill(owner),
+        lambda w: _plan_prefill(
+            parameters, w, cu_seqlen_host[: batch.prefill + 1], select_pages(0, batch.prefill, *host)
+        ),
+    )
+
+
+def _decode_wrapper(owner: Planner, parameters: _Parameters, batch: Batch, pages: int, host) -> Any:
+    return owner.current(owner.decode_key(parameters, batch.decode, pages)) or owner.planned_decode(
+        parameters,
+        lambda: select_pages(batch.prefill, batch.sequences, *host),
+        batch.decode,
+        pages,
+        DecodeFamily(_create_decode, functools.partial(_plan_decode, parameters)),
+    )
 
 
 @functools.cache
@@ -211,11 +222,6 @@ def _append_function():
     return append_paged_kv_cache
 
 
-def _run(wrapper, q, kv_cache, out, scales) -> None:
-    # FlashInfer multiplies v_scale into `out` in place, so the caller's slice holds the final result.
-    wrapper.run(q, kv_cache, out=out, **scales)
-
-
 def to_fp8(tensor: torch.Tensor, scale: float) -> torch.Tensor:
     """tensor / scale in float8_e4m3fn, saturated."""
     if scale != 1.0:
@@ -223,16 +229,32 @@ def to_fp8(tensor: torch.Tensor, scale: float) -> torch.Tensor:
     return tensor.clamp(-448.0, 448.0).to(FP8)  # a plain cast turns an overflow into NaN
 
 
-def _flat(tensor: torch.Tensor, tokens: int, heads: int, size: int) -> torch.Tensor:
-    flat = tensor.reshape(tokens, heads, size)
-    if flat.stride(1) != size:
+def _rows(call: _Call, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, kv_cache: torch.Tensor) -> tuple:
+    """q, k and v as [tokens, heads, D], where FlashInfer's vectors of 16 bytes may read; copies where they may not."""
+    if (
+        q.is_contiguous()
+        and k.is_contiguous()
+        and v.is_contiguous()
+        and kv_cache.is_contiguous()
+        and not (q.data_ptr() | k.data_ptr() | v.data_ptr() | kv_cache.data_ptr()) & 15
+    ):
+        return q.view(*call.q_rows), k.view(*call.k_rows), v.view(*call.k_rows)
+    if not takes_vectors(kv_cache):
+        raise ValueError(f"{OP}: kv_cache has strides {kv_cache.stride()}; legal: last dimension contiguous, rows of D "
+                         "beginning at multiples of 16 bytes")  # fmt: skip
+    return _flat(q, call.q_rows), _flat(k, call.k_rows), _flat(v, call.k_rows)
+
+
+def _flat(tensor: torch.Tensor, rows: tuple[int, int, int]) -> torch.Tensor:
+    flat = tensor.reshape(*rows)
+    if flat.stride(1) != rows[2]:
         flat = flat.contiguous()
     return with_vectors(flat)
 
 
 @functools.lru_cache(maxsize=4096)
-def _checked(shapes: tuple[torch.Size, ...], dtypes: tuple[torch.dtype, ...], scale: float | None) -> _Parameters:
-    """The parameters of a call, from the shapes and dtypes of q, k, v and kv_cache."""
+def _checked(shapes: tuple[torch.Size, ...], dtypes: tuple[torch.dtype, ...], scale: float | None) -> _Call:
+    """A call's parameters and rows, from the shapes and dtypes of q, k, v and kv_cache."""
     (q, k, v, cache), (dtype, k_dtype, v_dtype, cache_dtype) = shapes, dtypes
     if len(cache) != 5 or cache[1] != 2:
         raise ValueError(f"{OP}: kv_cache has shape {list(cache)}; legal: [pages, 2, Nkv, page_size, D]")
@@ -251,4 +273,6 @@ def _checked(shapes: tuple[torch.Size, ...], dtypes: tuple[torch.dtype, ...], sc
             raise ValueError(f"{OP}: {name} is {list(shape)} {came}; legal: {kv_heads} heads of size {size}, {dtype}")
     if kv_heads == 0 or heads.queries % kv_heads:
         raise ValueError(f"{OP}: {heads.queries} query heads over {kv_heads} KV heads; legal: a multiple")
-    return _Parameters(heads, page_size, dtype, cache_dtype, default_scale(scale, size))
+    tokens = q[0] * q[1]
+    parameters = _Parameters(heads, page_size, dtype, cache_dtype, default_scale(scale, size))
+    return _Call(parameters, tokens, (tokens, heads.queries, size), (tokens, kv_heads, size))

@@ -21,8 +21,6 @@ from typing import Any
 
 import torch
 
-from shardwise.ops.attention.batch import Batch
-
 # FlashInfer asks for 128 MB; large batches of split sequences with 256-wide heads need twice that.
 WORKSPACE_BYTES = 256 * 1024 * 1024
 
@@ -213,44 +211,3 @@ def replan_decode(
         raise ValueError(
             f"no decode graph of batch size {count} was prepared on {cache_loc.device} inside decode_graphs()"
         )
-
-
-def fake_token_positions(position_ids, batch_info_host, cu_seqlen, seq_len_with_cache):
-    """Fake of the operators that prepare a step's metadata."""
-    return [position_ids.new_empty(position_ids.numel(), dtype=torch.int32) for _ in range(2)]
-
-
-def token_positions(
-    op: str,
-    family: str,
-    batch: Batch,
-    position_ids: torch.Tensor,  # [b, s]
-    cu_seqlen: torch.Tensor,  # int [sequences + 1 and more]
-    seq_len_with_cache: torch.Tensor,  # int [sequences and more]
-) -> list[torch.Tensor]:
-    """Sequence and absolute position of every token, both int32 [b * s]; -1 for padding behind the last token.
-
-    Starts a new step: the family's plans become stale. Nothing is read from the device.
-    """
-    count, tokens, sequences = position_ids.numel(), batch.tokens, batch.sequences
-    if tokens > count:
-        raise ValueError(f"{op}: batch_info_host counts {tokens} tokens, position_ids holds {count}")
-    if batch.prefill and cu_seqlen.numel() <= sequences:
-        raise ValueError(f"{op}: cu_seqlen has {cu_seqlen.numel()} entries; legal: {sequences + 1} and more")
-    if seq_len_with_cache.numel() < sequences:
-        raise ValueError(
-            f"{op}: seq_len_with_cache has {seq_len_with_cache.numel()} entries; legal: {sequences} and more"
-        )
-    planner(family, position_ids.device).reset()
-    lengths = seq_len_with_cache[:sequences].int()
-    token = torch.arange(tokens, dtype=torch.int32, device=position_ids.device)
-    if batch.prefill == 0:
-        batch_indices, positions = token, lengths - 1
-    else:
-        ends = cu_seqlen[1 : sequences + 1].int()
-        batch_indices = torch.searchsorted(ends, token, right=True, out_int32=True)
-        positions = (lengths - ends)[batch_indices] + token
-    if tokens == count:
-        return [batch_indices, positions]
-    padding = token.new_full((count - tokens,), -1)
-    return [torch.cat((batch_indices, padding)), torch.cat((positions, padding))]

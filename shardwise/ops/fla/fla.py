@@ -96,7 +96,7 @@ def _cached(op, q, k, v, g, beta, batch_info_host, cu_seqlen, slot_idx, use_init
         rows = [t.reshape(1, tokens, *t.shape[2:]) for t in (q, k, v, beta)]
         gate = None if g is None else g.reshape(1, tokens, -1)
         o, final = _chunked(rows[0], rows[1], rows[2], gate, rows[3], scale, one.states(), *one.chunks())
-        out = o.to(v.dtype).contiguous().view(v.shape)
+        out = o.to(v.dtype).contiguous().view(*v.shape)
         one.finish(out, final)
     if batch.decode:
         launch, taken = decode(op, q, k, v, g, beta, slots, cache, out, scale, batch)

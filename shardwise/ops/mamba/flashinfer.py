@@ -2,20 +2,22 @@
 
 import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 
-from shardwise.ops.attention.batch import Batch, read_batch
+from shardwise.ops.attention.batch import Batch
 from shardwise.ops.mamba import ssd_kernels as kernels
-from shardwise.ops.mamba.scan import Inputs, plan_prefill, prefill, prepare
-from shardwise.ops.mamba.triton import like_hidden
+from shardwise.ops.mamba.scan import Inputs
+from shardwise.ops.mamba.ssm import Plan, like_hidden, run_step
 from shardwise.ops.metadata_reports import report_word
 from shardwise.ops.registry import FLASHINFER, TRITON, operator
-from shardwise.ops.state_batch import check_metadata
-from shardwise.ops.triton_support import Kernel
+from shardwise.ops.triton_support import Kernel, Launch
 
-_launch_ready = Kernel(kernels.ready_kernel)
-_launch_drop = Kernel(kernels.drop_kernel)
+_ready = Kernel(kernels.ready_kernel)
+_drop = Kernel(kernels.drop_kernel)
+# Of steps without a copy or padding, by their layout.
+STEPS: dict[tuple, Plan] = {}
 
 
 @operator(fake=like_hidden, mutates=("ssm_state_cache",), needs=(FLASHINFER, TRITON), instead="torch_cached_ssm")
@@ -45,24 +47,50 @@ def flashinfer_cached_ssm(
         raise ValueError(
             f"{op}: FlashInfer takes head sizes 64 and 128, got {hidden_states.shape[-1]}; triton_cached_ssm takes any"
         )
-    batch = read_batch(op, batch_info_host)
-    check_metadata(op, batch, hidden_states, cu_seqlen, slot_idx, use_initial_states, ssm_state_cache)
-    one = prepare(
-        op, hidden_states, A, B, C, D, dt, dt_bias, batch, slot_idx, use_initial_states,
-        ssm_state_cache, time_step_limit, chunk_size,
+    return run_step(
+        op, STEPS, _plan_decode, _decode, hidden_states, A, B, C, D, dt, dt_bias, batch_info_host, cu_seqlen, slot_idx,
+        use_initial_states, chunk_indices, chunk_offsets, seq_idx_prefill, ssm_state_cache, time_step_limit, chunk_size,
     )  # fmt: skip
-    if batch.prefill_tokens:
-        metadata = cu_seqlen, use_initial_states, chunk_indices, chunk_offsets, seq_idx_prefill
-        cuts = tuple(tensor.contiguous() for tensor in metadata)
-        prefill(op, one.taken, cuts, one.out, plan_prefill(op, one, batch, cuts, chunk_size))
-    if batch.decode:
-        if ssm_state_cache.shape[0] < batch.decode:
-            raise ValueError(
-                f"{op}: FlashInfer wants a slot for each of the {batch.decode} decode sequences, the cache has "
-                f"{ssm_state_cache.shape[0]}; triton_cached_ssm takes any number"
-            )
-        _decode(op, one, batch)
-    return one.out
+
+
+class _Rows(NamedTuple):
+    """Where a tensor's decode tokens are: those from `first` on of its tokens, viewed as `size` [tokens, heads, D]."""
+
+    size: tuple[int, int, int]
+    first: int
+    last: int
+    vectors: bool
+    """Whether FlashInfer's vectors may read them where their address is aligned: dense in a token, tokens at multiples
+    of 16 bytes"""
+
+    def of(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The rows, in place."""
+        rows = tensor.view(*self.size)
+        return rows if self.last - self.first == self.size[0] else rows[self.first : self.last]
+
+    def readable(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The rows, copied where they must be."""
+        rows = self.of(tensor)
+        return rows if self.vectors and rows.data_ptr() % 16 == 0 else rows.clone(memory_format=torch.contiguous_format)
+
+
+class _Decode(NamedTuple):
+    """A decode step, but for its tensors: two small kernels of ours and what FlashInfer gets between them.
+
+    The first makes the time steps, clamped, which FlashInfer's are not, and 32-bit slots; the last gives zeros to the
+    tokens without a slot, for which FlashInfer computes something from an empty state.
+    """
+
+    ready: Launch
+    drop: Launch
+    size: tuple[int, int, int]
+    """Tokens, heads H, head size P"""
+    states: int
+    """N"""
+    x: _Rows
+    B: _Rows
+    C: _Rows
+    out: _Rows
 
 
 @functools.cache
@@ -72,39 +100,61 @@ def _update() -> Callable:
     return selective_state_update
 
 
-def _decode(op: str, one: Inputs, batch: Batch) -> None:
-    """FlashInfer's step between two small kernels of ours.
-
-    The first makes the time steps, clamped, which FlashInfer's are not, and 32-bit slots; the last gives zeros to the
-    tokens without a slot, for which FlashInfer computes something from an empty state.
-    """
-    count, device = batch.decode, one.x.device
-    (heads, size), states = one.x.shape[2:], one.B.shape[3]
-    steps = torch.empty((count, heads, 1), dtype=torch.float32, device=device)
-    slots = torch.empty(count, dtype=torch.int32, device=device)
-    free = batch.prefill_tokens, batch.prefill, heads, one.cache.shape[0], one.low, one.high
-    fixed = one.dt_t, 1 << (heads - 1).bit_length()
-    pointers = one.dt, one.dt_bias, one.slots, steps, slots, report_word(op)
-    _launch_ready(device, (count, 1, 1), pointers, free, fixed, warps=4)
-    x, B, C = (_tokens(t, batch) for t in (one.x, one.B, one.C))
-    A, D, out = one.A.float(), one.D.float(), _tokens(one.out, batch)
-    _update()(
-        one.cache,
-        x,
-        steps.expand(count, heads, size),
-        A.as_strided((heads, size, states), (1, 0, 0)),
-        B,
-        C,
-        D.as_strided((heads, size), (1, 0)),
-        state_batch_indices=slots,
-        pad_slot_id=-1,
-        out=out,
+def _plan_decode(op: str, one: Inputs, batch: Batch) -> _Decode:
+    count, device, (heads, size) = batch.decode, one.x.device, one.x.shape[2:]
+    if one.cache.shape[0] < count:
+        raise ValueError(
+            f"{op}: FlashInfer wants a slot for each of the {count} decode sequences, the cache has "
+            f"{one.cache.shape[0]}; triton_cached_ssm takes any number"
+        )
+    steps = torch.empty(0, dtype=torch.float32, device=device)  # for dtypes alone
+    index = torch.empty(0, dtype=torch.int32, device=device)
+    ready = _ready.form_for(
+        device,
+        (one.dt, one.dt_bias, one.slots, steps, index, report_word(op)),
+        (one.dt_t, 1 << (heads - 1).bit_length()),
+        warps=4,
     )
-    _launch_drop(device, (count, 1, 1), (slots, out), (heads * size,), (1024,), warps=4)
+    drop = _drop.form_for(device, (index, one.out), (1024,), warps=4)
+    grid, free = (count, 1, 1), (batch.prefill_tokens, batch.prefill, heads, one.cache.shape[0], one.low, one.high)
+    return _Decode(
+        Launch(ready, grid, free),
+        Launch(drop, grid, (heads * size,)),
+        (count, heads, size),
+        one.B.shape[3],
+        *(_rows(tensor, batch) for tensor in (one.x, one.B, one.C, one.out)),
+    )
 
 
-def _tokens(t: torch.Tensor, batch: Batch) -> torch.Tensor:
-    """The decode tokens of `t` [b, s, H, D], dense [decode, H, D]."""
-    if batch.prefill_tokens or batch.tokens < t.shape[0] * t.shape[1]:
-        return t.flatten(0, 1)[batch.prefill_tokens : batch.tokens].contiguous()
-    return t.contiguous().view(-1, *t.shape[2:])
+def _rows(tensor: torch.Tensor, batch: Batch) -> _Rows:
+    """Of [b, s, heads, D], where only one of b and s exceeds 1."""
+    tokens, (heads, size) = tensor.shape[0] * tensor.shape[1], tensor.shape[2:]
+    flat = tensor.view(tokens, heads, size)
+    dense = flat.stride(2) == 1 and flat.stride(1) == size
+    return _Rows(
+        (tokens, heads, size), batch.prefill_tokens, batch.tokens,
+        dense and flat.stride(0) * flat.element_size() % 16 == 0,
+    )  # fmt: skip
+
+
+def _decode(op: str, plan: _Decode, given: tuple[torch.Tensor, ...], out: torch.Tensor) -> None:
+    x, dt, dt_bias, A, B, C, D, slots, cache = given
+    count, heads, size = plan.size
+    # One number a head, repeated by strides, as FlashInfer wants it.
+    steps = torch.empty_strided(plan.size, (heads, 1, 0), dtype=torch.float32, device=x.device)
+    index = torch.empty_strided((count,), (1,), dtype=torch.int32, device=x.device)
+    plan.ready.form(plan.ready.grid, (dt, dt_bias, slots, steps, index, report_word(op)), plan.ready.free)
+    rows = plan.out.of(out)
+    _update()(
+        cache,
+        plan.x.readable(x),
+        steps,
+        A.float().as_strided((heads, size, plan.states), (1, 0, 0)),
+        plan.B.readable(B),
+        plan.C.readable(C),
+        D.float().as_strided((heads, size), (1, 0)),
+        state_batch_indices=index,
+        pad_slot_id=-1,
+        out=rows,
+    )
+    plan.drop.form(plan.drop.grid, (index, rows), plan.drop.free)

@@ -16,12 +16,11 @@ from shardwise.ops.attention.planner import (
     DecodeFamily,
     Pages,
     Planner,
-    fake_token_positions,
     leading,
     planner,
     select_pages,
-    token_positions,
 )
+from shardwise.ops.attention.positions import fake_token_positions, token_positions
 from shardwise.ops.mla.checks import LatentHeads, check_latent, split_weight
 from shardwise.ops.mla.reference import fake_cached_mla
 from shardwise.ops.registry import CUDA, FLASHINFER, operator

@@ -1,0 +1,65 @@
+"""What the cached state-space operators share: a step's checks, its kept launches, and prefill on our own kernels."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from shardwise.ops.attention.batch import Batch, read_batch
+from shardwise.ops.mamba.scan import Inputs, Prefill, plan_prefill, prefill, prepare
+from shardwise.ops.state_batch import check_metadata
+from shardwise.ops.triton_support import keep_launch, layout
+
+
+class Plan(NamedTuple):
+    """What a step launches, but for its tensors."""
+
+    prefill: Prefill | None
+    decode: Any
+
+
+def like_hidden(hidden_states, *_args):
+    """Fake of the cached state-space operators."""
+    return torch.empty_like(hidden_states, memory_format=torch.contiguous_format)
+
+
+def run_step(
+    op: str, kept: dict[tuple, Plan], plan_decode: Callable[[str, Inputs, Batch], Any],
+    run_decode: Callable[[str, Any, tuple[Tensor, ...], Tensor], None], hidden_states, A, B, C, D, dt, dt_bias,
+    batch_info_host, cu_seqlen, slot_idx, use_initial_states, chunk_indices, chunk_offsets, seq_idx_prefill,
+    ssm_state_cache, time_step_limit, chunk_size,
+) -> Tensor:  # fmt: skip
+    """One call of the operator `op`: its arguments are checked and its launches planned once for each layout.
+
+    kept        launches of steps without a copy or padding, by their layout
+    run_decode  decode tokens, from what `plan_decode` found, `Inputs.taken` and the result
+    """
+    batch = read_batch(op, batch_info_host)
+    check_metadata(op, batch, hidden_states, cu_seqlen, slot_idx, use_initial_states, ssm_state_cache)
+    given: tuple[Tensor, ...] = (hidden_states, dt, dt_bias, A, B, C, D, slot_idx, ssm_state_cache)
+    metadata: tuple[Tensor, ...] = ()
+    if batch.prefill_tokens:
+        metadata = cu_seqlen, use_initial_states, chunk_indices, chunk_offsets, seq_idx_prefill
+    key = batch, *time_step_limit, chunk_size, hidden_states.device, layout(*given, *metadata)
+    plan = kept.get(key)
+    if plan is not None:
+        out = torch.empty_like(hidden_states, memory_format=torch.contiguous_format)
+    else:
+        one = prepare(
+            op, hidden_states, A, B, C, D, dt, dt_bias, batch, slot_idx, use_initial_states,
+            ssm_state_cache, time_step_limit, chunk_size,
+        )  # fmt: skip
+        cuts = tuple(tensor.contiguous() for tensor in metadata)
+        plan = Plan(
+            plan_prefill(op, one, batch, cuts, chunk_size) if batch.prefill_tokens else None,
+            plan_decode(op, one, batch) if batch.decode else None,
+        )
+        if batch.tokens == hidden_states.shape[0] * hidden_states.shape[1]:
+            keep_launch(kept, key, plan, (*one.taken, *cuts), (*given, *metadata))
+        given, metadata, out = one.taken, cuts, one.out
+    if plan.prefill is not None:
+        prefill(op, given, metadata, out, plan.prefill)
+    if plan.decode is not None:
+        run_decode(op, plan.decode, given, out)
+    return out
