@@ -8,6 +8,7 @@ import torch
 
 from shardwise.ops.moe import triton as kernels
 from shardwise.ops.moe import trtllm
+from shardwise.ops.moe.bench_peers import TritonKernels, triton_kernels_found
 from shardwise.ops.moe.contract import SILU
 from shardwise.ops.moe.mxfp4 import mxfp4_moe
 from shardwise.ops.moe.mxfp4_layout import pack_mxfp4
@@ -20,6 +21,8 @@ LOOP = "expert loop"
 """The peer that synchronises: it asks which experts have tokens."""
 FEW_TOKENS = 1024
 """Below, calls are so short that a graph holds 16 of them; from here on 2, as one peer's calls are timed one by one."""
+ALPHA, LIMIT = 1.702, 7.0
+"""Of gpt-oss' activation."""
 INPUTS = 8
 """Token sets that calls take in turn, so that few tokens do not find their experts' weights in the L2 cache."""
 
@@ -117,22 +120,27 @@ def measure_layer(
 
 
 def _mxfp4_calls(layer: Layer, device: str):
-    """The whole operator, routing included."""
+    """The whole operator, routing included; the peer: OpenAI's triton_kernels where they are installed."""
 
-    def matrix(rows: int, columns: int, paired: bool):
+    def matrix(rows: int, columns: int):
         blocks = torch.randint(0, 256, (layer.experts, rows, columns // 32, 16), dtype=torch.uint8, device=device)
         scales = torch.randint(117, 122, blocks.shape[:-1], dtype=torch.uint8, device=device)
-        return pack_mxfp4(blocks, scales, torch.randn(layer.experts, rows, device=device), paired)
+        return blocks, scales, torch.randn(layer.experts, rows, device=device)
 
-    up, down = matrix(2 * layer.size, layer.hidden, True), matrix(layer.hidden, layer.size, False)
+    raw_up, raw_down = matrix(2 * layer.size, layer.hidden), matrix(layer.hidden, layer.size)
+    up, down = pack_mxfp4(*raw_up, paired=True), pack_mxfp4(*raw_down, paired=False)
+    peer = TritonKernels(raw_up, raw_down, layer.top_k, ALPHA, LIMIT) if triton_kernels_found() else None
 
     def calls(inputs, router):
         weight, bias = router.bfloat16(), router.new_zeros(layer.experts)
 
         def one(x):
-            return lambda: mxfp4_moe(x, weight, bias, layer.top_k, up, down, 1.702, 7.0, 0)
+            return lambda: mxfp4_moe(x, weight, bias, layer.top_k, up, down, ALPHA, LIMIT, 0)
 
-        return {"ours": [one(x) for x, _, _ in inputs]}
+        found = {"ours": [one(x) for x, _, _ in inputs]}
+        if peer is not None:
+            found["triton_kernels"] = [partial(peer, x, weight, bias) for x, _, _ in inputs]
+        return found
 
     return calls
 
