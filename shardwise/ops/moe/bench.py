@@ -8,7 +8,7 @@ import torch
 
 from shardwise.ops.moe import triton as kernels
 from shardwise.ops.moe import trtllm
-from shardwise.ops.moe.bench_peers import TritonKernels, triton_kernels_found
+from shardwise.ops.moe.bench_peers import Raw, TritonKernels, triton_kernels_found
 from shardwise.ops.moe.contract import SILU
 from shardwise.ops.moe.mxfp4 import mxfp4_moe
 from shardwise.ops.moe.mxfp4_layout import pack_mxfp4
@@ -122,7 +122,7 @@ def measure_layer(
 def _mxfp4_calls(layer: Layer, device: str):
     """The whole operator, routing included; the peer: OpenAI's triton_kernels where they are installed."""
 
-    def matrix(rows: int, columns: int):
+    def matrix(rows: int, columns: int) -> Raw:
         blocks = torch.randint(0, 256, (layer.experts, rows, columns // 32, 16), dtype=torch.uint8, device=device)
         scales = torch.randint(117, 122, blocks.shape[:-1], dtype=torch.uint8, device=device)
         return blocks, scales, torch.randn(layer.experts, rows, device=device)
