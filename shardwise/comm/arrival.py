@@ -12,9 +12,9 @@ from typing import Any
 
 from shardwise.comm.bootstrap import Rendezvous
 from shardwise.comm.segment import LONG_SLEEP, SHORT_SLEEP, YIELD_SECONDS, Segment, WaitFailed, share
+from shardwise.comm.watch import ROLL_CALL_SECONDS
 
 MissingRanks = WaitFailed
-ROLL_CALL_SECONDS = 1.5
 LATE_TAG, ABORT_TAG = 1, 2
 EMPTY_HALF = 64
 
@@ -26,6 +26,13 @@ def owned(comm):
     """`comm`, which this package made and frees before MPI is finalised."""
     _owned.append(comm)
     return comm
+
+
+def free(comm) -> None:
+    """Give `comm` back now, where this package made it. Every rank of it does."""
+    if comm in _owned:
+        _owned.remove(comm)
+        comm.Free()
 
 
 def free_owned() -> None:
@@ -44,6 +51,9 @@ class Arrivals(ABC):
     @abstractmethod
     def abort(self, reason: str) -> None:
         """End all present and later meetings of all ranks."""
+
+    def close(self) -> None:  # noqa: B027  (shared memory goes with its last user)
+        """Give back what MPI holds for it."""
 
     @abstractmethod
     def split(self, comm, members: Sequence[int]) -> "Arrivals":
@@ -153,6 +163,9 @@ class MessageArrivals(Arrivals):
 
     def abort(self, reason: str) -> None:
         self._tell(ABORT_TAG, reason)
+
+    def close(self) -> None:
+        free(self.comm)
 
     def split(self, comm, members: Sequence[int]) -> "MessageArrivals":
         return MessageArrivals(comm)

@@ -149,4 +149,4 @@ class Communicator(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """Give back what the group holds; idempotent."""
+        """Give back what the group holds, and the groups split off it; idempotent. Every member calls it."""

@@ -83,6 +83,8 @@ class BaseCommunicator(Communicator):
         self.reason = "asked for by name"
         self._world_rank = self.ranks[rank]
         self._splits = 0
+        self._parts: list[BaseCommunicator] = []
+        """Groups split off this one."""
 
     def __repr__(self) -> str:
         return f"<{self.transport} group {self.name}: rank {self.rank} of {self.size}>"
@@ -246,7 +248,9 @@ class BaseCommunicator(Communicator):
         name = f"{self.name}/{self._splits}.{color}"
         if len(set(colors)) == self.size:
             return self._alone(name)
-        return self._split(name, [rank for _, rank in members], list(colors))
+        part = self._split(name, [rank for _, rank in members], list(colors))
+        self._parts.append(part)
+        return part
 
     def _alone(self, name: str) -> "BaseCommunicator":
         from shardwise.comm.fake import FakeCommunicator  # which derives from this class
@@ -260,6 +264,10 @@ class BaseCommunicator(Communicator):
         self._abort(reason)
 
     def close(self) -> None:
+        for part in self._parts:
+            part.broken = part.broken or self.broken  # a broken one does not wait for its members
+            part.close()
+        self._parts.clear()
         self.broken = self.broken or "the group is closed"
 
     # For transports

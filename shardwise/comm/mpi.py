@@ -21,7 +21,7 @@ from torch import Tensor
 
 from shardwise.comm import compose, watch
 from shardwise.comm.arguments import starts
-from shardwise.comm.arrival import Arrivals, MessageArrivals, MissingRanks, SegmentArrivals, free_owned, owned
+from shardwise.comm.arrival import Arrivals, MessageArrivals, MissingRanks, SegmentArrivals, free, free_owned, owned
 from shardwise.comm.base import CollectiveTimeout, CommError, NotHere, PeerLost
 from shardwise.comm.bootstrap import Rendezvous
 from shardwise.comm.collective import BaseCommunicator
@@ -64,6 +64,12 @@ def world_communicator():
     return owned(library().COMM_WORLD.Dup())
 
 
+@functools.cache
+def meeting_place():
+    """The one over all ranks that mpirun started by which groups are made; it stays."""
+    return world_communicator()
+
+
 def world_ranks(comm) -> list[int]:
     """Ranks of `comm`'s members in COMM_WORLD, in the order of `comm`."""
     MPI = library()
@@ -75,7 +81,7 @@ def takes_device_pointers() -> tuple[bool, str]:
     """(MPI reads and writes CUDA memory, reason): what the loaded library answers, not what it is believed to be."""
     library()
     with open("/proc/self/maps") as maps:
-        paths = sorted({match[0] for match in re.findall(r"(/\S*/libmpi[.\w]*\.so[.\d]*)()", maps.read())})
+        paths = sorted(set(re.findall(r"/\S*/libmpi[.\w]*\.so[.\d]*", maps.read())))
     for path in paths:
         try:
             query = ctypes.CDLL(path).MPIX_Query_cuda_support
@@ -280,6 +286,13 @@ class MpiCommunicator(BaseCommunicator):
             **self._settings,
         )
         return group
+
+    def close(self) -> None:
+        healthy = self.broken is None
+        super().close()
+        if healthy:  # a broken one may have calls under way; it goes with the process
+            self._arrivals.close()
+            free(self.comm)
 
     def _abort(self, reason: str) -> None:
         global _failed

@@ -124,15 +124,15 @@ class _Request:
         if self.speaks_mpi:
             from shardwise.comm.mpi import MpiRendezvous
 
-            return MpiRendezvous(self.communicator())
+            return MpiRendezvous(self.communicator(stays=True))
         store = self.store or store_from_environment(self.info, deadlines.rendezvous)
         return world_rendezvous(store, self.info)
 
-    def communicator(self):
+    def communicator(self, stays: bool = False):
         """MPI's, over the ranks of `info`. Raises NotHere where MPI knows other ranks than the launcher does."""
-        from shardwise.comm.mpi import world_communicator
+        from shardwise.comm.mpi import meeting_place, world_communicator
 
-        comm, info = self.mpi_comm or world_communicator(), self.info
+        comm, info = self.mpi_comm or (meeting_place() if stays else world_communicator()), self.info
         if (comm.Get_rank(), comm.Get_size()) != (info.rank, info.world):
             raise NotHere(
                 f"transport mpi needs ranks that the mpirun of its own MPI library started: {info.source} says rank "
@@ -292,9 +292,12 @@ def make_groups(world: Communicator, layout: "Grid | None" = None) -> Groups:
     """
     size = world.size
     tp, moe_ep = (layout.tp, layout.moe_ep) if layout is not None else (size, 1)
-    for name, axis in (("tp x attn_dp", tp), ("moe_tp x moe_ep", moe_ep)):
+    for name, axis, other in (("tp", tp, "attn_dp"), ("moe_ep", moe_ep, "moe_tp")):
         if axis < 1 or size % axis:
-            raise ValueError(f"layout does not fit: {name} must be the world of {size}, but one axis is {axis}")
+            raise ValueError(
+                f"layout: {name} {axis} times {other} must be the world of {size}; legal {name}: "
+                f"{' '.join(str(n) for n in range(1, size + 1) if size % n == 0)}"
+            )
     made: dict[tuple[int, ...], Communicator] = {tuple(range(size)): world}
 
     def group(colors: list[int]) -> Communicator:

@@ -30,8 +30,6 @@ from shardwise.comm.collective import BaseCommunicator
 from shardwise.comm.control import FRAME_BYTES, framed, unframed
 
 SLICE = timedelta(seconds=0.2)
-ROLL_CALL_SECONDS = 1.5
-"""How long a rank that gave up waits for the others to write their names, as their deadlines end a little later."""
 _gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 """torch 2.13 renames them; 2.11 knows the old names only."""
@@ -112,7 +110,7 @@ class TorchDistCommunicator(BaseCommunicator):
         else:
             group = dist.new_group(list(meeting.ranks), backend=backend)
         communicator = cls(group, backend, store, **options)
-        communicator._owner = owner
+        communicator._owner, communicator._own_group = owner, not owner
         if owner:
             atexit.register(_leave, options["deadlines"].stop)
         return communicator
@@ -174,7 +172,7 @@ class TorchDistCommunicator(BaseCommunicator):
         """Roll call through the store: whoever waits for the same collective answers."""
         place = f"late/{self.name}/{self.sequence}"
         missing = []
-        end = time.monotonic() + ROLL_CALL_SECONDS
+        end = time.monotonic() + watch.ROLL_CALL_SECONDS
         try:
             self.store.set(f"{place}/{self.rank}", b"here")
             for rank in range(self.size):
@@ -303,7 +301,7 @@ class TorchDistCommunicator(BaseCommunicator):
             control = self.control.split_known(
                 colors, [members.index(i) if i in members else i for i in range(self.size)]
             )
-        return TorchDistCommunicator(
+        part = TorchDistCommunicator(
             group,
             self.transport,
             self.store,
@@ -312,6 +310,8 @@ class TorchDistCommunicator(BaseCommunicator):
             name=name,
             **self._settings,
         )
+        part._own_group = True
+        return part
 
     def _abort(self, reason: str) -> None:
         with contextlib.suppress(RuntimeError):  # rank 0 may be gone, and the store with it

@@ -15,6 +15,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields
 
 FLIGHT_LENGTH = 256
+ROLL_CALL_SECONDS = 1.5
+"""How long a rank whose wait gave up hears who else waits: the others' deadlines end a little later."""
 LOG_FOLDER_ENV = "SHARDWISE_LOG_DIR"
 
 

@@ -11,8 +11,9 @@ import torch
 import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from shardwise.comm import mpi, strategy
+from shardwise.comm import arrival, mpi, strategy
 from shardwise.comm.arrival import MessageArrivals
+from shardwise.comm.base import CommError
 from shardwise.comm.bootstrap import FolderStore
 from shardwise.comm.rank import RankInfo
 from shardwise.comm.strategy import create
@@ -198,3 +199,28 @@ def without_memory(info, store):
     group.barrier()
     group.close()
     return group.transport, group.why(), total
+
+
+def close_parts(info, store, transport):
+    """How many of the library's groups this rank holds: before two splits, one in the other, after, and when closed."""
+    group = create(info, transport=transport, store=store)
+
+    def held():
+        return len(arrival._owned) if transport == "mpi" else len(dist.distributed_c10d._world.pg_map)
+
+    counts = [held()]
+    part = group.split(0)
+    deeper = part.split(0, key=-info.rank)
+    assert deeper.all_reduce(torch.ones(2)).tolist() == [2.0, 2.0]
+    counts.append(held())
+    group.barrier()
+    part.close()
+    counts.append(held())
+    assert group.all_reduce(torch.ones(2)).tolist() == [2.0, 2.0], "the group itself stays"
+    refused = None
+    try:
+        deeper.all_reduce(torch.ones(2))
+    except CommError as error:
+        refused = str(error)
+    group.close()
+    return counts, refused

@@ -59,3 +59,11 @@ def test_auto_falls_back_where_shared_memory_cannot_be_made(mpi, transport):
     assert [(name, total) for name, _, total in results] == [(transport, 3.0)] * 2
     assert results[0][1] == results[1][1]
     assert "No space left on device" in results[0][1]
+
+
+@pytest.mark.parametrize(("mpi", "transport"), [(False, "gloo"), (True, "mpi")], ids=["demo", "MPI"])
+def test_a_closed_group_and_those_split_off_it_leave_nothing_with_the_library(mpi, transport):
+    for (before, split, closed), refused in run_processes(2, "rank_bodies:close_parts", transport, mpi=mpi):
+        assert split == before + 2
+        assert closed == before
+        assert "the group is closed" in refused
