@@ -1,25 +1,30 @@
-"""Host time of one eager call on a GPU: floors, FlashInfer called directly, and the operators, at sizes of one token.
+"""Host time of one eager call on a GPU, at sizes of one token or of one short prompt.
 
     python benchmarks/ops_host_time.py [--json FILE]
 
-µs, the lowest mean of many calls with the device behind. Floors of the machine, in the same run: PyTorch's own
-operators, an operator of the registry that does nothing, a Triton kernel of one pointer launched Triton's way and ours.
-`over` is what an operator takes beyond its kernels: its time less one bare launch of ours for each kernel, or less
-FlashInfer called directly.
+µs, the least of many rounds of some calls with the device behind; in every round an operator, what calls the same
+foreign kernels without us, and an empty kernel launched our way follow one another, so that a busy host meets all of
+them. `beyond` is what an operator takes on top of its kernels: its time less that of the direct call, less one bare
+launch for each kernel of ours. `views` is a direct call that begins with the operator's own tensors, whose views it
+makes. Floors of the machine: PyTorch's own operators, an operator of the registry that does nothing, a kernel of one
+pointer launched Triton's way and ours.
 """
 
 import argparse
 import json
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import torch
 from ops_attention import Batch, Pool, flashinfer_calls, mla_calls, triton_calls
 
 from shardwise.launch.machine import machine_facts
-from shardwise.ops.bench.cases import EPS, norm_cases, rope_cases
-from shardwise.ops.bench.measure import host_microseconds
+from shardwise.ops.bench.cases import EPS, Case, norm_cases, rope_cases
+from shardwise.ops.bench.measure import alternating_host_microseconds
+from shardwise.ops.bench.states import NEMOTRON_H, conv_cases, delta_cases, ssm_decode_cases, ssm_prefill_cases
 from shardwise.ops.registry import _define, _describe
 from shardwise.ops.triton_support import Kernel, triton
 
@@ -37,63 +42,82 @@ def idle(x: torch.Tensor, weight: torch.Tensor, eps: float) -> None:
 
 @dataclass(frozen=True)
 class Row:
-    """`kernels` launches stand in the call; `direct` names the row that calls the same kernels without us."""
+    """`kernels` launches of ours stand in the call; `beside` are other ways to the same, `direct` first."""
 
     name: str
     call: Callable[[], object]
     kernels: int = 0
-    direct: str = ""
+    beside: dict[str, Callable[[], object]] = field(default_factory=dict)
 
 
-def floors() -> list[Row]:
+def floors(x: torch.Tensor, weight: torch.Tensor) -> Iterator[Row]:
     """What the machine takes at least."""
-    x, weight = (torch.randn(n, device="cuda", dtype=torch.bfloat16) for n in (4096, 4096))
     idle.__name__, idle.__module__ = "torch_idle", "shardwise.ops.utils.reference"
     _define(_describe(idle, (), (), None, "shardwise_bench"), idle, lambda x, weight, eps: None)
-    ours = Kernel(idle_kernel)
-    return [
-        Row("torch.add", lambda: torch.add(x, x)),
-        Row("torch.empty_like", lambda: torch.empty_like(x)),
-        Row("torch.rms_norm", lambda: torch.rms_norm(x, (4096,), weight, EPS)),
-        Row("idle operator", lambda: torch.ops.shardwise_bench.torch_idle(x, weight, EPS)),
-        Row("idle kernel, Triton's launch", lambda: idle_kernel[(1,)](x, num_warps=1)),
-        Row("idle kernel, our launch", lambda: ours(x.device, (1, 1, 1), (x,), (), (), warps=1)),
-    ]
+    yield Row("torch.add", lambda: torch.add(x, x))
+    yield Row("torch.empty_like", lambda: torch.empty_like(x))
+    yield Row("torch.rms_norm", lambda: torch.rms_norm(x, (4096,), weight, EPS))
+    yield Row("idle operator", lambda: torch.ops.shardwise_bench.torch_idle(x, weight, EPS))
+    yield Row("idle kernel, Triton's launch", lambda: idle_kernel[(1,)](x, num_warps=1))
 
 
-def basic_rows() -> list[Row]:
+def basic_rows() -> Iterator[Row]:
     """Norms, rope and utilities, and FlashInfer's functions for the same."""
-    rows = []
     for case in (*norm_cases((1,), (4096,)), *rope_cases((1,))):
-        if "flashinfer" in case.peers and case.operator.startswith("flashinfer"):
-            rows.append(Row(f"{case.operator}, direct", case.peers["flashinfer"]))
-        direct = f"{case.operator}, direct" if case.operator.startswith("flashinfer") else ""
-        rows.append(Row(case.operator, case.call, kernels=0 if direct else 1, direct=direct))
+        foreign = case.operator.startswith("flashinfer")
+        yield Row(case.operator, case.call, 0 if foreign else 1,
+                  {"direct": case.peers["flashinfer"]} if foreign else {})  # fmt: skip
     source, ids, out = torch.randn(64, device="cuda"), torch.arange(16, device="cuda"), torch.zeros(64, device="cuda")
-    call = lambda: OPS.triton_utils_fused_gather_scatter(source, ids, ids, out)  # noqa: E731
-    return [*rows, Row("triton_utils_fused_gather_scatter", call, kernels=1)]
+    call = partial(OPS.triton_utils_fused_gather_scatter, source, ids, ids, out)
+    yield Row("triton_utils_fused_gather_scatter", call, 1)
 
 
-def attention_rows() -> list[Row]:
-    """One step of four sequences, eager."""
-    pool, rows = Pool(1 << 26), []
-    for name, shape, kernels in (("decode", Batch(4, 256, 1), 2), ("prefill", Batch(1, 64, 64), 2)):
+def attention_rows() -> Iterator[Row]:
+    """One step of four sequences or one short prompt, and its metadata."""
+    pool = Pool(1 << 26)
+    for name, shape, kernels in (("decode", Batch(4, 256, 1), 1), ("prefill", Batch(1, 64, 64), 2)):
         direct, _, operator = flashinfer_calls(shape, pool, 1)
-        rows += [
-            Row(f"triton_attention_flattened_mha_with_cache, {name}", triton_calls(shape, pool, 1)[0], kernels=kernels),
-            Row(f"flashinfer_attention_mha_with_cache, {name}, direct", direct[0]),
-            Row(f"flashinfer_attention_mha_with_cache, {name}", operator[0],
-                direct=f"flashinfer_attention_mha_with_cache, {name}, direct"),
-        ]  # fmt: skip
-    inputs = Batch(4, 256, 1).paged()[1]
-    rows.append(
-        Row("flashinfer_attention_prepare_metadata", lambda: OPS.flashinfer_attention_prepare_metadata(*inputs))
-    )
+        yield Row(f"triton_attention_flattened_mha_with_cache, {name}", triton_calls(shape, pool, 1)[0], kernels)
+        yield Row(f"flashinfer_attention_mha_with_cache, {name}", operator[0], 0, {"direct": direct[0]})
+        inputs = shape.paged()[1]
+        for family in ("attention", "mla"):
+            metadata = partial(getattr(OPS, f"flashinfer_{family}_prepare_metadata"), *inputs)
+            yield Row(f"flashinfer_{family}_prepare_metadata, {name}", metadata, 1)
     mla = mla_calls(Batch(4, 256, 1), pool)
-    rows += [Row("flashinfer_mla_with_cache, run alone", mla["fi_run"][0]),
-             Row("flashinfer_mla_with_cache, products alone", mla["products"][0]),
-             Row("flashinfer_mla_with_cache, decode", mla["fi_operator"][0])]  # fmt: skip
-    return rows
+    beside = {"direct": lambda: (mla["products"][0](), mla["fi_run"][0]())}
+    yield Row("flashinfer_mla_with_cache, decode; products and run", mla["fi_operator"][0], 0, beside)
+
+
+def state_rows() -> Iterator[Row]:
+    """State-space, convolution and delta-rule operators, and the metadata of the first."""
+    for case in ssm_decode_cases((1,), {"Nemotron-H": NEMOTRON_H}):
+        foreign = case.operator.startswith("flashinfer")
+        beside = {"direct": case.peers["flashinfer"], "views": _step_with_views(case)} if foreign else {}
+        yield Row(f"{case.operator}, {case.size}", case.call, 2 if foreign else 1, beside)
+    for case in conv_cases((1,), (64,)):
+        yield Row(f"{case.operator}, {case.size}", case.call, 1 if case.size.startswith("decode") else 2)
+    for case in ssm_prefill_cases((64,)):
+        yield Row(f"{case.operator}, {case.size}", case.call, 3 if case.operator == "triton_cached_ssm" else 1)
+    for case in delta_cases((), (1,)):
+        yield Row(f"{case.operator}, {case.size}", case.call, 1)
+
+
+def _step_with_views(case: Case) -> Callable[[], object]:
+    """FlashInfer's step from the operator's tensors [b, 1, ...] and [H], for whoever needs no bounds on time steps."""
+    from flashinfer.mamba import selective_state_update
+
+    (x, A, B, C, D, dt, bias), slots, cache = case.args[:7], case.args[9].int(), case.args[14]
+    heads, size, states = cache.shape[1:]
+
+    def call():
+        steps = dt[:, 0].float()[..., None].expand(-1, heads, size)
+        wide = A[:, None, None].expand(heads, size, states), D[:, None].expand(heads, size)
+        offset = bias[:, None].expand(heads, size)
+        return selective_state_update(
+            cache, x[:, 0], steps, wide[0], B[:, 0], C[:, 0], wide[1], None, offset, True, slots
+        )
+
+    return call
 
 
 def main() -> None:
@@ -102,16 +126,17 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write rows, machine and versions")
     args = parser.parse_args()
     torch.manual_seed(0)
-    times: dict[str, float] = {}
+    x, weight = (torch.randn(4096, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    launch = partial(Kernel(idle_kernel), x.device, (1, 1, 1), (x,), (), (), warps=1)
     rows = []
-    for row in (*floors(), *basic_rows(), *attention_rows()):
-        times[row.name] = host_microseconds(row.call, calls=200, repeats=8)
-        rows.append({"call": row.name, "host_us": times[row.name]})
-        if row.kernels or row.direct:
-            floor = times[row.direct] if row.direct else row.kernels * times["idle kernel, our launch"]
-            rows[-1]["over_us"] = times[row.name] - floor
-        over = f"{rows[-1]['over_us']:8.2f}" if "over_us" in rows[-1] else ""
-        print(f"{row.name:60} {times[row.name]:8.2f} {over}", flush=True)
+    for row in chain(floors(x, weight), basic_rows(), attention_rows(), state_rows()):
+        times = alternating_host_microseconds({"call": row.call, "launch": launch} | row.beside)
+        beyond = times["call"] - times.get("direct", 0.0) - row.kernels * times["launch"]
+        rows.append({"call": row.name, "kernels": row.kernels, "host_us": times})
+        if row.kernels or row.beside:
+            rows[-1]["beyond_us"] = beyond
+        print(f"{row.name:62}", *(f"{name} {time:7.2f}" for name, time in times.items()),
+              f"beyond {beyond:7.2f}" if "beyond_us" in rows[-1] else "", flush=True)  # fmt: skip
         if args.json:
             args.json.write_text(json.dumps({"machine": machine_facts(), "rows": rows}, indent=1) + "\n")
 

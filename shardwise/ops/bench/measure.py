@@ -95,6 +95,25 @@ def host_microseconds(call: Callable[[], object], *, calls: int = 500, repeats: 
     return best * 1e6
 
 
+def alternating_host_microseconds(
+    variants: Mapping[str, Callable[[], object]], *, calls: int = 20, rounds: int = 40
+) -> dict[str, float]:
+    """Lowest mean host time of eager calls, a few of every variant in turn: what keeps the host busy for a while then
+    meets all of them alike."""
+    wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+    best = dict.fromkeys(variants, float("inf"))
+    for each in range(rounds + 1):
+        for name, call in variants.items():
+            wait()
+            begin = time.perf_counter()
+            for _ in range(calls):
+                call()
+            if each:  # the first round warms up
+                best[name] = min(best[name], (time.perf_counter() - begin) / calls * 1e6)
+    wait()
+    return best
+
+
 def copy_microseconds(total_bytes: int) -> float:
     """Device time of the quicker of two copies that read and write `total_bytes` together.
 
