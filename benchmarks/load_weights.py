@@ -21,8 +21,8 @@ from pathlib import Path
 
 import numpy as np
 
-from shardwise.launch.job import run_job
 from shardwise.launch.machine import machine_facts
+from shardwise.launch.start import run_job
 from shardwise.sharding.plan import plan
 
 HERE = Path(__file__).parent

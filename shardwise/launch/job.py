@@ -1,9 +1,4 @@
-"""A job: one function run on every rank, by a launcher of ours. What benchmarks, `run` and `LLM` start.
-
-    results = run_job("package.module:function", {"size": 4096}, world=2)
-
-calls `function(context)` on two new ranks and returns what each of them returned (JSON values).
-"""
+"""A job: one function that runs on every rank, where its files go, what its ranks get, and how it may end."""
 
 import fcntl
 import json
@@ -14,7 +9,7 @@ import signal
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -25,8 +20,6 @@ from typing import Any
 from shardwise.comm import watch
 from shardwise.comm.watch import Deadlines
 from shardwise.launch.failure import Failure
-
-LAUNCHERS = ("local", "torchrun", "mpi", "ray")
 
 
 class JobFailed(RuntimeError):
@@ -146,68 +139,6 @@ class Claim:
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None
-
-
-def run_job(
-    target: str,
-    payload: Mapping[str, Any] | None = None,
-    *,
-    world: int,
-    launcher: str = "local",
-    options: Mapping[str, Any] | None = None,
-    environment: Mapping[str, str] | None = None,
-    on_event: Callable[[dict], None] = lambda event: None,
-    deadline: float | None = None,
-    debug: bool = False,
-) -> list[Any]:
-    """Run `target` on `world` new ranks; returns each rank's result, by rank.
-
-    options    of the launcher: Ray takes `address` and `device`
-    on_event   called with what ranks emit: {"event": ..., "rank": ..., ...}
-    deadline   seconds for the whole job once all ranks are there (None: no bound of its own)
-    Raises JobFailed when a rank fails, ValueError or RuntimeError when the launcher cannot start it here.
-    """
-    from shardwise.launch.supervise import Supervisor
-
-    job = Job(target=target, payload=payload or {}, world=world, environment=environment or {}, debug=debug)
-    with Supervisor(job, backend(launcher, **(options or {}))) as supervisor:
-        return supervisor.finish(on_event, deadline)
-
-
-def require_launcher(launcher: str | None, ray_address: str | None = None) -> None:
-    """ValueError for an unknown one, and for a cluster's address that the launcher has no use for. None: local."""
-    if launcher not in (None, *LAUNCHERS):
-        raise ValueError(f"unknown launcher {launcher!r}; legal: {', '.join(LAUNCHERS)}")
-    if ray_address is not None and launcher != "ray":
-        raise ValueError(
-            f"the Ray address {ray_address!r} has no effect with launcher {launcher or 'local'}: name launcher ray, or "
-            "drop the address"
-        )
-
-
-def launcher_options(launcher: str, ray_address: str | None, device: str) -> dict[str, Any]:
-    """What the launcher of that name wants to know beside the job."""
-    return {"address": ray_address, "device": device} if launcher == "ray" else {}
-
-
-def backend(launcher: str, **options: Any):
-    """The launcher of that name. Raises ValueError for an unknown one."""
-    require_launcher(launcher)
-    if launcher == "local":
-        from shardwise.launch.local import Local
-
-        return Local()
-    if launcher == "torchrun":
-        from shardwise.launch.torchrun import Torchrun
-
-        return Torchrun()
-    if launcher == "mpi":
-        from shardwise.launch.mpi import Mpi
-
-        return Mpi()
-    from shardwise.launch.ray import Ray
-
-    return Ray(**options)
 
 
 @contextmanager

@@ -20,9 +20,10 @@ from typing import TYPE_CHECKING, Any, Protocol, Unpack
 from shardwise.comm.rank import RankInfo
 from shardwise.comm.watch import Deadlines
 from shardwise.launch import env, guard
-from shardwise.launch.job import Job, backend, launcher_options, require_launcher
+from shardwise.launch.job import Job
 from shardwise.launch.model_config import ModelConfig, ModelOptions, checkpoint_of, model_config, plan_of, within
 from shardwise.launch.session import SERVE, Answer, Session, params_to_json
+from shardwise.launch.start import backend, launcher_options, require_launcher
 from shardwise.launch.supervise import Supervisor
 from shardwise.parallel.results import Completion, RankStats, TokenEvent
 from shardwise.parallel.sampler import SamplingParams

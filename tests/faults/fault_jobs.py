@@ -10,7 +10,8 @@ from pathlib import Path
 
 from shardwise.comm.watch import process_alive, process_start
 from shardwise.launch.failure import Failure
-from shardwise.launch.job import JobFailed, run_job
+from shardwise.launch.job import JobFailed
+from shardwise.launch.start import run_job
 
 HERE = Path(__file__).parent
 MARK = "SHARDWISE_TEST_JOB"
@@ -83,7 +84,8 @@ def start_parent(mark: str, launcher: str, body: str, log_folder: Path) -> subpr
     """A process that runs `fault_bodies:<body>` on two ranks by `launcher`, and prints `ready` once they all are."""
     program = (
         "import sys, fault_jobs\n"
-        "from shardwise.launch.job import interruptible, Interrupted, run_job\n"
+        "from shardwise.launch.job import interruptible, Interrupted\n"
+        "from shardwise.launch.start import run_job\n"
         "ready = []\n"
         "def seen(event):\n"
         "    ready.append(event)\n"

@@ -7,7 +7,7 @@ import threading
 import pytest
 from fault_jobs import fail, job_environment, start_parent, survivors
 
-from shardwise.launch.job import run_job
+from shardwise.launch.start import run_job
 
 LAUNCHERS = ("local", "torchrun", "mpi")
 BOUND = {"local": 10.0, "torchrun": 30.0, "mpi": 15.0}

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from fault_jobs import fail, job_environment, start_parent, survivors
 
-from shardwise.launch.job import run_job
+from shardwise.launch.start import run_job
 
 ray = pytest.importorskip("ray")
 

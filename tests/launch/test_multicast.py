@@ -9,7 +9,7 @@ import pytest
 from torch_watch import SWITCHES
 
 from shardwise.launch import env
-from shardwise.launch.job import run_job
+from shardwise.launch.start import run_job
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]

@@ -113,7 +113,7 @@ def _peers(args: argparse.Namespace, device: str) -> list[str]:
 
 
 def _measure(body: str, payload: dict, world: int, launcher: str) -> tuple[list[dict], list[str], list[str]]:
-    from shardwise.launch.job import run_job
+    from shardwise.launch.start import run_job
 
     threads = {"OMP_NUM_THREADS": "1"}  # one thread a rank: this measures moving, not adding in parallel
     results = run_job(BODY + body, payload, world=world, launcher=launcher, environment=threads)

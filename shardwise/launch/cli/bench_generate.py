@@ -13,8 +13,9 @@ from shardwise.launch import env
 from shardwise.launch.cli import DONE, UsageError
 from shardwise.launch.cli.grid import add_forms, add_grid, model_config, set_log_folder
 from shardwise.launch.cli.output import add_json, require_writable, write_json
-from shardwise.launch.job import interruptible, launcher_options, run_job
+from shardwise.launch.job import interruptible
 from shardwise.launch.progress import LoadProgress
+from shardwise.launch.start import launcher_options, run_job
 
 if TYPE_CHECKING:
     from shardwise.comm.rank import RankInfo

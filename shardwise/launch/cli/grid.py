@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from shardwise.comm.watch import LOG_FOLDER_ENV
 from shardwise.launch.cli import UsageError, positive
-from shardwise.launch.job import LAUNCHERS, require_launcher
+from shardwise.launch.start import LAUNCHERS, require_launcher
 from shardwise.parallel import options
 from shardwise.parallel.options import made_folder
 
