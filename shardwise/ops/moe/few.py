@@ -1,5 +1,7 @@
 """Mixture of experts for a token or a few: host side of `few_kernels.py`."""
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -11,8 +13,30 @@ from shardwise.ops.moe.workspace import Workspace
 from shardwise.ops.triton_support import Launcher, aligned, dependent_launch, interpreting
 
 _up, _down = Launcher(few_up), Launcher(few_down)
-AHEAD_BYTES = 1024
+DOWN_AHEAD_BYTES = 1024
 """Of every row of the second product that are asked for before the first is done."""
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What both launches need to know."""
+
+    ids: Tensor
+    weights: Tensor
+    act: str
+    on_input: bool
+    scales: FP8Scales | None
+    plan: FewPlan
+
+    @property
+    def scaling(self) -> tuple[bool, bool]:
+        """Whether weights have scales, and whether these are factors of the results."""
+        return self.scales is not None, self.scales is not None and self.scales.factored
+
+    def key(self, x: Tensor, weight: Tensor, *pointers: Tensor) -> tuple:
+        """Of a launch's compiled form, but for its constants."""
+        kinds = (x.dtype, weight.dtype, self.ids.dtype, self.weights.dtype, weight.shape, self.plan)
+        return *kinds, aligned(x, weight, self.ids, self.weights, *pointers)
 
 
 def few_moe(
@@ -27,45 +51,54 @@ def few_moe(
     plan: FewPlan,
 ) -> Tensor:
     """Routed sum [T, H] as `grouped_moe`; no scales of blocks."""
-    count, hidden = tokens.shape
-    pairs, top_k = ids.numel(), ids.shape[1]
-    size, device, pdl = second.shape[2], tokens.device, dependent_launch(tokens.device)
-    inner = Workspace.of(device, count).take("inner", (pairs, size), first.dtype)
+    call = _Call(ids, weights, act, on_input, scales, plan)
+    inner = Workspace.of(tokens.device, tokens.shape[0]).take("inner", (ids.numel(), second.shape[2]), first.dtype)
     out = torch.empty_like(tokens)
-    scaled, factored = scales is not None, scales is not None and scales.factored
-    s1, in_scale, inner_scale, s2 = (
-        (ids,) * 4 if scales is None else (scales.first, scales.input, scales.inner, scales.second)
-    )
+    _launch_up(call, tokens, first, inner)
+    _launch_down(call, inner, second, out)
+    return out
+
+
+def _launch_up(call: _Call, x: Tensor, weight: Tensor, inner: Tensor) -> None:
+    """The first product with its activation, [T * K, I]."""
+    scales, shape, ids = call.scales, call.plan.up, call.ids
+    own, of_input, of_inner = (ids,) * 3 if scales is None else (scales.first, scales.input, scales.inner)
+    hidden, size, pdl = x.shape[1], inner.shape[1], dependent_launch(x.device)
+    scaled, factored = call.scaling
     how = ("divide" if factored else "multiply") if scaled else ""
-    vector = 16 // first.element_size()
-    up, down = plan.up, plan.down
-    up_bk, down_bk = (shape.step // first.element_size() for shape in (up, down))
-    common = (interpreting(), pdl)
-    kinds = (tokens.dtype, first.dtype, ids.dtype, weights.dtype, first.shape[0] == 1, hidden, size, plan)
-    up_constants = (
-        (top_k, act, scaled, factored, how, on_input, up.rows, up_bk, vector, up.stages, hidden % up_bk == 0) + common
+    step = shape.step // weight.element_size()
+    constants = (
+        (ids.shape[1], call.act, scaled, factored, how, call.on_input, shape.rows, step, 16 // weight.element_size())
+        + (shape.stages, hidden % step == 0, interpreting(), pdl)
     )  # fmt: skip
     _up(
-        device,
-        (*kinds, aligned(tokens, first, inner, ids, weights, s1, in_scale, inner_scale), up_constants),
-        (pairs, -(-size // up.rows), 1),
-        (tokens, first, inner, ids, weights, s1, in_scale, in_scale, inner_scale, first.shape[0], hidden, size)
-        + up_constants,
-        num_warps=up.warps,
+        x.device,
+        (*call.key(x, weight, inner, own, of_input, of_inner), constants),
+        (ids.numel(), -(-size // shape.rows), 1),
+        (x, weight, inner, ids, call.weights, own, of_input, of_input, of_inner, weight.shape[0], hidden, size)
+        + constants,
+        num_warps=shape.warps,
         launch_pdl=pdl,
     )
-    ahead = 0 if interpreting() else power_of_two(-(-min(AHEAD_BYTES, size * first.element_size()) // 128))
-    down_constants = (
-        (top_k, power_of_two(top_k), scaled, factored, not on_input, down.rows, down_bk, vector, down.stages)
-        + (size % down_bk == 0, ahead)
-        + common
+
+
+def _launch_down(call: _Call, inner: Tensor, weight: Tensor, out: Tensor) -> None:
+    """The second product, summed over each token's choices: [T, H]."""
+    scales, shape, ids = call.scales, call.plan.down, call.ids
+    own, of_inner = (ids,) * 2 if scales is None else (scales.second, scales.inner)
+    (count, hidden), size, pdl = out.shape, inner.shape[1], dependent_launch(out.device)
+    top_k, width = ids.shape[1], weight.element_size()
+    step = shape.step // width
+    ahead = 0 if interpreting() else power_of_two(-(-min(DOWN_AHEAD_BYTES, size * width) // 128))
+    constants = (
+        (top_k, power_of_two(top_k), *call.scaling, not call.on_input, shape.rows, step, 16 // width, shape.stages)
+        + (size % step == 0, ahead, interpreting(), pdl)
     )  # fmt: skip
     _down(
-        device,
-        (*kinds, aligned(inner, second, out, ids, weights, s2, inner_scale), down_constants),
-        (-(-hidden // down.rows), count, 1),
-        (inner, second, out, ids, weights, s2, inner_scale, first.shape[0], size, hidden) + down_constants,
-        num_warps=down.warps,
+        out.device,
+        (*call.key(inner, weight, out, own, of_inner), out.dtype, constants),
+        (-(-hidden // shape.rows), count, 1),
+        (inner, weight, out, ids, call.weights, own, of_inner, weight.shape[0], size, hidden) + constants,
+        num_warps=shape.warps,
         launch_pdl=pdl,
     )
-    return out
