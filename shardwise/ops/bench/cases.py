@@ -55,7 +55,7 @@ def norm_cases(tokens: tuple[int, ...], widths: tuple[int, ...]) -> Iterator[Cas
 
 
 def rope_cases(tokens: tuple[int, ...], heads: int = 32, kv_heads: int = 8, size: int = 128) -> Iterator[Case]:
-    """Rotary embeddings of the queries and keys of one layer."""
+    """Rotary embeddings of the queries and keys of one layer; of the tables a token reads D numbers, 32-bit ones."""
     from flashinfer.rope import apply_rope_with_cos_sin_cache
 
     table, freqs = draw(16384, size, dtype=torch.float32), draw(16384, size // 2, 2, dtype=torch.float32)
@@ -64,7 +64,7 @@ def rope_cases(tokens: tuple[int, ...], heads: int = 32, kv_heads: int = 8, size
         positions = torch.arange(rows, device=DEVICE, dtype=torch.int32) % 16384
         start = torch.zeros(1, device=DEVICE, dtype=torch.int32)
         length = torch.full((1,), rows, device=DEVICE, dtype=torch.int32)
-        label, q_bytes, k_bytes = f"{rows} x {heads}/{kv_heads} x {size}", 4 * q.numel(), 4 * k.numel()
+        label, q_bytes, k_bytes = f"{rows} x {heads}/{kv_heads} x {size}", 4 * (q.numel() + rows * size), 4 * k.numel()
         flat = q.view(rows, -1), k.view(rows, -1)
         peers = {"flashinfer": partial(apply_rope_with_cos_sin_cache, positions, *flat, size, table)}
         yield Case("triton_rope_with_input_pos", label + " (q)", q_bytes, (q, freqs, start, "bsnd"))
