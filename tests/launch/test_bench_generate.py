@@ -91,6 +91,7 @@ def test_inside_torchrun_rank_0_speaks_for_all(shape, tmp_path):
         (["smollm2", "--batch", "0"], 2, "--batch 0: must be at least 1"),
         (["smollm2", "--launcher", "warp"], 2, "unknown launcher 'warp'"),
         (["--shape", "/no/such.json", "--dummy-weights"], 1, "/no/such.json"),
+        (["smollm2", "--cache-tokens", "256"], 1, "--output 128 make 384 tokens, the cache holds 256"),
         (["smollm2", "--input", "8000", "--output", "1000"], 1, "make 9000 tokens, the model's context holds 8192"),
     ],
 )

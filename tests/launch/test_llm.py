@@ -12,6 +12,8 @@ from shardwise.launch.job import JobFailed
 
 BIN = Path(sys.executable).parent
 GREEDY = SamplingParams(max_new_tokens=8)
+QUICK = {"weights": "native"}
+"""Loads in a third of the time."""
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +67,7 @@ def test_a_prompt_that_does_not_fit_is_refused_and_the_ranks_stay(llm, prompt, t
 
 
 def test_a_request_larger_than_the_cache_is_refused_and_the_ranks_stay():
-    with LLM("smollm2", tp=2, cache_tokens=40) as small:
+    with LLM("smollm2", tp=2, cache_tokens=40, **QUICK) as small:
         with pytest.raises(ValueError, match="prompt 1 may become 10. tokens long .*the cache holds 32;"):
             small.generate(["A", "One, two, three,"], [GREEDY, SamplingParams(max_new_tokens=100)])
         with pytest.raises(ValueError, match="prompt 0 may become 40 tokens long"):
@@ -74,7 +76,7 @@ def test_a_request_larger_than_the_cache_is_refused_and_the_ranks_stay():
 
 
 def test_after_a_failure_the_next_call_says_that_the_ranks_ended():
-    with LLM("smollm2", tp=1) as small:
+    with LLM("smollm2", tp=1, **QUICK) as small:
         with pytest.raises(JobFailed, match="role"):
             small.generate([[{"content": "no role"}]], GREEDY)
         with pytest.raises(RuntimeError, match="have ended, after a failure or a close: make a new one"):
@@ -94,7 +96,7 @@ def test_stats_tell_every_ranks_share(llm):
 
 
 def test_stats_are_those_of_the_last_call_that_was_read_to_its_end():
-    with LLM("smollm2", tp=1) as fresh:
+    with LLM("smollm2", tp=1, **QUICK) as fresh:
         (loaded,) = fresh.stats()
         assert loaded.weight_bytes > 0 and loaded.cache == "none yet"
         for _ in fresh.stream(["One, two, three,"], GREEDY):
@@ -109,7 +111,7 @@ def test_the_parent_of_the_ranks_never_imports_torch(tmp_path):
     script.write_text(
         "import sys\n"
         "from shardwise import LLM, SamplingParams\n"
-        "llm = LLM('smollm2', tp=2)\n"
+        "llm = LLM('smollm2', tp=2, weights='native')\n"
         "print(llm.generate(['The capital of France is'], SamplingParams(max_new_tokens=2))[0].text)\n"
         "print('torch' in sys.modules)\n"
     )
@@ -121,7 +123,7 @@ def test_the_parent_of_the_ranks_never_imports_torch(tmp_path):
 SPMD_SCRIPT = """
 import sys
 from shardwise import LLM, SamplingParams
-llm = LLM('smollm2')
+llm = LLM('smollm2', weights='native')
 if [rank.cache for rank in llm.stats()] != ['none yet'] * 2: sys.exit(9)
 text = llm.generate(['The capital of France is'], SamplingParams(max_new_tokens=2))[0].text
 print(f'{llm.config.tp} {text!r}\\n', end='', flush=True)

@@ -123,12 +123,12 @@ def _check_fit(config: "ModelConfig", load: "Load") -> None:
     """Errors of model, layout and lengths, before any rank starts."""
     from shardwise.launch.model_config import plan_of
 
-    longest = plan_of(config).model.max_positions
-    if longest and load.input + load.output > longest:
-        raise ValueError(
-            f"--input {load.input} and --output {load.output} make {load.input + load.output} tokens, the model's "
-            f"context holds {longest}"
-        )
+    length = load.input + load.output
+    for holder, most in (("model's context", plan_of(config).model.max_positions), ("cache", config.cache_tokens)):
+        if most and length > most:
+            raise ValueError(
+                f"--input {load.input} and --output {load.output} make {length} tokens, the {holder} holds {most}"
+            )
 
 
 def _show(args: argparse.Namespace, config: "ModelConfig", load: "Load", launcher: str, ranks: list[dict]) -> None:

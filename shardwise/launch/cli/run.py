@@ -76,7 +76,7 @@ def _generate(
     from shardwise.launch.progress import LoadProgress
 
     prompts = texts if args.raw else [[{"role": "user", "content": text}] for text in texts]
-    _refuse_unfit(config.model, prompts, texts, params.max_new_tokens)
+    _refuse_unfit(config, prompts, texts, params.max_new_tokens)
     with LoadProgress(sys.stderr, enabled=speaks) as progress:
         llm = LLM(
             config.model,
@@ -98,18 +98,18 @@ def _generate(
             write_json(result, args.json)
 
 
-def _refuse_unfit(model: str, prompts: "Sequence[Prompt]", texts: list[str], new: int) -> None:
-    """ValueError for a prompt that the context cannot hold, before any rank starts."""
-    if all(0 < len(text.encode()) <= SHORT for text in texts):
+def _refuse_unfit(config: "ModelConfig", prompts: "Sequence[Prompt]", texts: list[str], new: int) -> None:
+    """ValueError for a prompt that the context or the cache cannot hold, before any rank starts."""
+    if config.cache_tokens is None and all(0 < len(text.encode()) <= SHORT for text in texts):
         return
     from shardwise.parallel.prompts import Room, refuse_unfit
     from shardwise.parallel.tokenizer import load_tokenizer
     from shardwise.sharding.checkpoint.resolve import open_checkpoint
     from shardwise.sharding.plan import plan
 
-    spec = plan(model).model
-    room = Room(spec.vocab, spec.max_positions)
-    refuse_unfit(prompts, [new] * len(prompts), lambda: load_tokenizer(open_checkpoint(model)), room)
+    spec = plan(config.model).model
+    room = Room(spec.vocab, spec.max_positions, config.cache_tokens)
+    refuse_unfit(prompts, [new] * len(prompts), lambda: load_tokenizer(open_checkpoint(config.model)), room)
 
 
 def _result(llm: "LLM") -> dict:
