@@ -1,17 +1,16 @@
 """Argument checks shared by the MLA operators, and the sizes that they derive."""
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 from shardwise.ops.attention.checks import check_float, shape
 
 
-@dataclass(frozen=True)
-class LatentHeads:
+class LatentHeads(NamedTuple):
     """Head count and sizes of one MLA call."""
 
-    count: int
+    count: int  # type: ignore[assignment]  # a tuple's own method of this name is not needed
     """N"""
     nope: int
     """Dn, the part of a query and key that carries no rotation"""
@@ -57,3 +56,13 @@ def split_weight(weight: torch.Tensor, heads: LatentHeads) -> tuple[torch.Tensor
     """kv_b_proj_weight [N * (Dn + Dv), R] -> views for keys [N, Dn, R] and values [N, Dv, R]."""
     both = weight.view(heads.count, heads.nope + heads.value, heads.rank)
     return both[:, : heads.nope], both[:, heads.nope :]
+
+
+def absorbing_views(weight: torch.Tensor, heads: LatentHeads) -> tuple[torch.Tensor, torch.Tensor]:
+    """The factors that absorb kv_b_proj_weight [N * (Dn + Dv), R] into queries, [N, Dn, R], and out of outputs,
+    [N, R, Dv]; a view each, where slices and a transposition would take five."""
+    row, column = weight.stride()
+    block, first = (heads.nope + heads.value) * row, weight.storage_offset()
+    key = weight.as_strided((heads.count, heads.nope, heads.rank), (block, row, column), first)
+    value = weight.as_strided((heads.count, heads.rank, heads.value), (block, column, row), first + heads.nope * row)
+    return key, value

@@ -21,10 +21,12 @@ from shardwise.ops.attention.planner import (
     select_pages,
 )
 from shardwise.ops.attention.positions import fake_token_positions, token_positions
-from shardwise.ops.mla.checks import LatentHeads, check_latent, split_weight
+from shardwise.ops.mla.checks import LatentHeads, absorbing_views, check_latent
 from shardwise.ops.mla.reference import fake_cached_mla
 from shardwise.ops.registry import CUDA, FLASHINFER, operator
 from shardwise.ops.vector_access import takes_vectors, with_vectors
+
+OP = "flashinfer_mla_with_cache"
 
 
 @operator(fake=fake_token_positions)
@@ -149,18 +151,25 @@ def flashinfer_mla_with_cache(
     metadata as in `flashinfer_attention_mha_with_cache`; batch indices and positions come from
     `flashinfer_mla_prepare_metadata`, called once a step. Returns [b, s, N, Dv], 0 for padding tokens.
     """
-    op = "flashinfer_mla_with_cache"
-    heads = check_latent(op, q_nope, q_pe, compressed_kv, kpe, kv_b_proj_weight)
-    batch = read_batch(op, batch_info_host)
-    tokens = q_nope.shape[0] * q_nope.shape[1]
-    _check(op, heads, q_nope, ckv_cache, kpe_cache, kv_lora_rank, batch, tokens)
+    call = _checked(
+        (q_nope.shape, q_pe.shape, compressed_kv.shape, kpe.shape, kv_b_proj_weight.shape, ckv_cache.shape,
+         kpe_cache.shape),
+        (q_nope.dtype, q_pe.dtype, compressed_kv.dtype, kpe.dtype, kv_b_proj_weight.dtype, ckv_cache.dtype,
+         kpe_cache.dtype),
+        scale, kv_lora_rank,
+    )  # fmt: skip
+    batch, heads = read_batch(OP, batch_info_host), call.parameters.heads
+    _check_caches(ckv_cache, kpe_cache)
+    if batch.tokens > call.tokens:
+        raise ValueError(f"{OP}: batch_info_host counts {batch.tokens} tokens, q_nope holds {call.tokens}")
     q_nope, q_pe = q_nope.flatten(0, 1), q_pe.flatten(0, 1)
     latent, kpe = leading(compressed_kv.flatten(0, 1), batch.tokens), leading(kpe.flatten(0, 2), batch.tokens)
-    out = q_nope.new_empty(tokens, heads.count, heads.value)
-    if batch.tokens < tokens:
-        out[batch.tokens :].zero_()
+    out = q_nope.new_empty(*call.out_shape)
+    rows = out.view(call.tokens, heads.count, heads.value)
+    if batch.tokens < call.tokens:
+        rows[batch.tokens :].zero_()
     if batch.tokens == 0:
-        return out.view(*compressed_kv.shape[:2], heads.count, heads.value)
+        return out
     if ckv_cache.dtype == FP8:
         latent, kpe = to_fp8(latent, 1.0), to_fp8(kpe, 1.0)
     _append_function()(
@@ -174,18 +183,19 @@ def flashinfer_mla_with_cache(
         ckv_cache, kpe_cache = (_widened(cache, used, q_nope.dtype) for cache in (ckv_cache, kpe_cache))
         cache_loc = torch.arange(len(used), dtype=torch.int32, device=used.device)
     step = _Step(
-        batch, _Parameters(heads, ckv_cache.shape[1], q_nope.dtype, heads.scale(scale)), kv_b_proj_weight, ckv_cache,
-        kpe_cache, cu_seqlen_host, (cu_num_pages_host, cache_loc, last_page_len_host, seq_len_with_cache_host),
+        batch, call.parameters, kv_b_proj_weight, ckv_cache, kpe_cache, cu_seqlen_host,
+        (cu_num_pages_host, cache_loc, last_page_len_host, seq_len_with_cache_host),
     )  # fmt: skip
     split = batch.prefill_tokens
     if split and step.has_prefix():
-        step.run_absorbed(step.prefill_wrapper(), q_nope[:split], q_pe[:split], out[:split])
+        step.run_absorbed(step.prefill_wrapper(), q_nope[:split], q_pe[:split], rows[:split])
     elif split:
-        step.run_ragged(q_nope[:split], q_pe[:split], latent[:split], kpe[:split], out[:split])
+        step.run_ragged(q_nope[:split], q_pe[:split], latent[:split], kpe[:split], rows[:split])
     if batch.decode:
-        part = slice(split, batch.tokens)
-        step.run_absorbed(step.decode_wrapper(), q_nope[part], q_pe[part], out[part])
-    return out.view(*compressed_kv.shape[:2], heads.count, heads.value)
+        if batch.decode < call.tokens:
+            q_nope, q_pe, rows = (each[split : batch.tokens] for each in (q_nope, q_pe, rows))
+        step.run_absorbed(step.decode_wrapper(), q_nope, q_pe, rows)
+    return out
 
 
 @functools.cache
@@ -230,21 +240,23 @@ class _Step(NamedTuple):
         return self.owner.planned(("prefix", parameters), lambda: _create_absorbed(self.owner, None), plan)
 
     def decode_wrapper(self):
-        first, last = self.batch.prefill, self.batch.sequences
-        family = DecodeFamily(_create_absorbed, functools.partial(_plan_decode, self.parameters))
-        return self.owner.planned_decode(
-            self.parameters, lambda: select_pages(first, last, *self.pages), self.batch.decode,
-            self.ckv_cache.shape[0], family,
-        )  # fmt: skip
+        owner, count, pages = self.owner, self.batch.decode, self.ckv_cache.shape[0]
+        return owner.current(owner.decode_key(self.parameters, count, pages)) or owner.planned_decode(
+            self.parameters,
+            lambda: select_pages(self.batch.prefill, self.batch.sequences, *self.pages),
+            count,
+            pages,
+            DecodeFamily(_create_absorbed, functools.partial(_plan_decode, self.parameters)),
+        )
 
     def run_absorbed(self, wrapper, q_nope, q_pe, out) -> None:
         heads = self.parameters.heads
-        w_key, w_value = split_weight(self.weight, heads)
+        w_key, w_value = absorbing_views(self.weight, heads)
         absorbed = q_nope.new_empty(q_nope.shape[0], heads.count, heads.rank)
         # Products by head, written where the next step wants them, by token: no copy follows.
         torch.bmm(q_nope.transpose(0, 1), w_key, out=absorbed.transpose(0, 1))
         mixed = wrapper.run(absorbed, with_vectors(q_pe.contiguous()), self.ckv_cache, self.kpe_cache)
-        torch.bmm(mixed.transpose(0, 1), w_value.transpose(1, 2), out=out.transpose(0, 1))
+        torch.bmm(mixed.transpose(0, 1), w_value, out=out.transpose(0, 1))
 
     def run_ragged(self, q_nope, q_pe, latent, kpe, out) -> None:
         heads, parameters = self.parameters.heads, self.parameters
@@ -258,22 +270,43 @@ class _Step(NamedTuple):
         wrapper.run(query, key, both[..., heads.nope :].contiguous(), out=out)
 
 
-def _check(op: str, heads: LatentHeads, q_nope, ckv_cache, kpe_cache, kv_lora_rank, batch: Batch, tokens: int) -> None:
+class _Call(NamedTuple):
+    """What follows from shapes and dtypes alone."""
+
+    parameters: _Parameters
+    tokens: int
+    out_shape: tuple[int, int, int, int]
+
+
+@functools.lru_cache(maxsize=4096)
+def _checked(
+    shapes: tuple[torch.Size, ...], dtypes: tuple[torch.dtype, ...], scale: float | None, kv_lora_rank: int
+) -> _Call:
+    """From the shapes and dtypes of the queries, latents, weight and caches, in the operator's order."""
+    tensors = [torch.empty(s, dtype=dtype, device="meta") for s, dtype in zip(shapes, dtypes, strict=True)]
+    q_nope, *_, ckv_cache, kpe_cache = tensors
+    heads = check_latent(OP, *tensors[:5])
     if q_nope.dtype not in (torch.float16, torch.bfloat16):
-        raise TypeError(f"{op}: q_nope is {q_nope.dtype}; legal: float16, bfloat16")
+        raise TypeError(f"{OP}: q_nope is {q_nope.dtype}; legal: float16, bfloat16")
     for name, cache, width in (("ckv_cache", ckv_cache, heads.rank), ("kpe_cache", kpe_cache, heads.rope)):
         if cache.dim() != 3 or cache.shape[2] != width:
-            raise ValueError(f"{op}: {name} has shape {shape(cache)}; legal: [pages, page_size, {width}]")
+            raise ValueError(f"{OP}: {name} has shape {shape(cache)}; legal: [pages, page_size, {width}]")
         if cache.dtype not in (q_nope.dtype, FP8) or cache.dtype != ckv_cache.dtype:
-            raise TypeError(f"{op}: {name} is {cache.dtype}; legal: q_nope's {q_nope.dtype} or float8_e4m3fn, for both "
+            raise TypeError(f"{OP}: {name} is {cache.dtype}; legal: q_nope's {q_nope.dtype} or float8_e4m3fn, for both "
                             "caches")  # fmt: skip
+    if heads.rank != 512 or heads.rope != 64 or kv_lora_rank != heads.rank:
+        raise ValueError(f"{OP}: R {heads.rank}, Dr {heads.rope}, kv_lora_rank {kv_lora_rank}; legal: 512, 64, 512; "
+                         "or call torch_cached_mla_with_cache")  # fmt: skip
+    b, s = q_nope.shape[:2]
+    parameters = _Parameters(heads, ckv_cache.shape[1], q_nope.dtype, heads.scale(scale))
+    return _Call(parameters, b * s, (b, s, heads.count, heads.value))
+
+
+def _check_caches(ckv_cache: torch.Tensor, kpe_cache: torch.Tensor) -> None:
+    """What does not follow from shapes and dtypes."""
+    for name, cache in (("ckv_cache", ckv_cache), ("kpe_cache", kpe_cache)):
         if not takes_vectors(cache):
-            raise ValueError(f"{op}: {name} has strides {cache.stride()}; legal: last dimension contiguous, rows "
+            raise ValueError(f"{OP}: {name} has strides {cache.stride()}; legal: last dimension contiguous, rows "
                              "beginning at multiples of 16 bytes")  # fmt: skip
     if ckv_cache.dtype == FP8 and ckv_cache.is_cuda and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError(f"{op}: a CUDA graph cannot hold a step over an fp8 cache; take a cache of {q_nope.dtype}")
-    if heads.rank != 512 or heads.rope != 64 or kv_lora_rank != heads.rank:
-        raise ValueError(f"{op}: R {heads.rank}, Dr {heads.rope}, kv_lora_rank {kv_lora_rank}; legal: 512, 64, 512; "
-                         "or call torch_cached_mla_with_cache")  # fmt: skip
-    if batch.tokens > tokens:
-        raise ValueError(f"{op}: batch_info_host counts {batch.tokens} tokens, q_nope holds {tokens}")
+        raise RuntimeError(f"{OP}: a CUDA graph cannot hold a step over an fp8 cache; take one of q_nope's dtype")

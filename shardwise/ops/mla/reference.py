@@ -133,12 +133,14 @@ def torch_cached_mla_with_cache(
         part = slice(span.start, span.start + span.length)
         mla_cache[span.slot, span.past : span.total].copy_(new[part])
         rows = mla_cache[span.slot, : span.total].to(wide)
-        attend = _attend_absorbed if span.length == 1 else _attend_expanded
-        out[part] = attend(query[part], rows, weight, span, heads)
+        if span.length == 1:
+            out[part] = _attend_absorbed(query[part], rows, weight, heads)
+        else:
+            out[part] = _attend_expanded(query[part], rows, weight, span, heads)
     return out.to(q_nope.dtype).view(*q_nope.shape[:3], heads.value)
 
 
-def _attend_absorbed(query, rows, weight, span: Span, heads: LatentHeads) -> torch.Tensor:
+def _attend_absorbed(query, rows, weight, heads: LatentHeads) -> torch.Tensor:
     """One query [1, N, Dn + Dr] over cache rows [L, R + Dr], the weight absorbed into it -> [1, N, Dv]."""
     w_key, w_value = split_weight(weight, heads)
     nope, rope = query[0].split((heads.nope, heads.rope), dim=-1)
