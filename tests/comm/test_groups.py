@@ -70,7 +70,7 @@ def test_axes_with_the_same_members_share_a_communicator():
 
 
 def test_a_layout_of_another_size_is_refused():
-    with pytest.raises(ValueError, match="tp x attn_dp must be the world of 2"):
+    with pytest.raises(ValueError, match="tp 4 times attn_dp must be the world of 2; legal tp: 1 2"):
         run_threads(2, lambda: None, layout=ParallelLayout(tp=4))
 
 
