@@ -85,3 +85,11 @@ def test_tokens_are_turned_with_zeros_behind_the_last_column():
     x = torch.randn(3, 160, device=DEVICE).to(DTYPE)
     got = turn_rows(Workspace((torch.device(DEVICE), "test")), x, 192)
     assert torch.equal(got, rows_of(x, 192))
+
+
+def test_a_plan_that_these_kernels_cannot_run_is_a_named_error():
+    packed, _, _, _, routing = given(24, 64, True, 8)
+    shape = Tiles(16, 64, 1, 2, 4)
+    product = Product(torch.zeros(3, 64, device=DEVICE).to(DTYPE), packed, torch.zeros(3, 64), routing, "swiglu")
+    with pytest.raises(ValueError, match="blocks of 32, narrow scales, swiglu; legal: blocks of 8 or 16"):
+        run_gemm(Plan(32, shape, shape), shape, product)

@@ -10,7 +10,8 @@ class Workspace:
     """Scratch tensors of one call, kept between calls for few tokens, where the host time of allocating counts.
 
     One set a thread (ranks may be threads), device, stream and token count: captured graphs and concurrent callers
-    never share or lose it.
+    never share or lose it. gpt-oss-120b's sets take 80 KB a token with one part of K, 170 MB where all counts up to
+    KEPT_TOKENS come.
     """
 
     KEPT_TOKENS = 64
