@@ -14,7 +14,7 @@ from triton.compiler import ASTSource
 
 from shardwise.ops.attention import tiles
 from shardwise.ops.attention.kernels.append import append_kernel
-from shardwise.ops.attention.kernels.decode import decode_kernel, reduce_kernel
+from shardwise.ops.attention.kernels.decode import flattened_decode_kernel, reduce_kernel
 from shardwise.ops.attention.kernels.prefill import prefill_kernel
 
 KV_HEADS, SEQUENCE = 8, 32768
@@ -75,7 +75,7 @@ def main():
         values, itemsize = constants(group, size, value_size, **more), 4 if dtype == "fp32" else 2
         name = f"{size}/{value_size} {dtype} {cache}"
         decode = tiles.decode_tile(group, size, value_size, itemsize)
-        report(f"decode {name}", decode_kernel, dtype, cache, values, decode)
+        report(f"decode {name}", flattened_decode_kernel, dtype, cache, values, decode)
         report(f"prefill {name}", prefill_kernel, dtype, cache, values,
                tiles.prefill_tile(10**6, size, value_size, itemsize))  # fmt: skip
     plain = tiles.Tile(rows=16, keys=64, warps=4, stages=2)

@@ -14,7 +14,7 @@ from shardwise.ops.attention import tiles
 from shardwise.ops.attention.batch import Batch, read_batch, read_spans
 from shardwise.ops.attention.checks import Heads, cached_output_shape, check_cached, default_scale, fake_cached, shape
 from shardwise.ops.attention.kernels.append import append_kernel
-from shardwise.ops.attention.kernels.decode import decode_kernel, reduce_kernel
+from shardwise.ops.attention.kernels.decode import flattened_decode_kernel, reduce_kernel
 from shardwise.ops.attention.kernels.prefill import prefill_kernel
 from shardwise.ops.attention.tiles import Tile
 from shardwise.ops.metadata_reports import raise_report, read_at_once, report_word
@@ -27,7 +27,7 @@ APPEND_TOKENS = 16
 MOST_STRIDE = 2**24  # the kernels reach 128 positions with 32-bit offsets
 
 _append, _prefill, _decode, _reduce = (
-    Kernel(kernel) for kernel in (append_kernel, prefill_kernel, decode_kernel, reduce_kernel)
+    Kernel(kernel) for kernel in (append_kernel, prefill_kernel, flattened_decode_kernel, reduce_kernel)
 )
 
 

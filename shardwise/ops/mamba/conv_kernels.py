@@ -178,7 +178,7 @@ def prefill_kernel(
             tl.store(target, out.to(x_ptr.dtype.element_ty), mask=mask & (first + i < count))
 
 
-@triton.jit(do_not_specialize=["first", "skip", "tokens", "slots"])
+@triton.jit(do_not_specialize=["first", "skip", "slots"])
 def decode_kernel(
     x_ptr,
     weight_ptr,
@@ -188,7 +188,6 @@ def decode_kernel(
     word_ptr,
     first,
     skip,
-    tokens,
     slots,
     channels,
     x_t,

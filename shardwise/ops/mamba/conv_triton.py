@@ -98,17 +98,18 @@ def _plan_decode(one: ConvBatch) -> Launch:
     x, weight, bias, slots, cache = one.tensors
     channels, tokens, pdl = one.channels, one.batch.decode, dependent_launch(x.device)
     pointers = x, weight, bias, slots, cache, report_word(_OP)
-    free = one.batch.prefill_tokens, one.batch.prefill, tokens, cache.shape[0]
+    first, skip, slots_there = one.batch.prefill_tokens, one.batch.prefill, cache.shape[0]
     strides = slot, c, k = cache.stride()
     if one.K == 4 and one.x_c == 1 and c == 3 and k == 1 and channels % 8 == 0:
         together = 1 if tokens < MANY_TOKENS else TOGETHER
         dense = channels, one.x_t, slot, together, WARP_CHANNELS // 8, one.bias is not None, one.silu, pdl
         form = _launch_decode_dense.form_for(x.device, pointers, dense, warps=1, pdl=pdl)
-        return Launch(form, (-(-channels // WARP_CHANNELS) * -(-tokens // together), 1, 1), free)
+        grid = (-(-channels // WARP_CHANNELS) * -(-tokens // together), 1, 1)
+        return Launch(form, grid, (first, skip, tokens, slots_there))
     width = min(WARP_CHANNELS, _power(channels))
     fixed = channels, one.x_t, one.x_c, *strides, one.K, width, one.bias is not None, one.silu, pdl
     form = _launch_decode.form_for(x.device, pointers, fixed, warps=2, pdl=pdl)
-    return Launch(form, (-(-channels // width) * tokens, 1, 1), free)
+    return Launch(form, (-(-channels // width) * tokens, 1, 1), (first, skip, slots_there))
 
 
 @operator(fake=nothing, mutates=("input", "conv_state_cache"), needs=(TRITON,), instead="torch_cached_causal_conv1d")

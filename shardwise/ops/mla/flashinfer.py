@@ -283,9 +283,10 @@ def _checked(
     shapes: tuple[torch.Size, ...], dtypes: tuple[torch.dtype, ...], scale: float | None, kv_lora_rank: int
 ) -> _Call:
     """From the shapes and dtypes of the queries, latents, weight and caches, in the operator's order."""
-    tensors = [torch.empty(s, dtype=dtype, device="meta") for s, dtype in zip(shapes, dtypes, strict=True)]
-    q_nope, *_, ckv_cache, kpe_cache = tensors
-    heads = check_latent(OP, *tensors[:5])
+    q_nope, q_pe, compressed_kv, kpe, weight, ckv_cache, kpe_cache = (
+        torch.empty(s, dtype=dtype, device="meta") for s, dtype in zip(shapes, dtypes, strict=True)
+    )
+    heads = check_latent(OP, q_nope, q_pe, compressed_kv, kpe, weight)
     if q_nope.dtype not in (torch.float16, torch.bfloat16):
         raise TypeError(f"{OP}: q_nope is {q_nope.dtype}; legal: float16, bfloat16")
     for name, cache, width in (("ckv_cache", ckv_cache, heads.rank), ("kpe_cache", kpe_cache, heads.rope)):

@@ -16,7 +16,7 @@ def _split_length(visible, splits, BLOCK_N: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["scale", "first_sequence", "first_token", "slots", "max_seq", "rows", "splits"])
-def decode_kernel(
+def flattened_decode_kernel(
     q_ptr,  # [T, N, D]
     k_ptr,  # [T, Nkv, D]
     v_ptr,  # [T, Nkv, Dv]
