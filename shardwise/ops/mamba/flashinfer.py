@@ -59,6 +59,8 @@ class _Rows(NamedTuple):
     size: tuple[int, int, int]
     first: int
     last: int
+    whole: bool
+    """Whether these are all"""
     vectors: bool
     """Whether FlashInfer's vectors may read them where their address is aligned: dense in a token, tokens at multiples
     of 16 bytes"""
@@ -66,7 +68,7 @@ class _Rows(NamedTuple):
     def of(self, tensor: torch.Tensor) -> torch.Tensor:
         """The rows, in place."""
         rows = tensor.view(*self.size)
-        return rows if self.last - self.first == self.size[0] else rows[self.first : self.last]
+        return rows if self.whole else rows[self.first : self.last]
 
     def readable(self, tensor: torch.Tensor) -> torch.Tensor:
         """The rows, copied where they must be."""
@@ -131,10 +133,8 @@ def _rows(tensor: torch.Tensor, batch: Batch) -> _Rows:
     tokens, (heads, size) = tensor.shape[0] * tensor.shape[1], tensor.shape[2:]
     flat = tensor.view(tokens, heads, size)
     dense = flat.stride(2) == 1 and flat.stride(1) == size
-    return _Rows(
-        (tokens, heads, size), batch.prefill_tokens, batch.tokens,
-        dense and flat.stride(0) * flat.element_size() % 16 == 0,
-    )  # fmt: skip
+    vectors = dense and flat.stride(0) * flat.element_size() % 16 == 0
+    return _Rows((tokens, heads, size), batch.prefill_tokens, batch.tokens, batch.decode == tokens, vectors)
 
 
 def _decode(op: str, plan: _Decode, given: tuple[torch.Tensor, ...], out: torch.Tensor) -> None:
