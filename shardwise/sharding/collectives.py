@@ -14,6 +14,8 @@ from shardwise.sharding.spec import Attention, Block, Mamba2, Moe
 
 PARTIAL_SUM_BYTES = 4
 """Statistics (mean squares) are reduced in float32."""
+CHOICE_BYTES = 12
+"""Of each expert that a token on its way to them has chosen: its number and its weight."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,9 +81,10 @@ def _experts(moe: Moe, layout: ParallelLayout, hidden: int, itemsize: int) -> It
         return
     if layout.moe_ep > 1 and layout.moe_tp == 1:  # each of a group's ranks cares for its part of the group's tokens
         width = moe.latent * itemsize if moe.latent else hidden
-        sent = -(-min(moe.routing.top_k, layout.moe_ep) * width // layout.tp)
-        yield Collective("moe_dispatch", "all_to_all", "moe_ep", sent, 1)
-        yield Collective("moe_combine", "all_to_all", "moe_ep", sent, 1)
+        copies = min(moe.routing.top_k, layout.moe_ep)
+        there = copies * (width + moe.routing.top_k * CHOICE_BYTES)
+        yield Collective("moe_dispatch", "all_to_all", "moe_ep", -(-there // layout.tp), 1)
+        yield Collective("moe_combine", "all_to_all", "moe_ep", -(-copies * width // layout.tp), 1)
     else:
         yield Collective("moe_dispatch", "all_gather", "attn_dp", hidden, 1)
         yield Collective("moe_combine", "reduce_scatter", "world", hidden, 1)

@@ -13,6 +13,8 @@ from shardwise.sharding.plan import plan
 from shardwise.testing import run_threads
 
 TOKENS = 5
+SENT = ("float32", "uint8")
+"""Types of activations on their way: tokens travel to their experts as bytes, with ids and weights beside them."""
 LAYOUTS = [
     ("llama", ParallelLayout(tp=2)),
     ("gemma2", ParallelLayout(tp=2)),
@@ -45,7 +47,7 @@ def one_pass(folder, made):
 def test_a_pass_makes_the_collectives_that_are_planned(checkpoint_of, name, layout):
     made = plan(checkpoint_of(name)[0], layout)
     rows = one_pass(checkpoint_of(name)[0], made)
-    activations = [row for row in rows if row["dtype"] == "float32" and prod(row["shape"]) > TOKENS * layout.attn_dp]
+    activations = [row for row in rows if row["dtype"] in SENT and prod(row["shape"]) > TOKENS * layout.attn_dp]
     planned = Counter({op: 0 for op in ("all_reduce", "all_gather", "reduce_scatter", "all_to_all")})
     for each in made.collectives:
         planned[each.op] += each.count
