@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from shardwise.comm.base import STRATEGIES
-from shardwise.comm.collective import UNUSABLE
+from shardwise.comm.names import UNUSABLE
 
 if TYPE_CHECKING:
     from shardwise.comm.bench_peers import Peers

@@ -4,51 +4,22 @@ A transport implements the `_`-methods at the end of `BaseCommunicator` on conti
 inherits the rest, so that shapes, ragged sizes, errors and records are the same everywhere.
 """
 
-import os
 import pickle
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from shardwise import partition
-from shardwise.comm import arguments, compose, control, watch
+from shardwise.comm import arguments, compose, control, names, watch
 from shardwise.comm.arguments import as_bytes
-from shardwise.comm.base import STRATEGIES, CollectiveMismatch, CommError, Communicator, NotHere
+from shardwise.comm.base import CollectiveMismatch, CommError, Communicator, NotHere
 from shardwise.comm.control import MESSAGE_BYTES
 from shardwise.comm.watch import FLIGHT, Deadlines
 
 ALONE = "one rank has no peers to talk to"
-_MULTICAST = "needs NVLink multicast, which is never used here; use AUTO, ONESHOT or TWOSHOT"
-UNUSABLE = {
-    "UB": "user buffers reduce through NVLS: " + _MULTICAST,
-    "MNNVL": "multi-node NVLink kernels write through multicast objects: " + _MULTICAST,
-}
-
-
-def environment_flag(name: str) -> bool:
-    """True for 1, true, yes, on; False when unset or 0, false, no, off. Raises ValueError otherwise."""
-    text = os.environ.get(name, "0").strip().lower()
-    if text in ("1", "true", "yes", "on"):
-        return True
-    if text in ("0", "", "false", "no", "off"):
-        return False
-    raise ValueError(f"{name}={text!r}: legal are 1 and 0")
-
-
-def require_strategy_name(strategy: str) -> None:
-    """ValueError for an unknown name."""
-    if strategy not in STRATEGIES:
-        raise ValueError(f"unknown strategy {strategy!r}; legal: {', '.join(STRATEGIES)}")
-
-
-def require_strategy(strategy: str) -> None:
-    """ValueError for an unknown name; NotHere with the reason for a strategy that needs multicast."""
-    require_strategy_name(strategy)
-    if strategy in UNUSABLE:
-        raise NotHere(f"strategy {strategy}: {UNUSABLE[strategy]}")
 
 
 class BaseCommunicator(Communicator):
@@ -76,15 +47,16 @@ class BaseCommunicator(Communicator):
         self.transport = transport
         self.name = name
         self.deadlines = deadlines or Deadlines.from_environment()
-        self.check = environment_flag("SHARDWISE_CHECK") if check is None else check
-        self.deterministic = environment_flag("SHARDWISE_DETERMINISTIC") if deterministic is None else deterministic
+        self.check = watch.environment_flag("SHARDWISE_CHECK") if check is None else check
+        self.deterministic = (
+            watch.environment_flag("SHARDWISE_DETERMINISTIC") if deterministic is None else deterministic
+        )
         self.sequence = 0
         self.broken: str | None = None
         self.reason = "asked for by name"
         self._world_rank = self.ranks[rank]
         self._splits = 0
-        self._parts: list[BaseCommunicator] = []
-        """Groups split off this one."""
+        self._parts: list[BaseCommunicator] = []  # groups split off this one
 
     def __repr__(self) -> str:
         return f"<{self.transport} group {self.name}: rank {self.rank} of {self.size}>"
@@ -176,13 +148,9 @@ class BaseCommunicator(Communicator):
         result = torch.empty((sum(receives), *tensor.shape[1:]), dtype=tensor.dtype, device=tensor.device)
         row_bytes = arguments.unit_elements(tensor, 0) * tensor.element_size()
         if row_bytes:
-            self._all_to_all(
-                as_bytes(tensor),
-                as_bytes(result),
-                [count * row_bytes for count in sends],
-                [count * row_bytes for count in receives],
-                None if longest is None else longest * row_bytes,
-            )
+            sent, taken = ([count * row_bytes for count in counts] for counts in (sends, receives))
+            most = None if longest is None else longest * row_bytes
+            self._all_to_all(as_bytes(tensor), as_bytes(result), sent, taken, most)
         entry[watch.END] = watch.now()
         return result
 
@@ -217,8 +185,29 @@ class BaseCommunicator(Communicator):
         residual_out: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         compose.check_norm_arguments(tensor, residual, weight, out, residual_out)
-        reduced = self.all_reduce(tensor, strategy=strategy)
-        return compose.residual_rms_norm(reduced, residual, weight, eps, weight_bias, out, residual_out)
+        if strategy != "AUTO":
+            self._require(strategy)
+        self._require_device(tensor, "all_reduce_residual_rms_norm")
+        kernel = self._fused(tensor, residual, weight, weight_bias, strategy, out, residual_out)
+        if kernel is None:
+            reduced = self.all_reduce(tensor, strategy=strategy)
+            return compose.residual_rms_norm(reduced, residual, weight, eps, weight_bias, out, residual_out)
+        entry = self._begin("all_reduce_residual_rms_norm", tensor.shape, tensor.dtype, strategy, eps, weight_bias)
+        x, residual, weight = tensor.contiguous(), residual.contiguous(), weight.contiguous()
+        normed = torch.empty_like(x) if out is None else out
+        total = torch.empty_like(x) if residual_out is None else residual_out
+        if x.numel():
+            kernel(x, residual, weight, eps, weight_bias, normed, total)
+        entry[watch.END] = watch.now()
+        return normed, total
+
+    def _fused(
+        self, tensor: Tensor, residual: Tensor, weight: Tensor, weight_bias: float, strategy: str,
+        out: Tensor | None, residual_out: Tensor | None,
+    ) -> Callable[..., None] | None:  # fmt: skip
+        """What does sum, residual and norm in one for these: kernel(x, residual, weight, eps, weight_bias, out,
+        residual_out) on contiguous tensors. None: nothing does."""
+        return None
 
     def all_gather_object(self, value: Any) -> list[Any]:
         entry = self._begin("all_gather_object", (), "", "")
@@ -240,9 +229,7 @@ class BaseCommunicator(Communicator):
         return self.split_known([c for c, _ in wanted], [k for _, k in wanted])
 
     def split_known(self, colors: Sequence[int], keys: Sequence[int] | None = None) -> "BaseCommunicator":
-        if keys is None:
-            keys = range(self.size)
-        color = colors[self.rank]
+        keys, color = range(self.size) if keys is None else keys, colors[self.rank]
         members = sorted((keys[rank], rank) for rank in range(self.size) if colors[rank] == color)
         self._splits += 1
         name = f"{self.name}/{self._splits}.{color}"
@@ -273,7 +260,7 @@ class BaseCommunicator(Communicator):
     # For transports
 
     def _require(self, strategy: str) -> None:
-        require_strategy(strategy)
+        names.require_strategy(strategy)
         if strategy not in self.strategies:
             raise NotHere(
                 f"strategy {strategy} cannot run on transport {self.transport} (group {self.name}); "

@@ -161,3 +161,13 @@ def _process_state(pid: int) -> tuple[str, int] | None:
     except OSError:
         return None
     return values[0].decode(), int(values[19])
+
+
+def environment_flag(name: str) -> bool:
+    """True for 1, true, yes, on; False when unset or 0, false, no, off. Raises ValueError otherwise."""
+    text = os.environ.get(name, "0").strip().lower()
+    if text in ("1", "true", "yes", "on"):
+        return True
+    if text in ("0", "", "false", "no", "off"):
+        return False
+    raise ValueError(f"{name}={text!r}: legal are 1 and 0")

@@ -11,7 +11,6 @@ import importlib.util
 import torch
 from torch import Tensor
 
-from shardwise.comm import compose, watch
 from shardwise.comm.collective import BaseCommunicator
 from shardwise.comm.p2p.delegate import Delegating, with_reason
 from shardwise.comm.p2p.workspace import P2PUnavailable
@@ -70,46 +69,20 @@ class FlashInferCommunicator(Delegating):
         self._library = trtllm_ar
         return None
 
-    def all_reduce_residual_rms_norm(
-        self,
-        tensor: Tensor,
-        residual: Tensor,
-        weight: Tensor,
-        eps: float,
-        *,
-        weight_bias: float = 0.0,
-        strategy: str = "AUTO",
-        out: Tensor | None = None,
-        residual_out: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        compose.check_norm_arguments(tensor, residual, weight, out, residual_out)
+    def _fused(self, tensor, residual, weight, weight_bias, strategy, out, residual_out):
         hidden = tensor.shape[-1]
         results = [result for result in (out, residual_out) if result is not None]
         takes_hidden = hidden % _VECTOR == 0 and hidden >= _LEAST_HIDDEN
         fits = takes_hidden and self._fits(tensor, residual, weight, *results)
         if strategy not in KERNELS or weight_bias or not fits:
-            return super().all_reduce_residual_rms_norm(
-                *(tensor, residual, weight, eps),
-                weight_bias=weight_bias,
-                strategy=strategy,
-                out=out,
-                residual_out=residual_out,
-            )
-        self._require_device(tensor, "all_reduce_residual_rms_norm")
-        entry = self._begin("all_reduce_residual_rms_norm", tensor.shape, tensor.dtype, strategy, eps)
-        x, residual, weight = (t.detach().contiguous() for t in (tensor, residual, weight))
-        normed = torch.empty_like(x) if out is None else out
-        total = torch.empty_like(x) if residual_out is None else residual_out
-        norm = {
-            "residual_in": residual,
-            "residual_out": total,
-            "norm_out": normed,
-            "rms_gamma": weight,
-            "rms_eps": eps,
-        }
-        self._run(x, hidden, strategy, self._library.AllReduceFusionPattern.kARResidualRMSNorm, **norm)
-        entry[watch.END] = watch.now()
-        return normed, total
+            return None
+        pattern = self._library.AllReduceFusionPattern.kARResidualRMSNorm
+
+        def kernel(x, residual, weight, eps, _, normed, total) -> None:
+            norm = {"norm_out": normed, "rms_gamma": weight, "rms_eps": eps}
+            self._run(x, hidden, strategy, pattern, residual_in=residual, residual_out=total, **norm)
+
+        return kernel
 
     def _fits(self, tensor: Tensor, *others: Tensor) -> bool:
         aligned = all(each.data_ptr() % _ALIGNMENT == 0 for each in (tensor, *others) if each.is_contiguous())

@@ -4,7 +4,7 @@ from typing import Optional
 
 import torch
 
-from shardwise.comm.collective import require_strategy_name
+from shardwise.comm.names import require_strategy_name
 from shardwise.ops.distributed.group import gathered, group_of
 from shardwise.ops.registry import operator
 
