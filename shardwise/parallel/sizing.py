@@ -1,7 +1,5 @@
 """How many pages the KV cache gets of what a GPU's weights and a step's work leave."""
 
-from dataclasses import dataclass
-
 import torch
 
 from shardwise.comm.base import Communicator
@@ -13,19 +11,6 @@ from shardwise.sharding.model import Layer, ModelSpec
 
 RESERVED_BYTES = 2 << 30
 """For CUDA graphs, communication, library workspaces and what the allocator cannot use."""
-
-
-@dataclass(frozen=True)
-class Room:
-    """Bytes of a device as they are once the weights are loaded."""
-
-    free: int
-    total: int
-    activations: int
-    """Of the largest step."""
-
-    def pages(self, page_bytes: int) -> int:
-        return max(0, self.free - RESERVED_BYTES - self.activations) // page_bytes
 
 
 def page_bytes(layers: list[LayerShape], dtype: torch.dtype) -> int:
@@ -49,15 +34,15 @@ def pages_for(
     """
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(device)
-    room, each = Room(free, total, activations), page_bytes(layers, dtype)
+    work, each = RESERVED_BYTES + activations, page_bytes(layers, dtype)
     useful = slots * -(-max_length // PAGE_SIZE)
-    fits = world.all_gather_object(min(useful, room.pages(each)))
+    fits = world.all_gather_object(min(useful, max(0, free - work) // each))
     if min(fits) < 1:
         rank = fits.index(min(fits))
         raise DoesNotFit(
             f"rank {world.ranks[rank]} has no memory for the KV cache, of which {PAGE_SIZE} tokens take {each} "
             f"bytes: beside the weights, rank {world.ranks[world.rank]} has {free >> 20} MiB of {total >> 20} MiB, and "
-            f"{RESERVED_BYTES + activations >> 20} MiB are kept for a step's work; use more ranks or smaller weights"
+            f"{work >> 20} MiB are kept for a step's work; use more ranks or smaller weights"
         )
     return min(fits)
 

@@ -64,8 +64,6 @@ def choose_cuts(
             cuts[axis] = _cut(axis, mesh_size(layout, axis), grains[_key(axis)], _family(axis.axis) in padded, warnings)
         except IllegalCut as error:
             reasons.append(_reason(axis, layout, str(error), grains[_key(axis)], tensors))
-    if layout.moe_ep > 1 and not any(axis.axis is Axis.EXPERTS for axis in cuts):
-        warnings.append(f"ep {layout.moe_ep} has no effect: the model has no experts")
     if reasons:
         raise IllegalLayout(f"{layout} does not fit: " + "; ".join(reasons), tuple(reasons))
     return cuts, tuple(dict.fromkeys(warnings))

@@ -9,6 +9,7 @@ import torch
 from shardwise.comm import bench
 from shardwise.comm.rank import current_groups
 from shardwise.launch.cli import bench_comm, main
+from shardwise.parallel.host_memory import host_memory
 from shardwise.sharding import topology
 from shardwise.testing import run_threads
 
@@ -34,7 +35,9 @@ def test_rows_stand_beside_their_peers_in_one_run(tmp_path, capsys):
     assert "busbw" in printed and "peer:mpi" in printed and "ONESHOT: every rank sums all" in printed
     assert "strategy TWOSHOT: runs" in printed and "strategy SYMM_MEM: not on transport shm" in printed
     assert "strategy UB: user buffers reduce through NVLS" in printed
-    link = topology.load(str(calibrated)).intra
+    machine, (_, total) = topology.load(str(calibrated)), host_memory()
+    assert machine.device.memory_bytes == total // 2
+    link = machine.intra
     assert link.latency_seconds == pytest.approx(min(row["p50_us"] for row in rows[:2]) * 1e-6)
 
 

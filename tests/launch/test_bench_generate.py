@@ -63,7 +63,12 @@ def test_a_shape_is_measured_on_two_ranks_and_every_rank_writes_a_trace(shape, t
     assert first["step_bytes"]["experts"] > result["ranks"][1]["step_bytes"]["experts"] > 0
     assert 0.4 <= first["touched_seen"] <= 0.8  # 2 tokens x 2 of 5 experts
     printed = capsys.readouterr().out
-    for text in ("gpt-oss-tiny.json, random weights, float32; tp 2 ep 2 on 2 rank(s)", "first token", "p50", "limit"):
+    for text in (
+        "gpt-oss-tiny.json, random weights, float32; tp 2 ep 2 on 2 ranks (local, shm, cpu)",
+        "first token",
+        "p50",
+        "limit",
+    ):
         assert text in printed
     for rank in range(2):
         events = json.loads(gzip.decompress((traces / f"rank-{rank}.json.gz").read_bytes()))["traceEvents"]

@@ -1,6 +1,8 @@
 """The command line: verbs, exit codes, errors in one sentence, nothing heavy imported, no process left behind."""
 
+import argparse
 import gzip
+import importlib
 import json
 import os
 import signal
@@ -55,6 +57,13 @@ def test_every_verb_stands_in_the_help():
     assert all(verb in text for verb in VERBS)
     text = cli("bench", "--help").stdout
     assert all(what in text for what in BENCHES)
+
+
+@pytest.mark.parametrize("module", [*sorted(VERBS.keys() - {"bench"}), *(f"bench_{what}" for what in BENCHES)])
+def test_every_option_has_a_word_in_the_help(module):
+    parser = argparse.ArgumentParser()
+    importlib.import_module(f"shardwise.launch.cli.{module}").add_arguments(parser)
+    assert [action.dest for action in parser._actions if not action.help] == []
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import re
 
 from shardwise.launch.cli.output import add_json, require_writable, table_stream, write_json
 from shardwise.launch.machine import machine_facts
+from shardwise.parallel.host_memory import host_memory
 
 BODY = "shardwise.comm.bench:"
 ON_CUDA, ON_CPU = ("nccl", "symm_mem", "flashinfer"), ("gloo", "mpi")
@@ -19,16 +20,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-n", "--world", type=int, default=2, help="ranks to start (default 2)")
     parser.add_argument("--sizes", type=sizes, default=sizes(SWEEP), help=f"payloads, default {SWEEP}")
     parser.add_argument("--op", default="all_reduce", help="operations, comma separated, or all (default all_reduce)")
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16", "float64"])
+    parser.add_argument(
+        "--dtype", default="float32", choices=["float32", "bfloat16", "float16", "float64"], help="default float32"
+    )
     parser.add_argument("--strategy", default="AUTO", help="AUTO, ONESHOT, TWOSHOT, NCCL, ...")
-    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    parser.add_argument(
+        "--device", choices=["auto", "cpu", "cuda"], default="auto", help="default: GPUs where there are enough"
+    )
     parser.add_argument(
         "--peers", default="auto", help="gloo, mpi, nccl, symm_mem, flashinfer, none; default: all that run here"
     )
     add_json(parser, "machine, reasons and rows")
     parser.add_argument("--why", action="store_true", help="say which transport and algorithm serve, and why")
     parser.add_argument(
-        "--calibrate", metavar="FILE", help="write a topology file with this machine's measured link, for plan --device"
+        "--calibrate",
+        metavar="FILE",
+        help="write a topology file with this machine's memory and measured link, for plan --device",
     )
 
 
@@ -160,24 +167,35 @@ def _write(args: argparse.Namespace, rows: list[dict], why: list[str]) -> None:
 
 
 def _calibrate(args: argparse.Namespace, rows: list[dict]) -> None:
-    """A topology whose link inside the host is the one measured; the device's own figures stay the built-in ones."""
+    """A topology with the link inside the host as measured and a rank's memory as it is; the rest stays built in."""
     from dataclasses import replace
 
     from shardwise.sharding import topology
 
     sums = [row for row in rows if row["op"] == "all_reduce"]
-    base = topology.load(_built_in(_device(args)))
+    device = _device(args)
+    base = topology.load(_built_in(device))
     link = topology.Link(
         bandwidth_bytes_per_second=max(row["busbw_gbps"] for row in sums) * 1e9,
         latency_seconds=min(row["p50_us"] for row in sums) * 1e-6,
     )
     measured = replace(
         base,
+        device=replace(base.device, memory_bytes=_memory_of_a_rank(device, args.world)),
         intra=link,
         ranks_per_node=max(args.world, base.ranks_per_node),
         source=f"shardwise bench comm, {sums[0]['transport']}, world {args.world}",
     )
     topology.save(measured, args.calibrate)
+
+
+def _memory_of_a_rank(device: str, world: int) -> int:
+    """Bytes of its GPU, or its share of the host."""
+    if device == "cpu":
+        return host_memory()[1] // world
+    import torch
+
+    return torch.cuda.get_device_properties(0).total_memory
 
 
 def _built_in(device: str) -> str:

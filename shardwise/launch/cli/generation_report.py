@@ -36,16 +36,17 @@ def text(result: dict[str, Any]) -> str:
 
 
 def _head(result: dict[str, Any]) -> list[str]:
-    layout, first, machine = result["layout"], result["ranks"][0], result["machine"]
+    layout, first, machine, world = result["layout"], result["ranks"][0], result["machine"], len(result["ranks"])
     sizes = " ".join(f"{name.replace('_', '-')} {n}" for name, n in layout.items() if n > 1) or "tp 1"
+    transport = [result["transport"]] if world > 1 else []
     weights = "random weights" if result["dummy_weights"] else "its own weights"
     device = (
         f"{machine['gpu']}, driver {machine['driver']}, CUDA {machine['cuda']}" if machine["gpu"] else machine["cpu"]
     )
     versions = ", ".join(f"{name} {machine[name]}" for name in ("torch", "triton", "flashinfer") if machine[name])
     return [
-        f"{result['model']}, {weights}, {first['dtype']}; {sizes} on {len(result['ranks'])} rank(s) "
-        f"({result['launcher']}, {result['transport']}, {first['device'].split(':')[0]})",
+        f"{result['model']}, {weights}, {first['dtype']}; {sizes} on {world} {'ranks' if world > 1 else 'rank'} "
+        f"({', '.join([result['launcher'], *transport, first['device'].split(':')[0]])})",
         f"{device}; {versions}",
         f"decode: {first['stats']['decode']}",
         f"weights: {first['stats']['weights']}; cache: {first['stats']['cache']}",

@@ -34,7 +34,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     layout.add_argument("--ep", type=int, metavar="N", help="expert parallel ranks (default 1)")
     layout.add_argument("--moe-tp", type=int, metavar="N", help="ranks that share an expert (world / ep)")
     layout.add_argument("--attn-dp", type=int, metavar="N", help="attention data parallel groups")
-    layout.add_argument("--pad", action="append", default=[], metavar="AXIS", choices=[str(a) for a in Axis])
+    axes = [str(axis) for axis in Axis]
+    layout.add_argument(
+        "--pad", action="append", default=[], metavar="AXIS", choices=axes, help=f"to a legal size: {', '.join(axes)}"
+    )
     layout.add_argument("--redundant-experts", type=int, metavar="N", help="copies of experts, over all ranks")
     layout.add_argument(
         "--expert-load", metavar="FILE", help="JSON list of the load of every expert, to place copies by"

@@ -38,11 +38,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     source.add_argument("--prompt", metavar="TEXT", help=f"default: {DEFAULT_PROMPT}")
     source.add_argument("--prompts", metavar="FILE", help="one prompt a line, or a JSON list of texts; - is stdin")
     text.add_argument("--raw", action="store_true", help="do not wrap prompts in the model's chat template")
-    text.add_argument("--max-new-tokens", type=int, default=128, metavar="N")
+    text.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="default 128")
     text.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 (default): greedy")
-    text.add_argument("--top-p", type=float, default=1.0, metavar="P")
-    text.add_argument("--top-k", type=int, default=0, metavar="K")
-    text.add_argument("--seed", type=int, metavar="S")
+    text.add_argument(
+        "--top-p", type=float, default=1.0, metavar="P", help="draw from the likeliest tokens that make up P"
+    )
+    text.add_argument(
+        "--top-k", type=int, default=0, metavar="K", help="draw from the K likeliest tokens (default: all)"
+    )
+    text.add_argument("--seed", type=int, metavar="S", help="of the draws (default: a new one)")
     text.add_argument("--stop", action="append", default=[], metavar="TEXT", help="text that ends an answer")
     text.add_argument("--ignore-eos", action="store_true", help="go on behind the model's own end of text")
     add_forms(text)
@@ -167,10 +171,12 @@ def _show_figures(llm: "LLM") -> None:
     answer = llm.last_answer
     assert answer is not None
     peaks = ", ".join(f"{rank.peak_rss_bytes / 2**20:.0f}" for rank in llm.stats())
+    world = llm.config.world
+    ranks = f"{llm.transport}, {world} ranks" if world > 1 else "1 rank"
     print(
         f"{answer.new_tokens} tokens, {answer.tokens_per_second:.1f} tokens/s, first token after "
         f"{answer.time_to_first_token:.2f} s, peak memory a rank {peaks} MiB "
-        f"({llm.launcher}, {llm.transport}, {len(llm.stats())} ranks)",
+        f"({llm.launcher}, {ranks})",
         file=sys.stderr,
     )
     if llm.config.trace:
