@@ -34,8 +34,9 @@ def require_ranks(world: int) -> None:
 def host_memory(root: Path = ROOT) -> tuple[int, int]:
     """(bytes free, bytes in all). Pages of files count as free, since the kernel takes them back, and so does swap."""
     info = _table(root / "proc/meminfo")
-    free = 1024 * (info.get("MemAvailable:", 0) + info.get("SwapFree:", 0))
-    total = 1024 * info.get("MemTotal:", 0)
+    total = 1024 * info.get("MemTotal:", NO_LIMIT // 1024)
+    kept = info.get("MemAvailable:", info.get("MemFree:", total // 1024))  # sandboxes do not tell all
+    free = 1024 * (kept + info.get("SwapFree:", 0))
     for limit, used in _limits(root):
         free, total = min(free, max(0, limit - used)), min(total, limit)
     return free, total

@@ -49,6 +49,14 @@ def test_a_container_that_sees_its_own_group_as_the_root_is_bounded_by_it(root):
     assert host_memory(root) == (0, MIB)
 
 
+def test_what_a_sandbox_does_not_tell_refuses_nothing(root):
+    (root / "proc/meminfo").write_text("MemTotal: 8192 kB\nMemFree: 100 kB\n")
+    assert host_memory(root) == (100 * 1024, 8 * MIB)
+    (root / "proc/meminfo").unlink()
+    free, total = host_memory(root)
+    assert min(free, total) >= 2**59
+
+
 def test_this_machine_has_memory():
     free, total = host_memory()
     assert 0 < free <= total
