@@ -19,8 +19,10 @@ def compiled(tuning, world: int, fused: bool, aligned: bool, dtype: str, lanes: 
     pointers = dict.fromkeys(("x", "residual", "weight", "out", "residual_out"), "*" + dtype)
     constants = {"WORLD": world, "RANK": world - 1, "LANES": lanes, "ALIGNED": aligned, "FUSED": fused}
     if tuning.strategy == "ONESHOT":
-        constants |= {"BULK": tuning.bulk and aligned}
-    constants |= {"AHEAD": tuning.ahead, "PAUSING": tuning.pausing, "PDL": True}
+        constants |= {"AHEAD": tuning.ahead, "BULK": tuning.bulk and aligned, "TOGETHER": tuning.together}
+    else:
+        constants |= {"AHEAD": tuning.ahead}
+    constants |= {"PAUSING": tuning.pausing, "PDL": True}
     signature = {**pointers, "slots": ("i64",) * world, "counters": "*i32", **INTEGERS, **SIZES}
     signature |= dict.fromkeys(constants, "constexpr")
     kernel = kernels.one_shot if tuning.strategy == "ONESHOT" else kernels.two_shot

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from shardwise.comm.base import CollectiveTimeout, CommError
+from shardwise.comm.p2p import launch
 from shardwise.comm.p2p.communicator import P2PCommunicator
 from shardwise.comm.p2p.launch import Launcher
 from shardwise.comm.p2p.table import Tuning
@@ -66,12 +67,13 @@ class SharedWorkspace(Workspace):
 class InterpretedLauncher(Launcher):
     def __init__(self, workspace: SharedWorkspace):
         self.workspace, self.deadline_ns, self.multiprocessors, self.pdl = workspace, 10**10, 2, False
+        self._kernels, self._places = {}, launch.places(workspace)
 
-    def _compiled(self, kernel, *_):
-        return kernel, 3
+    def _compiled(self, kernel, positional, options):
+        return launch.Ready(kernel, options, (), resident=3)
 
-    def _start(self, compiled, grid, positional, options) -> None:
-        compiled[(grid,)](*positional, **options)
+    def _start(self, ready, grid, positional) -> None:
+        ready.compiled[(grid,)](*positional, **ready.options)
 
 
 class OnCpu(P2PCommunicator):
@@ -115,7 +117,11 @@ def conformance(info: RankInfo, store, folder: str) -> None:
 def check_variants(group: OnCpu) -> None:
     """How rows are pushed changes no bit, also where results replace inputs."""
     parts = p2p_checks.everyones(group.size, (300,), torch.float32, 9)
-    for variant in (Tuning("ONESHOT", 1, 2, lanes=32), Tuning("ONESHOT", 1, 1, lanes=32, bulk=True)):
+    for variant in (
+        Tuning("ONESHOT", 1, 2, lanes=32),
+        Tuning("ONESHOT", 1, 1, lanes=32, bulk=True),
+        Tuning("ONESHOT", 1, lanes=32, together=True),
+    ):
         x = parts[group.rank].clone()
         for out in (torch.empty_like(x), x):
             group.launcher.all_reduce(x, out, variant)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from shardwise.comm import compose, watch
+from shardwise.comm import watch
 from shardwise.comm.base import CollectiveTimeout, CommError
 from shardwise.comm.collective import BaseCommunicator
 from shardwise.comm.p2p import table
@@ -73,42 +73,18 @@ class P2PCommunicator(Delegating):
             _require_dtype(tensor, strategy, HALVES if strategy == LOW_PRECISION else DTYPES)
         return super().all_reduce(tensor, out=out, strategy=strategy)
 
-    def all_reduce_residual_rms_norm(
-        self,
-        tensor: Tensor,
-        residual: Tensor,
-        weight: Tensor,
-        eps: float,
-        *,
-        weight_bias: float = 0.0,
-        strategy: str = "AUTO",
-        out: Tensor | None = None,
-        residual_out: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        compose.check_norm_arguments(tensor, residual, weight, out, residual_out)
-        if strategy != "AUTO":
-            self._require(strategy)
-        self._require_device(tensor, "all_reduce_residual_rms_norm")
+    def _fused(self, tensor, residual, weight, weight_bias, strategy, out, residual_out):
         if strategy not in ("AUTO", *BEYOND):
             _require_dtype(tensor, strategy, HALVES if strategy == LOW_PRECISION else DTYPES)
         tuning = self._tuning(tensor, strategy, fused=True)
         if tuning is None or weight.dtype != tensor.dtype or not self.launcher.fits(tensor, tuning):
-            return super().all_reduce_residual_rms_norm(
-                *(tensor, residual, weight, eps),
-                weight_bias=weight_bias,
-                strategy=strategy,
-                out=out,
-                residual_out=residual_out,
-            )
-        entry = self._begin("all_reduce_residual_rms_norm", tensor.shape, tensor.dtype, strategy, eps, weight_bias)
-        x, residual, weight = (t.detach().contiguous() for t in (tensor, residual, weight))
-        normed = torch.empty_like(x) if out is None else out
-        total = torch.empty_like(x) if residual_out is None else residual_out
-        if x.numel():
+            return None
+
+        def kernel(x, residual, weight, eps, weight_bias, normed, total) -> None:
             with self._flight():
                 self.launcher.fused(x, residual, weight, eps, weight_bias, normed, total, tuning)
-        entry[watch.END] = watch.now()
-        return normed, total
+
+        return kernel
 
     def check_waits(self) -> None:
         """Raise CollectiveTimeout if a kernel gave up waiting, CommError if a peer's abort ended it.

@@ -2,6 +2,7 @@
 
 import threading
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -53,6 +54,26 @@ def _token_rows(x: Tensor, *others: Tensor) -> _Rows:
     return _Rows(x.numel() // hidden, hidden, x.numel(), chunks, max(32, _next_power_of_two(chunks)), aligned)
 
 
+@dataclass(frozen=True)
+class Ready:
+    """A kernel that is compiled, and what its calls have in common."""
+
+    compiled: Any
+    options: dict[str, Any]
+    constants: tuple
+    """The kernel's constexpr arguments, which a launch passes behind the others."""
+    resident: int
+    """Blocks that the device holds at once: a wait must never keep its partner from starting."""
+
+
+def places(workspace: Workspace) -> tuple:
+    """What every kernel is told of the workspace."""
+    return (
+        *(workspace.slots, workspace.counters, workspace.abort),
+        *(workspace.records.data_ptr(), workspace.region_bytes),
+    )
+
+
 _compiling = threading.Lock()
 """Triton compiles for one thread at a time; ranks may be threads."""
 
@@ -67,7 +88,8 @@ class Launcher:
         self.multiprocessors = properties.multi_processor_count
         # Blocks of the next launch that wait where another rank's blocks must run would keep those from starting.
         self.pdl = (properties.major >= 9 if pdl is None else pdl) and workspace.sharers == 1
-        self._kernels: dict[tuple, tuple] = {}
+        self._kernels: dict[tuple, Ready] = {}
+        self._places = places(workspace)
 
     def all_reduce(self, x: Tensor, out: Tensor, tuning: Tuning, *, launch: bool = True) -> None:
         """out = sum of x over the ranks. Same shape and dtype; `out` may be `x`. `launch=False` compiles only."""
@@ -101,23 +123,15 @@ class Launcher:
             self._launch_fp8(part, target, -(-part.numel() // row_values))
 
     def _launch_fp8(self, x: Tensor, out: Tensor, rows: int) -> None:
-        space = self.workspace
-        places = (space.slots, space.counters, space.abort, space.records.data_ptr(), space.region_bytes)
-        positional = (x, out, *places, self.deadline_ns, rows, x.numel())
         aligned = _aligned(x, out) and x.numel() * x.element_size() % CHUNK_BYTES == 0
-        options = {
-            "WORLD": space.size,
-            "RANK": space.rank,
-            "LANES": FP8_LANES,
-            "ALIGNED": aligned,
-            "PAUSING": 0,
-            "PDL": self.pdl,
-            "num_warps": FP8_LANES // 32,
-            "launch_pdl": self.pdl,
-        }
-        with space.on_device():
-            compiled, resident = self._compiled(fp8.one_shot_fp8, positional, options, x.dtype)
-            self._start(compiled, min(rows, resident, COUNTERS), positional, options)
+        positional = (x, out, *self._places, self.deadline_ns, rows, x.numel())
+        with self.workspace.on_device():
+            key = (x.dtype, aligned)
+            ready = self._kernels.get(key)
+            if ready is None:
+                options = self._options(FP8_LANES, aligned, {}, 0, FP8_LANES // 32)
+                ready = self._kernels[key] = self._compiled(fp8.one_shot_fp8, positional, options)
+            self._start(ready, min(rows, ready.resident, COUNTERS), positional)
 
     def fits(self, x: Tensor, tuning: Tuning) -> bool:
         """True when a call can take at least one row of x [..., H]."""
@@ -148,64 +162,58 @@ class Launcher:
             self._launch(replace(rows, count=count, total=stop - start), tuning, parts, eps, weight_bias, fused, launch)
 
     def _launch(self, rows: _Rows, tuning: Tuning, tensors, eps, weight_bias, fused: bool, launch: bool) -> None:
-        kernel, positional, options = self._arguments(rows, tuning, tensors, eps, weight_bias, fused)
+        sizes = (rows.count, rows.width, rows.total, rows.chunks)
+        positional = (*tensors, *self._places, self.deadline_ns, *sizes, eps, weight_bias)
         with self.workspace.on_device():
-            compiled, resident = self._compiled(kernel, positional, options, tensors[0].dtype)
+            key = (tensors[0].dtype, rows.lanes, rows.aligned, fused, tuning)
+            ready = self._kernels.get(key)
+            if ready is None:
+                ready = self._kernels[key] = self._ready(rows, tuning, positional, fused)
             if launch:
                 turns = rows.count if tuning.strategy == "ONESHOT" else -(-rows.count // self.workspace.size)
-                room = min(resident, tuning.blocks_per_sm * self.multiprocessors, COUNTERS)
-                self._start(compiled, min(turns, room), positional, options)
+                room = min(ready.resident, tuning.blocks_per_sm * self.multiprocessors, COUNTERS)
+                self._start(ready, min(turns, room), positional)
 
-    def _arguments(self, rows: _Rows, tuning: Tuning, tensors, eps, weight_bias, fused: bool):
-        workspace = self.workspace
-        positional = (
-            *tensors,
-            workspace.slots,
-            workspace.counters,
-            workspace.abort,
-            workspace.records.data_ptr(),
-            workspace.region_bytes,
-            self.deadline_ns,
-            rows.count,
-            rows.width,
-            rows.total,
-            rows.chunks,
-            eps,
-            weight_bias,
-        )
-        stage_bytes = (tuning.ahead + 1) * rows.lanes * CHUNK_BYTES
-        one_shot = {"BULK": tuning.bulk and rows.aligned and stage_bytes <= STAGE_BYTES}
-        options = {
-            "WORLD": workspace.size,
-            "RANK": workspace.rank,
-            "LANES": rows.lanes,
-            "ALIGNED": rows.aligned,
-            "FUSED": fused,
-            "AHEAD": tuning.ahead,
-            **(one_shot if tuning.strategy == "ONESHOT" else {}),
-            "PAUSING": tuning.pausing,
+    def _ready(self, rows: _Rows, tuning: Tuning, positional: tuple, fused: bool) -> Ready:
+        kernel = kernels.one_shot if tuning.strategy == "ONESHOT" else kernels.two_shot
+        form = {"FUSED": fused, **self._pushing(rows, tuning)}
+        warps = min(tuning.warps, rows.lanes // 32)
+        return self._compiled(kernel, positional, self._options(rows.lanes, rows.aligned, form, tuning.pausing, warps))
+
+    def _options(self, lanes: int, aligned: bool, form: dict[str, int | bool], pausing: int, warps: int) -> dict:
+        """Constants in the order of the kernels' arguments, then what the compiler is told."""
+        return {
+            "WORLD": self.workspace.size,
+            "RANK": self.workspace.rank,
+            "LANES": lanes,
+            "ALIGNED": aligned,
+            **form,
+            "PAUSING": pausing,
             "PDL": self.pdl,
-            "num_warps": min(tuning.warps, rows.lanes // 32),
+            "num_warps": warps,
             "launch_pdl": self.pdl,
         }
-        return (kernels.one_shot if tuning.strategy == "ONESHOT" else kernels.two_shot), positional, options
 
-    def _compiled(self, kernel, positional, options, dtype):
-        """(the kernel, its blocks that the device holds at once): a wait must never keep its partner from starting."""
-        key = (kernel.__name__, dtype, *options.values())
-        if key not in self._kernels:
-            with _compiling:
-                compiled = kernel.warmup(*positional, grid=(1,), **options)
-                compiled._init_handles()
-            threads = 32 * options["num_warps"]
-            registers = max(8, -(-compiled.n_regs // 8) * 8)
-            per_sm = min(_REGISTERS // (registers * threads), _THREADS // threads, _BLOCKS)
-            if options.get("BULK"):
-                per_sm = min(per_sm, _SHARED_BYTES // (STAGE_BYTES + _SHARED_RESERVE))
-            self._kernels[key] = compiled, max(1, per_sm * self.multiprocessors // self.workspace.sharers)
-        return self._kernels[key]
+    def _pushing(self, rows: _Rows, tuning: Tuning) -> dict[str, int | bool]:
+        """The options that say how a kernel pushes."""
+        if tuning.strategy == "TWOSHOT":
+            return {"AHEAD": tuning.ahead}
+        stage_bytes = (tuning.ahead + 1) * rows.lanes * CHUNK_BYTES
+        bulk = tuning.bulk and rows.aligned and stage_bytes <= STAGE_BYTES
+        return {"AHEAD": tuning.ahead, "BULK": bulk, "TOGETHER": tuning.together}
 
-    def _start(self, compiled, grid: int, positional, options) -> None:
+    def _compiled(self, kernel, positional: tuple, options: dict[str, Any]) -> Ready:
+        with _compiling:
+            compiled = kernel.warmup(*positional, grid=(1,), **options)
+            compiled._init_handles()
+        threads = 32 * options["num_warps"]
+        registers = max(8, -(-compiled.n_regs // 8) * 8)
+        per_sm = min(_REGISTERS // (registers * threads), _THREADS // threads, _BLOCKS)
+        if options.get("BULK"):
+            per_sm = min(per_sm, _SHARED_BYTES // (STAGE_BYTES + _SHARED_RESERVE))
+        constants = tuple(value for name, value in options.items() if name.isupper())
+        return Ready(compiled, options, constants, max(1, per_sm * self.multiprocessors // self.workspace.sharers))
+
+    def _start(self, ready: Ready, grid: int, positional: tuple) -> None:
         """Past Triton's look-up of the compiled kernel, which takes longer than the rest of a launch."""
-        constants = [value for name, value in options.items() if name.isupper()]
-        compiled[(grid, 1, 1)](*positional, *constants)
+        ready.compiled[(grid, 1, 1)](*positional, *ready.constants)

@@ -6,6 +6,7 @@ World 8 is not measured: launches that compile without spilling registers, and o
 others' one-stage all-reduce of the same shape is published to win on Hopper, a quarter MiB.
 """
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -32,6 +33,8 @@ class Tuning:
     """One-shot: push by bulk copies from shared memory, where rows are aligned and AHEAD + 1 of them fit there."""
     pausing: int = 0
     """Nanoseconds between two looks for what has not arrived: fewer looks leave more of the cache to what arrives."""
+    together: bool = False
+    """One-shot between more than two ranks: one wait for all peers (together.py)."""
 
 
 @dataclass(frozen=True)
@@ -126,6 +129,7 @@ _ENTRIES = {
 }
 
 
+@functools.lru_cache(maxsize=4096)
 def choose(world: int, nbytes: int, fused: bool, strategy: str) -> Choice:
     """For a tensor of `nbytes` a rank. `strategy`: AUTO, MIN_LATENCY (never NCCL), ONESHOT or TWOSHOT."""
     entries = _ENTRIES[world, fused]

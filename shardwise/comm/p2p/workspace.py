@@ -28,6 +28,8 @@ REGION_BYTES = {2: 64 << 20, 4: 32 << 20, 8: 16 << 20}
 RECORDS = 8
 """Places for the ranks whose data a kernel gave up waiting for; behind them as many for waits that were ended."""
 
+_NOTHING_SEEN = bytes(2 * RECORDS * 8)
+
 ONE_SHOT, TWO_SHOT_REDUCE, TWO_SHOT_GATHER, LOW_PRECISION = 1, 2, 3, 4
 _PHASES = {
     ONE_SHOT: "one-shot exchange",
@@ -179,7 +181,7 @@ class Workspace:
 
     def check(self) -> None:
         """Raise CollectiveTimeout if a kernel of this rank ever gave up waiting, CommError if a peer ended its wait."""
-        if self.failure is None and self._seen.any():
+        if self.failure is None and self._seen.tobytes() != _NOTHING_SEEN:  # each call asks: `any` takes 2 us
             self.failure = self._describe()
         if self.failure is not None:
             raise self.failure
