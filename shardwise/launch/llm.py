@@ -12,7 +12,7 @@ script already runs on every rank: each makes the same calls and gets the same r
 import atexit
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol, Unpack
@@ -110,7 +110,10 @@ class LLM:
     def generate(
         self, prompts: "Sequence[Prompt] | str", params: SamplingParams | Sequence[SamplingParams] | None = None
     ) -> list[Completion]:
-        """Completions in the order of the prompts. A prompt is raw text, token ids, or a list of chat messages."""
+        """Completions in the order of the prompts. A prompt is raw text, token ids, or a list of chat messages.
+
+        TypeError for what is no prompt or no SamplingParams, ValueError for a prompt that has no room.
+        """
         for _ in self.stream(prompts, params):
             pass
         assert self.last_answer is not None
@@ -119,11 +122,14 @@ class LLM:
     def stream(
         self, prompts: "Sequence[Prompt] | str", params: SamplingParams | Sequence[SamplingParams] | None = None
     ) -> Iterator[TokenEvent]:
-        """Tokens of all prompts as they come; ValueError as `generate`.
+        """Tokens of all prompts as they come; arguments and errors as for `generate`.
 
         A stream that is left early goes on in the ranks: the next call waits for its end.
         """
-        listed = [prompts] if isinstance(prompts, str) else list(prompts)
+        from shardwise.parallel.prompts import checked
+
+        single = isinstance(prompts, str | bytes | Mapping)
+        listed = [checked(i, prompt) for i, prompt in enumerate([prompts] if single else prompts)]
         each = _one_each(params, len(listed))
         if not self._closer.alive:
             raise RuntimeError("this LLM is closed")
@@ -153,6 +159,9 @@ class LLM:
 def _one_each(params: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:
     if params is None or isinstance(params, SamplingParams):
         return [params or SamplingParams()] * count
+    wrong = [each for each in params if not isinstance(each, SamplingParams)]
+    if wrong or isinstance(params, Mapping):
+        raise TypeError(f"params has {wrong[0]!r:.60}: give SamplingParams(...), or a list with one for each prompt")
     if len(params) != count:
         raise ValueError(f"{count} prompts with {len(params)} sampling parameters; give one, or one for each")
     return list(params)
@@ -204,10 +213,8 @@ class ParentExecutor:
         for _ in self._items or ():  # what a caller that left the last stream early did not take
             pass
         self._stats = self.stats()
-        given = [prompt if isinstance(prompt, str) else list(prompt) for prompt in prompts]
-        self._supervisor.send(
-            {"command": "generate", "prompts": given, "params": [params_to_json(each) for each in params]}
-        )
+        wanted = [params_to_json(each) for each in params]
+        self._supervisor.send({"command": "generate", "prompts": list(prompts), "params": wanted})
         self._items = _Items(self._supervisor, self._silence)
         yield from self._items
 

@@ -134,7 +134,7 @@ def layout_for(
     """Sizes of the grid; tp defaults to the launcher's world. ValueError names both sides of a contradiction."""
     for name, size in (("tp", tp), ("attn_dp", attn_dp), ("ep", ep)):
         if size is not None and (not isinstance(size, int) or size < 1):
-            raise ValueError(f"{name} {size!r}: must be at least 1")
+            raise ValueError(f"{name} {size!r}: must be a whole number of at least 1")
     if within(info) and launcher is not None:
         raise ValueError(
             f"launcher {launcher!r} was asked for, but this process is already rank {info.rank} of {info.world} "

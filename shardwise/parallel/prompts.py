@@ -1,7 +1,8 @@
 """What a model can be asked: texts, token ids or conversations, as ids, and whether they fit. Needs no torch."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import cast
 
 from shardwise.parallel.tokenizer import IdTokenizer, Tokenizer
@@ -10,6 +11,22 @@ Prompt = str | Sequence[int] | Sequence[dict[str, str]]
 """Raw text, token ids, or a conversation of {"role", "content"} messages that the chat template formats."""
 TEMPLATE_TOKENS = 512
 """What chat templates put around a conversation at most, to be on the safe side: gpt-oss, among the longest, 100."""
+
+
+def checked(number: int, prompt: object) -> Prompt:
+    """The prompt, its ids as plain integers. TypeError says what a prompt is."""
+    if isinstance(prompt, str):
+        return prompt
+    if isinstance(prompt, Iterable) and not isinstance(prompt, bytes | Mapping):
+        parts = list(prompt)
+        if all(isinstance(part, Integral) for part in parts):
+            return [int(part) for part in parts]
+        if all(_is_message(part) for part in parts):
+            return parts
+    raise TypeError(
+        f"prompt {number} is {prompt!r:.60}: a prompt is a text, a list of token ids, or a conversation, which is a "
+        "list of messages {'role': ..., 'content': ...} of texts; the prompts themselves stand in one more list"
+    )
 
 
 def encode(prompt: Prompt, tokenizer: Tokenizer | IdTokenizer) -> list[int]:
@@ -73,6 +90,10 @@ def surely_fits(prompt: Prompt, new: int, room: Room) -> bool:
     most = size + TEMPLATE_TOKENS
     in_context = not room.context or most < room.context
     return size > 0 and in_context and (room.cache is None or room.longest(most, new) <= room.cache)
+
+
+def _is_message(part: object) -> bool:
+    return isinstance(part, dict) and all(isinstance(part.get(name), str) for name in ("role", "content"))
 
 
 def _is_conversation(prompt: Prompt) -> bool:

@@ -1,6 +1,7 @@
 """`LLM` from plain scripts and from scripts that a launcher started."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -66,6 +67,27 @@ def test_a_prompt_that_does_not_fit_is_refused_and_the_ranks_stay(llm, prompt, t
     assert llm.generate(["The capital of France is"], GREEDY)[0].text.lstrip().startswith("Paris")
 
 
+@pytest.mark.parametrize(
+    "prompts, params, text",
+    [
+        ([1, 2, 3], None, "prompt 0 is 1: a prompt is a text, a list of token ids, or a conversation"),
+        ([{"role": "user", "content": "hi"}], None, "prompt 0 is {'role': 'user', 'content': 'hi'}: a prompt is"),
+        ({"role": "user", "content": "hi"}, None, "prompt 0 is {'role'"),
+        ([[{"content": "hi"}]], None, "prompt 0 is .*: a prompt is .* which is a list of messages"),
+        (["A", ["a", "b"]], None, "prompt 1 is .*: a prompt is"),
+        (["A", [0.5]], None, "prompt 1 is .*: a prompt is"),
+        ([b"A"], None, "prompt 0 is b'A': a prompt is"),
+        ("A", {"max_new_tokens": 5}, "params has 'max_new_tokens': give SamplingParams"),
+        (["A", "B"], [GREEDY, 5], "params has 5: give SamplingParams"),
+    ],
+    ids=str,
+)
+def test_what_is_no_prompt_is_a_type_error_and_the_ranks_stay(llm, prompts, params, text):
+    with pytest.raises(TypeError, match=text):
+        llm.generate(prompts, params)
+    assert llm.generate(["The capital of France is"], GREEDY)[0].text.lstrip().startswith("Paris")
+
+
 def test_a_request_larger_than_the_cache_is_refused_and_the_ranks_stay():
     with LLM("smollm2", tp=2, cache_tokens=40, **QUICK) as small:
         with pytest.raises(ValueError, match="prompt 1 may become 10. tokens long .*the cache holds 32;"):
@@ -77,8 +99,9 @@ def test_a_request_larger_than_the_cache_is_refused_and_the_ranks_stay():
 
 def test_after_a_failure_the_next_call_says_that_the_ranks_ended():
     with LLM("smollm2", tp=1, **QUICK) as small:
-        with pytest.raises(JobFailed, match="role"):
-            small.generate([[{"content": "no role"}]], GREEDY)
+        os.kill(small._executor._supervisor.hub.hello[0].pid, signal.SIGKILL)
+        with pytest.raises(JobFailed, match="rank 0 of 1 failed .* killed by SIGKILL"):
+            small.generate(["A"], GREEDY)
         with pytest.raises(RuntimeError, match="have ended, after a failure or a close: make a new one"):
             small.generate(["A"], GREEDY)
 
@@ -178,8 +201,8 @@ def test_a_rank_that_cannot_load_is_reported_and_nothing_stays(tmp_path):
         ({"cache_tokens": 15}, "so that 16 is the least here"),
         ({"cache_tokens": 63, "device": "cuda"}, "so that 64 is the least here"),
         ({"ray_address": "auto"}, "the Ray address 'auto' has no effect with launcher local"),
-        ({"tp": 0}, "tp 0: must be at least 1"),
-        ({"attn_dp": 0}, "attn_dp 0: must be at least 1"),
+        ({"tp": 0}, "tp 0: must be a whole number of at least 1"),
+        ({"attn_dp": 0}, "attn_dp 0: must be a whole number of at least 1"),
     ],
     ids=str,
 )

@@ -55,7 +55,7 @@ def test_a_config_is_made_again_from_its_options():
 @pytest.mark.parametrize(
     "info, options, text",
     [
-        (ALONE, {"tp": "2"}, "tp '2': must be at least 1"),
+        (ALONE, {"tp": "2"}, "tp '2': must be a whole number of at least 1"),
         (ALONE, {"tp": 2, "moe_tp": -1}, "moe_tp is -1"),
         (ALONE, {"tp": 2, "ep": 3}, "world % ep = 2 % 3 = 2"),
         (RANK, {"tp": 2}, "tp 2 x attn_dp 1 needs 2 ranks, but torchrun started 4"),
