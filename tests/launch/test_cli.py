@@ -115,6 +115,7 @@ def test_unusable_command_lines_are_one_sentence_and_exit_with_2(words):
         (["run", "smollm2", "--ray-address", "auto"], 2, "'auto' has no effect with launcher local: name launcher ray"),
         (["run", "no-such-model"], 1, "is no file and no folder"),
         (["run", "smollm2", "--prompts", "/no/such/file"], 1, "/no/such/file: No such file or directory"),
+        (["run", "smollm2", "--prompts", sys.executable], 1, "python: is no UTF-8 text: invalid "),
         (["bench", "comm", "--transport", "nope"], 2, "unknown transport 'nope'; legal: auto, gloo, nccl, mpi, shm"),
         (["bench", "comm", "--json", "/no/such/file"], 2, "--json /no/such/file: there is no folder /no/such"),
         (["bench", "comm", "--calibrate", "/no/such/file"], 2, "--calibrate /no/such/file: there is no folder"),

@@ -196,7 +196,10 @@ def _sampling(args: argparse.Namespace) -> "SamplingParams":
 def _prompts(args: argparse.Namespace) -> list[str]:
     if args.prompts is None:
         return [DEFAULT_PROMPT if args.prompt is None else args.prompt]
-    text = sys.stdin.read() if args.prompts == "-" else Path(args.prompts).read_text()
+    try:
+        text = sys.stdin.read() if args.prompts == "-" else Path(args.prompts).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{args.prompts}: is no UTF-8 text: {error.reason} at byte {error.start}") from None
     if text.lstrip().startswith("["):
         try:
             prompts = json.loads(text)
