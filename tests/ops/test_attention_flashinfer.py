@@ -103,6 +103,9 @@ def test_metadata_makes_plans_stale_and_checks_its_arguments():
     assert not owner._planned
     with pytest.raises(ValueError, match="counts 51 tokens, position_ids holds 5"):
         flashinfer_attention_prepare_metadata(torch.zeros(5), *arguments[1:])
+    bad = torch.tensor([0, 40, 9, *arguments[2][3:].tolist()])
+    with pytest.raises(ValueError, match="cu_seqlen begins .0, 40, 9.; it must ascend from 0 to the 49 prefill tokens"):
+        flashinfer_attention_prepare_metadata(*arguments[:2], bad, arguments[3])
     with pytest.raises(ValueError, match="cu_seqlen has 4 entries; legal: 5"):
         flashinfer_attention_prepare_metadata(*arguments[:2], arguments[2][:4], arguments[3])
 

@@ -33,7 +33,8 @@ def flashinfer_attention_prepare_metadata(
     """The sequence of every flat token and its absolute position, both int32 [b * s] (-1 for padding tokens).
 
     position_ids [b, s] gives the number of tokens, cu_seqlen [B + 1] and seq_len_with_cache [B] the sequences.
-    Starts a new step: plans of `flashinfer_attention_mha_with_cache` become stale. Plain PyTorch, runs anywhere.
+    Starts a new step: plans of `flashinfer_attention_mha_with_cache` become stale. One kernel on a GPU, where bad
+    bounds are reported (`metadata_reports.py`); plain PyTorch elsewhere.
     """
     op = "flashinfer_attention_prepare_metadata"
     batch = read_batch(op, batch_info_host)

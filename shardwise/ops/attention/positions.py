@@ -6,9 +6,9 @@ import torch
 
 from shardwise.ops.attention.batch import Batch
 from shardwise.ops.attention.planner import planner
-from shardwise.ops.metadata_reports import check_bounds, raise_report, report_word
+from shardwise.ops.metadata_reports import check_bounds, raise_report, read_at_once, report_word
 from shardwise.ops.registry import TRITON
-from shardwise.ops.state_batch import load_bounds
+from shardwise.ops.state_batch import load_bounds, prefill_bounds
 from shardwise.ops.triton_support import Kernel, Launch, tl, triton
 
 
@@ -27,9 +27,9 @@ def token_positions(
 ) -> list[torch.Tensor]:
     """Sequence and absolute position of every token, both int32 [b * s]; -1 for padding behind the last token.
 
-    Starts a new step: the family's plans become stale. Nothing is read from the device, where one kernel makes both; a
-    cu_seqlen that does not ascend from 0 to the prefill tokens raises ValueError in the operator's next call, and gives
-    positions of some sequence that exists.
+    Starts a new step: the family's plans become stale. A cu_seqlen that does not ascend from 0 to the prefill tokens
+    raises ValueError. Nothing is read from a GPU, where one kernel makes both; there the operator's next call raises,
+    and such bounds give positions of sequences that exist.
     """
     count, tokens, sequences = position_ids.numel(), batch.tokens, batch.sequences
     if tokens > count:
@@ -41,6 +41,8 @@ def token_positions(
             f"{op}: seq_len_with_cache has {seq_len_with_cache.numel()} entries; legal: {sequences} and more"
         )
     planner(family, position_ids.device).reset()
+    if read_at_once(cu_seqlen):
+        prefill_bounds(op, batch, cu_seqlen)
     if position_ids.is_cuda and cu_seqlen.is_cuda and seq_len_with_cache.is_cuda and TRITON.state[0]:
         raise_report(op)
         return _by_kernel(op, batch, position_ids, cu_seqlen, seq_len_with_cache)
