@@ -170,7 +170,7 @@ def planned_sizes(path: str | Path, **given: int | None) -> dict[str, int]:
 def plan_of(config: ModelConfig) -> "Plan":
     """The plan that the ranks run. ValueError for a layout, a plan file or a model that cannot be; needs no torch."""
     from shardwise.parallel.supported import check_supported
-    from shardwise.sharding.checkpoint.resolve import require_weights
+    from shardwise.sharding.checkpoint.resolve import require_files
     from shardwise.sharding.plan import plan
     from shardwise.sharding.replay import replay
 
@@ -183,7 +183,7 @@ def plan_of(config: ModelConfig) -> "Plan":
     if config.ep > 1 and not planned.model.has_experts:
         raise ValueError(f"ep {config.ep}: {planned.model.name} has no experts that ranks could share; leave ep out")
     if config.random_seed is None:
-        require_weights(config.model)
+        require_files(config.model)
     return planned
 
 

@@ -160,7 +160,10 @@ def _from_folder(checkpoint: Checkpoint) -> Tokenizer:
     file = folder / "tokenizer.json"
     if not file.is_file():
         raise CheckpointError(f"{folder}: tokenizer.json is missing (other tokenizer formats are not supported)")
-    backend = Backend.from_file(str(file))
+    try:
+        backend = Backend.from_file(str(file))
+    except Exception as error:  # the library raises nothing narrower
+        raise CheckpointError(f"{file}: the tokenizers library cannot read it: {error}") from None
     settings = _read_json(folder / "tokenizer_config.json")
     named = {name: _content(settings.get(name)) for name in ("bos_token", "eos_token")}
     stops: list[int | None] = _eos_ids(_read_json(folder / "generation_config.json")) or _eos_ids(checkpoint.config)

@@ -54,6 +54,10 @@ def without_files(folder):
     (folder / "model.safetensors").unlink()
 
 
+def without_a_tokenizer(folder):
+    (folder / "tokenizer.json").unlink()
+
+
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
@@ -65,6 +69,7 @@ def without_files(folder):
         (without_a_tensor, ["1 tensors of LlamaForCausalLM are missing: model.layers.1.mlp.up_proj.weight"]),
         (with_a_wrong_shape, ["model.norm.weight has shape [7], the config says [48]"]),
         (without_files, ["no model.safetensors, no model.safetensors.index.json"]),
+        (without_a_tokenizer, ["tokenizer.json is missing (other tokenizer formats are not supported)"]),
     ],
 )
 def test_run_says_what_was_found_and_what_is_missing_before_any_rank_starts(folder, monkeypatch, capfd, spoil, words):

@@ -99,6 +99,12 @@ def test_a_model_without_template_says_what_to_do(folder):
         load(folder).encode_chat(CHAT)
 
 
+def test_a_tokenizer_that_cannot_be_read_is_named_by_its_file(folder):
+    (folder / "tokenizer.json").write_text("{")
+    with pytest.raises(CheckpointError, match="tokenizer.json: the tokenizers library cannot read it: EOF"):
+        load(folder)
+
+
 def test_broken_settings_of_a_tokenizer_are_named_by_their_file(folder):
     (folder / "tokenizer_config.json").write_text('{"bos_token": ')
     with pytest.raises(ValueError, match="tokenizer_config.json: not valid JSON"):

@@ -8,6 +8,7 @@ from typing import Any
 
 from shardwise.sharding.checkpoint.gguf import GgufFile, read_gguf
 from shardwise.sharding.checkpoint.gguf_model import StoredTensor, gguf_config, gguf_tensors
+from shardwise.sharding.checkpoint.header import CheckpointError
 from shardwise.sharding.checkpoint.per_rank import is_per_rank, source_entries
 from shardwise.sharding.checkpoint.safetensors import read_safetensors_folder
 from shardwise.sharding.config import read_config
@@ -72,11 +73,15 @@ def resolve(model: str | Path) -> Path:
     )
 
 
-def require_weights(model: str | Path) -> None:
-    """CheckpointError for a folder that has a config and no weights."""
+def require_files(model: str | Path) -> None:
+    """CheckpointError for a folder that has a config but no weights, or no tokenizer."""
     path = resolve(model)
-    if path.is_dir() and not is_per_rank(path) and not any(path.glob("*.safetensors")):
+    if not path.is_dir():
+        return
+    if not is_per_rank(path) and not any(path.glob("*.safetensors")):
         read_safetensors_folder(path)  # says what is missing
+    if not (path / "tokenizer.json").is_file():
+        raise CheckpointError(f"{path}: tokenizer.json is missing (other tokenizer formats are not supported)")
 
 
 def open_checkpoint(model: str | Path) -> Checkpoint:
