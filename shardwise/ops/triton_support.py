@@ -22,6 +22,7 @@ except ImportError:
         """Stands for triton and triton.language while kernel files are imported; nothing of it can run."""
 
         constexpr = staticmethod(lambda value=None: value)
+        constexpr_function = staticmethod(lambda function: function)
 
         def jit(self, function: Callable | None = None, **_options: Any) -> Callable:
             return function if function is not None else lambda decorated: decorated
