@@ -19,7 +19,7 @@ def compiled(tuning, world: int, fused: bool, aligned: bool, dtype: str, lanes: 
     pointers = dict.fromkeys(("x", "residual", "weight", "out", "residual_out"), "*" + dtype)
     constants = {"WORLD": world, "RANK": world - 1, "LANES": lanes, "ALIGNED": aligned, "FUSED": fused}
     if tuning.strategy == "ONESHOT":
-        constants |= {"AHEAD": tuning.ahead, "BULK": tuning.bulk and aligned, "TOGETHER": tuning.together}
+        constants |= {"AHEAD": tuning.ahead, "BULK": tuning.bulk and aligned}
     else:
         constants |= {"AHEAD": tuning.ahead}
     constants |= {"PAUSING": tuning.pausing, "PDL": True}

@@ -120,7 +120,6 @@ def check_variants(group: OnCpu) -> None:
     for variant in (
         Tuning("ONESHOT", 1, 2, lanes=32),
         Tuning("ONESHOT", 1, 1, lanes=32, bulk=True),
-        Tuning("ONESHOT", 1, lanes=32, together=True),
     ):
         x = parts[group.rank].clone()
         for out in (torch.empty_like(x), x):

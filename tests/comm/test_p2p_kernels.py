@@ -51,13 +51,13 @@ def words(values: torch.Tensor, row_words: int) -> torch.Tensor:
 
 def launch(
     kernel, world, rank, slots, tensors, rows, width, total, chunks, *,
-    fused, call, aligned=True, grid=2, ahead=0, bulk=False, together=False,
+    fused, call, aligned=True, grid=2, ahead=0, bulk=False,
 ):  # fmt: skip
     counters = torch.full((COUNTERS,), call, dtype=torch.int32)
     abort = torch.zeros(1, dtype=torch.int32)
     records = torch.zeros(world, dtype=torch.int64)
     lanes = max(32, 1 << (chunks - 1).bit_length())
-    one_shot = {"BULK": bulk, "TOGETHER": together} if kernel is kernels.one_shot else {}
+    one_shot = {"BULK": bulk} if kernel is kernels.one_shot else {}
     kernel[(grid,)](
         *tensors, slots.addresses, counters, abort.data_ptr(), records.data_ptr(), slots.region_words * 4, 10**9,
         rows, width, total, chunks, EPS, 1.0,
@@ -90,11 +90,11 @@ def random_rows(world: int, rows: int, width: int, dtype: torch.dtype) -> list[t
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("world, rank", [(2, 0), (2, 1), (4, 2)])
 @pytest.mark.parametrize(
-    "ahead, bulk, together",
-    [(0, False, False), (2, False, False), (1, True, False), (0, False, True)],
-    ids=["", "2 ahead", "1 ahead in bulk", "one wait for all"],
+    "ahead, bulk",
+    [(0, False), (2, False), (1, True)],
+    ids=["", "2 ahead", "1 ahead in bulk"],
 )
-def test_one_shot_sums_pushes_and_rearms(world, rank, dtype, ahead, bulk, together):
+def test_one_shot_sums_pushes_and_rearms(world, rank, dtype, ahead, bulk):
     rows, width, call = 5, 64, 7
     chunks = width * dtype.itemsize // 16
     x = random_rows(world, rows, width, dtype)
@@ -105,7 +105,7 @@ def test_one_shot_sums_pushes_and_rearms(world, rank, dtype, ahead, bulk, togeth
     out = torch.full_like(x[rank], float("nan"))
     tensors = (x[rank], x[rank], x[rank], out, out)
     launch(kernels.one_shot, world, rank, slots, tensors, rows, width, rows * width, chunks,
-           fused=False, call=call, ahead=ahead, bulk=bulk, together=together)  # fmt: skip
+           fused=False, call=call, ahead=ahead, bulk=bulk)  # fmt: skip
     check_close(out, ordered_sum(x))
     assert slots.memory[rank].eq(ARMED).all(), "what was taken is armed again"
     for peer in set(range(world)) - {rank}:

@@ -37,7 +37,6 @@ from shardwise.comm.p2p.rows import (
     region,
     row_length,
     sum_in_rank_order,
-    sum_together,
 )
 
 ONE_SHOT = tl.constexpr(workspace.ONE_SHOT)
@@ -57,7 +56,7 @@ def one_shot(
     rows: tl.int64, width: tl.int32, total_elements: tl.int64, chunks: tl.int64,
     eps: tl.float32, weight_bias: tl.float32,
     WORLD: tl.constexpr, RANK: tl.constexpr, LANES: tl.constexpr, ALIGNED: tl.constexpr, FUSED: tl.constexpr,
-    AHEAD: tl.constexpr, BULK: tl.constexpr, TOGETHER: tl.constexpr, PAUSING: tl.constexpr, PDL: tl.constexpr,
+    AHEAD: tl.constexpr, BULK: tl.constexpr, PAUSING: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Every rank pushes every row to every peer, and sums what it received.
 
@@ -102,16 +101,10 @@ def one_shot(
         if FUSED:
             carried = load_row(residual + row * width, lane, limit, ALIGNED, WIDTH)
             gains = gain(load_row(weight, lane, limit, ALIGNED, WIDTH), weight_bias, kind)
-        if TOGETHER:
-            total = sum_together(
-                ptx.disarm(own), slots, parity, region_bytes, row, chunks, lane, mask, abort, records, what,
-                deadline_ns, WORLD, RANK, kind, PAUSING,
-            )  # fmt: skip
-        else:
-            total = sum_in_rank_order(
-                ptx.disarm(own), slots, parity, region_bytes, row, chunks, lane, mask, abort, records, what,
-                deadline_ns, WORLD, RANK, kind, PAUSING,
-            )  # fmt: skip
+        total = sum_in_rank_order(
+            ptx.disarm(own), slots, parity, region_bytes, row, chunks, lane, mask, abort, records, what, deadline_ns,
+            WORLD, RANK, kind, PAUSING,
+        )  # fmt: skip
         finish(
             total, carried, gains, out + row * width, residual_out + row * width, lane, limit, eps, index // step,
             kind, ALIGNED, WIDTH, FUSED,

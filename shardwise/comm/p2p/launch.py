@@ -199,8 +199,7 @@ class Launcher:
         if tuning.strategy == "TWOSHOT":
             return {"AHEAD": tuning.ahead}
         stage_bytes = (tuning.ahead + 1) * rows.lanes * CHUNK_BYTES
-        bulk = tuning.bulk and rows.aligned and stage_bytes <= STAGE_BYTES
-        return {"AHEAD": tuning.ahead, "BULK": bulk, "TOGETHER": tuning.together}
+        return {"AHEAD": tuning.ahead, "BULK": tuning.bulk and rows.aligned and stage_bytes <= STAGE_BYTES}
 
     def _compiled(self, kernel, positional: tuple, options: dict[str, Any]) -> Ready:
         with _compiling:

@@ -6,7 +6,7 @@
 import triton
 import triton.language as tl
 
-from shardwise.comm.p2p import ptx, together, workspace
+from shardwise.comm.p2p import ptx, workspace
 
 _COUNTERS = tl.constexpr(workspace.COUNTERS)
 _LOOKS = tl.constexpr(3)
@@ -163,38 +163,6 @@ def _first_look(
         return own
     else:
         return ptx.peek_chunk(region(slots, RANK, source, parity, region_bytes, WORLD) + row * chunks * 4, lane, mask)
-
-
-@triton.jit
-def _contribution(own, seen, source: tl.constexpr, RANK: tl.constexpr):
-    """The source's chunk among the words of all peers."""
-    if source == RANK:
-        return own
-    else:
-        PEER: tl.constexpr = source - 1 if source > RANK else source
-        return seen[4 * PEER], seen[4 * PEER + 1], seen[4 * PEER + 2], seen[4 * PEER + 3]
-
-
-@triton.jit
-def sum_together(
-    own, slots, parity, region_bytes, row, chunks, lane, mask, abort, records, what, deadline_ns,
-    WORLD: tl.constexpr, RANK: tl.constexpr, kind: tl.constexpr, PAUSING: tl.constexpr,
-):  # fmt: skip
-    """`sum_in_rank_order` with one wait for all peers: no look of one waits for another's. For more than two ranks."""
-    looks, places, addresses = (), (), ()
-    for source in tl.static_range(WORLD):
-        if source != RANK:
-            words = region(slots, RANK, source, parity, region_bytes, WORLD) + row * chunks * 4
-            looks = looks + (ptx.peek_chunk(words, lane, mask),)
-            places = places + (words,)
-            addresses = addresses + (records + source * 8,)
-    seen = together.wait_for_all(looks, places, lane, abort, addresses, what, deadline_ns, PAUSING)
-    for peer in tl.static_range(WORLD - 1):
-        ptx.rearm_chunk(places[peer], lane, mask)
-    total = unpack(_contribution(own, seen, 0, RANK), kind)
-    for source in tl.static_range(1, WORLD):
-        total = add(total, unpack(_contribution(own, seen, source, RANK), kind))
-    return pack(total, kind)
 
 
 @triton.jit

@@ -33,8 +33,6 @@ class Tuning:
     """One-shot: push by bulk copies from shared memory, where rows are aligned and AHEAD + 1 of them fit there."""
     pausing: int = 0
     """Nanoseconds between two looks for what has not arrived: fewer looks leave more of the cache to what arrives."""
-    together: bool = False
-    """One-shot between more than two ranks: one wait for all peers (together.py)."""
 
 
 @dataclass(frozen=True)
