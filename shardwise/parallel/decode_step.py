@@ -17,7 +17,7 @@ from torch import Tensor
 
 from shardwise.ops.attention.decode import fused_decode_attention, takes_head_size
 from shardwise.ops.linear.decode import gated_activation, skinny_linear
-from shardwise.ops.linear.vocab import POSITION, SLOT, GreedyChoice, embed
+from shardwise.ops.linear.vocab import MOST_TOKENS, POSITION, SLOT, GreedyChoice, embed
 from shardwise.ops.triton_support import dependent_launch
 from shardwise.parallel.attention import AttentionMixer
 from shardwise.parallel.decode_moe import ExpertStep
@@ -31,8 +31,6 @@ from shardwise.parallel.rotary import RotaryAngles
 
 GRAPH_TRANSPORTS = ("p2p", "flashinfer", "nccl", "threads", "fake")
 """What a step can hold: transports whose collectives are kernels (threads and fake serve the tests)."""
-MOST_TOKENS = 1 << 24
-"""A vocabulary whose numbers float32 holds."""
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,8 @@ def close(actual, expected, tolerance=4e-3):
     assert error < tolerance, f"relative error {error:.1e}"
 
 
-def rms_norm(x, weight, eps, bias=0.0):
-    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps) * (weight + bias)
+def rms_norm(x, weight, eps):
+    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps) * weight
 
 
 @pytest.mark.parametrize("tokens", [1, 3])
@@ -40,10 +40,9 @@ def test_skinny_linear(tokens, n, k, norm, form, tile):
     bias = randn(n) if form == "bias" else None
     residual = randn(tokens, n) if form == "residual" else None
     got = skinny_linear(
-        x, weight, norm_weight=norm_weight, eps=1e-5, norm_bias=1.0 if norm else 0.0, bias=bias, residual=residual,
-        gated=form == "gated", tile=tile,
-    )  # fmt: skip
-    wide = rms_norm(x.double(), norm_weight.double(), 1e-5, 1.0) if norm else x.double()
+        x, weight, norm_weight=norm_weight, eps=1e-5, bias=bias, residual=residual, gated=form == "gated", tile=tile
+    )
+    wide = rms_norm(x.double(), norm_weight.double(), 1e-5) if norm else x.double()
     expected = wide @ weight.double().T
     if form == "gated":
         expected = torch.nn.functional.silu(expected[:, :n]) * expected[:, n:]

@@ -92,11 +92,12 @@ def fused_decode_attention(
     batch = qkv.shape[0]
     block = min(64, page_size)
     splits = workspace.splits if splits is None else splits
-    if not takes_head_size(head_dim) or page_size % block or heads % kv_heads:
-        raise ValueError(
-            f"fused_decode_attention: head size {head_dim} (a power of two, 32 to 256), page size {page_size} "
-            f"(a multiple of {block}), {heads} heads over {kv_heads} KV heads"
-        )
+    if not takes_head_size(head_dim):
+        raise ValueError(f"fused_decode_attention: head size {head_dim}, need a power of two from 32 to 256")
+    if page_size % block:
+        raise ValueError(f"fused_decode_attention: page size {page_size}, need a multiple of {block}")
+    if heads % kv_heads:
+        raise ValueError(f"fused_decode_attention: {heads} heads cannot be shared by {kv_heads} KV heads")
     if k_cache.stride() != v_cache.stride() or k_cache.stride(-1) != 1:
         raise ValueError(
             f"fused_decode_attention: caches with strides {k_cache.stride()} and {v_cache.stride()}, need equal ones "

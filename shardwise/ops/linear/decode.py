@@ -2,9 +2,9 @@
 
 Not registered operators: the runtime's fused decode step calls them directly. One kernel serves all forms,
 
-    y = f( (x * (g + b)) W^T * rsqrt(mean(x^2) + eps) + bias ) + residual
+    y = f( (x * g) W^T * rsqrt(mean(x^2) + eps) + bias ) + residual
 
-where the RMS normalisation (g, b, eps), the bias, the gated activation f and the residual are each optional. The
+where the RMS normalisation (g, eps), the bias, the gated activation f and the residual are each optional. The
 normalisation costs nothing extra: its scale is one factor a token and is applied after the product. With programmatic
 dependent launch a kernel fetches its first weights while the kernel before it still runs.
 
@@ -79,12 +79,10 @@ def skinny_linear(
     *,
     norm_weight: torch.Tensor | None = None,  # [K]
     eps: float = 1e-6,
-    norm_bias: float = 0.0,
     bias: torch.Tensor | None = None,  # [N]
     residual: torch.Tensor | None = None,  # [T, N]
     normed: torch.Tensor | None = None,  # [T, K]
     gated: bool = False,
-    out: torch.Tensor | None = None,  # [T, N]
     out_dtype: torch.dtype | None = None,
     tile: Tile | None = None,
     pdl: bool = False,
@@ -101,16 +99,16 @@ def skinny_linear(
         raise ValueError(f"skinny_linear: {tokens} tokens; legal: 1 to {MAX_TOKENS}")
     if gated and bias is not None:
         raise ValueError("skinny_linear: a gated product takes no bias")
-    out = torch.empty(tokens, n, dtype=out_dtype or x.dtype, device=x.device) if out is None else out
+    out = torch.empty(tokens, n, dtype=out_dtype or x.dtype, device=x.device)
     tile = tile or tile_for(n, k, gated, tokens)
     pdl = pdl and not interpreting()
     skinny_kernel[(triton.cdiv(n, tile.rows),)](
-        x, weight, out, norm_weight, bias, residual, normed, n, k, eps, norm_bias,
+        x, weight, out, norm_weight, bias, residual, normed, n, k, eps,
         TOKENS=tokens, BLOCK_N=tile.rows, BLOCK_K=tile.columns, STAGES=tile.stages,
         WHOLE=triton.cdiv(k, tile.columns) if tile.whole else 0, EARLY=tile.early,
         NORM=norm_weight is not None, BIAS=bias is not None, RESIDUAL=residual is not None, GATED=gated,
-        KEEP=normed is not None, EVEN_N=n % tile.rows == 0, EVEN_K=k % tile.columns == 0, PDL=pdl,
-        num_warps=tile.warps, launch_pdl=pdl,
+        KEEP=normed is not None, EVEN_N=n % tile.rows == 0, EVEN_K=k % tile.columns == 0,
+        PDL=pdl, num_warps=tile.warps, launch_pdl=pdl,
     )  # fmt: skip
     return out
 

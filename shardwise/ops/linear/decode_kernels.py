@@ -27,7 +27,7 @@ def _inputs(x_ptr, norm_ptr, K, columns, TOKENS: tl.constexpr, NORM: tl.constexp
 
 
 @triton.jit
-def _add(totals, products, squares, w, u, inputs, norm_bias,
+def _add(totals, products, squares, w, u, inputs,
          TOKENS: tl.constexpr, NORM: tl.constexpr, GATED: tl.constexpr):  # fmt: skip
     """One tile's part of every sum."""
     w = w.to(tl.float32)
@@ -39,13 +39,13 @@ def _add(totals, products, squares, w, u, inputs, norm_bias,
         x = inputs[token].to(tl.float32)
         new_squares = new_squares + (squares[token] + x * x if NORM else squares[token],)
         if NORM:
-            x *= inputs[TOKENS].to(tl.float32) + norm_bias
+            x *= inputs[TOKENS].to(tl.float32)
         new_totals = new_totals + (totals[token] + w * x[None, :],)
         new_products = new_products + (products[token] + u * x[None, :] if GATED else products[token],)
     return new_totals, new_products, new_squares
 
 
-@triton.jit(do_not_specialize=["eps", "norm_bias"])
+@triton.jit(do_not_specialize=["eps"])
 def skinny_kernel(
     x_ptr,  # [T, K]
     weight_ptr,  # [N, K], or [2N, K] when GATED: gate rows, then up rows
@@ -57,7 +57,6 @@ def skinny_kernel(
     N,
     K,
     eps,
-    norm_bias,
     TOKENS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -103,7 +102,7 @@ def skinny_kernel(
         keep_loads_above()
         for ahead in tl.static_range(WHOLE):
             totals, products, squares = _add(
-                totals, products, squares, w[ahead], u[ahead] if GATED else w[ahead], inputs[ahead], norm_bias,
+                totals, products, squares, w[ahead], u[ahead] if GATED else w[ahead], inputs[ahead],
                 TOKENS, NORM, GATED,
             )  # fmt: skip
     elif STAGES == 1:
@@ -117,7 +116,7 @@ def skinny_kernel(
                 keep_loads_above()
             totals, products, squares = _add(
                 totals, products, squares, tile, other, _inputs(x_ptr, norm_ptr, K, start + columns, TOKENS, NORM),
-                norm_bias, TOKENS, NORM, GATED,
+                TOKENS, NORM, GATED,
             )  # fmt: skip
             tile = next_tile
             other = next_other
@@ -128,7 +127,7 @@ def skinny_kernel(
             other = _tile(ups + start, inside, here, EVEN_N and EVEN_K) if GATED else tile
             totals, products, squares = _add(
                 totals, products, squares, tile, other, _inputs(x_ptr, norm_ptr, K, start + columns, TOKENS, NORM),
-                norm_bias, TOKENS, NORM, GATED,
+                TOKENS, NORM, GATED,
             )  # fmt: skip
     for token in tl.static_range(TOKENS):
         y = tl.sum(totals[token], 1)
@@ -142,17 +141,17 @@ def skinny_kernel(
             y += tl.load(residual_ptr + token * N + rows, mask=inside, other=0.0).to(tl.float32)
         tl.store(out_ptr + token * N + rows, y.to(out_ptr.dtype.element_ty), mask=inside)
         if KEEP and tl.program_id(0) == 0:
-            _keep(x_ptr + token * K, normed_ptr + token * K, norm_ptr, norm_bias, scale, K, BLOCK_K, NORM)
+            _keep(x_ptr + token * K, normed_ptr + token * K, norm_ptr, scale, K, BLOCK_K, NORM)
 
 
 @triton.jit
-def _keep(x_ptr, normed_ptr, norm_ptr, norm_bias, scale, K, BLOCK_K: tl.constexpr, NORM: tl.constexpr):
+def _keep(x_ptr, normed_ptr, norm_ptr, scale, K, BLOCK_K: tl.constexpr, NORM: tl.constexpr):
     """Write a normed token down, for kernels that would have to norm it again."""
     for start in range(0, K, BLOCK_K):
         columns = start + tl.arange(0, BLOCK_K)
         x = tl.load(x_ptr + columns, mask=columns < K, other=0.0).to(tl.float32)
         if NORM:
-            x *= scale * (tl.load(norm_ptr + columns, mask=columns < K, other=0.0).to(tl.float32) + norm_bias)
+            x *= scale * tl.load(norm_ptr + columns, mask=columns < K, other=0.0).to(tl.float32)
         tl.store(normed_ptr + columns, x.to(normed_ptr.dtype.element_ty), mask=columns < K)
 
 

@@ -19,6 +19,8 @@ SLOT      the sequence's row of the page table
 PAGE      the page that holds POSITION
 """
 INPUT_ROWS = 5
+MOST_TOKENS = 1 << 24
+"""A vocabulary whose numbers float32, in which they travel, holds."""
 
 
 @triton.jit
@@ -153,7 +155,7 @@ BEST_BLOCK = 2048
 class GreedyChoice:
     """Finds the most likely token of each row, the first among equals; over all ranks of a group in one small sum.
 
-    Tokens below 2**24: their numbers travel as float32.
+    Of a row that has no number at all, NaN in every column, the last token.
     """
 
     def __init__(self, *, most: int, columns: int, first: int, limit: int, rank: int, ranks: int, device: torch.device):
