@@ -83,14 +83,14 @@ def _factors(scale, CHUNKS: tl.constexpr, SLABS: tl.constexpr, FORMAT: tl.conste
     step = tl.arange(0, 4)[None, None, None, None, :]
     if FORMAT == "nvfp4":  # two words a row pair, a byte a k-step
         near, far = tl.split(tl.reshape(scale, (CHUNKS, SLABS, 8, 2)))
-        near = (near[:, :, :, None, None] >> (step * 8)) & 0xFF
-        far = (far[:, :, :, None, None] >> (step * 8)) & 0xFF
-        return _factor(near, FORMAT) | (_factor(far, FORMAT) << 16)
-    # one word a row pair: two blocks of r, two of r + 8
-    block = tl.reshape(scale, (CHUNKS, SLABS, 8))[:, :, :, None, None] >> (step // 2 * 8)
+        near = near[:, :, :, None, None] >> (step * 8)
+        far = far[:, :, :, None, None] >> (step * 8)
+    else:  # one word a row pair: two blocks of r, two of r + 8
+        near = tl.reshape(scale, (CHUNKS, SLABS, 8))[:, :, :, None, None] >> (step // 2 * 8)
+        far = near >> 16
     if FORMAT == "narrow":
-        return narrow_factors(block)
-    return _factor(block & 0xFF, FORMAT) | (_factor((block >> 16) & 0xFF, FORMAT) << 16)
+        return narrow_factors(near)
+    return _factor(near & 0xFF, FORMAT) | (_factor(far & 0xFF, FORMAT) << 16)
 
 
 @triton.jit
