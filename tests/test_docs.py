@@ -1,0 +1,80 @@
+"""The documentation holds: its links lead somewhere, its commands parse, the files it names exist."""
+
+import fnmatch
+import importlib
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from shardwise.launch import cli
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "benchmarks").rglob("*.md")])
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.M | re.S)
+OURS = re.compile(r"(?<![\w/])(?:benchmarks|docs|examples|shardwise|tests)/[\w./-]*\w")
+
+
+def name(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def anchors(page: Path) -> set[str]:
+    """The fragments that a page's headings can be linked by."""
+    titles = re.findall(r"^#+ (.*)$", FENCE.sub("", page.read_text()), re.M)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def commands() -> list[tuple[str, str]]:
+    """(page, command) of every `shardwise ...` that a page shows."""
+    found = []
+    for page in PAGES:
+        text = page.read_text()
+        shell = [block for language, block in FENCE.findall(text) if language != "python"]
+        lines = [line.split(" #")[0] for block in shell for line in block.splitlines()]
+        inline = re.findall(r"`([^`\n]*)`", FENCE.sub("", text))
+        for line in (*lines, *inline):
+            for part in re.split(r"&&|;", line.removeprefix("$ ")):
+                found += [(name(page), words) for words in re.findall(r"(?:^|\s)shardwise (\w.*|--\w+)$", part.strip())]
+    return sorted(set(found))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_links_lead_to_files_and_headings(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", FENCE.sub("", page.read_text())):
+        path, _, anchor = target.partition("#")
+        linked = (page.parent / path).resolve() if path else page
+        assert linked.exists(), f"{name(page)} links to {target}"
+        assert not anchor or anchor in anchors(linked), f"{name(page)} links to {target}: {sorted(anchors(linked))}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_named_files_exist(page):
+    inline = re.findall(r"`([^`\n]+)`", FENCE.sub("", page.read_text()))
+    missing = [path for text in inline for path in OURS.findall(text) if not list(ROOT.glob(path + "*"))]
+    assert not missing, f"{name(page)} names {missing}"
+
+
+@pytest.mark.parametrize("page, command", commands())
+def test_commands_parse(page, command, monkeypatch):
+    words = [word for word in shlex.split(re.sub(r"[\[\]]| \.\.\.", "", command)) if word]
+    module = f"bench_{words[1]}" if words[0] == "bench" else words[0]
+    if not words[0].startswith("--"):
+        monkeypatch.setattr(importlib.import_module(f"shardwise.launch.cli.{module}"), "run", lambda args: 0)
+        assert cli.main(words) == 0
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_python_examples_compile(page):
+    for language, block in FENCE.findall(page.read_text()):
+        if language == "python":
+            compile(block, name(page), "exec")
+
+
+def test_every_benchmark_and_result_is_listed():
+    listed = re.findall(r"`([^`\n]+)`", (ROOT / "benchmarks" / "README.md").read_text())
+    programs = [path.name for path in (ROOT / "benchmarks").glob("*.py")]
+    results = [path.name for path in (ROOT / "benchmarks" / "results").glob("*.json")]
+    assert [program for program in programs if not any(program in text for text in listed)] == []
+    assert [result for result in results if not any(fnmatch.fnmatch(result, text) for text in listed)] == []
