@@ -52,35 +52,52 @@ def group_few_kernel(
     group_few(ids, pair, sorted_ptr, block_ptr, first, local, COUNT, BLOCK)
 
 
+@triton.jit
+def _choices(id_ptr, pair, inside, first, local):
+    """Local experts of pairs, and which of these pairs have one."""
+    expert = tl.load(id_ptr + pair, mask=inside, other=-1).to(tl.int32) - first
+    return expert, (expert >= 0) & (expert < local)
+
+
 @triton.jit(do_not_specialize=["pairs", "experts"])
-def count_kernel(
-    id_ptr, count_ptr, pairs, experts, PART: tl.constexpr, E_BLOCK: tl.constexpr, STEP: tl.constexpr, PDL: tl.constexpr
-):  # fmt: skip
+def count_kernel(id_ptr, count_ptr, pairs, experts, PART: tl.constexpr, E_BLOCK: tl.constexpr, PDL: tl.constexpr):
     """How many of a part's PART pairs chose each expert, count_ptr int32 [parts, experts]; other ids are skipped."""
     await_predecessor(PDL)
-    part = tl.program_id(0)
     e = tl.arange(0, E_BLOCK)
-    counts = tl.zeros((E_BLOCK,), dtype=tl.int32)
-    for start in tl.range(0, PART, STEP):
-        pair = part * PART + start + tl.arange(0, STEP)
-        ids = tl.load(id_ptr + pair, mask=pair < pairs, other=-1).to(tl.int32)
-        counts += tl.sum((ids[:, None] == e[None, :]).to(tl.int32), axis=0)
-    tl.store(count_ptr + part * experts + e, counts, mask=e < experts)
+    pair = tl.program_id(0) * PART + tl.arange(0, PART)
+    expert, valid = _choices(id_ptr, pair, pair < pairs, 0, experts)
+    tl.store(count_ptr + tl.program_id(0) * experts + e, tl.histogram(expert, E_BLOCK, valid), mask=e < experts)
 
 
 @triton.jit
-def _base(count_ptr, block_ptr, parts, stride, first, local, E_BLOCK: tl.constexpr, BLOCK: tl.constexpr):
+def _sums(
+    id_ptr, count_ptr, pairs, parts, stride, first, local,
+    PART: tl.constexpr, E_BLOCK: tl.constexpr, STEP: tl.constexpr, COUNTED: tl.constexpr,
+):  # fmt: skip
+    """How many pairs chose each local expert, and how many of the parts before this one, [E_BLOCK] each."""
+    part = tl.program_id(0)
+    if not COUNTED:
+        pair = tl.arange(0, STEP)
+        expert, valid = _choices(id_ptr, pair, pair < pairs, first, local)
+        earlier = valid & (pair < part * PART)
+        return tl.histogram(expert, E_BLOCK, valid), tl.histogram(expert, E_BLOCK, earlier)
+    e = tl.arange(0, E_BLOCK)
+    totals = tl.zeros((STEP, E_BLOCK), dtype=tl.int32)
+    before = tl.zeros((STEP, E_BLOCK), dtype=tl.int32)
+    for start in tl.range(0, parts, STEP):
+        other = start + tl.arange(0, STEP)
+        at = count_ptr + other[:, None] * stride + first + e[None, :]
+        counts = tl.load(at, mask=(other < parts)[:, None] & (e < local)[None, :], other=0)
+        totals += counts
+        before += tl.where((other < part)[:, None], counts, 0)
+    return tl.sum(totals, axis=0), tl.sum(before, axis=0)
+
+
+@triton.jit
+def _base(totals, before, block_ptr, E_BLOCK: tl.constexpr, BLOCK: tl.constexpr):
     """Sorted position of this part's first pair of each local expert, [E_BLOCK]; writes its share of the blocks."""
     part = tl.program_id(0)
     e = tl.arange(0, E_BLOCK)
-    totals = tl.zeros((E_BLOCK,), dtype=tl.int32)
-    before = tl.zeros((E_BLOCK,), dtype=tl.int32)
-    for start in tl.range(0, parts, 16):
-        other = start + tl.arange(0, 16)
-        at = count_ptr + other[:, None] * stride + first + e[None, :]
-        counts = tl.load(at, mask=(other < parts)[:, None] & (e < local)[None, :], other=0)
-        totals += tl.sum(counts, axis=0)
-        before += tl.sum(tl.where((other < part)[:, None], counts, 0), axis=0)
     begin = tl.cumsum(totals, axis=0) - totals
     blocks = (totals + BLOCK - 1) // BLOCK
     row = tl.cumsum(blocks, axis=0) - blocks
@@ -98,23 +115,27 @@ def _base(count_ptr, block_ptr, parts, stride, first, local, E_BLOCK: tl.constex
 @triton.jit(do_not_specialize=["pairs", "parts", "first", "local"])
 def place_kernel(
     id_ptr, count_ptr, sorted_ptr, block_ptr, pairs, parts, stride, first, local,
-    PART: tl.constexpr, P_BLOCK: tl.constexpr, E_BLOCK: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+    PART: tl.constexpr, P_BLOCK: tl.constexpr, E_BLOCK: tl.constexpr, STEP: tl.constexpr, COUNTED: tl.constexpr,
+    BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program a part: it sums the counts of all parts, places its own pairs and writes its share of the blocks.
 
     count_ptr   int32 [parts, stride], the counts of all experts; the local ones begin at `first`
     PART        pairs of a part, at most P_BLOCK
+    COUNTED     otherwise each program counts all pairs, at most STEP, by itself
+    STEP        parts whose counts are read at once
     """
     await_predecessor(PDL)
-    base = _base(count_ptr, block_ptr, parts, stride, first, local, E_BLOCK, BLOCK)
+    totals, before = _sums(id_ptr, count_ptr, pairs, parts, stride, first, local, PART, E_BLOCK, STEP, COUNTED)
+    base = _base(totals, before, block_ptr, E_BLOCK, BLOCK)
     slot = tl.arange(0, P_BLOCK)
     start = tl.program_id(0) * PART
     inside = (slot < PART) & (start + slot < pairs)
-    expert = tl.load(id_ptr + start + slot, mask=inside, other=-1).to(tl.int32) - first
-    valid = inside & (expert >= 0) & (expert < local)
+    expert, valid = _choices(id_ptr, start + slot, inside, first, local)
     position = tl.gather(base, tl.where(valid, expert, 0), axis=0)
-    for step in tl.range(0, P_BLOCK, 16):
-        other = step + tl.arange(0, 16)
+    OTHERS: tl.constexpr = min(P_BLOCK, 64)
+    for step in tl.range(0, P_BLOCK, OTHERS):
+        other = step + tl.arange(0, OTHERS)
         real = (other < PART) & (start + other < pairs)
         others = tl.load(id_ptr + start + other, mask=real, other=-1).to(tl.int32) - first
         kin = (others[None, :] == expert[:, None]) & (other[None, :] < slot[:, None])

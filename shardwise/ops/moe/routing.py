@@ -18,6 +18,8 @@ WIDE_TOKENS = 128
 """Up to here an expert's results wait for their sum in float32. Beyond, its bytes count: 7 us of 256 tokens."""
 _PART = 256
 """Pairs of a part of a counting sort, where the router has not counted already."""
+_COUNTED_BY_ALL = 1024
+"""Most pairs that each part counts by itself, which spares the launch that counts."""
 
 
 @dataclass(frozen=True)
@@ -132,25 +134,32 @@ def group_pairs(routing: Routing, block: int) -> None:
         args = (ids, routing.order, routing.blocks, pairs, routing.first, routing.local)
         _few(device, (*key, constants), (1, 1, 1), args + constants, num_warps=4, launch_pdl=pdl)
         return
+    if pairs <= _COUNTED_BY_ALL:
+        return _place_pairs(routing, None, _PART, block)
     parts, experts = -(-pairs // _PART), routing.first + routing.local
     counts = torch.empty((parts, experts), dtype=torch.int32, device=device)
-    counting = (_PART, power_of_two(experts), max(16, min(_PART, 8192 // power_of_two(experts))), pdl)
+    counting = (_PART, power_of_two(experts), pdl)
     _count(
         device, (*key, counting), (parts, 1, 1), (ids, counts, pairs, experts) + counting, num_warps=4, launch_pdl=pdl
     )  # fmt: skip
     _place_pairs(routing, counts, _PART, block)
 
 
-def _place_pairs(routing: Routing, counts: Tensor, part: int, block: int) -> None:
+def _place_pairs(routing: Routing, counts: Tensor | None, part: int, block: int) -> None:
+    """counts   [parts, experts], or None for no more than _COUNTED_BY_ALL pairs"""
     ids, pairs, device = routing.ids, routing.ids.numel(), routing.ids.device
-    pdl = dependent_launch(device)
-    parts, stride = counts.shape
-    constants = (part, power_of_two(part), power_of_two(routing.local), block, pdl)
+    pdl, experts = dependent_launch(device), power_of_two(routing.local)
+    if counts is None:
+        parts, stride, step = -(-pairs // part), 0, _COUNTED_BY_ALL
+    else:
+        (parts, stride), step = counts.shape, max(16, min(power_of_two(len(counts)), 8192 // experts))
+    constants = (part, power_of_two(part), experts, step, counts is not None, block, pdl)
+    sources = (ids, ids if counts is None else counts)
     _place(
         device,
         (ids.dtype, aligned(ids), stride, constants),
         (parts, 1, 1),
-        (ids, counts, routing.order, routing.blocks, pairs, parts, stride, routing.first, routing.local) + constants,
+        (*sources, routing.order, routing.blocks, pairs, parts, stride, routing.first, routing.local) + constants,
         num_warps=4 if part <= 128 else 8,
         launch_pdl=pdl,
     )
