@@ -76,21 +76,22 @@ def _sums(
 ):  # fmt: skip
     """How many pairs chose each local expert, and how many of the parts before this one, [E_BLOCK] each."""
     part = tl.program_id(0)
-    if not COUNTED:
+    if COUNTED:
+        e = tl.arange(0, E_BLOCK)
+        totals = tl.zeros((STEP, E_BLOCK), dtype=tl.int32)
+        before = tl.zeros((STEP, E_BLOCK), dtype=tl.int32)
+        for start in tl.range(0, parts, STEP):
+            other = start + tl.arange(0, STEP)
+            at = count_ptr + other[:, None] * stride + first + e[None, :]
+            counts = tl.load(at, mask=(other < parts)[:, None] & (e < local)[None, :], other=0)
+            totals += counts
+            before += tl.where((other < part)[:, None], counts, 0)
+        return tl.sum(totals, axis=0), tl.sum(before, axis=0)
+    else:
         pair = tl.arange(0, STEP)
         expert, valid = _choices(id_ptr, pair, pair < pairs, first, local)
         earlier = valid & (pair < part * PART)
         return tl.histogram(expert, E_BLOCK, valid), tl.histogram(expert, E_BLOCK, earlier)
-    e = tl.arange(0, E_BLOCK)
-    totals = tl.zeros((STEP, E_BLOCK), dtype=tl.int32)
-    before = tl.zeros((STEP, E_BLOCK), dtype=tl.int32)
-    for start in tl.range(0, parts, STEP):
-        other = start + tl.arange(0, STEP)
-        at = count_ptr + other[:, None] * stride + first + e[None, :]
-        counts = tl.load(at, mask=(other < parts)[:, None] & (e < local)[None, :], other=0)
-        totals += counts
-        before += tl.where((other < part)[:, None], counts, 0)
-    return tl.sum(totals, axis=0), tl.sum(before, axis=0)
 
 
 @triton.jit
