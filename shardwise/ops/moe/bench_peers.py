@@ -40,7 +40,7 @@ class TritonKernels:
         from triton_kernels.matmul_ogs import matmul_ogs
         from triton_kernels.routing import routing
 
-        data, gather, scatter = routing(F.linear(x, router, bias), self._top_k)
+        data, gather, scatter = routing(F.linear(x, router, bias.to(x.dtype)), self._top_k)
         inner = matmul_ogs(
             x, self._up, self._biases[0], data, gather_indx=gather, precision_config=self._up_config,
             fused_activation=self._act,
