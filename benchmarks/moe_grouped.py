@@ -2,8 +2,8 @@
 
     python benchmarks/moe_grouped.py [--build-peer] [--json FILE]
 
-Layers of Qwen3-30B-A3B and Mixtral-8x7B, 1 to 8192 tokens, routing given. FlashInfer's column appears where its module
-is compiled; --build-peer compiles it first, which takes many minutes once. Floors as in moe_mxfp4.py.
+Layers of Qwen3-30B-A3B and Mixtral-8x7B, 1 to 8192 tokens by powers of two, routing given. FlashInfer's column appears
+where its module is compiled; --build-peer compiles it first, which takes many minutes once. Floors as in moe_mxfp4.py.
 """
 
 import argparse
@@ -12,7 +12,8 @@ from pathlib import Path
 from shardwise.launch.cli import bench_moe
 
 RESULTS = Path(__file__).parent / "results" / "moe-grouped.json"
-LAYERS = ["qwen3-30b-a3b", "qwen3-30b-a3b-fp8", "mixtral-8x7b", "mixtral-8x7b-fp8"]
+LAYERS = ["qwen3-30b-a3b", "mixtral-8x7b", "qwen3-30b-a3b-fp8", "mixtral-8x7b-fp8"]
+TOKENS = [1 << power for power in range(14)]
 
 
 def main() -> None:
@@ -25,7 +26,7 @@ def main() -> None:
         from shardwise.ops.moe.trtllm import build_cutlass_moe
 
         build_cutlass_moe()
-    bench_moe.run(argparse.Namespace(layer=LAYERS, experts=None, tokens=None, json=args.json))
+    bench_moe.run(argparse.Namespace(layer=LAYERS, experts=None, tokens=TOKENS, json=args.json))
 
 
 if __name__ == "__main__":
