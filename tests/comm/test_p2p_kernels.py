@@ -12,9 +12,9 @@ from shardwise.comm.p2p.workspace import COUNTERS
 
 pytest.importorskip("triton")
 kernels = pytest.importorskip("shardwise.comm.p2p.kernels")
-ptx = pytest.importorskip("shardwise.comm.p2p.ptx")
+asm = pytest.importorskip("shardwise.comm.p2p.asm")
 
-interpreted = pytest.mark.skipif(not ptx.INTERPRET.value, reason="kernels of this process are compiled for a GPU")
+interpreted = pytest.mark.skipif(not asm.INTERPRET.value, reason="kernels of this process are compiled for a GPU")
 pytestmark = [
     interpreted,
     pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning"),  # inside the interpreter

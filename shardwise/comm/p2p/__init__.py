@@ -1,6 +1,9 @@
 """All-reduce between GPUs of one host through each other's memory: plain CUDA IPC, kernels in stock Triton.
 
-    ptx.py           the instructions, with twins for the interpreter
+    memory.py        16-byte chunks: read, written, pushed, awaited
+    bulk.py          pushes through shared memory by bulk copies
+    arithmetic.py    roundings and sums in instructions of their own
+    asm.py           what their PTX shares; each piece has a twin for the interpreter (the wait's: interpreted.py)
     rows.py          what the kernels do with a row
     kernels.py       one-shot and two-shot, plain and fused with residual add and RMSNorm
     fp8.py           one-shot that sends e4m3 with scales

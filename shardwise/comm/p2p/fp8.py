@@ -16,7 +16,8 @@ conversion makes one NaN only, and no scale is that NaN: the rest of the protoco
 import triton
 import triton.language as tl
 
-from shardwise.comm.p2p import ptx, workspace
+from shardwise.comm.p2p import memory, workspace
+from shardwise.comm.p2p.asm import INTERPRET
 from shardwise.comm.p2p.rows import add, advance, begin, load_row, number, pack, push, region, store_row, unpack
 
 GROUPS, GROUP_CHUNKS = 4, 4
@@ -81,7 +82,7 @@ def _decode_byte(code):
 @triton.jit
 def _encode(a, b, c, d):
     """Four float32 as a word of e4m3, `a` in its lowest byte."""
-    if ptx.INTERPRET:
+    if INTERPRET:
         return _encode_byte(a) | (_encode_byte(b) << 8) | (_encode_byte(c) << 16) | (_encode_byte(d) << 24)
     else:
         return tl.inline_asm_elementwise(_ENCODE, "=r,f,f,f,f", [a, b, c, d], dtype=tl.int32, is_pure=True, pack=1)
@@ -89,7 +90,7 @@ def _encode(a, b, c, d):
 
 @triton.jit
 def _decode(word):
-    if ptx.INTERPRET:
+    if INTERPRET:
         return _decode_byte(word), _decode_byte(word >> 8), _decode_byte(word >> 16), _decode_byte(word >> 24)
     else:
         return tl.inline_asm_elementwise(
@@ -164,9 +165,9 @@ def _arrived(
 ):  # fmt: skip
     """The source's chunks at `place`, awaited and re-armed."""
     words = region(slots, RANK, source, parity, region_bytes, WORLD) + place * 4
-    chunk = ptx.peek_chunk(words, lane, everyone)
-    chunk = ptx.wait_chunk(chunk, words, lane, abort, records + source * 8, what, deadline_ns, PAUSING)
-    ptx.rearm_chunk(words, lane, everyone)
+    chunk = memory.peek_chunk(words, lane, everyone)
+    chunk = memory.wait_chunk(chunk, words, lane, abort, records + source * 8, what, deadline_ns, PAUSING)
+    memory.rearm_chunk(words, lane, everyone)
     return chunk
 
 

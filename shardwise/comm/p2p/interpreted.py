@@ -14,7 +14,7 @@ _ENDED_OFFSET = 64
 
 
 def wait_chunk(seen, words, lane, abort, record, what, deadline_ns, PAUSING):
-    """`ptx.wait_chunk` in Python, with its deadline, its abort word and its records."""
+    """`memory.wait_chunk` in Python, with its deadline, its abort word and its records."""
     end = time.monotonic_ns() + _integer(deadline_ns)
     flag = ctypes.c_int32.from_address(_integer(abort))
     while True:

@@ -2,7 +2,7 @@
 
 A call works on *rows*: tokens when fused, equal stretches of the flat tensor when plain. Each rank's workspace has
 two slots, used in turn; a slot has one region for each other rank, where that rank pushes rows. A reader waits
-until the words of a chunk have arrived (see ptx.py), takes them, and at once writes ARMED back, so the region is
+until the words of a chunk have arrived (memory.py), takes them, and at once writes ARMED back, so the region is
 ready when it is used again.
 
 Why two slots are enough: a peer pushes into a slot again two calls later. It can only have finished the call
@@ -25,7 +25,7 @@ all-reduce followed by these steps give the same bits, on every rank and for eve
 import triton
 import triton.language as tl
 
-from shardwise.comm.p2p import ptx, workspace
+from shardwise.comm.p2p import bulk, memory, workspace
 from shardwise.comm.p2p.rows import (
     advance,
     begin,
@@ -68,7 +68,7 @@ def one_shot(
     lane = tl.arange(0, LANES)
     stage = 0
     if BULK:
-        stage = ptx.stage(triton.cdiv((AHEAD + 1) * LANES * 16, 16384) * 16384)
+        stage = bulk.stage(triton.cdiv((AHEAD + 1) * LANES * 16, 16384) * 16384)
     begin(PDL)
     step = tl.num_programs(0)
     first = tl.program_id(0).to(tl.int64)
@@ -83,7 +83,7 @@ def one_shot(
         mask = lane * (16 // WIDTH) < limit
         chunk = own if ahead == 0 else load_row(x + row * width, lane, limit, ALIGNED, WIDTH)
         place = stage + ahead * (LANES * 16)
-        push(ptx.disarm(chunk), slots, parity, region_bytes, row, chunks, lane, mask, place, WORLD, RANK, BULK)
+        push(memory.disarm(chunk), slots, parity, region_bytes, row, chunks, lane, mask, place, WORLD, RANK, BULK)
     for index in range(tl.program_id(0), rows, step):
         row = tl.cast(index, tl.int64)
         limit = row_length(row, rows, width, total_elements)
@@ -93,16 +93,17 @@ def one_shot(
         later_mask = lane * (16 // WIDTH) < later_limit
         chunk = own if AHEAD == 0 else load_row(x + later * width, lane, later_limit, ALIGNED, WIDTH)
         if BULK:
-            ptx.bulk_sent(AHEAD)
+            bulk.sent(AHEAD)
         place = stage + ((index // step + AHEAD) % (AHEAD + 1) * (LANES * 16)).to(tl.int32)
-        push(ptx.disarm(chunk), slots, parity, region_bytes, later, chunks, lane, later_mask, place, WORLD, RANK, BULK)
+        chunk = memory.disarm(chunk)
+        push(chunk, slots, parity, region_bytes, later, chunks, lane, later_mask, place, WORLD, RANK, BULK)
         carried = own
         gains = ()
         if FUSED:
             carried = load_row(residual + row * width, lane, limit, ALIGNED, WIDTH)
             gains = gain(load_row(weight, lane, limit, ALIGNED, WIDTH), weight_bias, kind)
         total = sum_in_rank_order(
-            ptx.disarm(own), slots, parity, region_bytes, row, chunks, lane, mask, abort, records, what, deadline_ns,
+            memory.disarm(own), slots, parity, region_bytes, row, chunks, lane, mask, abort, records, what, deadline_ns,
             WORLD, RANK, kind, PAUSING,
         )  # fmt: skip
         finish(
@@ -112,7 +113,7 @@ def one_shot(
         row += step
         own = load_row(x + row * width, lane, row_length(row, rows, width, total_elements), ALIGNED, WIDTH)
     if BULK:
-        ptx.bulk_sent(0)  # the block's shared memory is given away when it ends
+        bulk.sent(0)  # the block's shared memory is given away when it ends
     advance(counters, call)
 
 
@@ -130,9 +131,9 @@ def _scatter(
     """Push row `index` of the peer's part to that peer."""
     row = _part_start(rows, peer, WORLD) + index
     limit = row_length(row, _part_start(rows, peer + 1, WORLD), width, total_elements)
-    chunk = ptx.disarm(load_row(x + row * width, lane, limit, ALIGNED, WIDTH))
+    chunk = memory.disarm(load_row(x + row * width, lane, limit, ALIGNED, WIDTH))
     words = region(slots, peer, RANK, parity, region_bytes, WORLD) + index * chunks * 4
-    ptx.push_chunk(words, lane, lane * (16 // WIDTH) < limit, chunk)
+    memory.push_chunk(words, lane, lane * (16 // WIDTH) < limit, chunk)
 
 
 @triton.jit
@@ -149,14 +150,14 @@ def _gather(
     mask = lane * (16 // WIDTH) < limit
     place = tl.cdiv(rows, WORLD) + index
     words = region(slots, RANK, owner, parity, region_bytes, WORLD) + place * chunks * 4
-    total = ptx.peek_chunk(words, lane, mask)
+    total = memory.peek_chunk(words, lane, mask)
     carried = total
     gains = ()
     if FUSED:
         carried = load_row(residual + row * width, lane, limit, ALIGNED, WIDTH)
         gains = gain(load_row(weight, lane, limit, ALIGNED, WIDTH), weight_bias, kind)
-    total = ptx.wait_chunk(total, words, lane, abort, records + owner * 8, what, deadline_ns, PAUSING)
-    ptx.rearm_chunk(words, lane, mask)
+    total = memory.wait_chunk(total, words, lane, abort, records + owner * 8, what, deadline_ns, PAUSING)
+    memory.rearm_chunk(words, lane, mask)
     finish(
         total, carried, gains, out + row * width, residual_out + row * width, lane, limit, eps, turn, kind, ALIGNED,
         WIDTH, FUSED,
@@ -205,7 +206,7 @@ def two_shot(
         row = _part_start(rows, RANK, WORLD) + index
         limit = row_length(row, _part_start(rows, RANK + 1, WORLD), width, total_elements)
         mask = lane * (16 // WIDTH) < limit
-        own = ptx.disarm(load_row(x + row * width, lane, limit, ALIGNED, WIDTH))
+        own = memory.disarm(load_row(x + row * width, lane, limit, ALIGNED, WIDTH))
         carried = own
         gains = ()
         if FUSED:
@@ -215,7 +216,7 @@ def two_shot(
             own, slots, parity, region_bytes, index, chunks, lane, mask, abort, records, reduce_what, deadline_ns,
             WORLD, RANK, kind, PAUSING,
         )  # fmt: skip
-        total = ptx.disarm(total)
+        total = memory.disarm(total)
         push(total, slots, parity, region_bytes, turns + index, chunks, lane, mask, 0, WORLD, RANK, False)
         finish(
             total, carried, gains, out + row * width, residual_out + row * width, lane, limit, eps, turn // step, kind,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from shardwise.comm.p2p import fp8, kernels
-from shardwise.comm.p2p.ptx import STAGE_BYTES
+from shardwise.comm.p2p.bulk import STAGE_BYTES
 from shardwise.comm.p2p.table import Tuning
 from shardwise.comm.p2p.workspace import COUNTERS, Workspace
 

@@ -5,8 +5,10 @@
 
 import triton
 import triton.language as tl
+from triton.language.extra import cuda as tl_cuda
 
-from shardwise.comm.p2p import ptx, workspace
+from shardwise.comm.p2p import arithmetic, bulk, memory, workspace
+from shardwise.comm.p2p.asm import INTERPRET
 
 _COUNTERS = tl.constexpr(workspace.COUNTERS)
 _LOOKS = tl.constexpr(3)
@@ -23,7 +25,7 @@ def _pair(halves, element, limit):
 def load_row(row, lane, limit, ALIGNED: tl.constexpr, WIDTH: tl.constexpr):
     """Chunk `lane` of the row of `limit` elements of WIDTH bytes at `row`; elements past the row are zero."""
     if ALIGNED:
-        return ptx.load_chunk(row.to(tl.pointer_type(tl.int32), bitcast=True), lane, lane * (16 // WIDTH) < limit)
+        return memory.load_chunk(row.to(tl.pointer_type(tl.int32), bitcast=True), lane, lane * (16 // WIDTH) < limit)
     elif WIDTH == 4:
         words = row.to(tl.pointer_type(tl.int32), bitcast=True)
         e = lane * 4
@@ -48,7 +50,7 @@ def load_row(row, lane, limit, ALIGNED: tl.constexpr, WIDTH: tl.constexpr):
 def store_row(row, lane, limit, chunk, ALIGNED: tl.constexpr, WIDTH: tl.constexpr):
     if ALIGNED:
         words = row.to(tl.pointer_type(tl.int32), bitcast=True)
-        ptx.store_chunk(words, lane, lane * (16 // WIDTH) < limit, chunk)
+        memory.store_chunk(words, lane, lane * (16 // WIDTH) < limit, chunk)
     elif WIDTH == 4:
         words = row.to(tl.pointer_type(tl.int32), bitcast=True)
         for i in tl.static_range(4):
@@ -84,7 +86,7 @@ def pack(values, kind: tl.constexpr):
         if kind == tl.float32:
             chunk = chunk + (values[i].to(tl.int32, bitcast=True),)
         else:
-            chunk = chunk + (ptx.round_pair(values[2 * i], values[2 * i + 1], kind == tl.float16),)
+            chunk = chunk + (arithmetic.round_pair(values[2 * i], values[2 * i + 1], kind == tl.float16),)
     return chunk
 
 
@@ -100,12 +102,12 @@ def add(left, right):
 @triton.jit
 def add_chunks(left, right, kind: tl.constexpr):
     """Sum of two packed chunks, rounded to their type."""
-    if kind == tl.float32 or ptx.INTERPRET:
+    if kind == tl.float32 or INTERPRET:
         return pack(add(unpack(left, kind), unpack(right, kind)), kind)
     else:
         total = ()
         for i in tl.static_range(4):
-            total = total + (ptx.add_pair(left[i], right[i], kind == tl.float16),)
+            total = total + (arithmetic.add_pair(left[i], right[i], kind == tl.float16),)
         return total
 
 
@@ -123,7 +125,7 @@ def _normalise(values, gains, width, eps, turn):
     squares = values[0] * values[0]
     for i in tl.static_range(1, len(values)):
         squares += values[i] * values[i]
-    scale = tl.rsqrt(ptx.block_sum(squares, turn) * (1.0 / width) + eps)  # the quotient is ready before the sum
+    scale = tl.rsqrt(arithmetic.block_sum(squares, turn) * (1.0 / width) + eps)  # the quotient is ready before the sum
     result = ()
     for i in tl.static_range(len(values)):
         result = result + (values[i] * scale * gains[i],)
@@ -162,7 +164,8 @@ def _first_look(
     if source == RANK:
         return own
     else:
-        return ptx.peek_chunk(region(slots, RANK, source, parity, region_bytes, WORLD) + row * chunks * 4, lane, mask)
+        words = region(slots, RANK, source, parity, region_bytes, WORLD) + row * chunks * 4
+        return memory.peek_chunk(words, lane, mask)
 
 
 @triton.jit
@@ -183,8 +186,8 @@ def sum_in_rank_order(
             seen = seen + (look,)
         if source != RANK:
             words = region(slots, RANK, source, parity, region_bytes, WORLD) + row * chunks * 4
-            chunk = ptx.wait_chunk(chunk, words, lane, abort, records + source * 8, what, deadline_ns, PAUSING)
-            ptx.rearm_chunk(words, lane, mask)
+            chunk = memory.wait_chunk(chunk, words, lane, abort, records + source * 8, what, deadline_ns, PAUSING)
+            memory.rearm_chunk(words, lane, mask)
         if source == 0 and WORLD > 2:
             total = unpack(chunk, kind)
         elif source == 0:
@@ -198,9 +201,13 @@ def sum_in_rank_order(
 
 @triton.jit
 def begin(PDL: tl.constexpr):
-    """Nothing that an earlier kernel wrote may be read before."""
-    ptx.dependency_wait(PDL)
-    ptx.dependency_launch(PDL)
+    """Wait for the kernels before this one, when it was launched to overlap with their end, and let the next start.
+
+    Nothing that an earlier kernel wrote may be read before.
+    """
+    if PDL:
+        tl_cuda.gdc_wait()
+        tl_cuda.gdc_launch_dependents()
 
 
 @triton.jit
@@ -233,12 +240,12 @@ def push(
     BULK: by copies from shared memory at `place`, which must be free.
     """
     if BULK:
-        ptx.stage_chunk(place, lane, mask, chunk)
+        bulk.lay(place, lane, mask, chunk)
     for hop in tl.static_range(1, WORLD):
         words = region(slots, (RANK + hop) % WORLD, RANK, parity, region_bytes, WORLD) + row * chunks * 4
         if BULK:
-            ptx.bulk_push(words, lane, mask, place, chunk)
+            bulk.push(words, lane, mask, place, chunk)
         else:
-            ptx.push_chunk(words, lane, mask, chunk)
+            memory.push_chunk(words, lane, mask, chunk)
     if BULK:
-        ptx.bulk_commit()
+        bulk.commit()
