@@ -1,6 +1,7 @@
-"""The walls of the package: which room may import which, and what stays free of torch."""
+"""The package's structure: which part may import which, what stays free of torch, and that each part lists its files."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,8 @@ MAY_IMPORT = {
     "launch": {"partition", "comm", "ops", "sharding", "parallel"},
     "testing": {"partition", "comm", "ops", "sharding", "parallel", "launch"},
 }
+LISTED = ("comm", "comm/p2p", "sharding", "parallel", "launch")
+"""Packages whose docstring says what each of their files is for."""
 COMM_USERS_IN_OPS = {"distributed", "normalization", "moe"}
 RANK_TYPES = {"shardwise.comm.rank", "shardwise.comm.base"}
 
@@ -51,6 +54,13 @@ def test_imports_follow_the_arrows(path):
         if target in ("__version__", ""):
             continue
         assert target == room or target in MAY_IMPORT[room], f"{path}: {room} may not import {name}"
+
+
+@pytest.mark.parametrize("folder", LISTED)
+def test_a_package_lists_its_files(folder):
+    listed = (PACKAGE / folder / "__init__.py").read_text()
+    files = [path.stem for path in (PACKAGE / folder).glob("*.py") if path.stem != "__init__"]
+    assert [name for name in files if not re.search(rf"\b{name}\b", listed)] == [], f"name them in {folder}/__init__.py"
 
 
 @pytest.mark.parametrize(

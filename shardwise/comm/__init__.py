@@ -1,4 +1,18 @@
 """Communication between ranks. Importing this package does not import torch.
 
-`base.Communicator` is the one meaning; `create()` in `strategy.py` picks a transport for it.
+`base.Communicator` is the one protocol; `strategy.create` picks a transport for it and records why.
+
+    rank, names                 rank identity and groups; names of strategies
+    base, collective, compose,  the protocol; what all transports share: checks, records, composed collectives
+    arguments, accumulate,
+    control
+    shm, segment, direct        transport `shm`: shared memory of one host
+    torch_dist, symmetric,      `gloo` and `nccl`; torch's symmetric memory; NCCL's registered windows
+    window
+    mpi, arrival                `mpi`, and how its ranks wait for each other with a deadline
+    threads, fake               ranks as threads; one process that plays one rank
+    p2p/                        `p2p` and `flashinfer`: all-reduce through the memory of the peers' GPUs
+    bootstrap, strategy         rendezvous; the choice of a transport
+    watch                       deadlines, phases, flight record
+    bench, bench_peers          timing loops of `shardwise bench comm`
 """

@@ -1,4 +1,15 @@
-"""How ranks come to life, are watched and end: command line, launchers, supervision, `LLM`.
+"""How ranks are started, watched and ended: command line, launchers, supervision, `LLM`.
 
 Importing this package does not import torch; ranks import it, their parent never does.
+
+    cli/                        one module a verb
+    llm, model_config, session  `LLM`, its options, and a rank's end of a loaded model
+    env, machine                which rank this process is, and which machine
+    start, job                  `run_job`: one function on several ranks
+    local, torchrun, mpi, ray   who starts the ranks; `backend` is what they have in common
+    supervise, failure,         the parent: hears its ranks, sees them die, names the cause
+    postmortem
+    worker, guard, link, tether the rank: its body, the guard around it, its line to the parent, its life tied to it
+    generation, progress        what `bench generate` runs on every rank; progress of loading
+    doctor                      what this machine offers, and what is wrong with it
 """

@@ -1,1 +1,25 @@
-"""The parallel runtime: tokenizer, layers, caches, scheduler, sampler, engine."""
+"""The parallel runtime: one rank's decoder, its caches, and the engine that generates with it.
+
+    engine                      loads a rank's part of a model and generates; every rank calls it alike
+    scheduler, batch, requests  continuous batching: which tokens of which requests make the next step
+    runner                      runs a step by the fastest code that serves it, and says which and why
+    decoder, assemble           the stack of layers, built from the blocks of a ModelSpec
+    layers, attention, rotary,  layers of prompts and of any model; `block_linear` computes with GGUF's blocks
+    moe, routing, block_linear
+    decode_step, decode_moe,    single tokens on a GPU: few fused kernels a layer, replayed as CUDA graphs
+    decode_stream, cuda_graph
+    token_step, token_products  single tokens of one sequence on the CPU
+    prefill                     attention to prompts on a GPU, by Triton's, FlashInfer's or PyTorch's kernels
+    cache, paged, device_cache  KV caches: rows, pages, and pages whose tables GPU kernels read
+    weights, sources, dummy,    weights: the plan's byte ranges of a checkpoint, or random ones in their place
+    read_ahead, transfer,
+    load_experts, dequantise,
+    weight_form, memory
+    fitting, sizing,            whether weights, cache and activations have room, and how much the cache gets
+    host_memory
+    sampler, text, results      tokens from logits, text from tokens, what is handed out
+    tokenizer, chat, prompts    text to ids; free of torch, as are `options` and `supported`
+    options, supported          what a user may ask for, and what the runtime has no layer for
+    trace, clock, chrome_trace, measuring: spans of a step, times, traces, bytes that a step must read
+    traffic
+"""

@@ -1,1 +1,20 @@
-"""The planner: model families, axis algebra, layouts, plans and checkpoint files. Free of torch at import."""
+"""The planner: model families, axis algebra, layouts, plans and checkpoint files. Free of torch at import.
+
+    axes, cuts                  logical axes, segments, and how one axis falls on the ranks of a mesh axis
+    spec, model                 blocks of tensors with their hyperparameters; a whole model
+    families/, builder, blocks, one file a family, and what family files are written with
+    latent, recurrent, mtp,
+    vision
+    formats, quantization       how a weight is stored: the tensors of each quantisation format
+    source, config, headers,    from what a user names to a ModelSpec; `unknown` plans from tensor names and shapes
+    unknown, names
+    layout, cutting, legal      the rank grid, the cuts of a model under it, the legal sizes
+    plan, shards, experts,      a layout applied to a model: ranges, bytes, collectives, self-check
+    collectives, memory
+    cost, topology, capacity,   what a plan costs on a machine, what fits, every layout ranked
+    search
+    report, page/, document,    a plan as text, HTML and JSON; what changed between two; run exactly this one
+    diff, replay
+    tp_export, tp_styles        Transformers' `tp_plan` dictionaries, written and read
+    checkpoint/                 safetensors, GGUF and per-rank files: headers, ranges, writing, merging
+"""
