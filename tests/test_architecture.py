@@ -1,4 +1,4 @@
-"""The package's structure: which part may import which, what stays free of torch, and that each part lists its files."""
+"""The package's structure: which part may import which, what stays free of torch, which files are listed."""
 
 import ast
 import re

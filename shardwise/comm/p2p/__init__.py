@@ -7,9 +7,11 @@
     rows.py          what the kernels do with a row
     kernels.py       one-shot and two-shot, plain and fused with residual add and RMSNorm
     fp8.py           one-shot that sends e4m3 with scales
+    cuda.py          the few CUDA runtime calls that PyTorch lacks: plain device memory and its IPC handles
     workspace.py     the buffers, their exchange, what says that a wait gave up
     launch.py        from tensors to launches
     table.py         which strategy and launch for which size, with the measurement that set it
+    delegate.py      a group whose all-reduce runs on own kernels, all else on another group of the same ranks
     communicator.py  the Communicator on top
     flashinfer.py    the same Communicator over FlashInfer's TRT-LLM kernels
     model.py         the protocol without a GPU, under faults
