@@ -11,10 +11,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from shardwise.comm.bootstrap import Rendezvous
-from shardwise.comm.segment import LONG_SLEEP, SHORT_SLEEP, YIELD_SECONDS, Segment, WaitFailed, share
+from shardwise.comm.segment import LONG_SLEEP, SHORT_SLEEP, YIELD_SECONDS, Segment, WaitFailed, one_host, share
 from shardwise.comm.watch import ROLL_CALL_SECONDS
 
-MissingRanks = WaitFailed
 LATE_TAG, ABORT_TAG = 1, 2
 EMPTY_HALF = 64
 
@@ -46,7 +45,7 @@ class Arrivals(ABC):
 
     @abstractmethod
     def meet(self, limit: float) -> None:
-        """Return when all ranks are here. Raises MissingRanks after `limit` seconds, on an abort, for a dead rank."""
+        """Return when all ranks are here. Raises WaitFailed after `limit` seconds, on an abort, for a dead rank."""
 
     @abstractmethod
     def abort(self, reason: str) -> None:
@@ -70,7 +69,6 @@ class SegmentArrivals(Arrivals):
     @classmethod
     def try_make(cls, meeting: Rendezvous, limit: float) -> "SegmentArrivals | None":
         """None where the ranks cannot share memory (several hosts, other machines than x86-64, no memory left)."""
-        from shardwise.comm.strategy import one_host
 
         def gather(key: str, value: Any) -> list:
             return meeting.gather(key, value, limit)

@@ -216,9 +216,9 @@ def job(context) -> dict:
 
 
 def _strategies(group) -> list[str]:
-    """A line for each strategy's name: that it runs on this group, or why not."""
+    """A line for each strategy's name: that it runs on this group, or why not, those that run first."""
     lines = []
-    for name in STRATEGIES:
+    for name in sorted(STRATEGIES, key=lambda name: name not in group.strategies):
         legal = f"not on transport {group.transport}, which has {', '.join(group.strategies)}"
         lines.append(f"strategy {name}: {'runs' if name in group.strategies else UNUSABLE.get(name, legal)}")
     return lines

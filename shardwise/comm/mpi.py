@@ -21,12 +21,12 @@ from torch import Tensor
 
 from shardwise.comm import compose, watch
 from shardwise.comm.arguments import starts
-from shardwise.comm.arrival import Arrivals, MessageArrivals, MissingRanks, SegmentArrivals, free, free_owned, owned
-from shardwise.comm.base import CollectiveTimeout, CommError, NotHere, PeerLost
+from shardwise.comm.arrival import Arrivals, MessageArrivals, SegmentArrivals, free, free_owned, owned
+from shardwise.comm.base import CommError, NotHere
 from shardwise.comm.bootstrap import Rendezvous
 from shardwise.comm.collective import BaseCommunicator
 from shardwise.comm.control import FRAME_BYTES, framed, unframed
-from shardwise.comm.segment import FEW_SPINS, Segment
+from shardwise.comm.segment import FEW_SPINS, Segment, WaitFailed
 from shardwise.comm.watch import END, FLIGHT, now
 
 PIECE = 1 << 28
@@ -163,27 +163,20 @@ class MpiCommunicator(BaseCommunicator):
     def _meet(self) -> None:
         try:
             self._arrivals.meet(self.deadlines.in_phase(watch.current_phase()))
-        except MissingRanks as error:
+        except WaitFailed as error:
             raise self._missing(error) from None
 
     def _await(self, segment: Segment) -> None:
         """The wait of a meeting at which this rank has arrived."""
         try:
             segment.wait(self.deadlines.in_phase(watch.current_phase()))
-        except MissingRanks as error:
+        except WaitFailed as error:
             raise self._missing(error) from None
 
-    def _missing(self, error: MissingRanks) -> CommError:
+    def _missing(self, error: WaitFailed) -> CommError:
         global _failed
         _failed = True
-        where = self._where(self._last_entry())
-        missing = tuple(self.ranks[peer] for peer in error.missing)
-        names = ", ".join(map(str, missing))
-        if error.kind == "late":
-            return self._fail(CollectiveTimeout(f"{where}: rank(s) {names or '?'} {error.reason}", missing))
-        if error.kind == "lost":
-            return self._fail(PeerLost(f"{where}: rank(s) {names} will not arrive: {error.reason}", missing))
-        return self._fail(CommError(f"{where}: {error.reason}"))
+        return self._fail(error.explained(self._where(self._last_entry()), self.ranks))
 
     def _host(self, tensor: Tensor, *, filled: bool = True) -> Tensor:
         """The tensor itself where MPI can read it, else pinned host memory (`filled` with its values)."""

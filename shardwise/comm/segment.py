@@ -10,16 +10,20 @@ one synchronisation and nothing is ever cleared.
 
 Memory order: the protocol needs stores to become visible in program order, and loads not to pass later stores. x86-64
 gives both to plain accesses (an aligned 8-byte flag is written by one move; glibc's non-temporal copies end with a
-fence). Other machines do not, and Python has no fence: there `strategy.shared_memory_usable` refuses.
+fence). Other machines do not, and Python has no fence: there `usable` refuses.
 """
 
 import mmap
 import os
+import platform
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass
 
 from shardwise.comm import watch
+from shardwise.comm.base import CollectiveTimeout, CommError, PeerLost
+from shardwise.comm.bootstrap import Rendezvous
 
 LINE = 64
 PAGE = 4096
@@ -53,6 +57,32 @@ class Identity:
         return cls(f"{boot} {namespace} uid {os.getuid()}", os.getpid(), watch.process_start(os.getpid()))
 
 
+def usable() -> tuple[bool, str]:
+    """(this machine can have segments, reason), not regarding where the peers are."""
+    if not sys.platform.startswith("linux"):
+        return False, f"shared memory needs Linux (memfd), this is {sys.platform}"
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return False, (
+            f"shared memory needs x86-64, where plain stores become visible in program order; this is "
+            f"{platform.machine()}"
+        )
+    return True, "Linux on x86-64"
+
+
+def one_host(meeting: Rendezvous, limit: float) -> tuple[bool, str]:
+    """(all ranks of `meeting` can share a segment, reason), the same on every rank."""
+    possible, reason = usable()
+    host = Identity.mine().host if possible else None
+    facts = meeting.gather("host", (host, reason), limit)
+    for rank, (name, why) in zip(meeting.ranks, facts, strict=True):
+        if name is None:
+            return False, f"rank {rank}: {why}"
+    hosts = {name for name, _ in facts}
+    if len(hosts) > 1:
+        return False, f"the ranks are in {len(hosts)} hosts or containers"
+    return True, f"{meeting.size} ranks on one host, {reason}"
+
+
 class WaitFailed(Exception):
     """Round not completed: `missing` ranks of the group, because they are late, lost, or the group was aborted."""
 
@@ -61,6 +91,16 @@ class WaitFailed(Exception):
         self.kind = kind
         self.missing = missing
         self.reason = reason
+
+    def explained(self, where: str, ranks: Sequence[int]) -> CommError:
+        """What the collective `where` raises for it, in a group of these ranks of the world."""
+        missing = tuple(ranks[peer] for peer in self.missing)
+        names = ", ".join(map(str, missing)) or "?"
+        if self.kind == "late":
+            return CollectiveTimeout(f"{where}: rank(s) {names} {self.reason}", missing)
+        if self.kind == "lost":
+            return PeerLost(f"{where}: rank(s) {names} will not arrive: {self.reason}", missing)
+        return CommError(f"{where}: {self.reason}")
 
 
 class Segment:

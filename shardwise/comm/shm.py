@@ -17,7 +17,7 @@ from shardwise import partition
 from shardwise.comm import compose, control, direct, watch
 from shardwise.comm.accumulate import Accumulator, SlotAccumulator
 from shardwise.comm.arguments import starts
-from shardwise.comm.base import CollectiveTimeout, CommError, PeerLost
+from shardwise.comm.base import CommError, PeerLost
 from shardwise.comm.bootstrap import Rendezvous
 from shardwise.comm.collective import BaseCommunicator
 from shardwise.comm.segment import Segment, WaitFailed, share
@@ -153,14 +153,7 @@ class ShmCommunicator(BaseCommunicator):
             raise self._broken_round(error) from None
 
     def _broken_round(self, error: WaitFailed) -> CommError:
-        where = self._where(self._last_entry())
-        missing = tuple(self.ranks[peer] for peer in error.missing)
-        names = ", ".join(map(str, missing))
-        if error.kind == "late":
-            return self._fail(CollectiveTimeout(f"{where}: rank(s) {names} {error.reason}", missing))
-        if error.kind == "lost":
-            return self._fail(PeerLost(f"{where}: rank(s) {names} will not arrive: {error.reason}", missing))
-        return self._fail(CommError(f"{where}: {error.reason}"))
+        return self._fail(error.explained(self._where(self._last_entry()), self.ranks))
 
     def _refused(self, op: str) -> CommError:
         reason = self.broken or self.segment.aborted

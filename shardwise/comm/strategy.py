@@ -8,12 +8,12 @@ with their own table of which size goes where.
 """
 
 import os
-import platform
 import socket
 import sys
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
+from shardwise.comm import segment
 from shardwise.comm.base import TRANSPORTS, CommError, Communicator, NotHere
 from shardwise.comm.bootstrap import (
     AloneRendezvous,
@@ -41,18 +41,6 @@ class Grid(Protocol):
 
 
 MPI_SOURCES = ("Open MPI", "MPICH", "MVAPICH")
-
-
-def shared_memory_usable() -> tuple[bool, str]:
-    """(usable, reason) of the shared-memory transport on this machine, not regarding where the peers are."""
-    if not sys.platform.startswith("linux"):
-        return False, f"shared memory needs Linux (memfd), this is {sys.platform}"
-    if platform.machine() not in ("x86_64", "AMD64"):
-        return False, (
-            f"shared memory needs x86-64, where plain stores become visible in program order; this is "
-            f"{platform.machine()}"
-        )
-    return True, "Linux on x86-64"
 
 
 def create(
@@ -144,16 +132,17 @@ class _Request:
 def _create_cpu(request: _Request) -> "BaseCommunicator":
     if request.transport in ("nccl", "p2p", "flashinfer"):
         raise NotHere(
-            f"transport {request.transport} moves CUDA tensors: --device cuda (create(device='cuda')), or use auto"
+            f"transport {request.transport} moves CUDA tensors, the group is for device cpu: give device cuda, or "
+            "transport auto"
         )
     if request.transport == "mpi":
         return _mpi(request)
     if request.transport == "gloo":
         return _torch_dist(request, request.rendezvous(), "gloo")
     meeting = request.rendezvous()
-    usable, reason = one_host(meeting, request.options["deadlines"].rendezvous)
+    possible, reason = segment.one_host(meeting, request.options["deadlines"].rendezvous)
     group = None
-    if usable:
+    if possible:
         try:
             group = _shared_memory(request, meeting)
         except CommError as error:  # on every rank, with the same text
@@ -165,24 +154,6 @@ def _create_cpu(request: _Request) -> "BaseCommunicator":
     if request.transport == "auto":
         group.reason = reason
     return group
-
-
-def one_host(meeting: Rendezvous, limit: float) -> tuple[bool, str]:
-    """(shared memory can serve all ranks, reason), the same on every rank."""
-    usable, reason = shared_memory_usable()
-    host = None
-    if usable:
-        from shardwise.comm.segment import Identity
-
-        host = Identity.mine().host
-    facts = meeting.gather("host", (host, reason), limit)
-    for rank, (_, why) in enumerate(facts):
-        if facts[rank][0] is None:
-            return False, f"rank {meeting.ranks[rank]}: {why}"
-    hosts = {name for name, _ in facts}
-    if len(hosts) > 1:
-        return False, f"the ranks are in {len(hosts)} hosts or containers"
-    return True, f"{meeting.size} ranks on one host, {reason}"
 
 
 def _shared_memory(request: _Request, meeting: Rendezvous) -> "BaseCommunicator":
@@ -217,7 +188,8 @@ def _create_cuda(request: _Request) -> "BaseCommunicator":
     info = request.info
     if request.transport in ("gloo", "shm"):
         raise NotHere(
-            f"transport {request.transport} moves CPU tensors: --device cpu (create(device='cpu')), or use auto"
+            f"transport {request.transport} moves CPU tensors, the group is for device cuda: give device cpu, or "
+            "transport auto"
         )
     if not torch.cuda.is_available():
         raise NotHere(f"device cuda, rank {info.rank}: no CUDA device is available")

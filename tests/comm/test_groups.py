@@ -106,7 +106,7 @@ def test_fake_gives_shapes_of_any_world():
 def test_create_says_what_is_legal():
     with pytest.raises(ValueError, match="unknown transport 'smoke'.*gloo.*threads"):
         create(RankInfo(), transport="smoke")
-    with pytest.raises(NotHere, match="nccl moves CUDA tensors: --device cuda"):
+    with pytest.raises(NotHere, match="nccl moves CUDA tensors, the group is for device cpu: give device cuda"):
         create(RankInfo(0, 2, 0, 2), transport="nccl")
     with pytest.raises(NotHere, match="run_threads"):
         create(RankInfo(0, 2, 0, 2), transport="threads")

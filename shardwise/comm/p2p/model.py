@@ -65,20 +65,6 @@ def one_shot(rank: int, world: int, call: int, rows: int, block: int, blocks: in
                 yield "take", ("data", slot, source, row), (call, source, row)
 
 
-def one_shot_divided(rank: int, world: int, call: int, rows: int, block: int, blocks: int, slots: int) -> Block:
-    """As one_shot, the first of several blocks only pushing, the others only taking."""
-    slot = call % slots
-    if block == 0:
-        for row in range(rows):
-            for hop in range(1, world):
-                yield "push", (rank + hop) % world, ("data", slot, rank, row), (call, rank, row)
-    if block or blocks == 1:
-        for row in range(max(0, block - 1), rows, max(1, blocks - 1)):
-            for source in range(world):
-                if source != rank:
-                    yield "take", ("data", slot, source, row), (call, source, row)
-
-
 def two_shot(rank: int, world: int, call: int, rows: int, block: int, blocks: int, slots: int) -> Block:
     """Push contributions to the owner of each row, sum the own part, push the sums, take the others' sums."""
     slot = call % slots
@@ -110,7 +96,7 @@ def _arm(places: list[Place]) -> Block:
         yield "arm", place
 
 
-KINDS = {"ONESHOT": one_shot, "ONESHOT divided": one_shot_divided, "TWOSHOT": two_shot}
+KINDS = {"ONESHOT": one_shot, "TWOSHOT": two_shot}
 
 
 class _Rank:
