@@ -109,7 +109,7 @@ def measure_session(session: Session, load: Load, trace: str | None) -> dict[str
         _generate(session, load)
         _tell(session, f"{load.runs} timed runs")
         runs = [_generate(session, load) for _ in range(load.runs)]
-        _tell(session, "one run by the clock")
+        _tell(session, "one run with every step timed")
         touched, parts = _touched(session, load), _clocked(session, load)
         device_step = _profiled(session, load, trace)
     read = step_bytes(

@@ -10,16 +10,16 @@ from typing import NoReturn
 
 VERBS = {
     "plan": "what a model becomes under a layout: shapes, bytes and collectives of every rank, without weights",
-    "run": "run a model split over several ranks",
+    "run": "answer prompts with a model split over several ranks",
     "bench": "measure: comm, ops, moe or generate",
-    "shard": "write per-rank checkpoints",
+    "shard": "write per-rank checkpoints, or merge them back",
     "doctor": "what this machine offers, and what is wrong with it",
     "ops": "the operator library: what exists, what runs here and why not",
-    "explain": "read a failure.json aloud",
+    "explain": "print the report of a failed job, with the stacks of its ranks",
 }
 BENCHES = {
-    "comm": "collectives, beside their peers",
-    "ops": "operators, beside other backends",
+    "comm": "collectives, beside gloo, MPI or NCCL",
+    "ops": "operators, beside other libraries",
     "moe": "mixture-of-experts layers",
     "generate": "a whole model: prefill and decode",
 }

@@ -2,6 +2,7 @@
 
 import argparse
 import re
+import sys
 
 from shardwise.launch.cli.output import add_json, require_writable, table_stream, write_json
 from shardwise.launch.machine import machine_facts
@@ -16,22 +17,33 @@ SWEEP = "1KiB,4KiB,16KiB,64KiB,256KiB,1MiB,4MiB,16MiB"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the verb."""
-    parser.add_argument("--transport", default="auto", help="shm, gloo, mpi, nccl, p2p, flashinfer (default auto)")
-    parser.add_argument("-n", "--world", type=int, default=2, help="ranks to start (default 2)")
-    parser.add_argument("--sizes", type=sizes, default=sizes(SWEEP), help=f"payloads, default {SWEEP}")
-    parser.add_argument("--op", default="all_reduce", help="operations, comma separated, or all (default all_reduce)")
+    parser.add_argument(
+        "--transport", default="auto", metavar="NAME", help="shm, gloo, mpi, nccl, p2p, flashinfer (default auto)"
+    )
+    parser.add_argument("-n", "--world", type=int, default=2, metavar="N", help="ranks to start (default 2)")
+    parser.add_argument("--sizes", type=sizes, default=sizes(SWEEP), metavar="LIST", help=f"payloads, default {SWEEP}")
+    parser.add_argument(
+        "--op", default="all_reduce", metavar="LIST", help="operations, comma separated, or all (default all_reduce)"
+    )
     parser.add_argument(
         "--dtype", default="float32", choices=["float32", "bfloat16", "float16", "float64"], help="default float32"
     )
-    parser.add_argument("--strategy", default="AUTO", help="AUTO, ONESHOT, TWOSHOT, NCCL, ...")
+    parser.add_argument(
+        "--strategy", default="AUTO", metavar="NAME", help="of all-reduce: AUTO, ONESHOT, TWOSHOT, NCCL, ..."
+    )
     parser.add_argument(
         "--device", choices=["auto", "cpu", "cuda"], default="auto", help="default: GPUs where there are enough"
     )
     parser.add_argument(
-        "--peers", default="auto", help="gloo, mpi, nccl, symm_mem, flashinfer, none; default: all that run here"
+        "--peers",
+        default="auto",
+        metavar="LIST",
+        help="gloo, mpi, nccl, symm_mem, flashinfer, none; default: all that run here",
     )
     add_json(parser, "machine, reasons and rows")
-    parser.add_argument("--why", action="store_true", help="say which transport and algorithm serve, and why")
+    parser.add_argument(
+        "--why", action="store_true", help="also print which transport and algorithm serve each size, and why"
+    )
     parser.add_argument(
         "--calibrate",
         metavar="FILE",
@@ -206,5 +218,8 @@ def _built_in(device: str) -> str:
         return "cpu"
     import torch
 
-    name = torch.cuda.get_device_name().lower()
-    return next((known for known in topology.BUILT_IN if known in name), "h200")
+    name = torch.cuda.get_device_name()
+    known = next((known for known in topology.BUILT_IN if known in name.lower()), None)
+    if known is None:
+        print(f"no built-in device is a {name}: memory and arithmetic rates are an H200's", file=sys.stderr)
+    return known or "h200"

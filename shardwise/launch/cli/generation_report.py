@@ -39,7 +39,7 @@ def _head(result: dict[str, Any]) -> list[str]:
     layout, first, machine, world = result["layout"], result["ranks"][0], result["machine"], len(result["ranks"])
     sizes = " ".join(f"{name.replace('_', '-')} {n}" for name, n in layout.items() if n > 1) or "tp 1"
     transport = [result["transport"]] if world > 1 else []
-    weights = "random weights" if result["dummy_weights"] else "its own weights"
+    weights = "random weights" if result["dummy_weights"] else "checkpoint weights"
     device = (
         f"{machine['gpu']}, driver {machine['driver']}, CUDA {machine['cuda']}" if machine["gpu"] else machine["cpu"]
     )
@@ -71,21 +71,22 @@ def _speed(result: dict[str, Any]) -> list[str]:
 
 
 def _memory(result: dict[str, Any]) -> list[str]:
+    groups = f"{'':13}{' what a decode step must read ':-^54} {' rate ':-^21} {' held at the end ':-^32}"
     header = (
         "rank",
         "weights",
         "experts",
-        "of them",
+        "expected",
         "seen",
         "cache",
         "reads",
         "copy",
-        "held",
+        "weights",
         "cache",
         "host",
         "load",
     )
-    rows = ["a decode step reads at least, and what each rank holds", _columns(header)]
+    rows = [groups, _columns(header)]
     seconds = result["load"]["batch"] / result["decode_tokens_per_second"]["median"]
     for rank in result["ranks"]:
         read, stats, seen = rank["step_bytes"], rank["stats"], rank["touched_seen"]
@@ -106,7 +107,7 @@ def _memory(result: dict[str, Any]) -> list[str]:
 
 
 def _columns(cells: Iterable[str]) -> str:
-    return "  " + " ".join(f"{cell:>9}" for cell in cells)
+    return "  " + " ".join(f"{cell:>10}" for cell in cells)
 
 
 def _size(count: float) -> str:

@@ -51,7 +51,7 @@ def add_forms(parser: "argparse.ArgumentParser | argparse._ArgumentGroup") -> No
         "--weights",
         default="auto",
         choices=options.WEIGHT_FORMS,
-        help="whether quantised weights stay in their form (auto: on GPUs where a layer takes them)",
+        help="whether quantised weights stay packed (auto: on GPUs, where a layer computes with them)",
     )
     parser.add_argument(
         "--cache-tokens",
@@ -63,13 +63,13 @@ def add_forms(parser: "argparse.ArgumentParser | argparse._ArgumentGroup") -> No
         "--decode",
         default="auto",
         choices=options.DECODE_PATHS,
-        help="what runs steps of single tokens (auto: graphs on GPUs, where the model allows)",
+        help="what runs decode steps (auto: graphs on GPUs, where the model allows)",
     )
     parser.add_argument(
         "--attention",
         default="auto",
         choices=options.ATTENTIONS,
-        help="whose kernels attend to prompts on GPUs",
+        help="attention kernels for prompts on GPUs (auto: triton, where they serve the model)",
     )
 
 
