@@ -87,7 +87,7 @@ def _attend(step: DecodeStep, number: int, layer: Layer, positions: Tensor) -> C
         fused_decode_attention,
         torch.randn(batch, layer.qkv.weight.shape[0], device=positions.device).to(cache.dtype),
         *cache.pages(number),
-        cache.table,
+        cache.table(number),
         positions,
         layer.rope,
         cache.workspace(mixer.heads, mixer.kv_heads, mixer.head_dim),

@@ -57,7 +57,9 @@ class DecoderBuilder:
     def cache_shapes(self) -> list[LayerShape]:
         """This rank's KV cache of every layer."""
         mixers = [layer.mixers[0] for layer in self.model.layers]
-        return [LayerShape(*_local_heads(self.weights, m)[1:]) for m in mixers if isinstance(m, spec.Attention)]
+        return [
+            LayerShape(*_local_heads(self.weights, m)[1:], m.window) for m in mixers if isinstance(m, spec.Attention)
+        ]
 
     def _layer(self, layer: Layer, number: int, next_norm: Norm | None) -> DecoderLayer:
         def joining(norm: Norm | None, post: spec.Norm | None, role: str) -> ResidualNorm:

@@ -31,6 +31,8 @@ class LayerShape:
     kv_heads: int
     head_dim: int
     v_head_dim: int
+    window: int | None = None
+    """Last tokens of a sequence that the cache must keep; None: all of them."""
 
 
 class KvCache(ABC):

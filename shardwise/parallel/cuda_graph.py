@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shardwise.ops.linear.vocab import INPUT_ROWS
+from shardwise.ops.linear.vocab import PAGE
 from shardwise.parallel.batch import Batch
 from shardwise.parallel.decode_step import DecodeStep
 from shardwise.parallel.trace import watched_by
@@ -45,10 +45,11 @@ class DecodeGraphs:
         self.sizes = tuple(s for s in BATCH_SIZES if s < max_batch) + (max_batch,)
         self._device = step.cache.device
         self._cuda = self._device.type == "cuda"
+        self._rows = PAGE + len(step.cache.page_tables)
         self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}
         self._pool: Any = None
         """Memory that all graphs share; they never run at once."""
-        self._buffers = [_Buffer(max_batch, self._cuda) for _ in range(IN_FLIGHT)]
+        self._buffers = [_Buffer(self._rows, max_batch, self._cuda) for _ in range(IN_FLIGHT)]
         self._launches = 0
 
     @property
@@ -93,13 +94,13 @@ class DecodeGraphs:
             [*(sources or [-1] * len(spans)), *[-1] * padding],
             [*(span.past for span in spans), *[-1] * padding],
             [*(span.slot for span in spans), *[0] * padding],
-            [*(cache.page_of(span) for span in spans), *[0] * padding],
+            *([*pages, *[0] * padding] for pages in zip(*map(cache.pages_of, spans), strict=True)),
         ]
 
     def _capture(self, size: int) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor]:
         """Warm up on the stream of the capture (kernels compile, workspaces appear), then record."""
         last = self.step.last.clone()  # which the step about to be launched may need
-        inputs = torch.zeros(INPUT_ROWS, size, dtype=torch.int32, device=self._device)
+        inputs = torch.zeros(self._rows, size, dtype=torch.int32, device=self._device)
         inputs[1:3] = -1
         stream = torch.cuda.Stream(self._device)
         stream.wait_stream(torch.cuda.current_stream(self._device))
@@ -120,18 +121,18 @@ class DecodeGraphs:
 class _Buffer:
     """Pinned memory of one step: what the host tells it, and the tokens it gives back."""
 
-    def __init__(self, max_batch: int, cuda: bool):
-        self._inputs = torch.zeros(INPUT_ROWS * max_batch, dtype=torch.int32, pin_memory=cuda)
+    def __init__(self, rows: int, max_batch: int, cuda: bool):
+        self._inputs = torch.zeros(rows * max_batch, dtype=torch.int32, pin_memory=cuda)
         self._tokens = torch.zeros(max_batch, dtype=torch.int32, pin_memory=cuda)
         self._copied = torch.cuda.Event() if cuda else None
         self._done = torch.cuda.Event() if cuda else None
 
     def fill(self, rows: list[list[int]]) -> Tensor:
-        """int32 [5, B], when the step that used this buffer before has copied it."""
+        """int32 [rows, B], when the step that used this buffer before has copied it."""
         if self._copied is not None:
             self._copied.synchronize()
-        size = len(rows[0])
-        view = self._inputs[: INPUT_ROWS * size].view(INPUT_ROWS, size)
+        count, size = len(rows), len(rows[0])
+        view = self._inputs[: count * size].view(count, size)
         view.copy_(torch.tensor(rows, dtype=torch.int32))
         return view
 

@@ -118,7 +118,8 @@ class DecodeStep:
         )
 
     def __call__(self, inputs: Tensor) -> Tensor:
-        """inputs int32 [5, B] (`ops/linear/vocab.py`) -> [B, columns of this rank], float32 or the weights' type."""
+        """inputs int32 [4 + page tables, B] (`ops/linear/vocab.py`) -> [B, columns of this rank], in float32 or the
+        weights' type."""
         stream = self._begin(inputs)
         positions, slots = inputs[POSITION], inputs[SLOT]
         for number, layer in enumerate(self.layers):
@@ -132,7 +133,7 @@ class DecodeStep:
         x = embed(
             inputs,
             self.last,
-            self.cache.table,
+            self.cache.page_tables,
             self._table,
             first=embedding.vocab[0],
             page_size=PAGE_SIZE,
@@ -155,7 +156,7 @@ class DecodeStep:
         attended = fused_decode_attention(
             qkv,
             *cache.pages(number),
-            cache.table,
+            cache.table(number),
             positions,
             layer.rope,
             cache.workspace(mixer.heads, mixer.kv_heads, mixer.head_dim),

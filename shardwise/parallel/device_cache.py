@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from functools import cached_property
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from shardwise.ops.triton_support import multiprocessors
 from shardwise.parallel.batch import Batch, Span
 from shardwise.parallel.cache import KvCache, LayerShape, Masking
 from shardwise.parallel.options import DEVICE_PAGE
-from shardwise.parallel.paged import PageTables
+from shardwise.parallel.paged import PageTable, PageTables
 from shardwise.parallel.prefill import Choice, PrefillAttention, PrefillStep, choose
 from shardwise.parallel.transfer import to_device
 
@@ -19,7 +20,7 @@ PAGE_SIZE = DEVICE_PAGE
 
 
 class DeviceCache(KvCache):
-    """[pages, PAGE_SIZE, Nkv * (D + Dv)] a layer: each token's keys, then its values.
+    """[pages, PAGE_SIZE, Nkv * (D + Dv)] a layer: each token's keys, then its values. Windows need fewer pages.
 
     Sequences with several new tokens are attended to by a prefill backend, over a copy of their pages, whose bytes are
     few beside the products of so many tokens; those with one new token read their pages in place.
@@ -37,13 +38,21 @@ class DeviceCache(KvCache):
         attention: str = "auto",
     ):
         self.slots, self.dtype, self.device = slots, dtype, device
-        self.tables = PageTables(pages=pages, slots=slots, page_size=PAGE_SIZE)
+        self.tables = PageTables(layers, pages=pages, slots=slots, page_size=PAGE_SIZE)
         self.max_length = min(-(-max_length // PAGE_SIZE), pages) * PAGE_SIZE
-        self.table = torch.zeros(slots, self.max_length // PAGE_SIZE, dtype=torch.int32, device=device)
-        """Page numbers of each slot's sequence."""
+        places = len(self.tables.of), slots, self.max_length // PAGE_SIZE
+        self.page_tables = torch.zeros(places, dtype=torch.int32, device=device)
+        """[tables, slots, pages]: page numbers of each slot's sequence, in the order of `tables.of`."""
+        self._table_of = dict(zip(self.tables.of, self.page_tables, strict=True))
         self.layers = layers
         self._pools = [
-            torch.empty(pages, PAGE_SIZE, s.kv_heads * (s.head_dim + s.v_head_dim), dtype=dtype, device=device)
+            torch.empty(
+                self.tables.of[s.window].pages,
+                PAGE_SIZE,
+                s.kv_heads * (s.head_dim + s.v_head_dim),
+                dtype=dtype,
+                device=device,
+            )
             for s in layers
         ]
         self.attention, self._prefill = attention, PrefillAttention(device)
@@ -58,9 +67,9 @@ class DeviceCache(KvCache):
     def release(self, slot: int) -> None:
         self.tables.release(slot)
 
-    def page_of(self, span: Span) -> int:
-        """The page that holds the first new token of a sequence."""
-        return self.tables[span.slot][span.past // PAGE_SIZE]
+    def pages_of(self, span: Span) -> list[int]:
+        """Of each table: the page that holds the first new token of a sequence."""
+        return [table.page(span.slot, span.past) for table in self.tables.of.values()]
 
     def nbytes(self) -> int:
         return sum(pool.numel() * pool.element_size() for pool in self._pools)
@@ -69,6 +78,10 @@ class DeviceCache(KvCache):
         """Which prefill backends have served, and why."""
         found = dict.fromkeys(f"{choice.name} ({choice.reason})" for choice in self._choices.values())
         return ", ".join(found) or "none yet"
+
+    def table(self, layer: int) -> Tensor:
+        """int32 [slots, pages]: where the tokens of each slot's sequence are in this layer."""
+        return self._table_of[self.layers[layer].window]
 
     def pages(self, layer: int) -> tuple[Tensor, Tensor]:
         """Keys [pages, PAGE_SIZE, Nkv, D] and values [.., Dv], views."""
@@ -91,17 +104,20 @@ class DeviceCache(KvCache):
 
     def attend(self, layer: int, q: Tensor, kv: Tensor, batch: Batch, masking: Masking) -> Tensor:
         step, shape = self.place(batch), self.layers[layer]
+        places = step.places[shape.window]
         rows = self._pools[layer].view(-1, kv.shape[1])
-        rows.index_copy_(0, step.new, kv)
         if masking.softcap or not _has_decode_kernel(shape):
-            return self._attend_part(step.whole, rows, q, kv, shape, masking)
-        if not step.singles:
-            return self._attend_part(step.longer, rows, q, kv, shape, masking)
-        out = q.new_empty(q.shape[0], q.shape[1], shape.v_head_dim)
-        count = q.shape[0] - step.singles
-        if count:
-            out[:count] = self._attend_part(step.longer, rows, q[:count], kv[:count], shape, masking)
-        self._attend_singles(out[count:], layer, q[count:], kv[count:], step, masking)
+            out = self._attend_part(places.whole, rows, q, kv, shape, masking)
+        elif not step.singles:
+            out = self._attend_part(places.longer, rows, q, kv, shape, masking)
+        else:
+            out = q.new_empty(q.shape[0], q.shape[1], shape.v_head_dim)
+            count = q.shape[0] - step.singles
+            if count:
+                out[:count] = self._attend_part(places.longer, rows, q[:count], kv[:count], shape, masking)
+            self._attend_singles(out[count:], layer, q[count:], kv[count:], step, masking)
+        # Only now: in a window's ring new tokens take the places of those that the first of them still see.
+        rows.index_copy_(0, places.new, kv if places.kept is None else kv[places.kept])
         return out
 
     def _attend_part(
@@ -110,8 +126,10 @@ class DeviceCache(KvCache):
         """Spans of any length, over a copy of what the pool holds of them."""
         step, choice = part.step, self.choice(shape, masking)
         known = rows.new_empty(part.tokens + step.longest, rows.shape[1])
-        if step.continues or choice.name == "flashinfer":
+        if step.continues:
             torch.index_select(rows, 0, part.rows, out=known[: part.tokens])
+        if choice.name == "flashinfer":
+            known.index_copy_(0, part.new, kv)
         return self._prefill(choice, q, kv, known, step, shape, masking)
 
     def choice(self, shape: LayerShape, masking: Masking) -> Choice:
@@ -127,7 +145,7 @@ class DeviceCache(KvCache):
         fused_decode_attention(
             torch.cat((q.flatten(1), kv), 1),
             *self.pages(layer),
-            self.table,
+            self.table(layer),
             step.positions,
             None,
             self.workspace(heads, kv_heads, size),
@@ -141,9 +159,9 @@ class DeviceCache(KvCache):
         )
 
     def place(self, batch: Batch) -> "_Step":
-        """A batch's places in the pool, found once for all layers; its pages enter the table."""
+        """A batch's places in the pools, found once for all layers; its pages enter the tables."""
         if self._step is None or self._step[0] is not batch:
-            self._step = (batch, _Step(batch, self.tables, self.table))
+            self._step = (batch, _Step(batch, self.tables, self.page_tables))
         return self._step[1]
 
 
@@ -152,43 +170,66 @@ def _has_decode_kernel(shape: LayerShape) -> bool:
 
 
 class _Part:
-    """Spans that a prefill backend serves."""
+    """Spans that a prefill backend serves, in layers with one window."""
 
-    def __init__(self, spans: Sequence[Span], tables: PageTables, device: torch.device):
-        self.step, self._tables = PrefillStep(spans, device), tables
-        self.tokens = sum(span.total for span in spans)
+    def __init__(self, spans: Sequence[Span], table: PageTable, device: torch.device):
+        self._spans, self._table = spans, table
+        self.step = PrefillStep([table.seen(span) for span in spans], device)
+        self.tokens = sum(span.total for span in self.step.spans)
 
     @cached_property
     def rows(self) -> Tensor:
-        """int64 [tokens]: pool rows of all their tokens, the new ones included."""
-        rows = [self._tables.rows(span.slot, 0, span.total) for span in self.step.spans]
-        return to_device([torch.cat(rows)], self.step.device)[0]
+        """int64 [tokens]: pool rows of all tokens that they see, with places for the new ones."""
+        return to_device([torch.cat([self._table.rows(span) for span in self._spans])], self.step.device)[0]
+
+    @cached_property
+    def new(self) -> Tensor:
+        """int64 [T]: which of `rows` are new tokens."""
+        ends = accumulate(span.total for span in self.step.spans)
+        places = [torch.arange(end - s.length, end) for end, s in zip(ends, self.step.spans, strict=True)]
+        return to_device([torch.cat(places)], self.step.device)[0]
 
 
-class _Step:
-    """One batch's places in the pool.
+class _Places:
+    """One batch's places in the pools of layers with one window.
 
-    new      int64 [T]: rows where the new tokens go
-    longer   the spans of several tokens
-    singles  number of one-token spans, which stand behind the others
+    new     int64: rows where new tokens go
+    kept    int64: which of them; None: all
+    longer  the spans of several tokens
     """
 
-    def __init__(self, batch: Batch, tables: PageTables, table: Tensor):
-        self._batch, self._tables = batch, tables
-        self.singles = len(batch.spans) - batch.prefills
-        lists = [torch.tensor(tables[span.slot], dtype=torch.int32) for span in batch.spans]
-        pages = torch.nn.utils.rnn.pad_sequence(lists, batch_first=True)
-        new = torch.cat([tables.rows(s.slot, s.past, s.total) for s in batch.spans])
-        self.new, pages = to_device([new, pages], batch.device)
-        table[:, : pages.shape[1]].index_copy_(0, batch.slots, pages)
+    def __init__(self, batch: Batch, table: PageTable, new: Tensor, kept: Tensor | None):
+        self._batch, self._table = batch, table
+        self.new, self.kept = new, kept
 
     @cached_property
     def longer(self) -> _Part:
-        return _Part(self._batch.spans[: self._batch.prefills], self._tables, self._batch.device)
+        return _Part(self._batch.spans[: self._batch.prefills], self._table, self._batch.device)
 
     @cached_property
     def whole(self) -> _Part:
-        return _Part(self._batch.spans, self._tables, self._batch.device)
+        return _Part(self._batch.spans, self._table, self._batch.device)
+
+
+class _Step:
+    """One batch's places in the pools, for each window.
+
+    singles  number of one-token spans, which stand behind the others
+    """
+
+    def __init__(self, batch: Batch, tables: PageTables, page_tables: Tensor):
+        self._batch = batch
+        self.singles = len(batch.spans) - batch.prefills
+        self.places: dict[int | None, _Places] = {}
+        for (window, table), on_device in zip(tables.of.items(), page_tables, strict=True):
+            lists = [table.entries(span) for span in batch.spans]
+            pages = torch.nn.utils.rnn.pad_sequence(lists, batch_first=True)
+            kept = table.kept(batch.spans)
+            new, pages, *rest = to_device(
+                [table.new(batch.spans), pages, *([] if kept is None else [kept])], batch.device
+            )
+            self.places[window] = _Places(batch, table, new, rest[0] if rest else None)
+            on_device[:, : pages.shape[1]].index_copy_(0, batch.slots, pages)
 
     @cached_property
     def positions(self) -> Tensor:

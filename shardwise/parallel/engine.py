@@ -55,7 +55,7 @@ class Engine:
                  on the CPU, MXFP4 experts on GPUs); "dequantised": they become `dtype`; "auto": dequantised on the CPU,
                  on GPUs native where that is possible
     cache_tokens tokens that the KV cache holds, in pages that requests share; None: a row for each running request on
-                 the CPU, what the weights leave of the memory on a GPU
+                 the CPU, pages where windows are shorter than rows, what the weights leave of the memory on a GPU
     decode       which code runs steps of single tokens, see `Runner`
     attention    whose kernels attend to prompts on a GPU: auto, triton, flashinfer or torch
     request_tokens of the longest request that is to come, prompt and answer, as far as that is known
@@ -192,6 +192,7 @@ class Engine:
             form=self._form,
             device=self.device.type,
             tokens=self.cache_tokens or min(request_tokens, self.max_length),
+            sequences=MAX_BATCH if asked or self.device.type == "cuda" else 1,
             step_tokens=STEP_TOKENS,
         )
         require_room(self.plan, holding, world=self.groups.world, device=self.device, asked=asked)
@@ -288,11 +289,16 @@ class Engine:
         return self.cache
 
     def _host_cache(self, length: int, slots: int) -> KvCache:
+        """`cache_tokens` in pages; or room for `slots` sequences of `length` tokens, in rows where all layers keep all
+        of them."""
         shapes, dtype, device = self.cache_shapes, self.dtype, self.device
-        if self.cache_tokens is None:
+        if self.cache_tokens is not None:
+            pages, slots, length = self._host_pages, MAX_BATCH, self.max_length
+        elif all(shape.window is None or shape.window >= length for shape in shapes):
             return SlotCache(shapes, slots=slots, max_length=length, dtype=dtype, device=device)
-        pages, most = self._host_pages, self.max_length
-        return PagedCache(shapes, pages=pages, slots=slots, max_length=most, dtype=dtype, device=device)
+        else:
+            pages = slots * -(-length // paged.PAGE_SIZE)
+        return PagedCache(shapes, pages=pages, slots=slots, max_length=length, dtype=dtype, device=device)
 
     @property
     def _host_pages(self) -> int:

@@ -12,6 +12,7 @@ import torch
 from shardwise.comm.base import Communicator
 from shardwise.parallel.host_memory import DoesNotFit, host_memory
 from shardwise.parallel.options import DEVICE_PAGE, HOST_PAGE
+from shardwise.parallel.paged import pool_pages
 from shardwise.parallel.sizing import RESERVED_BYTES, activation_bytes
 from shardwise.parallel.weight_form import WeightForm
 from shardwise.sharding.checkpoint.header import STORAGE
@@ -50,6 +51,8 @@ class Holding:
     """cuda or cpu."""
     tokens: int
     """That the cache must hold."""
+    sequences: int
+    """That it is made for: layers with a window keep one for each, or all tokens where those are fewer."""
     step_tokens: int
     """Of the largest step."""
 
@@ -64,11 +67,12 @@ class Holding:
     def need(self, made: Plan, rank: int) -> Need:
         at = made.layout.coordinates(rank)
         entries = cache_entries(made.model, lambda axis: made.cuts.share(axis, at), self.dtype.itemsize)
-        tokens = -(-self.tokens // self.page) * self.page
-        step = self.step_tokens if self.on_gpus else min(self.step_tokens, tokens)
+        pages = -(-self.tokens // self.page)
+        pools = (pool_pages(e.window, pages=pages, slots=self.sequences, page_size=self.page) for e in entries)
+        step = self.step_tokens if self.on_gpus else min(self.step_tokens, pages * self.page)
         return Need(
             weights=weight_bytes(made, rank, self.dtype.itemsize, self.form),
-            cache=tokens * sum(entry.layers * entry.token_bytes for entry in entries),
+            cache=sum(n * self.page * e.layers * e.token_bytes for n, e in zip(pools, entries, strict=True)),
             work=activation_bytes(made.model, step, self.dtype) + (RESERVED_BYTES if self.on_gpus else 0),
         )
 

@@ -15,6 +15,7 @@ from shardwise.parallel.decode_step import DecodeStep
 from shardwise.parallel.decoder import Decoder
 from shardwise.parallel.device_cache import DeviceCache
 from shardwise.parallel.options import KERNEL_PATHS, require_decode
+from shardwise.parallel.paged import PagedCache
 from shardwise.parallel.sampler import sample
 from shardwise.parallel.scheduler import Request, Step
 from shardwise.parallel.token_step import TokenStep
@@ -87,9 +88,8 @@ class Runner:
             return f"fused step in CUDA graphs (batch sizes captured: {', '.join(map(str, sizes)) or 'none yet'})"
         if self._on_gpu or self._path == "layers":
             return f"layer by layer: {self._reason}"
-        return (
-            f"layer by layer: {self._why}" if self._why else "single-token step for one sequence, else layer by layer"
-        )
+        why = self._why or ("the cache has pages" if isinstance(self._cache, PagedCache) else "")
+        return f"layer by layer: {why}" if why else "single-token step for one sequence, else layer by layer"
 
     def use(self, cache: KvCache) -> None:
         """Run on this cache from now on."""

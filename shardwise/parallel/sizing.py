@@ -1,11 +1,14 @@
 """How many pages the KV cache gets of what a GPU's weights and a step's work leave."""
 
+from bisect import bisect_left
+
 import torch
 
 from shardwise.comm.base import Communicator
 from shardwise.parallel.cache import LayerShape
 from shardwise.parallel.device_cache import PAGE_SIZE
 from shardwise.parallel.host_memory import DoesNotFit
+from shardwise.parallel.paged import pool_pages
 from shardwise.sharding import spec
 from shardwise.sharding.model import Layer, ModelSpec
 
@@ -13,9 +16,16 @@ RESERVED_BYTES = 2 << 30
 """For CUDA graphs, communication, library workspaces and what the allocator cannot use."""
 
 
-def page_bytes(layers: list[LayerShape], dtype: torch.dtype) -> int:
-    """Of one page in all layers."""
-    return PAGE_SIZE * dtype.itemsize * sum(s.kv_heads * (s.head_dim + s.v_head_dim) for s in layers)
+def cache_bytes(layers: list[LayerShape], dtype: torch.dtype, *, pages: int, slots: int) -> int:
+    """Of a GPU's cache with `pages` pages."""
+    return sum(
+        pool_pages(s.window, pages=pages, slots=slots, page_size=PAGE_SIZE)
+        * PAGE_SIZE
+        * s.kv_heads
+        * (s.head_dim + s.v_head_dim)
+        * dtype.itemsize
+        for s in layers
+    )
 
 
 def pages_for(
@@ -34,11 +44,12 @@ def pages_for(
     """
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(device)
-    work, each = RESERVED_BYTES + activations, page_bytes(layers, dtype)
-    useful = slots * -(-max_length // PAGE_SIZE)
-    fits = world.all_gather_object(min(useful, max(0, free - work) // each))
+    work = RESERVED_BYTES + activations
+    useful = range(1, slots * -(-max_length // PAGE_SIZE) + 1)
+    too_large = lambda pages: cache_bytes(layers, dtype, pages=pages, slots=slots) > free - work  # noqa: E731
+    fits = world.all_gather_object(bisect_left(useful, True, key=too_large))
     if min(fits) < 1:
-        rank = fits.index(min(fits))
+        rank, each = fits.index(min(fits)), cache_bytes(layers, dtype, pages=1, slots=slots)
         raise DoesNotFit(
             f"rank {world.ranks[rank]} has no memory for the KV cache, of which {PAGE_SIZE} tokens take {each} "
             f"bytes: beside the weights, rank {world.ranks[world.rank]} has {free >> 20} MiB of {total >> 20} MiB, and "

@@ -13,26 +13,26 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def inputs(tokens, sources, positions, slots, pages):
-    return torch.tensor([tokens, sources, positions, slots, pages], dtype=torch.int32, device=DEVICE)
+def inputs(*rows):
+    return torch.tensor(rows, dtype=torch.int32, device=DEVICE)
 
 
-def test_tokens_come_from_the_host_or_from_the_last_step_and_pages_enter_the_table():
+def test_tokens_come_from_the_host_or_from_the_last_step_and_pages_enter_the_tables():
     weight = torch.randn(50, 40, device=DEVICE)
     last = torch.tensor([9, 44, 3], dtype=torch.int32, device=DEVICE)
-    table = torch.zeros(3, 4, dtype=torch.int32, device=DEVICE)
-    step = inputs([7, 0, 0], [-1, 2, 0], [17, 130, -1], [2, 0, 1], [5, 6, 8])
-    got = embed(step, last, table, weight, first=0, page_size=64, multiplier=2.0)
+    tables = torch.zeros(2, 3, 4, dtype=torch.int32, device=DEVICE)
+    step = inputs([7, 0, 0], [-1, 2, 0], [17, 130, -1], [2, 0, 1], [5, 6, 8], [9, 4, 3])
+    got = embed(step, last, tables, weight, first=0, page_size=64, multiplier=2.0)
     assert torch.equal(got, 2 * weight[[7, 3, 9]])
-    assert table.tolist() == [[0, 0, 6, 0], [0, 0, 0, 0], [5, 0, 0, 0]]
+    assert tables.tolist() == [[[0, 0, 6, 0], [0, 0, 0, 0], [5, 0, 0, 0]], [[0, 0, 4, 0], [0, 0, 0, 0], [9, 0, 0, 0]]]
 
 
 def test_ranks_look_up_their_own_tokens():
     weight = torch.randn(50, 40, device=DEVICE)
-    table, last = torch.zeros(3, 1, dtype=torch.int32, device=DEVICE), torch.zeros(1, dtype=torch.int32, device=DEVICE)
+    tables, last = (torch.zeros(size, dtype=torch.int32, device=DEVICE) for size in ((1, 3, 1), (1,)))
     step = inputs([7, 30, 49], [-1] * 3, [-1] * 3, [0] * 3, [0] * 3)
     parts = [
-        embed(step, last, table, weight[slice(*extent(50, 3, r))], first=extent(50, 3, r)[0], page_size=64)
+        embed(step, last, tables, weight[slice(*extent(50, 3, r))], first=extent(50, 3, r)[0], page_size=64)
         for r in range(3)
     ]
     assert torch.equal(sum(parts), weight[[7, 30, 49]])

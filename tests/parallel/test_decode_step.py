@@ -159,7 +159,17 @@ def test_steps_ahead_change_no_token_whatever_the_batching(llama, monkeypatch):
     monkeypatch.setattr("shardwise.parallel.engine.MAX_BATCH", 4)
     engine = fused(llama, cache_tokens=4 * 64)
     assert tokens_of(engine, prompts, params) == expected
-    assert sorted(engine.cache.tables.free) == list(range(4))
+    assert sorted(engine.cache.tables.of[None].free) == list(range(4))
+
+
+def test_windows_keep_their_tokens_alone_in_a_ring_of_pages(tmp_path):
+    model_type, fields = FAMILIES["gpt_oss"]
+    folder = write(tmp_path, model_type, **{**SMALL, **fields, "sliding_window": 40})
+    prompts = [list(range(100, 162)), list(range(3, 80))]
+    engine = fused(folder)
+    assert tokens_of(engine, prompts) == expected_tokens(folder, prompts, COUNT)
+    assert {window: table.pages for window, table in engine.cache.tables.of.items()} == {None: 8, 40: 8}
+    assert all(len(table.free) == table.pages for table in engine.cache.tables.of.values())
 
 
 def test_a_stop_id_ends_an_answer_whose_next_step_was_under_way(llama):
@@ -179,7 +189,7 @@ def test_leaving_the_stream_with_a_step_under_way_leaves_a_working_engine(llama)
         if index == 4:
             break
     assert tokens_of(engine) == expected
-    assert len(engine.cache.tables.free) == 8
+    assert len(engine.cache.tables.of[None].free) == 8
 
 
 def test_sampled_tokens_equal_those_of_the_layers(llama):

@@ -13,7 +13,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 pytestmark = pytest.mark.skipif(
     not (torch.cuda.is_available() or interpreting()), reason="needs a CUDA device or Triton's interpreter"
 )
-HEADS, LENGTH = 4, 3 * PAGE_SIZE
+HEADS, LENGTH = 4, 4 * PAGE_SIZE
 STEPS = [
     [(2, 0, 70), (0, 0, 5)],  # prompts
     [(2, 70, 1), (0, 5, 1)],  # single tokens
@@ -21,11 +21,19 @@ STEPS = [
     [(0, 66, 1), (1, 3, 1), (2, 72, 1)],
 ]
 """(slot, past, length) of each span."""
+LONG_STEPS = [
+    [(2, 0, 62), (0, 0, 100)],
+    [(2, 62, 1), (0, 100, 1)],
+    [(0, 101, 30), (2, 63, 1)],  # a chunk over the window's border in its ring of pages, a token on a new page
+    [(0, 131, 1), (2, 64, 1)],
+    [(2, 65, 127)],  # more than the window
+    [(2, 192, 1), (0, 132, 1)],
+]
 
 
 def caches(shape, attention="auto"):
     make = dict(slots=3, max_length=LENGTH, dtype=torch.float32, device=DEVICE)
-    return SlotCache([shape] * 2, **make), DeviceCache([shape] * 2, pages=7, attention=attention, **make)
+    return SlotCache([shape] * 2, **make), DeviceCache([shape] * 2, pages=8, attention=attention, **make)
 
 
 @pytest.mark.parametrize(
@@ -41,17 +49,26 @@ def caches(shape, attention="auto"):
 )
 def test_every_step_equals_the_one_over_rows(size, options, attention):
     torch.manual_seed(0)
-    shape = LayerShape(2, *size)
     sinks = torch.randn(HEADS, device=DEVICE) if options.pop("sinks", False) else None
     masking = Masking(scale=size[0] ** -0.5, sinks=sinks, **options)
+    attend_alike(LayerShape(2, *size, masking.window), masking, attention, STEPS)
+
+
+@pytest.mark.parametrize("window", [40, 64, 70])
+def test_a_window_keeps_its_tokens_in_a_ring_of_pages(window):
+    torch.manual_seed(0)
+    attend_alike(LayerShape(1, 32, 32, window), Masking(scale=0.2, window=window), "torch", LONG_STEPS)
+
+
+def attend_alike(shape, masking, attention, steps):
     rows, pages = caches(shape, attention)
-    for spans in STEPS:
+    for spans in steps:
         batch = Batch([Span(*span) for span in spans], [0] * sum(span[2] for span in spans), DEVICE)
         for span in batch.spans:
             assert pages.reserve(span.slot, span.total)
         for layer in range(2):
-            q = torch.randn(batch.size, HEADS, size[0], device=DEVICE)
-            kv = torch.randn(batch.size, 2 * sum(size), device=DEVICE)
+            q = torch.randn(batch.size, HEADS, shape.head_dim, device=DEVICE)
+            kv = torch.randn(batch.size, shape.kv_heads * (shape.head_dim + shape.v_head_dim), device=DEVICE)
             expected = rows.attend(layer, q, kv.clone(), batch, masking)
             torch.testing.assert_close(pages.attend(layer, q, kv, batch, masking), expected, atol=1e-5, rtol=1e-5)
 
@@ -59,10 +76,10 @@ def test_every_step_equals_the_one_over_rows(size, options, attention):
 def test_pages_are_taken_and_given_back():
     _, cache = caches(LayerShape(2, 32, 32))
     assert cache.reserve(0, LENGTH) and not cache.reserve(0, LENGTH + 1)
-    assert cache.reserve(1, LENGTH) and not cache.reserve(2, 2 * PAGE_SIZE)
+    assert cache.reserve(1, LENGTH - PAGE_SIZE) and not cache.reserve(2, 2 * PAGE_SIZE)
     cache.release(0)
     assert cache.reserve(2, 2 * PAGE_SIZE)
-    assert len(cache.tables.free) == 2
+    assert len(cache.tables.of[None].free) == 3
 
 
 def test_a_prefill_backend_that_cannot_serve_is_refused_by_name_and_left_by_auto():

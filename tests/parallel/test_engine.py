@@ -70,7 +70,7 @@ def test_requests_that_share_pages_get_the_same_tokens(engine, monkeypatch, page
     monkeypatch.setattr(engine, "cache", None)
     monkeypatch.setattr(engine, "cache_tokens", pages * 16)
     assert tokens(engine.generate(prompts, params)) == expected
-    assert sorted(engine.cache.tables.free) == list(range(pages))
+    assert sorted(engine.cache.tables.of[None].free) == list(range(pages))
 
 
 @pytest.mark.parametrize("tp", [2, 3])

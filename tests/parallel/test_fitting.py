@@ -36,7 +36,7 @@ LARGE = LLAMA | {
     "num_attention_heads": 64,
 }
 PLAIN = WeightForm(False, False, "bfloat16")
-ON_GPUS = Holding(dtype=torch.bfloat16, form=PLAIN, device="cuda", tokens=1, step_tokens=2048)
+ON_GPUS = Holding(dtype=torch.bfloat16, form=PLAIN, device="cuda", tokens=1, sequences=64, step_tokens=2048)
 ON_HOST = replace(ON_GPUS, device="cpu")
 
 

@@ -10,33 +10,34 @@ from torch import Tensor
 from shardwise.ops.triton_support import interpreting, tl, triton
 
 TOKEN, SOURCE, POSITION, SLOT, PAGE = range(5)
-"""Rows of a step's input, int32 [5, B].
+"""Rows of a step's input, int32 [4 + page tables, B].
 
 TOKEN     the token, where the host knows it
 SOURCE    else the place of the token among the last step's results; negative: the host knows it
 POSITION  tokens of the sequence that the cache holds; negative: the row is padding
 SLOT      the sequence's row of the page table
-PAGE      the page that holds POSITION
+PAGE      from here on, for each page table: the page that holds POSITION
 """
-INPUT_ROWS = 5
 MOST_TOKENS = 1 << 24
 """A vocabulary whose numbers float32, in which they travel, holds."""
 
 
 @triton.jit
 def embed_kernel(
-    input_ptr,  # int32 [5, B]
+    input_ptr,  # int32 [4 + TABLES, B]
     last_ptr,  # int32 [most B], the last step's tokens
-    table_ptr,  # int32 [slots, max_pages]
+    table_ptr,  # int32 [TABLES, slots, max_pages]
     weight_ptr,  # [local vocabulary, H]
     out_ptr,  # [B, H]
     batch,
+    slots,
     max_pages,
     first,
     count,
     columns,
     multiplier,
     PAGE_SIZE: tl.constexpr,
+    TABLES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0)
@@ -47,8 +48,9 @@ def embed_kernel(
     position = tl.load(input_ptr + 2 * batch + row)
     if (tl.program_id(1) == 0) & (position >= 0):
         slot = tl.load(input_ptr + 3 * batch + row)
-        page = tl.load(input_ptr + 4 * batch + row)
-        tl.store(table_ptr + slot * max_pages + position // PAGE_SIZE, page)
+        for table in tl.static_range(TABLES):
+            page = tl.load(input_ptr + (4 + table) * batch + row)
+            tl.store(table_ptr + (table * slots + slot) * max_pages + position // PAGE_SIZE, page)
     local = token - first
     held = (local >= 0) & (local < count)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -59,9 +61,9 @@ def embed_kernel(
 
 
 def embed(
-    inputs: Tensor,  # int32 [5, B], see TOKEN and the others
+    inputs: Tensor,  # int32 [4 + tables, B], see TOKEN and the others
     last: Tensor,  # int32 [most B]
-    table: Tensor,  # int32 [slots, max_pages]
+    tables: Tensor,  # int32 [tables, slots, max_pages]
     weight: Tensor,  # [local vocabulary, H]
     *,
     first: int,
@@ -70,14 +72,14 @@ def embed(
 ) -> Tensor:
     """Rows of this rank's part of the embedding, which begins at token `first`; [B, H], zero for others' tokens.
 
-    Also enters each sequence's current page in the page table.
+    Also enters each sequence's current pages in the page tables.
     """
     batch, columns = inputs.shape[1], weight.shape[1]
     out = weight.new_empty(batch, columns)
     block = 1024
     embed_kernel[(batch, triton.cdiv(columns, block))](
-        inputs, last, table, weight, out, batch, table.shape[1], first, weight.shape[0], columns, multiplier,
-        PAGE_SIZE=page_size, BLOCK=block, num_warps=4,
+        inputs, last, tables, weight, out, batch, *tables.shape[1:], first, weight.shape[0], columns, multiplier,
+        PAGE_SIZE=page_size, TABLES=tables.shape[0], BLOCK=block, num_warps=4,
     )  # fmt: skip
     return out
 
