@@ -6,7 +6,7 @@ they serve declare the need `TRITON`, so a placeholder is never launched.
 
 import ctypes
 import functools
-import operator
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -82,28 +82,36 @@ def await_and_trigger(PDL: tl.constexpr):
         gdc_launch_dependents()
 
 
+# The current device's number; torch.cuda.current_device asks first whether CUDA is started, which takes longer.
+_current_device = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
+
+
 @functools.cache
 def _raw_stream() -> Callable[[int], int]:
     """Device number -> handle of its current stream."""
     return triton.runtime.driver.active.get_current_stream
 
 
-def _launch_of(compiled: Any) -> Callable[[tuple[int, int, int], int, Any], None]:
-    """(grid, device number, all arguments) -> launch of a compiled kernel; tensors may be given as addresses."""
+class _Start(NamedTuple):
+    """A compiled kernel's way to the driver: `start(*grid, stream_of(device number), *rest, *arguments)`.
+
+    Tensors may be given as addresses.
+    """
+
+    start: Callable[..., None]
+    stream_of: Callable[[int], int]
+    rest: tuple[Any, ...]
+
+
+def _start_of(compiled: Any) -> _Start:
     if not _DIRECT:
-        return lambda grid, device, args: compiled[grid](*args)
+        return _Start(lambda x, y, z, stream, *args: compiled[x, y, z](*args), lambda device: 0, ())
     run, function, packed = compiled.run, compiled.function, compiled.packed_metadata
-    stream_of = _raw_stream()
     if run.global_scratch_size or run.profile_scratch_size:
-        return lambda grid, device, args: run(*grid, stream_of(device), function, packed, None, None, None, *args)
-    start = run.launch
+        return _Start(run, _raw_stream(), (function, packed, None, None, None))
     # No scratch memory; no metadata for hooks, and none of them.
     rest = function, run.launch_cooperative_grid, run.launch_pdl, None, None, packed, None, None, None
-
-    def launch(grid, device, args):
-        start(*grid, stream_of(device), *rest, *args)
-
-    return launch
+    return _Start(run.launch, _raw_stream(), rest)
 
 
 def _divide_memory(compiled: Any, programs: int) -> None:
@@ -155,7 +163,7 @@ class Launcher:
             self._kernel[grid](*args, **options)
             return
         index = device.index
-        if index != torch.cuda.current_device():
+        if index != _current_device():
             with torch.cuda.device(device):
                 return self(device, key, grid, args, sharing=sharing, **options)
         launch = self._launches.get((index, key))
@@ -163,9 +171,9 @@ class Launcher:
             compiled = self._kernel[grid](*args, **options)
             if sharing:
                 _divide_memory(compiled, sharing)
-            self._launches[index, key] = _launch_of(compiled)
+            self._launches[index, key] = _start_of(compiled)
         else:
-            launch(grid, index, args)
+            launch.start(*grid, launch.stream_of(index), *launch.rest, *args)
 
 
 _address = torch.Tensor.data_ptr
@@ -191,18 +199,19 @@ class Form:
         if _INTERPRETING:
             self._kernel[grid](*pointers, *free, *self._fixed)
             return
-        if self._index != torch.cuda.current_device():
+        if self._index != _current_device():
             with torch.cuda.device(self._device):
                 return self(grid, pointers, free)
         addresses = [*map(_address, pointers)]  # numbers spare Triton a driver query each
-        odd = functools.reduce(operator.or_, addresses) & 15 and tuple(address % 16 == 0 for address in addresses)
+        odd = math.gcd(16, *addresses) != 16 and tuple(address % 16 == 0 for address in addresses)
         launch = self._launches.get(odd)
         if launch is not None:
+            start, stream_of, rest = launch
             try:
-                return launch(grid, self._index, (*addresses, *free, *self._fixed))
+                return start(*grid, stream_of(self._index), *rest, *addresses, *free, *self._fixed)
             except OverflowError:  # a free number outgrew the 32 bits that it was compiled for
                 pass
-        self._launches[odd] = _launch_of(self._kernel[grid](*pointers, *free, *self._fixed, **self._options))
+        self._launches[odd] = _start_of(self._kernel[grid](*pointers, *free, *self._fixed, **self._options))
 
 
 class Kernel:
@@ -254,34 +263,12 @@ class Kernel:
         return form
 
 
-KEPT_LAUNCHES = 4096
-
-
 class Launch(NamedTuple):
     """A launch of one layout of tensors, but for these; callers keep it where finding it out costs as much."""
 
     form: Form
     grid: tuple[int, int, int]
     free: tuple[float, ...]
-
-
-def keep_launch(
-    launches: dict[tuple, Any],
-    key: tuple,
-    launch: Any,
-    taken: tuple[torch.Tensor, ...],
-    given: tuple[torch.Tensor, ...],
-) -> None:
-    """Remember a launch, or several, by its layout, if kernels took the tensors as they were given, and no copies."""
-    if all(a is b for a, b in zip(taken, given, strict=True)):
-        if len(launches) >= KEPT_LAUNCHES:
-            launches.clear()
-        launches[key] = launch
-
-
-def layout(*tensors: torch.Tensor) -> tuple:
-    """Key part for what a launch of these tensors follows from, alignment apart."""
-    return tuple([(tensor.shape, tensor.stride(), tensor.dtype) for tensor in tensors])
 
 
 def aligned(*tensors: Any) -> Any:

@@ -10,6 +10,7 @@ from mamba_oracle import Batch
 from operator_samples import flat, mutated
 
 from shardwise.ops.attention.batch import Batch as CountedBatch
+from shardwise.ops.kept import Kept
 from shardwise.ops.mamba import conv_triton, metadata, scan
 from shardwise.ops.mamba import triton as ssm_triton
 from shardwise.ops.registry import FLA, TRITON
@@ -102,7 +103,7 @@ def test_decode_tokens_that_share_a_program_are_convolved_alone(monkeypatch, dty
     again = [a.clone() if isinstance(a, torch.Tensor) else a for a in args]
     OPS.triton_cached_causal_conv1d(*args)
     monkeypatch.setattr(conv_triton, "MANY_TOKENS", 1)
-    monkeypatch.setattr(conv_triton, "STEPS", {})
+    monkeypatch.setattr(conv_triton, "STEPS", Kept())
     OPS.triton_cached_causal_conv1d(*again)
     torch.testing.assert_close(args[0], again[0])
     assert torch.equal(args[8], again[8])
@@ -155,7 +156,7 @@ def test_heads_that_share_a_program_are_scanned_alone(monkeypatch, dtype):
     monkeypatch.setitem(scan.OUTPUTS, "heads", 1)
     alone = OPS.triton_cached_ssm(*args)
     monkeypatch.setitem(scan.OUTPUTS, "heads", 2)
-    monkeypatch.setattr(ssm_triton, "STEPS", {})
+    monkeypatch.setattr(ssm_triton, "STEPS", Kept())
     torch.testing.assert_close(OPS.triton_cached_ssm(*again), alone)
 
 

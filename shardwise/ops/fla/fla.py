@@ -10,13 +10,14 @@ from shardwise.ops.attention.batch import read_batch
 from shardwise.ops.fla.checks import check_delta
 from shardwise.ops.fla.reference import like_v
 from shardwise.ops.fla.step import Prefill, decode
+from shardwise.ops.kept import Kept, taken_as_given
 from shardwise.ops.metadata_reports import report_word
 from shardwise.ops.registry import FLA, TRITON, operator
 from shardwise.ops.state_batch import check_counts, check_metadata
-from shardwise.ops.triton_support import Launch, keep_launch, layout
+from shardwise.ops.triton_support import Launch
 
 # Steps of decode tokens alone, without a copy or padding, by their layout.
-STEPS: dict[tuple, Launch] = {}
+STEPS: Kept[Launch] = Kept()
 
 
 def _half(op: str, q: torch.Tensor) -> None:
@@ -74,10 +75,9 @@ def _cached(op, q, k, v, g, beta, batch_info_host, cu_seqlen, slot_idx, use_init
     batch = read_batch(op, batch_info_host)
     check_metadata(op, batch, v, cu_seqlen, slot_idx, use_initial_states, cache)
     given = q, k, v, beta, beta if g is None else g, slot_idx, cache
-    key = None
+    key, compared = (batch, scale, g is None), given if g is not None else (*given[:4], *given[5:])
     if not batch.prefill:
-        key = (batch, scale, g is None, cache.device, layout(*given))
-        again = STEPS.get(key)
+        again = STEPS.get(key, compared)
         if again is not None:
             out = torch.empty_like(v, memory_format=torch.contiguous_format)
             again.form(again.grid, (*given, out, report_word(op)), again.free)
@@ -100,8 +100,8 @@ def _cached(op, q, k, v, g, beta, batch_info_host, cu_seqlen, slot_idx, use_init
         one.finish(out, final)
     if batch.decode:
         launch, taken = decode(op, q, k, v, g, beta, slots, cache, out, scale, batch)
-        if key is not None and batch.decode == tokens:
-            keep_launch(STEPS, key, launch, taken[:-2], given)
+        if batch.decode == tokens and taken_as_given(taken[:-2], given):
+            STEPS.keep(key, compared, launch)
     return out
 
 

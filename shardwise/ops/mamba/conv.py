@@ -6,10 +6,9 @@ from typing import NamedTuple, TypeVar
 from torch import Tensor
 
 from shardwise.ops.attention.batch import Batch, read_batch
+from shardwise.ops.kept import Kept, Tensors, taken_as_given
 from shardwise.ops.state_batch import check_counts, check_metadata
-from shardwise.ops.triton_support import keep_launch, layout
 
-Tensors = tuple[Tensor, ...]
 _Launches = TypeVar("_Launches")
 
 
@@ -46,7 +45,7 @@ class ConvBatch(NamedTuple):
 
 
 def run_step(
-    op: str, kept: dict[tuple, _Launches], plan: Callable[[ConvBatch], _Launches],
+    op: str, kept: Kept[_Launches], plan: Callable[[ConvBatch], _Launches],
     run: Callable[[_Launches, Tensors, Tensors], None], batch_info_host, input, weight, bias, cu_seqlen, slot_idx,
     use_initial_states, conv_state_cache, activation,
 ) -> None:  # fmt: skip
@@ -59,14 +58,16 @@ def run_step(
     check_metadata(op, batch, input, cu_seqlen, slot_idx, use_initial_states, conv_state_cache)
     given: Tensors = (input, weight, weight if bias is None else bias, slot_idx, conv_state_cache)
     metadata: Tensors = (cu_seqlen, use_initial_states) if batch.prefill_tokens else ()
-    key = batch, bias is None, activation, input.device, layout(*given, *metadata)
-    launches = kept.get(key)
+    key = batch, bias is None, activation
+    compared = (*given, *metadata) if bias is not None else (input, weight, *given[3:], *metadata)
+    launches = kept.get(key, compared)
     if launches is None:
         one = prepare(
             op, batch, input, weight, bias, cu_seqlen, slot_idx, use_initial_states, conv_state_cache, activation
         )
         launches = plan(one)
-        keep_launch(kept, key, launches, (*one.tensors, *one.metadata), (*given, *metadata))
+        if taken_as_given((*one.tensors, *one.metadata), (*given, *metadata)):
+            kept.keep(key, compared, launches)
         given, metadata = one.tensors, one.metadata
     run(launches, given, metadata)
 

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 
+from shardwise.ops.kept import Kept
 from shardwise.ops.mamba.conv import ConvBatch, Tensors, block_rows, halo_of, nothing, run_step
 from shardwise.ops.metadata_reports import report_word
 from shardwise.ops.nvcc import library, on_device, stream
@@ -48,7 +49,7 @@ class _Plan(NamedTuple):
 
 
 # Of steps whose tensors are taken as they are, by their layout.
-STEPS: dict[tuple, _Plan] = {}
+STEPS: Kept[_Plan] = Kept()
 
 
 @operator(

@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import torch
 
+from shardwise.ops.kept import Kept
 from shardwise.ops.mamba import conv_kernels as kernels
 from shardwise.ops.mamba.conv import ConvBatch, Tensors, block_rows, halo_of, nothing, run_step
 from shardwise.ops.metadata_reports import report_word
@@ -43,7 +44,7 @@ class _Plan(NamedTuple):
 
 
 # Of steps whose tensors are taken as they are, by their layout.
-STEPS: dict[tuple, _Plan] = {}
+STEPS: Kept[_Plan] = Kept()
 
 
 def _run(plan: _Plan, given: Tensors, metadata: Tensors) -> None:

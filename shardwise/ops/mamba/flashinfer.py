@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 
 from shardwise.ops.attention.batch import Batch
+from shardwise.ops.kept import Kept
 from shardwise.ops.mamba import ssd_kernels as kernels
 from shardwise.ops.mamba.scan import Inputs
 from shardwise.ops.mamba.ssm import Plan, like_hidden, run_step
@@ -17,7 +18,7 @@ from shardwise.ops.triton_support import Kernel, Launch
 _ready = Kernel(kernels.ready_kernel)
 _drop = Kernel(kernels.drop_kernel)
 # Of steps without a copy or padding, by their layout.
-STEPS: dict[tuple, Plan] = {}
+STEPS: Kept[Plan] = Kept()
 
 
 @operator(fake=like_hidden, mutates=("ssm_state_cache",), needs=(FLASHINFER, TRITON), instead="torch_cached_ssm")

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from shardwise.ops.attention.batch import Batch, read_batch
+from shardwise.ops.kept import Kept, taken_as_given
 from shardwise.ops.mamba.scan import Inputs, Prefill, plan_prefill, prefill, prepare
 from shardwise.ops.state_batch import check_metadata
-from shardwise.ops.triton_support import keep_launch, layout
 
 
 class Plan(NamedTuple):
@@ -25,7 +25,7 @@ def like_hidden(hidden_states, *_args):
 
 
 def run_step(
-    op: str, kept: dict[tuple, Plan], plan_decode: Callable[[str, Inputs, Batch], Any],
+    op: str, kept: Kept[Plan], plan_decode: Callable[[str, Inputs, Batch], Any],
     run_decode: Callable[[str, Any, tuple[Tensor, ...], Tensor], None], hidden_states, A, B, C, D, dt, dt_bias,
     batch_info_host, cu_seqlen, slot_idx, use_initial_states, chunk_indices, chunk_offsets, seq_idx_prefill,
     ssm_state_cache, time_step_limit, chunk_size,
@@ -41,8 +41,8 @@ def run_step(
     metadata: tuple[Tensor, ...] = ()
     if batch.prefill_tokens:
         metadata = cu_seqlen, use_initial_states, chunk_indices, chunk_offsets, seq_idx_prefill
-    key = batch, *time_step_limit, chunk_size, hidden_states.device, layout(*given, *metadata)
-    plan = kept.get(key)
+    key = batch, *time_step_limit, chunk_size
+    plan = kept.get(key, (*given, *metadata))
     if plan is not None:
         out = torch.empty_like(hidden_states, memory_format=torch.contiguous_format)
     else:
@@ -55,8 +55,9 @@ def run_step(
             plan_prefill(op, one, batch, cuts, chunk_size) if batch.prefill_tokens else None,
             plan_decode(op, one, batch) if batch.decode else None,
         )
-        if batch.tokens == hidden_states.shape[0] * hidden_states.shape[1]:
-            keep_launch(kept, key, plan, (*one.taken, *cuts), (*given, *metadata))
+        whole = batch.tokens == hidden_states.shape[0] * hidden_states.shape[1]
+        if whole and taken_as_given((*one.taken, *cuts), (*given, *metadata)):
+            kept.keep(key, (*given, *metadata), plan)
         given, metadata, out = one.taken, cuts, one.out
     if plan.prefill is not None:
         prefill(op, given, metadata, out, plan.prefill)

@@ -2,6 +2,7 @@
 
 import torch
 
+from shardwise.ops.kept import Kept
 from shardwise.ops.mamba.scan import plan_decode
 from shardwise.ops.mamba.ssm import Plan, like_hidden, run_step
 from shardwise.ops.metadata_reports import report_word
@@ -9,7 +10,7 @@ from shardwise.ops.registry import TRITON, operator
 from shardwise.ops.triton_support import Launch
 
 # Of steps without a copy or padding, by their layout.
-STEPS: dict[tuple, Plan] = {}
+STEPS: Kept[Plan] = Kept()
 
 
 @operator(fake=like_hidden, mutates=("ssm_state_cache",), needs=(TRITON,), instead="torch_cached_ssm")

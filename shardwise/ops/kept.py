@@ -1,0 +1,62 @@
+"""What an operator works out from the layout of a call's tensors, kept for the next call of the same layout.
+
+Checking arguments, finding the forms of kernels and cutting grids takes the host several times as long as the
+launches. All of it follows from shapes, strides, dtypes and devices of the tensors and from a few numbers, which repeat
+from layer to layer and from step to step. Nothing is kept of the tensors themselves: neither memory nor addresses.
+
+Layouts are compared, and views are made, by two functions that PyTorch's own compiler calls at every run of compiled
+code, since they cost little there: nine tensors are compared in 0.8 µs, where a dictionary's key of their shapes,
+strides and dtypes takes 4, and a view is made in 0.6 µs instead of 0.9.
+"""
+
+from collections.abc import Callable, Hashable
+from typing import Generic, TypeVar
+
+import torch
+from torch._C._dynamo.guards import TensorGuards, _reinterpret_tensor  # type: ignore[attr-defined]
+
+Tensors = tuple[torch.Tensor, ...]
+Value = TypeVar("Value")
+KEPT = 4096
+"""Values of one operator; prompts come in many lengths."""
+view: Callable[[torch.Tensor, tuple[int, ...], tuple[int, ...]], torch.Tensor] = _reinterpret_tensor
+"""(tensor, sizes, strides) -> the same memory from the same beginning; nothing is checked, gradients are not passed."""
+
+
+def taken_as_given(taken: Tensors, given: Tensors) -> bool:
+    """Whether no tensor was copied, so that what was found out for `taken` holds for `given`."""
+    return all(a is b for a, b in zip(taken, given, strict=True))
+
+
+class Kept(Generic[Value]):
+    """Values by a key and by the layout of tensors.
+
+    The key holds what else a value follows from; by it alone the layouts of one key are searched one after another, so
+    it should tell steps of different sizes apart.
+    """
+
+    def __init__(self) -> None:
+        self._kept: dict[Hashable, list[tuple[Callable[..., bool], Value]]] = {}
+        self._count = 0
+
+    def get(self, key: Hashable, tensors: Tensors) -> Value | None:
+        """The value kept for tensors of this layout."""
+        for same, value in self._kept.get(key, ()):
+            if same(*tensors):
+                return value
+        return None
+
+    def keep(self, key: Hashable, tensors: Tensors, value: Value) -> Value:
+        """Keep `value` for calls with tensors of this layout; not if a tensor is given twice, which never compares."""
+        same = TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None).check  # type: ignore
+        if same(*tensors):
+            if self._count >= KEPT:
+                self.clear()
+            self._count += 1
+            self._kept.setdefault(key, []).append((same, value))
+        return value
+
+    def clear(self) -> None:
+        """Forget all, as after a change of what values follow from."""
+        self._kept.clear()
+        self._count = 0
