@@ -110,7 +110,7 @@ def scan() -> Iterator[dict]:
 
 def delta() -> Iterator[dict]:
     """Delta rules, beside fla's kernels called directly."""
-    for case in states.delta_cases((1024, 2048, 4096, 8192), (1, 64, 256)):
+    for case in states.delta_cases((1024, 2048, 4096, 8192, 32768), (1, 64, 256)):
         yield row(f"{case.operator} {case.size}", {"operator": case.call, **case.peers}, graph=5)
 
 
