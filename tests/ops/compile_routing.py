@@ -12,7 +12,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from shardwise.ops.moe.grouping_kernels import count_kernel, group_few_kernel, place_kernel
+from shardwise.ops.moe.grouping_kernels import group_few_kernel, place_kernel
 from shardwise.ops.moe.routing import _router_shape, power_of_two
 from shardwise.ops.moe.routing_kernels import route_kernel
 
@@ -71,7 +71,6 @@ def has_gap(axis, layout, ttgir):
 def main():
     kernels = {f"route {case}": router(*case) for case in ((5, 6, 2, 96), (16, 8, 4), (1, 128, 4), (8192, 128, 4))}
     kernels |= {f"few {pairs}": compiled(group_few_kernel, 4, COUNT=pairs, BLOCK=16, PDL=True) for pairs in (1, 8, 64)}
-    kernels["count"] = compiled(count_kernel, 4, PART=256, E_BLOCK=16, PDL=True)
     for experts, step, counted in ((2, 2, True), (128, 64, True), (2, 1024, False), (128, 1024, False)):
         kernels[f"place {experts} {counted}"] = compiled(
             place_kernel, 8, PART=256, P_BLOCK=256, E_BLOCK=experts, STEP=step, COUNTED=counted, BLOCK=16, PDL=True
