@@ -1,5 +1,7 @@
 """The parallel runtime: one rank's decoder, its caches, and the engine that generates with it.
 
+Blocks compute partial sums; `layers.ResidualNorm` and the experts of `moe` add them up over the ranks.
+
     engine                      loads a rank's part of a model and generates; every rank calls it alike
     scheduler, batch, requests  continuous batching: which tokens of which requests make the next step
     runner                      runs a step by the fastest code that serves it, and says which and why

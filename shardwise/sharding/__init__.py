@@ -1,5 +1,7 @@
 """The planner: model families, axis algebra, layouts, plans and checkpoint files. Free of torch at import.
 
+A model is described by its blocks' tensors and their logical axes; a layout and the rule for cuts give the rest.
+
     axes, cuts                  logical axes, segments, and how one axis falls on the ranks of a mesh axis
     spec, model                 blocks of tensors with their hyperparameters; a whole model
     families/, builder, blocks, one file a family, and what family files are written with
