@@ -41,7 +41,7 @@ def prefill(shape: Batch, pool: Pool) -> str:
 
 
 def row(name: str, shapes: list[Batch], measure, pool: Pool) -> None:
-    triton._CALLS.clear()
+    triton._PLANS.clear()
     tiles.choose_splits.cache_clear()
     try:
         print(f"{name:34}", *(measure(shape, pool) for shape in shapes), flush=True)

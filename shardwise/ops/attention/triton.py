@@ -4,8 +4,6 @@ Nothing waits for the device and no launch depends on device data, so a decode s
 """
 
 import math
-from collections.abc import Hashable
-from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -17,9 +15,10 @@ from shardwise.ops.attention.kernels.append import append_kernel
 from shardwise.ops.attention.kernels.decode import flattened_decode_kernel, reduce_kernel
 from shardwise.ops.attention.kernels.prefill import prefill_kernel
 from shardwise.ops.attention.tiles import Tile
+from shardwise.ops.kept import Kept, Tensors
 from shardwise.ops.metadata_reports import raise_report, read_at_once, report_word
 from shardwise.ops.registry import TRITON, operator
-from shardwise.ops.triton_support import Form, Kernel, dependent_launch, multiprocessors
+from shardwise.ops.triton_support import Form, Kernel, Launch, dependent_launch, multiprocessors
 
 OP = "triton_attention_flattened_mha_with_cache"
 LOG2_E = math.log2(math.e)
@@ -31,16 +30,12 @@ _append, _prefill, _decode, _reduce = (
 )
 
 
-@dataclass(slots=True)
-class _Call:
-    """What follows from shapes, strides and dtypes alone; remembered, since checking costs more than launching."""
+class _Shapes(NamedTuple):
+    """What follows from shapes, strides and dtypes of q, k, v and the caches alone."""
 
     heads: Heads
     tokens: int
     """T, padding included"""
-    out_shape: torch.Size
-    copy: bool
-    """Whether q, k or v must be made contiguous first: their tokens or heads have no common stride"""
     rows: tuple[tuple[int, ...], ...]
     """q, k and v: strides of token and head"""
     caches: tuple[tuple[int, ...], ...]
@@ -50,13 +45,38 @@ class _Call:
     decode_tile: Tile
     same: tuple
     """Dtypes, strides, heads and tile: where these are equal the same compiled kernels serve"""
-    decodes: dict[Hashable, "_Decode"] = field(default_factory=dict)
-    """What decode steps of this shape launch"""
-    prefills: dict[Hashable, "_Prefill"] = field(default_factory=dict)
-    """What its prefill sequences launch"""
 
 
-_CALLS: dict[tuple, _Call] = {}
+class _Prefill(NamedTuple):
+    """What a step's prefill sequences launch, but for its tensors."""
+
+    append: Launch
+    attend: Launch
+
+
+class _Decode(NamedTuple):
+    """What a step's decode sequences launch, but for its tensors."""
+
+    attend: Launch
+    partial: int
+    """Numbers of the splits' results"""
+    reduce: Launch | None
+    """Joins the splits, where there are several"""
+
+
+class _Plan(NamedTuple):
+    """One step, but for its tensors."""
+
+    tokens: int
+    """T, padding included"""
+    out_shape: torch.Size | None
+    """None: like q"""
+    prefill: _Prefill | None
+    decode: _Decode | None
+
+
+# By the layout of what the kernels read, which is no copy.
+_PLANS: Kept[_Plan] = Kept()
 _FORMS: dict[tuple, Form] = {}
 
 
@@ -112,53 +132,74 @@ def triton_attention_flattened_mha_with_cache(
     """
     raise_report(OP)
     batch = read_batch(OP, batch_info_host)
-    call = _call(q, k, v, k_cache, v_cache, sinks)
-    if call.copy:
-        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-        call = _call(q, k, v, k_cache, v_cache, sinks)
-    if batch.tokens > call.tokens:
-        raise ValueError(f"{OP}: batch_info_host counts {batch.tokens} tokens, q holds {call.tokens}")
+    given: Tensors = (q, k, v, k_cache, v_cache)
+    if batch.tokens:
+        given += (input_pos, slot_idx, seq_len) if batch.prefill_tokens else (input_pos, slot_idx)
+    if sinks is not None:
+        given += (sinks,)
+    key = batch, scale, sliding_window, sinks is None
+    plan = _PLANS.get(key, given)
+    if plan is None:
+        shapes, given = _readable(given, batch, sinks)
+        plan = _PLANS.get(key, given) or _PLANS.keep(
+            key, given, _plan(shapes, batch, given, scale, sliding_window or 0, sinks is not None)
+        )
     if read_at_once(q):
-        read_spans(OP, batch, call.tokens, seq_len, input_pos, slot_idx, k_cache.shape)
-    if call.out_shape == q.shape:
+        read_spans(OP, batch, plan.tokens, seq_len, input_pos, slot_idx, k_cache.shape)
+    if plan.out_shape is None:
         out = torch.empty_like(q, memory_format=torch.contiguous_format)  # half the host time of torch.empty
     else:
-        out = torch.empty(call.out_shape, dtype=q.dtype, device=q.device)
-    if batch.tokens < call.tokens:
-        out.view(call.tokens, -1)[batch.tokens :].zero_()
-    step = _Step(
-        call,
-        batch,
-        (q, k, v, k_cache, v_cache, out),
-        input_pos,
-        slot_idx,
-        None if sinks is None else sinks.contiguous(),
-        default_scale(scale, call.heads.size) * LOG2_E,
-        sliding_window if sliding_window and sliding_window > 0 else 0,
-    )
-    if batch.prefill_tokens:
-        step.run_prefill(seq_len)
-    if batch.decode:
-        step.run_decode()
+        out = torch.empty(plan.out_shape, dtype=q.dtype, device=q.device)
+    if batch.tokens < plan.tokens:
+        out.view(plan.tokens, -1)[batch.tokens :].zero_()
+    _run(plan, given, given[0] if sinks is None else given[-1], out)
     return out
 
 
-def _call(q, k, v, k_cache, v_cache, sinks) -> _Call:
-    key = (
-        q.shape, k.shape, v.shape, k_cache.shape, v_cache.shape,
-        q.dtype, k.dtype, v.dtype, k_cache.dtype, v_cache.dtype,
-        q.stride(), k.stride(), v.stride(), k_cache.stride(), v_cache.stride(),
-        None if sinks is None else (sinks.shape, sinks.dtype),
-    )  # fmt: skip
-    call = _CALLS.get(key)
-    if call is None:
-        if len(_CALLS) >= 4096:  # prefill lengths are many
-            _CALLS.clear()
-        call = _CALLS[key] = _describe(q, k, v, k_cache, v_cache, sinks)
-    return call
+def _run(plan: _Plan, given: Tensors, sinks: torch.Tensor, out: torch.Tensor) -> None:
+    """Launch the step; `sinks` is q where there are none."""
+    word = report_word(OP)
+    if plan.prefill is not None:
+        q, k, v, k_cache, v_cache, input_pos, slot_idx, seq_len = given[:8]
+        one = plan.prefill.append
+        one.form(one.grid, (k, v, k_cache, v_cache, seq_len, input_pos, slot_idx, word), one.free)
+        one = plan.prefill.attend
+        one.form(one.grid, (q, k_cache, v_cache, out, seq_len, input_pos, slot_idx, sinks), one.free)
+    if plan.decode is not None:
+        one, numbers, reduce = plan.decode
+        partial = out if reduce is None else torch.empty(numbers, dtype=torch.float32, device=out.device)
+        one.form(one.grid, (*given[:5], out, partial, *given[5:7], sinks, word), one.free)
+        if reduce is not None:
+            reduce.form(reduce.grid, (partial, out, *given[5:7], sinks), reduce.free)
 
 
-def _describe(q, k, v, k_cache, v_cache, sinks) -> _Call:
+def _readable(given: Tensors, batch: Batch, sinks: torch.Tensor | None) -> tuple[_Shapes, Tensors]:
+    """Checked tensors that kernels can read: copies of those whose tokens or heads have no common stride, and of
+    metadata that is not contiguous."""
+    (q, k, v, k_cache, v_cache), rest = given[:5], given[5:]
+    shapes = _describe(q, k, v, k_cache, v_cache, sinks)
+    if shapes is None:
+        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+        shapes = _describe(q, k, v, k_cache, v_cache, sinks)
+        assert shapes is not None
+    if batch.tokens > shapes.tokens:
+        raise ValueError(f"{OP}: batch_info_host counts {batch.tokens} tokens, q holds {shapes.tokens}")
+    if batch.tokens:
+        counts = (batch.sequences, batch.sequences, batch.prefill)
+        for name, tensor, count in zip(("input_pos", "slot_idx", "seq_len"), rest, counts, strict=False):
+            _check_entries(name, tensor, count, q.device)
+    return shapes, (q, k, v, k_cache, v_cache, *[tensor.contiguous() for tensor in rest])
+
+
+def _check_entries(name: str, tensor: torch.Tensor | None, count: int, device: torch.device) -> None:
+    """`tensor` must have an entry for each of `count` sequences."""
+    if tensor is None or tensor.numel() < count or tensor.device != device:
+        came = "None" if tensor is None else f"{tensor.numel()} entries on {tensor.device}"
+        raise ValueError(f"{OP}: {name} is {came}; legal: an entry for each of the {count} sequences on {device}")
+
+
+def _describe(q, k, v, k_cache, v_cache, sinks) -> _Shapes | None:
+    """None where q, k or v must be made contiguous first."""
     heads = check_cached(OP, q, k, v, k_cache, v_cache, sinks)
     if q.dtype == torch.float64:
         raise TypeError(f"{OP}: q is torch.float64; legal: float16, bfloat16, float32")
@@ -171,21 +212,14 @@ def _describe(q, k, v, k_cache, v_cache, sinks) -> _Call:
             raise ValueError(f"{OP}: {name} {shape(cache)} has stride {cache.stride(1)} between positions; legal: less "
                              f"than {MOST_STRIDE}")  # fmt: skip
     rows = [_row_strides(x, size) for x, size in ((q, heads.size), (k, heads.size), (v, heads.value_size))]
+    if None in rows:
+        return None
     caches = tuple(_strides(cache.stride()[:3], cache.shape[:3]) for cache in (k_cache, v_cache))
     sizes = (heads.size, heads.value_size, tiles.power_of_two(heads.size), tiles.power_of_two(heads.value_size))
     dtypes = (q.dtype, k_cache.dtype, v_cache.dtype, None if sinks is None else sinks.dtype)
     tile = tiles.decode_tile(heads.group, heads.size, heads.value_size, q.element_size())
-    return _Call(
-        heads=heads,
-        tokens=q.shape[0] * q.shape[1],
-        out_shape=torch.Size(cached_output_shape(q, k_cache, v_cache)),
-        copy=None in rows,
-        rows=tuple(row or (0, 0) for row in rows),
-        caches=caches,
-        sizes=sizes,
-        decode_tile=tile,
-        same=(dtypes, *rows, caches, heads, tile),
-    )
+    same = (dtypes, *rows, caches, heads, tile)
+    return _Shapes(heads, q.shape[0] * q.shape[1], tuple(rows), caches, sizes, tile, same)
 
 
 def _row_strides(tensor: torch.Tensor, size: int) -> tuple[int, ...] | None:
@@ -208,121 +242,65 @@ def _strides(strides, counts) -> tuple[int, ...]:
     return tuple(stride if count > 1 else 0 for stride, count in zip(strides, counts, strict=True))
 
 
-class _Decode(NamedTuple):
-    """The launches of one decode step, but for its tensors."""
-
-    form: Form
-    grid: tuple[int, int, int]
-    splits: int
-    rows: int
-    """Rows of the split results: sequences x heads x splits"""
-    reduce: Form | None
-    """Joins the splits, where there are several"""
-
-
-class _Prefill(NamedTuple):
-    """The launches of one step's prefill sequences, but for its tensors."""
-
-    append: Form
-    append_grid: tuple[int, int, int]
-    attend: Form
-    tiles: int
-    """Tiles of rows (tokens x heads of a group), for each KV head"""
+def _plan(shapes: _Shapes, batch: Batch, given: Tensors, scale: float | None, window: int, has_sinks: bool) -> _Plan:
+    """What the step launches for tensors like `given`."""
+    q, _, _, k_cache, v_cache = given[:5]
+    out_shape = torch.Size(cached_output_shape(q, k_cache, v_cache))
+    return _Plan(
+        shapes.tokens,
+        None if out_shape == q.shape else out_shape,
+        _plan_prefill(shapes, batch, given, scale, max(window, 0), has_sinks) if batch.prefill_tokens else None,
+        _plan_decode(shapes, batch, given, scale, max(window, 0), has_sinks) if batch.decode else None,
+    )
 
 
-class _Step(NamedTuple):
-    """One call, ready to be launched."""
+def _plan_prefill(shapes: _Shapes, batch: Batch, given: Tensors, scale, window: int, has_sinks: bool) -> _Prefill:
+    q, k_cache, (input_pos, slot_idx, seq_len) = given[0], given[3], given[5:8]
+    heads, sequences, pdl = shapes.heads, min(256, tiles.power_of_two(batch.prefill)), dependent_launch(q.device)
+    key = (shapes.same, seq_len.dtype, input_pos.dtype, slot_idx.dtype, window, sequences)
+    append = _form(
+        _append, q.device, key,
+        (*shapes.rows[1:], *shapes.caches, *shapes.sizes, APPEND_TOKENS, sequences, pdl), warps=4,
+    )  # fmt: skip
+    rows = batch.prefill_tokens * heads.group
+    tile = tiles.prefill_tile(rows // batch.prefill, heads.size, heads.value_size, q.element_size())
+    attend = _form(
+        _prefill, q.device, (*key, tile),
+        (shapes.rows[0], *shapes.caches, heads.keys, heads.group, *shapes.sizes, tile.rows, tile.keys, sequences,
+         window, has_sinks, pdl),
+        warps=tile.warps, stages=tile.stages,
+    )  # fmt: skip
+    count = -(-rows // tile.rows) + batch.prefill  # tiles for each KV head; each sequence may end in a part of one
+    limits = (batch.prefill_tokens, batch.prefill, *k_cache.shape[:2])
+    return _Prefill(
+        Launch(append, (-(-batch.prefill_tokens // APPEND_TOKENS), heads.keys, 1), limits),
+        Launch(attend, (count * heads.keys, 1, 1), (default_scale(scale, heads.size) * LOG2_E, count, *limits)),
+    )
 
-    call: _Call
-    batch: Batch
-    tensors: tuple[torch.Tensor, ...]
-    """q, k, v, k_cache, v_cache, out"""
-    input_pos: torch.Tensor
-    slot_idx: torch.Tensor
-    sinks: torch.Tensor | None
-    scale: float
-    window: int
 
-    def _each(self, name: str, tensor: torch.Tensor | None, count: int) -> torch.Tensor:
-        """`tensor`, which must have an entry for each of `count` sequences; the kernels read it as contiguous."""
-        device = self.tensors[0].device
-        if tensor is None or tensor.numel() < count or tensor.device != device:
-            came = "None" if tensor is None else f"{tensor.numel()} entries on {tensor.device}"
-            raise ValueError(f"{OP}: {name} is {came}; legal: an entry for each of the {count} sequences on {device}")
-        return tensor.contiguous()
-
-    def run_prefill(self, seq_len: torch.Tensor) -> None:
-        batch, call = self.batch, self.call
-        given = ("seq_len", seq_len), ("input_pos", self.input_pos), ("slot_idx", self.slot_idx)
-        metadata = tuple(self._each(name, tensor, batch.prefill) for name, tensor in given)
-        q, k, v, k_cache, v_cache, out = self.tensors
-        key = (batch.prefill, batch.prefill_tokens, self.window, *[tensor.dtype for tensor in metadata])
-        plan = call.prefills.get(key)
-        if plan is None:
-            plan = call.prefills[key] = self._plan_prefill(metadata)
-        limits = (batch.prefill, k_cache.shape[0], k_cache.shape[1])
-        word = report_word(OP)
-        plan.append(plan.append_grid, (k, v, k_cache, v_cache, *metadata, word), (batch.prefill_tokens, *limits))
-        plan.attend(
-            (plan.tiles * call.heads.keys, 1, 1),
-            (q, k_cache, v_cache, out, *metadata, q if self.sinks is None else self.sinks),
-            (self.scale, plan.tiles, batch.prefill_tokens, *limits),
-        )
-
-    def _plan_prefill(self, metadata: tuple[torch.Tensor, ...]) -> _Prefill:
-        batch, call, heads, q = self.batch, self.call, self.call.heads, self.tensors[0]
-        sequences, pdl = min(256, tiles.power_of_two(batch.prefill)), dependent_launch(q.device)
-        key = (call.same, *(tensor.dtype for tensor in metadata), self.window, sequences)
-        append = _form(
-            _append, q.device, key,
-            (*call.rows[1:], *call.caches, *call.sizes, APPEND_TOKENS, sequences, pdl), warps=4,
-        )  # fmt: skip
-        rows = batch.prefill_tokens * heads.group
-        tile = tiles.prefill_tile(rows // batch.prefill, heads.size, heads.value_size, q.element_size())
-        attend = _form(
-            _prefill, q.device, (*key, tile),
-            (call.rows[0], *call.caches, heads.keys, heads.group, *call.sizes, tile.rows, tile.keys, sequences,
-             self.window, self.sinks is not None, pdl),
-            warps=tile.warps, stages=tile.stages,
-        )  # fmt: skip
-        count = -(-rows // tile.rows) + batch.prefill  # each sequence may end in a part tile
-        return _Prefill(append, (-(-batch.prefill_tokens // APPEND_TOKENS), heads.keys, 1), attend, count)
-
-    def run_decode(self) -> None:
-        batch, call = self.batch, self.call
-        input_pos = self._each("input_pos", self.input_pos, batch.sequences)
-        slot_idx = self._each("slot_idx", self.slot_idx, batch.sequences)
-        q, k, v, k_cache, v_cache, out = self.tensors
-        key = (batch.decode, self.window, input_pos.dtype, slot_idx.dtype)
-        plan = call.decodes.get(key)
-        if plan is None:
-            plan = call.decodes[key] = self._plan_decode()
-        partial = out
-        if plan.reduce is not None:
-            partial = torch.empty(plan.rows * (call.heads.value_size + 1), dtype=torch.float32, device=q.device)
-        place = (batch.prefill, batch.prefill_tokens, k_cache.shape[0], k_cache.shape[1], plan.rows, plan.splits)
-        metadata = (input_pos, slot_idx, q if self.sinks is None else self.sinks)
-        word = report_word(OP)
-        plan.form(plan.grid, (q, k, v, k_cache, v_cache, out, partial, *metadata, word), (self.scale, *place))
-        if plan.reduce is not None:
-            plan.reduce((batch.decode * call.heads.queries, 1, 1), (partial, out, *metadata), place)
-
-    def _plan_decode(self) -> _Decode:
-        call, tile, heads = self.call, self.call.decode_tile, self.call.heads
-        q, max_seq, decode = self.tensors[0], self.tensors[3].shape[1], self.batch.decode
-        reach = min(max_seq, self.window) if self.window else max_seq
-        splits = tiles.choose_splits(decode * heads.keys, multiprocessors(q.device), reach, tile.keys)
-        several, block_splits = splits > 1, tiles.power_of_two(splits, 2)
-        key = (call.same, self.window, self.input_pos.dtype, self.slot_idx.dtype)
-        options = (self.window, self.sinks is not None, dependent_launch(q.device))
-        form = _form(
-            _decode, q.device, (*key, several),
-            (*call.rows, *call.caches, heads.keys, heads.group, *call.sizes, tile.rows, tile.keys, several, *options),
-            warps=tile.warps, stages=tile.stages,
-        )  # fmt: skip
-        reduce = _form(
-            _reduce, q.device, (*key, block_splits),
-            (heads.queries, heads.value_size, tile.keys, call.sizes[3], block_splits, *options), warps=4,
-        ) if several else None  # fmt: skip
-        rows = decode * heads.queries * splits
-        return _Decode(form, (decode * heads.keys * splits, 1, 1), splits, rows, reduce)
+def _plan_decode(shapes: _Shapes, batch: Batch, given: Tensors, scale, window: int, has_sinks: bool) -> _Decode:
+    q, k_cache, (input_pos, slot_idx) = given[0], given[3], given[5:7]
+    tile, heads, decode, (slots, max_seq) = shapes.decode_tile, shapes.heads, batch.decode, k_cache.shape[:2]
+    reach = min(max_seq, window) if window else max_seq
+    splits = tiles.choose_splits(decode * heads.keys, multiprocessors(q.device), reach, tile.keys)
+    several, block_splits = splits > 1, tiles.power_of_two(splits, 2)
+    key = (shapes.same, window, input_pos.dtype, slot_idx.dtype)
+    options = (window, has_sinks, dependent_launch(q.device))
+    attend = _form(
+        _decode, q.device, (*key, several),
+        (*shapes.rows, *shapes.caches, heads.keys, heads.group, *shapes.sizes, tile.rows, tile.keys, several,
+         *options),
+        warps=tile.warps, stages=tile.stages,
+    )  # fmt: skip
+    rows = decode * heads.queries * splits  # of the splits' results: sequences x heads x splits
+    place = (batch.prefill, batch.prefill_tokens, slots, max_seq, rows, splits)
+    launch = Launch(
+        attend, (decode * heads.keys * splits, 1, 1), (default_scale(scale, heads.size) * LOG2_E, *place)
+    )  # fmt: skip
+    if not several:
+        return _Decode(launch, 0, None)
+    reduce = _form(
+        _reduce, q.device, (*key, block_splits),
+        (heads.queries, heads.value_size, tile.keys, shapes.sizes[3], block_splits, *options), warps=4,
+    )  # fmt: skip
+    return _Decode(launch, rows * (heads.value_size + 1), Launch(reduce, (decode * heads.queries, 1, 1), place))
