@@ -18,8 +18,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Measure and print; ValueError without Triton or a CUDA device, UsageError for an unknown category."""
     require_writable(args.json)
-    if importlib.util.find_spec("triton") is None:  # what measures imports it
-        raise ValueError("the package triton is not installed; `shardwise ops` tells what runs here")
     import torch
 
     from shardwise.ops.bench.categories import CATEGORIES
@@ -27,6 +25,8 @@ def run(args: argparse.Namespace) -> int:
     unknown = [name for name in args.category or () if name not in CATEGORIES]
     if unknown:
         raise UsageError(f"unknown category {unknown[0]}: choose of {', '.join(CATEGORIES)}")
+    if importlib.util.find_spec("triton") is None:
+        raise ValueError("the package triton is not installed; `shardwise ops` tells what runs here")
     if not torch.cuda.is_available():
         raise ValueError("no CUDA device; `shardwise ops` tells what runs here")
     table = table_stream(args.json)

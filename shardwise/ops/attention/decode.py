@@ -51,10 +51,10 @@ def takes_head_size(size: int) -> bool:
     return 32 <= size <= 256 and not size & (size - 1)
 
 
-def splits_for(batch: int, kv_heads: int, max_keys: int, processors: int, block: int = 64) -> int:
-    """Runs of keys a (sequence, head) pair is cut into: enough to fill the device, none shorter than a block."""
+def splits_for(batch: int, kv_heads: int, max_keys: int, processors: int) -> int:
+    """Runs of keys a (sequence, head) pair is cut into: enough to fill the device, none shorter than a block of 64."""
     fill = triton.cdiv(2 * processors, batch * kv_heads)
-    return max(1, min(fill, triton.cdiv(max_keys, block), MAX_SPLITS))
+    return max(1, min(fill, triton.cdiv(max_keys, 64), MAX_SPLITS))
 
 
 def fused_decode_attention(

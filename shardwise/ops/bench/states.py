@@ -8,7 +8,6 @@ import torch
 
 from shardwise.ops.bench import cases
 from shardwise.ops.bench.cases import DTYPE, OPS, Case, draw
-from shardwise.ops.bench.ssd import separate_scan
 
 NEMOTRON_H = (128, 64, 128, 8)  # heads, head size, states, groups
 BAMBA = (128, 64, 128, 1)
@@ -86,6 +85,8 @@ def ssm_prefill_cases(lengths: tuple[int, ...], shape: tuple[int, int, int, int]
 def _scan_peers(inputs: tuple[torch.Tensor, ...]) -> dict[str, Callable[[], object]]:
     """The scan in separate kernels (`ssd`), and fla's gated linear attention with one decay a head: the same
     recurrence, its inputs made beforehand."""
+    from shardwise.ops.bench.ssd import separate_scan  # names Triton's own classes when it is imported
+
     x, A, B, C, _, dt, bias = inputs
     state = torch.zeros(*x.shape[2:], B.shape[3], device=x.device)
     peers: dict[str, Callable[[], object]] = {"separate": partial(separate_scan, inputs, state, CHUNK)}

@@ -32,6 +32,10 @@ def _reduce_fake(t, strategy):
 
 @operator(fake=_reduce_fake)
 def torch_dist_all_reduce(t: torch.Tensor, strategy: str) -> torch.Tensor:
-    """Sum of all ranks' `t`, a new tensor. 16-bit floats accumulate in float32."""
+    """Sum of all ranks' `t`, a new tensor. 16-bit floats accumulate in float32.
+
+    `strategy` must be a known name (ValueError otherwise) and has no other effect: the group's transport chooses;
+    `trtllm_dist_all_reduce` honours it.
+    """
     require_strategy_name(strategy)
     return group_of(t).all_reduce(t)

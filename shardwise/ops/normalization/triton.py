@@ -122,7 +122,10 @@ def _tiles(size: int, gated: bool) -> tuple[int, int]:
 
 
 class _Plan(NamedTuple):
-    """What follows from shapes, strides and dtypes; remembered, since finding it out costs more than launching."""
+    """What follows from shapes, strides and dtypes; remembered, since finding it out costs more than launching.
+
+    Plans are told apart by `dtypes` and do not read them: Triton compiles for every type anew.
+    """
 
     form: Form
     grid: tuple[int, int, int]
