@@ -1,4 +1,4 @@
-"""One step's work: which tokens of which sequences enter the decoder, and where their caches continue."""
+"""One step's batch: which tokens of which sequences enter the decoder, and where their caches continue."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass

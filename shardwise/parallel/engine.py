@@ -61,7 +61,7 @@ class Engine:
     request_tokens of the longest request that is to come, prompt and answer, as far as that is known
     on_progress  called with (bytes read, bytes to read) while the weights load
     DoesNotFit, on all ranks, before a weight is read: where weights, the cache (of `cache_tokens`, or for one such
-    request) and a step's work are more than a GPU or a host has free.
+    request) and activations are more than a GPU or a host has free.
 
     For measurements and tests: `decoder` is this rank's part of the model, `runner` runs its steps, `cache` is the one
     of the last call (None before the first), `cache_shapes` has what a cache of this model needs to know of each layer.

@@ -107,7 +107,7 @@ def weight_bytes(made: Plan, rank: int, itemsize: int, form: WeightForm) -> int:
 
 
 def require_room(made: Plan, holding: Holding, *, world: Communicator, device: torch.device, asked: bool) -> None:
-    """DoesNotFit, on all ranks, when weights, cache and a step's work are more than some memory has free.
+    """DoesNotFit, on all ranks, when weights, cache and activations are more than some memory has free.
 
     asked  whether the user chose the size of the cache, so that a smaller one is a way out
     """
@@ -145,7 +145,7 @@ class _Place:
         weights, cache, work = (sum(getattr(n, part) for n in self.needs) for part in ("weights", "cache", "work"))
         return (
             f"{_gib(weights)} of weights ({holding.form.reason}), {_gib(cache)} of cache for {holding.tokens} tokens "
-            f"and {_gib(work)} of work, but {self.name} has {_gib(self.free)} of {_gib(self.total)} free"
+            f"and {_gib(work)} for activations and workspaces, but {self.name} has {_gib(self.free)} of {_gib(self.total)} free"
         )
 
 

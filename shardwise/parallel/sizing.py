@@ -1,4 +1,4 @@
-"""How many pages the KV cache gets of what a GPU's weights and a step's work leave."""
+"""How many pages the KV cache gets of what weights and activations leave of a GPU."""
 
 from bisect import bisect_left
 
@@ -53,7 +53,7 @@ def pages_for(
         raise DoesNotFit(
             f"rank {world.ranks[rank]} has no memory for the KV cache, of which {PAGE_SIZE} tokens take {each} "
             f"bytes: beside the weights, rank {world.ranks[world.rank]} has {free >> 20} MiB of {total >> 20} MiB, and "
-            f"{work >> 20} MiB are kept for a step's work; use more ranks or smaller weights"
+            f"{work >> 20} MiB are kept for activations and workspaces; use more ranks or smaller weights"
         )
     return min(fits)
 

@@ -99,28 +99,29 @@ class Cuts:
             self._check_dim(dim)
         for spec in specs:
             cut_by = [mesh for dim in spec.dims for mesh in {MESH_AXIS[a.axis] for a in dim.axes}]
-            assert len(set(cut_by)) == len(cut_by), f"{spec.name}: two dims are cut over one mesh axis of {cut_by}"
+            _require(len(set(cut_by)) == len(cut_by), f"{spec.name}: two dims are cut over one mesh axis of {cut_by}")
             # Ranks that differ in tp need not differ in moe_tp, so the two grids never meet in one tensor.
-            assert MeshAxis.TP not in cut_by or len(cut_by) == 1, f"{spec.name}: cut over {cut_by}, of two grids"
+            _require(MeshAxis.TP not in cut_by or len(cut_by) == 1, f"{spec.name}: cut over {cut_by}, of two grids")
         for axis, placement in self.placement.items():
             held = {e for experts in placement for e in experts}
-            assert held == set(range(axis.units)), f"experts {sorted(set(range(axis.units)) - held)} are on no rank"
+            _require(held == set(range(axis.units)), f"experts {sorted(set(range(axis.units)) - held)} are on no rank")
 
     def _check_dim(self, dim) -> None:
         mesh = {MESH_AXIS[a.axis] for a in dim.axes}
-        assert len(mesh) == 1, f"one dim cut over {sorted(mesh)}"
+        _require(len(mesh) == 1, f"one dim cut over {sorted(mesh)}")
         axis_size = getattr(self.layout, mesh.pop())
         coordinates = [Coordinates(i, 0, i, i) for i in range(axis_size)]
         parts = [dim.local(lambda axis, at=at: self.share(axis, at))[0] for at in coordinates]
         points = sorted(r for part in parts for r in part)
         reached = 0
         for start, stop in points:
-            assert start <= reached, f"elements {reached} to {start} of a dim of {dim.length} are on no rank"
+            _require(start <= reached, f"elements {reached} to {start} of a dim of {dim.length} are on no rank")
             reached = max(reached, stop)
-        assert reached == dim.length, f"elements {reached} to {dim.length} of a dim are on no rank"
+        _require(reached == dim.length, f"elements {reached} to {dim.length} of a dim are on no rank")
         total = sum(span(part) for part in parts)
-        assert total == dim.length or self._overlap_declared(dim), (
-            f"undeclared overlap: {total} of {dim.length} elements"
+        _require(
+            total == dim.length or self._overlap_declared(dim),
+            f"undeclared overlap: {total} of {dim.length} elements",
         )
 
     def _overlap_declared(self, dim) -> bool:
@@ -129,6 +130,12 @@ class Cuts:
             or any(s.axis is None for s in dim.segments)
             or any(a in self.placement or a.axis in SHARED_BY_RANKS for a in dim.axes)
         )
+
+
+def _require(holds: bool, what: str) -> None:
+    """Plans are checked under `python -O` too, which leaves assert statements out."""
+    if not holds:
+        raise AssertionError(what)
 
 
 def _absent(spec: TensorSpec) -> tuple:

@@ -85,7 +85,7 @@ def test_gpus_without_room_are_counted_and_layouts_that_fit_are_offered(monkeypa
     text = refusal(plan(LARGE, tp=2), ON_GPUS, (60, 80), monkeypatch)
     assert text == (
         "no memory for the model on 2 of 2 GPUs: 65.7 GiB of weights (bfloat16), 0.0 GiB of cache for 1 tokens and "
-        "2.7 GiB of work, but the GPU of rank 0 has 60.0 GiB of 80.0 GiB free; what fits: tp 4"
+        "2.7 GiB for activations and workspaces, but the GPU of rank 0 has 60.0 GiB of 80.0 GiB free; what fits: tp 4"
     )
 
 
