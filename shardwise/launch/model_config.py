@@ -59,13 +59,13 @@ class ModelConfig:
     """auto: cuda on hosts that have a GPU, else cpu."""
     transport: str = "auto"
     cache_tokens: int | None = None
-    """Tokens that the KV cache holds; None: the engine's own choice."""
+    """Size of the KV cache in tokens; None: the engine's own choice."""
     request_tokens: int = 1
-    """Of the longest request that is to come: memory without room for its cache is refused before weights are read."""
+    """Length of the longest request to come: a model without memory for its cache is refused before weights are read."""
     decode: str = "auto"
-    """Which code runs steps of single tokens: auto, graphs, fused or layers."""
+    """What runs decode steps: auto, graphs, fused or layers."""
     attention: str = "auto"
-    """Whose kernels attend to prompts on a GPU: auto, triton, flashinfer or torch."""
+    """Attention kernels for prompts on a GPU: auto, triton, flashinfer or torch."""
     plan: str | None = None
     """A plan document to replay; its layout then stands in the sizes above."""
     trace: str | None = None

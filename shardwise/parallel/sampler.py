@@ -13,23 +13,23 @@ SEEDS = range(-(2**63), 2**64)
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
-    """How one request is continued. ValueError for values outside of their range."""
+    """How one request is continued: length, sampling, when to stop. ValueError for a value outside of its range."""
 
     max_new_tokens: int = 128
     temperature: float = 0.0
-    """0: greedy, the other sampling options are ignored."""
+    """0: greedy decoding; top_p, top_k and seed are then ignored."""
     top_p: float = 1.0
-    """Keep the most likely tokens whose probabilities sum to this."""
+    """Sample from the most likely tokens whose probabilities sum to this."""
     top_k: int = 0
-    """Keep this many most likely tokens; 0: all."""
+    """Sample from this many most likely tokens; 0: all."""
     seed: int | None = None
-    """None: one that the first rank draws. Equal seeds give equal tokens, whatever else is in the batch."""
+    """None: rank 0 draws one. Equal seeds give equal tokens, whatever else is in the batch."""
     stop: tuple[str, ...] = ()
-    """Texts that end the answer; they are not part of it."""
+    """Texts that end the answer; not part of it."""
     stop_token_ids: tuple[int, ...] = ()
     """Ids that end the answer, besides the model's own."""
     ignore_eos: bool = False
-    """Go on behind the model's own stop ids (for benchmarks)."""
+    """Do not stop at the model's own end-of-text ids (for benchmarks)."""
 
     def __post_init__(self):
         object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
