@@ -61,7 +61,7 @@ class ModelConfig:
     cache_tokens: int | None = None
     """Size of the KV cache in tokens; None: the engine's own choice."""
     request_tokens: int = 1
-    """Length of the longest request to come: a model without memory for its cache is refused before weights are read."""
+    """Length of the longest request to come: without memory for its cache the model is refused before it is read."""
     decode: str = "auto"
     """What runs decode steps: auto, graphs, fused or layers."""
     attention: str = "auto"
