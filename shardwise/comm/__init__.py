@@ -3,9 +3,9 @@
 `base.Communicator` is the one protocol; `strategy.create` picks a transport for it and records why.
 
     rank, names                 rank identity and groups; names of strategies
-    base, collective, compose,  the protocol; what all transports share: checks, records, composed collectives
-    arguments, accumulate,
-    control
+    base, member, collective,   the protocol; what all transports share: a rank's place in a group and the record of
+    arguments, compose,         its calls, the collectives with their checks, sums in rank order, control messages
+    accumulate, control
     shm, segment, direct        transport `shm`: shared memory of one host
     torch_dist, symmetric,      `gloo` and `nccl`; torch's symmetric memory; NCCL's registered windows
     window

@@ -74,8 +74,8 @@ def create(
         "deterministic": deterministic,
     }
     if transport == "fake" or (info.world == 1 and transport == "auto"):
-        from shardwise.comm.collective import ALONE
         from shardwise.comm.fake import FakeCommunicator
+        from shardwise.comm.member import ALONE
 
         group = FakeCommunicator(info.rank, range(info.world), **options)
         if transport == "auto":

@@ -1,0 +1,166 @@
+"""What a rank is in a group, whatever is called there: its place, the groups split off, the record of its calls, check
+mode, what breaks it. The collectives stand on it (collective.py).
+"""
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from shardwise.comm import control, names, watch
+from shardwise.comm.base import CollectiveMismatch, CommError, Communicator, NotHere
+from shardwise.comm.watch import FLIGHT, Deadlines
+
+if TYPE_CHECKING:
+    from shardwise.comm.collective import BaseCommunicator
+
+ALONE = "one rank has no peers to talk to"
+
+
+class Member(Communicator):
+    """One rank's place in a group. `name` tells groups apart in messages: world, world/0, ..."""
+
+    strategies: tuple[str, ...] = ("AUTO", "NCCL", "MIN_LATENCY", "ONESHOT", "TWOSHOT")
+    """What `all_reduce` takes by name; on CPU groups NCCL means the transport's own default algorithm."""
+    devices: tuple[str, ...] = ("cpu",)
+    """Types of the devices whose tensors it moves."""
+
+    def __init__(
+        self,
+        *,
+        rank: int,
+        ranks: Sequence[int],
+        transport: str,
+        name: str = "world",
+        deadlines: Deadlines | None = None,
+        check: bool | None = None,
+        deterministic: bool | None = None,
+    ):
+        self.rank = rank
+        self.ranks = tuple(ranks)
+        self.size = len(self.ranks)
+        self.transport = transport
+        self.name = name
+        self.deadlines = deadlines or Deadlines.from_environment()
+        self.check = watch.environment_flag("SHARDWISE_CHECK") if check is None else check
+        self.deterministic = (
+            watch.environment_flag("SHARDWISE_DETERMINISTIC") if deterministic is None else deterministic
+        )
+        self.sequence = 0
+        self.broken: str | None = None
+        self.reason = "asked for by name"
+        self._world_rank = self.ranks[rank]
+        self._splits = 0
+        self._parts: list[BaseCommunicator] = []  # groups split off this one
+
+    def __repr__(self) -> str:
+        return f"<{self.transport} group {self.name}: rank {self.rank} of {self.size}>"
+
+    @property
+    def _settings(self) -> dict[str, Any]:
+        """What a group hands on to those made of it."""
+        return {"deadlines": self.deadlines, "check": self.check, "deterministic": self.deterministic}
+
+    def why(self) -> str:
+        """One line: what moves this group's bytes, and for what reason. The same on all ranks."""
+        return f"group {self.name} of {self.size}: {self.transport} ({self.reason})"
+
+    def split(self, color: int, key: int | None = None) -> Communicator:
+        wanted = self.all_gather_object((color, self.rank if key is None else key))
+        return self.split_known([c for c, _ in wanted], [k for _, k in wanted])
+
+    def split_known(self, colors: Sequence[int], keys: Sequence[int] | None = None) -> "BaseCommunicator":
+        keys, color = range(self.size) if keys is None else keys, colors[self.rank]
+        members = sorted((keys[rank], rank) for rank in range(self.size) if colors[rank] == color)
+        self._splits += 1
+        name = f"{self.name}/{self._splits}.{color}"
+        if len(set(colors)) == self.size:
+            return self._alone(name)
+        part = self._split(name, [rank for _, rank in members], list(colors))
+        self._parts.append(part)
+        return part
+
+    def _alone(self, name: str) -> "BaseCommunicator":
+        from shardwise.comm.fake import FakeCommunicator  # which derives from this class
+
+        group = FakeCommunicator(0, (self._world_rank,), name=name, **self._settings)
+        group.reason = ALONE
+        return group
+
+    def abort(self, reason: str) -> None:
+        self.broken = self.broken or reason
+        self._abort(reason)
+
+    def close(self) -> None:
+        for part in self._parts:
+            part.broken = part.broken or self.broken  # a broken one does not wait for its members
+            part.close()
+        self._parts.clear()
+        self.broken = self.broken or "the group is closed"
+
+    def _require(self, strategy: str) -> None:
+        names.require_strategy(strategy)
+        if strategy not in self.strategies:
+            raise NotHere(
+                f"strategy {strategy} cannot run on transport {self.transport} (group {self.name}); "
+                f"legal here: {', '.join(self.strategies)}"
+            )
+
+    def _require_device(self, tensor: Tensor, op: str) -> None:
+        if tensor.device.type not in self.devices:
+            raise TypeError(
+                f"{op} on group {self.name}: the tensor is on {tensor.device}, transport {self.transport} moves "
+                f"{' and '.join(self.devices)} tensors; make the group with create(..., device={tensor.device.type!r})"
+            )
+
+    def _begin(self, op: str, shape, dtype, strategy: str, *details) -> list:
+        if self.broken is not None:
+            raise CommError(f"{op} on group {self.name}, rank {self._world_rank}: {self.broken}")
+        self.sequence = sequence = self.sequence + 1
+        entry = [sequence, op, shape, dtype, strategy, self.name, self._world_rank, watch.now(), 0]
+        FLIGHT.ring.append(entry)
+        if self.check:
+            self._compare(entry, details)
+        return entry
+
+    def _compare(self, entry: list, details: tuple) -> None:
+        """Check mode: no byte of the payload moves before all ranks have shown the same call."""
+        calls = self._exchange(control.fingerprint(control.call_text(entry, details)))
+        for rank, other in enumerate(calls):
+            if other != calls[0]:
+                raise self._fail(
+                    CollectiveMismatch(
+                        f"ranks disagree in group {self.name}: rank {self.ranks[0]} called {calls[0].decode()}; "
+                        f"rank {self.ranks[rank]} called {other.decode()}"
+                    )
+                )
+
+    def _fail(self, error: CommError) -> CommError:
+        """Mark the group broken, dump the flight record, and hand `error` back to raise."""
+        self.broken = self.broken or str(error)
+        path = FLIGHT.dump(self._world_rank)
+        if path:
+            error.add_note(f"flight record: {path}")
+        return error
+
+    def _where(self, entry: list | None = None) -> str:
+        entry = entry or [self.sequence, "collective"]
+        return f"{entry[watch.OP]} #{entry[watch.SEQUENCE]} on group {self.name}, rank {self._world_rank}"
+
+    def _last_entry(self) -> list | None:
+        for entry in reversed(list(FLIGHT.ring)):  # a copy: ranks that are threads append to it meanwhile
+            if entry[watch.RANK] == self._world_rank and entry[watch.GROUP] == self.name:
+                return entry
+        return None
+
+    @abstractmethod
+    def _exchange(self, blob: bytes) -> list[bytes]:
+        """Everyone's control message of at most MESSAGE_BYTES, in group order; lengths may differ."""
+
+    @abstractmethod
+    def _split(self, name: str, members: list[int], colors: list[int]) -> "BaseCommunicator":
+        """Group of `members` (ranks of this group, in the new order); `colors` of all ranks of this group."""
+
+    @abstractmethod
+    def _abort(self, reason: str) -> None: ...
