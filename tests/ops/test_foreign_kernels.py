@@ -11,6 +11,7 @@ import torch
 from mamba_oracle import Batch
 
 from shardwise.ops.fla import delta, fla
+from shardwise.ops.kept import Kept
 from shardwise.ops.mamba import flashinfer as mamba_flashinfer
 from shardwise.ops.mamba import ssm
 from shardwise.ops.registry import TRITON
@@ -137,7 +138,7 @@ def test_flashinfer_decode_reads_parts_of_wider_rows(monkeypatch, decode, skew):
         args[place] = wide[..., skew : skew + rows[0, 0].numel()].unflatten(2, rows.shape[2:])
     mamba_flashinfer_prefill(monkeypatch, args)
     monkeypatch.setattr(mamba_flashinfer, "_update", lambda: selective_state_update)
-    monkeypatch.setattr(mamba_flashinfer, "STEPS", {})
+    monkeypatch.setattr(mamba_flashinfer, "STEPS", Kept())
     caches = [args[-3].clone() for _ in range(2)]
     for cache in caches:  # the second finds its launches kept
         result = mamba_flashinfer.flashinfer_cached_ssm(*args[:-3], cache, *args[-2:])

@@ -1,12 +1,15 @@
 """Attention over a paged cache by FlashInfer: plans made once a step (`planner.py`), reused by every layer."""
 
 import functools
+import math
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from shardwise.ops.attention.batch import Batch, read_batch
-from shardwise.ops.attention.checks import Heads, check_tokens, default_scale
+from shardwise.ops.attention.checks import Heads, check_tokens, default_scale, shape
 from shardwise.ops.attention.planner import (
     DecodeFamily,
     Pages,
@@ -16,6 +19,7 @@ from shardwise.ops.attention.planner import (
     select_pages,
 )
 from shardwise.ops.attention.positions import fake_token_positions, token_positions
+from shardwise.ops.kept import Kept, view
 from shardwise.ops.registry import CUDA, FLASHINFER, operator
 from shardwise.ops.vector_access import takes_vectors, with_vectors
 
@@ -41,8 +45,9 @@ def flashinfer_attention_prepare_metadata(
     return token_positions(op, "attention", batch, position_ids, cu_seqlen, seq_len_with_cache)
 
 
-class _Parameters(NamedTuple):
-    """What a plan depends on besides the batch."""
+@dataclass(frozen=True, eq=False)
+class _Parameters:
+    """What FlashInfer's plan depends on besides the batch; equal ones are one object (`_parameters`), found quickly."""
 
     heads: Heads
     page_size: int
@@ -61,13 +66,26 @@ class _Parameters(NamedTuple):
         }
 
 
-class _Call(NamedTuple):
-    """What follows from shapes and dtypes alone."""
+_parameters = functools.cache(_Parameters)
+_Rows = tuple[tuple[int, int, int], tuple[int, int, int]]
+
+
+class _Plan(NamedTuple):
+    """What follows from the layout of a step's tensors."""
 
     parameters: _Parameters
     tokens: int
-    q_rows: tuple[int, int, int]
-    k_rows: tuple[int, int, int]
+    """T, padding included"""
+    q_rows: _Rows
+    """Sizes [tokens, N, D] and strides of the batch's own tokens, contiguous"""
+    k_rows: _Rows
+    dense: bool
+    """Whether q, k, v and the cache are contiguous"""
+    exact: bool
+    """Whether no metadata has entries beyond the batch"""
+
+
+_PLANS: Kept[_Plan] = Kept()
 
 
 @functools.cache
@@ -161,36 +179,36 @@ def flashinfer_attention_mha_with_cache(
     from `flashinfer_attention_prepare_metadata`, which must be called once a step. Returns a tensor like q,
     contiguous, 0 for padding tokens.
     """
-    call = _checked((q.shape, k.shape, v.shape, kv_cache.shape), (q.dtype, k.dtype, v.dtype, kv_cache.dtype), scale)
     batch = read_batch(OP, batch_info_host)
-    count = batch.tokens
-    if count > call.tokens:
-        raise ValueError(f"{OP}: batch_info_host counts {count} tokens, q holds {call.tokens}")
-    q_rows, k_rows, v_rows = _rows(call, q, k, v, kv_cache)
+    key = batch, scale
+    given = (q, k, v, kv_cache, flashinfer_batch_indices, flashinfer_positions, cu_num_pages, last_page_len)
+    plan = _PLANS.get(key, given) or _PLANS.keep(key, given, _plan(batch, scale, *given))
+    q_rows, k_rows, v_rows = _rows(plan, q, k, v, kv_cache)
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    out_rows = out.view(*call.q_rows)
-    if count < call.tokens:
-        out_rows[count:].zero_()
+    out_rows, count = view(out, *plan.q_rows), batch.tokens
+    if count < plan.tokens:
+        out.view(plan.tokens, -1)[count:].zero_()
     if count == 0:
         return out
-    if count < call.tokens:
-        q_rows, k_rows, v_rows, out_rows = (rows[:count] for rows in (q_rows, k_rows, v_rows, out_rows))
     caches = kv_cache.unbind(1)  # here, once: FlashInfer takes both, and would do it in each of its calls
+    indices, positions, indptr, last = given[4:]
+    if not plan.exact:
+        indices, positions = leading(indices, count), leading(positions, count)
+        indptr, last = leading(indptr, batch.sequences + 1), leading(last, batch.sequences)
     quantised = kv_cache.dtype == FP8
     _append_function()(
         *((to_fp8(k_rows, k_scale), to_fp8(v_rows, v_scale)) if quantised else (k_rows, v_rows)),
-        leading(flashinfer_batch_indices, count), leading(flashinfer_positions, count), caches, cache_loc,
-        leading(cu_num_pages, batch.sequences + 1), leading(last_page_len, batch.sequences), kv_layout="HND",
+        indices, positions, caches, cache_loc, indptr, last, kv_layout="HND",
     )  # fmt: skip
     scales = {"k_scale": k_scale, "v_scale": v_scale} if quantised else {}
     host = (cu_num_pages_host, cache_loc, last_page_len_host, seq_len_with_cache_host)
     split, owner = batch.prefill_tokens, planner("attention", q.device)
     # FlashInfer multiplies v_scale into `out` in place, so the caller's rows hold the final result.
     if split:
-        wrapper = _prefill_wrapper(owner, call.parameters, batch, cu_seqlen_host, host)
+        wrapper = _prefill_wrapper(owner, plan.parameters, batch, cu_seqlen_host, host)
         wrapper.run(leading(q_rows, split), caches, out=leading(out_rows, split), **scales)
     if batch.decode:
-        wrapper = _decode_wrapper(owner, call.parameters, batch, kv_cache.shape[0], host)
+        wrapper = _decode_wrapper(owner, plan.parameters, batch, kv_cache.shape[0], host)
         wrapper.run(q_rows[split:] if split else q_rows, caches, out=out_rows[split:] if split else out_rows, **scales)
     return out
 
@@ -230,50 +248,56 @@ def to_fp8(tensor: torch.Tensor, scale: float) -> torch.Tensor:
     return tensor.clamp(-448.0, 448.0).to(FP8)  # a plain cast turns an overflow into NaN
 
 
-def _rows(call: _Call, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, kv_cache: torch.Tensor) -> tuple:
+def _rows(plan: _Plan, q: Tensor, k: Tensor, v: Tensor, kv_cache: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """q, k and v as [tokens, heads, D], where FlashInfer's vectors of 16 bytes may read; copies where they may not."""
-    if (
-        q.is_contiguous()
-        and k.is_contiguous()
-        and v.is_contiguous()
-        and kv_cache.is_contiguous()
-        and not (q.data_ptr() | k.data_ptr() | v.data_ptr() | kv_cache.data_ptr()) & 15
-    ):
-        return q.view(*call.q_rows), k.view(*call.k_rows), v.view(*call.k_rows)
+    if plan.dense and math.gcd(16, q.data_ptr(), k.data_ptr(), v.data_ptr(), kv_cache.data_ptr()) == 16:
+        return view(q, *plan.q_rows), view(k, *plan.k_rows), view(v, *plan.k_rows)
     if not takes_vectors(kv_cache):
         raise ValueError(f"{OP}: kv_cache has strides {kv_cache.stride()}; legal: last dimension contiguous, rows of D "
                          "beginning at multiples of 16 bytes")  # fmt: skip
-    return _flat(q, call.q_rows), _flat(k, call.k_rows), _flat(v, call.k_rows)
+    return _flat(q, plan.tokens, plan.q_rows), _flat(k, plan.tokens, plan.k_rows), _flat(v, plan.tokens, plan.k_rows)
 
 
-def _flat(tensor: torch.Tensor, rows: tuple[int, int, int]) -> torch.Tensor:
-    flat = tensor.reshape(*rows)
-    if flat.stride(1) != rows[2]:
+def _flat(tensor: Tensor, tokens: int, rows: _Rows) -> Tensor:
+    count, heads, size = rows[0]
+    flat = tensor.reshape(tokens, heads, size)[:count]
+    if flat.stride(1) != size:
         flat = flat.contiguous()
     return with_vectors(flat)
 
 
-@functools.lru_cache(maxsize=4096)
-def _checked(shapes: tuple[torch.Size, ...], dtypes: tuple[torch.dtype, ...], scale: float | None) -> _Call:
-    """A call's parameters and rows, from the shapes and dtypes of q, k, v and kv_cache."""
-    (q, k, v, cache), (dtype, k_dtype, v_dtype, cache_dtype) = shapes, dtypes
-    if len(cache) != 5 or cache[1] != 2:
-        raise ValueError(f"{OP}: kv_cache has shape {list(cache)}; legal: [pages, 2, Nkv, page_size, D]")
-    if dtype not in (torch.float16, torch.bfloat16):
-        raise TypeError(f"{OP}: q is {dtype}; legal: float16, bfloat16")
-    if cache_dtype not in (dtype, FP8):
-        raise TypeError(f"{OP}: kv_cache is {cache_dtype}; legal: q's {dtype} or float8_e4m3fn")
-    kv_heads, page_size, size = cache[2:]
+def _plan(
+    batch: Batch, scale: float | None, q: Tensor, k: Tensor, v: Tensor, kv_cache: Tensor, indices: Tensor,
+    positions: Tensor, indptr: Tensor, last: Tensor,
+) -> _Plan:  # fmt: skip
+    """Raises TypeError and ValueError for what does not fit together."""
+    if kv_cache.dim() != 5 or kv_cache.shape[1] != 2:
+        raise ValueError(f"{OP}: kv_cache has shape {shape(kv_cache)}; legal: [pages, 2, Nkv, page_size, D]")
+    if q.dtype not in (torch.float16, torch.bfloat16):
+        raise TypeError(f"{OP}: q is {q.dtype}; legal: float16, bfloat16")
+    if kv_cache.dtype not in (q.dtype, FP8):
+        raise TypeError(f"{OP}: kv_cache is {kv_cache.dtype}; legal: q's {q.dtype} or float8_e4m3fn")
+    kv_heads, page_size, size = kv_cache.shape[2:]
     if size not in (64, 128, 256):
         raise ValueError(
             f"{OP}: head size {size}; legal: 64, 128, 256; or call triton_attention_flattened_mha_with_cache"
         )
-    heads = Heads(check_tokens(OP, "q", q, q, size), kv_heads, size, size)
-    for name, shape, came in (("k", k, k_dtype), ("v", v, v_dtype)):
-        if check_tokens(OP, name, shape, q, size) != kv_heads or came != dtype:
-            raise ValueError(f"{OP}: {name} is {list(shape)} {came}; legal: {kv_heads} heads of size {size}, {dtype}")
+    heads = Heads(check_tokens(OP, "q", q.shape, q.shape, size), kv_heads, size, size)
+    for name, each in (("k", k), ("v", v)):
+        if check_tokens(OP, name, each.shape, q.shape, size) != kv_heads or each.dtype != q.dtype:
+            raise ValueError(
+                f"{OP}: {name} is {shape(each)} {each.dtype}; legal: {kv_heads} heads of size {size}, {q.dtype}"
+            )
     if kv_heads == 0 or heads.queries % kv_heads:
         raise ValueError(f"{OP}: {heads.queries} query heads over {kv_heads} KV heads; legal: a multiple")
-    tokens = q[0] * q[1]
-    parameters = _Parameters(heads, page_size, dtype, cache_dtype, default_scale(scale, size))
-    return _Call(parameters, tokens, (tokens, heads.queries, size), (tokens, kv_heads, size))
+    tokens, count = q.shape[0] * q.shape[1], batch.tokens
+    if count > tokens:
+        raise ValueError(f"{OP}: batch_info_host counts {count} tokens, q holds {tokens}")
+    return _Plan(
+        _parameters(heads, page_size, q.dtype, kv_cache.dtype, default_scale(scale, size)),
+        tokens,
+        ((count, heads.queries, size), (heads.queries * size, size, 1)),
+        ((count, kv_heads, size), (kv_heads * size, size, 1)),
+        all(each.is_contiguous() for each in (q, k, v, kv_cache)),
+        len(indices) == len(positions) == count and len(indptr) == len(last) + 1 == batch.sequences + 1,
+    )

@@ -74,7 +74,8 @@ class Planner:
     graphs: bool = False
     """Whether decode batches use wrappers that CUDA graphs can hold."""
     _wrappers: dict[tuple, Any] = field(default_factory=dict)
-    _planned: set[tuple] = field(default_factory=set)
+    _planned: dict[tuple, Any] = field(default_factory=dict)
+    """Those of the wrappers that hold this step's plan"""
     _replans: dict[tuple, Callable[[Pages], None]] = field(default_factory=dict)
 
     @functools.cached_property
@@ -91,7 +92,7 @@ class Planner:
 
     def current(self, key: tuple) -> Any:
         """The wrapper of `key` if it holds this step's plan, else None: what all layers but a step's first ask for."""
-        return self._wrappers[key] if key in self._planned else None
+        return self._planned.get(key)
 
     def decode_key(self, parameters: Hashable, sequences: int, page_count: int) -> tuple:
         """Decode batches share a wrapper; with `graphs` on, those of one size over one cache do."""
@@ -100,7 +101,7 @@ class Planner:
     def planned(self, key: tuple, create: Callable[[], Any], plan: Callable[[Any], None]) -> Any:
         """The wrapper of `key`, created at its first use and planned at its first use in a step."""
         if key in self._planned:
-            return self._wrappers[key]
+            return self._planned[key]
         if self._capturing():
             raise RuntimeError(
                 f"a FlashInfer plan for {key} is needed inside a CUDA graph capture, where none can be made; "
@@ -109,7 +110,7 @@ class Planner:
         if key not in self._wrappers:
             self._wrappers[key] = create()
         plan(self._wrappers[key])
-        self._planned.add(key)
+        self._planned[key] = self._wrappers[key]
         return self._wrappers[key]
 
     def planned_decode(
@@ -133,7 +134,7 @@ class Planner:
         found = [key for key in self._replans if key[-1] == pages.sequences and key[-2] >= count]
         for key in found:
             self._replans[key](pages)
-            self._planned.add(key)
+            self._planned[key] = self._wrappers[key]
         return len(found)
 
 

@@ -211,15 +211,16 @@ def _describe(q, k, v, k_cache, v_cache, sinks) -> _Shapes | None:
         if cache.stride(1) >= MOST_STRIDE:
             raise ValueError(f"{OP}: {name} {shape(cache)} has stride {cache.stride(1)} between positions; legal: less "
                              f"than {MOST_STRIDE}")  # fmt: skip
-    rows = [_row_strides(x, size) for x, size in ((q, heads.size), (k, heads.size), (v, heads.value_size))]
-    if None in rows:
+    found = [_row_strides(x, size) for x, size in ((q, heads.size), (k, heads.size), (v, heads.value_size))]
+    rows = tuple(row for row in found if row is not None)
+    if len(rows) < len(found):
         return None
     caches = tuple(_strides(cache.stride()[:3], cache.shape[:3]) for cache in (k_cache, v_cache))
     sizes = (heads.size, heads.value_size, tiles.power_of_two(heads.size), tiles.power_of_two(heads.value_size))
     dtypes = (q.dtype, k_cache.dtype, v_cache.dtype, None if sinks is None else sinks.dtype)
     tile = tiles.decode_tile(heads.group, heads.size, heads.value_size, q.element_size())
     same = (dtypes, *rows, caches, heads, tile)
-    return _Shapes(heads, q.shape[0] * q.shape[1], tuple(rows), caches, sizes, tile, same)
+    return _Shapes(heads, q.shape[0] * q.shape[1], rows, caches, sizes, tile, same)
 
 
 def _row_strides(tensor: torch.Tensor, size: int) -> tuple[int, ...] | None:
