@@ -1,9 +1,11 @@
-"""The documentation holds: its links lead somewhere, its commands parse, the files it names exist."""
+"""The documentation holds: links lead somewhere, commands parse, files that are named exist, examples run."""
 
 import fnmatch
 import importlib
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -78,3 +80,21 @@ def test_every_benchmark_and_result_is_listed():
     results = [path.name for path in (ROOT / "benchmarks" / "results").glob("*.json")]
     assert [program for program in programs if not any(program in text for text in listed)] == []
     assert [result for result in results if not any(fnmatch.fnmatch(result, text) for text in listed)] == []
+
+
+@pytest.mark.parametrize(
+    "example, word",
+    [
+        (
+            "plan_a_model.py benchmarks/shapes/gpt-oss-120b.json",
+            "rank 3 holds (25136, 2880) of model.embed_tokens.weight",
+        ),
+        ("operators.py", "tensor([8.0000, 8.0000, 8.0000, 8.0000])"),
+        ("collectives.py", "[0.0, 1.0, 2.0, 3.0, 4.0] [10.0, 10.0]"),
+    ],
+)
+def test_examples_run(example, word):
+    script, *words = example.split()
+    command = [sys.executable, f"examples/{script}", *words]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and word in done.stdout, done.stdout + done.stderr
