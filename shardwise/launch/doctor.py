@@ -28,7 +28,6 @@ PACKAGES = (
     "torch",
     "triton",
     "numpy",
-    "safetensors",
     "gguf",
     "tokenizers",
     "mpi4py",
