@@ -7,8 +7,8 @@
     arguments, compose,         its calls, the collectives with their checks, sums in rank order, control messages
     accumulate, control
     shm, segment, direct        transport `shm`: shared memory of one host
-    torch_dist, symmetric,      `gloo` and `nccl`; torch's symmetric memory; NCCL's registered windows
-    window
+    torch_dist, torch_group,    `gloo` and `nccl`, how their groups are made; torch's symmetric memory; NCCL's
+    symmetric, window           registered windows
     mpi, arrival                `mpi`, and how its ranks wait for each other with a deadline
     threads, fake               ranks as threads; one process that plays one rank
     p2p/                        `p2p` and `flashinfer`: all-reduce through the memory of the peers' GPUs

@@ -104,7 +104,7 @@ class _Request:
         """However these ranks can find each other."""
         deadlines = self.options["deadlines"]
         if self.process_group is not None:
-            from shardwise.comm.torch_dist import ProcessGroupRendezvous
+            from shardwise.comm.torch_group import ProcessGroupRendezvous
 
             return ProcessGroupRendezvous(self.process_group)
         if self.info.world == 1 and not self.speaks_mpi:

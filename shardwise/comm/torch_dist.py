@@ -10,9 +10,6 @@ where torch's watchdog holds the deadline.
 
 import atexit
 import contextlib
-import os
-import socket
-import threading
 import time
 from collections.abc import Sequence
 from datetime import timedelta
@@ -25,9 +22,10 @@ from torch import Tensor
 from shardwise.comm import compose, symmetric, watch, window
 from shardwise.comm.arguments import starts
 from shardwise.comm.base import CollectiveTimeout, CommError, NotHere, PeerLost
-from shardwise.comm.bootstrap import Rendezvous, TorchStore, own_address, require_reachable
+from shardwise.comm.bootstrap import Rendezvous, TorchStore
 from shardwise.comm.collective import BaseCommunicator
 from shardwise.comm.control import FRAME_BYTES, framed, unframed
+from shardwise.comm.torch_group import ProcessGroupRendezvous, leave, new_group, served_store, serves
 
 SLICE = timedelta(seconds=0.2)
 _gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -45,19 +43,6 @@ LOST_SIGNS = (
     "Broken pipe",
     "Socket closed",
 )
-
-
-class ProcessGroupRendezvous(Rendezvous):
-    """Through a torch.distributed group that somebody else made."""
-
-    def __init__(self, group: dist.ProcessGroup):
-        super().__init__(dist.get_rank(group), dist.get_process_group_ranks(group))
-        self.group = group
-
-    def gather(self, key: str, value: Any, timeout: float) -> list[Any]:
-        values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value, group=self.group)
-        return values
 
 
 class TorchDistCommunicator(BaseCommunicator):
@@ -95,7 +80,7 @@ class TorchDistCommunicator(BaseCommunicator):
     def join(cls, meeting: Rendezvous, backend: str, **options) -> "TorchDistCommunicator":
         """Group of `meeting`'s ranks; torch.distributed is initialised if it is not yet."""
         limit = options["deadlines"].rendezvous
-        store = _served_store(meeting, limit)
+        store = served_store(meeting, limit)
         owner = not dist.is_initialized()
         if owner:
             dist.init_process_group(
@@ -112,17 +97,17 @@ class TorchDistCommunicator(BaseCommunicator):
         communicator = cls(group, backend, store, **options)
         communicator._owner, communicator._own_group = owner, not owner
         if owner:
-            atexit.register(_leave, options["deadlines"].stop)
+            atexit.register(leave, options["deadlines"].stop)
         return communicator
 
     @classmethod
     def adopt(cls, group: dist.ProcessGroup, backend: str, **options) -> "TorchDistCommunicator":
         """Ride on `group`, which stays the caller's; where it is of another backend, on one of ours of its ranks."""
-        store = _served_store(ProcessGroupRendezvous(group), options["deadlines"].rendezvous)
+        store = served_store(ProcessGroupRendezvous(group), options["deadlines"].rendezvous)
         if serves(group, backend):
             return cls(group, backend, store, **options)
         ranks = dist.get_process_group_ranks(group)
-        communicator = cls(_new_group(ranks, backend), backend, store, **options)
+        communicator = cls(new_group(ranks, backend), backend, store, **options)
         communicator._own_group = True
         return communicator
 
@@ -295,7 +280,7 @@ class TorchDistCommunicator(BaseCommunicator):
 
     def _split(self, name: str, members: list[int], colors: list[int]) -> "TorchDistCommunicator":
         ranks = [self.ranks[i] for i in members]
-        group = _new_group(ranks, self.transport)
+        group = new_group(ranks, self.transport)
         control = None
         if self.control is not None:
             control = self.control.split_known(
@@ -334,51 +319,9 @@ class TorchDistCommunicator(BaseCommunicator):
             if healthy:
                 dist.destroy_process_group()
             else:
-                _leave(self.deadlines.stop)
-
-
-def serves(group: dist.ProcessGroup, backend: str) -> bool:
-    """True where `group` moves the tensors of `backend`'s device by `backend`: a group may have one for each device."""
-    device = "cuda" if backend == "nccl" else "cpu"
-    return f"{device}:{backend}" in dist.get_backend_config(group).split(",")
-
-
-def _new_group(ranks: Sequence[int], backend: str) -> dist.ProcessGroup:
-    """Called by its members alone."""
-    return dist.new_group(list(ranks), backend=backend, use_local_synchronization=True)
-
-
-def _leave(limit: float) -> None:
-    """At exit: gloo aborts a process that ends with its threads running. A broken group may not end: no longer wait."""
-    if dist.is_initialized():
-        leaving = threading.Thread(target=dist.destroy_process_group, daemon=True)
-        leaving.start()
-        leaving.join(limit)
+                leave(self.deadlines.stop)
 
 
 def _timed_out(error: Exception) -> bool:
     text = str(error).lower()
     return "timed out" in text or "timeout" in text
-
-
-def _served_store(meeting: Rendezvous, limit: float) -> TorchStore:
-    """A TCPStore that rank 0 serves on a port of the system's choice, told to the others by `meeting`."""
-    store = None
-    place = None
-    if meeting.rank == 0:
-        store = _tcp_store(_announced_address(meeting), 0, meeting.size, limit, serve=True)
-        place = (store.host, store.port)
-    facts = meeting.gather("tcp-store", (place, socket.gethostname()), limit)
-    (host, port), _ = facts[0]
-    require_reachable(host, [name for _, name in facts])
-    return TorchStore(store or _tcp_store(host, port, meeting.size, limit, serve=False))
-
-
-def _tcp_store(host: str, port: int, world: int, limit: float, *, serve: bool) -> dist.TCPStore:
-    return dist.TCPStore(host, port, world, serve, timeout=timedelta(seconds=limit), wait_for_workers=False)
-
-
-def _announced_address(meeting: Rendezvous) -> str:
-    """Where the first rank of `meeting` is reached: MASTER_ADDR, which is that of rank 0 of the world, else its own."""
-    given = os.environ.get("MASTER_ADDR") if meeting.ranks[0] == 0 else None
-    return given or own_address()

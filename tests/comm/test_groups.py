@@ -14,7 +14,7 @@ import types
 import pytest
 import torch
 
-from shardwise.comm import arrival, strategy, torch_dist, watch
+from shardwise.comm import arrival, strategy, torch_group, watch
 from shardwise.comm.base import STRATEGIES, CollectiveTimeout, CommError, NotHere
 from shardwise.comm.bootstrap import (
     FolderStore,
@@ -283,7 +283,7 @@ def test_a_process_group_of_another_backend_gets_a_gloo_group_beside_it():
 )
 def test_a_process_group_is_ridden_on_by_the_backend_of_the_device(monkeypatch, config, gloo, nccl):
     monkeypatch.setattr(torch.distributed, "get_backend_config", lambda group: config)
-    assert (torch_dist.serves(None, "gloo"), torch_dist.serves(None, "nccl")) == (gloo, nccl)
+    assert (torch_group.serves(None, "gloo"), torch_group.serves(None, "nccl")) == (gloo, nccl)
 
 
 class Singleton:

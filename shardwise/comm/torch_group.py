@@ -1,0 +1,67 @@
+"""Groups of torch.distributed: how one is met through, told its store, asked what it moves, made and left."""
+
+import os
+import socket
+import threading
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed as dist
+
+from shardwise.comm.bootstrap import Rendezvous, TorchStore, own_address, require_reachable
+
+
+class ProcessGroupRendezvous(Rendezvous):
+    """Through a torch.distributed group that somebody else made."""
+
+    def __init__(self, group: dist.ProcessGroup):
+        super().__init__(dist.get_rank(group), dist.get_process_group_ranks(group))
+        self.group = group
+
+    def gather(self, key: str, value: Any, timeout: float) -> list[Any]:
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=self.group)
+        return values
+
+
+def served_store(meeting: Rendezvous, limit: float) -> TorchStore:
+    """A TCPStore that rank 0 serves on a port of the system's choice, told to the others by `meeting`."""
+    store = None
+    place = None
+    if meeting.rank == 0:
+        store = _tcp_store(_announced_address(meeting), 0, meeting.size, limit, serve=True)
+        place = (store.host, store.port)
+    facts = meeting.gather("tcp-store", (place, socket.gethostname()), limit)
+    (host, port), _ = facts[0]
+    require_reachable(host, [name for _, name in facts])
+    return TorchStore(store or _tcp_store(host, port, meeting.size, limit, serve=False))
+
+
+def _tcp_store(host: str, port: int, world: int, limit: float, *, serve: bool) -> dist.TCPStore:
+    return dist.TCPStore(host, port, world, serve, timeout=timedelta(seconds=limit), wait_for_workers=False)
+
+
+def _announced_address(meeting: Rendezvous) -> str:
+    """Where the first rank of `meeting` is reached: MASTER_ADDR, which is that of rank 0 of the world, else its own."""
+    given = os.environ.get("MASTER_ADDR") if meeting.ranks[0] == 0 else None
+    return given or own_address()
+
+
+def serves(group: dist.ProcessGroup, backend: str) -> bool:
+    """True where `group` moves the tensors of `backend`'s device by `backend`: a group may have one for each device."""
+    device = "cuda" if backend == "nccl" else "cpu"
+    return f"{device}:{backend}" in dist.get_backend_config(group).split(",")
+
+
+def new_group(ranks: Sequence[int], backend: str) -> dist.ProcessGroup:
+    """Called by its members alone."""
+    return dist.new_group(list(ranks), backend=backend, use_local_synchronization=True)
+
+
+def leave(limit: float) -> None:
+    """At exit: gloo aborts a process that ends with its threads running. A broken group may not end: no longer wait."""
+    if dist.is_initialized():
+        leaving = threading.Thread(target=dist.destroy_process_group, daemon=True)
+        leaving.start()
+        leaving.join(limit)
