@@ -37,7 +37,7 @@ def text_report(plan: Plan, cost: "Cost | None" = None) -> str:
 def _imbalance(plan: Plan) -> str:
     return (
         f"\nimbalance: the fullest rank holds {plan.imbalance:.2%} more than the average"
-        if plan.layout.world > 1
+        if plan.imbalance >= 5e-5  # else it reads 0.00%
         else ""
     )
 
