@@ -14,7 +14,6 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
-from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol, Unpack
 
 from shardwise.comm.rank import RankInfo
@@ -61,19 +60,20 @@ class LLM:
     attn_dp, moe_tp, ep   the other sizes of the grid: tp * attn_dp = world = moe_tp * ep
     launcher    local, torchrun, mpi or ray starts the ranks; inside torchrun or mpirun leave it at None
     dtype       auto (float32 on the CPU, bfloat16 on GPUs), float32, bfloat16, float16
-    weights     auto, dequantised, or native: GGUF's 4- and 8-bit blocks stay as they are (CPU)
+    weights     dequantised, or native: quantised weights stay packed where a layer can compute with them (GGUF's 4- and
+                8-bit blocks on the CPU, MXFP4 experts on GPUs); auto: native on GPUs where possible
     device      auto, cpu or cuda
-    cache_tokens   tokens that the KV cache holds; default: room for what is asked for, on a GPU what the weights leave
-    request_tokens of the longest request that is to come, prompt and answer; a GPU or host that has no room for its
-                cache beside the weights is then refused before they are read
-    decode      which code runs steps of single tokens: auto, graphs, fused or layers
-    attention   whose kernels attend to prompts on a GPU: auto, triton, flashinfer or torch
+    cache_tokens   size of the KV cache in tokens; default: sized for each call, on a GPU what the weights leave
+    request_tokens length of the longest request to come, prompt and answer: where its cache does not fit beside the
+                weights, the model is refused before they are read
+    decode      what runs decode steps: graphs (CUDA graphs), fused (the same kernels one by one), layers, or auto
+    attention   attention kernels for prompts on a GPU: auto, triton, flashinfer or torch
     transport   one of `shardwise.parallel.options.RUN_TRANSPORTS`
     plan        a file that `shardwise plan --json FILE` wrote: its layout is run, and another checkpoint refused
     trace       a folder for a Chrome trace of each rank's first steps
     on_progress called with (bytes read, bytes to read) of rank 0 while the weights load
     debug       tracebacks in the report of a failure
-    Raises TypeError for an unknown option, ValueError for an unknown word and for a layout that does not fit the model
+    Raises TypeError for an unknown option, ValueError for an illegal value and for a layout that does not fit the model
     or the launcher's world, FileNotFoundError for a missing model, JobFailed when a rank fails.
     """
 
@@ -112,7 +112,8 @@ class LLM:
     ) -> list[Completion]:
         """Completions in the order of the prompts. A prompt is raw text, token ids, or a list of chat messages.
 
-        TypeError for what is no prompt or no SamplingParams, ValueError for a prompt that has no room.
+        TypeError for what is no prompt or no SamplingParams, ValueError for a prompt that has no room or that the chat
+        template refuses.
         """
         for _ in self.stream(prompts, params):
             pass
@@ -188,6 +189,7 @@ class ParentExecutor:
         self._closed = False
         atexit.register(self.close)  # before the keeper's thread ends with the interpreter
         try:
+            self._tokenizer = self._read_tokenizer()  # while the ranks start
             self._load(deadlines.load, on_progress)
         except BaseException:
             self.abort()
@@ -207,26 +209,25 @@ class ParentExecutor:
         self._capacity = ready[0]["capacity"]
 
     def stream(self, prompts: Sequence[Any], params: Sequence[SamplingParams]) -> Iterator[TokenEvent | Answer]:
-        self._refuse_unfit(prompts, params)
+        ids = self._encoded(prompts, params)
         if self._supervisor.ended:
             raise RuntimeError("the ranks of this LLM have ended, after a failure or a close: make a new one")
         for _ in self._items or ():  # what a caller that left the last stream early did not take
             pass
         self._stats = self.stats()
         wanted = [params_to_json(each) for each in params]
-        self._supervisor.send({"command": "generate", "prompts": list(prompts), "params": wanted})
+        self._supervisor.send({"command": "generate", "prompts": ids, "params": wanted})
         self._items = _Items(self._supervisor, self._silence)
         yield from self._items
 
-    def _refuse_unfit(self, prompts: Sequence[Any], params: Sequence[SamplingParams]) -> None:
+    def _encoded(self, prompts: Sequence[Any], params: Sequence[SamplingParams]) -> list[list[int]]:
         """ValueError here; in the ranks it would end them."""
-        from shardwise.parallel.prompts import Room, refuse_unfit
+        from shardwise.parallel.prompts import Room, fitting
 
         room = Room(self._model.vocab, self._model.max_positions, self._capacity)
-        refuse_unfit(prompts, [each.max_new_tokens for each in params], lambda: self._tokenizer, room)
+        return fitting(prompts, [each.max_new_tokens for each in params], self._tokenizer, room)
 
-    @cached_property
-    def _tokenizer(self) -> "Tokenizer | IdTokenizer":
+    def _read_tokenizer(self) -> "Tokenizer | IdTokenizer":
         from shardwise.parallel.tokenizer import load_tokenizer
 
         return load_tokenizer(checkpoint_of(self._config))

@@ -115,7 +115,6 @@ class Session:
                 device=self.device,
                 on_progress=self._progress(),
             )
-            _ = self.engine.tokenizer  # read once here, not at the first prompt
             world.barrier()
 
     def stream(self, prompts: Sequence[Any], params: Sequence[SamplingParams]) -> Iterator[TokenEvent | Answer]:

@@ -33,7 +33,7 @@ from shardwise.parallel.runner import Launched, Runner
 from shardwise.parallel.sampler import SamplingParams
 from shardwise.parallel.scheduler import Request, Scheduler, Step
 from shardwise.parallel.sizing import activation_bytes, pages_for
-from shardwise.parallel.tokenizer import IdTokenizer, Tokenizer, load_tokenizer
+from shardwise.parallel.tokenizer import load_tokenizer
 from shardwise.parallel.trace import DECODE, PREFILL, SAMPLE, SCHEDULE, span
 from shardwise.parallel.weight_form import WeightForm
 from shardwise.parallel.weights import Progress, Weights
@@ -82,7 +82,6 @@ class Engine:
         request_tokens: int = 1,
         on_progress: Progress | None = None,
     ):
-        started = time.perf_counter()
         if plan.layout.world != groups.world.size:
             raise ValueError(f"the plan is for {plan.layout.world} ranks, the job has {groups.world.size}")
         self.plan, self.groups, self.cache_tokens = plan, groups, cache_tokens
@@ -95,6 +94,8 @@ class Engine:
         kernels = self.device.type == "cuda" or decode in KERNEL_PATHS
         require_page(cache_tokens, "cuda" if kernels else "cpu")
         self._form = WeightForm.choose(weights, plan.model, self.dtype, self.device, kernels=kernels)
+        self.tokenizer = load_tokenizer(self.checkpoint)
+        started = time.perf_counter()
         self._require_room(request_tokens)
         source = Weights(
             self.checkpoint,
@@ -115,10 +116,6 @@ class Engine:
         self.cache: KvCache | None = None
         self._running = False
         self._load_seconds = time.perf_counter() - started
-
-    @cached_property
-    def tokenizer(self) -> Tokenizer | IdTokenizer:
-        return load_tokenizer(self.checkpoint)
 
     @property
     def decode_path(self) -> str:

@@ -1,6 +1,6 @@
 """What a model can be asked: texts, token ids or conversations, as ids, and whether they fit. Needs no torch."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral
 from typing import cast
@@ -9,8 +9,6 @@ from shardwise.parallel.tokenizer import IdTokenizer, Tokenizer
 
 Prompt = str | Sequence[int] | Sequence[dict[str, str]]
 """Raw text, token ids, or a conversation of {"role", "content"} messages that the chat template formats."""
-TEMPLATE_TOKENS = 512
-"""What chat templates put around a conversation at most, to be on the safe side: gpt-oss, among the longest, 100."""
 
 
 def checked(number: int, prompt: object) -> Prompt:
@@ -70,26 +68,14 @@ def require_fit(number: int, ids: Sequence[int], new: int, room: Room) -> None:
         )
 
 
-def refuse_unfit(
-    prompts: Sequence[Prompt], new: Sequence[int], tokenizer: Callable[[], Tokenizer | IdTokenizer], room: Room
-) -> None:
-    """`require_fit` of each, for a process without the model: texts that surely fit need no tokenizer."""
-    for number, (prompt, count) in enumerate(zip(prompts, new, strict=True)):
-        if not surely_fits(prompt, count, room):
-            require_fit(number, encode(prompt, tokenizer()), count, room)
-
-
-def surely_fits(prompt: Prompt, new: int, room: Room) -> bool:
-    """Of texts: a token is a byte at least."""
-    if isinstance(prompt, str):
-        size = len(prompt.encode())
-    elif _is_conversation(prompt):
-        size = sum(len(str(part).encode()) for message in prompt for part in cast(dict, message).values())
-    else:
-        return False  # ids, which need no tokenizer
-    most = size + TEMPLATE_TOKENS
-    in_context = not room.context or most < room.context
-    return size > 0 and in_context and (room.cache is None or room.longest(most, new) <= room.cache)
+def fitting(
+    prompts: Sequence[Prompt], new: Sequence[int], tokenizer: Tokenizer | IdTokenizer, room: Room
+) -> list[list[int]]:
+    """Ids of each prompt. Errors as of `encode` and `require_fit`; `new` counts each answer's tokens."""
+    found = [encode(prompt, tokenizer) for prompt in prompts]
+    for number, (ids, count) in enumerate(zip(found, new, strict=True)):
+        require_fit(number, ids, count, room)
+    return found
 
 
 def _is_message(part: object) -> bool:

@@ -1,6 +1,6 @@
 """Text to token ids and back, from GGUF metadata or a Hugging Face folder. Needs no transformers and no torch."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,12 +40,8 @@ class Tokenizer:
         return self._backend.decode(list(ids), skip_special_tokens=True)
 
     def encode_chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
-        """Ids of a conversation (`{"role", "content"}` each) up to where the assistant answers.
-
-        ValueError when the model has no chat template.
-        """
-        if self.chat_template is None:
-            raise ValueError("this model has no chat template: pass the prompt as raw text (--raw)")
+        """Ids of a conversation (`{"role", "content"}` each) up to where the assistant answers. Errors as of
+        `render_chat`."""
         tokens = {"bos_token": self._token(self.bos_id), "eos_token": self._token(next(iter(self.stop_ids), None))}
         return self.encode(render_chat(self.chat_template, messages, **tokens), special=False)
 
@@ -92,6 +88,31 @@ def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer | IdTokenizer:
     return _from_gguf(checkpoint.gguf) if checkpoint.gguf is not None else _from_folder(checkpoint)
 
 
+def chat_template(checkpoint: Checkpoint) -> str | None:
+    """The Jinja program that comes with a checkpoint. CheckpointError where it is no text."""
+    if checkpoint.gguf is not None:
+        return _template(
+            checkpoint.gguf.metadata.get("tokenizer.chat_template"), f"{checkpoint.path}: tokenizer.chat_template"
+        )
+    file, settings = checkpoint.path / "chat_template.jinja", checkpoint.path / "tokenizer_config.json"
+    if not file.is_file():
+        return _template(_read_json(settings).get("chat_template"), f"{settings}: chat_template")
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{file}: is no UTF-8 text: {error.reason} at byte {error.start}") from None
+
+
+def _template(value: Any, source: str) -> str | None:
+    """A template, or the default one of several that have names."""
+    if isinstance(value, list):
+        named = {each.get("name"): each.get("template") for each in value if isinstance(each, dict)}
+        value = named.get("default")
+    if value is not None and not isinstance(value, str):
+        raise CheckpointError(f"{source} is {value!r:.60}, expected a text")
+    return value
+
+
 _GPT2_WORDS = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
 
 
@@ -124,14 +145,26 @@ def _from_gguf(file: GgufFile) -> Tokenizer:
             f"{file.path}: tokenizer.ggml.model {kind!r} with tokenizer.ggml.pre {words!r} is not supported; "
             f"supported: 'gpt2' with {', '.join(_PRE_TOKENIZERS)}"
         )
+    try:
+        backend, bos = _gguf_backend(meta, words)
+    except Exception as error:  # the library raises no narrower one
+        raise CheckpointError(f"{file.path}: tokenizer.ggml.* make no tokenizer: {error}") from None
+    stops = (meta.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom"))
+    return Tokenizer(
+        backend,
+        bos_id=bos,
+        stop_ids=tuple(dict.fromkeys(i for i in stops if i is not None)),
+        chat_template=_template(meta.get("tokenizer.chat_template"), f"{file.path}: tokenizer.chat_template"),
+    )
+
+
+def _gguf_backend(meta: Mapping[str, Any], words: str) -> tuple[Backend, int | None]:
+    """The library's tokenizer, and the id that begins a text."""
     tokens = meta.get("tokenizer.ggml.tokens", [])
     types = meta.get("tokenizer.ggml.token_type", [_NORMAL] * len(tokens))
     merges = [tuple(merge.split(" ", 1)) for merge in meta.get("tokenizer.ggml.merges", [])]
     vocabulary = {token: i for i, token in enumerate(tokens)}
-    try:
-        backend = Backend(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=words == "llama-bpe"))
-    except Exception as error:  # the library raises no narrower one
-        raise CheckpointError(f"{file.path}: tokenizer.ggml.tokens and .merges do not fit: {error}") from None
+    backend = Backend(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=words == "llama-bpe"))
     backend.pre_tokenizer = _PRE_TOKENIZERS[words]()
     backend.decoder = decoders.ByteLevel()
     marked = [(token, kind) for token, kind in zip(tokens, types, strict=True) if kind in (_CONTROL, _USER_DEFINED)]
@@ -140,13 +173,7 @@ def _from_gguf(file: GgufFile) -> Tokenizer:
     bos = meta.get("tokenizer.ggml.bos_token_id")
     if meta.get("tokenizer.ggml.add_bos_token", words == "llama-bpe") and bos is not None:
         _prepend(backend, tokens[bos], bos)
-    stops = (meta.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom"))
-    return Tokenizer(
-        backend,
-        bos_id=bos,
-        stop_ids=tuple(dict.fromkeys(i for i in stops if i is not None)),
-        chat_template=meta.get("tokenizer.chat_template"),
-    )
+    return backend, bos
 
 
 def _prepend(backend: Backend, token: str, token_id: int) -> None:
@@ -164,17 +191,15 @@ def _from_folder(checkpoint: Checkpoint) -> Tokenizer:
         backend = Backend.from_file(str(file))
     except Exception as error:  # the library raises nothing narrower
         raise CheckpointError(f"{file}: the tokenizers library cannot read it: {error}") from None
-    settings = _read_json(folder / "tokenizer_config.json")
-    named = {name: _content(settings.get(name)) for name in ("bos_token", "eos_token")}
-    stops: list[int | None] = _eos_ids(_read_json(folder / "generation_config.json")) or _eos_ids(checkpoint.config)
-    if named["eos_token"] is not None:
-        stops = [*stops, backend.token_to_id(named["eos_token"])]
-    template_file = folder / "chat_template.jinja"
+    settings = folder / "tokenizer_config.json"
+    bos, eos = (_id_of(backend, settings, name) for name in ("bos_token", "eos_token"))
+    generation = folder / "generation_config.json"
+    stops = _eos_ids(_read_json(generation), generation) or _eos_ids(checkpoint.config, folder / "config.json")
     return Tokenizer(
         backend,
-        bos_id=backend.token_to_id(named["bos_token"]) if named["bos_token"] is not None else None,
-        stop_ids=tuple(dict.fromkeys(i for i in stops if i is not None)),
-        chat_template=template_file.read_text() if template_file.is_file() else _default_template(settings),
+        bos_id=bos,
+        stop_ids=tuple(dict.fromkeys(stops if eos is None else [*stops, eos])),
+        chat_template=chat_template(checkpoint),
     )
 
 
@@ -182,18 +207,18 @@ def _read_json(path: Path) -> dict[str, Any]:
     return read_json(path, dict, "one JSON object") if path.is_file() else {}
 
 
-def _content(token: Any) -> str | None:
-    """A special token is a string or an object with the field `content`."""
-    return token.get("content") if isinstance(token, dict) else token
+def _id_of(backend: Backend, settings: Path, name: str) -> int | None:
+    """Of a special token, which is a text or an object with the text as `content`."""
+    token = _read_json(settings).get(name)
+    text = token.get("content") if isinstance(token, dict) else token
+    if text is not None and not isinstance(text, str):
+        raise CheckpointError(f"{settings}: {name} is {token!r:.60}, expected a text or an object with one")
+    return None if text is None else backend.token_to_id(text)
 
 
-def _eos_ids(config: dict[str, Any]) -> list[int | None]:
-    ids = config.get("eos_token_id")
-    return [] if ids is None else list(ids) if isinstance(ids, list) else [ids]
-
-
-def _default_template(settings: dict[str, Any]) -> str | None:
-    template = settings.get("chat_template")
-    if isinstance(template, list):  # several named templates
-        template = next((t["template"] for t in template if t.get("name") == "default"), None)
-    return template
+def _eos_ids(config: Mapping[str, Any], source: Path) -> list[int]:
+    value = config.get("eos_token_id")
+    ids = [] if value is None else value if isinstance(value, list) else [value]
+    if not all(isinstance(i, int) for i in ids):
+        raise CheckpointError(f"{source}: eos_token_id is {value!r:.60}, expected a token id or a list of them")
+    return ids

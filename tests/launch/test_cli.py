@@ -179,6 +179,15 @@ def test_a_prompt_longer_than_the_context_is_one_sentence_before_ranks_start(mon
     assert err.startswith("shardwise: error: prompt 0 has 90") and "context holds 8192" in err and err.count("\n") == 1
 
 
+@pytest.mark.parametrize("template", [None, "{% for %}", "{{ raise_exception('not today') }}", "{{ messages.x.y }}"])
+def test_a_template_that_makes_no_prompt_is_one_sentence_before_ranks_start(monkeypatch, capfd, template):
+    monkeypatch.setattr("shardwise.launch.llm.ParentExecutor", None)
+    monkeypatch.setattr("shardwise.parallel.tokenizer.chat_template", lambda checkpoint: template)
+    assert main(["run", "smollm2", "--tp", "2"]) == 1
+    err = capfd.readouterr().err
+    assert err.startswith("shardwise: error: ") and "chat template" in err and err.count("\n") == 1
+
+
 def test_a_cache_too_small_for_the_prompt_is_one_sentence_before_ranks_start(monkeypatch, capfd):
     monkeypatch.setattr("shardwise.launch.llm.ParentExecutor", None)
     assert main(["run", "smollm2", "--cache-tokens", "32", "--max-new-tokens", "100"]) == 1

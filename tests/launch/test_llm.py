@@ -10,6 +10,7 @@ import pytest
 
 from shardwise import LLM, SamplingParams
 from shardwise.launch.job import JobFailed
+from shardwise.sharding.checkpoint.header import CheckpointError
 
 BIN = Path(sys.executable).parent
 GREEDY = SamplingParams(max_new_tokens=8)
@@ -86,6 +87,31 @@ def test_what_is_no_prompt_is_a_type_error_and_the_ranks_stay(llm, prompts, para
     with pytest.raises(TypeError, match=text):
         llm.generate(prompts, params)
     assert llm.generate(["The capital of France is"], GREEDY)[0].text.lstrip().startswith("Paris")
+
+
+@pytest.mark.parametrize(
+    "template, text",
+    [
+        ("{{ raise_exception('users only') }}", "chat template: users only"),
+        ("{{ messages + 1 }}", "chat template: TypeError: can only concatenate list"),
+        ("{% for %}", "chat template: TemplateSyntaxError: "),
+        (None, "this model has no chat template: pass the prompt as raw text"),
+    ],
+)
+def test_a_conversation_that_the_template_refuses_is_a_value_error_and_the_ranks_stay(llm, monkeypatch, template, text):
+    monkeypatch.setattr(llm._executor._tokenizer, "chat_template", template)
+    with pytest.raises(ValueError, match=text):
+        llm.generate([[{"role": "user", "content": "Hi"}]], GREEDY)
+    assert llm.generate(["The capital of France is"], GREEDY)[0].text.lstrip().startswith("Paris")
+
+
+def test_a_tokenizer_that_cannot_be_read_is_told_by_the_parent(monkeypatch):
+    def unreadable(checkpoint):
+        raise CheckpointError("tokenizer.json: no tokenizer")
+
+    monkeypatch.setattr("shardwise.parallel.tokenizer.load_tokenizer", unreadable)
+    with pytest.raises(CheckpointError, match="tokenizer.json: no tokenizer"):
+        LLM("smollm2", **QUICK)
 
 
 def test_a_request_larger_than_the_cache_is_refused_and_the_ranks_stay():

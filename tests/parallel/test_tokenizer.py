@@ -1,5 +1,7 @@
 import json
 import random
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from tokenizers import Tokenizer as Backend
@@ -111,6 +113,42 @@ def test_broken_settings_of_a_tokenizer_are_named_by_their_file(folder):
         load(folder)
 
 
+@pytest.mark.parametrize(
+    "file, content, text",
+    [
+        ("tokenizer_config.json", {"bos_token": 5}, "tokenizer_config.json: bos_token is 5, expected a text"),
+        ("tokenizer_config.json", {"eos_token": {"content": []}}, "eos_token is {'content': ..}, expected a text"),
+        ("tokenizer_config.json", {"chat_template": 5}, "tokenizer_config.json: chat_template is 5, expected a text"),
+        ("generation_config.json", {"eos_token_id": ["a"]}, "generation_config.json: eos_token_id is .'a'., expected"),
+        ("config.json", {"eos_token_id": "a"}, "config.json: eos_token_id is 'a', expected a token id or a list"),
+        ("chat_template.jinja", b"\xff", "chat_template.jinja: is no UTF-8 text: invalid start byte at byte 0"),
+    ],
+)
+def test_settings_of_a_wrong_type_are_named_by_file_and_field(folder, file, content, text):
+    (folder / file).write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
+    with pytest.raises(CheckpointError, match=text):
+        load(folder, content if file == "config.json" else None)
+
+
+@pytest.mark.parametrize(
+    "templates, found",
+    [
+        ([{"name": "tool_use", "template": "x"}, {"name": "default", "template": "ab"}], "ab"),
+        ([{"name": "default"}], None),
+    ],
+)
+def test_of_several_templates_the_default_one_counts(folder, templates, found):
+    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": templates}))
+    assert load(folder).chat_template == found
+
+
+def test_a_gguf_file_whose_tokens_do_not_fit_together_is_named():
+    meta = {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.tokens": ["a", "b"], "tokenizer.ggml.token_type": [1]}
+    checkpoint = Checkpoint("x", Path("x.gguf"), {}, SimpleNamespace(path=Path("x.gguf"), metadata=meta))
+    with pytest.raises(CheckpointError, match="x.gguf: tokenizer.ggml.* make no tokenizer: "):
+        load_tokenizer(checkpoint)
+
+
 def test_a_folder_without_tokenizer_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match="tokenizer.json is missing"):
         load(tmp_path)
@@ -119,8 +157,13 @@ def test_a_folder_without_tokenizer_is_refused(tmp_path):
 def test_templates_run_in_a_sandbox_and_speak_for_themselves():
     with pytest.raises(ValueError, match="chat template: roles must alternate"):
         render_chat("{{ raise_exception('roles must alternate') }}", CHAT)
-    with pytest.raises(ValueError, match="chat template"):
+    with pytest.raises(ValueError, match="chat template: SecurityError"):
         render_chat("{{ messages.__class__.__mro__ }}", CHAT)
-    with pytest.raises(ValueError, match="chat template"):
+    with pytest.raises(ValueError, match="chat template: TemplateSyntaxError"):
         render_chat("{% for %}", CHAT)
+    with pytest.raises(ValueError, match="chat template: ZeroDivisionError: division by zero"):
+        render_chat("{{ 1 / 0 }}", CHAT)
+    with pytest.raises(ValueError, match="no chat template"):
+        render_chat(None, CHAT)
+    assert render_chat("a{% generation %}{{ 1 }}b{% endgeneration %}c", CHAT) == "a1bc"
     assert render_chat("{{ messages[1].content | tojson }}", CHAT) == '"Hi <b>&</b> 你好"'

@@ -7,7 +7,6 @@ and rank 0 speaks.
 import argparse
 import json
 import sys
-from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,7 +26,7 @@ if TYPE_CHECKING:
 
 DEFAULT_PROMPT = "Name three primary colors."
 SHORT = 1024
-"""Bytes of a prompt that every model has room for, so that nothing need be read to know."""
+"""Bytes of a prompt that every model has room for, so that no tokenizer need be read to know."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,14 +40,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     text.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="default 128")
     text.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 (default): greedy")
     text.add_argument(
-        "--top-p", type=float, default=1.0, metavar="P", help="draw from the likeliest tokens that make up P"
+        "--top-p", type=float, default=1.0, metavar="P", help="sample from the most likely tokens that sum to P"
     )
     text.add_argument(
-        "--top-k", type=int, default=0, metavar="K", help="draw from the K likeliest tokens (default: all)"
+        "--top-k", type=int, default=0, metavar="K", help="sample from the K most likely tokens (default: all)"
     )
-    text.add_argument("--seed", type=int, metavar="S", help="of the draws (default: a new one)")
+    text.add_argument("--seed", type=int, metavar="S", help="of sampling (default: a new one)")
     text.add_argument("--stop", action="append", default=[], metavar="TEXT", help="text that ends an answer")
-    text.add_argument("--ignore-eos", action="store_true", help="go on behind the model's own end of text")
+    text.add_argument("--ignore-eos", action="store_true", help="do not stop at the model's own end-of-text tokens")
     add_forms(text)
     text.add_argument("--trace", metavar="DIR", help="write a Chrome trace of each rank's first steps there")
     add_json(text)
@@ -79,8 +78,7 @@ def _generate(
     from shardwise.launch.llm import LLM
     from shardwise.launch.progress import LoadProgress
 
-    prompts = texts if args.raw else [[{"role": "user", "content": text}] for text in texts]
-    _refuse_unfit(config, prompts, texts, params.max_new_tokens)
+    prompts = _checked_prompts(config, texts, args.raw, params.max_new_tokens)
     with LoadProgress(sys.stderr, enabled=speaks) as progress:
         llm = LLM(
             config.model,
@@ -102,18 +100,25 @@ def _generate(
             write_json(result, args.json)
 
 
-def _refuse_unfit(config: "ModelConfig", prompts: "Sequence[Prompt]", texts: list[str], new: int) -> None:
-    """ValueError for a prompt that the context or the cache cannot hold, before any rank starts."""
-    if config.cache_tokens is None and all(0 < len(text.encode()) <= SHORT for text in texts):
-        return
-    from shardwise.parallel.prompts import Room, refuse_unfit
-    from shardwise.parallel.tokenizer import load_tokenizer
-    from shardwise.sharding.checkpoint.resolve import open_checkpoint
-    from shardwise.sharding.plan import plan
+def _checked_prompts(config: "ModelConfig", texts: list[str], raw: bool, new: int) -> "list[Prompt]":
+    """The prompts of these texts. ValueError, before any rank starts, for one that the model's chat template refuses,
+    or that its context or the cache cannot hold."""
+    from shardwise.launch.model_config import checkpoint_of, plan_of
+    from shardwise.parallel.chat import render_chat
+    from shardwise.parallel.prompts import Room, fitting
+    from shardwise.parallel.tokenizer import chat_template, load_tokenizer
 
-    spec = plan(config.model).model
-    room = Room(spec.vocab, spec.max_positions, config.cache_tokens)
-    refuse_unfit(prompts, [new] * len(prompts), lambda: load_tokenizer(open_checkpoint(config.model)), room)
+    model, checkpoint = plan_of(config).model, checkpoint_of(config)
+    chats = [[{"role": "user", "content": text}] for text in texts]
+    prompts: list[Prompt] = [*texts] if raw else [*chats]
+    if config.cache_tokens is not None or not all(0 < len(text.encode()) <= SHORT for text in texts):
+        room = Room(model.vocab, model.max_positions, config.cache_tokens)
+        fitting(prompts, [new] * len(prompts), load_tokenizer(checkpoint), room)
+    elif not raw:
+        template = chat_template(checkpoint)
+        for chat in chats:
+            render_chat(template, chat, bos_token="", eos_token="")
+    return prompts
 
 
 def _result(llm: "LLM") -> dict:
