@@ -145,7 +145,8 @@ class _Place:
         weights, cache, work = (sum(getattr(n, part) for n in self.needs) for part in ("weights", "cache", "work"))
         return (
             f"{_gib(weights)} of weights ({holding.form.reason}), {_gib(cache)} of cache for {holding.tokens} tokens "
-            f"and {_gib(work)} for activations and workspaces, but {self.name} has {_gib(self.free)} of {_gib(self.total)} free"
+            f"and {_gib(work)} for activations and workspaces, but {self.name} has {_gib(self.free)} of "
+            f"{_gib(self.total)} free"
         )
 
 
