@@ -1,7 +1,7 @@
-"""One-row products of the CPU's decode step: out = factor * (x * norm) W^T, from and into places that stay.
+"""One-row products of the CPU's decode step: out = factor * (x * norm) W^T, from and into buffers made once.
 
-Both kinds take the factor of a norm for nothing: a panel product as the factor of its sum, a block product where it
-rounds its input.
+The factor of a norm costs neither kind an operation: a panel product scales its sum by it, a block product applies it
+where it rounds its input.
 """
 
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from shardwise.parallel.block_linear import BlockLinear
 from shardwise.parallel.layers import Linear, LinearLike, Norm
 
 Product = Callable[[float, Tensor], None]
-"""Called with the factor and the result's place, which has `product_shape` of the layer."""
+"""Called with the factor and the output buffer, which has `product_shape` of the layer."""
 
 
 def product_shape(linear: LinearLike) -> tuple[int, ...]:

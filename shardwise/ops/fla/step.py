@@ -1,4 +1,4 @@
-"""What surrounds fla's chunked kernels, and the decode step: launches without a look at device memory."""
+"""What surrounds fla's chunked kernels, and the decode step: launches; the host reads no device memory."""
 
 from typing import NamedTuple
 

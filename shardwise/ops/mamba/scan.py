@@ -1,4 +1,4 @@
-"""Launches of the state-space kernels over a flat batch, without a look at device memory."""
+"""Launches of the state-space kernels over a flat batch; the host reads no device memory."""
 
 from typing import NamedTuple
 
