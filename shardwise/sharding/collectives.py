@@ -28,7 +28,8 @@ class Collective:
     axis: str
     """Mesh axis, or `world`."""
     bytes_per_token: int
-    """Payload of one token on one rank: the reduced vector, the gathered vector, the dispatched hidden states."""
+    """Payload of one token on one rank: the reduced vector, the gathered vector, the dispatched hidden states with
+    their choices. 0: a few bytes, however many tokens there are."""
     count: int
     """Times in one forward pass."""
 
@@ -83,9 +84,11 @@ def _experts(moe: Moe, layout: ParallelLayout, hidden: int, itemsize: int) -> It
         width = moe.latent * itemsize if moe.latent else hidden
         copies = min(moe.routing.top_k, layout.moe_ep)
         there = copies * (width + moe.routing.top_k * CHOICE_BYTES)
+        yield Collective("moe_counts", "all_to_all", "moe_ep", 0, 1)
         yield Collective("moe_dispatch", "all_to_all", "moe_ep", -(-there // layout.tp), 1)
         yield Collective("moe_combine", "all_to_all", "moe_ep", -(-copies * width // layout.tp), 1)
     else:
+        yield Collective("moe_counts", "all_gather", "attn_dp", 0, 1)
         yield Collective("moe_dispatch", "all_gather", "attn_dp", hidden, 1)
         yield Collective("moe_combine", "reduce_scatter", "world", hidden, 1)
     if layout.tp > 1:
