@@ -19,8 +19,9 @@ Tensors = tuple[torch.Tensor, ...]
 Value = TypeVar("Value")
 KEPT = 4096
 """Values of one operator; prompts come in many lengths."""
-view: Callable[[torch.Tensor, tuple[int, ...], tuple[int, ...]], torch.Tensor] = _reinterpret_tensor
-"""(tensor, sizes, strides) -> the same memory from the same beginning; nothing is checked, gradients are not passed."""
+view: Callable[..., torch.Tensor] = _reinterpret_tensor
+"""(tensor, sizes, strides, elements behind its beginning = 0) -> the same memory as another tensor; nothing is checked,
+gradients do not pass."""
 
 
 def taken_as_given(taken: Tensors, given: Tensors) -> bool:

@@ -95,6 +95,27 @@ def test_operator_equals_reference(name, quantised):
         torch.testing.assert_close(cpu.gather(both, i), cache[i, :total].float())
 
 
+@runs_anywhere
+@pytest.mark.parametrize("name", ["chunked prefill", "mixed"])
+@pytest.mark.parametrize("skew", [0, 1, 8])
+def test_parts_of_wider_rows_give_the_same(name, skew):
+    step = STEPS[name]
+    paged = Paged.of(step, DEVICE)
+    (q_nope, q_pe, latent, kpe, weight), *caches = build(step, len(paged.cache_loc) + 2)
+    results = []
+    for wide in (False, True):
+        q, row = (torch.cat((each[..., :skew], each), dim=-1) for each in
+                  (torch.cat((q_nope, q_pe), dim=-1), torch.cat((latent, kpe[:, :, 0]), dim=-1)))  # fmt: skip
+        parts = (q[..., skew:][..., :NOPE], q[..., skew:][..., NOPE:], row[..., skew:][..., :RANK],
+                 row[..., None, skew:][..., RANK:])  # fmt: skip
+        ckv_cache, kpe_cache = (cache.clone() for cache in caches)
+        metadata = flashinfer_mla_prepare_metadata(*paged.metadata_inputs(step, DEVICE))
+        tensors = parts if wide else [part.contiguous() for part in parts]
+        out = CALL(*tensors, weight, *paged.arguments(), *metadata, ckv_cache, kpe_cache, None, RANK)
+        results.append((out, ckv_cache, kpe_cache))
+    torch.testing.assert_close(*results)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not REAL, reason=WHY)
 def test_decode_under_a_cuda_graph_follows_replans():

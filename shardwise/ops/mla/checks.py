@@ -56,13 +56,3 @@ def split_weight(weight: torch.Tensor, heads: LatentHeads) -> tuple[torch.Tensor
     """kv_b_proj_weight [N * (Dn + Dv), R] -> views for keys [N, Dn, R] and values [N, Dv, R]."""
     both = weight.view(heads.count, heads.nope + heads.value, heads.rank)
     return both[:, : heads.nope], both[:, heads.nope :]
-
-
-def absorbing_views(weight: torch.Tensor, heads: LatentHeads) -> tuple[torch.Tensor, torch.Tensor]:
-    """The factors that absorb kv_b_proj_weight [N * (Dn + Dv), R] into queries, [N, Dn, R], and out of outputs,
-    [N, R, Dv]; a view each, where slices and a transposition would take five."""
-    row, column = weight.stride()
-    block, first = (heads.nope + heads.value) * row, weight.storage_offset()
-    key = weight.as_strided((heads.count, heads.nope, heads.rank), (block, row, column), first)
-    value = weight.as_strided((heads.count, heads.rank, heads.value), (block, column, row), first + heads.nope * row)
-    return key, value

@@ -10,7 +10,6 @@ from typing import NamedTuple
 import torch
 
 from shardwise.ops.attention.batch import Batch, read_batch
-from shardwise.ops.attention.checks import shape
 from shardwise.ops.attention.flashinfer import FP8, to_fp8
 from shardwise.ops.attention.planner import (
     DecodeFamily,
@@ -21,12 +20,12 @@ from shardwise.ops.attention.planner import (
     select_pages,
 )
 from shardwise.ops.attention.positions import fake_token_positions, token_positions
-from shardwise.ops.mla.checks import LatentHeads, absorbing_views, check_latent
+from shardwise.ops.kept import Kept, Tensors, view
 from shardwise.ops.mla.reference import fake_cached_mla
+from shardwise.ops.mla.step import OP, Absorbed, MlaPlan, Parameters, aligned, check_caches, plan_step, readable_copies
 from shardwise.ops.registry import CUDA, FLASHINFER, operator
-from shardwise.ops.vector_access import takes_vectors, with_vectors
 
-OP = "flashinfer_mla_with_cache"
+_PLANS: Kept[MlaPlan] = Kept()
 
 
 @operator(fake=fake_token_positions)
@@ -44,15 +43,6 @@ def flashinfer_mla_prepare_metadata(
     return token_positions(op, "mla", read_batch(op, batch_info_host), position_ids, cu_seqlen, seq_len_with_cache)
 
 
-class _Parameters(NamedTuple):
-    """What a plan depends on besides the batch."""
-
-    heads: LatentHeads
-    page_size: int
-    dtype: torch.dtype
-    scale: float
-
-
 def _create_absorbed(owner: Planner, buffers):
     from flashinfer.mla import BatchMLAPagedAttentionWrapper as Wrapper
 
@@ -64,7 +54,7 @@ def _create_absorbed(owner: Planner, buffers):
     )  # fmt: skip
 
 
-def _plan_absorbed(parameters: _Parameters, causal: bool, wrapper, qo_indptr: torch.Tensor, pages: Pages) -> None:
+def _plan_absorbed(parameters: Parameters, causal: bool, wrapper, qo_indptr: torch.Tensor, pages: Pages) -> None:
     heads = parameters.heads
     wrapper.plan(
         qo_indptr, pages.indptr, pages.indices, pages.lengths, heads.count, heads.rank, heads.rope,
@@ -72,7 +62,7 @@ def _plan_absorbed(parameters: _Parameters, causal: bool, wrapper, qo_indptr: to
     )  # fmt: skip
 
 
-def _plan_decode(parameters: _Parameters, wrapper, pages: Pages) -> None:
+def _plan_decode(parameters: Parameters, wrapper, pages: Pages) -> None:
     # One query sees every key up to its own, so no mask is needed.
     _plan_absorbed(parameters, False, wrapper, torch.arange(pages.sequences + 1, dtype=torch.int32), pages)
 
@@ -83,7 +73,7 @@ def _create_ragged(owner: Planner):
     return Wrapper(owner.workspace, "NHD", backend="fa2")
 
 
-def _plan_ragged(parameters: _Parameters, wrapper, indptr: torch.Tensor) -> None:
+def _plan_ragged(parameters: Parameters, wrapper, indptr: torch.Tensor) -> None:
     heads = parameters.heads
     wrapper.plan(
         indptr, indptr, heads.count, heads.count, heads.nope + heads.rope, head_dim_vo=heads.value, causal=True,
@@ -151,50 +141,48 @@ def flashinfer_mla_with_cache(
     metadata as in `flashinfer_attention_mha_with_cache`; batch indices and positions come from
     `flashinfer_mla_prepare_metadata`, called once a step. Returns [b, s, N, Dv], 0 for padding tokens.
     """
-    call = _checked(
-        (q_nope.shape, q_pe.shape, compressed_kv.shape, kpe.shape, kv_b_proj_weight.shape, ckv_cache.shape,
-         kpe_cache.shape),
-        (q_nope.dtype, q_pe.dtype, compressed_kv.dtype, kpe.dtype, kv_b_proj_weight.dtype, ckv_cache.dtype,
-         kpe_cache.dtype),
-        scale, kv_lora_rank,
-    )  # fmt: skip
-    batch, heads = read_batch(OP, batch_info_host), call.parameters.heads
-    _check_caches(ckv_cache, kpe_cache)
-    if batch.tokens > call.tokens:
-        raise ValueError(f"{OP}: batch_info_host counts {batch.tokens} tokens, q_nope holds {call.tokens}")
-    q_nope, q_pe = q_nope.flatten(0, 1), q_pe.flatten(0, 1)
-    latent, kpe = leading(compressed_kv.flatten(0, 1), batch.tokens), leading(kpe.flatten(0, 2), batch.tokens)
-    out = q_nope.new_empty(*call.out_shape)
-    rows = out.view(call.tokens, heads.count, heads.value)
-    if batch.tokens < call.tokens:
-        rows[batch.tokens :].zero_()
-    if batch.tokens == 0:
+    batch = read_batch(OP, batch_info_host)
+    key = batch, scale, kv_lora_rank
+    given: Tensors = (q_nope, q_pe, compressed_kv, kpe, kv_b_proj_weight, ckv_cache, kpe_cache, flashinfer_batch_indices,
+             flashinfer_positions, cu_num_pages, last_page_len)  # fmt: skip
+    plan = _PLANS.get(key, given) or _PLANS.keep(key, given, plan_step(batch, scale, kv_lora_rank, *given))
+    if not plan.readable or not aligned(q_pe, compressed_kv, kpe, ckv_cache, kpe_cache):
+        check_caches(ckv_cache, kpe_cache)
+        given = (*readable_copies(*given[:4]), *given[4:])
+        plan = _PLANS.get(key, given) or _PLANS.keep(key, given, plan_step(batch, scale, kv_lora_rank, *given))
+        q_nope, q_pe, compressed_kv, kpe = given[:4]
+    out, count = q_nope.new_empty(*plan.out_shape), batch.tokens
+    if count < plan.tokens:
+        out.view(plan.tokens, -1)[count:].zero_()
+    if count == 0:
         return out
-    if ckv_cache.dtype == FP8:
-        latent, kpe = to_fp8(latent, 1.0), to_fp8(kpe, 1.0)
-    _append_function()(
-        with_vectors(latent), with_vectors(kpe), leading(flashinfer_batch_indices, batch.tokens),
-        leading(flashinfer_positions, batch.tokens), ckv_cache, kpe_cache, cache_loc,
-        leading(cu_num_pages, batch.sequences + 1), leading(last_page_len, batch.sequences),
-    )  # fmt: skip
-    if ckv_cache.dtype == FP8:
-        latent, kpe = latent.to(q_nope.dtype), kpe.to(q_nope.dtype)
+    latent, rotated = view(compressed_kv, *plan.latent), view(kpe, *plan.rotated)
+    indices, positions, indptr, last = given[7:]
+    if not plan.exact:
+        indices, positions = leading(indices, count), leading(positions, count)
+        indptr, last = leading(indptr, batch.sequences + 1), leading(last, batch.sequences)
+    quantised = ckv_cache.dtype == FP8
+    if quantised:
+        if ckv_cache.is_cuda and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(f"{OP}: a CUDA graph cannot hold a step over an fp8 cache; take one of q_nope's dtype")
+        latent, rotated = to_fp8(latent, 1.0), to_fp8(rotated, 1.0)
+    _append_function()(latent, rotated, indices, positions, ckv_cache, kpe_cache, cache_loc, indptr, last)
+    if quantised:
+        latent, rotated = latent.to(q_nope.dtype), rotated.to(q_nope.dtype)
         used = cache_loc[: int(cu_num_pages_host[batch.sequences])].long()
         ckv_cache, kpe_cache = (_widened(cache, used, q_nope.dtype) for cache in (ckv_cache, kpe_cache))
         cache_loc = torch.arange(len(used), dtype=torch.int32, device=used.device)
     step = _Step(
-        batch, call.parameters, kv_b_proj_weight, ckv_cache, kpe_cache, cu_seqlen_host,
+        batch, plan, q_nope, q_pe, kv_b_proj_weight, ckv_cache, kpe_cache, out, cu_seqlen_host,
         (cu_num_pages_host, cache_loc, last_page_len_host, seq_len_with_cache_host),
     )  # fmt: skip
     split = batch.prefill_tokens
     if split and step.has_prefix():
-        step.run_absorbed(step.prefill_wrapper(), q_nope[:split], q_pe[:split], rows[:split])
+        step.run_absorbed(step.prefill_wrapper(), plan.prefill)
     elif split:
-        step.run_ragged(q_nope[:split], q_pe[:split], latent[:split], kpe[:split], rows[:split])
+        step.run_ragged(latent[:split], rotated[:split])
     if batch.decode:
-        if batch.decode < call.tokens:
-            q_nope, q_pe, rows = (each[split : batch.tokens] for each in (q_nope, q_pe, rows))
-        step.run_absorbed(step.decode_wrapper(), q_nope, q_pe, rows)
+        step.run_absorbed(step.decode_wrapper(), plan.decode)
     return out
 
 
@@ -214,10 +202,13 @@ class _Step(NamedTuple):
     """One call's tensors and host metadata."""
 
     batch: Batch
-    parameters: _Parameters
+    plan: MlaPlan
+    q_nope: torch.Tensor
+    q_pe: torch.Tensor
     weight: torch.Tensor
     ckv_cache: torch.Tensor
     kpe_cache: torch.Tensor
+    out: torch.Tensor
     cu_seqlen_host: torch.Tensor
     pages: tuple[torch.Tensor, ...]
 
@@ -231,7 +222,7 @@ class _Step(NamedTuple):
         return bool((self.pages[3][: self.batch.prefill] > starts.diff()).any())
 
     def prefill_wrapper(self):
-        count, parameters = self.batch.prefill, self.parameters
+        count, parameters = self.batch.prefill, self.plan.parameters
 
         def plan(wrapper):
             starts = self.cu_seqlen_host[: count + 1]
@@ -240,74 +231,33 @@ class _Step(NamedTuple):
         return self.owner.planned(("prefix", parameters), lambda: _create_absorbed(self.owner, None), plan)
 
     def decode_wrapper(self):
-        owner, count, pages = self.owner, self.batch.decode, self.ckv_cache.shape[0]
-        return owner.current(owner.decode_key(self.parameters, count, pages)) or owner.planned_decode(
-            self.parameters,
+        owner, count, pages, parameters = self.owner, self.batch.decode, self.ckv_cache.shape[0], self.plan.parameters
+        return owner.current(owner.decode_key(parameters, count, pages)) or owner.planned_decode(
+            parameters,
             lambda: select_pages(self.batch.prefill, self.batch.sequences, *self.pages),
             count,
             pages,
-            DecodeFamily(_create_absorbed, functools.partial(_plan_decode, self.parameters)),
+            DecodeFamily(_create_absorbed, functools.partial(_plan_decode, parameters)),
         )
 
-    def run_absorbed(self, wrapper, q_nope, q_pe, out) -> None:
-        heads = self.parameters.heads
-        w_key, w_value = absorbing_views(self.weight, heads)
-        absorbed = q_nope.new_empty(q_nope.shape[0], heads.count, heads.rank)
-        # Products by head, written where the next step wants them, by token: no copy follows.
-        torch.bmm(q_nope.transpose(0, 1), w_key, out=absorbed.transpose(0, 1))
-        mixed = wrapper.run(absorbed, with_vectors(q_pe.contiguous()), self.ckv_cache, self.kpe_cache)
-        torch.bmm(mixed.transpose(0, 1), w_value, out=out.transpose(0, 1))
+    def run_absorbed(self, wrapper, part: Absorbed) -> None:
+        heads, (to_latent, to_value) = self.plan.parameters.heads, self.plan.factors
+        absorbed = self.q_nope.new_empty(part.tokens, heads.count, heads.rank)
+        # No copy is made before or after the products.
+        torch.bmm(view(self.q_nope, *part.queries), view(self.weight, *to_latent), out=view(absorbed, *part.latents))
+        mixed = wrapper.run(absorbed, view(self.q_pe, *part.rotated), self.ckv_cache, self.kpe_cache)
+        torch.bmm(view(mixed, *part.latents), view(self.weight, *to_value), out=view(self.out, *part.out))
 
-    def run_ragged(self, q_nope, q_pe, latent, kpe, out) -> None:
-        heads, parameters = self.parameters.heads, self.parameters
-        indptr = self.cu_seqlen_host[: self.batch.prefill + 1]
+    def run_ragged(self, latent: torch.Tensor, rotated: torch.Tensor) -> None:
+        """The prefill tokens, whose keys and values are expanded."""
+        parameters, tokens = self.plan.parameters, self.batch.prefill_tokens
+        heads, indptr = parameters.heads, self.cu_seqlen_host[: self.batch.prefill + 1]
         wrapper = self.owner.planned(
             ("ragged", parameters), lambda: _create_ragged(self.owner), lambda w: _plan_ragged(parameters, w, indptr)
         )
         both = (latent @ self.weight.t()).view(-1, heads.count, heads.nope + heads.value)
-        key = torch.cat((both[..., : heads.nope], kpe[:, None].expand(-1, heads.count, -1)), dim=-1)
-        query = torch.cat((q_nope, q_pe), dim=-1)
+        key = torch.cat((both[..., : heads.nope], rotated[:, None].expand(-1, heads.count, -1)), dim=-1)
+        q_nope = view(self.q_nope, *self.plan.prefill.queries).transpose(0, 1)
+        query = torch.cat((q_nope, self.q_pe.view(-1, heads.count, heads.rope)[:tokens]), dim=-1)
+        out = self.out.view(-1, heads.count, heads.value)[:tokens]
         wrapper.run(query, key, both[..., heads.nope :].contiguous(), out=out)
-
-
-class _Call(NamedTuple):
-    """What follows from shapes and dtypes alone."""
-
-    parameters: _Parameters
-    tokens: int
-    out_shape: tuple[int, int, int, int]
-
-
-@functools.lru_cache(maxsize=4096)
-def _checked(
-    shapes: tuple[torch.Size, ...], dtypes: tuple[torch.dtype, ...], scale: float | None, kv_lora_rank: int
-) -> _Call:
-    """From the shapes and dtypes of the queries, latents, weight and caches, in the operator's order."""
-    q_nope, q_pe, compressed_kv, kpe, weight, ckv_cache, kpe_cache = (
-        torch.empty(s, dtype=dtype, device="meta") for s, dtype in zip(shapes, dtypes, strict=True)
-    )
-    heads = check_latent(OP, q_nope, q_pe, compressed_kv, kpe, weight)
-    if q_nope.dtype not in (torch.float16, torch.bfloat16):
-        raise TypeError(f"{OP}: q_nope is {q_nope.dtype}; legal: float16, bfloat16")
-    for name, cache, width in (("ckv_cache", ckv_cache, heads.rank), ("kpe_cache", kpe_cache, heads.rope)):
-        if cache.dim() != 3 or cache.shape[2] != width:
-            raise ValueError(f"{OP}: {name} has shape {shape(cache)}; legal: [pages, page_size, {width}]")
-        if cache.dtype not in (q_nope.dtype, FP8) or cache.dtype != ckv_cache.dtype:
-            raise TypeError(f"{OP}: {name} is {cache.dtype}; legal: q_nope's {q_nope.dtype} or float8_e4m3fn, for both "
-                            "caches")  # fmt: skip
-    if heads.rank != 512 or heads.rope != 64 or kv_lora_rank != heads.rank:
-        raise ValueError(f"{OP}: R {heads.rank}, Dr {heads.rope}, kv_lora_rank {kv_lora_rank}; legal: 512, 64, 512; "
-                         "or call torch_cached_mla_with_cache")  # fmt: skip
-    b, s = q_nope.shape[:2]
-    parameters = _Parameters(heads, ckv_cache.shape[1], q_nope.dtype, heads.scale(scale))
-    return _Call(parameters, b * s, (b, s, heads.count, heads.value))
-
-
-def _check_caches(ckv_cache: torch.Tensor, kpe_cache: torch.Tensor) -> None:
-    """What does not follow from shapes and dtypes."""
-    for name, cache in (("ckv_cache", ckv_cache), ("kpe_cache", kpe_cache)):
-        if not takes_vectors(cache):
-            raise ValueError(f"{OP}: {name} has strides {cache.stride()}; legal: last dimension contiguous, rows "
-                             "beginning at multiples of 16 bytes")  # fmt: skip
-    if ckv_cache.dtype == FP8 and ckv_cache.is_cuda and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError(f"{OP}: a CUDA graph cannot hold a step over an fp8 cache; take one of q_nope's dtype")
