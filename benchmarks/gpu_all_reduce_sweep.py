@@ -45,7 +45,8 @@ def small(fused: bool) -> list[Tuning]:
 def candidates(fused: bool, nbytes: int) -> list[Tuning]:
     if nbytes < MIB // 2:
         return small(fused)
-    return [
+    full = [Tuning("ONESHOT", 32, 0, 4, registers=32, pausing=pausing) for pausing in (0, 64)] if fused else []
+    return full + [
         Tuning("ONESHOT", warps, ahead, blocks, lanes, bulk=bulk, pausing=pausing)
         for warps, lanes, blocks in SHAPES
         for ahead, bulk, pausing in ((0, False, 0), (1, False, 64), (1, False, 250), (1, True, 64))
@@ -63,7 +64,7 @@ def wide_candidates(fused: bool, nbytes: int) -> list[Tuning]:
     if nbytes < 128 * KIB:
         return small(fused) + two[:1]
     one = [Tuning("ONESHOT", warps, 0, blocks, lanes) for warps, lanes, blocks in SHAPES]
-    one += [Tuning("ONESHOT", 16, blocks_per_sm=2, pausing=64)]
+    one += [Tuning("ONESHOT", 16, blocks_per_sm=2, pausing=64), Tuning("ONESHOT", 32, ahead=1, bulk=True)]
     return two + (one if nbytes <= 4 * MIB else [])
 
 

@@ -27,6 +27,8 @@ def compiled(tuning, world: int, fused: bool, aligned: bool, dtype: str, lanes: 
     signature |= dict.fromkeys(constants, "constexpr")
     kernel = kernels.one_shot if tuning.strategy == "ONESHOT" else kernels.two_shot
     options = {"num_warps": warps(tuning, lanes), "launch_pdl": True}
+    if tuning.registers and aligned and lanes == 32 * warps(tuning, lanes):
+        options["maxnreg"] = tuning.registers
     return triton.compile(ASTSource(kernel, signature, constants), target=GPUTarget("cuda", 90, 32), options=options)
 
 

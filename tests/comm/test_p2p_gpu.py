@@ -90,6 +90,7 @@ def check_variants(group) -> None:
         residual = everyones(1, shape, torch.bfloat16, 18)[0]
         stream = (rounded_sum(parts).float() + residual.float()).to(torch.bfloat16)
         x, before, weight = parts[group.rank].cuda(), residual.cuda(), torch.ones(shape[1]).bfloat16().cuda()
+        results = []
         for variant in VARIANTS:
             out, total, normed = (torch.full_like(x, float("nan")) for _ in range(3))
 
@@ -102,7 +103,9 @@ def check_variants(group) -> None:
             group.synchronize()
             assert torch.equal(out.cpu(), rounded_sum(parts)), (shape, variant)
             assert torch.equal(total.cpu(), stream), (shape, variant)
-            assert torch.isfinite(normed).all()
+            results.append(normed.cpu())
+        assert torch.isfinite(results[0]).all()
+        assert all(torch.equal(result, results[0]) for result in results), "the norm's order of summation is one"
 
 
 def check_streams(group) -> None:
@@ -166,6 +169,7 @@ def check_strategies(group) -> None:
 
 VARIANTS = (
     Tuning("ONESHOT", 16, pausing=64),
+    Tuning("ONESHOT", 32, blocks_per_sm=4, registers=32),
     Tuning("ONESHOT", 8, ahead=1, bulk=True),
     Tuning("ONESHOT", 16, ahead=1, bulk=True, pausing=64),
     Tuning("TWOSHOT", 8, ahead=1, pausing=64),

@@ -166,7 +166,7 @@ def _arrived(
     """The source's chunks at `place`, awaited and re-armed."""
     words = region(slots, RANK, source, parity, region_bytes, WORLD) + place * 4
     chunk = memory.peek_chunk(words, lane, everyone)
-    chunk = memory.wait_chunk(chunk, words, lane, abort, records + source * 8, what, deadline_ns, PAUSING)
+    chunk = memory.wait((chunk,), (words,), lane, abort, (records + source * 8,), what, deadline_ns, PAUSING)
     memory.rearm_chunk(words, lane, everyone)
     return chunk
 

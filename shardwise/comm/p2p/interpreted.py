@@ -13,8 +13,15 @@ _ARMED = -1
 _ENDED_OFFSET = 64
 
 
-def wait_chunk(seen, words, lane, abort, record, what, deadline_ns, PAUSING):
-    """`memory.wait_chunk` in Python, with its deadline, its abort word and its records."""
+def wait(looks, places, lane, abort, records, what, deadline_ns, PAUSING):
+    """`memory.wait` in Python, one source after the other, with its deadline, its abort word and its records."""
+    words = ()
+    for seen, place, record in zip(looks, places, records, strict=True):
+        words += _wait_for_one(seen, place, lane, abort, record, what, deadline_ns)
+    return words
+
+
+def _wait_for_one(seen, words, lane, abort, record, what, deadline_ns):
     end = time.monotonic_ns() + _integer(deadline_ns)
     flag = ctypes.c_int32.from_address(_integer(abort))
     while True:

@@ -92,16 +92,16 @@ def one_shot(
         later_limit = row_length(later, rows, width, total_elements)
         later_mask = lane * (16 // WIDTH) < later_limit
         chunk = own if AHEAD == 0 else load_row(x + later * width, lane, later_limit, ALIGNED, WIDTH)
+        carried, packed = own, own
+        if FUSED:  # asked for before the push: what is asked for after one waits until the link has taken it
+            carried = load_row(residual + row * width, lane, limit, ALIGNED, WIDTH)
+            packed = load_row(weight, lane, limit, ALIGNED, WIDTH)
         if BULK:
             bulk.sent(AHEAD)
         place = stage + ((index // step + AHEAD) % (AHEAD + 1) * (LANES * 16)).to(tl.int32)
         chunk = memory.disarm(chunk)
         push(chunk, slots, parity, region_bytes, later, chunks, lane, later_mask, place, WORLD, RANK, BULK)
-        carried = own
-        gains = ()
-        if FUSED:
-            carried = load_row(residual + row * width, lane, limit, ALIGNED, WIDTH)
-            gains = gain(load_row(weight, lane, limit, ALIGNED, WIDTH), weight_bias, kind)
+        gains = gain(packed, weight_bias, kind) if FUSED else ()
         total = sum_in_rank_order(
             memory.disarm(own), slots, parity, region_bytes, row, chunks, lane, mask, abort, records, what, deadline_ns,
             WORLD, RANK, kind, PAUSING,
@@ -156,7 +156,7 @@ def _gather(
     if FUSED:
         carried = load_row(residual + row * width, lane, limit, ALIGNED, WIDTH)
         gains = gain(load_row(weight, lane, limit, ALIGNED, WIDTH), weight_bias, kind)
-    total = memory.wait_chunk(total, words, lane, abort, records + owner * 8, what, deadline_ns, PAUSING)
+    total = memory.wait((total,), (words,), lane, abort, (records + owner * 8,), what, deadline_ns, PAUSING)
     memory.rearm_chunk(words, lane, mask)
     finish(
         total, carried, gains, out + row * width, residual_out + row * width, lane, limit, eps, turn, kind, ALIGNED,

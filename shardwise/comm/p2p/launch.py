@@ -178,7 +178,10 @@ class Launcher:
         kernel = kernels.one_shot if tuning.strategy == "ONESHOT" else kernels.two_shot
         form = {"FUSED": fused, **self._pushing(rows, tuning)}
         warps = min(tuning.warps, rows.lanes // 32)
-        return self._compiled(kernel, positional, self._options(rows.lanes, rows.aligned, form, tuning.pausing, warps))
+        options = self._options(rows.lanes, rows.aligned, form, tuning.pausing, warps)
+        if tuning.registers and rows.aligned and rows.lanes == 32 * warps:
+            options["maxnreg"] = tuning.registers
+        return self._compiled(kernel, positional, options)
 
     def _options(self, lanes: int, aligned: bool, form: dict[str, int | bool], pausing: int, warps: int) -> dict:
         """Constants in the order of the kernels' arguments, then what the compiler is told."""

@@ -9,7 +9,7 @@ protocol needs, since nothing but the words themselves is read after they are se
 ARMED is the all-ones word. As data it is a NaN in every supported type (float32, or a pair of bfloat16 or float16),
 and `disarm` turns it into another NaN before it is sent: sums are unchanged.
 
-The twin of `wait_chunk` is Python: interpreted.py.
+The twin of `wait` is Python: interpreted.py.
 """
 
 # Triton's language, not Python's, where types are concerned.
@@ -48,25 +48,31 @@ PUSH = tl.constexpr(_STORE % "relaxed.sys.global")
 
 
 @triton.constexpr_function
-def wait_code(chunks, pausing):
-    """Looks at all chunks of a thread that have not arrived, until they have: one trip to the memory for all.
-    Between looks it sleeps about `pausing` nanoseconds.
+def wait_code(sources, chunks, pausing):
+    """Looks at all chunks of a thread that have not arrived, whoever they are from, until they have: one trip to the
+    memory for all. Between looks it sleeps about `pausing` nanoseconds.
 
     The clock is read, and the abort word looked at, once in 1024 looks (about 0.5 ms): the fast path pays nothing.
     """
-    words = [[f"${word * chunks + i}" for word in range(4)] for i in range(chunks)]
-    inputs = [[f"${(4 + k) * chunks + i}" for i in range(chunks)] for k in range(9)]
-    place, abort, record, deadline, *seen, what = inputs
-    copy = [f"mov.b32 {words[i][word]}, {seen[word][i]};" for i in range(chunks) for word in range(4)]
-    judge, again = [], []
-    for i in range(chunks):
-        first, *others = words[i]
-        judge += [f"setp.eq.s32 p{i}, {first}, -1;"] + [f"setp.eq.or.s32 p{i}, {w}, -1, p{i};" for w in others]
-        again.append(f"@p{i} ld.relaxed.sys.global.v4.b32 {{{', '.join(words[i])}}}, [{place[i]}];")
-    judge += ["mov.pred p, p0;"] + [f"or.pred p, p, p{i};" for i in range(1, chunks)]
+    operands = iter([f"${k * chunks + i}" for i in range(chunks)] for k in range(10 * sources + 3))
+    words = [[next(operands) for _ in range(4)] for _ in range(sources)]
+    abort, deadline, what = (next(operands)[0] for _ in range(3))
+    places, records = ([next(operands) for _ in range(sources)] for _ in range(2))
+    seen = [[next(operands) for _ in range(4)] for _ in range(sources)]
+    copy, judge, again, late, ended = [], [], [], [], []
+    pieces = [(s, i, f"p{s}_{i}") for s in range(sources) for i in range(chunks)]
+    for s, i, p in pieces:
+        found = [word[i] for word in words[s]]
+        copy += [f"mov.b32 {word}, {look[i]};" for word, look in zip(found, seen[s], strict=True)]
+        judge += [f"setp.eq.s32 {p}, {found[0]}, -1;"] + [f"setp.eq.or.s32 {p}, {word}, -1, {p};" for word in found[1:]]
+        again.append(f"@{p} ld.relaxed.sys.global.v4.b32 {{{', '.join(found)}}}, [{places[s][i]}];")
+        late.append(f"@{p} st.relaxed.sys.global.b64 [{records[s][0]}], {what};")
+        ended.append(f"@{p} st.relaxed.sys.global.b64 [{records[s][0]} + 64], {what};")
+    names = [p for *_, p in pieces]
+    judge += [f"mov.pred p, {names[0]};"] + [f"or.pred p, p, {each};" for each in names[1:]]
     return f"""
 {{
-    .reg .pred p, q, {", ".join(f"p{i}" for i in range(chunks))};
+    .reg .pred p, q, {", ".join(names)};
     .reg .b32 n, a;
     .reg .b64 begun, now;
     {" ".join(copy)}
@@ -79,20 +85,20 @@ LOOK:
     and.b32 a, n, 1023;
     setp.ne.u32 q, a, 0;
     @q bra AGAIN;
-    ld.relaxed.sys.global.b32 a, [{abort[0]}];
+    ld.relaxed.sys.global.b32 a, [{abort}];
     setp.ne.s32 q, a, 0;
     @q bra ENDED;
     mov.u64 now, %globaltimer;
     setp.eq.u64 q, begun, 0;
     @q mov.b64 begun, now;
     sub.u64 now, now, begun;
-    setp.lt.u64 q, now, {deadline[0]};
+    setp.lt.u64 q, now, {deadline};
     @q bra AGAIN;
-    st.relaxed.sys.global.b64 [{record[0]}], {what[0]};
-    st.relaxed.sys.global.b32 [{abort[0]}], 1;
+    {" ".join(late)}
+    st.relaxed.sys.global.b32 [{abort}], 1;
     bra LEAVE;
 ENDED:
-    st.relaxed.sys.global.b64 [{record[0]} + 64], {what[0]};
+    {" ".join(ended)}
     bra LEAVE;
 AGAIN:
     {f"nanosleep.u32 {pausing};" if pausing else ""}
@@ -101,6 +107,11 @@ AGAIN:
 LEAVE:
 }}
 """
+
+
+@triton.constexpr_function
+def words_of(sources):
+    return (tl.int32,) * (4 * sources)
 
 
 @triton.jit
@@ -132,26 +143,35 @@ def peek_chunk(words, lane, mask):
 
 
 @triton.jit
-def wait_chunk(seen, words, lane, abort, record, what, deadline_ns, PAUSING: tl.constexpr):
-    """Look at chunk `lane` until none of its words is ARMED. `seen`: what the first look found (masked lanes: zero).
+def wait(looks, places, lane, abort, records, what, deadline_ns, PAUSING: tl.constexpr):
+    """Look at chunk `lane` of each place until none of its words is ARMED; the words, four a place.
 
-    After `deadline_ns`, or once another lane has given up, ARMED words are returned: NaN in every type. The lane
-    that gives up stores the int64 `what` at `record` (pinned host memory) and sets the int32 at `abort` (this device);
-    a lane that was waiting when another, or a peer, had set it stores `what` 64 bytes behind `record`.
+    Tuples hold a value for each of some sources: `looks` what the first look found (masked lanes: zero), `places`
+    where its row begins, `records` an address in pinned host memory. After `deadline_ns`, or once another lane has
+    given up, ARMED words are returned: NaN in every type. A lane that gives up stores the int64 `what` at the record
+    of each source that it misses, and sets the int32 at `abort` (this device); a lane that was waiting when another,
+    or a peer, had set it stores `what` 64 bytes behind the record.
     """
-    CHUNKS: tl.constexpr = seen[0].shape[0] // (32 * tl_cuda.num_warps())
+    SOURCES: tl.constexpr = len(places)
+    CHUNKS: tl.constexpr = looks[0][0].shape[0] // (32 * tl_cuda.num_warps())
+    operands = (abort, deadline_ns, what)
+    for source in tl.static_range(SOURCES):
+        operands = operands + (places[source] + lane * 4,)
+    operands = operands + records
+    for source in tl.static_range(SOURCES):
+        operands = operands + looks[source]
     return tl.inline_asm_elementwise(
-        wait_code(CHUNKS, PAUSING),
-        constraints("rrrr", "llllrrrrl", CHUNKS),
-        [words + lane * 4, abort, record, deadline_ns, seen[0], seen[1], seen[2], seen[3], what],
-        dtype=(tl.int32, tl.int32, tl.int32, tl.int32),
+        wait_code(SOURCES, CHUNKS, PAUSING),
+        constraints("rrrr" * SOURCES, "lll" + "ll" * SOURCES + "rrrr" * SOURCES, CHUNKS),
+        operands,
+        dtype=words_of(SOURCES),
         is_pure=False,
         pack=CHUNKS,
     )
 
 
 if INTERPRET.value:  # here and not inside the kernel, which may name no Python function
-    wait_chunk = interpreted.wait_chunk
+    wait = interpreted.wait
 
 
 @triton.jit

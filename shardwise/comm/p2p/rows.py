@@ -11,8 +11,8 @@ from shardwise.comm.p2p import arithmetic, bulk, memory, workspace
 from shardwise.comm.p2p.asm import INTERPRET
 
 _COUNTERS = tl.constexpr(workspace.COUNTERS)
-_LOOKS = tl.constexpr(3)
-"""Contributions that are looked at ahead: with four, eight ranks' rows of 1024 chunks spill registers."""
+_TOGETHER = tl.constexpr(4)
+"""Ranks whose contributions are waited for at once: with eight, rows of 1024 chunks spill registers."""
 
 
 @triton.jit
@@ -156,16 +156,13 @@ def finish(
 
 
 @triton.jit
-def _first_look(
-    own, slots, parity, region_bytes, row, chunks, lane, mask,
-    source: tl.constexpr, WORLD: tl.constexpr, RANK: tl.constexpr,
-):  # fmt: skip
-    """What is there of the source's contribution, this rank's own included."""
+def _contribution(own, arrived, first: tl.constexpr, source: tl.constexpr, RANK: tl.constexpr):
+    """The source's chunk; `arrived` holds those of the peers from rank `first` on."""
     if source == RANK:
         return own
     else:
-        words = region(slots, RANK, source, parity, region_bytes, WORLD) + row * chunks * 4
-        return memory.peek_chunk(words, lane, mask)
+        at: tl.constexpr = 4 * (source - first - (1 if first <= RANK and source > RANK else 0))
+        return arrived[at], arrived[at + 1], arrived[at + 2], arrived[at + 3]
 
 
 @triton.jit
@@ -174,28 +171,24 @@ def sum_in_rank_order(
     WORLD: tl.constexpr, RANK: tl.constexpr, kind: tl.constexpr, PAUSING: tl.constexpr,
 ):  # fmt: skip
     """Sum of a row over all ranks, rounded and packed. Peers' contributions are waited for and their place re-armed."""
-    seen = ()
-    for source in tl.static_range(WORLD if WORLD < _LOOKS else _LOOKS):
-        look = _first_look(own, slots, parity, region_bytes, row, chunks, lane, mask, source, WORLD, RANK)
-        seen = seen + (look,)
     total = ()
-    for source in tl.static_range(WORLD):
-        chunk = seen[source]
-        if source + _LOOKS < WORLD:
-            look = _first_look(own, slots, parity, region_bytes, row, chunks, lane, mask, source + _LOOKS, WORLD, RANK)
-            seen = seen + (look,)
-        if source != RANK:
-            words = region(slots, RANK, source, parity, region_bytes, WORLD) + row * chunks * 4
-            chunk = memory.wait_chunk(chunk, words, lane, abort, records + source * 8, what, deadline_ns, PAUSING)
-            memory.rearm_chunk(words, lane, mask)
-        if source == 0 and WORLD > 2:
-            total = unpack(chunk, kind)
-        elif source == 0:
-            total = chunk
-        elif WORLD > 2:
-            total = add(total, unpack(chunk, kind))
-        else:
-            total = add_chunks(total, chunk, kind)
+    for first in tl.static_range(0, WORLD, _TOGETHER):
+        looks, places, addresses = (), (), ()
+        for source in tl.static_range(first, min(first + _TOGETHER, WORLD)):
+            if source != RANK:
+                words = region(slots, RANK, source, parity, region_bytes, WORLD) + row * chunks * 4
+                looks = looks + (memory.peek_chunk(words, lane, mask),)
+                places = places + (words,)
+                addresses = addresses + (records + source * 8,)
+        arrived = memory.wait(looks, places, lane, abort, addresses, what, deadline_ns, PAUSING)
+        for peer in tl.static_range(len(places)):
+            memory.rearm_chunk(places[peer], lane, mask)
+        for source in tl.static_range(first, min(first + _TOGETHER, WORLD)):
+            chunk = _contribution(own, arrived, first, source, RANK)
+            if WORLD == 2:
+                total = chunk if source == 0 else add_chunks(total, chunk, kind)
+            else:
+                total = unpack(chunk, kind) if source == 0 else add(total, unpack(chunk, kind))
     return pack(total, kind) if WORLD > 2 else total
 
 

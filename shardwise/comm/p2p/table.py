@@ -1,7 +1,7 @@
 """Which strategy and launch for which call.
 
-Worlds 2 and 4 are what won a sweep of launches on 2x H200 and on 4x H100 (NVLink, CUDA graphs, bf16),
-benchmarks/results/gpu_all_reduce.md; NCCL's times are of the same runs.
+Worlds 2 and 4 are what won sweeps of launches on two H200 and four H100, and comparisons in turn on H200s (NVLink, CUDA
+graphs, bf16), benchmarks/results/gpu_all_reduce.md.
 World 8 is not measured: launches that compile without spilling registers, and one-shot up to the size up to which
 others' one-stage all-reduce of the same shape is published to win on Hopper, a quarter MiB.
 """
@@ -31,6 +31,9 @@ class Tuning:
     """Chunks of a row, when the call may choose (plain)."""
     bulk: bool = False
     """One-shot: push by bulk copies from shared memory, where rows are aligned and AHEAD + 1 of them fit there."""
+    registers: int = 0
+    """One-shot: of a thread at most, where it has one aligned chunk of a row; 0: as the compiler likes. With 32 a
+    multiprocessor holds as many threads as it can, and rows wait for the link side by side, not behind each other."""
     pausing: int = 0
     """Nanoseconds between two looks for what has not arrived: fewer looks leave more of the cache to what arrives."""
 
@@ -73,41 +76,36 @@ _FUSED_2 = (
     ),
     _Entry(
         _NO_LIMIT,
-        Tuning("ONESHOT", warps=16, ahead=1, blocks_per_sm=2, pausing=64),
-        "256 x 7168 15 us, NCCL + norm 39; 1024 x 7168 47 us, 86; 4096 x 7168 172 us, 294",
+        Tuning("ONESHOT", warps=32, blocks_per_sm=4, registers=32, pausing=64),
+        "256 x 7168 15 us, NCCL + norm 38; 1024 x 7168 46 us, 88; 4096 x 7168 174 us, 291",
     ),
 )
 _TWO_SHOT = Tuning("TWOSHOT", warps=8, ahead=2, blocks_per_sm=2)
 _PLAIN_4 = (
-    _Entry(64 * KIB, Tuning("ONESHOT", warps=4, blocks_per_sm=4, lanes=128), "16 KiB 3.7 us, NCCL 13.8"),
+    _Entry(64 * KIB, Tuning("ONESHOT", warps=4, blocks_per_sm=4, lanes=128), "16 KiB 3.1 us, NCCL 13.8"),
     _Entry(
         512 * KIB,
         Tuning("ONESHOT", warps=16, blocks_per_sm=2),
-        "256 KiB 6.3 us, NCCL 14.9; 512 KiB 8.7 us, two-shot 10.3",
+        "256 KiB 5.4 us, NCCL 14.9; 512 KiB 7.6 us, two-shot 10.3",
     ),
     _Entry(
         32 * MIB,
         Tuning("TWOSHOT", warps=16, ahead=1, blocks_per_sm=2),
-        "1 MiB 12.6 us, NCCL 20.3; 4 MiB 25 us, 47; 16 MiB 87 us, 103",
+        "1 MiB 11.2 us, NCCL 20.3; 4 MiB 25 us, 47; 16 MiB 87 us, 103",
     ),
     _Entry(64 * MIB, _TWO_SHOT, "64 MiB 321 us, NCCL 338"),
     _Entry(_NO_LIMIT, None, "256 MiB 1207 us, two-shot 1245"),
 )
 _FUSED_4 = (
     _Entry(
-        64 * KIB,
-        Tuning("ONESHOT", warps=32, ahead=1, bulk=True),
-        "1 x 4096 4.3 us, NCCL + norm 13.8",
-    ),
-    _Entry(
         MIB,
-        Tuning("ONESHOT", warps=32),
-        "16 x 7168 8.2 us, NCCL + norm 16.8; 64 x 7168 13.5 us, 22.5",
+        Tuning("ONESHOT", warps=32, ahead=1, bulk=True),
+        "1 x 4096 4.1 us, NCCL + norm 13.8; 16 x 7168 6.5 us, 16.8; 64 x 7168 12.3 us, 22.5",
     ),
     _Entry(
         64 * MIB,
         _TWO_SHOT,
-        "256 x 7168 33 us, NCCL + norm 47; 1024 x 7168 94 us, 115; 4096 x 7168 305 us, 378",
+        "256 x 7168 33 us, NCCL + norm 47; 1024 x 7168 92 us, 115; 4096 x 7168 305 us, 378",
     ),
     _Entry(_NO_LIMIT, None, "not measured"),
 )
