@@ -226,7 +226,7 @@ class StoreRendezvous(Rendezvous):
             return _with_tuples(json.loads(blob))
         except ValueError:
             raise CommError(
-                f"rendezvous {self.prefix}/{key}: what stands in the store for rank {self.ranks[rank]} is no JSON, so "
+                f"rendezvous {self.prefix}/{key}: what stands in the store for rank {self.ranks[rank]} is not JSON, so "
                 "no rank of this job and version wrote it"
             ) from None
 

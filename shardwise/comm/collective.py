@@ -110,7 +110,7 @@ class BaseCommunicator(Member):
     def broadcast(self, tensor: Tensor, root: int = 0) -> Tensor:
         self._require_device(tensor, "broadcast")
         if not 0 <= root < self.size:
-            raise ValueError(f"broadcast: root {root} is no rank of a group of {self.size}")
+            raise ValueError(f"broadcast: root {root} is not a rank of a group of {self.size}")
         entry = self._begin("broadcast", tensor.shape, tensor.dtype, "", root)
         flat = tensor.detach() if tensor.is_contiguous() else tensor.detach().contiguous()
         if flat.numel():

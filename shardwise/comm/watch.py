@@ -43,7 +43,7 @@ class Deadlines:
 
     @classmethod
     def from_environment(cls, environ=os.environ) -> "Deadlines":
-        """Defaults, overridden by the environment. Raises ValueError for a value that is no positive number."""
+        """Defaults, overridden by the environment. Raises ValueError for a value that is not a positive number."""
         given = {}
         for field in fields(cls):
             text = environ.get(env_name(field.name))

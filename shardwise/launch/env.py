@@ -171,7 +171,7 @@ def explain(environ: Mapping[str, str] | None = None) -> str:
         if source.rank in environ and info.source in (source.name, environ.get("SHARDWISE_SOURCE")):
             return f"rank {info.rank} of {info.world}, from {source.spelled(environ)}"
     if "SLURM_NTASKS" in environ:
-        return "single process; SLURM_NTASKS is set, but this is no Slurm job step with several tasks"
+        return "single process; SLURM_NTASKS is set, but this is not a Slurm job step with several tasks"
     return "single process: no launcher's variables are set"
 
 

@@ -156,7 +156,7 @@ def _private(folder: Path) -> Path:
     found = folder.lstat()
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
         raise PermissionError(
-            f"{folder} is no folder of this user's, and reports are read back from it: remove it, or name another "
+            f"{folder} is not this user's folder, and reports are read back from it: remove it, or name another "
             f"place by {watch.LOG_FOLDER_ENV}"
         )
     folder.chmod(0o700)

@@ -112,8 +112,8 @@ class LLM:
     ) -> list[Completion]:
         """Completions in the order of the prompts. A prompt is raw text, token ids, or a list of chat messages.
 
-        TypeError for what is no prompt or no SamplingParams, ValueError for a prompt that has no room or that the chat
-        template refuses.
+        TypeError for what is not a prompt or not SamplingParams, ValueError for a prompt that does not fit context or
+        cache, or that the chat template refuses.
         """
         for _ in self.stream(prompts, params):
             pass

@@ -187,7 +187,7 @@ def _describe(function, mutates, needs, instead, namespace) -> OpInfo:
         raise RuntimeError(f"operator {name}: its module {function.__module__} is in no category folder of ops/")
     backend = IRREGULAR.get(name) or name.split("_", 1)[0]
     if backend not in BACKENDS:
-        raise RuntimeError(f"operator {name}: {backend} is no backend; irregular names stand in registry.IRREGULAR")
+        raise RuntimeError(f"operator {name}: {backend} is not a backend; irregular names stand in registry.IRREGULAR")
     return OpInfo(
         namespace=namespace,
         name=name,

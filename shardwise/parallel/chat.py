@@ -19,7 +19,7 @@ def render_chat(template: str | None, messages: Sequence[dict[str, str]], **vari
 
     The template's environment is the one that Hugging Face templates are written for (`raise_exception`,
     `strftime_now`, `tojson`, loop controls, `generation` blocks, trimmed blocks). ValueError where there is none, where
-    it is no valid template, and where it refuses the messages or fails with them.
+    it is not a valid template, and where it refuses the messages or fails with them.
     """
     if template is None:
         raise ValueError("this model has no chat template: pass the prompt as raw text (--raw)")

@@ -188,7 +188,7 @@ class VocabHead:
 
     def best(self, x: Tensor) -> list[int]:
         """The most likely token of each row of x [B, H]: the argmax of the logits, of which only the best travel."""
-        if sum(self.sizes) != self.vocab:  # a padded vocabulary has columns that are no token
+        if sum(self.sizes) != self.vocab:  # a padded vocabulary has columns that are not tokens
             return self(x).argmax(-1).tolist()
         logits = self.linear.for_best(x, self._best_of_all) if isinstance(self.linear, BlockHead) else self.linear(x)
         if self.group.size == 1:

@@ -51,7 +51,7 @@ class Room:
 
 
 def require_fit(number: int, ids: Sequence[int], new: int, room: Room) -> None:
-    """ValueError names the prompt that is empty, leaves no room in the context, has an id that is no token, or may
+    """ValueError names the prompt that is empty, leaves no room in the context, has an id that is not a token, or may
     outgrow the cache with an answer of `new` tokens."""
     if not ids:
         raise ValueError(f"prompt {number} has no tokens")

@@ -116,7 +116,7 @@ def reason_against(decoder: Decoder) -> str:
     for number, layer in enumerate(decoder.layers):
         mixer, mlp = layer.mixer, layer.feed_forward
         if not isinstance(mixer, AttentionMixer) or not isinstance(mlp, GatedMlp) or mlp.activation is not F.silu:
-            return f"layer {number} is no softmax attention with a SiLU feed-forward"
+            return f"layer {number} is not softmax attention with a SiLU feed-forward"
         linears = (mixer.qkv, mixer.out, mlp.gate_up, mlp.down)
         kinds |= {type(linear) for linear in linears}
         if kinds not in ({Linear}, {BlockLinear}):

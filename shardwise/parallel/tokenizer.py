@@ -89,7 +89,7 @@ def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer | IdTokenizer:
 
 
 def chat_template(checkpoint: Checkpoint) -> str | None:
-    """The Jinja program that comes with a checkpoint. CheckpointError where it is no text."""
+    """The Jinja program that comes with a checkpoint. CheckpointError where it is not text."""
     if checkpoint.gguf is not None:
         return _template(
             checkpoint.gguf.metadata.get("tokenizer.chat_template"), f"{checkpoint.path}: tokenizer.chat_template"
@@ -100,7 +100,7 @@ def chat_template(checkpoint: Checkpoint) -> str | None:
     try:
         return file.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise CheckpointError(f"{file}: is no UTF-8 text: {error.reason} at byte {error.start}") from None
+        raise CheckpointError(f"{file}: is not UTF-8 text: {error.reason} at byte {error.start}") from None
 
 
 def _template(value: Any, source: str) -> str | None:

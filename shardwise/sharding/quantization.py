@@ -100,7 +100,7 @@ def quantization_of(config: Config) -> Quantization:
     try:
         return _quantization_of(config)
     except re.error as error:
-        raise ConfigError(f"{config.source}: module names {error.pattern!r} are no regular expression") from None
+        raise ConfigError(f"{config.source}: module names {error.pattern!r} are not a regular expression") from None
 
 
 def _quantization_of(config: Config) -> Quantization:

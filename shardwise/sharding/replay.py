@@ -15,7 +15,7 @@ from shardwise.sharding.plan import Plan, plan
 def replay(path: str | Path, model: ModelSpec | Mapping[str, Any] | str | Path) -> Plan:
     """The plan in the file `path`, for `model`.
 
-    ConfigError when the file is no plan document, or when config, tensors or cuts of `model` give another hash.
+    ConfigError when the file is not a plan document, or when config, tensors or cuts of `model` give another hash.
     """
     document = read_document(Path(path))
     fields = Config(document, str(path))

@@ -208,7 +208,7 @@ class _Reader:
         return Layer(mixers=mixers, feed_forward=feed_forward, others=(Block(tuple(blocks["rest"])),))
 
     def _weight(self, s: _Stored, widths: dict[str, LogicalAxis]) -> tuple[str, TensorSpec, str]:
-        """(role, spec, block) of a matrix or of anything else that is no bias."""
+        """(role, spec, block) of a matrix or of anything else that is not a bias."""
         role = self._role(s)
         routed = bool(s.experts) or "experts" in s.name and len(s.shape) == 3
         if routed and s.experts:

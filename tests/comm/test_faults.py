@@ -130,7 +130,7 @@ def test_check_mode_names_both_calls(transport):
             kind, text, _, _ = result[how]
             assert kind == "CollectiveMismatch", (how, text)
             assert "rank 0 called #2 " in text and words in text
-        assert result["sizes"][0] == "nothing", "equal sizes are no mismatch, however they were computed"
+        assert result["sizes"][0] == "nothing", "equal sizes are not a mismatch, however they were computed"
 
 
 def test_a_failure_dumps_the_flight_record(tmp_path, monkeypatch):

@@ -92,7 +92,7 @@ def test_what_lies_in_a_store_is_read_as_data_and_never_run(tmp_path):
 
     store = FolderStore(tmp_path)
     store.set("world/hello/1", pickle.dumps(Trap()))
-    with pytest.raises(CommError, match="for rank 1 is no JSON"):
+    with pytest.raises(CommError, match="for rank 1 is not JSON"):
         StoreRendezvous(store, 0, range(2)).gather("hello", None, 1.0)
     assert not (tmp_path / "sprung").exists()
 

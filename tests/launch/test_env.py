@@ -55,7 +55,7 @@ def test_no_variables_mean_a_single_process():
 def test_a_plain_process_inside_a_slurm_allocation_is_single():
     environ = {"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_JOB_ID": "1"}
     assert detect(environ) == RankInfo()
-    assert "no Slurm job step" in explain(environ)
+    assert "not a Slurm job step" in explain(environ)
 
 
 def test_one_slurm_task_is_a_single_process():

@@ -29,7 +29,7 @@ def test_a_link_in_its_place_is_not_followed(tmp_path):
     parent.rmdir()
     (tmp_path / "elsewhere").mkdir()
     parent.symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(PermissionError, match="no folder of this user's"):
+    with pytest.raises(PermissionError, match="not this user's"):
         job_folder(INFO)
 
 

@@ -42,7 +42,7 @@ def test_ranks_look_up_their_own_tokens():
 @pytest.mark.parametrize("vocab", [11, 2 * BEST_BLOCK + 100])
 def test_the_greedy_token_is_the_first_of_the_largest_logits(ranks, vocab):
     torch.manual_seed(0)
-    batch, padded = 4, vocab + 2  # two columns behind the last rank's are no tokens
+    batch, padded = 4, vocab + 2  # two columns behind the last rank's are not tokens
     logits = torch.randn(batch, padded, device=DEVICE)
     logits[:, vocab:] = 100.0
     logits[1, [3, vocab - 1]] = 50.0

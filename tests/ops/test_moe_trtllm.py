@@ -29,7 +29,7 @@ def cutlass_fused_moe(
     output=None,
     activation_type=ActivationType.Swiglu,
 ):
-    """Ids that are no experts are skipped; no token may name an expert twice."""
+    """Ids that are not experts are skipped; no token may name an expert twice."""
     ids, weights = token_selected_experts, token_final_scales
     assert ids.dtype == torch.int32 and weights.dtype == torch.float32
     for row in ids.tolist():

@@ -87,7 +87,7 @@ def test_an_unavailable_operator_still_traces():
 
 
 @pytest.mark.parametrize(
-    "name,folder,words", [("torch_seven", "nowhere", "no category folder"), ("numpy_seven", "rope", "no backend")]
+    "name,folder,words", [("torch_seven", "nowhere", "no category folder"), ("numpy_seven", "rope", "not a backend")]
 )
 def test_a_name_or_place_without_meaning_is_refused(name, folder, words):
     with pytest.raises(RuntimeError, match=words):

@@ -121,7 +121,7 @@ def test_broken_settings_of_a_tokenizer_are_named_by_their_file(folder):
         ("tokenizer_config.json", {"chat_template": 5}, "tokenizer_config.json: chat_template is 5, expected a text"),
         ("generation_config.json", {"eos_token_id": ["a"]}, "generation_config.json: eos_token_id is .'a'., expected"),
         ("config.json", {"eos_token_id": "a"}, "config.json: eos_token_id is 'a', expected a token id or a list"),
-        ("chat_template.jinja", b"\xff", "chat_template.jinja: is no UTF-8 text: invalid start byte at byte 0"),
+        ("chat_template.jinja", b"\xff", "chat_template.jinja: is not UTF-8 text: invalid start byte at byte 0"),
     ],
 )
 def test_settings_of_a_wrong_type_are_named_by_file_and_field(folder, file, content, text):

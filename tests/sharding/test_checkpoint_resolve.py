@@ -106,7 +106,7 @@ def test_a_file_that_is_no_model_by_itself_says_what_to_name(name, words, tmp_pa
 
 @pytest.mark.parametrize("name", ["nothing-here", "/no/such/file.gguf", "./no/such", "a/b/c"])
 def test_a_missing_path_says_what_is_legal(name):
-    with pytest.raises(FileNotFoundError, match="no file and no folder; legal: a GGUF file"):
+    with pytest.raises(FileNotFoundError, match="neither a file nor a folder; legal: a GGUF file"):
         resolve(name)
 
 

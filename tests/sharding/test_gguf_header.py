@@ -58,11 +58,14 @@ DAMAGED = {
     "array of arrays": (gguf([pair("k", ARRAY, struct.pack("<IQ", 9, 0))]), "metadata k: an array of arrays"),
     "unknown metadata type": (gguf([pair("k", 77, bytes(8))]), "metadata k: unknown metadata type 77"),
     "key twice": (gguf([pair("k", U32, bytes(4))] * 2), "metadata k: the key occurs twice"),
-    "key that is no UTF-8": (gguf([text(b"\xff\xfe") + struct.pack("<II", 4, 0)]), "key of metadata pair 0: not UTF-8"),
+    "key that is not UTF-8": (
+        gguf([text(b"\xff\xfe") + struct.pack("<II", 4, 0)]),
+        "key of metadata pair 0: not UTF-8",
+    ),
     "unknown tensor type": (gguf([], [tensor("w", (8,), 99, 0)], bytes(32)), "tensor w: unknown type 99"),
     "no dimensions": (gguf([], [tensor("w", (), 0, 0)], bytes(32)), "tensor w: 0 dimensions"),
     "too many dimensions": (gguf([], [tensor("w", (1,) * 5, 0, 0)], bytes(32)), "tensor w: 5 dimensions"),
-    "row that is no whole block": (gguf([], [tensor("w", (30,), 8, 0)], bytes(64)), "tensor w: rows of 30 elements"),
+    "row that is not a whole block": (gguf([], [tensor("w", (30,), 8, 0)], bytes(64)), "tensor w: rows of 30 elements"),
     "name twice": (gguf([], [tensor("w", (4,), 0, 0)] * 2, bytes(32)), "tensor w: the name occurs twice"),
     "offset that is not aligned": (gguf([], [tensor("w", (4,), 0, 4)], bytes(32)), "tensor w: offset 4"),
     "offset beyond the file": (gguf([], [tensor("w", (8,), 0, 1 << 40)], bytes(32)), "tensor w needs bytes"),
@@ -72,7 +75,7 @@ DAMAGED = {
         gguf([], [tensor("w", (16,), 0, 0), tensor("v", (8,), 0, 32)], bytes(64)),
         "tensor v begins at byte 128, inside tensor w",
     ),
-    "alignment that is no power of two": (
+    "alignment that is not a power of two": (
         gguf([pair("general.alignment", U32, struct.pack("<I", 24))]),
         "general.alignment is 24",
     ),

@@ -45,7 +45,7 @@ LLAMA = {
         ("rope_scaling", [1], "rope_scaling is [1], expected an object"),
         ("quantization_config", 8, "quantization_config is 8, expected an object"),
         ("architectures", "LlamaForCausalLM", "expected a list of str"),
-        ("quantization_config", {"quant_method": "fp8", "modules_to_not_convert": ["re:("]}, "no regular expression"),
+        ("quantization_config", {"quant_method": "fp8", "modules_to_not_convert": ["re:("]}, "a regular expression"),
     ],
 )
 def test_a_wrong_field_is_named_with_its_value(field, value, words, tmp_path):

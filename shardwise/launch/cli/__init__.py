@@ -101,7 +101,7 @@ def _after_rank_0() -> None:
 def positive(text: str) -> int:
     """Type of options that count something."""
     if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of at least 1")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 1")
     return int(text)
 
 

@@ -58,7 +58,7 @@ def sizes(text: str) -> list[int]:
         match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", word)
         size = int(float(match[1]) * UNITS.get(match[2].lower(), 0)) if match else 0
         if size < 1:
-            raise argparse.ArgumentTypeError(f"{word!r} is no size; write for instance 4KiB,16MiB")
+            raise argparse.ArgumentTypeError(f"{word!r} is not a size; write for instance 4KiB,16MiB")
         result.append(size)
     return result
 

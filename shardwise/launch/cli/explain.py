@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """0; ValueError for a file that is no failure report, FileNotFoundError for none."""
+    """0; ValueError for a file that is not a failure report, FileNotFoundError for none."""
     require_writable(args.json)
     cause = load(Path(args.path))
     write_json(cause.to_json(), args.json)

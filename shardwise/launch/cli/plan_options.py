@@ -110,5 +110,5 @@ def _tokens(text: str) -> int:
     unit = _UNITS.get(text[-1:].lower(), 1)
     number = text[:-1] if unit > 1 else text
     if not number.isdigit() or int(number) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no token count; examples: 4096, 32k, 1m")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a token count; examples: 4096, 32k, 1m")
     return int(number) * unit

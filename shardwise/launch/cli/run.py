@@ -204,12 +204,12 @@ def _prompts(args: argparse.Namespace) -> list[str]:
     try:
         text = sys.stdin.read() if args.prompts == "-" else Path(args.prompts).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{args.prompts}: is no UTF-8 text: {error.reason} at byte {error.start}") from None
+        raise ValueError(f"{args.prompts}: is not UTF-8 text: {error.reason} at byte {error.start}") from None
     if text.lstrip().startswith("["):
         try:
             prompts = json.loads(text)
         except ValueError as error:
-            raise ValueError(f"{args.prompts}: begins like a JSON list but is none: {error}") from None
+            raise ValueError(f"{args.prompts}: begins like a JSON list but is not one: {error}") from None
         if not all(isinstance(prompt, str) for prompt in prompts):
             raise ValueError(f"{args.prompts}: a JSON list of texts is expected")
     else:

@@ -167,13 +167,13 @@ class ExpertMapping:
 
 @functools.cache
 def parse_mapping(text: str) -> ExpertMapping:
-    """ExpertMapping of a `mapping_config` argument; "" means none. ValueError if it is no JSON object."""
+    """ExpertMapping of a `mapping_config` argument; "" means none. ValueError if it is not a JSON object."""
     if not text:
         return ExpertMapping()
     try:
         values = json.loads(text)
     except json.JSONDecodeError as error:
-        raise ValueError(f"mapping_config is no JSON: {error}; got {text[:80]!r}") from None
+        raise ValueError(f"mapping_config is not JSON: {error}; got {text[:80]!r}") from None
     if not isinstance(values, dict):
         raise ValueError(f"mapping_config must be a JSON object, got {text[:80]!r}")
     names = [field.name for field in fields(ExpertMapping)]

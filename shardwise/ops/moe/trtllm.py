@@ -78,7 +78,7 @@ def on_cutlass(rows: Tensor, weight: Tensor, on_input: bool) -> bool:
 
 
 def cutlass_moe(rows, ids, weights, first, second, act, dtype, scales) -> Tensor:
-    """FlashInfer's operator on the rows; it skips ids that are no local experts."""
+    """FlashInfer's operator on the rows; it skips ids that are not local experts."""
     from flashinfer.fused_moe import ActivationType, cutlass_fused_moe
 
     out = torch.empty(rows.shape, dtype=dtype, device=rows.device)

@@ -28,7 +28,7 @@ def quantize_mxfp4(values: Tensor) -> tuple[Tensor, Tensor]:
     rounding), as the specification's conversion does. A block that holds NaN or infinity gets the NaN scale.
     """
     if values.shape[-1] % BLOCK:
-        raise ValueError(f"quantize_mxfp4: last dimension {values.shape[-1]} is no multiple of the block of {BLOCK}")
+        raise ValueError(f"quantize_mxfp4: last dimension {values.shape[-1]} is not a multiple of the block of {BLOCK}")
     grouped = values.double().unflatten(-1, (-1, BLOCK))
     power = e8m0_encode(grouped.abs().amax(dim=-1))
     finite = power != 255

@@ -36,7 +36,7 @@ def quantize_nvfp4(values: Tensor, global_scale: Tensor) -> tuple[Tensor, Tensor
     A block whose scale rounds to zero is stored with scale 1, so that its codes stay finite (they are zeros).
     """
     if values.shape[-1] % BLOCK:
-        raise ValueError(f"quantize_nvfp4: last dimension {values.shape[-1]} is no multiple of the block of {BLOCK}")
+        raise ValueError(f"quantize_nvfp4: last dimension {values.shape[-1]} is not a multiple of the block of {BLOCK}")
     grouped = values.float().unflatten(-1, (-1, BLOCK))
     scales = e4m3_encode(grouped.abs().amax(dim=-1) / E2M1_MAX * global_scale)
     scales = torch.where(scales.float() == 0, torch.ones_like(scales, dtype=torch.float32), scales.float())

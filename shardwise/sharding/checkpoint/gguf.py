@@ -143,7 +143,7 @@ def _entries(reader: "_Reader", rows, data: int, alignment: int) -> dict[str, Te
         if name in tensors:
             raise reader.error("the name occurs twice")
         if offset % alignment:
-            raise reader.error(f"offset {offset} is no multiple of the alignment {alignment}")
+            raise reader.error(f"offset {offset} is not a multiple of the alignment {alignment}")
         try:
             nbytes = stored_bytes(shape, dtype)
         except ValueError as error:

@@ -75,11 +75,11 @@ STORAGE: dict[str, tuple[int, int]] = {
 
 
 def stored_bytes(shape: tuple[int, ...], dtype: str) -> int:
-    """Bytes of a tensor of this shape; ValueError when its rows are no whole number of blocks."""
+    """Bytes of a tensor of this shape; ValueError when its rows are not a whole number of blocks."""
     elements, size = STORAGE[dtype]
     last = shape[-1] if shape else 1
     if last % elements:
-        raise ValueError(f"rows of {last} elements are no whole number of {dtype} blocks of {elements}")
+        raise ValueError(f"rows of {last} elements are not a whole number of {dtype} blocks of {elements}")
     return prod(shape) // elements * size
 
 

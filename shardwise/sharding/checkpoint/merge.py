@@ -47,7 +47,7 @@ def merge_shards(folder: Path, out: Path) -> list[Path]:
     written = []
     for name, text in headers.items():
         if Path(name).name != name:
-            raise CheckpointError(f"{folder / SOURCE}: {name!r} is no plain file name")
+            raise CheckpointError(f"{folder / SOURCE}: {name!r} is not a plain file name")
         path = out / name
         if path.exists():
             raise CheckpointError(f"{path} exists; give an empty --out")

@@ -112,7 +112,7 @@ class Reader:
         """
         per = STORAGE[stored.entry.dtype][0]
         if any(a % per or b % per for a, b in ranges[-1]):
-            raise ValueError(f"{stored.entry.name}: columns {ranges[-1]} are no whole blocks of {per}")
+            raise ValueError(f"{stored.entry.name}: columns {ranges[-1]} are not whole blocks of {per}")
         data = self._data(stored)
         rows = [
             _interleaved_rows(r, stored.interleaved_head) if stored.interleaved_head else slice(*r) for r in ranges[0]

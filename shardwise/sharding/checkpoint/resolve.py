@@ -23,7 +23,7 @@ _BESIDE = {
     ".pt": _PICKLES,
     ".pth": _PICKLES,
 }
-"""What to say of files that are no model by themselves."""
+"""What to say of files that are not a model by themselves."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def resolve(model: str | Path) -> Path:
     if str(model).count("/") == 1 and not str(model).startswith((".", "/", "~")) and path.suffix != ".gguf":
         return _inside(_cached_snapshot(str(model)))
     raise FileNotFoundError(
-        f"model {str(model)!r} is no file and no folder; legal: a GGUF file, a folder with config.json, "
+        f"model {str(model)!r} is neither a file nor a folder; legal: a GGUF file, a folder with config.json, "
         f"a hub id owner/name, or one of {', '.join(ALIASES)}"
     )
 
@@ -87,7 +87,7 @@ def require_files(model: str | Path) -> None:
 def open_checkpoint(model: str | Path) -> Checkpoint:
     """The checkpoint that `model` names (see `resolve`), with its config read.
 
-    CheckpointError when it is no readable GGUF file, ConfigError for a config.json, FileNotFoundError for nothing.
+    CheckpointError when it is not a readable GGUF file, ConfigError for a config.json, FileNotFoundError for nothing.
     """
     path = resolve(model)
     if path.is_file():
@@ -132,7 +132,7 @@ def _inside(folder: Path) -> Path:
 def _cached_snapshot(repository: str) -> Path:
     if importlib.util.find_spec("huggingface_hub") is None:
         raise FileNotFoundError(
-            f"model {repository!r} is no file and no folder here, and hub ids need the package huggingface_hub: "
+            f"model {repository!r} is neither a file nor a folder here, and hub ids need the package huggingface_hub: "
             "pip install huggingface_hub"
         )
     from huggingface_hub import snapshot_download
@@ -142,6 +142,6 @@ def _cached_snapshot(repository: str) -> Path:
         return Path(snapshot_download(repository, local_files_only=True))
     except (LocalEntryNotFoundError, HFValidationError):
         raise FileNotFoundError(
-            f"model {repository!r} is no file and no folder here, and not in the local Hugging Face cache; "
+            f"model {repository!r} is neither a file nor a folder here, and not in the local Hugging Face cache; "
             f"to fetch it: hf download {repository}"
         ) from None

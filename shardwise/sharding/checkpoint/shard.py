@@ -51,7 +51,7 @@ def write_shards(plan: Plan, checkpoint: Checkpoint, out: Path, *, progress: Pro
     """Write one file a rank and one for the rest, `plan.json`, `source.json` and the model's small files into `out`.
 
     Returns the safetensors files. Goes on where an interrupted call with the same plan stopped. CheckpointError when
-    the source is no safetensors folder, when `out` is the source itself, or holds another plan's files.
+    the source is not a safetensors folder, when `out` is the source itself, or holds another plan's files.
     """
     if checkpoint.gguf is not None:
         raise CheckpointError(f"{checkpoint.path}: GGUF types have no safetensors form; shard a safetensors folder")
