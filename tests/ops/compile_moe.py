@@ -23,7 +23,8 @@ from shardwise.ops.moe.tiles import Stream
 
 POINTERS = {
     "x_ptr": "*bf16", "word_ptr": "*i32", "scale_ptr": "*i32", "bias_ptr": "*fp32", "out_ptr": "*bf16",
-    "sorted_ptr": "*i32", "block_ptr": "*i32", "factor_ptr": "*fp32", "routing_ptr": "*fp32",
+    "sorted_ptr": "*i32", "block_ptr": "*i32", "part_ptr": "*fp32", "counter_ptr": "*i32",
+    "factor_ptr": "*fp32", "routing_ptr": "*fp32",
 }  # fmt: skip
 MULTIPLES = {*POINTERS, "columns", "out_rows", "stride_x"}
 

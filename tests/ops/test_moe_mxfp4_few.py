@@ -1,10 +1,13 @@
 """The MXFP4 GEMMs for blocks of 8 or 16 tokens: more and fewer tiles of K than are in flight, splits, partial tiles."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
 from oracles_moe import ALPHA, LIMIT, relative
 
+from shardwise.ops.moe import mxfp4
 from shardwise.ops.moe.mxfp4 import Product, run_gemm
 from shardwise.ops.moe.mxfp4_layout import pack_mxfp4
 from shardwise.ops.moe.routing import routed, turn_rows
@@ -79,6 +82,21 @@ def test_the_second_product_in_parts(columns, shape):
     pairs = routing.order.long()
     wanted = torch.einsum("ph,pnh->pn", inner.double(), values[ids[pairs]]) + bias[ids[pairs]]
     assert relative(out.sum(0)[pairs], wanted) < EXACT
+
+
+@pytest.mark.parametrize("shape", [Tiles(16, 64, 1, 2, 3), Tiles(16, 64, 2, 3, 5), Tiles(16, 64, 1, 2, 7, 2)], ids=str)
+def test_programs_that_share_rows_add_their_parts_of_k(shape, monkeypatch):
+    monkeypatch.setattr(mxfp4, "multiprocessors", lambda device: 1)  # so few programs that shares end inside of rows
+    packed, values, bias, ids, routing = given(120, 448, False, 8)
+    inner = torch.randn(3, 448, device=DEVICE).to(DTYPE)
+    product = Product(rows_of(inner, 448), packed, torch.empty(0), routing, "none")
+    results = [torch.full((shape.splits, 3, 120), torch.nan, device=DEVICE) for _ in range(3)]
+    for out in results:
+        run_gemm(Plan(8, shape, shape), shape, replace(product, out=out))
+    pairs = routing.order.long()
+    wanted = torch.einsum("ph,pnh->pn", inner.double(), values[ids[pairs]]) + bias[ids[pairs]]
+    assert relative(results[0].sum(0)[pairs], wanted) < EXACT
+    assert all(torch.equal(out, results[0]) for out in results)
 
 
 def test_tokens_are_turned_with_zeros_behind_the_last_column():

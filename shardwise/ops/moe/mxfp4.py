@@ -179,20 +179,22 @@ def _run_turned(plan: Plan, tiles: Tiles | Stream, product: Product) -> None:
     tiles_n, tiles_k = packed.words.shape[1:3]
     pairs, top_k = routing.order.shape[0], routing.ids.shape[1]
     device, pdl = x.device, dependent_launch(x.device)
-    columns: tuple[int, ...] = ()
-    if isinstance(tiles, Stream):
-        launcher, slabs, sharing, shape = _stream, tiles.slabs, tiles.per_sm, _stream_shape(tiles, tiles_k)
-    else:
-        launcher, slabs, sharing, shape = _few, tiles.warps, 0, _few_shape(tiles, tiles_k, packed.columns)
-        columns = (packed.columns,)
     most = most_blocks(pairs, routing.local, plan.bt)
-    bound = most * tiles_n * 4 // slabs * tiles.splits
+    slabs = tiles.slabs if isinstance(tiles, Stream) else tiles.warps
+    programs = min(most * tiles_n * 4 // slabs * tiles.splits, tiles.per_sm * multiprocessors(device))
+    columns: tuple[int, ...] = ()
+    shared: tuple[Tensor, ...] = ()
+    if isinstance(tiles, Stream):
+        launcher, sharing, shape = _stream, tiles.per_sm, _stream_shape(tiles, tiles_k)
+    else:
+        launcher, sharing, shape = _few, 0, _few_shape(tiles, tiles_k, packed.columns)
+        columns, shared = (packed.columns,), _shared_units(device, (programs, 2, 16 * slabs, plan.bt))
     constants = (top_k, product.act, plan.bt, tiles.splits, *shape, product.act == "none", interpreting(), pdl)
     launcher(
         device,
         (x.dtype, out.dtype, aligned(x, out), columns, out.shape[-1], tiles_n, tiles_k, tiles.per_sm, constants),
-        (min(bound, tiles.per_sm * multiprocessors(device)), 1, 1),
-        (x, packed.words, packed.scales, packed.bias, out, routing.order, routing.blocks)
+        (programs, 1, 1),
+        (x, packed.words, packed.scales, packed.bias, out, routing.order, routing.blocks, *shared)
         + (product.alpha, product.limit, pairs, most, *columns, out.shape[-1], tiles_n, tiles_k, x.stride(0))
         + constants,
         sharing=sharing,
@@ -200,6 +202,12 @@ def _run_turned(plan: Plan, tiles: Tiles | Stream, product: Product) -> None:
         maxnreg=tiles.most_registers,
         launch_pdl=pdl,
     )
+
+
+def _shared_units(device: torch.device, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """What `mxfp4_few` needs where two programs share rows: their sums' parts and counters, one set for a stream."""
+    space = Workspace.of(device, 0)
+    return space.take("parts", shape, torch.float32), space.counters(shape[0])
 
 
 def _few_shape(tiles: Tiles, tiles_k: int, columns: int) -> tuple[bool | int, ...]:

@@ -9,7 +9,7 @@ columns of its products. Token rows are turned: of 32 columns, those of one lane
 # mypy: ignore-errors
 
 from shardwise.ops.gluon_support import gl, jit, mma_v2
-from shardwise.ops.moe.mxfp4_pieces import await_before, block_of, decode_tile, rows_of, store_results, turned
+from shardwise.ops.moe.mxfp4_pieces import await_before, block_of, decode_tile, store_results, turned
 from shardwise.ops.triton_support import tl
 
 
@@ -44,13 +44,36 @@ def _load(word_at, scale_at, ahead, there, word, row):
 
 
 @jit
-def _begin(
-    word_ptr, scale_ptr, expert, index, total, tiles_n, tiles_k, word, row,
-    SPLITS: tl.constexpr, WARPS: tl.constexpr, DEEP: tl.constexpr,
+def _share(units, rounds):
+    """(first round, end of rounds, first unit) of this program: as many rounds as every other has, at least a unit's.
+
+    A unit of the grid's work, some slabs of a block, takes `rounds`; where a share ends inside of it, the next program
+    goes on.
+    """
+    each = gl.maximum(gl.cdiv(units * rounds, gl.num_programs(0)), rounds)
+    begin = gl.program_id(0) * each
+    return begin, gl.minimum(begin + each, units * rounds), begin // rounds
+
+
+@jit
+def _part(
+    unit, begin, finish, rounds, tiles_n, tiles_k, SPLITS: tl.constexpr, WARPS: tl.constexpr, DEEP: tl.constexpr
 ):  # fmt: skip
-    """The first DEEP k-tiles of a tile's words and scales; of none where there is no such tile."""
-    slab, first, stop, _ = rows_of(index, tiles_n, tiles_k, SPLITS, WARPS)
-    stop = gl.where(index < total, stop, first)
+    """(slab, first k-tile, end of k-tiles, split) of what a share has of a unit with rounds of DEEP tiles; no tiles
+    where it has nothing."""
+    split, each = unit % SPLITS, gl.cdiv(tiles_k, SPLITS)
+    k = split * each
+    first = k + gl.maximum(begin - unit * rounds, 0) * DEEP
+    stop = gl.minimum(gl.minimum(k + each, tiles_k), k + (finish - unit * rounds) * DEEP)
+    return unit // SPLITS % (tiles_n * 4 // WARPS) * WARPS, first, gl.maximum(stop, first), split
+
+
+@jit
+def _begin(
+    word_ptr, scale_ptr, expert, part, tiles_n, tiles_k, word, row, DEEP: tl.constexpr
+):  # fmt: skip
+    """The first DEEP k-tiles of a part's words and scales; of none where it has no tiles."""
+    slab, first, stop, _ = part
     tile = (expert.to(gl.int64) * tiles_n + slab // 4) * tiles_k + first
     word_at, scale_at = word_ptr + slab % 4 * 128 + tile * 512, scale_ptr + slab % 4 * 8 + tile * 32
     words, scales = (), ()
@@ -61,17 +84,47 @@ def _begin(
     return words, scales
 
 
+@jit
+def _complete(
+    acc, part_ptr, counter_ptr, unit, begin, finish, rounds, ROWS: tl.constexpr, BT: tl.constexpr, SUM: tl.constexpr
+):  # fmt: skip
+    """(whether this program has the whole sums of a unit, these sums).
+
+    Of two programs that share a unit the later one adds what the earlier one stored; the order of two does not matter.
+
+    part_ptr      float32 [programs, 2, ROWS, BT]: of the unit that a share ends in, both parts
+    counter_ptr   int32 [programs] zeros, which stay zeros
+    """
+    continues = unit * rounds < begin
+    ready = (unit * rounds >= begin) & ((unit + 1) * rounds <= finish)
+    if not ready:
+        half = continues.to(gl.int32)
+        owner = gl.program_id(0) - half
+        place = gl.arange(0, ROWS, layout=gl.SliceLayout(1, SUM))[:, None] * BT
+        place += gl.arange(0, BT, layout=gl.SliceLayout(0, SUM))[None, :]
+        parts = part_ptr + owner * (2 * ROWS * BT)
+        gl.store(parts + half * (ROWS * BT) + place, acc)
+        tl.debug_barrier()
+        ready = gl.atomic_add(counter_ptr + owner, 1, sem="acq_rel") == 1
+        if ready:
+            gl.store(counter_ptr + owner, 0)
+            acc += gl.load(parts + (1 - half) * (ROWS * BT) + place, cache_modifier=".cg")
+    return ready, acc
+
+
 @jit(do_not_specialize=["alpha", "limit", "pairs", "most"])
 def mxfp4_few(
-    x_ptr, word_ptr, scale_ptr, bias_ptr, out_ptr, sorted_ptr, block_ptr, alpha, limit, pairs, most, columns,
-    out_rows, tiles_n, tiles_k, stride_x,
+    x_ptr, word_ptr, scale_ptr, bias_ptr, out_ptr, sorted_ptr, block_ptr, part_ptr, counter_ptr, alpha, limit, pairs,
+    most, columns, out_rows, tiles_n, tiles_k, stride_x,
     TOP_K: tl.constexpr, ACT: tl.constexpr, BT: tl.constexpr, SPLITS: tl.constexpr, EVEN: tl.constexpr,
     DEEP: tl.constexpr, WARPS: tl.constexpr, EARLY: tl.constexpr, INTERPRET: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Persistent over (block, slab of 16 rows for each warp, k split); arguments as of `mxfp4_gemm`.
+    """Persistent over shares of the rounds of all units (block, slab of 16 rows for each warp, k split); arguments as
+    of `mxfp4_gemm`.
 
     most    blocks that the table has room for
     x_ptr   turned rows of whole tiles, see `turned`
+    part_ptr, counter_ptr   see `_complete`
     ACT     "swiglu", which writes turned rows of out_rows columns with zeros behind the last, or "none"
     EVEN    K is whole tiles, and every split whole DEEPs of them
     DEEP    tiles of K in flight
@@ -93,9 +146,10 @@ def mxfp4_few(
     )  # fmt: skip
     if not EARLY:
         await_before(PDL)
-    total = gl.load(block_ptr, cache_modifier=".cg") * (tiles_n * 4 // WARPS) * SPLITS
-    program, programs = gl.program_id(0), gl.num_programs(0)
-    expert, start, end = block_of(block_ptr, program, most, tiles_n, SPLITS, WARPS)
+    rounds = gl.cdiv(gl.cdiv(tiles_k, SPLITS), DEEP)
+    units = gl.load(block_ptr, cache_modifier=".cg") * (tiles_n * 4 // WARPS) * SPLITS
+    begin, finish, unit = _share(units, rounds)
+    expert, start, end = block_of(block_ptr, unit, most, tiles_n, SPLITS, WARPS)
     warp = gl.arange(0, WARPS, layout=gl.SliceLayout(1, SCALES))
     row = gl.arange(0, 8, layout=gl.SliceLayout(0, SCALES))
     lane = gl.arange(0, 4, layout=LANES)
@@ -105,14 +159,14 @@ def mxfp4_few(
     word += step[None, None, None, :]
     token = gl.arange(0, BT, layout=gl.SliceLayout(1, X))
     place = gl.arange(0, 64, layout=gl.SliceLayout(0, X))
-    words, scales = _begin(
-        word_ptr, scale_ptr, expert, program, total, tiles_n, tiles_k, word, rows_at, SPLITS, WARPS, DEEP
-    )
+    part = _part(unit, begin, finish, rounds, tiles_n, tiles_k, SPLITS, WARPS, DEEP)
+    words, scales = _begin(word_ptr, scale_ptr, expert, part, tiles_n, tiles_k, word, rows_at, DEEP)
     if EARLY:
         await_before(PDL)
-    for index in range(program, total, programs):
-        later = block_of(block_ptr, index + programs, most, tiles_n, SPLITS, WARPS)
-        slab, first, stop, split = rows_of(index, tiles_n, tiles_k, SPLITS, WARPS)
+    for index in range(unit, gl.cdiv(finish, rounds)):
+        later = block_of(block_ptr, index + 1, most, tiles_n, SPLITS, WARPS)
+        slab, first, stop, split = _part(index, begin, finish, rounds, tiles_n, tiles_k, SPLITS, WARPS, DEEP)
+        part = _part(index + 1, begin, finish, rounds, tiles_n, tiles_k, SPLITS, WARPS, DEEP)
         tile = (expert.to(gl.int64) * tiles_n + slab // 4) * tiles_k
         word_at, scale_at = word_ptr + slab % 4 * 128 + tile * 512, scale_ptr + slab % 4 * 8 + tile * 32
         # Columns of absent tokens hold the last one's, so that nothing is masked.
@@ -133,14 +187,14 @@ def mxfp4_few(
                 acc = mma_v2(weights, x, acc)
             words = next_words
             scales = next_scales
-        words, scales = _begin(
-            word_ptr, scale_ptr, later[0], index + programs, total, tiles_n, tiles_k, word, rows_at, SPLITS, WARPS, DEEP
-        )
+        words, scales = _begin(word_ptr, scale_ptr, later[0], part, tiles_n, tiles_k, word, rows_at, DEEP)
+        ready, acc = _complete(acc, part_ptr, counter_ptr, index, begin, finish, rounds, 16 * WARPS, BT, ACC)
         n = slab * 16 + gl.arange(0, 16 * WARPS, layout=gl.SliceLayout(1, ACC))
-        bias = gl.load(bias_ptr + expert * tiles_n * 64 + n, mask=(n >= 0) & (split == 0), other=0.0)
-        acc += bias[:, None]
-        store_results(
-            acc, out_ptr, sorted_ptr, alpha, limit, pairs, out_rows, tiles_n, slab, split, start, end,
-            ACT, BT, WARPS, ACC,
-        )  # fmt: skip
+        if ready:
+            bias = gl.load(bias_ptr + expert * tiles_n * 64 + n, mask=(n >= 0) & (split == 0), other=0.0)
+            acc += bias[:, None]
+            store_results(
+                acc, out_ptr, sorted_ptr, alpha, limit, pairs, out_rows, tiles_n, slab, split, start, end,
+                ACT, BT, WARPS, ACC,
+            )  # fmt: skip
         expert, start, end = later

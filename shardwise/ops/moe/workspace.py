@@ -11,7 +11,7 @@ class Workspace:
 
     One set a thread (ranks may be threads), device, stream and token count: captured graphs and concurrent callers
     never share or lose it. gpt-oss-120b's sets take 80 KB a token with one part of K, 170 MB where all counts up to
-    KEPT_TOKENS come.
+    KEPT_TOKENS come. The set of no token is for what a launch needs whatever its tokens.
     """
 
     KEPT_TOKENS = 64
@@ -45,7 +45,7 @@ class Workspace:
         return torch.zeros(count, dtype=torch.int32, device=self._owner[0]) if row is None else row
 
 
-_ROWS, _ROW = 32, 2048  # streams of one thread; router blocks of one call: 131072 tokens
+_ROWS, _ROW = 32, 4096  # streams of one thread; programs of a launch, or router blocks of a call: 262144 tokens
 _THREAD = threading.local()
 
 
