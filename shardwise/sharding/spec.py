@@ -144,7 +144,6 @@ class Attention(Block):
     qk_clip: float | None = None
     temperature: tuple[float, float] | None = None
     """(floor, scale) of the position-dependent query temperature (Llama 4 layers without rotation)."""
-    alibi: bool = False
     qkv_grouped: bool = False
     """The fused `qkv` lies group by group, each KV head's queries before it: [q.. k v | q.. k v | ...]."""
     index_heads: int = 0
