@@ -71,9 +71,9 @@ def has_gap(axis, layout, ttgir):
 def main():
     kernels = {f"route {case}": router(*case) for case in ((5, 6, 2, 96), (16, 8, 4), (1, 128, 4), (8192, 128, 4))}
     kernels |= {f"few {pairs}": compiled(group_few_kernel, 4, COUNT=pairs, BLOCK=16, PDL=True) for pairs in (1, 8, 64)}
-    for experts, step, counted in ((2, 2, True), (128, 64, True), (2, 1024, False), (128, 1024, False)):
-        kernels[f"place {experts} {counted}"] = compiled(
-            place_kernel, 8, PART=256, P_BLOCK=256, E_BLOCK=experts, STEP=step, COUNTED=counted, BLOCK=16, PDL=True
+    for experts, part, step, counted in ((2, 512, 16, True), (128, 64, 32, True), (2, 128, 1024, False)):
+        kernels[f"place {experts} {part}"] = compiled(
+            place_kernel, 4, PART=part, P_BLOCK=part, E_BLOCK=experts, STEP=step, COUNTED=counted, BLOCK=16, PDL=True
         )
     rows = []
     for name, kernel in kernels.items():

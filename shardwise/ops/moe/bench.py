@@ -8,7 +8,7 @@ import torch
 
 from shardwise.ops.moe import triton as kernels
 from shardwise.ops.moe import trtllm
-from shardwise.ops.moe.bench_peers import Raw, TritonKernels, triton_kernels_found
+from shardwise.ops.moe.bench_peers import CutlassMixture, Raw, TritonKernels, triton_kernels_found
 from shardwise.ops.moe.contract import SILU
 from shardwise.ops.moe.mxfp4 import mxfp4_moe
 from shardwise.ops.moe.mxfp4_layout import pack_mxfp4
@@ -173,31 +173,8 @@ def _stacked_calls(layer: Layer, device: str):
         else:
             found = {"ours": each(bf16), LOOP: each(lambda x, i, w: torch_moe_fused(x, i, w, first, second))}
         if trtllm.cutlass_ready():
-            peer = _flashinfer(codes or [first, second], one, ones)
+            peer = CutlassMixture(*(codes or [first, second]))
             found["flashinfer"] = [partial(peer, x, ids.int(), w) for x, ids, w in inputs]
         return found
 
     return calls
-
-
-def _flashinfer(weights, one, ones):
-    """FlashInfer's operator itself, with the kernel shapes that its own tuning picks at the first call.
-
-    It times 36 and 72 of them for every power of two of tokens: three calls of each, not ten, spare most of a minute.
-    """
-    from flashinfer.autotuner import AutoTuner, autotune
-    from flashinfer.fused_moe import cutlass_fused_moe
-
-    quant = [ones, one.reshape(()), ones, one.reshape(())] if weights[0].dtype == torch.float8_e4m3fn else []
-    tuned = set()
-    AutoTuner.get().warmup, AutoTuner.get().repeat = 1, 3
-
-    def run(x, ids, w):
-        args = (x.to(torch.float8_e4m3fn) if quant else x, ids, w, *weights, x.dtype)
-        if x.shape[0] not in tuned:
-            tuned.add(x.shape[0])
-            with autotune():
-                cutlass_fused_moe(*args, quant_scales=quant)
-        return cutlass_fused_moe(*args, quant_scales=quant)
-
-    return run

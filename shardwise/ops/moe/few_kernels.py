@@ -39,7 +39,7 @@ def few_up(
     x_ptr += (pair // TOP_K).to(tl.int64) * columns
     weight = tl.load(routing_ptr + pair).to(tl.float32) if WEIGHT_IN else 1.0
     # Scales are asked for before the rows: behind them, each would be a wait of its own.
-    in_scale = tl.load(in_ptr) if SCALED else 1.0
+    inverse = 1.0 / tl.load(in_ptr) if SCALED else 1.0
     scale = _scale(scale_ptr, factor_ptr, expert, True, FACTORED) if SCALED else 1.0
     quant = tl.load(quant_ptr) if SCALED else 1.0
     acc = tl.zeros((ROWS, BK // VECTOR), dtype=tl.float32)
@@ -54,7 +54,7 @@ def few_up(
             if SCALED:  # the contract rounds a weighted input to its own type before it quantises it
                 x = x.to(x_ptr.dtype.element_ty).to(tl.float32)
         if SCALED:
-            x = encode_e4m3(x / in_scale, INTERPRET).to(tl.float32)
+            x = encode_e4m3(x * inverse, INTERPRET).to(tl.float32)
         acc += tl.sum(tl.reshape(up.to(tl.float32) * x[None, :], (ROWS, BK // VECTOR, VECTOR)), axis=2)
         if GATED:
             other = w_at + out_rows * columns + k

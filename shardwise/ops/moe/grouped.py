@@ -14,7 +14,7 @@ from shardwise.ops.moe.contract import FP8Scales
 from shardwise.ops.moe.few import few_moe
 from shardwise.ops.moe.grouped_gemm import gather_rows, grouped_gemm
 from shardwise.ops.moe.grouped_plan import FewPlan, GroupedPlan, Shape, choose_few, choose_plan
-from shardwise.ops.moe.routing import WIDE_TOKENS, Routing, combine, most_blocks, routed
+from shardwise.ops.moe.routing import Routing, combine, most_blocks, routed
 from shardwise.ops.moe.wide_gemm import wide_gemm
 from shardwise.ops.moe.workspace import Workspace
 from shardwise.ops.quantization.triton_fp8 import quantize
@@ -80,8 +80,7 @@ def grouped_moe(
     space = Workspace.of(tokens.device, count)
     routing = routed(space, ids, weights, experts, plan.bt)
     inner = space.take("inner", (pairs, size), first.dtype)
-    wide = torch.float32 if count <= WIDE_TOKENS else tokens.dtype
-    values = space.take("values", (plan.down.splits, pairs, hidden), wide)
+    values = space.take("values", (plan.down.splits, pairs, hidden), tokens.dtype)
     up, down = _products(tokens, routing, first, second, act, on_input, scales, inner, values)
     up = _in_order(up, routing) if plan.copied else up
     _run(plan.up, plan.bt, up, routing)

@@ -100,9 +100,9 @@ def choose_plan(pairs: int, experts: int, itemsize: int, blocks: bool = False, c
     """Few pairs an expert: narrow token blocks, to read weights at memory rate. Many: wide ones, near the matrix rate.
 
     A row of a step is 128 bytes, or 256 where a tile is small: that took 5 % off the up products.
-    Some 16: a tile has few steps where rows are short, so a second program on the multiprocessor fills what is between
-    tiles. Qwen3's operator with 256 tokens took 327 us for 376, in e4m3 190 for 201 (H200). Repeated back to back on an
-    H100, the up product alone had been 3 % slower so, as had Mixtral's, whose rows of 4096 keep one program.
+    Blocks are as wide as experts rarely exceed, as an expert's second block reads its weights again: with 32 pairs an
+    expert, blocks of 64 took 682 us for 821 with blocks of 32 (H200, Mixtral; Qwen3 325 for 342). Two programs a
+    multiprocessor fill what is between tiles.
     Many: an expert's last block may be short. Computing it as half of one took 2 to 5 % off Mixtral's rows of 4096, but
     added 5 % to Qwen3's of 2048 (H100, bf16; 1 % each in e4m3).
 
@@ -113,10 +113,10 @@ def choose_plan(pairs: int, experts: int, itemsize: int, blocks: bool = False, c
     long, tall = (bk, 128) if blocks else (2 * bk, 256)
     if each <= 8:  # an expert rarely has more than 16
         return GroupedPlan(16, Shape(64, long, 4, 3, 2), Shape(128, long, 4, 3, 2))
-    if each <= 32 and columns < LONG_ROWS:
-        return GroupedPlan(32, Shape(64, bk, 4, 4, 2, group=4), Shape(128, bk, 4, 4, 2, group=4))
-    if each <= 32:
-        return GroupedPlan(32, Shape(128, bk, 4, 3, 1, group=4), Shape(tall, bk, 8, 3, 2, group=4))
+    if each <= 20:
+        return GroupedPlan(32, Shape(64, bk, 4, 5, 2, group=4), Shape(128, bk, 4, 5, 2, group=4))
+    if each <= 40:
+        return GroupedPlan(64, Shape(64, bk, 4, 4, 2, group=4), Shape(128, bk, 4, 4, 2, group=4))
     if each <= 128:  # still bound by the weights: two programs a multiprocessor
         return GroupedPlan(128, Shape(64, bk, 4, 3, 2, group=4), Shape(128, bk, 4, 3, 2, group=4, tokens_left=True))
     short = 64 if columns >= LONG_ROWS else 0

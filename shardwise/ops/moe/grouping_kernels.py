@@ -129,16 +129,15 @@ def place_kernel(
     await_predecessor(PDL)
     totals, before = _sums(id_ptr, count_ptr, pairs, parts, stride, first, local, PART, E_BLOCK, STEP, COUNTED)
     base = _base(totals, before, block_ptr, E_BLOCK, BLOCK)
-    slot = tl.arange(0, P_BLOCK)
-    start = tl.program_id(0) * PART
-    inside = (slot < PART) & (start + slot < pairs)
-    expert, valid = _choices(id_ptr, start + slot, inside, first, local)
-    position = tl.gather(base, tl.where(valid, expert, 0), axis=0)
-    OTHERS: tl.constexpr = min(P_BLOCK, 64)
-    for step in tl.range(0, P_BLOCK, OTHERS):
-        other = step + tl.arange(0, OTHERS)
-        real = (other < PART) & (start + other < pairs)
-        others = tl.load(id_ptr + start + other, mask=real, other=-1).to(tl.int32) - first
-        kin = (others[None, :] == expert[:, None]) & (other[None, :] < slot[:, None])
-        position += tl.sum(kin.to(tl.int32), axis=1)
-    tl.store(sorted_ptr + position, start + slot, mask=valid)
+    RUN: tl.constexpr = min(P_BLOCK, 128)
+    slot = tl.arange(0, RUN)
+    for start in tl.range(0, P_BLOCK, RUN):
+        pair = tl.program_id(0) * PART + start + slot
+        inside = (start + slot < PART) & (pair < pairs)
+        expert, valid = _choices(id_ptr, pair, inside, first, local)
+        others, _ = _choices(id_ptr, pair, inside, first, local)
+        kin = (others[None, :] == expert[:, None]) & (slot[None, :] < slot[:, None])
+        position = tl.gather(base, tl.where(valid, expert, 0), axis=0) + tl.sum(kin.to(tl.int32), axis=1)
+        tl.store(sorted_ptr + position, pair, mask=valid)
+        if P_BLOCK > RUN:
+            base += tl.histogram(expert, E_BLOCK, valid)

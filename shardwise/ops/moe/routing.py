@@ -16,10 +16,12 @@ _FEW_PAIRS = 64
 """Most pairs that one program groups by comparing all with all."""
 WIDE_TOKENS = 128
 """Up to here an expert's results wait for their sum in float32. Beyond, its bytes count: 7 us of 256 tokens."""
-_PART = 256
+_PART = 512
 """Pairs of a part of a counting sort, where the router has not counted already."""
 _COUNTED_BY_ALL = 1024
 """Most pairs that each part counts by itself, which spares the launch that counts."""
+_FEW_PART = 128
+"""Pairs of a part there: as many as are compared with one another at once."""
 
 
 @dataclass(frozen=True)
@@ -135,7 +137,7 @@ def group_pairs(routing: Routing, block: int) -> None:
         _few(device, (*key, constants), (1, 1, 1), args + constants, num_warps=4, launch_pdl=pdl)
         return
     if pairs <= _COUNTED_BY_ALL:
-        return _place_pairs(routing, None, _PART, block)
+        return _place_pairs(routing, None, _FEW_PART, block)
     parts, experts = -(-pairs // _PART), routing.first + routing.local
     counts = torch.empty((parts, experts), dtype=torch.int32, device=device)
     counting = (_PART, power_of_two(experts), pdl)
@@ -152,7 +154,7 @@ def _place_pairs(routing: Routing, counts: Tensor | None, part: int, block: int)
     if counts is None:
         parts, stride, step = -(-pairs // part), 0, _COUNTED_BY_ALL
     else:
-        (parts, stride), step = counts.shape, max(16, min(power_of_two(len(counts)), 8192 // experts))
+        (parts, stride), step = counts.shape, max(16, min(power_of_two(len(counts)), 4096 // experts))
     constants = (part, power_of_two(part), experts, step, counts is not None, block, pdl)
     sources = (ids, ids if counts is None else counts)
     _place(
@@ -160,7 +162,7 @@ def _place_pairs(routing: Routing, counts: Tensor | None, part: int, block: int)
         (ids.dtype, aligned(ids), stride, constants),
         (parts, 1, 1),
         (*sources, routing.order, routing.blocks, pairs, parts, stride, routing.first, routing.local) + constants,
-        num_warps=4 if part <= 128 else 8,
+        num_warps=4,
         launch_pdl=pdl,
     )
 
