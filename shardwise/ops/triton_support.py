@@ -83,7 +83,7 @@ def await_and_trigger(PDL: tl.constexpr):
 
 
 # The current device's number; torch.cuda.current_device asks first whether CUDA is started, which takes longer.
-_current_device = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
+current_device = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
 
 
 @functools.cache
@@ -163,7 +163,7 @@ class Launcher:
             self._kernel[grid](*args, **options)
             return
         index = device.index
-        if index != _current_device():
+        if index != current_device():
             with torch.cuda.device(device):
                 return self(device, key, grid, args, sharing=sharing, **options)
         launch = self._launches.get((index, key))
@@ -193,13 +193,13 @@ class Form:
         self._launches: dict[Any, Any] = {}  # by the alignment of the addresses
 
     def __call__(self, grid: tuple[int, int, int], pointers: tuple[torch.Tensor, ...], free: tuple[float, ...]) -> None:
-        """Run on `grid`; an empty grid is no launch."""
+        """Run on `grid`; an empty grid launches nothing."""
         if 0 in grid:
             return
         if _INTERPRETING:
             self._kernel[grid](*pointers, *free, *self._fixed)
             return
-        if self._index != _current_device():
+        if self._index != current_device():
             with torch.cuda.device(self._device):
                 return self(grid, pointers, free)
         addresses = [*map(_address, pointers)]  # numbers spare Triton a driver query each

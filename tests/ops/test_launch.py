@@ -71,7 +71,7 @@ def jit(monkeypatch, request):
     monkeypatch.setattr(triton_support, "_INTERPRETING", False)
     monkeypatch.setattr(triton_support, "_DIRECT", direct)
     monkeypatch.setattr(triton_support, "_raw_stream", lambda: lambda device: f"stream of {device}")
-    monkeypatch.setattr(triton_support, "_current_device", lambda: None)
+    monkeypatch.setattr(triton_support, "current_device", lambda: None)
     return Jit(scratch)
 
 

@@ -2,6 +2,7 @@
 
 import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -19,7 +20,7 @@ from shardwise.ops.attention.planner import (
     select_pages,
 )
 from shardwise.ops.attention.positions import fake_token_positions, token_positions
-from shardwise.ops.kept import Kept, view
+from shardwise.ops.kept import Kept, fresh, view
 from shardwise.ops.registry import CUDA, FLASHINFER, operator
 from shardwise.ops.vector_access import takes_vectors, with_vectors
 
@@ -76,6 +77,8 @@ class _Plan(NamedTuple):
     parameters: _Parameters
     tokens: int
     """T, padding included"""
+    out: Callable[[], Tensor]
+    """Makes room for the result"""
     q_rows: _Rows
     """Sizes [tokens, N, D] and strides of the batch's own tokens, contiguous"""
     k_rows: _Rows
@@ -184,7 +187,7 @@ def flashinfer_attention_mha_with_cache(
     given = (q, k, v, kv_cache, flashinfer_batch_indices, flashinfer_positions, cu_num_pages, last_page_len)
     plan = _PLANS.get(key, given) or _PLANS.keep(key, given, _plan(batch, scale, *given))
     q_rows, k_rows, v_rows = _rows(plan, q, k, v, kv_cache)
-    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    out = plan.out()
     out_rows, count = view(out, *plan.q_rows), batch.tokens
     if count < plan.tokens:
         out.view(plan.tokens, -1)[count:].zero_()
@@ -296,6 +299,7 @@ def _plan(
     return _Plan(
         _parameters(heads, page_size, q.dtype, kv_cache.dtype, default_scale(scale, size)),
         tokens,
+        fresh(tuple(q.shape), q.dtype, q.device),
         ((count, heads.queries, size), (heads.queries * size, size, 1)),
         ((count, kv_heads, size), (kv_heads * size, size, 1)),
         all(each.is_contiguous() for each in (q, k, v, kv_cache)),

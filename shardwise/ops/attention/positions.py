@@ -1,11 +1,13 @@
 """Sequence and position of every token of a paged step, which FlashInfer asks for beside the page table."""
 
 import functools
+from collections.abc import Callable
 
 import torch
 
 from shardwise.ops.attention.batch import Batch
 from shardwise.ops.attention.planner import planner
+from shardwise.ops.kept import fresh
 from shardwise.ops.metadata_reports import check_bounds, raise_report, read_at_once, report_word
 from shardwise.ops.registry import TRITON
 from shardwise.ops.state_batch import load_bounds, prefill_bounds
@@ -105,17 +107,23 @@ _BLOCK = 128
 
 
 @functools.lru_cache(maxsize=4096)
-def _plan(batch: Batch, count: int, dtypes: tuple[torch.dtype, torch.dtype], device: torch.device) -> Launch:
-    """The launch, which costs more to find out than to use; `dtypes` are those of cu_seqlen and the lengths."""
+def _plan(
+    batch: Batch, count: int, dtypes: tuple[torch.dtype, torch.dtype], device: torch.device
+) -> tuple[Launch, Callable[[], torch.Tensor]]:
+    """The launch, which costs more to find out than to use, and what makes room for a result.
+
+    dtypes  of cu_seqlen and the lengths
+    """
     width = min(64, max(2, 1 << (batch.prefill - 1).bit_length())) if batch.prefill else 2
     form = _positions.form(device, (_BLOCK, width), warps=4)
-    return Launch(form, (-(-count // _BLOCK), 1, 1), (count, batch.prefill, batch.prefill_tokens, batch.tokens))
+    launch = Launch(form, (-(-count // _BLOCK), 1, 1), (count, batch.prefill, batch.prefill_tokens, batch.tokens))
+    return launch, fresh((count,), torch.int32, device)
 
 
 def _by_kernel(op: str, batch: Batch, position_ids, cu_seqlen, seq_len_with_cache) -> list[torch.Tensor]:
     count = position_ids.numel()
     cu_seqlen, seq_len_with_cache = cu_seqlen.contiguous(), seq_len_with_cache.contiguous()
-    plan = _plan(batch, count, (cu_seqlen.dtype, seq_len_with_cache.dtype), position_ids.device)
-    owner, position = (torch.empty(count, dtype=torch.int32, device=position_ids.device) for _ in range(2))
+    plan, room = _plan(batch, count, (cu_seqlen.dtype, seq_len_with_cache.dtype), position_ids.device)
+    owner, position = room(), room()
     plan.form(plan.grid, (cu_seqlen, seq_len_with_cache, owner, position, report_word(op)), plan.free)
     return [owner, position]

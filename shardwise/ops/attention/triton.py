@@ -4,6 +4,7 @@ Nothing waits for the device and no launch depends on device data, so a decode s
 """
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -15,7 +16,7 @@ from shardwise.ops.attention.kernels.append import append_kernel
 from shardwise.ops.attention.kernels.decode import flattened_decode_kernel, reduce_kernel
 from shardwise.ops.attention.kernels.prefill import prefill_kernel
 from shardwise.ops.attention.tiles import Tile
-from shardwise.ops.kept import Kept, Tensors
+from shardwise.ops.kept import Kept, Tensors, fresh
 from shardwise.ops.metadata_reports import raise_report, read_at_once, report_word
 from shardwise.ops.registry import TRITON, operator
 from shardwise.ops.triton_support import Form, Kernel, Launch, dependent_launch, multiprocessors
@@ -58,10 +59,10 @@ class _Decode(NamedTuple):
     """What a step's decode sequences launch, but for its tensors."""
 
     attend: Launch
-    partial: int
-    """Numbers of the splits' results"""
+    partial: Callable[[], torch.Tensor] | None
+    """Makes room for the splits' results, where there are several"""
     reduce: Launch | None
-    """Joins the splits, where there are several"""
+    """Joins them"""
 
 
 class _Plan(NamedTuple):
@@ -69,8 +70,8 @@ class _Plan(NamedTuple):
 
     tokens: int
     """T, padding included"""
-    out_shape: torch.Size | None
-    """None: like q"""
+    out: Callable[[], torch.Tensor]
+    """Makes room for the result"""
     prefill: _Prefill | None
     decode: _Decode | None
 
@@ -146,10 +147,7 @@ def triton_attention_flattened_mha_with_cache(
         )
     if read_at_once(q):
         read_spans(OP, batch, plan.tokens, seq_len, input_pos, slot_idx, k_cache.shape)
-    if plan.out_shape is None:
-        out = torch.empty_like(q, memory_format=torch.contiguous_format)  # half the host time of torch.empty
-    else:
-        out = torch.empty(plan.out_shape, dtype=q.dtype, device=q.device)
+    out = plan.out()
     if batch.tokens < plan.tokens:
         out.view(plan.tokens, -1)[batch.tokens :].zero_()
     _run(plan, given, given[0] if sinks is None else given[-1], out)
@@ -166,8 +164,8 @@ def _run(plan: _Plan, given: Tensors, sinks: torch.Tensor, out: torch.Tensor) ->
         one = plan.prefill.attend
         one.form(one.grid, (q, k_cache, v_cache, out, seq_len, input_pos, slot_idx, sinks), one.free)
     if plan.decode is not None:
-        one, numbers, reduce = plan.decode
-        partial = out if reduce is None else torch.empty(numbers, dtype=torch.float32, device=out.device)
+        one, room, reduce = plan.decode
+        partial = out if room is None else room()
         one.form(one.grid, (*given[:5], out, partial, *given[5:7], sinks, word), one.free)
         if reduce is not None:
             reduce.form(reduce.grid, (partial, out, *given[5:7], sinks), reduce.free)
@@ -246,10 +244,9 @@ def _strides(strides, counts) -> tuple[int, ...]:
 def _plan(shapes: _Shapes, batch: Batch, given: Tensors, scale: float | None, window: int, has_sinks: bool) -> _Plan:
     """What the step launches for tensors like `given`."""
     q, _, _, k_cache, v_cache = given[:5]
-    out_shape = torch.Size(cached_output_shape(q, k_cache, v_cache))
     return _Plan(
         shapes.tokens,
-        None if out_shape == q.shape else out_shape,
+        fresh(tuple(cached_output_shape(q, k_cache, v_cache)), q.dtype, q.device),
         _plan_prefill(shapes, batch, given, scale, max(window, 0), has_sinks) if batch.prefill_tokens else None,
         _plan_decode(shapes, batch, given, scale, max(window, 0), has_sinks) if batch.decode else None,
     )
@@ -299,9 +296,10 @@ def _plan_decode(shapes: _Shapes, batch: Batch, given: Tensors, scale, window: i
         attend, (decode * heads.keys * splits, 1, 1), (default_scale(scale, heads.size) * LOG2_E, *place)
     )  # fmt: skip
     if not several:
-        return _Decode(launch, 0, None)
+        return _Decode(launch, None, None)
     reduce = _form(
         _reduce, q.device, (*key, block_splits),
         (heads.queries, heads.value_size, tile.keys, shapes.sizes[3], block_splits, *options), warps=4,
     )  # fmt: skip
-    return _Decode(launch, rows * (heads.value_size + 1), Launch(reduce, (decode * heads.queries, 1, 1), place))
+    room = fresh((rows * (heads.value_size + 1),), torch.float32, q.device)
+    return _Decode(launch, room, Launch(reduce, (decode * heads.queries, 1, 1), place))

@@ -4,20 +4,22 @@ Its chunked kernels compute prefill tokens. A decode token is one pass over its 
 makes in the cache itself; fla's recurrent kernel would want the states copied out and back.
 """
 
+from collections.abc import Callable
+
 import torch
 
 from shardwise.ops.attention.batch import read_batch
 from shardwise.ops.fla.checks import check_delta
 from shardwise.ops.fla.reference import like_v
 from shardwise.ops.fla.step import Prefill, decode
-from shardwise.ops.kept import Kept, taken_as_given
+from shardwise.ops.kept import Kept, fresh, taken_as_given
 from shardwise.ops.metadata_reports import report_word
 from shardwise.ops.registry import FLA, TRITON, operator
 from shardwise.ops.state_batch import check_counts, check_metadata
 from shardwise.ops.triton_support import Launch
 
-# Steps of decode tokens alone, without a copy or padding, by their layout.
-STEPS: Kept[Launch] = Kept()
+# Steps of decode tokens alone, without a copy or padding, and what makes room for their results, by their layout.
+STEPS: Kept[tuple[Launch, Callable[[], torch.Tensor]]] = Kept()
 
 
 def _half(op: str, q: torch.Tensor) -> None:
@@ -79,8 +81,9 @@ def _cached(op, q, k, v, g, beta, batch_info_host, cu_seqlen, slot_idx, use_init
     if not batch.prefill:
         again = STEPS.get(key, compared)
         if again is not None:
-            out = torch.empty_like(v, memory_format=torch.contiguous_format)
-            again.form(again.grid, (*given, out, report_word(op)), again.free)
+            launch, room = again
+            out = room()
+            launch.form(launch.grid, (*given, out, report_word(op)), launch.free)
             return out
     check_delta(op, q, k, v, beta, g, cache)
     _half(op, q)
@@ -101,7 +104,7 @@ def _cached(op, q, k, v, g, beta, batch_info_host, cu_seqlen, slot_idx, use_init
     if batch.decode:
         launch, taken = decode(op, q, k, v, g, beta, slots, cache, out, scale, batch)
         if batch.decode == tokens and taken_as_given(taken[:-2], given):
-            STEPS.keep(key, compared, launch)
+            STEPS.keep(key, compared, (launch, fresh(tuple(v.shape), v.dtype, v.device)))
     return out
 
 

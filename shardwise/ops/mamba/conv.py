@@ -6,7 +6,7 @@ from typing import NamedTuple, TypeVar
 from torch import Tensor
 
 from shardwise.ops.attention.batch import Batch, read_batch
-from shardwise.ops.kept import Kept, Tensors, taken_as_given
+from shardwise.ops.kept import Kept, Tensors, fresh, taken_as_given
 from shardwise.ops.state_batch import check_counts, check_metadata
 
 _Launches = TypeVar("_Launches")
@@ -121,7 +121,8 @@ def block_rows(one: ConvBatch) -> int:
     return max(1 << min(max((threads >> 17).bit_length(), 4), 7), one.K - 1)
 
 
-def halo_of(one: ConvBatch, rows: int) -> tuple[int, int, int]:
-    """Shape of the K - 1 inputs before each block of `rows` prefill tokens; a sequence begins a new block."""
+def blocks_of(one: ConvBatch, rows: int) -> tuple[int, Callable[[], Tensor]]:
+    """Blocks of `rows` prefill tokens, a sequence begins a new one; and what makes room for the K - 1 inputs before
+    each."""
     blocks = -(-one.batch.prefill_tokens // rows) + one.batch.prefill
-    return blocks, one.K - 1, one.channels
+    return blocks, fresh((blocks, one.K - 1, one.channels), one.x.dtype, one.x.device)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 
 from shardwise.ops.kept import Kept
-from shardwise.ops.mamba.conv import ConvBatch, Tensors, block_rows, halo_of, nothing, run_step
+from shardwise.ops.mamba.conv import ConvBatch, Tensors, block_rows, blocks_of, nothing, run_step
 from shardwise.ops.metadata_reports import report_word
 from shardwise.ops.nvcc import library, on_device, stream
 from shardwise.ops.registry import CUDA, NVCC, operator
@@ -33,8 +33,8 @@ class _Phase(NamedTuple):
     x_offset: int
     """Bytes before the first of its tokens"""
     slot_offset: int
-    halo_shape: tuple[int, ...] | None
-    """Room for the block borders of prefill"""
+    halo: Callable[[], torch.Tensor] | None
+    """Makes room for the block borders of prefill"""
 
 
 class _Plan(NamedTuple):
@@ -110,8 +110,8 @@ def _run(plan: _Plan, given: Tensors, metadata: Tensors) -> None:
         launcher, queue = _launchers.get(device.index) or _compile(device), stream(device)
         for phase in plan.phases:
             begin, halo, of_prefill = first + phase.x_offset, None, (0, 0, 0)
-            if phase.halo_shape is not None:
-                halo = x.new_empty(phase.halo_shape)
+            if phase.halo is not None:
+                halo = phase.halo()
                 bounds, resumes = metadata
                 of_prefill = bounds.data_ptr(), resumes.data_ptr(), halo.data_ptr()
             pointers = _POINTERS.pack(
@@ -131,8 +131,8 @@ def _plan(one: ConvBatch) -> _Plan:
     dense = one.x_c == 1 and strides[1:] == (one.K - 1, 1)
     phases: tuple[_Phase, ...] = ()
     if batch.prefill_tokens:
-        halo_shape = halo_of(one, rows)
-        phases = (_Phase(_numbers(one, rows, halo_shape[0]), 0, 0, halo_shape),)
+        blocks, room = blocks_of(one, rows)
+        phases = (_Phase(_numbers(one, rows, blocks), 0, 0, room),)
     if batch.decode:
         x_offset, slot_offset = batch.prefill_tokens * one.x_t * item, batch.prefill * one.slots.element_size()
         phases = (*phases, _Phase(_numbers(one, 0, batch.decode), x_offset, slot_offset, None))

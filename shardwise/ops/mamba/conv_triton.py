@@ -1,12 +1,13 @@
 """Causal convolution in place, on our own Triton kernels (`conv_kernels.py`)."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 
 from shardwise.ops.kept import Kept
 from shardwise.ops.mamba import conv_kernels as kernels
-from shardwise.ops.mamba.conv import ConvBatch, Tensors, block_rows, halo_of, nothing, run_step
+from shardwise.ops.mamba.conv import ConvBatch, Tensors, block_rows, blocks_of, nothing, run_step
 from shardwise.ops.metadata_reports import report_word
 from shardwise.ops.registry import TRITON, operator
 from shardwise.ops.triton_support import Kernel, Launch, dependent_launch
@@ -33,7 +34,8 @@ class _Prefill(NamedTuple):
 
     save: Launch
     walk: Launch
-    halo_shape: tuple[int, ...]
+    halo: Callable[[], torch.Tensor]
+    """Makes room for the block borders"""
 
 
 class _Plan(NamedTuple):
@@ -51,8 +53,8 @@ def _run(plan: _Plan, given: Tensors, metadata: Tensors) -> None:
     x, weight, bias, slots, cache = given
     if plan.prefill is not None:
         bounds, resumes = metadata
-        save, walk, shape = plan.prefill
-        halo = x.new_empty(shape)
+        save, walk, room = plan.prefill
+        halo = room()
         save.form(save.grid, (x, bounds, slots, resumes, cache, halo, report_word(_OP)), save.free)
         walk.form(walk.grid, (x, weight, bias, bounds, slots, halo), walk.free)
     if plan.decode is not None:
@@ -68,8 +70,8 @@ def _plan(one: ConvBatch) -> _Plan:
 def _plan_prefill(one: ConvBatch) -> _Prefill:
     (x, weight, bias, slots, cache), (bounds, resumes) = one.tensors, one.metadata
     channels, K, rows = one.channels, one.K, block_rows(one)
-    halo_shape, sequences, pdl = halo_of(one, rows), one.batch.prefill, dependent_launch(x.device)
-    blocks, lookup = halo_shape[0], _power(sequences)
+    (blocks, room), sequences, pdl = blocks_of(one, rows), one.batch.prefill, dependent_launch(x.device)
+    lookup = _power(sequences)
     width = min(WARP_CHANNELS, _power(channels))
     free = sequences, one.batch.prefill_tokens, cache.shape[0], rows
     strides = channels, one.x_t, one.x_c
@@ -91,7 +93,7 @@ def _plan_prefill(one: ConvBatch) -> _Prefill:
     return _Prefill(
         Launch(save, (blocks * -(-channels // width), 1, 1), free),
         Launch(walk, (blocks * -(-channels // walk_width), 1, 1), free),
-        halo_shape,
+        room,
     )
 
 

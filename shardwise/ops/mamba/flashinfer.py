@@ -1,19 +1,21 @@
 """The state-space scan with FlashInfer's decode step; prefill runs on our Triton kernels."""
 
 import functools
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 
 from shardwise.ops.attention.batch import Batch
-from shardwise.ops.kept import Kept
+from shardwise.ops.kept import Kept, fresh, view
 from shardwise.ops.mamba import ssd_kernels as kernels
 from shardwise.ops.mamba.scan import Inputs
 from shardwise.ops.mamba.ssm import Plan, like_hidden, run_step
 from shardwise.ops.metadata_reports import report_word
 from shardwise.ops.registry import FLASHINFER, TRITON, operator
 from shardwise.ops.triton_support import Kernel, Launch
+from shardwise.ops.vector_access import with_vectors
 
 _ready = Kernel(kernels.ready_kernel)
 _drop = Kernel(kernels.drop_kernel)
@@ -54,27 +56,8 @@ def flashinfer_cached_ssm(
     )  # fmt: skip
 
 
-class _Rows(NamedTuple):
-    """Where a tensor's decode tokens are: those from `first` on of its tokens, viewed as `size` [tokens, heads, D]."""
-
-    size: tuple[int, int, int]
-    first: int
-    last: int
-    whole: bool
-    """Whether these are all"""
-    vectors: bool
-    """Whether FlashInfer's vectors may read them where their address is aligned: dense in a token, tokens at multiples
-    of 16 bytes"""
-
-    def of(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The rows, in place."""
-        rows = tensor.view(*self.size)
-        return rows if self.whole else rows[self.first : self.last]
-
-    def readable(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The rows, copied where they must be."""
-        rows = self.of(tensor)
-        return rows if self.vectors and rows.data_ptr() % 16 == 0 else rows.clone(memory_format=torch.contiguous_format)
+_View = tuple[tuple[int, ...], tuple[int, ...], int]
+"""Sizes, strides and first element, for `view`"""
 
 
 class _Decode(NamedTuple):
@@ -86,14 +69,20 @@ class _Decode(NamedTuple):
 
     ready: Launch
     drop: Launch
-    size: tuple[int, int, int]
-    """Tokens, heads H, head size P"""
-    states: int
-    """N"""
-    x: _Rows
-    B: _Rows
-    C: _Rows
-    out: _Rows
+    steps_room: Callable[[], torch.Tensor]
+    """Makes room for the time steps [tokens, H, P], one number a head, repeated by strides, as FlashInfer wants it"""
+    index_room: Callable[[], torch.Tensor]
+    """Makes room for the slots"""
+    rows: tuple[_View, ...]
+    """Where x, B and C have the decode tokens, [tokens, heads, D]"""
+    vectors: bool
+    """Whether FlashInfer's vectors may read them where they begin at multiples of 16 bytes"""
+    out: _View
+    A: _View
+    """The vector repeated, [H, P, N]"""
+    D: _View
+    exact: bool
+    """Whether these are float32"""
 
 
 @functools.cache
@@ -120,42 +109,47 @@ def _plan_decode(op: str, one: Inputs, batch: Batch) -> _Decode:
     )
     drop = _drop.form_for(device, (index, one.out), (1024,), warps=4)
     grid, free = (count, 1, 1), (batch.prefill_tokens, batch.prefill, heads, one.cache.shape[0], one.low, one.high)
+    rows = tuple(_rows(tensor, batch) for tensor in (one.x, one.B, one.C))
     return _Decode(
         Launch(ready, grid, free),
         Launch(drop, grid, (heads * size,)),
-        (count, heads, size),
-        one.B.shape[3],
-        *(_rows(tensor, batch) for tensor in (one.x, one.B, one.C, one.out)),
+        fresh((count, heads, size), torch.float32, device, strides=(heads, 1, 0)),
+        fresh((count,), torch.int32, device),
+        rows,
+        all(
+            _takes_vectors(view, tensor.element_size())
+            for view, tensor in zip(rows, (one.x, one.B, one.C), strict=True)
+        ),
+        _rows(one.out, batch),
+        ((heads, size, one.B.shape[3]), (1, 0, 0), 0),
+        ((heads, size), (1, 0), 0),
+        one.A.dtype == one.D.dtype == torch.float32,
     )
 
 
-def _rows(tensor: torch.Tensor, batch: Batch) -> _Rows:
-    """Of [b, s, heads, D], where only one of b and s exceeds 1."""
-    tokens, (heads, size) = tensor.shape[0] * tensor.shape[1], tensor.shape[2:]
-    flat = tensor.view(tokens, heads, size)
-    dense = flat.stride(2) == 1 and flat.stride(1) == size
-    vectors = dense and flat.stride(0) * flat.element_size() % 16 == 0
-    return _Rows((tokens, heads, size), batch.prefill_tokens, batch.tokens, batch.decode == tokens, vectors)
+def _rows(tensor: torch.Tensor, batch: Batch) -> _View:
+    """The decode tokens of [b, s, heads, D], where only one of b and s exceeds 1."""
+    strides = tensor.view(-1, *tensor.shape[2:]).stride() if tensor.numel() else (0, 0, 0)
+    return (batch.decode, *tensor.shape[2:]), strides, batch.prefill_tokens * strides[0]
+
+
+def _takes_vectors(rows: _View, item: int) -> bool:
+    """Whether they are dense in a token, and tokens are multiples of 16 bytes apart."""
+    (_, _, size), (token, head, element), _ = rows
+    return element == 1 and head == size and token * item % 16 == 0
 
 
 def _decode(op: str, plan: _Decode, given: tuple[torch.Tensor, ...], out: torch.Tensor) -> None:
     x, dt, dt_bias, A, B, C, D, slots, cache = given
-    count, heads, size = plan.size
-    # One number a head, repeated by strides, as FlashInfer wants it.
-    steps = torch.empty_strided(plan.size, (heads, 1, 0), dtype=torch.float32, device=x.device)
-    index = torch.empty_strided((count,), (1,), dtype=torch.int32, device=x.device)
+    steps, index = plan.steps_room(), plan.index_room()
     plan.ready.form(plan.ready.grid, (dt, dt_bias, slots, steps, index, report_word(op)), plan.ready.free)
-    rows = plan.out.of(out)
+    x, B, C = (view(tensor, *rows) for tensor, rows in zip((x, B, C), plan.rows, strict=True))
+    if not plan.vectors or math.gcd(16, x.data_ptr(), B.data_ptr(), C.data_ptr()) != 16:
+        x, B, C = (with_vectors(rows.contiguous()) for rows in (x, B, C))
+    if not plan.exact:
+        A, D = A.float(), D.float()
+    rows = view(out, *plan.out)
     _update()(
-        cache,
-        plan.x.readable(x),
-        steps,
-        A.float().as_strided((heads, size, plan.states), (1, 0, 0)),
-        plan.B.readable(B),
-        plan.C.readable(C),
-        D.float().as_strided((heads, size), (1, 0)),
-        state_batch_indices=index,
-        pad_slot_id=-1,
-        out=rows,
+        cache, x, steps, view(A, *plan.A), B, C, view(D, *plan.D), state_batch_indices=index, pad_slot_id=-1, out=rows
     )
     plan.drop.form(plan.drop.grid, (index, rows), plan.drop.free)

@@ -4,10 +4,12 @@ Cuts lie at every multiple of the chunk size and at every sequence's start, so t
 """
 
 import functools
+from collections.abc import Callable
 
 import torch
 
 from shardwise.ops.attention.batch import Batch, read_batch
+from shardwise.ops.kept import fresh
 from shardwise.ops.metadata_reports import check_bounds, raise_report, read_at_once, report_word
 from shardwise.ops.registry import TRITON, operator
 from shardwise.ops.state_batch import load_bounds, prefill_bounds
@@ -106,23 +108,25 @@ def _pieces_kernel(
 
 _pieces = Kernel(_pieces_kernel)
 _BLOCK = 128
+_Room = Callable[[], torch.Tensor]
 
 
 @functools.lru_cache(maxsize=4096)
-def _plan(batch: Batch, chunk: int, dtype: torch.dtype, device: torch.device) -> tuple[tuple[int, int, int], Launch]:
-    """Lengths of the results and their launch, which cost more to find out than to use; `dtype` is cu_seqlen's."""
+def _plan(batch: Batch, chunk: int, dtype: torch.dtype, device: torch.device) -> tuple[Launch, _Room, _Room]:
+    """The launch, which costs more to find out than to use, and what makes room for results of one entry a piece and
+    a token; `dtype` is cu_seqlen's."""
     tokens = batch.prefill_tokens
     pieces = min(tokens, -(-tokens // chunk) + batch.prefill - 1)
     width = max(1 << (batch.prefill - 1).bit_length(), 2)
     form = _pieces.form(device, (chunk, width, _BLOCK), warps=4)
-    return (pieces, pieces, tokens), Launch(form, (-(-tokens // _BLOCK), 1, 1), (batch.prefill, tokens, pieces))
+    launch = Launch(form, (-(-tokens // _BLOCK), 1, 1), (batch.prefill, tokens, pieces))
+    return launch, fresh((pieces,), torch.int32, device), fresh((1, tokens), torch.int32, device)
 
 
 def _on_device(op: str, batch: Batch, cu_seqlen: torch.Tensor, chunk: int) -> list[torch.Tensor]:
     if cu_seqlen.numel() < batch.prefill + 1:
         raise ValueError(f"{op}: cu_seqlen has {cu_seqlen.numel()} entries; {batch.prefill} sequences need one more")
-    lengths, launch = _plan(batch, chunk, cu_seqlen.dtype, cu_seqlen.device)
-    buffer = torch.empty(sum(lengths), dtype=torch.int32, device=cu_seqlen.device)
-    index, offset, owner = buffer.split_with_sizes(lengths)
-    launch.form(launch.grid, (cu_seqlen.contiguous(), index, offset, owner, report_word(op)), launch.free)
-    return [index, offset, owner.unsqueeze(0)]
+    launch, pieces, tokens = _plan(batch, chunk, cu_seqlen.dtype, cu_seqlen.device)
+    result = [pieces(), pieces(), tokens()]
+    launch.form(launch.grid, (cu_seqlen.contiguous(), *result, report_word(op)), launch.free)
+    return result

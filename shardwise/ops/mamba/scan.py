@@ -1,11 +1,13 @@
 """Launches of the state-space kernels over a flat batch; the host reads no device memory."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from shardwise.ops.attention.batch import Batch
+from shardwise.ops.kept import fresh
 from shardwise.ops.mamba import ssd_kernels as kernels
 from shardwise.ops.mamba.checks import check_pieces, check_ssm
 from shardwise.ops.metadata_reports import report_word
@@ -90,8 +92,10 @@ class Prefill(NamedTuple):
     steps: Launch
     states: Launch
     outputs: Launch
-    sums_shape: tuple[int, ...]
-    states_shape: tuple[int, ...]
+    sums_room: Callable[[], Tensor]
+    """Makes float32 [H, tokens]"""
+    states_room: Callable[[], Tensor]
+    """Makes [pieces, H, N, P]"""
 
 
 def prefill(op: str, given: tuple[Tensor, ...], metadata: tuple[Tensor, ...], out: Tensor, plan: Prefill) -> None:
@@ -102,8 +106,8 @@ def prefill(op: str, given: tuple[Tensor, ...], metadata: tuple[Tensor, ...], ou
     """
     x, dt, dt_bias, A, B, C, D, slots, cache = given
     bounds, resumes, index, offset, owner = metadata
-    totals, levels = torch.empty(plan.sums_shape, dtype=torch.float32, device=x.device).unbind()
-    states, cuts = x.new_empty(plan.states_shape), (index, offset, owner, bounds)
+    totals, levels, states = plan.sums_room(), plan.sums_room(), plan.states_room()
+    cuts = index, offset, owner, bounds
     one = plan.steps
     one.form(one.grid, (dt, dt_bias, A, *cuts, totals, levels), one.free)
     one, word = plan.states, report_word(op)
@@ -151,8 +155,8 @@ def plan_prefill(op: str, one: Inputs, batch: Batch, metadata: tuple[Tensor, ...
         Launch(steps, (pieces, -(-heads // STEPS["heads"]), 1), (batch.prefill, tokens, heads, one.low, one.high)),
         Launch(states, (batch.prefill, heads, tiles), (pieces, tokens, heads, slots)),
         Launch(outputs, (pieces * heads // together, 1, 1), (batch.prefill, tokens, heads, slots)),
-        (2, heads, tokens),
-        (pieces, heads, N, P),
+        fresh((heads, tokens), torch.float32, device),
+        fresh((pieces, heads, N, P), one.x.dtype, device),
     )
 
 

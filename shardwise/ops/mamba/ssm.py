@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from shardwise.ops.attention.batch import Batch, read_batch
-from shardwise.ops.kept import Kept, taken_as_given
+from shardwise.ops.kept import Kept, fresh, taken_as_given
 from shardwise.ops.mamba.scan import Inputs, Prefill, plan_prefill, prefill, prepare
 from shardwise.ops.state_batch import check_metadata
 
@@ -15,6 +15,8 @@ from shardwise.ops.state_batch import check_metadata
 class Plan(NamedTuple):
     """What a step launches, but for its tensors."""
 
+    out: Callable[[], Tensor]
+    """Makes room for the result"""
     prefill: Prefill | None
     decode: Any
 
@@ -44,7 +46,7 @@ def run_step(
     key = batch, *time_step_limit, chunk_size
     plan = kept.get(key, (*given, *metadata))
     if plan is not None:
-        out = torch.empty_like(hidden_states, memory_format=torch.contiguous_format)
+        out = plan.out()
     else:
         one = prepare(
             op, hidden_states, A, B, C, D, dt, dt_bias, batch, slot_idx, use_initial_states,
@@ -52,6 +54,7 @@ def run_step(
         )  # fmt: skip
         cuts = tuple(tensor.contiguous() for tensor in metadata)
         plan = Plan(
+            fresh(tuple(hidden_states.shape), hidden_states.dtype, hidden_states.device),
             plan_prefill(op, one, batch, cuts, chunk_size) if batch.prefill_tokens else None,
             plan_decode(op, one, batch) if batch.decode else None,
         )

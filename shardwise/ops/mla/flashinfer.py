@@ -143,15 +143,17 @@ def flashinfer_mla_with_cache(
     """
     batch = read_batch(OP, batch_info_host)
     key = batch, scale, kv_lora_rank
-    given: Tensors = (q_nope, q_pe, compressed_kv, kpe, kv_b_proj_weight, ckv_cache, kpe_cache, flashinfer_batch_indices,
-             flashinfer_positions, cu_num_pages, last_page_len)  # fmt: skip
+    given: Tensors = (
+        q_nope, q_pe, compressed_kv, kpe, kv_b_proj_weight, ckv_cache, kpe_cache, flashinfer_batch_indices,
+        flashinfer_positions, cu_num_pages, last_page_len,
+    )  # fmt: skip
     plan = _PLANS.get(key, given) or _PLANS.keep(key, given, plan_step(batch, scale, kv_lora_rank, *given))
     if not plan.readable or not aligned(q_pe, compressed_kv, kpe, ckv_cache, kpe_cache):
         check_caches(ckv_cache, kpe_cache)
         given = (*readable_copies(*given[:4]), *given[4:])
         plan = _PLANS.get(key, given) or _PLANS.keep(key, given, plan_step(batch, scale, kv_lora_rank, *given))
         q_nope, q_pe, compressed_kv, kpe = given[:4]
-    out, count = q_nope.new_empty(*plan.out_shape), batch.tokens
+    out, count = plan.out(), batch.tokens
     if count < plan.tokens:
         out.view(plan.tokens, -1)[count:].zero_()
     if count == 0:
@@ -241,8 +243,7 @@ class _Step(NamedTuple):
         )
 
     def run_absorbed(self, wrapper, part: Absorbed) -> None:
-        heads, (to_latent, to_value) = self.plan.parameters.heads, self.plan.factors
-        absorbed = self.q_nope.new_empty(part.tokens, heads.count, heads.rank)
+        absorbed, (to_latent, to_value) = part.absorbed(), self.plan.factors
         # No copy is made before or after the products.
         torch.bmm(view(self.q_nope, *part.queries), view(self.weight, *to_latent), out=view(absorbed, *part.latents))
         mixed = wrapper.run(absorbed, view(self.q_pe, *part.rotated), self.ckv_cache, self.kpe_cache)

@@ -2,6 +2,7 @@
 
 import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -10,6 +11,7 @@ import torch
 from shardwise.ops.attention.batch import Batch
 from shardwise.ops.attention.checks import shape
 from shardwise.ops.attention.flashinfer import FP8
+from shardwise.ops.kept import fresh
 from shardwise.ops.mla.checks import LatentHeads, check_latent
 from shardwise.ops.vector_access import takes_vectors
 
@@ -36,7 +38,8 @@ View = tuple[tuple[int, ...], tuple[int, ...], int]
 class Absorbed(NamedTuple):
     """Tokens whose queries and outputs absorb the weight, by head where a product reads or writes them."""
 
-    tokens: int
+    absorbed: Callable[[], torch.Tensor]
+    """Makes room for the queries' latents [tokens, N, R]"""
     queries: View
     """[N, tokens, Dn]"""
     rotated: View
@@ -53,7 +56,8 @@ class MlaPlan(NamedTuple):
     parameters: Parameters
     tokens: int
     """T, padding included"""
-    out_shape: tuple[int, int, int, int]
+    out: Callable[[], torch.Tensor]
+    """Makes room for the result"""
     exact: bool
     """Whether no metadata has entries beyond the batch"""
     readable: bool
@@ -96,7 +100,7 @@ def plan_step(
     def absorbed(first: int, tokens: int) -> Absorbed:
         number, nope, rope, value, rank = heads
         return Absorbed(
-            tokens,
+            fresh((tokens, number, rank), q_nope.dtype, q_nope.device),
             ((number, tokens, nope), (q_nope.stride(2), q_t, 1), first * q_t),
             ((tokens, number, rope), (number * rope, rope, 1), first * number * rope),
             ((number, tokens, rank), (rank, number * rank, 1), 0),
@@ -106,7 +110,7 @@ def plan_step(
     return MlaPlan(
         parameters_of(heads, ckv_cache.shape[1], q_nope.dtype, heads.scale(scale)),
         b * s,
-        (b, s, heads.count, heads.value),
+        fresh((b, s, heads.count, heads.value), q_nope.dtype, q_nope.device),
         len(indices) == len(positions) == count and len(indptr) == len(last) + 1 == batch.sequences + 1,
         # Rows of FlashInfer's begin at multiples of 16 bytes; queries are read by a product, from anywhere.
         None not in strides and not (latent_t | kpe_t) % 8 and q_pe.is_contiguous(),
