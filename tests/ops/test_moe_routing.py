@@ -39,7 +39,8 @@ def expected(ids, first, local, block):
 
 
 @pytest.mark.parametrize(
-    "tokens,top_k,total,first,local", [(1, 1, 4, 0, 4), (50, 3, 9, 0, 9), (50, 3, 9, 4, 3), (9, 2, 6, 5, 1)]
+    "tokens,top_k,total,first,local",
+    [(1, 1, 4, 0, 4), (50, 3, 9, 0, 9), (50, 3, 9, 4, 3), (9, 2, 6, 5, 1), (300, 3, 9, 4, 3), (500, 3, 40, 4, 33)],
 )
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 def test_pairs_are_sorted_by_expert_and_cut_in_blocks(tokens, top_k, total, first, local, dtype):
