@@ -73,22 +73,22 @@ def check_norm_arguments(
     tensor: Tensor, residual: Tensor, weight: Tensor, out: Tensor | None = None, residual_out: Tensor | None = None
 ) -> None:
     """ValueError unless residual matches tensor [..., H], weight is [H], and results are contiguous and match."""
+    shape, dtype, device = tensor.shape, tensor.dtype, tensor.device  # each look at a tensor takes 0.1 us
     for name, result in (("out", out), ("residual_out", residual_out)):
         if result is None:
             continue
-        like = result.shape == tensor.shape and result.dtype == tensor.dtype and result.device == tensor.device
+        like = result.shape == shape and result.dtype == dtype and result.device == device
         if not like or not result.is_contiguous():
             raise ValueError(
                 f"all_reduce_residual_rms_norm: {name} is {tuple(result.shape)} {result.dtype} on {result.device}, it "
-                f"must be contiguous and like tensor: {tuple(tensor.shape)} {tensor.dtype} on {tensor.device}"
+                f"must be contiguous and like tensor: {tuple(shape)} {dtype} on {device}"
             )
-    if residual.shape != tensor.shape or residual.dtype != tensor.dtype:
+    if residual.shape != shape or residual.dtype != dtype:
         raise ValueError(
             f"all_reduce_residual_rms_norm: residual is {tuple(residual.shape)} {residual.dtype}, "
-            f"it must be like tensor: {tuple(tensor.shape)} {tensor.dtype}"
+            f"it must be like tensor: {tuple(shape)} {dtype}"
         )
-    if weight.shape != tensor.shape[-1:]:
+    if weight.shape != shape[-1:]:
         raise ValueError(
-            f"all_reduce_residual_rms_norm: weight is {tuple(weight.shape)}, "
-            f"it must be [H] = {tuple(tensor.shape[-1:])}"
+            f"all_reduce_residual_rms_norm: weight is {tuple(weight.shape)}, it must be [H] = {tuple(shape[-1:])}"
         )

@@ -72,8 +72,8 @@ class InterpretedLauncher(Launcher):
     def _compiled(self, kernel, positional, options):
         return launch.Ready(kernel, options, (), resident=3)
 
-    def _start(self, ready, grid, positional) -> None:
-        ready.compiled[(grid,)](*positional, **ready.options)
+    def _start(self, ready, grid, tensors, numbers) -> None:
+        ready.compiled[(grid,)](*tensors, *self._places, *numbers, **ready.options)
 
 
 class OnCpu(P2PCommunicator):
@@ -154,7 +154,7 @@ def missing_rank(info: RankInfo, beyond, folder: str) -> None:
             group.synchronize()
         assert caught.value.missing == (1,)
         assert time.monotonic() - begun < 5
-        assert out.isnan().all(), "what did not arrive is no number"
+        assert out.isnan().all(), "what did not arrive is not a number"
         with pytest.raises(CommError, match="never received rank 1"):
             group.all_reduce(x)
 

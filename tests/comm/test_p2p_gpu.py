@@ -236,7 +236,7 @@ def test_a_rank_that_never_calls_is_named_and_the_kernel_ends():
                 group.synchronize()
             assert time.monotonic() - begun < 5
             assert caught.value.missing == (1,)
-            assert out.isnan().all(), "what did not arrive is no number"
+            assert out.isnan().all(), "what did not arrive is not a number"
             with pytest.raises(CommError):
                 group.all_reduce(x)
         beyond.all_gather_object(None)
@@ -268,7 +268,7 @@ def test_abort_ends_a_wait_on_the_device():
 def test_one_workspace_serves_one_thread_at_a_time():
     def body(beyond):
         group = p2p(beyond)
-        with group._flight():
+        with group._flight:
             caught = []
 
             def intrude():

@@ -36,7 +36,7 @@ class P2PCommunicator(Delegating):
         self.strategies = (*self.strategies, LOW_PRECISION)
         self.workspace = workspace
         self.launcher = launcher
-        self._flying = threading.Lock()
+        self._flight = _SingleFlight(self)
 
     @classmethod
     def connect(cls, beyond: BaseCommunicator, *, region_bytes: int | None = None) -> "P2PCommunicator":
@@ -81,7 +81,7 @@ class P2PCommunicator(Delegating):
             return None
 
         def kernel(x, residual, weight, eps, weight_bias, normed, total) -> None:
-            with self._flight():
+            with self._flight:
                 self.launcher.fused(x, residual, weight, eps, weight_bias, normed, total, tuning)
 
         return kernel
@@ -125,20 +125,17 @@ class P2PCommunicator(Delegating):
     def _reduce(self, source: Tensor, target: Tensor, strategy: str) -> None:
         tuning = self._tuning(source, strategy, fused=False)
         if strategy == LOW_PRECISION:
-            with self._flight():
+            with self._flight:
                 self.launcher.low_precision(source, target)
         elif tuning is None:
             self.beyond._reduce(source, target, strategy)
         else:
-            with self._flight():
+            with self._flight:
                 self.launcher.all_reduce(source, target, tuning)
 
     def _barrier(self) -> None:
         self.synchronize()
         super()._barrier()
-
-    def _flight(self) -> "_SingleFlight":
-        return _SingleFlight(self)
 
     def test_links(self) -> None:
         """Each rank sends what only it can send; who receives something else, or nothing, names the link.
@@ -219,10 +216,11 @@ class _SingleFlight:
 
     def __init__(self, communicator: P2PCommunicator):
         self.communicator = communicator
+        self._flying = threading.Lock()
 
     def __enter__(self) -> None:
         communicator = self.communicator
-        if not communicator._flying.acquire(blocking=False):
+        if not self._flying.acquire(blocking=False):
             raise CommError(
                 f"two threads are inside calls on group {communicator.name} (p2p): one workspace serves one call at a "
                 "time; give each thread a group of its own (split)"
@@ -232,4 +230,4 @@ class _SingleFlight:
         communicator.workspace.take_stream()
 
     def __exit__(self, *error) -> None:
-        self.communicator._flying.release()
+        self._flying.release()

@@ -1,6 +1,8 @@
 """From tensors to kernel launches: rows, lanes, warps and grid of a call."""
 
+import functools
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,6 +16,8 @@ from shardwise.comm.p2p.workspace import COUNTERS, Workspace
 
 CHUNK_BYTES = 16
 FP8_LANES = 128
+_WEIGHT = 2
+"""Place among a kernel's tensors: each piece of a call takes all of it."""
 _REGISTERS, _THREADS, _BLOCKS, _SHARED_BYTES = 65536, 2048, 32, 227 << 10
 """What one multiprocessor of Hopper holds."""
 _SHARED_RESERVE = 3 << 10
@@ -37,21 +41,22 @@ def _next_power_of_two(n: int) -> int:
 
 
 def _aligned(*tensors: Tensor) -> bool:
-    return all(tensor.data_ptr() % CHUNK_BYTES == 0 for tensor in tensors)
+    return all(address % CHUNK_BYTES == 0 for address in map(Tensor.data_ptr, tensors))
 
 
-def _plain_rows(x: Tensor, out: Tensor, lanes: int) -> _Rows:
-    per_chunk = CHUNK_BYTES // x.element_size()
-    width, total = lanes * per_chunk, x.numel()
-    aligned = _aligned(x, out) and total % per_chunk == 0
-    return _Rows(-(-total // width), width, total, lanes, lanes, aligned)
+@functools.lru_cache(maxsize=4096)
+def _plain_rows(total: int, itemsize: int, lanes: int, aligned: bool) -> _Rows:
+    """`aligned`: of the tensors' addresses."""
+    per_chunk = CHUNK_BYTES // itemsize
+    width = lanes * per_chunk
+    return _Rows(-(-total // width), width, total, lanes, lanes, aligned and total % per_chunk == 0)
 
 
-def _token_rows(x: Tensor, *others: Tensor) -> _Rows:
-    hidden = x.shape[-1]
-    chunks = -(-hidden * x.element_size() // CHUNK_BYTES)
-    aligned = hidden * x.element_size() % CHUNK_BYTES == 0 and _aligned(x, *others)
-    return _Rows(x.numel() // hidden, hidden, x.numel(), chunks, max(32, _next_power_of_two(chunks)), aligned)
+@functools.lru_cache(maxsize=4096)
+def _token_rows(total: int, hidden: int, itemsize: int, aligned: bool) -> _Rows:
+    chunks = -(-hidden * itemsize // CHUNK_BYTES)
+    aligned = aligned and hidden * itemsize % CHUNK_BYTES == 0
+    return _Rows(total // hidden, hidden, total, chunks, max(32, _next_power_of_two(chunks)), aligned)
 
 
 @dataclass(frozen=True)
@@ -90,10 +95,12 @@ class Launcher:
         self.pdl = (properties.major >= 9 if pdl is None else pdl) and workspace.sharers == 1
         self._kernels: dict[tuple, Ready] = {}
         self._places = places(workspace)
+        self._addresses = tuple(each.data_ptr() if isinstance(each, Tensor) else each for each in self._places)
 
     def all_reduce(self, x: Tensor, out: Tensor, tuning: Tuning, *, launch: bool = True) -> None:
         """out = sum of x over the ranks. Same shape and dtype; `out` may be `x`. `launch=False` compiles only."""
-        self._run(_plain_rows(x, out, tuning.lanes), tuning, x, x, x, out, out, 0.0, 0.0, False, launch)
+        rows = _plain_rows(x.numel(), x.element_size(), tuning.lanes, _aligned(x, out))
+        self._run(rows, tuning, (x, x, x, out, out), 0.0, 0.0, False, launch)
 
     def fused(
         self,
@@ -109,8 +116,9 @@ class Launcher:
         launch: bool = True,
     ) -> None:
         """residual_out = sum of x over the ranks + residual; out = its RMSNorm times (weight + weight_bias)."""
-        rows = _token_rows(x, residual, weight, out, residual_out)
-        self._run(rows, tuning, x, residual, weight, out, residual_out, eps, weight_bias, True, launch)
+        tensors = x, residual, weight, out, residual_out
+        rows = _token_rows(x.numel(), x.shape[-1], x.element_size(), _aligned(*tensors))
+        self._run(rows, tuning, tensors, eps, weight_bias, True, launch)
 
     def low_precision(self, x: Tensor, out: Tensor) -> None:
         """out = sum of x over the ranks, each sent as e4m3 (fp8.py). Flat, bfloat16 or float16; `out` may be `x`."""
@@ -124,14 +132,15 @@ class Launcher:
 
     def _launch_fp8(self, x: Tensor, out: Tensor, rows: int) -> None:
         aligned = _aligned(x, out) and x.numel() * x.element_size() % CHUNK_BYTES == 0
-        positional = (x, out, *self._places, self.deadline_ns, rows, x.numel())
+        numbers = (self.deadline_ns, rows, x.numel())
         with self.workspace.on_device():
             key = (x.dtype, aligned)
             ready = self._kernels.get(key)
             if ready is None:
                 options = self._options(FP8_LANES, aligned, {}, 0, FP8_LANES // 32)
+                positional = (x, out, *self._places, *numbers)
                 ready = self._kernels[key] = self._compiled(fp8.one_shot_fp8, positional, options)
-            self._start(ready, min(rows, ready.resident, COUNTERS), positional)
+            self._start(ready, min(rows, ready.resident, COUNTERS), (x, out), numbers)
 
     def fits(self, x: Tensor, tuning: Tuning) -> bool:
         """True when a call can take at least one row of x [..., H]."""
@@ -142,7 +151,7 @@ class Launcher:
         rows = self.workspace.region_bytes // row_bytes
         return rows if strategy == "ONESHOT" else max(0, rows // 2 * self.workspace.size - self.workspace.size)
 
-    def _run(self, rows, tuning, x, residual, weight, out, residual_out, eps, weight_bias, fused, launch) -> None:
+    def _run(self, rows: _Rows, tuning: Tuning, tensors, eps, weight_bias, fused: bool, launch: bool) -> None:
         limit = self.rows_that_fit(rows.chunks * CHUNK_BYTES, tuning.strategy)
         if limit < 1:
             raise ValueError(
@@ -150,29 +159,28 @@ class Launcher:
                 f"{self.workspace.region_bytes} bytes: make the communicator with a larger region_bytes"
             )
         if rows.count <= limit:
-            self._launch(rows, tuning, (x, residual, weight, out, residual_out), eps, weight_bias, fused, launch)
+            self._launch(rows, tuning, tensors, eps, weight_bias, fused, launch)
             return
         for first in range(0, rows.count, limit):
             count = min(limit, rows.count - first)
             start, stop = first * rows.width, min(rows.total, (first + count) * rows.width)
             parts = [
-                tensor.view(-1)[start:stop] if tensor is not weight or not fused else weight
-                for tensor in (x, residual, weight, out, residual_out)
+                tensor if fused and place == _WEIGHT else tensor.view(-1)[start:stop]
+                for place, tensor in enumerate(tensors)
             ]
             self._launch(replace(rows, count=count, total=stop - start), tuning, parts, eps, weight_bias, fused, launch)
 
     def _launch(self, rows: _Rows, tuning: Tuning, tensors, eps, weight_bias, fused: bool, launch: bool) -> None:
-        sizes = (rows.count, rows.width, rows.total, rows.chunks)
-        positional = (*tensors, *self._places, self.deadline_ns, *sizes, eps, weight_bias)
+        numbers = (self.deadline_ns, rows.count, rows.width, rows.total, rows.chunks, eps, weight_bias)
         with self.workspace.on_device():
             key = (tensors[0].dtype, rows.lanes, rows.aligned, fused, tuning)
             ready = self._kernels.get(key)
             if ready is None:
-                ready = self._kernels[key] = self._ready(rows, tuning, positional, fused)
+                ready = self._kernels[key] = self._ready(rows, tuning, (*tensors, *self._places, *numbers), fused)
             if launch:
                 turns = rows.count if tuning.strategy == "ONESHOT" else -(-rows.count // self.workspace.size)
                 room = min(ready.resident, tuning.blocks_per_sm * self.multiprocessors, COUNTERS)
-                self._start(ready, min(turns, room), positional)
+                self._start(ready, min(turns, room), tensors, numbers)
 
     def _ready(self, rows: _Rows, tuning: Tuning, positional: tuple, fused: bool) -> Ready:
         kernel = kernels.one_shot if tuning.strategy == "ONESHOT" else kernels.two_shot
@@ -216,6 +224,8 @@ class Launcher:
         constants = tuple(value for name, value in options.items() if name.isupper())
         return Ready(compiled, options, constants, max(1, per_sm * self.multiprocessors // self.workspace.sharers))
 
-    def _start(self, ready: Ready, grid: int, positional: tuple) -> None:
-        """Past Triton's look-up of the compiled kernel, which takes longer than the rest of a launch."""
-        ready.compiled[(grid, 1, 1)](*positional, *ready.constants)
+    def _start(self, ready: Ready, grid: int, tensors: Sequence[Tensor], numbers: tuple) -> None:
+        """Past Triton's look-up of the compiled kernel, which takes longer than the rest of a launch. By addresses: of
+        each tensor Triton asks the driver where it lies."""
+        addresses = map(Tensor.data_ptr, tensors)
+        ready.compiled[(grid, 1, 1)](*addresses, *self._addresses, *numbers, *ready.constants)

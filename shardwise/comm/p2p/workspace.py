@@ -1,5 +1,6 @@
 """Memory that the ranks of one host push into: allocation, exchange of handles, and what says that a wait gave up."""
 
+import contextlib
 import importlib.util
 import os
 import socket
@@ -38,6 +39,9 @@ _PHASES = {
     LOW_PRECISION: "fp8 exchange",
 }
 """What a kernel was waiting for, as its records number it."""
+
+
+_THERE = contextlib.nullcontext()
 
 
 class P2PUnavailable(CommError):
@@ -87,6 +91,7 @@ class Workspace:
         self.region_bytes = region_bytes or REGION_BYTES.get(self.size, 0)
         self.failure: CommError | None = None
         self._stream: torch.cuda.Stream | None = None
+        self._stream_handle: int | None = None
         self._base = 0
         self._opened: dict[int, int] = {}
         export = self._agree(bootstrap, self._allocate)
@@ -161,7 +166,7 @@ class Workspace:
 
     def on_device(self):
         """Context in which launches go to this rank's GPU."""
-        return torch.cuda.device(self.device)
+        return _THERE if torch.cuda.current_device() == self.device else torch.cuda.device(self.device)
 
     def synchronize(self) -> None:
         """Wait for what the current stream was given."""
@@ -172,12 +177,13 @@ class Workspace:
 
         While a graph is being captured nothing is known about when it will run, so nothing is done.
         """
-        if torch.cuda.is_current_stream_capturing():
+        handle = torch._C._cuda_getCurrentRawStream(self.device)  # each call asks: a Stream takes 2 us to make
+        if handle == self._stream_handle or torch.cuda.is_current_stream_capturing():
             return
         stream = torch.cuda.current_stream(self.device)
-        if self._stream is not None and self._stream != stream:
+        if self._stream is not None:
             stream.wait_stream(self._stream)
-        self._stream = stream
+        self._stream, self._stream_handle = stream, handle
 
     def check(self) -> None:
         """Raise CollectiveTimeout if a kernel of this rank ever gave up waiting, CommError if a peer ended its wait."""
