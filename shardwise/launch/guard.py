@@ -79,7 +79,10 @@ class Guard:
         self._tell({"event": "failed", "failure": found.to_json()})
         if found.victim:
             time.sleep(VICTIM_PAUSE)  # whoever is still here after it was not ended by the culprit's exit
-        if self.link is None:
+        if self.link is None and isinstance(error, KeyboardInterrupt) and not self.debug:
+            if self.info.rank == 0:  # the launcher has passed it on to all
+                print("shardwise: ended by SIGINT", file=sys.stderr)
+        elif self.link is None:
             self._print(found, path)
         elif found.trace:
             print(found.trace, file=sys.stderr)

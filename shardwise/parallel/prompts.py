@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral
-from typing import cast
+from typing import Any, cast
 
 from shardwise.parallel.tokenizer import IdTokenizer, Tokenizer
 
@@ -12,15 +12,15 @@ Prompt = str | Sequence[int] | Sequence[dict[str, str]]
 
 
 def checked(number: int, prompt: object) -> Prompt:
-    """The prompt, its ids as plain integers. TypeError says what a prompt is."""
+    """The prompt, its ids as plain integers. TypeError says what a prompt is, ValueError names text that is none."""
     if isinstance(prompt, str):
-        return prompt
+        return _text(number, prompt)
     if isinstance(prompt, Iterable) and not isinstance(prompt, bytes | Mapping):
         parts = list(prompt)
         if all(isinstance(part, Integral) for part in parts):
             return [int(part) for part in parts]
         if all(_is_message(part) for part in parts):
-            return parts
+            return [{name: _text(number, text) for name, text in part.items()} for part in parts]
     raise TypeError(
         f"prompt {number} is {prompt!r:.60}: a prompt is a text, a list of token ids, or a conversation, which is a "
         "list of messages {'role': ..., 'content': ...} of texts; the prompts themselves stand in one more list"
@@ -76,6 +76,15 @@ def fitting(
     for number, (ids, count) in enumerate(zip(found, new, strict=True)):
         require_fit(number, ids, count, room)
     return found
+
+
+def _text(number: int, text: Any) -> Any:
+    """As it is; half a surrogate pair, which Python puts for bytes that are no UTF-8, is no character."""
+    try:
+        str(text).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"prompt {number} is no Unicode text: {error.reason} at character {error.start}") from None
+    return text
 
 
 def _is_message(part: object) -> bool:

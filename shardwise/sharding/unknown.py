@@ -63,7 +63,7 @@ def model_from_headers(
     `styles`: a tp_plan (module globs to styles), which says how modules with uncommon names are cut.
     """
     text = config.section("text_config")
-    listed = config.list("architectures", default=["unknown"], of=str)
+    listed = config.list("architectures", default=[], of=str)
     reader = _Reader(text, styles or {})
     layers: dict[int, list[_Stored]] = {}
     ends: list[TensorEntry] = []
@@ -287,7 +287,8 @@ class _Reader:
     def report(self, listed: list[str]) -> tuple[str, ...]:
         """What was recognised, what is replicated and why."""
         found = ", ".join(self.cut) or "nothing"
-        notes = [f"architecture {listed} is not described: planned from headers; recognised and cut: {found}"]
+        named = f"architecture {listed} is not described" if listed else "config.json names no architectures"
+        notes = [f"{named}: planned from headers; recognised and cut: {found}"]
         if self.q is None:
             notes.append("attention is whole on every rank: the config does not say num_attention_heads")
         for reason, names in self.whole.items():

@@ -114,6 +114,8 @@ def test_unusable_command_lines_are_one_sentence_and_exit_with_2(words):
         (["bench", "generate", "smollm2", "--tp", "99"], 2, "tp 99 does not fit"),
         (["run", "smollm2", "--ray-address", "auto"], 2, "'auto' has no effect with launcher local: name launcher ray"),
         (["run", "no-such-model"], 1, "is neither a file nor a folder"),
+        (["run", ""], 1, "the model's name is empty"),
+        (["run", "smollm2", "--prompt", "a\udcff"], 1, "prompt 0 is no Unicode text: surrogates not allowed at char"),
         (["run", "smollm2", "--prompts", "/no/such/file"], 1, "/no/such/file: No such file or directory"),
         (["run", "smollm2", "--prompts", sys.executable], 1, "python: is not UTF-8 text: invalid "),
         (["bench", "comm", "--transport", "nope"], 2, "unknown transport 'nope'; legal: auto, gloo, nccl, mpi, shm"),

@@ -58,9 +58,11 @@ def test_each_prompt_can_have_its_own_parameters(llm):
         ([{"role": "user", "content": "word " * 9000}], "prompt 1 has 90.. tokens"),
         ([1, 49152], "prompt 1: token id 49152 is not in the vocabulary of 49152"),
         ("", "prompt 1 has no tokens"),
+        ("a\ud800", "prompt 1 is no Unicode text: surrogates not allowed at character 1"),
+        ([{"role": "user", "content": "\udcff"}], "prompt 1 is no Unicode text"),
         ([], "prompt 1 has no tokens"),
     ],
-    ids=["ids", "text", "chat", "unknown id", "empty text", "no ids"],
+    ids=["ids", "text", "chat", "unknown id", "empty text", "half a pair", "bytes in a chat", "no ids"],
 )
 def test_a_prompt_that_does_not_fit_is_refused_and_the_ranks_stay(llm, prompt, text):
     with pytest.raises(ValueError, match=text):

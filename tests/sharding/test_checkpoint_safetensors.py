@@ -35,6 +35,7 @@ def test_agrees_with_the_safetensors_package(tmp_path):
 DAMAGED = {
     "too short": (b"abc", "too short"),
     "header larger than the file": (raw({})[:-1], "truncated"),
+    "pointer of Git LFS": (b"version https://git-lfs.github.com/spec/v1\n", "to fetch the file: git lfs pull"),
     "header length of 10 GB": ((10 << 30).to_bytes(8, "little") + b"{}", "exceeds the format's limit"),
     "not JSON": (raw("{nope"), "header is not JSON"),
     "nested too deeply": (raw("[" * 100000), "header is not JSON"),

@@ -105,12 +105,12 @@ def _checked_prompts(config: "ModelConfig", texts: list[str], raw: bool, new: in
     or that its context or the cache cannot hold."""
     from shardwise.launch.model_config import checkpoint_of, plan_of
     from shardwise.parallel.chat import render_chat
-    from shardwise.parallel.prompts import Room, fitting
+    from shardwise.parallel.prompts import Room, checked, fitting
     from shardwise.parallel.tokenizer import chat_template, load_tokenizer
 
     model, checkpoint = plan_of(config).model, checkpoint_of(config)
     chats = [[{"role": "user", "content": text}] for text in texts]
-    prompts: list[Prompt] = [*texts] if raw else [*chats]
+    prompts = [checked(number, prompt) for number, prompt in enumerate(texts if raw else chats)]
     if config.cache_tokens is not None or not all(0 < len(text.encode()) <= SHORT for text in texts):
         room = Room(model.vocab, model.max_positions, config.cache_tokens)
         fitting(prompts, [new] * len(prompts), load_tokenizer(checkpoint), room)

@@ -56,6 +56,8 @@ def resolve(model: str | Path) -> Path:
     `model`: a key of ALIASES, a path, or a hub id `owner/name` whose snapshot is in the local Hugging Face cache
     (nothing is downloaded). FileNotFoundError says what was looked for and what to do.
     """
+    if not str(model):
+        raise FileNotFoundError("the model's name is empty")
     if model in ALIASES:
         return _packaged(str(model), *ALIASES[str(model)])
     path = Path(model).expanduser()

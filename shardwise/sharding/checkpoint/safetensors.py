@@ -13,6 +13,8 @@ from shardwise.sharding.checkpoint.header import STORAGE, CheckpointError, Tenso
 
 MAX_HEADER_BYTES = 100_000_000
 """The format's own limit."""
+LFS_POINTER = b"version "
+"""How the text begins that Git leaves where it has not fetched a large file."""
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 
@@ -96,6 +98,8 @@ def _header_text(path: Path) -> tuple[bytes, int, int]:
         head = file.read(8)
         if len(head) < 8:
             raise CheckpointError(f"{path}: {size} bytes, too short for a safetensors header length")
+        if head == LFS_POINTER:
+            raise CheckpointError(f"{path}: a Git LFS pointer in place of the file; to fetch the file: git lfs pull")
         length = int.from_bytes(head, "little")
         if length > MAX_HEADER_BYTES:
             raise CheckpointError(
