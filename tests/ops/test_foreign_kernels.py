@@ -15,6 +15,7 @@ from shardwise.ops.kept import Kept
 from shardwise.ops.mamba import flashinfer as mamba_flashinfer
 from shardwise.ops.mamba import ssm
 from shardwise.ops.registry import TRITON
+from shardwise.ops.rope import flashinfer as rope_flashinfer
 from shardwise.ops.triton_support import interpreting
 
 DEVICE = "cpu"
@@ -159,3 +160,26 @@ def mamba_flashinfer_prefill(monkeypatch, args):
         )[0]
 
     monkeypatch.setattr(ssm, "prefill", prefill)
+
+
+@pytest.mark.parametrize("lead", [(1, 6), (6, 1), (2, 3), (6,)])
+@pytest.mark.parametrize("skew", [0, 1, 8])
+@pytest.mark.parametrize("index", [torch.int32, torch.int64, torch.int16])
+def test_flashinfer_rope_gets_flat_aligned_rows_and_gives_the_shapes_it_was_given(monkeypatch, lead, skew, index):
+    """`skew` elements in front of every head."""
+    q, k = (torch.randn(*lead, heads, skew + 64).half()[..., skew:] for heads in (4, 2))
+    table, positions = torch.randn(9, 64), (torch.arange(6) % 5).view(lead).to(index)
+
+    def apply(positions, query, key, head_size, cos_sin_cache, is_neox):
+        assert positions.shape == (6,) and positions.dtype in (torch.int32, torch.int64) and positions.is_contiguous()
+        assert all(rows.is_contiguous() and rows.data_ptr() % 16 == 0 for rows in (query, key))
+        factor = cos_sin_cache[positions.long(), 0].half()
+        results = (rows.view(6, -1, head_size) * factor[:, None, None] for rows in (query, key))
+        return tuple(result.view(rows.shape) for result, rows in zip(results, (query, key), strict=True))
+
+    monkeypatch.setattr(rope_flashinfer, "_function", lambda: apply)
+    for _ in range(2):
+        results = rope_flashinfer.flashinfer_rope(q, k, positions, table)
+        for result, given in zip(results, (q, k), strict=True):
+            expected = given * table[positions.long(), 0].half()[..., None, None]
+            assert torch.equal(result, expected) and result.is_contiguous()

@@ -1,11 +1,16 @@
 """Rotary position embedding of FlashInfer."""
 
 import functools
+import math
+from typing import NamedTuple
 
 import torch
 
+from shardwise.ops.kept import Kept, view
 from shardwise.ops.registry import FLASHINFER, operator
 from shardwise.ops.vector_access import with_vectors
+
+_View = tuple[tuple[int, ...], tuple[int, ...]]
 
 
 @functools.cache
@@ -31,52 +36,76 @@ def flashinfer_rope(
     q, k [B, S, N, D] or [T, N, D] float16 or bfloat16, D a multiple of 64; position_ids int [B, S] or [T];
     cos_sin_cache float32 [positions, D]: cosines of the D/2 angles, then their sines.
     """
-    tokens, size = _checked(
-        (q.shape, k.shape, position_ids.shape, cos_sin_cache.shape), (q.dtype, k.dtype, cos_sin_cache.dtype)
-    )
-    if q.numel() == 0:
+    given = q, k, position_ids, cos_sin_cache
+    plan = _PLANS.get(None, given) or _PLANS.keep(None, given, _plan(*given))
+    if not plan.tokens:
         return _pair(q, k)
-    positions = position_ids if position_ids.dim() == 1 else position_ids.reshape(-1)
-    if positions.dtype not in (torch.int32, torch.int64):  # the kernel has forms for both
-        positions = positions.to(torch.int64)
-    rows = _rows(q, tokens), _rows(k, tokens)
-    q_out, k_out = _function()(positions.contiguous(), *rows, size, cos_sin_cache.contiguous(), is_neox)
-    return _shaped(q_out, q.shape), _shaped(k_out, k.shape)
+    if not plan.dense or math.gcd(16, q.data_ptr(), k.data_ptr()) != 16:
+        q, k = (with_vectors(each.reshape(plan.tokens, -1)) for each in (q, k))
+    elif plan.flatten:
+        q, k = view(q, *plan.rows[0]), view(k, *plan.rows[1])
+    if not plan.ready:
+        # The kernel has forms for two types of positions.
+        wide = position_ids if position_ids.dtype in (torch.int32, torch.int64) else position_ids.to(torch.int64)
+        position_ids, cos_sin_cache = wide.reshape(-1).contiguous(), cos_sin_cache.contiguous()
+    q_out, k_out = _function()(position_ids, q, k, plan.size, cos_sin_cache, is_neox)
+    return view(q_out, *plan.results[0]), view(k_out, *plan.results[1])
 
 
-def _rows(x: torch.Tensor, tokens: int) -> torch.Tensor:
-    """x as [T, N, D] or [T, N * D]: as it is, or without a dimension of one entry, which is quicker than a reshape."""
-    if x.dim() == 4 and x.is_contiguous():
-        if x.shape[0] == 1:
-            return with_vectors(x.squeeze(0))
-        if x.shape[1] == 1:
-            return with_vectors(x.squeeze(1))
-    elif x.is_contiguous():
-        return with_vectors(x)
-    return with_vectors(x.reshape(tokens, -1))
+class _Plan(NamedTuple):
+    """What follows from the layout of the tensors: sizes and strides of contiguous views, for q and k."""
+
+    tokens: int
+    size: int
+    """D"""
+    dense: bool
+    """Whether q and k are contiguous"""
+    flatten: bool
+    """Whether they have more than three dimensions"""
+    ready: bool
+    """Whether positions and table are as the kernel reads them"""
+    rows: tuple[_View, ...]
+    """[T, N, D]"""
+    results: tuple[_View, ...]
+    """Of the operator"""
 
 
-def _shaped(rows: torch.Tensor, shape: torch.Size) -> torch.Tensor:
-    if rows.dim() == 3 and len(shape) == 4:
-        return rows.unsqueeze(0 if shape[0] == 1 else 1)
-    return rows if rows.shape == shape else rows.view(*shape)  # a Size in one piece takes 1.6 µs longer to read
+_PLANS: Kept[_Plan] = Kept()
 
 
-@functools.lru_cache(maxsize=4096)
-def _checked(shapes: tuple[torch.Size, ...], dtypes: tuple[torch.dtype, ...]) -> tuple[int, int]:
-    """Tokens and head size, from the shapes of q, k, position_ids and cos_sin_cache and the dtypes of three of them."""
-    (q, k, positions, table), (q_dtype, k_dtype, table_dtype) = shapes, dtypes
-    size = table[-1]
-    if table_dtype != torch.float32:
-        raise TypeError(f"flashinfer_rope: cos_sin_cache must be float32, got {table_dtype}")
-    if q_dtype not in (torch.float16, torch.bfloat16) or k_dtype != q_dtype:
-        raise TypeError(f"flashinfer_rope: q and k must both be float16 or bfloat16, got {q_dtype} and {k_dtype}")
-    if len(table) != 2 or size % 64 or q[-1] != size or k[-1] != size:
+def _plan(q: torch.Tensor, k: torch.Tensor, positions: torch.Tensor, table: torch.Tensor) -> _Plan:
+    tokens, size = _checked(q, k, positions, table)
+    return _Plan(
+        tokens if q.numel() else 0,
+        size,
+        q.is_contiguous() and k.is_contiguous(),
+        q.dim() != 3 or k.dim() != 3,
+        positions.dim() == 1
+        and positions.dtype in (torch.int32, torch.int64)
+        and positions.is_contiguous()
+        and table.is_contiguous(),
+        tuple(((tokens, each.shape[-2], size), (each.shape[-2] * size, size, 1)) for each in (q, k)),
+        tuple((tuple(each.shape), _contiguous_strides(each)) for each in (q, k)),
+    )
+
+
+def _contiguous_strides(tensor: torch.Tensor) -> tuple[int, ...]:
+    return torch.empty(tensor.shape, device="meta").stride()
+
+
+def _checked(q: torch.Tensor, k: torch.Tensor, positions: torch.Tensor, table: torch.Tensor) -> tuple[int, int]:
+    """Tokens and head size."""
+    size = table.shape[-1]
+    if table.dtype != torch.float32:
+        raise TypeError(f"flashinfer_rope: cos_sin_cache must be float32, got {table.dtype}")
+    if q.dtype not in (torch.float16, torch.bfloat16) or k.dtype != q.dtype:
+        raise TypeError(f"flashinfer_rope: q and k must both be float16 or bfloat16, got {q.dtype} and {k.dtype}")
+    if table.dim() != 2 or size % 64 or q.shape[-1] != size or k.shape[-1] != size:
         raise ValueError(
             f"flashinfer_rope: the head size must be a multiple of 64 and equal to cos_sin_cache's {size}, "
-            f"got q {tuple(q)}, k {tuple(k)}"
+            f"got q {tuple(q.shape)}, k {tuple(k.shape)}"
         )
-    tokens = q[:-2].numel()
-    if positions.numel() != tokens or k[:-2].numel() != tokens:
-        raise ValueError(f"flashinfer_rope: {tokens} tokens in q, {positions.numel()} position_ids, k {tuple(k)}")
+    tokens = q.shape[:-2].numel()
+    if positions.numel() != tokens or k.shape[:-2].numel() != tokens:
+        raise ValueError(f"flashinfer_rope: {tokens} tokens in q, {positions.numel()} position_ids, k {tuple(k.shape)}")
     return tokens, size
