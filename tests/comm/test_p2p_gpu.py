@@ -62,25 +62,26 @@ def test_ranks_as_threads(world):
     run_threads(world, on_own_stream, body)
 
 
-def test_a_rank_that_never_calls_is_named_and_the_kernel_ends():
+@pytest.mark.parametrize("world, missing", [(2, (1,)), (4, (2, 3))])
+def test_ranks_that_never_call_are_named_and_the_kernel_ends(world, missing):
     def body(beyond):
         group = p2p(beyond, deadline=0.5)
         x = torch.ones(4096, device="cuda")
         warm(group, lambda: group.all_reduce(x, strategy="ONESHOT"))
-        if group.rank == 0:
+        if group.rank not in missing:
             begun = time.monotonic()
             out = group.all_reduce(x, strategy="ONESHOT")
-            with pytest.raises(CollectiveTimeout, match="never received rank 1's data") as caught:
+            with pytest.raises(CollectiveTimeout, match=f"never received rank {missing[0]}'s data") as caught:
                 group.synchronize()
             assert time.monotonic() - begun < 5
-            assert caught.value.missing == (1,)
+            assert caught.value.missing == missing
             assert out.isnan().all(), "what did not arrive is not a number"
             with pytest.raises(CommError):
                 group.all_reduce(x)
         beyond.all_gather_object(None)
         group.workspace.close()
 
-    run_threads(2, on_own_stream, body)
+    run_threads(world, on_own_stream, body)
 
 
 def test_abort_ends_a_wait_on_the_device():

@@ -51,21 +51,23 @@ def words(values: torch.Tensor, row_words: int) -> torch.Tensor:
 
 def launch(
     kernel, world, rank, slots, tensors, rows, width, total, chunks, *,
-    fused, call, aligned=True, grid=2, ahead=0, bulk=False,
+    fused, call, aligned=True, grid=2, ahead=0, bulk=False, missing=(),
 ):  # fmt: skip
+    """`missing`: ranks whose data never comes; the deadline is short then."""
     counters = torch.full((COUNTERS,), call, dtype=torch.int32)
     abort = torch.zeros(1, dtype=torch.int32)
     records = torch.zeros(world, dtype=torch.int64)
     lanes = max(32, 1 << (chunks - 1).bit_length())
     one_shot = {"BULK": bulk} if kernel is kernels.one_shot else {}
     kernel[(grid,)](
-        *tensors, slots.addresses, counters, abort.data_ptr(), records.data_ptr(), slots.region_words * 4, 10**9,
-        rows, width, total, chunks, EPS, 1.0,
+        *tensors, slots.addresses, counters, abort.data_ptr(), records.data_ptr(), slots.region_words * 4,
+        10**7 if missing else 10**9, rows, width, total, chunks, EPS, 1.0,
         WORLD=world, RANK=rank, LANES=lanes, ALIGNED=aligned, FUSED=fused, AHEAD=ahead, **one_shot,
         PAUSING=False, PDL=False,
     )  # fmt: skip
     assert counters.eq(call + 1).all(), "every copy of the call counter moves on"
-    assert not records.any()
+    assert records.nonzero().view(-1).tolist() == list(missing), "who is missing is named, and nobody else"
+    assert abort.item() == bool(missing)
 
 
 def ordered_sum(parts: list[torch.Tensor]) -> torch.Tensor:
@@ -111,6 +113,18 @@ def test_one_shot_sums_pushes_and_rearms(world, rank, dtype, ahead, bulk):
     for peer in set(range(world)) - {rank}:
         for row in range(rows):
             assert torch.equal(slots.row(peer, rank, call & 1, row), words(x[rank][row], slots.row_words))
+
+
+def test_all_who_did_not_come_are_named_at_once():
+    world, rank, width = 4, 1, 64
+    x = random_rows(world, 1, width, torch.float32)
+    slots = Slots(world, 1, width // 4)
+    slots.row(rank, 2, 1, 0).copy_(words(x[2][0], slots.row_words))
+    out = torch.zeros_like(x[rank])
+    tensors = (x[rank], x[rank], x[rank], out, out)
+    launch(kernels.one_shot, world, rank, slots, tensors, 1, width, width, width // 4,
+           fused=False, call=1, grid=1, missing=(0, 3))  # fmt: skip
+    assert out.isnan().all(), "what did not arrive is not a number"
 
 
 @pytest.mark.parametrize("width, aligned", [(64, True), (51, False)])

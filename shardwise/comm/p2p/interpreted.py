@@ -14,29 +14,24 @@ _ENDED_OFFSET = 64
 
 
 def wait(looks, places, lane, abort, records, what, deadline_ns, PAUSING):
-    """`memory.wait` in Python, one source after the other, with its deadline, its abort word and its records."""
-    words = ()
-    for seen, place, record in zip(looks, places, records, strict=True):
-        words += _wait_for_one(seen, place, lane, abort, record, what, deadline_ns)
-    return words
-
-
-def _wait_for_one(seen, words, lane, abort, record, what, deadline_ns):
-    end = time.monotonic_ns() + _integer(deadline_ns)
+    """`memory.wait` in Python, with its deadline, its abort word and its records."""
+    looks, end = list(looks), time.monotonic_ns() + _integer(deadline_ns)
     flag = ctypes.c_int32.from_address(_integer(abort))
     while True:
-        armed = (seen[0] == _ARMED) | (seen[1] == _ARMED) | (seen[2] == _ARMED) | (seen[3] == _ARMED)
-        if not armed.handle.data.any():
-            return seen
-        if flag.value:
-            ctypes.c_int64.from_address(_integer(record) + _ENDED_OFFSET).value = _integer(what)
-            return seen
-        if time.monotonic_ns() > end:
-            ctypes.c_int64.from_address(_integer(record)).value = _integer(what)
+        armed = [(a == _ARMED) | (b == _ARMED) | (c == _ARMED) | (d == _ARMED) for a, b, c, d in looks]
+        absent = [source for source, each in enumerate(armed) if each.handle.data.any()]
+        late = time.monotonic_ns() > end
+        if absent and (flag.value or late):
+            for source in absent:
+                place = _integer(records[source]) + (_ENDED_OFFSET if flag.value else 0)
+                ctypes.c_int64.from_address(place).value = _integer(what)
             flag.value = 1
-            return seen
+        if not absent or flag.value:
+            return sum((tuple(look) for look in looks), ())
         time.sleep(0.0002)
-        seen = tuple(tl.where(armed, tl.load(words + lane * 4 + i, armed, 0), seen[i]) for i in range(4))
+        for source in absent:
+            words, mask = places[source] + lane * 4, armed[source]
+            looks[source] = [tl.where(mask, tl.load(words + i, mask, 0), looks[source][i]) for i in range(4)]
 
 
 def _integer(value) -> int:
