@@ -1,10 +1,12 @@
-"""Loading, shown: a bar on a terminal, one line per ten percent elsewhere."""
+"""Loading, shown: a bar on a terminal, lines elsewhere: one per ten percent, but no more than one a second."""
 
 import contextlib
 import time
 from typing import Any, TextIO
 
 GB = 1e9
+PAUSE = 1.0
+"""Seconds between two lines."""
 
 
 class LoadProgress:
@@ -16,6 +18,7 @@ class LoadProgress:
         self._task: Any = None
         self._started: float | None = None
         self._tenths = 0
+        self._told = 0.0
 
     def __enter__(self) -> "LoadProgress":
         return self
@@ -28,7 +31,7 @@ class LoadProgress:
         if not self._enabled:
             return
         if self._started is None:
-            self._started = time.perf_counter()
+            self._started = self._told = time.perf_counter()
         if self._stream.isatty():
             self._draw(done, total)
         else:
@@ -49,11 +52,11 @@ class LoadProgress:
         self._bar.update(self._task, completed=done)
 
     def _line(self, done: int, total: int) -> None:
-        tenths = 10 * done // max(1, total)
-        if tenths <= self._tenths:
+        tenths, now = 10 * done // max(1, total), time.perf_counter()
+        if tenths <= self._tenths or (done < total and now - self._told < PAUSE):
             return
-        self._tenths = tenths
-        seconds = time.perf_counter() - (self._started or 0.0)
+        self._tenths, self._told = tenths, now
+        seconds = now - (self._started or 0.0)
         rate = f", {done / seconds / GB:.2f} GB/s" if seconds > 0.05 else ""
         with contextlib.suppress(OSError):  # a closed stderr is no reason to stop loading
             print(f"loading {10 * tenths} % of rank 0's {total / 2**20:.1f} MiB{rate}", file=self._stream, flush=True)

@@ -2,6 +2,8 @@
 
 import io
 import json
+from itertools import count
+from types import SimpleNamespace
 
 import pytest
 
@@ -84,7 +86,16 @@ def test_mixed_mpi_libraries_are_a_problem(monkeypatch):
     assert finding.state == doctor.PROBLEM and "install one MPI only" in (finding.advice or "")
 
 
-def test_loading_is_one_line_a_tenth_when_nobody_watches():
+def test_quick_loading_is_one_line_when_nobody_watches():
+    stream = io.StringIO()
+    with LoadProgress(stream) as progress:
+        for done in range(0, 2001, 100):
+            progress.update(done, 2000)
+    assert [line.split(" %")[0] for line in stream.getvalue().splitlines()] == ["loading 100"]
+
+
+def test_slow_loading_is_one_line_a_tenth(monkeypatch):
+    monkeypatch.setattr("shardwise.launch.progress.time", SimpleNamespace(perf_counter=count(step=1.0).__next__))
     stream = io.StringIO()
     with LoadProgress(stream) as progress:
         for done in range(0, 2001, 7):
