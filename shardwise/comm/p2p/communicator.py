@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     from shardwise.comm.p2p.launch import Launcher
 
 LOW_PRECISION = "LOWPRECISION"
+_ANY_DTYPE = ("AUTO", *BEYOND)
+"""Strategies that take what the kernels do not sum, too."""
+_NO_LAUNCH = (*BEYOND, LOW_PRECISION)
+"""Strategies that no launch of the table serves."""
 SELF_TEST_SECONDS = 10.0
 _SELF_TEST_WORDS = 256
 
@@ -68,13 +72,13 @@ class P2PCommunicator(Delegating):
         return table.choose(self.size, payload, op.endswith("norm"), strategy).reason
 
     def all_reduce(self, tensor: Tensor, *, out: Tensor | None = None, strategy: str = "AUTO") -> Tensor:
-        if strategy not in ("AUTO", *BEYOND):
+        if strategy not in _ANY_DTYPE:
             self._require(strategy)
             _require_dtype(tensor, strategy, HALVES if strategy == LOW_PRECISION else DTYPES)
         return super().all_reduce(tensor, out=out, strategy=strategy)
 
     def _fused(self, tensor, residual, weight, weight_bias, strategy, out, residual_out):
-        if strategy not in ("AUTO", *BEYOND):
+        if strategy not in _ANY_DTYPE:
             _require_dtype(tensor, strategy, HALVES if strategy == LOW_PRECISION else DTYPES)
         tuning = self._tuning(tensor, strategy, fused=True)
         if tuning is None or weight.dtype != tensor.dtype or not self.launcher.fits(tensor, tuning):
@@ -117,7 +121,7 @@ class P2PCommunicator(Delegating):
 
     def _tuning(self, tensor: Tensor, strategy: str, fused: bool) -> Tuning | None:
         """How our kernels are launched; None where the call is the group's beyond, or in fp8."""
-        if strategy in (*BEYOND, LOW_PRECISION) or (tensor.dtype not in DTYPES and strategy == "AUTO"):
+        if strategy in _NO_LAUNCH or (tensor.dtype not in DTYPES and strategy == "AUTO"):
             return None
         wanted = "MIN_LATENCY" if self.deterministic and strategy == "AUTO" else strategy
         return table.choose(self.size, tensor.numel() * tensor.element_size(), fused, wanted).tuning
