@@ -5,8 +5,10 @@ A new family is data (a spec); it needs code here only where it has a block with
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from shardwise.comm.rank import Groups
 from shardwise.parallel.attention import AttentionMixer
@@ -120,13 +122,18 @@ class DecoderBuilder:
             multiplier=head.multiplier,
         )
 
-    def linear(self, block: spec.Block, *roles: str, layer: int | None = None) -> LinearLike:
-        """Column-parallel: the roles' outputs one behind the other."""
+    def linear(
+        self, block: spec.Block, *roles: str, layer: int | None = None, order: Tensor | None = None
+    ) -> LinearLike:
+        """Column-parallel: the roles' outputs one behind the other, or in `order`."""
         bias = self.weights.find(block, *(f"{role}.bias" for role in roles), layer=layer)
-        stored = self.weights.blocks(block, *roles, layer=layer)
+        stored = self.weights.blocks(block, *roles, layer=layer) if order is None else None
         if stored:
             return BlockLinear(dtype=stored[0], blocks=stored[1], bias=bias)
-        return Linear(weight=self.weights.linear(block, *roles, layer=layer), bias=bias)
+        weight = self.weights.linear(block, *roles, layer=layer)
+        if order is not None:
+            weight, bias = weight[order], None if bias is None else bias[order]
+        return Linear(weight=weight, bias=bias)
 
     def row_linear(self, block: spec.Block, role: str, layer: int) -> LinearLike:
         """Row-parallel: its bias is added by one rank."""
@@ -147,9 +154,13 @@ class DecoderBuilder:
 def _attention(builder: DecoderBuilder, block: spec.Attention, layer: int) -> AttentionMixer:
     weights = builder.weights
     heads, kv_heads, head_dim, v_head_dim = _local_heads(weights, block)
+    rope, order, head = block.rope, None, torch.arange(head_dim, device=weights.device)
+    if rope is not None and rope.interleaved:
+        rope, head = replace(rope, interleaved=False), _halves_of_pairs(head, rope.dim)
+        order = _rows(head, heads + kv_heads, kv_heads * v_head_dim)
     norms = {
         role: Norm(
-            weight=weights.take(block, f"{role}.weight", layer=layer),
+            weight=weights.take(block, f"{role}.weight", layer=layer)[head],
             eps=block.norm_eps,
             offset=block.norm_weight_offset,
         )
@@ -163,7 +174,7 @@ def _attention(builder: DecoderBuilder, block: spec.Attention, layer: int) -> At
         kv_heads=kv_heads,
         head_dim=head_dim,
         v_head_dim=v_head_dim,
-        qkv=builder.linear(block, *(("qkv",) if fused else ("q", "k", "v")), layer=layer),
+        qkv=builder.linear(block, *(("qkv",) if fused else ("q", "k", "v")), layer=layer, order=order),
         out=builder.row_linear(block, "o", layer),
         masking=Masking(
             scale=block.scale,
@@ -171,9 +182,25 @@ def _attention(builder: DecoderBuilder, block: spec.Attention, layer: int) -> At
             softcap=block.softcap,
             sinks=weights.find(block, "sinks", layer=layer),
         ),
-        rotary=builder.rotary(block.rope),
+        rotary=builder.rotary(rope),
+        norm_after_rotation=block.qk_norm_after_rope,
         **norms,
     )
+
+
+def _halves_of_pairs(head: Tensor, dim: int) -> Tensor:
+    """A head's elements, the pairs of neighbours among the first `dim` laid half of these apart, as `rotate` has pairs.
+
+    Scores do not depend on the order, as long as queries and keys have the same one.
+    """
+    return torch.cat((head[0:dim:2], head[1:dim:2], head[dim:]))
+
+
+def _rows(head: Tensor, heads: int, values: int) -> Tensor:
+    """Rows of a projection to [queries and keys | values], every query and key head in the order `head`."""
+    size = len(head)
+    turned = torch.arange(heads, device=head.device)[:, None] * size + head
+    return torch.cat((turned.view(-1), torch.arange(heads * size, heads * size + values, device=head.device)))
 
 
 def _local_heads(weights: Weights, block: spec.Attention) -> tuple[int, int, int, int]:

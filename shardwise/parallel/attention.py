@@ -29,11 +29,13 @@ class AttentionMixer:
         rotary: RotaryAngles | None = None,
         q_norm: Norm | None = None,
         k_norm: Norm | None = None,
+        norm_after_rotation: bool = False,
     ):
         self.layer, self.heads, self.kv_heads = layer, heads, kv_heads
         self.head_dim, self.v_head_dim = head_dim, v_head_dim
         self.qkv, self.out, self.masking = qkv, out, masking
         self.rotary, self.q_norm, self.k_norm = rotary, q_norm, k_norm
+        self.norm_after_rotation = norm_after_rotation
         self._queries_end, self._keys_end = heads * head_dim, (heads + kv_heads) * head_dim
 
     def __call__(self, x: Tensor, batch: Batch, cache: KvCache) -> Tensor:
@@ -42,12 +44,18 @@ class AttentionMixer:
             return torch.zeros_like(x)
         qkv = self.qkv(x)
         qk = qkv.narrow(1, 0, self._keys_end).view(tokens, -1, self.head_dim)
+        if not self.norm_after_rotation:
+            self._norm(qk)
+        if self.rotary is not None:
+            rotate(qk, *batch.rotation(self.rotary))
+        if self.norm_after_rotation:
+            self._norm(qk)
+        kv = qkv.narrow(1, self._queries_end, qkv.shape[1] - self._queries_end)
+        attended = cache.attend(self.layer, qk.narrow(1, 0, self.heads), kv, batch, self.masking)
+        return self.out(attended.reshape(tokens, -1))
+
+    def _norm(self, qk: Tensor) -> None:
         if self.q_norm is not None and self.k_norm is not None:
             q, k = qk.split_with_sizes((self.heads, self.kv_heads), 1)
             q.copy_(self.q_norm(q))
             k.copy_(self.k_norm(k))
-        if self.rotary is not None:
-            rotate(qk, *batch.rotation(self.rotary))
-        kv = qkv.narrow(1, self._queries_end, qkv.shape[1] - self._queries_end)
-        attended = cache.attend(self.layer, qk.narrow(1, 0, self.heads), kv, batch, self.masking)
-        return self.out(attended.reshape(tokens, -1))

@@ -70,6 +70,8 @@ def _reason_against_mixer(mixer: object) -> str:
         return f"head sizes {size} and {mixer.v_head_dim}, need one power of two from 32 to 256"
     if mixer.masking.softcap is not None:
         return "capped scores"
+    if mixer.norm_after_rotation:
+        return "heads are normed behind their rotation"
     if mixer.rotary is not None and 2 * mixer.rotary.frequencies.numel() != size:
         return "rotation of part of the head"
     return "" if isinstance(mixer.qkv, Linear) and isinstance(mixer.out, Linear) else "weights stay quantised"

@@ -27,9 +27,9 @@ _EVERY: dict[type, set[str]] = {
     spec.Embedding: {"vocab", "multiplier"},
     spec.Head: {"tied", "softcap", "multiplier"},
     spec.Norm: {"eps", "weight_offset"},
-    spec.Rope: {"theta", "dim", "scaling"},
+    spec.Rope: {"theta", "dim", "scaling", "interleaved"},
     spec.Attention: {"q_axis", "kv_axis", "head_dim", "v_head_dim", "scale", "rope", "window", "softcap", "sinks"}
-    | {"norm_eps", "norm_weight_offset"},
+    | {"norm_eps", "norm_weight_offset", "qk_norm_after_rope"},
     spec.DenseMlp: {"mlp_axis", "gated"},
     spec.Moe: {"expert_axis", "mlp_axis", "routing", "stacked", "transposed", "gate_up_interleaved", "limit", "alpha"}
     | {"shared", "shared_gated"},

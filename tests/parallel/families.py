@@ -53,6 +53,24 @@ FAMILIES |= MOE_FAMILIES
 ALTERNATING = dict(sliding_window=5, query_pre_attn_scalar=16)
 NEAR_KIN: dict[str, tuple[str, dict]] = {
     "phi3": ("phi3", dict(pad_token_id=0, num_key_value_heads=2, head_dim=8)),
+    "smollm3": ("smollm3", dict(pad_token_id=0, no_rope_layer_interval=2, use_sliding_window=True, sliding_window=5)),
+    "granite": (
+        "granite",
+        dict(
+            embedding_multiplier=12.0,
+            attention_multiplier=0.1,
+            residual_multiplier=0.22,
+            logits_scaling=2.0,
+            attention_bias=True,
+            mlp_bias=True,
+        ),
+    ),
+    "ernie4_5": ("ernie4_5", dict(use_bias=True)),
+    "glm4": ("glm4", dict(pad_token_id=0)),
+    "hunyuan": (
+        "hunyuan_v1_dense",
+        dict(rope_parameters=dict(rope_type="dynamic", rope_theta=10000.0, alpha=50.0, factor=1.0)),
+    ),
     "gemma": ("gemma", {}),
     "gemma2": (
         "gemma2",

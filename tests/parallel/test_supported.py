@@ -81,7 +81,6 @@ def test_a_field_that_a_family_adds_is_refused_until_it_is_implemented(model, mo
     [
         ({"k_is_v": True}, "Attention.k_is_v = True; the runtime supports False"),
         ({"qk_norm": "all_heads"}, "Attention.qk_norm = 'all_heads'; the runtime supports None, head"),
-        ({"rope": spec.Rope(theta=1.0, dim=16, interleaved=True)}, "Rope.interleaved = True"),
         ({"rope": spec.Rope(theta=1.0, dim=16, kind="dynamic")}, "Rope.kind = 'dynamic'; .* default, linear, llama3"),
     ],
     ids=str,
