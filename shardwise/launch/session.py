@@ -106,6 +106,7 @@ class Session:
         self._stack.enter_context(use_groups(groups))
         with context.phase("load"):
             from shardwise.parallel.engine import Engine
+            from shardwise.parallel.tokenizer import load_tokenizer
 
             self.engine = Engine(
                 checkpoint,
@@ -113,6 +114,7 @@ class Session:
                 groups,
                 **config.for_engine,
                 device=self.device,
+                tokenizer=load_tokenizer(checkpoint),  # before weights: a broken one is told at once
                 on_progress=self._progress(),
             )
             world.barrier()

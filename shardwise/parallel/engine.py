@@ -33,7 +33,7 @@ from shardwise.parallel.runner import Launched, Runner
 from shardwise.parallel.sampler import SamplingParams
 from shardwise.parallel.scheduler import Request, Scheduler, Step
 from shardwise.parallel.sizing import activation_bytes, pages_for
-from shardwise.parallel.tokenizer import load_tokenizer
+from shardwise.parallel.tokenizer import IdTokenizer, Tokenizer, load_tokenizer
 from shardwise.parallel.trace import DECODE, PREFILL, SAMPLE, SCHEDULE, span
 from shardwise.parallel.weight_form import WeightForm
 from shardwise.parallel.weights import Progress, Weights
@@ -59,6 +59,7 @@ class Engine:
     decode       which code runs steps of single tokens, see `Runner`
     attention    whose kernels attend to prompts on a GPU: auto, triton, flashinfer or torch
     request_tokens of the longest request that is to come, prompt and answer, as far as that is known
+    tokenizer    the checkpoint's, where it was read already; None: it is read when a prompt or a token needs it
     on_progress  called with (bytes read, bytes to read) while the weights load
     DoesNotFit, on all ranks, before a weight is read: where weights, the cache (of `cache_tokens`, or for one such
     request) and activations are more than a GPU or a host has free.
@@ -80,8 +81,10 @@ class Engine:
         decode: str = "auto",
         attention: str = "auto",
         request_tokens: int = 1,
+        tokenizer: Tokenizer | IdTokenizer | None = None,
         on_progress: Progress | None = None,
     ):
+        started = time.perf_counter()
         if plan.layout.world != groups.world.size:
             raise ValueError(f"the plan is for {plan.layout.world} ranks, the job has {groups.world.size}")
         self.plan, self.groups, self.cache_tokens = plan, groups, cache_tokens
@@ -94,8 +97,8 @@ class Engine:
         kernels = self.device.type == "cuda" or decode in KERNEL_PATHS
         require_page(cache_tokens, "cuda" if kernels else "cpu")
         self._form = WeightForm.choose(weights, plan.model, self.dtype, self.device, kernels=kernels)
-        self.tokenizer = load_tokenizer(self.checkpoint)
-        started = time.perf_counter()
+        if tokenizer is not None:
+            self.tokenizer = tokenizer
         self._require_room(request_tokens)
         source = Weights(
             self.checkpoint,
@@ -116,6 +119,10 @@ class Engine:
         self.cache: KvCache | None = None
         self._running = False
         self._load_seconds = time.perf_counter() - started
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer | IdTokenizer:
+        return load_tokenizer(self.checkpoint)
 
     @property
     def decode_path(self) -> str:
