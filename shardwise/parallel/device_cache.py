@@ -220,16 +220,17 @@ class _Step:
     def __init__(self, batch: Batch, tables: PageTables, page_tables: Tensor):
         self._batch = batch
         self.singles = len(batch.spans) - batch.prefills
+        spans, pad = batch.spans, torch.nn.utils.rnn.pad_sequence
+        found = [
+            (pad([table.entries(span) for span in spans], batch_first=True), table.new(spans), table.kept(spans))
+            for table in tables.of.values()
+        ]
+        moved = iter(to_device([tensor for row in found for tensor in row if tensor is not None], batch.device))
         self.places: dict[int | None, _Places] = {}
-        for (window, table), on_device in zip(tables.of.items(), page_tables, strict=True):
-            lists = [table.entries(span) for span in batch.spans]
-            pages = torch.nn.utils.rnn.pad_sequence(lists, batch_first=True)
-            kept = table.kept(batch.spans)
-            new, pages, *rest = to_device(
-                [table.new(batch.spans), pages, *([] if kept is None else [kept])], batch.device
-            )
-            self.places[window] = _Places(batch, table, new, rest[0] if rest else None)
-            on_device[:, : pages.shape[1]].index_copy_(0, batch.slots, pages)
+        for (window, table), entered, (_, _, kept) in zip(tables.of.items(), page_tables, found, strict=True):
+            pages = next(moved)
+            entered[:, : pages.shape[1]].index_copy_(0, batch.slots, pages)
+            self.places[window] = _Places(batch, table, next(moved), None if kept is None else next(moved))
 
     @cached_property
     def positions(self) -> Tensor:
