@@ -82,30 +82,30 @@ _FUSED_2 = (
 )
 _TWO_SHOT = Tuning("TWOSHOT", warps=8, ahead=2, blocks_per_sm=2)
 _PLAIN_4 = (
-    _Entry(64 * KIB, Tuning("ONESHOT", warps=4, blocks_per_sm=4, lanes=128), "16 KiB 3.1 us, NCCL 13.8"),
+    _Entry(64 * KIB, Tuning("ONESHOT", warps=4, blocks_per_sm=4, lanes=128), "16 KiB 3.0 us, NCCL 13.8"),
     _Entry(
         512 * KIB,
         Tuning("ONESHOT", warps=16, blocks_per_sm=2),
-        "256 KiB 5.4 us, NCCL 14.9; 512 KiB 7.6 us, two-shot 10.3",
+        "256 KiB 5.0 us, NCCL 15.1; 512 KiB 7.6 us, two-shot 10.3",
     ),
     _Entry(
         32 * MIB,
         Tuning("TWOSHOT", warps=16, ahead=1, blocks_per_sm=2),
-        "1 MiB 11.2 us, NCCL 20.3; 4 MiB 25 us, 47; 16 MiB 87 us, 103",
+        "1 MiB 10.5 us, NCCL 20.1; 4 MiB 25 us, 43; 16 MiB 86 us, 98",
     ),
-    _Entry(64 * MIB, _TWO_SHOT, "64 MiB 321 us, NCCL 338"),
+    _Entry(64 * MIB, _TWO_SHOT, "64 MiB 325 us, NCCL 338"),
     _Entry(_NO_LIMIT, None, "256 MiB 1207 us, two-shot 1245"),
 )
 _FUSED_4 = (
     _Entry(
         MIB,
         Tuning("ONESHOT", warps=32, ahead=1, bulk=True),
-        "1 x 4096 4.1 us, NCCL + norm 13.8; 16 x 7168 6.5 us, 16.8; 64 x 7168 12.3 us, 22.5",
+        "1 x 4096 3.4 us, NCCL + norm 13.8; 16 x 7168 6.2 us, 16.9; 64 x 7168 11.7 us, 22.2",
     ),
     _Entry(
         64 * MIB,
         _TWO_SHOT,
-        "256 x 7168 33 us, NCCL + norm 47; 1024 x 7168 92 us, 115; 4096 x 7168 305 us, 378",
+        "256 x 7168 33 us, NCCL + norm 47; 1024 x 7168 92 us, 110; 4096 x 7168 304 us, 357",
     ),
     _Entry(_NO_LIMIT, None, "not measured"),
 )
