@@ -38,10 +38,10 @@ def fresh(
     """What makes an uninitialised tensor at every call as torch.empty_strided does; contiguous without `strides`."""
     if strides is None:
         strides = tuple(math.prod(sizes[d + 1 :]) for d in range(len(sizes)))
-    make_here = _empty_strided_cuda if device.type == "cuda" else _empty_strided_cpu
+    index, make_here = device.index, _empty_strided_cuda if device.type == "cuda" else _empty_strided_cpu
 
     def make() -> torch.Tensor:
-        elsewhere = device.index is not None and device.index != current_device()
+        elsewhere = index is not None and index != current_device()
         if elsewhere or torch.are_deterministic_algorithms_enabled():  # which may ask for memory that is filled
             return torch.empty_strided(sizes, strides, dtype=dtype, device=device)
         return make_here(sizes, strides, dtype)

@@ -37,7 +37,7 @@ class _Paged:
         self.indptr, self.indices, self.last_page_len = indptr, indices, last_page_len
         self.page_size, self.scale, self.dtypes = page_size, scale, dtypes
 
-    def run(self, q, paged_kv_cache, *, out, k_scale=1.0, v_scale=1.0):
+    def run(self, q, paged_kv_cache, *, out, enable_pdl, k_scale=1.0, v_scale=1.0):
         keys, values = _both(paged_kv_cache)
         assert (q.dtype, keys.dtype) == self.dtypes and keys.shape[2] == self.page_size
         lengths = _lengths(self.indptr, self.last_page_len, self.page_size)

@@ -22,6 +22,7 @@ from shardwise.ops.attention.planner import (
 from shardwise.ops.attention.positions import fake_token_positions, token_positions
 from shardwise.ops.kept import Kept, fresh, view
 from shardwise.ops.registry import CUDA, FLASHINFER, operator
+from shardwise.ops.triton_support import dependent_launch
 from shardwise.ops.vector_access import takes_vectors, with_vectors
 
 OP = "flashinfer_attention_mha_with_cache"
@@ -82,10 +83,16 @@ class _Plan(NamedTuple):
     q_rows: _Rows
     """Sizes [tokens, N, D] and strides of the batch's own tokens, contiguous"""
     k_rows: _Rows
+    halves: tuple[tuple[int, ...], tuple[int, ...]]
+    """Sizes and strides of the cache's keys, and of its values"""
+    values: int
+    """Elements before the first of these"""
     dense: bool
     """Whether q, k, v and the cache are contiguous"""
     exact: bool
     """Whether no metadata has entries beyond the batch"""
+    pdl: bool
+    """Whether kernels may start while their predecessors drain"""
 
 
 _PLANS: Kept[_Plan] = Kept()
@@ -193,7 +200,8 @@ def flashinfer_attention_mha_with_cache(
         out.view(plan.tokens, -1)[count:].zero_()
     if count == 0:
         return out
-    caches = kv_cache.unbind(1)  # here, once: FlashInfer takes both, and would do it in each of its calls
+    # Keys and values are parted here, once: FlashInfer takes both, and would do it in each of its calls.
+    caches = view(kv_cache, *plan.halves), view(kv_cache, *plan.halves, plan.values)
     indices, positions, indptr, last = given[4:]
     if not plan.exact:
         indices, positions = leading(indices, count), leading(positions, count)
@@ -203,16 +211,18 @@ def flashinfer_attention_mha_with_cache(
         *((to_fp8(k_rows, k_scale), to_fp8(v_rows, v_scale)) if quantised else (k_rows, v_rows)),
         indices, positions, caches, cache_loc, indptr, last, kv_layout="HND",
     )  # fmt: skip
-    scales = {"k_scale": k_scale, "v_scale": v_scale} if quantised else {}
+    options: dict[str, Any] = {"enable_pdl": plan.pdl}  # FlashInfer asks the device in every call
+    if quantised:
+        options |= {"k_scale": k_scale, "v_scale": v_scale}
     host = (cu_num_pages_host, cache_loc, last_page_len_host, seq_len_with_cache_host)
     split, owner = batch.prefill_tokens, planner("attention", q.device)
     # FlashInfer multiplies v_scale into `out` in place, so the caller's rows hold the final result.
     if split:
         wrapper = _prefill_wrapper(owner, plan.parameters, batch, cu_seqlen_host, host)
-        wrapper.run(leading(q_rows, split), caches, out=leading(out_rows, split), **scales)
+        wrapper.run(leading(q_rows, split), caches, out=leading(out_rows, split), **options)
     if batch.decode:
         wrapper = _decode_wrapper(owner, plan.parameters, batch, kv_cache.shape[0], host)
-        wrapper.run(q_rows[split:] if split else q_rows, caches, out=out_rows[split:] if split else out_rows, **scales)
+        wrapper.run(q_rows[split:] if split else q_rows, caches, out=out_rows[split:] if split else out_rows, **options)
     return out
 
 
@@ -302,6 +312,9 @@ def _plan(
         fresh(tuple(q.shape), q.dtype, q.device),
         ((count, heads.queries, size), (heads.queries * size, size, 1)),
         ((count, kv_heads, size), (kv_heads * size, size, 1)),
+        (tuple(kv_cache.shape[d] for d in (0, 2, 3, 4)), tuple(kv_cache.stride(d) for d in (0, 2, 3, 4))),
+        kv_cache.stride(1),
         all(each.is_contiguous() for each in (q, k, v, kv_cache)),
         len(indices) == len(positions) == count and len(indptr) == len(last) + 1 == batch.sequences + 1,
+        dependent_launch(q.device),
     )

@@ -5,9 +5,10 @@ is absorbed into queries and outputs and the kernel reads the latent pages. Plan
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from shardwise.ops.attention.batch import Batch, read_batch
 from shardwise.ops.attention.flashinfer import FP8, to_fp8
@@ -174,17 +175,19 @@ def flashinfer_mla_with_cache(
         used = cache_loc[: int(cu_num_pages_host[batch.sequences])].long()
         ckv_cache, kpe_cache = (_widened(cache, used, q_nope.dtype) for cache in (ckv_cache, kpe_cache))
         cache_loc = torch.arange(len(used), dtype=torch.int32, device=used.device)
-    step = _Step(
-        batch, plan, q_nope, q_pe, kv_b_proj_weight, ckv_cache, kpe_cache, out, cu_seqlen_host,
-        (cu_num_pages_host, cache_loc, last_page_len_host, seq_len_with_cache_host),
-    )  # fmt: skip
-    split = batch.prefill_tokens
-    if split and step.has_prefix():
-        step.run_absorbed(step.prefill_wrapper(), plan.prefill)
+    owner, split = planner("mla", ckv_cache.device), batch.prefill_tokens
+    host = (cu_num_pages_host, cache_loc, last_page_len_host, seq_len_with_cache_host)
+    tensors = q_nope, q_pe, kv_b_proj_weight, ckv_cache, kpe_cache, out
+    if split and _has_prefix(batch, cu_seqlen_host, seq_len_with_cache_host):
+        _run_absorbed(
+            plan, plan.prefill, _prefix_wrapper(owner, plan.parameters, batch, cu_seqlen_host, host), *tensors
+        )
     elif split:
-        step.run_ragged(latent[:split], rotated[:split])
+        wrapper = _ragged_wrapper(owner, plan.parameters, batch, cu_seqlen_host)
+        _run_ragged(plan, wrapper, q_nope, q_pe, kv_b_proj_weight, latent[:split], rotated[:split], out)
     if batch.decode:
-        step.run_absorbed(step.decode_wrapper(), plan.decode)
+        wrapper = _decode_wrapper(owner, plan.parameters, batch, ckv_cache.shape[0], host)
+        _run_absorbed(plan, plan.decode, wrapper, *tensors)
     return out
 
 
@@ -200,65 +203,50 @@ def _widened(cache: torch.Tensor, pages: torch.Tensor, dtype: torch.dtype) -> to
     return cache.view(torch.uint8)[pages].view(FP8).to(dtype)
 
 
-class _Step(NamedTuple):
-    """One call's tensors and host metadata."""
+def _has_prefix(batch: Batch, cu_seqlen_host: Tensor, seq_len_with_cache_host: Tensor) -> bool:
+    """Whether any prefill sequence continues in the cache."""
+    lengths = cu_seqlen_host[: batch.prefill + 1].diff()
+    return bool((seq_len_with_cache_host[: batch.prefill] > lengths).any())
 
-    batch: Batch
-    plan: MlaPlan
-    q_nope: torch.Tensor
-    q_pe: torch.Tensor
-    weight: torch.Tensor
-    ckv_cache: torch.Tensor
-    kpe_cache: torch.Tensor
-    out: torch.Tensor
-    cu_seqlen_host: torch.Tensor
-    pages: tuple[torch.Tensor, ...]
 
-    @property
-    def owner(self) -> Planner:
-        return planner("mla", self.ckv_cache.device)
+def _prefix_wrapper(owner: Planner, parameters: Parameters, batch: Batch, cu_seqlen_host: Tensor, host) -> Any:
+    def plan(wrapper):
+        starts = cu_seqlen_host[: batch.prefill + 1]
+        _plan_absorbed(parameters, True, wrapper, starts, select_pages(0, batch.prefill, *host))
 
-    def has_prefix(self) -> bool:
-        """Whether any prefill sequence continues in the cache."""
-        starts = self.cu_seqlen_host[: self.batch.prefill + 1]
-        return bool((self.pages[3][: self.batch.prefill] > starts.diff()).any())
+    return owner.planned(("prefix", parameters), lambda: _create_absorbed(owner, None), plan)
 
-    def prefill_wrapper(self):
-        count, parameters = self.batch.prefill, self.plan.parameters
 
-        def plan(wrapper):
-            starts = self.cu_seqlen_host[: count + 1]
-            _plan_absorbed(parameters, True, wrapper, starts, select_pages(0, count, *self.pages))
+def _ragged_wrapper(owner: Planner, parameters: Parameters, batch: Batch, cu_seqlen_host: Tensor) -> Any:
+    indptr = cu_seqlen_host[: batch.prefill + 1]
+    return owner.planned(
+        ("ragged", parameters), lambda: _create_ragged(owner), lambda w: _plan_ragged(parameters, w, indptr)
+    )
 
-        return self.owner.planned(("prefix", parameters), lambda: _create_absorbed(self.owner, None), plan)
 
-    def decode_wrapper(self):
-        owner, count, pages, parameters = self.owner, self.batch.decode, self.ckv_cache.shape[0], self.plan.parameters
-        return owner.current(owner.decode_key(parameters, count, pages)) or owner.planned_decode(
-            parameters,
-            lambda: select_pages(self.batch.prefill, self.batch.sequences, *self.pages),
-            count,
-            pages,
-            DecodeFamily(_create_absorbed, functools.partial(_plan_decode, parameters)),
-        )
+def _decode_wrapper(owner: Planner, parameters: Parameters, batch: Batch, pages: int, host) -> Any:
+    return owner.current(owner.decode_key(parameters, batch.decode, pages)) or owner.planned_decode(
+        parameters,
+        lambda: select_pages(batch.prefill, batch.sequences, *host),
+        batch.decode,
+        pages,
+        DecodeFamily(_create_absorbed, functools.partial(_plan_decode, parameters)),
+    )
 
-    def run_absorbed(self, wrapper, part: Absorbed) -> None:
-        absorbed, (to_latent, to_value) = part.absorbed(), self.plan.factors
-        # No copy is made before or after the products.
-        torch.bmm(view(self.q_nope, *part.queries), view(self.weight, *to_latent), out=view(absorbed, *part.latents))
-        mixed = wrapper.run(absorbed, view(self.q_pe, *part.rotated), self.ckv_cache, self.kpe_cache)
-        torch.bmm(view(mixed, *part.latents), view(self.weight, *to_value), out=view(self.out, *part.out))
 
-    def run_ragged(self, latent: torch.Tensor, rotated: torch.Tensor) -> None:
-        """The prefill tokens, whose keys and values are expanded."""
-        parameters, tokens = self.plan.parameters, self.batch.prefill_tokens
-        heads, indptr = parameters.heads, self.cu_seqlen_host[: self.batch.prefill + 1]
-        wrapper = self.owner.planned(
-            ("ragged", parameters), lambda: _create_ragged(self.owner), lambda w: _plan_ragged(parameters, w, indptr)
-        )
-        both = (latent @ self.weight.t()).view(-1, heads.count, heads.nope + heads.value)
-        key = torch.cat((both[..., : heads.nope], rotated[:, None].expand(-1, heads.count, -1)), dim=-1)
-        q_nope = view(self.q_nope, *self.plan.prefill.queries).transpose(0, 1)
-        query = torch.cat((q_nope, self.q_pe.view(-1, heads.count, heads.rope)[:tokens]), dim=-1)
-        out = self.out.view(-1, heads.count, heads.value)[:tokens]
-        wrapper.run(query, key, both[..., heads.nope :].contiguous(), out=out)
+def _run_absorbed(plan: MlaPlan, part: Absorbed, wrapper, q_nope, q_pe, weight, ckv_cache, kpe_cache, out) -> None:
+    """Tokens whose queries and outputs have absorbed the weight; no copy is made before or after the products."""
+    absorbed, (to_latent, to_value) = part.absorbed(), plan.factors
+    torch.bmm(view(q_nope, *part.queries), view(weight, *to_latent), out=view(absorbed, *part.latents))
+    mixed = wrapper.run(absorbed, view(q_pe, *part.rotated), ckv_cache, kpe_cache)
+    torch.bmm(view(mixed, *part.latents), view(weight, *to_value), out=view(out, *part.out))
+
+
+def _run_ragged(plan: MlaPlan, wrapper, q_nope, q_pe, weight, latent: Tensor, rotated: Tensor, out: Tensor) -> None:
+    """The prefill tokens, whose keys and values are expanded."""
+    heads, tokens = plan.parameters.heads, latent.shape[0]
+    both = (latent @ weight.t()).view(-1, heads.count, heads.nope + heads.value)
+    key = torch.cat((both[..., : heads.nope], rotated[:, None].expand(-1, heads.count, -1)), dim=-1)
+    queries = view(q_nope, *plan.prefill.queries).transpose(0, 1), view(q_pe, *plan.prefill.rotated)
+    rows = out.view(-1, heads.count, heads.value)[:tokens]
+    wrapper.run(torch.cat(queries, dim=-1), key, both[..., heads.nope :].contiguous(), out=rows)
