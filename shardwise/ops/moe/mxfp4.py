@@ -185,9 +185,9 @@ def _run_turned(plan: Plan, tiles: Tiles | Stream, product: Product) -> None:
     columns: tuple[int, ...] = ()
     shared: tuple[Tensor, ...] = ()
     if isinstance(tiles, Stream):
-        launcher, sharing, shape = _stream, tiles.per_sm, _stream_shape(tiles, tiles_k)
+        launcher, shape = _stream, _stream_shape(tiles, tiles_k)
     else:
-        launcher, sharing, shape = _few, 0, _few_shape(tiles, tiles_k, packed.columns)
+        launcher, shape = _few, _few_shape(tiles, tiles_k, packed.columns)
         columns, shared = (packed.columns,), _shared_units(device, (programs, 2, 16 * slabs, plan.bt))
     constants = (top_k, product.act, plan.bt, tiles.splits, *shape, product.act == "none", interpreting(), pdl)
     launcher(
@@ -197,7 +197,7 @@ def _run_turned(plan: Plan, tiles: Tiles | Stream, product: Product) -> None:
         (x, packed.words, packed.scales, packed.bias, out, routing.order, routing.blocks, *shared)
         + (product.alpha, product.limit, pairs, most, *columns, out.shape[-1], tiles_n, tiles_k, x.stride(0))
         + constants,
-        sharing=sharing,
+        sharing=tiles.per_sm,  # `mxfp4_few` shares nothing: the cache gets all, 70.8 for 72.6 us with 4 tokens
         num_warps=tiles.warps,
         maxnreg=tiles.most_registers,
         launch_pdl=pdl,

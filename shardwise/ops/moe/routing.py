@@ -103,8 +103,8 @@ _ROUTER_STEP = 128  # columns
 def _router_shape(count: int, hidden: int, experts: int, programs: int) -> _RouterShape:
     """Few tokens: all multiprocessors read a part of the weights. Many: a program sees all experts."""
     most = 8192 // power_of_two(experts)  # logits that a program compares, 64 a thread
-    tokens = min(max(16, most), 16 if count <= 512 else 32 if count <= 1024 else 64)
-    width = min(16 if count <= 16 else 64 if count <= 128 else 128, max(16, power_of_two(experts)))
+    tokens = min(max(16, most), 16 if count <= 1024 else 64)
+    width = min(16 if count <= 16 else 128, max(16, power_of_two(experts)))
     tiles = -(-count // tokens) * -(-experts // width)
     steps = -(-hidden // _ROUTER_STEP)
     # A program chooses for 16 tokens, and reads their logits of all parts: they are to be fewer.

@@ -44,8 +44,9 @@ class Stream:
 
 
 def _registers(warps: int) -> int:
-    """Of a thread where so many warps share a multiprocessor of Hopper: it has 65536, given out in eights."""
-    return min(255, 65536 // (32 * warps) // 8 * 8)
+    """Of a thread where so many warps share a multiprocessor of Hopper: each of its four parts takes a fourth of them
+    and has 16384 registers, given out in eights."""
+    return min(255, 16384 // (32 * -(-warps // 4)) // 8 * 8)
 
 
 @dataclass(frozen=True)
