@@ -25,7 +25,7 @@ from shardwise.launch.machine import machine_facts
 from shardwise.ops.bench.cases import EPS, Case, norm_cases, rope_cases
 from shardwise.ops.bench.measure import alternating_host_microseconds
 from shardwise.ops.bench.states import NEMOTRON_H, conv_cases, delta_cases, ssm_decode_cases, ssm_prefill_cases
-from shardwise.ops.registry import _define, _describe
+from shardwise.ops.registry import _LIBRARIES, _define, _describe
 from shardwise.ops.triton_support import Kernel, triton
 
 OPS = torch.ops.auto_deploy
@@ -58,6 +58,11 @@ def floors(x: torch.Tensor, weight: torch.Tensor) -> Iterator[Row]:
     yield Row("torch.add", lambda: torch.add(x, x))
     yield Row("torch.empty_like", lambda: torch.empty_like(x))
     yield Row("torch.rms_norm", lambda: torch.rms_norm(x, (4096,), weight, EPS))
+    library, tensors = _LIBRARIES["shardwise_bench"], [torch.empty_like(x) for _ in range(14)]
+    library.define(f"wide({', '.join(f'Tensor t{i}' for i in range(14))}, float a, float b, float c) -> ()")
+    library.impl("wide", lambda *args: None, "CUDA")
+    yield Row("a view", lambda: x.view(32, 128))
+    yield Row("idle operator of 14 tensors", lambda: torch.ops.shardwise_bench.wide(*tensors, 1.0, 1.0, 1.0))
     yield Row("idle operator", lambda: torch.ops.shardwise_bench.torch_idle(x, weight, EPS))
     yield Row("idle kernel, Triton's launch", lambda: idle_kernel[(1,)](x, num_warps=1))
 
