@@ -54,6 +54,7 @@ def wait_code(sources, chunks, pausing):
 
     The clock is read, and the abort word looked at, once in 1024 looks (about 0.5 ms): the fast path pays nothing.
     """
+    # As `wait` gives them: an operand is a list of registers, one for each of the thread's chunks.
     operands = iter([f"${k * chunks + i}" for i in range(chunks)] for k in range(10 * sources + 3))
     words = [[next(operands) for _ in range(4)] for _ in range(sources)]
     abort, deadline, what = (next(operands)[0] for _ in range(3))
