@@ -12,7 +12,7 @@ script already runs on every rank: each makes the same calls and gets the same r
 import atexit
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Protocol, Unpack
 
@@ -129,6 +129,8 @@ class LLM:
         """
         from shardwise.parallel.prompts import checked
 
+        if not isinstance(prompts, Iterable):
+            raise TypeError(f"prompts is {prompts!r:.60}: give a list of prompts")
         single = isinstance(prompts, str | bytes | Mapping)
         listed = [checked(i, prompt) for i, prompt in enumerate([prompts] if single else prompts)]
         each = _one_each(params, len(listed))

@@ -111,6 +111,9 @@ def model_config(info: RankInfo, launcher: str | None, model: str, **given: Unpa
     if unknown:
         raise TypeError(f"unknown option {unknown[0]!r}; legal: {', '.join(ModelOptions.__annotations__)}")
     rest: dict[str, Any] = dict(given)
+    for name in ("plan", "trace"):
+        if not isinstance(rest.get(name), str | Path | None):
+            raise TypeError(f"{name} is {rest[name]!r}, expected a path")
     if rest.get("transport") == "mpi" and not within(info) and launcher != "mpi":
         raise ValueError("transport mpi needs ranks that mpirun started: name launcher mpi, or leave the transport out")
     if rest.get("trace") is not None:

@@ -1,5 +1,6 @@
 """From logits to the next token: greedy, or temperature with top-k and top-p."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import TYPE_CHECKING
@@ -32,8 +33,10 @@ class SamplingParams:
     """Do not stop at the model's own end-of-text ids (for benchmarks)."""
 
     def __post_init__(self):
-        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        for name in ("stop", "stop_token_ids"):
+            given = getattr(self, name)
+            if isinstance(given, Iterable):
+                object.__setattr__(self, name, (given,) if isinstance(given, str) else tuple(given))
         for name, kind, legal, fits in (
             ("max_new_tokens", Integral, "a whole number of at least 1", lambda n: n >= 1),
             ("temperature", Real, "a number of at least 0", lambda t: t >= 0),
@@ -41,7 +44,7 @@ class SamplingParams:
             ("top_k", Integral, "a whole number of at least 0", lambda k: k >= 0),
             ("seed", Integral | None, "from -2**63 to 2**64 - 1", lambda s: s is None or s in SEEDS),
             ("stop", tuple, "texts that are not empty", lambda texts: all(isinstance(t, str) and t for t in texts)),
-            ("stop_token_ids", tuple, "whole numbers", lambda ids: all(isinstance(i, Integral) for i in ids)),
+            ("stop_token_ids", tuple, "a list of whole numbers", lambda ids: all(isinstance(i, Integral) for i in ids)),
         ):
             value = getattr(self, name)
             if not isinstance(value, kind) or not fits(value):

@@ -80,6 +80,7 @@ def test_a_prompt_that_does_not_fit_is_refused_and_the_ranks_stay(llm, prompt, t
         (["A", ["a", "b"]], None, "prompt 1 is .*: a prompt is"),
         (["A", [0.5]], None, "prompt 1 is .*: a prompt is"),
         ([b"A"], None, "prompt 0 is b'A': a prompt is"),
+        (None, None, "prompts is None: give a list of prompts"),
         ("A", {"max_new_tokens": 5}, "params has 'max_new_tokens': give SamplingParams"),
         (["A", "B"], [GREEDY, 5], "params has 5: give SamplingParams"),
     ],

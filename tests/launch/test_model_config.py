@@ -46,6 +46,12 @@ def test_an_unknown_option_is_a_type_error_that_lists_the_known_ones():
         LLM("smollm2", tensor_parallel_size=2)
 
 
+@pytest.mark.parametrize("name", ["plan", "trace"])
+def test_what_is_no_path_is_a_type_error(name):
+    with pytest.raises(TypeError, match=f"{name} is 5, expected a path"):
+        model_config(RANK, None, "smollm2", **{name: 5})
+
+
 def test_a_config_is_made_again_from_its_options():
     made = model_config(RANK, None, "smollm2", attn_dp=2, dtype="float32")
     assert (made.tp, made.attn_dp, made.world) == (2, 2, 4)

@@ -199,6 +199,8 @@ def test_requests_that_cannot_run_are_refused(engine, prompts, params, kind, mes
         ({"max_new_tokens": "5"}, "max_new_tokens is '5', legal: a whole number of at least 1"),
         ({"temperature": "hot"}, "temperature is 'hot', legal: a number of at least 0"),
         ({"stop_token_ids": ("2",)}, "stop_token_ids is"),
+        ({"stop_token_ids": 2}, "stop_token_ids is 2, legal: a list of whole numbers"),
+        ({"stop": 5}, "stop is 5, legal: texts that are not empty"),
     ],
 )
 def test_sampling_parameters_outside_of_their_range_are_refused(fields, message):
