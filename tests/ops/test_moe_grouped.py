@@ -212,7 +212,7 @@ def test_no_tile_reaches_over_a_block_of_scales(pairs):
 
 def test_one_token_takes_two_launches_and_many_do_not():
     assert all(choose_few(*call, itemsize, 4096) for call in ((8, 128, 8), (2, 8, 2)) for itemsize in (1, 2))
-    assert choose_few(64, 128, 8, 2, 4096) and choose_few(4, 8, 2, 2, 8192)
+    assert choose_few(64, 128, 8, 2, 4096) and choose_few(4, 8, 2, 2, 8192) and choose_few(64, 128, 8, 1, 2048)
     assert not any(choose_few(*call, 4096) for call in ((8, 8, 2, 2), (128, 128, 8, 2), (16, 128, 8, 1)))
 
 

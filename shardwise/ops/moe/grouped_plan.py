@@ -1,8 +1,7 @@
 """Launch shapes of mixtures with given routing, by how many pairs an expert gets.
 
-Measured on an H100 (3.11 TB/s of plain reads, 728 TFLOP/s) in bf16, up and down products each by themselves, on
-Qwen3-30B-A3B's layer with 1, 4, 16, 64, 256 and 512 pairs an expert and on Mixtral-8x7B's with 4 and 16; from 256 pairs
-on, and the matrix-vector launches, on an H200. e4m3 takes the same shapes in bytes; its own were not swept.
+Measured in bf16 on the layers of Qwen3-30B-A3B and Mixtral-8x7B: up to 8 pairs an expert on an H100, each product by
+itself, from 12 on and the matrix-vector launches on an H200, the whole operator. e4m3 takes the same shapes in bytes.
 """
 
 from dataclasses import dataclass
@@ -73,19 +72,19 @@ MOST_FEW_CHOICES = 16
 
 
 def choose_few(pairs: int, experts: int, top_k: int, itemsize: int, row_bytes: int) -> FewPlan | None:
-    """For one token, with 16-bit weights also while there are two experts a pair; else None.
+    """For one token, and while there are two experts a pair but with long rows in e4m3; else None.
 
     Measured beside the grouped products in bf16: 15 % less time for one token and 5 % less for 64 pairs of 128 experts,
-    as much for 128; with 8 experts 6 % less for 4 pairs, 4 % more for 8. In e4m3 (H200) 11 % less for one token of 8
-    experts, but 2 % more for two and 10 % more for two of 128 experts: unpacking e4m3 takes longer than reading it.
-    Shapes: rows of 4 KiB in bf16 were swept on an H200, steps of 1 KiB and fewer stages took 4 % off. e4m3 with one
-    token was swept on an H100: 17.1 us of Qwen3's layer where other shapes took up to 20, 122 of Mixtral's for 132.
+    as much for 128; with 8 experts 6 % less for 4 pairs, 4 % more for 8. In e4m3 (H200) 15 and 8 % less for 2 and 4
+    tokens of Qwen3's layer, as much for 8; of Mixtral's rows of 4 KiB 6 % less for one token, 9 % more for two.
+    Shapes: rows of 4 KiB in bf16 and e4m3's of 2 KiB were swept on an H200, the other on an H100.
     """
-    if top_k > MOST_FEW_CHOICES or (pairs > top_k and (itemsize == 1 or pairs * 2 > experts)):
+    long = itemsize == 1 and row_bytes > 2048
+    if top_k > MOST_FEW_CHOICES or (pairs > top_k and (long or pairs * 2 > experts)):
         return None
     rows = max(1, 32 // power_of_two(top_k))
-    if itemsize == 1 and row_bytes <= 2048:
-        return FewPlan(FewShape(16, 512, 4, 6), FewShape(rows, 256, 4, 6))
+    if itemsize == 1 and not long:
+        return FewPlan(FewShape(8, 1024, 4, 3), FewShape(rows, 256, 4, 6))
     if itemsize == 1:
         return FewPlan(FewShape(8, 2048, 4, 2), FewShape(max(1, rows // 2), 512, 4, 4))
     if row_bytes <= 4096:
@@ -113,16 +112,14 @@ def choose_plan(pairs: int, experts: int, itemsize: int, blocks: bool = False, c
     long, tall = (bk, 128) if blocks else (2 * bk, 256)
     if each <= 8:  # an expert rarely has more than 16
         return GroupedPlan(16, Shape(64, long, 4, 3, 2), Shape(128, long, 4, 3, 2))
-    if each <= 20:
+    if each <= 24:
         return GroupedPlan(32, Shape(64, bk, 4, 5, 2, group=4), Shape(128, bk, 4, 5, 2, group=4))
-    if each <= 40:
+    if each <= 48:
         return GroupedPlan(64, Shape(64, bk, 4, 4, 2, group=4), Shape(128, bk, 4, 4, 2, group=4))
-    if each <= 128:  # still bound by the weights: two programs a multiprocessor
-        return GroupedPlan(128, Shape(64, bk, 4, 3, 2, group=4), Shape(128, bk, 4, 3, 2, group=4, tokens_left=True))
     short = 64 if columns >= LONG_ROWS else 0
     return GroupedPlan(
         128,
         Shape(128, bk, 8, 4, 1, group=4, tokens_left=True, specialised=not blocks, short=short),
-        Shape(tall, bk, 8, 4, 1, group=4, tokens_left=True, specialised=not blocks, halves=True),
+        Shape(tall, bk, 8, 4, 1, group=4, tokens_left=True, specialised=not blocks, short=short, halves=True),
         copied=not blocks,
     )

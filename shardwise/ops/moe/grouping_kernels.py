@@ -88,10 +88,14 @@ def _sums(
             before += tl.where((other < part)[:, None], counts, 0)
         return tl.sum(totals, axis=0), tl.sum(before, axis=0)
     else:
-        pair = tl.arange(0, STEP)
-        expert, valid = _choices(id_ptr, pair, pair < pairs, first, local)
-        earlier = valid & (pair < part * PART)
-        return tl.histogram(expert, E_BLOCK, valid), tl.histogram(expert, E_BLOCK, earlier)
+        totals = tl.zeros((E_BLOCK,), dtype=tl.int32)
+        before = tl.zeros((E_BLOCK,), dtype=tl.int32)
+        for start in tl.range(0, pairs, STEP):
+            pair = start + tl.arange(0, STEP)
+            expert, valid = _choices(id_ptr, pair, pair < pairs, first, local)
+            totals += tl.histogram(expert, E_BLOCK, valid)
+            before += tl.histogram(expert, E_BLOCK, valid & (pair < part * PART))
+        return totals, before
 
 
 @triton.jit
@@ -123,8 +127,8 @@ def place_kernel(
 
     count_ptr   int32 [parts, stride], the counts of all experts; the local ones begin at `first`
     PART        pairs of a part, at most P_BLOCK
-    COUNTED     otherwise each program counts all pairs, at most STEP, by itself
-    STEP        parts whose counts are read at once
+    COUNTED     otherwise each program counts all pairs by itself
+    STEP        parts whose counts are read at once, or pairs that are counted at once
     """
     await_predecessor(PDL)
     totals, before = _sums(id_ptr, count_ptr, pairs, parts, stride, first, local, PART, E_BLOCK, STEP, COUNTED)

@@ -18,7 +18,7 @@ WIDE_TOKENS = 128
 """Up to here an expert's results wait for their sum in float32. Beyond, its bytes count: 7 us of 256 tokens."""
 _PART = 512
 """Pairs of a part of a counting sort, where the router has not counted already."""
-_COUNTED_BY_ALL = 1024
+_COUNTED_BY_ALL = 8192
 """Most pairs that each part counts by itself, which spares the launch that counts."""
 _FEW_PART = 128
 """Pairs of a part there: as many as are compared with one another at once."""
@@ -152,7 +152,7 @@ def _place_pairs(routing: Routing, counts: Tensor | None, part: int, block: int)
     ids, pairs, device = routing.ids, routing.ids.numel(), routing.ids.device
     pdl, experts = dependent_launch(device), power_of_two(routing.local)
     if counts is None:
-        parts, stride, step = -(-pairs // part), 0, _COUNTED_BY_ALL
+        parts, stride, step = -(-pairs // part), 0, min(2048, max(256, power_of_two(pairs)))
     else:
         (parts, stride), step = counts.shape, max(16, min(power_of_two(len(counts)), 4096 // experts))
     constants = (part, power_of_two(part), experts, step, counts is not None, block, pdl)
