@@ -1,6 +1,7 @@
 """`shardwise bench moe`: mixture-of-experts layers on one GPU, beside their peers and the device's floors."""
 
 import argparse
+import gc
 from dataclasses import asdict, replace
 from functools import partial
 
@@ -31,6 +32,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("no CUDA device; `shardwise ops` tells what runs here")
     from shardwise.ops.bench.measure import alternating_microseconds, device_microseconds
 
+    gc.freeze()  # every capture collects garbage, which what is imported by now is not
     table = table_stream(args.json)
     ceilings = measure_ceilings(partial(device_microseconds, calls=16, repeats=9))
     time = partial(alternating_microseconds, repeats=15)
