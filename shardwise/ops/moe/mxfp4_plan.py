@@ -10,7 +10,7 @@ def choose_plan(pairs: int, experts: int, few: bool = False) -> Plan:
     """Few pairs an expert: narrow token blocks, to read weights at memory rate. Many: wide ones, near the matrix rate.
 
     few   the kernels for few tokens can be used
-    Fastest for 128 experts of the sweep in benchmarks/results/moe-mxfp4-h200.json; benchmarks/moe_mxfp4.md says why.
+    Fastest for 128 experts in benchmarks/results/moe-mxfp4-sweep-h200.json; benchmarks/moe_mxfp4.md says why.
     """
     each = pairs / max(1, experts)
     if few and pairs <= 8:
