@@ -6,8 +6,8 @@
 for seconds spoils no row; in every round an operator, what calls the same foreign kernels without us, and an empty
 kernel launched our way follow one another. `beyond` is what an operator takes on top of its kernels: its time less that
 of the direct call, less one bare launch for each kernel of ours. `views` is a direct call that begins with the
-operator's own tensors, whose views it makes. Floors of the machine: PyTorch's own operators, one of the registry
-that does nothing, a kernel of one pointer launched Triton's way and ours.
+operator's own tensors, whose views it makes, and its results. Floors of the machine: PyTorch's own operators, those that
+do nothing, a kernel of one pointer launched Triton's way and ours.
 """
 
 import argparse
@@ -19,12 +19,13 @@ from itertools import chain
 from pathlib import Path
 
 import torch
-from ops_attention import Batch, Pool, flashinfer_calls, mla_calls, triton_calls
+from ops_attention import HEADS, KV_HEADS, SIZE, Batch, Pool, flashinfer_calls, mla_calls, qkv, random, triton_calls
 
 from shardwise.launch.machine import machine_facts
 from shardwise.ops.bench.cases import EPS, Case, norm_cases, rope_cases
 from shardwise.ops.bench.measure import alternating_host_microseconds
 from shardwise.ops.bench.states import NEMOTRON_H, conv_cases, delta_cases, ssm_decode_cases, ssm_prefill_cases
+from shardwise.ops.mla.checks import LatentHeads, split_weight
 from shardwise.ops.registry import _LIBRARIES, _define, _describe
 from shardwise.ops.triton_support import Kernel, triton
 
@@ -84,13 +85,39 @@ def attention_rows() -> Iterator[Row]:
     for name, shape, kernels in (("decode", Batch(4, 256, 1), 1), ("prefill", Batch(1, 64, 64), 2)):
         direct, _, operator = flashinfer_calls(shape, pool, 1)
         yield Row(f"triton_attention_flattened_mha_with_cache, {name}", triton_calls(shape, pool, 1)[0], kernels)
-        yield Row(f"flashinfer_attention_mha_with_cache, {name}", operator[0], 0, {"direct": direct[0]})
+        beside = {
+            "direct": direct[0],
+            "views": partial(_after, partial(_attention_views, *qkv(shape.tokens)), direct[0]),
+        }
+        yield Row(f"flashinfer_attention_mha_with_cache, {name}", operator[0], 0, beside)
         inputs = shape.paged()[1]
         for family in ("attention", "mla"):
             metadata = partial(getattr(OPS, f"flashinfer_{family}_prepare_metadata"), *inputs)
             yield Row(f"flashinfer_{family}_prepare_metadata, {name}", metadata, 1)
     mla = mla_calls(Batch(4, 256, 1), pool)
-    yield Row("flashinfer_mla_with_cache, decode", mla["fi_operator"][0], 0, {"direct": mla["fi"][0]})
+    tensors = [random(1, 4, 128, 128), random(1, 4, 128, 64), random(1, 4, 512), random(1, 4, 1, 64)]
+    views = partial(_mla_views, *tensors, random(128 * 256, 512))
+    beside = {"direct": mla["fi"][0], "views": partial(_after, views, mla["fi"][0])}
+    yield Row("flashinfer_mla_with_cache, decode", mla["fi_operator"][0], 0, beside)
+
+
+def _after(first: Callable[[], object], then: Callable[[], object]) -> None:
+    first()
+    then()
+
+
+def _attention_views(q, k, v) -> None:
+    """What FlashInfer's append and attention need of the operator's tensors, and a result like the operator's."""
+    q.view(-1, HEADS, SIZE), k.view(-1, KV_HEADS, SIZE), v.view(-1, KV_HEADS, SIZE)
+    torch.empty_like(q).view(-1, HEADS, SIZE)
+
+
+def _mla_views(q_nope, q_pe, compressed_kv, kpe, weight) -> None:
+    """What the four direct calls need of the operator's tensors, and the two results that they are given."""
+    rows = q_nope.flatten(0, 1)
+    rows.transpose(0, 1), q_pe.flatten(0, 1), compressed_kv.flatten(0, 1), kpe.flatten(0, 2)
+    split_weight(weight, LatentHeads(128, 128, 64, 128, 512))
+    rows.new_empty(rows.shape[0], 128, 512), torch.empty_like(q_nope).flatten(0, 1)
 
 
 def state_rows() -> Iterator[Row]:

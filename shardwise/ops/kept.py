@@ -25,6 +25,7 @@ from shardwise.ops.triton_support import current_device
 
 Tensors = tuple[torch.Tensor, ...]
 Value = TypeVar("Value")
+_deterministic = torch._C._get_deterministic_algorithms
 KEPT = 4096
 """Values of one operator; prompts come in many lengths."""
 view: Callable[..., torch.Tensor] = _reinterpret_tensor
@@ -42,7 +43,7 @@ def fresh(
 
     def make() -> torch.Tensor:
         elsewhere = index is not None and index != current_device()
-        if elsewhere or torch.are_deterministic_algorithms_enabled():  # which may ask for memory that is filled
+        if elsewhere or _deterministic():  # which may ask for memory that is filled
             return torch.empty_strided(sizes, strides, dtype=dtype, device=device)
         return make_here(sizes, strides, dtype)
 

@@ -78,10 +78,12 @@ class _Plan(NamedTuple):
     parameters: _Parameters
     tokens: int
     """T, padding included"""
+    used: int
+    """Tokens without padding"""
     out: Callable[[], Tensor]
     """Makes room for the result"""
     q_rows: _Rows
-    """Sizes [tokens, N, D] and strides of the batch's own tokens, contiguous"""
+    """Sizes [count, N, D] and strides of the batch's own tokens, contiguous"""
     k_rows: _Rows
     halves: tuple[tuple[int, ...], tuple[int, ...]]
     """Sizes and strides of the cache's keys, and of its values"""
@@ -91,8 +93,9 @@ class _Plan(NamedTuple):
     """Whether q, k, v and the cache are contiguous"""
     exact: bool
     """Whether no metadata has entries beyond the batch"""
-    pdl: bool
-    """Whether kernels may start while their predecessors drain"""
+    quantised: bool
+    options: dict[str, Any]
+    """Of FlashInfer's attention: whether kernels start while their predecessors drain, which it would find out anew"""
 
 
 _PLANS: Kept[_Plan] = Kept()
@@ -193,9 +196,13 @@ def flashinfer_attention_mha_with_cache(
     key = batch, scale
     given = (q, k, v, kv_cache, flashinfer_batch_indices, flashinfer_positions, cu_num_pages, last_page_len)
     plan = _PLANS.get(key, given) or _PLANS.keep(key, given, _plan(batch, scale, *given))
-    q_rows, k_rows, v_rows = _rows(plan, q, k, v, kv_cache)
+    count = plan.used
+    if plan.dense and math.gcd(16, q.data_ptr(), k.data_ptr(), v.data_ptr(), kv_cache.data_ptr()) == 16:
+        q_rows, k_rows, v_rows = view(q, *plan.q_rows), view(k, *plan.k_rows), view(v, *plan.k_rows)
+    else:
+        q_rows, k_rows, v_rows = _readable(plan, q, k, v, kv_cache)
     out = plan.out()
-    out_rows, count = view(out, *plan.q_rows), batch.tokens
+    out_rows = view(out, *plan.q_rows)
     if count < plan.tokens:
         out.view(plan.tokens, -1)[count:].zero_()
     if count == 0:
@@ -206,14 +213,14 @@ def flashinfer_attention_mha_with_cache(
     if not plan.exact:
         indices, positions = leading(indices, count), leading(positions, count)
         indptr, last = leading(indptr, batch.sequences + 1), leading(last, batch.sequences)
-    quantised = kv_cache.dtype == FP8
+    options = plan.options
+    if plan.quantised:
+        k_rows, v_rows = to_fp8(k_rows, k_scale), to_fp8(v_rows, v_scale)
+        options = options | {"k_scale": k_scale, "v_scale": v_scale}
     _append_function()(
-        *((to_fp8(k_rows, k_scale), to_fp8(v_rows, v_scale)) if quantised else (k_rows, v_rows)),
+        k_rows, v_rows,
         indices, positions, caches, cache_loc, indptr, last, kv_layout="HND",
     )  # fmt: skip
-    options: dict[str, Any] = {"enable_pdl": plan.pdl}  # FlashInfer asks the device in every call
-    if quantised:
-        options |= {"k_scale": k_scale, "v_scale": v_scale}
     host = (cu_num_pages_host, cache_loc, last_page_len_host, seq_len_with_cache_host)
     split, owner = batch.prefill_tokens, planner("attention", q.device)
     # FlashInfer multiplies v_scale into `out` in place, so the caller's rows hold the final result.
@@ -261,10 +268,8 @@ def to_fp8(tensor: torch.Tensor, scale: float) -> torch.Tensor:
     return tensor.clamp(-448.0, 448.0).to(FP8)  # a plain cast turns an overflow into NaN
 
 
-def _rows(plan: _Plan, q: Tensor, k: Tensor, v: Tensor, kv_cache: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k and v as [tokens, heads, D], where FlashInfer's vectors of 16 bytes may read; copies where they may not."""
-    if plan.dense and math.gcd(16, q.data_ptr(), k.data_ptr(), v.data_ptr(), kv_cache.data_ptr()) == 16:
-        return view(q, *plan.q_rows), view(k, *plan.k_rows), view(v, *plan.k_rows)
+def _readable(plan: _Plan, q: Tensor, k: Tensor, v: Tensor, kv_cache: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v as [count, heads, D], where FlashInfer's vectors of 16 bytes may read; copies where they may not."""
     if not takes_vectors(kv_cache):
         raise ValueError(f"{OP}: kv_cache has strides {kv_cache.stride()}; legal: last dimension contiguous, rows of D "
                          "beginning at multiples of 16 bytes")  # fmt: skip
@@ -309,6 +314,7 @@ def _plan(
     return _Plan(
         _parameters(heads, page_size, q.dtype, kv_cache.dtype, default_scale(scale, size)),
         tokens,
+        count,
         fresh(tuple(q.shape), q.dtype, q.device),
         ((count, heads.queries, size), (heads.queries * size, size, 1)),
         ((count, kv_heads, size), (kv_heads * size, size, 1)),
@@ -316,5 +322,6 @@ def _plan(
         kv_cache.stride(1),
         all(each.is_contiguous() for each in (q, k, v, kv_cache)),
         len(indices) == len(positions) == count and len(indptr) == len(last) + 1 == batch.sequences + 1,
-        dependent_launch(q.device),
+        kv_cache.dtype == FP8,
+        {"enable_pdl": dependent_launch(q.device)},
     )
