@@ -15,6 +15,7 @@ from shardwise.sharding.vision import vision_extras
 Tensors = tuple[TensorSpec, ...]
 SCALING_NUMBERS = {
     "factor",
+    "alpha",
     "mscale",
     "mscale_all_dim",
     "beta_fast",

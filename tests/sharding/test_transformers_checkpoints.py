@@ -65,3 +65,28 @@ def test_slices_of_all_ranks_are_the_model(checkpoint, layout):
             put(merged[shard.name], part, shard.ranges)
     for name, array in merged.items():
         assert np.array_equal(array, tensors[name]), name
+
+
+@pytest.mark.parametrize(
+    "architecture, fields, parameters",
+    [
+        ("SmolLM3ForCausalLM", {}, 3_075_098_624),
+        ("GraniteForCausalLM", {}, 6_738_415_616),
+        ("Ernie4_5ForCausalLM", {}, 360_748_032),
+        ("Glm4ForCausalLM", {}, 9_400_279_040),
+        ("HunYuanDenseV1ForCausalLM", {"head_dim": 128}, 8_859_684_864),
+    ],
+)
+def test_a_model_of_its_default_sizes_has_the_tensors_of_transformers(architecture, fields, parameters):
+    import torch
+    import transformers
+
+    cls = getattr(transformers, architecture)
+    config = cls.config_class(**fields)
+    with torch.device("meta"):
+        held = {name: tuple(tensor.shape) for name, tensor in cls(config).state_dict().items()}
+    if config.tie_word_embeddings:
+        del held["lm_head.weight"]
+    made = plan(config.to_dict() | {"architectures": [architecture]})
+    assert {shard.name: shard.local_shape for shard in made.shards(0)} == held
+    assert made.parameters == parameters
