@@ -126,8 +126,10 @@ def test_a_prompt_longer_than_a_step_goes_on_over_its_cached_part(checkpoint, mo
         assert tokens_of(engine_on(folder, dtype="float32", attention=attention), prompts, params) == expected
 
 
-def test_flashinfer_attends_to_prompts_as_triton_does(tmp_path):
+@pytest.mark.parametrize("step_tokens", [2048, 64])
+def test_flashinfer_attends_to_prompts_as_triton_does(tmp_path, monkeypatch, step_tokens):
     pytest.importorskip("flashinfer")
+    monkeypatch.setattr("shardwise.parallel.engine.STEP_TOKENS", step_tokens)
     folder = write(tmp_path, "llama", **{**SMALL, "head_dim": 64})
     prompts = [prompt * 9 for prompt in PROMPTS]
     params = SamplingParams(max_new_tokens=1)
