@@ -6,7 +6,7 @@
 for seconds spoils no row; in every round an operator, what calls the same foreign kernels without us, and an empty
 kernel launched our way follow one another. `beyond` is what an operator takes on top of its kernels: its time less that
 of the direct call, less one bare launch for each kernel of ours. `views` is a direct call that begins with the
-operator's own tensors, whose views it makes, and its results. Floors of the machine: PyTorch's own operators, those that
+operator's own tensors, whose views it makes, and its results. Floors of the machine: PyTorch's operators, those that
 do nothing, a kernel of one pointer launched Triton's way and ours.
 """
 
