@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from shardwise.ops.registry import NVCC, OperatorUnavailable
+from shardwise.ops.triton_support import current_device
 
 _NOTHING = contextlib.nullcontext()
 FLAGS = ("-O3", "-std=c++17", "-Xcompiler", "-fPIC", "-shared")
@@ -64,4 +65,4 @@ def stream(device: torch.device) -> int:
 
 def on_device(device: torch.device) -> contextlib.AbstractContextManager:
     """Makes `device` current; costs nothing where it is, unlike torch.cuda.device."""
-    return _NOTHING if device.index == torch.cuda.current_device() else torch.cuda.device(device)
+    return _NOTHING if device.index == current_device() else torch.cuda.device(device)

@@ -37,7 +37,7 @@ def flashinfer_rope(
     cos_sin_cache float32 [positions, D]: cosines of the D/2 angles, then their sines.
     """
     given = q, k, position_ids, cos_sin_cache
-    plan = _PLANS.get(None, given) or _PLANS.keep(None, given, _plan(*given))
+    plan = _PLANS.get(q.shape, given) or _PLANS.keep(q.shape, given, _plan(*given))
     if not plan.tokens:
         return _pair(q, k)
     if not plan.dense or math.gcd(16, q.data_ptr(), k.data_ptr()) != 16:
