@@ -36,9 +36,6 @@ def load_states_kernel(
     """Float32 states [sequences, HEADS, K, V] before the first token: a sequence's row, or zeros."""
     await_predecessor(PDL)
     sequence, head = tl.program_id(0) // HEADS, (tl.program_id(0) % HEADS).to(tl.int64)
-    if (head == 0) & (tl.program_id(1) == 0):
-        check_bounds(word_ptr, bounds_ptr, sequence, tl.num_programs(0) // HEADS, tokens)
-        check_slots(word_ptr, True, sequence, tl.load(slot_ptr + sequence), slots)
     k, v = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_V)
     inside = (k < K)[:, None] & (v < V)[None, :]
     taken = is_live(bounds_ptr, slot_ptr, sequence, slots) & tl.load(resume_ptr + sequence).to(tl.int1)
@@ -46,6 +43,10 @@ def load_states_kernel(
     state = tl.load(row + k[:, None] * cache_k + v[None, :], mask=inside & taken, other=0.0)
     target = state_ptr + tl.program_id(0).to(tl.int64) * K * V + k[:, None] * V + v[None, :]
     tl.store(target, state.to(tl.float32), mask=inside)
+    # Last, as no other program does it.
+    if (head == 0) & (tl.program_id(1) == 0):
+        check_bounds(word_ptr, bounds_ptr, sequence, tl.num_programs(0) // HEADS, tokens)
+        check_slots(word_ptr, True, sequence, tl.load(slot_ptr + sequence), slots)
 
 
 @triton.jit
@@ -113,13 +114,13 @@ def store_states(
     parts: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
     number = program // parts
     sequence, head = number // HEADS, (number % HEADS).to(tl.int64)
-    live = is_live(bounds_ptr, slot_ptr, sequence, slots)
     k, v = program % parts * BLOCK_K + tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_V)
-    inside = (k < K)[:, None] & (v < V)[None, :] & live
+    inside = (k < K)[:, None] & (v < V)[None, :]
     source = state_ptr + number.to(tl.int64) * K * V + k[:, None] * V + v[None, :]
     row = cache_ptr + tl.load(slot_ptr + sequence).to(tl.int64) * cache_slot + head * cache_h
     state = tl.load(source, mask=inside, other=0.0).to(cache_ptr.dtype.element_ty)
-    tl.store(row + k[:, None] * cache_k + v[None, :], state, mask=inside)
+    live = is_live(bounds_ptr, slot_ptr, sequence, slots)
+    tl.store(row + k[:, None] * cache_k + v[None, :], state, mask=inside & live)
 
 
 @triton.jit

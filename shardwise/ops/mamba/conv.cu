@@ -386,14 +386,12 @@ __global__ void __launch_bounds__(kThreads, kResident) decode_wide(Args a) {
   using P = Pack<T, V>;
   constexpr int kRow = 32 * sizeof(P);  // bytes that a warp moves in an instruction
   __shared__ P rooms[kStages][kThreads / 32][32 * K];  // of a warp: its states, then its inputs
-  await_predecessor();
   const Place<V> place(a);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, block = int(place.block);
   const int64_t first = place.c - lane * V;  // the warp's first channel
   if (!WHOLE && first >= a.channels) return;
   const bool mine = WHOLE || place.c < a.channels;
   const int packs = WHOLE ? 32 * (K - 1) : int(min(int64_t(32), (a.channels - first) / V)) * (K - 1);  // that exist
-  const int count = (a.blocks - block + a.groups - 1) / a.groups;  // of the block's tokens
   const unsigned slot_bytes = unsigned(a.cache_slot * sizeof(T));
   const int64_t step = a.groups * a.x_t * int64_t(sizeof(T));  // from token to token
   char* cache = static_cast<char*>(a.cache) + (first * (K - 1) + lane * V) * sizeof(T);
@@ -401,14 +399,18 @@ __global__ void __launch_bounds__(kThreads, kResident) decode_wide(Args a) {
   char* x_out = x_in;
   const unsigned room = static_cast<unsigned>(__cvta_generic_to_shared(&rooms[0][warp][lane]));
 
-  auto slots_from = [&](int n) {  // a lane's slot of 32 tokens from the n-th on
-    const int64_t token = block + int64_t(n + lane) * a.groups;
-    return n + lane < count ? int(checked_slot(a, token, a.sequences + token)) : -1;
+  auto token_at = [&](int n) { return block + int64_t(n) * a.groups; };
+  auto slots_from = [&](int n) {  // a lane's slot of 32 tokens from the n-th on, -1 behind the last
+    const int64_t token = token_at(n + lane);
+    return token < a.blocks ? int(checked_slot(a, token, a.sequences + token)) : -1;
   };
+  await_predecessor();
+  // Asked for before the first slots, for which the states have to wait; behind them the weights came last.
+  const Taps<T, K, V> taps(a, mine ? place.c : 0);
   int slots = slots_from(0), slot[kStages];
   auto fetch = [&](int stage, int n) {
     if (n % 32 == 0 && n > 0) slots = slots_from(n);
-    slot[stage] = n < count ? __shfl_sync(~0u, slots, n % 32) : -1;
+    slot[stage] = __shfl_sync(~0u, slots, n % 32);
     if (slot[stage] >= 0) {
       const char* from = cache + uint64_t(unsigned(slot[stage])) * slot_bytes;
       const unsigned to = room + stage * unsigned(sizeof(rooms[0]));
@@ -449,8 +451,7 @@ __global__ void __launch_bounds__(kThreads, kResident) decode_wide(Args a) {
 
 #pragma unroll
   for (int s = 0; s < kStages; ++s) fetch(s, s);
-  const Taps<T, K, V> taps(a, mine ? place.c : 0);
-  for (int begin = 0; begin < count; begin += kStages) {
+  for (int begin = 0; token_at(begin) < a.blocks; begin += kStages) {
 #pragma unroll
     for (int s = 0; s < kStages; ++s) {
       await_groups<kStages - 1>();

@@ -107,13 +107,9 @@ def _load_pairs(source, i, d_stride, mask, PACKED: tl.constexpr):
 
 
 @triton.jit
-def _turn_pairs(
-    source, target, d_stride, head, heads, cos, sin, SIZE: tl.constexpr, HALF: tl.constexpr, PACKED: tl.constexpr
-):
-    """Read interleaved pairs of a tile of heads, turn them, write the first elements before the second ones."""
+def _store_turned(target, even, odd, cos, sin, mask, SIZE: tl.constexpr, HALF: tl.constexpr):
+    """The pairs turned, first elements before the second ones."""
     i = tl.arange(0, HALF)[None, :]
-    mask = (head < heads) & (i < SIZE // 2)
-    even, odd = _load_pairs(source, i, d_stride, mask, PACKED)
     tl.store(target + i, (even * cos - odd * sin).to(target.dtype.element_ty), mask=mask)
     tl.store(target + SIZE // 2 + i, (odd * cos + even * sin).to(target.dtype.element_ty), mask=mask)
 
@@ -141,28 +137,25 @@ def interleaved_kernel(
     k_d,
     SIZE: tl.constexpr,
     HALF: tl.constexpr,
-    HEADS: tl.constexpr,
+    Q_HEADS: tl.constexpr,
+    K_HEADS: tl.constexpr,
     PACKED: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Program (token, block of heads): the first blocks are heads of q, the rest heads of k."""
+    """Program (token, block): Q_HEADS heads of q and K_HEADS of k. All is read before anything is written."""
     row = tl.program_id(0).to(tl.int64)
     batch, token = row // tokens, row % tokens
-    q_blocks = tl.cdiv(q_heads, HEADS)
-    block = tl.program_id(1)
     i = tl.arange(0, HALF)[None, :]
+    q_head = (tl.program_id(1) * Q_HEADS + tl.arange(0, Q_HEADS)[:, None]).to(tl.int64)
+    k_head = (tl.program_id(1) * K_HEADS + tl.arange(0, K_HEADS)[:, None]).to(tl.int64)
+    q_mask = (q_head < q_heads) & (i < SIZE // 2)
+    k_mask = (k_head < k_heads) & (i < SIZE // 2)
     await_predecessor(PDL)
     position = tl.load(position_ptr + row).to(tl.int64)
     known = (i < SIZE // 2) & (position >= 0) & (position < positions)
     cos = tl.load(cos_ptr + position * SIZE + i, mask=known, other=float("nan")).to(tl.float32)
     sin = tl.load(sin_ptr + position * SIZE + i, mask=known, other=float("nan")).to(tl.float32)
-    if block < q_blocks:
-        head = (block * HEADS + tl.arange(0, HEADS)[:, None]).to(tl.int64)
-        source = q_ptr + batch * q_b + token * q_s + head * q_n
-        target = q_out_ptr + (row * q_heads + head) * SIZE
-        _turn_pairs(source, target, q_d, head, q_heads, cos, sin, SIZE, HALF, PACKED)
-    else:
-        head = ((block - q_blocks) * HEADS + tl.arange(0, HEADS)[:, None]).to(tl.int64)
-        source = k_ptr + batch * k_b + token * k_s + head * k_n
-        target = k_out_ptr + (row * k_heads + head) * SIZE
-        _turn_pairs(source, target, k_d, head, k_heads, cos, sin, SIZE, HALF, PACKED)
+    q_even, q_odd = _load_pairs(q_ptr + batch * q_b + token * q_s + q_head * q_n, i, q_d, q_mask, PACKED)
+    k_even, k_odd = _load_pairs(k_ptr + batch * k_b + token * k_s + k_head * k_n, i, k_d, k_mask, PACKED)
+    _store_turned(q_out_ptr + (row * q_heads + q_head) * SIZE, q_even, q_odd, cos, sin, q_mask, SIZE, HALF)
+    _store_turned(k_out_ptr + (row * k_heads + k_head) * SIZE, k_even, k_odd, cos, sin, k_mask, SIZE, HALF)
