@@ -102,8 +102,8 @@ def choose_plan(pairs: int, experts: int, itemsize: int, blocks: bool = False, c
     Blocks are as wide as experts rarely exceed, as an expert's second block reads its weights again: with 32 pairs an
     expert, blocks of 64 took 682 us for 821 with blocks of 32 (H200, Mixtral; Qwen3 325 for 342). Two programs a
     multiprocessor fill what is between tiles.
-    Many: an expert's last block may be short. Computing it as half of one took 2 to 5 % off Mixtral's rows of 4096, but
-    added 5 % to Qwen3's of 2048 (H100, bf16; 1 % each in e4m3).
+    Many: an expert's last block may be short. Computing it as half of one in the first product took 2 to 5 % off
+    Mixtral's rows of 4096, but added 5 % to Qwen3's of 2048 (H100, bf16; 1 % each in e4m3); in the second, nothing.
 
     blocks    weights have scales of 128 x 128, which a tile must not exceed
     columns   of the first product
@@ -120,6 +120,6 @@ def choose_plan(pairs: int, experts: int, itemsize: int, blocks: bool = False, c
     return GroupedPlan(
         128,
         Shape(128, bk, 8, 4, 1, group=4, tokens_left=True, specialised=not blocks, short=short),
-        Shape(tall, bk, 8, 4, 1, group=4, tokens_left=True, specialised=not blocks, short=short, halves=True),
+        Shape(tall, bk, 8, 4, 1, group=4, tokens_left=True, specialised=not blocks, halves=True),
         copied=not blocks,
     )
