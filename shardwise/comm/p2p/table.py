@@ -77,7 +77,7 @@ _FUSED_2 = (
     _Entry(
         _NO_LIMIT,
         Tuning("ONESHOT", warps=32, blocks_per_sm=4, registers=32, pausing=64),
-        "256 x 7168 15 us, NCCL + norm 38; 1024 x 7168 46 us, 88; 4096 x 7168 174 us, 291",
+        "256 x 7168 15 us, NCCL + norm 38; 1024 x 7168 46 us, 87; 4096 x 7168 173 us, 289",
     ),
 )
 _TWO_SHOT = Tuning("TWOSHOT", warps=8, ahead=2, blocks_per_sm=2)
