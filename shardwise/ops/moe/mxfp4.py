@@ -197,7 +197,8 @@ def _run_turned(plan: Plan, tiles: Tiles | Stream, product: Product) -> None:
         (x, packed.words, packed.scales, packed.bias, out, routing.order, routing.blocks, *shared)
         + (product.alpha, product.limit, pairs, most, *columns, out.shape[-1], tiles_n, tiles_k, x.stride(0))
         + constants,
-        sharing=tiles.per_sm,  # `mxfp4_few` shares nothing: the cache gets all, 70.8 for 72.6 us with 4 tokens
+        # `mxfp4_few` shares nothing: the cache gets all, 70.8 for 72.6 us with 4 tokens, but 31.7 for 30.7 with one.
+        sharing=tiles.per_sm if tiles.warps > 1 or isinstance(tiles, Stream) else 0,
         num_warps=tiles.warps,
         maxnreg=tiles.most_registers,
         launch_pdl=pdl,

@@ -15,8 +15,6 @@ def choose_plan(pairs: int, experts: int, few: bool = False) -> Plan:
     each = pairs / max(1, experts)
     if few and pairs <= 8:
         return Plan(8, Tiles(16, 64, 1, 9, 12), Tiles(16, 64, 1, 5, 20, 3))
-    if few and pairs <= 16:
-        return Plan(8, Tiles(16, 64, 4, 3, 7), Tiles(16, 64, 4, 5, 6))
     if few and each <= 1:
         return Plan(8, Tiles(16, 64, 4, 5, 6), Tiles(16, 64, 4, 5, 6))
     if few and each <= 5:
