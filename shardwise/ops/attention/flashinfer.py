@@ -27,6 +27,8 @@ from shardwise.ops.vector_access import takes_vectors, with_vectors
 
 OP = "flashinfer_attention_mha_with_cache"
 FP8 = torch.float8_e4m3fn
+HND = 1
+"""FlashInfer's number of pages [Nkv, page_size, D]"""
 
 
 @operator(fake=fake_token_positions)
@@ -92,7 +94,7 @@ class _Plan(NamedTuple):
     dense: bool
     """Whether q, k, v and the cache are contiguous"""
     exact: bool
-    """Whether no metadata has entries beyond the batch"""
+    """Whether all metadata is int32 without entries beyond the batch"""
     quantised: bool
     options: dict[str, Any]
     """Of FlashInfer's attention: whether kernels start while their predecessors drain, which it would find out anew"""
@@ -211,25 +213,24 @@ def flashinfer_attention_mha_with_cache(
     caches = view(kv_cache, *plan.halves), view(kv_cache, *plan.halves, plan.values)
     indices, positions, indptr, last = given[4:]
     if not plan.exact:
-        indices, positions = leading(indices, count), leading(positions, count)
-        indptr, last = leading(indptr, batch.sequences + 1), leading(last, batch.sequences)
+        indices, positions = leading(indices, count).int(), leading(positions, count).int()
+        indptr, last = leading(indptr, batch.sequences + 1).int(), leading(last, batch.sequences).int()
     options = plan.options
     if plan.quantised:
         k_rows, v_rows = to_fp8(k_rows, k_scale), to_fp8(v_rows, v_scale)
         options = options | {"k_scale": k_scale, "v_scale": v_scale}
-    _append_function()(
-        k_rows, v_rows,
-        indices, positions, caches, cache_loc, indptr, last, kv_layout="HND",
-    )  # fmt: skip
+    page_module().append_paged_kv_cache(k_rows, v_rows, indices, positions, *caches, cache_loc.int(), indptr, last, HND)
     host = (cu_num_pages_host, cache_loc, last_page_len_host, seq_len_with_cache_host)
     split, owner = batch.prefill_tokens, planner("attention", q.device)
     # FlashInfer multiplies v_scale into `out` in place, so the caller's rows hold the final result.
     if split:
         wrapper = _prefill_wrapper(owner, plan.parameters, batch, cu_seqlen_host, host)
-        wrapper.run(leading(q_rows, split), caches, out=leading(out_rows, split), **options)
+        part, result = (q_rows[:split], out_rows[:split]) if batch.decode else (q_rows, out_rows)
+        wrapper.run(part, caches, out=result, **options)
     if batch.decode:
         wrapper = _decode_wrapper(owner, plan.parameters, batch, kv_cache.shape[0], host)
-        wrapper.run(q_rows[split:] if split else q_rows, caches, out=out_rows[split:] if split else out_rows, **options)
+        part, result = (q_rows[split:], out_rows[split:]) if split else (q_rows, out_rows)
+        wrapper.run(part, caches, out=result, **options)
     return out
 
 
@@ -255,10 +256,23 @@ def _decode_wrapper(owner: Planner, parameters: _Parameters, batch: Batch, pages
 
 
 @functools.cache
-def _append_function():
-    from flashinfer.page import append_paged_kv_cache
+def page_module() -> Any:
+    """FlashInfer's kernels that write pages, which look at no integer's width: metadata has to be int32.
 
-    return append_paged_kv_cache
+    Its Python functions around them convert metadata and part caches once more, 1 to 3 µs a call.
+    """
+    from flashinfer.page import get_page_module
+
+    return get_page_module()
+
+
+def fits(batch: Batch, indices: Tensor, positions: Tensor, indptr: Tensor, last: Tensor) -> bool:
+    """Whether FlashInfer's kernels take this metadata as it is: int32, no entries beyond the batch."""
+    return (
+        len(indices) == len(positions) == batch.tokens
+        and len(indptr) == len(last) + 1 == batch.sequences + 1
+        and all(each.dtype == torch.int32 for each in (indices, positions, indptr, last))
+    )
 
 
 def to_fp8(tensor: torch.Tensor, scale: float) -> torch.Tensor:
@@ -321,7 +335,7 @@ def _plan(
         (tuple(kv_cache.shape[d] for d in (0, 2, 3, 4)), tuple(kv_cache.stride(d) for d in (0, 2, 3, 4))),
         kv_cache.stride(1),
         all(each.is_contiguous() for each in (q, k, v, kv_cache)),
-        len(indices) == len(positions) == count and len(indptr) == len(last) + 1 == batch.sequences + 1,
+        fits(batch, indices, positions, indptr, last),
         kv_cache.dtype == FP8,
         {"enable_pdl": dependent_launch(q.device)},
     )

@@ -10,7 +10,7 @@ import torch
 
 from shardwise.ops.attention.batch import Batch
 from shardwise.ops.attention.checks import shape
-from shardwise.ops.attention.flashinfer import FP8
+from shardwise.ops.attention.flashinfer import FP8, fits
 from shardwise.ops.kept import fresh
 from shardwise.ops.mla.checks import LatentHeads, check_latent
 from shardwise.ops.vector_access import takes_vectors
@@ -59,7 +59,7 @@ class MlaPlan(NamedTuple):
     out: Callable[[], torch.Tensor]
     """Makes room for the result"""
     exact: bool
-    """Whether no metadata has entries beyond the batch"""
+    """Whether all metadata is int32 without entries beyond the batch"""
     readable: bool
     """Whether all are read in place where they are aligned; else copies must be made (`readable_copies`)"""
     latent: View
@@ -111,7 +111,7 @@ def plan_step(
         parameters_of(heads, ckv_cache.shape[1], q_nope.dtype, heads.scale(scale)),
         b * s,
         fresh((b, s, heads.count, heads.value), q_nope.dtype, q_nope.device),
-        len(indices) == len(positions) == count and len(indptr) == len(last) + 1 == batch.sequences + 1,
+        fits(batch, indices, positions, indptr, last),
         # Rows of FlashInfer's begin at multiples of 16 bytes; queries are read by a product, from anywhere.
         None not in strides and not (latent_t | kpe_t) % 8 and q_pe.is_contiguous(),
         ((count, heads.rank), (latent_t, 1), 0),
