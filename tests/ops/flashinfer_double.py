@@ -147,11 +147,11 @@ def _write(cache, entries, batch_indices, positions, kv_indices, kv_indptr):
 
 
 def append_paged_kv_cache(
-    append_key, append_value, batch_indices, positions, paged_k_cache, paged_v_cache, kv_indices, kv_indptr,
-    kv_last_page_len, layout,
+    append_key, append_value, batch_indices, positions, paged_kv_cache, kv_indices, kv_indptr, kv_last_page_len,
+    kv_layout="NHD",
 ):  # fmt: skip
-    assert layout == 1 and append_key.dtype == append_value.dtype
-    for half, entries in ((paged_k_cache, append_key), (paged_v_cache, append_value)):
+    assert kv_layout == "HND" and append_key.dtype == append_value.dtype
+    for half, entries in zip(_both(paged_kv_cache), (append_key, append_value), strict=True):
         assert half.dtype == entries.dtype
         _write(half.transpose(1, 2), entries, batch_indices, positions, kv_indices, kv_indptr)
 
@@ -170,10 +170,7 @@ def install(monkeypatch) -> None:
     for wrapper in (BatchDecodeWithPagedKVCacheWrapper, BatchPrefillWithPagedKVCacheWrapper,
                     BatchPrefillWithRaggedKVCacheWrapper):  # fmt: skip
         setattr(package, wrapper.__name__, wrapper)
-    kernels = types.SimpleNamespace(
-        append_paged_kv_cache=append_paged_kv_cache, append_paged_mla_kv_cache=append_paged_mla_kv_cache
-    )
-    page.get_page_module = lambda: kernels
+    page.append_paged_kv_cache, page.append_paged_mla_kv_cache = append_paged_kv_cache, append_paged_mla_kv_cache
     mla.BatchMLAPagedAttentionWrapper = BatchMLAPagedAttentionWrapper
     for module in (package, page, mla):
         monkeypatch.setitem(sys.modules, module.__name__, module)

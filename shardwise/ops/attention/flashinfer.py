@@ -27,8 +27,6 @@ from shardwise.ops.vector_access import takes_vectors, with_vectors
 
 OP = "flashinfer_attention_mha_with_cache"
 FP8 = torch.float8_e4m3fn
-HND = 1
-"""FlashInfer's number of pages [Nkv, page_size, D]"""
 
 
 @operator(fake=fake_token_positions)
@@ -94,7 +92,7 @@ class _Plan(NamedTuple):
     dense: bool
     """Whether q, k, v and the cache are contiguous"""
     exact: bool
-    """Whether all metadata is int32 without entries beyond the batch"""
+    """Whether no metadata has entries beyond the batch"""
     quantised: bool
     options: dict[str, Any]
     """Of FlashInfer's attention: whether kernels start while their predecessors drain, which it would find out anew"""
@@ -213,13 +211,16 @@ def flashinfer_attention_mha_with_cache(
     caches = view(kv_cache, *plan.halves), view(kv_cache, *plan.halves, plan.values)
     indices, positions, indptr, last = given[4:]
     if not plan.exact:
-        indices, positions = leading(indices, count).int(), leading(positions, count).int()
-        indptr, last = leading(indptr, batch.sequences + 1).int(), leading(last, batch.sequences).int()
+        indices, positions = leading(indices, count), leading(positions, count)
+        indptr, last = leading(indptr, batch.sequences + 1), leading(last, batch.sequences)
     options = plan.options
     if plan.quantised:
         k_rows, v_rows = to_fp8(k_rows, k_scale), to_fp8(v_rows, v_scale)
         options = options | {"k_scale": k_scale, "v_scale": v_scale}
-    page_module().append_paged_kv_cache(k_rows, v_rows, indices, positions, *caches, cache_loc.int(), indptr, last, HND)
+    _append_function()(
+        k_rows, v_rows,
+        indices, positions, caches, cache_loc, indptr, last, kv_layout="HND",
+    )  # fmt: skip
     host = (cu_num_pages_host, cache_loc, last_page_len_host, seq_len_with_cache_host)
     split, owner = batch.prefill_tokens, planner("attention", q.device)
     # FlashInfer multiplies v_scale into `out` in place, so the caller's rows hold the final result.
@@ -256,23 +257,10 @@ def _decode_wrapper(owner: Planner, parameters: _Parameters, batch: Batch, pages
 
 
 @functools.cache
-def page_module() -> Any:
-    """FlashInfer's kernels that write pages, which look at no integer's width: metadata has to be int32.
+def _append_function():
+    from flashinfer.page import append_paged_kv_cache
 
-    Its Python functions around them convert metadata and part caches once more, 1 to 3 µs a call.
-    """
-    from flashinfer.page import get_page_module
-
-    return get_page_module()
-
-
-def fits(batch: Batch, indices: Tensor, positions: Tensor, indptr: Tensor, last: Tensor) -> bool:
-    """Whether FlashInfer's kernels take this metadata as it is: int32, no entries beyond the batch."""
-    return (
-        len(indices) == len(positions) == batch.tokens
-        and len(indptr) == len(last) + 1 == batch.sequences + 1
-        and all(each.dtype == torch.int32 for each in (indices, positions, indptr, last))
-    )
+    return append_paged_kv_cache
 
 
 def to_fp8(tensor: torch.Tensor, scale: float) -> torch.Tensor:
@@ -335,7 +323,7 @@ def _plan(
         (tuple(kv_cache.shape[d] for d in (0, 2, 3, 4)), tuple(kv_cache.stride(d) for d in (0, 2, 3, 4))),
         kv_cache.stride(1),
         all(each.is_contiguous() for each in (q, k, v, kv_cache)),
-        fits(batch, indices, positions, indptr, last),
+        len(indices) == len(positions) == count and len(indptr) == len(last) + 1 == batch.sequences + 1,
         kv_cache.dtype == FP8,
         {"enable_pdl": dependent_launch(q.device)},
     )

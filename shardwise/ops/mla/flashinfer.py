@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from shardwise.ops.attention.batch import Batch, read_batch
-from shardwise.ops.attention.flashinfer import FP8, page_module, to_fp8
+from shardwise.ops.attention.flashinfer import FP8, to_fp8
 from shardwise.ops.attention.planner import (
     DecodeFamily,
     Pages,
@@ -162,16 +162,14 @@ def flashinfer_mla_with_cache(
     latent, rotated = view(compressed_kv, *plan.latent), view(kpe, *plan.rotated)
     indices, positions, indptr, last = given[7:]
     if not plan.exact:
-        indices, positions = leading(indices, count).int(), leading(positions, count).int()
-        indptr, last = leading(indptr, batch.sequences + 1).int(), leading(last, batch.sequences).int()
+        indices, positions = leading(indices, count), leading(positions, count)
+        indptr, last = leading(indptr, batch.sequences + 1), leading(last, batch.sequences)
     quantised = ckv_cache.dtype == FP8
     if quantised:
         if ckv_cache.is_cuda and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(f"{OP}: a CUDA graph cannot hold a step over an fp8 cache; take one of q_nope's dtype")
         latent, rotated = to_fp8(latent, 1.0), to_fp8(rotated, 1.0)
-    page_module().append_paged_mla_kv_cache(
-        latent, rotated, indices, positions, ckv_cache, kpe_cache, cache_loc.int(), indptr, last
-    )
+    _append_function()(latent, rotated, indices, positions, ckv_cache, kpe_cache, cache_loc, indptr, last)
     if quantised:
         latent, rotated = latent.to(q_nope.dtype), rotated.to(q_nope.dtype)
         used = cache_loc[: int(cu_num_pages_host[batch.sequences])].long()
@@ -191,6 +189,13 @@ def flashinfer_mla_with_cache(
         wrapper = _decode_wrapper(owner, plan.parameters, batch, ckv_cache.shape[0], host)
         _run_absorbed(plan, plan.decode, wrapper, *tensors)
     return out
+
+
+@functools.cache
+def _append_function():
+    from flashinfer.page import append_paged_mla_kv_cache
+
+    return append_paged_mla_kv_cache
 
 
 def _widened(cache: torch.Tensor, pages: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

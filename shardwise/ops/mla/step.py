@@ -10,7 +10,7 @@ import torch
 
 from shardwise.ops.attention.batch import Batch
 from shardwise.ops.attention.checks import shape
-from shardwise.ops.attention.flashinfer import FP8, fits
+from shardwise.ops.attention.flashinfer import FP8
 from shardwise.ops.kept import fresh
 from shardwise.ops.mla.checks import LatentHeads, check_latent
 from shardwise.ops.vector_access import takes_vectors
@@ -31,8 +31,8 @@ class Parameters:
 parameters_of = functools.cache(Parameters)
 
 
-View = tuple[tuple[int, ...], tuple[int, ...]] | tuple[tuple[int, ...], tuple[int, ...], int]
-"""Sizes, strides and the first element if not 0, for `view`, which reads two sooner than three"""
+View = tuple[tuple[int, ...], tuple[int, ...], int]
+"""Sizes, strides and first element, for `view`"""
 
 
 class Absorbed(NamedTuple):
@@ -59,7 +59,7 @@ class MlaPlan(NamedTuple):
     out: Callable[[], torch.Tensor]
     """Makes room for the result"""
     exact: bool
-    """Whether all metadata is int32 without entries beyond the batch"""
+    """Whether no metadata has entries beyond the batch"""
     readable: bool
     """Whether all are read in place where they are aligned; else copies must be made (`readable_copies`)"""
     latent: View
@@ -103,7 +103,7 @@ def plan_step(
             fresh((tokens, number, rank), q_nope.dtype, q_nope.device),
             ((number, tokens, nope), (q_nope.stride(2), q_t, 1), first * q_t),
             ((tokens, number, rope), (number * rope, rope, 1), first * number * rope),
-            ((number, tokens, rank), (rank, number * rank, 1)),
+            ((number, tokens, rank), (rank, number * rank, 1), 0),
             ((number, tokens, value), (value, number * value, 1), first * number * value),
         )
 
@@ -111,13 +111,13 @@ def plan_step(
         parameters_of(heads, ckv_cache.shape[1], q_nope.dtype, heads.scale(scale)),
         b * s,
         fresh((b, s, heads.count, heads.value), q_nope.dtype, q_nope.device),
-        fits(batch, indices, positions, indptr, last),
+        len(indices) == len(positions) == count and len(indptr) == len(last) + 1 == batch.sequences + 1,
         # Rows of FlashInfer's begin at multiples of 16 bytes; queries are read by a product, from anywhere.
         None not in strides and not (latent_t | kpe_t) % 8 and q_pe.is_contiguous(),
-        ((count, heads.rank), (latent_t, 1)),
-        ((count, heads.rope), (kpe_t, 1)),
+        ((count, heads.rank), (latent_t, 1), 0),
+        ((count, heads.rope), (kpe_t, 1), 0),
         (
-            ((heads.count, heads.nope, heads.rank), (block * row, row, column)),
+            ((heads.count, heads.nope, heads.rank), (block * row, row, column), 0),
             ((heads.count, heads.rank, heads.value), (block * row, column, row), heads.nope * row),
         ),
         absorbed(0, batch.prefill_tokens),

@@ -246,7 +246,7 @@ def test_head_sizes_groups_and_dtypes(flashinfer, name, dtype, heads, kv_heads, 
 
 
 @runs_anywhere
-def test_int64_metadata_longer_than_the_batch_gives_the_same(flashinfer):
+def test_metadata_longer_than_the_batch_gives_the_same(flashinfer):
     step = STEPS["mixed"]
     paged = Paged.of(step, DEVICE)
     *tensors, kv_cache = build(step, paged)
@@ -255,8 +255,8 @@ def test_int64_metadata_longer_than_the_batch_gives_the_same(flashinfer):
     q, k, v = (x[None] for x in tensors)
     arguments = list(paged.arguments())
     for place in (2, 5):  # cu_num_pages, last_page_len
-        arguments[place] = torch.cat((arguments[place], arguments[place][-1:])).long()
-    longer = [torch.cat((each, each[-1:])).long() for each in metadata]
+        arguments[place] = torch.cat((arguments[place], arguments[place][-1:]))
+    longer = [torch.cat((each, each[-1:])) for each in metadata]
     call = OP if REAL else flashinfer_attention_mha_with_cache
     assert torch.equal(call(q, k, v, *arguments, *longer, kv_cache, None, 1.0, 1.0).view_as(want), want)
 
