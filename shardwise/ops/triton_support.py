@@ -57,6 +57,12 @@ def multiprocessors(device: torch.device) -> int:
 
 
 @functools.cache
+def cache_bytes(device: torch.device) -> int:
+    """Size of a GPU's L2 cache; 4096 stand for the interpreter's device, so that tests see both sides of it."""
+    return torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 4096
+
+
+@functools.cache
 def asynchronous_products(device: torch.device) -> bool:
     """Whether tl.dot runs as wgmma, whose end a kernel has to wait for (compute capability 9 alone)."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9

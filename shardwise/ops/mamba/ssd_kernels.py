@@ -297,12 +297,14 @@ def decode_kernel(
     N: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    MASKED: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """One token: BLOCK_P rows of one head's state are read, stepped and written once.
 
     Programs lie in the order of a slot's memory, so that those that run together read neighbouring pages. The decode
-    tokens begin at token `first` and their slots at entry `skip`.
+    tokens begin at token `first` and their slots at entry `skip`. MASKED carries a token without a slot through to its
+    zeros by masks; without it the program of such a token returns early.
     """
     parts: tl.constexpr = (P + BLOCK_P - 1) // BLOCK_P
     head = (tl.program_id(0) // parts % heads).to(tl.int64)
@@ -313,11 +315,14 @@ def decode_kernel(
     await_predecessor(PDL)
     slot = tl.load(slot_ptr + skip + number).to(tl.int64)
     target = out_ptr + (token * heads + head) * P + p
-    if (slot < 0) | (slot >= slots):
+    held = (slot >= 0) & (slot < slots)
+    tile = (p < P)[:, None] & (n < N)[None, :]
+    if MASKED:
+        tile = tile & held
+    elif not held:
         check_slots(word_ptr, True, skip + number, slot, slots)
         tl.store(target, tl.zeros((BLOCK_P,), out_ptr.dtype.element_ty), mask=p < P)
         return
-    tile = (p < P)[:, None] & (n < N)[None, :]
     cached = cache_ptr + slot * cache_slot + head * cache_h + p[:, None] * cache_p + n[None, :]
     state = tl.load(cached, mask=tile, other=0.0).to(tl.float32)
     step = time_step(tl.load(dt_ptr + token * dt_t + head), tl.load(bias_ptr + head), low, high)
@@ -327,7 +332,11 @@ def decode_kernel(
     state = state * tl.exp(step * tl.load(A_ptr + head).to(tl.float32)) + (step * x)[:, None] * B[None, :]
     tl.store(cached, state.to(cache_ptr.dtype.element_ty), mask=tile)
     out = tl.sum(state * C[None, :], axis=1) + tl.load(D_ptr + head).to(tl.float32) * x
+    if MASKED:
+        out = tl.where(held, out, 0.0)
     tl.store(target, out.to(out_ptr.dtype.element_ty), mask=p < P)
+    if MASKED:
+        check_slots(word_ptr, True, skip + number, slot, slots)
 
 
 @triton.jit(do_not_specialize=["first", "skip", "heads", "slots", "low", "high"])

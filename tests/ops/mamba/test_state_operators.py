@@ -9,6 +9,7 @@ import torch
 from mamba_oracle import Batch
 from operator_samples import flat, mutated
 
+from shardwise.ops import metadata_reports
 from shardwise.ops.attention.batch import Batch as CountedBatch
 from shardwise.ops.kept import Kept
 from shardwise.ops.mamba import conv_triton, metadata, scan
@@ -158,6 +159,27 @@ def test_heads_that_share_a_program_are_scanned_alone(monkeypatch, dtype):
     monkeypatch.setitem(scan.OUTPUTS, "heads", 2)
     monkeypatch.setattr(ssm_triton, "STEPS", Kept())
     torch.testing.assert_close(OPS.triton_cached_ssm(*again), alone)
+
+
+@needs_triton
+@pytest.mark.parametrize("cache_bytes", [0, 2**40], ids=["from memory", "from the cache"])
+@pytest.mark.parametrize("slots", [(3, -1, 0, 5), (3, 6, 0, -2)])
+def test_a_decode_token_without_a_slot_gives_zeros_and_changes_no_state(monkeypatch, slots, cache_bytes):
+    monkeypatch.setattr(scan, "cache_bytes", lambda device: cache_bytes)
+    monkeypatch.setattr(ssm_triton, "STEPS", Kept())
+    monkeypatch.setattr(metadata_reports, "AT_ONCE", set())
+    inputs = samples_mamba.ssm_inputs(4, 4, 2, 16, 20, torch.float32, DEVICE)
+    state = torch.randn(6, 4, 16, 20, device=DEVICE)
+    kept = [slot if 0 <= slot < 6 else -1 for slot in slots]
+    expected, got = state.clone(), state.clone()
+    wanted = run_ssm("torch_cached_ssm", inputs, Batch((), 4, tuple(kept), ()), expected, 8)
+    result = run_ssm("triton_cached_ssm", inputs, Batch((), 4, slots, ()), got, 8)
+    torch.testing.assert_close(result, wanted, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+    if kept != list(slots):
+        with pytest.raises(ValueError, match="^triton_cached_ssm: in an earlier call slot_idx holds"):
+            torch.cuda.synchronize() if DEVICE == "cuda" else None
+            metadata_reports.raise_reports()
 
 
 IN_PLACE = [sample for sample in samples_mamba.SAMPLES if sample.op.startswith("triton_")]
