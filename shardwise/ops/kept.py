@@ -31,6 +31,8 @@ KEPT = 4096
 view: Callable[..., torch.Tensor] = _reinterpret_tensor
 """(tensor, sizes, strides, elements behind its beginning = 0) -> the same memory as another tensor; nothing is checked,
 gradients do not pass."""
+View = tuple[tuple[int, ...], tuple[int, ...], int]
+"""Sizes, strides and first element, for `view`"""
 
 
 def fresh(

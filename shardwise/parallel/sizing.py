@@ -1,6 +1,6 @@
 """How many pages the KV cache gets of what weights and activations leave of a GPU."""
 
-from bisect import bisect_left
+from bisect import bisect_right
 
 import torch
 
@@ -46,8 +46,8 @@ def pages_for(
     free, total = torch.cuda.mem_get_info(device)
     work = RESERVED_BYTES + activations
     useful = range(1, slots * -(-max_length // PAGE_SIZE) + 1)
-    too_large = lambda pages: cache_bytes(layers, dtype, pages=pages, slots=slots) > free - work  # noqa: E731
-    fits = world.all_gather_object(bisect_left(useful, True, key=too_large))
+    held = bisect_right(useful, free - work, key=lambda pages: cache_bytes(layers, dtype, pages=pages, slots=slots))
+    fits = world.all_gather_object(held)
     if min(fits) < 1:
         rank, each = fits.index(min(fits)), cache_bytes(layers, dtype, pages=1, slots=slots)
         raise DoesNotFit(

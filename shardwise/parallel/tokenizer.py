@@ -192,7 +192,8 @@ def _from_folder(checkpoint: Checkpoint) -> Tokenizer:
     except Exception as error:  # the library raises nothing narrower
         raise CheckpointError(f"{file}: the tokenizers library cannot read it: {error}") from None
     settings = folder / "tokenizer_config.json"
-    bos, eos = (_id_of(backend, settings, name) for name in ("bos_token", "eos_token"))
+    named = _read_json(settings)
+    bos, eos = (_id_of(backend, named.get(name), f"{settings}: {name}") for name in ("bos_token", "eos_token"))
     generation = folder / "generation_config.json"
     stops = _eos_ids(_read_json(generation), generation) or _eos_ids(checkpoint.config, folder / "config.json")
     return Tokenizer(
@@ -207,12 +208,11 @@ def _read_json(path: Path) -> dict[str, Any]:
     return read_json(path, dict, "one JSON object") if path.is_file() else {}
 
 
-def _id_of(backend: Backend, settings: Path, name: str) -> int | None:
+def _id_of(backend: Backend, token: Any, source: str) -> int | None:
     """Of a special token, which is a text or an object with the text as `content`."""
-    token = _read_json(settings).get(name)
     text = token.get("content") if isinstance(token, dict) else token
     if text is not None and not isinstance(text, str):
-        raise CheckpointError(f"{settings}: {name} is {token!r:.60}, expected a text or an object with one")
+        raise CheckpointError(f"{source} is {token!r:.60}, expected a text or an object with one")
     return None if text is None else backend.token_to_id(text)
 
 

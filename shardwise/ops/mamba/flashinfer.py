@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 from shardwise.ops.attention.batch import Batch
-from shardwise.ops.kept import Kept, fresh, view
+from shardwise.ops.kept import Kept, View, fresh, view
 from shardwise.ops.mamba import ssd_kernels as kernels
 from shardwise.ops.mamba.scan import Inputs
 from shardwise.ops.mamba.ssm import Plan, like_hidden, run_step
@@ -56,10 +56,6 @@ def flashinfer_cached_ssm(
     )  # fmt: skip
 
 
-_View = tuple[tuple[int, ...], tuple[int, ...], int]
-"""Sizes, strides and first element, for `view`"""
-
-
 class _Decode(NamedTuple):
     """A decode step, but for its tensors: two small kernels of ours and what FlashInfer gets between them.
 
@@ -73,14 +69,14 @@ class _Decode(NamedTuple):
     """Makes room for the time steps [tokens, H, P], one number a head, repeated by strides, as FlashInfer wants it"""
     index_room: Callable[[], torch.Tensor]
     """Makes room for the slots"""
-    rows: tuple[_View, ...]
+    rows: tuple[View, ...]
     """Where x, B and C have the decode tokens, [tokens, heads, D]"""
     vectors: bool
     """Whether FlashInfer's vectors may read them where they begin at multiples of 16 bytes"""
-    out: _View
-    A: _View
+    out: View
+    A: View
     """The vector repeated, [H, P, N]"""
-    D: _View
+    D: View
     exact: bool
     """Whether these are float32"""
 
@@ -127,13 +123,13 @@ def _plan_decode(op: str, one: Inputs, batch: Batch) -> _Decode:
     )
 
 
-def _rows(tensor: torch.Tensor, batch: Batch) -> _View:
+def _rows(tensor: torch.Tensor, batch: Batch) -> View:
     """The decode tokens of [b, s, heads, D], where only one of b and s exceeds 1."""
     strides = tensor.view(-1, *tensor.shape[2:]).stride() if tensor.numel() else (0, 0, 0)
     return (batch.decode, *tensor.shape[2:]), strides, batch.prefill_tokens * strides[0]
 
 
-def _takes_vectors(rows: _View, item: int) -> bool:
+def _takes_vectors(rows: View, item: int) -> bool:
     """Whether they are dense in a token, and tokens are multiples of 16 bytes apart."""
     (_, _, size), (token, head, element), _ = rows
     return element == 1 and head == size and token * item % 16 == 0

@@ -11,7 +11,7 @@ import torch
 from shardwise.ops.attention.batch import Batch
 from shardwise.ops.attention.checks import shape
 from shardwise.ops.attention.flashinfer import FP8
-from shardwise.ops.kept import fresh
+from shardwise.ops.kept import View, fresh
 from shardwise.ops.mla.checks import LatentHeads, check_latent
 from shardwise.ops.vector_access import takes_vectors
 
@@ -29,10 +29,6 @@ class Parameters:
 
 
 parameters_of = functools.cache(Parameters)
-
-
-View = tuple[tuple[int, ...], tuple[int, ...], int]
-"""Sizes, strides and first element, for `view`"""
 
 
 class Absorbed(NamedTuple):
