@@ -232,8 +232,8 @@ def interleaved_rope_far():
 )
 def test_operators_reach_beyond_two_to_the_31_elements(far, prepare):
     call = prepare()
-    # Tiles differ with the number of rows, and with them which product of a sum is rounded first.
-    torch.testing.assert_close(call(far)[-8:], call(far[-8:]))
+    # Of 2048 rows, since fewer have other tiles, and with them another product of a sum that is rounded first.
+    assert torch.equal(call(far)[-8:], call(far[-2048:])[-8:])
 
 
 @pytest.mark.gpu

@@ -114,7 +114,7 @@ def test_parts_of_wider_rows_give_the_same(name, skew):
         out = CALL(*tensors, weight, *paged.arguments(), *metadata, ckv_cache, kpe_cache, None, RANK)
         results.append((out, ckv_cache, kpe_cache))
     (out, *written), (wide_out, *wide_written) = results
-    torch.testing.assert_close(out, wide_out, atol=1e-2, rtol=2e-2)  # a product may be made in another order
+    torch.testing.assert_close(out, wide_out, atol=2e-3, rtol=1.6e-2)  # a product may be made in another order
     assert all(map(torch.equal, written, wide_written))
 
 
