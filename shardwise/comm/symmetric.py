@@ -16,7 +16,7 @@ from shardwise.comm.base import CommError
 
 BUFFER_BYTES = 32 << 20
 ONE_SHOT_BYTES = 128 << 10
-"""Above it two-shot is the faster one on two Hopper GPUs (benchmarks/results/gpu_all_reduce.md)."""
+"""Above it two-shot is the faster one on two Hopper GPUs (benchmarks/gpu_all_reduce.md)."""
 WORLDS = (2, 4, 8)
 DTYPES = (torch.bfloat16, torch.float32)
 _NO_MULTICAST = "TORCH_SYMM_MEM_DISABLE_MULTICAST"

@@ -1,7 +1,7 @@
 """Which strategy and launch for which call.
 
 Worlds 2 and 4 are what won sweeps of launches on two H200 and four H100, and comparisons in turn on H200s (NVLink, CUDA
-graphs, bf16), benchmarks/results/gpu_all_reduce.md.
+graphs, bf16), benchmarks/gpu_all_reduce.md.
 World 8 is not measured: launches that compile without spilling registers, and one-shot up to the size up to which
 others' one-stage all-reduce of the same shape is published to win on Hopper, a quarter MiB.
 """
