@@ -5,7 +5,7 @@
 Every time is a median of graph replays, the graphs of a row replayed in turn. A graph holds several layers with caches
 of their own, more bytes than the L2 cache where 16 layers suffice for that, as a decoder's layers do; times are for one
 layer. Data are random. `fi run` is FlashInfer's attention alone, `fi` with its append, as our operators do it. For MLA
-`products` are the two products that absorb the weight, alone.
+`products` are the two products that absorb the weight, alone, with torch.bmm and as `our_products`.
 """
 
 import argparse
@@ -21,7 +21,9 @@ import shardwise.ops  # noqa: F401  registers the operators
 from shardwise.launch.machine import machine_facts
 from shardwise.ops.attention.planner import decode_graphs
 from shardwise.ops.bench.measure import alternating_microseconds
+from shardwise.ops.mla.absorb import Rows
 from shardwise.ops.mla.checks import LatentHeads, split_weight
+from shardwise.ops.mla.step import absorbing
 
 OPS = torch.ops.auto_deploy
 HEADS, KV_HEADS, SIZE, PAGE = 64, 8, 128, 64
@@ -180,46 +182,76 @@ def shares(row: dict) -> dict:
     }
 
 
-def mla_calls(shape: Batch, pool: Pool):
-    """Decode of 128 heads: our operator, the same four calls made directly, FlashInfer's attention alone, and the
-    two products."""
+MLA = LatentHeads(128, 128, 64, 128, 512)
+MLA_LAYERS = 4  # 134 MB of weights
+
+
+@dataclass(frozen=True)
+class MlaLayer:
+    weight: torch.Tensor  # [N * (Dn + Dv), R]
+    ckv: torch.Tensor  # [pages, PAGE, R]
+    kpe: torch.Tensor  # [pages, PAGE, Dr]
+
+    @classmethod
+    def of(cls, cache: torch.Tensor) -> "MlaLayer":
+        """`cache` holds all pages, [tokens * (R + Dr)]."""
+        latents = cache.numel() // (MLA.rank + MLA.rope) * MLA.rank
+        weight = random(MLA.count * (MLA.nope + MLA.value), MLA.rank) / math.sqrt(MLA.rank)
+        return cls(weight, cache[:latents].view(-1, PAGE, MLA.rank), cache[latents:].view(-1, PAGE, MLA.rope))
+
+
+def mla_calls(shape: Batch, pool: Pool, most: int = MLA_LAYERS):
+    """Decode of 128 heads: our operator, what it does by FlashInfer and torch.bmm called directly, FlashInfer's
+    attention alone, and the two products, by torch.bmm and as the operator makes them."""
     from flashinfer.mla import BatchMLAPagedAttentionWrapper
     from flashinfer.page import append_paged_mla_kv_cache
 
-    heads, nope, rope, value, rank = 128, 128, 64, 128, 512
-    weight = random(heads * (nope + value), rank) / math.sqrt(rank)
+    heads, nope, rope, value, rank = MLA
     arguments, inputs = shape.paged()
     metadata = OPS.flashinfer_mla_prepare_metadata(*inputs)
-    _, cu_seqlen, _, indptr_host, indices, *_, total = arguments
-    tokens = len(indices) * PAGE
-    ckv = pool.buffer[: tokens * rank].view(-1, PAGE, rank)
-    kpe = pool.buffer[tokens * rank : tokens * (rank + rope)].view(-1, PAGE, rope)
+    _, cu_seqlen, indptr, indptr_host, indices, last, _, total = arguments
+    size = len(indices) * PAGE * (rank + rope)
+    layers = [MlaLayer.of(pool.buffer[i * size : (i + 1) * size]) for i in range(most)]
     q_nope, q_pe = random(1, shape.batch, heads, nope), random(1, shape.batch, heads, rope)
     latent, rotated_key = random(1, shape.batch, rank), random(1, shape.batch, 1, rope)
-    tensors = (q_nope, q_pe, latent, rotated_key, weight, *arguments, *metadata, ckv, kpe, None, rank)
     absorbed, rotated = random(shape.batch, heads, rank), random(shape.batch, heads, rope)
     wrapper = BatchMLAPagedAttentionWrapper(torch.zeros(256 << 20, dtype=torch.uint8, device="cuda"))
     wrapper.plan(cu_seqlen, indptr_host, indices, total, heads, rank, rope, PAGE, False, 0.07, DTYPE, DTYPE)
-    w_key, w_value = split_weight(weight, LatentHeads(heads, nope, rope, value, rank))
-    by_head, out = q_nope[0].transpose(0, 1), random(shape.batch, heads, value)
+    by_head, out, new_kpe = q_nope[0].transpose(0, 1), random(shape.batch, heads, value), rotated_key[0, :, 0]
+    latents, result = absorbed.transpose(0, 1), out.transpose(0, 1)
+    ours = absorbing(MLA, layers[0].weight, Rows(heads * nope, nope), 0, shape.batch, q_nope)
 
-    def products():
-        torch.bmm(by_head, w_key, out=absorbed.transpose(0, 1))
-        torch.bmm(absorbed.transpose(0, 1), w_value.transpose(1, 2), out=out.transpose(0, 1))
+    def operator(layer):
+        tensors = (q_nope, q_pe, latent, rotated_key, layer.weight, *arguments, *metadata, layer.ckv, layer.kpe)
+        return lambda: OPS.flashinfer_mla_with_cache(*tensors, None, rank)
 
-    new_kpe = rotated_key[0, :, 0]
+    def direct(layer):
+        w_key, w_value = split_weight(layer.weight, MLA)
+        w_value = w_value.transpose(1, 2)
 
-    def direct():
-        append_paged_mla_kv_cache(latent[0], new_kpe, *metadata, ckv, kpe, indices, arguments[2], arguments[5])
-        torch.bmm(by_head, w_key, out=absorbed.transpose(0, 1))
-        mixed = wrapper.run(absorbed, rotated, ckv, kpe)
-        torch.bmm(mixed.transpose(0, 1), w_value.transpose(1, 2), out=out.transpose(0, 1))
+        def call():
+            append_paged_mla_kv_cache(latent[0], new_kpe, *metadata, layer.ckv, layer.kpe, indices, indptr, last)
+            torch.bmm(by_head, w_key, out=latents)
+            mixed = wrapper.run(absorbed, rotated, layer.ckv, layer.kpe)
+            torch.bmm(mixed.transpose(0, 1), w_value, out=result)
+
+        return call
+
+    def products(layer):
+        w_key, w_value = split_weight(layer.weight, MLA)
+        torch.bmm(by_head, w_key, out=latents)
+        torch.bmm(latents, w_value.transpose(1, 2), out=result)
+
+    def our_products(layer):
+        ours.absorb(q_nope, layer.weight, absorbed)
+        ours.release(absorbed, layer.weight, out)
 
     return {
-        "fi_operator": [lambda: OPS.flashinfer_mla_with_cache(*tensors)] * 4,
-        "fi": [direct] * 4,
-        "fi_run": [lambda: wrapper.run(absorbed, rotated, ckv, kpe)] * 4,
-        "products": [products] * 4,
+        "fi_operator": [operator(layer) for layer in layers],
+        "fi": [direct(layer) for layer in layers],
+        "fi_run": [lambda layer=layer: wrapper.run(absorbed, rotated, layer.ckv, layer.kpe) for layer in layers],
+        "products": [lambda layer=layer: products(layer) for layer in layers],
+        "our_products": [lambda layer=layer: our_products(layer) for layer in layers],
     }
 
 

@@ -94,7 +94,7 @@ def attention_rows() -> Iterator[Row]:
         for family in ("attention", "mla"):
             metadata = partial(getattr(OPS, f"flashinfer_{family}_prepare_metadata"), *inputs)
             yield Row(f"flashinfer_{family}_prepare_metadata, {name}", metadata, 1)
-    mla = mla_calls(Batch(4, 256, 1), pool)
+    mla = mla_calls(Batch(4, 256, 1), pool, 1)
     tensors = [random(1, 4, 128, 128), random(1, 4, 128, 64), random(1, 4, 512), random(1, 4, 1, 64)]
     views = partial(_mla_views, *tensors, random(128 * 256, 512))
     beside = {"direct": mla["fi"][0], "views": partial(_after, views, mla["fi"][0])}

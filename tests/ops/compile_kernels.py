@@ -8,7 +8,9 @@ Usage: compile_kernels.py [part of an operator's name ...]
 import json
 import sys
 
+import flashinfer_double
 import operator_samples
+import pytest
 import samples_mamba
 import torch
 import triton
@@ -20,6 +22,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 import shardwise.ops as ops
 from shardwise.ops import triton_support
+from shardwise.ops.attention import planner
 from shardwise.ops.fla import fla
 from shardwise.ops.mamba import flashinfer, metadata
 from shardwise.ops.registry import TRITON
@@ -96,6 +99,8 @@ def replace_packages():
     """Other packages' kernels give something of the right shape; only our kernels around them are looked at."""
     fla._chunked = lambda q, k, v, g, beta, scale, state=None, *_: (torch.zeros_like(v), state)
     flashinfer._update = lambda: lambda *_args, **_options: None
+    flashinfer_double.install(pytest.MonkeyPatch())
+    planner.WORKSPACE_BYTES = 16
 
 
 def real_sizes() -> list[Sample]:

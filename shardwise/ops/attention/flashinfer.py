@@ -14,10 +14,12 @@ from shardwise.ops.attention.checks import Heads, check_tokens, default_scale, s
 from shardwise.ops.attention.planner import (
     DecodeFamily,
     Pages,
+    PagesHost,
     Planner,
-    leading,
+    exact_metadata,
     planner,
     select_pages,
+    without_padding,
 )
 from shardwise.ops.attention.positions import fake_token_positions, token_positions
 from shardwise.ops.kept import Kept, fresh, view
@@ -126,6 +128,9 @@ def _plan_decode(parameters: _Parameters, wrapper, pages: Pages) -> None:
     )  # fmt: skip
 
 
+_DECODE = DecodeFamily(_create_decode, _plan_decode)
+
+
 def _create_prefill(owner: Planner):
     from flashinfer import BatchPrefillWithPagedKVCacheWrapper as Wrapper
 
@@ -196,64 +201,50 @@ def flashinfer_attention_mha_with_cache(
     key = batch, scale
     given = (q, k, v, kv_cache, flashinfer_batch_indices, flashinfer_positions, cu_num_pages, last_page_len)
     plan = _PLANS.get(key, given) or _PLANS.keep(key, given, _plan(batch, scale, *given))
-    count = plan.used
     if plan.dense and math.gcd(16, q.data_ptr(), k.data_ptr(), v.data_ptr(), kv_cache.data_ptr()) == 16:
-        q_rows, k_rows, v_rows = view(q, *plan.q_rows), view(k, *plan.k_rows), view(v, *plan.k_rows)
+        rows = view(q, *plan.q_rows), view(k, *plan.k_rows), view(v, *plan.k_rows)
     else:
-        q_rows, k_rows, v_rows = _readable(plan, q, k, v, kv_cache)
+        rows = _readable(plan, q, k, v, kv_cache)
     out = plan.out()
-    out_rows = view(out, *plan.q_rows)
-    if count < plan.tokens:
-        out.view(plan.tokens, -1)[count:].zero_()
-    if count == 0:
+    if plan.used < plan.tokens:
+        out.view(plan.tokens, -1)[plan.used :].zero_()
+    if plan.used == 0:
         return out
     # Keys and values are parted here, once: FlashInfer takes both, and would do it in each of its calls.
     caches = view(kv_cache, *plan.halves), view(kv_cache, *plan.halves, plan.values)
-    indices, positions, indptr, last = given[4:]
-    if not plan.exact:
-        indices, positions = leading(indices, count), leading(positions, count)
-        indptr, last = leading(indptr, batch.sequences + 1), leading(last, batch.sequences)
+    indices, positions, indptr, last = given[4:] if plan.exact else without_padding(batch, *given[4:])
     options = plan.options
     if plan.quantised:
-        k_rows, v_rows = to_fp8(k_rows, k_scale), to_fp8(v_rows, v_scale)
+        rows = rows[0], to_fp8(rows[1], k_scale), to_fp8(rows[2], v_scale)
         options = options | {"k_scale": k_scale, "v_scale": v_scale}
-    _append_function()(
-        k_rows, v_rows,
-        indices, positions, caches, cache_loc, indptr, last, kv_layout="HND",
-    )  # fmt: skip
+    _append_function()(*rows[1:], indices, positions, caches, cache_loc, indptr, last, kv_layout="HND")
     host = (cu_num_pages_host, cache_loc, last_page_len_host, seq_len_with_cache_host)
-    split, owner = batch.prefill_tokens, planner("attention", q.device)
-    # FlashInfer multiplies v_scale into `out` in place, so the caller's rows hold the final result.
-    if split:
-        wrapper = _prefill_wrapper(owner, plan.parameters, batch, cu_seqlen_host, host)
-        part, result = (q_rows[:split], out_rows[:split]) if batch.decode else (q_rows, out_rows)
-        wrapper.run(part, caches, out=result, **options)
-    if batch.decode:
-        wrapper = _decode_wrapper(owner, plan.parameters, batch, kv_cache.shape[0], host)
-        part, result = (q_rows[split:], out_rows[split:]) if split else (q_rows, out_rows)
-        wrapper.run(part, caches, out=result, **options)
+    _attend(plan, batch, cu_seqlen_host, host, rows[0], caches, view(out, *plan.q_rows), options)
     return out
 
 
-def _prefill_wrapper(owner: Planner, parameters: _Parameters, batch: Batch, cu_seqlen_host, host) -> Any:
-    key = "prefill", parameters
-    return owner.current(key) or owner.planned(
-        key,
-        lambda: _create_prefill(owner),
-        lambda w: _plan_prefill(
-            parameters, w, cu_seqlen_host[: batch.prefill + 1], select_pages(0, batch.prefill, *host)
-        ),
-    )
+def _attend(
+    plan: _Plan, batch: Batch, cu_seqlen_host: Tensor, host: PagesHost, q: Tensor, caches: tuple[Tensor, Tensor],
+    out: Tensor, options: dict[str, Any],
+) -> None:  # fmt: skip
+    """Attention of the batch's queries [count, N, D] into `out`; FlashInfer multiplies v_scale in, in place."""
+    split, owner = batch.prefill_tokens, planner("attention", q.device)
+    if split:
+        wrapper = _prefill_wrapper(owner, plan.parameters, batch, cu_seqlen_host, host)
+        part, result = (q[:split], out[:split]) if batch.decode else (q, out)
+        wrapper.run(part, caches, out=result, **options)
+    if batch.decode:
+        wrapper = owner.decode_wrapper(_DECODE, plan.parameters, batch, caches[0].shape[0], host)
+        part, result = (q[split:], out[split:]) if split else (q, out)
+        wrapper.run(part, caches, out=result, **options)
 
 
-def _decode_wrapper(owner: Planner, parameters: _Parameters, batch: Batch, pages: int, host) -> Any:
-    return owner.current(owner.decode_key(parameters, batch.decode, pages)) or owner.planned_decode(
-        parameters,
-        lambda: select_pages(batch.prefill, batch.sequences, *host),
-        batch.decode,
-        pages,
-        DecodeFamily(_create_decode, functools.partial(_plan_decode, parameters)),
-    )
+def _prefill_wrapper(owner: Planner, parameters: _Parameters, batch: Batch, cu_seqlen_host, host: PagesHost) -> Any:
+    def plan(wrapper):
+        starts = cu_seqlen_host[: batch.prefill + 1]
+        _plan_prefill(parameters, wrapper, starts, select_pages(0, batch.prefill, *host))
+
+    return owner.planned(("prefill", parameters), lambda: _create_prefill(owner), plan)
 
 
 @functools.cache
@@ -323,7 +314,7 @@ def _plan(
         (tuple(kv_cache.shape[d] for d in (0, 2, 3, 4)), tuple(kv_cache.stride(d) for d in (0, 2, 3, 4))),
         kv_cache.stride(1),
         all(each.is_contiguous() for each in (q, k, v, kv_cache)),
-        len(indices) == len(positions) == count and len(indptr) == len(last) + 1 == batch.sequences + 1,
+        exact_metadata(batch, indices, positions, indptr, last),
         kv_cache.dtype == FP8,
         {"enable_pdl": dependent_launch(q.device)},
     )

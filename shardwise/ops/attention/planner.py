@@ -21,6 +21,8 @@ from typing import Any
 
 import torch
 
+from shardwise.ops.attention.batch import Batch
+
 # FlashInfer asks for 128 MB; large batches of split sequences with 256-wide heads need twice that.
 WORKSPACE_BYTES = 256 * 1024 * 1024
 
@@ -43,9 +45,19 @@ class Pages:
         return self.lengths.numel()
 
 
-def leading(tensor: torch.Tensor, count: int) -> torch.Tensor:
-    """The first `count` entries; the tensor itself where it has no more, which spares a view."""
-    return tensor if tensor.shape[0] == count else tensor.narrow(0, 0, count)
+def exact_metadata(batch: Batch, *entries: torch.Tensor) -> bool:
+    """Whether batch indices, positions, cu_num_pages and last_page_len have no entries beyond the batch."""
+    return [len(each) for each in entries] == [batch.tokens, batch.tokens, batch.sequences + 1, batch.sequences]
+
+
+def without_padding(batch: Batch, indices, positions, indptr, last) -> tuple[torch.Tensor, ...]:
+    """Those entries of the same that belong to the batch."""
+    tokens, sequences = batch.tokens, batch.sequences
+    return indices[:tokens], positions[:tokens], indptr[: sequences + 1], last[:sequences]
+
+
+PagesHost = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+"""cu_num_pages_host, cache_loc, last_page_len_host, seq_len_with_cache_host: pages of all sequences of a step"""
 
 
 def select_pages(
@@ -90,18 +102,11 @@ class Planner:
     def _capturing(self) -> bool:
         return self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
-    def current(self, key: tuple) -> Any:
-        """The wrapper of `key` if it holds this step's plan, else None: what all layers but a step's first ask for."""
-        return self._planned.get(key)
-
-    def decode_key(self, parameters: Hashable, sequences: int, page_count: int) -> tuple:
-        """Decode batches share a wrapper; with `graphs` on, those of one size over one cache do."""
-        return ("graph", parameters, page_count, sequences) if self.graphs else ("decode", parameters)
-
     def planned(self, key: tuple, create: Callable[[], Any], plan: Callable[[Any], None]) -> Any:
         """The wrapper of `key`, created at its first use and planned at its first use in a step."""
-        if key in self._planned:
-            return self._planned[key]
+        planned = self._planned.get(key)
+        if planned is not None:
+            return planned
         if self._capturing():
             raise RuntimeError(
                 f"a FlashInfer plan for {key} is needed inside a CUDA graph capture, where none can be made; "
@@ -113,20 +118,29 @@ class Planner:
         self._planned[key] = self._wrappers[key]
         return self._wrappers[key]
 
-    def planned_decode(
-        self, parameters: Hashable, pages: Callable[[], Pages], sequences: int, page_count: int, family: "DecodeFamily"
+    def decode_wrapper(
+        self, family: "DecodeFamily", parameters: Hashable, batch: Batch, page_count: int, host: PagesHost
     ) -> Any:
-        """The decode wrapper for `parameters`; with `graphs` on, the one of this batch size with fixed buffers."""
-        key = self.decode_key(parameters, sequences, page_count)
-        if not self.graphs:
-            return self.planned(key, lambda: family.create(self, None), lambda w: family.plan(w, pages()))
+        """The wrapper for a step's decode sequences over a cache of so many pages.
+
+        They share one for `parameters`; with `graphs` on, those of one batch size over one cache do, in fixed buffers.
+        """
+        key = ("graph", parameters, page_count, batch.decode) if self.graphs else ("decode", parameters)
+        return self._planned.get(key) or self._planned_decode(key, family, batch, host)
+
+    def _planned_decode(self, key: tuple, family: "DecodeFamily", batch: Batch, host: PagesHost) -> Any:
+        parameters = key[1]
 
         def create():
-            wrapper = family.create(self, GraphBuffers.of(sequences, page_count, self.device))
-            self._replans[key] = lambda renewed: family.plan(wrapper, renewed)
+            if not self.graphs:
+                return family.create(self, None)
+            wrapper = family.create(self, GraphBuffers.of(batch.decode, key[2], self.device))
+            self._replans[key] = lambda renewed: family.plan(parameters, wrapper, renewed)
             return wrapper
 
-        return self.planned(key, create, lambda w: family.plan(w, pages()))
+        return self.planned(
+            key, create, lambda w: family.plan(parameters, w, select_pages(batch.prefill, batch.sequences, *host))
+        )
 
     def replan(self, pages: Pages) -> int:
         """Renew the plans of the graph wrappers of this batch size; returns how many there are."""
@@ -162,7 +176,8 @@ class DecodeFamily:
     """How one operator's decode wrapper is made and planned."""
 
     create: Callable[[Planner, GraphBuffers | None], Any]
-    plan: Callable[[Any, Pages], None]
+    plan: Callable[[Any, Any, Pages], None]
+    """Given parameters, wrapper and pages"""
 
 
 _PLANNERS: dict[tuple[str, torch.device], Planner] = {}

@@ -5,7 +5,6 @@ is absorbed into queries and outputs and the kernel reads the latent pages. Plan
 """
 
 import functools
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,15 +15,15 @@ from shardwise.ops.attention.planner import (
     DecodeFamily,
     Pages,
     Planner,
-    leading,
     planner,
     select_pages,
+    without_padding,
 )
 from shardwise.ops.attention.positions import fake_token_positions, token_positions
 from shardwise.ops.kept import Kept, Tensors, view
 from shardwise.ops.mla.reference import fake_cached_mla
 from shardwise.ops.mla.step import OP, Absorbed, MlaPlan, Parameters, aligned, check_caches, plan_step, readable_copies
-from shardwise.ops.registry import CUDA, FLASHINFER, operator
+from shardwise.ops.registry import CUDA, FLASHINFER, TRITON, operator
 
 _PLANS: Kept[MlaPlan] = Kept()
 
@@ -68,6 +67,9 @@ def _plan_decode(parameters: Parameters, wrapper, pages: Pages) -> None:
     _plan_absorbed(parameters, False, wrapper, torch.arange(pages.sequences + 1, dtype=torch.int32), pages)
 
 
+_DECODE = DecodeFamily(_create_absorbed, _plan_decode)
+
+
 def _create_ragged(owner: Planner):
     from flashinfer import BatchPrefillWithRaggedKVCacheWrapper as Wrapper
 
@@ -109,7 +111,7 @@ def _fake(
 @operator(
     fake=_fake,
     mutates=("ckv_cache", "kpe_cache"),
-    needs=(CUDA, FLASHINFER),
+    needs=(CUDA, FLASHINFER, TRITON),
     instead="torch_cached_mla_with_cache",
 )
 def flashinfer_mla_with_cache(
@@ -143,52 +145,46 @@ def flashinfer_mla_with_cache(
     `flashinfer_mla_prepare_metadata`, called once a step. Returns [b, s, N, Dv], 0 for padding tokens.
     """
     batch = read_batch(OP, batch_info_host)
-    key = batch, scale, kv_lora_rank
-    given: Tensors = (
-        q_nope, q_pe, compressed_kv, kpe, kv_b_proj_weight, ckv_cache, kpe_cache, flashinfer_batch_indices,
-        flashinfer_positions, cu_num_pages, last_page_len,
+    plan, given = _plan_of(
+        (batch, scale, kv_lora_rank),
+        (q_nope, q_pe, compressed_kv, kpe, kv_b_proj_weight, ckv_cache, kpe_cache, flashinfer_batch_indices,
+         flashinfer_positions, cu_num_pages, last_page_len),
     )  # fmt: skip
-    plan = _PLANS.get(key, given) or _PLANS.keep(key, given, plan_step(batch, scale, kv_lora_rank, *given))
-    if not plan.readable or not aligned(q_pe, compressed_kv, kpe, ckv_cache, kpe_cache):
-        check_caches(ckv_cache, kpe_cache)
-        given = (*readable_copies(*given[:4]), *given[4:])
-        plan = _PLANS.get(key, given) or _PLANS.keep(key, given, plan_step(batch, scale, kv_lora_rank, *given))
-        q_nope, q_pe, compressed_kv, kpe = given[:4]
     out, count = plan.out(), batch.tokens
     if count < plan.tokens:
         out.view(plan.tokens, -1)[count:].zero_()
     if count == 0:
         return out
-    latent, rotated = view(compressed_kv, *plan.latent), view(kpe, *plan.rotated)
-    indices, positions, indptr, last = given[7:]
-    if not plan.exact:
-        indices, positions = leading(indices, count), leading(positions, count)
-        indptr, last = leading(indptr, batch.sequences + 1), leading(last, batch.sequences)
-    quantised = ckv_cache.dtype == FP8
-    if quantised:
-        if ckv_cache.is_cuda and torch.cuda.is_current_stream_capturing():
-            raise RuntimeError(f"{OP}: a CUDA graph cannot hold a step over an fp8 cache; take one of q_nope's dtype")
-        latent, rotated = to_fp8(latent, 1.0), to_fp8(rotated, 1.0)
-    _append_function()(latent, rotated, indices, positions, ckv_cache, kpe_cache, cache_loc, indptr, last)
-    if quantised:
-        latent, rotated = latent.to(q_nope.dtype), rotated.to(q_nope.dtype)
-        used = cache_loc[: int(cu_num_pages_host[batch.sequences])].long()
-        ckv_cache, kpe_cache = (_widened(cache, used, q_nope.dtype) for cache in (ckv_cache, kpe_cache))
-        cache_loc = torch.arange(len(used), dtype=torch.int32, device=used.device)
-    owner, split = planner("mla", ckv_cache.device), batch.prefill_tokens
-    host = (cu_num_pages_host, cache_loc, last_page_len_host, seq_len_with_cache_host)
-    tensors = q_nope, q_pe, kv_b_proj_weight, ckv_cache, kpe_cache, out
-    if split and _has_prefix(batch, cu_seqlen_host, seq_len_with_cache_host):
-        _run_absorbed(
-            plan, plan.prefill, _prefix_wrapper(owner, plan.parameters, batch, cu_seqlen_host, host), *tensors
-        )
-    elif split:
-        wrapper = _ragged_wrapper(owner, plan.parameters, batch, cu_seqlen_host)
-        _run_ragged(plan, wrapper, q_nope, q_pe, kv_b_proj_weight, latent[:split], rotated[:split], out)
+    latent, rotated = view(given[2], *plan.latent), view(given[3], *plan.rotated)
+    metadata = given[7:] if plan.exact else without_padding(batch, *given[7:])
+    caches, host = (ckv_cache, kpe_cache), (cu_num_pages_host, cache_loc, last_page_len_host, seq_len_with_cache_host)
+    if plan.quantised:
+        latent, rotated, caches, host = _append_quantised(plan, batch, latent, rotated, metadata, caches, host)
+    else:
+        _append(latent, rotated, metadata, caches, cache_loc)
+    owner, tensors = planner("mla", ckv_cache.device), (*given[:2], kv_b_proj_weight, *caches, out)
+    if batch.prefill_tokens:
+        _run_prefill(plan, owner, batch, cu_seqlen_host, host, latent, rotated, *tensors)
     if batch.decode:
-        wrapper = _decode_wrapper(owner, plan.parameters, batch, ckv_cache.shape[0], host)
-        _run_absorbed(plan, plan.decode, wrapper, *tensors)
+        wrapper = owner.decode_wrapper(_DECODE, plan.parameters, batch, caches[0].shape[0], host)
+        _run_absorbed(plan.decode, wrapper, *tensors)
     return out
+
+
+def _plan_of(key: tuple, given: Tensors) -> tuple[MlaPlan, Tensors]:
+    """The plan of a step; q_nope, q_pe, compressed_kv and kpe are copies where they cannot be read in place."""
+    plan = _PLANS.get(key, given) or _PLANS.keep(key, given, plan_step(*key, *given))
+    _, q_pe, compressed_kv, kpe, _, ckv_cache, kpe_cache, *_ = given
+    if plan.readable and aligned(q_pe, compressed_kv, kpe, ckv_cache, kpe_cache):
+        return plan, given
+    check_caches(ckv_cache, kpe_cache)
+    given = (*readable_copies(*given[:4]), *given[4:])
+    return _PLANS.get(key, given) or _PLANS.keep(key, given, plan_step(*key, *given)), given
+
+
+def _append(latent: Tensor, rotated: Tensor, metadata: Tensors, caches: Tensors, cache_loc: Tensor) -> None:
+    indices, positions, indptr, last = metadata
+    _append_function()(latent, rotated, indices, positions, *caches, cache_loc, indptr, last)
 
 
 @functools.cache
@@ -198,55 +194,52 @@ def _append_function():
     return append_paged_mla_kv_cache
 
 
-def _widened(cache: torch.Tensor, pages: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The given pages of an fp8 cache, one behind the other, in `dtype`."""
-    return cache.view(torch.uint8)[pages].view(FP8).to(dtype)
+def _append_quantised(plan: MlaPlan, batch: Batch, latent: Tensor, rotated: Tensor, metadata, caches, host):
+    """Append to fp8 caches; returns as attention reads them latents, rotated keys, and all pages used, now in order."""
+    cu_num_pages_host, cache_loc, *lengths = host
+    if caches[0].is_cuda and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(f"{OP}: a CUDA graph cannot hold a step over an fp8 cache; take one of q_nope's dtype")
+    latent, rotated = to_fp8(latent, 1.0), to_fp8(rotated, 1.0)
+    _append(latent, rotated, metadata, caches, cache_loc)
+    used, dtype = cache_loc[: int(cu_num_pages_host[batch.sequences])].long(), plan.parameters.dtype
+    widened = tuple(cache.view(torch.uint8)[used].view(FP8).to(dtype) for cache in caches)
+    order = torch.arange(len(used), dtype=torch.int32, device=used.device)
+    return latent.to(dtype), rotated.to(dtype), widened, (cu_num_pages_host, order, *lengths)
 
 
-def _has_prefix(batch: Batch, cu_seqlen_host: Tensor, seq_len_with_cache_host: Tensor) -> bool:
-    """Whether any prefill sequence continues in the cache."""
-    lengths = cu_seqlen_host[: batch.prefill + 1].diff()
-    return bool((seq_len_with_cache_host[: batch.prefill] > lengths).any())
+def _run_prefill(
+    plan: MlaPlan, owner: Planner, batch: Batch, cu_seqlen_host: Tensor, host, latent: Tensor, rotated: Tensor, *tensors
+) -> None:  # fmt: skip
+    parameters, split, starts = plan.parameters, batch.prefill_tokens, cu_seqlen_host[: batch.prefill + 1]
+    if (host[3][: batch.prefill] > starts.diff()).any():  # a sequence continues in the cache
+        wrapper = owner.planned(
+            ("prefix", parameters),
+            lambda: _create_absorbed(owner, None),
+            lambda w: _plan_absorbed(parameters, True, w, starts, select_pages(0, batch.prefill, *host)),
+        )
+        _run_absorbed(plan.prefill, wrapper, *tensors)
+    else:
+        wrapper = owner.planned(
+            ("ragged", parameters), lambda: _create_ragged(owner), lambda w: _plan_ragged(parameters, w, starts)
+        )
+        _run_ragged(plan, wrapper, latent[:split], rotated[:split], *tensors)
 
 
-def _prefix_wrapper(owner: Planner, parameters: Parameters, batch: Batch, cu_seqlen_host: Tensor, host) -> Any:
-    def plan(wrapper):
-        starts = cu_seqlen_host[: batch.prefill + 1]
-        _plan_absorbed(parameters, True, wrapper, starts, select_pages(0, batch.prefill, *host))
-
-    return owner.planned(("prefix", parameters), lambda: _create_absorbed(owner, None), plan)
-
-
-def _ragged_wrapper(owner: Planner, parameters: Parameters, batch: Batch, cu_seqlen_host: Tensor) -> Any:
-    indptr = cu_seqlen_host[: batch.prefill + 1]
-    return owner.planned(
-        ("ragged", parameters), lambda: _create_ragged(owner), lambda w: _plan_ragged(parameters, w, indptr)
-    )
+def _run_absorbed(part: Absorbed, wrapper, q_nope, q_pe, weight, ckv_cache, kpe_cache, out) -> None:
+    """Tokens whose queries and outputs absorb the weight."""
+    latents = part.latents()
+    part.absorb(q_nope, weight, latents)
+    mixed = wrapper.run(latents, view(q_pe, *part.rotated), ckv_cache, kpe_cache)
+    part.release(mixed, weight, out)
 
 
-def _decode_wrapper(owner: Planner, parameters: Parameters, batch: Batch, pages: int, host) -> Any:
-    return owner.current(owner.decode_key(parameters, batch.decode, pages)) or owner.planned_decode(
-        parameters,
-        lambda: select_pages(batch.prefill, batch.sequences, *host),
-        batch.decode,
-        pages,
-        DecodeFamily(_create_absorbed, functools.partial(_plan_decode, parameters)),
-    )
-
-
-def _run_absorbed(plan: MlaPlan, part: Absorbed, wrapper, q_nope, q_pe, weight, ckv_cache, kpe_cache, out) -> None:
-    """Tokens whose queries and outputs have absorbed the weight; no copy is made before or after the products."""
-    absorbed, (to_latent, to_value) = part.absorbed(), plan.factors
-    torch.bmm(view(q_nope, *part.queries), view(weight, *to_latent), out=view(absorbed, *part.latents))
-    mixed = wrapper.run(absorbed, view(q_pe, *part.rotated), ckv_cache, kpe_cache)
-    torch.bmm(view(mixed, *part.latents), view(weight, *to_value), out=view(out, *part.out))
-
-
-def _run_ragged(plan: MlaPlan, wrapper, q_nope, q_pe, weight, latent: Tensor, rotated: Tensor, out: Tensor) -> None:
+def _run_ragged(
+    plan: MlaPlan, wrapper, latent: Tensor, rotated: Tensor, q_nope, q_pe, weight, _ckv_cache, _kpe_cache, out
+) -> None:  # fmt: skip
     """The prefill tokens, whose keys and values are expanded."""
     heads, tokens = plan.parameters.heads, latent.shape[0]
     both = (latent @ weight.t()).view(-1, heads.count, heads.nope + heads.value)
     key = torch.cat((both[..., : heads.nope], rotated[:, None].expand(-1, heads.count, -1)), dim=-1)
-    queries = view(q_nope, *plan.prefill.queries).transpose(0, 1), view(q_pe, *plan.prefill.rotated)
+    queries = torch.cat((view(q_nope, *plan.queries), view(q_pe, *plan.prefill.rotated)), dim=-1)
     rows = out.view(-1, heads.count, heads.value)[:tokens]
-    wrapper.run(torch.cat(queries, dim=-1), key, both[..., heads.nope :].contiguous(), out=rows)
+    wrapper.run(queries, key, both[..., heads.nope :].contiguous(), out=rows)

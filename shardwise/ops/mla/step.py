@@ -11,7 +11,9 @@ import torch
 from shardwise.ops.attention.batch import Batch
 from shardwise.ops.attention.checks import shape
 from shardwise.ops.attention.flashinfer import FP8
+from shardwise.ops.attention.planner import exact_metadata
 from shardwise.ops.kept import View, fresh
+from shardwise.ops.mla.absorb import Factor, Product, Rows, head_product
 from shardwise.ops.mla.checks import LatentHeads, check_latent
 from shardwise.ops.vector_access import takes_vectors
 
@@ -32,18 +34,16 @@ parameters_of = functools.cache(Parameters)
 
 
 class Absorbed(NamedTuple):
-    """Tokens whose queries and outputs absorb the weight, by head where a product reads or writes them."""
+    """Tokens whose queries and outputs absorb the weight."""
 
-    absorbed: Callable[[], torch.Tensor]
+    latents: Callable[[], torch.Tensor]
     """Makes room for the queries' latents [tokens, N, R]"""
-    queries: View
-    """[N, tokens, Dn]"""
+    absorb: Product
+    """q_nope by the weight's [N, Dn, R] into these"""
     rotated: View
-    """[tokens, N, Dr]"""
-    latents: View
-    """[N, tokens, R] of a contiguous [tokens, N, R]"""
-    out: View
-    """[N, tokens, Dv]"""
+    """q_pe as [tokens, N, Dr]"""
+    release: Product
+    """Attention's latents by the weight's [N, R, Dv] into the result"""
 
 
 class MlaPlan(NamedTuple):
@@ -58,12 +58,13 @@ class MlaPlan(NamedTuple):
     """Whether no metadata has entries beyond the batch"""
     readable: bool
     """Whether all are read in place where they are aligned; else copies must be made (`readable_copies`)"""
+    quantised: bool
     latent: View
     """compressed_kv as [tokens, R]"""
     rotated: View
     """kpe as [tokens, Dr]"""
-    factors: tuple[View, View]
-    """Of the weight, that absorb it into queries, [N, Dn, R], and out of outputs, [N, R, Dv]"""
+    queries: View
+    """q_nope as [prefill tokens, N, Dn]"""
     prefill: Absorbed
     decode: Absorbed
 
@@ -74,6 +75,35 @@ def plan_step(
 ) -> MlaPlan:  # fmt: skip
     """Raises TypeError and ValueError for what does not fit together."""
     heads = check_latent(OP, q_nope, q_pe, compressed_kv, kpe, weight)
+    _check_step(heads, kv_lora_rank, q_nope, ckv_cache, kpe_cache)
+    check_caches(ckv_cache, kpe_cache)
+    (b, s), count = q_nope.shape[:2], batch.tokens
+    if count > b * s:
+        raise ValueError(f"{OP}: batch_info_host counts {count} tokens, q_nope holds {b * s}")
+    strides = [_token_stride(each) for each in (q_nope, compressed_kv, kpe)]
+    q_t, latent_t, kpe_t = (stride or 0 for stride in strides)
+    queries = Rows(q_t, q_nope.stride(2))
+
+    def absorbed(first: int, tokens: int) -> Absorbed:
+        return absorbing(heads, weight, queries._replace(before=first), first, tokens, q_nope)
+
+    return MlaPlan(
+        parameters_of(heads, ckv_cache.shape[1], q_nope.dtype, heads.scale(scale)),
+        b * s,
+        fresh((b, s, heads.count, heads.value), q_nope.dtype, q_nope.device),
+        exact_metadata(batch, indices, positions, indptr, last),
+        # Rows of FlashInfer's begin at multiples of 16 bytes; queries are read by a product, from anywhere.
+        None not in strides and not (latent_t | kpe_t) % 8 and q_pe.is_contiguous(),
+        ckv_cache.dtype == FP8,
+        ((count, heads.rank), (latent_t, 1), 0),
+        ((count, heads.rope), (kpe_t, 1), 0),
+        ((batch.prefill_tokens, heads.count, heads.nope), (*queries[:2], 1), 0),
+        absorbed(0, batch.prefill_tokens),
+        absorbed(batch.prefill_tokens, batch.decode),
+    )
+
+
+def _check_step(heads: LatentHeads, kv_lora_rank: int, q_nope, ckv_cache, kpe_cache) -> None:
     if q_nope.dtype not in (torch.float16, torch.bfloat16):
         raise TypeError(f"{OP}: q_nope is {q_nope.dtype}; legal: float16, bfloat16")
     for name, cache, width in (("ckv_cache", ckv_cache, heads.rank), ("kpe_cache", kpe_cache, heads.rope)):
@@ -85,39 +115,19 @@ def plan_step(
     if heads.rank != 512 or heads.rope != 64 or kv_lora_rank != heads.rank:
         raise ValueError(f"{OP}: R {heads.rank}, Dr {heads.rope}, kv_lora_rank {kv_lora_rank}; legal: 512, 64, 512; "
                          "or call torch_cached_mla_with_cache")  # fmt: skip
-    (b, s), count = q_nope.shape[:2], batch.tokens
-    if count > b * s:
-        raise ValueError(f"{OP}: batch_info_host counts {count} tokens, q_nope holds {b * s}")
-    check_caches(ckv_cache, kpe_cache)
-    strides = [_token_stride(each) for each in (q_nope, compressed_kv, kpe)]
-    q_t, latent_t, kpe_t = (stride or 0 for stride in strides)
-    (row, column), block = weight.stride(), heads.nope + heads.value
 
-    def absorbed(first: int, tokens: int) -> Absorbed:
-        number, nope, rope, value, rank = heads
-        return Absorbed(
-            fresh((tokens, number, rank), q_nope.dtype, q_nope.device),
-            ((number, tokens, nope), (q_nope.stride(2), q_t, 1), first * q_t),
-            ((tokens, number, rope), (number * rope, rope, 1), first * number * rope),
-            ((number, tokens, rank), (rank, number * rank, 1), 0),
-            ((number, tokens, value), (value, number * value, 1), first * number * value),
-        )
 
-    return MlaPlan(
-        parameters_of(heads, ckv_cache.shape[1], q_nope.dtype, heads.scale(scale)),
-        b * s,
-        fresh((b, s, heads.count, heads.value), q_nope.dtype, q_nope.device),
-        len(indices) == len(positions) == count and len(indptr) == len(last) + 1 == batch.sequences + 1,
-        # Rows of FlashInfer's begin at multiples of 16 bytes; queries are read by a product, from anywhere.
-        None not in strides and not (latent_t | kpe_t) % 8 and q_pe.is_contiguous(),
-        ((count, heads.rank), (latent_t, 1), 0),
-        ((count, heads.rope), (kpe_t, 1), 0),
-        (
-            ((heads.count, heads.nope, heads.rank), (block * row, row, column), 0),
-            ((heads.count, heads.rank, heads.value), (block * row, column, row), heads.nope * row),
-        ),
-        absorbed(0, batch.prefill_tokens),
-        absorbed(batch.prefill_tokens, batch.decode),
+def absorbing(heads: LatentHeads, weight, queries: Rows, first: int, tokens: int, like: torch.Tensor) -> Absorbed:
+    """For `tokens` of a step behind its `first` ones; q_nope's rows are `queries`, all tensors of `like`'s dtype."""
+    number, nope, rope, value, rank = heads
+    (row, column), block = weight.stride(), (nope + value) * weight.stride(0)
+    latents, result = Rows(number * rank, rank), Rows(number * value, value, first)
+    to_latent, to_value = Factor(0, block, row, column), Factor(nope * row, block, column, row)
+    return Absorbed(
+        fresh((tokens, number, rank), like.dtype, like.device),
+        head_product(like, tokens, number, nope, rank, queries, to_latent, latents),
+        ((tokens, number, rope), (number * rope, rope, 1), first * number * rope),
+        head_product(like, tokens, number, rank, value, latents, to_value, result),
     )
 
 

@@ -14,7 +14,7 @@ from shardwise.ops.attention.flashinfer import (
     flashinfer_attention_mha_with_cache,
     flashinfer_attention_prepare_metadata,
 )
-from shardwise.ops.attention.planner import DecodeFamily, Planner, decode_graphs, planner, replan_decode, select_pages
+from shardwise.ops.attention.planner import DecodeFamily, Planner, decode_graphs, planner, replan_decode
 from shardwise.ops.attention.reference import torch_cached_attention_with_cache
 from shardwise.ops.metadata_reports import raise_report
 from shardwise.ops.registry import TRITON, OperatorUnavailable, operators
@@ -121,33 +121,33 @@ class Recorder:
         self.created.append(buffers)
         return f"wrapper {len(self.created)}"
 
-    def plan(self, wrapper, pages):
+    def plan(self, parameters, wrapper, pages):
+        assert parameters == "layer"
         self.plans.append((wrapper, pages.indptr.tolist(), pages.indices.tolist()))
 
 
-def pages_of(paged, first, last):
-    return select_pages(first, last, paged.cu_num_pages_host, paged.cache_loc, paged.last_page_len_host,
-                        paged.seq_len_with_cache_host)  # fmt: skip
+def pages_of(paged):
+    return paged.cu_num_pages_host, paged.cache_loc, paged.last_page_len_host, paged.seq_len_with_cache_host
 
 
 def test_decode_is_planned_once_a_step_over_its_own_pages():
     recorder, owner, paged = Recorder(), Planner(torch.device("cpu")), Paged.of(STEPS["mixed"])
+    step = recorder.family, "layer", Batch(2, 49, 2), 100, pages_of(paged)
     for _ in range(3):
-        owner.planned_decode("layer", lambda: pages_of(paged, 2, 4), 2, 100, recorder.family)
+        owner.decode_wrapper(*step)
     assert recorder.created == [None]
     assert recorder.plans == [("wrapper 1", [0, 5, 7], paged.cache_loc[5:12].tolist())]
     owner._planned.clear()
-    owner.planned_decode("layer", lambda: pages_of(paged, 2, 4), 2, 100, recorder.family)
+    owner.decode_wrapper(*step)
     assert len(recorder.created) == 1 and len(recorder.plans) == 2
 
 
 def test_graph_wrappers_are_made_for_each_batch_size_and_replanned_by_it():
     recorder, paged = Recorder(), Paged.of(STEPS["decode"])
-    host = (paged.cu_num_pages_host, paged.cache_loc, paged.last_page_len_host, paged.seq_len_with_cache_host)
-    owner = planner("attention", torch.device("cpu"))
+    host, owner = pages_of(paged), planner("attention", torch.device("cpu"))
     with decode_graphs():
         for count in (3, 2, 3):
-            owner.planned_decode("layer", lambda count=count: pages_of(paged, 0, count), count, 100, recorder.family)
+            owner.decode_wrapper(recorder.family, "layer", Batch(0, 0, count), 100, host)
     assert [len(buffers.last_page_len) for buffers in recorder.created] == [3, 2]
     assert not owner.graphs
     replan_decode(*host)
