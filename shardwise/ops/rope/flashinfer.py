@@ -8,6 +8,7 @@ import torch
 
 from shardwise.ops.kept import Kept, view
 from shardwise.ops.registry import FLASHINFER, operator
+from shardwise.ops.rope.reference import contiguous_pair
 from shardwise.ops.vector_access import with_vectors
 
 _View = tuple[tuple[int, ...], tuple[int, ...]]
@@ -20,14 +21,7 @@ def _function():
     return apply_rope_with_cos_sin_cache
 
 
-def _pair(q, k, *_args, **_kwargs):
-    return (
-        torch.empty_like(q, memory_format=torch.contiguous_format),
-        torch.empty_like(k, memory_format=torch.contiguous_format),
-    )
-
-
-@operator(fake=_pair, needs=(FLASHINFER,), instead="torch_rope_with_explicit_cos_sin")
+@operator(fake=contiguous_pair, needs=(FLASHINFER,), instead="torch_rope_with_explicit_cos_sin")
 def flashinfer_rope(
     q: torch.Tensor, k: torch.Tensor, position_ids: torch.Tensor, cos_sin_cache: torch.Tensor, is_neox: bool = True
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -39,7 +33,7 @@ def flashinfer_rope(
     given = q, k, position_ids, cos_sin_cache
     plan = _PLANS.get(q.shape, given) or _PLANS.keep(q.shape, given, _plan(*given))
     if not plan.tokens:
-        return _pair(q, k)
+        return contiguous_pair(q, k)
     if not plan.dense or math.gcd(16, q.data_ptr(), k.data_ptr()) != 16:
         q, k = (with_vectors(each.reshape(plan.tokens, -1)) for each in (q, k))
     elif plan.flatten:

@@ -12,6 +12,14 @@ def _pair(q, k, *_args, **_kwargs):
     return torch.empty_like(q), torch.empty_like(k)
 
 
+def contiguous_pair(q, k, *_args, **_kwargs):
+    """Room for results of the other backends, and their fake."""
+    return (
+        torch.empty_like(q, memory_format=torch.contiguous_format),
+        torch.empty_like(k, memory_format=torch.contiguous_format),
+    )
+
+
 def _turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """NeoX rotation; cos and sin carry duplicated halves and broadcast against x [..., D]."""
     half = x.shape[-1] // 2

@@ -11,6 +11,7 @@ import torch
 
 from shardwise.ops.registry import TRITON, operator
 from shardwise.ops.rope.kernels import flat_kernel, halves_kernel, interleaved_kernel
+from shardwise.ops.rope.reference import contiguous_pair
 from shardwise.ops.triton_support import Form, Kernel, dependent_launch
 
 LAYOUTS = ("bsnd", "bnsd", "sbnd", "snbd", "nbsd", "nsbd")
@@ -150,13 +151,6 @@ def triton_rope_on_flattened_inputs(
     return out
 
 
-def _contiguous_pair(q, k, *_args):
-    return (
-        torch.empty_like(q, memory_format=torch.contiguous_format),
-        torch.empty_like(k, memory_format=torch.contiguous_format),
-    )
-
-
 @_remembered
 def _plan_interleaved(q_shape, k_shape, q_strides, k_strides, tables, even, dtypes, device) -> _Plan:
     _check_interleaved(q_shape, k_shape, *tables)
@@ -178,7 +172,7 @@ def _pairs_are_words(strides: tuple[int, ...]) -> bool:
     return strides[3] == 1 and not any(stride & 1 for stride in strides[:3])
 
 
-@operator(fake=_contiguous_pair, needs=(TRITON,), instead="torch_rope_with_qk_interleaving")
+@operator(fake=contiguous_pair, needs=(TRITON,), instead="torch_rope_with_qk_interleaving")
 def triton_rope_on_interleaved_qk_inputs(
     q: torch.Tensor, k: torch.Tensor, cos_cache: torch.Tensor, sin_cache: torch.Tensor, position_ids: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -192,7 +186,7 @@ def triton_rope_on_interleaved_qk_inputs(
         (q.data_ptr() | k.data_ptr()) % 4 == 0,
         (q.dtype, k.dtype, cos_cache.dtype, sin_cache.dtype, position_ids.dtype), q.device,
     )  # fmt: skip
-    q_out, k_out = _contiguous_pair(q, k)
+    q_out, k_out = contiguous_pair(q, k)
     tables = cos_cache.contiguous(), sin_cache.contiguous(), position_ids.contiguous()
     plan.form(plan.grid, (q, k, q_out, k_out, *tables), plan.free)
     return q_out, k_out
