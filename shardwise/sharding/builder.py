@@ -152,8 +152,8 @@ class Builder:
             theta = fields.number("rope_theta", default=default_theta, above=0.0)
             theta = theta or c.number("rope_theta", default=10000.0, above=0.0)
         if partial is None:
-            partial = fields.number("partial_rotary_factor", default=None)
-            partial = c.number("partial_rotary_factor", default=1.0) if partial is None else partial
+            partial = fields.fraction("partial_rotary_factor", default=None)
+            partial = c.fraction("partial_rotary_factor", default=1.0) if partial is None else partial
         name = fields.text("rope_type", "type", default="default") if scaled else "default"
         return Rope(theta=theta, dim=int(head_dim * partial), kind=name, scaling=self._scaling(fields, name))
 

@@ -14,6 +14,8 @@ COUNTS = {"layer": 10_000, "depth": 10_000, "expert": 1 << 16, "head": 1 << 16, 
 """Bounds of what the planner enumerates, by a word in the field's name: ten times what any model has."""
 
 _REQUIRED: Any = object()
+_FLOATS = {text: float(text) for text in ("Infinity", "-Infinity", "NaN")}
+_JSON_NAMES = {"dict": "an object", "list": "a list", "str": "a text", "NoneType": "null", "bool": "true or false"}
 
 
 class ConfigError(ValueError):
@@ -81,6 +83,13 @@ class Config:
             raise self.error(names, value, f"a number above {above:g}")
         return float(value)
 
+    def fraction(self, *names: str, default: Any = _REQUIRED) -> float:
+        """A number above 0 and at most 1."""
+        value = self.number(*names, default=default, above=0.0)
+        if value is not default and value > 1:
+            raise self.error(names, value, "a number of at most 1")
+        return value
+
     def flag(self, *names: str, default: bool = False) -> bool:
         value = self._get(names, default)
         if not isinstance(value, bool):
@@ -136,7 +145,7 @@ class Config:
 def _plain(value: Any) -> Any:
     """Transformers writes an infinite number as `{"__float__": "Infinity"}`."""
     if isinstance(value, dict) and value.keys() == {"__float__"}:
-        return float(value["__float__"])
+        return _FLOATS.get(str(value["__float__"]), value)
     return [_plain(v) for v in value] if isinstance(value, list) else value
 
 
@@ -162,5 +171,6 @@ def read_json(path: str | Path, kind: type, expected: str) -> Any:
     except ValueError as error:
         raise error if isinstance(error, ConfigError) else ConfigError(f"{path}: not valid JSON: {error}") from None
     if not isinstance(data, kind):
-        raise ConfigError(f"{path}: holds a {type(data).__name__}, expected {expected}")
+        found = _JSON_NAMES.get(type(data).__name__, "a number")
+        raise ConfigError(f"{path}: holds {found}, expected {expected}")
     return data

@@ -110,11 +110,12 @@ def _cost(plan: Plan, topology: "Topology", workload: "Workload", estimate: "Est
 
 
 def extras(plan: Plan) -> list[dict[str, Any]]:
-    """Parts of the checkpoint that a run does not load, with their bytes."""
+    """Parts of the checkpoint that a run does not load, with their bytes; None where only headers tell them."""
     found: dict[str, dict[str, Any]] = {}
     for extra in plan.model.extras:
+        size = 0 if extra.tensors else None
         row = found.setdefault(
-            extra.name, {"name": extra.name, "parameters": 0, "bytes": 0, "loaded": False, "note": ""}
+            extra.name, {"name": extra.name, "parameters": size, "bytes": size, "loaded": False, "note": ""}
         )
         row["note"] = row["note"] or extra.note
     for pattern in plan.patterns:

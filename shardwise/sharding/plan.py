@@ -177,12 +177,12 @@ def plan(
         raise ValueError(f"a layout ({layout}) and sizes of mesh axes ({sizes}) are given: drop one of them")
     layout = layout or sizes
     extras, padded = tuple(extras), tuple(sorted(set(pad)))
-    _check_names("extras", extras, (e.name for e in spec.extras))
+    _check_names("extras", extras, (e.name for e in spec.extras if e.tensors))
     patterns = patterns_of(spec, frozenset(extras))
     specs = tuple(p.spec for p in patterns if p.loaded)
     _check_names("pad", padded, (a.axis.value for a in axes_of(specs)))
     by_axis, warnings = choose_cuts(specs, layout, frozenset(map(Axis, padded)))
-    warnings += _without_experts(by_axis, layout, redundant_experts)
+    warnings += _without_experts(by_axis, layout, redundant_experts, expert_load)
     placement = {
         axis: expert_placement or place_experts(axis, layout.moe_ep, redundant_experts, expert_load)
         for axis in by_axis
@@ -200,12 +200,15 @@ def _check_names(option: str, names: Iterable[str], known: Iterable[str]) -> Non
             raise ValueError(f"{option}: the model has no {name!r}; it has {', '.join(legal) or 'none'}")
 
 
-def _without_experts(axes: Iterable[LogicalAxis], layout: ParallelLayout, redundant: int) -> tuple[str, ...]:
-    """What is asked of experts that a dense model lacks: copies are an error, a grid of ranks only a warning."""
+def _without_experts(
+    axes: Iterable[LogicalAxis], layout: ParallelLayout, redundant: int, load: tuple[float, ...] | None
+) -> tuple[str, ...]:
+    """What is asked of experts that a dense model lacks: placing them is an error, a grid of ranks only a warning."""
     if any(axis.axis is Axis.EXPERTS for axis in axes):
         return ()
-    if redundant:
-        raise ValueError(f"{redundant} redundant experts: the model has no routed experts")
+    if redundant or load is not None:
+        asked = f"{redundant} redundant experts" if redundant else "a load of experts"
+        raise ValueError(f"{asked}: the model has no routed experts")
     return (f"ep {layout.moe_ep}: the model has no routed experts, so ep changes nothing",) if layout.moe_ep > 1 else ()
 
 

@@ -49,7 +49,8 @@ def _beyond(plan: Plan, workload: "Workload") -> tuple[str, ...]:
 
 def _extra_line(row: dict) -> str:
     state = "loaded" if row["loaded"] else "not loaded"
-    size = f"{size_text(row['bytes'])}, {count_text(row['parameters'])} parameters"
+    known = row["bytes"] is not None
+    size = f"{size_text(row['bytes'])}, {count_text(row['parameters'])} parameters" if known else "of unknown size"
     return f"extra, {state}: {row['name']}, {size}" + (f" ({row['note']})" if row["note"] else "")
 
 

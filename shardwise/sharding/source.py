@@ -15,7 +15,7 @@ def load_model(model: Mapping[str, Any] | str | Path, styles: Mapping[str, str] 
     `styles`: a tp_plan for an architecture that no family describes; ValueError where one does.
     """
     spec = _load(model, styles)
-    if styles and spec.architecture in ARCHITECTURES:
+    if styles is not None and spec.architecture in ARCHITECTURES:
         raise ValueError(
             f"{spec.architecture} is described by a family: a tp_plan serves only architectures that are not"
         )

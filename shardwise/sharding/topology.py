@@ -8,7 +8,7 @@ import json
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
-from shardwise.sharding.config import read_json
+from shardwise.sharding.config import ConfigError, read_json
 
 SCHEMA_VERSION = 1
 
@@ -114,7 +114,7 @@ BUILT_IN = {
 
 
 def load(name_or_file: str) -> Topology:
-    """A built-in device by name, or a topology file. Raises ValueError naming file and field."""
+    """A built-in device by name, or a topology file. ValueError for neither, ConfigError names file and field."""
     if name_or_file in BUILT_IN:
         return BUILT_IN[name_or_file]
     path = Path(name_or_file)
@@ -129,11 +129,11 @@ def save(topology: Topology, path: str | Path) -> None:
 
 
 def from_json(data: object, source: str) -> Topology:
-    """Topology from the JSON object that `save` wrote. Raises ValueError naming `source` and field."""
+    """Topology from the JSON object that `save` wrote. Raises ConfigError naming `source` and field."""
     record = _object(data, source, "")
     version = record.pop("schema_version", None)
     if version != SCHEMA_VERSION:
-        raise ValueError(f"{source}: schema_version is {version!r}, this version reads {SCHEMA_VERSION}")
+        raise ConfigError(f"{source}: schema_version is {version!r}, this version reads {SCHEMA_VERSION}")
     parts = {"device": Device, "intra": Link, "inter": Link}
     for key, kind in parts.items():
         record[key] = _build(kind, record.get(key), source, key + ".")
@@ -142,7 +142,7 @@ def from_json(data: object, source: str) -> Topology:
 
 def _object(data: object, source: str, where: str) -> dict:
     if not isinstance(data, dict):
-        raise ValueError(f"{source}: {where or 'the file'} is {type(data).__name__}, should be an object")
+        raise ConfigError(f"{source}: {where or 'the file'} is {type(data).__name__}, should be an object")
     return dict(data)
 
 
@@ -151,13 +151,13 @@ def _build(kind, data: object, source: str, prefix: str):
     known = {field.name for field in fields(kind)}
     unknown = sorted(set(record) - known)
     if unknown:
-        raise ValueError(f"{source}: unknown field {prefix}{unknown[0]}; known: {', '.join(sorted(known))}")
+        raise ConfigError(f"{source}: unknown field {prefix}{unknown[0]}; known: {', '.join(sorted(known))}")
     for name, value in record.items():
         if isinstance(value, str | Device | Link):
             continue
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
-            raise ValueError(f"{source}: {prefix}{name} is {value!r}, should be a positive number")
+            raise ConfigError(f"{source}: {prefix}{name} is {value!r}, should be a positive number")
     try:
         return kind(**record)
     except TypeError as error:
-        raise ValueError(f"{source}: {prefix or 'topology'}: {str(error).split(') ')[-1]}") from None
+        raise ConfigError(f"{source}: {prefix or 'topology'}: {str(error).split(') ')[-1]}") from None

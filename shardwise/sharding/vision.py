@@ -22,7 +22,8 @@ def vision_extras(config: Config, hidden: int, dtype: str) -> Iterator[Extra]:
     if not vision.data:
         return
     kind = vision.text("model_type", default="")
-    tower = TOWERS.get(kind) or (_kimi if vision.has("vt_hidden_size") and not vision.has("norm_type") else None)
+    tower = TOWERS.get(kind) or TOWERS.get(kind.removesuffix("_vision"))
+    tower = tower or (_kimi if vision.has("vt_hidden_size") and not vision.has("norm_type") else None)
     if tower is None:
         yield Extra(name="vision", note=f"tower type {kind or 'unnamed'}: bytes are known from headers only")
         return
@@ -144,4 +145,4 @@ TOWERS: dict[str, Tower] = {
     "pixtral": _pixtral,
     "gemma4_vision": _gemma4,
 }
-"""By the `model_type` of the vision config."""
+"""By the `model_type` of the vision config, which may end in `_vision` beside."""

@@ -87,7 +87,9 @@ def test_unusable_command_lines_are_one_sentence_and_exit_with_2(words):
     "words, code, text",
     [
         (["run", "smollm2", "--launcher", "warp"], 2, "unknown launcher 'warp'; legal: local, torchrun, mpi, ray"),
-        (["run", "smollm2", "--tp", "0"], 2, "--tp 0: must be at least 1"),
+        (["run", "smollm2", "--tp", "0"], 2, "argument --tp: '0' is not a number of at least 1"),
+        (["plan", "smollm2", "--moe-tp", "0"], 2, "argument --moe-tp: '0' is not a number of at least 1"),
+        (["bench", "generate", "smollm2", "--batch", "0"], 2, "--batch: '0' is not a number of at least 1"),
         (["run", "smollm2", "-n", "4", "--tp", "3"], 2, "-n 4 contradicts --tp 3"),
         (["run", "smollm2", "--transport", "pigeon"], 2, "transport 'pigeon' is unknown, legal: auto, gloo, nccl"),
         (["run", "smollm2", "--json", "/no/such/file"], 2, "--json /no/such/file: there is no folder /no/such"),

@@ -56,6 +56,10 @@ def test_query_rows_of_llama_files_are_marked_as_interleaved(tmp_path):
 REFUSED = {
     "architecture": (llama("mamba"), "general.architecture is 'mamba'"),
     "missing field": (llama(drop="block_count"), "metadata llama.block_count is missing"),
+    "no heads": (
+        llama(drop="head_count", more=[u32("llama.attention.head_count", 0)]),
+        "metadata llama.attention.head_count is 0, expected an integer of at least 1",
+    ),
     "experts in a llama file": (llama(more=[u32("llama.expert_count", 8)]), "llama.expert_count"),
     "partial rotation": (llama(more=[u32("llama.rope.dimension_count", 2)]), "llama.rope.dimension_count 2"),
     "unknown tensor": (llama(tensors=("blk.0.strange.weight",)), "tensor blk.0.strange.weight has no place"),

@@ -83,7 +83,9 @@ def test_an_index_joins_its_shards(sharded):
     }
 
 
-@pytest.mark.parametrize("file", ["../one.safetensors", "/etc/passwd", "sub/one.safetensors", "..", "", 7, None])
+@pytest.mark.parametrize(
+    "file", ["../one.safetensors", "/etc/passwd", "sub/one.safetensors", "..", "", 7, None, [], {}]
+)
 def test_an_index_may_not_point_outside_of_its_folder(sharded, file):
     folder, index = sharded
     index({"a": file})

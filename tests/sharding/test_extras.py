@@ -5,6 +5,7 @@ from published_models import CONFIGS, model
 
 from shardwise.sharding.document import extras
 from shardwise.sharding.plan import plan
+from shardwise.sharding.report import text_report
 
 # Elements of the vision part when Transformers builds the published config.
 VISION = {
@@ -15,6 +16,7 @@ VISION = {
     "Qwen/Qwen3-VL-4B-Instruct": 415_347_712,
     "Qwen/Qwen3.5-27B": 460_730_096,
     "Qwen/Qwen3.5-35B-A3B": 446_571_248,
+    "nvidia/Qwen3.5-122B-A10B-NVFP4": 451_290_864,
     "nvidia/MiniMax-M3-NVFP4": 865_567_232,
     "google/gemma-4-26B-A4B": 572_792_112,
 }
@@ -38,9 +40,12 @@ def test_the_mtp_layer_is_what_separates_the_published_total_from_the_decoder():
     assert (decoder + row["parameters"]) / 1e9 == pytest.approx(81.325, abs=0.001)
 
 
-def test_a_tower_that_is_not_described_is_listed_without_bytes():
+def test_a_tower_that_is_not_described_is_listed_without_bytes_and_cannot_be_loaded():
     row = extra("moonshotai/Kimi-K3", "vision")
-    assert row["bytes"] == 0 and "headers" in row["note"]
+    assert row["bytes"] is None and "headers" in row["note"]
+    assert "vision, of unknown size" in text_report(plan(model("moonshotai/Kimi-K3")))
+    with pytest.raises(ValueError, match="the model has no 'vision'"):
+        plan(model("moonshotai/Kimi-K3"), extras=["vision"])
 
 
 def test_every_announced_tower_is_listed():

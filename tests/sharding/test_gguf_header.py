@@ -55,6 +55,10 @@ DAMAGED = {
     "string longer than the file": (gguf([pair("k", STRING, struct.pack("<Q", 1 << 62))]), "metadata k: "),
     "array longer than the file": (gguf([pair("k", ARRAY, struct.pack("<IQ", 4, 1 << 40))]), "metadata k: "),
     "array of strings that ends early": (gguf([pair("k", ARRAY, struct.pack("<IQ", 8, 3))]), "metadata k"),
+    "array of strings longer than any file": (
+        gguf([pair("k", ARRAY, struct.pack("<IQQ", 8, 2, (1 << 64) - 9) + bytes(16))]),
+        "metadata k: ",
+    ),
     "array of arrays": (gguf([pair("k", ARRAY, struct.pack("<IQ", 9, 0))]), "metadata k: an array of arrays"),
     "unknown metadata type": (gguf([pair("k", 77, bytes(8))]), "metadata k: unknown metadata type 77"),
     "key twice": (gguf([pair("k", U32, bytes(4))] * 2), "metadata k: the key occurs twice"),

@@ -89,7 +89,6 @@ def test_text_names_tensors_ranks_collectives_and_warnings(config, capsys):
     [
         (["--tp", "11"], "9 q_heads in 3 groups on 11 ranks"),
         (["--tp", "2", "--ep", "8"], "--attn-dp 4"),
-        (["--tp", "0"], "tp is 0"),
         (["surplus"], "unexpected 'surplus'"),
         (["--device", "toaster"], "neither a file nor one of"),
         (["--device", "h200", "--tp", "9", "--nodes", "2"], "--nodes 2: 9 ranks"),

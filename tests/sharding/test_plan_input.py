@@ -45,6 +45,8 @@ LLAMA = {
         ("rope_scaling", [1], "rope_scaling is [1], expected an object"),
         ("quantization_config", 8, "quantization_config is 8, expected an object"),
         ("architectures", "LlamaForCausalLM", "expected a list of str"),
+        ("partial_rotary_factor", 1e308, "a number of at most 1"),
+        ("hidden_size", {"__float__": [1]}, "expected an integer"),
         ("quantization_config", {"quant_method": "fp8", "modules_to_not_convert": ["re:("]}, "a regular expression"),
     ],
 )
@@ -119,6 +121,20 @@ def test_infinity_literals_are_read(tmp_path):
 def test_an_unknown_architecture_without_headers_names_the_closest():
     with pytest.raises(UnknownArchitecture, match="closest: LlamaForCausalLM"):
         plan(LLAMA | {"architectures": ["LLamaForCausalLM2"]})
+
+
+def test_a_config_without_architectures_says_which_one_its_model_type_has():
+    unnamed = LLAMA | {"architectures": None, "model_type": "qwen3_moe"}
+    with pytest.raises(
+        UnknownArchitecture, match=r'with this model_type add "architectures": \["Qwen3MoeForCausalLM"\]'
+    ):
+        plan(unnamed)
+
+
+def test_placing_experts_of_a_dense_model_is_refused():
+    for asked in ({"redundant_experts": 2}, {"expert_load": (1.0,)}):
+        with pytest.raises(ValueError, match="the model has no routed experts"):
+            plan(LLAMA, **asked)
 
 
 def write_llama(folder, change=lambda tensors: None, config=LLAMA):

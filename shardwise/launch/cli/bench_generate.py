@@ -10,7 +10,7 @@ from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from shardwise.launch import env
-from shardwise.launch.cli import DONE, UsageError
+from shardwise.launch.cli import DONE, UsageError, positive
 from shardwise.launch.cli.grid import add_forms, add_grid, model_config, set_log_folder
 from shardwise.launch.cli.output import add_json, require_writable, write_json
 from shardwise.launch.job import interruptible
@@ -32,10 +32,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_grid(parser)
     add_forms(parser)
     load = parser.add_argument_group("load")
-    load.add_argument("--batch", type=int, default=1, metavar="N", help="prompts at once, over all ranks (default 1)")
-    load.add_argument("--input", type=int, default=256, metavar="N", help="tokens of a prompt (default 256)")
-    load.add_argument("--output", type=int, default=128, metavar="N", help="new tokens of a prompt (default 128)")
-    load.add_argument("--runs", type=int, default=3, metavar="N", help="timed runs (default 3); the median is shown")
+    load.add_argument(
+        "--batch", type=positive, default=1, metavar="N", help="prompts at once, over all ranks (default 1)"
+    )
+    load.add_argument("--input", type=positive, default=256, metavar="N", help="tokens of a prompt (default 256)")
+    load.add_argument("--output", type=positive, default=128, metavar="N", help="new tokens of a prompt (default 128)")
+    load.add_argument(
+        "--runs", type=positive, default=3, metavar="N", help="timed runs (default 3); the median is shown"
+    )
     load.add_argument("--seed", type=int, default=0, metavar="S", help="of prompts and dummy weights (default 0)")
     out = parser.add_argument_group("output")
     out.add_argument("--trace", metavar="DIR", help="write a Chrome trace of each rank there, of a run of its own")
@@ -113,9 +117,6 @@ def _config(args: argparse.Namespace, info: "RankInfo") -> "ModelConfig":
 def _load(args: argparse.Namespace) -> "Load":
     from shardwise.launch.generation import Load
 
-    for name in ("batch", "input", "output", "runs"):
-        if getattr(args, name) < 1:
-            raise UsageError(f"--{name} {getattr(args, name)}: must be at least 1")
     return Load(batch=args.batch, input=args.input, output=args.output, runs=args.runs, seed=args.seed)
 
 

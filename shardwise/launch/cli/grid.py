@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 from shardwise.comm.watch import LOG_FOLDER_ENV
 from shardwise.launch.cli import UsageError, positive
+from shardwise.launch.cli.layout import add_layout
+from shardwise.launch.model_config import UNSET
 from shardwise.launch.start import LAUNCHERS, require_launcher
 from shardwise.parallel import options
 from shardwise.parallel.options import made_folder
@@ -17,11 +19,9 @@ if TYPE_CHECKING:
 
 def add_grid(parser: argparse.ArgumentParser) -> "argparse._ArgumentGroup":
     grid = parser.add_argument_group("ranks")
-    grid.add_argument("-n", "--world", type=int, metavar="N", help="ranks in all (default tp x attn-dp)")
-    grid.add_argument("--tp", type=int, metavar="N", help="tensor parallel ranks (default world / attn-dp)")
-    grid.add_argument("--attn-dp", type=int, default=1, metavar="N", help="attention data parallel groups")
-    grid.add_argument("--ep", type=int, default=1, metavar="N", help="expert parallel ranks")
-    grid.add_argument("--moe-tp", type=int, default=0, metavar="N", help="ranks that share an expert")
+    grid.add_argument("-n", "--world", type=positive, metavar="N", help="ranks in all (default tp x attn-dp)")
+    add_layout(grid, tp_default="world / attn-dp")
+    grid.set_defaults(**UNSET)
     grid.add_argument(
         "--launcher", metavar="NAME", help=f"who starts the ranks: {', '.join(LAUNCHERS)} (default local)"
     )
@@ -87,10 +87,6 @@ def model_config(args: argparse.Namespace, info: "RankInfo", model: str) -> "Mod
 
 def _tensor_parallel(args: argparse.Namespace) -> int | None:
     """--tp, or what -n leaves for it. UsageError names both sides of a contradiction."""
-    for name in ("world", "tp", "attn_dp", "ep"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise UsageError(f"--{name.replace('_', '-')} {value}: must be at least 1")
     if args.world is None:
         return args.tp
     if args.world % args.attn_dp or args.tp not in (None, args.world // args.attn_dp):

@@ -6,9 +6,9 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
+from shardwise.launch.cli.layout import layout_of
 from shardwise.launch.cli.output import require_writable
 from shardwise.launch.cli.plan_options import add_arguments, settle
-from shardwise.sharding.layout import ParallelLayout
 
 __all__ = ["add_arguments", "run"]
 
@@ -40,10 +40,9 @@ def run(args: argparse.Namespace) -> int:
 def _plan(args: argparse.Namespace) -> int:
     from shardwise.sharding.plan import plan
 
-    layout = ParallelLayout(args.tp, args.attn_dp, args.moe_tp, args.ep)
     planned = plan(
         args.model,
-        layout,
+        layout_of(args),
         pad=args.pad,
         extras=args.extras,
         dtype=args.dtype,

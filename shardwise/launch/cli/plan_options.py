@@ -3,13 +3,11 @@
 import argparse
 
 from shardwise.launch.cli import positive
+from shardwise.launch.cli.layout import SIZES, add_layout
+from shardwise.launch.cli.output import add_json
 from shardwise.sharding.axes import Axis
 
 DEFAULTS: dict[str, int | str] = {
-    "tp": 1,
-    "ep": 1,
-    "moe_tp": 0,
-    "attn_dp": 1,
     "redundant_experts": 0,
     "kv_bytes": 2,
     "context": 4096,
@@ -19,7 +17,7 @@ DEFAULTS: dict[str, int | str] = {
     "objective": "latency",
 }
 """Of options that the parser leaves at None, so that what was asked for can be told from what was not."""
-_PLAN = {"tp", "ep", "moe_tp", "attn_dp", "pad", "redundant_experts", "expert_load", "dtype", "extras", "tp_plan"}
+_PLAN = {*SIZES, "pad", "redundant_experts", "expert_load", "dtype", "extras", "tp_plan"}
 _WORKLOAD = {"nodes", "context", "batch", "prompt"}
 _SEARCH = {"gpus", "objective"}
 _UNITS = {"k": 1 << 10, "m": 1 << 20}
@@ -30,10 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("model", metavar="MODEL", help="config.json, model folder, GGUF file, hub id or a known name; or: diff A B")
     add("files", nargs="*", default=[], metavar="FILE", help="with diff: the two plan files")
     layout = parser.add_argument_group("layout")
-    layout.add_argument("--tp", type=int, metavar="N", help="tensor parallel ranks (default 1)")
-    layout.add_argument("--ep", type=int, metavar="N", help="expert parallel ranks (default 1)")
-    layout.add_argument("--moe-tp", type=int, metavar="N", help="ranks that share an expert (world / ep)")
-    layout.add_argument("--attn-dp", type=int, metavar="N", help="attention data parallel groups")
+    add_layout(layout)
     axes = [str(axis) for axis in Axis]
     layout.add_argument(
         "--pad", action="append", default=[], metavar="AXIS", choices=axes, help=f"to a legal size: {', '.join(axes)}"
@@ -51,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     cost.add_argument("--device", metavar="NAME", help="h200, h100, b200, a100, mi300x, cpu or a topology file")
     cost.add_argument("--nodes", type=positive, metavar="N", help="hosts of the ranks (default: as few as hold them)")
     cost.add_argument("--context", type=_tokens, metavar="N", help="tokens a sequence, 32k is 32768 (default 4096)")
-    cost.add_argument("--batch", type=int, metavar="N", help="sequences (default 1)")
+    cost.add_argument("--batch", type=positive, metavar="N", help="sequences, over all ranks (default 1)")
     cost.add_argument("--prompt", type=_tokens, metavar="N", help="new tokens a sequence in prefill (default 1024)")
     cost.add_argument("--kv-bytes", type=int, choices=(1, 2, 4), help="bytes of a cached element (default 2)")
     search = parser.add_argument_group("instead of one plan")
@@ -63,9 +58,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     out = parser.add_argument_group("output")
     out.add_argument("--per-tensor", action="store_true", help="list every tensor instead of patterns (with --json)")
-    out.add_argument("--json", nargs="?", const="-", metavar="FILE", help="JSON to FILE or standard output")
+    add_json(out)
     out.add_argument("--export-tp-plan", nargs="?", const="-", metavar="FILE", help="as a Transformers tp_plan")
-    out.add_argument("--html", metavar="FILE", help="the plan as one page")
+    out.add_argument("--html", metavar="FILE", help="the plan as one page, costs on --device (default h200)")
 
 
 def settle(args: argparse.Namespace) -> None:

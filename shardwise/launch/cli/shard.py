@@ -5,7 +5,8 @@ import sys
 import time
 from pathlib import Path
 
-from shardwise.launch.cli import DONE, UsageError, positive
+from shardwise.launch.cli import DONE, UsageError
+from shardwise.launch.cli.layout import SIZES, add_layout, layout_of
 from shardwise.launch.cli.output import add_json, require_writable, write_json
 
 
@@ -13,10 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="safetensors folder or hub id; with --merge a per-rank folder")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder to write into")
     parser.add_argument("--merge", action="store_true", help="write the original files back, bit for bit")
-    parser.add_argument("--tp", type=positive, metavar="N", help="tensor parallel ranks (default 1)")
-    parser.add_argument("--ep", type=positive, metavar="N", help="expert parallel ranks (default 1)")
-    parser.add_argument("--moe-tp", type=positive, metavar="N", help="ranks that share an expert (default world / ep)")
-    parser.add_argument("--attn-dp", type=positive, metavar="N", help="attention data parallel groups (default 1)")
+    add_layout(parser)
     add_json(parser, "what was written")
 
 
@@ -38,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
 def _merge(args: argparse.Namespace, out: Path) -> list[Path]:
     from shardwise.sharding.checkpoint.merge import merge_shards
 
-    for name in ("tp", "ep", "moe_tp", "attn_dp"):
+    for name in SIZES:
         if getattr(args, name) is not None:
             raise UsageError(f"--{name.replace('_', '-')} has no effect with --merge: drop one of them")
     return merge_shards(Path(args.model), out)
@@ -47,14 +45,9 @@ def _merge(args: argparse.Namespace, out: Path) -> list[Path]:
 def _shard(args: argparse.Namespace, out: Path) -> list[Path]:
     from shardwise.sharding.checkpoint.resolve import open_checkpoint
     from shardwise.sharding.checkpoint.shard import write_shards
-    from shardwise.sharding.layout import ParallelLayout
     from shardwise.sharding.plan import plan
 
-    try:
-        layout = ParallelLayout(args.tp or 1, args.attn_dp or 1, args.moe_tp or 0, args.ep or 1)
-    except ValueError as error:
-        raise UsageError(str(error)) from None
-    planned = plan(args.model, layout)
+    planned = plan(args.model, layout_of(args))
     return write_shards(planned, open_checkpoint(args.model), out, progress=_Progress())
 
 

@@ -238,7 +238,7 @@ class _Reader:
         try:
             for _ in range(count):
                 position += 8 + unpack(buffer, position)[0]
-        except struct.error:
+        except (struct.error, OverflowError):  # the latter where lengths add up to more than an index can be
             self.position = min(position, self.size)
             raise self._truncated(8) from None
         if position > self.size:

@@ -55,7 +55,7 @@ class StoredTensor(NamedTuple):
 def gguf_config(file: GgufFile) -> dict[str, Any]:
     """The Hugging Face config that says what the metadata says. CheckpointError names a missing or unknown field."""
     architecture = _field(file, "general.architecture")
-    if architecture not in ARCHITECTURES:
+    if not isinstance(architecture, str) or architecture not in ARCHITECTURES:
         raise CheckpointError(
             f"{file.path}: general.architecture is {architecture!r}, supported from GGUF: {', '.join(ARCHITECTURES)}"
         )
@@ -65,7 +65,7 @@ def gguf_config(file: GgufFile) -> dict[str, Any]:
     def field(name: str, default: Any = None) -> Any:
         return _field(file, f"{architecture}.{name}", default)
 
-    heads, hidden = field("attention.head_count"), field("embedding_length")
+    heads, hidden = (_count(file, f"{architecture}.{name}") for name in ("attention.head_count", "embedding_length"))
     model_type, cls = ARCHITECTURES[architecture]
     config = {
         "architectures": [cls],
@@ -117,7 +117,8 @@ def _named(file: GgufFile, entry: TensorEntry) -> Iterator[tuple[str, TensorEntr
     if part in _IN_BLOCK:
         yield f"model.layers.{block}.{_IN_BLOCK[part]}.{kind}", entry
     elif part in _STACKED and kind == "weight":
-        count, each = entry.shape[0], entry.nbytes // entry.shape[0]
+        count = entry.shape[0]
+        each = entry.nbytes // max(1, count)
         for expert in range(count):
             own = entry._replace(shape=entry.shape[1:], offset=entry.offset + expert * each, nbytes=each)
             yield f"model.layers.{block}.mlp.experts.{expert}.{_STACKED[part]}.weight", own
@@ -144,6 +145,13 @@ def _embedding(file: GgufFile) -> TensorEntry:
     if "token_embd.weight" not in file.tensors:
         raise CheckpointError(f"{file.path}: tensor token_embd.weight is missing")
     return file.tensors["token_embd.weight"]
+
+
+def _count(file: GgufFile, key: str) -> int:
+    value = _field(file, key)
+    if not isinstance(value, int) or value < 1:
+        raise CheckpointError(f"{file.path}: metadata {key} is {str(value):.60}, expected an integer of at least 1")
+    return value
 
 
 def _field(file: GgufFile, key: str, default: Any = None) -> Any:

@@ -71,7 +71,7 @@ def resolve(model: str | Path) -> Path:
         return _inside(_cached_snapshot(str(model)))
     raise FileNotFoundError(
         f"model {str(model)!r} is neither a file nor a folder; legal: a GGUF file, a folder with config.json, "
-        f"a hub id owner/name, or one of {', '.join(ALIASES)}"
+        f"to plan also a config.json by itself, a hub id owner/name, or one of {', '.join(ALIASES)}"
     )
 
 

@@ -75,7 +75,7 @@ def _read_index(folder: Path, index: Path) -> dict[str, TensorEntry]:
     shards: dict[str, dict[str, TensorEntry]] = {}
     tensors: dict[str, TensorEntry] = {}
     for name, file in weight_map.items():
-        if file not in shards:
+        if not isinstance(file, str) or file not in shards:
             shards[file] = read_safetensors(_shard_path(folder, index, name, file))
         if name not in shards[file]:
             raise CheckpointError(f"{index}: tensor {name} should be in {file}, which lacks it")

@@ -3,6 +3,7 @@
 import hashlib
 import importlib
 import json
+import re
 from dataclasses import replace
 
 from shardwise.sharding.config import Config, ConfigError
@@ -109,20 +110,31 @@ def build(config: Config, name: str) -> ModelSpec:
     listed = config.list("architectures", default=[], of=str)
     architecture = next((a for a in listed if a in ARCHITECTURES), None)
     if architecture is None:
-        what = f"architectures is {listed}, which no family describes{_closest(listed)}"
         raise UnknownArchitecture(
-            f"{config.source}: {what if listed else 'names no architectures, as the config.json of a model does'}; "
+            f"{config.source}: {_unknown(config, listed)}; "
             "beside its safetensors files the model plans from their headers"
         )
     module = importlib.import_module(f"{__name__}.{ARCHITECTURES[architecture]}")
     return replace(module.build(config, name, architecture), fingerprint=_fingerprint(config))
 
 
-def _closest(listed: list[str]) -> str:
+def _unknown(config: Config, listed: list[str]) -> str:
+    """What the config says of its architecture, and what is near to it."""
     import difflib
 
-    close = difflib.get_close_matches(listed[0] if listed else "", ARCHITECTURES, n=3)
-    return f" (closest: {', '.join(close)})" if close else f" ({len(ARCHITECTURES)} are known)"
+    stems = {_stem(name): name for name in ARCHITECTURES}
+    if listed:
+        close = [stems[stem] for stem in difflib.get_close_matches(_stem(listed[0]), stems, n=3)]
+        near = f"closest: {', '.join(close)}" if close else f"{len(ARCHITECTURES)} are known"
+        return f"architectures is {listed}, which no family describes ({near})"
+    named = stems.get(_stem(str(config.raw("model_type"))))
+    hint = f'; with this model_type add "architectures": ["{named}"]' if named else ""
+    return f"names no architectures, as the config.json of a model does{hint}"
+
+
+def _stem(name: str) -> str:
+    """`qwen3moe` of Qwen3MoeForCausalLM and of the model type qwen3_moe."""
+    return re.split("For[A-Z]|LMHead", name)[0].replace("_", "").lower()
 
 
 def _fingerprint(config: Config) -> str:

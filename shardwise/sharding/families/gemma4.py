@@ -65,7 +65,7 @@ def _mixer(b: Builder, c: Config, kind: str, head_dim: int, kv: int) -> Attentio
     ropes = c.own("rope_parameters").own(kind)
     rope = Rope(
         theta=ropes.number("rope_theta", default=1e6 if full else 1e4),
-        dim=int(head_dim * ropes.number("partial_rotary_factor", default=1.0)),
+        dim=int(head_dim * ropes.fraction("partial_rotary_factor", default=1.0)),
         kind=ropes.text("rope_type", default="default"),
     )
     return attention(

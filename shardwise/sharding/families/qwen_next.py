@@ -46,8 +46,8 @@ def build(config: Config, name: str, architecture: str) -> ModelSpec:
 
 
 def _partial(c: Config) -> float:
-    return c.number(
-        "partial_rotary_factor", default=c.own("rope_parameters").number("partial_rotary_factor", default=0.25)
+    return c.fraction(
+        "partial_rotary_factor", default=c.own("rope_parameters").fraction("partial_rotary_factor", default=0.25)
     )
 
 
