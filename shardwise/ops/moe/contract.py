@@ -39,11 +39,25 @@ def reference_activation(name: str, act_fn: int):
     raise ValueError(f"{name}: act_fn={act_fn}; legal are Silu ({SILU}), Swiglu ({SWIGLU}) and Relu2 ({RELU2})")
 
 
+def as_tokens(name: str, label: str, x: Tensor) -> Tensor:
+    """`x` as [T, H]; errors unless it is floating point and has at least two dimensions."""
+    if x.dim() < 2:
+        raise ValueError(f"{name}: {label} must be [T, H] or [B, S, H], got {tuple(x.shape)}")
+    if not x.dtype.is_floating_point:
+        raise TypeError(f"{name}: {label} must be floating point, got {x.dtype}")
+    return x.reshape(-1, x.shape[-1])
+
+
+def check_shapes(name: str, sizes: str, **wanted: tuple[Tensor, tuple[int, ...]]) -> None:
+    """ValueError for the first tensor that has not its shape; `sizes` says where the shapes come from."""
+    for label, (tensor, shape) in wanted.items():
+        if tuple(tensor.shape) != shape:
+            raise ValueError(f"{name}: {label} must be {list(shape)} ({sizes}), got {list(tensor.shape)}")
+
+
 def check_routing(name: str, x: Tensor, selected_experts: Tensor, routing_weights: Tensor) -> Tensor:
     """`x` as [T, H]; errors unless ids and weights are [T, K] with integer ids."""
-    if x.dim() < 2:
-        raise ValueError(f"{name}: x must be [T, H] or [B, S, H], got {tuple(x.shape)}")
-    tokens = x.reshape(-1, x.shape[-1])
+    tokens = as_tokens(name, "x", x)
     if selected_experts.dim() != 2 or selected_experts.shape[0] != tokens.shape[0]:
         raise ValueError(
             f"{name}: selected_experts must be [T, K] with T = {tokens.shape[0]}, got {tuple(selected_experts.shape)}"
@@ -140,6 +154,18 @@ def check_fp8(name: str, first: Tensor, second: Tensor, gated: bool, *scales: Te
         raise ValueError(f"{name}: both weights must be scaled by expert or both by block")
 
 
+def first_scale(name: str, label: str, scale: Tensor, experts: int) -> Tensor:
+    """Float32 [1], the first of a scale of one element or one an expert; ValueError for another number of them."""
+    check_elements(name, label, scale, experts)
+    return scale.reshape(-1)[:1].float()
+
+
+def check_elements(name: str, label: str, scale: Tensor, experts: int) -> None:
+    """ValueError unless a scale has one element or one an expert."""
+    if scale.numel() not in (1, experts):
+        raise ValueError(f"{name}: {label} must have 1 or {experts} elements, got {tuple(scale.shape)}")
+
+
 @dataclass(frozen=True)
 class ExpertMapping:
     """The part of a serialised mapping that the operators read: a JSON object with these names, others ignored."""
@@ -167,7 +193,7 @@ class ExpertMapping:
 
 @functools.cache
 def parse_mapping(text: str) -> ExpertMapping:
-    """ExpertMapping of a `mapping_config` argument; "" means none. ValueError if it is not a JSON object."""
+    """ExpertMapping of a `mapping_config` argument; "" means none. ValueError for other than JSON objects and types."""
     if not text:
         return ExpertMapping()
     try:
@@ -176,5 +202,9 @@ def parse_mapping(text: str) -> ExpertMapping:
         raise ValueError(f"mapping_config is not JSON: {error}; got {text[:80]!r}") from None
     if not isinstance(values, dict):
         raise ValueError(f"mapping_config must be a JSON object, got {text[:80]!r}")
-    names = [field.name for field in fields(ExpertMapping)]
-    return ExpertMapping(**{name: values[name] for name in names if name in values})
+    known = {field.name: values[field.name] for field in fields(ExpertMapping) if field.name in values}
+    for name, value in known.items():
+        wanted = type(getattr(ExpertMapping, name))
+        if type(value) is not wanted:
+            raise ValueError(f"mapping_config: {name} must be of type {wanted.__name__}, got {value!r}")
+    return ExpertMapping(**known)

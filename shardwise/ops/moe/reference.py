@@ -6,7 +6,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from shardwise.ops.moe.contract import check_stacked, like_x, reference_activation
+from shardwise.ops.moe.contract import (
+    as_tokens,
+    check_same_dtype,
+    check_shapes,
+    check_stacked,
+    like_x,
+    reference_activation,
+)
 from shardwise.ops.moe.exchange import run_routed
 from shardwise.ops.quantization.mxfp4 import check_mxfp4, dequantize_mxfp4
 from shardwise.ops.registry import operator
@@ -40,7 +47,7 @@ def torch_moe(
     """
     name = "torch_moe"
     act = reference_activation(name, act_fn)
-    check_lists(name, is_gated_mlp, w1_weight, w2_weight, w3_weight)
+    check_lists(name, x, is_gated_mlp, w1_weight, w2_weight, w3_weight)
 
     def mlp(expert: int, rows: Tensor) -> Tensor:
         rows = rows.to(w1_weight[expert].dtype)
@@ -55,13 +62,25 @@ def torch_moe(
     )  # fmt: skip
 
 
-def check_lists(name: str, gated: bool, w1: list, w2: list, w3: list) -> None:
-    """ValueError unless the lists are equally long, w3 empty when there is no gate."""
+def check_lists(name: str, x: Tensor, gated: bool, w1: list, w2: list, w3: list, packed: int = 1) -> None:
+    """Errors unless the lists are equally long, w3 empty when there is no gate, and their weights fit one another: w1
+    and w3 [I, H/packed], w2 [H, I/packed], of one dtype."""
     if len(w1) != len(w2) or len(w3) != (len(w1) if gated else 0):
         raise ValueError(
             f"{name}: is_gated_mlp={gated} needs equally long w1_weight and w2_weight and "
             f"{'as many' if gated else 'no'} w3_weight, got {len(w1)}, {len(w2)} and {len(w3)}"
         )
+    hidden = x.shape[-1]
+    for expert, weight in enumerate(w1):
+        size = w1[0].shape[0]
+        wanted = {f"w1_weight[{expert}]": (weight, (size, hidden // packed))}
+        wanted[f"w2_weight[{expert}]"] = w2[expert], (hidden, size // packed)
+        if gated:
+            wanted[f"w3_weight[{expert}]"] = w3[expert], (size, hidden // packed)
+        check_shapes(name, f"H = {hidden}, I = {size} rows of w1_weight[0]", **wanted)
+        if any(other.dtype != w1[0].dtype for other, _ in wanted.values()):
+            kinds = ", ".join(f"{label} {other.dtype}" for label, (other, _) in wanted.items())
+            raise TypeError(f"{name}: weights must have the dtype of w1_weight[0], {w1[0].dtype}, got {kinds}")
 
 
 def run_experts(
@@ -116,6 +135,9 @@ def torch_moe_fused(
     """
     name = "torch_moe_fused"
     experts, size = check_stacked(name, x, w3_w1_stacked_weight, w2_stacked_weight, gated=True)
+    if w3_w1_stacked_weight.dtype != w2_stacked_weight.dtype:
+        kinds = f"{w3_w1_stacked_weight.dtype} and {w2_stacked_weight.dtype}"
+        raise TypeError(f"{name}: both weights must have one dtype, got {kinds}")
 
     def mlp(expert: int, rows: Tensor) -> Tensor:
         up, gate = F.linear(rows.to(w2_stacked_weight.dtype), w3_w1_stacked_weight[expert]).split(size, dim=-1)
@@ -148,18 +170,24 @@ def torch_moe_dense_mlp(
     Returns hidden_states' shape and dtype: sum over e of routing * ((up + 1) gate sigmoid(alpha gate) down + bias).
     """
     name = "torch_moe_dense_mlp"
-    tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
-    experts, hidden, doubled = gate_up_w.shape
+    tokens = as_tokens(name, "hidden_states", hidden_states)
+    check_same_dtype(name, tokens, gate_up_w, down_w)
+    if gate_up_w.dim() != 3:
+        raise ValueError(f"{name}: gate_up_w must be [E, H, 2I], got {list(gate_up_w.shape)}")
+    experts, size, hidden = gate_up_w.shape[0], gate_up_w.shape[2] // 2, tokens.shape[1]
     if routing_weights.shape != (tokens.shape[0], experts):
         raise ValueError(
             f"{name}: routing_weights must be dense [T, E] = [{tokens.shape[0]}, {experts}], "
             f"got {tuple(routing_weights.shape)}"
         )
-    if hidden != tokens.shape[1] or tuple(down_w.shape) != (experts, doubled // 2, hidden):
-        raise ValueError(
-            f"{name}: gate_up_w {tuple(gate_up_w.shape)} and down_w {tuple(down_w.shape)} do not fit hidden size "
-            f"{tokens.shape[1]}; need [E, H, 2I] and [E, I, H]"
-        )
+    check_shapes(
+        name,
+        f"hidden size {hidden}, {experts} experts, intermediate size {size}",
+        gate_up_w=(gate_up_w, (experts, hidden, 2 * size)),
+        gate_up_b=(gate_up_b, (experts, 2 * size)),
+        down_w=(down_w, (experts, size, hidden)),
+        down_b=(down_b, (experts, hidden)),
+    )
     out = torch.zeros(tokens.shape, dtype=torch.float32, device=tokens.device)
     for expert in range(experts):
         gate_up = tokens @ gate_up_w[expert] + gate_up_b[expert]
@@ -218,26 +246,27 @@ def check_mxfp4_moe(
     down_bias, down_scales, ep_size, ep_rank,
 ) -> None:  # fmt: skip
     """TypeError or ValueError naming the argument that does not fit the gpt-oss layout."""
+    as_tokens(name, "hidden_states", hidden_states)
+    if router_weight.dim() != 2:
+        raise ValueError(f"{name}: router_weight must be [E, H], got {list(router_weight.shape)}")
     hidden, total = hidden_states.shape[-1], router_weight.shape[0]
+    if not 0 <= ep_rank < ep_size:
+        raise ValueError(f"{name}: ep_rank={ep_rank} with ep_size={ep_size}; legal: 0 <= ep_rank < ep_size")
     start, stop = extent(total, ep_size, ep_rank)
-    size = gate_up_blocks.shape[1] // 2
     check_mxfp4(f"{name}, gate_up", gate_up_blocks, gate_up_scales)
     check_mxfp4(f"{name}, down", down_blocks, down_scales)
-    wanted = {
-        "router_weight": (router_weight, (total, hidden)),
-        "router_bias": (router_bias, (total,)),
-        "gate_up_blocks": (gate_up_blocks, (stop - start, 2 * size, hidden // 32, 16)),
-        "gate_up_bias": (gate_up_bias, (stop - start, 2 * size)),
-        "down_blocks": (down_blocks, (stop - start, hidden, size // 32, 16)),
-        "down_bias": (down_bias, (stop - start, hidden)),
-    }
-    for label, (tensor, shape) in wanted.items():
-        if tuple(tensor.shape) != shape:
-            raise ValueError(
-                f"{name}: {label} must be {list(shape)} (hidden size {hidden}, {stop - start} of {total} experts on "
-                f"rank {ep_rank} of {ep_size}), got {list(tensor.shape)}"
-            )
+    local, size = stop - start, gate_up_blocks.shape[1] // 2
+    check_shapes(
+        name,
+        f"hidden size {hidden}, {local} of {total} experts on rank {ep_rank} of {ep_size}",
+        router_weight=(router_weight, (total, hidden)),
+        router_bias=(router_bias, (total,)),
+        gate_up_blocks=(gate_up_blocks, (local, 2 * size, hidden // 32, 16)),
+        gate_up_bias=(gate_up_bias, (local, 2 * size)),
+        down_blocks=(down_blocks, (local, hidden, size // 32, 16)),
+        down_bias=(down_bias, (local, hidden)),
+    )
     if hidden % 32 or size % 32:
         raise ValueError(f"{name}: hidden size {hidden} and intermediate size {size} must be multiples of 32")
     if not 1 <= top_k <= total:
-        raise ValueError(f"{name}: top_k={top_k} must be in 1..{total} (the number of experts)")
+        raise ValueError(f"{name}: top_k={top_k} of {total} experts; legal: 1 to the number of experts")

@@ -8,10 +8,13 @@ from shardwise.ops.quantization.reference import torch_quant_fp8_linear, torch_q
 from shardwise.ops.registry import operator
 
 
-def _run(name, x, ids, weights, w1, w2, w3, gated, act_fn, linear, tail, **scales) -> Tensor:
-    """`linear(which, expert, rows)` applies weight `which` (0 gate, 1 down, 2 up) of an expert; `scales`: its lists."""
+def _run(name, x, ids, weights, w1, w2, w3, gated, act_fn, packed, linear, tail, **scales) -> Tensor:
+    """`linear(which, expert, rows)` applies weight `which` (0 gate, 1 down, 2 up) of an expert; `scales`: its lists.
+
+    packed   values of a byte of the weights
+    """
     act = reference_activation(name, act_fn)
-    check_lists(name, gated, w1, w2, w3)
+    check_lists(name, x, gated, w1, w2, w3, packed)
     for label, lists in scales.items():
         if [len(part) for part in lists] != [len(w1), len(w2), len(w3)]:
             raise ValueError(
@@ -65,7 +68,7 @@ def torch_quant_fp8_moe(
     tail = (mapping_config, max_num_tokens, apply_routing_on_input)
     name = "torch_quant_fp8_moe"
     return _run(
-        name, x, selected_experts, routing_weights, *weight, is_gated_mlp, act_fn, linear, tail,
+        name, x, selected_experts, routing_weights, *weight, is_gated_mlp, act_fn, 1, linear, tail,
         input_scale=s_in, weight_scale=s_weight,
     )  # fmt: skip
 
@@ -109,6 +112,6 @@ def torch_quant_nvfp4_moe(
     tail = (mapping_config, max_num_tokens, apply_routing_on_input)
     name = "torch_quant_nvfp4_moe"
     return _run(
-        name, x, selected_experts, routing_weights, *weight, is_gated_mlp, act_fn, linear, tail,
+        name, x, selected_experts, routing_weights, *weight, is_gated_mlp, act_fn, 2, linear, tail,
         input_scale=s_in, weight_scale=s_weight, alpha=alpha,
     )  # fmt: skip

@@ -12,6 +12,7 @@ from shardwise.ops.moe.contract import (
     check_fp8,
     check_same_dtype,
     check_stacked,
+    first_scale,
     like_x,
 )
 from shardwise.ops.moe.exchange import run_routed
@@ -177,7 +178,8 @@ def triton_quant_fp8_moe(
     experts, _ = check_stacked(name, x, w1_weight, w2_weight, is_gated_mlp)
     check_fp8(name, w1_weight, w2_weight, is_gated_mlp, w1_weight_scale, w2_weight_scale, blocks=True)
     check_contiguous(name, w1_weight=w1_weight, w2_weight=w2_weight)
-    s1, s2 = (scale.reshape(-1)[:1].float() for scale in (w1_input_scale, w2_input_scale))
+    s1 = first_scale(name, "w1_input_scale", w1_input_scale, experts)
+    s2 = first_scale(name, "w2_input_scale", w2_input_scale, experts)
     scales = FP8Scales(s1, w1_weight_scale.float().contiguous(), s2, w2_weight_scale.float().contiguous(), True)
 
     def compute(rows: Tensor, ids: Tensor, weights: Tensor) -> Tensor:

@@ -16,9 +16,11 @@ from shardwise.ops.moe.contract import (
     FP8Scales,
     activation,
     check_contiguous,
+    check_elements,
     check_fp8,
     check_same_dtype,
     check_stacked,
+    first_scale,
     like_x,
     parse_mapping,
 )
@@ -198,7 +200,8 @@ def trtllm_quant_fp8_moe_fused(
     check_contiguous(name, fc1_expert_weights=fc1_expert_weights, fc2_expert_weights=fc2_expert_weights)
     _check_exchange(name, mapping_config, max_num_tokens)
     weights = (fc1_expert_weights, fc2_expert_weights)
-    s1, reciprocal = fc1_act_scale.reshape(-1)[:1].float(), fc2_act_scale_reciprocal.reshape(-1)[:1].float()
+    s1 = first_scale(name, "fc1_act_scale", fc1_act_scale, experts)
+    reciprocal = first_scale(name, "fc2_act_scale_reciprocal", fc2_act_scale_reciprocal, experts)
     scales = FP8Scales(s1, fc1_dequant_scale.float(), reciprocal, fc2_dequant_scale.float(), False)
 
     def compute(rows: Tensor, ids: Tensor, routing: Tensor) -> Tensor:
@@ -219,10 +222,8 @@ def _nvfp4(name: str, label: str, codes: Tensor, scales: Tensor, alpha: Tensor, 
             f"{name}: {label}_weight_blockscale_fp8 must be uint8 or float8_e4m3fn with 3 dimensions, "
             f"got {scales.dtype} {tuple(scales.shape)}"
         )
-    experts = codes.shape[0]
     for what, scale in ((f"{label}_alpha", alpha), (f"{label}_act_global_scale", act_scale)):
-        if scale.numel() not in (1, experts):
-            raise ValueError(f"{name}: {what} must have 1 or {experts} elements, got {tuple(scale.shape)}")
+        check_elements(name, what, scale, codes.shape[0])
     return codes, scales, alpha.reshape(-1).float() * act_scale.reshape(-1).float()
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from shardwise.ops.quantization.int4 import dequantize_int4_awq, dequantize_int4_gptq
 from shardwise.ops.quantization.nvfp4 import dequantize_nvfp4, quantize_nvfp4
-from shardwise.ops.quantization.reference import linear_fake, nvfp4_weight
+from shardwise.ops.quantization.reference import check_linear, check_one_element, linear_fake, nvfp4_weight
 from shardwise.ops.registry import operator
 
 
@@ -36,7 +36,13 @@ def torch_fake_quant_fp8_linear(
     name = "torch_fake_quant_fp8_linear"
     if weight_quantized.dtype != torch.float8_e4m3fn:
         raise TypeError(f"{name}: weight_quantized must be float8_e4m3fn, got {weight_quantized.dtype}")
+    check_linear(name, input, bias, weight_quantized.shape[0])
+    if weight_quantized.dim() != 2 or weight_quantized.shape[1] != input.shape[-1]:
+        raise ValueError(
+            f"{name}: weight_quantized must be [N, K] with K = {input.shape[-1]}, got {tuple(weight_quantized.shape)}"
+        )
     s_in, s_weight = _element(name, "input_scale", input_scale), _element(name, "weight_scale", weight_scale)
+    check_one_element(name, input_scale=s_in, weight_scale=s_weight)
     rounded = (input / s_in).to(torch.float8_e4m3fn).to(input.dtype) * s_in
     weight = weight_quantized.to(input.dtype) * s_weight
     return _linear(input.dtype, rounded, weight, bias)
@@ -58,8 +64,10 @@ def torch_fake_quant_nvfp4_linear(
     1 / (input_scale * weight's global scale). Zero points are not used.
     """
     name = "torch_fake_quant_nvfp4_linear"
+    check_linear(name, input, bias, weight_quantized.shape[0])
     global_in = _element(name, "input_scale", input_scale).float()
     swizzled, alpha = _element(name, "weight_scale", weight_scale), _element(name, "weight_scale", weight_scale, 1)
+    check_one_element(name, **{"input_scale": global_in, "weight_scale[1]": alpha})
     weight = nvfp4_weight(name, weight_quantized, swizzled, input.shape[-1]) * (alpha.float() * global_in)
     rounded = dequantize_nvfp4(*quantize_nvfp4(input, global_in), global_in)
     return _linear(input.dtype, rounded, weight, bias)
@@ -86,12 +94,18 @@ def torch_fake_quant_int4_linear(
     name = "torch_fake_quant_int4_linear"
     if weight_quantized.dtype != torch.uint8:
         raise TypeError(f"{name}: weight_quantized must be uint8, got {weight_quantized.dtype}")
-    if weight_quantized.shape[-1] != input.shape[-1]:
+    check_linear(name, input, bias, 2 * weight_quantized.shape[0])
+    if weight_quantized.dim() != 2 or weight_quantized.shape[1] != input.shape[-1]:
         raise ValueError(
             f"{name}: weight_quantized must be [N/2, K] with K = {input.shape[-1]}, got {tuple(weight_quantized.shape)}"
         )
+    before = _element(name, "input_scale", input_scale)
+    if before.numel() not in (1, input.shape[-1]):
+        raise ValueError(
+            f"{name}: input_scale must have 1 or K = {input.shape[-1]} elements, got {tuple(before.shape)}"
+        )
     weight = dequantize_int4_awq(weight_quantized, _element(name, "weight_scale", weight_scale), name)
-    return _linear(input.dtype, input * _element(name, "input_scale", input_scale), weight, bias)
+    return _linear(input.dtype, input * before, weight, bias)
 
 
 def _gptq_fake(input, weight_quantized, bias, input_scale, weight_scale, input_zp, weight_zp):
@@ -114,7 +128,8 @@ def torch_fake_quant_int4_gptq_linear(
     name = "torch_fake_quant_int4_gptq_linear"
     if weight_quantized.dtype != torch.int32:
         raise TypeError(f"{name}: weight_quantized must be int32, got {weight_quantized.dtype}")
-    if weight_quantized.shape[0] * 8 != input.shape[-1]:
+    check_linear(name, input, bias, weight_quantized.shape[-1])
+    if weight_quantized.dim() != 2 or weight_quantized.shape[0] * 8 != input.shape[-1]:
         raise ValueError(
             f"{name}: weight_quantized must be [K/8, N] with K = {input.shape[-1]}, got {tuple(weight_quantized.shape)}"
         )

@@ -27,7 +27,7 @@ def quantize_int4_awq(weight: Tensor) -> tuple[Tensor, Tensor]:
 def dequantize_int4_awq(packed: Tensor, scales: Tensor, caller: str = "dequantize_int4_awq") -> Tensor:
     """Float32 [N, K]. ValueError unless `scales` is [N, G] with K a multiple of G."""
     rows, columns = packed.shape[0] * 2, packed.shape[1]
-    if scales.dim() != 2 or scales.shape[0] != rows or columns % scales.shape[1]:
+    if scales.dim() != 2 or scales.shape[0] != rows or not scales.shape[1] or columns % scales.shape[1]:
         raise ValueError(
             f"{caller}: int4 weight {tuple(packed.shape)} (N = {rows}, K = {columns}) needs scales [N, K/block], "
             f"got {tuple(scales.shape)}"
@@ -53,10 +53,14 @@ def quantize_int4_gptq(weight: Tensor, group: int = 128) -> tuple[Tensor, Tensor
 def dequantize_int4_gptq(
     qweight: Tensor, scales: Tensor, qzeros: Tensor, caller: str = "dequantize_int4_gptq"
 ) -> Tensor:
-    """Float32 [K, N]: scales * (codes - zeros). ValueError when the three shapes do not belong together."""
+    """Float32 [K, N]: scales * (codes - zeros). TypeError unless words are int32, ValueError for shapes that do not
+    belong together."""
+    if qweight.dtype != torch.int32 or qzeros.dtype != torch.int32:
+        raise TypeError(f"{caller}: qweight and qzeros must be int32, got {qweight.dtype} and {qzeros.dtype}")
     rows, columns = qweight.shape[0] * 8, qweight.shape[1]
     groups = scales.shape[0]
-    if scales.shape != (groups, columns) or qzeros.shape != (groups, columns // 8) or rows % groups:
+    matching = scales.shape == (groups, columns) and qzeros.shape == (groups, columns // 8)
+    if not matching or not groups or rows % groups:
         raise ValueError(
             f"{caller}: qweight {tuple(qweight.shape)} (K = {rows}, N = {columns}) needs scales [G, N] and qzeros "
             f"[G, N/8], got {tuple(scales.shape)} and {tuple(qzeros.shape)}"

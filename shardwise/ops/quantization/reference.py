@@ -11,6 +11,26 @@ from shardwise.ops.quantization.fp8 import BLOCK, dequantize_fp8_blocks
 from shardwise.ops.quantization.nvfp4 import dequantize_nvfp4, quantize_nvfp4, unswizzle_scales
 from shardwise.ops.registry import operator
 
+_PLAIN = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
+def check_linear(name: str, input: Tensor, bias: Tensor | None, outputs: int) -> None:
+    """TypeError unless input is [..., K], floating, of 16 bits or more; ValueError unless bias has N elements."""
+    if input.dtype not in _PLAIN or not input.dim():
+        raise TypeError(
+            f"{name}: input must be [..., K] in bfloat16, float16, float32 or float64, got {list(input.shape)} in "
+            f"{input.dtype}"
+        )
+    if bias is not None and bias.numel() != outputs:
+        raise ValueError(f"{name}: bias must have N = {outputs} elements, got {tuple(bias.shape)}")
+
+
+def check_one_element(name: str, **scales: Tensor) -> None:
+    """ValueError for a scale that has not one element."""
+    for label, scale in scales.items():
+        if scale.numel() != 1:
+            raise ValueError(f"{name}: {label} must have one element, got {tuple(scale.shape)}")
+
 
 def _same_shape(x, scale):
     return torch.empty_like(x)
@@ -19,6 +39,8 @@ def _same_shape(x, scale):
 @operator(fake=_same_shape)
 def torch_quant_fn(x: Tensor, scale: Tensor) -> Tensor:
     """Fake int8 quantisation: clamp(round(x / scale), -128, 127) * scale, ties to even; x's shape and dtype."""
+    if x.dtype not in _PLAIN:
+        raise TypeError(f"torch_quant_fn: x must be floating point, got {x.dtype}")
     return (torch.clamp(torch.round(x / scale), -128, 127) * scale).to(x.dtype)
 
 
@@ -64,6 +86,7 @@ def check_fp8_linear(
 
     blocks   the weight may have scales of blocks of 128 x 128
     """
+    check_linear(name, input, bias, weight_fp8.shape[0])
     if weight_fp8.dtype != torch.float8_e4m3fn:
         raise TypeError(f"{name}: weight_fp8 must be float8_e4m3fn, got {weight_fp8.dtype}")
     if weight_fp8.dim() != 2 or weight_fp8.shape[1] != input.shape[-1]:
@@ -77,8 +100,6 @@ def check_fp8_linear(
             got = "None" if scale is None else tuple(scale.shape)
             other = f", or {list(tiles)} for blocks of {BLOCK} x {BLOCK}" if by_block else ""
             raise ValueError(f"{name}: {label} must be a tensor with one element{other}, got {got}")
-    if bias is not None and bias.numel() != weight_fp8.shape[0]:
-        raise ValueError(f"{name}: bias must have N = {weight_fp8.shape[0]} elements, got {tuple(bias.shape)}")
     return input_scale.float(), weight_scale.float()
 
 
@@ -147,9 +168,7 @@ def torch_quant_fp8_bmm(input: Tensor, mat2: Tensor, input_scale: Tensor, weight
         raise ValueError(
             f"torch_quant_fp8_bmm: need [B, M, K] and [B, K, N], got {tuple(input.shape)} and {tuple(mat2.shape)}"
         )
-    for label, scale in (("input_scale", input_scale), ("weight_scale", weight_scale)):
-        if scale.numel() != 1:
-            raise ValueError(f"torch_quant_fp8_bmm: {label} must have one element, got {tuple(scale.shape)}")
+    check_one_element("torch_quant_fp8_bmm", input_scale=input_scale, weight_scale=weight_scale)
     dtype = torch.bfloat16 if input.dtype == torch.float8_e4m3fn else input.dtype
     left, right = _codes(input, input_scale), _codes(mat2, weight_scale)
     if 0 in input.shape[:2] or not _native_fp8(input.device):
@@ -158,6 +177,8 @@ def torch_quant_fp8_bmm(input: Tensor, mat2: Tensor, input_scale: Tensor, weight
 
 
 def _codes(values: Tensor, scale: Tensor) -> Tensor:
+    if not values.dtype.is_floating_point:
+        raise TypeError(f"torch_quant_fp8_bmm: operands must be floating point, got {values.dtype}")
     return values if values.dtype == torch.float8_e4m3fn else e4m3_encode(values.float() / scale)
 
 
@@ -180,6 +201,8 @@ def torch_quant_nvfp4_linear(
     name = "torch_quant_nvfp4_linear"
     if input_scale is None or weight_scale is None or alpha is None:
         raise ValueError(f"{name}: input_scale, weight_scale and alpha are all required")
+    check_linear(name, input, bias, weight_fp4.shape[0])
+    check_one_element(name, input_scale=input_scale, alpha=alpha)
     weight = nvfp4_weight(name, weight_fp4, weight_scale, input.shape[-1])
     packed, scales = quantize_nvfp4(input.reshape(-1, input.shape[-1]), input_scale.float())
     out = dequantize_nvfp4(packed, scales) @ weight.t() * alpha.float()

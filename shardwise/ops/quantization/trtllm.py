@@ -24,7 +24,7 @@ def trtllm_quant_fp8_linear(
     s_in, s_weight = check_fp8_linear("trtllm_quant_fp8_linear", input, weight_fp8, bias, input_scale, weight_scale)
     rows = input.reshape(-1, input.shape[-1]).contiguous()
     shape = (*input.shape[:-1], weight_fp8.shape[0])
-    if rows.shape[0] == 0:
+    if 0 in shape:
         return input.new_empty(shape)
     if rows.shape[0] <= MOST_FEW_ROWS or interpreting():
         out = few_rows_linear(rows, weight_fp8.contiguous(), bias, s_in, s_weight)

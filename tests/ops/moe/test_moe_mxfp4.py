@@ -230,7 +230,8 @@ def test_the_error_names_the_argument_that_does_not_fit():
     args = list(layer.arguments(2))
     for index, value, error, text in (
         (0, layer.router[:, :32], ValueError, r"router_weight must be \[4, 64\]"),
-        (2, 5, ValueError, "top_k=5 must be in 1..4"),
+        (0, layer.router[0], ValueError, r"router_weight must be \[E, H\], got \[64\]"),
+        (2, 5, ValueError, "top_k=5 of 4 experts; legal: 1 to the number"),
         (3, layer.gate_up[:3], ValueError, "gate_up: blocks"),
         (4, layer.gate_up_bias[:, :8], ValueError, r"gate_up_bias must be \[4, 64\]"),
         (5, layer.gate_up_scales.int(), TypeError, "must be uint8"),
@@ -242,3 +243,7 @@ def test_the_error_names_the_argument_that_does_not_fit():
         assert "triton_mxfp4_moe" in str(caught.value)
     with pytest.raises(ValueError, match="1 of 4 experts on rank 1 of 4"):
         OPS.triton_mxfp4_moe_ep(x, *args, 4, 1)
+    with pytest.raises(ValueError, match="ep_rank=4 with ep_size=4; legal: 0 <= ep_rank < ep_size"):
+        OPS.triton_mxfp4_moe_ep(x, *args, 4, 4)
+    with pytest.raises(TypeError, match="hidden_states must be floating point, got torch.int32"):
+        OPS.triton_mxfp4_moe(x.int(), *args)

@@ -91,7 +91,7 @@ def test_the_mapping_is_json_with_other_names_ignored():
     assert parse_mapping('{"moe_ep_size": 4}').local_range(2, 3) == (6, 8)
     with pytest.raises(ValueError, match="share of num_experts=7 is 2"):
         parse_mapping('{"moe_ep_size": 3, "num_experts": 7}').local_range(3, 2)
-    for text in ("[1]", "no json"):
+    for text in ("[1]", "no json", '{"moe_ep_size": "two"}', '{"enable_attention_dp": 1}'):
         with pytest.raises(ValueError, match="mapping_config"):
             parse_mapping(text)
 
@@ -114,6 +114,28 @@ CASES = {
     "equally long": ("torch_moe", ValueError, (X, IDS, WEIGHTS, [FIRST[0]], [SECOND[0]], [])),
     "not gated with Relu2": ("triton_moe_fused", ValueError, (X, IDS, WEIGHTS, FIRST, SECOND, True, 8)),
     "must share a dtype": ("triton_moe_fused", TypeError, (X, IDS, WEIGHTS, FIRST.half(), SECOND, True, 4)),
+    "must have one dtype": ("torch_moe_fused", TypeError, (X, IDS, WEIGHTS, FIRST.half(), SECOND)),
+    "x must be floating point": ("torch_moe_fused", TypeError, (X.int(), IDS, WEIGHTS, FIRST, SECOND)),
+    r"w2_weight\[1\] must be \[16, 16\] \(H = 16, I = 16 rows of w1_weight\[0\]\), got \[16, 8\]": (
+        "torch_moe",
+        ValueError,
+        (X, IDS, WEIGHTS, [*FIRST], [torch.zeros(16, 16), *SECOND[1:]], [], False, 8),
+    ),
+    r"dtype of w1_weight\[0\], torch.float32, got .*w3_weight\[2\] torch.float16": (
+        "torch_moe",
+        TypeError,
+        (X, IDS, WEIGHTS, [*FIRST[:, :SIZE]], [*SECOND], [*FIRST[:2, :SIZE], FIRST[2, :SIZE].half()]),
+    ),
+    "w1_input_scale must have 1 or 3 elements": (
+        "triton_quant_fp8_moe",
+        ValueError,
+        (X, IDS, WEIGHTS, FP8, SECOND.to(FP8.dtype), ONE, torch.ones(0), *[ONE] * 2, *[torch.ones(3)] * 3, True, 4),
+    ),
+    r"gate_up_b must be \[3, 16\]": (
+        "torch_moe_dense_mlp",
+        ValueError,
+        (X, torch.rand(4, 3), FIRST.mT, X, SECOND.mT, X),
+    ),
     "call .contiguous\\(\\) on it once": (
         "triton_moe_fused",
         ValueError,

@@ -53,6 +53,33 @@ CASES = {
         TypeError,
         (X, X, None, [], [ONE], [], [ONE]),
     ),
+    "input must be .* got .3, 32. in torch.int32": (
+        "trtllm_quant_fp8_linear",
+        TypeError,
+        (X.int(), CODES, None, ONE, ONE),
+    ),
+    "operands must be floating point": ("torch_quant_fp8_bmm", TypeError, (X[None].int(), X.T[None], ONE, ONE)),
+    "alpha must have one element": (
+        "torch_quant_nvfp4_linear",
+        ValueError,
+        (X, NVFP4, None, ONE, SCALES, torch.ones(2)),
+    ),
+    r"weight_quantized must be \[N, K\] with K = 32": (
+        "torch_fake_quant_fp8_linear",
+        ValueError,
+        (X, CODES[:, :16], None, [ONE], [ONE], [], []),
+    ),
+    "input_scale must have 1 or K = 32 elements": (
+        "torch_fake_quant_int4_linear",
+        ValueError,
+        (X, torch.zeros(4, 32, dtype=torch.uint8), None, [torch.ones(3)], [torch.ones(8, 1)], [], []),
+    ),
+    "qweight and qzeros must be int32": (
+        "torch_fake_quant_int4_gptq_linear",
+        TypeError,
+        (X, torch.zeros(4, 8, dtype=torch.int32), None, [], [torch.ones(1, 8)], [], [torch.ones(1, 1)]),
+    ),
+    "x must be floating point": ("torch_quant_fn", TypeError, (X.int(), ONE)),
     "weight_zp needs 1": (
         "torch_fake_quant_int4_gptq_linear",
         ValueError,
