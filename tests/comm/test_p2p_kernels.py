@@ -4,13 +4,16 @@ Programs run one after another there, so what the peers push is laid into the ra
 what the rank pushes is read from theirs after it.
 """
 
+import itertools
+
 import pytest
 import torch
 
 from shardwise import partition
 from shardwise.comm.p2p.workspace import COUNTERS
 
-pytest.importorskip("triton")
+tl = pytest.importorskip("triton.language")
+arithmetic = pytest.importorskip("shardwise.comm.p2p.arithmetic")
 kernels = pytest.importorskip("shardwise.comm.p2p.kernels")
 asm = pytest.importorskip("shardwise.comm.p2p.asm")
 
@@ -19,6 +22,7 @@ pytestmark = [
     interpreted,
     pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning"),  # inside the interpreter
     pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning"),  # the norm of a row that is masked out
+    pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning"),
 ]
 ARMED = -1
 EPS = 1e-5
@@ -148,6 +152,28 @@ def test_fused_equals_the_three_steps(kernel, world, rank, rows, width, aligned)
     check_close(residual_out, stream)
     check_close(out, stream.float() * scale * (weight.float() + 1))
     assert slots.memory[rank].eq(ARMED).all()
+
+
+@pytest.mark.parametrize("kernel", ["one_shot", "two_shot"])
+def test_sums_over_a_block_that_follow_each_other_take_places_by_turns(kernel, monkeypatch):
+    """With one place a fast warp would overwrite what a slow one still reads of the sum before."""
+    turns = []
+
+    def recorded(values, turn):
+        turns.append(int(turn.handle.data.item()) if hasattr(turn, "handle") else int(turn))
+        return tl.sum(values)
+
+    monkeypatch.setattr(arithmetic, "block_sum", recorded)
+    world, rank, rows, width = 4, 1, 12, 64
+    x = random_rows(world, rows, width, torch.float32)
+    slots = Slots(world, rows + world, width // 4)
+    lay_peers = lay_one_shot if kernel == "one_shot" else lay_two_shot
+    lay_peers(slots, world, rank, x, ordered_sum(x), 0)
+    out, total = torch.empty_like(x[0]), torch.empty_like(x[0])
+    launch(getattr(kernels, kernel), world, rank, slots, (x[rank], x[0], x[0][0], out, total), rows, width,
+           rows * width, width // 4, fused=True, call=0, grid=1)  # fmt: skip
+    assert len(turns) >= rows
+    assert all((first + second) % 2 for first, second in itertools.pairwise(turns)), turns
 
 
 def lay_one_shot(slots, world, rank, x, total, parity):

@@ -99,7 +99,7 @@ def block_sum_code(elements, warps):
 
 @triton.jit
 def block_sum(values, turn):
-    """Sum of a float32 tensor over the block, in every lane. `turn`: 0, 1, 0, 1, ... in sums that follow each other."""
+    """Sum of a float32 tensor over the block, in every lane. `turn`: in sums that follow each other even and odd."""
     if INTERPRET:
         return tl.sum(values)
     else:
@@ -108,7 +108,7 @@ def block_sum(values, turn):
         return tl.inline_asm_elementwise(
             block_sum_code(ELEMENTS, WARPS),
             constraints("f", "fr", ELEMENTS),
-            [values, turn.to(tl.int32)],
+            [values, tl.cast(turn, tl.int32)],
             dtype=tl.float32,
             is_pure=False,
             pack=ELEMENTS,

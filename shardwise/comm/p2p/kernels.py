@@ -140,7 +140,7 @@ def _scatter(
 def _gather(
     residual, weight, out, residual_out,
     slots, parity, region_bytes, index, rows, width, total_elements, chunks, lane, eps, weight_bias,
-    abort, records, what, deadline_ns, turn, kind: tl.constexpr,
+    abort, records, what, deadline_ns, hop: tl.constexpr, kind: tl.constexpr,
     owner: tl.constexpr, WORLD: tl.constexpr, RANK: tl.constexpr, ALIGNED: tl.constexpr, WIDTH: tl.constexpr,
     FUSED: tl.constexpr, PAUSING: tl.constexpr,
 ):  # fmt: skip
@@ -159,7 +159,7 @@ def _gather(
     total = memory.wait((total,), (words,), lane, abort, (records + owner * 8,), what, deadline_ns, PAUSING)
     memory.rearm_chunk(words, lane, mask)
     finish(
-        total, carried, gains, out + row * width, residual_out + row * width, lane, limit, eps, turn, kind, ALIGNED,
+        total, carried, gains, out + row * width, residual_out + row * width, lane, limit, eps, hop, kind, ALIGNED,
         WIDTH, FUSED,
     )  # fmt: skip
 
@@ -219,14 +219,13 @@ def two_shot(
         total = memory.disarm(total)
         push(total, slots, parity, region_bytes, turns + index, chunks, lane, mask, 0, WORLD, RANK, False)
         finish(
-            total, carried, gains, out + row * width, residual_out + row * width, lane, limit, eps, turn // step, kind,
-            ALIGNED, WIDTH, FUSED,
+            total, carried, gains, out + row * width, residual_out + row * width, lane, limit, eps, 0, kind, ALIGNED,
+            WIDTH, FUSED,
         )  # fmt: skip
         for hop in tl.static_range(1, WORLD):
             _gather(
                 residual, weight, out, residual_out, slots, parity, region_bytes, index - step, rows, width,
-                total_elements, chunks, lane, eps, weight_bias, abort, records, gather_what, deadline_ns,
-                turn // step, kind,
+                total_elements, chunks, lane, eps, weight_bias, abort, records, gather_what, deadline_ns, hop, kind,
                 (RANK + WORLD - hop) % WORLD, WORLD, RANK, ALIGNED, WIDTH, FUSED, PAUSING,
             )  # fmt: skip
     advance(counters, call)
