@@ -95,12 +95,17 @@ def measure_ceilings(time: Callable[[Callable[[], object]], float]) -> Ceilings:
 def measure_layer(
     name: str, layer: Layer, token_counts: tuple[int, ...], time: Timer, ceilings: Ceilings, device: str = "cuda"
 ) -> Iterator[Row]:
-    """Rows of one layer with random weights and the routing of random tokens."""
+    """Rows of one layer with random weights and the routing of random tokens, the same in every run."""
     calls_of = _mxfp4_calls(layer, device) if layer.format == "mxfp4" else _stacked_calls(layer, device)
-    router = torch.randn(layer.experts, layer.hidden, device=device) * layer.hidden**-0.5
+
+    def drawn(rows: int, seed: int) -> torch.Tensor:
+        draw = torch.Generator(device).manual_seed(seed)
+        return torch.randn(rows, layer.hidden, device=device, generator=draw)
+
+    router = drawn(layer.experts, 0) * layer.hidden**-0.5
     for tokens in token_counts:
         count = INPUTS if tokens < FEW_TOKENS else 2
-        sets = [torch.randn(tokens, layer.hidden, device=device).bfloat16() for _ in range(count)]
+        sets = list(drawn(count * tokens, tokens).bfloat16().split(tokens))
         routed = [route(x.float(), router, router.new_zeros(layer.experts), layer.top_k) for x in sets]
         calls = calls_of(list(zip(sets, *zip(*routed, strict=True), strict=True)), router)
         rounds = 2 if tokens < FEW_TOKENS else 1

@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from shardwise.launch.cli import main
+from shardwise.ops.moe import bench
 from shardwise.ops.moe.bench import INPUTS, LAYERS, Ceilings, Layer, measure_layer
+from shardwise.ops.moe.reference import route
 from shardwise.ops.triton_support import interpreting
 
 pytestmark = [
@@ -32,6 +34,23 @@ def test_rows_carry_floors_and_peers(form, peers):
     size = {"mxfp4": values * 17 / 32, "bf16": values * 2, "fp8": values}[form]
     assert row.memory_floor_us == pytest.approx(row.active_experts * size / 100)
     assert row.matrix_floor_us == pytest.approx(2 * 3 * 2 * values / (2000 if form == "fp8" else 1000))
+
+
+def test_runs_measure_the_same_tokens_and_routing(monkeypatch):
+    seen = []
+
+    def spy(*args):
+        seen.append(args[:2])
+        return route(*args)
+
+    monkeypatch.setattr(bench, "route", spy)
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        layer = Layer(4, 64, 32, 2, "bf16")
+        list(measure_layer("tiny", layer, (3,), lambda calls, eager: {"ours": 1.0}, Ceilings(1.0, 1.0, 1.0), "cpu"))
+    assert len(seen) == 2 * INPUTS and not torch.equal(seen[0][0], seen[1][0])
+    for once, again in zip(seen[:INPUTS], seen[INPUTS:], strict=True):
+        assert torch.equal(once[0], again[0]) and torch.equal(once[1], again[1])
 
 
 def test_known_layers_have_the_published_sizes():
