@@ -10,6 +10,7 @@ script already runs on every rank: each makes the same calls and gets the same r
 """
 
 import atexit
+import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -88,6 +89,8 @@ class LLM:
         **options: Unpack[ModelOptions],
     ):
         require_launcher(launcher, ray_address)
+        if not callable(on_progress) and on_progress is not None:
+            raise TypeError(f"on_progress is {on_progress!r:.60}, expected a function of bytes read and bytes to read")
         info = env.detect()
         self.config = model_config(info, launcher, model, **options)
         self.launcher = launcher or (info.source if within(info) else "local")
@@ -115,18 +118,24 @@ class LLM:
         TypeError for what is not a prompt or not SamplingParams, ValueError for a prompt that does not fit context or
         cache, or that the chat template refuses.
         """
-        for _ in self.stream(prompts, params):
-            pass
-        assert self.last_answer is not None
-        return list(self.last_answer.completions)
+        answers = [item for item in self._items(prompts, params) if isinstance(item, Answer)]
+        return list(answers[0].completions)
 
     def stream(
         self, prompts: "Sequence[Prompt] | str", params: SamplingParams | Sequence[SamplingParams] | None = None
     ) -> Iterator[TokenEvent]:
         """Tokens of all prompts as they come; arguments and errors as for `generate`.
 
-        A stream that is left early goes on in the ranks: the next call waits for its end.
+        The ranks serve one call after the other. A stream that is left early goes on in them: the next call, of this or
+        of another thread, waits for its end and keeps its tokens, so that it can be read on.
         """
+        for item in self._items(prompts, params):
+            if isinstance(item, TokenEvent):
+                yield item
+
+    def _items(
+        self, prompts: "Sequence[Prompt] | str", params: SamplingParams | Sequence[SamplingParams] | None
+    ) -> Iterator[TokenEvent | Answer]:
         from shardwise.parallel.prompts import checked
 
         if not isinstance(prompts, Iterable):
@@ -139,8 +148,7 @@ class LLM:
         for item in self._executor.stream(listed, each):
             if isinstance(item, Answer):
                 self.last_answer = item
-            else:
-                yield item
+            yield item
 
     def stats(self) -> list[RankStats]:
         """Of every rank, by rank, as they were after the last call that was read to its end, or else after loading."""
@@ -162,12 +170,16 @@ class LLM:
 def _one_each(params: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:
     if params is None or isinstance(params, SamplingParams):
         return [params or SamplingParams()] * count
-    wrong = [each for each in params if not isinstance(each, SamplingParams)]
-    if wrong or isinstance(params, Mapping):
-        raise TypeError(f"params has {wrong[0]!r:.60}: give SamplingParams(...), or a list with one for each prompt")
-    if len(params) != count:
-        raise ValueError(f"{count} prompts with {len(params)} sampling parameters; give one, or one for each")
-    return list(params)
+    legal = "give SamplingParams(...), or a list with one for each prompt"
+    if not isinstance(params, Iterable):
+        raise TypeError(f"params is {params!r:.60}: {legal}")
+    each = list(params)
+    wrong = [one for one in each if not isinstance(one, SamplingParams)]
+    if wrong:
+        raise TypeError(f"params has {wrong[0]!r:.60}: {legal}")
+    if len(each) != count:
+        raise ValueError(f"{count} prompts with {len(each)} sampling parameters; give one, or one for each")
+    return each
 
 
 class ParentExecutor:
@@ -187,6 +199,8 @@ class ParentExecutor:
         job = Job(target=SERVE, payload=asdict(config), world=config.world, deadlines=deadlines, debug=debug)
         self._silence = deadlines.collective + deadlines.stop
         self._supervisor = Supervisor(job, backend(launcher, **options)).__enter__()
+        self._turn = threading.RLock()
+        """Held by the thread that speaks with the ranks."""
         self._items: _Items | None = None
         self._closed = False
         atexit.register(self.close)  # before the keeper's thread ends with the interpreter
@@ -212,15 +226,15 @@ class ParentExecutor:
 
     def stream(self, prompts: Sequence[Any], params: Sequence[SamplingParams]) -> Iterator[TokenEvent | Answer]:
         ids = self._encoded(prompts, params)
-        if self._supervisor.ended:
-            raise RuntimeError("the ranks of this LLM have ended, after a failure or a close: make a new one")
-        for _ in self._items or ():  # what a caller that left the last stream early did not take
-            pass
-        self._stats = self.stats()
         wanted = [params_to_json(each) for each in params]
-        self._supervisor.send({"command": "generate", "prompts": ids, "params": wanted})
-        self._items = _Items(self._supervisor, self._silence)
-        yield from self._items
+        with self._turn:
+            _require_ranks(self._supervisor)
+            if self._items is not None:
+                self._items.wait()
+            self._stats = self.stats()
+            self._supervisor.send({"command": "generate", "prompts": ids, "params": wanted})
+            mine = self._items = _Items(self._supervisor, self._silence, self._turn)
+        yield from mine
 
     def _encoded(self, prompts: Sequence[Any], params: Sequence[SamplingParams]) -> list[list[int]]:
         """ValueError here; in the ranks it would end them."""
@@ -252,11 +266,19 @@ class ParentExecutor:
             self._supervisor.stop()
 
 
-class _Items:
-    """Iterator over one call's tokens and then its Answer; goes on where it was left."""
+def _require_ranks(supervisor: Supervisor) -> None:
+    if supervisor.ended:
+        raise RuntimeError("the ranks of this LLM have ended, after a failure or a close: make a new one")
 
-    def __init__(self, supervisor: Supervisor, silence: float):
-        self._supervisor, self._silence = supervisor, silence
+
+class _Items:
+    """Iterator over one call's tokens and then its Answer; goes on where it was left.
+
+    turn  held while listening to the ranks
+    """
+
+    def __init__(self, supervisor: Supervisor, silence: float, turn: threading.RLock):
+        self._supervisor, self._silence, self._turn = supervisor, silence, turn
         self._stats: dict[int, RankStats] = {}
         self._waiting: deque[TokenEvent | Answer] = deque()
 
@@ -273,12 +295,22 @@ class _Items:
         return self
 
     def __next__(self) -> TokenEvent | Answer:
-        while not self._waiting:
-            if self.answered:
-                raise StopIteration
-            for event in self._supervisor.next_events(self._silence, "the next token"):
-                self._book(event)
+        with self._turn:
+            while not self._waiting and not self.answered:
+                self._listen()
+        if not self._waiting:
+            raise StopIteration
         return self._waiting.popleft()
+
+    def wait(self) -> None:
+        """Until every rank has ended this call; what it told is kept."""
+        while not self.answered:
+            self._listen()
+
+    def _listen(self) -> None:
+        _require_ranks(self._supervisor)
+        for event in self._supervisor.next_events(self._silence, "the next token"):
+            self._book(event)
 
     def _book(self, event: dict) -> None:
         kind, rank = event.pop("event"), event.pop("rank")

@@ -1,9 +1,9 @@
 """From logits to the next token: greedy, or temperature with top-k and top-p."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from numbers import Integral, Real
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor
@@ -33,22 +33,32 @@ class SamplingParams:
     """Do not stop at the model's own end-of-text ids (for benchmarks)."""
 
     def __post_init__(self):
-        for name in ("stop", "stop_token_ids"):
-            given = getattr(self, name)
-            if isinstance(given, Iterable):
-                object.__setattr__(self, name, (given,) if isinstance(given, str) else tuple(given))
+        for field in fields(self):
+            given = _plain(getattr(self, field.name))
+            one_text = field.name == "stop" and isinstance(given, str)
+            object.__setattr__(self, field.name, (given,) if one_text else given)
         for name, kind, legal, fits in (
-            ("max_new_tokens", Integral, "a whole number of at least 1", lambda n: n >= 1),
+            ("max_new_tokens", int, "a whole number of at least 1", lambda n: n >= 1),
             ("temperature", Real, "a number of at least 0", lambda t: t >= 0),
             ("top_p", Real, "a number above 0 and at most 1", lambda p: 0 < p <= 1),
-            ("top_k", Integral, "a whole number of at least 0", lambda k: k >= 0),
-            ("seed", Integral | None, "from -2**63 to 2**64 - 1", lambda s: s is None or s in SEEDS),
+            ("top_k", int, "a whole number of at least 0", lambda k: k >= 0),
+            ("seed", int | None, "from -2**63 to 2**64 - 1", lambda s: s is None or s in SEEDS),
             ("stop", tuple, "texts that are not empty", lambda texts: all(isinstance(t, str) and t for t in texts)),
-            ("stop_token_ids", tuple, "a list of whole numbers", lambda ids: all(isinstance(i, Integral) for i in ids)),
+            ("stop_token_ids", tuple, "a list of whole numbers", lambda ids: all(isinstance(i, int) for i in ids)),
+            ("ignore_eos", bool, "True or False", lambda given: True),
         ):
             value = getattr(self, name)
             if not isinstance(value, kind) or not fits(value):
                 raise ValueError(f"{name} is {value!r}, legal: {legal}")
+
+
+def _plain(given: Any) -> Any:
+    """Python's own number for one of NumPy's, which JSON does not take; lists as tuples; a text as itself."""
+    if isinstance(given, Integral) and not isinstance(given, bool):
+        return int(given)
+    if isinstance(given, Real) and not isinstance(given, int):
+        return float(given)
+    return tuple(map(_plain, given)) if isinstance(given, Iterable) and not isinstance(given, str) else given
 
 
 def sample(logits: "Tensor", params: SamplingParams, generator: "Generator | None") -> int:
@@ -57,8 +67,9 @@ def sample(logits: "Tensor", params: SamplingParams, generator: "Generator | Non
         return int(logits.argmax())
     import torch
 
-    values, ids = torch.topk(logits / params.temperature, params.top_k or logits.shape[-1])
-    chances = values.softmax(-1)
+    values, ids = torch.topk(logits, min(params.top_k or len(logits), len(logits)))
+    # From the largest, so that no quotient overflows; what float32 rounds to 0 divides by the least above it.
+    chances = ((values - values[0]) / max(params.temperature, torch.finfo(torch.float32).tiny)).softmax(-1)
     if params.top_p < 1:
         before = chances.cumsum(-1) - chances
         chances = chances.masked_fill(before >= params.top_p, 0.0)

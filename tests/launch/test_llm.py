@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,29 @@ def test_a_stream_that_is_left_early_leaves_nothing_for_the_next_call(llm):
     for _ in llm.stream(["One, two, three,"], GREEDY):
         break
     assert llm.generate(["The capital of France is"], GREEDY)[0].text.lstrip().startswith("Paris")
+
+
+def test_a_stream_goes_on_after_another_call_and_threads_take_turns(llm):
+    whole = [llm.generate([prompt], GREEDY)[0].text for prompt in ("One, two, three,", "The capital of France is")]
+    streams = [llm.stream([prompt], GREEDY) for prompt in ("One, two, three,", "The capital of France is")]
+    begun = [next(stream).text for stream in streams]
+    assert [
+        text + "".join(event.text for event in stream) for text, stream in zip(begun, streams, strict=True)
+    ] == whole
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda n: llm.generate(["The capital of France is"], GREEDY)[0].text, range(4)))
+    assert found == whole[1:] * 4
+
+
+def test_parameters_may_come_from_a_generator(llm):
+    done = llm.generate(["A", "B"], (SamplingParams(max_new_tokens=n) for n in (1, 2)))
+    assert [len(each.token_ids) for each in done] == [1, 2]
+
+
+def test_what_cannot_be_called_with_progress_is_refused_before_a_rank_starts(monkeypatch):
+    monkeypatch.setattr("shardwise.launch.llm.ParentExecutor", None)
+    with pytest.raises(TypeError, match="on_progress is 5, expected a function of bytes read and bytes to read"):
+        LLM("smollm2", on_progress=5)
 
 
 def test_each_prompt_can_have_its_own_parameters(llm):
@@ -83,6 +107,7 @@ def test_a_prompt_that_does_not_fit_is_refused_and_the_ranks_stay(llm, prompt, t
         (None, None, "prompts is None: give a list of prompts"),
         ("A", {"max_new_tokens": 5}, "params has 'max_new_tokens': give SamplingParams"),
         (["A", "B"], [GREEDY, 5], "params has 5: give SamplingParams"),
+        (["A"], 5, "params is 5: give SamplingParams"),
     ],
     ids=str,
 )

@@ -1,3 +1,7 @@
+import json
+from dataclasses import asdict
+
+import numpy as np
 import pytest
 import torch
 
@@ -44,3 +48,28 @@ def test_a_seed_fixes_the_draws():
         generator = torch.Generator().manual_seed(params.seed)
         runs.append([sample(LOGITS, params, generator) for _ in range(50)])
     assert runs[0] == runs[1]
+
+
+def test_more_candidates_than_tokens_are_all_of_them():
+    assert sample(LOGITS, SamplingParams(temperature=1.0, top_k=10**8), torch.Generator().manual_seed(0)) in range(5)
+
+
+@pytest.mark.parametrize("temperature", [1e-30, 1e-320])
+def test_a_temperature_near_0_is_the_largest_logit(temperature):
+    assert sample(LOGITS, SamplingParams(temperature=temperature), torch.Generator().manual_seed(0)) == 1
+
+
+@pytest.mark.timeout(10)
+def test_numbers_of_numpy_become_plain_ones_and_are_checked_alike():
+    given = dict(
+        max_new_tokens=np.int64(4), temperature=np.float32(0.5), seed=np.uint64(3), stop_token_ids=np.arange(2)
+    )
+    params = SamplingParams(**given)
+    assert params == SamplingParams(max_new_tokens=4, temperature=0.5, seed=3, stop_token_ids=(0, 1))
+    assert json.loads(json.dumps(asdict(params)))["seed"] == 3
+    with pytest.raises(ValueError, match="top_k is -1, legal: a whole number of at least 0"):
+        SamplingParams(top_k=np.int32(-1))
+
+
+def test_one_stop_text_is_a_list_of_one():
+    assert SamplingParams(stop="end") == SamplingParams(stop=["end"])
