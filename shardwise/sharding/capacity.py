@@ -47,11 +47,18 @@ def remedies(plan: Plan, topology: Topology, workload: Workload) -> Iterator[str
     context = most_context(plan, topology, workload)
     if context >= workload.prompt:
         yield f"--context {context}"
-    devices = plan.layout.world
+    seen, devices = 0, plan.layout.world
     while devices <= plan.layout.world * GROWTH:
-        on = topology.spread(devices, None)
-        best = search(plan.model, on, workload, devices=devices, objective=Objective.LATENCY).ranked
+        best = search(
+            plan.model,
+            topology.spread(devices, None),
+            workload,
+            devices=devices,
+            objective=Objective.LATENCY,
+            kv_itemsize=plan.kv_itemsize,
+            above=seen,
+        ).ranked
         if best and best[0].estimate.memory.fits:
             yield f"{best[0].layout} (--search --gpus {devices} ranks all)"
             return
-        devices *= 2
+        seen, devices = devices, 2 * devices

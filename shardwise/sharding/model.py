@@ -122,6 +122,10 @@ class ModelSpec:
 
     def layer_groups(self) -> tuple[tuple[Layer, tuple[int, ...]], ...]:
         """Distinct layers with the numbers of the layers that are alike."""
+        return self._layer_groups
+
+    @cached_property
+    def _layer_groups(self) -> tuple[tuple[Layer, tuple[int, ...]], ...]:
         groups: dict[int, tuple[Layer, list[int]]] = {}
         for number, layer in enumerate(self.layers):
             groups.setdefault(id(layer), (layer, []))[1].append(number)

@@ -7,7 +7,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from shardwise.sharding.axes import Axis, LogicalAxis
+from shardwise.sharding.axes import Axis, LogicalAxis, MeshAxis
 from shardwise.sharding.collectives import Collective, collectives
 from shardwise.sharding.cutting import axes_of, choose_cuts
 from shardwise.sharding.experts import Placement, place_experts
@@ -16,7 +16,7 @@ from shardwise.sharding.layout import Coordinates, ParallelLayout
 from shardwise.sharding.memory import CacheEntry, cache_entries
 from shardwise.sharding.model import ModelSpec
 from shardwise.sharding.names import NameIndex, expand
-from shardwise.sharding.shards import Cuts, TensorPattern, TensorShard, local_count
+from shardwise.sharding.shards import Cuts, TensorPattern, TensorShard, local_count, mesh_axes_of
 from shardwise.sharding.source import load_model
 from shardwise.sharding.spec import TensorSpec
 
@@ -94,17 +94,12 @@ class Plan:
 
     def rank(self, rank: int) -> RankTotals:
         """Totals of one rank."""
-        at = self.layout.coordinates(rank)
-        weight_bytes = parameters = tensors = 0
-        for pattern in self.loaded:
-            shard, count = self.pattern_shard(pattern, rank), self.pattern_count(pattern, rank)
-            weight_bytes += shard.nbytes * count
-            parameters += prod(shard.local_shape) * pattern.spec.values * count
-            tensors += count if all(shard.local_shape) else 0
+        held = [self._held(axes, rank) for axes in self._by_mesh]
+        weight_bytes, parameters, tensors = (sum(column) for column in zip(*held, strict=True))
         cache = self.cache(rank)
         return RankTotals(
             rank,
-            at,
+            self.layout.coordinates(rank),
             weight_bytes,
             parameters,
             tensors,
@@ -112,10 +107,42 @@ class Plan:
             sum(c.layers * c.sequence_bytes for c in cache),
         )
 
+    @cached_property
+    def _by_mesh(self) -> dict[tuple[MeshAxis, ...], list[TensorPattern]]:
+        """Loaded patterns by the mesh axes that cut them."""
+        groups: dict[tuple[MeshAxis, ...], list[TensorPattern]] = {}
+        for pattern in self.loaded:
+            groups.setdefault(mesh_axes_of(pattern.spec), []).append(pattern)
+        return groups
+
+    def _held(self, axes: tuple[MeshAxis, ...], rank: int) -> tuple[int, int, int]:
+        """Bytes, parameters and tensors that a rank holds of what `axes` cut; ranks at one place on them are alike."""
+        at = self.layout.coordinates(rank)
+        key = (axes, *(getattr(at, axis) for axis in axes))
+        if key not in self._sums:
+            parts = [(p, self.pattern_shard(p, rank), self.pattern_count(p, rank)) for p in self._by_mesh[axes]]
+            self._sums[key] = (
+                sum(shard.nbytes * count for _, shard, count in parts),
+                sum(prod(shard.local_shape) * p.spec.values * count for p, shard, count in parts),
+                sum(count for _, shard, count in parts if all(shard.local_shape)),
+            )
+        return self._sums[key]
+
+    @cached_property
+    def _sums(self) -> dict[tuple, tuple[int, int, int]]:
+        return {}
+
     def cache(self, rank: int) -> tuple[CacheEntry, ...]:
         """KV and state cache of every kind of layer on `rank`."""
         at = self.layout.coordinates(rank)
-        return cache_entries(self.model, lambda axis: self.cuts.share(axis, at), self.kv_itemsize)
+        if at.tp not in self._caches:  # attention and states are cut over tp alone
+            entries = cache_entries(self.model, lambda axis: self.cuts.share(axis, at), self.kv_itemsize)
+            self._caches[at.tp] = entries
+        return self._caches[at.tp]
+
+    @cached_property
+    def _caches(self) -> dict[int, tuple[CacheEntry, ...]]:
+        return {}
 
     def cache_bytes(self, rank: int, context: int, batch: int = 1) -> int:
         """Cache of `batch` sequences of `context` tokens on `rank`, sliding windows and compression respected."""

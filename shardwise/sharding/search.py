@@ -9,7 +9,6 @@ from shardwise.sharding.cutting import IllegalLayout
 from shardwise.sharding.layout import ParallelLayout
 from shardwise.sharding.model import ModelSpec
 from shardwise.sharding.plan import Plan, plan
-from shardwise.sharding.spec import Moe
 from shardwise.sharding.topology import Topology
 
 
@@ -52,14 +51,23 @@ class SearchResult:
 
 
 def search(
-    model: ModelSpec, topology: Topology, workload: Workload, *, devices: int, objective: Objective
+    model: ModelSpec,
+    topology: Topology,
+    workload: Workload,
+    *,
+    devices: int,
+    objective: Objective,
+    kv_itemsize: int = 2,
+    above: int = 0,
 ) -> SearchResult:
-    """All layouts whose world divides `devices`; the rest of the devices hold replicas."""
+    """All layouts whose world divides `devices` and is larger than `above`; the rest of the devices hold replicas."""
     found: list[Candidate] = []
     refused: list[Refusal] = []
-    for layout in layouts(devices, any(isinstance(f, Moe) for layer in model.layers for f in layer.feed_forward)):
+    for layout in layouts(devices, model.has_experts):
+        if layout.world <= above:
+            continue
         try:
-            planned = plan(model, layout)
+            planned = plan(model, layout, kv_itemsize=kv_itemsize)
         except IllegalLayout as error:
             refused.append(Refusal(layout, error.reasons))
             continue

@@ -152,6 +152,12 @@ def _nbytes(dtype: str, local: tuple[int, ...], ranges: tuple[tuple[Range, ...],
     return prod(local[:-1]) * (blocks + -(-padding // block)) * size
 
 
+def mesh_axes_of(spec: TensorSpec) -> tuple[MeshAxis, ...]:
+    """The mesh axes on which a rank's place decides what it holds of the tensor, sorted."""
+    experts = {MeshAxis.MOE_EP} if spec.experts else set()
+    return tuple(sorted(experts | {MESH_AXIS[a.axis] for dim in spec.dims for a in dim.axes}))
+
+
 def local_count(pattern: TensorPattern, cuts: Cuts, at: Coordinates) -> int:
     """Tensors of the pattern that the rank holds, copies of redundant experts included."""
     repeats = 1 if pattern.layers is None else len(pattern.layers)

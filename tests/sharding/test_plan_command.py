@@ -192,6 +192,23 @@ def test_search_ranks_layouts(config, capsys):
     assert found["ranked"] and all(row["world"] <= 4 for row in found["ranked"])
 
 
+def test_search_and_what_would_fit_take_the_type_of_weights_and_cache_into_account(config, capsys):
+    workload = ["--device", "h200", "--batch", "256", "--context", "32k"]
+
+    def left(*more):
+        main(["plan", config(MOE), "--search", "--gpus", "1", *workload, *more, "--json"])
+        return json.loads(capsys.readouterr().out)["ranked"][0]["bytes_left"]
+
+    cache = 256 * 32768 * 48 * 4 * 2 * 128  # sequences, tokens, layers, KV heads, keys and values, head size
+    assert left("--kv-bytes", "1") - left() == cache
+    assert left() - left("--dtype", "float32") > 2 * 30e9
+    assert main(["plan", config(MOE), *workload, "--kv-bytes", "1"]) == 3
+    fits = capsys.readouterr().err.split("; or tp ")[1]
+    gpus = fits.split("--gpus ")[1].split()[0]
+    assert main(["plan", config(MOE), "--search", "--gpus", gpus, *workload, "--kv-bytes", "1"]) == 0
+    assert main(["plan", config(MOE), "--search", "--gpus", str(int(gpus) // 2), *workload, "--kv-bytes", "1"]) == 3
+
+
 @pytest.mark.parametrize(
     "arguments, words",
     [

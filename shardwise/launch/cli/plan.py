@@ -122,12 +122,21 @@ def _legal(args: argparse.Namespace) -> int:
 
 
 def _search(args: argparse.Namespace) -> int:
+    from shardwise.sharding.formats import storage_type
     from shardwise.sharding.report import search_report, search_rows
     from shardwise.sharding.search import Objective, search
     from shardwise.sharding.source import load_model
 
+    model = load_model(args.model)
     topology, workload = _machine(args, args.device or "h200", args.gpus)
-    found = search(load_model(args.model), topology, workload, devices=args.gpus, objective=Objective(args.objective))
+    found = search(
+        model.stored_as(storage_type(args.dtype)) if args.dtype else model,
+        topology,
+        workload,
+        devices=args.gpus,
+        objective=Objective(args.objective),
+        kv_itemsize=args.kv_bytes,
+    )
     if args.json:
         _write([json.dumps(search_rows(found), indent=1)], args.json)
     if args.html and found.ranked:

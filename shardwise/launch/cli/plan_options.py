@@ -92,7 +92,7 @@ def _mode(args: argparse.Namespace) -> tuple[str, set[str]]:
     if args.legal:
         return "--legal", {"json"}
     if args.search:
-        return "--search", {"json", "html", "device"} | _WORKLOAD | _SEARCH
+        return "--search", {"json", "html", "device", "dtype", "kv_bytes"} | _WORKLOAD | _SEARCH
     if args.export_tp_plan:
         return "--export-tp-plan", set(_PLAN)
     has_cost = args.device or args.html
