@@ -202,9 +202,9 @@ def flashinfer_attention_mha_with_cache(
     given = (q, k, v, kv_cache, flashinfer_batch_indices, flashinfer_positions, cu_num_pages, last_page_len)
     plan = _PLANS.get(key, given) or _PLANS.keep(key, given, _plan(batch, scale, *given))
     if plan.dense and math.gcd(16, q.data_ptr(), k.data_ptr(), v.data_ptr(), kv_cache.data_ptr()) == 16:
-        rows = view(q, *plan.q_rows), view(k, *plan.k_rows), view(v, *plan.k_rows)
+        q_rows, k_rows, v_rows = view(q, *plan.q_rows), view(k, *plan.k_rows), view(v, *plan.k_rows)
     else:
-        rows = _readable(plan, q, k, v, kv_cache)
+        q_rows, k_rows, v_rows = _readable(plan, q, k, v, kv_cache)
     out = plan.out()
     if plan.used < plan.tokens:
         out.view(plan.tokens, -1)[plan.used :].zero_()
@@ -215,11 +215,11 @@ def flashinfer_attention_mha_with_cache(
     indices, positions, indptr, last = given[4:] if plan.exact else without_padding(batch, *given[4:])
     options = plan.options
     if plan.quantised:
-        rows = rows[0], to_fp8(rows[1], k_scale), to_fp8(rows[2], v_scale)
+        k_rows, v_rows = to_fp8(k_rows, k_scale), to_fp8(v_rows, v_scale)
         options = options | {"k_scale": k_scale, "v_scale": v_scale}
-    _append_function()(*rows[1:], indices, positions, caches, cache_loc, indptr, last, kv_layout="HND")
+    _append_function()(k_rows, v_rows, indices, positions, caches, cache_loc, indptr, last, kv_layout="HND")
     host = (cu_num_pages_host, cache_loc, last_page_len_host, seq_len_with_cache_host)
-    _attend(plan, batch, cu_seqlen_host, host, rows[0], caches, view(out, *plan.q_rows), options)
+    _attend(plan, batch, cu_seqlen_host, host, q_rows, caches, view(out, *plan.q_rows), options)
     return out
 
 
@@ -240,11 +240,14 @@ def _attend(
 
 
 def _prefill_wrapper(owner: Planner, parameters: _Parameters, batch: Batch, cu_seqlen_host, host: PagesHost) -> Any:
-    def plan(wrapper):
-        starts = cu_seqlen_host[: batch.prefill + 1]
-        _plan_prefill(parameters, wrapper, starts, select_pages(0, batch.prefill, *host))
-
-    return owner.planned(("prefill", parameters), lambda: _create_prefill(owner), plan)
+    key = "prefill", parameters
+    return owner.current(key) or owner.planned(
+        key,
+        lambda: _create_prefill(owner),
+        lambda w: _plan_prefill(
+            parameters, w, cu_seqlen_host[: batch.prefill + 1], select_pages(0, batch.prefill, *host)
+        ),
+    )
 
 
 @functools.cache

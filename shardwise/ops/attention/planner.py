@@ -102,11 +102,14 @@ class Planner:
     def _capturing(self) -> bool:
         return self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
+    def current(self, key: tuple) -> Any:
+        """The wrapper of `key` if it holds this step's plan, else None: what all layers but a step's first ask for."""
+        return self._planned.get(key)
+
     def planned(self, key: tuple, create: Callable[[], Any], plan: Callable[[Any], None]) -> Any:
         """The wrapper of `key`, created at its first use and planned at its first use in a step."""
-        planned = self._planned.get(key)
-        if planned is not None:
-            return planned
+        if key in self._planned:
+            return self._planned[key]
         if self._capturing():
             raise RuntimeError(
                 f"a FlashInfer plan for {key} is needed inside a CUDA graph capture, where none can be made; "
