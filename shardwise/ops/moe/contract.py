@@ -48,6 +48,13 @@ def as_tokens(name: str, label: str, x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])
 
 
+def check_device(name: str, x: Tensor, **others: Tensor) -> None:
+    """ValueError for a tensor that does not lie where x lies: kernels would read its address on the wrong device."""
+    for label, tensor in others.items():
+        if tensor.device != x.device:
+            raise ValueError(f"{name}: {label} lies on {tensor.device}, the tokens on {x.device}; move one of them")
+
+
 def check_shapes(name: str, sizes: str, **wanted: tuple[Tensor, tuple[int, ...]]) -> None:
     """ValueError for the first tensor that has not its shape; `sizes` says where the shapes come from."""
     for label, (tensor, shape) in wanted.items():
@@ -69,12 +76,14 @@ def check_routing(name: str, x: Tensor, selected_experts: Tensor, routing_weight
             f"{name}: routing_weights {tuple(routing_weights.shape)} must have the shape of selected_experts "
             f"{tuple(selected_experts.shape)}"
         )
+    check_device(name, x, selected_experts=selected_experts, routing_weights=routing_weights)
     return tokens
 
 
 def check_stacked(name: str, x: Tensor, first: Tensor, second: Tensor, gated: bool, packed: int = 1) -> tuple[int, int]:
     """(experts, intermediate) of stacked weights first [E, 2I or I, H/packed] and second [E, H, I/packed]."""
     hidden = x.shape[-1]
+    check_device(name, x, **{"the first stacked weight": first, "the second stacked weight": second})
     if first.dim() != 3 or second.dim() != 3:
         raise ValueError(f"{name}: stacked weights must have 3 dimensions, got {first.dim()} and {second.dim()}")
     intermediate = first.shape[1] // (2 if gated else 1)

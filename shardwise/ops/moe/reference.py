@@ -8,6 +8,7 @@ from torch import Tensor
 
 from shardwise.ops.moe.contract import (
     as_tokens,
+    check_device,
     check_same_dtype,
     check_shapes,
     check_stacked,
@@ -247,6 +248,9 @@ def check_mxfp4_moe(
 ) -> None:  # fmt: skip
     """TypeError or ValueError naming the argument that does not fit the gpt-oss layout."""
     as_tokens(name, "hidden_states", hidden_states)
+    check_device(
+        name, hidden_states, router_weight=router_weight, gate_up_blocks=gate_up_blocks, down_blocks=down_blocks
+    )  # fmt: skip
     if router_weight.dim() != 2:
         raise ValueError(f"{name}: router_weight must be [E, H], got {list(router_weight.shape)}")
     hidden, total = hidden_states.shape[-1], router_weight.shape[0]

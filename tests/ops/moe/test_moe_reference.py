@@ -7,6 +7,7 @@ import torch
 from oracles_moe import relative, routed_oracle, routing, stacked
 
 from shardwise.ops.moe.contract import ExpertMapping, parse_mapping
+from shardwise.ops.moe.reference import torch_moe_fused
 from shardwise.partition import extent
 from shardwise.sharding.layout import ParallelLayout
 from shardwise.testing import run_threads
@@ -197,6 +198,14 @@ CASES = {
         (X, WEIGHTS, FIRST.mT, X, SECOND.mT, X),
     ),
 }
+
+
+@pytest.mark.parametrize("place,label", [(1, "selected_experts"), (2, "routing_weights"), (4, "the second stacked")])
+def test_the_error_names_what_lies_on_another_device(place, label):
+    args = [X, IDS, WEIGHTS, FIRST, SECOND]
+    args[place] = args[place].to("meta")
+    with pytest.raises(ValueError, match=f"torch_moe_fused: {label}.* lies on meta, the tokens on cpu"):
+        torch_moe_fused(*args)  # the function itself: the dispatcher would take its fake
 
 
 @pytest.mark.parametrize("text", CASES)
