@@ -180,9 +180,8 @@ __device__ int64_t live_slot(const Args& a, int64_t sequence) {
   return slot < a.slot_count ? slot : -1;
 }
 
-// Entry i of the slots, which is that of `sequence`.
-__device__ int64_t checked_slot(const Args& a, int64_t i, int64_t sequence) {
-  const int64_t slot = index_at(a.slots, a.wide_slots, i);
+// The slot that was read for `sequence`, or -1.
+__device__ int64_t checked_slot(const Args& a, int64_t slot, int64_t sequence) {
   if (slot >= -1 && slot < a.slot_count) return slot;
   report(a, 1, sequence, slot);
   return -1;
@@ -193,14 +192,14 @@ __device__ void check_sequences(const Args& a) {
   for (int64_t i = threadIdx.x; i < a.sequences; i += kThreads) {
     const int64_t low = index_at(a.bounds, a.wide_bounds, i), high = index_at(a.bounds, a.wide_bounds, i + 1);
     if (low > high || (i == 0 && low != 0) || (i == a.sequences - 1 && high != a.tokens)) report(a, 2, i, high);
-    checked_slot(a, i, i);
+    checked_slot(a, index_at(a.slots, a.wide_slots, i), i);
   }
 }
 
 // Neighbouring thread blocks take neighbouring channels, so that rows are read whole at about the same time.
 template <int V>
 struct Place {
-  int64_t block;  // of prefill tokens, or the group of decode tokens
+  int64_t block;  // of prefill tokens, or the decode token
   int64_t c;      // the thread's first channel
 
   __device__ explicit Place(const Args& a) {
@@ -334,7 +333,8 @@ __global__ void decode_any(Args a) {
   const Place<1> place(a);
   const int64_t c = place.c;
   if (c >= a.channels) return;
-  const int64_t slot = checked_slot(a, place.block, a.sequences + place.block);
+  const int64_t slot =
+      checked_slot(a, index_at(a.slots, a.wide_slots, place.block), a.sequences + place.block);
   if (slot < 0) return;
   T* x = static_cast<T*>(a.x) + place.block * a.x_t + c * a.x_c;
   T* cache = static_cast<T*>(a.cache) + slot * a.cache_slot + c * a.cache_c;
@@ -379,37 +379,36 @@ __device__ void await_groups() {
 //
 // The states of a warp's channels are one run of packs. They are moved in order, 512 bytes an instruction, and change
 // hands in shared memory: a thread's own states are K - 1 packs in a row. Warps do not wait for each other. The number
-// of instructions bounds the step as much as memory does: slots come 32 a load and pass from lane to lane, and strides
-// in bytes are 32-bit numbers.
+// of instructions bounds the step as much as memory does: slots come 32 a load and pass from lane to lane, strides in
+// bytes are 32-bit numbers, and the grid has two dimensions, so that nothing is divided.
 template <typename T, int K, int V, bool WHOLE>
 __global__ void __launch_bounds__(kThreads, kResident) decode_wide(Args a) {
   using P = Pack<T, V>;
   constexpr int kRow = 32 * sizeof(P);  // bytes that a warp moves in an instruction
   __shared__ P rooms[kStages][kThreads / 32][32 * K];  // of a warp: its states, then its inputs
-  const Place<V> place(a);
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, block = int(place.block);
-  const int64_t first = place.c - lane * V;  // the warp's first channel
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, group = int(blockIdx.y);
+  const int64_t c = (int64_t(blockIdx.x) * kThreads + threadIdx.x) * V;
+  const int64_t first = c - lane * V;  // the warp's first channel
   if (!WHOLE && first >= a.channels) return;
-  const bool mine = WHOLE || place.c < a.channels;
+  const bool mine = WHOLE || c < a.channels;
   const int packs = WHOLE ? 32 * (K - 1) : int(min(int64_t(32), (a.channels - first) / V)) * (K - 1);  // that exist
   const unsigned slot_bytes = unsigned(a.cache_slot * sizeof(T));
   const int64_t step = a.groups * a.x_t * int64_t(sizeof(T));  // from token to token
   char* cache = static_cast<char*>(a.cache) + (first * (K - 1) + lane * V) * sizeof(T);
-  char* x_in = static_cast<char*>(a.x) + (place.c + block * a.x_t) * int64_t(sizeof(T));
+  char* x_in = static_cast<char*>(a.x) + (c + group * a.x_t) * int64_t(sizeof(T));
   char* x_out = x_in;
   const unsigned room = static_cast<unsigned>(__cvta_generic_to_shared(&rooms[0][warp][lane]));
 
-  auto token_at = [&](int n) { return block + int64_t(n) * a.groups; };
-  auto slots_from = [&](int n) {  // a lane's slot of 32 tokens from the n-th on, -1 behind the last
-    const int64_t token = token_at(n + lane);
-    return token < a.blocks ? int(checked_slot(a, token, a.sequences + token)) : -1;
-  };
+  auto token_at = [&](int n) { return group + int64_t(n) * a.groups; };
+  auto slot_at = [&](int64_t token) { return token < a.blocks ? index_at(a.slots, a.wide_slots, token) : -1; };
+  auto checked = [&](int64_t slot, int64_t token) { return int(checked_slot(a, slot, a.sequences + token)); };
   await_predecessor();
-  // Asked for before the first slots, for which the states have to wait; behind them the weights came last.
-  const Taps<T, K, V> taps(a, mine ? place.c : 0);
-  int slots = slots_from(0), slot[kStages];
+  // The first slots are asked for before the weights, which come while the states wait for them.
+  const int64_t given = slot_at(token_at(lane));
+  const Taps<T, K, V> taps(a, mine ? c : 0);
+  int slots = checked(given, token_at(lane)), slot[kStages];  // a lane's of 32 tokens, -1 behind the last
   auto fetch = [&](int stage, int n) {
-    if (n % 32 == 0 && n > 0) slots = slots_from(n);
+    if (n % 32 == 0 && n > 0) slots = checked(slot_at(token_at(n + lane)), token_at(n + lane));
     slot[stage] = __shfl_sync(~0u, slots, n % 32);
     if (slot[stage] >= 0) {
       const char* from = cache + uint64_t(unsigned(slot[stage])) * slot_bytes;
@@ -466,13 +465,18 @@ __global__ void __launch_bounds__(kThreads, kResident) decode_wide(Args a) {
   admit_successor();
 }
 
+// Thread blocks that share a token's channels.
 template <int V>
-void launch(void (*kernel)(Args), const Args& a, int64_t blocks, bool overlaps, cudaStream_t stream) {
+unsigned tiles(const Args& a) {
+  return (a.channels + kThreads * V - 1) / (kThreads * V);
+}
+
+void launch(void (*kernel)(Args), const Args& a, dim3 grid, bool overlaps, cudaStream_t stream) {
   cudaLaunchAttribute overlap;
   overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   overlap.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(unsigned(blocks * ((a.channels + kThreads * V - 1) / (kThreads * V))));
+  config.gridDim = grid;
   config.blockDim = dim3(kThreads);
   config.stream = stream;
   config.attrs = &overlap;
@@ -487,15 +491,18 @@ void run(const Args& a, bool is_decode, bool vector, cudaStream_t stream) {
   constexpr int V = 16 / sizeof(T);
   if (is_decode && vector) {
     const bool whole = a.channels % (V * kThreads) == 0;
-    launch<V>(whole ? decode_wide<T, K, V, true> : decode_wide<T, K, V, false>, a, a.groups, a.overlap, stream);
+    const dim3 grid(tiles<V>(a), unsigned(a.groups));
+    launch(whole ? decode_wide<T, K, V, true> : decode_wide<T, K, V, false>, a, grid, a.overlap, stream);
   } else if (is_decode) {
-    launch<1>(decode_any<T, K>, a, a.blocks, a.overlap, stream);
+    launch(decode_any<T, K>, a, tiles<1>(a) * a.blocks, a.overlap, stream);
   } else if (vector) {
-    launch<V>(save<T, K, V>, a, a.blocks, false, stream);
-    launch<V>(prefill<T, K, V>, a, a.blocks, false, stream);
+    const dim3 grid(tiles<V>(a) * a.blocks);
+    launch(save<T, K, V>, a, grid, false, stream);
+    launch(prefill<T, K, V>, a, grid, false, stream);
   } else {
-    launch<1>(save<T, K, 1>, a, a.blocks, false, stream);
-    launch<1>(prefill<T, K, 1>, a, a.blocks, false, stream);
+    const dim3 grid(tiles<1>(a) * a.blocks);
+    launch(save<T, K, 1>, a, grid, false, stream);
+    launch(prefill<T, K, 1>, a, grid, false, stream);
   }
 }
 
