@@ -89,28 +89,11 @@ def fused_decode_attention(
     launched in front of it have ended.
     """
     page_size, kv_heads, head_dim = k_cache.shape[1:]
-    batch = qkv.shape[0]
-    block = min(64, page_size)
+    batch, group, block = qkv.shape[0], heads // kv_heads, min(64, page_size)
     splits = workspace.splits if splits is None else splits
-    if not takes_head_size(head_dim):
-        raise ValueError(f"fused_decode_attention: head size {head_dim}, need a power of two from 32 to 256")
-    if page_size % block:
-        raise ValueError(f"fused_decode_attention: page size {page_size}, need a multiple of {block}")
-    if heads % kv_heads:
-        raise ValueError(f"fused_decode_attention: {heads} heads cannot be shared by {kv_heads} KV heads")
-    if k_cache.stride() != v_cache.stride() or k_cache.stride(-1) != 1:
-        raise ValueError(
-            f"fused_decode_attention: caches with strides {k_cache.stride()} and {v_cache.stride()}, need equal ones "
-            "with contiguous heads"
-        )
+    _check(k_cache, v_cache, heads, block, batch, splits, workspace)
     if (q_norm is None) != (k_norm is None):
-        raise ValueError("fused_decode_attention: q_norm and k_norm come together")
-    if not 1 <= splits <= MAX_SPLITS or batch * splits * kv_heads > workspace.counter.numel():
-        raise ValueError(
-            f"fused_decode_attention: {splits} splits (1 to {MAX_SPLITS}) of {batch} sequences with {kv_heads} KV "
-            f"heads exceed the workspace's {workspace.counter.numel()} runs"
-        )
-    group = heads // kv_heads
+        raise ValueError(f"{_NAME}: q_norm and k_norm come together")
     out = qkv.new_empty(batch, heads * head_dim) if out is None else out
     pdl = pdl and not interpreting()
     common = (
@@ -135,3 +118,29 @@ def fused_decode_attention(
             **flags,
         )  # fmt: skip
     return out
+
+
+_NAME = fused_decode_attention.__name__
+
+
+def _check(
+    k_cache: torch.Tensor, v_cache: torch.Tensor, heads: int, block: int, batch: int, splits: int,
+    workspace: DecodeWorkspace,
+) -> None:  # fmt: skip
+    page_size, kv_heads, head_dim = k_cache.shape[1:]
+    if not takes_head_size(head_dim):
+        raise ValueError(f"{_NAME}: head size {head_dim}, need a power of two from 32 to 256")
+    if page_size % block:
+        raise ValueError(f"{_NAME}: page size {page_size}, need a multiple of {block}")
+    if heads % kv_heads:
+        raise ValueError(f"{_NAME}: {heads} heads cannot be shared by {kv_heads} KV heads")
+    if k_cache.stride() != v_cache.stride() or k_cache.stride(-1) != 1:
+        raise ValueError(
+            f"{_NAME}: caches with strides {k_cache.stride()} and {v_cache.stride()}, need equal ones with contiguous "
+            "heads"
+        )
+    if not 1 <= splits <= MAX_SPLITS or batch * splits * kv_heads > workspace.counter.numel():
+        raise ValueError(
+            f"{_NAME}: {splits} splits (1 to {MAX_SPLITS}) of {batch} sequences with {kv_heads} KV heads exceed the "
+            f"workspace's {workspace.counter.numel()} runs"
+        )
