@@ -18,6 +18,7 @@ from shardwise.ops.fla import fla, step
 from shardwise.ops.mamba import conv_cuda, conv_triton, scan
 from shardwise.ops.mamba import triton as ssm_triton
 from shardwise.ops.registry import FLA
+from shardwise.ops.triton_support import Form
 
 TOKENS = 8192
 KERNELS = ("_launch_steps", "_launch_states", "_launch_outputs")
@@ -39,12 +40,20 @@ def time_of(call: Callable[[], object], calls: int = 5) -> float:
         return float("inf")
 
 
-class Absent:
+class Absent(Form):
     """A kernel that is not launched."""
 
-    @staticmethod
-    def form_for(*_args, **_options) -> Callable:
-        return lambda grid, pointers, free: None
+    def __init__(self) -> None:
+        pass
+
+    def form_for(self, *_args, **_options) -> Form:
+        return self
+
+    def __call__(self, *_args) -> None:
+        pass
+
+    def bound(self, *_args) -> tuple:
+        return (lambda *_args: None, None, ()), ()
 
 
 def alone(kernel: str, call: Callable[[], object]) -> float:
@@ -52,7 +61,7 @@ def alone(kernel: str, call: Callable[[], object]) -> float:
     kept = {name: getattr(scan, name) for name in KERNELS}
     for name in KERNELS:
         if name != kernel:
-            setattr(scan, name, Absent)
+            setattr(scan, name, Absent())
     try:
         return time_of(call)
     finally:

@@ -7,7 +7,8 @@ they serve declare the need `TRITON`, so a placeholder is never launched.
 import ctypes
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -185,6 +186,11 @@ class Launcher:
 _address = torch.Tensor.data_ptr
 
 
+def _odd(addresses: Sequence[int]) -> Any:
+    """What kernels are compiled for: False where all addresses are multiples of 16, else which are."""
+    return math.gcd(16, *addresses) != 16 and tuple(address % 16 == 0 for address in addresses)
+
+
 class Form:
     """A kernel with all that it is compiled for; a launch adds the grid, the tensors and the numbers that change.
 
@@ -209,7 +215,7 @@ class Form:
             with torch.cuda.device(self._device):
                 return self(grid, pointers, free)
         addresses = [*map(_address, pointers)]  # numbers spare Triton a driver query each
-        odd = math.gcd(16, *addresses) != 16 and tuple(address % 16 == 0 for address in addresses)
+        odd = _odd(addresses)
         launch = self._launches.get(odd)
         if launch is not None:
             start, stream_of, rest = launch
@@ -218,6 +224,10 @@ class Form:
             except OverflowError:  # a free number outgrew the 32 bits that it was compiled for
                 pass
         self._launches[odd] = _start_of(self._kernel[grid](*pointers, *free, *self._fixed, **self._options))
+
+    def bound(self, addresses: Sequence[int], free: tuple[float, ...]) -> tuple[_Start, tuple[float, ...]]:
+        """The way to the driver that a launch with such addresses and numbers took, and all numbers behind them."""
+        return self._launches[_odd(addresses)], (*free, *self._fixed)
 
 
 class Kernel:
@@ -275,6 +285,37 @@ class Launch(NamedTuple):
     form: Form
     grid: tuple[int, int, int]
     free: tuple[float, ...]
+
+
+class Chain:
+    """Launches one after another on the same tensors, whose addresses are looked up once for all."""
+
+    def __init__(self, device: torch.device, tensors: Sequence[str], *launches: tuple[Launch, Sequence[str]]):
+        """`launches`, none with an empty grid: each with the names of its pointers (two at least), out of `tensors`."""
+        self._index = device.index
+        self._launches = [(launch, itemgetter(*map(tensors.index, names))) for launch, names in launches]
+        self._bound: dict[Any, list[tuple]] = {}  # by the alignment of the addresses
+
+    def __call__(self, tensors: tuple[torch.Tensor, ...]) -> None:
+        """Run all."""
+        addresses = [*map(_address, tensors)]
+        odd = _odd(addresses)
+        bound = self._bound.get(odd)
+        if bound is None or self._index != current_device():
+            return self._launch_singly(tensors, addresses, odd)
+        stream = _raw_stream()(self._index)
+        for start, grid, rest, pick, numbers in bound:
+            start(*grid, stream, *rest, *pick(addresses), *numbers)
+
+    def _launch_singly(self, tensors: tuple[torch.Tensor, ...], addresses: list[int], odd: Any) -> None:
+        for (form, grid, free), pick in self._launches:
+            form(grid, pick(tensors), free)
+        if _INTERPRETING:
+            return
+        self._bound[odd] = []
+        for (form, grid, free), pick in self._launches:
+            (start, _, rest), numbers = form.bound(pick(addresses), free)
+            self._bound[odd].append((start, grid, rest, pick, numbers))
 
 
 def aligned(*tensors: Any) -> Any:

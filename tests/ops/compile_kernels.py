@@ -83,12 +83,18 @@ def call_form(self, grid, pointers, free):
     compile_for_target(self._kernel, (*pointers, *free, *self._fixed), self._options)
 
 
+def call_chain(self, tensors):
+    for (form, grid, free), pick in self._launches:
+        form(grid, pick(tensors), free)
+
+
 def call_launcher(self, device, key, grid, args, sharing=0, **options):
     compile_for_target(self._kernel, args, options)
 
 
 def replace_launches():
     triton_support.Form.__call__ = call_form
+    triton_support.Chain.__call__ = call_chain
     triton_support.Launcher.__call__ = call_launcher
     for name, module in list(sys.modules.items()):
         if name.startswith("shardwise.ops.") and hasattr(module, "dependent_launch"):

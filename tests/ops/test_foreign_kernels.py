@@ -4,6 +4,8 @@ What is proven here is everything around the kernels: batches, slots, padding, s
 the `gpu` tests of the operator table.
 """
 
+from functools import partial
+
 import pytest
 import samples_fla
 import samples_mamba
@@ -79,8 +81,10 @@ def selective_state_update(
     state_batch_indices=None,
     pad_slot_id=-1,
     out=None,
+    computes_padding=True,
 ):
-    """FlashInfer's step, with its demands on strides and dtypes, leaving rows of padding slots as they are."""
+    """FlashInfer's step, with its demands on strides and dtypes. Its kernels compute rows of padding slots from an
+    empty state; what it documents is that they are not processed."""
     heads, size = x.shape[1:]
     assert dt.stride()[1:] == (1, 0) and A.stride() == (1, 0, 0) and D.stride() == (1, 0)
     assert D.dtype == dt.dtype and (dt_bias is None or dt_bias.dtype == dt.dtype)
@@ -92,20 +96,23 @@ def selective_state_update(
     steps = steps if dt_bias is None else steps + dt_bias[:, 0]
     steps = torch.nn.functional.softplus(steps) if dt_softplus else steps
     for row, slot in enumerate(state_batch_indices.tolist()):
-        if slot == pad_slot_id:
-            out[row] = float("nan")
+        if slot == pad_slot_id and not computes_padding:
             continue
         group = torch.arange(heads) // (heads // B.shape[1])
-        s = state[slot].float() * torch.exp(steps[row][:, None, None] * A)
+        s = state[slot].float() if slot != pad_slot_id else torch.zeros_like(state[0], dtype=torch.float32)
+        s = s * torch.exp(steps[row][:, None, None] * A)
         s = s + (steps[row][:, None] * x[row])[..., None] * B[row, group][:, None]
-        state[slot] = s
+        if slot != pad_slot_id:
+            state[slot] = s
         out[row] = (s * C[row, group][:, None]).sum(-1) + D * x[row]
 
 
 @needs_triton
+@pytest.mark.parametrize("computes_padding", [True, False])
 @pytest.mark.parametrize("limit", [[0.0, float("inf")], samples_mamba.LIMIT])
 @pytest.mark.parametrize("name", samples_mamba.BATCHES)
-def test_flashinfer_decode_gets_what_it_demands(monkeypatch, limit, name):
+def test_flashinfer_decode_gets_what_it_demands(monkeypatch, limit, name, computes_padding):
+    """Inputs of tokens without a slot are infinite or no numbers: they must not show."""
     from memory_check import checked_memory
 
     batch = samples_mamba.BATCHES[name]
@@ -113,9 +120,14 @@ def test_flashinfer_decode_gets_what_it_demands(monkeypatch, limit, name):
     torch.manual_seed(0)
     args = list(samples_mamba.cached_ssm_args(op, batch, 4, 2, 64, 16, 16, torch.float16, torch.float32)("cpu"))
     args[-2] = limit
-    mamba_flashinfer_prefill(monkeypatch, args)
+    mamba_flashinfer_prefill(monkeypatch, batch, limit)
+    for number, slot in enumerate(batch.slots[len(batch.prefill) :]):
+        if slot == -1:
+            for place, value in ((0, float("nan")), (2, float("inf")), (3, float("nan")), (5, float("nan"))):
+                args[place].flatten(0, 1)[sum(batch.prefill) + number] = value
     expected, states = samples_mamba.cached_ssm(batch)(*args)
-    monkeypatch.setattr(mamba_flashinfer, "_update", lambda: selective_state_update)
+    update = partial(selective_state_update, computes_padding=computes_padding)
+    monkeypatch.setattr(mamba_flashinfer, "_update", lambda: update)
     with checked_memory(monkeypatch):
         result = mamba_flashinfer.flashinfer_cached_ssm(*args)
     torch.testing.assert_close(result.double(), expected, rtol=5e-3, atol=2e-2)
@@ -137,7 +149,7 @@ def test_flashinfer_decode_reads_parts_of_wider_rows(monkeypatch, decode, skew):
         wide = torch.full((*rows.shape[:2], rows[0, 0].numel() + 16), float("nan"), dtype=rows.dtype)
         wide[..., skew : skew + rows[0, 0].numel()] = rows.flatten(2)
         args[place] = wide[..., skew : skew + rows[0, 0].numel()].unflatten(2, rows.shape[2:])
-    mamba_flashinfer_prefill(monkeypatch, args)
+    mamba_flashinfer_prefill(monkeypatch, batch, args[-2])
     monkeypatch.setattr(mamba_flashinfer, "_update", lambda: selective_state_update)
     monkeypatch.setattr(mamba_flashinfer, "STEPS", Kept())
     caches = [args[-3].clone() for _ in range(2)]
@@ -147,13 +159,14 @@ def test_flashinfer_decode_reads_parts_of_wider_rows(monkeypatch, decode, skew):
     assert torch.equal(*caches) and mamba_flashinfer.STEPS
 
 
-def mamba_flashinfer_prefill(monkeypatch, args):
+def mamba_flashinfer_prefill(monkeypatch, batch, limit):
     """Prefill by the reference, so that this test also runs where Triton is missing."""
+    first = sum(batch.prefill)
+    info = torch.tensor([len(batch.prefill), first, 0])
 
     def prefill(_op, given, metadata, out, plan):
         x, dt, dt_bias, A, B, C, D, slots, cache = given
-        (bounds, resumes, *_), (sequences, first, _, *limit) = metadata, plan.steps.free
-        info = torch.tensor([sequences, first, 0])
+        bounds, resumes, *_ = metadata
         x, B, C, dt = (t.flatten(0, 1)[None, :first] for t in (x, B, C, dt))
         out.flatten(0, 1)[:first] = torch.ops.auto_deploy.torch_cached_ssm(
             x, A, B, C, D, dt, dt_bias, info, bounds, bounds, slots, resumes, cache, limit, 16

@@ -96,6 +96,36 @@ def test_a_form_is_launched_without_its_key(jit):
     assert jit.forms[0].calls == [((5, 1, 1), (x.data_ptr(), 7, 16))]
 
 
+def test_a_chain_launches_its_kernels_in_order_with_the_addresses_of_their_tensors(jit):
+    second = Jit()
+    forms = [triton_support.Kernel(kernel).form(DEVICE, (16,), warps=4) for kernel in (jit, second)]
+    launches = [triton_support.Launch(form, (n, 1, 1), (10 * n,)) for n, form in enumerate(forms, 1)]
+    chain = triton_support.Chain(DEVICE, "abc", (launches[0], "ac"), (launches[1], "bca"))
+    order = []
+    for _ in range(3):
+        a, b, c = (torch.zeros(8) for _ in range(3))
+        order.append((a, b, c))
+        chain((a, b, c))
+    assert [args for _, args, _ in jit.compilations] == [(order[0][0], order[0][2], 10, 16)]
+    assert jit.forms[0].calls == [((1, 1, 1), (a.data_ptr(), c.data_ptr(), 10, 16)) for a, _, c in order[1:]]
+    assert second.forms[0].calls == [
+        ((2, 1, 1), (b.data_ptr(), c.data_ptr(), a.data_ptr(), 20, 16)) for a, b, c in order[1:]
+    ]
+
+
+def test_a_chain_compiles_anew_only_what_reads_a_tensor_at_an_odd_address(jit):
+    second = Jit()
+    forms = [triton_support.Kernel(kernel).form(DEVICE, (16,), warps=4) for kernel in (jit, second)]
+    launches = [triton_support.Launch(form, (1, 1, 1), ()) for form in forms]
+    chain = triton_support.Chain(DEVICE, "abc", (launches[0], "ab"), (launches[1], "ac"))
+    a, b, c = (torch.zeros(8) for _ in range(3))
+    for tensors in ((a, b, c), (a, b[1:], c), (a, b[1:], c)):
+        chain(tensors)
+    assert (len(jit.compilations), len(second.compilations)) == (2, 1)
+    assert jit.forms[1].calls == [((1, 1, 1), (a.data_ptr(), b[1:].data_ptr(), 16))]
+    assert len(second.forms[0].calls) == 2
+
+
 def test_a_number_that_outgrows_its_32_bits_is_compiled_for_anew(jit, monkeypatch):
     form = triton_support.Kernel(jit).form(DEVICE, (16,), warps=4)
     x = torch.zeros(8)

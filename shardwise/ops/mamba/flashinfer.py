@@ -1,7 +1,6 @@
 """The state-space scan with FlashInfer's decode step; prefill runs on our Triton kernels."""
 
 import functools
-import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -15,10 +14,10 @@ from shardwise.ops.mamba.ssm import Plan, like_hidden, run_step
 from shardwise.ops.metadata_reports import report_word
 from shardwise.ops.registry import FLASHINFER, TRITON, operator
 from shardwise.ops.triton_support import Kernel, Launch
-from shardwise.ops.vector_access import with_vectors
 
 _ready = Kernel(kernels.ready_kernel)
-_drop = Kernel(kernels.drop_kernel)
+BLOCK = 1024
+"""Numbers of a row that a program copies"""
 # Of steps without a copy or padding, by their layout.
 STEPS: Kept[Plan] = Kept()
 
@@ -57,23 +56,18 @@ def flashinfer_cached_ssm(
 
 
 class _Decode(NamedTuple):
-    """A decode step, but for its tensors: two small kernels of ours and what FlashInfer gets between them.
+    """A decode step, but for its tensors: a small kernel of ours that makes what FlashInfer reads, and FlashInfer's.
 
-    The first makes the time steps, clamped, which FlashInfer's are not, and 32-bit slots; the last gives zeros to the
-    tokens without a slot, for which FlashInfer computes something from an empty state.
+    FlashInfer wants time steps, which it would not clamp, in the dtype of D, 32-bit slots, and dense rows of x, B and C
+    at multiples of 16 bytes. For a token without a slot it computes something from an empty state.
     """
 
     ready: Launch
-    drop: Launch
-    steps_room: Callable[[], torch.Tensor]
-    """Makes room for the time steps [tokens, H, P], one number a head, repeated by strides, as FlashInfer wants it"""
-    index_room: Callable[[], torch.Tensor]
-    """Makes room for the slots"""
-    rows: tuple[View, ...]
-    """Where x, B and C have the decode tokens, [tokens, heads, D]"""
-    vectors: bool
-    """Whether FlashInfer's vectors may read them where they begin at multiples of 16 bytes"""
+    rooms: tuple[Callable[[], torch.Tensor], ...]
+    """Make room for time steps [tokens, H, P], one number a head, repeated by strides, as FlashInfer wants it; for
+    slots [tokens]; for rows of x [tokens, H, P], B and C [tokens, G, N]"""
     out: View
+    """Where the result has the decode tokens, [tokens, H, P]"""
     A: View
     """The vector repeated, [H, P, N]"""
     D: View
@@ -95,57 +89,44 @@ def _plan_decode(op: str, one: Inputs, batch: Batch) -> _Decode:
             f"{op}: FlashInfer wants a slot for each of the {count} decode sequences, the cache has "
             f"{one.cache.shape[0]}; triton_cached_ssm takes any number"
         )
-    steps = torch.empty(0, dtype=torch.float32, device=device)  # for dtypes alone
-    index = torch.empty(0, dtype=torch.int32, device=device)
-    ready = _ready.form_for(
-        device,
-        (one.dt, one.dt_bias, one.slots, steps, index, report_word(op)),
-        (one.dt_t, 1 << (heads - 1).bit_length()),
-        warps=4,
-    )
-    drop = _drop.form_for(device, (index, one.out), (1024,), warps=4)
-    grid, free = (count, 1, 1), (batch.prefill_tokens, batch.prefill, heads, one.cache.shape[0], one.low, one.high)
-    rows = tuple(_rows(tensor, batch) for tensor in (one.x, one.B, one.C))
-    return _Decode(
-        Launch(ready, grid, free),
-        Launch(drop, grid, (heads * size,)),
+    (groups, states), dtype = one.B.shape[2:], one.x.dtype
+    rooms = (
         fresh((count, heads, size), torch.float32, device, strides=(heads, 1, 0)),
         fresh((count,), torch.int32, device),
-        rows,
-        all(
-            _takes_vectors(view, tensor.element_size())
-            for view, tensor in zip(rows, (one.x, one.B, one.C), strict=True)
+        fresh((count, heads, size), dtype, device),
+        *[fresh((count, groups, states), dtype, device)] * 2,
+    )
+    ready = _ready.form_for(
+        device,
+        (one.x, one.dt, one.dt_bias, one.B, one.C, one.slots, *(room() for room in rooms), one.out, report_word(op)),
+        (one.x_t, one.x.stride(2), one.dt_t, one.B_t, one.B.stride(2), one.C_t, one.C.stride(2))
+        + (heads // groups, size, states, 1 << (heads - 1).bit_length(), BLOCK),
+        warps=4,
+    )
+    parts = -(-max(heads * size, groups * states) // BLOCK)
+    return _Decode(
+        Launch(
+            ready,
+            (count, parts, 1),
+            (batch.prefill_tokens, batch.prefill, heads, one.cache.shape[0], one.low, one.high),
         ),
-        _rows(one.out, batch),
-        ((heads, size, one.B.shape[3]), (1, 0, 0), 0),
+        rooms,
+        ((count, heads, size), (heads * size, size, 1), batch.prefill_tokens * heads * size),
+        ((heads, size, states), (1, 0, 0), 0),
         ((heads, size), (1, 0), 0),
         one.A.dtype == one.D.dtype == torch.float32,
     )
 
 
-def _rows(tensor: torch.Tensor, batch: Batch) -> View:
-    """The decode tokens of [b, s, heads, D], where only one of b and s exceeds 1."""
-    strides = tensor.view(-1, *tensor.shape[2:]).stride() if tensor.numel() else (0, 0, 0)
-    return (batch.decode, *tensor.shape[2:]), strides, batch.prefill_tokens * strides[0]
-
-
-def _takes_vectors(rows: View, item: int) -> bool:
-    """Whether they are dense in a token, and tokens are multiples of 16 bytes apart."""
-    (_, _, size), (token, head, element), _ = rows
-    return element == 1 and head == size and token * item % 16 == 0
-
-
 def _decode(op: str, plan: _Decode, given: tuple[torch.Tensor, ...], out: torch.Tensor) -> None:
     x, dt, dt_bias, A, B, C, D, slots, cache = given
-    steps, index = plan.steps_room(), plan.index_room()
-    plan.ready.form(plan.ready.grid, (dt, dt_bias, slots, steps, index, report_word(op)), plan.ready.free)
-    x, B, C = (view(tensor, *rows) for tensor, rows in zip((x, B, C), plan.rows, strict=True))
-    if not plan.vectors or math.gcd(16, x.data_ptr(), B.data_ptr(), C.data_ptr()) != 16:
-        x, B, C = (with_vectors(rows.contiguous()) for rows in (x, B, C))
+    steps, index, *rows = [room() for room in plan.rooms]
+    pointers = x, dt, dt_bias, B, C, slots, steps, index, *rows, out, report_word(op)
+    plan.ready.form(plan.ready.grid, pointers, plan.ready.free)
     if not plan.exact:
         A, D = A.float(), D.float()
-    rows = view(out, *plan.out)
+    x, B, C = rows
     _update()(
-        cache, x, steps, view(A, *plan.A), B, C, view(D, *plan.D), state_batch_indices=index, pad_slot_id=-1, out=rows
-    )
-    plan.drop.form(plan.drop.grid, (index, rows), plan.drop.free)
+        cache, x, steps, view(A, *plan.A), B, C, view(D, *plan.D),
+        state_batch_indices=index, pad_slot_id=-1, out=view(out, *plan.out),
+    )  # fmt: skip

@@ -12,7 +12,7 @@ from shardwise.ops.mamba import ssd_kernels as kernels
 from shardwise.ops.mamba.checks import check_pieces, check_ssm
 from shardwise.ops.metadata_reports import report_word
 from shardwise.ops.state_batch import check_counts, many_or_few, token_rows
-from shardwise.ops.triton_support import Kernel, Launch, cache_bytes, dependent_launch
+from shardwise.ops.triton_support import Chain, Kernel, Launch, cache_bytes, dependent_launch
 
 # Tile sizes, warps and pipeline stages, for half precision and states of up to 8192 numbers (see `_output_tiles`).
 STEPS = {"heads": 16, "warps": 4}
@@ -89,13 +89,19 @@ def _power(n: int) -> int:
 class Prefill(NamedTuple):
     """What prefill tokens of one layout launch, but for their tensors."""
 
-    steps: Launch
-    states: Launch
-    outputs: Launch
-    sums_room: Callable[[], Tensor]
-    """Makes float32 [H, tokens]"""
-    states_room: Callable[[], Tensor]
-    """Makes [pieces, H, N, P]"""
+    launches: Chain
+    room: Callable[[], Tensor]
+    """Makes room for running sums and states, see `ssd_kernels.rooms`"""
+
+
+# What a prefill's kernels read and write: `Inputs.taken`, metadata, the result, the room and the word for reports.
+_TENSORS = (
+    *("x", "dt", "dt_bias", "A", "B", "C", "D", "slots", "cache"),
+    *("bounds", "resumes", "index", "offset", "owner", "out", "room", "word"),
+)
+_STEPS = ("dt", "dt_bias", "A", "index", "offset", "owner", "bounds", "room")
+_STATES = ("x", "B", "bounds", "slots", "resumes", "cache", "room", "word")
+_OUTPUTS = ("x", "B", "C", "D", "index", "offset", "owner", "bounds", "slots", "room", "out")
 
 
 def prefill(op: str, given: tuple[Tensor, ...], metadata: tuple[Tensor, ...], out: Tensor, plan: Prefill) -> None:
@@ -104,29 +110,21 @@ def prefill(op: str, given: tuple[Tensor, ...], metadata: tuple[Tensor, ...], ou
     given     hidden_states, dt, dt_bias, A, B, C, D, slots, cache
     metadata  cu_seqlen, use_initial_states, chunk_indices, chunk_offsets, seq_idx_prefill; all as planned for
     """
-    x, dt, dt_bias, A, B, C, D, slots, cache = given
-    bounds, resumes, index, offset, owner = metadata
-    totals, levels, states = plan.sums_room(), plan.sums_room(), plan.states_room()
-    cuts = index, offset, owner, bounds
-    one = plan.steps
-    one.form(one.grid, (dt, dt_bias, A, *cuts, totals, levels), one.free)
-    one, word = plan.states, report_word(op)
-    one.form(one.grid, (x, B, totals, levels, bounds, slots, resumes, cache, states, word), one.free)
-    one = plan.outputs
-    one.form(one.grid, (x, B, C, D, totals, levels, *cuts, slots, states, out), one.free)
+    plan.launches((*given, *metadata, out, plan.room(), report_word(op)))
 
 
 def plan_prefill(op: str, one: Inputs, batch: Batch, metadata: tuple[Tensor, ...], chunk: int) -> Prefill:
     """Checks the lengths of the metadata."""
-    bounds, resumes, index, offset, owner = metadata
+    bounds, _, index, offset, owner = metadata
     check_pieces(op, batch, bounds, index, offset, owner)
     tokens, (heads, P), (groups, N) = batch.prefill_tokens, one.x.shape[2:], one.B.shape[2:]
     pieces, ratio, exact = index.numel(), heads // groups, one.x.dtype == torch.float32
-    device, slots, cuts = one.x.device, one.cache.shape[0], (index, offset, owner, bounds)
+    device, slots = one.x.device, one.cache.shape[0]
     sums = torch.empty(0, dtype=torch.float32, device=device)  # for its dtype
+    tensors = dict(zip(_TENSORS, (*one.taken, *metadata, one.out, sums, report_word(op)), strict=True))
     steps = _launch_steps.form_for(
         device,
-        (one.dt, one.dt_bias, one.A, *cuts, sums, sums),
+        tuple(tensors[name] for name in _STEPS),
         (one.dt_t, chunk, 1 << (chunk - 1).bit_length(), STEPS["heads"]),
         warps=STEPS["warps"],
     )
@@ -135,7 +133,7 @@ def plan_prefill(op: str, one: Inputs, batch: Batch, metadata: tuple[Tensor, ...
     step = _divisor(chunk, 32 if exact else STATES["T"])
     states = _launch_states.form_for(
         device,
-        (one.x, one.B, sums, sums, bounds, one.slots, resumes, one.cache, one.x, report_word(op)),
+        tuple(tensors[name] for name in _STATES),
         (*x_strides, *B_strides, *one.cache.stride()[:3])
         + (ratio, P, N, chunk, step, block_p, block_n, _power(step), 64, exact),
         warps=STATES["warps"],
@@ -145,19 +143,22 @@ def plan_prefill(op: str, one: Inputs, batch: Batch, metadata: tuple[Tensor, ...
     block_t, together = min(block_t, _power(chunk)), OUTPUTS["heads"] if ratio % OUTPUTS["heads"] == 0 else 1
     outputs = _launch_outputs.form_for(
         device,
-        (one.x, one.B, one.C, one.D, sums, sums, *cuts, one.slots, one.x, one.out),
+        tuple(tensors[name] for name in _OUTPUTS),
         (*x_strides, *B_strides, *C_strides, ratio, P, N, chunk, _power(P), _power(N), block_t, together, exact),
         warps=warps,
         stages=stages,
     )
     tiles = -(-P // block_p) * -(-N // block_n)
-    return Prefill(
-        Launch(steps, (pieces, -(-heads // STEPS["heads"]), 1), (batch.prefill, tokens, heads, one.low, one.high)),
-        Launch(states, (batch.prefill, heads, tiles), (pieces, tokens, heads, slots)),
-        Launch(outputs, (pieces * heads // together, 1, 1), (batch.prefill, tokens, heads, slots)),
-        fresh((heads, tokens), torch.float32, device),
-        fresh((pieces, heads, N, P), one.x.dtype, device),
+    steps_grid, outputs_grid = (pieces, -(-heads // STEPS["heads"]), 1), (pieces * heads // together, 1, 1)
+    launches = Chain(
+        device,
+        _TENSORS,
+        (Launch(steps, steps_grid, (batch.prefill, tokens, heads, one.low, one.high)), _STEPS),
+        (Launch(states, (batch.prefill, heads, tiles), (pieces, tokens, heads, slots)), _STATES),
+        (Launch(outputs, outputs_grid, (batch.prefill, tokens, heads, slots)), _OUTPUTS),
     )
+    words = -(-2 * heads * tokens // 4) * 4 + -(-pieces * heads * N * P * one.x.element_size() // 4)
+    return Prefill(launches, fresh((words,), torch.float32, device))
 
 
 def _divisor(n: int, most: int) -> int:

@@ -43,6 +43,17 @@ def piece_bounds(index_ptr, offset_ptr, owner_ptr, bounds_ptr, piece, sequences,
     return tl.where(exists, owner, -1), start, tl.minimum(end, (index + 1) * CHUNK)
 
 
+@triton.jit
+def rooms(room_ptr, heads, tokens, STATE: tl.constexpr):
+    """(running sums, levels, states before the pieces) in the room that the three prefill kernels share.
+
+    float32 [2, H, T], up to a multiple of 16 bytes, then STATE [pieces, H, N, P].
+    """
+    sums = heads.to(tl.int64) * tokens
+    state_ptr = room_ptr + tl.cdiv(2 * sums, 4) * 4
+    return room_ptr, room_ptr + sums, state_ptr.to(tl.pointer_type(STATE), bitcast=True)
+
+
 @triton.jit(do_not_specialize=["sequences", "tokens", "heads", "low", "high"])
 def steps_kernel(
     dt_ptr,
@@ -52,8 +63,7 @@ def steps_kernel(
     offset_ptr,
     owner_ptr,
     bounds_ptr,
-    total_ptr,
-    level_ptr,
+    room_ptr,
     sequences,
     tokens,
     heads,
@@ -80,6 +90,7 @@ def steps_kernel(
     dt = tl.load(dt_ptr + row.to(tl.int64)[:, None] * dt_t + head[None, :], mask=mask, other=0.0)
     step = tl.where(mask, time_step(dt, bias[None, :], low, high), 0.0)
     total = tl.cumsum(step * A[None, :], axis=0)
+    total_ptr, level_ptr, _ = rooms(room_ptr, heads, tokens, tl.float32)
     target = head.to(tl.int64)[None, :] * tokens + row[:, None]
     tl.store(total_ptr + target, total, mask=mask)
     tl.store(level_ptr + target, total - tl.log(tl.where(mask, step, 1.0)), mask=mask)
@@ -89,13 +100,11 @@ def steps_kernel(
 def states_kernel(
     x_ptr,
     B_ptr,
-    total_ptr,
-    level_ptr,
     bounds_ptr,
     slot_ptr,
     resume_ptr,
     cache_ptr,
-    piece_state_ptr,
+    room_ptr,
     word_ptr,
     pieces,
     tokens,
@@ -141,6 +150,7 @@ def states_kernel(
     piece = first_piece(bounds_ptr, sequence, tokens, CHUNK, SEQUENCES) - start // CHUNK
     x_ptr += head * x_h
     B_ptr += (head // RATIO) * B_g
+    total_ptr, level_ptr, piece_state_ptr = rooms(room_ptr, heads, tokens, x_ptr.dtype.element_ty)
     total_ptr += head * tokens
     level_ptr += head * tokens
     # One loop over all pieces, so that loads are on their way across their borders: the first piece ends at a multiple
@@ -175,14 +185,12 @@ def outputs_kernel(
     B_ptr,
     C_ptr,
     D_ptr,
-    total_ptr,
-    level_ptr,
     index_ptr,
     offset_ptr,
     owner_ptr,
     bounds_ptr,
     slot_ptr,
-    piece_state_ptr,
+    room_ptr,
     out_ptr,
     sequences,
     tokens,
@@ -226,6 +234,7 @@ def outputs_kernel(
     x_ptr += head * x_h
     B_ptr += (head // RATIO) * B_g
     C_ptr += (head // RATIO) * C_g
+    total_ptr, level_ptr, piece_state_ptr = rooms(room_ptr, heads, tokens, x_ptr.dtype.element_ty)
     total_ptr += head * tokens
     level_ptr += head * tokens
     before = piece_state_ptr + ((piece * heads + head) * N + n[:, None]) * P + p[None, :]
@@ -339,13 +348,29 @@ def decode_kernel(
         check_slots(word_ptr, True, skip + number, slot, slots)
 
 
+@triton.jit
+def copy_row(source_ptr, target_ptr, heads, head_stride, part, held, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    """Part `part` of a token's row [heads, SIZE] to a dense one; zeros where the token is not held."""
+    i = part * BLOCK + tl.arange(0, BLOCK)
+    mask = i < heads * SIZE
+    row = tl.load(source_ptr + (i // SIZE).to(tl.int64) * head_stride + i % SIZE, mask=mask & held, other=0.0)
+    tl.store(target_ptr + i, row, mask=mask)
+
+
 @triton.jit(do_not_specialize=["first", "skip", "heads", "slots", "low", "high"])
 def ready_kernel(
+    x_ptr,
     dt_ptr,
     bias_ptr,
+    B_ptr,
+    C_ptr,
     slot_ptr,
     step_ptr,
     index_ptr,
+    x_row_ptr,
+    B_row_ptr,
+    C_row_ptr,
+    out_ptr,
     word_ptr,
     first,
     skip,
@@ -353,26 +378,42 @@ def ready_kernel(
     slots,
     low,
     high,
+    x_t,
+    x_h,
     dt_t,
+    B_t,
+    B_g,
+    C_t,
+    C_g,
+    RATIO: tl.constexpr,
+    P: tl.constexpr,
+    N: tl.constexpr,
+    HEADS: tl.constexpr,  # a power of two that holds all
     BLOCK: tl.constexpr,
 ):
-    """Time steps [decode, H], float32, and slots [decode], int32 and -1 where there is none, of one decode token."""
-    token, head = tl.program_id(0), tl.arange(0, BLOCK)
-    mask = head < heads
-    dt = tl.load(dt_ptr + (first + token).to(tl.int64) * dt_t + head, mask=mask, other=0.0)
-    step = time_step(dt, tl.load(bias_ptr + head, mask=mask, other=0.0), low, high)
-    tl.store(step_ptr + token * heads + head, step, mask=mask)
+    """What FlashInfer's step reads of one decode token: time steps [decode, H], float32, slots [decode], int32 and -1
+    where there is none, and dense rows of x [decode, H, P], B and C [decode, G, N].
+
+    A token without a slot gets zeros in all of them and in its place of the result, so that the step computes zeros
+    for it or leaves these as they are.
+    """
+    token, part = tl.program_id(0), tl.program_id(1)
     slot = tl.load(slot_ptr + skip + token)
-    check_slots(word_ptr, True, skip + token, slot, slots)
-    tl.store(index_ptr + token, tl.where((slot >= 0) & (slot < slots), slot, -1).to(tl.int32))
-
-
-@triton.jit(do_not_specialize=["width"])
-def drop_kernel(index_ptr, out_ptr, width, BLOCK: tl.constexpr):
-    """Zeros for a token [width] without a slot."""
-    token = tl.program_id(0).to(tl.int64)
-    if tl.load(index_ptr + token) >= 0:
-        return
-    for begin in range(0, width, BLOCK):
-        i = begin + tl.arange(0, BLOCK)
-        tl.store(out_ptr + token * width + i, tl.zeros((BLOCK,), out_ptr.dtype.element_ty), mask=i < width)
+    held = (slot >= 0) & (slot < slots)
+    source = (first + token).to(tl.int64)
+    if part == 0:
+        head = tl.arange(0, HEADS)
+        mask = head < heads
+        dt = tl.load(dt_ptr + source * dt_t + head, mask=mask, other=0.0)
+        step = time_step(dt, tl.load(bias_ptr + head, mask=mask, other=0.0), low, high)
+        tl.store(step_ptr + token * heads + head, tl.where(held, step, 0.0), mask=mask)
+        check_slots(word_ptr, True, skip + token, slot, slots)
+        tl.store(index_ptr + token, tl.where(held, slot, -1).to(tl.int32))
+    groups, target = heads // RATIO, token.to(tl.int64)
+    copy_row(x_ptr + source * x_t, x_row_ptr + target * heads * P, heads, x_h, part, held, P, BLOCK)
+    copy_row(B_ptr + source * B_t, B_row_ptr + target * groups * N, groups, B_g, part, held, N, BLOCK)
+    copy_row(C_ptr + source * C_t, C_row_ptr + target * groups * N, groups, C_g, part, held, N, BLOCK)
+    if not held:
+        i = part * BLOCK + tl.arange(0, BLOCK)
+        zeros = tl.zeros((BLOCK,), out_ptr.dtype.element_ty)
+        tl.store(out_ptr + source * heads * P + i, zeros, mask=i < heads * P)
