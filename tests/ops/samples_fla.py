@@ -82,11 +82,12 @@ FORMS = {"delta_rule": False, "gated_delta_rule": True}
 BATCHES = {"mixed": MIXED, "padded": PADDED, "decode": DECODE}
 SAMPLES = [
     *(Sample(op=f"torch_{n}", build=plain_args(g), oracle=plain(g), atol=1e-4, traced=True) for n, g in FORMS.items()),
-    Sample(
-        op="torch_gated_delta_rule", build=plain_args(True, 5, 2, 6, scale=1.0), oracle=plain(True), note="shared q, k"
+    *(
+        Sample(op=f"torch_{n}", build=plain_args(g, 5, 2, 6, scale=1.0), oracle=plain(g), note="shared q, k")
+        for n, g in FORMS.items()
     ),
     *(
-        Sample(op=f"fla_{n}", build=plain_args(g, 130, 2, None, 64, 64, HALF), oracle=plain(g), atol=0.02, traced=True)
+        Sample(op=f"fla_{n}", build=plain_args(g, 130, 2, 4, 64, 64, HALF), oracle=plain(g), atol=0.02, traced=True)
         for n, g in FORMS.items()
     ),
     *(
@@ -104,7 +105,7 @@ SAMPLES = [
     *(
         Sample(
             op=f"fla_cached_{n}",
-            build=cached_args(g, batch, K=64, V=64, v_heads=4 if g else None, dtype=HALF),
+            build=cached_args(g, batch, K=64, V=64, v_heads=4, dtype=HALF),
             oracle=cached(g, batch),
             atol=0.03,
             traced=label == "mixed",

@@ -57,7 +57,7 @@ def test_fla_batches_states_and_skipped_slots(monkeypatch, gated, name):
 
     batch = samples_fla.BATCHES[name]
     torch.manual_seed(0)
-    args = samples_fla.cached_args(gated, batch, v_heads=4 if gated else None, dtype=torch.float16)(DEVICE)
+    args = samples_fla.cached_args(gated, batch, v_heads=4, dtype=torch.float16)(DEVICE)
     expected, states = samples_fla.cached(gated, batch)(*args)
     operator = fla.fla_cached_gated_delta_rule if gated else fla.fla_cached_delta_rule
     with checked_memory(monkeypatch) as seen:

@@ -31,17 +31,22 @@ def _half(op: str, q: torch.Tensor) -> None:
 
 def _chunked(q, k, v, g, beta, scale, state=None, bounds=None, chunks=None):
     """o, and the final states where initial ones are given. `chunks` spares fla a look at device memory."""
-    options = {"initial_state": state, "output_final_state": state is not None, "cu_seqlens": bounds}
+    options = {"initial_state": state, "output_final_state": state is not None}
+    cuts = {"cu_seqlens": bounds, "chunk_indices": chunks}
     if g is not None:
         from fla.ops.gated_delta_rule import chunk_gated_delta_rule
 
-        return chunk_gated_delta_rule(q, k, v, g, beta, scale=scale, chunk_indices=chunks, **options)
-    # Its public form makes the chunk indices itself.
-    from fla.ops.delta_rule.chunk import chunk_delta_rule_fwd
+        return chunk_gated_delta_rule(q, k, v, g, beta, scale=scale, **options, **cuts)
+    # The steps of its gated form, all of which do without a gate. Its plain form wants as many heads of k as of v, and
+    # makes the chunk indices itself; it also takes a launch more and writes what lies between.
+    from fla.ops.common.chunk_delta_h import chunk_gated_delta_rule_fwd_h
+    from fla.ops.common.chunk_o import chunk_fwd_o
+    from fla.ops.gated_delta_rule.chunk_fwd import chunk_gated_delta_rule_fwd_intra
 
     q, k, v, beta = (t.contiguous() for t in (q, k, v, beta))
-    o, _, final = chunk_delta_rule_fwd(q, k, v, beta, scale=scale, chunk_indices=chunks, **options)
-    return o, final
+    w, u, _ = chunk_gated_delta_rule_fwd_intra(k, v, beta=beta, **cuts)
+    states, u, final = chunk_gated_delta_rule_fwd_h(k, w, u, **options, **cuts)
+    return chunk_fwd_o(q, k, u, states, scale=scale, **cuts), final
 
 
 def _uncached(op, q, k, v, g, beta, scale):

@@ -13,16 +13,14 @@ def is_live(bounds_ptr, slot_ptr, sequence, slots):
     return (slot >= 0) & (slot < slots) & (tokens > 0)
 
 
-@triton.jit(do_not_specialize=["slots", "tokens"])
+@triton.jit(do_not_specialize=["slots"])
 def load_states_kernel(
     bounds_ptr,
     slot_ptr,
     resume_ptr,
     cache_ptr,
     state_ptr,
-    word_ptr,
     slots,
-    tokens,
     cache_slot,
     cache_h,
     cache_k,
@@ -43,10 +41,6 @@ def load_states_kernel(
     state = tl.load(row + k[:, None] * cache_k + v[None, :], mask=inside & taken, other=0.0)
     target = state_ptr + tl.program_id(0).to(tl.int64) * K * V + k[:, None] * V + v[None, :]
     tl.store(target, state.to(tl.float32), mask=inside)
-    # Last, as no other program does it.
-    if (head == 0) & (tl.program_id(1) == 0):
-        check_bounds(word_ptr, bounds_ptr, sequence, tl.num_programs(0) // HEADS, tokens)
-        check_slots(word_ptr, True, sequence, tl.load(slot_ptr + sequence), slots)
 
 
 @triton.jit
@@ -129,6 +123,7 @@ def drop_tokens(
     bounds_ptr,
     slot_ptr,
     out_ptr,
+    word_ptr,
     sequences,
     slots,
     prefill,
@@ -141,16 +136,23 @@ def drop_tokens(
 ):
     """Zeros for prefill tokens (the first `prefill`) of sequences without a row, and for padding from `used` on."""
     i, j = program * ROWS + tl.arange(0, ROWS), tl.arange(0, SEQUENCES)
-    high = tl.load(bounds_ptr + j + 1, mask=j < sequences, other=0)
-    owner = tl.sum(((high[None, :] <= i[:, None]) & (j < sequences)[None, :]).to(tl.int32), axis=1)
-    slot = tl.load(slot_ptr + owner, mask=(i < prefill) & (owner < sequences), other=0)
-    dropped = ((slot < 0) | (slot >= slots) | (i >= used)) & (i < tokens)
-    if tl.sum(dropped.to(tl.int32), axis=0) > 0:
+    # All that is read comes at once: slots are asked for by sequence, not by the token's owner.
+    exists = j < sequences
+    low = tl.load(bounds_ptr + j, mask=exists, other=0)
+    high = tl.load(bounds_ptr + j + 1, mask=exists, other=0)
+    slot = tl.load(slot_ptr + j, mask=exists, other=-1)
+    held = (low[None, :] <= i[:, None]) & (i[:, None] < high[None, :]) & ((slot >= 0) & (slot < slots))[None, :]
+    kept = (tl.max(held.to(tl.int32), axis=1) > 0) | ((i >= prefill) & (i < used))
+    dropped = (i < tokens) & (kept == 0)
+    if tl.max(dropped.to(tl.int32), axis=0) > 0:
         for begin in range(0, WIDTH, BLOCK):
             c = begin + tl.arange(0, BLOCK)
             target = out_ptr + i.to(tl.int64)[:, None] * WIDTH + c[None, :]
             nothing = tl.zeros((ROWS, BLOCK), out_ptr.dtype.element_ty)
             tl.store(target, nothing, mask=dropped[:, None] & (c < WIDTH)[None, :])
+    if program == 0:
+        check_bounds(word_ptr, bounds_ptr, j, sequences, prefill)
+        check_slots(word_ptr, exists, j, slot, slots)
 
 
 @triton.jit(do_not_specialize=["state_programs", "sequences", "slots", "prefill", "used", "tokens"])
@@ -160,6 +162,7 @@ def finish_kernel(
     cache_ptr,
     state_ptr,
     out_ptr,
+    word_ptr,
     state_programs,
     sequences,
     slots,
@@ -179,7 +182,8 @@ def finish_kernel(
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """What follows fla's kernels, in one launch: the first programs store states, the others drop tokens."""
+    """What follows fla's kernels, in one launch: the first programs store states, the others drop tokens
+    and the first of those looks for bad metadata."""
     await_predecessor(PDL)
     program = tl.program_id(0)
     if program < state_programs:
@@ -189,8 +193,8 @@ def finish_kernel(
         )  # fmt: skip
     else:
         drop_tokens(
-            program - state_programs, bounds_ptr, slot_ptr, out_ptr, sequences, slots, prefill, used, tokens,
-            HEADS * V, SEQUENCES, ROWS, BLOCK,
+            program - state_programs, bounds_ptr, slot_ptr, out_ptr, word_ptr, sequences, slots, prefill, used,
+            tokens, HEADS * V, SEQUENCES, ROWS, BLOCK,
         )  # fmt: skip
 
 

@@ -58,11 +58,9 @@ class Prefill(NamedTuple):
                 f"{self.op}: cu_seqlen has {self.cu_seqlen.numel()} entries; {batch.prefill} sequences need one more"
             )
         state = torch.empty((batch.prefill, *cache.shape[1:]), dtype=torch.float32, device=cache.device)
-        word, pdl = report_word(self.op), dependent_launch(cache.device)
-        pointers = self.cu_seqlen, self.slots, self.resumes, cache, state, word
-        free = cache.shape[0], batch.prefill_tokens
+        pointers, pdl = (self.cu_seqlen, self.slots, self.resumes, cache, state), dependent_launch(cache.device)
         grid = batch.prefill * cache.shape[1], -(-cache.shape[2] // _COPY_ROWS), 1
-        _launch_load(cache.device, grid, pointers, free, (*self._fixed(), pdl), warps=4, pdl=pdl)
+        _launch_load(cache.device, grid, pointers, cache.shape[:1], (*self._fixed(), pdl), warps=4, pdl=pdl)
         return state
 
     def chunks(self) -> tuple[Tensor | None, Tensor | None]:
@@ -87,7 +85,8 @@ class Prefill(NamedTuple):
         free = states, batch.prefill, cache.shape[0], batch.prefill_tokens, batch.tokens, self.tokens
         fixed = *self._fixed(), max(_power(batch.prefill), 2), rows, min(_power(width), 512), pdl
         grid = states + -(-self.tokens // rows), 1, 1
-        _launch_finish(out.device, grid, (self.cu_seqlen, self.slots, cache, final, out), free, fixed, warps=4, pdl=pdl)
+        pointers = self.cu_seqlen, self.slots, cache, final, out, report_word(self.op)
+        _launch_finish(out.device, grid, pointers, free, fixed, warps=4, pdl=pdl)
 
 
 def decode(

@@ -332,7 +332,7 @@ def test_the_convolution_agrees_at_real_sizes(op, channels):
 @pytest.mark.gpu
 @pytest.mark.skipif(not FLA.state[0], reason="needs fla and a CUDA device")
 def test_a_prompt_fed_to_fla_in_pieces_gives_the_whole_delta_rule(gated):
-    name, heads = ("gated_delta_rule", 4) if gated else ("delta_rule", 2)
+    name, heads = "gated_delta_rule" if gated else "delta_rule", 4
     values = samples_fla.inputs(gated, 1, 150, 2, heads, 64, 64, torch.bfloat16, DEVICE)
     whole = getattr(OPS, f"fla_{name}")(*values, 0.3)
     state, parts, start = torch.randn(3, heads, 64, 64, device=DEVICE), [], 0
@@ -351,9 +351,9 @@ def test_a_prompt_fed_to_fla_in_pieces_gives_the_whole_delta_rule(gated):
 def test_the_delta_rule_agrees_at_real_sizes(name):
     torch.manual_seed(0)
     gated = "gated" in name
-    values = samples_fla.inputs(gated, 1, REAL.tokens, 8, 16 if gated else 8, 128, 128, torch.bfloat16, "cuda")
+    values = samples_fla.inputs(gated, 1, REAL.tokens, 8, 16, 128, 128, torch.bfloat16, "cuda")
     info, _, bounds, slots, resumes = REAL.tensors("cuda")
-    state = torch.randn(12, 16 if gated else 8, 128, 128, device="cuda")
+    state = torch.randn(12, 16, 128, 128, device="cuda")
     reference = state.clone()
     tail = (info, bounds, slots, resumes)
     expected = getattr(OPS, name.replace("fla", "torch", 1))(*values, *tail, reference, 0.1)
