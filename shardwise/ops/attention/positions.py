@@ -1,17 +1,21 @@
 """Sequence and position of every token of a paged step, which FlashInfer asks for beside the page table."""
 
-import functools
 from collections.abc import Callable
 
 import torch
 
 from shardwise.ops.attention.batch import Batch
 from shardwise.ops.attention.planner import planner
-from shardwise.ops.kept import fresh
+from shardwise.ops.kept import Kept, fresh
 from shardwise.ops.metadata_reports import check_bounds, raise_report, read_at_once, report_word
 from shardwise.ops.registry import TRITON
 from shardwise.ops.state_batch import load_bounds, prefill_bounds
-from shardwise.ops.triton_support import Kernel, Launch, tl, triton
+from shardwise.ops.triton_support import Kernel, tl, triton
+
+_Make = Callable[..., list[torch.Tensor]]
+"""Operator, position_ids, cu_seqlen and seq_len_with_cache -> what `token_positions` gives"""
+# By counts and layout of a step's metadata.
+STEPS: Kept[_Make] = Kept()
 
 
 def fake_token_positions(position_ids, batch_info_host, cu_seqlen, seq_len_with_cache):
@@ -33,6 +37,15 @@ def token_positions(
     raises ValueError. Nothing is read from a GPU, where one kernel makes both; there the operator's next call raises,
     and such bounds give positions of sequences that exist.
     """
+    tensors = position_ids, cu_seqlen, seq_len_with_cache
+    make = STEPS.get(batch, tensors) or STEPS.keep(batch, tensors, _plan(op, batch, *tensors))
+    planner(family, position_ids.device).reset()
+    if read_at_once(cu_seqlen):
+        prefill_bounds(op, batch, cu_seqlen)
+    return make(op, *tensors)
+
+
+def _plan(op: str, batch: Batch, position_ids, cu_seqlen, seq_len_with_cache) -> _Make:
     count, tokens, sequences = position_ids.numel(), batch.tokens, batch.sequences
     if tokens > count:
         raise ValueError(f"{op}: batch_info_host counts {tokens} tokens, position_ids holds {count}")
@@ -42,13 +55,9 @@ def token_positions(
         raise ValueError(
             f"{op}: seq_len_with_cache has {seq_len_with_cache.numel()} entries; legal: {sequences} and more"
         )
-    planner(family, position_ids.device).reset()
-    if read_at_once(cu_seqlen):
-        prefill_bounds(op, batch, cu_seqlen)
     if position_ids.is_cuda and cu_seqlen.is_cuda and seq_len_with_cache.is_cuda and TRITON.state[0]:
-        raise_report(op)
-        return _by_kernel(op, batch, position_ids, cu_seqlen, seq_len_with_cache)
-    return _by_torch(batch, position_ids, cu_seqlen, seq_len_with_cache)
+        return _by_kernel(batch, position_ids, cu_seqlen, seq_len_with_cache)
+    return lambda _op, *tensors: _by_torch(batch, *tensors)
 
 
 def _by_torch(batch: Batch, position_ids, cu_seqlen, seq_len_with_cache) -> list[torch.Tensor]:
@@ -106,24 +115,19 @@ _positions = Kernel(_positions_kernel)
 _BLOCK = 128
 
 
-@functools.lru_cache(maxsize=4096)
-def _plan(
-    batch: Batch, count: int, dtypes: tuple[torch.dtype, torch.dtype], device: torch.device
-) -> tuple[Launch, Callable[[], torch.Tensor]]:
-    """The launch, which costs more to find out than to use, and what makes room for a result.
-
-    dtypes  of cu_seqlen and the lengths
-    """
+def _by_kernel(batch: Batch, position_ids, cu_seqlen, seq_len_with_cache) -> _Make:
+    """What makes both in one launch, which costs more to find out than to use."""
+    count, device = position_ids.numel(), position_ids.device
     width = min(64, max(2, 1 << (batch.prefill - 1).bit_length())) if batch.prefill else 2
-    form = _positions.form(device, (_BLOCK, width), warps=4)
-    launch = Launch(form, (-(-count // _BLOCK), 1, 1), (count, batch.prefill, batch.prefill_tokens, batch.tokens))
-    return launch, fresh((count,), torch.int32, device)
+    room = fresh((count,), torch.int32, device)
+    pointers = cu_seqlen, seq_len_with_cache, room(), room()  # for dtypes alone
+    form, grid = _positions.form_for(device, pointers, (_BLOCK, width), warps=4), (-(-count // _BLOCK), 1, 1)
+    free = count, batch.prefill, batch.prefill_tokens, batch.tokens
 
+    def make(op: str, _position_ids, cu_seqlen, seq_len_with_cache) -> list[torch.Tensor]:
+        raise_report(op)
+        owner, position = room(), room()
+        form(grid, (cu_seqlen.contiguous(), seq_len_with_cache.contiguous(), owner, position, report_word(op)), free)
+        return [owner, position]
 
-def _by_kernel(op: str, batch: Batch, position_ids, cu_seqlen, seq_len_with_cache) -> list[torch.Tensor]:
-    count = position_ids.numel()
-    cu_seqlen, seq_len_with_cache = cu_seqlen.contiguous(), seq_len_with_cache.contiguous()
-    plan, room = _plan(batch, count, (cu_seqlen.dtype, seq_len_with_cache.dtype), position_ids.device)
-    owner, position = room(), room()
-    plan.form(plan.grid, (cu_seqlen, seq_len_with_cache, owner, position, report_word(op)), plan.free)
-    return [owner, position]
+    return make

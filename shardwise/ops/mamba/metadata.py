@@ -3,13 +3,13 @@
 Cuts lie at every multiple of the chunk size and at every sequence's start, so that a piece belongs to one sequence.
 """
 
-import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 
 from shardwise.ops.attention.batch import Batch, read_batch
-from shardwise.ops.kept import fresh
+from shardwise.ops.kept import Kept, fresh
 from shardwise.ops.metadata_reports import check_bounds, raise_report, read_at_once, report_word
 from shardwise.ops.registry import TRITON, operator
 from shardwise.ops.state_batch import load_bounds, prefill_bounds
@@ -108,25 +108,39 @@ def _pieces_kernel(
 
 _pieces = Kernel(_pieces_kernel)
 _BLOCK = 128
-_Room = Callable[[], torch.Tensor]
 
 
-@functools.lru_cache(maxsize=4096)
-def _plan(batch: Batch, chunk: int, dtype: torch.dtype, device: torch.device) -> tuple[Launch, _Room, _Room]:
-    """The launch, which costs more to find out than to use, and what makes room for results of one entry a piece and
-    a token; `dtype` is cu_seqlen's."""
-    tokens = batch.prefill_tokens
+class _Plan(NamedTuple):
+    """A launch, which costs more to find out than to use."""
+
+    launch: Launch
+    pieces: Callable[[], torch.Tensor]
+    """Makes room for one entry a piece"""
+    tokens: Callable[[], torch.Tensor]
+    """Makes room for [1, tokens]"""
+
+
+# By counts, chunk size and layout of cu_seqlen.
+PLANS: Kept[_Plan] = Kept()
+
+
+def _plan(op: str, batch: Batch, cu_seqlen: torch.Tensor, chunk: int) -> _Plan:
+    if cu_seqlen.numel() < batch.prefill + 1:
+        raise ValueError(f"{op}: cu_seqlen has {cu_seqlen.numel()} entries; {batch.prefill} sequences need one more")
+    tokens, device = batch.prefill_tokens, cu_seqlen.device
     pieces = min(tokens, -(-tokens // chunk) + batch.prefill - 1)
     width = max(1 << (batch.prefill - 1).bit_length(), 2)
-    form = _pieces.form(device, (chunk, width, _BLOCK), warps=4)
-    launch = Launch(form, (-(-tokens // _BLOCK), 1, 1), (batch.prefill, tokens, pieces))
-    return launch, fresh((pieces,), torch.int32, device), fresh((1, tokens), torch.int32, device)
+    form = _pieces.form_for(device, (cu_seqlen,), (chunk, width, _BLOCK), warps=4)
+    return _Plan(
+        Launch(form, (-(-tokens // _BLOCK), 1, 1), (batch.prefill, tokens, pieces)),
+        fresh((pieces,), torch.int32, device),
+        fresh((1, tokens), torch.int32, device),
+    )
 
 
 def _on_device(op: str, batch: Batch, cu_seqlen: torch.Tensor, chunk: int) -> list[torch.Tensor]:
-    if cu_seqlen.numel() < batch.prefill + 1:
-        raise ValueError(f"{op}: cu_seqlen has {cu_seqlen.numel()} entries; {batch.prefill} sequences need one more")
-    launch, pieces, tokens = _plan(batch, chunk, cu_seqlen.dtype, cu_seqlen.device)
-    result = [pieces(), pieces(), tokens()]
-    launch.form(launch.grid, (cu_seqlen.contiguous(), *result, report_word(op)), launch.free)
+    key, layout = (batch, chunk), (cu_seqlen,)
+    plan = PLANS.get(key, layout) or PLANS.keep(key, layout, _plan(op, batch, cu_seqlen, chunk))
+    result = [plan.pieces(), plan.pieces(), plan.tokens()]
+    plan.launch.form(plan.launch.grid, (cu_seqlen.contiguous(), *result, report_word(op)), plan.launch.free)
     return result

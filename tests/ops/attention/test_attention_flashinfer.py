@@ -66,7 +66,8 @@ def test_the_metadata_kernel_names_the_same(name, index):
     ids, info, bounds, lengths = Paged.of(step).metadata_inputs(step, DEVICE)
     batch = read_batch("x", info)
     expected = positions._by_torch(batch, ids, bounds, lengths)
-    result = positions._by_kernel("x", batch, ids, bounds.to(index), lengths.to(index))
+    tensors = ids, bounds.to(index), lengths.to(index)
+    result = positions._by_kernel(batch, *tensors)("x", *tensors)
     assert all(a.dtype == torch.int32 and torch.equal(a, b) for a, b in zip(result, expected, strict=True))
 
 
@@ -77,9 +78,9 @@ def test_the_metadata_kernel_with_many_sequences():
     bounds = torch.cat((torch.zeros(1, dtype=torch.long), lengths.cumsum(0), lengths.sum() + torch.arange(1, 41)))
     batch, total = Batch(300, int(lengths.sum()), 40), torch.cat((lengths + 7, torch.arange(20, 60)))
     ids, bounds, total = (t.to(DEVICE) for t in (torch.zeros(1, batch.tokens + 3), bounds, total))
-    results = [make(*given, batch, ids, bounds, total) for make, given in
-               ((positions._by_torch, ()), (positions._by_kernel, ("x",)))]  # fmt: skip
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    expected = positions._by_torch(batch, ids, bounds, total)
+    result = positions._by_kernel(batch, ids, bounds, total)("x", ids, bounds, total)
+    assert all(torch.equal(a, b) for a, b in zip(result, expected, strict=True))
 
 
 @runs_anywhere
@@ -88,7 +89,7 @@ def test_the_metadata_kernel_with_many_sequences():
 def test_bad_bounds_name_positions_of_sequences_and_are_reported(bounds):
     batch, lengths = Batch(3, 12, 1), torch.tensor([20, 30, 5, 7], device=DEVICE)
     ids, bounds = torch.zeros(1, 13, device=DEVICE), torch.tensor([*bounds, 13], device=DEVICE)
-    owner, position = positions._by_kernel("bad bounds", batch, ids, bounds, lengths)
+    owner, position = positions._by_kernel(batch, ids, bounds, lengths)("bad bounds", ids, bounds, lengths)
     assert all(0 <= p < lengths[i] for i, p in zip(owner.tolist(), position.tolist(), strict=True))
     with pytest.raises(ValueError, match="cu_seqlen"):
         raise_report("bad bounds")
