@@ -239,8 +239,9 @@ class ParentExecutor:
     def _encoded(self, prompts: Sequence[Any], params: Sequence[SamplingParams]) -> list[list[int]]:
         """ValueError here; in the ranks it would end them."""
         from shardwise.parallel.prompts import Room, fitting
+        from shardwise.parallel.supported import context
 
-        room = Room(self._model.vocab, self._model.max_positions, self._capacity)
+        room = Room(self._model.vocab, context(self._model), self._capacity)
         return fitting(prompts, [each.max_new_tokens for each in params], self._tokenizer, room)
 
     def _read_tokenizer(self) -> "Tokenizer | IdTokenizer":

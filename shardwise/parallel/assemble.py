@@ -14,9 +14,11 @@ from shardwise.comm.rank import Groups
 from shardwise.parallel.attention import AttentionMixer
 from shardwise.parallel.block_linear import BlockEmbedding, BlockHead, BlockLinear
 from shardwise.parallel.cache import LayerShape, Masking
-from shardwise.parallel.decoder import Decoder, DecoderLayer
+from shardwise.parallel.decoder import Decoder, DecoderLayer, ParallelLayer
+from shardwise.parallel.head_norms import HeadNorms, JointNorms
 from shardwise.parallel.layers import (
     GatedMlp,
+    LayerNorm,
     Linear,
     LinearLike,
     Norm,
@@ -32,6 +34,7 @@ from shardwise.parallel.rotary import RotaryAngles
 from shardwise.parallel.supported import check_supported
 from shardwise.parallel.weights import Weights
 from shardwise.sharding import spec
+from shardwise.sharding.axes import LogicalAxis
 from shardwise.sharding.model import Layer
 
 
@@ -49,10 +52,8 @@ class DecoderBuilder:
         embedding, head = self._ends()
         norms = [self._norm(layer.mixer_norm, "mixer_norm", i) for i, layer in enumerate(model.layers)]
         norms.append(self._norm(model.final_norm, "final_norm", None))
-        first = norms[0]
-        assert first is not None  # checked above
         layers = [self._layer(layer, i, norms[i + 1]) for i, layer in enumerate(model.layers)]
-        decoder = Decoder(embedding=embedding, first_norm=first, layers=layers, head=self._head(head))
+        decoder = Decoder(embedding=embedding, first_norm=norms[0], layers=layers, head=self._head(head))
         self.weights.finish()
         return decoder
 
@@ -63,7 +64,7 @@ class DecoderBuilder:
             LayerShape(*_local_heads(self.weights, m)[1:], m.window) for m in mixers if isinstance(m, spec.Attention)
         ]
 
-    def _layer(self, layer: Layer, number: int, next_norm: Norm | None) -> DecoderLayer:
+    def _layer(self, layer: Layer, number: int, next_norm: Norm | None) -> DecoderLayer | ParallelLayer:
         def joining(norm: Norm | None, post: spec.Norm | None, role: str) -> ResidualNorm:
             return ResidualNorm(
                 norm=norm,
@@ -72,24 +73,23 @@ class DecoderBuilder:
                 multiplier=layer.residual_multiplier,
             )
 
-        mixer, feed_forward = layer.mixers[0], layer.feed_forward[0]
-        return DecoderLayer(
-            mixer=MIXERS[type(mixer)](self, mixer, number),
-            between=joining(
-                self._norm(layer.feed_forward_norm, "feed_forward_norm", number),
-                layer.mixer_post_norm,
-                "mixer_post_norm",
-            ),
-            feed_forward=FEED_FORWARDS[type(feed_forward)](self, feed_forward, number),
-            after=joining(next_norm, layer.feed_forward_post_norm, "feed_forward_post_norm"),
-        )
+        mixer = MIXERS[type(layer.mixers[0])](self, layer.mixers[0], number)
+        feed_forward = FEED_FORWARDS[type(layer.feed_forward[0])](self, layer.feed_forward[0], number)
+        after = joining(next_norm, layer.feed_forward_post_norm, "feed_forward_post_norm")
+        if layer.parallel_residual:
+            return ParallelLayer(mixer=mixer, feed_forward=feed_forward, after=after)
+        norm = self._norm(layer.feed_forward_norm, "feed_forward_norm", number)
+        between = joining(norm, layer.mixer_post_norm, "mixer_post_norm")
+        return DecoderLayer(mixer=mixer, between=between, feed_forward=feed_forward, after=after)
 
     def _norm(self, norm: spec.Norm | None, role: str, layer: int | None) -> Norm | None:
         if norm is None:
             return None
-        return Norm(
-            weight=self.weights.take(norm, f"{role}.weight", layer=layer), eps=norm.eps, offset=norm.weight_offset
-        )
+        weight = self.weights.take(norm, f"{role}.weight", layer=layer)
+        if norm.kind == "rms":
+            return Norm(weight=weight, eps=norm.eps, offset=norm.weight_offset)
+        bias = self.weights.find(norm, f"{role}.bias", layer=layer)
+        return LayerNorm(weight=weight, eps=norm.eps, offset=norm.weight_offset, bias=bias)
 
     def _ends(self) -> tuple[VocabEmbedding | BlockEmbedding, LinearLike]:
         """Embedding and the head's product; they share the table where they are tied."""
@@ -158,15 +158,6 @@ def _attention(builder: DecoderBuilder, block: spec.Attention, layer: int) -> At
     if rope is not None and rope.interleaved:
         rope, head = replace(rope, interleaved=False), _halves_of_pairs(head, rope.dim)
         order = _rows(head, heads + kv_heads, kv_heads * v_head_dim)
-    norms = {
-        role: Norm(
-            weight=weights.take(block, f"{role}.weight", layer=layer)[head],
-            eps=block.norm_eps,
-            offset=block.norm_weight_offset,
-        )
-        for role in ("q_norm", "k_norm")
-        if f"{role}.weight" in block.roles
-    }
     fused = "qkv.weight" in block.roles
     return AttentionMixer(
         layer=layer,
@@ -183,9 +174,42 @@ def _attention(builder: DecoderBuilder, block: spec.Attention, layer: int) -> At
             sinks=weights.find(block, "sinks", layer=layer),
         ),
         rotary=builder.rotary(rope),
+        qk_norms=_qk_norms(builder, block, layer, head),
         norm_after_rotation=block.qk_norm_after_rope,
-        **norms,
     )
+
+
+def _qk_norms(
+    builder: DecoderBuilder, block: spec.Attention, layer: int, head: Tensor
+) -> HeadNorms | JointNorms | None:
+    """`head`: the order of a head's elements."""
+    if block.qk_norm is None:
+        return None
+    weights = builder.weights
+    q, k = (
+        weights.take(block, f"{role}.weight", layer=layer).unflatten(0, (-1, len(head)))[:, head]
+        for role in ("q_norm", "k_norm")
+    )
+    if block.qk_norm == "head":
+        eps, offset = block.norm_eps, block.norm_weight_offset
+        return HeadNorms(q=Norm(weight=q[0], eps=eps, offset=offset), k=Norm(weight=k[0], eps=eps, offset=offset))
+    return JointNorms(
+        q=q + block.norm_weight_offset,
+        k=k + block.norm_weight_offset,
+        eps=block.norm_eps,
+        heads=(block.heads, block.kv_heads),
+        copies=_copies(weights, block.kv_axis),
+        group=builder.groups.tp,
+    )
+
+
+def _copies(weights: Weights, axis: LogicalAxis) -> Tensor:
+    """[units of this rank]: tensor-parallel ranks that hold each of its units."""
+    layout, cut = weights.plan.layout, weights.plan.cuts.by_axis[axis]
+    held = [cut.share(rank).ranges for rank in range(layout.tp)]
+    counts = torch.tensor([sum(a <= unit < b for ranges in held for a, b in ranges) for unit in range(axis.units)])
+    mine = held[layout.coordinates(weights.rank).tp]
+    return torch.cat([counts[a:b] for a, b in mine]).to(weights.device)
 
 
 def _halves_of_pairs(head: Tensor, dim: int) -> Tensor:

@@ -1,11 +1,12 @@
-"""The attention mixer: fused projection, per-head norms, rotation, cached attention, output projection."""
+"""The attention mixer: fused projection, norms of queries and keys, rotation, cached attention, output projection."""
 
 import torch
 from torch import Tensor
 
 from shardwise.parallel.batch import Batch
 from shardwise.parallel.cache import KvCache, Masking
-from shardwise.parallel.layers import LinearLike, Norm
+from shardwise.parallel.head_norms import HeadNorms, JointNorms
+from shardwise.parallel.layers import LinearLike
 from shardwise.parallel.rotary import RotaryAngles, rotate
 
 
@@ -27,14 +28,13 @@ class AttentionMixer:
         out: LinearLike,
         masking: Masking,
         rotary: RotaryAngles | None = None,
-        q_norm: Norm | None = None,
-        k_norm: Norm | None = None,
+        qk_norms: HeadNorms | JointNorms | None = None,
         norm_after_rotation: bool = False,
     ):
         self.layer, self.heads, self.kv_heads = layer, heads, kv_heads
         self.head_dim, self.v_head_dim = head_dim, v_head_dim
         self.qkv, self.out, self.masking = qkv, out, masking
-        self.rotary, self.q_norm, self.k_norm = rotary, q_norm, k_norm
+        self.rotary, self.qk_norms = rotary, qk_norms
         self.norm_after_rotation = norm_after_rotation
         self._queries_end, self._keys_end = heads * head_dim, (heads + kv_heads) * head_dim
 
@@ -55,7 +55,5 @@ class AttentionMixer:
         return self.out(attended.reshape(tokens, -1))
 
     def _norm(self, qk: Tensor) -> None:
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = qk.split_with_sizes((self.heads, self.kv_heads), 1)
-            q.copy_(self.q_norm(q))
-            k.copy_(self.k_norm(k))
+        if self.qk_norms is not None:
+            self.qk_norms(*qk.split_with_sizes((self.heads, self.kv_heads), 1))

@@ -23,9 +23,10 @@ from shardwise.parallel.attention import AttentionMixer
 from shardwise.parallel.decode_moe import ExpertStep
 from shardwise.parallel.decode_moe import reason_against as reason_against_experts
 from shardwise.parallel.decode_stream import SKINNY_ROWS, Product, Stream, joined
-from shardwise.parallel.decoder import Decoder, DecoderLayer
+from shardwise.parallel.decoder import Decoder, DecoderLayer, ParallelLayer
 from shardwise.parallel.device_cache import PAGE_SIZE, DeviceCache
-from shardwise.parallel.layers import GatedMlp, Linear, ResidualNorm, VocabEmbedding
+from shardwise.parallel.head_norms import HeadNorms, JointNorms
+from shardwise.parallel.layers import GatedMlp, LayerNorm, Linear, ResidualNorm, VocabEmbedding
 from shardwise.parallel.moe import DataParallelMoe, MoeBlock, MoeWithShared
 from shardwise.parallel.rotary import RotaryAngles
 
@@ -38,6 +39,7 @@ class Layer:
     """What the step needs of one layer."""
 
     mixer: AttentionMixer
+    norms: HeadNorms | None
     qkv: Product
     out: Product
     rope: Tensor | None
@@ -56,6 +58,8 @@ def reason_against(decoder: Decoder) -> str:
     if group.size > 1 and group.transport not in GRAPH_TRANSPORTS:
         return f"transport {group.transport} passes through the host, which a graph cannot hold"
     for number, layer in enumerate(decoder.layers):
+        if isinstance(layer, ParallelLayer) or any(isinstance(x.norm, LayerNorm) for x in (layer.between, layer.after)):
+            return f"layer {number}: layer norms, or blocks in parallel"
         reason = _reason_against_mixer(layer.mixer) or _reason_against_feed_forward(layer.feed_forward)
         if reason:
             return f"layer {number}: {reason}"
@@ -70,6 +74,8 @@ def _reason_against_mixer(mixer: object) -> str:
         return f"head sizes {size} and {mixer.v_head_dim}, need one power of two from 32 to 256"
     if mixer.masking.softcap is not None:
         return "capped scores"
+    if isinstance(mixer.qk_norms, JointNorms):
+        return "all heads are normed at once"
     if mixer.norm_after_rotation:
         return "heads are normed behind their rotation"
     if mixer.rotary is not None and 2 * mixer.rotary.frequencies.numel() != size:
@@ -105,7 +111,7 @@ class DecodeStep:
         table = decoder.embedding.table
         self._table = Product.of(table).weight if isinstance(table, Linear) else table
         self._rope: dict[RotaryAngles, Tensor] = {}
-        self.layers = [self._prepared(layer) for layer in decoder.layers]
+        self.layers = [self._prepared(layer) for layer in decoder.layers if isinstance(layer, DecoderLayer)]
         head = decoder.head
         self.head, self._group = Product.of(head.linear), head.group
         first = sum(head.sizes[: head.group.rank])
@@ -153,7 +159,7 @@ class DecodeStep:
             self._greedy.winner(self._group.all_reduce(pairs), tokens)
 
     def _layer(self, layer: Layer, number: int, stream: Stream, positions: Tensor, slots: Tensor) -> Stream:
-        mixer, cache = layer.mixer, self.cache
+        mixer, norms, cache = layer.mixer, layer.norms, self.cache
         qkv = self._product(layer.qkv, stream)
         attended = fused_decode_attention(
             qkv,
@@ -166,9 +172,9 @@ class DecodeStep:
             slots=slots,
             splits=cache.splits(mixer.kv_heads, mixer.masking.window, qkv.shape[0]),
             scale=mixer.masking.scale,
-            q_norm=mixer.q_norm.weight if mixer.q_norm else None,
-            k_norm=mixer.k_norm.weight if mixer.k_norm else None,
-            eps=mixer.q_norm.eps if mixer.q_norm else 0.0,
+            q_norm=norms.q.weight if norms else None,
+            k_norm=norms.k.weight if norms else None,
+            eps=norms.q.eps if norms else 0.0,
             sinks=mixer.masking.sinks,
             window=mixer.masking.window,
             pdl=self.pdl,
@@ -203,8 +209,10 @@ class DecodeStep:
     def _prepared(self, layer: DecoderLayer) -> Layer:
         mixer = layer.mixer
         assert isinstance(mixer, AttentionMixer)  # else `reason_against` had one
+        assert not isinstance(mixer.qk_norms, JointNorms)
         return Layer(
             mixer,
+            mixer.qk_norms,
             Product.of(mixer.qkv),
             Product.of(mixer.out),
             self._angles(mixer.rotary),

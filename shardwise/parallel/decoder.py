@@ -1,6 +1,6 @@
 """The decoder: a stack of layers between embedding and head, run on one batch at a time."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -25,11 +25,28 @@ class DecoderLayer:
         return self.after(self.feed_forward(x), residual)
 
 
+@dataclass
+class ParallelLayer:
+    """Mixer and feed-forward of the same normed input, in one sum."""
+
+    mixer: Callable[[Tensor, Batch, KvCache], Tensor]
+    feed_forward: Callable[[Tensor], Tensor]
+    after: ResidualNorm
+
+    def __call__(self, x: Tensor, residual: Tensor, batch: Batch, cache: KvCache) -> tuple[Tensor, Tensor]:
+        return self.after(self.mixer(x, batch, cache) + self.feed_forward(x), residual)
+
+
 class Decoder:
     """Embedding, layers, head of one rank."""
 
     def __init__(
-        self, *, embedding: Callable[[Tensor], Tensor], first_norm: Norm, layers: list[DecoderLayer], head: VocabHead
+        self,
+        *,
+        embedding: Callable[[Tensor], Tensor],
+        first_norm: Norm | None,
+        layers: Sequence[DecoderLayer | ParallelLayer],
+        head: VocabHead,
     ):
         self.embedding, self.first_norm, self.layers, self.head = embedding, first_norm, layers, head
 
@@ -40,7 +57,7 @@ class Decoder:
     def hidden(self, batch: Batch, cache: KvCache) -> Tensor:
         """The head's input [number of spans that want logits, H]."""
         residual = self.embedding(batch.tokens)
-        x = self.first_norm(residual)
+        x = residual if self.first_norm is None else self.first_norm(residual)
         for layer in self.layers:
             x, residual = layer(x, residual, batch, cache)
         rows = batch.logits_rows

@@ -33,6 +33,7 @@ from shardwise.parallel.runner import Launched, Runner
 from shardwise.parallel.sampler import SamplingParams
 from shardwise.parallel.scheduler import Request, Scheduler, Step
 from shardwise.parallel.sizing import activation_bytes, pages_for
+from shardwise.parallel.supported import context
 from shardwise.parallel.tokenizer import IdTokenizer, Tokenizer, load_tokenizer
 from shardwise.parallel.trace import DECODE, PREFILL, SAMPLE, SCHEDULE, span
 from shardwise.parallel.weight_form import WeightForm
@@ -132,7 +133,7 @@ class Engine:
     @property
     def max_length(self) -> int:
         """Tokens that prompt and answer may have together."""
-        return self.plan.model.max_positions or sys.maxsize
+        return context(self.plan.model) or sys.maxsize
 
     @property
     def capacity(self) -> int:

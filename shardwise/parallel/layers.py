@@ -107,6 +107,17 @@ class Norm:
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
+class LayerNorm(Norm):
+    """Mean and variance over the last dimension, in float32."""
+
+    def __init__(self, *, weight: Tensor, eps: float, offset: float = 0.0, bias: Tensor | None = None):
+        super().__init__(weight=weight, eps=eps, offset=offset)
+        self.bias = bias
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+
+
 class ResidualNorm:
     """Sum of partial results over the group, residual connection, and the norm before the next block.
 
@@ -116,7 +127,7 @@ class ResidualNorm:
     def __init__(self, *, norm: Norm | None, group: Communicator, post: Norm | None = None, multiplier: float = 1.0):
         self.norm, self.post, self.multiplier = norm, post, multiplier
         self.group = group
-        self.is_plain = norm is not None and post is None and multiplier == 1.0
+        self.is_plain = type(norm) is Norm and post is None and multiplier == 1.0
 
     def __call__(self, partial: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         """partial, residual [T, H] -> (normed sum, sum); both arguments may be overwritten."""

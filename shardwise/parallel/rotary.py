@@ -90,4 +90,20 @@ def _yarn_attention_factor(p: dict, factor: float) -> float:
     return magnitude(1.0)
 
 
-_KINDS = {"default": _default, "linear": _linear, "llama3": _llama3, "yarn": _yarn}
+def _longrope(plain: Tensor, rope: Rope, max_positions: int) -> tuple[Tensor, float]:
+    """LongRoPE (Ding et al., arXiv:2402.13753) as far as the original context goes: a factor for each dimension."""
+    p = rope.parameters
+    original = p["original_max_position_embeddings"]
+    factor = p.get("factor") or max_positions / original
+    magnitude = p.get("attention_factor") or (1 + math.log(max(factor, 1.0)) / math.log(original)) ** 0.5
+    return plain / torch.tensor(p["short_factor"], dtype=torch.float32), magnitude
+
+
+_KINDS = {
+    "default": _default,
+    "linear": _linear,
+    "dynamic": _default,  # which stretches only what is longer than the model's context
+    "llama3": _llama3,
+    "yarn": _yarn,
+    "longrope": _longrope,
+}

@@ -19,14 +19,14 @@ _FLOAT8 = {"F8_E4M3", "F8_E5M2"}
 
 MIXERS: tuple[type[spec.Block], ...] = (spec.Attention,)
 FEED_FORWARDS: tuple[type[spec.Block], ...] = (spec.DenseMlp, spec.Moe)
-ROPES = ("default", "linear", "llama3", "yarn")
+ROPES = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
 ACTIVATIONS = ("silu", "swish", "gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "relu2")
 SCORES = ("softmax", "sigmoid", "sqrtsoftplus")
 
 _EVERY: dict[type, set[str]] = {
     spec.Embedding: {"vocab", "multiplier"},
     spec.Head: {"tied", "softcap", "multiplier"},
-    spec.Norm: {"eps", "weight_offset"},
+    spec.Norm: {"kind", "eps", "weight_offset"},
     spec.Rope: {"theta", "dim", "scaling", "interleaved"},
     spec.Attention: {"q_axis", "kv_axis", "head_dim", "v_head_dim", "scale", "rope", "window", "softcap", "sinks"}
     | {"norm_eps", "norm_weight_offset", "qk_norm_after_rope"},
@@ -39,13 +39,25 @@ _EVERY: dict[type, set[str]] = {
 """Fields every value of which has an implementation."""
 _SOME: dict[type, dict[str, tuple]] = {
     spec.Rope: {"kind": ROPES},
-    spec.Attention: {"qk_norm": (None, "head")},
+    spec.Attention: {"qk_norm": (None, "head", "all_heads")},
     spec.DenseMlp: {"activation": ACTIVATIONS},
     spec.Moe: {"activation": ACTIVATIONS},
     spec.Routing: {"score": SCORES},
 }
 """Fields with the values that have one. A field in neither table must have its default: what a family may say one day
 is refused until somebody has implemented it."""
+
+
+def context(model: ModelSpec) -> int:
+    """Tokens that prompt and answer may have together; 0: any number.
+
+    LongRoPE turns all keys of a sequence otherwise, once it outgrows the original context, also those that are cached:
+    it is run up to there.
+    """
+    mixers = [layer.mixers[0] for layer, _ in model.layer_groups()]
+    ropes = [mixer.rope for mixer in mixers if isinstance(mixer, spec.Attention) and mixer.rope]
+    originals = [rope.parameters["original_max_position_embeddings"] for rope in ropes if rope.kind == "longrope"]
+    return min(filter(None, (model.max_positions, *originals)), default=0)
 
 
 def check_supported(model: ModelSpec) -> None:
@@ -69,13 +81,13 @@ def check_supported(model: ModelSpec) -> None:
 
 
 def _check_structure(model: ModelSpec, layer: Layer, where: str) -> None:
-    if len(layer.mixers) != 1 or len(layer.feed_forward) != 1 or layer.others or layer.parallel_residual:
+    if len(layer.mixers) != 1 or len(layer.feed_forward) != 1 or layer.others:
         raise UnsupportedModel(
             f"{model.architecture}, {where}: the runtime needs one mixer and then one feed-forward, here are "
             f"{len(layer.mixers)} mixers, {len(layer.feed_forward)} feed-forwards and {len(layer.others)} other blocks"
         )
-    if layer.mixer_norm is None or layer.feed_forward_norm is None:
-        raise UnsupportedModel(f"{model.architecture}, {where}: blocks without a norm before them are not supported")
+    if layer.parallel_residual and (layer.mixer_post_norm or layer.feed_forward_norm):
+        raise UnsupportedModel(f"{model.architecture}, {where}: parallel blocks have one norm, before them")
     (mixer,), (feed_forward,) = layer.mixers, layer.feed_forward
     if type(mixer) not in MIXERS or type(feed_forward) not in FEED_FORWARDS:
         known = ", ".join(t.__name__ for t in (*MIXERS, *FEED_FORWARDS))

@@ -18,7 +18,7 @@ from shardwise.parallel.attention import AttentionMixer
 from shardwise.parallel.batch import Batch
 from shardwise.parallel.block_linear import BlockEmbedding, BlockLinear
 from shardwise.parallel.cache import Masking, SlotCache
-from shardwise.parallel.decoder import Decoder, DecoderLayer
+from shardwise.parallel.decoder import Decoder, DecoderLayer, ParallelLayer
 from shardwise.parallel.layers import GatedMlp, Linear, LinearLike, Norm, VocabEmbedding
 from shardwise.parallel.rotary import RotaryAngles
 from shardwise.parallel.token_products import Product, product, product_shape
@@ -42,11 +42,12 @@ class TokenStep:
             self._rotations: dict[RotaryAngles, _Rotation] = {}
             self._heads: dict[tuple, _Heads] = {}
             self._gated: dict[int, _Gated] = {}
-            self._layers = [self._layer(x, before) for x, before in zip(decoder.layers, norms, strict=False) if before]
-            mixer = decoder.layers[0].mixer
-            assert isinstance(mixer, AttentionMixer)
-            total = self._residual.view(product_shape(mixer.out))  # as each product that ends in the residual
-            self._sum = decoder.layers[0].between.group.accumulator(total)
+            pairs = zip(decoder.layers, norms, strict=False)
+            self._layers = [self._layer(x, norm) for x, norm in pairs if norm and isinstance(x, DecoderLayer)]
+            first = decoder.layers[0]
+            assert isinstance(first, DecoderLayer) and isinstance(first.mixer, AttentionMixer)
+            total = self._residual.view(product_shape(first.mixer.out))  # as each product that ends in the residual
+            self._sum = first.between.group.accumulator(total)
 
     def __call__(self, batch: Batch, cache: SlotCache) -> Tensor:
         span = batch.spans[0]
@@ -115,6 +116,8 @@ def reason_against(decoder: Decoder) -> str:
     kinds = set()
     for number, layer in enumerate(decoder.layers):
         mixer, mlp = layer.mixer, layer.feed_forward
+        if isinstance(layer, ParallelLayer):
+            return f"layer {number} has its blocks in parallel"
         if not isinstance(mixer, AttentionMixer) or not isinstance(mlp, GatedMlp) or mlp.activation is not F.silu:
             return f"layer {number} is not softmax attention with a SiLU feed-forward"
         linears = (mixer.qkv, mixer.out, mlp.gate_up, mlp.down)
@@ -123,15 +126,15 @@ def reason_against(decoder: Decoder) -> str:
             return f"up to layer {number} weights are of kinds {', '.join(sorted(kind.__name__ for kind in kinds))}"
         if any(linear.bias is not None for linear in linears) or not all(map(_is_usable, linears)):
             return f"layer {number} has a bias, 8-bit blocks, or weights that are not float32 on the CPU"
-        if mixer.q_norm is not None or not mixer.masking.is_plain or mixer.v_head_dim != mixer.head_dim:
+        if mixer.qk_norms is not None or not mixer.masking.is_plain or mixer.v_head_dim != mixer.head_dim:
             return f"layer {number} norms its heads, caps its scores, has sinks or two head sizes"
         if mixer.rotary is None or 2 * mixer.rotary.frequencies.numel() != mixer.head_dim:
             return f"layer {number} does not rotate whole heads"
         if not layer.between.is_plain or not layer.after.is_plain:
             return f"layer {number} norms or scales a block's result"
-    norm = decoder.first_norm.weight
-    if norm.dtype != torch.float32 or norm.device.type != "cpu":
-        return "activations are not float32 on the CPU"
+    norm = decoder.first_norm
+    if type(norm) is not Norm or norm.weight.dtype != torch.float32 or norm.weight.device.type != "cpu":
+        return "activations are not float32 on the CPU, or enter the first layer without an RMS norm"
     return ""
 
 

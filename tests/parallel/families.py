@@ -53,6 +53,27 @@ FAMILIES |= MOE_FAMILIES
 ALTERNATING = dict(sliding_window=5, query_pre_attn_scalar=16)
 NEAR_KIN: dict[str, tuple[str, dict]] = {
     "phi3": ("phi3", dict(pad_token_id=0, num_key_value_heads=2, head_dim=8)),
+    "phi3 with long factors": (
+        "phi3",
+        dict(
+            pad_token_id=0,
+            head_dim=8,
+            partial_rotary_factor=0.75,
+            original_max_position_embeddings=64,
+            rope_parameters=dict(
+                rope_type="longrope",
+                rope_theta=10000.0,
+                partial_rotary_factor=0.75,
+                original_max_position_embeddings=64,
+                short_factor=[1.0, 1.5, 2.0],
+                long_factor=[1.0, 2.0, 4.0],
+            ),
+        ),
+    ),
+    "llama with dynamic rope": (
+        "llama",
+        dict(rope_parameters=dict(rope_type="dynamic", rope_theta=10000.0, factor=4.0)),
+    ),
     "smollm3": ("smollm3", dict(pad_token_id=0, no_rope_layer_interval=2, use_sliding_window=True, sliding_window=5)),
     "granite": (
         "granite",
@@ -80,6 +101,23 @@ NEAR_KIN: dict[str, tuple[str, dict]] = {
         "gemma3_text",
         dict(**ALTERNATING, layer_types=["sliding_attention", "sliding_attention", "full_attention"]),
     ),
+    "olmo2": ("olmo2", {}),
+    "olmo3": (
+        "olmo3",
+        dict(sliding_window=5, layer_types=["sliding_attention", "full_attention", "sliding_attention"]),
+    ),
+    "olmoe": ("olmoe", dict(head_dim=8, num_experts=6, num_experts_per_tok=2)),
+    "minimax_m2": ("minimax_m2", dict(num_local_experts=5, num_experts_per_tok=2, rotary_dim=8)),
+    "cohere": ("cohere", dict(logit_scale=0.5)),
+    "cohere2": (
+        "cohere2",
+        dict(
+            logit_scale=4.0,
+            sliding_window=5,
+            layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+        ),
+    ),
+    "starcoder2": ("starcoder2", dict(use_bias=True, sliding_window=5)),
     "glm4_moe": (
         "glm4_moe",
         dict(

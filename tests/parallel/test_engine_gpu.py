@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from families import NEAR_KIN
 from test_decode_step import COUNT, FAMILIES
 from test_quantised import MXFP4, mxfp4_experts, rewrite
 from tiny import PROMPTS, VOCAB, expected_tokens, write
@@ -52,6 +53,16 @@ def test_float32_tokens_equal_transformers(checkpoint, name, path):
     engine = engine_on(folder, dtype="float32", decode=path)
     assert tokens_of(engine) == expected
     assert [tokens_of(engine, [prompt])[0] for prompt in PROMPTS] == expected
+
+
+@pytest.mark.parametrize("name", ["olmo2", "cohere", "starcoder2", "minimax_m2", "gemma2"])
+def test_models_without_a_fused_step_decode_layer_by_layer(tmp_path, name):
+    model_type, fields = NEAR_KIN[name]
+    kinds = {"layer_types": fields["layer_types"][:2]} if "layer_types" in fields else {}
+    folder = write(tmp_path, model_type, **{**fields, **SMALL, **kinds})
+    engine = engine_on(folder, dtype="float32")
+    assert tokens_of(engine) == expected_tokens(folder, count=COUNT)
+    assert engine.stats().decode.startswith("layer by layer: ")
 
 
 def step_logits(engine, prompt, tokens, cache):

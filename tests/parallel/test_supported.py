@@ -80,8 +80,8 @@ def test_a_field_that_a_family_adds_is_refused_until_it_is_implemented(model, mo
     "change, text",
     [
         ({"k_is_v": True}, "Attention.k_is_v = True; the runtime supports False"),
-        ({"qk_norm": "all_heads"}, "Attention.qk_norm = 'all_heads'; the runtime supports None, head"),
-        ({"rope": spec.Rope(theta=1.0, dim=16, kind="dynamic")}, "Rope.kind = 'dynamic'; .* default, linear, llama3"),
+        ({"qk_norm": "rows"}, "Attention.qk_norm = 'rows'; the runtime supports None, head, all_heads"),
+        ({"rope": spec.Rope(theta=1.0, dim=16, kind="spiral")}, "Rope.kind = 'spiral'; .* default, linear, dynamic"),
     ],
     ids=str,
 )
@@ -89,6 +89,15 @@ def test_an_option_without_an_implementation_is_named_with_what_has_one(model, c
     layer = replace(model.layers[0], mixers=(replace(model.layers[0].mixers[0], **change),))
     with pytest.raises(UnsupportedModel, match=f"LlamaForCausalLM, layer 1: {text}"):
         check_supported(replace(model, layers=(model.layers[0], layer)))
+
+
+def test_long_rope_is_run_up_to_its_original_context(model):
+    scaling = (("original_max_position_embeddings", 64), ("short_factor", (1.0,) * 8))
+    rope = spec.Rope(theta=1.0, dim=16, kind="longrope", scaling=scaling)
+    layer = replace(model.layers[0], mixers=(replace(model.layers[0].mixers[0], rope=rope),))
+    assert (supported.context(model), model.max_positions) == (0, 0)
+    assert supported.context(replace(model, max_positions=4096, layers=(layer,))) == 64
+    assert supported.context(replace(model, layers=(layer,))) == 64
 
 
 def test_an_activation_without_an_implementation_is_refused(model):

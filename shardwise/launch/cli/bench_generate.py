@@ -123,9 +123,10 @@ def _load(args: argparse.Namespace) -> "Load":
 def _check_fit(config: "ModelConfig", load: "Load") -> None:
     """Errors of model, layout and lengths, before any rank starts."""
     from shardwise.launch.model_config import plan_of
+    from shardwise.parallel.supported import context
 
     length = load.input + load.output
-    for holder, most in (("model's context", plan_of(config).model.max_positions), ("cache", config.cache_tokens)):
+    for holder, most in (("model's context", context(plan_of(config).model)), ("cache", config.cache_tokens)):
         if most and length > most:
             raise ValueError(
                 f"--input {load.input} and --output {load.output} make {length} tokens, the {holder} holds {most}"

@@ -106,13 +106,14 @@ def _checked_prompts(config: "ModelConfig", texts: list[str], raw: bool, new: in
     from shardwise.launch.model_config import checkpoint_of, plan_of
     from shardwise.parallel.chat import render_chat
     from shardwise.parallel.prompts import Room, checked, fitting
+    from shardwise.parallel.supported import context
     from shardwise.parallel.tokenizer import chat_template, load_tokenizer
 
     model, checkpoint = plan_of(config).model, checkpoint_of(config)
     chats = [[{"role": "user", "content": text}] for text in texts]
     prompts = [checked(number, prompt) for number, prompt in enumerate(texts if raw else chats)]
     if config.cache_tokens is not None or not all(0 < len(text.encode()) <= SHORT for text in texts):
-        room = Room(model.vocab, model.max_positions, config.cache_tokens)
+        room = Room(model.vocab, context(model), config.cache_tokens)
         fitting(prompts, [new] * len(prompts), load_tokenizer(checkpoint), room)
     elif not raw:
         template = chat_template(checkpoint)

@@ -50,8 +50,11 @@ def _cohere(b: Builder, c: Config, width: int, window: int | None, second: bool)
 
 
 def _cohere_windows(c: Config, count: int, architecture: str) -> list[int | None]:
-    """Command R has none; Command R7B has three windowed layers to one full."""
+    """Command R has none; Command R7B has three windowed layers to one full, where `layer_types` does not say."""
     if architecture == "CohereForCausalLM":
         return [None] * count
     window, step = c.integer("sliding_window", default=4096), c.integer("sliding_window_pattern", default=4)
+    types = c.list("layer_types", default=None, length=count, of=str)
+    if types:
+        return [window if kind == "sliding_attention" else None for kind in types]
     return [None if (i + 1) % step == 0 else window for i in range(count)]
