@@ -21,21 +21,21 @@ def build(heads, tokens, dtype, nope=NOPE, value=VALUE):
     return x, weight, split_weight(weight, LatentHeads(heads, nope, 64, value, RANK))
 
 
-def to_latents(x, weight, heads, tokens, nope=NOPE, value=VALUE, tile=None):
+def to_latents(x, weight, heads, tokens, nope=NOPE, value=VALUE):
     out = torch.full((tokens, heads, RANK), float("nan"), dtype=x.dtype, device=DEVICE)
     rows, result = Rows(heads * (nope + 64), nope + 64, BEFORE), Rows(heads * RANK, RANK)
     factor = Factor(0, (nope + value) * RANK, RANK, 1)
-    head_product(x, tokens, heads, nope, RANK, rows, factor, result, tile)(x, weight, out)
+    head_product(x, tokens, heads, nope, RANK, rows, factor, result)(x, weight, out)
     return out
 
 
-def to_values(latents, weight, heads, tokens, nope=NOPE, value=VALUE, tile=None):
+def to_values(latents, weight, heads, tokens, nope=NOPE, value=VALUE):
+    """[T, N, Dv] of a longer result, and the rest of it."""
     out = torch.full((BEFORE + tokens + 1, heads, value), 7.0, dtype=latents.dtype, device=DEVICE)
     rows, result = Rows(heads * RANK, RANK), Rows(heads * value, value, BEFORE)
     factor = Factor(nope * RANK, (nope + value) * RANK, 1, RANK)
-    head_product(latents, tokens, heads, RANK, value, rows, factor, result, tile)(latents, weight, out)
-    assert (out[:BEFORE] == 7).all() and (out[BEFORE + tokens :] == 7).all()
-    return out[BEFORE : BEFORE + tokens]
+    head_product(latents, tokens, heads, RANK, value, rows, factor, result)(latents, weight, out)
+    return out[BEFORE : BEFORE + tokens], torch.cat((out[:BEFORE], out[BEFORE + tokens :]))
 
 
 def error(got, want):
@@ -44,10 +44,12 @@ def error(got, want):
 
 
 @runs
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("tokens", [1, 16, 19, 50, 128, 130])
-def test_both_products_are_as_exact_as_pytorchs(tokens, dtype):
-    heads = 3
+@pytest.mark.parametrize(
+    ("tokens", "heads", "dtype"),
+    [(1, 3, torch.bfloat16), (16, 3, torch.float16), (16, 3, torch.bfloat16), (17, 3, torch.bfloat16),
+     (5, 49, torch.float16)],
+)  # fmt: skip
+def test_both_products_are_as_exact_as_pytorchs(tokens, heads, dtype):
     x, weight, (keys, values) = build(heads, tokens, dtype)
     rows = x[BEFORE:, :, :NOPE].transpose(0, 1)
     latents = to_latents(x, weight, heads, tokens)
@@ -55,7 +57,8 @@ def test_both_products_are_as_exact_as_pytorchs(tokens, dtype):
     # Triton's interpreter cuts float32 off to bfloat16, which doubles the error of a rounding.
     bound = 2.1 if DEVICE == "cpu" and dtype == torch.bfloat16 else 1.01
     assert error(latents.transpose(0, 1), want) <= bound * error(batched, want)
-    out = to_values(latents, weight, heads, tokens)
+    out, rest = to_values(latents, weight, heads, tokens)
+    assert (rest == 7).all()
     rows, values = latents.transpose(0, 1), values.transpose(1, 2)
     want, batched = torch.bmm(rows.double(), values.double()), torch.bmm(rows, values)
     assert error(out.transpose(0, 1), want) <= bound * error(batched, want)
@@ -64,27 +67,27 @@ def test_both_products_are_as_exact_as_pytorchs(tokens, dtype):
 @runs
 def test_sizes_that_no_tile_fits_and_many_tokens_take_pytorchs_product(monkeypatch):
     monkeypatch.setattr(absorb, "_KERNEL", None)
-    for tokens, nope, value in ((3, 96, 80), (absorb.MOST_TOKENS + 1, NOPE, VALUE)):
+    for tokens, nope, value in ((3, 100, 72), (absorb.MOST_TOKENS + 1, NOPE, VALUE)):
         x, weight, (keys, values) = build(2, tokens, torch.float16, nope, value)
         latents = to_latents(x, weight, 2, tokens, nope, value)
         want = torch.einsum("tnk,nkr->tnr", x[BEFORE:, :, :nope].float(), keys.float())
         torch.testing.assert_close(latents.float(), want, atol=2e-3, rtol=2e-3)
-        out = to_values(latents, weight, 2, tokens, nope, value)
+        out, _ = to_values(latents, weight, 2, tokens, nope, value)
         want = torch.einsum("tnr,nvr->tnv", latents.float(), values.float())
         torch.testing.assert_close(out.float(), want, atol=2e-3, rtol=2e-3)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
-def test_products_of_a_call_see_what_the_kernel_before_them_wrote():
+def test_products_see_what_the_kernel_before_them_wrote():
     heads, tokens = 128, 4
-    x, weight, (keys, _) = build(heads, tokens, torch.bfloat16)
+    x, weight, _ = build(heads, tokens, torch.bfloat16)
     source, wanted = x.clone(), to_latents(x, weight, heads, tokens)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         x.zero_()
         x.copy_(source)
-        out = to_values(to_latents(x, weight, heads, tokens), weight, heads, tokens)
+        out, _ = to_values(to_latents(x, weight, heads, tokens), weight, heads, tokens)
     for _ in range(20):
         graph.replay()
-    assert torch.equal(out, to_values(wanted, weight, heads, tokens))
+    assert torch.equal(out, to_values(wanted, weight, heads, tokens)[0])
