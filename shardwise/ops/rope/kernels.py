@@ -6,6 +6,21 @@ A position outside the table of angles gives NaN instead of a read out of bounds
 from shardwise.ops.triton_support import await_predecessor, tl, triton
 
 
+@triton.jit
+def _angles(freqs_ptr, position, positions, SIZE: tl.constexpr, HALF: tl.constexpr):
+    """Cosines and sines [1, HALF] of a position, from a table [positions, SIZE/2, 2] whose pairs are read whole."""
+    i, part = tl.arange(0, HALF)[None, :, None], tl.arange(0, 2)[None, None, :]
+    known = (position >= 0) & (position < positions) & (i < SIZE // 2)
+    pairs = tl.load(freqs_ptr + position * SIZE + 2 * i + part, mask=known, other=float("nan"))
+    return tl.split(pairs.to(tl.float32))
+
+
+@triton.jit
+def _turn(first, second, cos, sin):
+    """Each sum has one rounded product, the same one in every tile: what a token gives depends on no other."""
+    return tl.fma(first, cos, -second * sin), tl.fma(second, cos, first * sin)
+
+
 @triton.jit(do_not_specialize=["tokens", "heads", "positions"])
 def halves_kernel(
     x_ptr,
@@ -33,17 +48,29 @@ def halves_kernel(
     head = ((tl.program_id(0) % tl.cdiv(heads, HEADS)) * HEADS + tl.arange(0, HEADS)[:, None]).to(tl.int64)
     i = tl.arange(0, HALF)[None, :]
     mask = (head < heads) & (i < SIZE // 2)
-    await_predecessor(PDL)
-    position = tl.load(start_ptr + batch).to(tl.int64) + token
-    known = (i < SIZE // 2) & (position >= 0) & (position < positions)
-    cos = tl.load(freqs_ptr + position * SIZE + 2 * i, mask=known, other=float("nan")).to(tl.float32)
-    sin = tl.load(freqs_ptr + position * SIZE + 2 * i + 1, mask=known, other=float("nan")).to(tl.float32)
     source = x_ptr + batch * x_b + token * x_s + head * x_n + i
     target = out_ptr + batch * out_b + token * out_s + head * out_n + i
+    await_predecessor(PDL)
+    # Asked for first: they need not wait for the position.
     first = tl.load(source, mask=mask, other=0.0).to(tl.float32)
     second = tl.load(source + SIZE // 2, mask=mask, other=0.0).to(tl.float32)
-    tl.store(target, (first * cos - second * sin).to(out_ptr.dtype.element_ty), mask=mask)
-    tl.store(target + SIZE // 2, (second * cos + first * sin).to(out_ptr.dtype.element_ty), mask=mask)
+    position = tl.load(start_ptr + batch).to(tl.int64) + token
+    cos, sin = _angles(freqs_ptr, position, positions, SIZE, HALF)
+    first, second = _turn(first, second, cos, sin)
+    tl.store(target, first.to(out_ptr.dtype.element_ty), mask=mask)
+    tl.store(target + SIZE // 2, second.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _position(row, begin, sequences, start_ptr, length_ptr, first_row_ptr, SEQUENCES: tl.constexpr):
+    """The position of `row` if it belongs to one of SEQUENCES sequences from `begin` on, else -1."""
+    member = begin + tl.arange(0, SEQUENCES)
+    valid = member < sequences
+    first_row = tl.load(first_row_ptr + member, mask=valid, other=0).to(tl.int64)
+    length = tl.load(length_ptr + member, mask=valid, other=0).to(tl.int64)
+    start = tl.load(start_ptr + member, mask=valid, other=0).to(tl.int64)
+    inside = (row >= first_row) & (row < first_row + length)
+    return tl.max(tl.where(inside, start + row - first_row, -1), axis=0)
 
 
 @triton.jit(do_not_specialize=["heads", "positions", "sequences"])
@@ -61,34 +88,30 @@ def flat_kernel(
     HALF: tl.constexpr,
     HEADS: tl.constexpr,
     SEQUENCES: tl.constexpr,
+    MORE: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Rows of one token of a flattened batch; a row that belongs to no sequence is copied."""
+    """Rows of one token of a flattened batch; a row that belongs to no sequence is copied.
+
+    MORE: there are more than SEQUENCES sequences. Without a loop all that does not depend on the position comes first.
+    """
     row = tl.program_id(0).to(tl.int64) // tl.cdiv(heads, HEADS)
     head = (tl.program_id(0) % tl.cdiv(heads, HEADS)) * HEADS + tl.arange(0, HEADS)[:, None]
     i = tl.arange(0, HALF)[None, :]
     mask = (head < heads) & (i < SIZE // 2)
-    await_predecessor(PDL)
-    position = tl.zeros((1,), tl.int64) - 1
-    for begin in range(0, sequences, SEQUENCES):
-        member = begin + tl.arange(0, SEQUENCES)
-        valid = member < sequences
-        first_row = tl.load(first_row_ptr + member, mask=valid, other=0).to(tl.int64)
-        length = tl.load(length_ptr + member, mask=valid, other=0).to(tl.int64)
-        start = tl.load(start_ptr + member, mask=valid, other=0).to(tl.int64)
-        inside = (row >= first_row) & (row < first_row + length)
-        position = tl.maximum(position, tl.max(tl.where(inside, start + row - first_row, -1), axis=0))
-    angle = position[:, None] * SIZE + 2 * i
-    known = (i < SIZE // 2) & (position[:, None] >= 0) & (position[:, None] < positions)
-    cos = tl.load(freqs_ptr + angle, mask=known, other=float("nan")).to(tl.float32)
-    sin = tl.load(freqs_ptr + angle + 1, mask=known, other=float("nan")).to(tl.float32)
-    cos = tl.where(position[:, None] < 0, 1.0, cos)
-    sin = tl.where(position[:, None] < 0, 0.0, sin)
     offset = (row * heads + head) * SIZE + i
+    await_predecessor(PDL)
     first = tl.load(x_ptr + offset, mask=mask, other=0.0).to(tl.float32)
     second = tl.load(x_ptr + offset + SIZE // 2, mask=mask, other=0.0).to(tl.float32)
-    tl.store(out_ptr + offset, (first * cos - second * sin).to(out_ptr.dtype.element_ty), mask=mask)
-    tl.store(out_ptr + offset + SIZE // 2, (second * cos + first * sin).to(out_ptr.dtype.element_ty), mask=mask)
+    position = _position(row, 0, sequences, start_ptr, length_ptr, first_row_ptr, SEQUENCES)
+    if MORE:
+        for begin in range(SEQUENCES, sequences, SEQUENCES):
+            found = _position(row, begin, sequences, start_ptr, length_ptr, first_row_ptr, SEQUENCES)
+            position = tl.maximum(position, found)
+    cos, sin = _angles(freqs_ptr, position, positions, SIZE, HALF)
+    first, second = _turn(first, second, tl.where(position < 0, 1.0, cos), tl.where(position < 0, 0.0, sin))
+    tl.store(out_ptr + offset, first.to(out_ptr.dtype.element_ty), mask=mask)
+    tl.store(out_ptr + offset + SIZE // 2, second.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -110,8 +133,9 @@ def _load_pairs(source, i, d_stride, mask, PACKED: tl.constexpr):
 def _store_turned(target, even, odd, cos, sin, mask, SIZE: tl.constexpr, HALF: tl.constexpr):
     """The pairs turned, first elements before the second ones."""
     i = tl.arange(0, HALF)[None, :]
-    tl.store(target + i, (even * cos - odd * sin).to(target.dtype.element_ty), mask=mask)
-    tl.store(target + SIZE // 2 + i, (odd * cos + even * sin).to(target.dtype.element_ty), mask=mask)
+    first, second = _turn(even, odd, cos, sin)
+    tl.store(target + i, first.to(target.dtype.element_ty), mask=mask)
+    tl.store(target + SIZE // 2 + i, second.to(target.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["tokens", "q_heads", "k_heads", "positions"])
