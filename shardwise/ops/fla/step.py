@@ -15,7 +15,7 @@ from shardwise.ops.triton_support import Kernel, Launch, dependent_launch
 # A decode program's numbers of a state and its warps: while there are few programs, and for a full device.
 FEW = {"elements": 4096, "warps": 2}
 MANY = {"elements": 8192, "warps": 4}
-_COPY_ROWS = 32
+_COPY_ROWS = 16
 
 _launch_load = Kernel(kernels.load_states_kernel)
 _launch_chunks = Kernel(kernels.chunks_kernel)
