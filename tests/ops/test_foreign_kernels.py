@@ -164,9 +164,8 @@ def mamba_flashinfer_prefill(monkeypatch, batch, limit):
     first = sum(batch.prefill)
     info = torch.tensor([len(batch.prefill), first, 0])
 
-    def prefill(_op, given, metadata, out, plan):
-        x, dt, dt_bias, A, B, C, D, slots, cache = given
-        bounds, resumes, *_ = metadata
+    def prefill(_plan, tensors, out):
+        x, dt, dt_bias, A, B, C, D, slots, cache, bounds, resumes, *_ = tensors
         x, B, C, dt = (t.flatten(0, 1)[None, :first] for t in (x, B, C, dt))
         out.flatten(0, 1)[:first] = torch.ops.auto_deploy.torch_cached_ssm(
             x, A, B, C, D, dt, dt_bias, info, bounds, bounds, slots, resumes, cache, limit, 16

@@ -11,15 +11,16 @@ from shardwise.ops.kept import fresh
 from shardwise.ops.mamba import ssd_kernels as kernels
 from shardwise.ops.mamba.checks import check_pieces, check_ssm
 from shardwise.ops.metadata_reports import report_word
-from shardwise.ops.state_batch import check_counts, many_or_few, token_rows
+from shardwise.ops.state_batch import check_counts, token_rows
 from shardwise.ops.triton_support import Chain, Kernel, Launch, cache_bytes, dependent_launch
 
 # Tile sizes, warps and pipeline stages, for half precision and states of up to 8192 numbers (see `_output_tiles`).
 STEPS = {"heads": 16, "warps": 4}
 STATES = {"P": 64, "N": 64, "T": 128, "warps": 4, "stages": 3}
 OUTPUTS = {"T": 64, "heads": 1, "warps": 4, "stages": 2}
-# A decode program's numbers of a state and its warps; the second for a device full of float32 states (a sweep on an
-# H200: 12.5 instead of 12.8 µs at batch 8, FlashInfer 12.6; 16-bit states are 2 to 4 % quicker with the first).
+# A decode program's numbers of a state and its warps: where programs are few or states come from memory, and for a device
+# full of states in the L2 cache. A sweep on an H200, µs: float32 batch 3 6.0 and 6.05, 4 7.2 and 6.8, 8 12.6 and 12.4, 12
+# 25.0 and 25.5, 16 35.2 and 35.9, 256 526 and 533; bfloat16 batch 4 4.4 and 4.8, 6 6.1 and 5.4, 12 9.9 and 9.7.
 FEW = {"elements": 2048, "warps": 1}
 MANY = {"elements": 4096, "warps": 1}
 
@@ -92,6 +93,8 @@ class Prefill(NamedTuple):
     launches: Chain
     room: Callable[[], Tensor]
     """Makes room for running sums and states, see `ssd_kernels.rooms`"""
+    word: Tensor
+    """For reports"""
 
 
 # What a prefill's kernels read and write: `Inputs.taken`, metadata, the result, the room and the word for reports.
@@ -104,13 +107,13 @@ _STATES = ("x", "B", "bounds", "slots", "resumes", "cache", "room", "word")
 _OUTPUTS = ("x", "B", "C", "D", "index", "offset", "owner", "bounds", "slots", "room", "out")
 
 
-def prefill(op: str, given: tuple[Tensor, ...], metadata: tuple[Tensor, ...], out: Tensor, plan: Prefill) -> None:
+def prefill(plan: Prefill, tensors: tuple[Tensor, ...], out: Tensor) -> None:
     """The tokens before the decode tokens, cut into pieces by `mamba_ssm_prepare_metadata`.
 
-    given     hidden_states, dt, dt_bias, A, B, C, D, slots, cache
-    metadata  cu_seqlen, use_initial_states, chunk_indices, chunk_offsets, seq_idx_prefill; all as planned for
+    tensors  as planned for: `Inputs.taken`, then cu_seqlen, use_initial_states, chunk_indices, chunk_offsets and
+             seq_idx_prefill
     """
-    plan.launches((*given, *metadata, out, plan.room(), report_word(op)))
+    plan.launches((*tensors, out, plan.room(), plan.word))
 
 
 def plan_prefill(op: str, one: Inputs, batch: Batch, metadata: tuple[Tensor, ...], chunk: int) -> Prefill:
@@ -121,7 +124,8 @@ def plan_prefill(op: str, one: Inputs, batch: Batch, metadata: tuple[Tensor, ...
     pieces, ratio, exact = index.numel(), heads // groups, one.x.dtype == torch.float32
     device, slots = one.x.device, one.cache.shape[0]
     sums = torch.empty(0, dtype=torch.float32, device=device)  # for its dtype
-    tensors = dict(zip(_TENSORS, (*one.taken, *metadata, one.out, sums, report_word(op)), strict=True))
+    word = report_word(op)
+    tensors = dict(zip(_TENSORS, (*one.taken, *metadata, one.out, sums, word), strict=True))
     steps = _launch_steps.form_for(
         device,
         tuple(tensors[name] for name in _STEPS),
@@ -158,7 +162,7 @@ def plan_prefill(op: str, one: Inputs, batch: Batch, metadata: tuple[Tensor, ...
         (Launch(outputs, outputs_grid, (batch.prefill, tokens, heads, slots)), _OUTPUTS),
     )
     words = -(-2 * heads * tokens // 4) * 4 + -(-pieces * heads * N * P * one.x.element_size() // 4)
-    return Prefill(launches, fresh((words,), torch.float32, device))
+    return Prefill(launches, fresh((words,), torch.float32, device), word)
 
 
 def _divisor(n: int, most: int) -> int:
@@ -180,11 +184,11 @@ def plan_decode(op: str, one: Inputs, batch: Batch) -> Launch:
     (_, _, heads, P), (_, _, groups, N) = one.x.shape, one.B.shape
     cache_slot, cache_h, cache_p, _ = one.cache.stride()
     block_n, pdl = 1 << (N - 1).bit_length(), dependent_launch(one.x.device)
-    wide = MANY if one.cache.dtype == torch.float32 else FEW
-    table = many_or_few(batch.decode * heads * P * block_n, one.x.device, wide, FEW)
-    block_p = min(1 << (P - 1).bit_length(), max(1, table["elements"] // block_n))
+    moved, room = batch.decode * heads * P * N * one.cache.element_size(), cache_bytes(one.x.device)
     # A branch costs 1.6 to 3 % where the L2 cache feeds the step; where the memory does, masks cost up to 1 %.
-    masked = batch.decode * heads * P * N * one.cache.element_size() <= cache_bytes(one.x.device)
+    masked = moved <= 0.75 * room
+    table = MANY if masked and moved >= 0.2 * room else FEW
+    block_p = min(1 << (P - 1).bit_length(), max(1, table["elements"] // block_n))
     pointers = *one.taken, one.out, report_word(op)
     strides = one.x_t, one.x.stride(2), one.dt_t, one.B_t, one.B.stride(2), one.C_t, one.C.stride(2)
     fixed = (*strides, cache_slot, cache_h, cache_p, heads // groups, P, N, block_p, block_n, masked, pdl)

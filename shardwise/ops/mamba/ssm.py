@@ -39,12 +39,11 @@ def run_step(
     """
     batch = read_batch(op, batch_info_host)
     check_metadata(op, batch, hidden_states, cu_seqlen, slot_idx, use_initial_states, ssm_state_cache)
-    given: tuple[Tensor, ...] = (hidden_states, dt, dt_bias, A, B, C, D, slot_idx, ssm_state_cache)
-    metadata: tuple[Tensor, ...] = ()
+    tensors: tuple[Tensor, ...] = (hidden_states, dt, dt_bias, A, B, C, D, slot_idx, ssm_state_cache)
     if batch.prefill_tokens:
-        metadata = cu_seqlen, use_initial_states, chunk_indices, chunk_offsets, seq_idx_prefill
+        tensors = (*tensors, cu_seqlen, use_initial_states, chunk_indices, chunk_offsets, seq_idx_prefill)
     key = batch, *time_step_limit, chunk_size
-    plan = kept.get(key, (*given, *metadata))
+    plan = kept.get(key, tensors)
     if plan is not None:
         out = plan.out()
     else:
@@ -52,18 +51,19 @@ def run_step(
             op, hidden_states, A, B, C, D, dt, dt_bias, batch, slot_idx, use_initial_states,
             ssm_state_cache, time_step_limit, chunk_size,
         )  # fmt: skip
-        cuts = tuple(tensor.contiguous() for tensor in metadata)
+        given, out = tensors, one.out
+        metadata = tuple(tensor.contiguous() for tensor in given[len(one.taken) :])
+        tensors = (*one.taken, *metadata)
         plan = Plan(
             fresh(tuple(hidden_states.shape), hidden_states.dtype, hidden_states.device),
-            plan_prefill(op, one, batch, cuts, chunk_size) if batch.prefill_tokens else None,
+            plan_prefill(op, one, batch, metadata, chunk_size) if batch.prefill_tokens else None,
             plan_decode(op, one, batch) if batch.decode else None,
         )
         whole = batch.tokens == hidden_states.shape[0] * hidden_states.shape[1]
-        if whole and taken_as_given((*one.taken, *cuts), (*given, *metadata)):
-            kept.keep(key, (*given, *metadata), plan)
-        given, metadata, out = one.taken, cuts, one.out
+        if whole and taken_as_given(tensors, given):
+            kept.keep(key, tensors, plan)
     if plan.prefill is not None:
-        prefill(op, given, metadata, out, plan.prefill)
+        prefill(plan.prefill, tensors, out)
     if plan.decode is not None:
-        run_decode(op, plan.decode, given, out)
+        run_decode(op, plan.decode, tensors[:9], out)
     return out
