@@ -133,8 +133,19 @@ def write(folder: Path, failure: Failure) -> Path:
 
 def read_all(folder: Path) -> list[Failure]:
     """Failures of all ranks that wrote one into `folder`, by rank."""
-    files = sorted(folder.glob("failure-rank-*.json"), key=lambda path: int(path.stem.rsplit("-", 1)[1]))
+    files = sorted(folder.glob("failure-rank-*.json"), key=_rank_of)
     return [Failure.from_json(json.loads(path.read_text())) for path in files]
+
+
+def forget(folder: Path, rank: int, world: int) -> None:
+    """Remove what an earlier job in this folder wrote of `rank`; rank 0 does so for ranks beyond its world too."""
+    for path in folder.glob("failure-rank-*.json"):
+        if _rank_of(path) == rank or (rank == 0 and _rank_of(path) >= world):
+            path.unlink(missing_ok=True)
+
+
+def _rank_of(path: Path) -> int:
+    return int(path.stem.rsplit("-", 1)[1])
 
 
 def _replace(path: Path, data: dict) -> Path:

@@ -63,13 +63,12 @@ class Guard:
 
     def fail(self, error: BaseException) -> NoReturn:
         """Report `error` and end the job."""
-        last = watch.FLIGHT.last(self.info.rank) if self.info.world > 1 else None
         found = failures.from_exception(
             error,
             rank=self.info.rank,
             world=self.info.world,
             phase=watch.current_phase(),
-            last_collective=_collective(last),
+            last_collective=self.last_collective(),
         )
         path = None
         with contextlib.suppress(OSError):  # a full disk must not keep the job from ending
@@ -88,6 +87,15 @@ class Guard:
             print(found.trace, file=sys.stderr)
         end_job(found.exit_code)
 
+    def last_collective(self) -> str | None:
+        """The collective that this rank began last, and whether it ended."""
+        return _collective(watch.FLIGHT.last(self.info.rank)) if self.info.world > 1 else None
+
+    def say(self, text: str) -> None:
+        """On standard error, each line with this rank's name."""
+        prefix = f"[r{self.info.rank}/{self.info.world} {socket.gethostname()}:{os.getpid()}] "
+        print("".join(f"{prefix}{line}\n" for line in text.splitlines()), end="", file=sys.stderr, flush=True)
+
     def _tell(self, event: dict) -> None:
         if self.link is not None:
             with contextlib.suppress(OSError):  # the parent may be gone; ending still matters
@@ -101,11 +109,10 @@ class Guard:
         if found.input_error and self.info.rank == 0:
             print(failures.report(found, debug=self.debug), file=sys.stderr)
             return
-        prefix = f"[r{self.info.rank}/{self.info.world} {socket.gethostname()}:{os.getpid()}] "
         text = failures.report(found, path=path, debug=self.debug)
         if not found.input_error and found.trace:
             text = f"{found.trace.rstrip()}\n{text}"
-        print("".join(f"{prefix}{line}\n" for line in text.splitlines()), end="", file=sys.stderr)
+        self.say(text)
 
 
 def end_job(code: int) -> NoReturn:

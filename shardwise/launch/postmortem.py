@@ -13,6 +13,7 @@ from shardwise.launch.job import Job
 from shardwise.launch.link import Hello
 
 TAIL_BYTES = 6000
+OUT_OF_MEMORY = "the kernel's out-of-memory killer was at work in this control group: use more ranks or a smaller dtype"
 _FATAL = "Fatal Python error"  # how faulthandler opens its report of a crash
 _ENDED_BY_US = (-signal.SIGTERM, -signal.SIGKILL)
 
@@ -130,9 +131,7 @@ def _spell(code: int | None) -> str:
 def _hint(code: int | None, out_of_memory: bool, log: str, crash: str | None) -> str | None:
     if code == -signal.SIGKILL:
         if out_of_memory:
-            return (
-                "the kernel's out-of-memory killer was at work in this control group: use more ranks or a smaller dtype"
-            )
+            return OUT_OF_MEMORY
         return "somebody killed it; no out-of-memory kill was counted in this control group (dmesg may know more)"
     if crash:
         return "a crash in native code; the Python stack is in the report"

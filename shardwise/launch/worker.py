@@ -21,6 +21,7 @@ from shardwise.comm.watch import Deadlines
 from shardwise.launch import env, guard
 from shardwise.launch.guard import Guard
 from shardwise.launch.link import Link
+from shardwise.launch.neighbours import Neighbours
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,10 @@ def run_here(info: RankInfo, body: Callable[[], object], *, debug: bool) -> NoRe
     keeper = Guard(info, guard.job_folder(info), debug=debug)
     guard.bind_to_parent()
     guard.report_crashes()
+    others = Neighbours(keeper)
+    others.join()
     keeper.run(body)
+    others.leave()
     leave()
 
 
