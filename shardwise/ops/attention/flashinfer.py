@@ -205,10 +205,10 @@ def flashinfer_attention_mha_with_cache(
         q_rows, k_rows, v_rows = view(q, *plan.q_rows), view(k, *plan.k_rows), view(v, *plan.k_rows)
     else:
         q_rows, k_rows, v_rows = _readable(plan, q, k, v, kv_cache)
-    out = plan.out()
-    if plan.used < plan.tokens:
-        out.view(plan.tokens, -1)[plan.used :].zero_()
-    if plan.used == 0:
+    out, count = plan.out(), plan.used
+    if count < plan.tokens:
+        out.view(plan.tokens, -1)[count:].zero_()
+    if count == 0:
         return out
     # Keys and values are parted here, once: FlashInfer takes both, and would do it in each of its calls.
     caches = view(kv_cache, *plan.halves), view(kv_cache, *plan.halves, plan.values)
