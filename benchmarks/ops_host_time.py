@@ -125,7 +125,7 @@ def state_rows() -> Iterator[Row]:
     for case in ssm_decode_cases((1,), {"Nemotron-H": NEMOTRON_H}):
         foreign = case.operator.startswith("flashinfer")
         beside = {"direct": case.peers["flashinfer"], "views": _step_with_views(case)} if foreign else {}
-        yield Row(f"{case.operator}, {case.size}", case.call, 2 if foreign else 1, beside)
+        yield Row(f"{case.operator}, {case.size}", case.call, 1, beside)
     for case in conv_cases((1,), (64,)):
         yield Row(f"{case.operator}, {case.size}", case.call, 1 if case.size.startswith("decode") else 2)
     for case in ssm_prefill_cases((64,)):
