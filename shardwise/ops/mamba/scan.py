@@ -18,9 +18,9 @@ from shardwise.ops.triton_support import Chain, Kernel, Launch, cache_bytes, dep
 STEPS = {"heads": 16, "warps": 4}
 STATES = {"P": 64, "N": 64, "T": 128, "warps": 4, "stages": 3}
 OUTPUTS = {"T": 64, "heads": 1, "warps": 4, "stages": 2}
-# A decode program's numbers of a state and its warps: where programs are few or states come from memory, and for a device
-# full of states in the L2 cache. A sweep on an H200, µs: float32 batch 3 6.0 and 6.05, 4 7.2 and 6.8, 8 12.6 and 12.4, 12
-# 25.0 and 25.5, 16 35.2 and 35.9, 256 526 and 533; bfloat16 batch 4 4.4 and 4.8, 6 6.1 and 5.4, 12 9.9 and 9.7.
+# A decode program's numbers of a state and its warps: where programs are few or states come from memory, and for a full
+# device whose L2 cache holds the states. A sweep on an H200, µs: float32 batch 3 6.0 and 6.05, 4 7.2 and 6.8, 8 12.6
+# and 12.4, 12 25.0 and 25.5, 16 35.2 and 35.9, 256 526 and 533; bfloat16 4 4.4 and 4.8, 6 6.1 and 5.4, 12 9.9 and 9.7.
 FEW = {"elements": 2048, "warps": 1}
 MANY = {"elements": 4096, "warps": 1}
 
