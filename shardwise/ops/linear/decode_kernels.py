@@ -45,6 +45,60 @@ def _add(totals, products, squares, w, u, inputs,
     return new_totals, new_products, new_squares
 
 
+@triton.jit
+def _sum_whole(totals, products, squares, w, u, x_ptr, norm_ptr, K, columns, TOKENS: tl.constexpr,
+               BLOCK_K: tl.constexpr, NORM: tl.constexpr, GATED: tl.constexpr):  # fmt: skip
+    """The sums of rows whose tiles `w` and `u` are all there or on their way."""
+    WHOLE: tl.constexpr = len(w)
+    inputs = ()
+    for ahead in tl.static_range(WHOLE):
+        inputs = inputs + (_inputs(x_ptr, norm_ptr, K, ahead * BLOCK_K + columns, TOKENS, NORM),)
+    keep_loads_above()
+    for ahead in tl.static_range(WHOLE):
+        totals, products, squares = _add(
+            totals, products, squares, w[ahead], u[ahead] if GATED else w[ahead], inputs[ahead], TOKENS, NORM, GATED
+        )  # fmt: skip
+    return totals, products, squares
+
+
+@triton.jit
+def _sum_ahead(totals, products, squares, w, u, weights, ups, inside, x_ptr, norm_ptr, K, columns,
+               TOKENS: tl.constexpr, BLOCK_K: tl.constexpr, EARLY: tl.constexpr, NORM: tl.constexpr,
+               GATED: tl.constexpr):  # fmt: skip
+    """The sums of rows of which the first tile is on its way; each next one waits in registers."""
+    tile = w
+    other = u if GATED else tile
+    for start in range(0, K, BLOCK_K):
+        following = start + BLOCK_K + columns < K
+        next_tile = _tile(weights + start + BLOCK_K, inside, following, False)
+        next_other = _tile(ups + start + BLOCK_K, inside, following, False) if GATED else next_tile
+        if EARLY:
+            keep_loads_above()
+        totals, products, squares = _add(
+            totals, products, squares, tile, other, _inputs(x_ptr, norm_ptr, K, start + columns, TOKENS, NORM),
+            TOKENS, NORM, GATED,
+        )  # fmt: skip
+        tile = next_tile
+        other = next_other
+    return totals, products, squares
+
+
+@triton.jit
+def _sum_staged(totals, products, squares, weights, ups, inside, x_ptr, norm_ptr, K, columns, TOKENS: tl.constexpr,
+                BLOCK_K: tl.constexpr, STAGES: tl.constexpr, NORM: tl.constexpr, GATED: tl.constexpr,
+                EVEN: tl.constexpr):  # fmt: skip
+    """The sums of rows whose tiles pass through shared memory."""
+    for start in tl.range(0, K, BLOCK_K, num_stages=STAGES):
+        here = start + columns < K
+        tile = _tile(weights + start, inside, here, EVEN)
+        other = _tile(ups + start, inside, here, EVEN) if GATED else tile
+        totals, products, squares = _add(
+            totals, products, squares, tile, other, _inputs(x_ptr, norm_ptr, K, start + columns, TOKENS, NORM),
+            TOKENS, NORM, GATED,
+        )  # fmt: skip
+    return totals, products, squares
+
+
 @triton.jit(do_not_specialize=["eps"])
 def skinny_kernel(
     x_ptr,  # [T, K]
@@ -72,6 +126,14 @@ def skinny_kernel(
     EVEN_K: tl.constexpr,
     PDL: tl.constexpr,
 ):
+    """BLOCK_N rows of the product for TOKENS tokens; `decode.py` has the formula, its `Tile` the shapes.
+
+    STAGES   1: the next tile waits in registers; more: so many tiles pass through shared memory
+    WHOLE    tiles of a row, all of which wait in registers; 0: the next one does
+    EARLY    the next tile is asked for before this one's sums
+    KEEP     normed tokens are written to normed_ptr
+    EVEN_N, EVEN_K   rows and columns are whole tiles
+    """
     first = tl.program_id(0) * BLOCK_N
     rows = first + tl.arange(0, BLOCK_N)
     columns = tl.arange(0, BLOCK_K)
@@ -96,39 +158,18 @@ def skinny_kernel(
         products = products + (tl.zeros([BLOCK_N, BLOCK_K], tl.float32) if GATED else 0.0,)
         squares = squares + (tl.zeros([BLOCK_K], tl.float32) if NORM else 0.0,)
     if WHOLE > 0:
-        inputs = ()
-        for ahead in tl.static_range(WHOLE):
-            inputs = inputs + (_inputs(x_ptr, norm_ptr, K, ahead * BLOCK_K + columns, TOKENS, NORM),)
-        keep_loads_above()
-        for ahead in tl.static_range(WHOLE):
-            totals, products, squares = _add(
-                totals, products, squares, w[ahead], u[ahead] if GATED else w[ahead], inputs[ahead],
-                TOKENS, NORM, GATED,
-            )  # fmt: skip
+        sums = _sum_whole(totals, products, squares, w, u, x_ptr, norm_ptr, K, columns, TOKENS, BLOCK_K, NORM, GATED)
     elif STAGES == 1:
-        tile = w[0]
-        other = u[0] if GATED else tile
-        for start in range(0, K, BLOCK_K):
-            following = start + BLOCK_K + columns < K
-            next_tile = _tile(weights + start + BLOCK_K, inside, following, False)
-            next_other = _tile(ups + start + BLOCK_K, inside, following, False) if GATED else next_tile
-            if EARLY:
-                keep_loads_above()
-            totals, products, squares = _add(
-                totals, products, squares, tile, other, _inputs(x_ptr, norm_ptr, K, start + columns, TOKENS, NORM),
-                TOKENS, NORM, GATED,
-            )  # fmt: skip
-            tile = next_tile
-            other = next_other
+        sums = _sum_ahead(
+            totals, products, squares, w[0], u[0], weights, ups, inside, x_ptr, norm_ptr, K, columns,
+            TOKENS, BLOCK_K, EARLY, NORM, GATED,
+        )  # fmt: skip
     else:
-        for start in tl.range(0, K, BLOCK_K, num_stages=STAGES):
-            here = start + columns < K
-            tile = _tile(weights + start, inside, here, EVEN_N and EVEN_K)
-            other = _tile(ups + start, inside, here, EVEN_N and EVEN_K) if GATED else tile
-            totals, products, squares = _add(
-                totals, products, squares, tile, other, _inputs(x_ptr, norm_ptr, K, start + columns, TOKENS, NORM),
-                TOKENS, NORM, GATED,
-            )  # fmt: skip
+        sums = _sum_staged(
+            totals, products, squares, weights, ups, inside, x_ptr, norm_ptr, K, columns,
+            TOKENS, BLOCK_K, STAGES, NORM, GATED, EVEN_N and EVEN_K,
+        )  # fmt: skip
+    totals, products, squares = sums
     for token in tl.static_range(TOKENS):
         y = tl.sum(totals[token], 1)
         scale = tl.rsqrt(tl.sum(squares[token], 0) / K + eps) if NORM else 1.0
