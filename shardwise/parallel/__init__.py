@@ -7,8 +7,8 @@ Blocks compute partial sums; `layers.ResidualNorm` and the experts of `moe` add 
     runner                      runs a step by the fastest code that serves it, and says which and why
     decoder, assemble           the stack of layers, built from the blocks of a ModelSpec
     layers, attention, rotary,  layers of prompts and of any model; `block_linear` computes with GGUF's blocks
-    head_norms, moe, routing,
-    block_linear
+    mla, head_norms, moe,
+    routing, block_linear
     decode_step, decode_moe,    single tokens on a GPU: few fused kernels a layer, replayed as CUDA graphs
     decode_stream, cuda_graph
     token_step, token_products  single tokens of one sequence on the CPU

@@ -29,6 +29,7 @@ from shardwise.parallel.layers import (
     activation_named,
 )
 from shardwise.parallel.load_experts import load_experts
+from shardwise.parallel.mla import LatentMixer, LowRank
 from shardwise.parallel.moe import DataParallelMoe, MoeBlock, MoeWithShared, SharedExpert
 from shardwise.parallel.rotary import RotaryAngles
 from shardwise.parallel.supported import check_supported
@@ -59,10 +60,13 @@ class DecoderBuilder:
 
     def cache_shapes(self) -> list[LayerShape]:
         """This rank's KV cache of every layer."""
-        mixers = [layer.mixers[0] for layer in self.model.layers]
-        return [
-            LayerShape(*_local_heads(self.weights, m)[1:], m.window) for m in mixers if isinstance(m, spec.Attention)
-        ]
+        return [self._cache_shape(layer.mixers[0]) for layer in self.model.layers]
+
+    def _cache_shape(self, mixer: spec.Block) -> LayerShape:
+        if isinstance(mixer, spec.MlaAttention):
+            return LayerShape(1, mixer.kv_rank + mixer.rope_dim, mixer.kv_rank, values_in_keys=True)
+        assert isinstance(mixer, spec.Attention)
+        return LayerShape(*_local_heads(self.weights, mixer)[1:], mixer.window)
 
     def _layer(self, layer: Layer, number: int, next_norm: Norm | None) -> DecoderLayer | ParallelLayer:
         def joining(norm: Norm | None, post: spec.Norm | None, role: str) -> ResidualNorm:
@@ -212,6 +216,45 @@ def _copies(weights: Weights, axis: LogicalAxis) -> Tensor:
     return torch.cat([counts[a:b] for a, b in mine]).to(weights.device)
 
 
+def _latent_attention(builder: DecoderBuilder, block: spec.MlaAttention, layer: int) -> LatentMixer:
+    weights, rope, latent = builder.weights, block.rope, block.kv_rank
+    assert rope is not None
+    turned = torch.arange(rope.dim, device=weights.device)
+    if rope.interleaved:
+        rope, turned = replace(rope, interleaved=False), _halves_of_pairs(turned, rope.dim)
+    rotary = builder.rotary(rope)
+    assert rotary is not None
+
+    def behind(count: int) -> Tensor:
+        """A head's elements, the rotated ones behind `count` others."""
+        return torch.cat((torch.arange(count, device=weights.device), count + turned))
+
+    heads = weights.plan.cuts.share(block.q_axis, weights.plan.layout.coordinates(weights.rank)).length
+    projected = weights.linear(block, "kv_b", layer=layer).unflatten(0, (heads, -1))
+    key_up, value_up = projected.split_with_sizes((block.nope_dim, block.v_head_dim), 1)
+    return LatentMixer(
+        layer=layer,
+        q=_latent_queries(builder, block, layer, _rows(behind(block.nope_dim), heads, 0)),
+        kv=builder.linear(block, "kv_a", layer=layer, order=behind(latent)),
+        kv_norm=Norm(weight=weights.take(block, "kv_a_norm.weight", layer=layer), eps=block.norm_eps),
+        key_up=key_up.contiguous(),
+        value_up=value_up.transpose(1, 2).contiguous(),
+        out=builder.row_linear(block, "o", layer),
+        masking=Masking(scale=block.scale),
+        rotary=rotary,
+    )
+
+
+def _latent_queries(
+    builder: DecoderBuilder, block: spec.MlaAttention, layer: int, order: Tensor
+) -> LinearLike | LowRank:
+    if block.q_rank is None:
+        return builder.linear(block, "q", layer=layer, order=order)
+    norm = Norm(weight=builder.weights.take(block, "q_a_norm.weight", layer=layer), eps=block.norm_eps)
+    up = builder.linear(block, "q_b", layer=layer, order=order)
+    return LowRank(down=builder.linear(block, "q_a", layer=layer), norm=norm, up=up)
+
+
 def _halves_of_pairs(head: Tensor, dim: int) -> Tensor:
     """A head's elements, the pairs of neighbours among the first `dim` laid half of these apart, as `rotate` has pairs.
 
@@ -276,5 +319,5 @@ def _shared_expert(builder: DecoderBuilder, block: spec.Moe, layer: int) -> Shar
     )
 
 
-MIXERS: dict[type, Callable] = {spec.Attention: _attention}
+MIXERS: dict[type, Callable] = {spec.Attention: _attention, spec.MlaAttention: _latent_attention}
 FEED_FORWARDS: dict[type, Callable] = {spec.DenseMlp: dense_mlp, spec.Moe: moe}

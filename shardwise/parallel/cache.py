@@ -33,6 +33,21 @@ class LayerShape:
     v_head_dim: int
     window: int | None = None
     """Last tokens of a sequence that the cache must keep; None: all of them."""
+    values_in_keys: bool = False
+    """A head's value is the beginning of its key, and is kept once."""
+
+    @property
+    def width(self) -> int:
+        """Elements of a token."""
+        return self.kv_heads * (self.head_dim + (0 if self.values_in_keys else self.v_head_dim))
+
+    def split(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows [.., width] as keys [.., Nkv, D] and values [.., Nkv, Dv], views."""
+        end = self.kv_heads * self.head_dim
+        keys = rows[..., :end].unflatten(-1, (self.kv_heads, self.head_dim))
+        if self.values_in_keys:
+            return keys, keys[..., : self.v_head_dim]
+        return keys, rows[..., end:].unflatten(-1, (self.kv_heads, self.v_head_dim))
 
 
 class KvCache(ABC):
@@ -45,7 +60,7 @@ class KvCache(ABC):
 
     @abstractmethod
     def attend(self, layer: int, q: Tensor, kv: Tensor, batch: Batch, masking: Masking) -> Tensor:
-        """Append kv [T, Nkv * (D + Dv)], each token's keys and then its values, and attend with q [T, N, D], causally.
+        """Append kv [T, width], rows as `LayerShape.split` reads them, and attend with q [T, N, D], causally.
 
         Returns [T, N, Dv].
         """
@@ -63,7 +78,7 @@ class KvCache(ABC):
 
 
 class SlotCache(KvCache):
-    """One contiguous row of `max_length` tokens for each sequence: [slots, max_length, Nkv * (D + Dv)] a layer.
+    """One contiguous row of `max_length` tokens for each sequence: [slots, max_length, width] a layer.
 
     Rows are reserved address space; the system backs them with memory as sequences grow.
     """
@@ -84,7 +99,7 @@ class SlotCache(KvCache):
         rows = self._layers[layer]
         if batch.is_single_token and masking.is_plain:
             return _attend_one(q, kv, rows, batch.spans[0], masking)
-        k, v = kv.split_with_sizes(rows.widths, 1)
+        k, v = rows.shape.split(kv)
         out = torch_cached_attention_with_cache(
             q[None],
             k[None],
@@ -108,7 +123,7 @@ class SlotCache(KvCache):
         return self._layers[layer].keys, self._layers[layer].values
 
     def tokens(self, layer: int) -> Tensor:
-        """[slots, max_length, Nkv * (D + Dv)], contiguous: each token's keys, then its values."""
+        """[slots, max_length, width], contiguous."""
         return self._layers[layer].tokens
 
     def nbytes(self) -> int:
@@ -119,21 +134,18 @@ class SlotCache(KvCache):
 class _Rows:
     """One layer's memory, whole and as the operators see it."""
 
+    shape: LayerShape
     tokens: Tensor
-    """[slots, max_length, Nkv * (D + Dv)]"""
+    """[slots, max_length, width]"""
     keys: Tensor
     """[slots, max_length, Nkv, D], a view"""
     values: Tensor
     """[slots, max_length, Nkv, Dv], a view"""
-    widths: tuple[int, int]
 
     @classmethod
     def make(cls, shape: LayerShape, lead: tuple[int, int], dtype: torch.dtype, device: torch.device) -> "_Rows":
-        widths = (shape.kv_heads * shape.head_dim, shape.kv_heads * shape.v_head_dim)
-        tokens = torch.empty(*lead, sum(widths), dtype=dtype, device=device)
-        keys, values = tokens.split_with_sizes(widths, -1)
-        keys, values = (part.view(*lead, shape.kv_heads, -1) for part in (keys, values))
-        return cls(tokens, keys, values, widths)
+        tokens = torch.empty(*lead, shape.width, dtype=dtype, device=device)
+        return cls(shape, tokens, *shape.split(tokens))
 
 
 def _attend_one(q: Tensor, kv: Tensor, rows: _Rows, span: Span, masking: Masking) -> Tensor:

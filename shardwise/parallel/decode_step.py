@@ -68,7 +68,7 @@ def reason_against(decoder: Decoder) -> str:
 
 def _reason_against_mixer(mixer: object) -> str:
     if not isinstance(mixer, AttentionMixer):
-        return "no softmax attention"
+        return "no attention of plain queries, keys and values"
     size = mixer.head_dim
     if mixer.v_head_dim != size or not takes_head_size(size):
         return f"head sizes {size} and {mixer.v_head_dim}, need one power of two from 32 to 256"

@@ -20,7 +20,7 @@ PAGE_SIZE = DEVICE_PAGE
 
 
 class DeviceCache(KvCache):
-    """[pages, PAGE_SIZE, Nkv * (D + Dv)] a layer: each token's keys, then its values. Windows need fewer pages.
+    """[pages, PAGE_SIZE, width] a layer. Windows need fewer pages.
 
     Sequences with several new tokens are attended to by a prefill backend, over a copy of their pages, whose bytes are
     few beside the products of so many tokens; those with one new token read their pages in place.
@@ -49,7 +49,7 @@ class DeviceCache(KvCache):
             torch.empty(
                 self.tables.of[s.window].pages,
                 PAGE_SIZE,
-                s.kv_heads * (s.head_dim + s.v_head_dim),
+                s.width,
                 dtype=dtype,
                 device=device,
             )
@@ -85,10 +85,7 @@ class DeviceCache(KvCache):
 
     def pages(self, layer: int) -> tuple[Tensor, Tensor]:
         """Keys [pages, PAGE_SIZE, Nkv, D] and values [.., Dv], views."""
-        shape = self.layers[layer]
-        widths = (shape.kv_heads * shape.head_dim, shape.kv_heads * shape.v_head_dim)
-        keys, values = self._pools[layer].split_with_sizes(widths, -1)
-        return keys.unflatten(-1, (shape.kv_heads, -1)), values.unflatten(-1, (shape.kv_heads, -1))
+        return self.layers[layer].split(self._pools[layer])
 
     def workspace(self, heads: int, kv_heads: int, head_dim: int) -> DecodeWorkspace:
         """What decode attention of such layers keeps between calls; a step's layers run one behind the other."""

@@ -116,7 +116,7 @@ class PageTables:
 
 
 class PagedCache(KvCache):
-    """Pages of `page_size` tokens, [rows, Nkv * (D + Dv)] a layer: `pages` of them, fewer where windows need fewer.
+    """Pages of `page_size` tokens, [rows, width] a layer: `pages` of them, fewer where windows need fewer.
 
     A step gathers the rows of its sequences once a layer and attends to them with the operator for contiguous caches.
     """
@@ -136,10 +136,8 @@ class PagedCache(KvCache):
         self.tables = PageTables(layers, pages=pages, slots=slots, page_size=page_size)
         self.max_length = min(max_length, pages * page_size)
         self._shapes = layers
-        self._widths = [(s.kv_heads * s.head_dim, s.kv_heads * s.v_head_dim) for s in layers]
         self._layers = [
-            torch.empty(self.tables.of[s.window].pages * page_size, sum(widths), dtype=dtype, device=device)
-            for s, widths in zip(layers, self._widths, strict=True)
+            torch.empty(self.tables.of[s.window].pages * page_size, s.width, dtype=dtype, device=device) for s in layers
         ]
         self._step: tuple[Batch, dict[int | None, _Step]] | None = None
 
@@ -150,11 +148,10 @@ class PagedCache(KvCache):
         self.tables.release(slot)
 
     def attend(self, layer: int, q: Tensor, kv: Tensor, batch: Batch, masking: Masking) -> Tensor:
-        shape, widths, pool = self._shapes[layer], self._widths[layer], self._layers[layer]
+        shape, pool = self._shapes[layer], self._layers[layer]
         step = self._rows_of(batch)[shape.window]
-        gathered = pool[step.rows]  # [sequences, longest, Nkv * (D + Dv)]
-        keys, values = (part.unflatten(-1, (shape.kv_heads, -1)) for part in gathered.split_with_sizes(widths, -1))
-        k, v = kv.split_with_sizes(widths, 1)
+        keys, values = shape.split(pool[step.rows])  # of [sequences, longest, width]
+        k, v = shape.split(kv)
         out = torch_cached_attention_with_cache(
             q[None],
             k[None],

@@ -1,6 +1,6 @@
 """Attention of several new tokens a sequence on a GPU: whose kernels serve a layer, and why.
 
-Keys and values of all sequences stand one behind the other in rows [Nkv * (D + Dv)], a token's keys before its values.
+Keys and values of all sequences stand one behind the other in rows [width], as `LayerShape.split` reads them.
 """
 
 import importlib.util
@@ -21,6 +21,8 @@ from shardwise.parallel.transfer import to_device
 
 HALVES = (torch.float16, torch.bfloat16)
 FLASHINFER_SIZES = (64, 128, 256)
+TRITON_SIZE = 256
+"""Most elements of a head: its tiles lie in shared memory."""
 WORKSPACE_BYTES = 256 << 20
 
 
@@ -40,7 +42,7 @@ def choose(wanted: str, shape: LayerShape, masking: Masking, dtype: torch.dtype)
     same rate for eight prompts of 1k at once (benchmarks/results/ops-attention-h100.json). PyTorch's for capped scores.
     """
     reasons = {
-        "triton": "capped scores" if masking.softcap else "",
+        "triton": _against_triton(shape, masking),
         "flashinfer": _against_flashinfer(shape, masking, dtype),
         "torch": "",
     }
@@ -51,6 +53,12 @@ def choose(wanted: str, shape: LayerShape, masking: Masking, dtype: torch.dtype)
     if reasons[wanted]:
         raise ValueError(f"attention {wanted} cannot serve this model: {reasons[wanted]}; use attention auto")
     return Choice(wanted, "asked for by name")
+
+
+def _against_triton(shape: LayerShape, masking: Masking) -> str:
+    if max(shape.head_dim, shape.v_head_dim) > TRITON_SIZE:
+        return f"head sizes above {TRITON_SIZE}"
+    return "capped scores" if masking.softcap else ""
 
 
 def _against_flashinfer(shape: LayerShape, masking: Masking, dtype: torch.dtype) -> str:
@@ -127,16 +135,14 @@ class PrefillAttention:
     ) -> Tensor:
         """q [T, N, D] -> [T, N, Dv].
 
-        kv    [T, Nkv * (D + Dv)], of the new tokens
-        rows  [all tokens + step.longest, Nkv * (D + Dv)], with room for the new ones, which FlashInfer's kernels want
+        kv    [T, width], of the new tokens
+        rows  [all tokens + step.longest, width], with room for the new ones, which FlashInfer's kernels want
               to be there already; what is behind the last is not read
         """
         if choice.name == "flashinfer":
             return self._flashinfer(q, rows, step, shape, masking)
-        heads, widths = shape.kv_heads, (shape.kv_heads * shape.head_dim, shape.kv_heads * shape.v_head_dim)
-        keys = _overlapping(rows, 0, heads, shape.head_dim, step.longest)
-        values = _overlapping(rows, widths[0], heads, shape.v_head_dim, step.longest)
-        new = q[None], *kv[None].split_with_sizes(widths, 2)
+        keys, values = shape.split(_overlapping(rows, step.longest))
+        new = q[None], *shape.split(kv[None])
         lengths, past, starts, query_starts = step.places
         places = step.info, lengths, past, starts[:-1], query_starts
         options = masking.scale, masking.sinks, masking.window
@@ -153,9 +159,7 @@ class PrefillAttention:
         key = (q.shape[1], shape, masking.scale, masking.window)
         if key not in step.plans:
             step.plans[key] = self._planned(q, step, shape, masking)
-        widths = (shape.kv_heads * shape.head_dim, shape.kv_heads * shape.v_head_dim)
-        k, v = (part.unflatten(1, (shape.kv_heads, -1)) for part in rows.split_with_sizes(widths, 1))
-        return step.plans[key].run(q, k, v)
+        return step.plans[key].run(q, *shape.split(rows))
 
     def _planned(self, q: Tensor, step: PrefillStep, shape: LayerShape, masking: Masking) -> Any:
         from flashinfer import BatchPrefillWithRaggedKVCacheWrapper
@@ -176,11 +180,10 @@ class PrefillAttention:
         return wrapper
 
 
-def _overlapping(rows: Tensor, column: int, heads: int, size: int, length: int) -> Tensor:
-    """Rows [R + length, ...], from a column on, as R caches [R, length, heads, size], each one row behind the other.
+def _overlapping(rows: Tensor, length: int) -> Tensor:
+    """Rows [R + length, width] as R caches [R, length, width], each one row behind the other.
 
     A sequence's first row then is its cache slot, and sequences of any lengths need no padding between them.
     """
     row = rows.stride(0)
-    shape = rows.shape[0] - length, length, heads, size
-    return rows.as_strided(shape, (row, row, size, 1), rows.storage_offset() + column)
+    return rows.as_strided((rows.shape[0] - length, length, rows.shape[1]), (row, row, 1))

@@ -35,7 +35,7 @@ def _choice(logits: Tensor, routing: Routing, correction: Tensor | None) -> tupl
 
 def _within_best_groups(choice: Tensor, routing: Routing) -> Tensor:
     """Scores outside of each token's `top_groups` best groups become the smallest possible."""
-    groups = choice.view(choice.shape[0], routing.groups, -1)
+    groups = choice.unflatten(-1, (routing.groups, -1))
     if routing.group_score == "max":
         score = groups.amax(-1)
     else:

@@ -19,11 +19,7 @@ RESERVED_BYTES = 2 << 30
 def cache_bytes(layers: list[LayerShape], dtype: torch.dtype, *, pages: int, slots: int) -> int:
     """Of a GPU's cache with `pages` pages."""
     return sum(
-        pool_pages(s.window, pages=pages, slots=slots, page_size=PAGE_SIZE)
-        * PAGE_SIZE
-        * s.kv_heads
-        * (s.head_dim + s.v_head_dim)
-        * dtype.itemsize
+        pool_pages(s.window, pages=pages, slots=slots, page_size=PAGE_SIZE) * PAGE_SIZE * s.width * dtype.itemsize
         for s in layers
     )
 
@@ -70,6 +66,8 @@ def _inner_elements(layer: Layer, hidden: int) -> int:
     for block in (*layer.mixers, *layer.feed_forward):
         if isinstance(block, spec.Attention):
             found.append(2 * (block.heads + block.kv_heads) * (block.head_dim + block.v_head_dim))
+        elif isinstance(block, spec.MlaAttention):
+            found.append(4 * block.heads * (block.kv_rank + block.rope_dim))
         elif isinstance(block, spec.Moe):  # results of a token's experts wait in float32 to be summed
             found.append(block.routing.top_k * (4 * block.mlp_axis.units + 2 * hidden))
         elif isinstance(block, spec.DenseMlp):

@@ -17,7 +17,7 @@ GGUF_BLOCK = 32
 _FLOATS = {"F64", "F32", "F16", "BF16"}
 _FLOAT8 = {"F8_E4M3", "F8_E5M2"}
 
-MIXERS: tuple[type[spec.Block], ...] = (spec.Attention,)
+MIXERS: tuple[type[spec.Block], ...] = (spec.Attention, spec.MlaAttention)
 FEED_FORWARDS: tuple[type[spec.Block], ...] = (spec.DenseMlp, spec.Moe)
 ROPES = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
 ACTIVATIONS = ("silu", "swish", "gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "relu2")
@@ -30,6 +30,8 @@ _EVERY: dict[type, set[str]] = {
     spec.Rope: {"theta", "dim", "scaling", "interleaved"},
     spec.Attention: {"q_axis", "kv_axis", "head_dim", "v_head_dim", "scale", "rope", "window", "softcap", "sinks"}
     | {"norm_eps", "norm_weight_offset", "qk_norm_after_rope"},
+    spec.MlaAttention: {"q_axis", "q_rank", "kv_rank", "nope_dim", "rope_dim", "v_head_dim", "scale", "rope"}
+    | {"norm_eps"},
     spec.DenseMlp: {"mlp_axis", "gated"},
     spec.Moe: {"expert_axis", "mlp_axis", "routing", "stacked", "transposed", "gate_up_interleaved", "limit", "alpha"}
     | {"shared", "shared_gated"},

@@ -50,6 +50,19 @@ MOE_FAMILIES: dict[str, tuple[str, dict]] = {
     ),
 }
 FAMILIES |= MOE_FAMILIES
+LATENT = dict(
+    num_key_value_heads=6,
+    head_dim=8,
+    kv_lora_rank=24,
+    qk_nope_head_dim=12,
+    qk_rope_head_dim=8,
+    v_head_dim=16,
+    n_routed_experts=6,
+    n_shared_experts=1,
+    moe_intermediate_size=36,
+    num_experts_per_tok=2,
+    first_k_dense_replace=1,
+)
 ALTERNATING = dict(sliding_window=5, query_pre_attn_scalar=16)
 NEAR_KIN: dict[str, tuple[str, dict]] = {
     "phi3": ("phi3", dict(pad_token_id=0, num_key_value_heads=2, head_dim=8)),
@@ -101,6 +114,24 @@ NEAR_KIN: dict[str, tuple[str, dict]] = {
         "gemma3_text",
         dict(**ALTERNATING, layer_types=["sliding_attention", "sliding_attention", "full_attention"]),
     ),
+    "deepseek_v3": (
+        "deepseek_v3",
+        dict(
+            LATENT,
+            q_lora_rank=20,
+            n_group=2,
+            topk_group=1,
+            rope_parameters=dict(
+                rope_type="yarn",
+                rope_theta=10000.0,
+                factor=4.0,
+                original_max_position_embeddings=32,
+                mscale=1.0,
+                mscale_all_dim=0.8,
+            ),
+        ),
+    ),
+    "deepseek_v2": ("deepseek_v2", dict(LATENT, q_lora_rank=None, topk_method="greedy")),
     "olmo2": ("olmo2", {}),
     "olmo3": (
         "olmo3",

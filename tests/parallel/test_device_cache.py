@@ -60,6 +60,14 @@ def test_a_window_keeps_its_tokens_in_a_ring_of_pages(window):
     attend_alike(LayerShape(1, 32, 32, window), Masking(scale=0.2, window=window), "torch", LONG_STEPS)
 
 
+@pytest.mark.parametrize("attention", ["auto", "torch"])
+def test_values_that_begin_their_keys_are_kept_once(attention):
+    torch.manual_seed(0)
+    shape = LayerShape(1, 40, 32, values_in_keys=True)
+    assert shape.width == 40
+    attend_alike(shape, Masking(scale=0.2), attention, STEPS)
+
+
 def attend_alike(shape, masking, attention, steps):
     rows, pages = caches(shape, attention)
     for spans in steps:
@@ -68,7 +76,7 @@ def attend_alike(shape, masking, attention, steps):
             assert pages.reserve(span.slot, span.total)
         for layer in range(2):
             q = torch.randn(batch.size, HEADS, shape.head_dim, device=DEVICE)
-            kv = torch.randn(batch.size, shape.kv_heads * (shape.head_dim + shape.v_head_dim), device=DEVICE)
+            kv = torch.randn(batch.size, shape.width, device=DEVICE)
             expected = rows.attend(layer, q, kv.clone(), batch, masking)
             torch.testing.assert_close(pages.attend(layer, q, kv, batch, masking), expected, atol=1e-5, rtol=1e-5)
 

@@ -32,6 +32,7 @@ CASES = [(name, layout) for name in FAMILIES for layout in LAYOUTS]
 CASES += [(name, layout) for name in MOE_FAMILIES for layout in MOE_LAYOUTS + DATA_PARALLEL_LAYOUTS]
 CASES += [("llama", ParallelLayout(tp=2, attn_dp=2))]
 CASES += [(name, ParallelLayout(tp=n)) for name in NEAR_KIN for n in (1, 2)]
+CASES += [("deepseek_v3", ParallelLayout(tp=2, attn_dp=2, moe_ep=4))]
 CASES += [("olmo2", ParallelLayout(tp=4))]  # norms over heads of which some are on two ranks
 
 

@@ -23,6 +23,7 @@ LAYOUTS = [
     ("gemma2", ParallelLayout(tp=2)),
     ("olmo2", ParallelLayout(tp=2)),
     ("cohere", ParallelLayout(tp=2)),
+    ("deepseek_v3", ParallelLayout(tp=2)),
     ("qwen2_moe", ParallelLayout(tp=2)),
     ("gpt_oss", ParallelLayout(tp=2, moe_ep=2)),
     ("glm4_moe", ParallelLayout(tp=2, attn_dp=2, moe_ep=4)),
