@@ -49,10 +49,9 @@ def flashinfer_cached_ssm(
         raise ValueError(
             f"{op}: FlashInfer takes head sizes 64 and 128, got {hidden_states.shape[-1]}; triton_cached_ssm takes any"
         )
-    return run_step(
-        op, STEPS, _plan_decode, _decode, hidden_states, A, B, C, D, dt, dt_bias, batch_info_host, cu_seqlen, slot_idx,
-        use_initial_states, chunk_indices, chunk_offsets, seq_idx_prefill, ssm_state_cache, time_step_limit, chunk_size,
-    )  # fmt: skip
+    given = hidden_states, dt, dt_bias, A, B, C, D, slot_idx, ssm_state_cache
+    metadata = cu_seqlen, use_initial_states, chunk_indices, chunk_offsets, seq_idx_prefill
+    return run_step(op, STEPS, _plan_decode, _decode, given, metadata, batch_info_host, time_step_limit, chunk_size)
 
 
 class _Decode(NamedTuple):

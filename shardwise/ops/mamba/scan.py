@@ -61,9 +61,10 @@ class Inputs(NamedTuple):
 
 
 def prepare(
-    op: str, hidden_states, A, B, C, D, dt, dt_bias, batch: Batch, slot_idx, resumes, cache, limit, chunk
+    op: str, given: tuple[Tensor, ...], resumes: Tensor, batch: Batch, limit: list[float], chunk: int
 ) -> Inputs:
-    """Check the arguments and make the result, zeroed where tokens are padding."""
+    """Check the arguments, in the order of `Inputs.taken`, and make the result, zeroed where tokens are padding."""
+    hidden_states, dt, dt_bias, A, B, C, D, slot_idx, cache = given
     check_ssm(op, hidden_states, A, B, C, D, dt, dt_bias, limit, chunk, cache)
     if cache.stride(-1) != 1:
         raise ValueError(

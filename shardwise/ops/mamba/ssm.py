@@ -27,41 +27,42 @@ def like_hidden(hidden_states, *_args):
 
 
 def run_step(
-    op: str, kept: Kept[Plan], plan_decode: Callable[[str, Inputs, Batch], Any],
-    run_decode: Callable[[str, Any, tuple[Tensor, ...], Tensor], None], hidden_states, A, B, C, D, dt, dt_bias,
-    batch_info_host, cu_seqlen, slot_idx, use_initial_states, chunk_indices, chunk_offsets, seq_idx_prefill,
-    ssm_state_cache, time_step_limit, chunk_size,
-) -> Tensor:  # fmt: skip
+    op: str,
+    kept: Kept[Plan],
+    plan_decode: Callable[[str, Inputs, Batch], Any],
+    run_decode: Callable[[str, Any, tuple[Tensor, ...], Tensor], None],
+    given: tuple[Tensor, ...],
+    metadata: tuple[Tensor, ...],
+    batch_info_host: Tensor,
+    time_step_limit: list[float],
+    chunk_size: int,
+) -> Tensor:
     """One call of the operator `op`: its arguments are checked and its launches planned once for each layout.
 
     kept        launches of steps without a copy or padding, by their layout
     run_decode  decode tokens, from what `plan_decode` found, `Inputs.taken` and the result
+    given       hidden_states, dt, dt_bias, A, B, C, D, slot_idx, ssm_state_cache
+    metadata    cu_seqlen, use_initial_states, chunk_indices, chunk_offsets, seq_idx_prefill
     """
     batch = read_batch(op, batch_info_host)
-    check_metadata(op, batch, hidden_states, cu_seqlen, slot_idx, use_initial_states, ssm_state_cache)
-    tensors: tuple[Tensor, ...] = (hidden_states, dt, dt_bias, A, B, C, D, slot_idx, ssm_state_cache)
-    if batch.prefill_tokens:
-        tensors = (*tensors, cu_seqlen, use_initial_states, chunk_indices, chunk_offsets, seq_idx_prefill)
+    check_metadata(op, batch, given[0], metadata[0], given[7], metadata[1], given[8])
+    tensors = (*given, *metadata) if batch.prefill_tokens else given
     key = batch, *time_step_limit, chunk_size
     plan = kept.get(key, tensors)
     if plan is not None:
         out = plan.out()
     else:
-        one = prepare(
-            op, hidden_states, A, B, C, D, dt, dt_bias, batch, slot_idx, use_initial_states,
-            ssm_state_cache, time_step_limit, chunk_size,
-        )  # fmt: skip
-        given, out = tensors, one.out
-        metadata = tuple(tensor.contiguous() for tensor in given[len(one.taken) :])
-        tensors = (*one.taken, *metadata)
+        one = prepare(op, given, metadata[1], batch, time_step_limit, chunk_size)
+        out, cuts = one.out, tuple(tensor.contiguous() for tensor in tensors[len(given) :])
         plan = Plan(
-            fresh(tuple(hidden_states.shape), hidden_states.dtype, hidden_states.device),
-            plan_prefill(op, one, batch, metadata, chunk_size) if batch.prefill_tokens else None,
+            fresh(tuple(out.shape), out.dtype, out.device),
+            plan_prefill(op, one, batch, cuts, chunk_size) if batch.prefill_tokens else None,
             plan_decode(op, one, batch) if batch.decode else None,
         )
-        whole = batch.tokens == hidden_states.shape[0] * hidden_states.shape[1]
-        if whole and taken_as_given(tensors, given):
+        taken = (*one.taken, *cuts)
+        if batch.tokens == out.shape[0] * out.shape[1] and taken_as_given(taken, tensors):
             kept.keep(key, tensors, plan)
+        tensors = taken
     if plan.prefill is not None:
         prefill(plan.prefill, tensors, out)
     if plan.decode is not None:

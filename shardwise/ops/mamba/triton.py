@@ -40,11 +40,11 @@ def triton_cached_ssm(
     and pieces that are not its own give wrong values for prefill sequences, never an access outside of the tensors.
     Nothing is synchronised.
     """
+    given = hidden_states, dt, dt_bias, A, B, C, D, slot_idx, ssm_state_cache
+    metadata = cu_seqlen, use_initial_states, chunk_indices, chunk_offsets, seq_idx_prefill
     return run_step(
-        "triton_cached_ssm", STEPS, plan_decode, _decode, hidden_states, A, B, C, D, dt, dt_bias, batch_info_host,
-        cu_seqlen, slot_idx, use_initial_states, chunk_indices, chunk_offsets, seq_idx_prefill, ssm_state_cache,
-        time_step_limit, chunk_size,
-    )  # fmt: skip
+        "triton_cached_ssm", STEPS, plan_decode, _decode, given, metadata, batch_info_host, time_step_limit, chunk_size
+    )
 
 
 def _decode(op: str, plan: Launch, given: tuple[torch.Tensor, ...], out: torch.Tensor) -> None:
