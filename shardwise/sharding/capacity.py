@@ -49,7 +49,7 @@ def remedies(plan: Plan, topology: Topology, workload: Workload) -> Iterator[str
         yield f"--context {context}"
     seen, devices = 0, plan.layout.world
     while devices <= plan.layout.world * GROWTH:
-        best = search(
+        found = search(
             plan.model,
             topology.spread(devices, None),
             workload,
@@ -57,8 +57,8 @@ def remedies(plan: Plan, topology: Topology, workload: Workload) -> Iterator[str
             objective=Objective.LATENCY,
             kv_itemsize=plan.kv_itemsize,
             above=seen,
-        ).ranked
-        if best and best[0].estimate.memory.fits:
-            yield f"{best[0].layout} (--search --gpus {devices} ranks all)"
+        )
+        if found.fits:
+            yield f"{found.ranked[0].layout} (--search --gpus {devices} ranks all)"
             return
         seen, devices = devices, 2 * devices

@@ -1,6 +1,7 @@
 """A plan as text for people: tensors and their cuts, ranks and their bytes, collectives, warnings."""
 
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from shardwise.sharding.document import extras
@@ -79,6 +80,11 @@ def cost_text(plan: Plan, topology: "Topology", workload: "Workload", estimate: 
 def search_rows(found: "SearchResult") -> dict:
     """A search as JSON values."""
     return {
+        "model": found.model.name,
+        "device": found.topology.device.name,
+        "devices": found.devices,
+        "workload": asdict(found.workload),
+        "objective": found.objective,
         "ranked": [
             {
                 "layout": str(c.layout),
@@ -102,7 +108,12 @@ def search_rows(found: "SearchResult") -> dict:
 
 
 def search_report(found: "SearchResult") -> str:
-    """Layouts best first, then those that are refused, each with its reason."""
+    """What was asked, layouts best first, then those that are refused, each with its reason."""
+    work, device = found.workload, found.topology.device
+    asked = (
+        f"{found.model.name} on {found.devices} x {device.name} ({size_text(device.memory_bytes)}), "
+        f"by {found.objective}: each replica serves {work.batch} x {work.context} tokens, prompts of {work.prompt}"
+    )
     rows = [
         (
             str(i),
@@ -119,7 +130,7 @@ def search_report(found: "SearchResult") -> str:
     ]
     head = ("", "layout", "replicas", "weights", "left", "decode ms", "prefill ms", "tokens/s", "bound by")
     refused = "\n".join(f"refused: {r.layout}: {'; '.join(r.reasons)}" for r in found.refused)
-    return table(head, rows) + (f"\n\n{refused}" if refused else "")
+    return f"{asked}\n\n{table(head, rows)}" + (f"\n\n{refused}" if refused else "")
 
 
 def tensor_table(plan: Plan) -> str:

@@ -45,9 +45,18 @@ class Refusal:
 
 @dataclass(frozen=True, slots=True)
 class SearchResult:
+    model: ModelSpec
+    topology: Topology
+    workload: Workload
+    devices: int
+    objective: Objective
     ranked: tuple[Candidate, ...]
     """Those that fit, best first; then those that do not, by bytes missing."""
     refused: tuple[Refusal, ...]
+
+    @property
+    def fits(self) -> bool:
+        return bool(self.ranked) and self.ranked[0].estimate.memory.fits
 
 
 def search(
@@ -72,7 +81,8 @@ def search(
             refused.append(Refusal(layout, error.reasons))
             continue
         found.append(Candidate(planned, estimate(planned, topology, workload), devices // layout.world))
-    return SearchResult(tuple(sorted(found, key=lambda c: _rank(c, objective))), tuple(refused))
+    ranked = tuple(sorted(found, key=lambda c: _rank(c, objective)))
+    return SearchResult(model, topology, workload, devices, objective, ranked, tuple(refused))
 
 
 def layouts(devices: int, experts: bool) -> Iterator[ParallelLayout]:

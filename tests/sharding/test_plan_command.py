@@ -190,6 +190,15 @@ def test_search_ranks_layouts(config, capsys):
     assert main(["plan", config(MOE), "--search", "--gpus", "4", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["ranked"] and all(row["world"] <= 4 for row in found["ranked"])
+    assert (found["device"], found["devices"], found["workload"]["context"]) == ("h200", 4, 4096)
+    assert main(["plan", config(MOE), "--search", "--gpus", "4", "--batch", "3", "--device", "h100"]) == 0
+    out, err = capsys.readouterr()
+    assert "on 4 x h100 (79.600 GiB), by latency: each replica serves 3 x 4096 tokens" in out and err == ""
+
+
+def test_a_search_without_a_layout_that_fits_says_how_much_is_missing(config, capsys):
+    assert main(["plan", config(KIMI), "--search", "--gpus", "4", "--json", "/dev/null"]) == 3
+    assert "shardwise: no layout fits: " in (err := capsys.readouterr().err) and "GiB too much a rank" in err
 
 
 def test_search_and_what_would_fit_take_the_type_of_weights_and_cache_into_account(config, capsys):

@@ -81,7 +81,7 @@ def _misfit(args: argparse.Namespace, planned, workload, missing: int) -> str:
     from shardwise.sharding import topology
     from shardwise.sharding.capacity import remedies
 
-    text = f"does not fit: {missing / 2**30:.2f} GiB too much on the fullest rank of {args.device}"
+    text = f"shardwise: does not fit: {missing / 2**30:.2f} GiB too much on the fullest rank of {args.device}"
     if args.pad or args.extras or args.redundant_experts:  # which a search does not carry over
         return text
     fitting = "; or ".join(remedies(planned, topology.load(args.device), workload))
@@ -139,14 +139,18 @@ def _search(args: argparse.Namespace) -> int:
     )
     if args.json:
         _write([json.dumps(search_rows(found), indent=1)], args.json)
-    if args.html and found.ranked:
+    best = found.ranked[0]  # one rank is always legal
+    if args.html:
         from shardwise.sharding.page.page import page
 
-        best = found.ranked[0]
         Path(args.html).write_text(page(best.plan, topology, workload, best.estimate, found))
     if args.json != "-":
         print(search_report(found))
-    return DONE if found.ranked and found.ranked[0].estimate.memory.fits else DOES_NOT_FIT
+    if found.fits:
+        return DONE
+    missing = -best.estimate.memory.left / 2**30
+    print(f"shardwise: no layout fits: {missing:.2f} GiB too much a rank at best, on {best.layout}", file=sys.stderr)
+    return DOES_NOT_FIT
 
 
 def _diff(args: argparse.Namespace) -> int:
