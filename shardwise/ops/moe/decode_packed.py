@@ -10,22 +10,11 @@ product. Only the sums of warps that share rows pass through shared memory.
 
 from shardwise.ops.gluon_support import gl, jit, mma_v2
 from shardwise.ops.moe.decode_kernels import route
-from shardwise.ops.moe.mxfp4_pieces import decode_tile
+from shardwise.ops.moe.mxfp4_pieces import unpack_slabs
 from shardwise.ops.ptx import keep_loads_above
 from shardwise.ops.triton_support import await_and_trigger, tl
 
 COLUMNS = tl.constexpr(8)  # of a product of the matrix unit
-
-
-@jit
-def _unpack(words, scales, STEPS: tl.constexpr, LEFT: tl.constexpr, INTERPRET: tl.constexpr):
-    """A tile's weights [W, 16, 64], see `decode_tile`."""
-    shift = gl.expand_dims(gl.expand_dims(gl.expand_dims(gl.arange(0, 4, layout=STEPS) // 2 * 8, 0), 1), 2)
-    bits = decode_tile(words, gl.expand_dims(gl.expand_dims(scales, 2), 3), shift, INTERPRET)
-    tile = gl.reshape(gl.permute(bits, (0, 5, 1, 3, 6, 2, 4)), (words.shape[0], 16, 64))
-    if INTERPRET:
-        return tile
-    return gl.convert_layout(tile.to(gl.bfloat16, bitcast=True), LEFT, assert_trivial=True)
 
 
 @jit
@@ -52,12 +41,13 @@ def _x(x_at, column, k, stop, columns, EVEN: tl.constexpr):
 @jit
 def _step(
     acc, words, scales, word_at, scale_at, x_at, column, k, k_x, stop, stop_x, columns,
-    AHEAD: tl.constexpr, DEPTH: tl.constexpr, EVEN: tl.constexpr, STEPS: tl.constexpr, LEFT: tl.constexpr,
+    AHEAD: tl.constexpr, DEPTH: tl.constexpr, EVEN: tl.constexpr, WORDS: tl.constexpr, LEFT: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """Add the products of tile k + AHEAD, whose weights are here, and load those DEPTH tiles behind it."""
     x = _x(x_at + AHEAD * 64, column, k_x + AHEAD, stop_x, columns, EVEN)
-    acc = mma_v2(_unpack(words, scales, STEPS, LEFT, INTERPRET), x, acc)
+    weights = unpack_slabs(words, scales, (words.shape[0], 16, 64), WORDS, LEFT, INTERPRET)
+    acc = mma_v2(weights, x, acc)
     words = _words(word_at + (AHEAD + DEPTH) * 512, k + AHEAD + DEPTH, stop)
     scales = _scales(scale_at + (AHEAD + DEPTH) * 32, k + AHEAD + DEPTH, stop)
     keep_loads_above()
@@ -110,7 +100,7 @@ def _product(
         for ahead in gl.static_range(DEPTH):
             acc, word, scale = _step(
                 acc, words[ahead], scales[ahead], word_at, scale_at, x_at, column, k, k_x, stop, stop_x, columns,
-                ahead, DEPTH, EVEN, STEPS, LEFT, INTERPRET,
+                ahead, DEPTH, EVEN, WORDS, LEFT, INTERPRET,
             )  # fmt: skip
             next_words = next_words + (word,)
             next_scales = next_scales + (scale,)

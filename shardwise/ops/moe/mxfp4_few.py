@@ -9,19 +9,8 @@ columns of its products. Token rows are turned: of 32 columns, those of one lane
 # mypy: ignore-errors
 
 from shardwise.ops.gluon_support import gl, jit, mma_v2
-from shardwise.ops.moe.mxfp4_pieces import await_before, block_of, decode_tile, store_results, turned
+from shardwise.ops.moe.mxfp4_pieces import await_before, block_of, store_results, turned, unpack_slabs
 from shardwise.ops.triton_support import tl
-
-
-@jit
-def _unpack(words, scales, STEPS: tl.constexpr, LEFT: tl.constexpr, INTERPRET: tl.constexpr):
-    """Words [W, 8, 4, 4] and scales [W, 8] of a tile to its weights [16 W, 64]."""
-    shift = gl.expand_dims(gl.expand_dims(gl.expand_dims(gl.arange(0, 4, layout=STEPS) // 2 * 8, 0), 1), 2)
-    bits = decode_tile(words, gl.expand_dims(gl.expand_dims(scales, 2), 3), shift, INTERPRET)
-    tile = gl.reshape(gl.permute(bits, (0, 5, 1, 3, 6, 2, 4)), (words.shape[0] * 16, 64))
-    if INTERPRET:
-        return tile
-    return gl.convert_layout(tile.to(gl.bfloat16, bitcast=True), LEFT, assert_trivial=True)
 
 
 @jit
@@ -179,7 +168,7 @@ def mxfp4_few(
             from_words, from_scales = word_at + k * 512, scale_at + k * 32
             for ahead in gl.static_range(DEEP):
                 x = _tokens(xs + ahead * 64, k + ahead, stop, columns, X, RIGHT, EVEN)
-                weights = _unpack(words[ahead], scales[ahead], STEPS, LEFT, INTERPRET)
+                weights = unpack_slabs(words[ahead], scales[ahead], (16 * WARPS, 64), WORDS, LEFT, INTERPRET)
                 there = k + DEEP < stop if EVEN else k + ahead + DEEP < stop
                 w, s = _load(from_words, from_scales, ahead + DEEP, there, word, rows_at)
                 next_words = next_words + (w,)

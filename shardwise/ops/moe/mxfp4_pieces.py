@@ -30,6 +30,19 @@ def decode_tile(words, scales, shift, INTERPRET: tl.constexpr):
 
 
 @jit
+def unpack_slabs(words, scales, SHAPE: tl.constexpr, WORDS: tl.constexpr, LEFT: tl.constexpr, INTERPRET: tl.constexpr):
+    """Words [W, 8, 4, 4], in layout WORDS, and scales [W, 8] of a slab each to their weights in SHAPE, [16 W, 64] or
+    [W, 16, 64], as the left operand of the matrix unit."""
+    STEPS: tl.constexpr = gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, WORDS)))
+    shift = gl.expand_dims(gl.expand_dims(gl.expand_dims(gl.arange(0, 4, layout=STEPS) // 2 * 8, 0), 1), 2)
+    bits = decode_tile(words, gl.expand_dims(gl.expand_dims(scales, 2), 3), shift, INTERPRET)
+    tile = gl.reshape(gl.permute(bits, (0, 5, 1, 3, 6, 2, 4)), SHAPE)
+    if INTERPRET:
+        return tile
+    return gl.convert_layout(tile.to(gl.bfloat16, bitcast=True), LEFT, assert_trivial=True)
+
+
+@jit
 def turned(column):
     """Where a column stands in a turned row, and the other way round: of 32 columns, those of a lane come together."""
     return column // 32 * 32 + column % 8 // 2 * 8 + column % 32 // 8 * 2 + column % 2

@@ -14,8 +14,9 @@ from shardwise.ops.triton_support import tl
 
 
 @jit
-def _unpack(words, scales, STEPS: tl.constexpr, LEFT: tl.constexpr, INTERPRET: tl.constexpr):
+def _unpack(words, scales, WORDS: tl.constexpr, LEFT: tl.constexpr, INTERPRET: tl.constexpr):
     """Words [W, S, 8, 4, 4] and scales [W, S, 8] of W tiles to their weights [W, 16 S, 64]."""
+    STEPS: tl.constexpr = gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, gl.SliceLayout(3, WORDS))))
     shift = gl.arange(0, 4, layout=STEPS) // 2 * 8
     shift = gl.expand_dims(gl.expand_dims(gl.expand_dims(gl.expand_dims(shift, 0), 1), 2), 3)
     bits = decode_tile(words, gl.expand_dims(gl.expand_dims(scales, 3), 4), shift, INTERPRET)
@@ -49,6 +50,22 @@ def _columns(x, RIGHT: tl.constexpr, INTERPRET: tl.constexpr):
     if INTERPRET:
         return x
     return gl.convert_layout(x, RIGHT, assert_trivial=True)
+
+
+@jit
+def _places(W: tl.constexpr, SLABS: tl.constexpr, WORDS: tl.constexpr):
+    """(warp [W, 1, 1], scales [W, SLABS, 8], words [W, SLABS, 8, 4, 4]): places of W tiles' from the first one's on."""
+    SCALES: tl.constexpr = gl.SliceLayout(3, gl.SliceLayout(4, WORDS))
+    LANES: tl.constexpr = gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, gl.SliceLayout(4, WORDS))))
+    STEPS: tl.constexpr = gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, gl.SliceLayout(3, WORDS))))
+    slabs = gl.arange(0, SLABS, layout=gl.SliceLayout(0, gl.SliceLayout(2, SCALES)))
+    eight = gl.arange(0, 8, layout=gl.SliceLayout(0, gl.SliceLayout(1, SCALES)))
+    warp = gl.expand_dims(gl.expand_dims(gl.arange(0, W, layout=gl.SliceLayout(1, gl.SliceLayout(2, SCALES))), 1), 2)
+    row = warp * 32 + gl.expand_dims(gl.expand_dims(slabs, 0), 2) * 8 + gl.expand_dims(gl.expand_dims(eight, 0), 1)
+    lane = gl.expand_dims(gl.expand_dims(gl.expand_dims(gl.arange(0, 4, layout=LANES), 0), 1), 2)
+    step = gl.expand_dims(gl.expand_dims(gl.expand_dims(gl.arange(0, 4, layout=STEPS), 0), 1), 2)
+    word = gl.expand_dims(gl.expand_dims(row, 3), 4) * 16 + gl.expand_dims(lane, 4) * 4 + gl.expand_dims(step, 3)
+    return warp, row, word
 
 
 @jit
@@ -91,6 +108,30 @@ def _scales(scale_ptr, row, warp, left, W: tl.constexpr, EVEN: tl.constexpr, DEE
     return scales
 
 
+@jit
+def _round(
+    acc, x, ring, slot, words_at, warp, left, scales, x_at, k, last,
+    W: tl.constexpr, EVEN: tl.constexpr, DEEP: tl.constexpr, WORDS: tl.constexpr, LEFT: tl.constexpr,
+    RIGHT: tl.constexpr, INTERPRET: tl.constexpr,
+):  # fmt: skip
+    """(sums with a round's products added, the next round's first columns of x); `x` are this round's first.
+
+    words_at, left   where the interpreter, which has no ring, reads the words, and how many tiles there are
+    """
+    for ahead in gl.static_range(DEEP):
+        if INTERPRET:
+            words = gl.load(words_at + ahead * W * 512, mask=warp < left - ahead * W, other=0)
+        else:
+            words = ring[ahead].index(slot).load(WORDS)
+        now = x
+        x = _tokens(
+            x_at, k, (ahead + 1) * W, last, EVEN and (ahead + 2 < DEEP or (ahead + 2 == DEEP and W == 1)), INTERPRET
+        )  # fmt: skip
+        weights = _unpack(words, scales[ahead], WORDS, LEFT, INTERPRET)
+        acc = mma_v2(weights, _columns(now, RIGHT, INTERPRET), acc)
+    return acc, x
+
+
 @jit(do_not_specialize=["alpha", "limit", "pairs", "most"])
 def mxfp4_stream(
     x_ptr, word_ptr, scale_ptr, bias_ptr, out_ptr, sorted_ptr, block_ptr, alpha, limit, pairs, most, out_rows,
@@ -116,9 +157,6 @@ def mxfp4_stream(
     LEFT: tl.constexpr = gl.DotOperandLayout(0, ACC, 2)
     RIGHT: tl.constexpr = gl.DotOperandLayout(1, ACC, 2)
     WORDS: tl.constexpr = gl.BlockedLayout([1, 1, 1, 1, 4], [1, 1, 8, 4, 1], [W, ROW_WARPS, 1, 1, 1], [4, 3, 2, 1, 0])
-    SCALES: tl.constexpr = gl.SliceLayout(3, gl.SliceLayout(4, WORDS))
-    LANES: tl.constexpr = gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, gl.SliceLayout(4, WORDS))))
-    STEPS: tl.constexpr = gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, gl.SliceLayout(3, WORDS))))
     # Pairs of columns of a token, four of 32 columns a lane, as the matrix unit wants them.
     X: tl.constexpr = gl.DistributedLinearLayout(
         [[0, 0, 1], [0, 0, 2], [0, 0, 16]] + ([[0, 8, 0]] if BT == 16 else []),
@@ -139,13 +177,7 @@ def mxfp4_stream(
     total = gl.load(block_ptr, cache_modifier=".cg") * (tiles_n * 4 // SLABS) * SPLITS
     program, programs = gl.program_id(0), gl.num_programs(0)
     expert, start, end = block_of(block_ptr, program, most, tiles_n, SPLITS, SLABS)
-    slabs = gl.arange(0, SLABS, layout=gl.SliceLayout(0, gl.SliceLayout(2, SCALES)))
-    eight = gl.arange(0, 8, layout=gl.SliceLayout(0, gl.SliceLayout(1, SCALES)))
-    warp = gl.expand_dims(gl.expand_dims(gl.arange(0, W, layout=gl.SliceLayout(1, gl.SliceLayout(2, SCALES))), 1), 2)
-    row = warp * 32 + gl.expand_dims(gl.expand_dims(slabs, 0), 2) * 8 + gl.expand_dims(gl.expand_dims(eight, 0), 1)
-    lane = gl.expand_dims(gl.expand_dims(gl.expand_dims(gl.arange(0, 4, layout=LANES), 0), 1), 2)
-    step = gl.expand_dims(gl.expand_dims(gl.expand_dims(gl.arange(0, 4, layout=STEPS), 0), 1), 2)
-    word = gl.expand_dims(gl.expand_dims(row, 3), 4) * 16 + gl.expand_dims(lane, 4) * 4 + gl.expand_dims(step, 3)
+    warp, row, word = _places(W, SLABS, WORDS)
     word_warp = gl.expand_dims(gl.expand_dims(warp, 3), 4)
     token = gl.arange(0, BT, layout=gl.SliceLayout(0, gl.SliceLayout(2, X)))
     place = gl.arange(0, WIDTH, layout=gl.SliceLayout(0, gl.SliceLayout(1, X)))
@@ -191,19 +223,11 @@ def mxfp4_stream(
             _copy(ring, free, words_at, word, word_warp, words_left, W, EVEN, DEEP, INTERPRET)
             words_at += STRIDE * 512
             words_left -= STRIDE
-            for ahead in gl.static_range(DEEP):
-                if INTERPRET:
-                    at = word_ptr + (here * 128 + (number * DEEP + ahead) * W * 512) + word
-                    words = gl.load(at, mask=word_warp < stop - k - ahead * W, other=0)
-                else:
-                    words = ring[ahead].index(slot).load(WORDS)
-                now = x
-                x = _tokens(
-                    x_at, k + warp_x, (ahead + 1) * W, stop - 1,
-                    EVEN and (ahead + 2 < DEEP or (ahead + 2 == DEEP and W == 1)), INTERPRET,
-                )  # fmt: skip
-                weights = _unpack(words, scales[ahead], STEPS, LEFT, INTERPRET)
-                acc = mma_v2(weights, _columns(now, RIGHT, INTERPRET), acc)
+            words = word_ptr + (here * 128 + number * STRIDE * 512) + word
+            acc, x = _round(
+                acc, x, ring, slot, words, word_warp, stop - k, scales, x_at, k + warp_x, stop - 1,
+                W, EVEN, DEEP, WORDS, LEFT, RIGHT, INTERPRET,
+            )  # fmt: skip
             x_at += STRIDE * WIDTH
             slot = gl.where(slot == RING - 1, 0, slot + 1)
             scales = next_scales
