@@ -5,7 +5,8 @@ Blocks compute partial sums; `layers.ResidualNorm` and the experts of `moe` add 
     engine                      loads a rank's part of a model and generates; every rank calls it alike
     scheduler, batch, requests  continuous batching: which tokens of which requests make the next step
     runner                      runs a step by the fastest code that serves it, and says which and why
-    decoder, assemble           the stack of layers, built from the blocks of a ModelSpec
+    decoder, assemble,          the stack of layers, built from the blocks of a ModelSpec
+    assemble_attention
     layers, attention, rotary,  layers of prompts and of any model; `block_linear` computes with GGUF's blocks
     mla, head_norms, moe,
     routing, block_linear
