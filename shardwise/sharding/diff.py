@@ -1,11 +1,11 @@
 """What changed between two plan documents."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from shardwise.sharding.config import ConfigError, read_config
 from shardwise.sharding.document import SCHEMA_VERSION
-from shardwise.sharding.report import size_text, table
+from shardwise.sharding.report import bytes_text, size_text, table
 
 Doc = Mapping[str, Any]
 
@@ -44,7 +44,7 @@ def diff_text(changes: Mapping[str, Any]) -> str:
         return "the plans are the same"
     parts = [f"{part} {f}: {a} -> {b}" for part in ("model", "layout") for f, a, b in changes[part]]
     if changes["ranks"]:
-        rows = [(str(r["rank"]), *(_moved(r[k]) for k in _RANK_FIELDS)) for r in changes["ranks"]]
+        rows = [(str(r["rank"]), *(_moved(r[k], text) for k, text in _RANK_FIELDS.items())) for r in changes["ranks"]]
         parts.append(table(("rank", "weights", "KV cache a token", "state a sequence"), rows))
     if changes["tensors"]:
         rows = [(t["change"], t["pattern"], _moved(t["bytes"])) for t in changes["tensors"]]
@@ -56,12 +56,16 @@ def diff_text(changes: Mapping[str, Any]) -> str:
     return "\n".join(parts)
 
 
-_RANK_FIELDS = ("weight_bytes", "kv_bytes_per_token", "state_bytes_per_sequence")
+_RANK_FIELDS = {
+    "weight_bytes": size_text,
+    "kv_bytes_per_token": bytes_text,
+    "state_bytes_per_sequence": size_text,
+}
 
 
-def _moved(pair: tuple[int, int]) -> str:
+def _moved(pair: tuple[int, int], text: Callable[[int], str] = size_text) -> str:
     old, new = pair
-    return size_text(new) if old == new else f"{size_text(old)} -> {size_text(new)}"
+    return text(new) if old == new else f"{text(old)} -> {text(new)}"
 
 
 def _fields(old: Doc, new: Doc) -> list[tuple[str, Any, Any]]:

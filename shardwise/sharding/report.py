@@ -146,14 +146,14 @@ def rank_table(plan: Plan) -> str:
         key = (r.weight_bytes, r.kv_bytes_per_token, r.state_bytes_per_sequence, r.tensors)
         groups.setdefault(key, []).append(r.rank)
     rows = [
-        (_ranks(ranks), size_text(weights), str(tensors), f"{kv} B", size_text(state) if state else "-")
+        (_ranks(ranks), size_text(weights), str(tensors), bytes_text(kv), size_text(state) if state else "-")
         for (weights, kv, state, tensors), ranks in groups.items()
     ]
     return table(("rank", "weights", "tensors", "KV cache a token", "state a sequence"), rows)
 
 
 def collective_table(plan: Plan) -> str:
-    rows = [(c.where, c.op, c.axis, str(c.count), f"{c.bytes_per_token} B") for c in plan.collectives]
+    rows = [(c.where, c.op, c.axis, str(c.count), bytes_text(c.bytes_per_token)) for c in plan.collectives]
     return table(("collective after", "operation", "over", "a step", "payload a token"), rows)
 
 
@@ -170,6 +170,11 @@ def size_text(nbytes: int) -> str:
     while value >= 1024 and unit < len(_UNITS) - 1:
         value, unit = value / 1024, unit + 1
     return f"{nbytes} B" if not unit else f"{value:.3f} {_UNITS[unit]}"
+
+
+def bytes_text(nbytes: int) -> str:
+    """What a token takes: small, and multiplied by many, so exact."""
+    return f"{nbytes} B"
 
 
 def count_text(n: int) -> str:

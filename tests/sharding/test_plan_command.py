@@ -158,6 +158,8 @@ def test_diff_says_what_moved(config, tmp_path, capsys):
     assert ["tp", 2, 3] in changes["layout"] and not changes["same"]
     assert {t["change"] for t in changes["tensors"]} == {"shrank"}
     assert len(changes["ranks"]) == 3
+    assert main(["plan", "diff", *files]) == 0
+    assert "15360 B -> 7680 B" in capsys.readouterr().out
     assert main(["plan", "diff", files[0], files[0]]) == 0
     assert capsys.readouterr().out.strip() == "the plans are the same"
     assert main(["plan", "diff", files[0]]) == 2
