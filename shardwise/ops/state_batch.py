@@ -3,14 +3,13 @@
 Tokens are flat: prefill sequences first, then one token of each decode sequence, then padding.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 
 from shardwise.ops.attention.batch import Batch
 from shardwise.ops.metadata_reports import raise_report, read_at_once
-from shardwise.ops.triton_support import multiprocessors, tl, triton
+from shardwise.ops.triton_support import tl, triton
 
 
 @dataclass(frozen=True)
@@ -111,13 +110,3 @@ def token_rows(t: torch.Tensor) -> tuple[torch.Tensor, int]:
         t = t.contiguous()
         strides = t.stride()
     return t, strides[0] if shape[1] == 1 else strides[1]
-
-
-def many_or_few(
-    numbers: int, device: torch.device, many: Mapping[str, int], few: Mapping[str, int]
-) -> Mapping[str, int]:
-    """The tile of a decode step over states of `numbers` in all: `many` from eight of its programs a multiprocessor on.
-
-    A full device reads best in large pieces; below that, small ones put more of it to work (`benchmarks/ops_tiles.py`).
-    """
-    return many if numbers >= 8 * many["elements"] * multiprocessors(device) else few

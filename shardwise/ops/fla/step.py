@@ -9,10 +9,11 @@ from shardwise.ops.attention.batch import Batch
 from shardwise.ops.fla import kernels
 from shardwise.ops.fla.delta import CHUNK
 from shardwise.ops.metadata_reports import report_word
-from shardwise.ops.state_batch import many_or_few, token_rows
-from shardwise.ops.triton_support import Kernel, Launch, dependent_launch
+from shardwise.ops.state_batch import token_rows
+from shardwise.ops.triton_support import Kernel, Launch, dependent_launch, multiprocessors
 
-# A decode program's numbers of a state and its warps: while there are few programs, and for a full device.
+# A decode program's numbers of a state and its warps: while there are few programs, and from eight of the second kind a
+# multiprocessor on. A full device reads best in large pieces; below that, small ones put more of it to work.
 FEW = {"elements": 4096, "warps": 2}
 MANY = {"elements": 8192, "warps": 4}
 _COPY_ROWS = 16
@@ -110,7 +111,8 @@ def decode(
     (q, q_t), (k, k_t), (v, v_t), (beta, beta_t) = (token_rows(t) for t in (q, k, v, beta))
     gate, g_t = (beta, 0) if g is None else token_rows(g)
     block_k, pdl = _power(K), dependent_launch(cache.device)
-    table = many_or_few(batch.decode * heads * V * block_k, cache.device, MANY, FEW)
+    full = batch.decode * heads * V * block_k >= 8 * MANY["elements"] * multiprocessors(cache.device)
+    table = MANY if full else FEW
     block_v = min(_power(V), max(1, table["elements"] // block_k))
     fixed = (
         q_t, q.stride(2), k_t, k.stride(2), v_t, v.stride(2), beta_t, g_t,
