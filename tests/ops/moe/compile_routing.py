@@ -35,8 +35,9 @@ def router(tokens, experts, top_k, hidden=2880):
     """The router's launch as the host side would make it on 132 multiprocessors."""
     shape = _router_shape(tokens, hidden, experts, 132)
     rows, k_block = min(shape.tokens, power_of_two(tokens)), power_of_two(top_k)
+    sizes = {"columns": hidden, "width": -(-hidden // 64) * 64 + 32, "experts": experts}
     return compiled(
-        route_kernel, shape.warps, ("columns",) if hidden % 16 == 0 else (), BT=shape.tokens, ROWS=rows,
+        route_kernel, shape.warps, [name for name in sizes if sizes[name] % 16 == 0], BT=shape.tokens, ROWS=rows,
         BE=shape.experts, BK=128, SPLITS=shape.splits, E_BLOCK=power_of_two(experts), TOP_K=top_k, K_BLOCK=k_block,
         GROUP=tokens <= shape.tokens and rows * k_block <= 64, BLOCK=16, TURN=tokens <= 64, STAGES=shape.stages,
         INTERPRET=False, PDL=True,
@@ -69,7 +70,10 @@ def has_gap(axis, layout, ttgir):
 
 
 def main():
-    kernels = {f"route {case}": router(*case) for case in ((5, 6, 2, 96), (16, 8, 4), (1, 128, 4), (8192, 128, 4))}
+    kernels = {
+        f"route {case}": router(*case)
+        for case in ((5, 6, 2, 96), (16, 8, 4), (1, 128, 4), (4, 64, 4), (16, 128, 4), (8192, 128, 4))
+    }
     kernels |= {f"few {pairs}": compiled(group_few_kernel, 4, COUNT=pairs, BLOCK=16, PDL=True) for pairs in (1, 8, 64)}
     for experts, part, step, counted in ((2, 512, 16, True), (128, 64, 32, True), (2, 128, 1024, False)):
         kernels[f"place {experts} {part}"] = compiled(
