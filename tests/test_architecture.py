@@ -11,8 +11,9 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "shardwise"
 MAY_IMPORT = {
     "partition": set(),
-    "comm": {"partition"},
-    "ops": {"partition", "comm"},
+    "kernel_start": set(),
+    "comm": {"partition", "kernel_start"},
+    "ops": {"partition", "kernel_start", "comm"},
     "sharding": {"partition", "comm"},
     "parallel": {"partition", "comm", "ops", "sharding"},
     "launch": {"partition", "comm", "ops", "sharding", "parallel"},

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from shardwise.comm import watch
+from shardwise.comm import control, watch
 
 if TYPE_CHECKING:
     from shardwise.comm.base import Communicator
@@ -46,13 +46,14 @@ class SlotAccumulator(Accumulator):
         self.total = total
         self._shm, self._segment, self._slots = group, group.segment, slots
         self._mine = [each[group.rank] for each in slots]
-        self._call = ("all_reduce", total.shape, total.dtype, "")
+        self._call = ("all_reduce", total.shape, total.dtype, "AUTO")
+        self._number = control.call_number(*self._call)
 
     def term(self) -> Tensor:
         return self._mine[(self._segment.epoch + 1) & 1]
 
     def add(self) -> None:
-        entry = self._shm.begin_round(self._call)
+        entry = self._shm.begin_round(self._call, self._number)
         total = self.total
         for slot in self._slots[self._segment.epoch & 1]:
             total.add_(slot)

@@ -7,10 +7,12 @@ hosts through MPI's own non-blocking barrier, with small messages for the roll c
 import os
 import time
 from abc import ABC, abstractmethod
+from array import array
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from shardwise.comm.bootstrap import Rendezvous
+from shardwise.comm.control import FRAME_BYTES, framed, unframed
 from shardwise.comm.segment import LONG_SLEEP, SHORT_SLEEP, YIELD_SECONDS, Segment, WaitFailed, one_host, share
 from shardwise.comm.watch import ROLL_CALL_SECONDS
 
@@ -44,8 +46,13 @@ class Arrivals(ABC):
     """Where the ranks of one MPI communicator meet."""
 
     @abstractmethod
-    def meet(self, limit: float) -> None:
-        """Return when all ranks are here. Raises WaitFailed after `limit` seconds, on an abort, for a dead rank."""
+    def meet(self, limit: float, call: int) -> None:
+        """Return when all ranks are here. Raises WaitFailed after `limit` seconds, on an abort, for a dead rank, and
+        where the numbers of what the ranks call differ."""
+
+    @abstractmethod
+    def calls(self, mine: bytes, limit: float) -> list[bytes]:
+        """What all ranks called, in words, after a meeting that failed for the difference."""
 
     @abstractmethod
     def abort(self, reason: str) -> None:
@@ -83,10 +90,13 @@ class SegmentArrivals(Arrivals):
             return None
         return cls(segment, gather)
 
-    def meet(self, limit: float) -> None:
+    def meet(self, limit: float, call: int) -> None:
         if self.segment.root.words[0]:
             raise WaitFailed("aborted", (), self.segment.aborted or "")
-        self.segment.round(limit)
+        self.segment.round(limit, call)
+
+    def calls(self, mine: bytes, limit: float) -> list[bytes]:
+        return self.segment.calls(mine, limit)
 
     def abort(self, reason: str) -> None:
         self.segment.abort(reason)
@@ -105,7 +115,7 @@ class SegmentArrivals(Arrivals):
 
 
 class MessageArrivals(Arrivals):
-    """A non-blocking barrier on a duplicate of the communicator, and messages beside it."""
+    """A non-blocking sum on a duplicate of the communicator, and messages beside it."""
 
     def __init__(self, comm):
         self.comm = owned(comm.Dup())
@@ -115,9 +125,19 @@ class MessageArrivals(Arrivals):
         self._sent: list = []
         """Requests hold the memory of messages that may still be under way."""
 
-    def meet(self, limit: float) -> None:
+    def meet(self, limit: float, call: int) -> None:
         self.count += 1
-        request = self.comm.Ibarrier()
+        shown, sums = array("q", [call, call * call]), array("q", [0, 0])
+        self._await(self.comm.Iallreduce(shown, sums), limit)
+        if sums[0] * sums[0] != sums[1] * self.size:  # equal exactly where all numbers are
+            raise WaitFailed("differs", (), "called something else")
+
+    def calls(self, mine: bytes, limit: float) -> list[bytes]:
+        blob, joined = framed(mine), bytearray(FRAME_BYTES * self.size)
+        self._await(self.comm.Iallgather(blob, joined), limit)
+        return unframed(joined)
+
+    def _await(self, request, limit: float) -> None:
         begin = time.monotonic()
         turns, waited = 0, 0.0
         while not request.Test():

@@ -42,6 +42,8 @@ class BaseCommunicator(Member):
         flat = target if target.is_contiguous() else torch.empty_like(source)
         if source.numel():
             self._reduce(source.view(-1), flat.view(-1), strategy)
+        else:
+            self._meet_for_nothing()
         if flat is not target:
             target.copy_(flat)
         entry[watch.END] = watch.now()
@@ -58,6 +60,8 @@ class BaseCommunicator(Member):
         if joined.numel():
             width = tensor.element_size()
             self._all_gather(as_bytes(tensor), as_bytes(joined), [count * width for count in counts])
+        else:
+            self._meet_for_nothing()
         entry[watch.END] = watch.now()
         shape = list(tensor.shape)
         if dim == 0:
@@ -80,6 +84,8 @@ class BaseCommunicator(Member):
             else:
                 joined = torch.cat([piece.reshape(-1) for piece in tensor.detach().split(list(sizes), dim)])
             self._reduce_scatter(joined, [size * unit for size in sizes], mine.view(-1))
+        else:
+            self._meet_for_nothing()
         entry[watch.END] = watch.now()
         return mine
 
@@ -104,6 +110,8 @@ class BaseCommunicator(Member):
             sent, taken = ([count * row_bytes for count in counts] for counts in (sends, receives))
             most = None if longest is None else longest * row_bytes
             self._all_to_all(as_bytes(tensor), as_bytes(result), sent, taken, most)
+        else:
+            self._meet_for_nothing()
         entry[watch.END] = watch.now()
         return result
 
@@ -115,6 +123,8 @@ class BaseCommunicator(Member):
         flat = tensor.detach() if tensor.is_contiguous() else tensor.detach().contiguous()
         if flat.numel():
             self._broadcast(as_bytes(flat), root)
+        else:
+            self._meet_for_nothing()
         if not tensor.is_contiguous() and self.rank != root:
             tensor.detach().copy_(flat)
         entry[watch.END] = watch.now()
@@ -168,6 +178,7 @@ class BaseCommunicator(Member):
         length = control.number(len(blob))
         room = MESSAGE_BYTES - len(length)
         messages = self._exchange(length + blob[:room])
+        self._require_objects(entry, messages)
         counts = [control.numbers(message[: len(length)])[0] for message in messages]
         blobs = [message[len(length) :] for message in messages]
         if max(counts) > room:
@@ -176,6 +187,17 @@ class BaseCommunicator(Member):
             blobs = [part.numpy().tobytes() for part in joined.split(counts)]
         entry[watch.END] = watch.now()
         return [pickle.loads(each) for each in blobs]
+
+    def _require_objects(self, entry: list, messages: list[bytes]) -> None:
+        """A rank that called something else has sent no object."""
+        for rank, message in zip(self.ranks, messages, strict=True):
+            if not message:
+                raise self._fail(
+                    CollectiveMismatch(
+                        f"{self._where(entry)}: rank {rank} called something else; with SHARDWISE_CHECK=1 both calls "
+                        "are named"
+                    )
+                )
 
     # For transports
 

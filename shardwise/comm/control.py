@@ -1,6 +1,9 @@
 """Control messages between ranks: frames of one size, and the texts that check mode compares. Free of torch."""
 
+import functools
 import hashlib
+from collections.abc import Sequence
+from typing import Any
 
 from shardwise.comm import watch
 
@@ -8,6 +11,9 @@ MESSAGE_BYTES = 256
 """Longest message of one frame: a call's text, or the sizes of 32 ranks."""
 _LENGTH_BYTES = 8
 FRAME_BYTES = _LENGTH_BYTES + MESSAGE_BYTES
+CALL_BITS = 20
+EXCHANGE, DIFFERENCE, FREE_NUMBERS = range(3)
+"""Numbers of rounds that move control messages, and of that which tells what differed; those of calls lie above."""
 
 
 def framed(message: bytes) -> bytearray:
@@ -33,14 +39,28 @@ def numbers(blob: bytes) -> tuple[int, ...]:
 
 
 def call_text(entry: list, details: tuple) -> str:
-    """A call as check mode compares it: what the flight record has of it, and `details` (dim, sizes, root, ...)."""
-    shape = tuple(entry[watch.SHAPE])
-    if entry[watch.OP] == "all_gather":  # the lengths on its dimension may differ; they stand in `sizes`
-        shape = tuple(-1 if i == details[0] else n for i, n in enumerate(shape))
+    """A call as ranks compare it: what the flight record has of it, and `details` (dim, sizes, root, ...)."""
+    op, dtype, strategy = entry[watch.OP], entry[watch.DTYPE], entry[watch.STRATEGY]
+    shape = compared_shape(op, entry[watch.SHAPE], details)
     return (
-        f"#{entry[watch.SEQUENCE]} {entry[watch.OP]} shape={shape} dtype={entry[watch.DTYPE]} "
-        f"strategy={entry[watch.STRATEGY]} group={entry[watch.GROUP]} {details}"
+        f"#{entry[watch.SEQUENCE]} {op} shape={shape} dtype={dtype} strategy={strategy} group={entry[watch.GROUP]} "
+        f"{details}"
     )
+
+
+def compared_shape(op: str, shape: Sequence[int], details: tuple) -> tuple[int, ...]:
+    """The shape as far as ranks must agree on it."""
+    if op == "all_gather":  # the lengths on its dimension may differ; they stand in `sizes`
+        return tuple(-1 if i == details[0] else n for i, n in enumerate(shape))
+    return tuple(shape)
+
+
+@functools.lru_cache(maxsize=4096)
+def call_number(op: str, shape: Sequence[int], dtype: Any, strategy: str, details: tuple = ()) -> int:
+    """A number of CALL_BITS that ranks with the same call share, and others, but for one pair in a million, do not."""
+    text = f"{op} {compared_shape(op, shape, details)} {dtype} {strategy} {details}"
+    digest = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+    return FREE_NUMBERS + digest % ((1 << CALL_BITS) - FREE_NUMBERS)
 
 
 def fingerprint(call: str) -> bytes:

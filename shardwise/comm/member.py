@@ -53,6 +53,8 @@ class Member(Communicator):
         self._world_rank = self.ranks[rank]
         self._splits = 0
         self._parts: list[BaseCommunicator] = []  # groups split off this one
+        self._call: tuple[list, tuple] | None = None
+        """What was announced last: an entry, and what else ranks must agree on."""
 
     def __repr__(self) -> str:
         return f"<{self.transport} group {self.name}: rank {self.rank} of {self.size}>"
@@ -71,7 +73,15 @@ class Member(Communicator):
         return self.split_known([c for c, _ in wanted], [k for _, k in wanted])
 
     def split_known(self, colors: Sequence[int], keys: Sequence[int] | None = None) -> "BaseCommunicator":
-        keys, color = range(self.size) if keys is None else keys, colors[self.rank]
+        keys = range(self.size) if keys is None else keys
+        if len(colors) != self.size or len(keys) != self.size:
+            raise ValueError(
+                f"split of group {self.name}: {len(colors)} colors and {len(keys)} keys for {self.size} ranks"
+            )
+        self._require_whole("split")
+        self._announce([self.sequence, "split", (), "", "", self.name], tuple(colors), tuple(keys))
+        self._meet_for_nothing()
+        color = colors[self.rank]
         members = sorted((keys[rank], rank) for rank in range(self.size) if colors[rank] == color)
         self._splits += 1
         name = f"{self.name}/{self._splits}.{color}"
@@ -115,18 +125,37 @@ class Member(Communicator):
             )
 
     def _begin(self, op: str, shape, dtype, strategy: str, *details) -> list:
-        if self.broken is not None:
-            raise CommError(f"{op} on group {self.name}, rank {self._world_rank}: {self.broken}")
+        self._require_whole(op)
         self.sequence = sequence = self.sequence + 1
         entry = [sequence, op, shape, dtype, strategy, self.name, self._world_rank, watch.now(), 0]
         FLIGHT.ring.append(entry)
-        if self.check:
-            self._compare(entry, details)
+        self._announce(entry, *details)
         return entry
 
-    def _compare(self, entry: list, details: tuple) -> None:
-        """Check mode: no byte of the payload moves before all ranks have shown the same call."""
-        calls = self._exchange(control.fingerprint(control.call_text(entry, details)))
+    def _require_whole(self, op: str) -> None:
+        if self.broken is not None:
+            raise CommError(f"{op} on group {self.name}, rank {self._world_rank}: {self.broken}")
+
+    def _announce(self, entry: list, *details) -> None:
+        """What this rank has come for; check mode compares it before any byte of the payload moves."""
+        self._call = entry, details
+        if self.check:
+            self._compare(self._exchange(self._fingerprint()))
+
+    def _call_number(self) -> int:
+        """Of what this rank has announced, for transports whose rounds can show it at no cost."""
+        entry, details = self._call or ([0, "", (), "", ""], ())
+        return control.call_number(*entry[watch.OP : watch.STRATEGY + 1], details)
+
+    def _fingerprint(self) -> bytes:
+        """What this rank has come for, in words. A transport's short cut for small sums announces nothing."""
+        entry, details = self._last_entry() or [0, "nothing", (), "", "", self.name], ()
+        if self._call is not None and self._call[0][watch.SEQUENCE] == self.sequence:
+            entry, details = self._call
+        return control.fingerprint(control.call_text(entry, details))
+
+    def _compare(self, calls: Sequence[bytes]) -> None:
+        """CollectiveMismatch unless all ranks began the same; no byte of the payload has moved then."""
         for rank, other in enumerate(calls):
             if other != calls[0]:
                 raise self._fail(
@@ -153,6 +182,9 @@ class Member(Communicator):
             if entry[watch.RANK] == self._world_rank and entry[watch.GROUP] == self.name:
                 return entry
         return None
+
+    def _meet_for_nothing(self) -> None:
+        """No byte is to be moved. A transport that can compare the ranks' calls at no cost does so here too."""
 
     @abstractmethod
     def _exchange(self, blob: bytes) -> list[bytes]:

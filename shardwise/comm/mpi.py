@@ -19,13 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shardwise.comm import compose, watch
+from shardwise.comm import compose, control, watch
 from shardwise.comm.arguments import starts
 from shardwise.comm.arrival import Arrivals, MessageArrivals, SegmentArrivals, free, free_owned, owned
 from shardwise.comm.base import CommError, NotHere
 from shardwise.comm.bootstrap import Rendezvous
 from shardwise.comm.collective import BaseCommunicator
-from shardwise.comm.control import FRAME_BYTES, framed, unframed
+from shardwise.comm.control import CALL_BITS, EXCHANGE, FRAME_BYTES, framed, unframed
 from shardwise.comm.segment import FEW_SPINS, Segment, WaitFailed
 from shardwise.comm.watch import END, FLIGHT, now
 
@@ -122,20 +122,21 @@ class MpiCommunicator(BaseCommunicator):
         plan = self._plans.get((tensor.data_ptr(), tensor.shape, tensor.dtype))
         if plan is None or out is not tensor or strategy != "AUTO" or not tensor.is_contiguous():
             return self._all_reduce_any(tensor, out, strategy)
-        spec, call, segment, words, flag, peers, root = plan
+        spec, call, number, segment, words, flag, peers, root = plan
         if self.broken is not None or root[0] or self.check or self.deterministic:
             return self._all_reduce_any(tensor, out, strategy)
         segment.epoch = epoch = segment.epoch + 1
-        words[flag] = epoch  # the peers see it while this rank keeps its books
+        odd, shown = epoch & 1, epoch << CALL_BITS | number
+        words[flag + odd] = shown  # the peers see it while this rank keeps its books
         self.sequence = sequence = self.sequence + 1
         entry = [sequence, *call, now(), 0]
         FLIGHT.ring.append(entry)
-        for peer in peers:
+        for peer in peers[odd]:
             looks = FEW_SPINS  # here, as a call of the wait takes longer than a peer lags behind
-            while words[peer] < epoch:
+            while words[peer] != shown:
                 looks -= 1
                 if not looks:
-                    self._await(segment)
+                    self._await(segment, shown)
         self._allreduce(self._in_place, spec)
         entry[END] = now()
         return tensor
@@ -155,27 +156,32 @@ class MpiCommunicator(BaseCommunicator):
             self._plans.clear()
         segment = arrivals.segment
         call = ("all_reduce", tensor.shape, tensor.dtype, "AUTO", self.name, self._world_rank)
-        meeting = (segment, segment.words, segment.flag, segment.peer_words, segment.root.words)
+        number = control.call_number(*call[:4])
+        meeting = (number, segment, segment.words, segment.flag, segment.peer_words, segment.root.words)
         self._plans[tensor.data_ptr(), tensor.shape, tensor.dtype] = (self._buffer(tensor), call, *meeting)
 
     # Meeting, then moving
 
-    def _meet(self) -> None:
+    def _meet(self, call: int | None = None) -> None:
+        """`call`: number that the ranks compare; None: of what this rank has begun."""
         try:
-            self._arrivals.meet(self.deadlines.in_phase(watch.current_phase()))
+            number = self._call_number() if call is None else call
+            self._arrivals.meet(self.deadlines.in_phase(watch.current_phase()), number)
         except WaitFailed as error:
             raise self._missing(error) from None
 
-    def _await(self, segment: Segment) -> None:
+    def _await(self, segment: Segment, shown: int) -> None:
         """The wait of a meeting at which this rank has arrived."""
         try:
-            segment.wait(self.deadlines.in_phase(watch.current_phase()))
+            segment.wait(shown, self.deadlines.in_phase(watch.current_phase()))
         except WaitFailed as error:
             raise self._missing(error) from None
 
     def _missing(self, error: WaitFailed) -> CommError:
         global _failed
         _failed = True
+        if error.kind == "differs":  # every rank has seen it, or will at its arrival
+            self._compare(self._arrivals.calls(self._fingerprint(), self.deadlines.in_phase(watch.current_phase())))
         return self._fail(error.explained(self._where(self._last_entry()), self.ranks))
 
     def _host(self, tensor: Tensor, *, filled: bool = True) -> Tensor:
@@ -262,9 +268,12 @@ class MpiCommunicator(BaseCommunicator):
             torch.cuda.current_stream().synchronize()
         self._meet()
 
+    def _meet_for_nothing(self) -> None:
+        self._meet()
+
     def _exchange(self, blob: bytes) -> list[bytes]:
         frames = bytearray(FRAME_BYTES * self.size)
-        self._meet()
+        self._meet(EXCHANGE)
         self.comm.Allgather([framed(blob), self._mpi.BYTE], [frames, self._mpi.BYTE])
         return unframed(frames)
 

@@ -4,9 +4,10 @@ The memory is a memfd: it has no name that could be left behind, and the size li
 containers) does not hold for it. It goes when the last rank has dropped its tensors and views, or died.
 
 A *round* is the only pattern of communication. In round e every rank writes into its half `e & 1`, publishes e in
-its flag word, waits until all flags are at least e, and reads the others' halves. A half may be overwritten in
+its flag word `e & 1`, waits until all such flags show e, and reads the others' halves. Both may be overwritten in
 round e + 2: by then all ranks have published e + 1, and they did that after their reads of round e. So a round costs
-one synchronisation and nothing is ever cleared.
+one synchronisation and nothing is ever cleared. A flag's low bits hold a number of what its rank calls: ranks that
+came for different calls see it before they read, at no cost.
 
 Memory order: the protocol needs stores to become visible in program order, and loads not to pass later stores. x86-64
 gives both to plain accesses (an aligned 8-byte flag is written by one move; glibc's non-temporal copies end with a
@@ -24,6 +25,7 @@ from dataclasses import astuple, dataclass
 from shardwise.comm import watch
 from shardwise.comm.base import CollectiveTimeout, CommError, PeerLost
 from shardwise.comm.bootstrap import Rendezvous
+from shardwise.comm.control import CALL_BITS, DIFFERENCE, EXCHANGE
 
 LINE = 64
 PAGE = 4096
@@ -84,7 +86,8 @@ def one_host(meeting: Rendezvous, limit: float) -> tuple[bool, str]:
 
 
 class WaitFailed(Exception):
-    """Round not completed: `missing` ranks of the group, because they are late, lost, or the group was aborted."""
+    """Round not completed: `missing` ranks of the group, because they are late or lost, or came for another call
+    (kind "differs"), or the group was aborted."""
 
     def __init__(self, kind: str, missing: tuple[int, ...], reason: str):
         super().__init__(reason)
@@ -128,7 +131,8 @@ class Segment:
         self.epoch = 0
         self.flag = self._word(rank)
         self.others = tuple((peer, self._word(peer)) for peer in range(size) if peer != rank)
-        self.peer_words = tuple(word for _, word in self.others)
+        self.peer_words = tuple(tuple(word + parity for _, word in self.others) for parity in (0, 1))
+        """The peers' flags in even and in odd rounds."""
         self.spins = 0 if crowded else SPINS
 
     @staticmethod
@@ -160,46 +164,54 @@ class Segment:
                 segment.words[1] = len(blob)
                 segment.words[0] = 1
 
-    def round(self, limit: float) -> None:
-        """Publish the half that was written for round `epoch + 1`, and wait for all ranks' halves of it."""
-        self.epoch += 1
-        self.words[self.flag] = self.epoch
-        self.wait(limit)
+    def round(self, limit: float, call: int) -> None:
+        """Publish the half that was written for round `epoch + 1`, and wait for all ranks' halves of it.
 
-    def wait(self, limit: float) -> None:
-        """The second half of a `round`, whose first half the caller may do itself: `epoch` is published."""
-        epoch, words = self.epoch, self.words
-        for word in self.peer_words:
+        call  number of what this rank calls (control.call_number); raises WaitFailed where a peer has another
+        """
+        self.epoch = epoch = self.epoch + 1
+        shown = epoch << CALL_BITS | call
+        self.words[self.flag + (epoch & 1)] = shown
+        self.wait(shown, limit)
+
+    def wait(self, shown: int, limit: float) -> None:
+        """The second half of a `round`, whose first half the caller may do itself: this rank's flag is `shown`."""
+        words = self.words
+        for word in self.peer_words[self.epoch & 1]:
             spins = self.spins
-            while words[word] < epoch:
+            while words[word] != shown:
                 spins -= 1
                 if spins < 0:
-                    self._wait(epoch, limit)
+                    self._wait(shown, limit)
                     return
 
-    def frame_round(self, blob: bytes, limit: float) -> list[bytes]:
+    def frame_round(self, blob: bytes, limit: float, call: int = EXCHANGE) -> list[bytes]:
         """A round that carries one small message from each rank, in the control pages."""
         parity = (self.epoch + 1) & 1
         start = self._frame(self.rank, parity)
         self.view[start + 8 : start + 8 + len(blob)] = blob
         self.words[start // 8] = len(blob)
-        self.round(limit)
+        self.round(limit, call)
         frames = []
         for rank in range(self.size):
             start = self._frame(rank, parity)
             frames.append(bytes(self.view[start + 8 : start + 8 + self.words[start // 8]]))
         return frames
 
+    def calls(self, mine: bytes, limit: float) -> list[bytes]:
+        """What all ranks called, in words, after a round that failed for the difference: all of them have seen it."""
+        return self.frame_round(mine, limit, DIFFERENCE)
+
     @staticmethod
     def _frame(rank: int, parity: int) -> int:
         return PAGE * (1 + rank) + LINE + parity * FRAME
 
-    def _wait(self, epoch: int, limit: float) -> None:
+    def _wait(self, shown: int, limit: float) -> None:
         """The slow side of a round: yield, then sleep, and look for aborts, deaths and the deadline."""
         begin = time.monotonic()
         look = begin + LOOK_SECONDS
         turns = 0
-        while any(self.words[word] < epoch for word in self.peer_words):
+        while any(self.words[word] != shown for word in self.peer_words[self.epoch & 1]):
             turns += 1
             if turns & 15:
                 os.sched_yield()
@@ -207,8 +219,9 @@ class Segment:
             now = time.monotonic()
             if self.words[0] or self.root.words[0]:
                 raise WaitFailed("aborted", (), self.aborted or "")
+            self._compare(shown)
             if now > look:
-                self._look(epoch, now - begin, limit)
+                self._look(now - begin, limit)
                 look = now + LOOK_SECONDS
             if now - begin > YIELD_SECONDS:
                 time.sleep(SHORT_SLEEP if now - begin < 1 else LONG_SLEEP)
@@ -216,10 +229,24 @@ class Segment:
             handed_over = turns <= 2 and time.monotonic() - begin < HANDED_OVER_SECONDS
             self.spins = max(FEW_SPINS, self.spins // 2) if handed_over else min(SPINS, self.spins * 2)
 
-    def _look(self, epoch: int, waited: float, limit: float) -> None:
-        absent = [peer for peer, word in self.others if self.words[word] < epoch]
+    def _shown(self) -> dict[int, int]:
+        """By peer: its flag of this round."""
+        return {peer: self.words[word + (self.epoch & 1)] for peer, word in self.others}
+
+    def _absent(self) -> list[int]:
+        return [peer for peer, flag in self._shown().items() if flag >> CALL_BITS < self.epoch]
+
+    def _compare(self, shown: int) -> None:
+        """Once all are here: a rank that left for the next round earlier could overwrite a flag before all saw it."""
+        flags = self._shown()
+        other = tuple(peer for peer, flag in flags.items() if flag != shown)
+        if other and all(flag >> CALL_BITS == self.epoch for flag in flags.values()):
+            raise WaitFailed("differs", other, "called something else")
+
+    def _look(self, waited: float, limit: float) -> None:
+        absent = self._absent()
         gone = [p for p in absent if not watch.process_alive(self.members[p].pid, self.members[p].started)]
-        gone = [peer for peer in gone if self.words[self._word(peer)] < epoch]  # it may have arrived, then ended
+        gone = [peer for peer in gone if peer in self._absent()]  # it may have arrived, then ended
         if gone:
             pids = ", ".join(str(self.members[peer].pid) for peer in gone)
             raise WaitFailed("lost", tuple(gone), f"process {pids} is gone")

@@ -95,20 +95,23 @@ class ShmCommunicator(BaseCommunicator):
         segment = self.segment
         slots = plan[(segment.epoch + 1) & 1]
         slots[self.rank].copy_(tensor)
-        entry = self.begin_round(("all_reduce", tensor.shape, tensor.dtype, ""))
+        entry = self.begin_round(("all_reduce", tensor.shape, tensor.dtype, "AUTO"), plan[2])
         compose.ordered_sum(slots, out)
         entry[watch.END] = watch.now()
         return out
 
-    def begin_round(self, call: tuple) -> list:
-        """A round of a recorded (op, shape, dtype, strategy), outside of check mode; its entry, still to be ended."""
+    def begin_round(self, call: tuple, number: int) -> list:
+        """A round of a recorded (op, shape, dtype, strategy), outside of check mode; its entry, still to be ended.
+
+        number  `control.call_number` of it
+        """
         if self.broken is not None or self._root_words[0]:
             raise self._refused(call[0])
         self.sequence = sequence = self.sequence + 1
         entry = [sequence, *call, self.name, self._world_rank, watch.now(), 0]
         FLIGHT.ring.append(entry)
         try:
-            self.segment.round(self.deadlines.in_phase(watch._phase))
+            self.segment.round(self.deadlines.in_phase(watch._phase), number)
         except WaitFailed as error:
             raise self._broken_round(error) from None
         return entry
@@ -119,7 +122,8 @@ class ShmCommunicator(BaseCommunicator):
             compose.require_summable(tensor.dtype, "all_reduce")
             if len(self._plans) >= KEPT_PLANS:
                 self._plans.clear()
-            self._plans[tensor.dtype, tensor.shape] = self._slots_like(tensor)
+            number = control.call_number("all_reduce", tensor.shape, tensor.dtype, "AUTO")
+            self._plans[tensor.dtype, tensor.shape] = *self._slots_like(tensor), number
         return super().all_reduce(tensor, out=out, strategy=strategy)
 
     def accumulator(self, total: Tensor) -> Accumulator:
@@ -142,7 +146,7 @@ class ShmCommunicator(BaseCommunicator):
 
     def _round(self) -> None:
         try:
-            self.segment.round(self.deadlines.in_phase(watch._phase))
+            self.segment.round(self.deadlines.in_phase(watch._phase), self._call_number())
         except WaitFailed as error:
             raise self._broken_round(error) from None
 
@@ -153,6 +157,8 @@ class ShmCommunicator(BaseCommunicator):
             raise self._broken_round(error) from None
 
     def _broken_round(self, error: WaitFailed) -> CommError:
+        if error.kind == "differs":  # every rank has seen it, or will at its arrival
+            self._compare(self.segment.calls(self._fingerprint(), self.deadlines.in_phase(watch._phase)))
         return self._fail(error.explained(self._where(self._last_entry()), self.ranks))
 
     def _refused(self, op: str) -> CommError:
@@ -324,6 +330,9 @@ class ShmCommunicator(BaseCommunicator):
                 piece.copy_(halves[root][: piece.numel()])
 
     def _barrier(self) -> None:
+        self._round()
+
+    def _meet_for_nothing(self) -> None:
         self._round()
 
     def _split(self, name: str, members: list[int], colors: list[int]) -> "ShmCommunicator":

@@ -16,6 +16,7 @@ from shardwise.comm import compose, watch
 from shardwise.comm.arguments import starts
 from shardwise.comm.base import CollectiveTimeout, CommError
 from shardwise.comm.collective import BaseCommunicator
+from shardwise.comm.control import EXCHANGE
 
 
 class Board:
@@ -85,16 +86,22 @@ class ThreadsCommunicator(BaseCommunicator):
         self._board = board
         self._step = 0
 
-    def _meet(self, value: Any) -> list[Any]:
+    def _meet(self, value: Any, call: int | None = None) -> list[Any]:
+        """`call`: number that the ranks compare; None: of what this rank has begun."""
         self._step += 1
         limit = self.deadlines.in_phase(watch.current_phase())
+        post = self._call_number() if call is None else call, self._fingerprint, value
         try:
-            return self._board.meet(self._step, self.rank, value, limit, lambda missing: self._late(missing, limit))
+            posts = self._board.meet(self._step, self.rank, post, limit, lambda missing: self._late(missing, limit))
         except CollectiveTimeout as error:
             error.missing = tuple(self.ranks[i] for i in error.missing)
             raise self._fail(error) from None
         except CommError as error:
             raise self._fail(error) from None
+        numbers, calls, values = zip(*posts, strict=True)
+        if len(set(numbers)) > 1:
+            self._compare([call() for call in calls])
+        return list(values)
 
     def _late(self, missing: list[int], limit: float) -> str:
         where = self._where(self._last_entry())
@@ -130,8 +137,11 @@ class ThreadsCommunicator(BaseCommunicator):
     def _barrier(self) -> None:
         self._meet(None)
 
+    def _meet_for_nothing(self) -> None:
+        self._meet(None)
+
     def _exchange(self, blob: bytes) -> list[bytes]:
-        return self._meet(blob)
+        return self._meet(blob, EXCHANGE)
 
     def _split(self, name: str, members: list[int], colors: list[int]) -> "ThreadsCommunicator":
         return ThreadsCommunicator(

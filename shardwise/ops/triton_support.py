@@ -13,6 +13,9 @@ from typing import Any, NamedTuple
 
 import torch
 
+from shardwise import kernel_start
+from shardwise.kernel_start import Start, start_of
+
 try:
     import triton
     import triton.language as tl
@@ -30,11 +33,6 @@ except ImportError:
 
     triton = tl = _Missing()  # type: ignore[assignment]
 
-
-# Triton's own way from a compiled kernel to the driver asks for device and stream, reads its settings, runs empty hooks
-# and looks for scratch memory at every launch: 3 of 4.4 µs on the host. The way around them is for the launchers of
-# these versions.
-_DIRECT = getattr(triton, "__version__", "").rsplit(".", 1)[0] in ("3.5", "3.6")
 
 # Triton decides when a kernel is decorated; reading its switch costs a microsecond, too much for every launch.
 _INTERPRETING = hasattr(triton, "knobs") and bool(triton.knobs.runtime.interpret)
@@ -91,34 +89,6 @@ def await_and_trigger(PDL: tl.constexpr):
 
 # The current device's number; torch.cuda.current_device asks first whether CUDA is started, which takes longer.
 current_device = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
-
-
-@functools.cache
-def _raw_stream() -> Callable[[int], int]:
-    """Device number -> handle of its current stream."""
-    return triton.runtime.driver.active.get_current_stream
-
-
-class _Start(NamedTuple):
-    """A compiled kernel's way to the driver: `start(*grid, stream_of(device number), *rest, *arguments)`.
-
-    Tensors may be given as addresses.
-    """
-
-    start: Callable[..., None]
-    stream_of: Callable[[int], int]
-    rest: tuple[Any, ...]
-
-
-def _start_of(compiled: Any) -> _Start:
-    if not _DIRECT:
-        return _Start(lambda x, y, z, stream, *args: compiled[x, y, z](*args), lambda device: 0, ())
-    run, function, packed = compiled.run, compiled.function, compiled.packed_metadata
-    if run.global_scratch_size or run.profile_scratch_size:
-        return _Start(run, _raw_stream(), (function, packed, None, None, None))
-    # No scratch memory; no metadata for hooks, and none of them.
-    rest = function, run.launch_cooperative_grid, run.launch_pdl, None, None, packed, None, None, None
-    return _Start(run.launch, _raw_stream(), rest)
 
 
 def _divide_memory(compiled: Any, programs: int) -> None:
@@ -178,7 +148,7 @@ class Launcher:
             compiled = self._kernel[grid](*args, **options)
             if sharing:
                 _divide_memory(compiled, sharing)
-            self._launches[index, key] = _start_of(compiled)
+            self._launches[index, key] = start_of(compiled)
         else:
             launch.start(*grid, launch.stream_of(index), *launch.rest, *args)
 
@@ -223,9 +193,9 @@ class Form:
                 return start(*grid, stream_of(self._index), *rest, *addresses, *free, *self._fixed)
             except OverflowError:  # a free number outgrew the 32 bits that it was compiled for
                 pass
-        self._launches[odd] = _start_of(self._kernel[grid](*pointers, *free, *self._fixed, **self._options))
+        self._launches[odd] = start_of(self._kernel[grid](*pointers, *free, *self._fixed, **self._options))
 
-    def bound(self, addresses: Sequence[int], free: tuple[float, ...]) -> tuple[_Start, tuple[float, ...]]:
+    def bound(self, addresses: Sequence[int], free: tuple[float, ...]) -> tuple[Start, tuple[float, ...]]:
         """The way to the driver that a launch with such addresses and numbers took, and all numbers behind them."""
         return self._launches[_odd(addresses)], (*free, *self._fixed)
 
@@ -303,7 +273,7 @@ class Chain:
         bound = self._bound.get(odd)
         if bound is None or self._index != current_device():
             return self._launch_singly(tensors, addresses, odd)
-        stream = _raw_stream()(self._index)
+        stream = kernel_start.raw_stream()(self._index)
         for start, grid, rest, pick, numbers in bound:
             start(*grid, stream, *rest, *pick(addresses), *numbers)
 

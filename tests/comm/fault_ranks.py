@@ -75,7 +75,7 @@ def rank_1_aborts_and_is_gone(info, store):
     return outcome(lambda: group.all_reduce(torch.ones(4)))
 
 
-def calls_differ(info, store, transport):
+def calls_differ(info, store, transport, check):
     """For every way in which two calls can differ, what this rank sees."""
     torch.set_num_threads(1)
     odd = info.rank == 1
@@ -85,11 +85,15 @@ def calls_differ(info, store, transport):
         "op": lambda group: group.barrier() if odd else group.all_reduce(torch.ones(4)),
         "strategy": lambda group: group.all_reduce(torch.ones(4), strategy="TWOSHOT" if odd else "AUTO"),
         "root": lambda group: group.broadcast(torch.ones(4), root=int(odd)),
+        "part": lambda group: group.reduce_scatter(torch.ones(9 if odd else 8)),
+        "object": lambda group: group.all_gather_object(1) if odd else group.all_reduce(torch.ones(4)),
+        "nothing": lambda group: group.all_reduce(torch.ones(0 if odd else 4)),
+        "colors": lambda group: group.split_known([0, 0] if odd else [0, 1]),
         "sizes": lambda group: group.all_gather(torch.ones(4), 0, [4, 4] if odd else [4, 3 + 1]),
     }
     results = {}
     for how, call in calls.items():
-        group = create(info, transport=transport, store=store, check=True, deadlines=Deadlines(collective=20))
+        group = create(info, transport=transport, store=store, check=check, deadlines=Deadlines(collective=20))
         group.all_reduce(torch.ones(4))
         results[how] = outcome(lambda call=call, group=group: call(group))
     return results

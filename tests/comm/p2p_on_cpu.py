@@ -67,13 +67,13 @@ class SharedWorkspace(Workspace):
 class InterpretedLauncher(Launcher):
     def __init__(self, workspace: SharedWorkspace):
         self.workspace, self.deadline_ns, self.multiprocessors, self.pdl = workspace, 10**10, 2, False
-        self._kernels, self._places = {}, launch.places(workspace)
+        self._kernels, self._kept, self._places = {}, {}, launch.places(workspace)
 
     def _compiled(self, kernel, positional, options):
         return launch.Ready(kernel, options, (), resident=3)
 
     def _start(self, ready, grid, tensors, numbers) -> None:
-        ready.compiled[(grid,)](*tensors, *self._places, *numbers, **ready.options)
+        ready.kernel[(grid,)](*tensors, *self._places, *numbers, **ready.options)
 
 
 class OnCpu(P2PCommunicator):

@@ -115,21 +115,25 @@ def test_the_reason_of_an_abort_outlives_the_connection():
     assert kind == "CommError" and "rank 1 lost its files" in text
 
 
-@pytest.mark.parametrize("transport", TRANSPORTS)
-def test_check_mode_names_both_calls(transport):
-    results = run_processes(2, "fault_ranks:calls_differ", transport, mpi=transport == "mpi")
+@pytest.mark.parametrize("transport, check", [("gloo", True), ("shm", True), ("shm", False), ("mpi", False)])
+def test_both_calls_are_named_in_check_mode_and_always_where_ranks_meet_in_memory(transport, check):
+    results = run_processes(2, "fault_ranks:calls_differ", transport, check, mpi=transport == "mpi", may_die=(0, 1))
     odd = {
         "shape": "rank 1 called #2 all_reduce shape=(5,)",
         "dtype": "rank 1 called #2 all_reduce shape=(4,) dtype=torch.bfloat16",
         "op": "rank 1 called #2 barrier",
         "strategy": "strategy=TWOSHOT",
         "root": "rank 1 called #2 broadcast shape=(4,) dtype=torch.float32 strategy= group=world (1,)",
+        "part": "rank 1 called #2 reduce_scatter shape=(9,)",
+        "object": "rank 1 called #2 all_gather_object",
+        "nothing": "rank 1 called #2 all_reduce shape=(0,)",
+        "colors": "rank 1 called #1 split shape=() dtype= strategy= group=world ((0, 0), (0, 1))",
     }
     for result in results:
         for how, words in odd.items():
             kind, text, _, _ = result[how]
             assert kind == "CollectiveMismatch", (how, text)
-            assert "rank 0 called #2 " in text and words in text
+            assert "rank 0 called #" in text and words in text
         assert result["sizes"][0] == "nothing", "equal sizes are not a mismatch, however they were computed"
 
 

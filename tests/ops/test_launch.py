@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from shardwise import kernel_start
 from shardwise.ops import nvcc, triton_support
 from shardwise.ops.registry import NVCC, OperatorUnavailable
 
@@ -69,8 +70,8 @@ class Jit:
 def jit(monkeypatch, request):
     direct, scratch = request.param
     monkeypatch.setattr(triton_support, "_INTERPRETING", False)
-    monkeypatch.setattr(triton_support, "_DIRECT", direct)
-    monkeypatch.setattr(triton_support, "_raw_stream", lambda: lambda device: f"stream of {device}")
+    monkeypatch.setattr(kernel_start, "DIRECT", direct)
+    monkeypatch.setattr(kernel_start, "raw_stream", lambda: lambda device: f"stream of {device}")
     monkeypatch.setattr(triton_support, "current_device", lambda: None)
     return Jit(scratch)
 

@@ -1,9 +1,9 @@
 """From tensors to kernel launches: rows, lanes, warps and grid of a call."""
 
-import functools
+import math
 import threading
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from shardwise.comm.p2p import fp8, kernels
 from shardwise.comm.p2p.bulk import STAGE_BYTES
 from shardwise.comm.p2p.table import Tuning
 from shardwise.comm.p2p.workspace import COUNTERS, Workspace
+from shardwise.kernel_start import Start, start_of
 
 CHUNK_BYTES = 16
 FP8_LANES = 128
@@ -20,6 +21,8 @@ _WEIGHT = 2
 """Place among a kernel's tensors: each piece of a call takes all of it."""
 _REGISTERS, _THREADS, _BLOCKS, _SHARED_BYTES = 65536, 2048, 32, 227 << 10
 """What one multiprocessor of Hopper holds."""
+KEPT = 4096
+"""Calls whose launches are kept; prompts come in many lengths."""
 _SHARED_RESERVE = 3 << 10
 """What a block takes of it beside the stage: the system's KiB, and sums across warps."""
 
@@ -40,11 +43,10 @@ def _next_power_of_two(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
-def _aligned(*tensors: Tensor) -> bool:
-    return all(address % CHUNK_BYTES == 0 for address in map(Tensor.data_ptr, tensors))
+def _aligned(tensors: Sequence[Tensor]) -> bool:
+    return math.gcd(CHUNK_BYTES, *map(Tensor.data_ptr, tensors)) == CHUNK_BYTES
 
 
-@functools.lru_cache(maxsize=4096)
 def _plain_rows(total: int, itemsize: int, lanes: int, aligned: bool) -> _Rows:
     """`aligned`: of the tensors' addresses."""
     per_chunk = CHUNK_BYTES // itemsize
@@ -52,7 +54,6 @@ def _plain_rows(total: int, itemsize: int, lanes: int, aligned: bool) -> _Rows:
     return _Rows(-(-total // width), width, total, lanes, lanes, aligned and total % per_chunk == 0)
 
 
-@functools.lru_cache(maxsize=4096)
 def _token_rows(total: int, hidden: int, itemsize: int, aligned: bool) -> _Rows:
     chunks = -(-hidden * itemsize // CHUNK_BYTES)
     aligned = aligned and hidden * itemsize % CHUNK_BYTES == 0
@@ -63,12 +64,32 @@ def _token_rows(total: int, hidden: int, itemsize: int, aligned: bool) -> _Rows:
 class Ready:
     """A kernel that is compiled, and what its calls have in common."""
 
-    compiled: Any
+    kernel: Start
     options: dict[str, Any]
     constants: tuple
     """The kernel's constexpr arguments, which a launch passes behind the others."""
     resident: int
     """Blocks that the device holds at once: a wait must never keep its partner from starting."""
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """A launch that serves a call or a part of it, but for addresses and deadline."""
+
+    ready: Ready
+    grid: int
+    sizes: tuple[int, ...]
+    """Rows, their width, elements, chunks of a row."""
+    extent: slice | None
+    """Elements of the tensors; None: all."""
+
+    def of(self, tensors: Sequence[Tensor], fused: bool) -> Sequence[Tensor]:
+        if self.extent is None:
+            return tensors
+        return [
+            tensor if fused and place == _WEIGHT else tensor.view(-1)[self.extent]
+            for place, tensor in enumerate(tensors)
+        ]
 
 
 def places(workspace: Workspace) -> tuple:
@@ -94,13 +115,13 @@ class Launcher:
         # Blocks of the next launch that wait where another rank's blocks must run would keep those from starting.
         self.pdl = (properties.major >= 9 if pdl is None else pdl) and workspace.sharers == 1
         self._kernels: dict[tuple, Ready] = {}
+        self._kept: dict[Hashable, tuple[_Piece, ...]] = {}
         self._places = places(workspace)
         self._addresses = tuple(each.data_ptr() if isinstance(each, Tensor) else each for each in self._places)
 
     def all_reduce(self, x: Tensor, out: Tensor, tuning: Tuning, *, launch: bool = True) -> None:
         """out = sum of x over the ranks. Same shape and dtype; `out` may be `x`. `launch=False` compiles only."""
-        rows = _plain_rows(x.numel(), x.element_size(), tuning.lanes, _aligned(x, out))
-        self._run(rows, tuning, (x, x, x, out, out), 0.0, 0.0, False, launch)
+        self._run(x.numel(), (x, x, x, out, out), tuning, 0.0, 0.0, False, launch)
 
     def fused(
         self,
@@ -116,9 +137,7 @@ class Launcher:
         launch: bool = True,
     ) -> None:
         """residual_out = sum of x over the ranks + residual; out = its RMSNorm times (weight + weight_bias)."""
-        tensors = x, residual, weight, out, residual_out
-        rows = _token_rows(x.numel(), x.shape[-1], x.element_size(), _aligned(*tensors))
-        self._run(rows, tuning, tensors, eps, weight_bias, True, launch)
+        self._run(x.shape, (x, residual, weight, out, residual_out), tuning, eps, weight_bias, True, launch)
 
     def low_precision(self, x: Tensor, out: Tensor) -> None:
         """out = sum of x over the ranks, each sent as e4m3 (fp8.py). Flat, bfloat16 or float16; `out` may be `x`."""
@@ -131,7 +150,7 @@ class Launcher:
             self._launch_fp8(part, target, -(-part.numel() // row_values))
 
     def _launch_fp8(self, x: Tensor, out: Tensor, rows: int) -> None:
-        aligned = _aligned(x, out) and x.numel() * x.element_size() % CHUNK_BYTES == 0
+        aligned = _aligned((x, out)) and x.numel() * x.element_size() % CHUNK_BYTES == 0
         numbers = (self.deadline_ns, rows, x.numel())
         with self.workspace.on_device():
             key = (x.dtype, aligned)
@@ -151,36 +170,49 @@ class Launcher:
         rows = self.workspace.region_bytes // row_bytes
         return rows if strategy == "ONESHOT" else max(0, rows // 2 * self.workspace.size - self.workspace.size)
 
-    def _run(self, rows: _Rows, tuning: Tuning, tensors, eps, weight_bias, fused: bool, launch: bool) -> None:
+    def _run(
+        self, size: Hashable, tensors: Sequence[Tensor], tuning: Tuning, eps: float, weight_bias: float, fused: bool,
+        launch: bool,
+    ) -> None:  # fmt: skip
+        """`size`: number of elements, or the shape when fused."""
+        with self.workspace.on_device():
+            key = (size, tensors[0].dtype, _aligned(tensors), tuning)
+            pieces = self._kept.get(key)
+            if pieces is None:
+                if len(self._kept) >= KEPT:
+                    self._kept.clear()
+                pieces = self._kept[key] = tuple(self._pieces(tensors, tuning, fused, key[2]))
+            if launch:
+                for piece in pieces:
+                    numbers = (self.deadline_ns, *piece.sizes, eps, weight_bias)
+                    self._start(piece.ready, piece.grid, piece.of(tensors, fused), numbers)
+
+    def _pieces(self, tensors: Sequence[Tensor], tuning: Tuning, fused: bool, aligned: bool) -> Iterator[_Piece]:
+        """The launches of a call: one, or as many as the workspace's region asks for."""
+        x = tensors[0]
+        rows = (
+            _token_rows(x.numel(), x.shape[-1], x.element_size(), aligned)
+            if fused
+            else _plain_rows(x.numel(), x.element_size(), tuning.lanes, aligned)
+        )
         limit = self.rows_that_fit(rows.chunks * CHUNK_BYTES, tuning.strategy)
         if limit < 1:
             raise ValueError(
                 f"a row of {rows.chunks * CHUNK_BYTES} bytes does not fit the workspace's region of "
                 f"{self.workspace.region_bytes} bytes: make the communicator with a larger region_bytes"
             )
-        if rows.count <= limit:
-            self._launch(rows, tuning, tensors, eps, weight_bias, fused, launch)
-            return
+        key = (x.dtype, rows.lanes, rows.aligned, fused, tuning)
+        ready = self._kernels.get(key)
+        if ready is None:
+            numbers = (self.deadline_ns, rows.count, rows.width, rows.total, rows.chunks, 0.0, 0.0)
+            ready = self._kernels[key] = self._ready(rows, tuning, (*tensors, *self._places, *numbers), fused)
+        room = min(ready.resident, tuning.blocks_per_sm * self.multiprocessors, COUNTERS)
         for first in range(0, rows.count, limit):
             count = min(limit, rows.count - first)
             start, stop = first * rows.width, min(rows.total, (first + count) * rows.width)
-            parts = [
-                tensor if fused and place == _WEIGHT else tensor.view(-1)[start:stop]
-                for place, tensor in enumerate(tensors)
-            ]
-            self._launch(replace(rows, count=count, total=stop - start), tuning, parts, eps, weight_bias, fused, launch)
-
-    def _launch(self, rows: _Rows, tuning: Tuning, tensors, eps, weight_bias, fused: bool, launch: bool) -> None:
-        numbers = (self.deadline_ns, rows.count, rows.width, rows.total, rows.chunks, eps, weight_bias)
-        with self.workspace.on_device():
-            key = (tensors[0].dtype, rows.lanes, rows.aligned, fused, tuning)
-            ready = self._kernels.get(key)
-            if ready is None:
-                ready = self._kernels[key] = self._ready(rows, tuning, (*tensors, *self._places, *numbers), fused)
-            if launch:
-                turns = rows.count if tuning.strategy == "ONESHOT" else -(-rows.count // self.workspace.size)
-                room = min(ready.resident, tuning.blocks_per_sm * self.multiprocessors, COUNTERS)
-                self._start(ready, min(turns, room), tensors, numbers)
+            turns = count if tuning.strategy == "ONESHOT" else -(-count // self.workspace.size)
+            extent = None if count == rows.count else slice(start, stop)
+            yield _Piece(ready, min(turns, room), (count, rows.width, stop - start, rows.chunks), extent)
 
     def _ready(self, rows: _Rows, tuning: Tuning, positional: tuple, fused: bool) -> Ready:
         kernel = kernels.one_shot if tuning.strategy == "ONESHOT" else kernels.two_shot
@@ -222,10 +254,14 @@ class Launcher:
         if options.get("BULK"):
             per_sm = min(per_sm, _SHARED_BYTES // (STAGE_BYTES + _SHARED_RESERVE))
         constants = tuple(value for name, value in options.items() if name.isupper())
-        return Ready(compiled, options, constants, max(1, per_sm * self.multiprocessors // self.workspace.sharers))
+        return Ready(
+            start_of(compiled), options, constants, max(1, per_sm * self.multiprocessors // self.workspace.sharers)
+        )
 
     def _start(self, ready: Ready, grid: int, tensors: Sequence[Tensor], numbers: tuple) -> None:
         """Past Triton's look-up of the compiled kernel, which takes longer than the rest of a launch. By addresses: of
         each tensor Triton asks the driver where it lies."""
+        start, stream_of, rest = ready.kernel
         addresses = map(Tensor.data_ptr, tensors)
-        ready.compiled[(grid, 1, 1)](*addresses, *self._addresses, *numbers, *ready.constants)
+        stream = stream_of(self.workspace.device)
+        start(grid, 1, 1, stream, *rest, *addresses, *self._addresses, *numbers, *ready.constants)
