@@ -8,13 +8,13 @@ import gc
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shardwise.launch.model_config import ModelConfig, checkpoint_of, plan_of
 from shardwise.parallel import options
-from shardwise.parallel.results import Completion, RankStats, TokenEvent
+from shardwise.parallel.results import Completion, RankStats, Tally, TokenEvent
 from shardwise.parallel.sampler import SamplingParams
 
 if TYPE_CHECKING:
@@ -58,36 +58,6 @@ class Answer:
         return cls(**{**data, "completions": tuple(Completion(**each) for each in completions)})
 
 
-@dataclass
-class Tally:
-    """Collects the events of one call into its Answer."""
-
-    prompt_tokens: Sequence[int]
-    stop_ids: Callable[[int], set[int]]
-    """Ids that end the answer of request number i and do not belong to it."""
-    started: float = field(default_factory=time.perf_counter)
-    first: float = 0.0
-
-    def __post_init__(self) -> None:
-        self._texts = ["" for _ in self.prompt_tokens]
-        self._ids: list[list[int]] = [[] for _ in self.prompt_tokens]
-        self._reasons = ["" for _ in self.prompt_tokens]
-
-    def add(self, event: TokenEvent) -> None:
-        self.first = self.first or time.perf_counter()
-        number = event.request
-        self._texts[number] += event.text
-        self._reasons[number] = event.finish_reason or ""
-        if not (event.finish_reason == "stop" and event.token_id in self.stop_ids(number)):
-            self._ids[number].append(event.token_id)
-
-    def answer(self) -> Answer:
-        now = time.perf_counter()
-        columns = zip(self._texts, self._ids, self.prompt_tokens, self._reasons, strict=True)
-        completions = tuple(Completion(text, tuple(ids), count, reason) for text, ids, count, reason in columns)
-        return Answer(completions, (self.first or now) - self.started, now - self.started)
-
-
 class Session:
     """A model on this rank. Every rank makes the same calls; all get the same events."""
 
@@ -123,15 +93,16 @@ class Session:
         """Tokens as they come, then the Answer."""
         from shardwise.parallel.prompts import encode
 
-        tokenizer = self.engine.tokenizer
-        ids = [encode(prompt, tokenizer) for prompt in prompts]
-        ends = [{*each.stop_token_ids, *(() if each.ignore_eos else tokenizer.stop_ids)} for each in params]
-        tally = Tally([len(each) for each in ids], lambda number: ends[number])
+        started, first = time.perf_counter(), None
+        ids = [encode(prompt, self.engine.tokenizer) for prompt in prompts]
+        tally = Tally([len(each) for each in ids])
         with self.context.phase("run"), self._traced():
             for event in self.engine.stream(ids, params):
+                first = first or time.perf_counter()
                 tally.add(event)
                 yield event
-        yield tally.answer()
+        ended = time.perf_counter()
+        yield Answer(tuple(tally.completions()), (first or ended) - started, ended - started)
 
     @contextmanager
     def _traced(self) -> Iterator[None]:

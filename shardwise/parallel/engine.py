@@ -28,7 +28,7 @@ from shardwise.parallel.options import (
 from shardwise.parallel.paged import PagedCache
 from shardwise.parallel.prompts import Prompt, Room
 from shardwise.parallel.requests import Limits, make_requests
-from shardwise.parallel.results import Completion, RankStats, TokenEvent
+from shardwise.parallel.results import Completion, RankStats, Tally, TokenEvent
 from shardwise.parallel.runner import Launched, Runner
 from shardwise.parallel.sampler import SamplingParams
 from shardwise.parallel.scheduler import Request, Scheduler, Step
@@ -147,15 +147,10 @@ class Engine:
     ) -> list[Completion]:
         """Completions of all prompts, in their order. Arguments and errors as for `stream`."""
         requests = make_requests(prompts, params, self._limits())
-        texts = [""] * len(requests)
-        reasons = [""] * len(requests)
+        tally = Tally([len(request.prompt) for request in requests])
         for event in self._run(requests):
-            texts[event.request] += event.text
-            reasons[event.request] = event.finish_reason or ""
-        return [
-            Completion(text, self._answer(request), len(request.prompt), reason)
-            for request, text, reason in zip(requests, texts, reasons, strict=True)
-        ]
+            tally.add(event)
+        return tally.completions()
 
     def stream(
         self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
@@ -264,7 +259,7 @@ class Engine:
         params = request.params
         request.tokens.append(token)
         if token in params.stop_token_ids or (token in self.tokenizer.stop_ids and not params.ignore_eos):
-            return TokenEvent(request.number, token, request.text.flush(), True, "stop")
+            return TokenEvent(request.number, token, request.text.flush(), True, "stop", in_answer=False)
         text = request.text.push(token)
         if request.text.stopped:
             return TokenEvent(request.number, token, text, True, "stop")
@@ -272,12 +267,6 @@ class Engine:
         if len(request.tokens) == params.max_new_tokens or length == self.max_length:
             return TokenEvent(request.number, token, text + request.text.flush(), True, "length")
         return TokenEvent(request.number, token, text)
-
-    def _answer(self, request: Request) -> tuple[int, ...]:
-        params = request.params
-        last = request.tokens[-1]
-        ended = last in params.stop_token_ids or (last in self.tokenizer.stop_ids and not params.ignore_eos)
-        return tuple(request.tokens[:-1] if ended else request.tokens)
 
     def _cache_for(self, requests: list[Request]) -> KvCache:
         """The cache for these requests, which the data-parallel groups share out in turn: rows as long as the longest

@@ -1,5 +1,6 @@
 """What an engine hands out. Free of torch, so that the process that only started the ranks can use it."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 
@@ -15,6 +16,8 @@ class TokenEvent:
     finished: bool = False
     finish_reason: str | None = None
     """`stop` (a stop id or text) or `length`, in the last event of a request."""
+    in_answer: bool = True
+    """False for a stop id, which ends the answer and is not part of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +29,25 @@ class Completion:
     """Without the stop id that ended it."""
     prompt_tokens: int
     finish_reason: str
+
+
+class Tally:
+    """Collects the events of one call into its completions. `prompt_tokens`: of each prompt."""
+
+    def __init__(self, prompt_tokens: Sequence[int]):
+        self._prompt_tokens = prompt_tokens
+        self._texts, self._reasons = [""] * len(prompt_tokens), [""] * len(prompt_tokens)
+        self._ids: list[list[int]] = [[] for _ in prompt_tokens]
+
+    def add(self, event: TokenEvent) -> None:
+        self._texts[event.request] += event.text
+        self._reasons[event.request] = event.finish_reason or ""
+        if event.in_answer:
+            self._ids[event.request].append(event.token_id)
+
+    def completions(self) -> list[Completion]:
+        columns = zip(self._texts, self._ids, self._prompt_tokens, self._reasons, strict=True)
+        return [Completion(text, tuple(ids), count, reason) for text, ids, count, reason in columns]
 
 
 @dataclass(frozen=True, slots=True)
