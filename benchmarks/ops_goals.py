@@ -20,7 +20,7 @@ from ops_attention import Batch
 from shardwise.launch.machine import machine_facts
 from shardwise.ops.bench import cases, states
 from shardwise.ops.bench.cases import Case
-from shardwise.ops.bench.measure import alternating_host_microseconds, alternating_microseconds
+from shardwise.ops.bench.measure import alternating_microseconds
 
 OPS = torch.ops.auto_deploy
 SHAPES = {"Nemotron-H": states.NEMOTRON_H, "Bamba": states.BAMBA}
@@ -115,7 +115,7 @@ def delta() -> Iterator[dict]:
 
 
 def metadata() -> Iterator[dict]:
-    """Device and host time, and whether a call waited for the device."""
+    """Device time, and whether a call waited for the device."""
     calls = {}
     for length in (64, 8192, 131072):
         made = by_operator(states.ssm_prefill_cases((length,)))
@@ -126,7 +126,7 @@ def metadata() -> Iterator[dict]:
             operator = f"flashinfer_{family}_prepare_metadata"
             calls[f"{operator}, {name}"] = partial(getattr(OPS, operator), *inputs)
     for name, call in calls.items():
-        yield row(name, {"operator": call}) | alternating_host_microseconds({"host_us": call}) | {"waits": _waits(call)}
+        yield row(name, {"operator": call}) | {"waits": _waits(call)}
 
 
 def _waits(call: Callable[[], object]) -> bool:

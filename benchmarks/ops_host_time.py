@@ -24,7 +24,7 @@ from ops_attention import HEADS, KV_HEADS, SIZE, Batch, Pool, flashinfer_calls, 
 from shardwise.launch.machine import machine_facts
 from shardwise.ops.bench.cases import EPS, Case, norm_cases, rope_cases
 from shardwise.ops.bench.measure import alternating_host_microseconds
-from shardwise.ops.bench.states import NEMOTRON_H, conv_cases, delta_cases, ssm_decode_cases, ssm_prefill_cases
+from shardwise.ops.bench.states import CHUNK, NEMOTRON_H, conv_cases, delta_cases, ssm_decode_cases, ssm_prefill_cases
 from shardwise.ops.mla.checks import LatentHeads, split_weight
 from shardwise.ops.registry import _LIBRARIES, _define, _describe
 from shardwise.ops.triton_support import Kernel, triton
@@ -80,7 +80,7 @@ def basic_rows() -> Iterator[Row]:
 
 
 def attention_rows() -> Iterator[Row]:
-    """One step of four sequences or one short prompt, and its metadata."""
+    """One step of four sequences or one short prompt."""
     pool = Pool(1 << 26)
     for name, shape, kernels in (("decode", Batch(4, 256, 1), 1), ("prefill", Batch(1, 64, 64), 2)):
         direct, _, operator = flashinfer_calls(shape, pool, 1)
@@ -90,10 +90,6 @@ def attention_rows() -> Iterator[Row]:
             "views": partial(_after, partial(_attention_views, *qkv(shape.tokens)), direct[0]),
         }
         yield Row(f"flashinfer_attention_mha_with_cache, {name}", operator[0], 0, beside)
-        inputs = shape.paged()[1]
-        for family in ("attention", "mla"):
-            metadata = partial(getattr(OPS, f"flashinfer_{family}_prepare_metadata"), *inputs)
-            yield Row(f"flashinfer_{family}_prepare_metadata, {name}", metadata, 1)
     mla = mla_calls(Batch(4, 256, 1), pool, 1)
     tensors = [random(1, 4, 128, 128), random(1, 4, 128, 64), random(1, 4, 512), random(1, 4, 1, 64)]
     views = partial(_mla_views, *tensors, random(128 * 256, 512))
@@ -120,16 +116,34 @@ def _mla_views(q_nope, q_pe, compressed_kv, kpe, weight) -> None:
     rows.new_empty(rows.shape[0], 128, 512), torch.empty_like(q_nope).flatten(0, 1)
 
 
+def metadata_rows() -> Iterator[Row]:
+    """What a step's operators need to know of its sequences, for few and many of them."""
+    steps = {
+        "4 of 1 token": (4, 256, 1),
+        "128 of 1": (128, 256, 1),
+        "1 of 64": (1, 64, 64),
+        "16 of 512": (16, 512, 512),
+    }
+    for name, sizes in steps.items():
+        ids, info, bounds, lengths = Batch(*sizes).paged()[1]
+        for family in ("attention", "mla"):
+            operator = getattr(OPS, f"flashinfer_{family}_prepare_metadata")
+            yield Row(f"{operator.__name__}, {name}", partial(operator, ids, info, bounds, lengths), 1)
+        if sizes[2] > 1:
+            call = partial(OPS.mamba_ssm_prepare_metadata, ids, info, lengths, bounds, CHUNK)
+            yield Row(f"mamba_ssm_prepare_metadata, {name}", call, 1)
+
+
 def state_rows() -> Iterator[Row]:
-    """State-space, convolution and delta-rule operators, and the metadata of the first."""
+    """State-space, convolution and delta-rule operators."""
     for case in ssm_decode_cases((1,), {"Nemotron-H": NEMOTRON_H}):
         foreign = case.operator.startswith("flashinfer")
         beside = {"direct": case.peers["flashinfer"], "views": _step_with_views(case)} if foreign else {}
         yield Row(f"{case.operator}, {case.size}", case.call, 1, beside)
     for case in conv_cases((1,), (64,)):
         yield Row(f"{case.operator}, {case.size}", case.call, 1 if case.size.startswith("decode") else 2)
-    for case in ssm_prefill_cases((64,)):
-        yield Row(f"{case.operator}, {case.size}", case.call, 3 if case.operator == "triton_cached_ssm" else 1)
+    prefill = next(ssm_prefill_cases((64,)))
+    yield Row(f"{prefill.operator}, {prefill.size}", prefill.call, 3)
     for case in delta_cases((), (1,)):
         yield Row(f"{case.operator}, {case.size}", case.call, 1)
 
@@ -160,7 +174,7 @@ def main() -> None:
     torch.manual_seed(0)
     x, weight = (torch.randn(4096, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     launch = partial(Kernel(idle_kernel), x.device, (1, 1, 1), (x,), (), (), warps=1)
-    rows = list(chain(floors(x, weight), basic_rows(), attention_rows(), state_rows()))
+    rows = list(chain(floors(x, weight), basic_rows(), attention_rows(), metadata_rows(), state_rows()))
     best: list[dict[str, float]] = [{} for _ in rows]
     for _ in range(TURNS):
         for row, least in zip(rows, best, strict=True):
