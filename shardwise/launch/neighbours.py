@@ -18,6 +18,7 @@ from pathlib import Path
 from shardwise.comm import watch
 from shardwise.launch import failure as failures
 from shardwise.launch import postmortem
+from shardwise.launch.exit_status import exit_code
 from shardwise.launch.failure import Failure
 from shardwise.launch.guard import Guard
 
@@ -65,7 +66,7 @@ class Neighbours:
                 if descriptor != signals:
                     ends.unregister(descriptor)
                     with contextlib.suppress(OSError):
-                        self._tell(self._known[descriptor])
+                        self._tell(self._known[descriptor], descriptor)
                 elif os.read(signals, 1)[0] == signal.SIGTERM:
                     self._mine.unlink(missing_ok=True)  # first, so that nobody takes this end for a cause
                     os._exit(128 + signal.SIGTERM)
@@ -82,24 +83,24 @@ class Neighbours:
                 self._known[descriptor] = path
                 ends.register(descriptor, select.POLLIN)
 
-    def _tell(self, path: Path) -> None:
+    def _tell(self, path: Path, pidfd: int) -> None:
         """Report the rank of this file, if it went without a word and no other rank reports it."""
         launcher_left = os.getppid() != self._launcher  # then the kernel ends all ranks
         if launcher_left or any(not each.victim for each in failures.read_all(self.keeper.folder)):
             return
         pid = json.loads(path.read_text())[0]
         path.unlink()  # FileNotFoundError: that rank ended well, or another one is first to report it
-        info, last = self.keeper.info, self.keeper.last_collective()
+        info, last, code = self.keeper.info, self.keeper.last_collective(), exit_code(pidfd)
+        what = f"its process is gone, {info.source} says of what" if code is None else postmortem.spell(code)
         found = Failure(
             rank=int(path.stem.removeprefix("rank-")),
             world=info.world,
             host=socket.gethostname(),
             pid=pid,
             phase=watch.current_phase(),
-            what=f"its process is gone ({info.source} says of what)"
-            + (f"; rank {info.rank} had come to {last}" if last else ""),
-            exit_code=1,
+            what=what + (f"; rank {info.rank} had come to {last}" if last else ""),
+            exit_code=postmortem.job_code(code),
             time_ns=time.time_ns(),
-            hint=postmortem.OUT_OF_MEMORY if postmortem.out_of_memory_kills() > self._kills else None,
+            hint=postmortem.hint_for(code, postmortem.out_of_memory_kills() > self._kills),
         )
         self.keeper.say(failures.report(found, path=failures.write(self.keeper.folder, found)))

@@ -26,6 +26,7 @@ def failures(
     *,
     reported: dict[int, Failure],
     died: dict[int, int],
+    told: dict[int, int | None],
     finished: set[int],
     stacks: dict[int, str],
     out_of_memory: bool,
@@ -34,12 +35,13 @@ def failures(
 
     reported       what ranks said of themselves
     died           when (ns) a rank's process was seen to end
+    told           what the kernel told of those ends, for where the launcher does not know
     finished       ranks whose function returned
     stacks         stacks of ranks for which others waited in vain
     out_of_memory  the kernel killed for memory while the job ran
     """
     found = {rank: replace(each, log=_existing(job.log(rank))) for rank, each in reported.items()}
-    for rank, code in _deaths(backend, died, found.keys() | finished).items():
+    for rank, code in _deaths(backend, died, told, found.keys() | finished).items():
         found[rank] = _from_exit(job, rank, code, hello.get(rank), phases[rank], died.get(rank), out_of_memory)
     for rank in sorted({rank for each in reported.values() for rank in each.missing} - found.keys()):
         found[rank] = _absent(job, rank, hello.get(rank), phases[rank], reported, stacks.get(rank))
@@ -61,14 +63,17 @@ def stall(
     return [_late(job, rank, hello.get(rank), phases[rank], what, stacks.get(rank)) for rank in late]
 
 
-def _deaths(backend: Backend, died: dict[int, int], known: Iterable[int]) -> dict[int, int | None]:
+def _deaths(
+    backend: Backend, died: dict[int, int], told: dict[int, int | None], known: Iterable[int]
+) -> dict[int, int | None]:
     """Exit code of each rank that ended on its own without a word."""
-    exits = {rank: code for rank, code in backend.exits().items() if rank not in known}
+    exits = {rank: told.get(rank) if code is None else code for rank, code in backend.exits().items()}
+    exits = {rank: code for rank, code in exits.items() if rank not in known}
     own = {rank: code for rank, code in exits.items() if code not in _ENDED_BY_US or rank in died}
     if own or known or not died:
         return own
     first = min(died, key=lambda rank: died[rank])  # the launcher named nobody: the first to go, with its code
-    return {first: backend.exit_code() or 1}
+    return {first: told.get(first) or backend.exit_code() or 1}
 
 
 def _from_exit(
@@ -76,12 +81,12 @@ def _from_exit(
 ) -> Failure:
     log = tail(job.log(rank))
     crash = log[log.rindex(_FATAL) :] if _FATAL in log else None
-    blank = _late(job, rank, hello, phase, _spell(code), crash)
+    blank = _late(job, rank, hello, phase, spell(code), crash)
     return replace(
         blank,
-        exit_code=128 - code if code and code < 0 else code or 1,
+        exit_code=job_code(code),
         time_ns=when or time.time_ns(),
-        hint=_hint(code, out_of_memory, log, crash),
+        hint=hint_for(code, out_of_memory, log, crash),
     )
 
 
@@ -117,10 +122,16 @@ def _launcher_failed(job: Job, backend: Backend, hello: dict[int, Hello]) -> Fai
     words = backend.complaint() or f"it ended with exit code {code}"
     rank = min(set(range(job.world)) - hello.keys(), default=0)
     blank = _late(job, rank, hello.get(rank), "start", f"{backend.name} did not start the ranks: {words}", None)
-    return replace(blank, exit_code=128 - code if code and code < 0 else code or 1, log=None)
+    return replace(blank, exit_code=job_code(code), log=None)
 
 
-def _spell(code: int | None) -> str:
+def job_code(code: int | None) -> int:
+    """The job's exit code for a rank that ended with `code`: 128 + signal, and never 0."""
+    return 128 - code if code and code < 0 else code or 1
+
+
+def spell(code: int | None) -> str:
+    """An exit code in words."""
     if code is None:
         return "its process died; the launcher does not know of what"
     if code < 0:
@@ -128,7 +139,8 @@ def _spell(code: int | None) -> str:
     return f"ended with exit code {code}" if code else "ended before its work was done, with exit code 0"
 
 
-def _hint(code: int | None, out_of_memory: bool, log: str, crash: str | None) -> str | None:
+def hint_for(code: int | None, out_of_memory: bool, log: str = "", crash: str | None = None) -> str | None:
+    """What may have been behind an end with this code."""
     if code == -signal.SIGKILL:
         if out_of_memory:
             return OUT_OF_MEMORY

@@ -17,6 +17,7 @@ from shardwise.comm import watch
 from shardwise.launch import failure as failures
 from shardwise.launch import postmortem
 from shardwise.launch.backend import Backend
+from shardwise.launch.exit_status import exit_code
 from shardwise.launch.failure import Failure
 from shardwise.launch.job import Job, JobFailed
 from shardwise.launch.link import Hub
@@ -195,6 +196,7 @@ class Supervisor:
         died = dict(self._died)  # without those that we end now
         self._end()
         self._take(0.0)
+        told = {rank: exit_code(pidfd) for pidfd, rank in self._pidfds.items() if rank in died}
         found = postmortem.failures(
             self.job,
             self.backend,
@@ -202,6 +204,7 @@ class Supervisor:
             self.phases,
             reported={**{each.rank: each for each in failures.read_all(self.job.logs)}, **self._failed},
             died=died,
+            told=told,
             finished=set(self.results),
             stacks=stacks,
             out_of_memory=postmortem.out_of_memory_kills() > self._kills,

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from shardwise.comm.watch import process_alive, process_start
+from shardwise.launch.exit_status import exit_code
 from shardwise.launch.failure import Failure
 from shardwise.launch.job import JobFailed
 from shardwise.launch.start import run_job
@@ -51,6 +52,16 @@ def fail(tmp_path: Path, launcher: str, body: str, payload: dict | None = None, 
         seconds = time.monotonic() - started
         return Failed(error, seconds, survivors(mark))
     raise AssertionError("the job did not fail")
+
+
+def kernel_tells() -> bool:
+    """Whether this kernel says how a process ended that is not one's child."""
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    pidfd = os.pidfd_open(process.pid)
+    process.wait()
+    code = exit_code(pidfd)
+    os.close(pidfd)
+    return code is not None
 
 
 def job_environment(mark: str, **more: str) -> dict[str, str]:

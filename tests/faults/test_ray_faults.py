@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
-from fault_jobs import fail, job_environment, start_parent, survivors
+from fault_jobs import fail, job_environment, kernel_tells, start_parent, survivors
 
 from shardwise.launch.start import run_job
 
@@ -38,7 +38,9 @@ def test_results_come_back_by_rank_and_the_connection_stays_open(tmp_path):
     [
         ("raise", 1, "RuntimeError: boom on purpose"),
         ("sys.exit", 3, "SystemExit(3)"),
-        ("SIGKILL", 1, "its process died; the launcher does not know of what"),
+        ("SIGKILL", 137, "killed by SIGKILL")
+        if kernel_tells()
+        else ("SIGKILL", 1, "its process died; the launcher does not know of what"),
     ],
 )
 def test_the_rank_that_failed_is_named(tmp_path, fault, code, what):
