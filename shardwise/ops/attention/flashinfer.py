@@ -87,6 +87,8 @@ class _Plan(NamedTuple):
     q_rows: _Rows
     """Sizes [count, N, D] and strides of the batch's own tokens, contiguous"""
     k_rows: _Rows
+    pages: int
+    """Of the cache"""
     halves: tuple[tuple[int, ...], tuple[int, ...]]
     """Sizes and strides of the cache's keys, and of its values"""
     values: int
@@ -228,26 +230,24 @@ def _attend(
     out: Tensor, options: dict[str, Any],
 ) -> None:  # fmt: skip
     """Attention of the batch's queries [count, N, D] into `out`; FlashInfer multiplies v_scale in, in place."""
-    split, owner = batch.prefill_tokens, planner("attention", q.device)
+    parameters, split, owner = plan.parameters, batch.prefill_tokens, planner("attention", q.device)
     if split:
-        wrapper = _prefill_wrapper(owner, plan.parameters, batch, cu_seqlen_host, host)
+        key = "prefill", parameters
+        wrapper = owner.current(key) or _planned_prefill(owner, key, batch, cu_seqlen_host, host)
         part, result = (q[:split], out[:split]) if batch.decode else (q, out)
         wrapper.run(part, caches, out=result, **options)
     if batch.decode:
-        wrapper = owner.decode_wrapper(_DECODE, plan.parameters, batch, caches[0].shape[0], host)
+        wrapper = owner.decode_wrapper(_DECODE, parameters, batch, plan.pages, host)
         part, result = (q[split:], out[split:]) if split else (q, out)
         wrapper.run(part, caches, out=result, **options)
 
 
-def _prefill_wrapper(owner: Planner, parameters: _Parameters, batch: Batch, cu_seqlen_host, host: PagesHost) -> Any:
-    key = "prefill", parameters
-    return owner.current(key) or owner.planned(
-        key,
-        lambda: _create_prefill(owner),
-        lambda w: _plan_prefill(
-            parameters, w, cu_seqlen_host[: batch.prefill + 1], select_pages(0, batch.prefill, *host)
-        ),
-    )
+def _planned_prefill(owner: Planner, key: tuple, batch: Batch, cu_seqlen_host: Tensor, host: PagesHost) -> Any:
+    def plan(wrapper):
+        starts = cu_seqlen_host[: batch.prefill + 1]
+        _plan_prefill(key[1], wrapper, starts, select_pages(0, batch.prefill, *host))
+
+    return owner.planned(key, lambda: _create_prefill(owner), plan)
 
 
 @functools.cache
@@ -314,6 +314,7 @@ def _plan(
         fresh(tuple(q.shape), q.dtype, q.device),
         ((count, heads.queries, size), (heads.queries * size, size, 1)),
         ((count, kv_heads, size), (kv_heads * size, size, 1)),
+        len(kv_cache),
         (tuple(kv_cache.shape[d] for d in (0, 2, 3, 4)), tuple(kv_cache.stride(d) for d in (0, 2, 3, 4))),
         kv_cache.stride(1),
         all(each.is_contiguous() for each in (q, k, v, kv_cache)),

@@ -46,8 +46,8 @@ def error(got, want):
 @runs
 @pytest.mark.parametrize(
     ("tokens", "heads", "dtype"),
-    [(1, 3, torch.bfloat16), (16, 3, torch.float16), (16, 3, torch.bfloat16), (17, 3, torch.bfloat16),
-     (5, 49, torch.float16)],
+    [(1, 3, torch.bfloat16), (16, 3, torch.float16), (17, 3, torch.bfloat16), (64, 3, torch.float16),
+     (65, 3, torch.bfloat16), (5, 49, torch.float16)],
 )  # fmt: skip
 def test_both_products_are_as_exact_as_pytorchs(tokens, heads, dtype):
     x, weight, (keys, values) = build(heads, tokens, dtype)
