@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 
 from shardwise.comm import watch
+from shardwise.comm.watch import Deadlines
 from shardwise.launch import failure as failures
 from shardwise.launch import postmortem
 from shardwise.launch.exit_status import exit_code
@@ -60,8 +61,9 @@ class Neighbours:
     def _watch(self, signals: int) -> None:
         ends = select.poll()
         ends.register(signals, select.POLLIN)
+        until = time.monotonic() + Deadlines.from_environment().start
         while True:
-            complete = len(self._known) >= self.keeper.info.local_world - 1
+            complete = len(self._known) >= self.keeper.info.local_world - 1 or time.monotonic() > until
             for descriptor, _ in ends.poll(None if complete else 1e3 * LOOK_SECONDS):
                 if descriptor != signals:
                     ends.unregister(descriptor)
