@@ -80,7 +80,8 @@ class Neighbours:
         """Watch the ranks that have started since the last look."""
         for path in set(self.keeper.folder.glob("rank-*.pid")) - {self._mine, *self._known.values()}:
             pid, started, *launcher = json.loads(path.read_text())
-            if launcher == [self._launcher, self._started]:  # else an earlier job left it
+            ours = launcher == [self._launcher, self._started]  # else an earlier job left it
+            if ours and watch.process_alive(pid, started):
                 descriptor = os.pidfd_open(pid)
                 self._known[descriptor] = path
                 ends.register(descriptor, select.POLLIN)
