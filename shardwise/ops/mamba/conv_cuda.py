@@ -21,8 +21,10 @@ _TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _POINTERS, _NUMBERS = struct.Struct("9P"), struct.Struct("7q9i4x")
 # Thread blocks of a decode step for each multiprocessor (kResident of conv.cu), all of which run at once: each walks
 # over its share of the tokens and reads the weights of its channels once.
-RESIDENT = 5
-_BLOCK_BYTES = 128 * 16  # of a token's channels
+RESIDENT = 10
+_BLOCK_BYTES = 64 * 16  # of a token's channels (kStepThreads)
+# From so many a multiprocessor on, blocks have two tokens or more: to start one takes longer than its second token.
+_SINGLE = 4
 _launchers: dict[int, Callable] = {}
 
 
@@ -154,9 +156,9 @@ def _numbers(one: ConvBatch, rows: int, blocks: int) -> bytes:
 
 def _groups(one: ConvBatch, tokens: int) -> int:
     """Shares of equal size, but for one token, into which a decode step's tokens are cut."""
-    tiles = -(-one.channels * one.x.element_size() // _BLOCK_BYTES)
-    most = max(1, RESIDENT * multiprocessors(one.x.device) // tiles)
-    return -(-tokens // -(-tokens // most))
+    tiles, places = -(-one.channels * one.x.element_size() // _BLOCK_BYTES), multiprocessors(one.x.device)
+    each = -(-tokens // max(1, RESIDENT * places // tiles))
+    return -(-tokens // max(each, 2 if tokens * tiles > _SINGLE * places else 1))
 
 
 def _compile(device: torch.device) -> Callable:
