@@ -27,6 +27,8 @@ _ANY_DTYPE = ("AUTO", *BEYOND)
 """Strategies that take what the kernels do not sum, too."""
 _NO_LAUNCH = (*BEYOND, LOW_PRECISION)
 """Strategies that no launch of the table serves."""
+KEPT = 4096
+"""Shapes whose launch is kept; prompts come in many lengths."""
 SELF_TEST_SECONDS = 10.0
 _SELF_TEST_WORDS = 256
 
@@ -41,6 +43,8 @@ class P2PCommunicator(Delegating):
         self.workspace = workspace
         self.launcher = launcher
         self._flight = _SingleFlight(self)
+        self._device = workspace.counters.device
+        self._fused_tunings: dict[tuple, Tuning | None] = {}
 
     @classmethod
     def connect(cls, beyond: BaseCommunicator, *, region_bytes: int | None = None) -> "P2PCommunicator":
@@ -78,10 +82,12 @@ class P2PCommunicator(Delegating):
         return super().all_reduce(tensor, out=out, strategy=strategy)
 
     def _fused(self, tensor, residual, weight, weight_bias, strategy, out, residual_out):
-        if strategy not in _ANY_DTYPE:
-            _require_dtype(tensor, strategy, HALVES if strategy == LOW_PRECISION else DTYPES)
-        tuning = self._tuning(tensor, strategy, fused=True)
-        if tuning is None or weight.dtype != tensor.dtype or not self.launcher.fits(tensor, tuning):
+        key = (tensor.shape, tensor.dtype, strategy)
+        try:
+            tuning = self._fused_tunings[key]
+        except KeyError:
+            tuning = self._fused_tunings[key] = self._fused_tuning(tensor, strategy)
+        if tuning is None or weight.dtype != tensor.dtype:
             return None
 
         def kernel(x, residual, weight, eps, weight_bias, normed, total) -> None:
@@ -89,6 +95,15 @@ class P2PCommunicator(Delegating):
                 self.launcher.fused(x, residual, weight, eps, weight_bias, normed, total, tuning)
 
         return kernel
+
+    def _fused_tuning(self, tensor: Tensor, strategy: str) -> Tuning | None:
+        """How a fused call is launched; None where no kernel takes it."""
+        if strategy not in _ANY_DTYPE:
+            _require_dtype(tensor, strategy, HALVES if strategy == LOW_PRECISION else DTYPES)
+        if len(self._fused_tunings) >= KEPT:
+            self._fused_tunings.clear()
+        tuning = self._tuning(tensor, strategy, fused=True)
+        return tuning if tuning is not None and self.launcher.fits(tensor, tuning) else None
 
     def check_waits(self) -> None:
         """Raise CollectiveTimeout if a kernel gave up waiting, CommError if a peer's abort ended it.
@@ -112,12 +127,13 @@ class P2PCommunicator(Delegating):
         return super()._begin(op, shape, dtype, strategy, *details)
 
     def _require_device(self, tensor: Tensor, op: str) -> None:
+        if tensor.device == self._device:  # each call asks
+            return
         super()._require_device(tensor, op)
-        if tensor.device != self.workspace.counters.device:
-            raise TypeError(
-                f"{op} on group {self.name}: the tensor is on {tensor.device}, this rank's peer-to-peer memory on "
-                f"{self.workspace.counters.device}"
-            )
+        raise TypeError(
+            f"{op} on group {self.name}: the tensor is on {tensor.device}, this rank's peer-to-peer memory on "
+            f"{self._device}"
+        )
 
     def _tuning(self, tensor: Tensor, strategy: str, fused: bool) -> Tuning | None:
         """How our kernels are launched; None where the call is the group's beyond, or in fp8."""

@@ -166,7 +166,8 @@ class Workspace:
 
     def on_device(self):
         """Context in which launches go to this rank's GPU."""
-        return _THERE if torch.cuda.current_device() == self.device else torch.cuda.device(self.device)
+        here = torch._C._cuda_getDevice() == self.device  # torch.cuda.current_device asks more, and each call asks
+        return _THERE if here else torch.cuda.device(self.device)
 
     def synchronize(self) -> None:
         """Wait for what the current stream was given."""
