@@ -10,6 +10,7 @@ script already runs on every rank: each makes the same calls and gets the same r
 """
 
 import atexit
+import signal
 import threading
 import weakref
 from collections import deque
@@ -20,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Protocol, Unpack
 from shardwise.comm.rank import RankInfo
 from shardwise.comm.watch import Deadlines
 from shardwise.launch import env, guard
-from shardwise.launch.job import Job
+from shardwise.launch.job import Job, JobFailed
 from shardwise.launch.model_config import ModelConfig, ModelOptions, checkpoint_of, model_config, plan_of, within
 from shardwise.launch.session import SERVE, Answer, Session, params_to_json
 from shardwise.launch.start import backend, launcher_options, require_launcher
@@ -234,7 +235,12 @@ class ParentExecutor:
             self._stats = self.stats()
             self._supervisor.send({"command": "generate", "prompts": ids, "params": wanted})
             mine = self._items = _Items(self._supervisor, self._silence, self._turn)
-        yield from mine
+        try:
+            yield from mine
+        except JobFailed:
+            if self._closed:
+                raise RuntimeError("this LLM was closed while it generated") from None
+            raise
 
     def _encoded(self, prompts: Sequence[Any], params: Sequence[SamplingParams]) -> list[list[int]]:
         """ValueError here; in the ranks it would end them."""
@@ -253,18 +259,27 @@ class ParentExecutor:
         return self._items.stats() if self._items is not None and self._items.answered else self._stats
 
     def abort(self) -> None:
-        self._supervisor.abort()
-        self.close()
+        self._end(at_once=True)
 
     def close(self) -> None:
+        busy = self._items is not None and not self._items.answered
+        self._end(at_once=busy)  # ranks that still generate would hear of it much later
+
+    def _end(self, at_once: bool) -> None:
         if self._closed:
             return
         self._closed = True
         atexit.unregister(self.close)
-        if self._items is not None and not self._items.answered:
-            self._supervisor.abort()  # the ranks still generate and would hear of it much later
-        else:
-            self._supervisor.stop()
+        if not self._turn.acquire(blocking=False):  # another thread listens to the ranks: their end wakes it
+            self._supervisor.backend.signal(signal.SIGTERM)
+            self._turn.acquire()
+        try:
+            if at_once:
+                self._supervisor.abort()
+            else:
+                self._supervisor.stop()
+        finally:
+            self._turn.release()
 
 
 def _require_ranks(supervisor: Supervisor) -> None:

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -149,6 +150,24 @@ def test_a_request_larger_than_the_cache_is_refused_and_the_ranks_stay():
         with pytest.raises(ValueError, match="prompt 0 may become 40 tokens long"):
             small.generate([[504] * 32], GREEDY)
         assert len(small.generate([[504] * 24], GREEDY)[0].token_ids) == 8
+
+
+def test_a_call_that_another_thread_closes_ends_at_once_and_says_so():
+    begun, endless = threading.Event(), SamplingParams(max_new_tokens=8000, ignore_eos=True)
+
+    def call(small: LLM) -> None:
+        for _ in small.stream(["A"], endless):
+            begun.set()
+
+    with ThreadPoolExecutor(1) as pool:
+        small = LLM("smollm2", tp=1, **QUICK)
+        pid = small._executor._supervisor.hub.hello[0].pid
+        running = pool.submit(call, small)
+        assert begun.wait(30)
+        small.close()
+        with pytest.raises(RuntimeError, match="was closed while it generated|have ended, after a failure or a close"):
+            running.result(timeout=30)
+    assert not Path(f"/proc/{pid}").exists()
 
 
 def test_after_a_failure_the_next_call_says_that_the_ranks_ended():
