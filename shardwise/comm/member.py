@@ -119,9 +119,11 @@ class Member(Communicator):
 
     def _require_device(self, tensor: Tensor, op: str) -> None:
         if tensor.device.type not in self.devices:
+            kind = tensor.device.type
+            cure = f"make the group with create(..., device={kind!r})" if kind in ("cpu", "cuda") else "move it there"
             raise TypeError(
                 f"{op} on group {self.name}: the tensor is on {tensor.device}, transport {self.transport} moves "
-                f"{' and '.join(self.devices)} tensors; make the group with create(..., device={tensor.device.type!r})"
+                f"{' and '.join(self.devices)} tensors; {cure}"
             )
 
     def _begin(self, op: str, shape, dtype, strategy: str, *details) -> list:

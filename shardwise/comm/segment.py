@@ -39,6 +39,7 @@ HANDED_OVER_SECONDS = 600e-6
 """A peer that arrives so soon after a first yield was waiting for the core; a stranger on it stays for milliseconds."""
 YIELD_SECONDS = 0.02
 SHORT_SLEEP, LONG_SLEEP = 50e-6, 1e-3
+THREADS = "two threads of a rank were in calls on this group at once; split one off for each thread"
 LOOK_SECONDS = 0.05
 """How often a waiting rank looks whether its peers still live."""
 
@@ -219,6 +220,8 @@ class Segment:
             now = time.monotonic()
             if self.words[0] or self.root.words[0]:
                 raise WaitFailed("aborted", (), self.aborted or "")
+            if shown >> CALL_BITS != self.epoch:
+                raise WaitFailed("confused", (), THREADS)
             self._compare(shown)
             if now > look:
                 self._look(now - begin, limit)
@@ -250,8 +253,10 @@ class Segment:
         if gone:
             pids = ", ".join(str(self.members[peer].pid) for peer in gone)
             raise WaitFailed("lost", tuple(gone), f"process {pids} is gone")
-        if absent and waited > limit:
+        if waited > limit and absent:
             raise WaitFailed("late", tuple(absent), f"did not arrive within {limit:g} s")
+        if waited > limit and max(self._shown().values()) >> CALL_BITS > self.epoch:  # ahead of a rank that waits
+            raise WaitFailed("confused", (), THREADS)
 
 
 def share(

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 import time
 
 import torch
@@ -62,6 +63,23 @@ def rank_0_aborts(info, store, transport):
         results.append(outcome((part if in_sub_group else world).barrier) if waits else None)
     time.sleep(1)  # nobody's end may be taken for the abort
     return results
+
+
+def two_threads_call_at_once(info, store):
+    """What the threads of this rank see that use one group at the same time, long enough to meet in it."""
+    torch.set_num_threads(1)
+    group = create(info, transport="shm", store=store, deadlines=Deadlines(collective=3))
+    seen = []
+
+    def body():
+        seen.append(outcome(lambda: [group.all_reduce(torch.ones(1000)) for _ in range(20_000)]))
+
+    threads = [threading.Thread(target=body) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return seen
 
 
 def rank_1_aborts_and_is_gone(info, store):

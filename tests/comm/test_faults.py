@@ -137,6 +137,12 @@ def test_both_calls_are_named_in_check_mode_and_always_where_ranks_meet_in_memor
         assert result["sizes"][0] == "nothing", "equal sizes are not a mismatch, however they were computed"
 
 
+def test_two_threads_in_one_group_end_in_bounded_time():
+    for seen in run_processes(2, "fault_ranks:two_threads_call_at_once", timeout=60):
+        assert len(seen) == 2 and any(kind != "nothing" for kind, *_ in seen)
+        assert all(seconds < 20 for *_, seconds in seen)
+
+
 def test_a_failure_dumps_the_flight_record(tmp_path, monkeypatch):
     monkeypatch.setenv(watch.LOG_FOLDER_ENV, str(tmp_path))
 
