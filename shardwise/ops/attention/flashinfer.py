@@ -1,7 +1,6 @@
 """Attention over a paged cache by FlashInfer: plans made once a step (`planner.py`), reused by every layer."""
 
 import functools
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -203,7 +202,7 @@ def flashinfer_attention_mha_with_cache(
     key = batch, scale
     given = (q, k, v, kv_cache, flashinfer_batch_indices, flashinfer_positions, cu_num_pages, last_page_len)
     plan = _PLANS.get(key, given) or _PLANS.keep(key, given, _plan(batch, scale, *given))
-    if plan.dense and math.gcd(16, q.data_ptr(), k.data_ptr(), v.data_ptr(), kv_cache.data_ptr()) == 16:
+    if plan.dense and not (q.data_ptr() | k.data_ptr() | v.data_ptr() | kv_cache.data_ptr()) % 16:
         q_rows, k_rows, v_rows = view(q, *plan.q_rows), view(k, *plan.k_rows), view(v, *plan.k_rows)
     else:
         q_rows, k_rows, v_rows = _readable(plan, q, k, v, kv_cache)
