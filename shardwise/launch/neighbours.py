@@ -64,7 +64,9 @@ class Neighbours:
         until = time.monotonic() + Deadlines.from_environment().start
         while True:
             complete = len(self._known) >= self.keeper.info.local_world - 1 or time.monotonic() > until
-            for descriptor, _ in ends.poll(None if complete else 1e3 * LOOK_SECONDS):
+            ready = [descriptor for descriptor, _ in ends.poll(None if complete else 1e3 * LOOK_SECONDS)]
+            # SIGTERM first: the launcher ends all of us, and a rank that it has killed since is no cause.
+            for descriptor in sorted(ready, key=lambda each: each != signals):
                 if descriptor != signals:
                     ends.unregister(descriptor)
                     with contextlib.suppress(OSError):
