@@ -21,6 +21,7 @@ from shardwise.ops.attention.planner import (
     without_padding,
 )
 from shardwise.ops.attention.positions import fake_token_positions, token_positions
+from shardwise.ops.devices import require_one_device
 from shardwise.ops.kept import Kept, fresh, view
 from shardwise.ops.registry import CUDA, FLASHINFER, operator
 from shardwise.ops.triton_support import dependent_launch
@@ -284,6 +285,7 @@ def _plan(
     positions: Tensor, indptr: Tensor, last: Tensor,
 ) -> _Plan:  # fmt: skip
     """Raises TypeError and ValueError for what does not fit together."""
+    require_one_device(OP, q, k, v, kv_cache, indices, positions, indptr, last)
     if kv_cache.dim() != 5 or kv_cache.shape[1] != 2:
         raise ValueError(f"{OP}: kv_cache has shape {shape(kv_cache)}; legal: [pages, 2, Nkv, page_size, D]")
     if q.dtype not in (torch.float16, torch.bfloat16):

@@ -6,6 +6,7 @@ import torch
 
 from shardwise.ops.attention.batch import Batch
 from shardwise.ops.attention.planner import planner
+from shardwise.ops.devices import require_one_device
 from shardwise.ops.kept import Kept, fresh
 from shardwise.ops.metadata_reports import check_bounds, raise_report, read_at_once, report_word
 from shardwise.ops.registry import TRITON
@@ -55,7 +56,8 @@ def _plan(op: str, batch: Batch, position_ids, cu_seqlen, seq_len_with_cache) ->
         raise ValueError(
             f"{op}: seq_len_with_cache has {seq_len_with_cache.numel()} entries; legal: {sequences} and more"
         )
-    if position_ids.is_cuda and cu_seqlen.is_cuda and seq_len_with_cache.is_cuda and TRITON.state[0]:
+    require_one_device(op, position_ids, cu_seqlen, seq_len_with_cache)
+    if position_ids.is_cuda and TRITON.state[0]:
         return _by_kernel(batch, position_ids, cu_seqlen, seq_len_with_cache)
     return lambda _op, *tensors: _by_torch(batch, *tensors)
 

@@ -16,6 +16,7 @@ from shardwise.ops.attention.kernels.append import append_kernel
 from shardwise.ops.attention.kernels.decode import flattened_decode_kernel, reduce_kernel
 from shardwise.ops.attention.kernels.prefill import prefill_kernel
 from shardwise.ops.attention.tiles import Tile
+from shardwise.ops.devices import require_one_device
 from shardwise.ops.kept import Kept, Tensors, fresh
 from shardwise.ops.metadata_reports import raise_report, read_at_once, report_word
 from shardwise.ops.registry import TRITON, operator
@@ -141,6 +142,7 @@ def triton_attention_flattened_mha_with_cache(
     key = batch, scale, sliding_window, sinks is None
     plan = _PLANS.get(key, given)
     if plan is None:
+        require_one_device(OP, *given)
         shapes, given = _readable(given, batch, sinks)
         plan = _PLANS.get(key, given) or _PLANS.keep(
             key, given, _plan(shapes, batch, given, scale, sliding_window or 0, sinks is not None)

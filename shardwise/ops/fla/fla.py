@@ -9,6 +9,7 @@ from collections.abc import Callable
 import torch
 
 from shardwise.ops.attention.batch import read_batch
+from shardwise.ops.devices import require_one_device
 from shardwise.ops.fla.checks import check_delta
 from shardwise.ops.fla.reference import like_v
 from shardwise.ops.fla.step import Prefill, decode
@@ -90,6 +91,8 @@ def _cached(op, q, k, v, g, beta, batch_info_host, cu_seqlen, slot_idx, use_init
             out = room()
             launch.form(launch.grid, (*given, out, report_word(op)), launch.free)
             return out
+    metadata = (cu_seqlen, use_initial_states) if batch.prefill_tokens else ()
+    require_one_device(op, *compared, *metadata)
     check_delta(op, q, k, v, beta, g, cache)
     _half(op, q)
     if cache.stride(-1) != 1:

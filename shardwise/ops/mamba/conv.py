@@ -6,6 +6,7 @@ from typing import NamedTuple, TypeVar
 from torch import Tensor
 
 from shardwise.ops.attention.batch import Batch, read_batch
+from shardwise.ops.devices import require_one_device
 from shardwise.ops.kept import Kept, Tensors, fresh, taken_as_given
 from shardwise.ops.state_batch import check_counts, check_metadata
 
@@ -62,6 +63,7 @@ def run_step(
     compared = (*given, *metadata) if bias is not None else (input, weight, *given[3:], *metadata)
     launches = kept.get(key, compared)
     if launches is None:
+        require_one_device(op, *compared)
         one = prepare(
             op, batch, input, weight, bias, cu_seqlen, slot_idx, use_initial_states, conv_state_cache, activation
         )

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from shardwise.ops.attention.batch import Batch, read_batch
+from shardwise.ops.devices import require_one_device
 from shardwise.ops.kept import Kept, fresh, taken_as_given
 from shardwise.ops.mamba.scan import Inputs, Prefill, plan_prefill, prefill, prepare
 from shardwise.ops.state_batch import check_metadata
@@ -52,6 +53,7 @@ def run_step(
     if plan is not None:
         out = plan.out()
     else:
+        require_one_device(op, *tensors)
         one = prepare(op, given, metadata[1], batch, time_step_limit, chunk_size)
         out, cuts = one.out, tuple(tensor.contiguous() for tensor in tensors[len(given) :])
         plan = Plan(

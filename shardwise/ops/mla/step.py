@@ -12,6 +12,7 @@ from shardwise.ops.attention.batch import Batch
 from shardwise.ops.attention.checks import shape
 from shardwise.ops.attention.flashinfer import FP8
 from shardwise.ops.attention.planner import exact_metadata
+from shardwise.ops.devices import require_one_device
 from shardwise.ops.kept import View, fresh
 from shardwise.ops.mla.absorb import Factor, Product, Rows, head_product
 from shardwise.ops.mla.checks import LatentHeads, check_latent
@@ -74,6 +75,9 @@ def plan_step(
     kpe_cache, indices, positions, indptr, last,
 ) -> MlaPlan:  # fmt: skip
     """Raises TypeError and ValueError for what does not fit together."""
+    require_one_device(
+        OP, q_nope, q_pe, compressed_kv, kpe, weight, ckv_cache, kpe_cache, indices, positions, indptr, last
+    )
     heads = check_latent(OP, q_nope, q_pe, compressed_kv, kpe, weight)
     _check_step(heads, kv_lora_rank, q_nope, ckv_cache, kpe_cache)
     check_caches(ckv_cache, kpe_cache)

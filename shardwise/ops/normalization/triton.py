@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import torch
 
+from shardwise.ops.devices import one_device
 from shardwise.ops.normalization.reference import add_norm_fake, check_add_norm, check_gated, row_stride
 from shardwise.ops.ptx import silu
 from shardwise.ops.registry import TRITON, operator
@@ -135,8 +136,9 @@ class _Plan(NamedTuple):
 
 
 @functools.lru_cache(maxsize=4096)
-def _plan(shape, stride, gate_stride, dtypes, size, norm_first, device) -> _Plan:
+def _plan(op, shape, stride, gate_stride, dtypes, size, norm_first, devices) -> _Plan:
     """Several short groups share a program."""
+    device = one_device(op, *devices)
     x_stride, gated = row_stride(shape, stride), gate_stride is not None
     groups, (pieces, block) = shape.numel() // size, _tiles(size, gated)
     rows = max(1, min(1536 // (pieces * block), groups))
@@ -152,12 +154,14 @@ def _plan(shape, stride, gate_stride, dtypes, size, norm_first, device) -> _Plan
     return _Plan(form, (programs, 1, 1), groups, x_stride is None, gate_row_stride is None)
 
 
-def _normalize(x, weight, gate, eps, size, norm_first) -> torch.Tensor:
+def _normalize(op, x, weight, gate, eps, size, norm_first) -> torch.Tensor:
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     if x.numel() == 0:
         return out
-    gate_stride, gate_dtype = (None, None) if gate is None else (gate.stride(), gate.dtype)
-    plan = _plan(x.shape, x.stride(), gate_stride, (x.dtype, weight.dtype, gate_dtype), size, norm_first, x.device)
+    kind = (None, None, x.device) if gate is None else (gate.stride(), gate.dtype, gate.device)
+    gate_stride, gate_dtype, gate_device = kind
+    dtypes, devices = (x.dtype, weight.dtype, gate_dtype), (x.device, weight.device, gate_device)
+    plan = _plan(op, x.shape, x.stride(), gate_stride, dtypes, size, norm_first, devices)
     if plan.copy_x:
         x = x.contiguous()
     if gate is None:
@@ -180,7 +184,7 @@ def triton_rms_norm(input: torch.Tensor, weight: torch.Tensor, eps: float) -> to
             f"triton_rms_norm: weight {tuple(weight.shape)} does not match the last dimension of input "
             f"{tuple(input.shape)}"
         )
-    return _normalize(input, weight, None, eps, input.shape[-1], False)
+    return _normalize("triton_rms_norm", input, weight, None, eps, input.shape[-1], False)
 
 
 def _gated_like(x, weight, gate, eps, group_size, norm_before_gate=False):
@@ -197,12 +201,14 @@ def triton_rmsnorm_gated(
     norm_before_gate: bool = False,
 ) -> torch.Tensor:
     """Grouped RMS norm with a SiLU gate before or after it, as `torch_rmsnorm_gated`; contiguous, in x's dtype."""
-    check_gated("triton_rmsnorm_gated", x, weight, gate, group_size)
-    return _normalize(x, weight, gate, eps, group_size, norm_before_gate)
+    op = "triton_rmsnorm_gated"
+    check_gated(op, x, weight, gate, group_size)
+    return _normalize(op, x, weight, gate, eps, group_size, norm_before_gate)
 
 
 @functools.lru_cache(maxsize=4096)
-def _add_plan(shape, x_stride, residual_stride, dtypes, device) -> tuple[Form, tuple[int, int, int]]:
+def _add_plan(shape, x_stride, residual_stride, dtypes, devices) -> tuple[Form, tuple[int, int, int]]:
+    device = one_device("triton_fused_add_rms_norm_inplace", *devices)
     strides = row_stride(shape, x_stride), row_stride(shape, residual_stride)
     if None in strides or (0 in strides and shape.numel() > shape[-1]):
         raise ValueError(
@@ -226,6 +232,6 @@ def triton_fused_add_rms_norm_inplace(
     check_add_norm("triton_fused_add_rms_norm_inplace", x, residual, weight)
     if x.numel() == 0:
         return
-    dtypes = (x.dtype, weight.dtype)
-    form, grid = _add_plan(x.shape, x.stride(), residual.stride(), dtypes, x.device)
+    dtypes, devices = (x.dtype, weight.dtype), (x.device, residual.device, weight.device)
+    form, grid = _add_plan(x.shape, x.stride(), residual.stride(), dtypes, devices)
     form(grid, (x, residual, weight.contiguous()), (eps,))

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 
+from shardwise.ops.devices import require_one_device
 from shardwise.ops.kept import Kept, view
 from shardwise.ops.registry import FLASHINFER, operator
 from shardwise.ops.rope.reference import contiguous_pair
@@ -68,6 +69,7 @@ _PLANS: Kept[_Plan] = Kept()
 
 
 def _plan(q: torch.Tensor, k: torch.Tensor, positions: torch.Tensor, table: torch.Tensor) -> _Plan:
+    require_one_device("flashinfer_rope", q, k, positions, table)
     tokens, size = _checked(q, k, positions, table)
     return _Plan(
         tokens if q.numel() else 0,

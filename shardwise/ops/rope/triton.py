@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 
+from shardwise.ops.devices import one_device
 from shardwise.ops.registry import TRITON, operator
 from shardwise.ops.rope.kernels import flat_kernel, halves_kernel, interleaved_kernel
 from shardwise.ops.rope.reference import contiguous_pair
@@ -73,8 +74,9 @@ class _Halves(NamedTuple):
 
 
 @_remembered
-def _plan_halves(layout, shape, strides, freqs_shape, dtypes, device) -> _Halves:
+def _plan_halves(layout, shape, strides, freqs_shape, dtypes, devices) -> _Halves:
     name = "triton_rope_with_input_pos"
+    device = one_device(name, *devices)
     if layout not in LAYOUTS or len(shape) != 4:
         raise ValueError(f"{name}: x must have 4 dimensions in one of {LAYOUTS}, got {tuple(shape)}, {layout!r}")
     b, s, n = (layout.index(axis) for axis in "bsn")
@@ -107,7 +109,8 @@ def triton_rope_with_input_pos(
     [positions, D/2, 2] holding (cos, sin), a leading 1 allowed; input_pos int [B], None for zeros.
     """
     dtypes = (x.dtype, freqs_cis.dtype, torch.int32 if input_pos is None else input_pos.dtype)
-    plan, batch, copy = _plan_halves(layout, x.shape, x.stride(), freqs_cis.shape, dtypes, x.device)
+    devices = (x.device, freqs_cis.device, x.device if input_pos is None else input_pos.device)
+    plan, batch, copy = _plan_halves(layout, x.shape, x.stride(), freqs_cis.shape, dtypes, devices)
     if input_pos is None:
         input_pos = torch.zeros(batch, dtype=torch.int32, device=x.device)
     elif input_pos.numel() < batch:
@@ -123,9 +126,10 @@ def triton_rope_with_input_pos(
 
 
 @_remembered
-def _plan_flat(shape, freqs_shape, sequences, dtypes, device) -> _Plan:
-    tokens, heads, size = shape
-    positions = _positions("triton_rope_on_flattened_inputs", freqs_shape, size)
+def _plan_flat(shape, freqs_shape, sequences, dtypes, devices) -> _Plan:
+    name = "triton_rope_on_flattened_inputs"
+    device, (tokens, heads, size) = one_device(name, *devices), shape
+    positions = _positions(name, freqs_shape, size)
     half, tile, warps = _halves_tile(size, heads, tokens)
     block = min(256, 1 << max(sequences - 1, 0).bit_length())
     pdl = dependent_launch(device)
@@ -159,8 +163,9 @@ def triton_rope_on_flattened_inputs(
             f"{name}: {sequences} seq_lens need as many input_pos ({input_pos.numel()}) and "
             f"seq_start_indices ({seq_start_indices.numel()})"
         )
-    dtypes = (x.dtype, freqs_cis.dtype, input_pos.dtype, seq_lens.dtype, seq_start_indices.dtype)
-    plan = _plan_flat(x.shape, freqs_cis.shape, sequences, dtypes, x.device)
+    read = x, freqs_cis, input_pos, seq_lens, seq_start_indices
+    dtypes, devices = tuple(each.dtype for each in read), tuple(each.device for each in read)
+    plan = _plan_flat(x.shape, freqs_cis.shape, sequences, dtypes, devices)
     out = torch.empty_like(x)
     metadata = input_pos.contiguous(), seq_lens.contiguous(), seq_start_indices.contiguous()
     plan.form(plan.grid, (x, out, freqs_cis.contiguous(), *metadata), plan.free)
@@ -168,7 +173,8 @@ def triton_rope_on_flattened_inputs(
 
 
 @_remembered
-def _plan_interleaved(q_shape, k_shape, q_strides, k_strides, tables, even, dtypes, device) -> _Plan:
+def _plan_interleaved(q_shape, k_shape, q_strides, k_strides, tables, even, dtypes, devices) -> _Plan:
+    device = one_device("triton_rope_on_interleaved_qk_inputs", *devices)
     _check_interleaved(q_shape, k_shape, *tables)
     batch, tokens, heads, size = q_shape
     k_heads = k_shape[2]
@@ -200,7 +206,8 @@ def triton_rope_on_interleaved_qk_inputs(
     plan = _plan_interleaved(
         q.shape, k.shape, q.stride(), k.stride(), (cos_cache.shape, sin_cache.shape, position_ids.shape),
         (q.data_ptr() | k.data_ptr()) % 4 == 0,
-        (q.dtype, k.dtype, cos_cache.dtype, sin_cache.dtype, position_ids.dtype), q.device,
+        (q.dtype, k.dtype, cos_cache.dtype, sin_cache.dtype, position_ids.dtype),
+        (q.device, k.device, cos_cache.device, sin_cache.device, position_ids.device),
     )  # fmt: skip
     q_out, k_out = contiguous_pair(q, k)
     tables = cos_cache.contiguous(), sin_cache.contiguous(), position_ids.contiguous()

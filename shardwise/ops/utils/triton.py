@@ -2,6 +2,7 @@
 
 import torch
 
+from shardwise.ops.devices import require_one_device
 from shardwise.ops.registry import TRITON, operator
 from shardwise.ops.triton_support import Kernel, await_predecessor, dependent_launch, tl, triton
 from shardwise.ops.utils.reference import check_pairs, nothing
@@ -40,7 +41,9 @@ def triton_utils_fused_gather_scatter(
 
     gather_ids, mask_indices: int32 or int64, of one length. Pairs with an index out of range are skipped.
     """
-    check_pairs("triton_utils_fused_gather_scatter", gather_ids, mask_indices, out)
+    op = "triton_utils_fused_gather_scatter"
+    check_pairs(op, gather_ids, mask_indices, out)
+    require_one_device(op, ungathered_input, gather_ids, mask_indices, out)
     source, gather, scatter = ungathered_input.contiguous(), gather_ids.contiguous(), mask_indices.contiguous()
     count = gather.numel()
     pdl = dependent_launch(out.device)
