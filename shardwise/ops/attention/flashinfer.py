@@ -78,6 +78,8 @@ class _Plan(NamedTuple):
     """What follows from the layout of a step's tensors."""
 
     parameters: _Parameters
+    owner: Planner
+    """Of the tensors' device"""
     tokens: int
     """T, padding included"""
     used: int
@@ -230,7 +232,7 @@ def _attend(
     out: Tensor, options: dict[str, Any],
 ) -> None:  # fmt: skip
     """Attention of the batch's queries [count, N, D] into `out`; FlashInfer multiplies v_scale in, in place."""
-    parameters, split, owner = plan.parameters, batch.prefill_tokens, planner("attention", q.device)
+    parameters, split, owner = plan.parameters, batch.prefill_tokens, plan.owner
     if split:
         key = "prefill", parameters
         wrapper = owner.current(key) or _planned_prefill(owner, key, batch, cu_seqlen_host, host)
@@ -310,6 +312,7 @@ def _plan(
         raise ValueError(f"{OP}: batch_info_host counts {count} tokens, q holds {tokens}")
     return _Plan(
         _parameters(heads, page_size, q.dtype, kv_cache.dtype, default_scale(scale, size)),
+        planner("attention", q.device),
         tokens,
         count,
         fresh(tuple(q.shape), q.dtype, q.device),

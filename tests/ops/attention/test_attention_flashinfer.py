@@ -170,12 +170,15 @@ def test_without_flashinfer_the_error_names_what_to_call():
 
 @pytest.fixture
 def flashinfer(monkeypatch):
-    """FlashInfer itself where it runs, else the stand-in; planners of its own."""
+    """FlashInfer itself where it runs, else the stand-in; planners of its own, which kept plans hold."""
     monkeypatch.setattr(planning, "_PLANNERS", {})
+    ours._PLANS.clear()
     if not REAL:
         flashinfer_double.install(monkeypatch)
         monkeypatch.setattr(planning, "WORKSPACE_BYTES", 16)
         monkeypatch.setattr(ours, "_backend", lambda device: "fa2")
+    yield
+    ours._PLANS.clear()
 
 
 def reference(step, q, k, v, paged, kv_cache, scales=(1.0, 1.0), scale=None):
