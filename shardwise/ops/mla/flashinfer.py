@@ -15,7 +15,6 @@ from shardwise.ops.attention.planner import (
     DecodeFamily,
     Pages,
     Planner,
-    planner,
     select_pages,
     without_padding,
 )
@@ -162,7 +161,7 @@ def flashinfer_mla_with_cache(
         latent, rotated, caches, host = _append_quantised(plan, batch, latent, rotated, metadata, caches, host)
     else:
         _append(latent, rotated, metadata, caches, cache_loc)
-    owner, tensors = planner("mla", ckv_cache.device), (*given[:2], kv_b_proj_weight, *caches, out)
+    owner, tensors = plan.owner, (*given[:2], kv_b_proj_weight, *caches, out)
     if batch.prefill_tokens:
         _run_prefill(plan, owner, batch, cu_seqlen_host, host, latent, rotated, *tensors)
     if batch.decode:

@@ -11,7 +11,7 @@ import torch
 from shardwise.ops.attention.batch import Batch
 from shardwise.ops.attention.checks import shape
 from shardwise.ops.attention.flashinfer import FP8
-from shardwise.ops.attention.planner import exact_metadata
+from shardwise.ops.attention.planner import Planner, exact_metadata, planner
 from shardwise.ops.devices import require_one_device
 from shardwise.ops.kept import View, fresh
 from shardwise.ops.mla.absorb import Factor, Product, Rows, head_product
@@ -51,6 +51,8 @@ class MlaPlan(NamedTuple):
     """What follows from the layout of a step's tensors."""
 
     parameters: Parameters
+    owner: Planner
+    """Of the tensors' device"""
     tokens: int
     """T, padding included"""
     out: Callable[[], torch.Tensor]
@@ -93,6 +95,7 @@ def plan_step(
 
     return MlaPlan(
         parameters_of(heads, ckv_cache.shape[1], q_nope.dtype, heads.scale(scale)),
+        planner("mla", q_nope.device),
         b * s,
         fresh((b, s, heads.count, heads.value), q_nope.dtype, q_nope.device),
         exact_metadata(batch, indices, positions, indptr, last),

@@ -8,6 +8,7 @@ from paging import PAGE_SIZE, Paged
 
 from shardwise.ops.attention import planner as planning
 from shardwise.ops.attention.planner import decode_graphs, replan_decode
+from shardwise.ops.mla import flashinfer as ours
 from shardwise.ops.mla.flashinfer import flashinfer_mla_prepare_metadata, flashinfer_mla_with_cache
 from shardwise.ops.mla.reference import torch_cached_mla_with_cache
 from shardwise.ops.registry import OperatorUnavailable, operators
@@ -39,11 +40,14 @@ def test_without_flashinfer_the_error_names_what_to_call():
 
 @pytest.fixture(autouse=True)
 def flashinfer(monkeypatch):
-    """FlashInfer itself where it runs, else the stand-in; planners of its own."""
+    """FlashInfer itself where it runs, else the stand-in; planners of its own, which kept plans hold."""
     monkeypatch.setattr(planning, "_PLANNERS", {})
+    ours._PLANS.clear()
     if not REAL:
         flashinfer_double.install(monkeypatch)
         monkeypatch.setattr(planning, "WORKSPACE_BYTES", 16)
+    yield
+    ours._PLANS.clear()
 
 
 def build(step, pages, dtype=torch.bfloat16):
