@@ -1,8 +1,11 @@
 """A compiled Triton kernel's own way to the driver, for launches whose host side is decided once."""
 
+import contextlib
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
+
+import torch
 
 try:
     import triton
@@ -13,6 +16,16 @@ except ImportError:  # then nothing is compiled that could be started
 # looks for scratch memory at every launch: 3 of 4.4 µs on the host. The way around them is for the launchers of these
 # versions.
 DIRECT = getattr(triton, "__version__", "").rsplit(".", 1)[0] in ("3.5", "3.6")
+
+
+# The current device's number; torch.cuda.current_device asks first whether CUDA is started, which takes longer.
+current_device = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
+_NOTHING = contextlib.nullcontext()
+
+
+def on_device(index: int) -> contextlib.AbstractContextManager:
+    """Makes GPU number `index` current; costs nothing where it is, unlike torch.cuda.device."""
+    return _NOTHING if index == current_device() else torch.cuda.device(index)
 
 
 class Start(NamedTuple):

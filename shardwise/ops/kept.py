@@ -21,7 +21,7 @@ from torch._C._dynamo.guards import (  # type: ignore[attr-defined]
     _reinterpret_tensor,
 )
 
-from shardwise.ops.triton_support import current_device
+from shardwise.kernel_start import current_device
 
 Tensors = tuple[torch.Tensor, ...]
 Value = TypeVar("Value")

@@ -4,7 +4,6 @@ The libraries have a plain C interface and are called through ctypes, so that no
 (seconds instead of a minute) and no Python or PyTorch version is baked in.
 """
 
-import contextlib
 import ctypes
 import functools
 import hashlib
@@ -16,9 +15,7 @@ from pathlib import Path
 import torch
 
 from shardwise.ops.registry import NVCC, OperatorUnavailable
-from shardwise.ops.triton_support import current_device
 
-_NOTHING = contextlib.nullcontext()
 FLAGS = ("-O3", "-std=c++17", "-Xcompiler", "-fPIC", "-shared")
 
 
@@ -61,8 +58,3 @@ def _compiled(source: Path, compiler: str, architecture: str) -> Path:
 def stream(device: torch.device) -> int:
     """Handle of the current stream, for a kernel launch."""
     return torch._C._cuda_getCurrentRawStream(device.index)
-
-
-def on_device(device: torch.device) -> contextlib.AbstractContextManager:
-    """Makes `device` current; costs nothing where it is, unlike torch.cuda.device."""
-    return _NOTHING if device.index == current_device() else torch.cuda.device(device)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 from shardwise import kernel_start
-from shardwise.kernel_start import Start, start_of
+from shardwise.kernel_start import Start, current_device, start_of
 
 try:
     import triton
@@ -85,10 +85,6 @@ def await_and_trigger(PDL: tl.constexpr):
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
-
-
-# The current device's number; torch.cuda.current_device asks first whether CUDA is started, which takes longer.
-current_device = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
 
 
 def _divide_memory(compiled: Any, programs: int) -> None:

@@ -1,6 +1,5 @@
 """Memory that the ranks of one host push into: allocation, exchange of handles, and what says that a wait gave up."""
 
-import contextlib
 import importlib.util
 import os
 import socket
@@ -12,6 +11,7 @@ import torch
 
 from shardwise.comm.base import CollectiveTimeout, CommError
 from shardwise.comm.p2p import cuda
+from shardwise.kernel_start import on_device
 
 if TYPE_CHECKING:
     from shardwise.comm.base import Communicator
@@ -39,9 +39,6 @@ _PHASES = {
     LOW_PRECISION: "fp8 exchange",
 }
 """What a kernel was waiting for, as its records number it."""
-
-
-_THERE = contextlib.nullcontext()
 
 
 class P2PUnavailable(CommError):
@@ -166,8 +163,7 @@ class Workspace:
 
     def on_device(self):
         """Context in which launches go to this rank's GPU."""
-        here = torch._C._cuda_getDevice() == self.device  # torch.cuda.current_device asks more, and each call asks
-        return _THERE if here else torch.cuda.device(self.device)
+        return on_device(self.device)
 
     def synchronize(self) -> None:
         """Wait for what the current stream was given."""

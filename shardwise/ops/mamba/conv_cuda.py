@@ -8,10 +8,11 @@ from typing import NamedTuple
 
 import torch
 
+from shardwise.kernel_start import on_device
 from shardwise.ops.kept import Kept
 from shardwise.ops.mamba.conv import ConvBatch, Tensors, block_rows, blocks_of, nothing, run_step
 from shardwise.ops.metadata_reports import report_word
-from shardwise.ops.nvcc import library, on_device, stream
+from shardwise.ops.nvcc import library, stream
 from shardwise.ops.registry import CUDA, NVCC, operator
 from shardwise.ops.triton_support import dependent_launch, multiprocessors
 
@@ -108,7 +109,7 @@ def _run(plan: _Plan, given: Tensors, metadata: Tensors) -> None:
     x, weight, bias, slots, cache = given
     device, first, taps, states = x.device, x.data_ptr(), weight.data_ptr(), cache.data_ptr()
     offset = bias.data_ptr() if plan.bias else 0
-    with on_device(device):
+    with on_device(device.index):
         launcher, queue = _launchers.get(device.index) or _compile(device), stream(device)
         for phase in plan.phases:
             begin, halo, of_prefill = first + phase.x_offset, None, (0, 0, 0)
