@@ -1,5 +1,7 @@
+import errno
 import hashlib
 import json
+import os
 import struct
 
 import numpy as np
@@ -73,7 +75,7 @@ def test_a_ranks_file_holds_exactly_what_the_plan_says(model, tmp_path):
     write_shards(planned, open_checkpoint(folder), tmp_path / "out")
     for rank in range(2):
         path = tmp_path / "out" / file_name(rank, 2)
-        held, offsets, _ = read_header(path)
+        held, _, _ = read_header(path)
         assert sorted(held) == sorted(s.name for s in planned.shards(rank))
         layers = [int(name.split(".")[2]) for name in held if ".layers." in name]
         assert layers == sorted(layers)
@@ -81,7 +83,7 @@ def test_a_ranks_file_holds_exactly_what_the_plan_says(model, tmp_path):
         data = path.read_bytes()
         for shard in planned.shards(rank):
             index = np.ix_(*(np.concatenate([np.arange(a, b) for a, b in dim]) for dim in shard.ranges))
-            stored = np.frombuffer(data, np.uint16, held[shard.name].nbytes // 2, offsets[shard.name])
+            stored = np.frombuffer(data, np.uint16, held[shard.name].nbytes // 2, held[shard.name].offset)
             assert np.array_equal(stored.reshape(shard.local_shape), tensors[shard.name][index])
     rest, _, _ = read_header(tmp_path / "out" / REST)
     assert list(rest) == ["model.layers.0.self_attn.rotary_emb.inv_freq"]
@@ -123,6 +125,60 @@ def test_another_plans_files_are_not_overwritten(model, tmp_path):
     with pytest.raises(CheckpointError, match="another plan"):
         write_shards(plan(str(folder), tp=3), source, tmp_path / "out")
     assert digests(tmp_path / "out") == before
+
+
+def test_reads_and_writes_that_the_system_cuts_short_are_completed(model, tmp_path, monkeypatch):
+    """As Linux does beyond 2 GiB, and where a disk is nearly full."""
+    folder, _ = model
+    write, read = os.pwrite, os.pread
+    monkeypatch.setattr(os, "pwrite", lambda file, data, offset: write(file, memoryview(data).cast("B")[:7], offset))
+    monkeypatch.setattr(os, "pread", lambda file, count, offset: read(file, min(count, 7), offset))
+    write_shards(plan(str(folder), tp=2), open_checkpoint(folder), tmp_path / "out")
+    merge_shards(tmp_path / "out", tmp_path / "back")
+    assert digests(tmp_path / "back") == digests(folder)
+
+
+@pytest.mark.parametrize("rows", [1, 7])
+def test_a_tensor_is_joined_a_few_rows_at_a_time(rows, model, tmp_path, monkeypatch):
+    folder, _ = model
+    write_shards(plan(str(folder), tp=3), open_checkpoint(folder), tmp_path / "out")
+    monkeypatch.setattr("shardwise.sharding.checkpoint.merge.CHUNK_BYTES", rows * 96 * 2)
+    merge_shards(tmp_path / "out", tmp_path / "back")
+    assert digests(tmp_path / "back") == digests(folder)
+
+
+def test_a_full_disk_is_told_with_the_folder(model, tmp_path, monkeypatch):
+    folder, _ = model
+    source, planned = open_checkpoint(folder), plan(str(folder), tp=2)
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patched, pytest.raises(OSError, match="No space left") as failed:
+        patched.setattr(os, "pwrite", full)
+        write_shards(planned, source, tmp_path / "out")
+    assert failed.value.filename == str(tmp_path / "out")
+    write_shards(planned, source, tmp_path / "out")
+    with monkeypatch.context() as patched, pytest.raises(OSError, match="No space left") as failed:
+        patched.setattr(os, "fdatasync", full)
+        merge_shards(tmp_path / "out", tmp_path / "back")
+    assert failed.value.filename == str(tmp_path / "back")
+
+
+def test_a_rank_file_that_ends_early_is_named(model, tmp_path):
+    folder, _ = model
+    write_shards(plan(str(folder), tp=2), open_checkpoint(folder), tmp_path / "out")
+    path = tmp_path / "out" / file_name(1, 2)
+    os.truncate(path, path.stat().st_size - 10)
+    with pytest.raises(CheckpointError, match="rank-00001-of-00002.safetensors: .*truncated"):
+        merge_shards(tmp_path / "out", tmp_path / "back")
+
+
+def test_rank_files_are_merged_before_they_are_cut_anew(model, tmp_path):
+    folder, _ = model
+    write_shards(plan(str(folder), tp=2), open_checkpoint(folder), tmp_path / "out")
+    with pytest.raises(CheckpointError, match="--merge"):
+        write_shards(plan(str(tmp_path / "out"), tp=3), open_checkpoint(tmp_path / "out"), tmp_path / "other")
 
 
 def test_a_missing_rank_file_is_named_by_count(model, tmp_path):

@@ -29,7 +29,8 @@ def run(args: argparse.Namespace) -> int:
     result = {"folder": str(out), "files": [f.name for f in files], "bytes": size, "seconds": seconds}
     write_json(result, args.json)
     if args.json != "-":
-        print(f"{len(files)} files, {size / 1e9:.2f} GB in {seconds:.1f} s ({size / 1e9 / seconds:.2f} GB/s): {out}")
+        count = f"{len(files)} file{'s' if len(files) > 1 else ''}"
+        print(f"{count}, {size / 1e9:.2f} GB in {seconds:.1f} s ({size / 1e9 / seconds:.2f} GB/s): {out}")
     return DONE
 
 

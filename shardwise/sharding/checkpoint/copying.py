@@ -6,7 +6,7 @@ from math import prod
 from pathlib import Path
 
 from shardwise.sharding.axes import Range
-from shardwise.sharding.checkpoint.header import TensorEntry
+from shardwise.sharding.checkpoint.header import CheckpointError, TensorEntry
 from shardwise.sharding.checkpoint.per_rank import RankTensor, in_blocks, ranges_in_blocks
 
 CHUNK_BYTES = 2 << 20
@@ -62,8 +62,16 @@ def copy_bytes(source: int, start: int, target: int, offset: int, count: int) ->
         except OSError:
             moved = os.pwrite(target, os.pread(source, min(count, FALLBACK_BYTES), start), offset)
         if not moved:
-            raise OSError(f"the source ends {count} bytes early")
+            raise CheckpointError(f"the file that is read ends {count} bytes early: it was changed meanwhile")
         start, offset, count = start + moved, offset + moved, count - moved
+
+
+def write_all(target: int, data: memoryview | bytes, offset: int) -> None:
+    """One call writes less than it is given beyond 2 GiB, and on a disk that is nearly full."""
+    left = memoryview(data).cast("B")
+    while left:
+        written = os.pwrite(target, left, offset)
+        left, offset = left[written:], offset + written
 
 
 def _copy_strided(source: Source, start: int, shape, ranges, target: int, local, offset: int) -> None:
@@ -83,5 +91,5 @@ def _copy_strided(source: Source, start: int, shape, ranges, target: int, local,
                 padded = np.zeros((chunk.shape[0], *local[1:]), np.uint8)
                 padded[tuple(slice(n) for n in chunk.shape)] = chunk
                 chunk = padded
-            os.pwrite(target, np.ascontiguousarray(chunk).data, offset)
+            write_all(target, np.ascontiguousarray(chunk).data, offset)
             offset += chunk.shape[0] * local_row

@@ -90,7 +90,7 @@ def check_ranges(entries: Iterable[TensorEntry], start: int, end: int) -> None:
         if entry.offset + entry.nbytes > end:
             raise CheckpointError(
                 f"{entry.path}: tensor {entry.name} needs bytes {entry.offset} to {entry.offset + entry.nbytes}, "
-                f"but the file ends at {end}: it is truncated, download it again"
+                f"but the file ends at {end}: it is truncated, fetch it again"
             )
         if entry.offset < reached:
             raise CheckpointError(

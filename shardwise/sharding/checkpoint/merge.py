@@ -7,30 +7,34 @@ from dataclasses import dataclass
 from itertools import product
 from math import prod
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from shardwise.sharding.axes import Range, merge
-from shardwise.sharding.checkpoint.copying import copy_bytes, rows_only
-from shardwise.sharding.checkpoint.header import CheckpointError, stored_bytes
+from shardwise.sharding.checkpoint.copying import CHUNK_BYTES, copy_bytes, rows_only, write_all
+from shardwise.sharding.checkpoint.header import CheckpointError, TensorEntry
 from shardwise.sharding.checkpoint.per_rank import (
     PARTIAL,
     REST,
     SOURCE,
-    RankTensor,
+    Cut,
     copy_small_files,
     in_blocks,
     make_folder,
     ranges_in_blocks,
     read_header,
+    writing_into,
 )
+
+if TYPE_CHECKING:
+    import numpy as np
 
 Ranges = tuple[tuple[Range, ...], ...]
 
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    path: Path
-    offset: int
-    tensor: RankTensor
+    entry: TensorEntry
+    cut: Cut | None
 
 
 def merge_shards(folder: Path, out: Path) -> list[Path]:
@@ -51,7 +55,8 @@ def merge_shards(folder: Path, out: Path) -> list[Path]:
         path = out / name
         if path.exists():
             raise CheckpointError(f"{path} exists; give an empty --out")
-        _write(path, text, parts)
+        with writing_into(out):
+            _write(path, text, parts)
         written.append(path)
     copy_small_files(folder, out)
     return written
@@ -79,10 +84,10 @@ def _parts(folder: Path) -> dict[str, list[_Part]]:
     parts: dict[str, list[_Part]] = {}
     hashes = set()
     for file in (*files, *folder.glob(REST)):
-        tensors, offsets, plan_hash = read_header(file)
+        tensors, cuts, plan_hash = read_header(file)
         hashes.add(plan_hash)
-        for name, tensor in tensors.items():
-            parts.setdefault(name, []).append(_Part(file, offsets[name], tensor))
+        for name, entry in tensors.items():
+            parts.setdefault(name, []).append(_Part(entry, cuts.get(name)))
     if len(hashes) > 1:
         raise CheckpointError(f"{folder}: rank files of {len(hashes)} different plans")
     return parts
@@ -107,65 +112,78 @@ def _write(path: Path, header: str, parts: dict[str, list[_Part]]) -> None:
 
 
 def _join(name: str, shape: tuple[int, ...], dtype: str, parts: list[_Part], target: int, offset: int) -> None:
-    """Write one tensor from its parts: rows by copying, else through memory."""
-    whole = next((p for p in parts if p.tensor.cut is None), None)
+    """Write one tensor from its parts: rows by copying, else a few rows at a time through memory."""
+    whole = next((p.entry for p in parts if p.cut is None), None)
     if whole:
-        _copy(whole, 0, target, offset, whole.tensor.nbytes)
+        _copy(whole, 0, target, offset, whole.nbytes)
         return
     blocks = in_blocks(shape, dtype)
-    cuts = [(part, ranges_in_blocks(part.tensor.cut.ranges, dtype)) for part in parts if part.tensor.cut]
+    cuts = [(part.entry, ranges_in_blocks(part.cut.ranges, dtype)) for part in parts if part.cut]
     if all(rows_only(blocks, ranges) for _, ranges in cuts):
         _join_rows(name, blocks, cuts, target, offset)
         return
+    row = prod(blocks[1:])
+    step = max(1, CHUNK_BYTES // row)
+    parts_read = [(_mapped(entry), ranges) for entry, ranges in cuts]
+    for first in range(0, blocks[0], step):
+        joined = _joined(name, blocks, parts_read, first, min(first + step, blocks[0]))
+        write_all(target, joined.data, offset + first * row)
+
+
+def _mapped(entry: TensorEntry) -> "np.ndarray":
     import numpy as np
 
-    joined = np.empty(blocks, np.uint8)
-    covered = np.zeros(blocks[:-1], bool)
-    for part, ranges in cuts:
-        _place(part, ranges, joined, covered, dtype)
+    return np.memmap(entry.path, np.uint8, "r", entry.offset, in_blocks(entry.shape, entry.dtype))
+
+
+def _joined(name: str, blocks: tuple[int, ...], cuts, first: int, last: int) -> "np.ndarray":
+    """The rows from `first` to `last` of a tensor."""
+    import numpy as np
+
+    joined = np.empty((last - first, *blocks[1:]), np.uint8)
+    covered = np.zeros(joined.shape[:-1], bool)
+    for data, ranges in cuts:
+        for there, here in _boxes(ranges, first, last):
+            joined[there] = data[here]
+            covered[there] = True
     if not covered.all():
         raise CheckpointError(
-            f"tensor {name}: {int((~covered).sum())} of {covered.size} elements are in no rank's file"
+            f"tensor {name}: {int((~covered).sum())} elements from row {first} on are in no rank's file"
         )
-    assert joined.nbytes == stored_bytes(shape, dtype)
-    os.pwrite(target, joined.data, offset)
+    return joined
 
 
-def _join_rows(name: str, blocks: tuple[int, ...], cuts: list[tuple[_Part, Ranges]], target: int, offset: int) -> None:
+def _join_rows(
+    name: str, blocks: tuple[int, ...], cuts: list[tuple[TensorEntry, Ranges]], target: int, offset: int
+) -> None:
     covered = merge(r for _, ranges in cuts for r in ranges[0])
     if covered != ((0, blocks[0]),):
         raise CheckpointError(f"tensor {name}: rows {covered} of {blocks[0]} are in the ranks' files")
     row = prod(blocks[1:])
-    for part, ranges in cuts:
+    for entry, ranges in cuts:
         filled = 0
         for start, stop in ranges[0]:
-            _copy(part, filled * row, target, offset + start * row, (stop - start) * row)
+            _copy(entry, filled * row, target, offset + start * row, (stop - start) * row)
             filled += stop - start
 
 
-def _copy(part: _Part, start: int, target: int, offset: int, count: int) -> None:
-    with part.path.open("rb") as file:
-        copy_bytes(file.fileno(), part.offset + start, target, offset, count)
+def _copy(entry: TensorEntry, start: int, target: int, offset: int, count: int) -> None:
+    with entry.path.open("rb") as file:
+        copy_bytes(file.fileno(), entry.offset + start, target, offset, count)
 
 
-def _place(part: _Part, ranges: Ranges, joined, covered, dtype: str) -> None:
-    import numpy as np
-
-    local = in_blocks(part.tensor.shape, dtype)
-    with part.path.open("rb") as file:
-        data = np.frombuffer(os.pread(file.fileno(), part.tensor.nbytes, part.offset), np.uint8).reshape(local)
-    for there, here in _boxes(ranges):
-        joined[there] = data[here]
-        covered[there] = True
-
-
-def _boxes(ranges: Ranges) -> Iterator[tuple[tuple[slice, ...], tuple[slice, ...]]]:
-    """Every block of consecutive elements: its slices in the original and in the part."""
-    dims = []
-    for dim in ranges:
-        filled, pairs = 0, []
-        for start, stop in dim:
-            pairs.append((slice(start, stop), slice(filled, filled := filled + stop - start)))
-        dims.append(pairs)
+def _boxes(ranges: Ranges, first: int, last: int) -> Iterator[tuple[tuple[slice, ...], tuple[slice, ...]]]:
+    """Every block of consecutive elements in the rows from `first` to `last`: its slices in those and in the part."""
+    dims = [_slices(ranges[0], first, last), *(_slices(dim, 0, dim[-1][1]) for dim in ranges[1:])]
     for box in product(*dims):
         yield tuple(there for there, _ in box), tuple(here for _, here in box)
+
+
+def _slices(dim: tuple[Range, ...], first: int, last: int) -> list[tuple[slice, slice]]:
+    filled, pairs = 0, []
+    for start, stop in dim:
+        low, high = max(start, first), min(stop, last)
+        if low < high:
+            pairs.append((slice(low - first, high - first), slice(filled + low - start, filled + high - start)))
+        filled += stop - start
+    return pairs

@@ -7,12 +7,14 @@ without the model's code. `source.json` keeps the headers of the original files,
 
 import json
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from shardwise.sharding.axes import Range
 from shardwise.sharding.checkpoint.header import STORAGE, CheckpointError, TensorEntry
+from shardwise.sharding.checkpoint.safetensors import read_with_metadata
 
 PLAN, SOURCE, JOURNAL = "plan.json", "source.json", "shard.journal"
 PARTIAL = ".partial"
@@ -53,6 +55,17 @@ def make_folder(folder: Path) -> None:
         raise CheckpointError(f"{folder} is a file, or lies below one; give a folder as --out") from None
 
 
+@contextmanager
+def writing_into(folder: Path) -> Iterator[None]:
+    """Name the folder in errors of the system that name nothing, such as that of a full disk."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(folder)
+        raise
+
+
 def copy_small_files(source: Path, target: Path) -> None:
     """Config, index, tokenizer and chat template, but not what `shardwise shard` itself writes."""
     for pattern in COPIED:
@@ -86,26 +99,16 @@ def header_of(tensors: Iterable[RankTensor], plan_hash: str, rank: int, world: i
     return len(text).to_bytes(8, "little") + text
 
 
-def read_header(path: Path) -> tuple[dict[str, RankTensor], dict[str, int], str]:
-    """(tensors, byte offset of each in the file, plan hash) of a rank's file; CheckpointError if it is none."""
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if length > path.stat().st_size:
-            raise CheckpointError(f"{path}: header length {length} exceeds the file: truncated")
-        try:
-            fields = json.loads(file.read(length))
-            metadata = fields.pop("__metadata__")
-            cuts = json.loads(metadata["shardwise_cuts"])
-            plan_hash = metadata["shardwise_plan"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{path}: not a per-rank file: {error!r}") from None
-    tensors, offsets = {}, {}
-    for name, entry in fields.items():
-        begin, end = entry["data_offsets"]
-        cut = Cut(tuple(cuts[name][0]), _ranges(cuts[name][1])) if name in cuts else None
-        tensors[name] = RankTensor(name, entry["dtype"], tuple(entry["shape"]), end - begin, cut)
-        offsets[name] = 8 + length + begin
-    return tensors, offsets, plan_hash
+def read_header(path: Path) -> tuple[dict[str, TensorEntry], dict[str, Cut], str]:
+    """(what the file holds, how those that are cut are cut, plan hash); CheckpointError if it is no rank's file."""
+    tensors, metadata = read_with_metadata(path)
+    try:
+        cuts = {
+            name: Cut(tuple(shape), _ranges(r)) for name, (shape, r) in json.loads(metadata["shardwise_cuts"]).items()
+        }
+        return tensors, cuts, metadata["shardwise_plan"]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path}: not a per-rank file: {error!r}") from None
 
 
 def is_per_rank(folder: Path) -> bool:
@@ -135,10 +138,10 @@ def rank_entries(folder: Path, rank: int, world: int, plan_hash: str) -> dict[st
         raise CheckpointError(
             f"{folder}: written for {', '.join(worlds)} ranks, this job has {world}; merge it or run those"
         )
-    tensors, offsets, written_for = read_header(path)
+    tensors, _, written_for = read_header(path)
     if written_for != plan_hash:
         raise CheckpointError(f"{path}: written for another layout of {world} ranks; see {folder / PLAN}, or merge it")
-    return {n: TensorEntry(n, t.shape, t.dtype, path, offsets[n], t.nbytes) for n, t in tensors.items()}
+    return tensors
 
 
 def _entry(path: Path, name: str, fields: dict, start: int) -> TensorEntry:

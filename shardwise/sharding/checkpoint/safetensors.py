@@ -25,10 +25,14 @@ def read_safetensors(path: str | Path) -> dict[str, TensorEntry]:
     CheckpointError for a header that is truncated, too long, not JSON or names a tensor twice, for unknown dtypes,
     and for byte ranges that overlap, leave holes, lie outside or do not fit the shape. OSError when unreadable.
     """
-    path = Path(path)
+    return read_with_metadata(Path(path))[0]
+
+
+def read_with_metadata(path: Path) -> tuple[dict[str, TensorEntry], Any]:
+    """As `read_safetensors`, and what the file says of itself, None where it says nothing."""
     text, start, size = _header_text(path)
     header = _parse(path, text)
-    header.pop("__metadata__", None)
+    metadata = header.pop("__metadata__", None)
     tensors = {name: _entry(path, name, fields, start) for name, fields in header.items()}
     check_ranges(tensors.values(), start, size)
     covered = start + sum(entry.nbytes for entry in tensors.values())
@@ -36,7 +40,7 @@ def read_safetensors(path: str | Path) -> dict[str, TensorEntry]:
         raise CheckpointError(
             f"{path}: tensors cover {covered - start} of {size - start} data bytes: holes or trailing data"
         )
-    return tensors
+    return tensors, metadata
 
 
 def read_safetensors_folder(folder: str | Path) -> dict[str, TensorEntry]:

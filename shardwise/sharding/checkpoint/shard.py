@@ -14,7 +14,7 @@ from itertools import groupby
 from math import prod
 from pathlib import Path
 
-from shardwise.sharding.checkpoint.copying import Source, copy_part
+from shardwise.sharding.checkpoint.copying import Source, copy_part, write_all
 from shardwise.sharding.checkpoint.header import STORAGE, CheckpointError, TensorEntry
 from shardwise.sharding.checkpoint.per_rank import (
     JOURNAL,
@@ -27,7 +27,9 @@ from shardwise.sharding.checkpoint.per_rank import (
     copy_small_files,
     file_name,
     header_of,
+    is_per_rank,
     make_folder,
+    writing_into,
 )
 from shardwise.sharding.checkpoint.resolve import Checkpoint
 from shardwise.sharding.document import document
@@ -51,13 +53,24 @@ def write_shards(plan: Plan, checkpoint: Checkpoint, out: Path, *, progress: Pro
     """Write one file a rank and one for the rest, `plan.json`, `source.json` and the model's small files into `out`.
 
     Returns the safetensors files. Goes on where an interrupted call with the same plan stopped. CheckpointError when
-    the source is not a safetensors folder, when `out` is the source itself, or holds another plan's files.
+    the source is a GGUF file or has one file a rank already, when `out` is the source itself, or holds another plan's
+    files.
     """
     if checkpoint.gguf is not None:
         raise CheckpointError(f"{checkpoint.path}: GGUF types have no safetensors form; shard a safetensors folder")
     make_folder(out)
     if out.resolve() == checkpoint.path.resolve():
         raise CheckpointError(f"{out} is the model's own folder; give another --out")
+    if is_per_rank(checkpoint.path):
+        raise CheckpointError(
+            f"{checkpoint.path} holds one file a rank already; for another layout take the original files back first: "
+            f"shardwise shard {checkpoint.path} --merge --out DIR"
+        )
+    with writing_into(out):
+        return _write(plan, checkpoint, out, progress)
+
+
+def _write(plan: Plan, checkpoint: Checkpoint, out: Path, progress: Progress | None) -> list[Path]:
     described = document(plan)
     plan_hash = described["hash"]
     finals = [*(out / file_name(r, plan.layout.world) for r in range(plan.layout.world)), out / REST]
@@ -148,7 +161,7 @@ def _open(path: Path, header: bytes, size: int, fresh: bool) -> int:
         raise CheckpointError(f"{path}: missing or not {size} bytes, though {JOURNAL} notes it: delete the folder")
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | (os.O_TRUNC if fresh else 0), 0o644)
     os.truncate(descriptor, size)  # what padding leaves unwritten reads as zeros
-    os.pwrite(descriptor, header, 0)
+    write_all(descriptor, header, 0)
     return descriptor
 
 
