@@ -226,7 +226,7 @@ def _strategies(group) -> list[str]:
 
 def _beside(group, wanted) -> "Peers | None":
     """Peers of a group on CUDA that has NCCL beneath it, where any are wanted."""
-    nccl = getattr(group, "beyond", group)
+    nccl = getattr(group, "fallback", group)
     if wanted["device"] != "cuda" or nccl.transport != "nccl" or not wanted.get("peers"):
         return None
     from shardwise.comm.bench_peers import Peers

@@ -25,8 +25,8 @@ REGION = 1 << 15
 class SharedWorkspace(Workspace):
     """Every rank's buffer is a file that all ranks map."""
 
-    def __init__(self, beyond, folder: str):
-        self.rank, self.size, self.ranks = beyond.rank, beyond.size, beyond.ranks
+    def __init__(self, fallback, folder: str):
+        self.rank, self.size, self.ranks = fallback.rank, fallback.size, fallback.ranks
         self.region_bytes = REGION
         self.failure = None
         words = (HEADER_BYTES + SLOTS * (self.size - 1) * REGION) // 4
@@ -42,7 +42,7 @@ class SharedWorkspace(Workspace):
         self.counters = torch.zeros(COUNTERS, dtype=torch.int32)
         self.records = torch.zeros(2 * RECORDS, dtype=torch.int64)
         self._seen = self.records.numpy()
-        beyond.all_gather_object(None)
+        fallback.all_gather_object(None)
 
     def on_device(self):
         return contextlib.nullcontext()
@@ -80,9 +80,9 @@ class OnCpu(P2PCommunicator):
     devices = ("cpu",)
 
 
-def join(beyond, folder: str) -> OnCpu:
-    workspace = SharedWorkspace(beyond, folder)
-    group = OnCpu(beyond, workspace, InterpretedLauncher(workspace))
+def join(fallback, folder: str) -> OnCpu:
+    workspace = SharedWorkspace(fallback, folder)
+    group = OnCpu(fallback, workspace, InterpretedLauncher(workspace))
     group.test_links()
     return group
 
@@ -130,17 +130,17 @@ def check_variants(group: OnCpu) -> None:
 
 def faults(info: RankInfo, store, folder: str) -> None:
     """One after another, each on memory of its own."""
-    beyond = create(info, store=store)
+    fallback = create(info, store=store)
     for fault in (missing_rank, aborted, broken_links):
         place = Path(folder, fault.__name__)
         place.mkdir(exist_ok=True)
-        fault(info, beyond, str(place))
-        beyond.barrier()
+        fault(info, fallback, str(place))
+        fallback.barrier()
 
 
-def missing_rank(info: RankInfo, beyond, folder: str) -> None:
+def missing_rank(info: RankInfo, fallback, folder: str) -> None:
     """Rank 1 stays away from the second call; rank 0 learns so at the next synchronisation and stays broken."""
-    group = join(beyond, folder)
+    group = join(fallback, folder)
     group.deadlines = Deadlines(collective=0.3)
     x = torch.ones(64)
     group.all_reduce(x, strategy="TWOSHOT")
@@ -159,8 +159,8 @@ def missing_rank(info: RankInfo, beyond, folder: str) -> None:
             group.all_reduce(x)
 
 
-def aborted(info: RankInfo, beyond, folder: str) -> None:
-    group = join(beyond, folder)
+def aborted(info: RankInfo, fallback, folder: str) -> None:
+    group = join(fallback, folder)
     if info.rank == 0:
         group.all_reduce(torch.ones(64), strategy="ONESHOT")
         with pytest.raises(CommError, match="aborted by a rank of the group"):
@@ -170,7 +170,7 @@ def aborted(info: RankInfo, beyond, folder: str) -> None:
         group.workspace.stop_waits()
 
 
-def broken_links(info: RankInfo, beyond, folder: str) -> None:
+def broken_links(info: RankInfo, fallback, folder: str) -> None:
     """A link that loses data, then one that changes it: every rank refuses, with the link's name."""
 
     class LossyLauncher(InterpretedLauncher):
@@ -189,6 +189,6 @@ def broken_links(info: RankInfo, beyond, folder: str) -> None:
         ("nothing", "rank 0 received nothing"),
     ):
         Path(folder, fault).mkdir(exist_ok=True)
-        workspace = SharedWorkspace(beyond, str(Path(folder, fault)))
+        workspace = SharedWorkspace(fallback, str(Path(folder, fault)))
         with pytest.raises(P2PUnavailable, match=text):
-            OnCpu(beyond, workspace, LossyLauncher(workspace, fault)).test_links()
+            OnCpu(fallback, workspace, LossyLauncher(workspace, fault)).test_links()

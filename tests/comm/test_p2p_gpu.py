@@ -29,34 +29,34 @@ pytestmark = [pytest.mark.gpu, needs_gpu]
 REGION = 1 << 20
 
 
-def p2p(beyond, deadline=20.0, region_bytes=REGION):
+def p2p(fallback, deadline=20.0, region_bytes=REGION):
     from shardwise.comm.p2p.communicator import P2PCommunicator
 
-    group = P2PCommunicator.connect(beyond, region_bytes=region_bytes)
+    group = P2PCommunicator.connect(fallback, region_bytes=region_bytes)
     group.deadlines = Deadlines(collective=deadline)
     return group
 
 
 def on_own_stream(body):
     """Ranks that are threads share the GPUs; each takes a stream of its own, as kernels wait for each other."""
-    beyond = current_groups().world
-    torch.cuda.set_device(beyond.rank % torch.cuda.device_count())
+    fallback = current_groups().world
+    torch.cuda.set_device(fallback.rank % torch.cuda.device_count())
     with torch.cuda.stream(torch.cuda.Stream()):
-        return body(beyond)
+        return body(fallback)
 
 
 @pytest.mark.parametrize("world", [2, 4, 8])
 def test_ranks_as_threads(world):
     cases = FEW_CASES if world == 2 else FEW_CASES[:1]  # ranks of one process compile one after another, each its own
 
-    def body(beyond):
-        group = p2p(beyond)
+    def body(fallback):
+        group = p2p(fallback)
         check_sums(group, cases, ("ONESHOT", "TWOSHOT"))
         check_fused(group, cases, ("ONESHOT", "TWOSHOT"))
         if world < 8:
             check_pieces(group)
             check_low_precision(group, (40_000,), (torch.bfloat16,))
-        beyond.all_gather_object(None)
+        fallback.all_gather_object(None)
         group.workspace.close()
 
     run_threads(world, on_own_stream, body)
@@ -64,8 +64,8 @@ def test_ranks_as_threads(world):
 
 @pytest.mark.parametrize("world, missing", [(2, (1,)), (4, (2, 3))])
 def test_ranks_that_never_call_are_named_and_the_kernel_ends(world, missing):
-    def body(beyond):
-        group = p2p(beyond, deadline=0.5)
+    def body(fallback):
+        group = p2p(fallback, deadline=0.5)
         x = torch.ones(4096, device="cuda")
         warm(group, lambda: group.all_reduce(x, strategy="ONESHOT"))
         if group.rank not in missing:
@@ -78,15 +78,15 @@ def test_ranks_that_never_call_are_named_and_the_kernel_ends(world, missing):
             assert out.isnan().all(), "what did not arrive is not a number"
             with pytest.raises(CommError):
                 group.all_reduce(x)
-        beyond.all_gather_object(None)
+        fallback.all_gather_object(None)
         group.workspace.close()
 
     run_threads(world, on_own_stream, body)
 
 
 def test_abort_ends_a_wait_on_the_device():
-    def body(beyond):
-        group = p2p(beyond, deadline=60)
+    def body(fallback):
+        group = p2p(fallback, deadline=60)
         x = torch.ones(4096, device="cuda")
         warm(group, lambda: group.all_reduce(x, strategy="ONESHOT"))
         begun = time.monotonic()
@@ -98,15 +98,15 @@ def test_abort_ends_a_wait_on_the_device():
         else:
             time.sleep(0.3)
             group.workspace.stop_waits()
-        beyond.all_gather_object(None)
+        fallback.all_gather_object(None)
         group.workspace.close()
 
     run_threads(2, on_own_stream, body)
 
 
 def test_one_workspace_serves_one_thread_at_a_time():
-    def body(beyond):
-        group = p2p(beyond)
+    def body(fallback):
+        group = p2p(fallback)
         with group._flight:
             caught = []
 
@@ -120,7 +120,7 @@ def test_one_workspace_serves_one_thread_at_a_time():
             thread.start()
             thread.join()
         assert "two threads" in caught[0]
-        beyond.all_gather_object(None)
+        fallback.all_gather_object(None)
         group.workspace.close()
 
     run_threads(2, on_own_stream, body)
@@ -129,9 +129,9 @@ def test_one_workspace_serves_one_thread_at_a_time():
 def test_another_number_of_ranks_is_refused_with_the_reason():
     from shardwise.comm.p2p.workspace import P2PUnavailable
 
-    def body(beyond):
+    def body(fallback):
         with pytest.raises(P2PUnavailable, match="group of 3 ranks"):
-            p2p(beyond)
+            p2p(fallback)
 
     run_threads(3, on_own_stream, body)
 
@@ -141,8 +141,8 @@ def run_checks(info: RankInfo, store, names: list[str]) -> dict[str, str]:
     from shardwise.comm.strategy import create
 
     torch.cuda.set_device(info.local_rank)
-    beyond = create(info, store=store)
-    group = p2p(beyond)
+    fallback = create(info, store=store)
+    group = p2p(fallback)
     failed = {}
     with torch.cuda.stream(torch.cuda.Stream()):
         for name in names:
@@ -150,7 +150,7 @@ def run_checks(info: RankInfo, store, names: list[str]) -> dict[str, str]:
                 CHECKS[name](group)
             except Exception:
                 failed[name] = traceback.format_exc()
-            beyond.barrier()
+            fallback.barrier()
     group.close()
     return failed
 
@@ -200,8 +200,8 @@ def rank_that_misses_replays(info: RankInfo, store) -> str:
     from shardwise.comm.strategy import create
 
     torch.cuda.set_device(info.local_rank)
-    beyond = create(info, store=store)
-    group = p2p(beyond, deadline=1.0)
+    fallback = create(info, store=store)
+    group = p2p(fallback, deadline=1.0)
     x = torch.ones(1 << 14, device="cuda")
     with torch.cuda.stream(torch.cuda.Stream()):
         out = group.all_reduce(x)
@@ -217,7 +217,7 @@ def rank_that_misses_replays(info: RankInfo, store) -> str:
             told = "done"
         except CollectiveTimeout as error:
             told = f"{error.missing} {error}"
-    beyond.barrier()  # rank 1's memory must stay while rank 0 still writes into it
+    fallback.barrier()  # rank 1's memory must stay while rank 0 still writes into it
     return told
 
 

@@ -41,7 +41,7 @@ def symmetric_memory(info: RankInfo, store) -> str:
     ):
         parts = [part.round() for part in everyones(2, (count,), dtype, 40)]
         x = parts[group.rank].cuda()
-        for each in (group, group.beyond):
+        for each in (group, group.fallback):
             found = each.all_reduce(x, strategy="SYMM_MEM")
             assert torch.equal(found.cpu(), rounded_sum(parts)), (count, dtype, each)
     told = refusal(group, x.half(), "SYMM_MEM")
@@ -82,7 +82,7 @@ def window(info: RankInfo, store, logs: str) -> tuple[str, str]:
     from shardwise.comm.strategy import create
 
     group = create(info, store=store, device="cuda", transport="p2p")
-    group.beyond.all_reduce(torch.ones(8, device="cuda"))
+    group.fallback.all_reduce(torch.ones(8, device="cuda"))
     torch.cuda.synchronize()
     log = Path(logs) / f"nccl.{os.getpid()}"
     assert " 0 nvls channels" in log.read_text(), log.read_text()[-4000:]
@@ -94,7 +94,7 @@ def window(info: RankInfo, store, logs: str) -> tuple[str, str]:
     ):
         parts = everyones(2, (count,), dtype, 40)
         x = parts[group.rank].cuda()
-        for each in (group, group.beyond):
+        for each in (group, group.fallback):
             assert_sum(each.all_reduce(x, strategy="NCCL_SYMMETRIC").cpu(), parts)
         assert_sum(group.all_reduce(x, out=x, strategy="NCCL_SYMMETRIC").cpu(), parts)
     check_window_graph(group)

@@ -15,7 +15,7 @@ from shardwise.comm import watch
 from shardwise.comm.base import CollectiveTimeout, CommError
 from shardwise.comm.collective import BaseCommunicator
 from shardwise.comm.p2p import table
-from shardwise.comm.p2p.delegate import BEYOND, Delegating, with_reason
+from shardwise.comm.p2p.delegate import FALLBACK_STRATEGIES, Delegating, with_reason
 from shardwise.comm.p2p.table import DTYPES, HALVES, Tuning
 from shardwise.comm.p2p.workspace import P2PUnavailable, Workspace
 
@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     from shardwise.comm.p2p.launch import Launcher
 
 LOW_PRECISION = "LOWPRECISION"
-_ANY_DTYPE = ("AUTO", *BEYOND)
+_ANY_DTYPE = ("AUTO", *FALLBACK_STRATEGIES)
 """Strategies that take what the kernels do not sum, too."""
-_NO_LAUNCH = (*BEYOND, LOW_PRECISION)
+_NO_LAUNCH = (*FALLBACK_STRATEGIES, LOW_PRECISION)
 """Strategies that no launch of the table serves."""
 KEPT = 4096
 """Shapes whose launch is kept; prompts come in many lengths."""
@@ -36,9 +36,9 @@ _SELF_TEST_WORDS = 256
 class P2PCommunicator(Delegating):
     """One rank's end of a group of GPUs that write into each other's memory."""
 
-    def __init__(self, beyond: BaseCommunicator, workspace: Workspace, launcher: "Launcher"):
-        """On a workspace of `beyond`'s ranks; `connect` makes both. `beyond` does all that the kernels do not."""
-        super().__init__(beyond, "p2p")
+    def __init__(self, fallback: BaseCommunicator, workspace: Workspace, launcher: "Launcher"):
+        """On a workspace of `fallback`'s ranks; `connect` makes both. `fallback` does all that the kernels do not."""
+        super().__init__(fallback, "p2p")
         self.strategies = (*self.strategies, LOW_PRECISION)
         self.workspace = workspace
         self.launcher = launcher
@@ -47,31 +47,31 @@ class P2PCommunicator(Delegating):
         self._fused_tunings: dict[tuple, Tuning | None] = {}
 
     @classmethod
-    def connect(cls, beyond: BaseCommunicator, *, region_bytes: int | None = None) -> "P2PCommunicator":
-        """Every rank of `beyond` calls it, with its GPU as the current device.
+    def connect(cls, fallback: BaseCommunicator, *, region_bytes: int | None = None) -> "P2PCommunicator":
+        """Every rank of `fallback` calls it, with its GPU as the current device.
 
         region_bytes  workspace for one peer; 2 * (size - 1) times that is allocated. Larger calls go in pieces
         Raises P2PUnavailable on every rank when one cannot, or when the links fail their test.
         """
-        workspace = Workspace(beyond, region_bytes=region_bytes)
+        workspace = Workspace(fallback, region_bytes=region_bytes)
         from shardwise.comm.p2p.launch import Launcher  # triton is there: every rank has just said so
 
-        group = cls(beyond, workspace, Launcher(workspace, SELF_TEST_SECONDS))
+        group = cls(fallback, workspace, Launcher(workspace, SELF_TEST_SECONDS))
         group.test_links()
         group.reason = f"CUDA IPC between {group.size} GPUs of one host, links tested"
         return group
 
     @classmethod
-    def or_beyond(cls, beyond: BaseCommunicator) -> BaseCommunicator:
-        """The group on these kernels where they run, else `beyond` itself with the reason."""
+    def or_fallback(cls, fallback: BaseCommunicator) -> BaseCommunicator:
+        """The group on these kernels where they run, else `fallback` itself with the reason."""
         try:
-            return cls.connect(beyond)
+            return cls.connect(fallback)
         except P2PUnavailable as error:
-            return with_reason(beyond, str(error))
+            return with_reason(fallback, str(error))
 
     def explain(self, op: str, payload: int) -> str:
         if not op.startswith("all_reduce"):
-            return f"{self.beyond.transport}: no kernel of this package does it"
+            return f"{self.fallback.transport}: no kernel of this package does it"
         strategy = "MIN_LATENCY" if self.deterministic else "AUTO"
         return table.choose(self.size, payload, op.endswith("norm"), strategy).reason
 
@@ -136,7 +136,7 @@ class P2PCommunicator(Delegating):
         )
 
     def _tuning(self, tensor: Tensor, strategy: str, fused: bool) -> Tuning | None:
-        """How our kernels are launched; None where the call is the group's beyond, or in fp8."""
+        """How our kernels are launched; None where the call goes to the fallback group, or is fp8."""
         if strategy in _NO_LAUNCH or (tensor.dtype not in DTYPES and strategy == "AUTO"):
             return None
         wanted = "MIN_LATENCY" if self.deterministic and strategy == "AUTO" else strategy
@@ -148,7 +148,7 @@ class P2PCommunicator(Delegating):
             with self._flight:
                 self.launcher.low_precision(source, target)
         elif tuning is None:
-            self.beyond._reduce(source, target, strategy)
+            self.fallback._reduce(source, target, strategy)
         else:
             with self._flight:
                 self.launcher.all_reduce(source, target, tuning)
@@ -168,10 +168,10 @@ class P2PCommunicator(Delegating):
         out = torch.empty_like(x)
         tuning = Tuning("ONESHOT", warps=4, lanes=128)
         self.launcher.all_reduce(x, out, tuning, launch=False)
-        self.beyond.all_gather_object(None)  # the deadline must not run while a peer still compiles
+        self.fallback.all_gather_object(None)  # the deadline must not run while a peer still compiles
         self.launcher.all_reduce(x, out, tuning)
         self.workspace.synchronize()
-        reports = [text for texts in self.beyond.all_gather_object(self._broken_links(out)) for text in texts]
+        reports = [text for texts in self.fallback.all_gather_object(self._broken_links(out)) for text in texts]
         if reports:
             self.workspace.close()
             raise P2PUnavailable("GPU peer-to-peer is disabled, its self-test failed: " + "; ".join(reports))
@@ -190,8 +190,8 @@ class P2PCommunicator(Delegating):
             if not torch.equal(rows[place], expected * (rank + 1))
         ]
 
-    def _split(self, name: str, members: list[int], colors: list[int]) -> BaseCommunicator:
-        group = P2PCommunicator.or_beyond(self._split_beyond(members, colors))
+    def _split(self, name: str, members: list[int], colors: list[int], keys: list[int]) -> BaseCommunicator:
+        group = P2PCommunicator.or_fallback(self._split_fallback(members, colors))
         group.name = name
         return group
 
@@ -211,13 +211,13 @@ def create(
 
     `fallback` serves what the kernels do not; without one, `control` does, where it moves CUDA tensors at all.
     """
-    beyond = fallback or control
+    fallback = fallback or control
     if transport == "p2p":
-        return P2PCommunicator.connect(beyond)
+        return P2PCommunicator.connect(fallback)
     if transport == "flashinfer":
         from shardwise.comm.p2p.flashinfer import FlashInferCommunicator
 
-        return FlashInferCommunicator(beyond)
+        return FlashInferCommunicator(fallback)
     raise ValueError(f"transport {transport!r} has no peer-to-peer kernels; legal: p2p, flashinfer")
 
 

@@ -24,7 +24,7 @@ _VECTOR = 8
 _LEAST_HIDDEN = 32 * _VECTOR
 """A token has a thread for each vector; their sum is taken by whole warps."""
 _FLAT_HIDDEN = 1024
-"""Hidden size that a flat tensor is given; other lengths go to `beyond`."""
+"""Hidden size that a flat tensor is given; other lengths go to `fallback`."""
 ONE_SHOT_BYTES = 8 << 20
 """Above it a group of more than two takes the two-shot kernel when AUTO chooses."""
 
@@ -32,14 +32,14 @@ ONE_SHOT_BYTES = 8 << 20
 class FlashInferCommunicator(Delegating):
     """One rank's end of a group on one host, demo mode only."""
 
-    def __init__(self, beyond: BaseCommunicator, *, max_tokens: int = 2048, max_hidden: int = 8192):
-        """Every rank of `beyond` (transport nccl) calls it. A call may have max_tokens * max_hidden elements.
+    def __init__(self, fallback: BaseCommunicator, *, max_tokens: int = 2048, max_hidden: int = 8192):
+        """Every rank of `fallback` (transport nccl) calls it. A call may have max_tokens * max_hidden elements.
 
-        Larger calls, float32, and shapes that the kernels do not take go to `beyond`.
+        Larger calls, float32, and shapes that the kernels do not take go to `fallback`.
         """
-        super().__init__(beyond, "flashinfer")
+        super().__init__(fallback, "flashinfer")
         self.max_elements = max_tokens * max_hidden
-        reasons = beyond.all_gather_object(self._obstacle())
+        reasons = fallback.all_gather_object(self._obstacle())
         if any(reasons):
             failed = [f"rank {self.ranks[r]}: {text}" for r, text in enumerate(reasons) if text]
             raise P2PUnavailable("FlashInfer's all-reduce is not available: " + "; ".join(failed))
@@ -48,7 +48,7 @@ class FlashInferCommunicator(Delegating):
             self.size,
             max_tokens,
             max_hidden,
-            group=beyond.group,  # type: ignore[attr-defined]
+            group=fallback.group,  # type: ignore[attr-defined]
             use_symm_dev_mem=False,
         )
         self.reason = "FlashInfer's TRT-LLM kernels over CUDA IPC"
@@ -56,7 +56,7 @@ class FlashInferCommunicator(Delegating):
     def _obstacle(self) -> str | None:
         if importlib.util.find_spec("flashinfer") is None:
             return "the package flashinfer-python is not installed"
-        if self.beyond.transport != "nccl":
+        if self.fallback.transport != "nccl":
             return "its workspace is exchanged over torch.distributed, this group has none; use transport p2p"
         if self.size not in WORLDS:
             return f"groups of {', '.join(map(str, WORLDS))} ranks, not {self.size}"
@@ -91,7 +91,7 @@ class FlashInferCommunicator(Delegating):
 
     def _reduce(self, source: Tensor, target: Tensor, strategy: str) -> None:
         if strategy not in KERNELS or not self._fits(source, target) or source.numel() % _FLAT_HIDDEN:
-            self.beyond._reduce(source, target, strategy)  # which has algorithms of these names too
+            self.fallback._reduce(source, target, strategy)  # which has algorithms of these names too
             return
         pattern = self._library.AllReduceFusionPattern.kAllReduce
         self._run(source, _FLAT_HIDDEN, strategy, pattern, allreduce_out=target)
@@ -121,16 +121,16 @@ class FlashInferCommunicator(Delegating):
             layout_code=None,
         )
 
-    def _split(self, name: str, members: list[int], colors: list[int]) -> BaseCommunicator:
-        beyond = self._split_beyond(members, colors)
-        beyond.name = name
-        return with_reason(beyond, "sub-groups of a flashinfer group use NCCL: its workspace serves the whole group")
+    def _split(self, name: str, members: list[int], colors: list[int], keys: list[int]) -> BaseCommunicator:
+        fallback = self._split_fallback(members, colors)
+        fallback.name = name
+        return with_reason(fallback, "sub-groups of a flashinfer group use NCCL: its workspace serves the whole group")
 
     def close(self) -> None:
         if self._handles and self.broken is None:  # giving memory back is a collective: a broken group leaves it
             self._library.trtllm_destroy_ipc_workspace_for_all_reduce_fusion(
                 self._handles,
-                group=self.beyond.group,  # type: ignore[attr-defined]
+                group=self.fallback.group,  # type: ignore[attr-defined]
             )
             self._handles = []
         super().close()

@@ -40,7 +40,7 @@ class Tuning:
 
 @dataclass(frozen=True)
 class Choice:
-    """`tuning` None: leave the call to the group beyond (NCCL)."""
+    """`tuning` None: leave the call to the fallback group (NCCL)."""
 
     tuning: Tuning | None
     reason: str
