@@ -206,7 +206,7 @@ def _create_cuda(request: _Request) -> "BaseCommunicator":
     if request.transport == "nccl":
         return nccl
     if request.transport == "auto":
-        return P2PCommunicator.or_beyond(nccl)
+        return P2PCommunicator.or_fallback(nccl)
     try:
         return create_p2p(control, transport=request.transport, fallback=nccl)
     except P2PUnavailable as error:  # on every rank alike

@@ -25,10 +25,10 @@ def test_without_a_gpu_every_rank_is_told_why():
 
 
 @without_cuda
-def test_the_group_beyond_serves_and_says_the_reason():
+def test_the_fallback_group_serves_and_says_the_reason():
     def body():
         world = current_groups().world
-        group = P2PCommunicator.or_beyond(world)
+        group = P2PCommunicator.or_fallback(world)
         assert group is world
         return group.why()
 
