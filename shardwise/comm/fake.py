@@ -61,7 +61,7 @@ class FakeCommunicator(BaseCommunicator):
     def _exchange(self, blob: bytes) -> list[bytes]:
         return [blob] * self.size
 
-    def _split(self, name: str, members: list[int], colors: list[int]) -> "FakeCommunicator":
+    def _split(self, name: str, members: list[int], colors: list[int], keys: list[int]) -> "FakeCommunicator":
         return FakeCommunicator(
             members.index(self.rank),
             [self.ranks[i] for i in members],

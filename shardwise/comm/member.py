@@ -87,7 +87,7 @@ class Member(Communicator):
         name = f"{self.name}/{self._splits}.{color}"
         if len(set(colors)) == self.size:
             return self._alone(name)
-        part = self._split(name, [rank for _, rank in members], list(colors))
+        part = self._split(name, [rank for _, rank in members], list(colors), list(keys))
         self._parts.append(part)
         return part
 
@@ -193,8 +193,8 @@ class Member(Communicator):
         """Everyone's control message of at most MESSAGE_BYTES, in group order; lengths may differ."""
 
     @abstractmethod
-    def _split(self, name: str, members: list[int], colors: list[int]) -> "BaseCommunicator":
-        """Group of `members` (ranks of this group, in the new order); `colors` of all ranks of this group."""
+    def _split(self, name: str, members: list[int], colors: list[int], keys: list[int]) -> "BaseCommunicator":
+        """Group of `members` (ranks of this group, in the new order); `colors` and `keys`: of all ranks of this one."""
 
     @abstractmethod
     def _abort(self, reason: str) -> None: ...

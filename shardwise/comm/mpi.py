@@ -277,7 +277,7 @@ class MpiCommunicator(BaseCommunicator):
         self.comm.Allgather([framed(blob), self._mpi.BYTE], [frames, self._mpi.BYTE])
         return unframed(frames)
 
-    def _split(self, name: str, members: list[int], colors: list[int]) -> "MpiCommunicator":
+    def _split(self, name: str, members: list[int], colors: list[int], keys: list[int]) -> "MpiCommunicator":
         self._meet()
         comm = owned(self.comm.Split(colors[self.rank], members.index(self.rank)))
         group = MpiCommunicator(

@@ -335,7 +335,7 @@ class ShmCommunicator(BaseCommunicator):
     def _meet_for_nothing(self) -> None:
         self._round()
 
-    def _split(self, name: str, members: list[int], colors: list[int]) -> "ShmCommunicator":
+    def _split(self, name: str, members: list[int], colors: list[int], keys: list[int]) -> "ShmCommunicator":
         segment = share(
             lambda key, value: self.all_gather_object(value),
             members,

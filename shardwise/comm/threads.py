@@ -143,7 +143,7 @@ class ThreadsCommunicator(BaseCommunicator):
     def _exchange(self, blob: bytes) -> list[bytes]:
         return self._meet(blob, EXCHANGE)
 
-    def _split(self, name: str, members: list[int], colors: list[int]) -> "ThreadsCommunicator":
+    def _split(self, name: str, members: list[int], colors: list[int], keys: list[int]) -> "ThreadsCommunicator":
         return ThreadsCommunicator(
             self._board.child(name, len(members)),
             members.index(self.rank),

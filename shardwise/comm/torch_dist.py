@@ -278,14 +278,10 @@ class TorchDistCommunicator(BaseCommunicator):
     def _gather_control(self, source: Tensor, joined: Tensor, counts: Sequence[int]) -> None:
         (self.control or self)._all_gather(source, joined, counts)
 
-    def _split(self, name: str, members: list[int], colors: list[int]) -> "TorchDistCommunicator":
+    def _split(self, name: str, members: list[int], colors: list[int], keys: list[int]) -> "TorchDistCommunicator":
         ranks = [self.ranks[i] for i in members]
         group = new_group(ranks, self.transport)
-        control = None
-        if self.control is not None:
-            control = self.control.split_known(
-                colors, [members.index(i) if i in members else i for i in range(self.size)]
-            )
+        control = None if self.control is None else self.control.split_known(colors, keys)
         part = TorchDistCommunicator(
             group,
             self.transport,

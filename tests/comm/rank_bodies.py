@@ -14,9 +14,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from shardwise.comm import arrival, mpi, segment
 from shardwise.comm.arrival import MessageArrivals
 from shardwise.comm.base import CommError
-from shardwise.comm.bootstrap import FolderStore
+from shardwise.comm.bootstrap import FolderStore, GroupRendezvous
 from shardwise.comm.rank import RankInfo
 from shardwise.comm.strategy import create
+from shardwise.comm.torch_dist import TorchDistCommunicator
 from shardwise.comm.watch import Deadlines
 
 
@@ -136,6 +137,17 @@ def create_twice(info, store):
     groups = [create(info, store=s, transport=t) for s, t in zip(stores, ("shm", "shm", "gloo"), strict=True)]
     inputs = [torch.tensor([factor * (info.rank + 1.0)]) for factor in (1, 10, 100)]
     return [group.all_reduce(x).item() for group, x in zip(groups, inputs, strict=True)]
+
+
+def split_with_control(info, store):
+    """Two parts of a group whose control messages go through another, as NCCL's do: ranks, a sum, what was told."""
+    torch.set_num_threads(1)
+    control = create(info, store=store, transport="shm")
+    whole = TorchDistCommunicator.join(GroupRendezvous(control), "gloo", control=control, deadlines=Deadlines())
+    part = whole.split_known([0, 0, 1, 1], [0, 1, 3, 2])
+    result = part.ranks, part.all_reduce(torch.tensor([float(info.rank)])).item(), part.all_gather_object(info.rank)
+    control.barrier()
+    return result
 
 
 def rank_1_fails(info, store):

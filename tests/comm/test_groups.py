@@ -7,6 +7,7 @@ import torch
 
 from shardwise.comm import watch
 from shardwise.comm.fake import FakeCommunicator
+from shardwise.comm.p2p.delegate import Delegating
 from shardwise.comm.rank import current_groups
 from shardwise.comm.strategy import make_groups
 from shardwise.comm.watch import Deadlines
@@ -103,3 +104,30 @@ def test_run_processes_tells_which_rank_failed_and_why():
     with pytest.raises(RankFailed, match="KeyError: 'no such thing'") as caught:
         run_processes(2, "rank_bodies:rank_1_fails")
     assert caught.value.rank == 1
+
+
+def test_a_group_that_stands_on_another_splits_into_several():
+    """As the GPUs' groups do: every rank tells the group beneath the same colors and keys."""
+
+    class Above(Delegating):
+        devices = ("cpu",)
+
+        def _split(self, name, members, colors, keys):
+            return self._split_fallback(colors, keys)
+
+    def body():
+        group = Above(current_groups().world, "p2p")
+        parts = [
+            group.split_known(colors, keys)
+            for colors, keys in (([0, 0, 1, 1], None), ([0, 1, 0, 1], [3, 2, 1, 0]), ([5, 5, 5, 2], None))
+        ]
+        return [(part.ranks, part.all_reduce(torch.tensor([group.rank])).item()) for part in parts]
+
+    results = run_threads(4, body)
+    assert results[0] == [((0, 1), 1), ((2, 0), 2), ((0, 1, 2), 3)]
+    assert results[3] == [((2, 3), 5), ((3, 1), 4), ((3,), 3)]
+
+
+def test_control_groups_split_as_the_groups_that_they_serve():
+    results = run_processes(4, "rank_bodies:split_with_control")
+    assert results == [((0, 1), 1.0, [0, 1]), ((0, 1), 1.0, [0, 1]), ((3, 2), 5.0, [3, 2]), ((3, 2), 5.0, [3, 2])]

@@ -53,7 +53,7 @@ class Nothing:
 class Imagined(FakeCommunicator):
     devices = ("meta",)
 
-    def _split(self, name, members, colors):
+    def _split(self, name, members, colors, keys):
         return Imagined(members.index(self.rank), [self.ranks[i] for i in members], name=name)
 
     def all_reduce_residual_rms_norm(self, tensor, residual, weight, eps, **options):

@@ -191,7 +191,7 @@ class P2PCommunicator(Delegating):
         ]
 
     def _split(self, name: str, members: list[int], colors: list[int], keys: list[int]) -> BaseCommunicator:
-        group = P2PCommunicator.or_fallback(self._split_fallback(members, colors))
+        group = P2PCommunicator.or_fallback(self._split_fallback(colors, keys))
         group.name = name
         return group
 

@@ -56,9 +56,8 @@ class Delegating(BaseCommunicator):
     def _gather_control(self, source: Tensor, joined: Tensor, counts: Sequence[int]) -> None:
         self.fallback._gather_control(source, joined, counts)
 
-    def _split_fallback(self, members: list[int], colors: list[int]) -> BaseCommunicator:
-        order = [members.index(rank) if rank in members else 0 for rank in range(self.size)]
-        group = self.fallback.split_known(colors, order)
+    def _split_fallback(self, colors: list[int], keys: list[int]) -> BaseCommunicator:
+        group = self.fallback.split_known(colors, keys)
         assert isinstance(group, BaseCommunicator)
         return group
 

@@ -122,7 +122,7 @@ class FlashInferCommunicator(Delegating):
         )
 
     def _split(self, name: str, members: list[int], colors: list[int], keys: list[int]) -> BaseCommunicator:
-        fallback = self._split_fallback(members, colors)
+        fallback = self._split_fallback(colors, keys)
         fallback.name = name
         return with_reason(fallback, "sub-groups of a flashinfer group use NCCL: its workspace serves the whole group")
 
