@@ -18,7 +18,19 @@ import triton.language as tl
 
 from shardwise.comm.p2p import memory, workspace
 from shardwise.comm.p2p.asm import INTERPRET
-from shardwise.comm.p2p.rows import add, advance, begin, load_row, number, pack, push, region, store_row, unpack
+from shardwise.comm.p2p.rows import (
+    add,
+    advance,
+    begin,
+    load_row,
+    number,
+    pack,
+    push,
+    region,
+    store_row,
+    unpack,
+    waiting,
+)
 
 GROUPS, GROUP_CHUNKS = 4, 4
 CHUNK_VALUES = 8
@@ -186,7 +198,7 @@ def one_shot_fp8(
     begin(PDL)
     call = number(counters)
     parity = (call & 1).to(tl.int64)
-    what = call.to(tl.int64) | (_PHASE << 32)
+    what = waiting(call, _PHASE)
     for index in range(tl.program_id(0), rows, tl.num_programs(0)):
         row = tl.cast(index, tl.int64)
         start = row * (LANES * _LANE_VALUES)

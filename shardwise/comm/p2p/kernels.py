@@ -37,6 +37,7 @@ from shardwise.comm.p2p.rows import (
     region,
     row_length,
     sum_in_rank_order,
+    waiting,
 )
 
 ONE_SHOT = tl.constexpr(workspace.ONE_SHOT)
@@ -76,7 +77,7 @@ def one_shot(
     own = load_row(x + first * width, lane, limit, ALIGNED, WIDTH)
     call = number(counters)
     parity = (call & 1).to(tl.int64)
-    what = call.to(tl.int64) | (ONE_SHOT << 32)
+    what = waiting(call, ONE_SHOT)
     for ahead in tl.static_range(AHEAD):
         row = first + ahead * step
         limit = row_length(row, rows, width, total_elements)
@@ -186,8 +187,7 @@ def two_shot(
     begin(PDL)
     call = number(counters)
     parity = (call & 1).to(tl.int64)
-    reduce_what = call.to(tl.int64) | (TWO_SHOT_REDUCE << 32)
-    gather_what = call.to(tl.int64) | (TWO_SHOT_GATHER << 32)
+    reduce_what, gather_what = waiting(call, TWO_SHOT_REDUCE), waiting(call, TWO_SHOT_GATHER)
     turns = tl.cdiv(rows, WORLD)
     for ahead in tl.static_range(AHEAD):
         first = (tl.program_id(0) + ahead * step).to(tl.int64)

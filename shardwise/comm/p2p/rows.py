@@ -210,6 +210,12 @@ def number(counters):
 
 
 @triton.jit
+def waiting(call, PHASE: tl.constexpr):
+    """What a wait of this call records when it gives up: PHASE, and the number, which goes on from 0 after 2^31."""
+    return (call & 0x7FFFFFFF).to(tl.int64) | (PHASE << 32)
+
+
+@triton.jit
 def advance(counters, call):
     """Set the next call's number in this block's share of the copies, when all its threads have read this call's."""
     tl.debug_barrier()
