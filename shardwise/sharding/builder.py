@@ -80,8 +80,7 @@ class Builder:
             self.layer_number = number
             if self.quantization.by_layer:
                 layer = make(key)
-                stored = tuple((t.name, t.dtype) for t in layer.tensors)
-                layers.append(made.setdefault((key, stored), layer))
+                layers.append(made.setdefault((key, tuple(layer.tensors)), layer))
             else:
                 layers.append(made[key] if key in made else made.setdefault(key, make(key)))
         self.layer_number = None

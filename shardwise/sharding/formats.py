@@ -64,11 +64,6 @@ class Linear:
         """Suffix of a tensor beside the weight: `.weight_scale`, or `_weight_scale` where weights have no suffix."""
         return f".{name}" if self.suffix else f"_{name}"
 
-    def input_scale(self, static: bool) -> tuple[TensorSpec, ...]:
-        """The scale of a statically quantised input."""
-        name = self.companion("input_scale")
-        return (self.tensor("input_scale", name, None, None, "F32", optional=True),) if static else ()
-
     def turned(self) -> "Linear":
         """The same weight, stored the other way round."""
         return replace(self, transposed=not self.transposed)
@@ -97,13 +92,15 @@ class Fp8(Format):
     scale: str = "weight_scale"
     scale_dtype: str = "F32"
     one_element: bool = False
-    """The per-tensor scale has shape [1] instead of []."""
+    """A scale of a tensor has shape [1] instead of []."""
     dtype: str = "F8_E4M3"
+    input_scale: str = "input_scale"
     name = "fp8"
 
     def store(self, linear: Linear) -> tuple[TensorSpec, ...]:
         weight = linear.weight(self.dtype)
         suffix = linear.companion(self.scale)
+        single = SCALAR if self.one_element else None
         out: Dim | None
         inner: Dim | None
         if self.block:
@@ -111,9 +108,12 @@ class Fp8(Format):
         elif self.channel:
             out, inner = linear.out, SCALAR
         else:
-            out, inner = (SCALAR if self.one_element else None), None
+            out, inner = single, None
         scale = linear.tensor("scale", suffix, out, inner, self.scale_dtype)
-        return (weight, scale) + linear.input_scale(self.static_input)
+        if not self.static_input:
+            return weight, scale
+        name = linear.companion(self.input_scale)
+        return weight, scale, linear.tensor("input_scale", name, single, None, "F32", optional=True)
 
 
 @dataclass(frozen=True)

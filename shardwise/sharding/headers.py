@@ -3,6 +3,7 @@
 import re
 from collections.abc import Mapping
 from dataclasses import replace
+from math import prod
 from typing import Any
 
 from shardwise.sharding.axes import LogicalAxis, fixed
@@ -25,7 +26,7 @@ def bind(model: ModelSpec, tensors: Mapping[str, TensorEntry]) -> ModelSpec:
     What the model does not have becomes extras.
     """
     binder = _Binder(tensors)
-    bound = model.map_blocks(binder.block, lambda layer: tuple((t.name, t.dtype) for t in layer.tensors))
+    bound = model.map_blocks(binder.block, lambda layer: tuple(layer.tensors))
     binder.raise_if_wrong(model)
     extras = binder.extras(model)
     left = [entry for name, entry in tensors.items() if name not in binder.used]
@@ -84,7 +85,7 @@ class _Binder:
     def tensor(self, spec: TensorSpec, layer: int | None) -> TensorSpec | None:
         experts: LogicalAxis | None = spec.experts
         dtypes: dict[str, str] = {}
-        shape, base = spec.shape, spec.path(layer)
+        shape, base, dims = spec.shape, spec.path(layer), spec.dims
         for expert in range(experts.units) if experts else (None,):
             name = base if expert is None else base.replace("{expert}", str(expert))
             entry = self.tensors.get(name)
@@ -95,11 +96,13 @@ class _Binder:
                 continue
             self.used.add(name)
             dtypes[entry.dtype] = name
-            if entry.shape != shape:
+            if prod(entry.shape) == prod(shape) == 1:
+                dims = tuple(fixed(1) for _ in entry.shape)  # a scale of a tensor is written as [] or as [1]
+            elif entry.shape != shape:
                 self.misfits.append(f"{name} has shape {list(entry.shape)}, the config says {list(shape)}")
         if len(dtypes) > 1:
             self.misfits.append(f"experts of {spec.name} have different types: {' and '.join(dtypes)}")
-        return replace(spec, dtype=next(iter(dtypes), spec.dtype))
+        return replace(spec, dtype=next(iter(dtypes), spec.dtype), dims=dims)
 
     def extras(self, model: ModelSpec) -> tuple[Extra, ...]:
         """The extras of the config that the checkpoint holds completely; the others are left to `leftovers`."""

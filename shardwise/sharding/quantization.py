@@ -24,6 +24,7 @@ from shardwise.sharding.formats import (
 from shardwise.sharding.spec import TensorSpec
 
 _LAYER = re.compile(r"\.\d+(\.|\*|$)")
+_DIGIT = re.compile(r"\d")
 _MODELOPT = {
     "FP8": Fp8(static_input=True),
     "NVFP4": NVFP4,
@@ -51,8 +52,8 @@ class NamePatterns:
 
     @cached_property
     def by_layer(self) -> bool:
-        """Whether some pattern names the number of a layer."""
-        return any(_LAYER.search(p) for p in self.patterns)
+        """Whether some pattern names the number of a layer; any digit of an expression may be part of one."""
+        return any((_DIGIT if p.startswith("re:") else _LAYER).search(p) for p in self.patterns)
 
     def match(self, module: str) -> bool:
         """A listed name, something below it, or a name that ends in a listed component."""
@@ -108,19 +109,21 @@ def _quantization_of(config: Config) -> Quantization:
     modelopt = config.own("hf_quant_config").own("quantization")
     method = section.text("quant_method", default="").lower()
     algorithm = modelopt.text("quant_algo", default="") or section.text("quant_algo", default="")
-    if algorithm:
-        return _modelopt(modelopt if modelopt.data else section, section, algorithm)
-    if not method:
+    if algorithm or method == "modelopt":
+        return _modelopt(modelopt if modelopt.data else section, section, algorithm or None)
+    if not section.data:
         return Quantization()
     readers = {
         "fp8": _fp8,
+        "fbgemm_fp8": _fbgemm,
         "mxfp4": _mxfp4,
         "gptq": _gptq,
         "awq": _awq,
         "compressed-tensors": _compressed,
     }
     if method not in readers:
-        raise config.error(("quantization_config.quant_method",), method, " or ".join(sorted([*readers, "modelopt"])))
+        legal = " or ".join(sorted([*readers, "modelopt"]))
+        raise config.error(("quantization_config.quant_method",), method or None, legal)
     return readers[method](section)
 
 
@@ -130,10 +133,21 @@ def _fp8(c: Config) -> Quantization:
     ignored = NamePatterns(c.list("modules_to_not_convert", "ignored_layers", default=[], of=str))
     if block is None:
         return Quantization("fp8", Fp8(static_input=static), ignored)
-    if len(block) != 2 or min(block) < 1:
-        raise c.error(("quantization_config.weight_block_size",), block, "two positive integers")
-    form = Fp8(block=(block[0], block[1]), scale="weight_scale_inv", static_input=static)
-    return Quantization(f"fp8 {block[0]}x{block[1]}", form, ignored)
+    rows, columns = _pair(c, "weight_block_size", block)
+    form = Fp8(block=(rows, columns), scale="weight_scale_inv", static_input=static)
+    return Quantization(f"fp8 {rows}x{columns}", form, ignored)
+
+
+def _pair(c: Config, name: str, block: list[int] | None) -> tuple[int, int]:
+    if block is None or len(block) != 2 or min(block) < 1:
+        raise c.error((f"quantization_config.{name}",), block, "two positive integers")
+    return block[0], block[1]
+
+
+def _fbgemm(c: Config) -> Quantization:
+    ignored = NamePatterns(c.list("modules_to_not_convert", default=[], of=str))
+    form = Fp8(channel=True, static_input=True, input_scale="input_scale_ub", one_element=True)
+    return Quantization("fp8 per channel", form, ignored)
 
 
 def _mxfp4(c: Config) -> Quantization:
@@ -142,15 +156,36 @@ def _mxfp4(c: Config) -> Quantization:
 
 
 def _gptq(c: Config) -> Quantization:
-    bits, group = c.integer("bits", most=8), c.integer("group_size", least=-1)
+    """GPTQ, with GPTQModel's `dynamic` rules: expressions of module names, after `-:` those that stay as they were."""
+    _expect(c, "checkpoint_format", c.text("checkpoint_format", default="gptq"), "gptq", "gptq_v2")
+    if c.flag("is_marlin_format"):
+        raise c.error(("quantization_config.is_marlin_format",), True, "false")
+    default, head = _gptq_format(c, c), c.flag("lm_head")
+    rules = c.own("dynamic")
+    chosen = [] if head else [(NamePatterns(("lm_head",)), PLAIN)]
+    for rule in rules.data:
+        form = PLAIN if rule.startswith("-:") else _gptq_format(rules.own(rule), c)
+        chosen.append((NamePatterns((f"re:{rule.removeprefix('-:').removeprefix('+:')}",)), form))
+    return Quantization(f"gptq {default.bits} bit", default, chosen=tuple(chosen) if rules.data else (), head=head)
+
+
+def _gptq_format(rule: Config, c: Config) -> Gptq:
+    """What a rule says, and the whole checkpoint's section where it says nothing."""
+    own = Config(rule.data, c.source, c)
+    bits, group = own.integer("bits", most=8), own.integer("group_size", least=-1)
     _whole_words(c, bits)
-    act_order = c.flag("desc_act")
-    return Quantization(f"gptq {bits} bit", Gptq(bits, group, act_order), head=c.flag("lm_head"))
+    return Gptq(bits, group, own.flag("desc_act"))
+
+
+def _expect(c: Config, name: str, value: str, *legal: str) -> None:
+    if value.lower() not in legal:
+        raise c.error((f"quantization_config.{name}",), value, " or ".join(legal))
 
 
 def _awq(c: Config) -> Quantization:
     bits, group = c.integer("bits", "w_bit", most=8), c.integer("group_size", "q_group_size", least=-1)
     _whole_words(c, bits)
+    _expect(c, "version", c.text("version", default="gemm"), "gemm")
     ignored = NamePatterns(c.list("modules_to_not_convert", default=[], of=str))
     return Quantization(f"awq {bits} bit", Awq(bits, group), ignored)
 
@@ -163,7 +198,10 @@ def _whole_words(c: Config, bits: int) -> None:
 def _compressed(c: Config) -> Quantization:
     """compressed-tensors: one format a group of targets."""
     ignored = NamePatterns(c.list("ignore", default=[], of=str))
+    _expect(c, "sparsity_config.format", c.own("sparsity_config").text("format", default="dense"), "dense")
     groups = c.own("config_groups")
+    if not groups.data:
+        raise c.error(("quantization_config.config_groups",), groups.data, "at least one group")
     chosen: list[tuple[NamePatterns, Format]] = []
     default, names = PLAIN, []
     for key in groups.data:
@@ -180,7 +218,7 @@ def _compressed(c: Config) -> Quantization:
 
 def _compressed_format(group: Config, form: str) -> tuple[Format, str]:
     weights = group.own("weights")
-    bits, kind = weights.integer("num_bits", default=8), weights.text("type", default="float")
+    bits, kind = weights.integer("num_bits", default=8, most=8), weights.text("type", default="float")
     if form == "nvfp4-pack-quantized":
         return NVFP4_COMPRESSED, "nvfp4"
     if form == "mxfp4-pack-quantized":
@@ -193,18 +231,20 @@ def _compressed_format(group: Config, form: str) -> tuple[Format, str]:
         return packed, f"int{bits} group {size}"
     if bits != 8:
         raise weights.error(("quantization_config.format",), form, "a packed format for weights below 8 bits")
-    block = weights.list("block_structure", default=None, of=int)
     static = group.own("input_activations").raw("dynamic") is False
     dtype = "F8_E4M3" if kind == "float" else "I8"
     scale_dtype = "BF16"
-    if strategy == "block" and block:
-        return Fp8(block=(block[0], block[1]), scale_dtype=scale_dtype, dtype=dtype), f"fp8 {block[0]}x{block[1]}"
+    if strategy == "block":
+        rows, columns = _pair(weights, "block_structure", weights.list("block_structure", default=None, of=int))
+        return Fp8(block=(rows, columns), scale_dtype=scale_dtype, dtype=dtype), f"fp8 {rows}x{columns}"
+    if strategy not in ("tensor", "channel"):
+        raise weights.error(("quantization_config.strategy",), strategy, "tensor, channel or block")
     channel = strategy == "channel"
     name = f"{'fp8' if kind == 'float' else 'int8'} per {'channel' if channel else 'tensor'}"
     return Fp8(channel=channel, static_input=static, scale_dtype=scale_dtype, one_element=True, dtype=dtype), name
 
 
-def _modelopt(c: Config, section: Config, algorithm: str) -> Quantization:
+def _modelopt(c: Config, section: Config, algorithm: str | None) -> Quantization:
     """NVIDIA ModelOpt: one algorithm with excluded modules, or a table of modules."""
     excluded = c.list("exclude_modules", "ignore", default=section.list("ignore", default=[], of=str), of=str)
     if algorithm != "MIXED_PRECISION":

@@ -25,6 +25,13 @@ LLAMA = {
 COMPRESSED = {"quant_method": "compressed-tensors", "ignore": ["lm_head"]}
 INT4 = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 128}
 FP8_CHANNEL = {"num_bits": 8, "type": "float", "strategy": "channel"}
+GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": False}
+
+
+def compressed(weights, form="float-quantized"):
+    return {**COMPRESSED, "format": form, "config_groups": {"g": {"weights": weights, "targets": ["Linear"]}}}
+
+
 UP = "model.layers.0.mlp.up_proj"
 QUANTIZED = {
     "fp8 per tensor": (
@@ -45,7 +52,7 @@ QUANTIZED = {
         },
     ),
     "gptq": (
-        {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": False},
+        GPTQ,
         {
             "qweight": ((128, 3072), "I32"),
             "qzeros": ((8, 384), "I32"),
@@ -58,7 +65,7 @@ QUANTIZED = {
         {"qweight": ((1024, 384), "I32"), "qzeros": ((8, 384), "I32"), "scales": ((8, 3072), "F16")},
     ),
     "int4 packed": (
-        {**COMPRESSED, "format": "pack-quantized", "config_groups": {"g": {"weights": INT4, "targets": ["Linear"]}}},
+        compressed(INT4, "pack-quantized"),
         {
             "weight_packed": ((3072, 128), "I32"),
             "weight_scale": ((3072, 8), "BF16"),
@@ -66,19 +73,19 @@ QUANTIZED = {
         },
     ),
     "fp8 channels": (
-        {
-            **COMPRESSED,
-            "format": "float-quantized",
-            "config_groups": {"g": {"weights": FP8_CHANNEL, "targets": ["Linear"]}},
-        },
+        compressed(FP8_CHANNEL),
         {"weight": ((3072, 1024), "F8_E4M3"), "weight_scale": ((3072, 1), "BF16")},
     ),
-    "nvfp4 packed": (
+    "fp8 rows": (
+        {"quant_method": "fbgemm_fp8", "activation_scale_ub": 1200.0, "modules_to_not_convert": ["lm_head"]},
         {
-            **COMPRESSED,
-            "format": "nvfp4-pack-quantized",
-            "config_groups": {"g": {"weights": {"num_bits": 4, "type": "float"}, "targets": ["Linear"]}},
+            "weight": ((3072, 1024), "F8_E4M3"),
+            "weight_scale": ((3072, 1), "F32"),
+            "input_scale_ub": ((1,), "F32"),
         },
+    ),
+    "nvfp4 packed": (
+        compressed({"num_bits": 4, "type": "float"}, "nvfp4-pack-quantized"),
         {
             "weight_packed": ((3072, 512), "U8"),
             "weight_scale": ((3072, 64), "F8_E4M3"),
@@ -183,6 +190,19 @@ def test_the_head_is_plain_unless_it_is_named():
     assert plan(LLAMA | {"quantization_config": named}).shard(0, "lm_head.qweight").dtype == "I32"
 
 
+def test_rules_for_single_modules_of_gptq_count():
+    rules = {
+        "-:.*mlp.down": {},
+        r"+:.*layers\.1\.mlp\.up": {"bits": 8, "group_size": 32},
+        ".*o_proj": {"desc_act": True},
+    }
+    made = plan(LLAMA | {"quantization_config": {**GPTQ, "dynamic": rules}})
+    layers = [{s.name.split(f"layers.{n}.")[1]: s for s in made.shards(0) if f"layers.{n}." in s.name} for n in (0, 1)]
+    assert layers[0]["mlp.down_proj.weight"].dtype == "BF16"
+    assert [layer["mlp.up_proj.qweight"].global_shape for layer in layers] == [(128, 3072), (256, 3072)]
+    assert [layer["mlp.up_proj.scales"].global_shape for layer in layers] == [(8, 3072), (32, 3072)]
+
+
 def test_layers_that_are_stored_differently_are_told_apart():
     ignore = ["lm_head", "model.layers.0*"]
     config = LLAMA | {"quantization_config": {"quant_algo": "NVFP4", "quant_method": "modelopt", "ignore": ignore}}
@@ -212,6 +232,22 @@ def test_a_table_of_modules_picks_their_formats():
         ({"quant_method": "gptq", "bits": 3, "group_size": 128}, "bits is 3, expected 2, 4 or 8"),
         ({"quant_method": "fp8", "weight_block_size": [128]}, "two positive integers"),
         ({"quant_algo": "FP2"}, 'quant_algo is "FP2"'),
+        ({"quant_method": "modelopt"}, "quant_algo is null, expected FP8 or"),
+        ({"load_in_4bit": True}, "quant_method is null, expected"),
+        ({**GPTQ, "checkpoint_format": "marlin"}, 'checkpoint_format is "marlin", expected gptq or gptq_v2'),
+        ({**GPTQ, "is_marlin_format": True}, "is_marlin_format is true, expected false"),
+        ({**GPTQ, "dynamic": {"+:up_proj": {"bits": 5}}}, "bits is 5, expected 2, 4 or 8"),
+        ({**GPTQ, "dynamic": {"-:(": {}}}, "are not a regular expression"),
+        ({"quant_method": "awq", "bits": 4, "group_size": 128, "version": "gemv"}, 'version is "gemv", expected gemm'),
+        ({**COMPRESSED, "format": "pack-quantized"}, "config_groups is {}, expected at least one group"),
+        (compressed({**FP8_CHANNEL, "strategy": "block"}), "block_structure is null, expected two positive integers"),
+        (compressed({**FP8_CHANNEL, "strategy": "block", "block_structure": [128]}), "block_structure is [128]"),
+        (compressed({**FP8_CHANNEL, "strategy": "group"}), 'strategy is "group", expected tensor, channel or block'),
+        (compressed({**INT4, "num_bits": 40}, "pack-quantized"), "num_bits is 40, expected an integer from 1 to 8"),
+        (
+            compressed(FP8_CHANNEL) | {"sparsity_config": {"format": "sparse-24-bitmask"}},
+            'sparsity_config.format is "sparse-24-bitmask", expected dense',
+        ),
     ],
 )
 def test_unknown_methods_are_named(section, words):

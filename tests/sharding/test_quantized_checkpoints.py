@@ -95,6 +95,24 @@ def test_bytes_of_a_plan_are_bytes_of_the_file(checkpoint):
     assert not made.warnings
 
 
+def test_a_scale_of_a_tensor_may_be_stored_with_or_without_a_dim(tmp_path):
+    """compressed-tensors and others write [1], older tools []."""
+    config = CONFIGURATIONS["llama fp8 per tensor"]
+    write(tmp_path, config)
+    path = tmp_path / "model.safetensors"
+    data = path.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    changed = "model.layers.1.mlp.up_proj.weight_scale"
+    header[changed]["shape"] = [1]
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
+    made = plan(tmp_path, tp=2)
+    assert made.shard(1, changed).global_shape == (1,)
+    assert made.shard(1, changed.replace("1", "0")).global_shape == ()
+    assert made.ranks == plan(config, tp=2).ranks
+
+
 @pytest.mark.parametrize("layout", [{"tp": 2}, {"tp": 3, "ep": 3}, {"tp": 2, "attn_dp": 2, "ep": 2}], ids=str)
 def test_slices_of_all_ranks_are_the_file(checkpoint, layout):
     folder, blobs = checkpoint
