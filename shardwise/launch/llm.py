@@ -244,11 +244,11 @@ class ParentExecutor:
 
     def _encoded(self, prompts: Sequence[Any], params: Sequence[SamplingParams]) -> list[list[int]]:
         """ValueError here; in the ranks it would end them."""
-        from shardwise.parallel.prompts import Room, fitting
+        from shardwise.parallel.prompts import PromptLimits, encode_fitting
         from shardwise.parallel.supported import context
 
-        room = Room(self._model.vocab, context(self._model), self._capacity)
-        return fitting(prompts, [each.max_new_tokens for each in params], self._tokenizer, room)
+        limits = PromptLimits(self._model.vocab, context(self._model), self._capacity)
+        return encode_fitting(prompts, [each.max_new_tokens for each in params], self._tokenizer, limits)
 
     def _read_tokenizer(self) -> "Tokenizer | IdTokenizer":
         from shardwise.parallel.tokenizer import load_tokenizer

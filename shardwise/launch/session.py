@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from shardwise.launch.model_config import ModelConfig, checkpoint_of, plan_of
 from shardwise.parallel import options
-from shardwise.parallel.results import Completion, RankStats, Tally, TokenEvent
+from shardwise.parallel.results import Completion, CompletionCollector, RankStats, TokenEvent
 from shardwise.parallel.sampler import SamplingParams
 
 if TYPE_CHECKING:
@@ -95,14 +95,14 @@ class Session:
 
         started, first = time.perf_counter(), None
         ids = [encode(prompt, self.engine.tokenizer) for prompt in prompts]
-        tally = Tally([len(each) for each in ids])
+        collector = CompletionCollector([len(each) for each in ids])
         with self.context.phase("run"), self._traced():
             for event in self.engine.stream(ids, params):
                 first = first or time.perf_counter()
-                tally.add(event)
+                collector.add(event)
                 yield event
         ended = time.perf_counter()
-        yield Answer(tuple(tally.completions()), (first or ended) - started, ended - started)
+        yield Answer(tuple(collector.completions()), (first or ended) - started, ended - started)
 
     @contextmanager
     def _traced(self) -> Iterator[None]:

@@ -15,7 +15,7 @@ from shardwise.parallel import device_cache, paged
 from shardwise.parallel.assemble import DecoderBuilder
 from shardwise.parallel.cache import KvCache, SlotCache
 from shardwise.parallel.device_cache import DeviceCache
-from shardwise.parallel.fitting import Holding, require_room
+from shardwise.parallel.fitting import Holding, require_memory
 from shardwise.parallel.memory import memory_bytes
 from shardwise.parallel.options import (
     DTYPES,
@@ -26,9 +26,9 @@ from shardwise.parallel.options import (
     require_page,
 )
 from shardwise.parallel.paged import PagedCache
-from shardwise.parallel.prompts import Prompt, Room
-from shardwise.parallel.requests import Limits, make_requests
-from shardwise.parallel.results import Completion, RankStats, Tally, TokenEvent
+from shardwise.parallel.prompts import Prompt, PromptLimits
+from shardwise.parallel.requests import RequestContext, make_requests
+from shardwise.parallel.results import Completion, CompletionCollector, RankStats, TokenEvent
 from shardwise.parallel.runner import Launched, Runner
 from shardwise.parallel.sampler import SamplingParams
 from shardwise.parallel.scheduler import Request, Scheduler, Step
@@ -100,7 +100,7 @@ class Engine:
         self._form = WeightForm.choose(weights, plan.model, self.dtype, self.device, kernels=kernels)
         if tokenizer is not None:
             self.tokenizer = tokenizer
-        self._require_room(request_tokens)
+        self._require_memory(request_tokens)
         source = Weights(
             self.checkpoint,
             plan,
@@ -146,11 +146,11 @@ class Engine:
         self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
     ) -> list[Completion]:
         """Completions of all prompts, in their order. Arguments and errors as for `stream`."""
-        requests = make_requests(prompts, params, self._limits())
-        tally = Tally([len(request.prompt) for request in requests])
+        requests = make_requests(prompts, params, self._request_context())
+        collector = CompletionCollector([len(request.prompt) for request in requests])
         for event in self._run(requests):
-            tally.add(event)
-        return tally.completions()
+            collector.add(event)
+        return collector.completions()
 
     def stream(
         self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
@@ -161,7 +161,7 @@ class Engine:
         cannot hold with its answer. Leaving the iterator early aborts what is unfinished: every rank must leave it
         after the same event.
         """
-        yield from self._run(make_requests(prompts, params, self._limits()))
+        yield from self._run(make_requests(prompts, params, self._request_context()))
 
     def stats(self) -> RankStats:
         return RankStats(
@@ -183,7 +183,7 @@ class Engine:
             return cache.tables.describe()
         return f"{cache.slots} rows of {cache.max_length} tokens" if cache else "none yet"
 
-    def _require_room(self, request_tokens: int) -> None:
+    def _require_memory(self, request_tokens: int) -> None:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()  # of an earlier model in this process
         asked = self.cache_tokens is not None
@@ -195,11 +195,11 @@ class Engine:
             sequences=MAX_BATCH if asked or self.device.type == "cuda" else 1,
             step_tokens=STEP_TOKENS,
         )
-        require_room(self.plan, holding, world=self.groups.world, device=self.device, asked=asked)
+        require_memory(self.plan, holding, world=self.groups.world, device=self.device, asked=asked)
 
-    def _limits(self) -> Limits:
-        room = Room(self.plan.model.vocab, self.max_length, self.capacity)
-        return Limits(self.tokenizer, room, self.groups.world, self.device)
+    def _request_context(self) -> RequestContext:
+        limits = PromptLimits(self.plan.model.vocab, self.max_length, self.capacity)
+        return RequestContext(self.tokenizer, limits, self.groups.world, self.device)
 
     def _run(self, requests: list[Request]) -> Iterator[TokenEvent]:
         if self._running:

@@ -106,7 +106,7 @@ def weight_bytes(made: Plan, rank: int, itemsize: int, form: WeightForm) -> int:
     return held
 
 
-def require_room(made: Plan, holding: Holding, *, world: Communicator, device: torch.device, asked: bool) -> None:
+def require_memory(made: Plan, holding: Holding, *, world: Communicator, device: torch.device, asked: bool) -> None:
     """DoesNotFit, on all ranks, when weights, cache and activations are more than some memory has free.
 
     asked  whether the user chose the size of the cache, so that a smaller one is a way out

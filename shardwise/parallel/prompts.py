@@ -36,45 +36,45 @@ def encode(prompt: Prompt, tokenizer: Tokenizer | IdTokenizer) -> list[int]:
 
 
 @dataclass(frozen=True)
-class Room:
+class PromptLimits:
     """What bounds a request: ids below `vocab`, and tokens of prompt and answer together."""
 
     vocab: int
     context: int | None
     """Where an answer ends at the latest; None: nowhere."""
     cache: int | None = None
-    """Tokens of one sequence that the KV cache has room for; None: for the whole context."""
+    """Tokens of one sequence that the KV cache holds; None: the whole context."""
 
     def longest(self, prompt: int, new: int) -> int:
         """Tokens that a prompt of so many with its answer may have."""
         return min(prompt + new, self.context or prompt + new)
 
 
-def require_fit(number: int, ids: Sequence[int], new: int, room: Room) -> None:
+def require_fit(number: int, ids: Sequence[int], new: int, limits: PromptLimits) -> None:
     """ValueError names the prompt that is empty, leaves no room in the context, has an id that is not a token, or may
     outgrow the cache with an answer of `new` tokens."""
     if not ids:
         raise ValueError(f"prompt {number} has no tokens")
-    wrong = [i for i in ids if not 0 <= i < room.vocab]
+    wrong = [i for i in ids if not 0 <= i < limits.vocab]
     if wrong:
-        raise ValueError(f"prompt {number}: token id {wrong[0]} is not in the vocabulary of {room.vocab}")
-    if room.context and len(ids) >= room.context:
-        raise ValueError(f"prompt {number} has {len(ids)} tokens, the model's context holds {room.context}")
-    longest = room.longest(len(ids), new)
-    if room.cache is not None and longest > room.cache:
+        raise ValueError(f"prompt {number}: token id {wrong[0]} is not in the vocabulary of {limits.vocab}")
+    if limits.context and len(ids) >= limits.context:
+        raise ValueError(f"prompt {number} has {len(ids)} tokens, the model's context holds {limits.context}")
+    longest = limits.longest(len(ids), new)
+    if limits.cache is not None and longest > limits.cache:
         raise ValueError(
-            f"prompt {number} may become {longest} tokens long with its answer, the cache holds {room.cache}; "
+            f"prompt {number} may become {longest} tokens long with its answer, the cache holds {limits.cache}; "
             "give it more tokens, or ask for fewer new ones"
         )
 
 
-def fitting(
-    prompts: Sequence[Prompt], new: Sequence[int], tokenizer: Tokenizer | IdTokenizer, room: Room
+def encode_fitting(
+    prompts: Sequence[Prompt], new: Sequence[int], tokenizer: Tokenizer | IdTokenizer, limits: PromptLimits
 ) -> list[list[int]]:
     """Ids of each prompt. Errors as of `encode` and `require_fit`; `new` counts each answer's tokens."""
     found = [encode(prompt, tokenizer) for prompt in prompts]
     for number, (ids, count) in enumerate(zip(found, new, strict=True)):
-        require_fit(number, ids, count, room)
+        require_fit(number, ids, count, limits)
     return found
 
 

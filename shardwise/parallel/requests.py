@@ -1,4 +1,4 @@
-"""From what a caller passes to requests: prompts encoded and checked, sampling parameters and seeds dealt."""
+"""Requests from what a caller passes: encodes and checks prompts, pairs them with sampling parameters and seeds."""
 
 import secrets
 from collections.abc import Sequence
@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from shardwise.comm.base import Communicator
-from shardwise.parallel.prompts import Prompt, Room, encode, require_fit
+from shardwise.parallel.prompts import Prompt, PromptLimits, encode, require_fit
 from shardwise.parallel.sampler import SamplingParams
 from shardwise.parallel.scheduler import Request
 from shardwise.parallel.text import TextStream
@@ -15,18 +15,18 @@ from shardwise.parallel.tokenizer import IdTokenizer, Tokenizer
 
 
 @dataclass(frozen=True)
-class Limits:
-    """What requests of one engine are made with and checked against."""
+class RequestContext:
+    """What requests of one engine are made from and checked against."""
 
     tokenizer: Tokenizer | IdTokenizer
-    room: Room
+    limits: PromptLimits
     world: Communicator
     """Agrees on the seeds of requests that have none."""
     device: torch.device
 
 
 def make_requests(
-    prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None, limits: Limits
+    prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None, context: RequestContext
 ) -> list[Request]:
     """One request a prompt; `params` for all or one for each.
 
@@ -40,15 +40,15 @@ def make_requests(
     if len(each) != len(prompts):
         raise ValueError(f"{len(prompts)} prompts with {len(each)} sampling parameters; give one, or one for each")
     if any(p.temperature > 0 and p.seed is None for p in each):
-        drawn = limits.world.broadcast_object(secrets.randbits(62))
+        drawn = context.world.broadcast_object(secrets.randbits(62))
         each = [replace(p, seed=drawn + i) if p.seed is None else p for i, p in enumerate(each)]
-    return [_request(i, prompt, p, limits) for i, (prompt, p) in enumerate(zip(prompts, each, strict=True))]
+    return [_request(i, prompt, p, context) for i, (prompt, p) in enumerate(zip(prompts, each, strict=True))]
 
 
-def _request(number: int, prompt: Prompt, params: SamplingParams, limits: Limits) -> Request:
-    ids = encode(prompt, limits.tokenizer)
-    require_fit(number, ids, params.max_new_tokens, limits.room)
+def _request(number: int, prompt: Prompt, params: SamplingParams, context: RequestContext) -> Request:
+    ids = encode(prompt, context.tokenizer)
+    require_fit(number, ids, params.max_new_tokens, context.limits)
     generator = None
     if params.temperature > 0 and params.seed is not None:
-        generator = torch.Generator(limits.device).manual_seed(params.seed)
-    return Request(number, ids, params, TextStream(limits.tokenizer.stream(), params.stop), generator)
+        generator = torch.Generator(context.device).manual_seed(params.seed)
+    return Request(number, ids, params, TextStream(context.tokenizer.stream(), params.stop), generator)

@@ -31,7 +31,7 @@ class Completion:
     finish_reason: str
 
 
-class Tally:
+class CompletionCollector:
     """Collects the events of one call into its completions. `prompt_tokens`: of each prompt."""
 
     def __init__(self, prompt_tokens: Sequence[int]):

@@ -9,7 +9,7 @@ from tiny import write
 
 from shardwise.comm.rank import current_groups
 from shardwise.parallel.engine import Engine
-from shardwise.parallel.fitting import Holding, require_room
+from shardwise.parallel.fitting import Holding, require_memory
 from shardwise.parallel.host_memory import DoesNotFit
 from shardwise.parallel.sampler import SamplingParams
 from shardwise.parallel.weight_form import WeightForm
@@ -47,7 +47,9 @@ def refusal(made, holding, memory, monkeypatch, *, asked=False) -> str:
 
     def rank():
         with pytest.raises(DoesNotFit) as caught:
-            require_room(made, holding, world=current_groups().world, device=torch.device(holding.device), asked=asked)
+            require_memory(
+                made, holding, world=current_groups().world, device=torch.device(holding.device), asked=asked
+            )
         return str(caught.value)
 
     texts = set(run_threads(made.layout.world, rank, layout=made.layout))

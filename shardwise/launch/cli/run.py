@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 DEFAULT_PROMPT = "Name three primary colors."
 SHORT = 1024
-"""Bytes of a prompt that every model has room for, so that no tokenizer need be read to know."""
+"""Bytes of a prompt that fits every model, so that no tokenizer need be read to know."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -105,7 +105,7 @@ def _checked_prompts(config: "ModelConfig", texts: list[str], raw: bool, new: in
     or that its context or the cache cannot hold."""
     from shardwise.launch.model_config import checkpoint_of, plan_of
     from shardwise.parallel.chat import render_chat
-    from shardwise.parallel.prompts import Room, checked, fitting
+    from shardwise.parallel.prompts import PromptLimits, checked, encode_fitting
     from shardwise.parallel.supported import context
     from shardwise.parallel.tokenizer import chat_template, load_tokenizer
 
@@ -113,8 +113,8 @@ def _checked_prompts(config: "ModelConfig", texts: list[str], raw: bool, new: in
     chats = [[{"role": "user", "content": text}] for text in texts]
     prompts = [checked(number, prompt) for number, prompt in enumerate(texts if raw else chats)]
     if config.cache_tokens is not None or not all(0 < len(text.encode()) <= SHORT for text in texts):
-        room = Room(model.vocab, context(model), config.cache_tokens)
-        fitting(prompts, [new] * len(prompts), load_tokenizer(checkpoint), room)
+        limits = PromptLimits(model.vocab, context(model), config.cache_tokens)
+        encode_fitting(prompts, [new] * len(prompts), load_tokenizer(checkpoint), limits)
     elif not raw:
         template = chat_template(checkpoint)
         for chat in chats:
