@@ -3,7 +3,7 @@
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -71,10 +71,11 @@ class _Parameters:
 
 
 _parameters = functools.cache(_Parameters)
-_Rows = tuple[tuple[int, int, int], tuple[int, int, int]]
+_Sizes = tuple[int, ...]
 
 
-class _Plan(NamedTuple):
+@dataclass(frozen=True, slots=True)  # whose fields are read faster than a named tuple's
+class _Plan:
     """What follows from the layout of a step's tensors."""
 
     parameters: _Parameters
@@ -84,15 +85,20 @@ class _Plan(NamedTuple):
     """T, padding included"""
     used: int
     """Tokens without padding"""
+    full: bool
+    """Whether there are tokens, and no padding"""
     out: Callable[[], Tensor]
     """Makes room for the result"""
-    q_rows: _Rows
-    """Sizes [count, N, D] and strides of the batch's own tokens, contiguous"""
-    k_rows: _Rows
+    q_sizes: _Sizes
+    q_strides: _Sizes
+    """[count, N, D] of the batch's own tokens, contiguous"""
+    k_sizes: _Sizes
+    k_strides: _Sizes
     pages: int
     """Of the cache"""
-    halves: tuple[tuple[int, ...], tuple[int, ...]]
-    """Sizes and strides of the cache's keys, and of its values"""
+    half_sizes: _Sizes
+    half_strides: _Sizes
+    """Of the cache's keys, and of its values"""
     values: int
     """Elements before the first of these"""
     dense: bool
@@ -100,8 +106,8 @@ class _Plan(NamedTuple):
     exact: bool
     """Whether no metadata has entries beyond the batch"""
     quantised: bool
-    options: dict[str, Any]
-    """Of FlashInfer's attention: whether kernels start while their predecessors drain, which it would find out anew"""
+    pdl: bool
+    """Whether kernels start while their predecessors drain, which FlashInfer would find out anew"""
 
 
 _PLANS: Kept[_Plan] = Kept()
@@ -202,34 +208,37 @@ def flashinfer_attention_mha_with_cache(
     contiguous, 0 for padding tokens.
     """
     batch = read_batch(OP, batch_info_host)
-    key = batch, scale
-    given = (q, k, v, kv_cache, flashinfer_batch_indices, flashinfer_positions, cu_num_pages, last_page_len)
+    key, metadata = (batch, scale), (flashinfer_batch_indices, flashinfer_positions, cu_num_pages, last_page_len)
+    given = q, k, v, kv_cache, *metadata
     plan = _PLANS.get(key, given) or _PLANS.keep(key, given, _plan(batch, scale, *given))
     if plan.dense and not (q.data_ptr() | k.data_ptr() | v.data_ptr() | kv_cache.data_ptr()) % 16:
-        q_rows, k_rows, v_rows = view(q, *plan.q_rows), view(k, *plan.k_rows), view(v, *plan.k_rows)
+        q_rows = view(q, plan.q_sizes, plan.q_strides)
+        k_rows, v_rows = view(k, plan.k_sizes, plan.k_strides), view(v, plan.k_sizes, plan.k_strides)
     else:
         q_rows, k_rows, v_rows = _readable(plan, q, k, v, kv_cache)
-    out, count = plan.out(), plan.used
-    if count < plan.tokens:
-        out.view(plan.tokens, -1)[count:].zero_()
-    if count == 0:
-        return out
+    out = plan.out()
+    if not plan.full:
+        out.view(plan.tokens, -1)[plan.used :].zero_()
+        if plan.used == 0:
+            return out
     # Keys and values are parted here, once: FlashInfer takes both, and would do it in each of its calls.
-    caches = view(kv_cache, *plan.halves), view(kv_cache, *plan.halves, plan.values)
-    indices, positions, indptr, last = given[4:] if plan.exact else without_padding(batch, *given[4:])
-    options = plan.options
+    sizes, strides = plan.half_sizes, plan.half_strides
+    caches = view(kv_cache, sizes, strides), view(kv_cache, sizes, strides, plan.values)
+    indices, positions, indptr, last = metadata if plan.exact else without_padding(batch, *metadata)
     if plan.quantised:
         k_rows, v_rows = to_fp8(k_rows, k_scale), to_fp8(v_rows, v_scale)
-        options = options | {"k_scale": k_scale, "v_scale": v_scale}
+    else:
+        k_scale = v_scale = 1.0
     _append_function()(k_rows, v_rows, indices, positions, caches, cache_loc, indptr, last, kv_layout="HND")
     host = (cu_num_pages_host, cache_loc, last_page_len_host, seq_len_with_cache_host)
-    _attend(plan, batch, cu_seqlen_host, host, q_rows, caches, view(out, *plan.q_rows), options)
+    rows = view(out, plan.q_sizes, plan.q_strides)
+    _attend(plan, batch, cu_seqlen_host, host, q_rows, caches, rows, k_scale, v_scale)
     return out
 
 
 def _attend(
     plan: _Plan, batch: Batch, cu_seqlen_host: Tensor, host: PagesHost, q: Tensor, caches: tuple[Tensor, Tensor],
-    out: Tensor, options: dict[str, Any],
+    out: Tensor, k_scale: float, v_scale: float,
 ) -> None:  # fmt: skip
     """Attention of the batch's queries [count, N, D] into `out`; FlashInfer multiplies v_scale in, in place."""
     parameters, split, owner = plan.parameters, batch.prefill_tokens, plan.owner
@@ -237,11 +246,11 @@ def _attend(
         key = "prefill", parameters
         wrapper = owner.current(key) or _planned_prefill(owner, key, batch, cu_seqlen_host, host)
         part, result = (q[:split], out[:split]) if batch.decode else (q, out)
-        wrapper.run(part, caches, out=result, **options)
+        wrapper.run(part, caches, k_scale=k_scale, v_scale=v_scale, out=result, enable_pdl=plan.pdl)
     if batch.decode:
         wrapper = owner.decode_wrapper(_DECODE, parameters, batch, plan.pages, host)
         part, result = (q[split:], out[split:]) if split else (q, out)
-        wrapper.run(part, caches, out=result, **options)
+        wrapper.run(part, caches, k_scale=k_scale, v_scale=v_scale, out=result, enable_pdl=plan.pdl)
 
 
 def _planned_prefill(owner: Planner, key: tuple, batch: Batch, cu_seqlen_host: Tensor, host: PagesHost) -> Any:
@@ -271,11 +280,12 @@ def _readable(plan: _Plan, q: Tensor, k: Tensor, v: Tensor, kv_cache: Tensor) ->
     if not takes_vectors(kv_cache):
         raise ValueError(f"{OP}: kv_cache has strides {kv_cache.stride()}; legal: last dimension contiguous, rows of D "
                          "beginning at multiples of 16 bytes")  # fmt: skip
-    return _flat(q, plan.tokens, plan.q_rows), _flat(k, plan.tokens, plan.k_rows), _flat(v, plan.tokens, plan.k_rows)
+    k_rows, v_rows = _flat(k, plan.tokens, plan.k_sizes), _flat(v, plan.tokens, plan.k_sizes)
+    return _flat(q, plan.tokens, plan.q_sizes), k_rows, v_rows
 
 
-def _flat(tensor: Tensor, tokens: int, rows: _Rows) -> Tensor:
-    count, heads, size = rows[0]
+def _flat(tensor: Tensor, tokens: int, sizes: _Sizes) -> Tensor:
+    count, heads, size = sizes
     flat = tensor.reshape(tokens, heads, size)[:count]
     if flat.stride(1) != size:
         flat = flat.contiguous()
@@ -315,14 +325,18 @@ def _plan(
         planner("attention", q.device),
         tokens,
         count,
+        0 < count == tokens,
         fresh(tuple(q.shape), q.dtype, q.device),
-        ((count, heads.queries, size), (heads.queries * size, size, 1)),
-        ((count, kv_heads, size), (kv_heads * size, size, 1)),
+        (count, heads.queries, size),
+        (heads.queries * size, size, 1),
+        (count, kv_heads, size),
+        (kv_heads * size, size, 1),
         len(kv_cache),
-        (tuple(kv_cache.shape[d] for d in (0, 2, 3, 4)), tuple(kv_cache.stride(d) for d in (0, 2, 3, 4))),
+        tuple(kv_cache.shape[d] for d in (0, 2, 3, 4)),
+        tuple(kv_cache.stride(d) for d in (0, 2, 3, 4)),
         kv_cache.stride(1),
         all(each.is_contiguous() for each in (q, k, v, kv_cache)),
         exact_metadata(batch, indices, positions, indptr, last),
         kv_cache.dtype == FP8,
-        {"enable_pdl": dependent_launch(q.device)},
+        dependent_launch(q.device),
     )
