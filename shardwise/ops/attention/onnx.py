@@ -72,7 +72,7 @@ def torch_onnx_attention_plugin(
     query = _rotate(op, q.view(batch, sequence, num_q_heads, head_size), rope_rotary_cos_sin, positions)
     key = _rotate(op, k.view(batch, sequence, num_kv_heads, head_size), rope_rotary_cos_sin, positions)
     new = torch.stack((key, v.view(batch, sequence, num_kv_heads, head_size)), dim=1).transpose(2, 3)
-    present = _append(past_key_values, new, positions)
+    present = _append(past_key_values, new, start)
     hidden = torch.stack([causally_hidden(at, torch.arange(past + sequence, device=q.device), sliding_window_size)
                           for at in positions])  # fmt: skip
     hidden |= (positions >= total[:, None])[:, :, None]  # a padding token sees nothing
@@ -116,21 +116,22 @@ def _rotate(op: str, heads: torch.Tensor, rope: torch.Tensor, positions: torch.T
         )
     half = rope.shape[2] // 2
     rows = torch.arange(rope.shape[0], device=rope.device)[:, None].expand(positions.shape[0], 1)
-    cos, sin = rope[rows, positions].float()[:, :, None].split(half, dim=-1)
+    angles = rope[rows, positions].float()[:, :, None]
+    cos, sin = angles[..., :half], angles[..., half:]
     first, second = heads[..., :half].float(), heads[..., half : 2 * half].float()
     turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(heads.dtype)
     return torch.cat((turned, heads[..., 2 * half :]), dim=-1)
 
 
-def _append(past: torch.Tensor, new: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """past [B, 2, Nkv, past, Dh] followed by room, with new [B, 2, Nkv, S, Dh] written at positions [B, S]."""
+def _append(past: torch.Tensor, new: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
+    """past [B, 2, Nkv, past, Dh] followed by room, with new [B, 2, Nkv, S, Dh] written from start [B] on."""
     room = past.new_empty(*past.shape[:3], new.shape[3], past.shape[4])
     room.zero_()
     present = torch.cat((past.view(torch.uint8), room.view(torch.uint8)), dim=3).view(FP8) if past.dtype == FP8 else (
         torch.cat((past, room), dim=3)
     )  # fmt: skip
-    for row, entries, at in zip(present, new.to(past.dtype), positions[:, 0].tolist(), strict=True):
-        row[:, :, at : at + new.shape[3]].copy_(entries)
+    for row, at in enumerate(start.tolist()):
+        present[row, :, :, at : at + new.shape[3]] = new[row].to(past.dtype)
     return present
 
 

@@ -25,6 +25,7 @@ from shardwise.ops.triton_support import Form, Kernel, Launch, dependent_launch,
 OP = "triton_attention_flattened_mha_with_cache"
 LOG2_E = math.log2(math.e)
 APPEND_TOKENS = 16
+LEAST_SCALE = 1e-30  # for 0: the kernels order scores before they scale them, and hide keys by scores of -inf
 MOST_STRIDE = 2**24  # the kernels reach 128 positions with 32-bit offsets
 
 _append, _prefill, _decode, _reduce = (
@@ -134,6 +135,8 @@ def triton_attention_flattened_mha_with_cache(
     """
     raise_report(OP)
     batch = read_batch(OP, batch_info_host)
+    if scale is not None and scale <= 0:
+        q, scale = -q, max(-scale, LEAST_SCALE)
     given: Tensors = (q, k, v, k_cache, v_cache)
     if batch.tokens:
         given += (input_pos, slot_idx, seq_len) if batch.prefill_tokens else (input_pos, slot_idx)

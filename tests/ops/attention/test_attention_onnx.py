@@ -67,7 +67,7 @@ def check(given, window=None, atol=1e-5, **more):
 
 @pytest.mark.parametrize("change", [
     {}, {"rotary": 4}, {"start": (0, 0), "total": (3, 2), "past": 0}, {"new": 1, "total": (6, 4)},
-    {"start": (1, 0), "total": (4, 0)},
+    {"start": (1, 0), "total": (4, 0)}, {"new": 0, "total": (5, 3)}, {"rotary": 0},
 ], ids=str)  # fmt: skip
 def test_plugin_rotates_appends_and_attends(change):
     check(arguments(**change))
@@ -82,6 +82,12 @@ def test_plugin_shares_one_table_of_angles_and_keeps_the_window():
 def test_plugin_with_fp8_cache_and_half_precision():
     check(arguments(cache_dtype=torch.float8_e4m3fn), enable_fp8_kv_cache=1)
     check(arguments(dtype=torch.float16), atol=4e-3)
+
+
+def test_plugin_takes_parameters_that_require_gradients():
+    given = arguments()
+    given["past_key_values"].requires_grad_()
+    check(given)
 
 
 def test_plugin_leaves_its_cache_argument_alone():

@@ -105,6 +105,12 @@ def test_heads_and_options(heads, options):
     check(STEPS["mixed"], tensors, **options)
 
 
+@pytest.mark.parametrize("scale", [0.0, -0.4])
+@pytest.mark.parametrize("name", ["prefill", "decode", "mixed"])
+def test_a_scale_may_be_zero_or_negative(name, scale):
+    check(STEPS[name], build(STEPS[name]), scale=scale, window=19)
+
+
 @pytest.mark.parametrize("splits", [1, 2, 3, 7])
 def test_any_number_of_splits(monkeypatch, splits):
     monkeypatch.setattr(tiles, "choose_splits", lambda *_: splits)
