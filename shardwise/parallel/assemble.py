@@ -4,7 +4,7 @@ A new family is data (a spec); it needs code here only where it has a block with
 `MIXERS` or `FEED_FORWARDS`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -120,7 +120,7 @@ class DecoderBuilder:
         self, block: spec.Block, *roles: str, layer: int | None = None, order: Tensor | None = None
     ) -> LinearLike:
         """Column-parallel: the roles' outputs one behind the other, or in `order`."""
-        bias = self.weights.find(block, *(f"{role}.bias" for role in roles), layer=layer)
+        bias = self._bias(block, roles, layer)
         stored = self.weights.blocks(block, *roles, layer=layer) if order is None else None
         if stored:
             return BlockLinear(dtype=stored[0], blocks=stored[1], bias=bias)
@@ -128,6 +128,15 @@ class DecoderBuilder:
         if order is not None:
             weight, bias = weight[order], None if bias is None else bias[order]
         return Linear(weight=weight, bias=bias)
+
+    def _bias(self, block: spec.Block, roles: Sequence[str], layer: int | None) -> Tensor | None:
+        """The roles' biases, zero where a role has none; None where none has."""
+        found = {role: self.weights.find(block, f"{role}.bias", layer=layer) for role in roles}
+        some = next((bias for bias in found.values() if bias is not None), None)
+        if some is None:
+            return None
+        rows = {role: self.weights.shard(block.roles[f"{role}.weight"], layer).local_shape[0] for role in roles}
+        return torch.cat([some.new_zeros(rows[role]) if bias is None else bias for role, bias in found.items()])
 
     def row_linear(self, block: spec.Block, role: str, layer: int) -> LinearLike:
         """Row-parallel: its bias is added by one rank."""

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from shardwise.parallel.attention import AttentionMixer
-from shardwise.parallel.cache import LayerShape, Masking
+from shardwise.parallel.cache import LatentWeights, LayerShape, Masking
 from shardwise.parallel.head_norms import HeadNorms, JointNorms
-from shardwise.parallel.layers import LinearLike, Norm
-from shardwise.parallel.mla import LatentMixer, LowRank
+from shardwise.parallel.layers import Norm
+from shardwise.parallel.mla import LatentMixer
 from shardwise.parallel.weights import Weights
 from shardwise.sharding import spec
 from shardwise.sharding.axes import LogicalAxis
@@ -94,29 +94,26 @@ def latent_attention(builder: "DecoderBuilder", block: spec.MlaAttention, layer:
         return torch.cat((torch.arange(count, device=weights.device), count + turned))
 
     heads = _local(weights, block.q_axis)
+    queries = _rows(behind(block.nope_dim), heads, 0)
+    q_norm = q_up = None
+    if block.q_rank is not None:
+        q_norm = Norm(weight=weights.take(block, "q_a_norm.weight", layer=layer), eps=block.norm_eps)
+        q_up = builder.linear(block, "q_b", layer=layer, order=queries)
+        queries = torch.arange(block.q_rank, device=weights.device)
+    down = ("q" if q_up is None else "q_a", "kv_a")
     projected = weights.linear(block, "kv_b", layer=layer).unflatten(0, (heads, -1))
     key_up, value_up = projected.split_with_sizes((block.nope_dim, block.v_head_dim), 1)
     return LatentMixer(
         layer=layer,
-        q=_latent_queries(builder, block, layer, _rows(behind(block.nope_dim), heads, 0)),
-        kv=builder.linear(block, "kv_a", layer=layer, order=behind(latent)),
+        down=builder.linear(block, *down, layer=layer, order=torch.cat((queries, len(queries) + behind(latent)))),
+        q_norm=q_norm,
+        q_up=q_up,
         kv_norm=Norm(weight=weights.take(block, "kv_a_norm.weight", layer=layer), eps=block.norm_eps),
-        key_up=key_up.contiguous(),
-        value_up=value_up.transpose(1, 2).contiguous(),
+        weights=LatentWeights(key_up.contiguous(), value_up.transpose(1, 2).contiguous()),
         out=builder.row_linear(block, "o", layer),
         masking=Masking(scale=block.scale),
         rotary=rotary,
     )
-
-
-def _latent_queries(
-    builder: "DecoderBuilder", block: spec.MlaAttention, layer: int, order: Tensor
-) -> LinearLike | LowRank:
-    if block.q_rank is None:
-        return builder.linear(block, "q", layer=layer, order=order)
-    norm = Norm(weight=builder.weights.take(block, "q_a_norm.weight", layer=layer), eps=block.norm_eps)
-    up = builder.linear(block, "q_b", layer=layer, order=order)
-    return LowRank(down=builder.linear(block, "q_a", layer=layer), norm=norm, up=up)
 
 
 def _halves_of_pairs(head: Tensor, dim: int) -> Tensor:

@@ -50,6 +50,32 @@ class LayerShape:
         return keys, rows[..., end:].unflatten(-1, (self.kv_heads, self.v_head_dim))
 
 
+@dataclass(frozen=True)
+class LatentWeights:
+    """What latents of C elements become keys and values by, of each of this rank's N heads.
+
+    key_up    W_UK [N, P, C]
+    value_up  W_UV, turned, [N, C, Dv]
+    """
+
+    key_up: Tensor
+    value_up: Tensor
+
+    @property
+    def heads(self) -> int:
+        return self.key_up.shape[0]
+
+    @property
+    def nope(self) -> int:
+        """P, elements of a head's query and key that carry no rotation."""
+        return self.key_up.shape[1]
+
+    @property
+    def rank(self) -> int:
+        """C."""
+        return self.key_up.shape[2]
+
+
 class KvCache(ABC):
     """Keys and values of past tokens. A layer appends and attends in one call and knows nothing of the storage."""
 
@@ -64,6 +90,19 @@ class KvCache(ABC):
 
         Returns [T, N, Dv].
         """
+
+    def attend_latents(
+        self, layer: int, q: Tensor, key: Tensor, batch: Batch, weights: LatentWeights, masking: Masking
+    ) -> Tensor:
+        """Append latent keys [T, C + R] and attend with q [T, N, P + R], both rotated, causally. Returns [T, N, Dv].
+
+        Here by the absorbed weights: all heads share one key, whose latent is the value.
+        """
+        query = q.new_empty(*q.shape[:2], key.shape[1])
+        query[..., : weights.rank] = torch.bmm(q[..., : weights.nope].transpose(0, 1), weights.key_up).transpose(0, 1)
+        query[..., weights.rank :] = q[..., weights.nope :]
+        attended = self.attend(layer, query, key, batch, masking)
+        return torch.bmm(attended.transpose(0, 1), weights.value_up).transpose(0, 1)
 
     @abstractmethod
     def reserve(self, slot: int, tokens: int) -> bool:

@@ -160,5 +160,5 @@ def _check(q: Tensor, key: Tensor, key_up: Tensor, pool: Tensor, workspace: Late
         )
     if page_size % tile.keys or not pool.is_contiguous() or not key_up.is_contiguous():
         raise ValueError(
-            f"{_NAME}: pages of {page_size} tokens, need a multiple of {tile.keys}; cache and weights must be contiguous"
+            f"{_NAME}: pages of {page_size} tokens, need a multiple of {tile.keys}; cache and weights contiguous"
         )
