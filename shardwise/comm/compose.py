@@ -83,12 +83,13 @@ def check_norm_arguments(
                 f"all_reduce_residual_rms_norm: {name} is {tuple(result.shape)} {result.dtype} on {result.device}, it "
                 f"must be contiguous and like tensor: {tuple(shape)} {dtype} on {device}"
             )
-    if residual.shape != shape or residual.dtype != dtype:
+    if residual.shape != shape or residual.dtype != dtype or residual.device != device:
         raise ValueError(
-            f"all_reduce_residual_rms_norm: residual is {tuple(residual.shape)} {residual.dtype}, "
-            f"it must be like tensor: {tuple(shape)} {dtype}"
+            f"all_reduce_residual_rms_norm: residual is {tuple(residual.shape)} {residual.dtype} on {residual.device}, "
+            f"it must be like tensor: {tuple(shape)} {dtype} on {device}"
         )
-    if weight.shape != shape[-1:]:
+    if weight.shape != shape[-1:] or weight.device != device:
         raise ValueError(
-            f"all_reduce_residual_rms_norm: weight is {tuple(weight.shape)}, it must be [H] = {tuple(shape[-1:])}"
+            f"all_reduce_residual_rms_norm: weight is {tuple(weight.shape)} on {weight.device}, it must be [H] = "
+            f"{tuple(shape[-1:])} on {device}"
         )

@@ -265,6 +265,9 @@ def bad_arguments(group):
     assert "sum" in raises(TypeError, lambda: group.all_reduce(x.to(torch.float8_e4m3fn)))
     assert "residual" in raises(ValueError, lambda: group.all_reduce_residual_rms_norm(x, x[:2], x[0], 1e-6))
     assert "weight" in raises(ValueError, lambda: group.all_reduce_residual_rms_norm(x, x, x[:, 0], 1e-6))
+    elsewhere = x.to("meta")
+    assert "on meta" in raises(ValueError, lambda: group.all_reduce_residual_rms_norm(x, elsewhere, x[0], 1e-6))
+    assert "on meta" in raises(ValueError, lambda: group.all_reduce_residual_rms_norm(x, x, elsewhere[0], 1e-6))
     inputs = drawn(group, (5,), torch.float32, 19)
     assert_sum(group.all_reduce(inputs[group.rank]), inputs)
 

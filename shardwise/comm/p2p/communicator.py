@@ -124,6 +124,7 @@ class P2PCommunicator(Delegating):
 
     def _begin(self, op: str, shape, dtype, strategy: str, *details) -> list:
         self.check_waits()
+        self.workspace.take_stream()
         return super()._begin(op, shape, dtype, strategy, *details)
 
     def _require_device(self, tensor: Tensor, op: str) -> None:
@@ -228,10 +229,8 @@ def _require_dtype(tensor: Tensor, strategy: str, legal: Iterable[torch.dtype]) 
 
 
 class _SingleFlight:
-    """A workspace serves one call at a time, on the device as on the host.
-
-    Another stream waits for the last one's calls; another thread inside a call is an error. Replays of a graph and
-    eager calls of one group belong on one stream.
+    """A workspace serves one call at a time, on the host as on the device (`take_stream`): another thread inside a call
+    is an error. Replays of a graph and eager calls belong on one stream.
     """
 
     def __init__(self, communicator: P2PCommunicator):
@@ -247,7 +246,6 @@ class _SingleFlight:
             )
         limit = communicator.deadlines.in_phase(watch.current_phase())
         communicator.launcher.deadline_ns = int(limit * 1e9)
-        communicator.workspace.take_stream()
 
     def __exit__(self, *error) -> None:
         self._flying.release()

@@ -1,11 +1,13 @@
 """Memory that the ranks of one host push into: allocation, exchange of handles, and what says that a wait gave up."""
 
+import contextlib
 import importlib.util
 import os
 import socket
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -67,6 +69,25 @@ def host_identity() -> str:
     return f"{socket.gethostname()} {boot} {os.readlink('/proc/self/ns/ipc')}"
 
 
+class _Used(NamedTuple):
+    """A stream, which takes long to ask for, and its handle."""
+
+    handle: int | None = None
+    stream: torch.cuda.Stream | None = None
+
+
+_NEVER = _Used()
+
+
+class _Thread(threading.local):
+    def __init__(self) -> None:
+        self.last: dict[int, _Used] = {}
+        """By device: where this thread's last call went, of whichever workspace."""
+
+
+_thread = _Thread()
+
+
 class Workspace:
     """One rank's buffer and its view of the peers' buffers.
 
@@ -76,6 +97,8 @@ class Workspace:
     records   pinned int64 tensor: what this rank waited for when a rank did not come, or its wait was ended
     sharers   ranks on this device, this one counted: more than one only where ranks are threads of a process
     """
+
+    _last = _NEVER
 
     def __init__(self, bootstrap: "Communicator", device: int | None = None, region_bytes: int | None = None):
         """Called by every rank of `bootstrap`, which serves only to exchange handles. Raises P2PUnavailable alike.
@@ -87,8 +110,6 @@ class Workspace:
         self.device = -1 if device is None else device
         self.region_bytes = region_bytes or REGION_BYTES.get(self.size, 0)
         self.failure: CommError | None = None
-        self._stream: torch.cuda.Stream | None = None
-        self._stream_handle: int | None = None
         self._base = 0
         self._opened: dict[int, int] = {}
         export = self._agree(bootstrap, self._allocate)
@@ -170,17 +191,21 @@ class Workspace:
         torch.cuda.current_stream(self.device).synchronize()
 
     def take_stream(self) -> None:
-        """Let the current stream wait for the calls of the last one: a workspace serves one call at a time.
+        """Let the current stream wait for the last calls of this workspace, and of this thread on this device.
 
-        While a graph is being captured nothing is known about when it will run, so nothing is done.
+        A workspace serves one call at a time, and calls of two at the same time could each hold multiprocessors that
+        the other needs on another rank. While a graph is being captured nothing is known about when it will run, so
+        nothing is done.
         """
         handle = torch._C._cuda_getCurrentRawStream(self.device)  # each call asks: a Stream takes 2 us to make
-        if handle == self._stream_handle or torch.cuda.is_current_stream_capturing():
+        last = self._last, _thread.last.get(self.device, _NEVER)
+        if handle == last[0].handle == last[1].handle or torch.cuda.is_current_stream_capturing():
             return
         stream = torch.cuda.current_stream(self.device)
-        if self._stream is not None:
-            stream.wait_stream(self._stream)
-        self._stream, self._stream_handle = stream, handle
+        for used in set(last):
+            if used.stream is not None and used.handle != handle:
+                stream.wait_stream(used.stream)
+        self._last = _thread.last[self.device] = _Used(handle, stream)
 
     def check(self) -> None:
         """Raise CollectiveTimeout if a kernel of this rank ever gave up waiting, CommError if a peer ended its wait."""
@@ -218,9 +243,12 @@ class Workspace:
 
         Otherwise every word that a peer sent here has been taken, so no peer is still writing.
         """
-        if self._base and self.failure is None:
+        if self._base:
             torch.cuda.synchronize(self.device)
-            self._release()
+            with contextlib.suppress(CommError):
+                self.check()
+            if self.failure is None:
+                self._release()
 
     def _release(self) -> None:
         for address in self._opened.values():
