@@ -13,9 +13,9 @@ import torch
 from mamba_oracle import Batch
 
 from shardwise.ops.fla import delta, fla
-from shardwise.ops.kept import Kept
 from shardwise.ops.mamba import flashinfer as mamba_flashinfer
 from shardwise.ops.mamba import ssm
+from shardwise.ops.plan_cache import PlanCache
 from shardwise.ops.registry import TRITON
 from shardwise.ops.rope import flashinfer as rope_flashinfer
 from shardwise.ops.triton_support import interpreting
@@ -151,13 +151,13 @@ def test_flashinfer_decode_reads_parts_of_wider_rows(monkeypatch, decode, skew):
         args[place] = wide[..., skew : skew + rows[0, 0].numel()].unflatten(2, rows.shape[2:])
     mamba_flashinfer_prefill(monkeypatch, batch, args[-2])
     monkeypatch.setattr(mamba_flashinfer, "_update", lambda: selective_state_update)
-    monkeypatch.setattr(mamba_flashinfer, "STEPS", Kept())
+    monkeypatch.setattr(mamba_flashinfer, "PLANS", PlanCache())
     monkeypatch.setattr(mamba_flashinfer, "BLOCK", 16)  # several programs copy a row
     caches = [args[-3].clone() for _ in range(2)]
     for cache in caches:  # the second finds its launches kept
         result = mamba_flashinfer.flashinfer_cached_ssm(*args[:-3], cache, *args[-2:])
         torch.testing.assert_close(result.double(), expected, rtol=5e-3, atol=2e-2)
-    assert torch.equal(*caches) and mamba_flashinfer.STEPS
+    assert torch.equal(*caches) and mamba_flashinfer.PLANS
 
 
 def mamba_flashinfer_prefill(monkeypatch, batch, limit):

@@ -22,7 +22,7 @@ from shardwise.ops.attention.planner import (
 )
 from shardwise.ops.attention.positions import fake_token_positions, token_positions
 from shardwise.ops.devices import require_one_device
-from shardwise.ops.kept import Kept, fresh, view
+from shardwise.ops.plan_cache import PlanCache, allocator, view
 from shardwise.ops.registry import CUDA, FLASHINFER, operator
 from shardwise.ops.triton_support import dependent_launch
 from shardwise.ops.vector_access import takes_vectors, with_vectors
@@ -88,7 +88,7 @@ class _Plan:
     full: bool
     """Whether there are tokens, and no padding"""
     out: Callable[[], Tensor]
-    """Makes room for the result"""
+    """Allocates the result"""
     q_sizes: _Sizes
     q_strides: _Sizes
     """[count, N, D] of the batch's own tokens, contiguous"""
@@ -110,7 +110,7 @@ class _Plan:
     """Whether kernels start while their predecessors drain, which FlashInfer would find out anew"""
 
 
-_PLANS: Kept[_Plan] = Kept()
+_PLANS: PlanCache[_Plan] = PlanCache()
 
 
 @functools.cache
@@ -326,7 +326,7 @@ def _plan(
         tokens,
         count,
         0 < count == tokens,
-        fresh(tuple(q.shape), q.dtype, q.device),
+        allocator(tuple(q.shape), q.dtype, q.device),
         (count, heads.queries, size),
         (heads.queries * size, size, 1),
         (count, kv_heads, size),

@@ -7,8 +7,8 @@ import torch
 from shardwise.ops.attention.batch import Batch
 from shardwise.ops.attention.planner import planner
 from shardwise.ops.devices import require_one_device
-from shardwise.ops.kept import Kept, fresh
 from shardwise.ops.metadata_reports import check_bounds, raise_report, read_at_once, report_word
+from shardwise.ops.plan_cache import PlanCache, allocator
 from shardwise.ops.registry import TRITON
 from shardwise.ops.state_batch import load_bounds, prefill_bounds
 from shardwise.ops.triton_support import Kernel, tl, triton
@@ -16,7 +16,7 @@ from shardwise.ops.triton_support import Kernel, tl, triton
 _Make = Callable[..., list[torch.Tensor]]
 """Operator, position_ids, cu_seqlen and seq_len_with_cache -> what `token_positions` gives"""
 # By counts and layout of a step's metadata.
-STEPS: Kept[_Make] = Kept()
+PLANS: PlanCache[_Make] = PlanCache()
 
 
 def fake_token_positions(position_ids, batch_info_host, cu_seqlen, seq_len_with_cache):
@@ -39,7 +39,7 @@ def token_positions(
     and such bounds give positions of sequences that exist.
     """
     tensors = position_ids, cu_seqlen, seq_len_with_cache
-    make = STEPS.get(batch, tensors) or STEPS.keep(batch, tensors, _plan(op, batch, *tensors))
+    make = PLANS.get(batch, tensors) or PLANS.keep(batch, tensors, _plan(op, batch, *tensors))
     planner(family, position_ids.device).reset()
     if read_at_once(cu_seqlen):
         prefill_bounds(op, batch, cu_seqlen)
@@ -121,14 +121,14 @@ def _by_kernel(batch: Batch, position_ids, cu_seqlen, seq_len_with_cache) -> _Ma
     """What makes both in one launch, which costs more to find out than to use."""
     count, device = position_ids.numel(), position_ids.device
     width = min(64, max(2, 1 << (batch.prefill - 1).bit_length())) if batch.prefill else 2
-    room = fresh((count,), torch.int32, device)
-    pointers = cu_seqlen, seq_len_with_cache, room(), room()  # for dtypes alone
+    allocate = allocator((count,), torch.int32, device)
+    pointers = cu_seqlen, seq_len_with_cache, allocate(), allocate()  # for dtypes alone
     form, grid = _positions.form_for(device, pointers, (_BLOCK, width), warps=4), (-(-count // _BLOCK), 1, 1)
     free = count, batch.prefill, batch.prefill_tokens, batch.tokens
 
     def make(op: str, _position_ids, cu_seqlen, seq_len_with_cache) -> list[torch.Tensor]:
         raise_report(op)
-        owner, position = room(), room()
+        owner, position = allocate(), allocate()
         form(grid, (cu_seqlen.contiguous(), seq_len_with_cache.contiguous(), owner, position, report_word(op)), free)
         return [owner, position]
 

@@ -17,8 +17,8 @@ from shardwise.ops.attention.kernels.decode import flattened_decode_kernel, redu
 from shardwise.ops.attention.kernels.prefill import prefill_kernel
 from shardwise.ops.attention.tiles import Tile
 from shardwise.ops.devices import require_one_device
-from shardwise.ops.kept import Kept, Tensors, fresh
 from shardwise.ops.metadata_reports import raise_report, read_at_once, report_word
+from shardwise.ops.plan_cache import PlanCache, Tensors, allocator
 from shardwise.ops.registry import TRITON, operator
 from shardwise.ops.triton_support import Form, Kernel, Launch, dependent_launch, multiprocessors
 
@@ -62,7 +62,7 @@ class _Decode(NamedTuple):
 
     attend: Launch
     partial: Callable[[], torch.Tensor] | None
-    """Makes room for the splits' results, where there are several"""
+    """Allocates the splits' results, where there are several"""
     reduce: Launch | None
     """Joins them"""
 
@@ -73,13 +73,13 @@ class _Plan(NamedTuple):
     tokens: int
     """T, padding included"""
     out: Callable[[], torch.Tensor]
-    """Makes room for the result"""
+    """Allocates the result"""
     prefill: _Prefill | None
     decode: _Decode | None
 
 
 # By the layout of what the kernels read, which is no copy.
-_PLANS: Kept[_Plan] = Kept()
+_PLANS: PlanCache[_Plan] = PlanCache()
 _FORMS: dict[tuple, Form] = {}
 
 
@@ -169,8 +169,8 @@ def _run(plan: _Plan, given: Tensors, sinks: torch.Tensor, out: torch.Tensor) ->
         one = plan.prefill.attend
         one.form(one.grid, (q, k_cache, v_cache, out, seq_len, input_pos, slot_idx, sinks), one.free)
     if plan.decode is not None:
-        one, room, reduce = plan.decode
-        partial = out if room is None else room()
+        one, allocate, reduce = plan.decode
+        partial = out if allocate is None else allocate()
         one.form(one.grid, (*given[:5], out, partial, *given[5:7], sinks, word), one.free)
         if reduce is not None:
             reduce.form(reduce.grid, (partial, out, *given[5:7], sinks), reduce.free)
@@ -251,7 +251,7 @@ def _plan(shapes: _Shapes, batch: Batch, given: Tensors, scale: float | None, wi
     q, _, _, k_cache, v_cache = given[:5]
     return _Plan(
         shapes.tokens,
-        fresh(tuple(cached_output_shape(q, k_cache, v_cache)), q.dtype, q.device),
+        allocator(tuple(cached_output_shape(q, k_cache, v_cache)), q.dtype, q.device),
         _plan_prefill(shapes, batch, given, scale, max(window, 0), has_sinks) if batch.prefill_tokens else None,
         _plan_decode(shapes, batch, given, scale, max(window, 0), has_sinks) if batch.decode else None,
     )
@@ -306,5 +306,5 @@ def _plan_decode(shapes: _Shapes, batch: Batch, given: Tensors, scale, window: i
         _reduce, q.device, (*key, block_splits),
         (heads.queries, heads.value_size, tile.keys, shapes.sizes[3], block_splits, *options), warps=4,
     )  # fmt: skip
-    room = fresh((rows * (heads.value_size + 1),), torch.float32, q.device)
-    return _Decode(launch, room, Launch(reduce, (decode * heads.queries, 1, 1), place))
+    allocate = allocator((rows * (heads.value_size + 1),), torch.float32, q.device)
+    return _Decode(launch, allocate, Launch(reduce, (decode * heads.queries, 1, 1), place))

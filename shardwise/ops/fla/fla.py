@@ -13,14 +13,14 @@ from shardwise.ops.devices import require_one_device
 from shardwise.ops.fla.checks import check_delta
 from shardwise.ops.fla.reference import like_v
 from shardwise.ops.fla.step import Prefill, decode
-from shardwise.ops.kept import Kept, fresh, taken_as_given
 from shardwise.ops.metadata_reports import report_word
+from shardwise.ops.plan_cache import PlanCache, allocator, taken_as_given
 from shardwise.ops.registry import FLA, TRITON, operator
 from shardwise.ops.state_batch import check_counts, check_metadata
 from shardwise.ops.triton_support import Launch
 
-# Steps of decode tokens alone, without a copy or padding, and what makes room for their results, by their layout.
-STEPS: Kept[tuple[Launch, Callable[[], torch.Tensor]]] = Kept()
+# Steps of decode tokens alone, without a copy or padding, and what allocates their results, by their layout.
+PLANS: PlanCache[tuple[Launch, Callable[[], torch.Tensor]]] = PlanCache()
 
 
 def _half(op: str, q: torch.Tensor) -> None:
@@ -85,10 +85,10 @@ def _cached(op, q, k, v, g, beta, batch_info_host, cu_seqlen, slot_idx, use_init
     given = q, k, v, beta, beta if g is None else g, slot_idx, cache
     key, compared = (batch, scale, g is None), given if g is not None else (*given[:4], *given[5:])
     if not batch.prefill:
-        again = STEPS.get(key, compared)
+        again = PLANS.get(key, compared)
         if again is not None:
-            launch, room = again
-            out = room()
+            launch, allocate = again
+            out = allocate()
             launch.form(launch.grid, (*given, out, report_word(op)), launch.free)
             return out
     metadata = (cu_seqlen, use_initial_states) if batch.prefill_tokens else ()
@@ -112,7 +112,7 @@ def _cached(op, q, k, v, g, beta, batch_info_host, cu_seqlen, slot_idx, use_init
     if batch.decode:
         launch, taken = decode(op, q, k, v, g, beta, slots, cache, out, scale, batch)
         if batch.decode == tokens and taken_as_given(taken[:-2], given):
-            STEPS.keep(key, compared, (launch, fresh(tuple(v.shape), v.dtype, v.device)))
+            PLANS.keep(key, compared, (launch, allocator(tuple(v.shape), v.dtype, v.device)))
     return out
 
 

@@ -1,4 +1,4 @@
-"""What the in-place causal convolutions share: argument checks, the split into prefill and decode, kept launches."""
+"""What the in-place causal convolutions share: argument checks, the split into prefill and decode, planned launches."""
 
 from collections.abc import Callable
 from typing import NamedTuple, TypeVar
@@ -7,7 +7,7 @@ from torch import Tensor
 
 from shardwise.ops.attention.batch import Batch, read_batch
 from shardwise.ops.devices import require_one_device
-from shardwise.ops.kept import Kept, Tensors, fresh, taken_as_given
+from shardwise.ops.plan_cache import PlanCache, Tensors, allocator, taken_as_given
 from shardwise.ops.state_batch import check_counts, check_metadata
 
 _Launches = TypeVar("_Launches")
@@ -46,13 +46,13 @@ class ConvBatch(NamedTuple):
 
 
 def run_step(
-    op: str, kept: Kept[_Launches], plan: Callable[[ConvBatch], _Launches],
+    op: str, plans: PlanCache[_Launches], plan: Callable[[ConvBatch], _Launches],
     run: Callable[[_Launches, Tensors, Tensors], None], batch_info_host, input, weight, bias, cu_seqlen, slot_idx,
     use_initial_states, conv_state_cache, activation,
 ) -> None:  # fmt: skip
     """One call of the operator `op`: its arguments are checked and its launches planned once for each layout.
 
-    kept   launches of steps whose tensors are taken as they are, by their layout
+    plans  launches of steps whose tensors are taken as they are, by their layout
     run    launches with `ConvBatch.tensors` and `ConvBatch.metadata`
     """
     batch = read_batch(op, batch_info_host)
@@ -61,7 +61,7 @@ def run_step(
     metadata: Tensors = (cu_seqlen, use_initial_states) if batch.prefill_tokens else ()
     key = batch, bias is None, activation
     compared = (*given, *metadata) if bias is not None else (input, weight, *given[3:], *metadata)
-    launches = kept.get(key, compared)
+    launches = plans.get(key, compared)
     if launches is None:
         require_one_device(op, *compared)
         one = prepare(
@@ -69,7 +69,7 @@ def run_step(
         )
         launches = plan(one)
         if taken_as_given((*one.tensors, *one.metadata), (*given, *metadata)):
-            kept.keep(key, compared, launches)
+            plans.keep(key, compared, launches)
         given, metadata = one.tensors, one.metadata
     run(launches, given, metadata)
 
@@ -124,7 +124,7 @@ def block_rows(one: ConvBatch) -> int:
 
 
 def blocks_of(one: ConvBatch, rows: int) -> tuple[int, Callable[[], Tensor]]:
-    """Blocks of `rows` prefill tokens, a sequence begins a new one; and what makes room for the K - 1 inputs before
+    """Blocks of `rows` prefill tokens, a sequence begins a new one; and what allocates the K - 1 inputs before
     each."""
     blocks = -(-one.batch.prefill_tokens // rows) + one.batch.prefill
-    return blocks, fresh((blocks, one.K - 1, one.channels), one.x.dtype, one.x.device)
+    return blocks, allocator((blocks, one.K - 1, one.channels), one.x.dtype, one.x.device)

@@ -9,10 +9,10 @@ from typing import NamedTuple
 import torch
 
 from shardwise.kernel_start import on_device
-from shardwise.ops.kept import Kept
 from shardwise.ops.mamba.conv import ConvBatch, Tensors, block_rows, blocks_of, nothing, run_step
 from shardwise.ops.metadata_reports import report_word
 from shardwise.ops.nvcc import library, stream
+from shardwise.ops.plan_cache import PlanCache
 from shardwise.ops.registry import CUDA, NVCC, operator
 from shardwise.ops.triton_support import dependent_launch, multiprocessors
 
@@ -37,7 +37,7 @@ class _Phase(NamedTuple):
     """Bytes before the first of its tokens"""
     slot_offset: int
     halo: Callable[[], torch.Tensor] | None
-    """Makes room for the block borders of prefill"""
+    """Allocates the block borders of prefill"""
 
 
 class _Plan(NamedTuple):
@@ -52,7 +52,7 @@ class _Plan(NamedTuple):
 
 
 # Of steps whose tensors are taken as they are, by their layout.
-STEPS: Kept[_Plan] = Kept()
+PLANS: PlanCache[_Plan] = PlanCache()
 
 
 @operator(
@@ -79,7 +79,7 @@ def cuda_cached_causal_conv1d(
 ) -> None:
     """As `triton_cached_causal_conv1d`; K 2 to 4, one dtype (float32, float16, bfloat16) for all but the metadata."""
     run_step(
-        _OP, STEPS, _plan, _run, batch_info_host, input, weight, bias, cu_seqlen, slot_idx, use_initial_states,
+        _OP, PLANS, _plan, _run, batch_info_host, input, weight, bias, cu_seqlen, slot_idx, use_initial_states,
         conv_state_cache, activation,
     )  # fmt: skip
 
@@ -134,8 +134,8 @@ def _plan(one: ConvBatch) -> _Plan:
     dense = one.x_c == 1 and strides[1:] == (one.K - 1, 1)
     phases: tuple[_Phase, ...] = ()
     if batch.prefill_tokens:
-        blocks, room = blocks_of(one, rows)
-        phases = (_Phase(_numbers(one, rows, blocks), 0, 0, room),)
+        blocks, allocate = blocks_of(one, rows)
+        phases = (_Phase(_numbers(one, rows, blocks), 0, 0, allocate),)
     if batch.decode:
         x_offset, slot_offset = batch.prefill_tokens * one.x_t * item, batch.prefill * one.slots.element_size()
         phases = (*phases, _Phase(_numbers(one, 0, batch.decode), x_offset, slot_offset, None))

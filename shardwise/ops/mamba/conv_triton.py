@@ -5,10 +5,10 @@ from typing import NamedTuple
 
 import torch
 
-from shardwise.ops.kept import Kept
 from shardwise.ops.mamba import conv_kernels as kernels
 from shardwise.ops.mamba.conv import ConvBatch, Tensors, block_rows, blocks_of, nothing, run_step
 from shardwise.ops.metadata_reports import report_word
+from shardwise.ops.plan_cache import PlanCache
 from shardwise.ops.registry import TRITON, operator
 from shardwise.ops.triton_support import Kernel, Launch, dependent_launch
 
@@ -35,7 +35,7 @@ class _Prefill(NamedTuple):
     save: Launch
     walk: Launch
     halo: Callable[[], torch.Tensor]
-    """Makes room for the block borders"""
+    """Allocates the block borders"""
 
 
 class _Plan(NamedTuple):
@@ -46,15 +46,15 @@ class _Plan(NamedTuple):
 
 
 # Of steps whose tensors are taken as they are, by their layout.
-STEPS: Kept[_Plan] = Kept()
+PLANS: PlanCache[_Plan] = PlanCache()
 
 
 def _run(plan: _Plan, given: Tensors, metadata: Tensors) -> None:
     x, weight, bias, slots, cache = given
     if plan.prefill is not None:
         bounds, resumes = metadata
-        save, walk, room = plan.prefill
-        halo = room()
+        save, walk, allocate = plan.prefill
+        halo = allocate()
         save.form(save.grid, (x, bounds, slots, resumes, cache, halo, report_word(_OP)), save.free)
         walk.form(walk.grid, (x, weight, bias, bounds, slots, halo), walk.free)
     if plan.decode is not None:
@@ -70,7 +70,7 @@ def _plan(one: ConvBatch) -> _Plan:
 def _plan_prefill(one: ConvBatch) -> _Prefill:
     (x, weight, bias, slots, cache), (bounds, resumes) = one.tensors, one.metadata
     channels, K, rows = one.channels, one.K, block_rows(one)
-    (blocks, room), sequences, pdl = blocks_of(one, rows), one.batch.prefill, dependent_launch(x.device)
+    (blocks, allocate), sequences, pdl = blocks_of(one, rows), one.batch.prefill, dependent_launch(x.device)
     lookup = _power(sequences)
     width = min(WARP_CHANNELS, _power(channels))
     free = sequences, one.batch.prefill_tokens, cache.shape[0], rows
@@ -93,7 +93,7 @@ def _plan_prefill(one: ConvBatch) -> _Prefill:
     return _Prefill(
         Launch(save, (blocks * -(-channels // width), 1, 1), free),
         Launch(walk, (blocks * -(-channels // walk_width), 1, 1), free),
-        room,
+        allocate,
     )
 
 
@@ -143,6 +143,6 @@ def triton_cached_causal_conv1d(
     stride to padding_mode are accepted and not used.
     """
     run_step(
-        _OP, STEPS, _plan, _run, batch_info_host, input, weight, bias, cu_seqlen, slot_idx, use_initial_states,
+        _OP, PLANS, _plan, _run, batch_info_host, input, weight, bias, cu_seqlen, slot_idx, use_initial_states,
         conv_state_cache, activation,
     )  # fmt: skip

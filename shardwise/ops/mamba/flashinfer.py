@@ -7,11 +7,11 @@ from typing import NamedTuple
 import torch
 
 from shardwise.ops.attention.batch import Batch
-from shardwise.ops.kept import Kept, View, fresh, view
 from shardwise.ops.mamba import ssd_kernels as kernels
 from shardwise.ops.mamba.scan import Inputs
 from shardwise.ops.mamba.ssm import Plan, like_hidden, run_step
 from shardwise.ops.metadata_reports import report_word
+from shardwise.ops.plan_cache import PlanCache, View, allocator, view
 from shardwise.ops.registry import FLASHINFER, TRITON, operator
 from shardwise.ops.triton_support import Kernel, Launch
 
@@ -19,7 +19,7 @@ _ready = Kernel(kernels.ready_kernel)
 BLOCK = 1024
 """Numbers of a row that a program copies"""
 # Of steps without a copy or padding, by their layout.
-STEPS: Kept[Plan] = Kept()
+PLANS: PlanCache[Plan] = PlanCache()
 
 
 @operator(fake=like_hidden, mutates=("ssm_state_cache",), needs=(FLASHINFER, TRITON), instead="torch_cached_ssm")
@@ -51,7 +51,7 @@ def flashinfer_cached_ssm(
         )
     given = hidden_states, dt, dt_bias, A, B, C, D, slot_idx, ssm_state_cache
     metadata = cu_seqlen, use_initial_states, chunk_indices, chunk_offsets, seq_idx_prefill
-    return run_step(op, STEPS, _plan_decode, _decode, given, metadata, batch_info_host, time_step_limit, chunk_size)
+    return run_step(op, PLANS, _plan_decode, _decode, given, metadata, batch_info_host, time_step_limit, chunk_size)
 
 
 class _Decode(NamedTuple):
@@ -62,9 +62,9 @@ class _Decode(NamedTuple):
     """
 
     ready: Launch
-    rooms: tuple[Callable[[], torch.Tensor], ...]
-    """Make room for time steps [tokens, H, P], one number a head, repeated by strides, as FlashInfer wants it; for
-    slots [tokens]; for rows of x [tokens, H, P], B and C [tokens, G, N]"""
+    allocate: tuple[Callable[[], torch.Tensor], ...]
+    """Allocate time steps [tokens, H, P], one number a head, repeated by strides, as FlashInfer wants it; slots
+    [tokens]; rows of x [tokens, H, P], B and C [tokens, G, N]"""
     out: View
     """Where the result has the decode tokens, [tokens, H, P]"""
     A: View
@@ -89,15 +89,15 @@ def _plan_decode(op: str, one: Inputs, batch: Batch) -> _Decode:
             f"{one.cache.shape[0]}; triton_cached_ssm takes any number"
         )
     (groups, states), dtype = one.B.shape[2:], one.x.dtype
-    rooms = (
-        fresh((count, heads, size), torch.float32, device, strides=(heads, 1, 0)),
-        fresh((count,), torch.int32, device),
-        fresh((count, heads, size), dtype, device),
-        *[fresh((count, groups, states), dtype, device)] * 2,
+    allocate = (
+        allocator((count, heads, size), torch.float32, device, strides=(heads, 1, 0)),
+        allocator((count,), torch.int32, device),
+        allocator((count, heads, size), dtype, device),
+        *[allocator((count, groups, states), dtype, device)] * 2,
     )
     ready = _ready.form_for(
         device,
-        (one.x, one.dt, one.dt_bias, one.B, one.C, one.slots, *(room() for room in rooms), one.out, report_word(op)),
+        (one.x, one.dt, one.dt_bias, one.B, one.C, one.slots, *(make() for make in allocate), one.out, report_word(op)),
         (one.x_t, one.x.stride(2), one.dt_t, one.B_t, one.B.stride(2), one.C_t, one.C.stride(2))
         + (heads // groups, size, states, 1 << (heads - 1).bit_length(), BLOCK),
         warps=4,
@@ -109,7 +109,7 @@ def _plan_decode(op: str, one: Inputs, batch: Batch) -> _Decode:
             (count, parts, 1),
             (batch.prefill_tokens, batch.prefill, heads, one.cache.shape[0], one.low, one.high),
         ),
-        rooms,
+        allocate,
         ((count, heads, size), (heads * size, size, 1), batch.prefill_tokens * heads * size),
         ((heads, size, states), (1, 0, 0), 0),
         ((heads, size), (1, 0), 0),
@@ -119,7 +119,7 @@ def _plan_decode(op: str, one: Inputs, batch: Batch) -> _Decode:
 
 def _decode(op: str, plan: _Decode, given: tuple[torch.Tensor, ...], out: torch.Tensor) -> None:
     x, dt, dt_bias, A, B, C, D, slots, cache = given
-    steps, index, *rows = [room() for room in plan.rooms]
+    steps, index, *rows = [make() for make in plan.allocate]
     pointers = x, dt, dt_bias, B, C, slots, steps, index, *rows, out, report_word(op)
     plan.ready.form(plan.ready.grid, pointers, plan.ready.free)
     if not plan.exact:

@@ -9,8 +9,8 @@ from typing import NamedTuple
 import torch
 
 from shardwise.ops.attention.batch import Batch, read_batch
-from shardwise.ops.kept import Kept, fresh
 from shardwise.ops.metadata_reports import check_bounds, raise_report, read_at_once, report_word
+from shardwise.ops.plan_cache import PlanCache, allocator
 from shardwise.ops.registry import TRITON, operator
 from shardwise.ops.state_batch import load_bounds, prefill_bounds
 from shardwise.ops.triton_support import Kernel, Launch, tl, triton
@@ -115,13 +115,13 @@ class _Plan(NamedTuple):
 
     launch: Launch
     pieces: Callable[[], torch.Tensor]
-    """Makes room for one entry a piece"""
+    """Allocates one entry a piece"""
     tokens: Callable[[], torch.Tensor]
-    """Makes room for [1, tokens]"""
+    """Allocates [1, tokens]"""
 
 
 # By counts, chunk size and layout of cu_seqlen.
-PLANS: Kept[_Plan] = Kept()
+PLANS: PlanCache[_Plan] = PlanCache()
 
 
 def _plan(op: str, batch: Batch, cu_seqlen: torch.Tensor, chunk: int) -> _Plan:
@@ -133,8 +133,8 @@ def _plan(op: str, batch: Batch, cu_seqlen: torch.Tensor, chunk: int) -> _Plan:
     form = _pieces.form_for(device, (cu_seqlen,), (chunk, width, _BLOCK), warps=4)
     return _Plan(
         Launch(form, (-(-tokens // _BLOCK), 1, 1), (batch.prefill, tokens, pieces)),
-        fresh((pieces,), torch.int32, device),
-        fresh((1, tokens), torch.int32, device),
+        allocator((pieces,), torch.int32, device),
+        allocator((1, tokens), torch.int32, device),
     )
 
 

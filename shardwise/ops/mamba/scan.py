@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from shardwise.ops.attention.batch import Batch
-from shardwise.ops.kept import fresh
 from shardwise.ops.mamba import ssd_kernels as kernels
 from shardwise.ops.mamba.checks import check_pieces, check_ssm
 from shardwise.ops.metadata_reports import report_word
+from shardwise.ops.plan_cache import allocator
 from shardwise.ops.state_batch import check_counts, token_rows
 from shardwise.ops.triton_support import Chain, Kernel, Launch, cache_bytes, dependent_launch
 
@@ -92,20 +92,20 @@ class Prefill(NamedTuple):
     """What prefill tokens of one layout launch, but for their tensors."""
 
     launches: Chain
-    room: Callable[[], Tensor]
-    """Makes room for running sums and states, see `ssd_kernels.rooms`"""
+    allocate: Callable[[], Tensor]
+    """Allocates the workspace of running sums and states, see `ssd_kernels.workspace_parts`"""
     word: Tensor
     """For reports"""
 
 
-# What a prefill's kernels read and write: `Inputs.taken`, metadata, the result, the room and the word for reports.
+# What a prefill's kernels read and write: `Inputs.taken`, metadata, the result, the workspace and the word for reports.
 _TENSORS = (
     *("x", "dt", "dt_bias", "A", "B", "C", "D", "slots", "cache"),
-    *("bounds", "resumes", "index", "offset", "owner", "out", "room", "word"),
+    *("bounds", "resumes", "index", "offset", "owner", "out", "workspace", "word"),
 )
-_STEPS = ("dt", "dt_bias", "A", "index", "offset", "owner", "bounds", "room")
-_STATES = ("x", "B", "bounds", "slots", "resumes", "cache", "room", "word")
-_OUTPUTS = ("x", "B", "C", "D", "index", "offset", "owner", "bounds", "slots", "room", "out")
+_STEPS = ("dt", "dt_bias", "A", "index", "offset", "owner", "bounds", "workspace")
+_STATES = ("x", "B", "bounds", "slots", "resumes", "cache", "workspace", "word")
+_OUTPUTS = ("x", "B", "C", "D", "index", "offset", "owner", "bounds", "slots", "workspace", "out")
 
 
 def prefill(plan: Prefill, tensors: tuple[Tensor, ...], out: Tensor) -> None:
@@ -114,7 +114,7 @@ def prefill(plan: Prefill, tensors: tuple[Tensor, ...], out: Tensor) -> None:
     tensors  as planned for: `Inputs.taken`, then cu_seqlen, use_initial_states, chunk_indices, chunk_offsets and
              seq_idx_prefill
     """
-    plan.launches((*tensors, out, plan.room(), plan.word))
+    plan.launches((*tensors, out, plan.allocate(), plan.word))
 
 
 def plan_prefill(op: str, one: Inputs, batch: Batch, metadata: tuple[Tensor, ...], chunk: int) -> Prefill:
@@ -163,7 +163,7 @@ def plan_prefill(op: str, one: Inputs, batch: Batch, metadata: tuple[Tensor, ...
         (Launch(outputs, outputs_grid, (batch.prefill, tokens, heads, slots)), _OUTPUTS),
     )
     words = -(-2 * heads * tokens // 4) * 4 + -(-pieces * heads * N * P * one.x.element_size() // 4)
-    return Prefill(launches, fresh((words,), torch.float32, device), word)
+    return Prefill(launches, allocator((words,), torch.float32, device), word)
 
 
 def _divisor(n: int, most: int) -> int:
@@ -185,10 +185,10 @@ def plan_decode(op: str, one: Inputs, batch: Batch) -> Launch:
     (_, _, heads, P), (_, _, groups, N) = one.x.shape, one.B.shape
     cache_slot, cache_h, cache_p, _ = one.cache.stride()
     block_n, pdl = 1 << (N - 1).bit_length(), dependent_launch(one.x.device)
-    moved, room = batch.decode * heads * P * N * one.cache.element_size(), cache_bytes(one.x.device)
+    moved, l2 = batch.decode * heads * P * N * one.cache.element_size(), cache_bytes(one.x.device)
     # A branch costs 1.6 to 3 % where the L2 cache feeds the step; where the memory does, masks cost up to 1 %.
-    masked = moved <= 0.75 * room
-    table = MANY if masked and moved >= 0.2 * room else FEW
+    masked = moved <= 0.75 * l2
+    table = MANY if masked and moved >= 0.2 * l2 else FEW
     block_p = min(1 << (P - 1).bit_length(), max(1, table["elements"] // block_n))
     pointers = *one.taken, one.out, report_word(op)
     strides = one.x_t, one.x.stride(2), one.dt_t, one.B_t, one.B.stride(2), one.C_t, one.C.stride(2)

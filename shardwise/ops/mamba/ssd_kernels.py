@@ -44,14 +44,14 @@ def piece_bounds(index_ptr, offset_ptr, owner_ptr, bounds_ptr, piece, sequences,
 
 
 @triton.jit
-def rooms(room_ptr, heads, tokens, STATE: tl.constexpr):
-    """(running sums, levels, states before the pieces) in the room that the three prefill kernels share.
+def workspace_parts(workspace_ptr, heads, tokens, STATE: tl.constexpr):
+    """(running sums, levels, states before the pieces) in the workspace that the three prefill kernels share.
 
     float32 [2, H, T], up to a multiple of 16 bytes, then STATE [pieces, H, N, P].
     """
     sums = heads.to(tl.int64) * tokens
-    state_ptr = room_ptr + tl.cdiv(2 * sums, 4) * 4
-    return room_ptr, room_ptr + sums, state_ptr.to(tl.pointer_type(STATE), bitcast=True)
+    state_ptr = workspace_ptr + tl.cdiv(2 * sums, 4) * 4
+    return workspace_ptr, workspace_ptr + sums, state_ptr.to(tl.pointer_type(STATE), bitcast=True)
 
 
 @triton.jit(do_not_specialize=["sequences", "tokens", "heads", "low", "high"])
@@ -63,7 +63,7 @@ def steps_kernel(
     offset_ptr,
     owner_ptr,
     bounds_ptr,
-    room_ptr,
+    workspace_ptr,
     sequences,
     tokens,
     heads,
@@ -90,7 +90,7 @@ def steps_kernel(
     dt = tl.load(dt_ptr + row.to(tl.int64)[:, None] * dt_t + head[None, :], mask=mask, other=0.0)
     step = tl.where(mask, time_step(dt, bias[None, :], low, high), 0.0)
     total = tl.cumsum(step * A[None, :], axis=0)
-    total_ptr, level_ptr, _ = rooms(room_ptr, heads, tokens, tl.float32)
+    total_ptr, level_ptr, _ = workspace_parts(workspace_ptr, heads, tokens, tl.float32)
     target = head.to(tl.int64)[None, :] * tokens + row[:, None]
     tl.store(total_ptr + target, total, mask=mask)
     tl.store(level_ptr + target, total - tl.log(tl.where(mask, step, 1.0)), mask=mask)
@@ -104,7 +104,7 @@ def states_kernel(
     slot_ptr,
     resume_ptr,
     cache_ptr,
-    room_ptr,
+    workspace_ptr,
     word_ptr,
     pieces,
     tokens,
@@ -130,7 +130,7 @@ def states_kernel(
 ):
     """One sequence, head and tile of its state [N, P], from piece to piece; writes the state before every piece.
 
-    The pieces of bad bounds can be more than there is room for; the states of those beyond are not written.
+    Bad bounds can make more pieces than the workspace holds; the states of the rest are not written.
     """
     sequence, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
     p = (tl.program_id(2) // tl.cdiv(N, BLOCK_N)) * BLOCK_P + tl.arange(0, BLOCK_P)
@@ -150,7 +150,7 @@ def states_kernel(
     piece = first_piece(bounds_ptr, sequence, tokens, CHUNK, SEQUENCES) - start // CHUNK
     x_ptr += head * x_h
     B_ptr += (head // RATIO) * B_g
-    total_ptr, level_ptr, piece_state_ptr = rooms(room_ptr, heads, tokens, x_ptr.dtype.element_ty)
+    total_ptr, level_ptr, piece_state_ptr = workspace_parts(workspace_ptr, heads, tokens, x_ptr.dtype.element_ty)
     total_ptr += head * tokens
     level_ptr += head * tokens
     # One loop over all pieces, so that loads are on their way across their borders: the first piece ends at a multiple
@@ -190,7 +190,7 @@ def outputs_kernel(
     owner_ptr,
     bounds_ptr,
     slot_ptr,
-    room_ptr,
+    workspace_ptr,
     out_ptr,
     sequences,
     tokens,
@@ -234,7 +234,7 @@ def outputs_kernel(
     x_ptr += head * x_h
     B_ptr += (head // RATIO) * B_g
     C_ptr += (head // RATIO) * C_g
-    total_ptr, level_ptr, piece_state_ptr = rooms(room_ptr, heads, tokens, x_ptr.dtype.element_ty)
+    total_ptr, level_ptr, piece_state_ptr = workspace_parts(workspace_ptr, heads, tokens, x_ptr.dtype.element_ty)
     total_ptr += head * tokens
     level_ptr += head * tokens
     before = piece_state_ptr + ((piece * heads + head) * N + n[:, None]) * P + p[None, :]

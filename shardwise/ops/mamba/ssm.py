@@ -1,4 +1,4 @@
-"""What the cached state-space operators share: a step's checks, its kept launches, and prefill on our own kernels."""
+"""What the cached state-space operators share: a step's checks, planned launches, and prefill on our own kernels."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -8,8 +8,8 @@ from torch import Tensor
 
 from shardwise.ops.attention.batch import Batch, read_batch
 from shardwise.ops.devices import require_one_device
-from shardwise.ops.kept import Kept, fresh, taken_as_given
 from shardwise.ops.mamba.scan import Inputs, Prefill, plan_prefill, prefill, prepare
+from shardwise.ops.plan_cache import PlanCache, allocator, taken_as_given
 from shardwise.ops.state_batch import check_metadata
 
 
@@ -17,7 +17,7 @@ class Plan(NamedTuple):
     """What a step launches, but for its tensors."""
 
     out: Callable[[], Tensor]
-    """Makes room for the result"""
+    """Allocates the result"""
     prefill: Prefill | None
     decode: Any
 
@@ -29,7 +29,7 @@ def like_hidden(hidden_states, *_args):
 
 def run_step(
     op: str,
-    kept: Kept[Plan],
+    plans: PlanCache[Plan],
     plan_decode: Callable[[str, Inputs, Batch], Any],
     run_decode: Callable[[str, Any, tuple[Tensor, ...], Tensor], None],
     given: tuple[Tensor, ...],
@@ -40,7 +40,7 @@ def run_step(
 ) -> Tensor:
     """One call of the operator `op`: its arguments are checked and its launches planned once for each layout.
 
-    kept        launches of steps without a copy or padding, by their layout
+    plans       launches of steps without a copy or padding, by their layout
     run_decode  decode tokens, from what `plan_decode` found, `Inputs.taken` and the result
     given       hidden_states, dt, dt_bias, A, B, C, D, slot_idx, ssm_state_cache
     metadata    cu_seqlen, use_initial_states, chunk_indices, chunk_offsets, seq_idx_prefill
@@ -49,7 +49,7 @@ def run_step(
     check_metadata(op, batch, given[0], metadata[0], given[7], metadata[1], given[8])
     tensors = (*given, *metadata) if batch.prefill_tokens else given
     key = batch, *time_step_limit, chunk_size
-    plan = kept.get(key, tensors)
+    plan = plans.get(key, tensors)
     if plan is not None:
         out = plan.out()
     else:
@@ -57,13 +57,13 @@ def run_step(
         one = prepare(op, given, metadata[1], batch, time_step_limit, chunk_size)
         out, cuts = one.out, tuple(tensor.contiguous() for tensor in tensors[len(given) :])
         plan = Plan(
-            fresh(tuple(out.shape), out.dtype, out.device),
+            allocator(tuple(out.shape), out.dtype, out.device),
             plan_prefill(op, one, batch, cuts, chunk_size) if batch.prefill_tokens else None,
             plan_decode(op, one, batch) if batch.decode else None,
         )
         taken = (*one.taken, *cuts)
         if batch.tokens == out.shape[0] * out.shape[1] and taken_as_given(taken, tensors):
-            kept.keep(key, tensors, plan)
+            plans.keep(key, tensors, plan)
         tensors = taken
     if plan.prefill is not None:
         prefill(plan.prefill, tensors, out)

@@ -2,15 +2,15 @@
 
 import torch
 
-from shardwise.ops.kept import Kept
 from shardwise.ops.mamba.scan import plan_decode
 from shardwise.ops.mamba.ssm import Plan, like_hidden, run_step
 from shardwise.ops.metadata_reports import report_word
+from shardwise.ops.plan_cache import PlanCache
 from shardwise.ops.registry import TRITON, operator
 from shardwise.ops.triton_support import Launch
 
 # Of steps without a copy or padding, by their layout.
-STEPS: Kept[Plan] = Kept()
+PLANS: PlanCache[Plan] = PlanCache()
 
 
 @operator(fake=like_hidden, mutates=("ssm_state_cache",), needs=(TRITON,), instead="torch_cached_ssm")
@@ -43,7 +43,7 @@ def triton_cached_ssm(
     given = hidden_states, dt, dt_bias, A, B, C, D, slot_idx, ssm_state_cache
     metadata = cu_seqlen, use_initial_states, chunk_indices, chunk_offsets, seq_idx_prefill
     return run_step(
-        "triton_cached_ssm", STEPS, plan_decode, _decode, given, metadata, batch_info_host, time_step_limit, chunk_size
+        "triton_cached_ssm", PLANS, plan_decode, _decode, given, metadata, batch_info_host, time_step_limit, chunk_size
     )
 
 

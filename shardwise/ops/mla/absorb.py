@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from shardwise.ops.kept import view
+from shardwise.ops.plan_cache import view
 from shardwise.ops.triton_support import Kernel, await_predecessor, dependent_launch, interpreting, tl, triton
 
 Product = Callable[[Tensor, Tensor, Tensor], object]

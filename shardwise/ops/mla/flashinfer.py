@@ -19,12 +19,12 @@ from shardwise.ops.attention.planner import (
     without_padding,
 )
 from shardwise.ops.attention.positions import fake_token_positions, token_positions
-from shardwise.ops.kept import Kept, Tensors, view
 from shardwise.ops.mla.reference import fake_cached_mla
 from shardwise.ops.mla.step import OP, Absorbed, MlaPlan, Parameters, aligned, check_caches, plan_step, readable_copies
+from shardwise.ops.plan_cache import PlanCache, Tensors, view
 from shardwise.ops.registry import CUDA, FLASHINFER, TRITON, operator
 
-_PLANS: Kept[MlaPlan] = Kept()
+_PLANS: PlanCache[MlaPlan] = PlanCache()
 
 
 @operator(fake=fake_token_positions)

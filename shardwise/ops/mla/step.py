@@ -13,9 +13,9 @@ from shardwise.ops.attention.checks import shape
 from shardwise.ops.attention.flashinfer import FP8
 from shardwise.ops.attention.planner import Planner, exact_metadata, planner
 from shardwise.ops.devices import require_one_device
-from shardwise.ops.kept import View, fresh
 from shardwise.ops.mla.absorb import Factor, Product, Rows, head_product
 from shardwise.ops.mla.checks import LatentHeads, check_latent
+from shardwise.ops.plan_cache import View, allocator
 from shardwise.ops.vector_access import takes_vectors
 
 OP = "flashinfer_mla_with_cache"
@@ -38,7 +38,7 @@ class Absorbed(NamedTuple):
     """Tokens whose queries and outputs absorb the weight."""
 
     latents: Callable[[], torch.Tensor]
-    """Makes room for the queries' latents [tokens, N, R]"""
+    """Allocates the queries' latents [tokens, N, R]"""
     absorb: Product
     """q_nope by the weight's [N, Dn, R] into these"""
     rotated: View
@@ -56,7 +56,7 @@ class MlaPlan(NamedTuple):
     tokens: int
     """T, padding included"""
     out: Callable[[], torch.Tensor]
-    """Makes room for the result"""
+    """Allocates the result"""
     exact: bool
     """Whether no metadata has entries beyond the batch"""
     readable: bool
@@ -97,7 +97,7 @@ def plan_step(
         parameters_of(heads, ckv_cache.shape[1], q_nope.dtype, heads.scale(scale)),
         planner("mla", q_nope.device),
         b * s,
-        fresh((b, s, heads.count, heads.value), q_nope.dtype, q_nope.device),
+        allocator((b, s, heads.count, heads.value), q_nope.dtype, q_nope.device),
         exact_metadata(batch, indices, positions, indptr, last),
         # Rows of FlashInfer's begin at multiples of 16 bytes; queries are read by a product, from anywhere.
         None not in strides and not (latent_t | kpe_t) % 8 and q_pe.is_contiguous(),
@@ -131,7 +131,7 @@ def absorbing(heads: LatentHeads, weight, queries: Rows, first: int, tokens: int
     latents, result = Rows(number * rank, rank), Rows(number * value, value, first)
     to_latent, to_value = Factor(0, block, row, column), Factor(nope * row, block, column, row)
     return Absorbed(
-        fresh((tokens, number, rank), like.dtype, like.device),
+        allocator((tokens, number, rank), like.dtype, like.device),
         head_product(like, tokens, number, nope, rank, queries, to_latent, latents),
         ((tokens, number, rope), (number * rope, rope, 1), first * number * rope),
         head_product(like, tokens, number, rank, value, latents, to_value, result),

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 
 from shardwise.ops.devices import require_one_device
-from shardwise.ops.kept import Kept, view
+from shardwise.ops.plan_cache import PlanCache, view
 from shardwise.ops.registry import FLASHINFER, operator
 from shardwise.ops.rope.reference import contiguous_pair
 from shardwise.ops.vector_access import with_vectors
@@ -65,7 +65,7 @@ class _Plan(NamedTuple):
     """Of the operator"""
 
 
-_PLANS: Kept[_Plan] = Kept()
+_PLANS: PlanCache[_Plan] = PlanCache()
 
 
 def _plan(q: torch.Tensor, k: torch.Tensor, positions: torch.Tensor, table: torch.Tensor) -> _Plan:

@@ -9,7 +9,7 @@ from oracles_attention import Step
 
 from shardwise.ops.attention import triton
 from shardwise.ops.attention.triton import triton_attention_flattened_mha_with_cache
-from shardwise.ops.kept import Kept
+from shardwise.ops.plan_cache import PlanCache
 from shardwise.ops.triton_support import Form
 
 pytest.importorskip("triton")
@@ -30,7 +30,7 @@ def compiled_for(form, pointers, free):
 @pytest.fixture(autouse=True)
 def forms_of_this_test(monkeypatch):
     monkeypatch.setattr(triton, "_FORMS", {})
-    monkeypatch.setattr(triton, "_PLANS", Kept())
+    monkeypatch.setattr(triton, "_PLANS", PlanCache())
 
 
 def call(step, *, dtype=torch.float16, cache_dtype=None, heads=4, size=16, max_seq=64, window=None, sinks=None, skew=0,

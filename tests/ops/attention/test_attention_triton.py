@@ -11,7 +11,7 @@ from shardwise.ops import metadata_reports, triton_support
 from shardwise.ops.attention import tiles, triton
 from shardwise.ops.attention.tiles import Tile, choose_splits
 from shardwise.ops.attention.triton import OP
-from shardwise.ops.kept import Kept
+from shardwise.ops.plan_cache import PlanCache
 from shardwise.ops.registry import operators
 from shardwise.ops.triton_support import tl
 
@@ -42,7 +42,7 @@ STEPS = {
 def small_tiles(monkeypatch):
     """Tiles so small that these small shapes take several of them, in the interpreter."""
     if DEVICE == "cpu":
-        monkeypatch.setattr(triton, "_PLANS", Kept())
+        monkeypatch.setattr(triton, "_PLANS", PlanCache())
         monkeypatch.setattr(triton, "_FORMS", {})
         monkeypatch.setattr(tiles, "decode_tile", lambda group, *_: Tile(tiles.power_of_two(group), 16, 1, 1))
         monkeypatch.setattr(tiles, "prefill_tile", lambda *_: Tile(16, 16, 1, 1))

@@ -11,9 +11,9 @@ from operator_samples import flat, mutated
 
 from shardwise.ops import metadata_reports
 from shardwise.ops.attention.batch import Batch as CountedBatch
-from shardwise.ops.kept import Kept
 from shardwise.ops.mamba import conv_triton, metadata, scan
 from shardwise.ops.mamba import triton as ssm_triton
+from shardwise.ops.plan_cache import PlanCache
 from shardwise.ops.registry import FLA, TRITON
 from shardwise.ops.triton_support import interpreting
 
@@ -104,7 +104,7 @@ def test_decode_tokens_that_share_a_program_are_convolved_alone(monkeypatch, dty
     again = [a.clone() if isinstance(a, torch.Tensor) else a for a in args]
     OPS.triton_cached_causal_conv1d(*args)
     monkeypatch.setattr(conv_triton, "MANY_TOKENS", 1)
-    monkeypatch.setattr(conv_triton, "STEPS", Kept())
+    monkeypatch.setattr(conv_triton, "PLANS", PlanCache())
     OPS.triton_cached_causal_conv1d(*again)
     torch.testing.assert_close(args[0], again[0])
     assert torch.equal(args[8], again[8])
@@ -157,7 +157,7 @@ def test_heads_that_share_a_program_are_scanned_alone(monkeypatch, dtype):
     monkeypatch.setitem(scan.OUTPUTS, "heads", 1)
     alone = OPS.triton_cached_ssm(*args)
     monkeypatch.setitem(scan.OUTPUTS, "heads", 2)
-    monkeypatch.setattr(ssm_triton, "STEPS", Kept())
+    monkeypatch.setattr(ssm_triton, "PLANS", PlanCache())
     torch.testing.assert_close(OPS.triton_cached_ssm(*again), alone)
 
 
@@ -166,7 +166,7 @@ def test_heads_that_share_a_program_are_scanned_alone(monkeypatch, dtype):
 @pytest.mark.parametrize("slots", [(3, -1, 0, 5), (3, 6, 0, -2)])
 def test_a_decode_token_without_a_slot_gives_zeros_and_changes_no_state(monkeypatch, slots, cache_bytes):
     monkeypatch.setattr(scan, "cache_bytes", lambda device: cache_bytes)
-    monkeypatch.setattr(ssm_triton, "STEPS", Kept())
+    monkeypatch.setattr(ssm_triton, "PLANS", PlanCache())
     monkeypatch.setattr(metadata_reports, "AT_ONCE", set())
     inputs = samples_mamba.ssm_inputs(4, 4, 2, 16, 20, torch.float32, DEVICE)
     state = torch.randn(6, 4, 16, 20, device=DEVICE)

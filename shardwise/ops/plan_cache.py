@@ -1,10 +1,10 @@
-"""What an operator works out from the layout of a call's tensors, kept for the next call of the same layout.
+"""Plans: what an operator works out from the layout of a call's tensors, cached for the next call of that layout.
 
 Checking arguments, finding the forms of kernels and cutting grids takes the host several times as long as the
 launches. All of it follows from shapes, strides, dtypes and devices of the tensors and from a few numbers, which repeat
-from layer to layer and from step to step. Nothing is kept of the tensors themselves: neither memory nor addresses.
+from layer to layer and from step to step. Nothing of the tensors themselves is kept: neither memory nor addresses.
 
-Layouts are compared, views and fresh tensors are made by functions that PyTorch's own compiler calls at every run of
+Layouts are compared, views and new tensors are made by functions that PyTorch's own compiler calls at every run of
 compiled code, since they cost little: on a CPU nine tensors are compared in 0.8 µs, where a dictionary's key of their
 shapes, strides and dtypes takes 4, a view is made in 0.6 µs instead of 0.9, a tensor in 0.5 instead of 1.1 to 1.7.
 """
@@ -26,8 +26,8 @@ from shardwise.kernel_start import current_device
 Tensors = tuple[torch.Tensor, ...]
 Value = TypeVar("Value")
 _deterministic = torch._C._get_deterministic_algorithms
-KEPT = 4096
-"""Values of one operator; prompts come in many lengths."""
+CAPACITY = 4096
+"""Plans of one operator; prompts come in many lengths."""
 view: Callable[..., torch.Tensor] = _reinterpret_tensor
 """(tensor, sizes, strides, elements behind its beginning = 0) -> the same memory as another tensor; nothing is checked,
 gradients do not pass."""
@@ -35,10 +35,10 @@ View = tuple[tuple[int, ...], tuple[int, ...], int]
 """Sizes, strides and first element, for `view`"""
 
 
-def fresh(
+def allocator(
     sizes: tuple[int, ...], dtype: torch.dtype, device: torch.device, strides: tuple[int, ...] | None = None
 ) -> Callable[[], torch.Tensor]:
-    """What makes an uninitialised tensor at every call as torch.empty_strided does; contiguous without `strides`."""
+    """A function that returns a new uninitialised tensor at every call; contiguous without `strides`."""
     if strides is None:
         strides = tuple(math.prod(sizes[d + 1 :]) for d in range(len(sizes)))
     index, make_here = device.index, _empty_strided_cuda if device.type == "cuda" else _empty_strided_cpu
@@ -57,20 +57,20 @@ def taken_as_given(taken: Tensors, given: Tensors) -> bool:
     return all(a is b for a, b in zip(taken, given, strict=True))
 
 
-class Kept(Generic[Value]):
-    """Values by a key and by the layout of tensors.
+class PlanCache(Generic[Value]):
+    """Plans by a key and by the layout of tensors.
 
-    The key holds what else a value follows from; by it alone the layouts of one key are searched one after another, so
+    The key holds what else a plan follows from; by it alone the layouts of one key are searched one after another, so
     it should tell steps of different sizes apart.
     """
 
     def __init__(self) -> None:
-        self._kept: dict[Hashable, list[tuple[Callable[..., bool], Value]]] = {}
+        self._plans: dict[Hashable, list[tuple[Callable[..., bool], Value]]] = {}
         self._count = 0
 
     def get(self, key: Hashable, tensors: Tensors) -> Value | None:
-        """The value kept for tensors of this layout."""
-        for same, value in self._kept.get(key, ()):
+        """The plan for tensors of this layout."""
+        for same, value in self._plans.get(key, ()):
             if same(*tensors):
                 return value
         return None
@@ -79,13 +79,13 @@ class Kept(Generic[Value]):
         """Keep `value` for calls with tensors of this layout; not if a tensor is given twice, which never compares."""
         same = TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None).check  # type: ignore
         if same(*tensors):
-            if self._count >= KEPT:
+            if self._count >= CAPACITY:
                 self.clear()
             self._count += 1
-            self._kept.setdefault(key, []).append((same, value))
+            self._plans.setdefault(key, []).append((same, value))
         return value
 
     def clear(self) -> None:
-        """Forget all, as after a change of what values follow from."""
-        self._kept.clear()
+        """Forget all, as after a change of what plans follow from."""
+        self._plans.clear()
         self._count = 0

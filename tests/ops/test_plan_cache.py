@@ -1,4 +1,4 @@
-"""Values kept by the layout of tensors, and the quick ways to views and fresh tensors."""
+"""Plans cached by the layout of tensors, and the quick ways to views and new tensors."""
 
 import gc
 import weakref
@@ -6,14 +6,14 @@ import weakref
 import pytest
 import torch
 
-from shardwise.ops import kept
-from shardwise.ops.kept import Kept, fresh, taken_as_given, view
+from shardwise.ops import plan_cache
+from shardwise.ops.plan_cache import PlanCache, allocator, taken_as_given, view
 
 CPU = torch.device("cpu")
 
 
-def test_a_value_is_found_for_other_tensors_of_the_same_layout():
-    plans = Kept()
+def test_a_plan_is_found_for_other_tensors_of_the_same_layout():
+    plans = PlanCache()
     plans.keep("step", (torch.zeros(2, 3), torch.zeros(4)), "plan")
     assert plans.get("step", (torch.ones(2, 3), torch.ones(5)[1:])) == "plan"
     assert plans.get("another step", (torch.ones(2, 3), torch.ones(4))) is None
@@ -34,7 +34,7 @@ def test_a_value_is_found_for_other_tensors_of_the_same_layout():
     ids=["shape", "strides", "dimensions", "dtype", "column stride", "row stride", "device", "no tensor"],
 )
 def test_another_layout_is_not_found(other):
-    plans = Kept()
+    plans = PlanCache()
     plans.keep("step", (torch.zeros(2, 3), torch.zeros(4)), "plan")
     assert plans.get("step", (other, torch.zeros(4))) is None
     if other is not None:
@@ -43,8 +43,8 @@ def test_another_layout_is_not_found(other):
     assert plans.get("step", (torch.zeros(2, 3), torch.zeros(4))) == "plan"
 
 
-def test_inference_and_gradients_have_values_of_their_own():
-    plans = Kept()
+def test_inference_and_gradients_have_plans_of_their_own():
+    plans = PlanCache()
     plans.keep("step", (torch.zeros(3),), "plain")
     with torch.inference_mode():
         assert plans.get("step", (torch.zeros(3),)) is None
@@ -54,13 +54,13 @@ def test_inference_and_gradients_have_values_of_their_own():
 
 
 def test_a_tensor_given_twice_is_not_kept():
-    plans, x = Kept(), torch.zeros(3)
+    plans, x = PlanCache(), torch.zeros(3)
     assert plans.keep("step", (x, x), "plan") == "plan"
-    assert plans.get("step", (x, x)) is None and not plans._kept
+    assert plans.get("step", (x, x)) is None and not plans._plans
 
 
 def test_neither_tensors_nor_their_memory_are_kept():
-    plans, x = Kept(), torch.zeros(3)
+    plans, x = PlanCache(), torch.zeros(3)
     plans.keep("step", (x,), "plan")
     gone = weakref.ref(x)
     del x
@@ -68,29 +68,29 @@ def test_neither_tensors_nor_their_memory_are_kept():
     assert gone() is None
 
 
-def test_there_is_a_most_of_values(monkeypatch):
-    monkeypatch.setattr(kept, "KEPT", 3)
-    plans = Kept()
+def test_a_full_cache_starts_over(monkeypatch):
+    monkeypatch.setattr(plan_cache, "CAPACITY", 3)
+    plans = PlanCache()
     for length in range(1, 6):
         plans.keep("step", (torch.zeros(length),), length)
     assert [plans.get("step", (torch.zeros(length),)) for length in range(1, 6)] == [None, None, None, 4, 5]
 
 
-def test_copies_are_told_from_what_was_given():
+def test_copies_are_told_apart_from_what_was_given():
     x, y = torch.zeros(3), torch.zeros(3)
     assert taken_as_given((x, y), (x, y)) and not taken_as_given((x, y.clone()), (x, y))
 
 
 @pytest.mark.parametrize("sizes", [(), (5,), (2, 3, 4), (2, 0, 4)])
 def test_fresh_tensors_are_new_and_contiguous(sizes):
-    make = fresh(sizes, torch.float16, CPU)
+    make = allocator(sizes, torch.float16, CPU)
     one, another = make(), make()
     assert one.shape == sizes and one.dtype == torch.float16 and one.is_contiguous()
     assert not one.numel() or one.data_ptr() != another.data_ptr()
 
 
 def test_fresh_tensors_take_strides_and_are_filled_where_results_must_repeat():
-    make = fresh((4, 3), torch.float32, CPU, strides=(1, 0))
+    make = allocator((4, 3), torch.float32, CPU, strides=(1, 0))
     assert make().stride() == (1, 0) and make().untyped_storage().nbytes() == 16
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
