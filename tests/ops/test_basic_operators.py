@@ -79,6 +79,18 @@ REFUSED = {
     "gate": ("torch_rmsnorm_gated", lambda: (on("cpu", 2, 8), on("cpu", 8), on("cpu", 2, 4), 1e-5, 4)),
     "top_k = 9": ("torch_moe_router", lambda: (on("cpu", 2, 8), on("cpu", 4, 8), on("cpu", 4), 9)),
     "head size": ("torch_rope_with_explicit_cos_sin", lambda: (on("cpu", 1, 1, 1, 7),) * 2 + (on("cpu", 1, 1, 7),) * 2),
+    r"x \(1, 1, 3, 6\), angles for size 8": (
+        "torch_rope_with_explicit_cos_sin",
+        lambda: (on("cpu", 1, 2, 3, 8), on("cpu", 1, 1, 3, 6), *(on("cpu", 1, 3, 8) for _ in range(2))),
+    ),
+    r"\(1, 4, 8\) with unsqueeze_dim 1 do not fit x \(1, 2, 3, 8\)": (
+        "torch_rope_with_qk_interleaving",
+        lambda: (*(on("cpu", 1, 2, 3, 8) for _ in range(2)), *(on("cpu", 1, 4, 8) for _ in range(2))),
+    ),
+    "unsqueeze_dim 3 does not belong to": (
+        "torch_rope_with_complex_freqs",
+        lambda: (*(on("cpu", 1, 2, 3, 8) for _ in range(2)), on("cpu", 1, 3, 4).to(torch.complex64), 3),
+    ),
     r"\[B, 1, H\]": (
         "gather_logits_before_lm_head",
         lambda: (on("cpu", 2, 3, 4), torch.zeros(2, dtype=torch.int64), torch.tensor([1, 1])),
@@ -136,6 +148,16 @@ REFUSED_BY_KERNELS = {
         lambda: (on(DEVICE, 4), *(torch.zeros(n, dtype=torch.int64, device=DEVICE) for n in (2, 3)), on(DEVICE, 4)),
     ),
 }
+
+
+def test_a_rotation_reads_heads_that_begin_at_any_element():
+    rotation = torch.polar(torch.ones(1, 3, 4), torch.rand(1, 3, 4))
+    wide = torch.randn(1, 3, 2, 11)
+    q, k = wide[..., 1:9], torch.randn(1, 3, 1, 8)
+    results = OPS.torch_rope_with_complex_freqs(q, k, rotation)
+    for result, given in zip(results, (q, k), strict=True):
+        pairs = torch.complex(given[..., 0::2], given[..., 1::2]) * rotation[:, :, None]
+        torch.testing.assert_close(result, torch.view_as_real(pairs).flatten(-2))
 
 
 @pytest.mark.parametrize("words", REFUSED)

@@ -124,10 +124,8 @@ def _weighted(tokens: Tensor, weights: Tensor) -> Tensor:
 
 def _by_tensor_memory(x: Tensor, w: Tensor) -> bool:
     """Whether tiles come by the tensor memory accelerator: rows of 16-byte multiples, of a type that it swizzles."""
-    if interpreting():
-        return w.shape[2] * w.element_size() % 16 == 0
-    hopper = dependent_launch(x.device)
-    return hopper and w.element_size() < 4 and not (w.shape[2] * w.element_size() | w.data_ptr() | x.data_ptr()) % 16
+    taken = interpreting() or (dependent_launch(x.device) and w.element_size() < 4)
+    return taken and not (w.shape[2] * w.element_size() | w.data_ptr() | x.data_ptr()) % 16
 
 
 def _runs_specialised(shape: Shape, product: _Product) -> bool:

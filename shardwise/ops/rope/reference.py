@@ -35,9 +35,8 @@ def torch_rope_with_explicit_cos_sin(
 
     q, k [B, N, S, D] with unsqueeze_dim 1 or [B, S, N, D] with 2; cos, sin [B, S, D], halves duplicated.
     """
-    _check("torch_rope_with_explicit_cos_sin", q, cos.shape[-1])
-    cos = cos.to(q.dtype).unsqueeze(unsqueeze_dim)
-    sin = sin.to(q.dtype).unsqueeze(unsqueeze_dim)
+    cos, sin = _with_heads("torch_rope_with_explicit_cos_sin", q, k, (cos, sin), cos.shape[-1], unsqueeze_dim)
+    cos, sin = cos.to(q.dtype), sin.to(q.dtype)
     return _turn(q, cos, sin), _turn(k, cos, sin)
 
 
@@ -49,11 +48,11 @@ def torch_rope_with_complex_freqs(
 
     xq, xk [B, S, N, D] with unsqueeze_dim 2 or [B, N, S, D] with 1; freqs_cis complex64 [B, S, D/2].
     """
-    _check("torch_rope_with_complex_freqs", xq, 2 * freqs_cis.shape[-1])
-    freqs = freqs_cis.unsqueeze(unsqueeze_dim)
+    size = 2 * freqs_cis.shape[-1]
+    (freqs,) = _with_heads("torch_rope_with_complex_freqs", xq, xk, (freqs_cis,), size, unsqueeze_dim)
 
     def turn(x):
-        pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)).contiguous())
+        pairs = torch.complex(*x.float().unflatten(-1, (-1, 2)).unbind(-1))
         return torch.empty_like(x).copy_(torch.view_as_real(pairs * freqs).flatten(-2))
 
     return turn(xq), turn(xk)
@@ -68,8 +67,7 @@ def torch_rope_with_qk_interleaving(
     q, k [T, N, D] or 4-D, channels interleaved; cos, sin without the head dimension, halves duplicated,
     used in their own dtype.
     """
-    _check("torch_rope_with_qk_interleaving", q, cos.shape[-1])
-    cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
+    cos, sin = _with_heads("torch_rope_with_qk_interleaving", q, k, (cos, sin), cos.shape[-1], unsqueeze_dim)
 
     def turn(x):
         split = torch.cat((x[..., 0::2], x[..., 1::2]), dim=-1)
@@ -80,8 +78,33 @@ def torch_rope_with_qk_interleaving(
     return turn(q), turn(k)
 
 
-def _check(name: str, x: torch.Tensor, size: int) -> None:
-    if x.shape[-1] % 2 or x.shape[-1] != size:
-        raise ValueError(
-            f"{name}: the head size must be even and match the angles: x {tuple(x.shape)}, angles for size {size}"
-        )
+def _with_heads(
+    name: str, q: torch.Tensor, k: torch.Tensor, angles: tuple[torch.Tensor, ...], size: int, unsqueeze_dim: int
+) -> list[torch.Tensor]:
+    """Angles of heads of `size` with a dimension for the heads; ValueError unless they can be shared by q's and k's."""
+    shapes = " and ".join(str(tuple(one.shape)) for one in angles)
+    placed = all(unsqueeze_dim in range(-one.dim() - 1, one.dim()) and unsqueeze_dim != -1 for one in angles)
+    if not placed or len({*map(_width, angles)}) > 1:
+        raise ValueError(f"{name}: unsqueeze_dim {unsqueeze_dim} does not belong to angles {shapes}")
+    wide = [one.unsqueeze(unsqueeze_dim) for one in angles]
+    for x in (q, k):
+        if _width(x) % 2 or _width(x) != size:
+            raise ValueError(
+                f"{name}: the head size must be even and match the angles: x {tuple(x.shape)}, angles for size {size}"
+            )
+        if any(not _shared(one.shape[:-1], x.shape[:-1]) for one in wide):
+            raise ValueError(
+                f"{name}: angles {shapes} with unsqueeze_dim {unsqueeze_dim} do not fit x {tuple(x.shape)}; legal: x's "
+                "shape without its heads, or 1 where angles are shared"
+            )
+    return wide
+
+
+def _width(x: torch.Tensor) -> int:
+    return x.shape[-1] if x.dim() else 1
+
+
+def _shared(small: torch.Size, large: torch.Size) -> bool:
+    """Whether a tensor of the first shape broadcasts to the second."""
+    pairs = zip(reversed(small), reversed(large), strict=False)
+    return len(small) <= len(large) and all(a in (1, b) for a, b in pairs)

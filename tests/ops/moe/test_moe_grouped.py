@@ -49,6 +49,16 @@ def test_weights_may_go_to_the_input(gated):
     assert relative(got, routed_oracle(x, ids, weights, *stacks, gated, True)) < EXACT
 
 
+@pytest.mark.parametrize("tokens", [1, 8])
+def test_weights_may_begin_at_any_element(tokens):
+    def moved(weight):
+        return torch.cat((weight.new_zeros(1), weight.flatten()))[1:].view(weight.shape)
+
+    x, ids, weights, *stacks = tensors(tokens, 2, 3, 48, 32, True)
+    got = OPS.triton_moe_fused(x, ids, weights, *map(moved, stacks), True, 4)
+    torch.testing.assert_close(got.double(), routed_oracle(x, ids, weights, *stacks), rtol=EXACT, atol=EXACT)
+
+
 def test_repeated_ids_foreign_ids_and_tokens_without_experts():
     x, ids, weights, *stacks = tensors(5, 2, 3, 32, 16, True)
     ids[:] = torch.tensor([[1, 1], [-1, 2], [3, 0], [-7, 3], [2, 2]], device=DEVICE)
