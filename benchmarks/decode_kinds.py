@@ -12,14 +12,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from shardwise.ops.attention.decode import fused_decode_attention
 from shardwise.ops.linear.decode import skinny_linear
 from shardwise.ops.moe.decode import expert_down, expert_up
+from shardwise.parallel.decode_attention import AttentionStep, LatentStep
 from shardwise.parallel.decode_moe import ExpertStep
-from shardwise.parallel.decode_step import DecodeStep, Layer
+from shardwise.parallel.decode_step import DecodeStep
 from shardwise.parallel.decode_stream import SKINNY_ROWS, Product
 from shardwise.parallel.decoder import Decoder
 from shardwise.parallel.layers import GatedMlp
+from shardwise.parallel.memory import memory_bytes
 from shardwise.parallel.moe import PackedExperts
 
 EPS = 1e-5
@@ -41,9 +42,11 @@ def kinds(decoder: Decoder, step: DecodeStep, batch: int, context: int) -> dict[
     positions = torch.full((batch,), context, device=x.device, dtype=torch.int32)
     group, residual = decoder.head.group, torch.randn_like(x)
     found = _products(step, x, norm) | _attention(step, positions)
-    if batch <= SKINNY_ROWS and isinstance(decoder.layers[0].feed_forward, GatedMlp):
-        found |= _dense([layer.feed_forward for layer in decoder.layers], x, norm, step.pdl)
-    experts = [layer.feed_forward for layer in step.layers if isinstance(layer.feed_forward, ExpertStep)]
+    dense = [layer.feed_forward for layer in decoder.layers if isinstance(layer.feed_forward, GatedMlp)]
+    if batch <= SKINNY_ROWS and dense:
+        found |= _dense(dense, x, norm, step.pdl)
+    inner = [getattr(layer.feed_forward, "routed", layer.feed_forward) for layer in step.layers]
+    experts = [each for each in inner if isinstance(each, ExpertStep)]
     if experts and batch <= experts[0].most_few:
         found |= _experts(experts, x, positions)
     if group.size > 1:
@@ -53,13 +56,21 @@ def kinds(decoder: Decoder, step: DecodeStep, batch: int, context: int) -> dict[
 
 
 def _products(step: DecodeStep, x: Tensor, norm: Tensor) -> dict[str, Kind]:
-    first = step.layers[0]
-    inner = torch.randn(len(x), first.out.weight.shape[1], device=x.device).to(x.dtype)
-    return {
-        "qkv": Kind([_product(each.qkv, x, step.pdl, norm) for each in step.layers], first.qkv.weight.nbytes),
-        "out": Kind([_product(each.out, inner, step.pdl) for each in step.layers], first.out.weight.nbytes),
+    layers = [layer.attention for layer in step.layers]
+    firsts = [each.down if isinstance(each, LatentStep) else each.qkv for each in layers]
+    ups = [each.q_up for each in layers if isinstance(each, LatentStep) and each.q_up is not None]
+    found = {
+        "qkv": Kind([_product(each, x, step.pdl, norm) for each in firsts], firsts[0].weight.nbytes),
+        "out": _row_products([each.out for each in layers], x, step.pdl),
         "head": Kind([_product(step.head, x, step.pdl)] * 2, step.head.weight.nbytes),
     }
+    return found | ({"queries": _row_products(ups, x, step.pdl)} if ups else {})
+
+
+def _row_products(products: list[Product], like: Tensor, pdl: bool) -> Kind:
+    weight = products[0].weight
+    inner = torch.randn(len(like), weight.shape[1], device=like.device).to(like.dtype)
+    return Kind([_product(each, inner, pdl) for each in products], weight.nbytes)
 
 
 def _product(product: Product, x: Tensor, pdl: bool, norm: Tensor | None = None) -> Callable[[], object]:
@@ -71,36 +82,29 @@ def _product(product: Product, x: Tensor, pdl: bool, norm: Tensor | None = None)
 
 def _attention(step: DecodeStep, positions: Tensor) -> dict[str, Kind]:
     found, (batch,), context = {}, positions.shape, int(positions[0])
+    slots = torch.arange(batch, device=positions.device, dtype=torch.int32)
     for name, windowed in (("attention", False), ("attention with a window", True)):
-        chosen = [(n, each) for n, each in enumerate(step.layers) if bool(each.mixer.masking.window) == windowed]
+        chosen = [s.attention for s in step.layers if bool(s.attention.mixer.masking.window) == windowed]
         if chosen:
-            mixer = chosen[0][1].mixer
-            seen = min(context, mixer.masking.window or context)
-            nbytes = batch * seen * mixer.kv_heads * 2 * mixer.head_dim * step.cache.dtype.itemsize
-            found[name] = Kind([_attend(step, n, each, positions) for n, each in chosen], nbytes)
+            shape = step.cache.layers[chosen[0].mixer.layer]
+            read = batch * min(context, shape.window or context) * shape.width * step.cache.dtype.itemsize
+            found[name] = Kind([_attend(each, positions, slots) for each in chosen], read + _absorbed(chosen[0]))
     return found
 
 
-def _attend(step: DecodeStep, number: int, layer: Layer, positions: Tensor) -> Callable[[], object]:
-    mixer, cache, batch = layer.mixer, step.cache, len(positions)
-    return partial(
-        fused_decode_attention,
-        torch.randn(batch, layer.qkv.weight.shape[0], device=positions.device).to(cache.dtype),
-        *cache.pages(number),
-        cache.table(number),
-        positions,
-        layer.rope,
-        cache.workspace(mixer.heads, mixer.kv_heads, mixer.head_dim),
-        heads=mixer.heads,
-        slots=torch.arange(batch, device=positions.device, dtype=torch.int32),
-        splits=cache.splits(mixer.kv_heads, mixer.masking.window, batch),
-        scale=mixer.masking.scale,
-        q_norm=layer.norms.q.weight if layer.norms else None,
-        k_norm=layer.norms.k.weight if layer.norms else None,
-        sinks=mixer.masking.sinks,
-        window=mixer.masking.window,
-        pdl=step.pdl,
-    )
+def _attend(step: AttentionStep | LatentStep, positions: Tensor, slots: Tensor) -> Callable[[], object]:
+    like = step.cache.pages(step.mixer.layer)[0]
+    draw = lambda width: torch.randn(len(slots), width, device=like.device).to(like.dtype)  # noqa: E731
+    if isinstance(step, AttentionStep):
+        return partial(step.attend, draw(len(step.qkv.weight)), positions, slots)
+    mixer, weights = step.mixer, step.mixer.weights
+    queries = weights.heads * (weights.nope + mixer.key_width - weights.rank)
+    return partial(step.attend, draw(queries), draw(mixer.key_width), positions, slots)
+
+
+def _absorbed(step: AttentionStep | LatentStep) -> int:
+    """Bytes of the weights that attention to latents reads."""
+    return memory_bytes(step.mixer.weights) if isinstance(step, LatentStep) else 0
 
 
 def _dense(layers: list[GatedMlp], x: Tensor, norm: Tensor, pdl: bool) -> dict[str, Kind]:

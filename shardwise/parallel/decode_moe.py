@@ -67,17 +67,18 @@ class ExpertStep:
 
     def __call__(self, stream: Stream, join: ResidualNorm, positions: Tensor) -> Stream:
         if join.group.size == 1 and join.is_plain and stream.x.shape[0] <= self.most_few:
-            summed = self._few(stream, positions, stream.residual)
+            summed = self.few(stream, positions, stream.residual)
             return Stream(summed, summed, join.norm)
         return joined(self.partial(stream, positions), stream.residual, join)
 
     def partial(self, stream: Stream, positions: Tensor) -> Tensor:
         """This rank's partial sum [B, H]."""
         if stream.x.shape[0] <= self.most_few:
-            return self._few(stream, positions, None)
+            return self.few(stream, positions, None)
         return self.block(stream.normed())
 
-    def _few(self, stream: Stream, positions: Tensor, residual: Tensor | None) -> Tensor:
+    def few(self, stream: Stream, positions: Tensor, residual: Tensor | None) -> Tensor:
+        """Of at most `most_few` tokens: this rank's partial sum, plus `residual` where there is one."""
         x, experts = stream.x, self.block.experts
         normed, logits = self._routed(stream)
         biases = (None, None) if isinstance(experts, PackedExperts) else (experts.up_gate_bias, experts.down_bias)

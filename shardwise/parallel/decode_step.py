@@ -8,27 +8,22 @@ several ranks the sums between them are the group's fused all-reduce + residual 
 library's matrix products and the grouped kernels of prefill.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from shardwise.ops.attention.decode import fused_decode_attention, takes_head_size
-from shardwise.ops.linear.decode import gated_activation, skinny_linear
 from shardwise.ops.linear.vocab import MOST_TOKENS, POSITION, SLOT, GreedyChoice, embed
 from shardwise.ops.triton_support import dependent_launch
-from shardwise.parallel.attention import AttentionMixer
-from shardwise.parallel.decode_moe import ExpertStep
+from shardwise.parallel.decode_attention import Angles, AttentionStep, LatentStep, attention_step
+from shardwise.parallel.decode_attention import reason_against as reason_against_mixer
+from shardwise.parallel.decode_mlp import FeedForward, feed_forward_step
 from shardwise.parallel.decode_moe import reason_against as reason_against_experts
-from shardwise.parallel.decode_stream import SKINNY_ROWS, Product, Stream, joined
+from shardwise.parallel.decode_stream import Product, Stream, product, row_product
 from shardwise.parallel.decoder import Decoder, DecoderLayer, ParallelLayer
 from shardwise.parallel.device_cache import PAGE_SIZE, DeviceCache
-from shardwise.parallel.head_norms import HeadNorms, JointNorms
-from shardwise.parallel.layers import GatedMlp, LayerNorm, Linear, ResidualNorm, VocabEmbedding
+from shardwise.parallel.layers import LayerNorm, Linear, ResidualNorm, VocabEmbedding
 from shardwise.parallel.moe import DataParallelMoe, MoeBlock, MoeWithShared
-from shardwise.parallel.rotary import RotaryAngles
 
 GRAPH_TRANSPORTS = ("p2p", "flashinfer", "nccl", "threads", "fake")
 """What a step can hold: transports whose collectives are kernels (threads and fake serve the tests)."""
@@ -38,13 +33,9 @@ GRAPH_TRANSPORTS = ("p2p", "flashinfer", "nccl", "threads", "fake")
 class Layer:
     """What the step needs of one layer."""
 
-    mixer: AttentionMixer
-    norms: HeadNorms | None
-    qkv: Product
-    out: Product
-    rope: Tensor | None
+    attention: AttentionStep | LatentStep
     between: ResidualNorm
-    feed_forward: Callable[[Stream, ResidualNorm, Tensor], Stream]
+    feed_forward: FeedForward
     after: ResidualNorm
 
 
@@ -60,27 +51,10 @@ def reason_against(decoder: Decoder) -> str:
     for number, layer in enumerate(decoder.layers):
         if isinstance(layer, ParallelLayer) or any(isinstance(x.norm, LayerNorm) for x in (layer.between, layer.after)):
             return f"layer {number}: layer norms, or blocks in parallel"
-        reason = _reason_against_mixer(layer.mixer) or _reason_against_feed_forward(layer.feed_forward)
+        reason = reason_against_mixer(layer.mixer) or _reason_against_feed_forward(layer.feed_forward)
         if reason:
             return f"layer {number}: {reason}"
     return ""
-
-
-def _reason_against_mixer(mixer: object) -> str:
-    if not isinstance(mixer, AttentionMixer):
-        return "no attention of plain queries, keys and values"
-    size = mixer.head_dim
-    if mixer.v_head_dim != size or not takes_head_size(size):
-        return f"head sizes {size} and {mixer.v_head_dim}, need one power of two from 32 to 256"
-    if mixer.masking.softcap is not None:
-        return "capped scores"
-    if isinstance(mixer.qk_norms, JointNorms):
-        return "all heads are normed at once"
-    if mixer.norm_after_rotation:
-        return "heads are normed behind their rotation"
-    if mixer.rotary is not None and 2 * mixer.rotary.frequencies.numel() != size:
-        return "rotation of part of the head"
-    return "" if isinstance(mixer.qkv, Linear) and isinstance(mixer.out, Linear) else "weights stay quantised"
 
 
 def _reason_against_feed_forward(inner: object) -> str:
@@ -110,7 +84,7 @@ class DecodeStep:
         self._embedding, self._first_norm = decoder.embedding, decoder.first_norm
         table = decoder.embedding.table
         self._table = Product.of(table).weight if isinstance(table, Linear) else table
-        self._rope: dict[RotaryAngles, Tensor] = {}
+        self._angles = Angles(cache)
         self.layers = [self._prepared(layer) for layer in decoder.layers if isinstance(layer, DecoderLayer)]
         head = decoder.head
         self.head, self._group = Product.of(head.linear), head.group
@@ -130,9 +104,11 @@ class DecodeStep:
         weights' type."""
         stream = self._begin(inputs)
         positions, slots = inputs[POSITION], inputs[SLOT]
-        for number, layer in enumerate(self.layers):
-            stream = self._layer(layer, number, stream, positions, slots)
-        logits = self._product(self.head, stream, dtype=torch.float32)
+        for layer in self.layers:
+            attended = layer.attention(stream, positions, slots)
+            stream = row_product(layer.attention.out, attended, stream.residual, layer.between, pdl=self.pdl)
+            stream = layer.feed_forward(stream, layer.after, positions)
+        logits = product(self.head, stream, dtype=torch.float32, pdl=self.pdl)
         self._choose(logits)
         return logits
 
@@ -158,104 +134,10 @@ class DecodeStep:
         if self._group.size > 1:
             self._greedy.winner(self._group.all_reduce(pairs), tokens)
 
-    def _layer(self, layer: Layer, number: int, stream: Stream, positions: Tensor, slots: Tensor) -> Stream:
-        mixer, norms, cache = layer.mixer, layer.norms, self.cache
-        qkv = self._product(layer.qkv, stream)
-        attended = fused_decode_attention(
-            qkv,
-            *cache.pages(number),
-            cache.table(number),
-            positions,
-            layer.rope,
-            cache.workspace(mixer.heads, mixer.kv_heads, mixer.head_dim),
-            heads=mixer.heads,
-            slots=slots,
-            splits=cache.splits(mixer.kv_heads, mixer.masking.window, qkv.shape[0]),
-            scale=mixer.masking.scale,
-            q_norm=norms.q.weight if norms else None,
-            k_norm=norms.k.weight if norms else None,
-            eps=norms.q.eps if norms else 0.0,
-            sinks=mixer.masking.sinks,
-            window=mixer.masking.window,
-            pdl=self.pdl,
-        )
-        stream = self._row_product(layer.out, attended, stream.residual, layer.between)
-        return layer.feed_forward(stream, layer.after, positions)
-
-    def _product(self, product: Product, stream: Stream, dtype: torch.dtype | None = None) -> Tensor:
-        """`dtype`: of the result where that costs nothing."""
-        if not stream.is_skinny:
-            return F.linear(stream.normed(), product.weight, product.bias)
-        norm = stream.norm
-        return skinny_linear(
-            stream.x,
-            product.weight,
-            norm_weight=norm.weight if norm else None,
-            eps=norm.eps if norm else 0.0,
-            bias=product.bias,
-            out_dtype=dtype,
-            pdl=self.pdl,
-        )
-
-    def _row_product(self, product: Product, x: Tensor, residual: Tensor, join: ResidualNorm) -> Stream:
-        """The row-parallel product, its sum over the group, the residual, and the norm now or with the next product."""
-        if x.shape[0] > SKINNY_ROWS:
-            return joined(F.linear(x, product.weight, product.bias), residual, join)
-        if join.group.size == 1 and join.is_plain:
-            summed = skinny_linear(x, product.weight, bias=product.bias, residual=residual, pdl=self.pdl)
-            return Stream(summed, summed, join.norm)
-        return joined(skinny_linear(x, product.weight, bias=product.bias, pdl=self.pdl), residual, join)
-
     def _prepared(self, layer: DecoderLayer) -> Layer:
-        mixer = layer.mixer
-        assert isinstance(mixer, AttentionMixer)  # else `reason_against` had one
-        assert not isinstance(mixer.qk_norms, JointNorms)
         return Layer(
-            mixer,
-            mixer.qk_norms,
-            Product.of(mixer.qkv),
-            Product.of(mixer.out),
-            self._angles(mixer.rotary),
+            attention_step(layer.mixer, self.cache, self._angles, pdl=self.pdl),
             layer.between,
-            self._feed_forward(layer.feed_forward),
+            feed_forward_step(layer.feed_forward, pdl=self.pdl),
             layer.after,
         )
-
-    def _feed_forward(self, inner: Callable[[Tensor], Tensor]) -> Callable[[Stream, ResidualNorm, Tensor], Stream]:
-        if isinstance(inner, MoeBlock):
-            return ExpertStep(inner, pdl=self.pdl)
-        if isinstance(inner, MoeWithShared):
-            routed = ExpertStep(inner.routed, pdl=self.pdl)
-            return lambda stream, join, positions: joined(
-                routed.partial(stream, positions) + inner.shared(stream.normed()), stream.residual, join
-            )
-        if isinstance(inner, GatedMlp) and inner.activation is F.silu and inner.gate_up.bias is None:
-            gate_up, down = Product.of(inner.gate_up), Product.of(inner.down)
-            return lambda stream, join, positions: self._row_product(
-                down, self._gated(gate_up, stream), stream.residual, join
-            )
-        return lambda stream, join, positions: joined(inner(stream.normed()), stream.residual, join)
-
-    def _gated(self, gate_up: Product, stream: Stream) -> Tensor:
-        if not stream.is_skinny:
-            return gated_activation(F.linear(stream.normed(), gate_up.weight), pdl=self.pdl)
-        norm = stream.norm
-        return skinny_linear(
-            stream.x,
-            gate_up.weight,
-            norm_weight=norm.weight if norm else None,
-            eps=norm.eps if norm else 0.0,
-            gated=True,
-            pdl=self.pdl,
-        )
-
-    def _angles(self, rotary: RotaryAngles | None) -> Tensor | None:
-        """float32 [length, D]: cos of the first half, then sin, of every position that the cache may hold."""
-        if rotary is None:
-            return None
-        if rotary not in self._rope:
-            device = self.cache.device
-            places = torch.arange(self.cache.max_length, device=device, dtype=torch.float32)
-            angles = places[:, None] * rotary.frequencies.to(device)
-            self._rope[rotary] = torch.cat((angles.cos(), angles.sin()), -1) * rotary.scale
-        return self._rope[rotary]

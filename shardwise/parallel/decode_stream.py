@@ -2,8 +2,11 @@
 
 from dataclasses import dataclass
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from shardwise.ops.linear.decode import gated_activation, skinny_linear
 from shardwise.ops.normalization.triton import triton_rms_norm
 from shardwise.parallel.layers import Linear, LinearLike, Norm, ResidualNorm
 
@@ -44,3 +47,32 @@ class Stream:
 def joined(partial: Tensor, residual: Tensor, join: ResidualNorm) -> Stream:
     """The sum over the group, the residual and the norm; both arguments may be overwritten."""
     return Stream(*join(partial, residual))
+
+
+def product(weights: Product, stream: Stream, *, dtype: torch.dtype | None = None, pdl: bool) -> Tensor:
+    """`dtype`: of the result where that costs nothing."""
+    if not stream.is_skinny:
+        return F.linear(stream.normed(), weights.weight, weights.bias)
+    return skinny_linear(stream.x, weights.weight, **_norm_of(stream), bias=weights.bias, out_dtype=dtype, pdl=pdl)
+
+
+def gated_product(gate_up: Product, stream: Stream, *, pdl: bool) -> Tensor:
+    """silu(gate) * up of two products that are one matrix."""
+    if not stream.is_skinny:
+        return gated_activation(F.linear(stream.normed(), gate_up.weight), pdl=pdl)
+    return skinny_linear(stream.x, gate_up.weight, **_norm_of(stream), gated=True, pdl=pdl)
+
+
+def row_product(weights: Product, x: Tensor, residual: Tensor, join: ResidualNorm, *, pdl: bool) -> Stream:
+    """The row-parallel product, its sum over the group, the residual, and the norm now or with the next product."""
+    if x.shape[0] > SKINNY_ROWS:
+        return joined(F.linear(x, weights.weight, weights.bias), residual, join)
+    if join.group.size == 1 and join.is_plain:
+        summed = skinny_linear(x, weights.weight, bias=weights.bias, residual=residual, pdl=pdl)
+        return Stream(summed, summed, join.norm)
+    return joined(skinny_linear(x, weights.weight, bias=weights.bias, pdl=pdl), residual, join)
+
+
+def _norm_of(stream: Stream) -> dict:
+    norm = stream.norm
+    return {} if norm is None else {"norm_weight": norm.weight, "eps": norm.eps}

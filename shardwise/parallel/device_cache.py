@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from shardwise.ops.attention.decode import DecodeWorkspace, fused_decode_attention, splits_for, takes_head_size
+from shardwise.ops.mla.decode import LatentWorkspace
 from shardwise.ops.triton_support import multiprocessors
 from shardwise.parallel.batch import Batch, Span
-from shardwise.parallel.cache import KvCache, LayerShape, Masking
+from shardwise.parallel.cache import KvCache, LatentWeights, LayerShape, Masking
 from shardwise.parallel.options import DEVICE_PAGE
 from shardwise.parallel.paged import PageTable, PageTables
 from shardwise.parallel.prefill import Choice, PrefillAttention, PrefillStep, choose
@@ -59,6 +60,7 @@ class DeviceCache(KvCache):
         self._choices: dict[tuple, Choice] = {}
         self._step: tuple[Batch, _Step] | None = None
         self._workspaces: dict[tuple[int, int, int], DecodeWorkspace] = {}
+        self._latent_workspaces: dict[tuple[int, int], LatentWorkspace] = {}
         self._processors = multiprocessors(device)
 
     def reserve(self, slot: int, tokens: int) -> bool:
@@ -94,6 +96,17 @@ class DeviceCache(KvCache):
             runs = max(batch * self.splits(kv_heads, None, batch) for batch in range(1, self.slots + 1))
             self._workspaces[key] = DecodeWorkspace.create(runs, *key, 1, self.device)
         return self._workspaces[key]
+
+    def latents(self, layer: int) -> Tensor:
+        """[pages, PAGE_SIZE, C + R] of a layer with latent attention."""
+        return self._pools[layer]
+
+    def latent_workspace(self, weights: LatentWeights) -> LatentWorkspace:
+        """As `workspace`, for attention to latents."""
+        key = (weights.heads, weights.rank)
+        if key not in self._latent_workspaces:
+            self._latent_workspaces[key] = LatentWorkspace.create(self.slots, *key, self.device)
+        return self._latent_workspaces[key]
 
     def splits(self, kv_heads: int, window: int | None, batch: int) -> int:
         """Runs that the keys of each of `batch` sequences are cut into."""

@@ -58,4 +58,5 @@ class LatentMixer:
 
     def split(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """What `down` gives as queries, or their latent, and keys [T, C + R]; views."""
-        return rows.tensor_split((rows.shape[1] - self.key_width,), 1)
+        queries = rows.shape[1] - self.key_width
+        return rows[:, :queries], rows[:, queries:]

@@ -25,6 +25,19 @@ pytestmark = [
 COUNT = 3
 SMALL = dict(num_hidden_layers=1, head_dim=32)
 OPTIONS = dict(decode="fused", attention="torch", cache_tokens=512)
+LATENT = dict(
+    num_key_value_heads=6,
+    head_dim=16,
+    kv_lora_rank=32,
+    qk_nope_head_dim=16,
+    qk_rope_head_dim=16,
+    v_head_dim=16,
+    n_routed_experts=6,
+    n_shared_experts=1,
+    moe_intermediate_size=36,
+    num_experts_per_tok=2,
+    first_k_dense_replace=1,
+)
 FAMILIES = {
     "llama": ("llama", {}),
     "llama tied, with biases": ("llama", dict(attention_bias=True, mlp_bias=True, tie_word_embeddings=True)),
@@ -63,12 +76,14 @@ FAMILIES = {
             layer_types=["sliding_attention", "full_attention"],
         ),
     ),
+    "deepseek_v2": ("deepseek_v2", dict(LATENT, num_hidden_layers=2, q_lora_rank=None, topk_method="greedy")),
 }
 CASES = [(name, ParallelLayout()) for name in FAMILIES]
 CASES += [
     ("llama tied, with biases", ParallelLayout(tp=2)),
     ("qwen3_moe", ParallelLayout(tp=2, moe_ep=2)),
     ("gpt_oss", ParallelLayout(tp=2)),
+    ("deepseek_v2", ParallelLayout(tp=2)),
 ]
 
 
