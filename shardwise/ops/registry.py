@@ -211,10 +211,8 @@ def _define(info: OpInfo, function: Callable, fake: Callable) -> None:
 
 
 def _guarded(info: OpInfo, function: Callable, on_cpu: bool) -> Callable:
-    """Check the needs at the first call only; afterwards one test of a flag per call."""
-    if not info.needs:
-        return function
-    checked = False
+    """Check the needs at the first call only, afterwards one test of a flag per call; errors name the operator."""
+    checked = not info.needs
 
     @functools.wraps(function)
     def call(*args, **kwargs):
@@ -222,9 +220,28 @@ def _guarded(info: OpInfo, function: Callable, on_cpu: bool) -> Callable:
         if not checked:
             _require(info, on_cpu)
             checked = True
-        return function(*args, **kwargs)
+        try:
+            return function(*args, **kwargs)
+        except (AttributeError, TypeError, ValueError) as error:
+            named = _named(info, args, kwargs, error)
+            if named is None:
+                raise
+            raise named from error
 
     return call
+
+
+def _named(info: OpInfo, args: tuple, kwargs: dict, error: Exception) -> Exception | None:
+    """An error that names the operator, in place of one that does not; PyTorch lets None pass for any tensor, which
+    shows where its attributes are missing."""
+    if info.name in str(error):
+        return None
+    schema = getattr(getattr(torch.ops, info.namespace), info.name).default._schema
+    given = {argument.name: value for argument, value in zip(schema.arguments, args, strict=False)} | kwargs
+    for argument in schema.arguments:
+        if str(argument.type) == "Tensor" and given[argument.name] is None:
+            return ValueError(f"{info.name}: {argument.name} is None; legal: a tensor")
+    return type(error)(f"{info.name}: {error}") if type(error) in (TypeError, ValueError) else None
 
 
 def _require(info: OpInfo, on_cpu: bool) -> None:

@@ -75,6 +75,28 @@ def test_cpu_tensors_of_a_device_operator_are_refused_in_words():
         torch.ops.shardwise_test.flashinfer_five(torch.zeros(1))
 
 
+@pytest.mark.parametrize(
+    ("name", "args", "words"),
+    [
+        ("torch_linear_simple", (torch.zeros(2, 3), None, None), "torch_linear_simple: weight is None; legal: a tensor"),
+        ("gather_tokens", (torch.zeros(1, 2, 3), torch.arange(2), None), "gather_tokens: batch_info_host is None"),
+        ("torch_dist_all_reduce", (torch.zeros(2), "FASTEST"), "torch_dist_all_reduce: unknown strategy 'FASTEST'"),
+    ],
+)
+def test_errors_name_the_operator_and_a_missing_tensor(name, args, words):
+    with pytest.raises(ValueError, match=words):
+        getattr(torch.ops.auto_deploy, name)(*args)
+
+
+def test_an_error_of_another_kind_is_left_alone(monkeypatch):
+    def fails(*_args, **_options):
+        raise RuntimeError("out of paper")
+
+    monkeypatch.setattr(torch.Tensor, "topk", fails)
+    with pytest.raises(RuntimeError, match="^out of paper"):
+        torch.ops.auto_deploy.torch_moe_router(torch.zeros(1, 2), torch.zeros(2, 2), torch.zeros(2))
+
+
 def test_an_unavailable_operator_still_traces():
     define("triton_six", needs=(absent(),))
 

@@ -55,8 +55,9 @@ def test_weights_may_begin_at_any_element(tokens):
         return torch.cat((weight.new_zeros(1), weight.flatten()))[1:].view(weight.shape)
 
     x, ids, weights, *stacks = tensors(tokens, 2, 3, 48, 32, True)
+    ids[0, 0] = 0
     got = OPS.triton_moe_fused(x, ids, weights, *map(moved, stacks), True, 4)
-    torch.testing.assert_close(got.double(), routed_oracle(x, ids, weights, *stacks), rtol=EXACT, atol=EXACT)
+    assert relative(got, routed_oracle(x, ids, weights, *stacks)) < EXACT
 
 
 def test_repeated_ids_foreign_ids_and_tokens_without_experts():
