@@ -10,6 +10,7 @@ script already runs on every rank: each makes the same calls and gets the same r
 """
 
 import atexit
+import os
 import signal
 import threading
 import weakref
@@ -204,6 +205,8 @@ class ParentExecutor:
         """Held by the thread that speaks with the ranks."""
         self._items: _Items | None = None
         self._closed = False
+        self._process = os.getpid()
+        """A fork has what this process has, but neither the ranks nor a part in what is said to them."""
         atexit.register(self.close)  # before the keeper's thread ends with the interpreter
         try:
             self._tokenizer = self._read_tokenizer()  # while the ranks start
@@ -228,6 +231,8 @@ class ParentExecutor:
     def stream(self, prompts: Sequence[Any], params: Sequence[SamplingParams]) -> Iterator[TokenEvent | Answer]:
         ids = self._encoded(prompts, params)
         wanted = [params_to_json(each) for each in params]
+        if os.getpid() != self._process:
+            raise RuntimeError("this LLM belongs to another process, of which this one is a fork: make one here")
         with self._turn:
             _require_ranks(self._supervisor)
             if self._items is not None:
@@ -266,7 +271,7 @@ class ParentExecutor:
         self._end(at_once=busy)  # ranks that still generate would hear of it much later
 
     def _end(self, at_once: bool) -> None:
-        if self._closed:
+        if self._closed or os.getpid() != self._process:
             return
         self._closed = True
         atexit.unregister(self.close)

@@ -170,6 +170,20 @@ def test_a_call_that_another_thread_closes_ends_at_once_and_says_so():
     assert not Path(f"/proc/{pid}").exists()
 
 
+def test_a_fork_of_the_process_leaves_its_ranks_alone(llm):
+    child = os.fork()
+    if child == 0:
+        try:
+            llm.generate(["x"], GREEDY)
+        except RuntimeError as error:
+            llm.close()
+            os._exit(0 if "another process" in str(error) else 2)
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert "Paris" in llm.generate(["The capital of France is"], GREEDY)[0].text
+
+
 def test_after_a_failure_the_next_call_says_that_the_ranks_ended():
     with LLM("smollm2", tp=1, **QUICK) as small:
         os.kill(small._executor._supervisor.hub.hello[0].pid, signal.SIGKILL)
