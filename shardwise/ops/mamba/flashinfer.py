@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 
@@ -54,7 +54,8 @@ def flashinfer_cached_ssm(
     return run_step(op, PLANS, _plan_decode, _decode, given, metadata, batch_info_host, time_step_limit, chunk_size)
 
 
-class _Decode(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class _Decode:
     """A decode step, but for its tensors: a small kernel of ours that makes what FlashInfer reads, and FlashInfer's.
 
     FlashInfer wants time steps, which it would not clamp, in the dtype of D, 32-bit slots, and dense rows of x, B and C
@@ -62,9 +63,14 @@ class _Decode(NamedTuple):
     """
 
     ready: Launch
-    allocate: tuple[Callable[[], torch.Tensor], ...]
-    """Allocate time steps [tokens, H, P], one number a head, repeated by strides, as FlashInfer wants it; slots
-    [tokens]; rows of x [tokens, H, P], B and C [tokens, G, N]"""
+    time_steps: Callable[[], torch.Tensor]
+    """Allocates [tokens, H, P], one number a head, repeated by strides, as FlashInfer wants it"""
+    slots: Callable[[], torch.Tensor]
+    """Allocates [tokens]"""
+    head_rows: Callable[[], torch.Tensor]
+    """Allocates x, [tokens, H, P]"""
+    group_rows: Callable[[], torch.Tensor]
+    """Allocates B or C, [tokens, G, N]"""
     out: View
     """Where the result has the decode tokens, [tokens, H, P]"""
     A: View
@@ -89,15 +95,14 @@ def _plan_decode(op: str, one: Inputs, batch: Batch) -> _Decode:
             f"{one.cache.shape[0]}; triton_cached_ssm takes any number"
         )
     (groups, states), dtype = one.B.shape[2:], one.x.dtype
-    allocate = (
-        allocator((count, heads, size), torch.float32, device, strides=(heads, 1, 0)),
-        allocator((count,), torch.int32, device),
-        allocator((count, heads, size), dtype, device),
-        *[allocator((count, groups, states), dtype, device)] * 2,
-    )
+    time_steps = allocator((count, heads, size), torch.float32, device, strides=(heads, 1, 0))
+    index = allocator((count,), torch.int32, device)
+    head_rows = allocator((count, heads, size), dtype, device)
+    group_rows = allocator((count, groups, states), dtype, device)
+    made = time_steps(), index(), head_rows(), group_rows(), group_rows()
     ready = _ready.form_for(
         device,
-        (one.x, one.dt, one.dt_bias, one.B, one.C, one.slots, *(make() for make in allocate), one.out, report_word(op)),
+        (one.x, one.dt, one.dt_bias, one.B, one.C, one.slots, *made, one.out, report_word(op)),
         (one.x_t, one.x.stride(2), one.dt_t, one.B_t, one.B.stride(2), one.C_t, one.C.stride(2))
         + (heads // groups, size, states, 1 << (heads - 1).bit_length(), BLOCK),
         warps=4,
@@ -109,7 +114,10 @@ def _plan_decode(op: str, one: Inputs, batch: Batch) -> _Decode:
             (count, parts, 1),
             (batch.prefill_tokens, batch.prefill, heads, one.cache.shape[0], one.low, one.high),
         ),
-        allocate,
+        time_steps,
+        index,
+        head_rows,
+        group_rows,
         ((count, heads, size), (heads * size, size, 1), batch.prefill_tokens * heads * size),
         ((heads, size, states), (1, 0, 0), 0),
         ((heads, size), (1, 0), 0),
@@ -119,13 +127,13 @@ def _plan_decode(op: str, one: Inputs, batch: Batch) -> _Decode:
 
 def _decode(op: str, plan: _Decode, given: tuple[torch.Tensor, ...], out: torch.Tensor) -> None:
     x, dt, dt_bias, A, B, C, D, slots, cache = given
-    steps, index, *rows = [make() for make in plan.allocate]
-    pointers = x, dt, dt_bias, B, C, slots, steps, index, *rows, out, report_word(op)
+    steps, index = plan.time_steps(), plan.slots()
+    x_rows, B_rows, C_rows = plan.head_rows(), plan.group_rows(), plan.group_rows()
+    pointers = x, dt, dt_bias, B, C, slots, steps, index, x_rows, B_rows, C_rows, out, report_word(op)
     plan.ready.form(plan.ready.grid, pointers, plan.ready.free)
     if not plan.exact:
         A, D = A.float(), D.float()
-    x, B, C = rows
     _update()(
-        cache, x, steps, view(A, *plan.A), B, C, view(D, *plan.D),
+        cache, x_rows, steps, view(A, *plan.A), B_rows, C_rows, view(D, *plan.D),
         state_batch_indices=index, pad_slot_id=-1, out=view(out, *plan.out),
     )  # fmt: skip

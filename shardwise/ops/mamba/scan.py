@@ -1,6 +1,7 @@
 """Launches of the state-space kernels over a flat batch; the host reads no device memory."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -88,7 +89,8 @@ def _power(n: int) -> int:
     return max(16, 1 << (n - 1).bit_length())
 
 
-class Prefill(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Prefill:
     """What prefill tokens of one layout launch, but for their tensors."""
 
     launches: Chain

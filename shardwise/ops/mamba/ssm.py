@@ -1,7 +1,8 @@
 """What the cached state-space operators share: a step's checks, planned launches, and prefill on our own kernels."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +14,8 @@ from shardwise.ops.plan_cache import PlanCache, allocator, taken_as_given
 from shardwise.ops.state_batch import check_metadata
 
 
-class Plan(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Plan:
     """What a step launches, but for its tensors."""
 
     out: Callable[[], Tensor]
@@ -48,7 +50,7 @@ def run_step(
     batch = read_batch(op, batch_info_host)
     check_metadata(op, batch, given[0], metadata[0], given[7], metadata[1], given[8])
     tensors = (*given, *metadata) if batch.prefill_tokens else given
-    key = batch, *time_step_limit, chunk_size
+    key = batch, given[8].dtype, *time_step_limit, chunk_size  # layouts of one key are searched one by one
     plan = plans.get(key, tensors)
     if plan is not None:
         out = plan.out()
