@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from shardwise.ops.attention.batch import Batch
+from shardwise.ops.attention.batch import Batch, read_integers
 from shardwise.ops.metadata_reports import raise_report, read_at_once
 from shardwise.ops.triton_support import tl, triton
 
@@ -35,7 +35,7 @@ def read_state_spans(
     """The sequences of a step from metadata on the host. Raises ValueError for counts that contradict each other."""
     check_counts(op, batch, tokens, slot_idx, use_initial_states)
     bounds = prefill_bounds(op, batch, cu_seqlen)
-    rows = slot_idx[: batch.sequences].tolist()
+    rows = read_integers(op, "slot_idx", slot_idx, batch.sequences)
     wrong = [slot for slot in rows if not -1 <= slot < slots]
     if wrong:
         raise ValueError(f"{op}: slot_idx holds {wrong[0]}; the state cache has {slots} slots, -1 skips a sequence")
@@ -65,7 +65,8 @@ def prefill_bounds(op: str, batch: Batch, cu_seqlen: torch.Tensor | None) -> lis
     """Token bounds of the prefill sequences, prefill + 1 numbers; the last may be missing in `cu_seqlen`."""
     if not batch.prefill:
         return [0]
-    bounds = cu_seqlen[: batch.prefill + 1].tolist() if cu_seqlen is not None else []
+    count = 0 if cu_seqlen is None else min(cu_seqlen.numel(), batch.prefill + 1)
+    bounds = read_integers(op, "cu_seqlen", cu_seqlen, count)
     if len(bounds) == batch.prefill:
         bounds.append(batch.prefill_tokens)
     ascending = all(a <= b for a, b in zip(bounds, bounds[1:], strict=False))

@@ -70,6 +70,31 @@ REFUSED = {
         "torch_swiglu_mlp",
         lambda: (on("cpu", 2, 8), on("cpu", 6, 8), on("cpu", 6, 8), on("cpu", 6, 8)),
     ),
+    r"gate_weight is \(1, 8\), gate_bias None; legal for these inputs: \(6, 8\)": (
+        "torch_swiglu_mlp",
+        lambda: (on("cpu", 2, 8), on("cpu", 1, 8), on("cpu", 6, 8), on("cpu", 8, 6)),
+    ),
+    r"gate_up_weight is \(13, 8\)": ("fused_swiglu_mlp", lambda: (on("cpu", 2, 8), on("cpu", 13, 8), on("cpu", 8, 6))),
+    r"gate_weight \(5, 8\) must have the shape of up_weight": (
+        "torch_finegrained_fp8_swiglu_mlp",
+        lambda: (on("cpu", 2, 8), on("cpu", 5, 8), on("cpu", 6, 8), on("cpu", 8, 6), *(on("cpu", 1, 1),) * 3),
+    ),
+    r"weight \(5, 7\) and bias None do not fit": (
+        "torch_linear_simple",
+        lambda: (on("cpu", 2, 8), on("cpu", 5, 7), None),
+    ),
+    r"weight \(4, 8\) and bias \(1,\) do not fit": (
+        "torch_moe_router",
+        lambda: (on("cpu", 2, 8), on("cpu", 4, 8), on("cpu", 1), 2),
+    ),
+    r"weight \(1,\) does not match the last dimension of input \(2, 8\)": (
+        "torch_rmsnorm",
+        lambda: (on("cpu", 2, 8), on("cpu", 1), 1e-5),
+    ),
+    r"weight \(3, 8\) does not match the last dimension of input \(3, 8\)": (
+        "sharded_rmsnorm",
+        lambda: (on("cpu", 3, 8), on("cpu", 3, 8), 1e-5, 1),
+    ),
     "multiple of 128": (
         "fused_finegrained_fp8_swiglu_mlp",
         lambda: (on("cpu", 2, 8), on("cpu", 12, 8), on("cpu", 8, 6), on("cpu", 1, 1), on("cpu", 1, 1)),
@@ -113,6 +138,14 @@ REFUSED = {
     ),
 }
 REFUSED_BY_KERNELS = {
+    r"up_weight is \(6, 8\), up_bias \(1,\)": (
+        "triton_swiglu_mlp",
+        lambda: (on(DEVICE, 2, 8), *(on(DEVICE, 6, 8),) * 2, on(DEVICE, 8, 6), None, on(DEVICE, 1)),
+    ),
+    r"gate_weight is \(9, 8\)": (
+        "triton_swiglu_mlp",
+        lambda: (on(DEVICE, 2, 8), on(DEVICE, 9, 8), on(DEVICE, 6, 8), on(DEVICE, 8, 6)),
+    ),
     "rows of one stride": (
         "triton_fused_add_rms_norm_inplace",
         lambda: (on(DEVICE, 2, 8), on(DEVICE, 1, 8).expand(2, 8), on(DEVICE, 8), 1e-5),

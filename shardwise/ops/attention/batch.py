@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 import torch
 
+INTEGERS = {torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8}
+
 
 class Batch(NamedTuple):
     """Counts of one step. Extend (speculative) sequences count as prefill: both bring several tokens."""
@@ -41,11 +43,21 @@ def read_counts(op: str, batch_info_host: torch.Tensor) -> Counts:
     """Read `batch_info_host`, int [3] (prefill, prefill tokens, decode) or int [6+] (prefill, prefill tokens,
     extend, extend tokens, decode, decode tokens). It belongs on the host: on a CUDA device the read synchronises.
     """
-    return _counts(op, tuple(batch_info_host.tolist()))
+    try:
+        return _counts(op, tuple(batch_info_host.tolist()))
+    except TypeError:  # no number at all, or lists of numbers, or no integers
+        raise _not_counts(op, batch_info_host) from None
+
+
+def _not_counts(op: str, batch_info_host: torch.Tensor) -> TypeError:
+    came = f"{batch_info_host.dtype} {list(batch_info_host.shape)}"
+    return TypeError(f"{op}: batch_info_host is {came}; legal: integers [3], or [6] and more")
 
 
 @functools.lru_cache(maxsize=4096)
 def _counts(op: str, info: tuple[int, ...]) -> Counts:
+    if not all(isinstance(number, int) for number in info):  # 2.0 would be kept for calls that bring 2
+        raise TypeError
     if len(info) == 3:
         counts = Counts(info[0], info[1], 0, 0, info[2])
     elif len(info) >= 6:
@@ -62,7 +74,10 @@ def _counts(op: str, info: tuple[int, ...]) -> Counts:
 
 def read_batch(op: str, batch_info_host: torch.Tensor) -> Batch:
     """The step that `batch_info_host` counts, see `read_counts`."""
-    return _batch(op, tuple(batch_info_host.tolist()))
+    try:
+        return _batch(op, tuple(batch_info_host.tolist()))
+    except TypeError:
+        raise _not_counts(op, batch_info_host) from None
 
 
 @functools.lru_cache(maxsize=4096)
@@ -99,9 +114,9 @@ def read_spans(
     if batch.tokens > tokens:
         raise ValueError(f"{op}: batch_info_host counts {batch.tokens} tokens, q holds {tokens}")
     count = batch.sequences
-    positions = _read(op, "input_pos", input_pos, count)
-    slots = _read(op, "slot_idx", slot_idx, count)
-    lengths = _read(op, "seq_len", seq_len, batch.prefill) if batch.prefill else []
+    positions = read_integers(op, "input_pos", input_pos, count)
+    slots = read_integers(op, "slot_idx", slot_idx, count)
+    lengths = read_integers(op, "seq_len", seq_len, batch.prefill) if batch.prefill else []
     if sum(lengths) != batch.prefill_tokens:
         raise ValueError(f"{op}: seq_len of the prefill sequences is {lengths}, batch_info_host counts "
                          f"{batch.prefill_tokens} prefill tokens; legal: an equal sum")  # fmt: skip
@@ -118,10 +133,11 @@ def read_spans(
     return spans
 
 
-def _read(op: str, name: str, tensor: torch.Tensor | None, count: int) -> list[int]:
+def read_integers(op: str, name: str, tensor: torch.Tensor | None, count: int) -> list[int]:
+    """The first `count` entries of a tensor with an integer for each sequence; ValueError for another."""
     if count == 0:
         return []
-    if tensor is None or tensor.numel() < count:
-        came = "None" if tensor is None else f"{tensor.numel()} entries"
-        raise ValueError(f"{op}: {name} is {came}; legal: an entry for each of the {count} sequences")
+    if tensor is None or tensor.dim() != 1 or tensor.numel() < count or tensor.dtype not in INTEGERS:
+        came = "None" if tensor is None else f"{tensor.dtype} {list(tensor.shape)}"
+        raise ValueError(f"{op}: {name} is {came}; legal: an integer for each of the {count} sequences")
     return tensor[:count].tolist()

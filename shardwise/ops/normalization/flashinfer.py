@@ -5,7 +5,7 @@ import os
 
 import torch
 
-from shardwise.ops.normalization.reference import add_norm_fake, check_add_norm
+from shardwise.ops.normalization.reference import add_norm_fake, check_add_norm, check_weight
 from shardwise.ops.registry import FLASHINFER, operator
 from shardwise.ops.vector_access import takes_vectors, with_vectors
 
@@ -29,10 +29,7 @@ def _check(name: str, input: torch.Tensor, weight: torch.Tensor) -> None:
             f"{name}: FlashInfer takes float16 or bfloat16 for input and weight, got {input.dtype} and {weight.dtype}; "
             "torch_rmsnorm takes any"
         )
-    if weight.shape != input.shape[-1:]:
-        raise ValueError(
-            f"{name}: weight {tuple(weight.shape)} does not match the last dimension of input {tuple(input.shape)}"
-        )
+    check_weight(name, "input", input, weight)
 
 
 def _like(input, weight, eps):

@@ -21,6 +21,7 @@ def torch_rmsnorm(input: torch.Tensor, weight: torch.Tensor, eps: float) -> torc
 
     input [..., H] (any strides, kept), weight [H]. Source: Zhang and Sennrich, arXiv:1910.07467.
     """
+    check_weight("torch_rmsnorm", "input", input, weight)
     wide = input.float()
     # The norm reduces in one pass without the squares' temporary: 1.3 times faster than pow().mean() on CPU.
     power = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_()
@@ -56,12 +57,17 @@ def torch_rmsnorm_gated(
     return torch.empty_like(x).copy_(out)
 
 
+def check_weight(name: str, label: str, x: torch.Tensor, weight: torch.Tensor) -> None:
+    """ValueError unless there is a weight for each element of x's last dimension."""
+    if weight.shape != x.shape[-1:] or x.dim() == 0:
+        raise ValueError(
+            f"{name}: weight {tuple(weight.shape)} does not match the last dimension of {label} {tuple(x.shape)}"
+        )
+
+
 def check_gated(name: str, x: torch.Tensor, weight: torch.Tensor, gate: torch.Tensor | None, group_size: int) -> None:
     """Shape rules of the gated norms; raises ValueError."""
-    if weight.shape != x.shape[-1:]:
-        raise ValueError(
-            f"{name}: weight {tuple(weight.shape)} does not match the last dimension of x {tuple(x.shape)}"
-        )
+    check_weight(name, "x", x, weight)
     if group_size < 1 or x.shape[-1] % group_size:
         raise ValueError(f"{name}: group_size {group_size} does not divide the last dimension {x.shape[-1]}")
     if gate is not None and gate.shape != x.shape:
@@ -91,10 +97,7 @@ def check_add_norm(name: str, x: torch.Tensor, residual: torch.Tensor, weight: t
             f"{name}: x and residual must agree, got {tuple(x.shape)} {x.dtype} and {tuple(residual.shape)} "
             f"{residual.dtype}"
         )
-    if weight.shape != x.shape[-1:]:
-        raise ValueError(
-            f"{name}: weight {tuple(weight.shape)} does not match the last dimension of x {tuple(x.shape)}"
-        )
+    check_weight(name, "x", x, weight)
 
 
 def row_stride(shape: torch.Size, strides: tuple[int, ...]) -> int | None:

@@ -4,6 +4,7 @@ import torch
 import torch.distributed as dist
 
 from shardwise.comm.rank import current_groups
+from shardwise.ops.normalization.reference import check_weight
 from shardwise.ops.registry import operator
 
 
@@ -18,6 +19,7 @@ def sharded_rmsnorm(input: torch.Tensor, weight: torch.Tensor, eps: float, world
     input [..., h] and weight [h] are this rank's part; parts may differ in length and count by it. The group is the
     current tensor-parallel group, else torch.distributed's default group, and must have `world_size` ranks.
     """
+    check_weight("sharded_rmsnorm", "input", input, weight)
     wide = input.float()
     squares = wide.square().sum(-1, keepdim=True)
     # The length rides along, so that uneven parts weigh right without a second collective.

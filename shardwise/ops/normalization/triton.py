@@ -6,7 +6,13 @@ from typing import NamedTuple
 import torch
 
 from shardwise.ops.devices import one_device
-from shardwise.ops.normalization.reference import add_norm_fake, check_add_norm, check_gated, row_stride
+from shardwise.ops.normalization.reference import (
+    add_norm_fake,
+    check_add_norm,
+    check_gated,
+    check_weight,
+    row_stride,
+)
 from shardwise.ops.ptx import silu
 from shardwise.ops.registry import TRITON, operator
 from shardwise.ops.triton_support import (
@@ -125,7 +131,7 @@ def _tiles(size: int, gated: bool) -> tuple[int, int]:
 class _Plan(NamedTuple):
     """What follows from shapes, strides and dtypes; remembered, since finding it out costs more than launching.
 
-    Plans are told apart by `dtypes` and do not read them: Triton compiles for every type anew.
+    Plans are told apart by `dtypes`: Triton compiles for every type anew.
     """
 
     form: Form
@@ -135,10 +141,16 @@ class _Plan(NamedTuple):
     copy_gate: bool
 
 
+def _check_floats(op: str, dtypes: tuple[torch.dtype | None, ...]) -> None:
+    if any(dtype is not None and not dtype.is_floating_point for dtype in dtypes):
+        raise TypeError(f"{op}: came {', '.join(str(dtype) for dtype in dtypes if dtype)}; legal: floating point")
+
+
 @functools.lru_cache(maxsize=4096)
 def _plan(op, shape, stride, gate_stride, dtypes, size, norm_first, devices) -> _Plan:
     """Several short groups share a program."""
     device = one_device(op, *devices)
+    _check_floats(op, dtypes)
     x_stride, gated = row_stride(shape, stride), gate_stride is not None
     groups, (pieces, block) = shape.numel() // size, _tiles(size, gated)
     rows = max(1, min(1536 // (pieces * block), groups))
@@ -179,11 +191,7 @@ def _like(input, *_args):
 @operator(fake=_like, needs=(TRITON,), instead="torch_rmsnorm")
 def triton_rms_norm(input: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """weight * x / sqrt(mean(x²) + eps), rounded once to x's dtype. input [..., H], weight [H] -> contiguous."""
-    if weight.shape != input.shape[-1:]:
-        raise ValueError(
-            f"triton_rms_norm: weight {tuple(weight.shape)} does not match the last dimension of input "
-            f"{tuple(input.shape)}"
-        )
+    check_weight("triton_rms_norm", "input", input, weight)
     return _normalize("triton_rms_norm", input, weight, None, eps, input.shape[-1], False)
 
 
@@ -209,6 +217,7 @@ def triton_rmsnorm_gated(
 @functools.lru_cache(maxsize=4096)
 def _add_plan(shape, x_stride, residual_stride, dtypes, devices) -> tuple[Form, tuple[int, int, int]]:
     device = one_device("triton_fused_add_rms_norm_inplace", *devices)
+    _check_floats("triton_fused_add_rms_norm_inplace", dtypes)
     strides = row_stride(shape, x_stride), row_stride(shape, residual_stride)
     if None in strides or (0 in strides and shape.numel() > shape[-1]):
         raise ValueError(

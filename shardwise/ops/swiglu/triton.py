@@ -4,7 +4,7 @@ import torch
 from torch.nn.functional import linear
 
 from shardwise.ops.registry import TRITON, operator
-from shardwise.ops.swiglu.reference import check, like_input
+from shardwise.ops.swiglu.reference import check_separate, like_input
 from shardwise.ops.triton_support import Kernel, await_predecessor, dependent_launch, tl, triton
 
 _BLOCK = 1024
@@ -33,7 +33,9 @@ def triton_swiglu_mlp(
     down_bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """As `torch_swiglu_mlp`; silu(gate) * up in float32, rounded once."""
-    check("triton_swiglu_mlp", input, tuple(up_weight.shape), tuple(down_weight.shape))
+    check_separate(
+        "triton_swiglu_mlp", input, gate_weight, up_weight, down_weight, gate_bias, up_bias, down_bias
+    )  # fmt: skip
     gate, up = linear(input, gate_weight, gate_bias), linear(input, up_weight, up_bias)
     hidden, count = torch.empty_like(gate), gate.numel()
     pdl = dependent_launch(input.device)

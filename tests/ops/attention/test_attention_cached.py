@@ -7,6 +7,7 @@ from oracles_attention import Step
 
 import shardwise.ops  # noqa: F401  registers the operators
 from shardwise.ops.attention import cached
+from shardwise.ops.attention.batch import read_batch
 from shardwise.ops.attention.reference import torch_cached_attention_with_cache
 
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2, torch.float64: 1e-10}
@@ -161,7 +162,12 @@ def arguments(**change):
     ({"batch_info_host": torch.tensor([1, 4, 9])}, ValueError, "counts 13 tokens, q holds 6"),
     ({"seq_len": torch.tensor([3, 1, 1])}, ValueError, "legal: an equal sum"),
     ({"seq_len": None}, ValueError, "seq_len is None"),
-    ({"input_pos": torch.tensor([2, 7])}, ValueError, "input_pos is 2 entries"),
+    ({"batch_info_host": torch.tensor([1.5, 4.0, 2.0])}, TypeError, r"batch_info_host is torch.float32 \[3\]; legal"),
+    ({"batch_info_host": torch.tensor([[1, 4, 2]])}, TypeError, r"batch_info_host is torch.int64 \[1, 3\]; legal"),
+    ({"batch_info_host": torch.tensor(1)}, TypeError, r"batch_info_host is torch.int64 \[\]; legal"),
+    ({"input_pos": torch.tensor([2, 7])}, ValueError, r"input_pos is torch.int64 \[2\]; legal: an integer for each"),
+    ({"input_pos": torch.tensor([2.0, 7.0, 0.0])}, ValueError, r"input_pos is torch.float32 \[3\]"),
+    ({"slot_idx": torch.tensor([[0, 1, 2]])}, ValueError, r"slot_idx is torch.int64 \[1, 3\]"),
     ({"input_pos": torch.tensor([9, 7, 0])}, ValueError, "leaves the cache of 12 positions"),
     ({"slot_idx": torch.tensor([4, 1, 2])}, ValueError, "slot_idx holds 4; legal: -1"),
 ])  # fmt: skip
@@ -171,6 +177,12 @@ def test_bad_arguments_are_refused_before_the_cache_is_written(change, error, wo
     with pytest.raises(error, match=words):
         torch_cached_attention_with_cache(**given)
     assert torch.equal(before, given["k_cache"])
+
+
+def test_refused_counts_do_not_stand_for_equal_integers_later():
+    with pytest.raises(TypeError, match="batch_info_host is torch.float64"):
+        read_batch("an operator", torch.tensor([3.0, 5.0, 1.0], dtype=torch.float64))
+    assert [type(count) for count in read_batch("an operator", torch.tensor([3, 5, 1]))] == [int] * 3
 
 
 def test_passes_opcheck():

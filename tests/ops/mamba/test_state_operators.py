@@ -223,6 +223,8 @@ def test_unused_pieces_change_nothing():
 
 
 BAD = {
+    r"slot_idx is torch.float32 \[2\]; legal: an integer for each of the 2 sequences": {"slots": (1.0, 0.0)},
+    r"cu_seqlen is torch.int32 \[1, 3\]": {"bounds": [[0, 3, 5]]},
     "slot_idx holds 9": {"slots": (9, 0)},
     "cu_seqlen begins": {"bounds": [0, 4, 3]},
     "counts 7 tokens": {"info": [2, 7, 0]},
