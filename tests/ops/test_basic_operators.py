@@ -116,6 +116,26 @@ REFUSED = {
         "torch_rope_with_complex_freqs",
         lambda: (*(on("cpu", 1, 2, 3, 8) for _ in range(2)), on("cpu", 1, 3, 4).to(torch.complex64), 3),
     ),
+    r"logits_gather_info_host must be \[2\], got \(3,\)": (
+        "gather_logits_before_lm_head",
+        lambda: (on("cpu", 1, 3, 4), torch.zeros(2, dtype=torch.int64), torch.tensor([1, 1, 1])),
+    ),
+    "-1 rows are asked for": (
+        "gather_logits_before_lm_head",
+        lambda: (on("cpu", 1, 3, 4), torch.zeros(2, dtype=torch.int64), torch.tensor([-1, 1])),
+    ),
+    r"token_gather_indices must be int32 or int64 \[n or more\], got torch.int64 \[1, 9\]": (
+        "gather_tokens",
+        lambda: (on("cpu", 1, 9, 4), torch.zeros(1, 9, dtype=torch.int64), torch.tensor([2, 7, 1])),
+    ),
+    r"\(1, 5, 6\), \(4, 2, 3\) and \(5,\) with groups 3": (
+        "torch_causal_conv1d",
+        lambda: (on("cpu", 1, 5, 6), on("cpu", 4, 2, 3), on("cpu", 5), 1, 2, 1, 3),
+    ),
+    "stride 0, padding 2, dilation 1; legal": (
+        "torch_causal_conv1d",
+        lambda: (on("cpu", 1, 5, 6), on("cpu", 6, 2, 3), None, 0, 2, 1, 3),
+    ),
     r"\[B, 1, H\]": (
         "gather_logits_before_lm_head",
         lambda: (on("cpu", 2, 3, 4), torch.zeros(2, dtype=torch.int64), torch.tensor([1, 1])),

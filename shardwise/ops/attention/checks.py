@@ -41,6 +41,13 @@ def check_sinks(op: str, sinks: torch.Tensor | None, heads: int) -> None:
         )
 
 
+def check_mask(op: str, mask: torch.Tensor | None, scores: tuple[int, ...]) -> None:
+    """ValueError unless a mask can be shared by scores [B, N, Sq, Sk]."""
+    pairs = [] if mask is None else zip(reversed(mask.shape), reversed(scores), strict=False)
+    if mask is not None and (mask.dim() > len(scores) or any(a not in (1, b) for a, b in pairs)):
+        raise ValueError(f"{op}: attn_mask has shape {shape(mask)}; legal: {list(scores)}, or 1 where it is shared")
+
+
 def default_scale(scale: float | None, head_size: int) -> float:
     return head_size**-0.5 if scale is None else scale
 

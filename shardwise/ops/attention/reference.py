@@ -13,6 +13,7 @@ from shardwise.ops.attention.checks import (
     cached_output_shape,
     check_cached,
     check_float,
+    check_mask,
     check_sinks,
     default_scale,
     fake_cached,
@@ -65,6 +66,7 @@ def torch_attention(
         query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
     batch, _, queries, _ = query.shape
     keys = key.shape[2]
+    check_mask("torch_attention", attn_mask, (batch, heads.queries, queries, keys))
     wide = compute_dtype(query.dtype)
     query_rows = (batch, heads.keys, heads.group * queries)
     folded = (query.to(wide) * default_scale(scale, heads.size)).reshape(*query_rows, heads.size)
@@ -130,18 +132,36 @@ def torch_attention_sdpa(
 
     Its conventions hold: a causal mask aligns at the top left, dropout_p is applied.
     """
-    for name, tensor in (("query", query), ("key", key), ("value", value)):
-        if tensor.dim() != 4:
-            raise ValueError(f"torch_attention_sdpa: {name} has shape {shape(tensor)}; legal: [B, N, S, D]")
-    if attn_mask is not None and is_causal:
-        raise ValueError("torch_attention_sdpa: attn_mask and is_causal are both given; legal: one of them")
-    if not enable_gqa and key.shape[1] not in (1, query.shape[1]):
-        raise ValueError(f"torch_attention_sdpa: {query.shape[1]} query heads, {key.shape[1]} KV heads; legal: "
-                         "equal numbers, one KV head, or enable_gqa=True with a multiple")  # fmt: skip
+    _check_sdpa(query, key, value, attn_mask, is_causal, enable_gqa)
     return torch.nn.functional.scaled_dot_product_attention(
         query.contiguous(), key.contiguous(), value.contiguous(),
         attn_mask=attn_mask, dropout_p=dropout_p, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa,
     ).contiguous()  # fmt: skip
+
+
+def _check_sdpa(query, key, value, attn_mask, is_causal, enable_gqa) -> None:
+    op = "torch_attention_sdpa"
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if tensor.dim() != 4:
+            raise ValueError(f"{op}: {name} has shape {shape(tensor)}; legal: [B, N, S, D]")
+        check_float(op, name, tensor)
+        if tensor.dtype != query.dtype:
+            raise TypeError(f"{op}: {name} is {tensor.dtype}, query is {query.dtype}; legal: one dtype")
+    heads, kv_heads = query.shape[1], key.shape[1]
+    fits = key.shape[:3] == value.shape[:3] and key.shape[0] in (1, query.shape[0]) and key.shape[3] == query.shape[3]
+    if not fits:
+        raise ValueError(f"{op}: query {shape(query)}, key {shape(key)}, value {shape(value)} do not fit; legal: "
+                         "[B, N, Sq, D], [B, Nkv, Sk, D], [B, Nkv, Sk, Dv]")  # fmt: skip
+    if kv_heads not in (1, heads) and not (enable_gqa and kv_heads and heads % kv_heads == 0):
+        raise ValueError(f"{op}: {heads} query heads, {kv_heads} KV heads; legal: equal numbers, one KV head, or "
+                         "enable_gqa=True with a multiple")  # fmt: skip
+    if attn_mask is None:
+        return
+    if is_causal:
+        raise ValueError(f"{op}: attn_mask and is_causal are both given; legal: one of them")
+    check_mask(op, attn_mask, (*query.shape[:3], key.shape[2]))
+    if attn_mask.dtype not in (torch.bool, torch.float32, query.dtype):
+        raise TypeError(f"{op}: attn_mask is {attn_mask.dtype}; legal: bool, float32, or query's {query.dtype}")
 
 
 def _fake_repeat_kv(hidden_states, n_rep):

@@ -29,6 +29,9 @@ def torch_causal_conv1d(
     op = "torch_causal_conv1d"
     if padding_mode != "zeros":
         raise ValueError(f"{op}: padding_mode must be 'zeros', got {padding_mode!r}")
+    _check_layer(op, input, weight, bias, groups)
+    if stride < 1 or dilation < 1 or padding < 0:
+        raise ValueError(f"{op}: stride {stride}, padding {padding}, dilation {dilation}; legal: 1, 0, 1 and more")
     tokens = input.shape[1]
     out = torch.nn.functional.conv1d(input.transpose(1, 2), weight, bias, stride, padding, dilation, groups)
     if out.shape[2] < tokens:
@@ -66,7 +69,8 @@ def torch_cached_causal_conv1d(
     of a sequence. The history takes the place of `padding`. Slot -1 is skipped; its tokens and the padding give zeros.
     """
     op = "torch_cached_causal_conv1d"
-    _check_cached(op, input, weight, conv_state_cache, stride, dilation, groups, padding_mode)
+    _check_layer(op, input, weight, bias, groups)
+    _check_cached(op, input, weight, conv_state_cache, stride, dilation, padding_mode)
     x, K = input.flatten(0, 1), weight.shape[-1]
     batch = read_batch(op, batch_info_host)
     spans = read_state_spans(op, batch, x.shape[0], cu_seqlen, slot_idx, use_initial_states, conv_state_cache.shape[0])
@@ -89,16 +93,22 @@ def torch_cached_causal_conv1d(
     return out.view(*input.shape[:2], weight.shape[0])
 
 
-def _check_cached(op, input, weight, cache, stride, dilation, groups, padding_mode) -> None:
+def _check_layer(op, input, weight, bias, groups) -> None:
+    fits = input.dim() == weight.dim() == 3 and groups >= 1 and weight.shape[1] * groups == input.shape[2]
+    if not fits or weight.shape[0] % groups or (bias is not None and bias.shape != weight.shape[:1]):
+        came = f"{tuple(input.shape)}, {tuple(weight.shape)} and {None if bias is None else tuple(bias.shape)}"
+        raise ValueError(f"{op}: input, weight and bias are {came} with groups {groups}; legal: [b, s, C], "
+                         "[Cout, C / groups, K] and [Cout], groups a divisor of both C and Cout")  # fmt: skip
+    if any(each is not None and each.dtype != input.dtype for each in (weight, bias)):
+        came = f"{weight.dtype} and {None if bias is None else bias.dtype}"
+        raise TypeError(f"{op}: weight and bias are {came}; legal: input's {input.dtype}")
+
+
+def _check_cached(op, input, weight, cache, stride, dilation, padding_mode) -> None:
     if stride != 1 or dilation != 1 or padding_mode != "zeros":
         raise ValueError(
             f"{op}: only stride 1, dilation 1 and padding_mode 'zeros' continue from a cache, "
             f"got {stride}, {dilation}, {padding_mode!r}"
-        )
-    if weight.dim() != 3 or weight.shape[1] * groups != input.shape[-1]:
-        raise ValueError(
-            f"{op}: weight must be [Cout, {input.shape[-1]} / groups, K] with groups {groups}, "
-            f"got {tuple(weight.shape)}"
         )
     if tuple(cache.shape[1:]) != (input.shape[-1], weight.shape[-1]):
         raise ValueError(

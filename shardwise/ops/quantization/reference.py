@@ -38,10 +38,15 @@ def _same_shape(x, scale):
 
 @operator(fake=_same_shape)
 def torch_quant_fn(x: Tensor, scale: Tensor) -> Tensor:
-    """Fake int8 quantisation: clamp(round(x / scale), -128, 127) * scale, ties to even; x's shape and dtype."""
+    """Fake int8 quantisation: clamp(round(x / scale), -128, 127) * scale, ties to even; x's shape and dtype.
+
+    scale has one element; float32 or wider.
+    """
     if x.dtype not in _PLAIN:
         raise TypeError(f"torch_quant_fn: x must be floating point, got {x.dtype}")
-    return (torch.clamp(torch.round(x / scale), -128, 127) * scale).to(x.dtype)
+    check_one_element("torch_quant_fn", scale=scale)
+    wide, scale = x.to(torch.promote_types(x.dtype, torch.float32)), scale.reshape(())
+    return (torch.clamp(torch.round(wide / scale), -128, 127) * scale).to(x.dtype)
 
 
 def linear_fake(input, weight, *_args, **_options):

@@ -17,11 +17,15 @@ def gather_logits_before_lm_head(
 ) -> torch.Tensor:
     """The rows whose logits are wanted.
 
-    hidden_states [B, 1, H] or [1, T, H]; logits_gather_indices int [>= n]; logits_gather_info_host int32 [2] on the
-    host: (n, whether to gather at all). Returns [n, 1, H] or [1, n, H], or a contiguous copy when nothing is gathered.
+    hidden_states [B, 1, H] or [1, T, H]; logits_gather_indices int32 or int64 [>= n]; logits_gather_info_host int [2] on
+    the host: (n, whether to gather at all). Returns [n, 1, H] or [1, n, H], or a contiguous copy when nothing is
+    gathered.
     """
-    count, required = logits_gather_info_host.tolist()
     names = "gather_logits_before_lm_head", "logits_gather_indices"
+    if logits_gather_info_host.shape != (2,):
+        came = tuple(logits_gather_info_host.shape)
+        raise ValueError(f"{names[0]}: logits_gather_info_host must be [2], got {came}")
+    count, required = logits_gather_info_host.tolist()
     return _rows(*names, hidden_states, logits_gather_indices, count if required else None)
 
 
@@ -31,9 +35,9 @@ def gather_tokens(
 ) -> torch.Tensor:
     """The rows whose logits are wanted, counted by the batch: the later form of `gather_logits_before_lm_head`.
 
-    hidden_states [B, 1, H] or [1, T, H]; token_gather_indices int [>= n]; batch_info_host int on the host, 3 numbers or
-    6 and more as for the cached operators. n counts one row of every prefill and decode sequence and every row of the
-    extend sequences. Returns [n, 1, H] or [1, n, H], or a contiguous copy where these are all rows.
+    hidden_states [B, 1, H] or [1, T, H]; token_gather_indices int32 or int64 [>= n]; batch_info_host int on the host, 3
+    numbers or 6 and more as for the cached operators. n counts one row of every prefill and decode sequence and every
+    row of the extend sequences. Returns [n, 1, H] or [1, n, H], or a contiguous copy where these are all rows.
     """
     counts = read_counts("gather_tokens", batch_info_host)
     count = counts.prefill + counts.extend_tokens + counts.decode
@@ -47,7 +51,9 @@ def _rows(op: str, name: str, hidden_states: torch.Tensor, indices: torch.Tensor
         raise ValueError(f"{op}: hidden_states must be [B, 1, H] or [1, T, H], got {tuple(hidden_states.shape)}")
     if count is None:
         return hidden_states.clone(memory_format=torch.contiguous_format)
-    if count > indices.numel():
+    if indices.dim() != 1 or indices.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"{op}: {name} must be int32 or int64 [n or more], got {indices.dtype} {list(indices.shape)}")
+    if not 0 <= count <= indices.numel():
         raise ValueError(f"{op}: {count} rows are asked for, {name} holds {indices.numel()}")
     token_dim = 0 if hidden_states.shape[1] == 1 else 1
     return hidden_states.index_select(token_dim, indices[:count].to(torch.int64)).contiguous()
@@ -59,7 +65,10 @@ def nothing(ungathered_input, gather_ids, mask_indices, out):
 
 
 def check_pairs(op: str, gather_ids: torch.Tensor, mask_indices: torch.Tensor, out: torch.Tensor) -> None:
-    """Rules of the gather and scatter; raises ValueError."""
+    """Rules of the gather and scatter; raises ValueError and TypeError."""
+    for name, index in (("gather_ids", gather_ids), ("mask_indices", mask_indices)):
+        if index.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"{op}: {name} must be int32 or int64, got {index.dtype}")
     if gather_ids.numel() != mask_indices.numel():
         raise ValueError(f"{op}: {gather_ids.numel()} gather_ids but {mask_indices.numel()} mask_indices")
     if not out.is_contiguous():

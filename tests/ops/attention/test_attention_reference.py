@@ -116,6 +116,7 @@ def test_repeat_kv_equals_repeat_interleave_and_never_aliases(repeats):
     ({"key": torch.zeros(2, 2, 5, 8, dtype=torch.float16)}, TypeError, "one dtype"),
     ({"query": torch.zeros(2, 4, 5, 8, dtype=torch.int32)}, TypeError, "query is torch.int32"),
     ({"sinks": torch.zeros(3)}, ValueError, "sinks has 3 elements"),
+    ({"attn_mask": torch.zeros(3, 1, 1, 1)}, ValueError, r"attn_mask has shape \[3, 1, 1, 1\]; legal"),
 ])  # fmt: skip
 def test_attention_refuses_bad_arguments(change, error, words):
     q, k, v = qkv()
@@ -131,6 +132,14 @@ def test_the_others_refuse_bad_arguments():
         torch_attention_sdpa(q[0], k, v)
     with pytest.raises(ValueError, match="attn_mask and is_causal"):
         torch_attention_sdpa(q, k, v, attn_mask=torch.zeros(5, 5), is_causal=True, enable_gqa=True)
+    with pytest.raises(ValueError, match=r"attn_mask has shape \[9, 9\]; legal: .*, or 1 where it is shared"):
+        torch_attention_sdpa(q, k, v, attn_mask=torch.zeros(9, 9), enable_gqa=True)
+    with pytest.raises(TypeError, match="attn_mask is torch.int64; legal: bool, float32"):
+        torch_attention_sdpa(q, k, v, attn_mask=torch.zeros(1, 1, dtype=torch.int64), enable_gqa=True)
+    with pytest.raises(TypeError, match="value is torch.float16, query is torch.float32; legal: one dtype"):
+        torch_attention_sdpa(q, k, v.half(), enable_gqa=True)
+    with pytest.raises(ValueError, match=r"key .* do not fit"):
+        torch_attention_sdpa(q, k[..., :-1], v, enable_gqa=True)
     with pytest.raises(ValueError, match="n_rep is 0"):
         torch_attention_repeat_kv(k, 0)
     with pytest.raises(ValueError, match=r"legal: \[B, Nkv, S, D\]"):

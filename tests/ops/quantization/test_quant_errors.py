@@ -80,6 +80,7 @@ CASES = {
         (X, torch.zeros(4, 8, dtype=torch.int32), None, [], [torch.ones(1, 8)], [], [torch.ones(1, 1)]),
     ),
     "x must be floating point": ("torch_quant_fn", TypeError, (X.int(), ONE)),
+    r"scale must have one element, got \(32,\)": ("torch_quant_fn", ValueError, (X, torch.ones(32))),
     "weight_zp needs 1": (
         "torch_fake_quant_int4_gptq_linear",
         ValueError,

@@ -192,3 +192,10 @@ def test_int4_error_is_at_most_half_a_step():
 def test_block_formats_refuse_partial_blocks(make):
     with pytest.raises(ValueError, match="not a multiple of the block"):
         make(torch.zeros(2, 40))
+
+
+@pytest.mark.parametrize("shape", [(), (1,)])
+def test_int8_codes_of_half_precision_are_those_of_float32(shape):
+    x, scale = torch.randn(4096).bfloat16(), torch.full(shape, 0.03)
+    want = torch.ops.auto_deploy.torch_quant_fn(x.float(), scale).bfloat16()
+    assert torch.equal(torch.ops.auto_deploy.torch_quant_fn(x, scale), want)
