@@ -17,8 +17,8 @@ def gather_logits_before_lm_head(
 ) -> torch.Tensor:
     """The rows whose logits are wanted.
 
-    hidden_states [B, 1, H] or [1, T, H]; logits_gather_indices int32 or int64 [>= n]; logits_gather_info_host int [2] on
-    the host: (n, whether to gather at all). Returns [n, 1, H] or [1, n, H], or a contiguous copy when nothing is
+    hidden_states [B, 1, H] or [1, T, H]; logits_gather_indices int32 or int64 [>= n]; logits_gather_info_host int [2]
+    on the host: (n, whether to gather at all). Returns [n, 1, H] or [1, n, H], or a contiguous copy when nothing is
     gathered.
     """
     names = "gather_logits_before_lm_head", "logits_gather_indices"
