@@ -20,6 +20,7 @@ from shardwise.comm.arguments import starts
 from shardwise.comm.base import CommError, PeerLost
 from shardwise.comm.bootstrap import Rendezvous
 from shardwise.comm.collective import BaseCommunicator
+from shardwise.comm.control import EXCHANGE
 from shardwise.comm.segment import Segment, WaitFailed, share
 from shardwise.comm.watch import FLIGHT
 
@@ -150,9 +151,9 @@ class ShmCommunicator(BaseCommunicator):
         except WaitFailed as error:
             raise self._broken_round(error) from None
 
-    def _exchange(self, blob: bytes) -> list[bytes]:
+    def _exchange(self, blob: bytes, call: int = EXCHANGE) -> list[bytes]:
         try:
-            return self.segment.frame_round(blob, self.deadlines.in_phase(watch._phase))
+            return self.segment.frame_round(blob, self.deadlines.in_phase(watch._phase), call)
         except WaitFailed as error:
             raise self._broken_round(error) from None
 
@@ -195,7 +196,8 @@ class ShmCommunicator(BaseCommunicator):
 
     def _addresses(self, *tensors: Tensor) -> list[list[int]]:
         """Where all ranks have each of their `tensors`; a round, after which they may be read."""
-        messages = self._exchange(b"".join(control.number(tensor.data_ptr()) for tensor in tensors))
+        mine = b"".join(control.number(tensor.data_ptr()) for tensor in tensors)
+        messages = self._exchange(mine, self._call_number())  # nothing is read for a peer that calls something else
         return [list(each) for each in zip(*map(control.numbers, messages), strict=True)]
 
     def _pull(self, peer: int, address: int, into: Tensor) -> None:

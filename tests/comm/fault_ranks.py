@@ -106,6 +106,8 @@ def calls_differ(info, store, transport, check):
         "part": lambda group: group.reduce_scatter(torch.ones(9 if odd else 8)),
         "object": lambda group: group.all_gather_object(1) if odd else group.all_reduce(torch.ones(4)),
         "nothing": lambda group: group.all_reduce(torch.ones(0 if odd else 4)),
+        "large": lambda group: group.all_reduce(torch.ones(1 << 22 if odd else 1 << 19)),
+        "large parts": lambda group: group.reduce_scatter(torch.ones(1 << 22 if odd else 1 << 19)),
         "colors": lambda group: group.split_known([0, 0] if odd else [0, 1]),
         "sizes": lambda group: group.all_gather(torch.ones(4), 0, [4, 4] if odd else [4, 3 + 1]),
     }

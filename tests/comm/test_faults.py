@@ -127,6 +127,8 @@ def test_both_calls_are_named_in_check_mode_and_always_where_ranks_meet_in_memor
         "part": "rank 1 called #2 reduce_scatter shape=(9,)",
         "object": "rank 1 called #2 all_gather_object",
         "nothing": "rank 1 called #2 all_reduce shape=(0,)",
+        "large": "rank 1 called #2 all_reduce shape=(4194304,)",
+        "large parts": "rank 1 called #2 reduce_scatter shape=(4194304,)",
         "colors": "rank 1 called #1 split shape=() dtype= strategy= group=world ((0, 0), (0, 1))",
     }
     for result in results:
