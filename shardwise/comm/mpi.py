@@ -181,7 +181,11 @@ class MpiCommunicator(BaseCommunicator):
         global _failed
         _failed = True
         if error.kind == "differs":  # every rank has seen it, or will at its arrival
-            self._compare(self._arrivals.calls(self._fingerprint(), self.deadlines.in_phase(watch.current_phase())))
+            limit = self.deadlines.in_phase(watch.current_phase())
+            try:
+                self._compare(self._arrivals.calls(self._fingerprint(), limit))
+            except WaitFailed as later:  # a rank has seen it and is gone
+                error = later
         return self._fail(error.explained(self._where(self._last_entry()), self.ranks))
 
     def _host(self, tensor: Tensor, *, filled: bool = True) -> Tensor:

@@ -159,7 +159,10 @@ class ShmCommunicator(BaseCommunicator):
 
     def _broken_round(self, error: WaitFailed) -> CommError:
         if error.kind == "differs":  # every rank has seen it, or will at its arrival
-            self._compare(self.segment.calls(self._fingerprint(), self.deadlines.in_phase(watch._phase)))
+            try:
+                self._compare(self.segment.calls(self._fingerprint(), self.deadlines.in_phase(watch._phase)))
+            except WaitFailed as later:  # a rank has seen it and is gone
+                error = later
         return self._fail(error.explained(self._where(self._last_entry()), self.ranks))
 
     def _refused(self, op: str) -> CommError:

@@ -48,6 +48,17 @@ def one_rank_dies(info, store, transport, victim):
     return outcome(lambda: group.all_reduce(torch.ones(4)))
 
 
+def one_rank_dies_of_a_difference(info, store):
+    """Rank 1 calls something else, and is gone before it has told what."""
+    torch.set_num_threads(1)
+    group = create(info, transport="shm", store=store, deadlines=Deadlines(collective=20))
+    group.all_reduce(torch.ones(4))
+    if info.rank == 1:
+        group.segment.calls = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+        group.barrier()
+    return outcome(lambda: group.all_reduce(torch.ones(4)))
+
+
 def rank_0_aborts(info, store, transport):
     """What ranks 1 to 3 see in the world, then (in a second world) rank 2 in a sub-group that waits for rank 3."""
     torch.set_num_threads(1)

@@ -101,6 +101,11 @@ def test_a_dead_rank_is_noticed_long_before_the_deadline(transport):
         assert missing == (1,)
 
 
+def test_a_rank_that_dies_before_it_told_what_it_called_is_lost():
+    kind, text, missing, _ = run_processes(2, "fault_ranks:one_rank_dies_of_a_difference", may_die=(1,))[0]
+    assert kind == "PeerLost" and missing == (1,), text
+
+
 @pytest.mark.parametrize("transport", ["shm", "gloo"])
 def test_abort_unblocks_waiting_peers_in_sub_groups_too(transport):
     results = run_processes(4, "fault_ranks:rank_0_aborts", transport)
