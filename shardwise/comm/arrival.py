@@ -123,7 +123,7 @@ class MessageArrivals(Arrivals):
         self.size = comm.Get_size()
         self.count = 0
         self._sent: list = []
-        """Requests hold the memory of messages that may still be under way."""
+        """Requests hold the memory that MPI may still read or write."""
 
     def meet(self, limit: float, call: int) -> None:
         self.count += 1
@@ -145,7 +145,11 @@ class MessageArrivals(Arrivals):
             if turns & 63 and waited <= YIELD_SECONDS:
                 continue
             waited = time.monotonic() - begin
-            self._look(waited, limit)
+            try:
+                self._look(waited, limit)
+            except WaitFailed:
+                self._sent.append(request)
+                raise
             if waited > YIELD_SECONDS:  # as on one host: a rank that waits for long leaves its core to others
                 time.sleep(SHORT_SLEEP if waited < 1 else LONG_SLEEP)
             else:

@@ -1,15 +1,19 @@
 """A rank that is late, dead, or calls something else: the others are told which one, in bounded time."""
 
+import gc
 import json
 import time
+import weakref
 
 import pytest
 import torch
 
 from shardwise.comm import watch
+from shardwise.comm.arrival import MessageArrivals
 from shardwise.comm.base import CollectiveMismatch, CollectiveTimeout, CommError
 from shardwise.comm.control import MESSAGE_BYTES, fingerprint
 from shardwise.comm.rank import current_groups
+from shardwise.comm.segment import WaitFailed
 from shardwise.comm.watch import Deadlines
 from shardwise.testing import run_processes, run_threads
 
@@ -171,6 +175,32 @@ def test_a_failure_dumps_the_flight_record(tmp_path, monkeypatch):
     last = record["collectives"][-1]
     assert (last["op"], last["shape"], last["dtype"], last["sequence"]) == ("all_gather", [3, 2], "float32", 301)
     assert last["end"] == 0 and record["collectives"][-2]["end"] > 0
+
+
+def test_what_mpi_may_still_write_stays_when_a_meeting_gives_up():
+    """The request holds the memory; other calls let MPI go on with it."""
+
+    class Request:
+        def Test(self):
+            return False
+
+    class Comm:
+        def Iallreduce(self, shown, sums):
+            request = Request()
+            kept.append(weakref.ref(request))
+            return request
+
+        def Iprobe(self, **_):
+            return False
+
+    kept = []
+    meeting = MessageArrivals.__new__(MessageArrivals)
+    meeting.comm, meeting.rank, meeting.size, meeting.count, meeting._sent = Comm(), 0, 2, 0, []
+    meeting._roll_call = lambda: {0}
+    with pytest.raises(WaitFailed):
+        meeting.meet(0.01, 7)
+    gc.collect()
+    assert kept[0]() is not None
 
 
 def test_check_mode_sees_a_difference_behind_what_is_too_long_to_send():
