@@ -107,20 +107,29 @@ def latent_decode_attention(
         HEADS=triton.next_power_of_2(heads), BLOCK_T=max(16, triton.next_power_of_2(tokens)), BLOCK_P=chunk,
         BLOCK_C=columns, STAGES=product.stages, PDL=pdl, num_warps=max(2, product.warps), launch_pdl=pdl,
     )  # fmt: skip
-    attended = _attend(query, pool, page_table, slots, positions, workspace, tile, rank, scale, pdl)
+    attended = attend(query, pool, page_table, slots, positions, workspace, tile=tile, rank=rank, scale=scale, pdl=pdl)
     out = q.new_empty(tokens, heads * value_up.shape[2])
     _release(q, tokens, *value_up.shape)(attended, value_up, out)
     return out
 
 
-def _attend(
-    query: Tensor, pool: Tensor, page_table: Tensor, slots: Tensor, positions: Tensor, workspace: LatentWorkspace,
-    tile: Tile, rank: int, scale: float, pdl: bool,
-) -> Tensor:  # fmt: skip
-    """query [B, N, C + R], over cached keys up to `positions` -> [B, N, C]."""
+def attend(
+    query: Tensor,  # [B, N, C + R]
+    pool: Tensor,
+    page_table: Tensor,
+    slots: Tensor,
+    positions: Tensor,
+    workspace: LatentWorkspace,
+    *,
+    tile: Tile,
+    rank: int,
+    scale: float,
+    pdl: bool,
+) -> Tensor:
+    """Attention alone, to cached keys up to and with the one at `positions`: [B, N, C]."""
     sequences, heads, width = query.shape
     tiles = triton.cdiv(heads, tile.heads)
-    programs = max(1, multiprocessors(query.device) // tiles)
+    programs, pdl = max(1, multiprocessors(query.device) // tiles), pdl and not interpreting()
     out = query.new_empty(sequences, heads, rank)
     common = dict(
         N=heads, C=rank, BLOCK=tile.keys, SEQUENCES=max(2, triton.next_power_of_2(sequences)), PDL=pdl, launch_pdl=pdl

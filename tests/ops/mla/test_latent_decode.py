@@ -65,8 +65,8 @@ class Case:
                 rotated, turned = (self._turned(x, position) for x in (rotated, query[:, nope:]))
                 query = torch.cat((query[:, :nope], turned), 1)
             keys[self.row(sequence, position)] = new = torch.cat((latent, rotated))
-            cached = [pool[self.row(sequence, place)] for place in range(position)]
-            rows = torch.stack([*cached, new.to(self.pool.dtype).double()])
+            cached = pool[self.table[self.slots[sequence]].long()].flatten(0, 1)[:position]
+            rows = torch.cat((cached, new.to(self.pool.dtype).double()[None]))
             k = torch.einsum("lc,npc->nlp", rows[:, :rank], self.key_up.double())
             shared = rows[:, rank:].expand(heads, -1, -1)
             scores = torch.einsum("np,nlp->nl", query, torch.cat((k, shared), 2)) * self.scale
@@ -134,3 +134,39 @@ def test_illegal_sizes_are_named():
     with pytest.raises(ValueError, match=r"queries \(2, 191\) and keys \(2, 48\)"):
         case.q = case.q[:, 1:]
         case.run()
+
+
+DEEPSEEK = dict(nope=128, rank=512, rope=64, value=128, page=64)
+gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+
+
+def lengths(count: int, most: int) -> list[int]:
+    generator = torch.Generator().manual_seed(count)
+    return torch.randint(0, most, (count,), generator=generator).tolist()
+
+
+class TestRealSizes:
+    pytestmark = gpu
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    @pytest.mark.parametrize("heads", [16, 32, 128])
+    @pytest.mark.parametrize(
+        "positions", [[511], [32767, 5, -1, 8191], lengths(33, 3000), lengths(64, 700), lengths(128, 300)], ids=len
+    )
+    def test_a_step_equals_expanded_attention(self, heads, dtype, positions):
+        check(Case(positions, heads=heads, **DEEPSEEK, dtype=dtype), pdl=True)
+
+    @pytest.mark.parametrize("heads", [16, 128])
+    def test_one_graph_serves_sequences_of_any_length(self, heads):
+        case = Case([4000] * 8, heads=heads, **DEEPSEEK, dtype=torch.bfloat16)
+        options = dict(norm=case.norm, eps=EPS, rope=case.rope, pdl=True)
+        case.run(**options)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            found = case.run(**options)
+        for positions in (lengths(8, 4000), [0] * 8, [3999, -1, 63, 64, 65, -1, 2000, 1]):
+            case.positions.copy_(torch.tensor(positions))
+            expected, _ = case.expected(norm=True, rope=True)
+            graph.replay()
+            torch.testing.assert_close(found.double(), expected, atol=3e-2, rtol=3e-2)
