@@ -202,7 +202,8 @@ def trtllm_quant_fp8_moe_fused(
     weights = (fc1_expert_weights, fc2_expert_weights)
     s1 = first_scale(name, "fc1_act_scale", fc1_act_scale, experts)
     reciprocal = first_scale(name, "fc2_act_scale_reciprocal", fc2_act_scale_reciprocal, experts)
-    scales = FP8Scales(s1, fc1_dequant_scale.float(), reciprocal, fc2_dequant_scale.float(), False)
+    dequant = fc1_dequant_scale.float().contiguous(), fc2_dequant_scale.float().contiguous()
+    scales = FP8Scales(s1, dequant[0], reciprocal, dequant[1], False)
 
     def compute(rows: Tensor, ids: Tensor, routing: Tensor) -> Tensor:
         if on_cutlass(rows, weights[1], apply_routing_on_input):

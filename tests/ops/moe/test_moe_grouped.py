@@ -60,6 +60,24 @@ def test_weights_may_begin_at_any_element(tokens):
     assert relative(got, routed_oracle(x, ids, weights, *stacks)) < EXACT
 
 
+@pytest.mark.parametrize("tokens", [1, 8])
+def test_scales_of_experts_may_lie_apart(tokens):
+    def apart(scale):
+        return torch.stack((scale, torch.full_like(scale, float("nan"))), 1)[:, 0]
+
+    x, ids, weights, first, second = tensors(tokens, 2, 3, 48, 32, True)
+    ids[0, 0] = 2
+    (q1, s1, _), (q2, s2, _) = fp8_stack(first), fp8_stack(second)
+    s_in, one = torch.tensor(4 / 448, device=DEVICE), torch.ones((), device=DEVICE)
+    close = OPS.trtllm_quant_fp8_moe_fused(x, ids, weights, q1, q2, s_in, s1, one, s2)
+    assert close.isfinite().all()
+    assert torch.equal(OPS.trtllm_quant_fp8_moe_fused(x, ids, weights, q1, q2, s_in, apart(s1), one, apart(s2)), close)
+    none = torch.empty(0, device=DEVICE)
+    stacks = q1, q2, none, s_in, one, none
+    close = OPS.triton_quant_fp8_moe(x, ids, weights, *stacks, s1, s2, none, True)
+    assert torch.equal(OPS.triton_quant_fp8_moe(x, ids, weights, *stacks, apart(s1), apart(s2), none, True), close)
+
+
 def test_repeated_ids_foreign_ids_and_tokens_without_experts():
     x, ids, weights, *stacks = tensors(5, 2, 3, 32, 16, True)
     ids[:] = torch.tensor([[1, 1], [-1, 2], [3, 0], [-7, 3], [2, 2]], device=DEVICE)
