@@ -249,7 +249,9 @@ def check_mxfp4_moe(
     """TypeError or ValueError naming the argument that does not fit the gpt-oss layout."""
     as_tokens(name, "hidden_states", hidden_states)
     check_device(
-        name, hidden_states, router_weight=router_weight, gate_up_blocks=gate_up_blocks, down_blocks=down_blocks
+        name, hidden_states, router_weight=router_weight, router_bias=router_bias, gate_up_blocks=gate_up_blocks,
+        gate_up_bias=gate_up_bias, gate_up_scales=gate_up_scales, down_blocks=down_blocks, down_bias=down_bias,
+        down_scales=down_scales,
     )  # fmt: skip
     if router_weight.dim() != 2:
         raise ValueError(f"{name}: router_weight must be [E, H], got {list(router_weight.shape)}")

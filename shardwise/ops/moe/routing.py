@@ -75,7 +75,7 @@ def route_tokens(
     order, blocks = _order_and_blocks(space, pairs, local, block)
     logits = space.take("logits", (shape.splits, count, experts), torch.float32)
     counts = space.take("counts", (parts, experts), torch.int32)
-    weight = weight.to(tokens.dtype).contiguous()
+    weight, bias = weight.to(tokens.dtype).contiguous(), bias.contiguous()
     grid = (parts, -(-experts // shape.experts) + (turned_rows is not None), shape.splits)
     constants = (
         (shape.tokens, rows, shape.experts, _ROUTER_STEP, shape.splits, e_block, top_k, k_block, group, block)

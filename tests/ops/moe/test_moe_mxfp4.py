@@ -146,6 +146,16 @@ def test_every_tiling_gives_the_same_layer(plan):
     assert relative(got, gpt_oss_oracle(x, layer, 2)) < EXACT
 
 
+def test_everything_but_the_codes_may_lie_apart():
+    def apart(tensor):
+        return torch.stack((tensor, torch.full_like(tensor, 77)), -1)[..., 0]
+
+    layer, x = gpt_oss_layer(3, 96, 64, DEVICE, DTYPE), torch.randn(2, 96, device=DEVICE).to(DTYPE)
+    names = ("router", "router_bias", "gate_up_bias", "gate_up_scales", "down_bias", "down_scales")
+    moved = replace(layer, **{name: apart(getattr(layer, name)) for name in names})
+    assert torch.equal(OPS.triton_mxfp4_moe(x, *moved.arguments(2)), OPS.triton_mxfp4_moe(x, *layer.arguments(2)))
+
+
 @pytest.mark.parametrize("ranks", [2, 3, 8])
 def test_expert_parallel_sums_to_the_whole(ranks):
     layer, x = layer_of(9, 64, 32), randn(2, 3, 64)
