@@ -194,6 +194,8 @@ class Supervisor:
             self._take(0.05)
         stacks = self._stacks_of_missing()
         died = dict(self._died)  # without those that we end now
+        for rank in self.backend.exits():  # of a rank that never reported, only its launcher knows
+            died.setdefault(rank, time.time_ns())
         self._end()
         self._take(0.0)
         told = {rank: exit_code(pidfd) for pidfd, rank in self._pidfds.items() if rank in died}

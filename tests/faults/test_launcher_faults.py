@@ -5,7 +5,7 @@ import socket
 import threading
 
 import pytest
-from fault_jobs import fail, job_environment, start_parent, survivors
+from fault_jobs import HERE, fail, job_environment, start_parent, survivors
 
 from shardwise.launch.start import run_job
 
@@ -39,6 +39,18 @@ def test_the_rank_that_failed_is_named_with_its_exit_code(tmp_path, logs, launch
     assert failed.file["rank"] == 1 and failed.file["host"] == socket.gethostname()
     assert failed.file["phase"] == "run" and failed.file["pid"] > 1
     assert (logs / "rank-0.log").exists() and (logs / "rank-1.log").exists()
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_a_rank_that_is_killed_before_it_reports_is_named(tmp_path, launcher):
+    names = ("SHARDWISE_RANK", "RANK", "OMPI_COMM_WORLD_RANK")
+    (tmp_path / "sitecustomize.py").write_text(
+        f"import os\nif '1' in map(os.environ.get, {names}):\n    os.kill(os.getpid(), {signal.SIGKILL:d})\n"
+    )
+    failed = fail(tmp_path, launcher, "crash", {"fault": "raise"}, PYTHONPATH=f"{tmp_path}:{HERE.parents[1]}:{HERE}")
+    assert (failed.failure.rank, failed.failure.what) == (1, "killed by SIGKILL")
+    assert failed.error.exit_code == 137 and failed.failure.phase == "start"
+    assert failed.survivors == [] and failed.seconds < BOUND[launcher]
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
