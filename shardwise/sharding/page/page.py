@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
 
+from shardwise.sharding.axes import merge
 from shardwise.sharding.capacity import most_sequences
 from shardwise.sharding.cost import Estimate, Workload, collective_seconds
 from shardwise.sharding.page.svg import Bar, MapRow, Point, holding_map, scatter, stacked_bars
@@ -103,17 +104,18 @@ def _map(plan: Plan) -> str:
 def _map_row(plan: Plan, pattern: TensorPattern) -> MapRow:
     spec = pattern.spec
     label = spec.role + (f" × {len(pattern.layers)} layers" if pattern.layers else "")
-    if spec.experts:
-        experts = tuple(_ranges(plan.experts(r, spec.experts)) for r in range(plan.layout.world))
-        return MapRow(label, spec.name, experts, spec.experts.units)
-    dim = next(i for i, d in enumerate(spec.dims) if d.axes)  # of stacked experts the expert dim
-    shards = [plan.pattern_shard(pattern, r) for r in range(plan.layout.world)]
-    shares = tuple(None if s.whole else s.ranges[dim] for s in shards)
-    return MapRow(label, spec.name, shares, spec.shape[dim])
-
-
-def _ranges(numbers: Sequence[int]) -> tuple[tuple[int, int], ...]:
-    return tuple((n, n + 1) for n in sorted(set(numbers)))
+    dims = [i for i, d in enumerate(spec.dims) if d.axes]  # of stacked experts the expert dim comes first
+    lengths = [spec.shape[i] for i in dims]
+    shares = []
+    for rank in range(plan.layout.world):
+        shard = plan.pattern_shard(pattern, rank)
+        parts, whole = [shard.ranges[i] for i in dims], shard.whole
+        if spec.experts:
+            held = merge((e, e + 1) for e in plan.experts(rank, spec.experts))
+            parts, whole = [held, *parts], whole and held == ((0, spec.experts.units),)
+        shares.append(None if whole else (parts[0], parts[1] if len(parts) > 1 else ((0, 1),)))
+    lengths = [spec.experts.units, *lengths] if spec.experts else lengths
+    return MapRow(label, spec.name, tuple(shares), (lengths[0], lengths[1] if len(lengths) > 1 else 1))
 
 
 def _collectives(plan: Plan, topology: Topology, workload: Workload) -> str:

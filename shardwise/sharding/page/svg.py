@@ -4,13 +4,17 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
+from itertools import product
 
 from shardwise.sharding.axes import Range
+
+LETTER = 6.2
+"""Mean width of a letter of the drawings' font."""
 
 
 def rect(x: float, y: float, width: float, height: float, kind: str, title: str = "") -> str:
     inside = f"<title>{escape(title)}</title>" if title else ""
-    place = f'x="{x:.2f}" y="{y:.2f}" width="{max(width, 0):.2f}" height="{height}"'
+    place = f'x="{x:.2f}" y="{y:.2f}" width="{max(width, 0):.2f}" height="{height:g}"'
     return f'<rect class="{kind}" {place} rx="2">{inside}</rect>'
 
 
@@ -50,18 +54,18 @@ def stacked_bars(bars: Sequence[Bar], full: float, label: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class MapRow:
-    """One tensor pattern: for each rank the part of the cut dim that it holds, as fractions."""
+    """One tensor pattern: for each rank the parts that it holds of the dim, or the two dims, that are cut."""
 
     label: str
     note: str
-    shares: tuple[tuple[Range, ...] | None, ...]
-    """None: the whole tensor."""
-    length: int
-    """Of the cut dim, in elements or experts."""
+    shares: tuple[tuple[tuple[Range, ...], tuple[Range, ...]] | None, ...]
+    """Of the first and of the second. None: the whole tensor."""
+    lengths: tuple[int, int]
+    """Of the two, in elements or experts; 1 where there is no second."""
 
 
 def holding_map(rows: Sequence[MapRow], label: str) -> str:
-    """Ranks as columns; in each cell the held range lies where it lies in the tensor."""
+    """Ranks as columns; in each cell what is held lies where it lies in the tensor, a second cut dim downwards."""
     ranks = len(rows[0].shares) if rows else 0
     left, row = 270, 20
     cell = max(18.0, min(90.0, 640 / max(ranks, 1)))
@@ -72,10 +76,13 @@ def holding_map(rows: Sequence[MapRow], label: str) -> str:
         for r, share in enumerate(line.shares):
             x, inner = left + r * cell + 1, cell - 2
             out.append(rect(x, y + 2, inner, 13, "copy" if share is None else "free", f"rank {r}: {line.note}"))
-            for start, stop in share or ():
-                held = f"rank {r}: {start} to {stop} of {line.length}"
-                width = max(inner * (stop - start) / line.length, 1.0)
-                out.append(rect(x + inner * start / line.length, y + 2, width, 13, "weights", held))
+            for (start, stop), (top, bottom) in product(*share) if share else ():
+                across, down = line.lengths
+                held = f"rank {r}: {start} to {stop} of {across}" + (
+                    f", {top} to {bottom} of {down}" if down > 1 else ""
+                )
+                width, height = max(inner * (stop - start) / across, 1.0), max(13 * (bottom - top) / down, 0.5)
+                out.append(rect(x + inner * start / across, y + 2 + 13 * top / down, width, height, "weights", held))
     return drawing(left + ranks * cell + 10, 26 + len(rows) * row, out, label)
 
 
@@ -103,16 +110,26 @@ def scatter(points: Sequence[Point], x_label: str, y_label: str, label: str) -> 
         out.append(text(xs(p.x) + 9, ys(p.y) + 4, p.label))
     out.append(text(left + width, height + 36, x_label, anchor="end", soft=True))
     out.append(text(left + 8, 20, y_label, soft=True))
-    return drawing(left + width + 120, height + 42, out, label)
+    right = max(left + width, *(xs(p.x) + _width(p) for p in points))
+    return drawing(right + 20, height + 42, out, label)
 
 
 def _spread(points: Sequence[Point], xs, ys) -> list[Point]:
     """Points whose labels do not run into one that is already placed, in order."""
     placed: list[Point] = []
     for p in points:
-        if all(abs(ys(p.y) - ys(q.y)) > 13 or abs(xs(p.x) - xs(q.x)) > 150 for q in placed):
+        if all(abs(ys(p.y) - ys(q.y)) > 13 or _apart(xs(p.x), p, xs(q.x), q) for q in placed):
             placed.append(p)
     return placed
+
+
+def _apart(x: float, p: Point, y: float, q: Point) -> bool:
+    """Whether two labels on one line leave each other room."""
+    return x > y + _width(q) + 10 or y > x + _width(p) + 10
+
+
+def _width(p: Point) -> float:
+    return LETTER * len(p.label)
 
 
 def _bounds(values: Sequence[float]) -> tuple[float, float]:
