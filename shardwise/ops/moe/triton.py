@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from shardwise.ops.devices import require_one_device
 from shardwise.ops.moe.contract import (
     RELU2,
     SILU,
@@ -178,6 +179,7 @@ def triton_quant_fp8_moe(
     experts, _ = check_stacked(name, x, w1_weight, w2_weight, is_gated_mlp)
     check_fp8(name, w1_weight, w2_weight, is_gated_mlp, w1_weight_scale, w2_weight_scale, blocks=True)
     check_contiguous(name, w1_weight=w1_weight, w2_weight=w2_weight)
+    require_one_device(name, x, w1_input_scale, w2_input_scale, w1_weight_scale, w2_weight_scale)
     s1 = first_scale(name, "w1_input_scale", w1_input_scale, experts)
     s2 = first_scale(name, "w2_input_scale", w2_input_scale, experts)
     scales = FP8Scales(s1, w1_weight_scale.float().contiguous(), s2, w2_weight_scale.float().contiguous(), True)

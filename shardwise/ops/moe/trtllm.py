@@ -12,6 +12,7 @@ import functools
 import torch
 from torch import Tensor
 
+from shardwise.ops.devices import require_one_device
 from shardwise.ops.moe.contract import (
     FP8Scales,
     activation,
@@ -198,6 +199,7 @@ def trtllm_quant_fp8_moe_fused(
     experts, _ = check_stacked(name, x, fc1_expert_weights, fc2_expert_weights, is_gated_mlp)
     check_fp8(name, fc1_expert_weights, fc2_expert_weights, is_gated_mlp, fc1_dequant_scale, fc2_dequant_scale)
     check_contiguous(name, fc1_expert_weights=fc1_expert_weights, fc2_expert_weights=fc2_expert_weights)
+    require_one_device(name, x, fc1_act_scale, fc1_dequant_scale, fc2_act_scale_reciprocal, fc2_dequant_scale)
     _check_exchange(name, mapping_config, max_num_tokens)
     weights = (fc1_expert_weights, fc2_expert_weights)
     s1 = first_scale(name, "fc1_act_scale", fc1_act_scale, experts)
@@ -260,6 +262,10 @@ def trtllm_quant_nvfp4_moe_fused(
     act = activation(name, is_gated_mlp, act_fn)
     experts, _ = check_stacked(name, x, fc1_expert_weights_fp4, fc2_expert_weights_fp4, is_gated_mlp, packed=2)
     _check_exchange(name, mapping_config, max_num_tokens)
+    require_one_device(
+        name, x, fc1_weight_blockscale_fp8, fc2_weight_blockscale_fp8, fc1_act_global_scale, fc2_act_global_scale,
+        fc1_alpha, fc2_alpha,
+    )  # fmt: skip
     first = _nvfp4(name, "fc1", fc1_expert_weights_fp4, fc1_weight_blockscale_fp8, fc1_alpha, fc1_act_global_scale)
     second = _nvfp4(name, "fc2", fc2_expert_weights_fp4, fc2_weight_blockscale_fp8, fc2_alpha, fc2_act_global_scale)
 

@@ -2,6 +2,7 @@
 
 from torch import Tensor
 
+from shardwise.ops.devices import require_one_device
 from shardwise.ops.quantization.reference import check_fp8_linear, linear_fake, scaled_mm
 from shardwise.ops.quantization.triton_fp8 import MOST_FEW_ROWS, few_rows_linear, quantize
 from shardwise.ops.registry import TRITON, operator
@@ -21,6 +22,7 @@ def trtllm_quant_fp8_linear(
     input [..., K], weight_fp8 float8_e4m3fn [N, K], one-element scales, both required. Few rows go through a Triton
     kernel that streams the weights, more through the GPU library's FP8 product.
     """
+    require_one_device("trtllm_quant_fp8_linear", input, weight_fp8, bias, input_scale, weight_scale)
     s_in, s_weight = check_fp8_linear("trtllm_quant_fp8_linear", input, weight_fp8, bias, input_scale, weight_scale)
     rows = input.reshape(-1, input.shape[-1]).contiguous()
     shape = (*input.shape[:-1], weight_fp8.shape[0])
