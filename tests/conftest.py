@@ -32,6 +32,10 @@ if not torch.cuda.is_available() and importlib.util.find_spec("triton") and "TRI
     triton.knobs.propagate_env = True
     del os.environ["TRITON_INTERPRET"]
 
+    from quick_interpreter import patch_once_a_launch
+
+    patch_once_a_launch()
+
 if not torch.cuda.is_available():
     # Ranks are threads or processes here, more of them than cores: with several threads each they take twice as long.
     os.environ.setdefault("OMP_NUM_THREADS", "1")

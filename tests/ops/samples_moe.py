@@ -175,10 +175,11 @@ def dense_oracle(x, chosen, first, first_bias, second, second_bias, alpha, limit
 def gpt_oss(*tail):
     def build(device):
         dtype = torch.float32 if device == "cpu" else torch.bfloat16  # what a GPU need not round before it routes
-        experts, tokens = (3, 2) if device == "cpu" else (6, T)  # the interpreter takes a second an expert
-        layer = gpt_oss_layer(experts, 96, 64, device, dtype)
+        # The interpreter takes half a second an expert of one partial tile; more sizes in test_moe_mxfp4.py.
+        experts, tokens, hidden, size = (3, 2, 32, 32) if device == "cpu" else (6, T, 96, 64)
+        layer = gpt_oss_layer(experts, hidden, size, device, dtype)
         return (
-            torch.randn(1, tokens, 96, device=device).to(dtype),
+            torch.randn(1, tokens, hidden, device=device).to(dtype),
             *(layer.shard(*tail) if tail else layer).arguments(2),
             *tail,
         )

@@ -90,7 +90,8 @@ def test_programs_that_share_rows_add_their_parts_of_k(shape, monkeypatch):
     packed, values, bias, ids, routing = given(120, 448, False, 8)
     inner = torch.randn(3, 448, device=DEVICE).to(DTYPE)
     product = Product(rows_of(inner, 448), packed, torch.empty(0), routing, "none")
-    results = [torch.full((shape.splits, 3, 120), torch.nan, device=DEVICE) for _ in range(3)]
+    calls = 3 if DEVICE == "cuda" else 2  # the interpreter has no races; a second call finds the counters at zero again
+    results = [torch.full((shape.splits, 3, 120), torch.nan, device=DEVICE) for _ in range(calls)]
     for out in results:
         run_gemm(Plan(8, shape, shape), shape, replace(product, out=out))
     pairs = routing.order.long()
