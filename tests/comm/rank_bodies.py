@@ -2,11 +2,10 @@
 
 import importlib
 import os
-import random
-import time
 import traceback
 
 import conformance
+import random_calls
 import torch
 import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -156,47 +155,11 @@ def rank_1_fails(info, store):
     create(info, store=store)
 
 
-def soak(info, store, transport, seconds, seed):
-    """Random calls, small and large, in the world and in sub-groups, with ranks that dawdle; how many were right."""
+def random_sequence(info, store, transport, calls, seed, options=None):
+    """Random calls with ranks that dawdle; how many of each kind were right."""
     torch.set_num_threads(1)
-    world = create(info, transport=transport, store=store)
-    groups = [world, world.split(info.rank % 2), world.split(0, key=-info.rank)]
-    plan, own = random.Random(seed), random.Random(seed + 1 + info.rank)
-    done = 0
-    end = world.broadcast_object(time.monotonic() + seconds)
-    while world.all_reduce(torch.tensor([float(time.monotonic() > end)])).item() == 0:
-        for _ in range(20):
-            _one_random_call(groups[plan.randrange(3)], plan)
-            if own.random() < 0.05:
-                time.sleep(own.random() * 0.004)
-            done += 1
-    return done
-
-
-def _one_random_call(group, plan):
-    count = plan.choice((1, 7, 500, 3000, 50_000, 140_000, 600_000))
-    factor = plan.randrange(1, 50)
-    op = plan.choice(("all_reduce", "in place", "all_gather", "reduce_scatter", "all_to_all", "broadcast", "object"))
-    mine = torch.full((count,), float(factor * (group.rank + 1)))
-    total = float(factor * group.size * (group.size + 1) // 2)
-    if op == "all_reduce":
-        assert (group.all_reduce(mine) == total).all()
-    elif op == "in place":
-        assert (group.all_reduce(mine, out=mine) == total).all()
-    elif op == "reduce_scatter":
-        assert (group.reduce_scatter(mine) == total).all()
-    elif op == "all_gather":
-        parts = group.all_gather(mine).view(group.size, count)
-        assert all((part == factor * (rank + 1)).all() for rank, part in enumerate(parts))
-    elif op == "all_to_all":
-        rows = mine[: count // group.size].repeat(group.size)
-        parts = group.all_to_all(rows).view(group.size, -1)
-        assert all((part == factor * (rank + 1)).all() for rank, part in enumerate(parts))
-    elif op == "broadcast":
-        root = plan.randrange(group.size)
-        assert (group.broadcast(mine, root) == factor * (root + 1)).all()
-    else:
-        assert group.all_gather_object((factor, group.rank)) == [(factor, rank) for rank in range(group.size)]
+    group = create(info, transport=transport, store=store, **(options or {}))
+    return random_calls.Calls(random_calls.several(group), seed).run(calls)
 
 
 def without_memory(info, store):
