@@ -203,6 +203,8 @@ def _describe(function, mutates, needs, instead, namespace) -> OpInfo:
 
 
 def _define(info: OpInfo, function: Callable, fake: Callable) -> None:
+    if info.backend == "torch" and any(name.endswith("cache") for name in info.mutates):
+        function = torch.no_grad()(function)  # else a cache would keep the history of all that was written to it
     library = _LIBRARIES.setdefault(info.namespace, torch.library.Library(info.namespace, "FRAGMENT"))
     library.define(info.name + info.schema, tags=(torch.Tag.pt2_compliant_tag,))
     library.impl(info.name, _guarded(info, function, on_cpu=True), "CPU")

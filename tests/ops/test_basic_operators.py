@@ -231,6 +231,18 @@ def test_bad_arguments_never_reach_a_kernel(words):
 
 
 @needs_triton
+def test_kernels_refuse_other_types_in_words():
+    x, freqs, start, layout = rope_args()
+    for types in ((x, freqs, start.float()), (x.int(), freqs, start), (x, freqs.to(torch.complex64), start)):
+        with pytest.raises(TypeError, match="triton_rope_with_input_pos: came .*; legal: floating point, and int32 or"):
+            OPS.triton_rope_with_input_pos(*types, layout)
+    with pytest.raises(TypeError, match="triton_rms_norm: came torch.int64, torch.float32; legal: floating point"):
+        OPS.triton_rms_norm(on(DEVICE, 2, 8).long(), on(DEVICE, 8), 1e-5)
+    with pytest.raises(TypeError, match="gather_ids must be int32 or int64, got torch.float32"):
+        OPS.triton_utils_fused_gather_scatter(*(on(DEVICE, 4) for _ in range(4)))
+
+
+@needs_triton
 @pytest.mark.parametrize("start", [62, -1])
 def test_a_position_outside_the_table_gives_nan_instead_of_a_wild_read(start):
     x, freqs, _, layout = rope_args()

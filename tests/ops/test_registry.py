@@ -97,6 +97,15 @@ def test_an_error_of_another_kind_is_left_alone(monkeypatch):
         torch.ops.auto_deploy.torch_moe_router(torch.zeros(1, 2), torch.zeros(2, 2), torch.zeros(2))
 
 
+def test_a_cache_keeps_no_history_of_what_is_written_to_it():
+    x, weight = torch.randn(2, 1, 3, requires_grad=True), torch.randn(3, 1, 4, requires_grad=True)
+    ints = [torch.tensor(values, dtype=torch.int32) for values in ([0, 0, 2], [1, 1], [0, 1, 2], [1, 0])]
+    cache = torch.zeros(2, 3, 4)
+    metadata = *ints, torch.ones(2, dtype=torch.bool)
+    torch.ops.auto_deploy.torch_cached_causal_conv1d(x, weight, None, *metadata, cache, 1, 3, 1, 3, "zeros")
+    assert cache[1, :, -1].equal(x[0, 0]) and not cache.requires_grad
+
+
 def test_an_unavailable_operator_still_traces():
     define("triton_six", needs=(absent(),))
 

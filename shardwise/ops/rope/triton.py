@@ -66,6 +66,14 @@ def _positions(name: str, freqs_shape: torch.Size, size: int) -> int:
     return table[0]
 
 
+def _check_types(name: str, values: tuple[torch.dtype, ...], places: tuple[torch.dtype, ...]) -> None:
+    """TypeError unless values and angles are floating point, positions and lengths integers."""
+    whole = all(dtype in (torch.int32, torch.int64) for dtype in places)
+    if not whole or not all(dtype.is_floating_point for dtype in values):
+        came = ", ".join(str(dtype) for dtype in (*values, *places))
+        raise TypeError(f"{name}: came {came}; legal: floating point, and int32 or int64 for positions and lengths")
+
+
 class _Halves(NamedTuple):
     plan: _Plan
     batch: int
@@ -77,6 +85,7 @@ class _Halves(NamedTuple):
 def _plan_halves(layout, shape, strides, freqs_shape, dtypes, devices) -> _Halves:
     name = "triton_rope_with_input_pos"
     device = one_device(name, *devices)
+    _check_types(name, dtypes[:2], dtypes[2:])
     if layout not in LAYOUTS or len(shape) != 4:
         raise ValueError(f"{name}: x must have 4 dimensions in one of {LAYOUTS}, got {tuple(shape)}, {layout!r}")
     b, s, n = (layout.index(axis) for axis in "bsn")
@@ -129,6 +138,7 @@ def triton_rope_with_input_pos(
 def _plan_flat(shape, freqs_shape, sequences, dtypes, devices) -> _Plan:
     name = "triton_rope_on_flattened_inputs"
     device, (tokens, heads, size) = one_device(name, *devices), shape
+    _check_types(name, dtypes[:2], dtypes[2:])
     positions = _positions(name, freqs_shape, size)
     half, tile, warps = _halves_tile(size, heads, tokens)
     block = min(256, 1 << max(sequences - 1, 0).bit_length())
@@ -175,6 +185,7 @@ def triton_rope_on_flattened_inputs(
 @_remembered
 def _plan_interleaved(q_shape, k_shape, q_strides, k_strides, tables, even, dtypes, devices) -> _Plan:
     device = one_device("triton_rope_on_interleaved_qk_inputs", *devices)
+    _check_types("triton_rope_on_interleaved_qk_inputs", dtypes[:4], dtypes[4:])
     _check_interleaved(q_shape, k_shape, *tables)
     batch, tokens, heads, size = q_shape
     k_heads = k_shape[2]
