@@ -188,12 +188,13 @@ def plan(
 ) -> Plan:
     """The plan of `model` under a layout.
 
-    `model`: a ModelSpec, the object of a config.json, a path to a config.json, a model folder or a GGUF file, or a name
-    that `checkpoint.resolve` knows. `layout`, or the sizes of its mesh axes. `pad`: axes whose ranks get equal lengths
-    by padding. `extras`: names of extras to load as well (`vision`, `mtp`). `kv_itemsize`: bytes of a cached element.
-    `dtype`: what if the weights that are not quantised had this type (`bfloat16`, `float32`, ...).
-    `redundant_experts`, `expert_load`: copies of experts and where they go, see `place_experts`; `expert_placement`
-    says it outright. `tp_plan`: Transformers' module globs to styles, for an architecture that no family describes.
+    `model`: a ModelSpec, the object of a config.json, a path to a config.json (`-` reads standard input), a model
+    folder or a GGUF file, or a name that `checkpoint.resolve` knows. `layout`, or the sizes of its mesh axes. `pad`:
+    axes whose ranks get equal lengths by padding. `extras`: names of extras to load as well (`vision`, `mtp`).
+    `kv_itemsize`: bytes of a cached element. `dtype`: what if the weights that are not quantised had this type
+    (`bfloat16`, `float32`, ...). `redundant_experts`, `expert_load`: copies of experts and where they go, see
+    `place_experts`; `expert_placement` says it outright. `tp_plan`: Transformers' module globs to styles, for an
+    architecture that no family describes.
     Raises IllegalLayout (a ValueError) with reasons and alternatives, ConfigError for an unusable config,
     CheckpointError for unreadable headers.
     """

@@ -1,4 +1,4 @@
-"""From what a user names to a ModelSpec: a config, a folder with headers, a GGUF file, a known name."""
+"""From what a user names to a ModelSpec: a config (`-`: standard input), a folder with headers, a GGUF file, a name."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,8 +27,8 @@ def _load(model: Mapping[str, Any] | str | Path, styles: Mapping[str, str] | Non
         meta = model.get("_meta")
         name = meta.get("name") if isinstance(meta, Mapping) else model.get("_name_or_path")
         return build(Config(model, "config"), str(name or "config"))
-    path = Path(model).expanduser()
-    if path.is_file() and path.suffix == ".json":
+    path = Path("/dev/stdin" if model == "-" else model).expanduser()
+    if model == "-" or path.is_fifo() or path.is_file() and path.suffix == ".json":
         config = _with_quantization(read_config(path), path.parent)
         return build(Config(config, str(path)), path.parent.resolve().name if path.stem == "config" else path.stem)
     return _from_checkpoint(model, styles)

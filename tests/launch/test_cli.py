@@ -52,6 +52,16 @@ def test_help_and_plan_import_nothing_heavy(words):
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize("words", [["plan", "smollm2"], ["plan", "smollm2", "--html", "/dev/full"], ["ops"]])
+def test_a_full_disk_is_one_sentence(words):
+    with open("/dev/full", "w") as full:
+        out = None if "--html" in words else full
+        done = subprocess.run(
+            [sys.executable, "-m", "shardwise", *words], stdout=out, stderr=subprocess.PIPE, text=True, timeout=60
+        )
+    assert (done.returncode, done.stderr) == (1, "shardwise: error: No space left on device\n")
+
+
 def test_every_verb_stands_in_the_help():
     text = cli("--help").stdout
     assert all(verb in text for verb in VERBS)

@@ -1,7 +1,11 @@
 """Configs that cannot describe a model, and checkpoints that contradict theirs, are refused by file and field."""
 
 import json
+import os
 import random
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -119,8 +123,26 @@ def test_infinity_literals_are_read(tmp_path):
 
 
 def test_an_unknown_architecture_without_headers_names_the_closest():
-    with pytest.raises(UnknownArchitecture, match="closest: LlamaForCausalLM"):
+    with pytest.raises(UnknownArchitecture, match="closest: LlamaForCausalLM") as error:
         plan(LLAMA | {"architectures": ["LLamaForCausalLM2"]})
+    assert 'of the same build as a known one, name that in "architectures"' in str(error.value)
+
+
+@pytest.mark.parametrize("redirected", [True, False], ids=["file", "pipe"])
+def test_a_config_may_come_from_standard_input(redirected, tmp_path):
+    path = tmp_path / "any"
+    path.write_text(json.dumps(LLAMA))
+    program = f"{sys.executable} -m shardwise plan - --tp 2 --json"
+    command = f"{program} < {path}" if redirected else f"cat {path} | {program}"
+    made = json.loads(subprocess.run(command, shell=True, capture_output=True, check=True, timeout=60).stdout)
+    assert made["model"]["parameters"] == plan(LLAMA).parameters and made["model"]["name"] == "stdin"
+
+
+def test_a_config_may_come_from_a_named_pipe(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit((tmp_path / "pipe").write_text, json.dumps(LLAMA))
+        assert plan(tmp_path / "pipe").parameters == plan(LLAMA).parameters
 
 
 def test_a_config_without_architectures_says_which_one_its_model_type_has():

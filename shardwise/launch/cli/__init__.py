@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import errno
 import importlib
 import sys
 import traceback
@@ -120,10 +121,10 @@ def _complain(error: Exception) -> int:
         print(error, file=sys.stderr)
         return error.exit_code
     text = " ".join(str(error).split()) or type(error).__name__
-    if isinstance(error, OSError) and error.filename is not None:
-        text = f"{error.filename}: {error.strerror}"
-    ours = type(error).__module__.split(".")[0] == "shardwise"
-    known = ours or isinstance(error, (*INPUT_ERRORS, ImportError))
+    known = type(error).__module__.split(".")[0] == "shardwise" or isinstance(error, (*INPUT_ERRORS, ImportError))
+    if isinstance(error, OSError) and error.strerror:
+        text = f"{error.filename}: {error.strerror}" if error.filename is not None else error.strerror
+        known = known or error.filename is not None or error.errno == errno.ENOSPC
     print(
         f"shardwise: error: {text if known else f'{type(error).__name__}: {text} (--debug shows where)'}",
         file=sys.stderr,

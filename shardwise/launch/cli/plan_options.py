@@ -25,7 +25,11 @@ _UNITS = {"k": 1 << 10, "m": 1 << 20}
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("model", metavar="MODEL", help="config.json, model folder, GGUF file, hub id or a known name; or: diff A B")
+    add(
+        "model",
+        metavar="MODEL",
+        help="config.json (- is stdin), model folder, GGUF file, hub id or a known name; or: diff A B",
+    )
     add("files", nargs="*", default=[], metavar="FILE", help="with diff: the two plan files")
     layout = parser.add_argument_group("layout")
     add_layout(layout)

@@ -126,7 +126,10 @@ def _unknown(config: Config, listed: list[str]) -> str:
     if listed:
         close = [stems[stem] for stem in difflib.get_close_matches(_stem(listed[0]), stems, n=3)]
         near = f"closest: {', '.join(close)}" if close else f"{len(ARCHITECTURES)} are known"
-        return f"architectures is {listed}, which no family describes ({near})"
+        return (
+            f"architectures is {listed}, which no family describes ({near}); "
+            'where it is of the same build as a known one, name that in "architectures"'
+        )
     named = stems.get(_stem(str(config.raw("model_type"))))
     hint = f'; with this model_type add "architectures": ["{named}"]' if named else ""
     return f"names no architectures, as the config.json of a model does{hint}"
