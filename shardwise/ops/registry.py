@@ -224,7 +224,7 @@ def _guarded(info: OpInfo, function: Callable, on_cpu: bool) -> Callable:
             checked = True
         try:
             return function(*args, **kwargs)
-        except (AttributeError, TypeError, ValueError) as error:
+        except (AttributeError, TypeError, ValueError, RuntimeError) as error:
             named = _named(info, args, kwargs, error)
             if named is None:
                 raise
@@ -235,7 +235,7 @@ def _guarded(info: OpInfo, function: Callable, on_cpu: bool) -> Callable:
 
 def _named(info: OpInfo, args: tuple, kwargs: dict, error: Exception) -> Exception | None:
     """An error that names the operator, in place of one that does not; PyTorch lets None pass for any tensor, which
-    shows where its attributes are missing."""
+    shows where its attributes are missing, and tensors on different devices, which shows at the first product."""
     if info.name in str(error):
         return None
     schema = getattr(getattr(torch.ops, info.namespace), info.name).default._schema
@@ -243,6 +243,10 @@ def _named(info: OpInfo, args: tuple, kwargs: dict, error: Exception) -> Excepti
     for argument in schema.arguments:
         if str(argument.type) == "Tensor" and given[argument.name] is None:
             return ValueError(f"{info.name}: {argument.name} is None; legal: a tensor")
+    tensors = [t for name, t in given.items() if isinstance(t, torch.Tensor) and not name.endswith("_host")]
+    if type(error) is RuntimeError and len({tensor.device for tensor in tensors}) > 1:
+        places = ", ".join(sorted({str(tensor.device) for tensor in tensors}))
+        return ValueError(f"{info.name}: tensors lie on {places}; legal: one device for all but those named *_host")
     return type(error)(f"{info.name}: {error}") if type(error) in (TypeError, ValueError) else None
 
 

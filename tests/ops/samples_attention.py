@@ -122,6 +122,12 @@ SAMPLES = [
     Sample(op="torch_attention", build=qkv(mask=True, sinks=True, scale=0.3), oracle=attention, note="mask and sinks"),
     Sample(op="torch_attention_sdpa", build=sdpa_args, oracle=sdpa, traced=True),
     Sample(
+        op="torch_attention_sdpa",
+        build=lambda device: tuple(torch.randn(0, 4, 5, 8, device=device, dtype=HALF) for _ in range(3)),
+        oracle=sdpa,
+        note="empty",
+    ),
+    Sample(
         op="torch_attention_repeat_kv",
         build=lambda device: (torch.randn(2, 3, 5, 4, device=device), 2),
         oracle=lambda hidden, n: (hidden.repeat_interleave(n, dim=1),),

@@ -143,6 +143,16 @@ SAMPLES = [
     ),
     Sample(op="torch_l2norm", build=lambda device: (torch.randn(3, 4, 40, device=device),), oracle=l2, traced=True),
     Sample(
+        op="fla_l2norm", build=lambda device: (torch.randn(0, 1, device=device, dtype=HALF),), oracle=l2, note="empty"
+    ),
+    Sample(
+        op="fla_l2norm",
+        build=lambda device: (torch.randn(3, 2, device=device, dtype=HALF)[:, ::2],),
+        oracle=l2,
+        atol=BF16,
+        note="one column",
+    ),
+    Sample(
         op="fla_l2norm",
         build=lambda device: (torch.randn(3, 4, 128, device=device, dtype=HALF),),
         oracle=l2,

@@ -181,11 +181,11 @@ def mamba_flashinfer_prefill(monkeypatch, batch, limit):
 def test_flashinfer_rope_gets_flat_aligned_rows_and_gives_the_shapes_it_was_given(monkeypatch, lead, skew, index):
     """`skew` elements in front of every head."""
     q, k = (torch.randn(*lead, heads, skew + 64).half()[..., skew:] for heads in (4, 2))
-    table, positions = torch.randn(9, 64), (torch.arange(6) % 5).view(lead).to(index)
+    table, positions = torch.randn(9 * 64 + skew)[skew:].view(9, 64), (torch.arange(6) % 5).view(lead).to(index)
 
     def apply(positions, query, key, head_size, cos_sin_cache, is_neox):
         assert positions.shape == (6,) and positions.dtype in (torch.int32, torch.int64) and positions.is_contiguous()
-        assert all(rows.is_contiguous() and rows.data_ptr() % 16 == 0 for rows in (query, key))
+        assert all(rows.is_contiguous() and rows.data_ptr() % 16 == 0 for rows in (query, key, cos_sin_cache))
         factor = cos_sin_cache[positions.long(), 0].half()
         results = (rows.view(6, -1, head_size) * factor[:, None, None] for rows in (query, key))
         return tuple(result.view(rows.shape) for result, rows in zip(results, (query, key), strict=True))

@@ -68,6 +68,11 @@ def select_pages(
     last_page_len_host: torch.Tensor,
     seq_len_with_cache_host: torch.Tensor,
 ) -> Pages:
+    """The pages of sequences [first, last). TypeError for page tables that are not int32: FlashInfer does not look."""
+    host = cu_num_pages_host, cache_loc, last_page_len_host, seq_len_with_cache_host
+    if any(each.dtype != torch.int32 for each in host):
+        names = "cu_num_pages_host, cache_loc, last_page_len_host, seq_len_with_cache_host"
+        raise TypeError(f"{names} are {', '.join(str(each.dtype) for each in host)}; legal: int32")
     indptr = cu_num_pages_host[first : last + 1]
     begin, end = int(indptr[0]), int(indptr[-1])
     return Pages(

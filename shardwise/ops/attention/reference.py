@@ -133,6 +133,8 @@ def torch_attention_sdpa(
     Its conventions hold: a causal mask aligns at the top left, dropout_p is applied.
     """
     _check_sdpa(query, key, value, attn_mask, is_causal, enable_gqa)
+    if query.numel() == 0:
+        return _fake_sdpa(query, key, value)  # on a GPU the function itself gives None
     return torch.nn.functional.scaled_dot_product_attention(
         query.contiguous(), key.contiguous(), value.contiguous(),
         attn_mask=attn_mask, dropout_p=dropout_p, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa,

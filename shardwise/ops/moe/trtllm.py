@@ -30,6 +30,7 @@ from shardwise.ops.moe.grouped import grouped_moe
 from shardwise.ops.moe.nvfp4 import Weight, nvfp4_moe
 from shardwise.ops.quantization.triton_fp8 import quantize
 from shardwise.ops.registry import TRITON, Need, operator
+from shardwise.ops.vector_access import with_vectors
 
 
 def build_cutlass_moe() -> None:
@@ -71,11 +72,12 @@ def _kernels() -> tuple[bool, str]:
 KERNELS = Need("FlashInfer's CUTLASS or our Triton kernels", _kernels, on_cpu=TRITON.on_cpu)
 
 
-def on_cutlass(rows: Tensor, weight: Tensor, on_input: bool) -> bool:
-    """Whether FlashInfer's kernels take this call: 16-bit rows, not none of them, no routing weights on the input, and
-    rows of w2_stacked_weight [E, H, I], as of its transpose, that are multiples of 16 bytes.
+def on_cutlass(rows: Tensor, first: Tensor, second: Tensor, on_input: bool) -> bool:
+    """Whether FlashInfer's kernels take this call: 16-bit rows, not none of them, no routing weights on the input, both
+    stacked weights at multiples of 16 bytes, and rows of the second [E, H, I], as of its transpose, of such multiples.
     """
-    fits = all(size * weight.element_size() % 16 == 0 for size in weight.shape[1:])
+    begins, item = first.data_ptr() | second.data_ptr(), second.element_size()
+    fits = begins % 16 == 0 and all(size * item % 16 == 0 for size in second.shape[1:])
     taken = rows.dtype in (torch.bfloat16, torch.float16) and rows.shape[0] > 0 and fits and not on_input
     return rows.is_cuda and taken and cutlass_ready()
 
@@ -87,7 +89,7 @@ def cutlass_moe(rows, ids, weights, first, second, act, dtype, scales) -> Tensor
     out = torch.empty(rows.shape, dtype=dtype, device=rows.device)
     ids, weights = _merged(ids.to(torch.int32), weights.float(), first.shape[0])
     cutlass_fused_moe(
-        rows,
+        with_vectors(rows),
         ids,
         weights,
         first,
@@ -142,7 +144,7 @@ def trtllm_moe_fused(
     weights = (w3_w1_stacked_weight, w2_stacked_weight)
 
     def compute(rows: Tensor, ids: Tensor, routing: Tensor) -> Tensor:
-        if on_cutlass(rows, weights[1], apply_routing_on_input):
+        if on_cutlass(rows, *weights, apply_routing_on_input):
             return cutlass_moe(rows, ids, routing, *weights, act, rows.dtype, [])
         return grouped_moe(rows, ids, routing, *weights, act, apply_routing_on_input)
 
@@ -208,7 +210,7 @@ def trtllm_quant_fp8_moe_fused(
     scales = FP8Scales(s1, dequant[0], reciprocal, dequant[1], False)
 
     def compute(rows: Tensor, ids: Tensor, routing: Tensor) -> Tensor:
-        if on_cutlass(rows, weights[1], apply_routing_on_input):
+        if on_cutlass(rows, *weights, apply_routing_on_input):
             quant = [scales.first, reciprocal.reshape(()), scales.second, s1.reshape(())]
             return cutlass_moe(quantize(rows, s1), ids, routing, *weights, act, rows.dtype, quant)
         return grouped_moe(rows, ids, routing, *weights, act, apply_routing_on_input, scales)

@@ -14,4 +14,6 @@ def fla_l2norm(x: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
     """x / sqrt(sum(x²) + eps) over the last dimension, result contiguous in x's dtype. x [..., D]."""
     from fla.modules.l2norm import l2norm
 
-    return l2norm(x.contiguous(), eps)
+    if x.numel() == 0:
+        return torch.empty_like(x, memory_format=torch.contiguous_format)
+    return l2norm(x.contiguous().view(-1).view(x.shape), eps)  # strides of 1, also of a single column

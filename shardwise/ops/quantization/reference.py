@@ -123,6 +123,7 @@ def scaled_mm(codes: Tensor, weight: Tensor, s_in: Tensor, s_weight: Tensor, dty
     return out[:, :columns].contiguous()
 
 
+@torch.no_grad()  # which products that write `out` ask for
 def _scaled_bmm(codes: Tensor, weight: Tensor, s_in: Tensor, s_weight: Tensor, dtype: torch.dtype) -> Tensor:
     """`scaled_mm` of each pair of [B, M, K] and [B, N, K]: one launch a pair, which is all that PyTorch has for FP8."""
     columns = weight.shape[1]
@@ -146,15 +147,18 @@ def _native_fp8(device: torch.device) -> bool:
 
 
 def _padded(codes: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Both contiguous, with zeros behind the last of K columns and N rows up to multiples of 16."""
+    """Both contiguous, at multiples of 16 bytes, with zeros behind the last of K columns and N rows up to multiples of
+    16 elements."""
     columns = -codes.shape[-1] % 16
     return _pad_fp8(codes, 0, columns), _pad_fp8(weight, -weight.shape[-2] % 16, columns)
 
 
 def _pad_fp8(codes: Tensor, rows: int, columns: int) -> Tensor:
-    """Contiguous, with zeros behind the last rows and columns."""
+    """Contiguous, at a multiple of 16 bytes, with zeros behind the last rows and columns."""
     codes = codes.contiguous()
-    return F.pad(codes.view(torch.uint8), (0, columns, 0, rows)).view(torch.float8_e4m3fn) if rows or columns else codes
+    if rows or columns:
+        return F.pad(codes.view(torch.uint8), (0, columns, 0, rows)).view(torch.float8_e4m3fn)
+    return codes if codes.data_ptr() % 16 == 0 else codes.clone()
 
 
 def _bmm_fake(input, mat2, input_scale, weight_scale):

@@ -29,7 +29,8 @@ def trtllm_quant_fp8_linear(
     if 0 in shape:
         return input.new_empty(shape)
     if rows.shape[0] <= MOST_FEW_ROWS or interpreting():
-        out = few_rows_linear(rows, weight_fp8.contiguous(), bias, s_in, s_weight)
+        apart = None if bias is None else bias.contiguous()
+        out = few_rows_linear(rows, weight_fp8.contiguous(), apart, s_in, s_weight)
         return out.view(shape)
     out = scaled_mm(quantize(rows, s_in), weight_fp8, s_in, s_weight, input.dtype)
     return (out if bias is None else (out + bias).to(input.dtype)).view(shape)

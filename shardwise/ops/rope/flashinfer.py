@@ -35,8 +35,9 @@ def flashinfer_rope(
     plan = _PLANS.get(q.shape, given) or _PLANS.keep(q.shape, given, _plan(*given))
     if not plan.tokens:
         return contiguous_pair(q, k)
-    if not plan.dense or math.gcd(16, q.data_ptr(), k.data_ptr()) != 16:
+    if not plan.dense or math.gcd(16, q.data_ptr(), k.data_ptr(), cos_sin_cache.data_ptr()) != 16:
         q, k = (with_vectors(each.reshape(plan.tokens, -1)) for each in (q, k))
+        cos_sin_cache = with_vectors(cos_sin_cache)
     elif plan.flatten:
         q, k = view(q, *plan.rows[0]), view(k, *plan.rows[1])
     if not plan.ready:

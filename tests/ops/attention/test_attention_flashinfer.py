@@ -14,7 +14,14 @@ from shardwise.ops.attention.flashinfer import (
     flashinfer_attention_mha_with_cache,
     flashinfer_attention_prepare_metadata,
 )
-from shardwise.ops.attention.planner import DecodeFamily, Planner, decode_graphs, planner, replan_decode
+from shardwise.ops.attention.planner import (
+    DecodeFamily,
+    Planner,
+    decode_graphs,
+    planner,
+    replan_decode,
+    select_pages,
+)
 from shardwise.ops.attention.reference import torch_cached_attention_with_cache
 from shardwise.ops.metadata_reports import raise_report
 from shardwise.ops.registry import TRITON, OperatorUnavailable, operators
@@ -129,6 +136,15 @@ class Recorder:
 
 def pages_of(paged):
     return paged.cu_num_pages_host, paged.cache_loc, paged.last_page_len_host, paged.seq_len_with_cache_host
+
+
+def test_page_tables_of_other_types_are_refused():
+    paged = Paged.of(STEPS["mixed"])
+    paged.cache_loc = paged.cache_loc.long()
+    with pytest.raises(
+        TypeError, match="cache_loc.* are torch.int32, torch.int64, .*; legal: int32"
+    ):
+        select_pages(0, 2, *pages_of(paged))
 
 
 def test_decode_is_planned_once_a_step_over_its_own_pages():

@@ -31,6 +31,7 @@ def cutlass_fused_moe(
 ):
     """Ids that are not experts are skipped; no token may name an expert twice."""
     ids, weights = token_selected_experts, token_final_scales
+    assert input.data_ptr() % 16 == 0
     assert ids.dtype == torch.int32 and weights.dtype == torch.float32
     for row in ids.tolist():
         local = [expert for expert in row if 0 <= expert < fc1_expert_weights.shape[0]]
@@ -61,7 +62,7 @@ def stand_in(monkeypatch):
 
 @pytest.mark.parametrize("gated", [True, False])
 def test_weights_ids_and_activation(gated):
-    x, (ids, weights) = torch.randn(6, HIDDEN), routing(6, 3, EXPERTS)
+    x, (ids, weights) = torch.randn(6 * HIDDEN + 1)[1:].view(6, HIDDEN), routing(6, 3, EXPERTS)
     ids[0], ids[1] = torch.tensor([2, 2, 2]), torch.tensor([-1, EXPERTS, -1])
     stacks = stacked(EXPERTS, HIDDEN, SIZE, gated)
     got = trtllm.cutlass_moe(x, ids, weights, *stacks, "silu" if gated else "relu2", torch.float32, [])
@@ -75,7 +76,7 @@ def test_fp8_scales_stand_in_the_order_of_the_kernel(monkeypatch):
     s_in, s_hidden = torch.tensor(4 / 448), torch.tensor(8 / 448)
     steps = e4m3_step(s_in), e4m3_step(s_hidden)
     wanted = routed_oracle(x, ids, weights, v1, v2, first_step=steps[0], second_step=steps[1])
-    monkeypatch.setattr(trtllm, "on_cutlass", lambda rows, weight, on_input: True)
+    monkeypatch.setattr(trtllm, "on_cutlass", lambda rows, first, second, on_input: True)
     monkeypatch.setattr(trtllm, "quantize", lambda rows, scale: (rows / scale).to(torch.float8_e4m3fn))
     got = trtllm.trtllm_quant_fp8_moe_fused(
         x, ids, weights, q1, q2, s_in, s1 * s_in, 1 / s_hidden, s2 * s_hidden, True, 4
@@ -90,14 +91,19 @@ class OnGpu(torch.Tensor):
 
 
 def test_the_module_is_used_only_where_it_applies(monkeypatch):
-    def taken(rows=3, dtype=torch.bfloat16, sizes=(32, 48), codes=torch.bfloat16, on_input=False, kind=OnGpu):
+    def taken(
+        rows=3, dtype=torch.bfloat16, sizes=(32, 48), codes=torch.bfloat16, on_input=False, kind=OnGpu, begins=(0, 0)
+    ):
         x = torch.empty(rows, sizes[0], dtype=dtype).as_subclass(kind)
-        return trtllm.on_cutlass(x, torch.empty(4, *sizes, dtype=codes), on_input)
+        weights = [torch.empty(4 * sizes[0] * sizes[1] + 16, dtype=codes)[begin:] for begin in begins]
+        first, second = weights[0][: 4 * sizes[0] * sizes[1]], weights[1][: 4 * sizes[0] * sizes[1]]
+        return trtllm.on_cutlass(x, first.view(4, sizes[1], sizes[0]), second.view(4, *sizes), on_input)
 
     monkeypatch.setattr(trtllm, "cutlass_ready", lambda: True)
     assert taken() and taken(dtype=torch.float16) and taken(sizes=(32, 8)) and taken(codes=torch.float8_e4m3fn)
     assert not taken(kind=torch.Tensor) and not taken(0) and not taken(on_input=True)
     assert not taken(dtype=torch.float32) and not taken(sizes=(32, 12)) and not taken(sizes=(44, 48))
     assert not taken(sizes=(32, 8), codes=torch.float8_e4m3fn)
+    assert taken(begins=(8, 8)) and not taken(begins=(1, 0)) and not taken(begins=(0, 4))
     monkeypatch.setattr(trtllm, "cutlass_ready", lambda: False)
     assert not taken()
