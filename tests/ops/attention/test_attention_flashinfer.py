@@ -141,9 +141,7 @@ def pages_of(paged):
 def test_page_tables_of_other_types_are_refused():
     paged = Paged.of(STEPS["mixed"])
     paged.cache_loc = paged.cache_loc.long()
-    with pytest.raises(
-        TypeError, match="cache_loc.* are torch.int32, torch.int64, .*; legal: int32"
-    ):
+    with pytest.raises(TypeError, match="cache_loc.* are torch.int32, torch.int64, .*; legal: int32"):
         select_pages(0, 2, *pages_of(paged))
 
 
