@@ -12,7 +12,9 @@ import argparse
 import gc
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -100,10 +102,16 @@ def cache_layers(pool: Pool, sequences: int, length: int, most: int = 16):
 def triton_calls(shape: Batch, pool: Pool, most: int = 16):
     tensors, metadata = qkv(shape.tokens), shape.unpaged()
     operator = OPS.triton_attention_flattened_mha_with_cache
-    return [
-        lambda k=k, v=v: operator(*tensors, *metadata, k, v, None)
-        for k, v, _ in cache_layers(pool, shape.batch, shape.length, most)
-    ]
+    layers = cache_layers(pool, shape.batch, shape.length, most)
+    return [partial(operator, *tensors, *metadata, k, v, None) for k, v, _ in layers]
+
+
+def in_order(first: Callable[[], object], second: Callable[[], object]) -> Callable[[], None]:
+    def call():
+        first()
+        second()
+
+    return call
 
 
 def flashinfer_calls(shape: Batch, pool: Pool, most: int = 16):
@@ -129,17 +137,12 @@ def flashinfer_calls(shape: Batch, pool: Pool, most: int = 16):
     q, k, v = (x[0] for x in tensors)
     out = torch.empty_like(q)
 
-    def direct(cache):
-        flashinfer.append_paged_kv_cache(k, v, *metadata, cache, indices, indptr, last, kv_layout="HND")
-        wrapper.run(q, cache, out=out)
-
-    operator = OPS.flashinfer_attention_mha_with_cache
+    operator, append = OPS.flashinfer_attention_mha_with_cache, flashinfer.append_paged_kv_cache
     caches = [cache for *_, cache in cache_layers(pool, shape.batch, shape.length, most)]
-    return (
-        [lambda cache=cache: direct(cache) for cache in caches],
-        [lambda cache=cache: wrapper.run(q, cache, out=out) for cache in caches],
-        [lambda cache=cache: operator(*tensors, *arguments, *metadata, cache, None, 1.0, 1.0) for cache in caches],
-    )  # fmt: skip
+    appends = [partial(append, k, v, *metadata, each, indices, indptr, last, kv_layout="HND") for each in caches]
+    runs = [partial(wrapper.run, q, each, out=out) for each in caches]
+    direct = [in_order(*both) for both in zip(appends, runs, strict=True)]
+    return direct, runs, [partial(operator, *tensors, *arguments, *metadata, each, None, 1.0, 1.0) for each in caches]
 
 
 def decode_rows(full: bool, pool: Pool):
@@ -217,23 +220,27 @@ def mla_calls(shape: Batch, pool: Pool, most: int = MLA_LAYERS):
     absorbed, rotated = random(shape.batch, heads, rank), random(shape.batch, heads, rope)
     wrapper = BatchMLAPagedAttentionWrapper(torch.zeros(256 << 20, dtype=torch.uint8, device="cuda"))
     wrapper.plan(cu_seqlen, indptr_host, indices, total, heads, rank, rope, PAGE, False, 0.07, DTYPE, DTYPE)
-    by_head, out, new_kpe = q_nope[0].transpose(0, 1), random(shape.batch, heads, value), rotated_key[0, :, 0]
+    by_head, out = q_nope[0].transpose(0, 1), random(shape.batch, heads, value)
+    new_latent, new_kpe = latent[0], rotated_key[0, :, 0]
     latents, result = absorbed.transpose(0, 1), out.transpose(0, 1)
     ours = absorbing(MLA, layers[0].weight, Rows(heads * nope, nope), 0, shape.batch, q_nope)
 
     def operator(layer):
         tensors = (q_nope, q_pe, latent, rotated_key, layer.weight, *arguments, *metadata, layer.ckv, layer.kpe)
-        return lambda: OPS.flashinfer_mla_with_cache(*tensors, None, rank)
+        return partial(OPS.flashinfer_mla_with_cache, *tensors, None, rank)
 
     def direct(layer):
         w_key, w_value = split_weight(layer.weight, MLA)
-        w_value = w_value.transpose(1, 2)
+        w_value, caches = w_value.transpose(1, 2), (layer.ckv, layer.kpe)
+        append = partial(append_paged_mla_kv_cache, new_latent, new_kpe, *metadata, *caches, indices, indptr, last)
+        absorb = partial(torch.bmm, by_head, w_key, out=latents)
+        run = partial(wrapper.run, absorbed, rotated, *caches)
+        release = partial(torch.bmm, mat2=w_value, out=result)
 
         def call():
-            append_paged_mla_kv_cache(latent[0], new_kpe, *metadata, layer.ckv, layer.kpe, indices, indptr, last)
-            torch.bmm(by_head, w_key, out=latents)
-            mixed = wrapper.run(absorbed, rotated, layer.ckv, layer.kpe)
-            torch.bmm(mixed.transpose(0, 1), w_value, out=result)
+            append()
+            absorb()
+            release(run().transpose(0, 1))
 
         return call
 

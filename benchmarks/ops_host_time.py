@@ -6,8 +6,9 @@
 for seconds spoils no row; in every round an operator, what calls the same foreign kernels without us, and an empty
 kernel launched our way follow one another. `beyond` is what an operator takes on top of its kernels: its time less that
 of the direct call, less one bare launch for each kernel of ours. `views` is a direct call that begins with the
-operator's own tensors, whose views it makes, and its results. Floors of the machine: PyTorch's operators, those that
-do nothing, a kernel of one pointer launched Triton's way and ours.
+operator's own tensors, whose views it makes, and its results. All calls are prepared (`functools.partial`), so that
+names looked up and arguments unpacked by this program count nowhere. Floors of the machine: PyTorch's operators, those
+that do nothing, an empty kernel launched Triton's way, by the driver alone, and, as `launch` beside every row, ours.
 """
 
 import argparse
@@ -19,8 +20,21 @@ from itertools import chain
 from pathlib import Path
 
 import torch
-from ops_attention import HEADS, KV_HEADS, SIZE, Batch, Pool, flashinfer_calls, mla_calls, qkv, random, triton_calls
+from ops_attention import (
+    HEADS,
+    KV_HEADS,
+    SIZE,
+    Batch,
+    Pool,
+    flashinfer_calls,
+    in_order,
+    mla_calls,
+    qkv,
+    random,
+    triton_calls,
+)
 
+from shardwise.kernel_start import start_of
 from shardwise.launch.machine import machine_facts
 from shardwise.ops.bench.cases import EPS, Case, norm_cases, rope_cases
 from shardwise.ops.bench.measure import alternating_host_microseconds
@@ -56,23 +70,29 @@ def floors(x: torch.Tensor, weight: torch.Tensor) -> Iterator[Row]:
     """What the machine takes at least."""
     idle.__name__, idle.__module__ = "torch_idle", "shardwise.ops.utils.reference"
     _define(_describe(idle, (), (), None, "shardwise_bench"), idle, lambda x, weight, eps: None)
-    yield Row("torch.add", lambda: torch.add(x, x))
-    yield Row("torch.empty_like", lambda: torch.empty_like(x))
-    yield Row("torch.rms_norm", lambda: torch.rms_norm(x, (4096,), weight, EPS))
+    yield Row("torch.add", partial(torch.add, x, x))
+    yield Row("torch.empty_like", partial(torch.empty_like, x))
+    yield Row("torch.rms_norm", partial(torch.rms_norm, x, (4096,), weight, EPS))
     library, tensors = _LIBRARIES["shardwise_bench"], [torch.empty_like(x) for _ in range(14)]
     library.define(f"wide({', '.join(f'Tensor t{i}' for i in range(14))}, float a, float b, float c) -> ()")
     library.impl("wide", lambda *args: None, "CUDA")
-    yield Row("a view", lambda: x.view(32, 128))
-    yield Row("idle operator of 14 tensors", lambda: torch.ops.shardwise_bench.wide(*tensors, 1.0, 1.0, 1.0))
-    yield Row("idle operator", lambda: torch.ops.shardwise_bench.torch_idle(x, weight, EPS))
-    yield Row("idle kernel, Triton's launch", lambda: idle_kernel[(1,)](x, num_warps=1))
+    yield Row("a view", partial(x.view, 32, 128))
+    yield Row("idle operator of 14 tensors", partial(torch.ops.shardwise_bench.wide, *tensors, 1.0, 1.0, 1.0))
+    yield Row("idle operator", partial(torch.ops.shardwise_bench.torch_idle, x, weight, EPS))
+    yield Row("idle kernel, Triton's launch", partial(idle_kernel[(1,)], x, num_warps=1))
+    start, stream_of, rest = start_of(idle_kernel[(1,)](x, num_warps=1))
+    yield Row("idle kernel, driver alone", partial(start, 1, 1, 1, stream_of(x.device.index), *rest, x.data_ptr()))
+
+
+def prepared(case: Case) -> Callable[[], object]:
+    return partial(getattr(OPS, case.operator), *case.args)
 
 
 def basic_rows() -> Iterator[Row]:
     """Norms, rope and utilities, and FlashInfer's functions for the same."""
     for case in (*norm_cases((1,), (4096,)), *rope_cases((1,))):
         foreign = case.operator.startswith("flashinfer")
-        yield Row(case.operator, case.call, 0 if foreign else 1,
+        yield Row(case.operator, prepared(case), 0 if foreign else 1,
                   {"direct": case.peers["flashinfer"]} if foreign else {})  # fmt: skip
     source, ids, out = torch.randn(64, device="cuda"), torch.arange(16, device="cuda"), torch.zeros(64, device="cuda")
     call = partial(OPS.triton_utils_fused_gather_scatter, source, ids, ids, out)
@@ -85,21 +105,14 @@ def attention_rows() -> Iterator[Row]:
     for name, shape, kernels in (("decode", Batch(4, 256, 1), 1), ("prefill", Batch(1, 64, 64), 2)):
         direct, _, operator = flashinfer_calls(shape, pool, 1)
         yield Row(f"triton_attention_flattened_mha_with_cache, {name}", triton_calls(shape, pool, 1)[0], kernels)
-        beside = {
-            "direct": direct[0],
-            "views": partial(_after, partial(_attention_views, *qkv(shape.tokens)), direct[0]),
-        }
+        views = partial(_attention_views, *qkv(shape.tokens))
+        beside = {"direct": direct[0], "views": in_order(views, direct[0])}
         yield Row(f"flashinfer_attention_mha_with_cache, {name}", operator[0], 0, beside)
     mla = mla_calls(Batch(4, 256, 1), pool, 1)
     tensors = [random(1, 4, 128, 128), random(1, 4, 128, 64), random(1, 4, 512), random(1, 4, 1, 64)]
     views = partial(_mla_views, *tensors, random(128 * 256, 512))
-    beside = {"direct": mla["fi"][0], "views": partial(_after, views, mla["fi"][0])}
+    beside = {"direct": mla["fi"][0], "views": in_order(views, mla["fi"][0])}
     yield Row("flashinfer_mla_with_cache, decode", mla["fi_operator"][0], 0, beside)
-
-
-def _after(first: Callable[[], object], then: Callable[[], object]) -> None:
-    first()
-    then()
 
 
 def _attention_views(q, k, v) -> None:
@@ -139,13 +152,13 @@ def state_rows() -> Iterator[Row]:
     for case in ssm_decode_cases((1,), {"Nemotron-H": NEMOTRON_H}):
         foreign = case.operator.startswith("flashinfer")
         beside = {"direct": case.peers["flashinfer"], "views": _step_with_views(case)} if foreign else {}
-        yield Row(f"{case.operator}, {case.size}", case.call, 1, beside)
+        yield Row(f"{case.operator}, {case.size}", prepared(case), 1, beside)
     for case in conv_cases((1,), (64,)):
-        yield Row(f"{case.operator}, {case.size}", case.call, 1 if case.size.startswith("decode") else 2)
+        yield Row(f"{case.operator}, {case.size}", prepared(case), 1 if case.size.startswith("decode") else 2)
     prefill = next(ssm_prefill_cases((64,)))
-    yield Row(f"{prefill.operator}, {prefill.size}", prefill.call, 3)
+    yield Row(f"{prefill.operator}, {prefill.size}", prepared(prefill), 3)
     for case in delta_cases((), (1,)):
-        yield Row(f"{case.operator}, {case.size}", case.call, 1)
+        yield Row(f"{case.operator}, {case.size}", prepared(case), 1)
 
 
 def _step_with_views(case: Case) -> Callable[[], object]:
