@@ -32,8 +32,8 @@ class CommError(RuntimeError):
     """A collective failed; the text names operation, sequence number, group and rank."""
 
 
-class NotHere(CommError, ValueError):
-    """What was asked for by name cannot run here: the user's choice to change, no failure of a rank."""
+class Unavailable(CommError, ValueError):
+    """A transport or strategy asked for by name cannot run here: an input error, not the failure of a rank."""
 
 
 class CollectiveTimeout(CommError):
@@ -83,10 +83,10 @@ class Communicator(ABC):
     def all_to_all(
         self, tensor: "Tensor", send_sizes: Sequence[int] | None = None, recv_sizes: Sequence[int] | None = None
     ) -> "Tensor":
-        """Rows of dim 0 dealt to the members: `send_sizes[j]` rows go to rank j, `recv_sizes[j]` come from it.
+        """Rows of dim 0 sent to the members: `send_sizes[j]` rows go to rank j, `recv_sizes[j]` come from it.
 
         Both None: equal parts, as many rows on every rank. `send_sizes` alone: the counts are exchanged first, through
-        the host. With both, nothing is exchanged but the rows: that they agree is looked at in check mode only.
+        the host. With both, nothing is exchanged but the rows: whether they agree is checked in check mode only.
         """
 
     @abstractmethod
@@ -138,7 +138,7 @@ class Communicator(ABC):
         return self.all_gather_object(value if self.rank == root else None)[root]
 
     def check_waits(self) -> None:  # noqa: B027  (most transports have nothing to do here)
-        """Raise what a wait on the device has found, also in replays of a graph. Call it after synchronising.
+        """Raise the error that a wait on the device recorded, also in replays of a graph. Call it after synchronising.
 
         Transports that wait on the host raise where they wait.
         """
@@ -149,4 +149,4 @@ class Communicator(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """Give back what the group holds, and the groups split off it; idempotent. Every member calls it."""
+        """Free what the group and the groups split off it hold; idempotent. Every member calls it."""

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import quote
 
-from shardwise.comm.base import CollectiveTimeout, CommError, NotHere
+from shardwise.comm.base import CollectiveTimeout, CommError, Unavailable
 from shardwise.comm.rank import RankInfo
 
 STORE_ENV = "SHARDWISE_STORE"
@@ -146,7 +146,7 @@ def store_from_environment(info: RankInfo, timeout: float, environ=os.environ) -
         if place not in _torchrun_stores:  # a job has one: its port can be bound once
             _torchrun_stores[place] = _torchrun_store(info, *place, timeout, environ)
         return _torchrun_stores[place]
-    raise NotHere(
+    raise Unavailable(
         f"rank {info.rank} of {info.world} ({info.source}) has no rendezvous: neither {STORE_ENV} nor MASTER_ADDR and "
         "MASTER_PORT are set. Start ranks with `shardwise run -n`, torchrun or mpirun, or pass store= to create()"
     )

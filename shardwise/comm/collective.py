@@ -1,4 +1,4 @@
-"""The collectives as all transports have them: arguments checked, calls recorded, what is missing composed.
+"""The collectives as all transports have them: checks arguments, records calls, composes what a transport lacks.
 
 A transport implements the `_`-methods at the ends of `BaseCommunicator` and `Member` on contiguous one-dimensional
 tensors and inherits the rest, so that shapes, ragged sizes, errors and records are the same everywhere.
@@ -43,7 +43,7 @@ class BaseCommunicator(Member):
         if source.numel():
             self._reduce(source.view(-1), flat.view(-1), strategy)
         else:
-            self._meet_for_nothing()
+            self._empty_call()
         if flat is not target:
             target.copy_(flat)
         entry[watch.END] = watch.now()
@@ -61,7 +61,7 @@ class BaseCommunicator(Member):
             width = tensor.element_size()
             self._all_gather(as_bytes(tensor), as_bytes(joined), [count * width for count in counts])
         else:
-            self._meet_for_nothing()
+            self._empty_call()
         entry[watch.END] = watch.now()
         shape = list(tensor.shape)
         if dim == 0:
@@ -85,7 +85,7 @@ class BaseCommunicator(Member):
                 joined = torch.cat([piece.reshape(-1) for piece in tensor.detach().split(list(sizes), dim)])
             self._reduce_scatter(joined, [size * unit for size in sizes], mine.view(-1))
         else:
-            self._meet_for_nothing()
+            self._empty_call()
         entry[watch.END] = watch.now()
         return mine
 
@@ -111,7 +111,7 @@ class BaseCommunicator(Member):
             most = None if longest is None else longest * row_bytes
             self._all_to_all(as_bytes(tensor), as_bytes(result), sent, taken, most)
         else:
-            self._meet_for_nothing()
+            self._empty_call()
         entry[watch.END] = watch.now()
         return result
 
@@ -124,7 +124,7 @@ class BaseCommunicator(Member):
         if flat.numel():
             self._broadcast(as_bytes(flat), root)
         else:
-            self._meet_for_nothing()
+            self._empty_call()
         if not tensor.is_contiguous() and self.rank != root:
             tensor.detach().copy_(flat)
         entry[watch.END] = watch.now()
@@ -168,20 +168,20 @@ class BaseCommunicator(Member):
         self, tensor: Tensor, residual: Tensor, weight: Tensor, weight_bias: float, strategy: str,
         out: Tensor | None, residual_out: Tensor | None,
     ) -> Callable[..., None] | None:  # fmt: skip
-        """What does sum, residual and norm in one for these: kernel(x, residual, weight, eps, weight_bias, out,
-        residual_out) on contiguous tensors. None: nothing does."""
+        """One kernel for sum, residual and norm: kernel(x, residual, weight, eps, weight_bias, out, residual_out) on
+        contiguous tensors. None: there is none for these."""
         return None
 
     def all_gather_object(self, value: Any) -> list[Any]:
         entry = self._begin("all_gather_object", (), "", "")
         blob = pickle.dumps(value)
         length = control.number(len(blob))
-        room = MESSAGE_BYTES - len(length)
-        messages = self._exchange(length + blob[:room])
+        inline = MESSAGE_BYTES - len(length)  # what a message carries beside the length
+        messages = self._exchange(length + blob[:inline])
         self._require_objects(entry, messages)
         counts = [control.numbers(message[: len(length)])[0] for message in messages]
         blobs = [message[len(length) :] for message in messages]
-        if max(counts) > room:
+        if max(counts) > inline:
             joined = torch.empty(sum(counts), dtype=torch.uint8, device="cpu")
             self._gather_control(torch.frombuffer(bytearray(blob), dtype=torch.uint8), joined, counts)
             blobs = [part.numpy().tobytes() for part in joined.split(counts)]

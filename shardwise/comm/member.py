@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from shardwise.comm import control, names, watch
-from shardwise.comm.base import CollectiveMismatch, CommError, Communicator, NotHere
+from shardwise.comm.base import CollectiveMismatch, CommError, Communicator, Unavailable
 from shardwise.comm.watch import FLIGHT, Deadlines
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ class Member(Communicator):
             )
         self._require_whole("split")
         self._announce([self.sequence, "split", (), "", "", self.name], tuple(colors), tuple(keys))
-        self._meet_for_nothing()
+        self._empty_call()
         color = colors[self.rank]
         members = sorted((keys[rank], rank) for rank in range(self.size) if colors[rank] == color)
         self._splits += 1
@@ -112,7 +112,7 @@ class Member(Communicator):
     def _require(self, strategy: str) -> None:
         names.require_strategy(strategy)
         if strategy not in self.strategies:
-            raise NotHere(
+            raise Unavailable(
                 f"strategy {strategy} cannot run on transport {self.transport} (group {self.name}); "
                 f"legal here: {', '.join(self.strategies)}"
             )
@@ -185,8 +185,8 @@ class Member(Communicator):
                 return entry
         return None
 
-    def _meet_for_nothing(self) -> None:
-        """No byte is to be moved. A transport that can compare the ranks' calls at no cost does so here too."""
+    def _empty_call(self) -> None:
+        """A collective of empty tensors. A transport that compares the ranks' calls at no cost does so here too."""
 
     @abstractmethod
     def _exchange(self, blob: bytes) -> list[bytes]:

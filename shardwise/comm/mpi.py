@@ -22,7 +22,7 @@ from torch import Tensor
 from shardwise.comm import compose, control, watch
 from shardwise.comm.arguments import starts
 from shardwise.comm.arrival import Arrivals, MessageArrivals, SegmentArrivals, free, free_owned, owned
-from shardwise.comm.base import CommError, NotHere
+from shardwise.comm.base import CommError, Unavailable
 from shardwise.comm.bootstrap import Rendezvous
 from shardwise.comm.collective import BaseCommunicator
 from shardwise.comm.control import CALL_BITS, EXCHANGE, FRAME_BYTES, framed, unframed
@@ -37,7 +37,7 @@ _failed = False
 
 @functools.cache
 def library():
-    """mpi4py's MPI module with MPI initialised. Raises NotHere with the reason where there is none."""
+    """mpi4py's MPI module with MPI initialised. Raises Unavailable with the reason where there is none."""
     try:
         import mpi4py
 
@@ -45,7 +45,7 @@ def library():
         mpi4py.rc.finalize = False
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
-        raise NotHere(f"transport mpi needs mpi4py and an MPI library: {error}") from None
+        raise Unavailable(f"transport mpi needs mpi4py and an MPI library: {error}") from None
     if not MPI.Is_initialized():
         MPI.Init_thread(MPI.THREAD_SERIALIZED)
         atexit.register(_finalize, MPI)
@@ -272,7 +272,7 @@ class MpiCommunicator(BaseCommunicator):
             torch.cuda.current_stream().synchronize()
         self._meet()
 
-    def _meet_for_nothing(self) -> None:
+    def _empty_call(self) -> None:
         self._meet()
 
     def _exchange(self, blob: bytes) -> list[bytes]:

@@ -1,6 +1,6 @@
 """Names of strategies: which are known, and which no machine runs. Free of torch."""
 
-from shardwise.comm.base import STRATEGIES, NotHere
+from shardwise.comm.base import STRATEGIES, Unavailable
 
 _MULTICAST = "needs NVLink multicast, which is never used here; use AUTO, ONESHOT or TWOSHOT"
 UNUSABLE = {
@@ -16,7 +16,7 @@ def require_strategy_name(strategy: str) -> None:
 
 
 def require_strategy(strategy: str) -> None:
-    """ValueError for an unknown name; NotHere with the reason for a strategy that needs multicast."""
+    """ValueError for an unknown name; Unavailable with the reason for a strategy that needs multicast."""
     require_strategy_name(strategy)
     if strategy in UNUSABLE:
-        raise NotHere(f"strategy {strategy}: {UNUSABLE[strategy]}")
+        raise Unavailable(f"strategy {strategy}: {UNUSABLE[strategy]}")

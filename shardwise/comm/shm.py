@@ -337,7 +337,7 @@ class ShmCommunicator(BaseCommunicator):
     def _barrier(self) -> None:
         self._round()
 
-    def _meet_for_nothing(self) -> None:
+    def _empty_call(self) -> None:
         self._round()
 
     def _split(self, name: str, members: list[int], colors: list[int], keys: list[int]) -> "ShmCommunicator":

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 from shardwise.comm import segment
-from shardwise.comm.base import TRANSPORTS, CommError, Communicator, NotHere
+from shardwise.comm.base import TRANSPORTS, CommError, Communicator, Unavailable
 from shardwise.comm.bootstrap import (
     AloneRendezvous,
     GroupRendezvous,
@@ -62,7 +62,7 @@ def create(
     store          rendezvous of a local launcher; None: found in the environment
     process_group  an existing torch.distributed group to ride on
     mpi_comm       an existing mpi4py communicator to ride on
-    Raises NotHere with the reason when a transport asked for by name cannot run here.
+    Raises Unavailable with the reason when a transport asked for by name cannot run here.
     """
     if transport != "auto" and transport not in TRANSPORTS:
         raise ValueError(f"unknown transport {transport!r}; legal: auto, {', '.join(TRANSPORTS)}")
@@ -82,7 +82,7 @@ def create(
             group.reason = ALONE
         return group
     if transport == "threads":
-        raise NotHere("transport threads has no processes to join: use shardwise.testing.run_threads")
+        raise Unavailable("transport threads has no processes to join: use shardwise.testing.run_threads")
     makers = {"cpu": _create_cpu, "cuda": _create_cuda}
     return makers[device](_Request(info, transport, store, process_group, mpi_comm, options))
 
@@ -117,12 +117,12 @@ class _Request:
         return world_rendezvous(store, self.info)
 
     def communicator(self, stays: bool = False):
-        """MPI's, over the ranks of `info`. Raises NotHere where MPI knows other ranks than the launcher does."""
+        """MPI's, over the ranks of `info`. Raises Unavailable where MPI knows other ranks than the launcher does."""
         from shardwise.comm.mpi import meeting_place, world_communicator
 
         comm, info = self.mpi_comm or (meeting_place() if stays else world_communicator()), self.info
         if (comm.Get_rank(), comm.Get_size()) != (info.rank, info.world):
-            raise NotHere(
+            raise Unavailable(
                 f"transport mpi needs ranks that the mpirun of its own MPI library started: {info.source} says rank "
                 f"{info.rank} of {info.world}, MPI says rank {comm.Get_rank()} of {comm.Get_size()}"
             )
@@ -131,7 +131,7 @@ class _Request:
 
 def _create_cpu(request: _Request) -> "BaseCommunicator":
     if request.transport in ("nccl", "p2p", "flashinfer"):
-        raise NotHere(
+        raise Unavailable(
             f"transport {request.transport} moves CUDA tensors, the group is for device cpu: give device cuda, or "
             "transport auto"
         )
@@ -148,7 +148,7 @@ def _create_cpu(request: _Request) -> "BaseCommunicator":
         except CommError as error:  # on every rank, with the same text
             reason = str(error)
     if group is None and request.transport == "shm":
-        raise NotHere(f"transport shm cannot serve rank {request.info.rank}: {reason}")
+        raise Unavailable(f"transport shm cannot serve rank {request.info.rank}: {reason}")
     if group is None:
         group = _mpi(request) if request.speaks_mpi else _torch_dist(request, meeting, "gloo")
     if request.transport == "auto":
@@ -187,12 +187,12 @@ def _create_cuda(request: _Request) -> "BaseCommunicator":
 
     info = request.info
     if request.transport in ("gloo", "shm"):
-        raise NotHere(
+        raise Unavailable(
             f"transport {request.transport} moves CPU tensors, the group is for device cuda: give device cpu, or "
             "transport auto"
         )
     if not torch.cuda.is_available():
-        raise NotHere(f"device cuda, rank {info.rank}: no CUDA device is available")
+        raise Unavailable(f"device cuda, rank {info.rank}: no CUDA device is available")
     if request.process_group is None:
         torch.cuda.set_device(info.local_rank % torch.cuda.device_count())
     if request.transport == "mpi":
@@ -210,7 +210,7 @@ def _create_cuda(request: _Request) -> "BaseCommunicator":
     try:
         return create_p2p(control, transport=request.transport, fallback=nccl)
     except P2PUnavailable as error:  # on every rank alike
-        raise NotHere(str(error)) from error
+        raise Unavailable(str(error)) from error
 
 
 def require_own_devices(control: Communicator, device: str) -> None:

@@ -137,7 +137,7 @@ class ThreadsCommunicator(BaseCommunicator):
     def _barrier(self) -> None:
         self._meet(None)
 
-    def _meet_for_nothing(self) -> None:
+    def _empty_call(self) -> None:
         self._meet(None)
 
     def _exchange(self, blob: bytes) -> list[bytes]:

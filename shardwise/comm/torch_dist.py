@@ -21,7 +21,7 @@ from torch import Tensor
 
 from shardwise.comm import compose, symmetric, watch, window
 from shardwise.comm.arguments import starts
-from shardwise.comm.base import CollectiveTimeout, CommError, NotHere, PeerLost
+from shardwise.comm.base import CollectiveTimeout, CommError, PeerLost, Unavailable
 from shardwise.comm.bootstrap import Rendezvous, TorchStore
 from shardwise.comm.collective import BaseCommunicator
 from shardwise.comm.control import FRAME_BYTES, framed, unframed
@@ -194,7 +194,7 @@ class TorchDistCommunicator(BaseCommunicator):
             super()._reduce(source, target, strategy)
 
     def _stage(self, strategy: str, source: Tensor):
-        """Shared memory for tensors like `source`. Raises NotHere on every rank when it cannot be made on one."""
+        """Shared memory for tensors like `source`. Raises Unavailable on every rank when it cannot be made on one."""
         module, maker = STAGED[strategy]
         module.require_dtype(source.dtype)
         if strategy not in self._stages:
@@ -202,7 +202,7 @@ class TorchDistCommunicator(BaseCommunicator):
             reasons = tell(module.obstacle(self.size, torch.cuda.is_current_stream_capturing()))
             for rank, text in zip(self.ranks, reasons, strict=True):
                 if text:
-                    raise NotHere(f"strategy {strategy} cannot run on group {self.name}: rank {rank}: {text}")
+                    raise Unavailable(f"strategy {strategy} cannot run on group {self.name}: rank {rank}: {text}")
             self._stages[strategy] = maker(self.group, source.device, tell)
         return self._stages[strategy]
 

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from shardwise.comm.base import CommError, NotHere
+from shardwise.comm.base import CommError, Unavailable
 from shardwise.comm.p2p.workspace import host_identity
 
 BUFFER_BYTES = 32 << 20
@@ -38,7 +38,9 @@ class Window:
         self.group = group
         self._address = self._window = self._communicator = 0
         if len(set(tell(host_identity()))) > 1:
-            raise NotHere("strategy NCCL_SYMMETRIC serves ranks of one host, these are on several hosts or containers")
+            raise Unavailable(
+                "strategy NCCL_SYMMETRIC serves ranks of one host, these are on several hosts or containers"
+            )
         dist.all_reduce(torch.zeros(1, device=device), group=group)  # NCCL makes its communicator at the first call
         self._agree(tell, lambda: self._allocate(device))
         self._agree(tell, self._register)

@@ -51,7 +51,7 @@ class Backend(ABC):
         """The launcher's own exit code, where there is a launcher process and it has ended."""
         return None
 
-    def complaint(self) -> str | None:
+    def error_text(self) -> str | None:
         """What the launcher itself had to say when no rank ever reported."""
         return None
 
@@ -69,18 +69,18 @@ class Backend(ABC):
         """Give back what `start` took beside processes."""
 
 
-class Keeper:
-    """A thread that starts processes and then stays.
+class SpawnerThread:
+    """A thread that starts processes and lives as long as they may.
 
     The kernel's parent-death signal fires when the *thread* that forked ends; a caller's thread may end early.
     """
 
     def __init__(self) -> None:
         self._calls: queue.SimpleQueue[tuple[Callable[[], Any], list, threading.Event] | None] = queue.SimpleQueue()
-        threading.Thread(target=self._loop, name="shardwise-keeper", daemon=True).start()
+        threading.Thread(target=self._loop, name="shardwise-spawner", daemon=True).start()
 
     def call(self, function: Callable[[], Any]) -> Any:
-        """The function's result, computed in the keeper's thread."""
+        """The function's result, computed in that thread."""
         outcome: list = []
         done = threading.Event()
         self._calls.put((function, outcome, done))
@@ -107,7 +107,7 @@ class LauncherProcess(Backend):
     """A launcher program of somebody else that starts the ranks: mpirun, torchrun."""
 
     def __init__(self) -> None:
-        self._keeper = Keeper()
+        self._spawner = SpawnerThread()
         self._process: subprocess.Popen | None = None
         self._sentinel: int | None = None
         self._log: Path | None = None
@@ -120,7 +120,7 @@ class LauncherProcess(Backend):
         tether = [sys.executable, "-I", "-S", str(Path(__file__).with_name("tether.py")), str(os.getpid())]
         self._log = job.logs / "launcher.log"
         with open(self._log, "wb") as log:
-            self._process = self._keeper.call(
+            self._process = self._spawner.call(
                 lambda: subprocess.Popen(
                     [*tether, *command],
                     env=environment,
@@ -149,7 +149,7 @@ class LauncherProcess(Backend):
     def exit_code(self) -> int | None:
         return None if self._process is None else self._process.poll()
 
-    def complaint(self) -> str | None:
+    def error_text(self) -> str | None:
         lines = [line.strip() for line in self._words().splitlines() if line.strip().strip("-")]
         return " ".join(lines[:6]) or None
 
@@ -157,7 +157,7 @@ class LauncherProcess(Backend):
         if self._sentinel is not None:
             os.close(self._sentinel)
             self._sentinel = None
-        self._keeper.close()
+        self._spawner.close()
 
     def _words(self) -> str:
         return self._log.read_text(errors="replace") if self._log and self._log.exists() else ""

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from shardwise.comm.base import CollectiveMismatch, CollectiveTimeout, CommError, NotHere
+from shardwise.comm.base import CollectiveMismatch, CollectiveTimeout, CommError, Unavailable
 
 INPUT_ERRORS = (ValueError, FileNotFoundError, IsADirectoryError, PermissionError, NotImplementedError)
 """Errors that their text alone explains: one sentence for the user, the traceback only in failure.json."""
@@ -97,7 +97,7 @@ def _sentence(error: BaseException) -> str:
 
 
 def _is_victim(error: BaseException) -> bool:
-    if isinstance(error, CollectiveMismatch | NotHere):  # every member sees it; none is the victim of another
+    if isinstance(error, CollectiveMismatch | Unavailable):  # every member sees it; none is the victim of another
         return False
     names = {cls.__name__ for cls in type(error).__mro__}  # of torch, which must not be imported for this
     if isinstance(error, CommError | ConnectionError) or names & {

@@ -175,11 +175,11 @@ def _private(folder: Path) -> Path:
 
 def guard_script(info: RankInfo) -> None:
     """For a script that builds its own `LLM` under mpirun or torchrun: an uncaught exception ends the whole job."""
-    keeper = Guard(info, job_folder(info))
-    sys.excepthook = lambda kind, error, trace: keeper.fail(error)
+    own_guard = Guard(info, job_folder(info))
+    sys.excepthook = lambda kind, error, trace: own_guard.fail(error)
 
 
-def farewell(seconds: float, close: Callable[[], None] = lambda: None) -> None:
+def finalize(seconds: float, close: Callable[[], None] = lambda: None) -> None:
     """`close()` and MPI_Finalize, which both may wait for peers.
 
     A rank whose peers do not come along within `seconds` (one of them left by sys.exit, say) shows its stack and

@@ -207,7 +207,7 @@ class ParentExecutor:
         self._closed = False
         self._process = os.getpid()
         """A fork has what this process has, but neither the ranks nor a part in what is said to them."""
-        atexit.register(self.close)  # before the keeper's thread ends with the interpreter
+        atexit.register(self.close)  # before the spawner thread ends with the interpreter
         try:
             self._tokenizer = self._read_tokenizer()  # while the ranks start
             self._load(deadlines.load, on_progress)
@@ -358,7 +358,7 @@ class SpmdExecutor:
         self._session = Session(context, config)
         self.transport = self._session.transport
         self._stats = self._all_stats()
-        atexit.register(guard.farewell, context.deadlines.stop, self.close)
+        atexit.register(guard.finalize, context.deadlines.stop, self.close)
 
     def stream(self, prompts: Sequence[Any], params: Sequence[SamplingParams]) -> Iterator[TokenEvent | Answer]:
         yield from self._session.stream(prompts, params)

@@ -8,7 +8,7 @@ import subprocess
 from shardwise.comm.bootstrap import STORE_ENV
 from shardwise.comm.rank import RankInfo
 from shardwise.launch import env
-from shardwise.launch.backend import Backend, Keeper
+from shardwise.launch.backend import Backend, SpawnerThread
 from shardwise.launch.job import Job, rank_environment, worker_command
 from shardwise.parallel.host_memory import require_ranks
 
@@ -19,7 +19,7 @@ class Local(Backend):
     name = "local"
 
     def __init__(self) -> None:
-        self._keeper = Keeper()
+        self._spawner = SpawnerThread()
         self._processes: list[subprocess.Popen] = []
         self._sentinels: list[int] = []
 
@@ -28,7 +28,7 @@ class Local(Backend):
 
     def start(self, job: Job, description: dict) -> None:
         for rank in range(job.world):
-            process = self._keeper.call(functools.partial(self._spawn, job, rank))
+            process = self._spawner.call(functools.partial(self._spawn, job, rank))
             self._processes.append(process)
             self._sentinels.append(os.pidfd_open(process.pid))
 
@@ -67,4 +67,4 @@ class Local(Backend):
         for descriptor in self._sentinels:
             os.close(descriptor)
         self._sentinels = []
-        self._keeper.close()
+        self._spawner.close()

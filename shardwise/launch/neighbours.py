@@ -30,9 +30,9 @@ LOOK_SECONDS = 0.05
 class Neighbours:
     """The other ranks of this host, from `join` until `leave` or SIGTERM."""
 
-    def __init__(self, keeper: Guard):
-        self.keeper = keeper
-        self._mine = keeper.folder / f"rank-{keeper.info.rank}.pid"
+    def __init__(self, guard: Guard):
+        self.guard = guard
+        self._mine = guard.folder / f"rank-{guard.info.rank}.pid"
         self._launcher = os.getppid()
         self._started = watch.process_start(self._launcher)
         self._kills = postmortem.out_of_memory_kills()
@@ -42,8 +42,8 @@ class Neighbours:
     def join(self) -> None:
         """Be seen, and watch in a thread of its own, since the main thread may be inside native code."""
         with contextlib.suppress(OSError):  # on a full disk the job runs without last words
-            self.keeper.folder.mkdir(parents=True, exist_ok=True)
-            failures.forget(self.keeper.folder, self.keeper.info.rank, self.keeper.info.world)
+            self.guard.folder.mkdir(parents=True, exist_ok=True)
+            failures.forget(self.guard.folder, self.guard.info.rank, self.guard.info.world)
             own = [os.getpid(), watch.process_start(os.getpid()), self._launcher, self._started]
             self._mine.write_text(json.dumps(own))
         reader, writer = os.pipe()
@@ -56,14 +56,14 @@ class Neighbours:
         self._mine.unlink(missing_ok=True)
         if watch.LOG_FOLDER_ENV not in os.environ:
             with contextlib.suppress(OSError):  # reports, or the files of others, are in it
-                self.keeper.folder.rmdir()
+                self.guard.folder.rmdir()
 
     def _watch(self, signals: int) -> None:
         ends = select.poll()
         ends.register(signals, select.POLLIN)
         until = time.monotonic() + Deadlines.from_environment().start
         while True:
-            complete = len(self._known) >= self.keeper.info.local_world - 1 or time.monotonic() > until
+            complete = len(self._known) >= self.guard.info.local_world - 1 or time.monotonic() > until
             ready = [descriptor for descriptor, _ in ends.poll(None if complete else 1e3 * LOOK_SECONDS)]
             # SIGTERM first: the launcher ends all of us, and a rank that it has killed since is no cause.
             for descriptor in sorted(ready, key=lambda each: each != signals):
@@ -80,7 +80,7 @@ class Neighbours:
 
     def _meet(self, ends: select.poll) -> None:
         """Watch the ranks that have started since the last look."""
-        for path in set(self.keeper.folder.glob("rank-*.pid")) - {self._mine, *self._known.values()}:
+        for path in set(self.guard.folder.glob("rank-*.pid")) - {self._mine, *self._known.values()}:
             pid, started, *launcher = json.loads(path.read_text())
             ours = launcher == [self._launcher, self._started]  # else an earlier job left it
             if ours and watch.process_alive(pid, started):
@@ -91,11 +91,11 @@ class Neighbours:
     def _tell(self, path: Path, pidfd: int) -> None:
         """Report the rank of this file, if it went without a word and no other rank reports it."""
         launcher_left = os.getppid() != self._launcher  # then the kernel ends all ranks
-        if launcher_left or any(not each.victim for each in failures.read_all(self.keeper.folder)):
+        if launcher_left or any(not each.victim for each in failures.read_all(self.guard.folder)):
             return
         pid = json.loads(path.read_text())[0]
         path.unlink()  # FileNotFoundError: that rank ended well, or another one is first to report it
-        info, last, code = self.keeper.info, self.keeper.last_collective(), exit_code(pidfd)
+        info, last, code = self.guard.info, self.guard.last_collective(), exit_code(pidfd)
         what = f"its process is gone, {info.source} says of what" if code is None else postmortem.spell(code)
         found = Failure(
             rank=int(path.stem.removeprefix("rank-")),
@@ -108,4 +108,4 @@ class Neighbours:
             time_ns=time.time_ns(),
             hint=postmortem.hint_for(code, postmortem.out_of_memory_kills() > self._kills),
         )
-        self.keeper.say(failures.report(found, path=failures.write(self.keeper.folder, found)))
+        self.guard.say(failures.report(found, path=failures.write(self.guard.folder, found)))

@@ -1,4 +1,4 @@
-"""After the end: what each rank died of, from exit codes, logs, the kernel's counters and its peers' complaints."""
+"""After the end: what each rank died of, from exit codes, logs, the kernel's counters and what its peers reported."""
 
 import signal
 import socket
@@ -119,7 +119,7 @@ def _late(job: Job, rank: int, hello: Hello | None, phase: str, what: str, trace
 def _launcher_failed(job: Job, backend: Backend, hello: dict[int, Hello]) -> Failure:
     """No rank is to blame: the launcher ended without having started them all."""
     code = backend.exit_code()
-    words = backend.complaint() or f"it ended with exit code {code}"
+    words = backend.error_text() or f"it ended with exit code {code}"
     rank = min(set(range(job.world)) - hello.keys(), default=0)
     blank = _late(job, rank, hello.get(rank), "start", f"{backend.name} did not start the ranks: {words}", None)
     return replace(blank, exit_code=job_code(code), log=None)

@@ -73,7 +73,7 @@ def run_rank(description: dict, info: RankInfo, make_store: Callable[[RankInfo, 
     """Report to the parent, run the job's function in the guard, say how it went."""
     env.prepare_rank(info)
     link = Link(description["address"], description["token"], info.rank)
-    keeper = Guard(info, Path(description["logs"]), link)
+    own_guard = Guard(info, Path(description["logs"]), link)
     link.call_when_lost(lambda: os._exit(128 + signal.SIGKILL))
     served: list[Any] = []  # rank 0's store must outlive its own use of it: the others may still read
 
@@ -91,13 +91,13 @@ def run_rank(description: dict, info: RankInfo, make_store: Callable[[RankInfo, 
             info=info,
             payload=description["payload"],
             deadlines=Deadlines(**description["deadlines"]),
-            guard=keeper,
+            guard=own_guard,
             link=link,
             make_store=store if make_store else None,
         )
         return resolve(description["target"])(context)
 
-    value = keeper.run(body)
+    value = own_guard.run(body)
     link.closing()
     link.send({"event": "done", "value": value})
     link.close()
@@ -115,12 +115,12 @@ def context_here(info: RankInfo, payload: dict, on_event: Callable[[dict], None]
 
 def run_here(info: RankInfo, body: Callable[[], object], *, debug: bool) -> NoReturn:
     """`body` in the guard of this process, a rank that the user's own launcher started; then the process ends."""
-    keeper = Guard(info, guard.job_folder(info), debug=debug)
+    own_guard = Guard(info, guard.job_folder(info), debug=debug)
     guard.bind_to_parent()
     guard.report_crashes()
-    others = Neighbours(keeper)
+    others = Neighbours(own_guard)
     others.join()
-    keeper.run(body)
+    own_guard.run(body)
     others.leave()
     leave()
 
@@ -143,9 +143,9 @@ def own_log(path: Path) -> None:
 
 
 def leave() -> NoReturn:
-    """End a rank that finished its work: MPI wants its farewell, nothing else is worth the wait."""
+    """End a rank that finished its work: MPI must be finalised, nothing else is worth the wait."""
     with watch.phase("stop"):
-        guard.farewell(Deadlines.from_environment().stop)
+        guard.finalize(Deadlines.from_environment().stop)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)

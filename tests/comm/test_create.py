@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from shardwise.comm import strategy, torch_group
-from shardwise.comm.base import STRATEGIES, NotHere
+from shardwise.comm.base import STRATEGIES, Unavailable
 from shardwise.comm.rank import RankInfo, current_groups
 from shardwise.comm.strategy import create
 from shardwise.testing import run_processes, run_threads
@@ -17,9 +17,9 @@ from shardwise.testing import run_processes, run_threads
 def test_create_says_what_is_legal():
     with pytest.raises(ValueError, match="unknown transport 'smoke'.*gloo.*threads"):
         create(RankInfo(), transport="smoke")
-    with pytest.raises(NotHere, match="nccl moves CUDA tensors, the group is for device cpu: give device cuda"):
+    with pytest.raises(Unavailable, match="nccl moves CUDA tensors, the group is for device cpu: give device cuda"):
         create(RankInfo(0, 2, 0, 2), transport="nccl")
-    with pytest.raises(NotHere, match="run_threads"):
+    with pytest.raises(Unavailable, match="run_threads"):
         create(RankInfo(0, 2, 0, 2), transport="threads")
 
 
@@ -30,7 +30,7 @@ def test_one_rank_does_not_claim_to_be_asked_for_by_name():
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
 def test_cuda_without_a_device_is_refused():
-    with pytest.raises(NotHere, match="no CUDA device"):
+    with pytest.raises(Unavailable, match="no CUDA device"):
         create(RankInfo(0, 2, 0, 2), device="cuda", store=object())
 
 
@@ -43,7 +43,7 @@ def test_a_check_switch_that_is_no_switch_is_refused(monkeypatch):
 @pytest.mark.parametrize("name", ["UB", "MNNVL", "NCCL_SYMMETRIC", "SYMM_MEM"])
 def test_a_strategy_that_cannot_run_here_is_the_users_choice_to_change(name):
     def body():
-        with pytest.raises(NotHere, match=f"strategy {name}"):
+        with pytest.raises(Unavailable, match=f"strategy {name}"):
             current_groups().world.all_reduce(torch.ones(2), strategy=name)
 
     run_threads(2, body)
@@ -55,7 +55,7 @@ def test_a_rank_alone_takes_the_strategies_that_need_no_device():
         try:
             group.all_reduce(torch.ones(2), strategy=name)
             ran.append(name)
-        except NotHere as error:
+        except Unavailable as error:
             assert name in str(error)
     assert sorted(ran) == ["AUTO", "MIN_LATENCY", "NCCL", "ONESHOT", "TWOSHOT"]
     with pytest.raises(ValueError, match="unknown strategy 'FASTEST'; legal: NCCL.*SYMM_MEM"):
@@ -114,7 +114,7 @@ class Singleton:
 
 def test_mpi_is_refused_to_ranks_that_mpirun_did_not_start(monkeypatch):
     monkeypatch.setattr("shardwise.comm.mpi.world_communicator", Singleton)
-    with pytest.raises(NotHere, match="mpirun.*torchrun says rank 1 of 2, MPI says rank 0 of 1"):
+    with pytest.raises(Unavailable, match="mpirun.*torchrun says rank 1 of 2, MPI says rank 0 of 1"):
         create(RankInfo(1, 2, 1, 2, source="torchrun"), transport="mpi")
 
 

@@ -10,7 +10,7 @@ import time
 import pytest
 
 from shardwise.comm import arrival
-from shardwise.comm.base import CollectiveTimeout, CommError, NotHere
+from shardwise.comm.base import CollectiveTimeout, CommError, Unavailable
 from shardwise.comm.bootstrap import (
     FolderStore,
     StoreRendezvous,
@@ -24,7 +24,7 @@ from shardwise.testing import run_processes, run_threads
 
 
 def test_ranks_without_a_rendezvous_are_told_how_to_get_one():
-    with pytest.raises(NotHere, match="MASTER_ADDR.*torchrun or mpirun"):
+    with pytest.raises(Unavailable, match="MASTER_ADDR.*torchrun or mpirun"):
         store_from_environment(RankInfo(1, 2, 1, 2), 1.0, environ={})
 
 

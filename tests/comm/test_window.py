@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from shardwise.comm import window
-from shardwise.comm.base import CommError, NotHere
+from shardwise.comm.base import CommError, Unavailable
 
 
 @pytest.fixture
@@ -119,7 +119,7 @@ def test_longer_tensors_go_through_the_window_in_pieces(make):
 
 
 def test_ranks_of_two_hosts_are_refused(make):
-    with pytest.raises(NotHere, match="several hosts"):
+    with pytest.raises(Unavailable, match="several hosts"):
         make(Nccl(), lambda value: [value, "another host"])
 
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from shardwise.comm.base import CollectiveMismatch, CollectiveTimeout, NotHere, PeerLost
+from shardwise.comm.base import CollectiveMismatch, CollectiveTimeout, PeerLost, Unavailable
 from shardwise.launch.failure import Failure, from_exception, primary, read_all, report, write
 
 
@@ -36,7 +36,7 @@ def of(error: BaseException) -> Failure:
         (CollectiveTimeout("late", (1,)), 124, True),
         (PeerLost("gone", (1,)), 1, True),
         (CollectiveMismatch("shapes differ"), 1, False),
-        (NotHere("transport nccl moves CUDA tensors"), 1, False),
+        (Unavailable("transport nccl moves CUDA tensors"), 1, False),
         (ConnectionResetError("reset"), 1, True),
         (RuntimeError("[gloo] Connection closed by peer [127.0.0.1]"), 1, True),
     ],
@@ -83,7 +83,7 @@ def test_the_report_names_rank_host_pid_phase_and_collective():
 
 
 def test_a_choice_that_cannot_run_here_is_one_sentence():
-    assert report(of(NotHere("transport nccl moves CUDA tensors"))) == (
+    assert report(of(Unavailable("transport nccl moves CUDA tensors"))) == (
         "shardwise: error: transport nccl moves CUDA tensors"
     )
 
