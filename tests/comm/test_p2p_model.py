@@ -2,7 +2,7 @@
 
 import pytest
 
-from shardwise.comm.p2p.model import Faults, Rules, run_threads, simulate
+from shardwise.comm.p2p.model import Faults, Rules, explore, run_threads, simulate
 
 SEEDS = range(60)
 MIXED = [
@@ -15,11 +15,53 @@ def outcomes(world, calls, **options):
     return [simulate(seed, world, calls, **options) for seed in SEEDS]
 
 
+@pytest.mark.parametrize(
+    "world, calls, options",
+    [
+        (2, [("ONESHOT", 3), ("TWOSHOT", 4), ("ONESHOT", 1, 2), ("TWOSHOT", 3), ("ONESHOT", 2)], {}),
+        (2, [("TWOSHOT", 1, 2), ("ONESHOT", 4), ("TWOSHOT", 4), ("TWOSHOT", 2), ("ONESHOT", 3)], {"ahead": 1}),
+        (2, [("ONESHOT", 4), ("TWOSHOT", 3), ("ONESHOT", 3)], {"blocks": (1, 3)}),
+        (3, [("TWOSHOT", 1), ("ONESHOT", 1), ("TWOSHOT", 1), ("TWOSHOT", 1)], {"blocks": 1}),
+        (4, [("TWOSHOT", 1)] * 4, {"blocks": 1}),
+    ],
+)
+def test_small_sequences_are_right_in_every_order(world, calls, options):
+    """Calls whose rows and sums lie on each other's words in a slot; ranks without a row; launches of other sizes."""
+    states, outcome = explore(world, calls, **options)
+    assert outcome.stale == []
+    assert outcome.missing == {}
+    assert outcome.finished == [len(calls)] * world
+    assert states > 250, "there is more than one order"
+
+
+@pytest.mark.parametrize(
+    "rules, safe",
+    [
+        (Rules(slots=2, rearm="at once"), True),
+        (Rules(slots=3, rearm="next call"), True),
+        (Rules(slots=1, rearm="at once"), False),
+        (Rules(slots=2, rearm="next call"), False),
+        (Rules(slots=2, rearm="never"), False),
+    ],
+    ids=lambda value: f"{value.slots} slots, re-armed {value.rearm}" if isinstance(value, Rules) else "",
+)
+def test_which_rules_are_safe_in_every_order(rules, safe):
+    _, outcome = explore(2, [("ONESHOT", 2)] * 5, rules=rules)
+    assert (outcome.stale == [] and outcome.finished == [5, 5]) == safe
+
+
+def test_a_dead_rank_is_named_in_every_order():
+    _, outcome = explore(3, [("TWOSHOT", 2), ("ONESHOT", 1)], blocks=1, faults=Faults(dead={1: 1}))
+    assert outcome.stale == []
+    assert outcome.missing == {0: {1}, 2: {1}}
+    assert outcome.finished == [1, 1, 1]
+
+
 @pytest.mark.parametrize("world", [2, 4])
 @pytest.mark.parametrize("blocks", [1, 3])
 @pytest.mark.parametrize("slow", [(), (0,), (1,)])
 def test_no_stale_word_and_no_lost_wakeup(world, blocks, slow):
-    for outcome in outcomes(world, MIXED, blocks=blocks, faults=Faults(slow=frozenset(slow))):
+    for outcome in outcomes(world, MIXED, blocks=blocks, ahead=len(slow), faults=Faults(slow=frozenset(slow))):
         assert outcome.stale == []
         assert outcome.missing == {}
         assert outcome.finished == [len(MIXED)] * world
