@@ -1,4 +1,4 @@
-"""Where a tensor lies in memory does not matter, or it is refused: strides, and addresses that are no multiple of 16."""
+"""Where a tensor lies in memory does not matter, or it is refused: any strides, addresses that no vector begins at."""
 
 import copy
 
