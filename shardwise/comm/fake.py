@@ -69,6 +69,9 @@ class FakeCommunicator(BaseCommunicator):
             **self._settings,
         )
 
+    def _forked(self) -> None:
+        """It has no peers that could be disturbed."""
+
     def _abort(self, reason: str) -> None:
         watch.FLIGHT.dump(self._world_rank)
 

@@ -2,6 +2,8 @@
 mode, what breaks it. The collectives stand on it (collective.py).
 """
 
+import os
+import weakref
 from abc import abstractmethod
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -55,6 +57,7 @@ class Member(Communicator):
         self._parts: list[BaseCommunicator] = []  # groups split off this one
         self._call: tuple[list, tuple] | None = None
         """What was announced last: an entry, and what else ranks must agree on."""
+        _members.add(self)
 
     def __repr__(self) -> str:
         return f"<{self.transport} group {self.name}: rank {self.rank} of {self.size}>"
@@ -108,6 +111,10 @@ class Member(Communicator):
             part.close()
         self._parts.clear()
         self.broken = self.broken or "the group is closed"
+
+    def _forked(self) -> None:
+        """This process is a child of the one that is the member: it would speak in that one's name."""
+        self.broken = self.broken or "this process was forked from the rank's: make groups after forking"
 
     def _require(self, strategy: str) -> None:
         names.require_strategy(strategy)
@@ -198,3 +205,14 @@ class Member(Communicator):
 
     @abstractmethod
     def _abort(self, reason: str) -> None: ...
+
+
+_members: weakref.WeakSet[Member] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    for member in list(_members):
+        member._forked()
+
+
+os.register_at_fork(after_in_child=_after_fork)

@@ -12,6 +12,7 @@ take three times as long at 4 KiB: 9.3 and 8.0 us, where the blocking call takes
 import atexit
 import ctypes
 import functools
+import os
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -49,6 +50,7 @@ def library():
     if not MPI.Is_initialized():
         MPI.Init_thread(MPI.THREAD_SERIALIZED)
         atexit.register(_finalize, MPI)
+        os.register_at_fork(after_in_child=lambda: atexit.unregister(_finalize))
     return MPI
 
 

@@ -361,6 +361,10 @@ class ShmCommunicator(BaseCommunicator):
     def _abort(self, reason: str) -> None:
         self.segment.abort(reason)
 
+    def _forked(self) -> None:
+        super()._forked()
+        self._plans.clear()  # by which a sum is written before anything is asked
+
     def close(self) -> None:
         super().close()
         self._plans.clear()

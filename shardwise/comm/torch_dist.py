@@ -10,6 +10,7 @@ where torch's watchdog holds the deadline.
 
 import atexit
 import contextlib
+import os
 import time
 from collections.abc import Sequence
 from datetime import timedelta
@@ -98,6 +99,7 @@ class TorchDistCommunicator(BaseCommunicator):
         communicator._owner, communicator._own_group = owner, not owner
         if owner:
             atexit.register(leave, options["deadlines"].stop)
+            os.register_at_fork(after_in_child=lambda: atexit.unregister(leave))
         return communicator
 
     @classmethod

@@ -1,5 +1,6 @@
 """Ranks with something wrong: what the others see is returned as (exception's name, text, missing ranks, seconds)."""
 
+import atexit
 import os
 import signal
 import threading
@@ -57,6 +58,22 @@ def one_rank_dies_of_a_difference(info, store):
         group.segment.calls = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
         group.barrier()
     return outcome(lambda: group.all_reduce(torch.ones(4)))
+
+
+def fork_and_call(info, store, transport):
+    """How a forked process ends that calls on its parent's group and then leaves in good order; the group afterwards."""
+    torch.set_num_threads(1)
+    group = create(info, transport=transport, store=store, deadlines=Deadlines(collective=10))
+    x = torch.ones(4)
+    for _ in range(2):
+        group.all_reduce(x, out=x.fill_(1))
+    child = os.fork()
+    if not child:
+        kind, text, *_ = outcome(lambda: group.all_reduce(x, out=x.fill_(7)))
+        atexit._run_exitfuncs()
+        os._exit(0 if kind == "CommError" and "forked" in text else 1)
+    ended = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    return ended, group.all_reduce(x.fill_(1)).tolist(), outcome(group.barrier)[0]
 
 
 def rank_0_aborts(info, store, transport):

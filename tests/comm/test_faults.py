@@ -1,4 +1,4 @@
-"""A rank that is late, dead, or calls something else: the others are told which one, in bounded time."""
+"""A rank that is late, dead, or calls something else: the others learn which one, in bounded time."""
 
 import gc
 import json
@@ -117,6 +117,12 @@ def test_abort_unblocks_waiting_peers_in_sub_groups_too(transport):
     for kind, text, _, seconds in outcomes:
         assert kind == "CommError" and "rank 0 ran out of ideas" in text
         assert seconds < 15
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_a_forked_process_is_refused_and_disturbs_nobody(transport):
+    results = run_processes(2, "fault_ranks:fork_and_call", transport, mpi=transport == "mpi", timeout=60)
+    assert results == [(0, [2.0] * 4, "nothing")] * 2
 
 
 def test_the_reason_of_an_abort_outlives_the_connection():
