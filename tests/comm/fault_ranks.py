@@ -61,7 +61,7 @@ def one_rank_dies_of_a_difference(info, store):
 
 
 def fork_and_call(info, store, transport):
-    """How a forked process ends that calls on its parent's group and then leaves in good order; the group afterwards."""
+    """How a forked process ends that calls on its parent's group and then leaves in order; the group afterwards."""
     torch.set_num_threads(1)
     group = create(info, transport=transport, store=store, deadlines=Deadlines(collective=10))
     x = torch.ones(4)
