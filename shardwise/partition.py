@@ -6,7 +6,7 @@ nothing else in the package divides a length among ranks.
 
 
 def extent(n: int, parts: int, index: int) -> tuple[int, int]:
-    """Half-open range `(start, stop)` of part `index` when `n` units are dealt to `parts` parts.
+    """Half-open range `(start, stop)` of part `index` when `n` units are split into `parts` parts.
 
     Every part gets `n // parts` units; the first `n % parts` parts get one more.
     Raises ValueError for a negative `n`, `parts < 1` or an index outside `[0, parts)`.

@@ -95,7 +95,7 @@ class Segment:
         return self.units * self.size
 
     def local(self, share: Share | None) -> tuple[list[Range], int]:
-        """Element ranges inside the segment that belong to `share`, and elements of padding behind them."""
+        """Element ranges inside the segment that belong to `share`, and elements of padding after them."""
         if self.axis is None or share is None:
             return [(0, self.length)], 0
         stop = self.start + self.units
@@ -155,7 +155,7 @@ def along(axis: LogicalAxis, size: int = 1) -> Dim:
 
 
 def concat(*dims: Dim) -> Dim:
-    """The dims one behind the other, as in a fused projection."""
+    """The dims concatenated, as in a fused projection."""
     return Dim(tuple(s for dim in dims for s in dim.segments))
 
 

@@ -44,7 +44,7 @@ def attention(
     extra: Tensors = (),
     **options: Any,
 ) -> Attention:
-    """Softmax attention below `module`. `fused`: name of a projection that holds q, k and v one behind the other.
+    """Softmax attention below `module`. `fused`: name of a projection that holds q, k and v concatenated.
 
     Options are fields of `Attention`; `output_gate="per_element"` doubles the query projection inside each head.
     """
@@ -102,7 +102,7 @@ def dense_mlp(
     gated: bool = True,
     **options: Any,
 ) -> DenseMlp:
-    """A feed-forward of `width`. `fused`: name of a projection that holds gate and up one behind the other."""
+    """A feed-forward of `width`. `fused`: name of a projection that holds gate and up concatenated."""
     axis = LogicalAxis(Axis.MLP, width)
     mlp, (gate, up, down) = along(axis), names
     if fused:

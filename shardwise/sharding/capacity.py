@@ -1,4 +1,4 @@
-"""How much of a workload a plan has room for, and what has room for a workload that a plan has not."""
+"""How much of a workload fits a plan, and what would fit a workload that does not."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -15,7 +15,7 @@ GROWTH = 8
 
 
 def most_sequences(plan: Plan, topology: Topology, workload: Workload) -> int:
-    """The largest batch of sequences of the workload's lengths that the fullest rank has room for, 0 for none."""
+    """The largest batch of sequences of the workload's lengths that fits the fullest rank, 0 for none."""
     return _most(plan, topology, lambda n: replace(workload, batch=n))
 
 

@@ -22,12 +22,12 @@ class IllegalCut(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """Axis `axis` dealt to `parts` ranks in bundles of `grain` units (groups, where the axis is grouped).
+    """Axis `axis` split over `parts` ranks in bundles of `grain` units (groups, where the axis is grouped).
 
-    - fewer ranks than bundles: whole bundles, remainder to the first ranks (`even` or `uneven`; `pad` deals the length
+    - fewer ranks than bundles: whole bundles, remainder to the first ranks (`even` or `uneven`; `pad` splits the length
       that is padded up to a multiple of `parts` bundles, so that every rank's local length is equal);
-    - more ranks than groups of a grouped axis: ranks are dealt to groups by the same rule, the ranks of a group share
-      its KV head (`replicate`) and are dealt its query heads.
+    - more ranks than groups of a grouped axis: ranks are assigned to groups by the same rule, the ranks of a group
+      share its KV head (`replicate`) and split its query heads.
 
     IllegalCut when a rank would be left with nothing.
     """
@@ -52,7 +52,7 @@ class Cut:
             if self.axis.axis in SHARED_BY_RANKS:
                 return CutKind.REPLICATE
             return CutKind.EVEN if self.axis.units % self.parts == 0 else CutKind.UNEVEN
-        if self.padded and self._dealt % (self.parts * self.grain) == 0 and self._dealt > self._items:
+        if self.padded and self._padded_items % (self.parts * self.grain) == 0 and self._padded_items > self._items:
             return CutKind.PAD
         return CutKind.EVEN if self._items % (self.parts * self.grain) == 0 else CutKind.UNEVEN
 
@@ -66,11 +66,11 @@ class Cut:
 
     @property
     def _items(self) -> int:
-        """What is dealt: groups where there are groups, else units."""
+        """What is split: groups where there are groups, else units."""
         return self.axis.groups or self.axis.units
 
     @property
-    def _dealt(self) -> int:
+    def _padded_items(self) -> int:
         if not self.padded:
             return self._items
         step = self.grain * self.parts
@@ -105,7 +105,7 @@ def _share(cut: Cut, index: int) -> Share:
     if cut._shares_groups:
         return _share_in_group(cut, index)
     size = axis.per_group
-    start, stop = extent(-(-cut._dealt // cut.grain), cut.parts, index)
+    start, stop = extent(-(-cut._padded_items // cut.grain), cut.parts, index)
     start, stop = start * cut.grain * size, stop * cut.grain * size
     length = stop - start if cut.padded else min(stop, axis.units) - start
     return Share(merge([(min(start, axis.units), min(stop, axis.units))]), length)

@@ -20,7 +20,7 @@ _PARTNERS = {
     Axis.SSM_GROUPS: Axis.SSM_HEADS,
     Axis.DELTA_K_HEADS: Axis.DELTA_V_HEADS,
 }
-"""Axes that are dealt group by group together with another one and so need the same cut unit."""
+"""Axes that are split group by group together with another one and so need the same cut unit."""
 
 
 NO_BOUND = 1 << 30
@@ -45,7 +45,7 @@ class Grain:
 
 
 def mesh_size(layout: ParallelLayout, axis: LogicalAxis) -> int:
-    """Ranks that an axis is dealt to."""
+    """Ranks that an axis is split over."""
     return getattr(layout, MESH_AXIS[axis.axis])
 
 
@@ -179,7 +179,7 @@ def _offers(axis: LogicalAxis, mesh: MeshAxis, grain: Grain, layout: ParallelLay
 
 
 def largest(axis: LogicalAxis, grain: Grain) -> int:
-    """The most ranks that the axis can be dealt to; no bound for axes that ranks can share."""
+    """The most ranks that the axis can be split over; no bound for axes that ranks can share."""
     if axis.axis in SHARED_BY_RANKS:
         return NO_BOUND
     return axis.units if axis.groups else -(-axis.units // grain.units)

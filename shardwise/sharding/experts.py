@@ -17,7 +17,7 @@ def place_experts(
 
     Without `load` experts lie contiguously, remainder to the first ranks, and every rank is filled up with the experts
     that have the fewest copies, the first of them first. With `load` (one number an expert: tokens, or any share) the
-    copies go to the experts with the most load a copy, and all are dealt to the rank with the least load so far.
+    copies go to the experts with the most load a copy, and each goes to the rank with the least load so far.
     ValueError for counts that do not fit.
     """
     experts = axis.units

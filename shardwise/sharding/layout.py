@@ -18,7 +18,7 @@ class ParallelLayout:
     """Sizes of the mesh axes. `moe_tp` left at 0 becomes `world / moe_ep`.
 
     Embedding, head, attention, dense MLP and shared experts are cut over tp (and replicated over attn_dp); routed
-    experts are dealt over moe_ep and each is cut over moe_tp. ValueError names the equation that does not hold.
+    experts are split over moe_ep and each is cut over moe_tp. ValueError names the equation that does not hold.
     """
 
     tp: int = 1

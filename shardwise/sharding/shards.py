@@ -87,7 +87,7 @@ class Cuts:
         return {}
 
     def _part(self, spec: TensorSpec, at: Coordinates) -> tuple:
-        """The fields of a TensorShard behind its name."""
+        """The fields of a TensorShard after its name."""
         dims = [dim.local(lambda axis: self.share(axis, at)) for dim in spec.dims]
         ranges = tuple(r for r, _ in dims)
         local = tuple(length for _, length in dims)

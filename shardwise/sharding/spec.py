@@ -28,7 +28,7 @@ class TensorSpec:
     values: int = 1
     """Logical parameters in one stored element: 8 for int32 words of 4-bit weights, 0 for scales, zeros and indices."""
     row_parallel_bias: bool = False
-    """A bias behind a row-parallel matmul: every rank holds it, exactly one adds it."""
+    """The bias of a row-parallel matmul: every rank holds it, exactly one adds it."""
     optional: bool = False
     """Some checkpoints of this format leave it out; binding to headers then drops it."""
     experts: LogicalAxis | None = None

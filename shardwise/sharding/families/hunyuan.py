@@ -1,4 +1,4 @@
-"""HunYuan, dense: Llama's layers, heads normed behind their rotation, whose base a fixed factor stretches."""
+"""HunYuan, dense: Llama's layers, heads normed after their rotation, whose base a fixed factor stretches."""
 
 from shardwise.sharding.blocks import attention, dense_mlp, heads_of, pre_norm_layer
 from shardwise.sharding.builder import Builder

@@ -74,7 +74,7 @@ def _experts(b: Builder, c: Config, module: str, per_expert: bool):
 
 
 def _mtp(b: Builder, c: Config, like: Layer, module: str, first: bool) -> None:
-    """One attention layer behind a projection of embedding and hidden state; embedding and head are the model's."""
+    """One attention layer after a projection of embedding and hidden state; embedding and head are the model's."""
     count = 1 if first else c.integer("mtp_num_hidden_layers", default=0, least=0)
     if not count:
         return
