@@ -49,6 +49,11 @@ def report_word(op: str) -> torch.Tensor:
     return _report_of(op).word
 
 
+def has_report(op: str) -> bool:
+    """Whether `raise_report` would raise."""
+    return _report_of(op).seen.value != 0
+
+
 def raise_report(op: str) -> None:
     """Raise ValueError if a kernel of an earlier call of `op` met bad metadata and has ended; once."""
     seen = _report_of(op).seen

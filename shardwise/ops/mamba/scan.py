@@ -91,9 +91,12 @@ def _power(n: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Prefill:
-    """What prefill tokens of one layout launch, but for their tensors."""
+    """What the tokens before the decode tokens launch, cut into pieces by `mamba_ssm_prepare_metadata`, but for their
+    tensors."""
 
     launches: Chain
+    """On `Inputs.taken`, cu_seqlen, use_initial_states, chunk_indices, chunk_offsets, seq_idx_prefill, the result, the
+    workspace and the word for reports"""
     allocate: Callable[[], Tensor]
     """Allocates the workspace of running sums and states, see `ssd_kernels.workspace_parts`"""
     word: Tensor
@@ -110,17 +113,8 @@ _STATES = ("x", "B", "bounds", "slots", "resumes", "cache", "workspace", "word")
 _OUTPUTS = ("x", "B", "C", "D", "index", "offset", "owner", "bounds", "slots", "workspace", "out")
 
 
-def prefill(plan: Prefill, tensors: tuple[Tensor, ...], out: Tensor) -> None:
-    """The tokens before the decode tokens, cut into pieces by `mamba_ssm_prepare_metadata`.
-
-    tensors  as planned for: `Inputs.taken`, then cu_seqlen, use_initial_states, chunk_indices, chunk_offsets and
-             seq_idx_prefill
-    """
-    plan.launches((*tensors, out, plan.allocate(), plan.word))
-
-
 def plan_prefill(op: str, one: Inputs, batch: Batch, metadata: tuple[Tensor, ...], chunk: int) -> Prefill:
-    """Checks the lengths of the metadata."""
+    """Checks the lengths of the metadata, see `Prefill.launches`."""
     bounds, _, index, offset, owner = metadata
     check_pieces(op, batch, bounds, index, offset, owner)
     tokens, (heads, P), (groups, N) = batch.prefill_tokens, one.x.shape[2:], one.B.shape[2:]

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from shardwise.ops.attention.batch import Batch, read_batch
 from shardwise.ops.devices import require_one_device
-from shardwise.ops.mamba.scan import Inputs, Prefill, plan_prefill, prefill, prepare
+from shardwise.ops.mamba.scan import Inputs, Prefill, plan_prefill, prepare
+from shardwise.ops.metadata_reports import has_report, read_at_once
 from shardwise.ops.plan_cache import PlanCache, allocator, taken_as_given
 from shardwise.ops.state_batch import check_metadata
 
@@ -48,8 +49,9 @@ def run_step(
     metadata    cu_seqlen, use_initial_states, chunk_indices, chunk_offsets, seq_idx_prefill
     """
     batch = read_batch(op, batch_info_host)
-    check_metadata(op, batch, given[0], metadata[0], given[7], metadata[1], given[8])
-    tensors = (*given, *metadata) if batch.prefill_tokens else given
+    if has_report(op) or read_at_once(given[8]):
+        check_metadata(op, batch, given[0], metadata[0], given[7], metadata[1], given[8])
+    tensors = given + metadata if batch.prefill_tokens else given
     key = batch, given[8].dtype, *time_step_limit, chunk_size  # layouts of one key are searched one by one
     plan = plans.get(key, tensors)
     if plan is not None:
@@ -68,7 +70,8 @@ def run_step(
             plans.keep(key, tensors, plan)
         tensors = taken
     if plan.prefill is not None:
-        prefill(plan.prefill, tensors, out)
+        prefill = plan.prefill
+        prefill.launches((*tensors, out, prefill.allocate(), prefill.word))
     if plan.decode is not None:
         run_decode(op, plan.decode, tensors[:9], out)
     return out
