@@ -120,6 +120,18 @@ REFUSED = {
         "gather_logits_before_lm_head",
         lambda: (on("cpu", 1, 3, 4), torch.zeros(2, dtype=torch.int64), torch.tensor([1, 1, 1])),
     ),
+    "token_gather_indices reaches from 0 to 9; legal: 0 to 8": (
+        "gather_tokens",
+        lambda: (on("cpu", 1, 9, 4), torch.arange(10), torch.tensor([2, 7, 8])),
+    ),
+    "stride 1, padding 0, dilation 9 give 0 outputs for 5 tokens": (
+        "torch_causal_conv1d",
+        lambda: (on("cpu", 1, 5, 6), on("cpu", 6, 2, 3), None, 1, 0, 9, 3),
+    ),
+    r"have shapes \[3\] and \[1, 2\]; legal: one dimension": (
+        "flashinfer_attention_prepare_metadata",
+        lambda: (torch.zeros(1, 4), torch.tensor([1, 3, 1]), torch.tensor([0, 3, 4]), torch.tensor([[3, 4]])),
+    ),
     "-1 rows are asked for": (
         "gather_logits_before_lm_head",
         lambda: (on("cpu", 1, 3, 4), torch.zeros(2, dtype=torch.int64), torch.tensor([-1, 1])),

@@ -1,4 +1,4 @@
-"""Sequence and position of every token of a paged step, which FlashInfer asks for beside the page table."""
+"""Sequence and position of every token of a paged step, which FlashInfer needs besides the page table."""
 
 from collections.abc import Callable
 
@@ -32,7 +32,7 @@ def token_positions(
     cu_seqlen: torch.Tensor,  # int [sequences + 1 and more]
     seq_len_with_cache: torch.Tensor,  # int [sequences and more]
 ) -> list[torch.Tensor]:
-    """Sequence and absolute position of every token, both int32 [b * s]; -1 for padding behind the last token.
+    """Sequence and absolute position of every token, both int32 [b * s]; -1 for padding after the last token.
 
     Starts a new step: the family's plans become stale. A cu_seqlen that does not ascend from 0 to the prefill tokens
     raises ValueError. Nothing is read from a GPU, where one kernel makes both; there the operator's next call raises,
@@ -50,6 +50,9 @@ def _plan(op: str, batch: Batch, position_ids, cu_seqlen, seq_len_with_cache) ->
     count, tokens, sequences = position_ids.numel(), batch.tokens, batch.sequences
     if tokens > count:
         raise ValueError(f"{op}: batch_info_host counts {tokens} tokens, position_ids holds {count}")
+    if cu_seqlen.dim() != 1 or seq_len_with_cache.dim() != 1:
+        came = f"{list(cu_seqlen.shape)} and {list(seq_len_with_cache.shape)}"
+        raise ValueError(f"{op}: cu_seqlen and seq_len_with_cache have shapes {came}; legal: one dimension")
     if batch.prefill and cu_seqlen.numel() <= sequences:
         raise ValueError(f"{op}: cu_seqlen has {cu_seqlen.numel()} entries; legal: {sequences + 1} and more")
     if seq_len_with_cache.numel() < sequences:

@@ -33,12 +33,13 @@ def torch_causal_conv1d(
     if stride < 1 or dilation < 1 or padding < 0:
         raise ValueError(f"{op}: stride {stride}, padding {padding}, dilation {dilation}; legal: 1, 0, 1 and more")
     tokens = input.shape[1]
-    out = torch.nn.functional.conv1d(input.transpose(1, 2), weight, bias, stride, padding, dilation, groups)
-    if out.shape[2] < tokens:
+    outputs = max(0, (tokens + 2 * padding - dilation * (weight.shape[2] - 1) - 1) // stride + 1)
+    if outputs < tokens:
         raise ValueError(
-            f"{op}: stride {stride}, padding {padding}, dilation {dilation} give {out.shape[2]} outputs for "
-            f"{tokens} tokens; use stride 1 and padding K - 1"
+            f"{op}: stride {stride}, padding {padding}, dilation {dilation} give {outputs} outputs for {tokens} tokens"
+            "; use stride 1 and padding K - 1"
         )
+    out = torch.nn.functional.conv1d(input.transpose(1, 2), weight, bias, stride, padding, dilation, groups)
     return out[..., :tokens].transpose(1, 2).contiguous()
 
 

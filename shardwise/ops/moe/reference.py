@@ -172,7 +172,7 @@ def torch_moe_dense_mlp(
     """
     name = "torch_moe_dense_mlp"
     tokens = as_tokens(name, "hidden_states", hidden_states)
-    check_same_dtype(name, tokens, gate_up_w, down_w)
+    check_same_dtype(name, tokens, gate_up_w, gate_up_b, down_w, down_b)
     if gate_up_w.dim() != 3:
         raise ValueError(f"{name}: gate_up_w must be [E, H, 2I], got {list(gate_up_w.shape)}")
     experts, size, hidden = gate_up_w.shape[0], gate_up_w.shape[2] // 2, tokens.shape[1]

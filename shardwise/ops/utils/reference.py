@@ -56,6 +56,11 @@ def _rows(op: str, name: str, hidden_states: torch.Tensor, indices: torch.Tensor
     if not 0 <= count <= indices.numel():
         raise ValueError(f"{op}: {count} rows are asked for, {name} holds {indices.numel()}")
     token_dim = 0 if hidden_states.shape[1] == 1 else 1
+    rows = hidden_states.shape[token_dim]
+    if count and not indices.is_cuda:
+        lowest, highest = (int(bound) for bound in indices[:count].aminmax())
+        if lowest < 0 or highest >= rows:
+            raise ValueError(f"{op}: {name} reaches from {lowest} to {highest}; legal: 0 to {rows - 1}")
     return hidden_states.index_select(token_dim, indices[:count].to(torch.int64)).contiguous()
 
 
