@@ -91,8 +91,8 @@ class ShmCommunicator(BaseCommunicator):
             return self._all_reduce_any(tensor, out, strategy)
         if out is None:
             out = torch.empty_like(tensor)
-        elif out is not tensor and (out.shape != tensor.shape or out.dtype != tensor.dtype):
-            return super().all_reduce(tensor, out=out)  # which raises
+        elif out is not tensor and (out.shape != tensor.shape or out.dtype != tensor.dtype or out.requires_grad):
+            return super().all_reduce(tensor, out=out)  # which raises, or looks past the gradient
         segment = self.segment
         slots = plan[(segment.epoch + 1) & 1]
         slots[self.rank].copy_(tensor)

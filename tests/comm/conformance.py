@@ -279,6 +279,10 @@ def gradients_are_ignored(group):
         result = group.all_reduce(mine)
         assert not result.requires_grad
         assert_sum(result, [x.detach() for x in inputs])
+    for _ in range(2):
+        target = torch.zeros(5, requires_grad=True)
+        group.all_reduce(mine.detach(), out=target)
+        assert_sum(target.detach(), [x.detach() for x in inputs])
     with torch.inference_mode():
         assert_sum(
             group.all_reduce(torch.ones(5) * (group.rank + 1)), [torch.ones(5) * (r + 1) for r in range(group.size)]
