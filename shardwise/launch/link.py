@@ -27,7 +27,7 @@ class Link:
 
     def __init__(self, address: Address, token: str, rank: int):
         self._socket = _connect(address)
-        self._lines = self._socket.makefile("r", encoding="utf-8")
+        self._pending = bytearray()
         self._closed = False
         pid = os.getpid()
         self.send(
@@ -46,11 +46,33 @@ class Link:
 
     def commands(self) -> Iterator[dict]:
         """What the parent asks for, until it closes the line or says stop."""
-        for line in self._lines:
+        while (line := self._line(wait=True)) is not None:
+            del self._pending[: len(line) + 1]
             command = json.loads(line)
             if command["command"] == "stop":
                 return
             yield command
+
+    def take(self, name: str) -> dict | None:
+        """The parent's next command if it has come and has this name; it is not among `commands` then."""
+        line = self._line(wait=False)
+        if line is None or (command := json.loads(line))["command"] != name:
+            return None
+        del self._pending[: len(line) + 1]
+        return command
+
+    def _line(self, wait: bool) -> bytes | None:
+        """The next whole line, which stays; None where there is none, when waiting at the end of all."""
+        searched = 0
+        while (end := self._pending.find(b"\n", searched)) < 0:
+            searched = len(self._pending)
+            if not wait and not select.select([self._socket], [], [], 0)[0]:
+                return None
+            data = self._socket.recv(1 << 20)
+            if not data:
+                return None
+            self._pending += data
+        return bytes(self._pending[:end])
 
     def call_when_lost(self, function: Callable[[], None]) -> None:
         """Call `function` in a thread of its own when the parent's end goes away before this one is closed."""
@@ -70,7 +92,6 @@ class Link:
 
     def close(self) -> None:
         self.closing()
-        self._lines.close()
         self._socket.close()
 
 
@@ -108,6 +129,7 @@ class Hub:
         self._selector.register(self._listener, selectors.EVENT_READ, None)
         self._peers: dict[int, _Peer] = {}
         self._events: deque[dict] = deque()
+        self._sending = threading.RLock()  # reentrant: a collected iterator may send amid another line's turn
         self.hello: dict[int, Hello] = {}
 
     def watch(self, descriptor: int) -> None:
@@ -139,9 +161,10 @@ class Hub:
     def send(self, command: dict) -> None:
         """The same command to every rank that is still connected."""
         text = json.dumps(command).encode() + b"\n"
-        for peer in list(self._peers.values()):
-            with contextlib.suppress(OSError):
-                peer.line.sendall(text)
+        with self._sending:
+            for peer in list(self._peers.values()):
+                with contextlib.suppress(OSError):
+                    peer.line.sendall(text)
 
     def close(self) -> None:
         for key in list(self._selector.get_map().values()):

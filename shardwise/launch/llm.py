@@ -10,6 +10,7 @@ script already runs on every rank: each makes the same calls and gets the same r
 """
 
 import atexit
+import itertools
 import os
 import signal
 import threading
@@ -24,7 +25,7 @@ from shardwise.comm.watch import Deadlines
 from shardwise.launch import env, guard
 from shardwise.launch.job import Job, JobFailed
 from shardwise.launch.model_config import ModelConfig, ModelOptions, checkpoint_of, model_config, plan_of, within
-from shardwise.launch.session import SERVE, Answer, Session, params_to_json
+from shardwise.launch.session import LEAVE, SERVE, Answer, Session, params_to_json
 from shardwise.launch.start import backend, launcher_options, require_launcher
 from shardwise.launch.supervise import Supervisor
 from shardwise.parallel.results import Completion, RankStats, TokenEvent
@@ -128,8 +129,9 @@ class LLM:
     ) -> Iterator[TokenEvent]:
         """Tokens of all prompts as they come; arguments and errors as for `generate`.
 
-        The ranks serve one call after the other. A stream that is left early goes on in them: the next call, of this or
-        of another thread, waits for its end and keeps its tokens, so that it can be read on.
+        The ranks serve one call after the other. A stream that rests goes on in them: the next call, of this or of
+        another thread, waits for its end and keeps its tokens, so that it can be read on. One that is closed, as by
+        `break` in a loop over it, ends in them within a moment, and so does a call that an exception interrupts.
         """
         for item in self._items(prompts, params):
             if isinstance(item, TokenEvent):
@@ -204,6 +206,7 @@ class ParentExecutor:
         self._turn = threading.RLock()
         """Held by the thread that speaks with the ranks."""
         self._items: _Items | None = None
+        self._calls = itertools.count()
         self._closed = False
         self._process = os.getpid()
         """A fork has what this process has, but neither the ranks nor a part in what is said to them."""
@@ -238,14 +241,22 @@ class ParentExecutor:
             if self._items is not None:
                 self._items.wait()
             self._stats = self.stats()
-            self._supervisor.send({"command": "generate", "prompts": ids, "params": wanted})
-            mine = self._items = _Items(self._supervisor, self._silence, self._turn)
+            mine = self._items = _Items(next(self._calls), self._supervisor, self._silence, self._turn)
+            self._supervisor.send({"command": "generate", "call": mine.number, "prompts": ids, "params": wanted})
         try:
             yield from mine
         except JobFailed:
             if self._closed:
                 raise RuntimeError("this LLM was closed while it generated") from None
             raise
+        except BaseException:  # the caller was interrupted, or has closed its iterator
+            self._leave(mine)
+            raise
+
+    def _leave(self, call: "_Items") -> None:
+        """Let the ranks end a call of which nobody takes the rest; without the turn: who has it may wait for this call."""
+        if not call.answered and not self._supervisor.ended and os.getpid() == self._process:
+            self._supervisor.send({"command": LEAVE, "call": call.number})
 
     def _encoded(self, prompts: Sequence[Any], params: Sequence[SamplingParams]) -> list[list[int]]:
         """ValueError here; in the ranks it would end them."""
@@ -295,10 +306,12 @@ def _require_ranks(supervisor: Supervisor) -> None:
 class _Items:
     """Iterator over one call's tokens and then its Answer; goes on where it was left.
 
-    turn  held while listening to the ranks
+    number  of the call
+    turn    held while listening to the ranks
     """
 
-    def __init__(self, supervisor: Supervisor, silence: float, turn: threading.RLock):
+    def __init__(self, number: int, supervisor: Supervisor, silence: float, turn: threading.RLock):
+        self.number = number
         self._supervisor, self._silence, self._turn = supervisor, silence, turn
         self._stats: dict[int, RankStats] = {}
         self._waiting: deque[TokenEvent | Answer] = deque()

@@ -6,8 +6,8 @@ alike (SPMD).
 
 import gc
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +23,10 @@ if TYPE_CHECKING:
 
 SERVE = "shardwise.launch.session:serve"
 """The job target of a model that waits for its parent's commands."""
+LEAVE = "leave"
+"""The parent's word that nobody waits for the rest of a call."""
+LOOK_SECONDS = 0.25
+"""Between two looks whether the caller left; a look takes ranks on one host 0.03 ms."""
 PROGRESS_STEPS = 100
 """Progress events per load at most, so that a fast disk is not slowed by telling of it."""
 
@@ -89,7 +93,9 @@ class Session:
             )
             world.barrier()
 
-    def stream(self, prompts: Sequence[Any], params: Sequence[SamplingParams]) -> Iterator[TokenEvent | Answer]:
+    def stream(
+        self, prompts: Sequence[Any], params: Sequence[SamplingParams]
+    ) -> Generator[TokenEvent | Answer, None, None]:
         """Tokens as they come, then the Answer."""
         from shardwise.parallel.prompts import encode
 
@@ -169,13 +175,51 @@ def serve(context: "RankContext") -> None:
     context.emit("ready", transport=session.transport, device=session.device, capacity=capacity, stats=stats)
     assert context.link is not None
     for command in context.link.commands():
+        if command["command"] == LEAVE:
+            continue  # of a call that has ended
         params = [params_from_json(each) for each in command["params"]]
-        for item in session.stream(command["prompts"], params):
-            if context.info.rank == 0:
-                _pass_on(context, item)
+        left = _Left(context, session, command["call"])
+        with closing(session.stream(command["prompts"], params)) as items:
+            for item in items:
+                if context.info.rank == 0:
+                    _pass_on(context, item)
+                if isinstance(item, TokenEvent) and left(item):
+                    break
         context.emit("stats", **asdict(session.stats()))
     with context.phase("stop"):
         session.close()
+
+
+class _Left:
+    """Whether the caller has left the call. Rank 0 hears of it; all ranks must leave after the same event."""
+
+    def __init__(self, context: "RankContext", session: Session, call: int):
+        self._link = context.link if context.info.rank == 0 else None
+        self._call = call
+        self._world = session.engine.groups.world
+        self._seen: set[int] = set()
+        self._steps, self._every, self._looked = 0, 1, time.monotonic()
+
+    def __call__(self, event: TokenEvent) -> bool:
+        """Agree on it every few steps, as many as rank 0 says; a step has one event a request at most."""
+        if event.request not in self._seen:
+            self._seen.add(event.request)
+            return False
+        self._seen = {event.request}
+        self._steps += 1
+        if self._steps < self._every:
+            return False
+        now = time.monotonic()
+        every = max(1, int(self._steps * LOOK_SECONDS / max(now - self._looked, 1e-6)))
+        left, self._every = self._world.broadcast_object((self._told(), every))
+        self._steps, self._looked = 0, now
+        return left
+
+    def _told(self) -> bool:
+        while self._link is not None and (command := self._link.take(LEAVE)) is not None:
+            if command["call"] == self._call:  # else of one that had ended before this one began
+                return True
+        return False
 
 
 def _pass_on(context: "RankContext", item: TokenEvent | Answer) -> None:

@@ -49,6 +49,25 @@ def test_events_arrive_in_order_with_their_rank(hub):
     link.close()
 
 
+def test_a_rank_looks_whether_a_command_is_there_without_waiting(hub):
+    link = connected(hub)
+    commands = link.commands()
+    assert link.take("leave") is None
+    long = threading.Thread(target=hub.send, args=[{"command": "generate", "prompts": ["x" * (1 << 20)]}])
+    long.start()
+    assert len(next(commands)["prompts"][0]) == 1 << 20
+    long.join()
+    hub.send({"command": "leave", "call": 1})
+    while (command := link.take("leave")) is None:
+        pass
+    assert command["call"] == 1
+    hub.send({"command": "generate"})
+    hub.send({"command": "leave"})
+    assert link.take("leave") is None  # another one comes before
+    assert [next(commands)["command"] for _ in range(2)] == ["generate", "leave"]
+    link.close()
+
+
 def test_commands_reach_every_rank_until_stop(hub):
     links = [connected(hub, rank) for rank in range(3)]
     hub.send({"command": "generate", "prompts": ["x"]})

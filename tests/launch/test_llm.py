@@ -45,6 +45,16 @@ def test_a_stream_that_is_left_early_leaves_nothing_for_the_next_call(llm):
     assert llm.generate(["The capital of France is"], GREEDY)[0].text.lstrip().startswith("Paris")
 
 
+def test_a_call_that_is_left_for_good_ends_in_the_ranks_too(llm):
+    stream = llm.stream(["One, two, three,"] * 2, SamplingParams(max_new_tokens=4000, ignore_eos=True))
+    for _ in stream:
+        break
+    stream.close()
+    left = llm._executor._items
+    assert llm.generate(["The capital of France is"], GREEDY)[0].text.lstrip().startswith("Paris")
+    assert left.answered and len(left._waiting) < 2000
+
+
 def test_a_stream_goes_on_after_another_call_and_threads_take_turns(llm):
     whole = [llm.generate([prompt], GREEDY)[0].text for prompt in ("One, two, three,", "The capital of France is")]
     streams = [llm.stream([prompt], GREEDY) for prompt in ("One, two, three,", "The capital of France is")]
