@@ -123,7 +123,7 @@ def _agreement() -> dict:
 
 
 def _next_tokens(form: str, tp: int) -> list[list[int]]:
-    """The most likely next token behind each position of each text, one token a step."""
+    """The most likely next token after each position of each text, one token a step."""
     import torch
     from teacher_texts import CONVERSATIONS, PLAIN
 

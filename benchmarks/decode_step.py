@@ -68,7 +68,7 @@ def milliseconds(run: Callable[[], object], groups, repeats: int = REPEATS) -> f
 
 
 def generated(engine: Engine, batch: int, prompt: int, count: int) -> dict:
-    """Decode tokens a second, over the steps behind everybody's first token; and the time to the first ones."""
+    """Decode tokens a second, over the steps after everybody's first token; and the time to the first ones."""
     vocab = engine.plan.model.vocab
     prompts = [[(31 * row + 7 * place) % (vocab - 1) for place in range(prompt)] for row in range(batch)]
     params = SamplingParams(max_new_tokens=count, ignore_eos=True)

@@ -97,7 +97,7 @@ def unit_elements(tensor: Tensor, dim: int) -> int:
 
 
 def starts(counts: Sequence[int]) -> list[int]:
-    """Where each part begins in the memory that holds them one behind the other."""
+    """Where each part begins in the memory that holds them concatenated."""
     places = [0]
     for count in counts[:-1]:
         places.append(places[-1] + count)

@@ -17,12 +17,12 @@ EXCHANGE, DIFFERENCE, FREE_NUMBERS = range(3)
 
 
 def framed(message: bytes) -> bytearray:
-    """`message`, of at most MESSAGE_BYTES, behind its length: always FRAME_BYTES long."""
+    """`message`, of at most MESSAGE_BYTES, after its length: always FRAME_BYTES long."""
     return bytearray(number(len(message)) + message.ljust(MESSAGE_BYTES, b"\0"))
 
 
 def unframed(frames: bytes | bytearray) -> list[bytes]:
-    """The messages of frames that lie one behind the other."""
+    """The messages of concatenated frames."""
     rows = [frames[start : start + FRAME_BYTES] for start in range(0, len(frames), FRAME_BYTES)]
     return [bytes(row[_LENGTH_BYTES:][: int.from_bytes(row[:_LENGTH_BYTES], "little")]) for row in rows]
 

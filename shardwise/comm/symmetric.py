@@ -26,7 +26,7 @@ class SymmetricMemory:
     """One rank's part of the buffer. Every rank of `group` makes one at the same call."""
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device, tell: Callable[[Any], list[Any]]):
-        """torch exchanges what it needs itself: nothing is told by `tell`."""
+        """torch exchanges what it needs itself: `tell` is not used."""
         self.name, self.size = group.group_name, group.size()
         self.buffer = shared_buffer(BUFFER_BYTES, group, device)
 

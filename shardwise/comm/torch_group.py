@@ -1,4 +1,4 @@
-"""Groups of torch.distributed: how one is met through, told its store, asked what it moves, made and left."""
+"""Groups of torch.distributed: rendezvous through one, its store, what it can move, making and destroying one."""
 
 import os
 import socket
@@ -26,7 +26,7 @@ class ProcessGroupRendezvous(Rendezvous):
 
 
 def served_store(meeting: Rendezvous, limit: float) -> TorchStore:
-    """A TCPStore that rank 0 serves on a port of the system's choice, told to the others by `meeting`."""
+    """A TCPStore that rank 0 serves on a port of the system's choice, announced to the others by `meeting`."""
     store = None
     place = None
     if meeting.rank == 0:

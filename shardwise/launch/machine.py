@@ -1,4 +1,4 @@
-"""The machine and the versions behind a measurement, for the files that keep it."""
+"""The machine and the versions of a measurement, for its result file."""
 
 import importlib.metadata
 import os

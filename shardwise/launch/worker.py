@@ -26,7 +26,7 @@ from shardwise.launch.neighbours import Neighbours
 
 @dataclass(frozen=True)
 class RankContext:
-    """What a job's function gets: who it is, what to do, and the line to whoever asked."""
+    """What a job's function gets: who it is, what to do, and the link to the parent."""
 
     info: RankInfo
     payload: dict

@@ -29,7 +29,7 @@ _deterministic = torch._C._get_deterministic_algorithms
 CAPACITY = 4096
 """Plans of one operator; prompts come in many lengths."""
 view: Callable[..., torch.Tensor] = _reinterpret_tensor
-"""(tensor, sizes, strides, elements behind its beginning = 0) -> the same memory as another tensor; nothing is checked,
+"""(tensor, sizes, strides, offset in elements = 0) -> the same memory as another tensor; nothing is checked,
 gradients do not pass."""
 View = tuple[tuple[int, ...], tuple[int, ...], int]
 """Sizes, strides and first element, for `view`"""

@@ -192,7 +192,7 @@ class Form:
         self._launches[odd] = start_of(self._kernel[grid](*pointers, *free, *self._fixed, **self._options))
 
     def bound(self, addresses: Sequence[int], free: tuple[float, ...]) -> tuple[Start, tuple[float, ...]]:
-        """The way to the driver that a launch with such addresses and numbers took, and all numbers behind them."""
+        """The way to the driver that a launch with such addresses and numbers took, and all numbers after them."""
         return self._launches[_odd(addresses)], (*free, *self._fixed)
 
 

@@ -119,7 +119,7 @@ class DecoderBuilder:
     def linear(
         self, block: spec.Block, *roles: str, layer: int | None = None, order: Tensor | None = None
     ) -> LinearLike:
-        """Column-parallel: the roles' outputs one behind the other, or in `order`."""
+        """Column-parallel: the roles' outputs concatenated, or in `order`."""
         bias = self._bias(block, roles, layer)
         stored = self.weights.blocks(block, *roles, layer=layer) if order is None else None
         if stored:

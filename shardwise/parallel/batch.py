@@ -42,7 +42,7 @@ class Batch:
         self.prefills = sum(span.length != 1 for span in self.spans)
         self._rotations: dict[object, tuple[Tensor, Tensor]] = {}
         if any(span.length == 1 for span in self.spans[: self.prefills]):
-            raise ValueError("one-token spans must stand behind longer ones")
+            raise ValueError("one-token spans must come after longer ones")
 
     @property
     def size(self) -> int:

@@ -20,7 +20,7 @@ class StepTimes:
     launch: float
     """Of the host inside the forward pass: on a GPU, until all of it is under way."""
     wait: float
-    """Of the host for the tokens; on a GPU the step behind this one may be launched before."""
+    """Of the host for the tokens; on a GPU the step after this one may be launched before."""
     collectives: float | None
     """Of the host's calls, waiting for peers included; None on a GPU, where they run behind the host's back."""
     device: float | None

@@ -15,7 +15,7 @@ from shardwise.parallel.trace import watched_by
 BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64)
 """A batch runs in the graph of the next size; the rows in between are padding, which reads and writes no cache."""
 IN_FLIGHT = 3
-"""Buffers on the host: one step runs, one is launched behind it, and one is being filled."""
+"""Buffers on the host: one step runs, one is launched after it, and one is being filled."""
 
 
 @dataclass(frozen=True)

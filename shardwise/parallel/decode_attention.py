@@ -31,7 +31,7 @@ def reason_against(mixer: object) -> str:
     if isinstance(mixer.qk_norms, JointNorms):
         return "all heads are normed at once"
     if mixer.norm_after_rotation:
-        return "heads are normed behind their rotation"
+        return "heads are normed after their rotation"
     if mixer.rotary is not None and 2 * mixer.rotary.frequencies.numel() != size:
         return "rotation of part of the head"
     return "" if isinstance(mixer.qkv, Linear) and isinstance(mixer.out, Linear) else "weights stay quantised"

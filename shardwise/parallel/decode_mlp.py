@@ -13,7 +13,7 @@ from shardwise.parallel.layers import GatedMlp, ResidualNorm
 from shardwise.parallel.moe import MoeBlock, MoeWithShared
 
 FeedForward = Callable[[Stream, ResidualNorm, Tensor], Stream]
-"""(stream, join, positions) -> the stream behind the feed-forward, joined with the residual"""
+"""(stream, join, positions) -> the stream after the feed-forward, joined with the residual"""
 
 
 def feed_forward_step(inner: Callable[[Tensor], Tensor], *, pdl: bool) -> FeedForward:

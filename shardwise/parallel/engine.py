@@ -137,7 +137,7 @@ class Engine:
 
     @property
     def capacity(self) -> int:
-        """Tokens of one sequence that the cache has room for. A GPU's cache is made for it, if it is not there yet."""
+        """Tokens of one sequence that the cache can hold. A GPU's cache is made for it, if it is not there yet."""
         if self.runner.needs_device_cache:
             return self._device_cache.max_length
         return self.max_length if self.cache_tokens is None else self._host_pages * paged.PAGE_SIZE
@@ -214,7 +214,7 @@ class Engine:
         try:
             while unfinished:
                 running = running or self._launch(scheduler.next_step)
-                behind = self._ahead(scheduler, running)
+                following = self._ahead(scheduler, running)
                 for number, token in self._read(running):
                     if number not in unfinished:  # it ended in the step before, when this one was under way
                         continue
@@ -223,7 +223,7 @@ class Engine:
                         unfinished.remove(number)
                         scheduler.finish(requests[number])
                     yield event
-                running = behind
+                running = following
         finally:
             self._running = False
             for request in own:
@@ -237,7 +237,7 @@ class Engine:
             return _Running(step, self.runner.launch(step))
 
     def _ahead(self, scheduler: Scheduler, running: "_Running") -> "_Running | None":
-        """The step behind the running one, launched before that one's tokens are known, where it can be."""
+        """The step after the running one, launched before that one's tokens are known, where it can be."""
         greedy = all(request.params.temperature == 0 for request in running.step.sampled)
         if not self.runner.runs_ahead or not greedy or running.step.batch.prefills or self.groups.attn_dp.size > 1:
             return None
@@ -283,7 +283,7 @@ class Engine:
         return self.cache
 
     def _host_cache(self, length: int, slots: int) -> KvCache:
-        """`cache_tokens` in pages; or room for `slots` sequences of `length` tokens, in rows where all layers keep all
+        """`cache_tokens` in pages; or space for `slots` sequences of `length` tokens, in rows where all layers keep all
         of them."""
         shapes, dtype, device = self.cache_shapes, self.dtype, self.device
         if self.cache_tokens is not None:

@@ -140,7 +140,7 @@ class MoeBlock:
         over_chosen = routing.softmax_after_topk or (routing.score == "softmax" and routing.normalize)
         plain = over_chosen and routing.groups == 1 and routing.scale == 1.0 and self.correction is None
         sixteen_bit = x.is_cuda and x.dtype != torch.float32  # else its products would be rounded
-        return plain and (packed or sixteen_bit) and not watched()  # who watches is told of the routing
+        return plain and (packed or sixteen_bit) and not watched()  # a watcher is given the routing
 
 
 def _route_in_kernel(x: Tensor, router: Linear, bias: Tensor, top_k: int) -> tuple[Tensor, Tensor]:

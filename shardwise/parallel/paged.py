@@ -93,8 +93,8 @@ class PageTable:
 class PageTables:
     """The page tables of a cache with `pages` pages of tokens: `of[window]` for each window of its layers.
 
-    `of[None]`, which counts every token, is always there and comes first: where it has room, so have the others, as a
-    sequence takes no more pages of them, nor more than their rings, which all fit.
+    `of[None]`, which counts every token, is always there and comes first: where it has free pages, so have the others,
+    as a sequence takes no more pages of them, nor more than their rings, which all fit.
     """
 
     def __init__(self, layers: Sequence[LayerShape], *, pages: int, slots: int, page_size: int):
@@ -184,7 +184,7 @@ class PagedCache(KvCache):
 class _Step:
     """Pool rows of one batch in layers with one window.
 
-    rows   int64 [sequences, longest] of the tokens that each sequence sees, in order; behind its end any row
+    rows   int64 [sequences, longest] of the tokens that each sequence sees, in order; past its end any row
     past   int32 [sequences]: how many of them are there already
     order  int64 [sequences] 0, 1, ...: the gathered rows in place of cache slots
     new    int64: where new tokens go

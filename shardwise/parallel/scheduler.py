@@ -1,6 +1,6 @@
 """Continuous batching: which tokens of which requests make the next step.
 
-Deterministic, so that every rank decides alike without a message.
+Deterministic, so that every rank decides the same without a message.
 """
 
 from collections import deque
@@ -59,7 +59,7 @@ class Step:
 class Scheduler:
     """First come, first served. Running requests decode one token a step; prompts fill the rest of `step_tokens`.
 
-    A prompt longer than what is left of a step goes on in the next one (chunked prefill). When the cache has no room
+    A prompt longer than what is left of a step goes on in the next one (chunked prefill). When the cache has no space
     for a running request, the one that came last gives up its place; it starts again later with what it generated as
     part of its prompt. Each step adds tokens to some request, so any request that fits the empty cache is finished.
 
@@ -90,7 +90,7 @@ class Scheduler:
         return Step(Batch(spans, tokens, self.device), sampled)
 
     def may_go_ahead(self, running: Step) -> bool:
-        """Whether `next_ahead` may follow a step whose tokens nobody has read yet; it then has room.
+        """Whether `next_ahead` may follow a step whose tokens nobody has read yet; it then has cache space.
 
         Not where the next step has other work.
         """
@@ -155,7 +155,7 @@ class Scheduler:
         return shares
 
     def _reserve(self, request: Request, length: int, shares: list[tuple[Request, int]]) -> bool:
-        """Room for the request's next tokens, if need be by sending away those that came after it."""
+        """Cache space for the request's next tokens, if need be by preempting requests that came after it."""
         while not self.cache.reserve(request.slot, request.cached + length):
             scheduled = [other for other, _ in shares]
             later = [r for r in self.running[self.running.index(request) :] if r not in scheduled]

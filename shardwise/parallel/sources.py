@@ -21,7 +21,7 @@ BITS = {"BF16": torch.bfloat16, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch
 """Storage types that come as bits of another type, because NumPy lacks them."""
 
 OnBytes = Callable[[int], None]
-"""Told of bytes, as stored, that were read."""
+"""Called with the number of bytes, as stored, that were read."""
 
 
 class TensorSource(Protocol):

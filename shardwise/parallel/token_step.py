@@ -3,7 +3,7 @@
 Built from an assembled `Decoder`; it shares the decoder's weights and cache and computes the same function, with
 weights in float32 or in 4-bit blocks (`token_products.py`). A token streams tens or hundreds of megabytes of weights,
 which leave little else in the core's caches, so that a tensor operation of 1 µs takes 3 to 10 here. This step makes a
-third of the layers' operations: norms are a factor of the product behind them, heads are rotated by a product with a
+third of the layers' operations: norms are a factor of the product that follows, heads are rotated by a product with a
 small matrix, row-parallel products end where the group adds them up, and all activations have their place, and all
 views of it, before the first token.
 """

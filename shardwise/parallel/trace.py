@@ -1,4 +1,4 @@
-"""What an engine's step says of itself to whoever watches: nobody (free), a clock, or a profiler."""
+"""What an engine's step reports to its watcher: nobody (free), a clock, or a profiler."""
 
 import contextvars
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ The next step's launch may come before this one's SAMPLE.
 
 
 class Watcher:
-    """Is told of one rank's steps; what a watcher does not override it ignores."""
+    """Notified of one rank's steps; what a watcher does not override it ignores."""
 
     def begin(self, name: str) -> None:
         """A span begins; spans do not overlap."""
@@ -45,7 +45,7 @@ def span(name: str) -> Iterator[None]:
 
 
 def watched() -> bool:
-    """Whether somebody wants to be told of this rank's routing; a clock does not, and must not change what it times."""
+    """Whether a watcher wants this rank's routing; a clock does not, and must not change what it times."""
     watcher = _watcher.get()
     return watcher is not None and type(watcher).routed is not Watcher.routed
 
@@ -59,7 +59,7 @@ def routed(ids: "Tensor") -> None:
 
 @contextmanager
 def watched_by(watcher: Watcher | None) -> Iterator[None]:
-    """Spans inside the block, of this rank, are told to `watcher`; None: to nobody."""
+    """Spans of this rank inside the block are reported to `watcher`; None: to nobody."""
     before = _watcher.get()
     _watcher.set(watcher)  # not reset by a token: a generator's end may come in another context
     try:

@@ -67,7 +67,7 @@ class Ready:
     kernel: Start
     options: dict[str, Any]
     constants: tuple
-    """The kernel's constexpr arguments, which a launch passes behind the others."""
+    """The kernel's constexpr arguments, which a launch passes after the others."""
     resident: int
     """Blocks that the device holds at once: a wait must never keep its partner from starting."""
 
@@ -93,7 +93,7 @@ class _Piece:
 
 
 def places(workspace: Workspace) -> tuple:
-    """What every kernel is told of the workspace."""
+    """What every kernel gets of the workspace."""
     return (
         *(workspace.slots, workspace.counters, workspace.abort),
         *(workspace.records.data_ptr(), workspace.region_bytes),
@@ -224,7 +224,7 @@ class Launcher:
         return self._compiled(kernel, positional, options)
 
     def _options(self, lanes: int, aligned: bool, form: dict[str, int | bool], pausing: int, warps: int) -> dict:
-        """Constants in the order of the kernels' arguments, then what the compiler is told."""
+        """Constants in the order of the kernels' arguments, then the compiler's options."""
         return {
             "WORLD": self.workspace.size,
             "RANK": self.workspace.rank,

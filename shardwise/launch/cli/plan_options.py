@@ -16,7 +16,7 @@ DEFAULTS: dict[str, int | str] = {
     "gpus": 8,
     "objective": "latency",
 }
-"""Of options that the parser leaves at None, so that what was asked for can be told from what was not."""
+"""Of options that the parser leaves at None, so that options that were given differ from those that were not."""
 _PLAN = {*SIZES, "pad", "redundant_experts", "expert_load", "dtype", "extras", "tp_plan"}
 _WORKLOAD = {"nodes", "context", "batch", "prompt"}
 _SEARCH = {"gpus", "objective"}

@@ -107,7 +107,7 @@ class _Plan:
     """Whether no metadata has entries beyond the batch"""
     quantised: bool
     pdl: bool
-    """Whether kernels start while their predecessors drain, which FlashInfer would find out anew"""
+    """Whether kernels start while their predecessors drain, which FlashInfer would find out again"""
 
 
 _PLANS: PlanCache[_Plan] = PlanCache()
@@ -202,7 +202,7 @@ def flashinfer_attention_mha_with_cache(
 
     q [b, s, N, D] or [b, s, N*D], k and v likewise with Nkv heads, float16 or bfloat16; kv_cache [pages, 2, Nkv,
     page_size, D] holds keys in [:, 0] and values in [:, 1]. With a float8_e4m3fn cache it holds k / k_scale and
-    v / v_scale, saturated; for other caches the scales do not count. Pages of all sequences lie one behind the other
+    v / v_scale, saturated; for other caches the scales do not count. Pages of all sequences are concatenated
     in cache_loc; the *_host tensors are on the CPU, int32. flashinfer_batch_indices and flashinfer_positions come
     from `flashinfer_attention_prepare_metadata`, which must be called once a step. Returns a tensor like q,
     contiguous, 0 for padding tokens.
@@ -221,7 +221,7 @@ def flashinfer_attention_mha_with_cache(
         out.view(plan.tokens, -1)[plan.used :].zero_()
         if plan.used == 0:
             return out
-    # Keys and values are parted here, once: FlashInfer takes both, and would do it in each of its calls.
+    # Keys and values are separated here, once: FlashInfer takes both, and would do it in each of its calls.
     sizes, strides = plan.half_sizes, plan.half_strides
     caches = view(kv_cache, sizes, strides), view(kv_cache, sizes, strides, plan.values)
     indices, positions, indptr, last = metadata if plan.exact else without_padding(batch, *metadata)

@@ -227,7 +227,7 @@ def torch_cached_attention_with_cache(
     tokens: prefill sequences (`seq_len` tokens each), decode sequences (one token each), then padding, whose
     output is 0. k_cache [slots, max_seq, Nkv, D] and v_cache [.., Dv] are written at [slot_idx, input_pos ..]; they
     may have another dtype (fp8). A sequence whose slot is -1 is padding. Other options as in `torch_attention`.
-    `cu_seqlen` is not read: sequences lie one behind the other. Returns q's shape with Dv in place of D.
+    `cu_seqlen` is not read: sequences are concatenated. Returns q's shape with Dv in place of D.
     """
     op = "torch_cached_attention_with_cache"
     heads = check_cached(op, q, k, v, k_cache, v_cache, sinks)

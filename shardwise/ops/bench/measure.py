@@ -80,7 +80,7 @@ def _samples(runner: _Runner, repeats: int) -> list[float]:
 
 
 def host_microseconds(call: Callable[[], object], *, calls: int = 500, repeats: int = 5) -> float:
-    """Lowest mean host time of an eager call, the device working behind it; for calls with little device work."""
+    """Lowest mean host time of an eager call, the device working asynchronously; for calls with little device work."""
     wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
     for _ in range(20):
         call()

@@ -113,7 +113,7 @@ def torch_cached_mla_with_cache(
     q_nope [b, s, N, Dn], q_pe [b, s, N, Dr], compressed_kv [b, s, R], kpe [b, s, 1, Dr] are the step's flat tokens:
     prefill sequences (`seq_len` tokens each), decode sequences (one token each), then padding, whose output is 0.
     mla_cache [slots, max_seq, R + Dr] holds latent and rotated key, written at [slot_idx, input_pos ..]. A sequence
-    whose slot is -1 is padding. `cu_seqlen` is not read: sequences lie one behind the other. Returns [b, s, N, Dv].
+    whose slot is -1 is padding. `cu_seqlen` is not read: sequences are concatenated. Returns [b, s, N, Dv].
     """
     op = "torch_cached_mla_with_cache"
     heads = check_latent(op, q_nope, q_pe, compressed_kv, kpe, kv_b_proj_weight)

@@ -125,7 +125,7 @@ def _check_step(heads: LatentHeads, kv_lora_rank: int, q_nope, ckv_cache, kpe_ca
 
 
 def absorbing(heads: LatentHeads, weight, queries: Rows, first: int, tokens: int, like: torch.Tensor) -> Absorbed:
-    """For `tokens` of a step behind its `first` ones; q_nope's rows are `queries`, all tensors of `like`'s dtype."""
+    """For `tokens` of a step after its `first` ones; q_nope's rows are `queries`, all tensors of `like`'s dtype."""
     number, nope, rope, value, rank = heads
     (row, column), block = weight.stride(), (nope + value) * weight.stride(0)
     latents, result = Rows(number * rank, rank), Rows(number * value, value, first)

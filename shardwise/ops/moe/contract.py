@@ -102,7 +102,7 @@ def check_stacked(name: str, x: Tensor, first: Tensor, second: Tensor, gated: bo
 
 
 def check_contiguous(name: str, **weights: Tensor) -> None:
-    """ValueError for a weight whose rows do not lie one after another: copying it at each call would be too slow."""
+    """ValueError for a weight that is not contiguous: copying it at each call would be too slow."""
     for label, weight in weights.items():
         if not weight.is_contiguous():
             raise ValueError(

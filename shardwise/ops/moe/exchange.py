@@ -109,7 +109,7 @@ def dispatch_and_combine(
     counts = wanted.sum(dim=1)
     send, receive = torch.stack([counts, group.all_to_all(counts)]).tolist()
     there = group.all_to_all(_joined([tensor[order] for tensor in (x, ids, weights)]), send, receive)
-    partial = compute(*_parted(there, (x, ids, weights)))
+    partial = compute(*_separated(there, (x, ids, weights)))
     back = group.all_to_all(partial, receive, send)
     out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
     for rows, sums in zip(order.split(send), back.split(send), strict=True):
@@ -122,9 +122,10 @@ def _joined(tensors: list[Tensor]) -> Tensor:
     return torch.cat([tensor.contiguous().view(torch.uint8) for tensor in tensors], dim=1)
 
 
-def _parted(rows: Tensor, like: tuple[Tensor, ...]) -> list[Tensor]:
+def _separated(rows: Tensor, like: tuple[Tensor, ...]) -> list[Tensor]:
     """What `_joined` put together, of rows of the dtypes and widths of `like`."""
     widths = [tensor.shape[1] * tensor.element_size() for tensor in like]
     parts = rows.split(widths, dim=1)
-    whole = [part.clone(memory_format=torch.contiguous_format) for part in parts]  # a view of one row is no fit memory
+    # Copies: a part of one row counts as contiguous, but may be misaligned for its dtype.
+    whole = [part.clone(memory_format=torch.contiguous_format) for part in parts]
     return [part.view(tensor.dtype) for part, tensor in zip(whole, like, strict=True)]

@@ -6,7 +6,7 @@ four k-steps. A word holds 2 rows (r, r + 8) x 2 k-halves (k, k + 8) x 2 neighbo
 where one shift and one mask bring them to the sign, the low exponent and the high mantissa bits of a bfloat16 (see
 `mxfp4_convert.py`). Its scales are 32 words [4 slabs, 8 rows], bytes (row r: k-blocks 0, 1; row r + 8: the same).
 
-Gate and up rows are dealt to rows r and r + 8 of a slab, so that one thread holds both for the activation.
+Gate and up rows go to rows r and r + 8 of a slab, so that one thread holds both for the activation.
 """
 
 from collections.abc import Callable

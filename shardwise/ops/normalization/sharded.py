@@ -1,4 +1,4 @@
-"""RMS norm of a hidden dimension that is dealt to the ranks of the tensor-parallel group."""
+"""RMS norm of a hidden dimension that is split over the ranks of the tensor-parallel group."""
 
 import torch
 import torch.distributed as dist

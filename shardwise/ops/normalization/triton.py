@@ -131,7 +131,7 @@ def _tiles(size: int, gated: bool) -> tuple[int, int]:
 class _Plan(NamedTuple):
     """What follows from shapes, strides and dtypes; remembered, since finding it out costs more than launching.
 
-    Plans are told apart by `dtypes`: Triton compiles for every type anew.
+    `dtypes` are part of the key: Triton compiles for every type anew.
     """
 
     form: Form

@@ -147,14 +147,14 @@ def _native_fp8(device: torch.device) -> bool:
 
 
 def _padded(codes: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Both contiguous, at multiples of 16 bytes, with zeros behind the last of K columns and N rows up to multiples of
+    """Both contiguous, at multiples of 16 bytes, with zeros after the last of K columns and N rows up to multiples of
     16 elements."""
     columns = -codes.shape[-1] % 16
     return _pad_fp8(codes, 0, columns), _pad_fp8(weight, -weight.shape[-2] % 16, columns)
 
 
 def _pad_fp8(codes: Tensor, rows: int, columns: int) -> Tensor:
-    """Contiguous, at a multiple of 16 bytes, with zeros behind the last rows and columns."""
+    """Contiguous, at a multiple of 16 bytes, with zeros after the last rows and columns."""
     codes = codes.contiguous()
     if rows or columns:
         return F.pad(codes.view(torch.uint8), (0, columns, 0, rows)).view(torch.float8_e4m3fn)

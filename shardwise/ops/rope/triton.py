@@ -1,7 +1,7 @@
 """Rotary position embeddings by the Triton kernels of `kernels.py`.
 
 What follows from shapes, strides and dtypes is found out once and remembered: it would cost more than the launch. A
-plan takes `dtypes` to be told from others by them, whether it reads them or not: Triton compiles for every type anew.
+plan takes `dtypes` as part of its key, whether it reads them or not: Triton compiles for every type anew.
 """
 
 import functools
