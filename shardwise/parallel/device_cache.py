@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from shardwise.ops.attention.decode import DecodeWorkspace, fused_decode_attention, splits_for, takes_head_size
-from shardwise.ops.mla.decode import LatentWorkspace
-from shardwise.ops.triton_support import multiprocessors
+from shardwise.ops.mla.decode import LatentWorkspace, latent_decode_attention
+from shardwise.ops.triton_support import dependent_launch, multiprocessors
 from shardwise.parallel.batch import Batch, Span
 from shardwise.parallel.cache import KvCache, LatentWeights, LayerShape, Masking
 from shardwise.parallel.options import DEVICE_PAGE
 from shardwise.parallel.paged import PageTable, PageTables
-from shardwise.parallel.prefill import Choice, PrefillAttention, PrefillStep, choose
+from shardwise.parallel.prefill import Choice, PrefillAttention, PrefillStep, choose, choose_latent
 from shardwise.parallel.transfer import to_device
 
 PAGE_SIZE = DEVICE_PAGE
@@ -90,7 +90,7 @@ class DeviceCache(KvCache):
         return self.layers[layer].split(self._pools[layer])
 
     def workspace(self, heads: int, kv_heads: int, head_dim: int) -> DecodeWorkspace:
-        """What decode attention of such layers keeps between calls; a step's layers run one behind the other."""
+        """What decode attention of such layers keeps between calls; a step's layers run one after another."""
         key = (heads, kv_heads, head_dim)
         if key not in self._workspaces:
             runs = max(batch * self.splits(kv_heads, None, batch) for batch in range(1, self.slots + 1))
@@ -129,6 +129,58 @@ class DeviceCache(KvCache):
         # Only now: in a window's ring new tokens take the places of those that the first of them still see.
         rows.index_copy_(0, places.new, kv if places.kept is None else kv[places.kept])
         return out
+
+    def attend_latents(
+        self, layer: int, q: Tensor, key: Tensor, batch: Batch, weights: LatentWeights, masking: Masking
+    ) -> Tensor:
+        choice = self._latent_choice(layer, weights)
+        if choice.name != "triton":
+            return super().attend_latents(layer, q, key, batch, weights, masking)
+        step, rows = self.place(batch), self._pools[layer].view(-1, key.shape[1])
+        places, count = step.places[self.layers[layer].window], q.shape[0] - step.singles
+        out = q.new_empty(*q.shape[:2], weights.value_up.shape[2])
+        if count:
+            known = self._known(places.longer, rows)
+            known.index_copy_(0, places.longer.new, key[:count])
+            out[:count] = self._prefill.latents(q[:count], known, places.longer.step, weights, masking.scale)
+            rows.index_copy_(0, places.new[:count], key[:count])
+        if step.singles:
+            out[count:].flatten(1).copy_(
+                self._attend_single_latents(layer, q[count:], key[count:], step, weights, masking)
+            )
+        return out
+
+    def _latent_choice(self, layer: int, weights: LatentWeights) -> Choice:
+        shape = self.layers[layer]
+        key = (shape, weights.nope, weights.value_up.shape[2])
+        if key not in self._choices:
+            self._choices[key] = choose_latent(self.attention, shape, weights, self.dtype)
+        return self._choices[key]
+
+    def _attend_single_latents(
+        self, layer: int, q: Tensor, key: Tensor, step: "_Step", weights: LatentWeights, masking: Masking
+    ) -> Tensor:
+        """One new token a sequence, normed and rotated already: [B, N * Dv]."""
+        return latent_decode_attention(
+            q.flatten(1),
+            key,
+            weights.key_up,
+            weights.value_up,
+            self.latents(layer),
+            self.table(layer),
+            step.slots,
+            step.positions,
+            self.latent_workspace(weights),
+            scale=masking.scale,
+            pdl=dependent_launch(self.device),
+        )
+
+    def _known(self, part: "_Part", rows: Tensor) -> Tensor:
+        """A copy of what the pool holds of the spans, with places for their new tokens, [part.tokens, width]."""
+        known = rows.new_empty(part.tokens, rows.shape[1])
+        if part.step.continues:
+            torch.index_select(rows, 0, part.rows, out=known)
+        return known
 
     def _attend_part(
         self, part: "_Part", rows: Tensor, q: Tensor, kv: Tensor, shape: LayerShape, masking: Masking
@@ -224,7 +276,7 @@ class _Places:
 class _Step:
     """One batch's places in the pools, for each window.
 
-    singles  number of one-token spans, which stand behind the others
+    singles  number of one-token spans, which come after the others
     """
 
     def __init__(self, batch: Batch, tables: PageTables, page_tables: Tensor):

@@ -1,10 +1,10 @@
 """Attention of several new tokens a sequence on a GPU: whose kernels serve a layer, and why.
 
-Keys and values of all sequences stand one behind the other in rows [width], as `LayerShape.split` reads them.
+Keys and values of all sequences are concatenated in rows [width], as `LayerShape.split` reads them.
 """
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -15,8 +15,11 @@ from torch import Tensor
 
 from shardwise.ops.attention.reference import torch_cached_attention_with_cache
 from shardwise.ops.attention.triton import triton_attention_flattened_mha_with_cache
+from shardwise.ops.mla import decode as latent_decode
+from shardwise.ops.mla import prefill as latent_prefill
+from shardwise.ops.triton_support import dependent_launch
 from shardwise.parallel.batch import Span
-from shardwise.parallel.cache import LayerShape, Masking
+from shardwise.parallel.cache import LatentWeights, LayerShape, Masking
 from shardwise.parallel.transfer import to_device
 
 HALVES = (torch.float16, torch.bfloat16)
@@ -55,6 +58,22 @@ def choose(wanted: str, shape: LayerShape, masking: Masking, dtype: torch.dtype)
     return Choice(wanted, "asked for by name")
 
 
+def choose_latent(wanted: str, shape: LayerShape, weights: LatentWeights, dtype: torch.dtype) -> Choice:
+    """As `choose`, for a layer with latent attention: kernels of ours for prompts and single tokens, or PyTorch's."""
+    value, rope = weights.value_up.shape[2], shape.width - weights.rank
+    reason = latent_decode.reason_against(weights.nope, weights.rank, rope) or latent_prefill.reason_against(
+        weights.nope, rope, value
+    )
+    if wanted == "auto":
+        return Choice("torch", f"auto: {reason}") if reason else Choice("triton", "auto: latents expanded for prompts")
+    if wanted == "triton" and not reason:
+        return Choice("triton", "asked for by name")
+    if wanted == "torch":
+        return Choice("torch", "asked for by name")
+    reason = reason or "latents in pages of their own"
+    raise ValueError(f"attention {wanted} cannot serve this model: {reason}; use attention auto")
+
+
 def _against_triton(shape: LayerShape, masking: Masking) -> str:
     if max(shape.head_dim, shape.v_head_dim) > TRITON_SIZE:
         return f"head sizes above {TRITON_SIZE}"
@@ -86,6 +105,13 @@ class PrefillStep:
     @cached_property
     def info(self) -> Tensor:
         return torch.tensor([len(self.spans), self.tokens, 0], dtype=torch.int32)
+
+    def runs(self) -> Iterator[latent_prefill.Run]:
+        """Each sequence's queries, and where its keys are."""
+        query = key = 0
+        for span in self.spans:
+            yield latent_prefill.Run(query, span.length, key, span.past)
+            query, key = query + span.length, key + span.total
 
     @property
     def continues(self) -> bool:
@@ -136,8 +162,8 @@ class PrefillAttention:
         """q [T, N, D] -> [T, N, Dv].
 
         kv    [T, width], of the new tokens
-        rows  [all tokens + step.longest, width], with room for the new ones, which FlashInfer's kernels want
-              to be there already; what is behind the last is not read
+        rows  [all tokens + step.longest, width], with space for the new ones, which FlashInfer's kernels require
+              to be there already; rows after the last are not read
         """
         if choice.name == "flashinfer":
             return self._flashinfer(q, rows, step, shape, masking)
@@ -149,6 +175,16 @@ class PrefillAttention:
         if choice.name == "triton":
             return triton_attention_flattened_mha_with_cache(*new, *places, keys, values, *options)[0]
         return torch_cached_attention_with_cache(*new, *places, keys, values, *options, masking.softcap)[0]
+
+    def latents(self, q: Tensor, rows: Tensor, step: PrefillStep, weights: LatentWeights, scale: float) -> Tensor:
+        """q [T, N, P + R] and rows [all tokens, C + R], the new ones included -> [T, N, Dv]."""
+        tile = latent_prefill.tile_for(step.tokens // len(step.spans), q.element_size())
+        if tile not in step.plans:
+            tiles = torch.tensor(latent_prefill.runs_in_tiles(step.runs(), tile.queries), dtype=torch.int32)
+            step.plans[tile] = to_device([tiles], self._device)[0]
+        weighted = weights.key_up, weights.value_up
+        pdl = dependent_launch(self._device)
+        return latent_prefill.latent_prefill_attention(q, rows, *weighted, step.plans[tile], tile, scale=scale, pdl=pdl)
 
     @cached_property
     def _workspace(self) -> Tensor:
@@ -181,7 +217,7 @@ class PrefillAttention:
 
 
 def _overlapping(rows: Tensor, length: int) -> Tensor:
-    """Rows [R + length, width] as R caches [R, length, width], each one row behind the other.
+    """Rows [R + length, width] as R caches [R, length, width], each one row after the other.
 
     A sequence's first row then is its cache slot, and sequences of any lengths need no padding between them.
     """

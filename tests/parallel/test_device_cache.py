@@ -5,7 +5,7 @@ import torch
 
 from shardwise.ops.triton_support import interpreting
 from shardwise.parallel.batch import Batch, Span
-from shardwise.parallel.cache import LayerShape, Masking, SlotCache
+from shardwise.parallel.cache import LatentWeights, LayerShape, Masking, SlotCache
 from shardwise.parallel.device_cache import PAGE_SIZE, DeviceCache
 from shardwise.parallel.prefill import Choice, choose
 
@@ -66,6 +66,27 @@ def test_values_that_begin_their_keys_are_kept_once(attention):
     shape = LayerShape(1, 40, 32, values_in_keys=True)
     assert shape.width == 40
     attend_alike(shape, Masking(scale=0.2), attention, STEPS)
+
+
+@pytest.mark.parametrize("sizes", [(16, 32, 16, 16), (12, 24, 8, 16)], ids=["kernels", "no kernels"])
+def test_latents_give_what_they_give_over_rows(sizes):
+    torch.manual_seed(0)
+    nope, rank, rope, value = sizes
+    shape, masking = LayerShape(1, rank + rope, rank, values_in_keys=True), Masking(scale=0.2)
+    weights = LatentWeights(
+        torch.randn(HEADS, nope, rank, device=DEVICE) / 5, torch.randn(HEADS, rank, value, device=DEVICE) / 5
+    )
+    rows, pages = caches(shape)
+    for spans in STEPS:
+        batch = Batch([Span(*span) for span in spans], [0] * sum(span[2] for span in spans), DEVICE)
+        assert all(pages.reserve(span.slot, span.total) for span in batch.spans)
+        for layer in range(2):
+            q = torch.randn(batch.size, HEADS, nope + rope, device=DEVICE)
+            key = torch.randn(batch.size, rank + rope, device=DEVICE)
+            expected = rows.attend_latents(layer, q, key, batch, weights, masking)
+            found = pages.attend_latents(layer, q, key, batch, weights, masking)
+            torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    assert ("latents expanded for prompts" in pages.describe_attention()) == (rank == 32)
 
 
 def attend_alike(shape, masking, attention, steps):

@@ -21,6 +21,8 @@ from shardwise.ops.triton_support import interpreting, multiprocessors, triton
 
 MOST_SEQUENCES = 128
 _NAME = "latent_decode_attention"
+_MOST_PROGRAMS = 3
+"""Of a tile"""
 _JOIN_COLUMNS, _JOIN_PARTS = 128, 16
 """Of a joining program, and of those the parts that it has on their way at once."""
 
@@ -32,12 +34,14 @@ class Tile(NamedTuple):
     keys: int
     warps: int
     stages: int
+    programs: int = 1
+    """Of a multiprocessor at once"""
 
 
 def tile_for_heads(heads: int, itemsize: int, page_size: int) -> Tile:
     """16-bit blocks are of 64 keys, the least of a warp group's product; two of 74 KB lie in shared memory at once."""
     if itemsize > 2:  # products on the plain cores, whose operands lie in registers
-        return Tile(16, min(16, page_size), 8, 1)
+        return Tile(16, min(16, page_size), 8, 2)
     block = min(64, page_size)
     return Tile(16, block, 4, 2) if heads <= 16 else Tile(32 if heads <= 32 else 64, block, 8, 2)
 
@@ -52,7 +56,7 @@ class LatentWorkspace:
     @staticmethod
     def create(batch: int, heads: int, rank: int, device: torch.device) -> "LatentWorkspace":
         """For up to `batch` sequences."""
-        rows = multiprocessors(device) + batch
+        rows = _MOST_PROGRAMS * multiprocessors(device) + batch
         return LatentWorkspace(
             torch.empty(rows, heads, rank, dtype=torch.float32, device=device),
             torch.empty(rows, heads, dtype=torch.float32, device=device),
@@ -129,7 +133,8 @@ def attend(
     """Attention alone, to cached keys up to and with the one at `positions`: [B, N, C]."""
     sequences, heads, width = query.shape
     tiles = triton.cdiv(heads, tile.heads)
-    programs, pdl = max(1, multiprocessors(query.device) // tiles), pdl and not interpreting()
+    programs = max(1, tile.programs * multiprocessors(query.device) // tiles)
+    pdl = pdl and not interpreting()
     out = query.new_empty(sequences, heads, rank)
     common = dict(
         N=heads, C=rank, BLOCK=tile.keys, SEQUENCES=max(2, triton.next_power_of_2(sequences)), PDL=pdl, launch_pdl=pdl

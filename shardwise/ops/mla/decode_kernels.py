@@ -17,7 +17,7 @@ _INTERPRET = tl.constexpr(interpreting())
 
 
 @triton.jit
-def _product(x, y, total):
+def product(x, y, total):
     """total + x y; the interpreter's product knows no bfloat16."""
     if _INTERPRET:
         x = x.to(tl.float32)
@@ -40,7 +40,7 @@ def _absorbed(
     total = tl.zeros((BLOCK_T, BLOCK_C), tl.float32)
     for start in tl.range(0, P, BLOCK_P, num_stages=STAGES):
         weight = tl.load(weight_at + start * C, eviction_policy="evict_first")
-        total = _product(tl.load(q_at + start, mask=t < tokens, other=0.0), weight, total)
+        total = product(tl.load(q_at + start, mask=t < tokens, other=0.0), weight, total)
     query_at = query_ptr + (t * N + head) * (C + R) + c[None, :]
     tl.store(query_at, total.to(query_ptr.dtype.element_ty), mask=t < tokens)
 
@@ -199,14 +199,14 @@ def attend_kernel(
             row = pool_ptr + (page * PAGE + at % PAGE)[:, None] * (C + R)
             latent = tl.load(row + c[None, :], mask=seen, other=0.0)
             rotated = tl.load(row + C + r[None, :], mask=seen, other=0.0)
-            scores = _product(latent, tl.trans(q), tl.zeros([BLOCK, HEADS], tl.float32))
-            scores = _product(rotated, tl.trans(rotated_q), scores)
+            scores = product(latent, tl.trans(q), tl.zeros([BLOCK, HEADS], tl.float32))
+            scores = product(rotated, tl.trans(rotated_q), scores)
             scores = tl.where(seen, scores * scale, float("-inf"))
             risen = tl.maximum(top, tl.max(scores, 0))
             decay = tl.exp2(top - risen)[None, :]
             p = tl.exp2(scores - risen[None, :])
             weights = weights * decay + p
-            acc = _product(tl.trans(latent), p.to(latent.dtype), acc * decay)
+            acc = product(tl.trans(latent), p.to(latent.dtype), acc * decay)
             top = risen
         weight = tl.sum(weights, 0)
         mean = acc / weight[None, :]
