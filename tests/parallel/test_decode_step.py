@@ -5,6 +5,7 @@ Without a GPU its kernels run in Triton's interpreter, one by one; steps are lau
 
 import pytest
 import torch
+from families import FAMILIES as TINY
 from test_quantised import MXFP4, mxfp4_experts, rewrite
 from tiny import PROMPTS, VOCAB, expected_tokens, write
 
@@ -25,58 +26,24 @@ pytestmark = [
 COUNT = 3
 SMALL = dict(num_hidden_layers=1, head_dim=32)
 OPTIONS = dict(decode="fused", attention="torch", cache_tokens=512)
-LATENT = dict(
-    num_key_value_heads=6,
-    head_dim=16,
-    kv_lora_rank=32,
-    qk_nope_head_dim=16,
-    qk_rope_head_dim=16,
-    v_head_dim=16,
-    n_routed_experts=6,
-    n_shared_experts=1,
-    moe_intermediate_size=36,
-    num_experts_per_tok=2,
-    first_k_dense_replace=1,
-)
-FAMILIES = {
-    "llama": ("llama", {}),
+FAMILIES = {name: TINY[name] for name in ("llama", "mistral with a window", "qwen3", "mixtral", "qwen2_moe")} | {
     "llama tied, with biases": ("llama", dict(attention_bias=True, mlp_bias=True, tie_word_embeddings=True)),
-    "mistral with a window": ("mistral", dict(sliding_window=5)),
-    "qwen3": ("qwen3", dict(attention_bias=False)),
-    "mixtral": ("mixtral", dict(num_local_experts=5, num_experts_per_tok=2)),
-    "qwen2_moe": (
-        "qwen2_moe",
-        dict(
-            num_experts=5,
-            num_experts_per_tok=2,
-            moe_intermediate_size=36,
-            shared_expert_intermediate_size=40,
-            norm_topk_prob=False,
-        ),
-    ),
-    "qwen3_moe": (
-        "qwen3_moe",
-        dict(
-            num_hidden_layers=2,
-            num_experts=7,
-            num_experts_per_tok=3,
-            moe_intermediate_size=36,
-            norm_topk_prob=True,
-            mlp_only_layers=[1],
-        ),
-    ),
+    "qwen3_moe": ("qwen3_moe", dict(TINY["qwen3_moe with a dense layer"][1], num_hidden_layers=2)),
     "gpt_oss": (
         "gpt_oss",
+        dict(TINY["gpt_oss"][1], num_hidden_layers=2, layer_types=["sliding_attention", "full_attention"]),
+    ),
+    "deepseek_v2": (
+        "deepseek_v2",
         dict(
-            seed=1,
+            TINY["deepseek_v2"][1],
             num_hidden_layers=2,
-            num_local_experts=5,
-            num_experts_per_tok=2,
-            sliding_window=4,
-            layer_types=["sliding_attention", "full_attention"],
+            head_dim=16,
+            kv_lora_rank=32,
+            qk_nope_head_dim=16,
+            qk_rope_head_dim=16,
         ),
     ),
-    "deepseek_v2": ("deepseek_v2", dict(LATENT, num_hidden_layers=2, q_lora_rank=None, topk_method="greedy")),
 }
 CASES = [(name, ParallelLayout()) for name in FAMILIES]
 CASES += [
