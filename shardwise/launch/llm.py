@@ -254,7 +254,7 @@ class ParentExecutor:
             raise
 
     def _leave(self, call: "_Items") -> None:
-        """Let the ranks end a call of which nobody takes the rest; without the turn: who has it may wait for this call."""
+        """Let the ranks end a call of which nobody takes the rest; whoever has the turn may wait for that."""
         if not call.answered and not self._supervisor.ended and os.getpid() == self._process:
             self._supervisor.send({"command": LEAVE, "call": call.number})
 
