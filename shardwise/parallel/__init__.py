@@ -9,10 +9,11 @@ Blocks compute partial sums; `layers.ResidualNorm` and the experts of `moe` add 
     assemble_attention
     layers, attention, rotary,  layers of prompts and of any model; `block_linear` computes with GGUF's blocks
     mla, head_norms, moe,
-    routing, block_linear
+    routing, block_linear,
+    block_tiles
     decode_step, decode_moe,    single tokens on a GPU: few fused kernels a layer, replayed as CUDA graphs
     decode_stream, cuda_graph
-    token_step, token_products  single tokens of one sequence on the CPU
+    token_step, token_products  single tokens of one sequence on the CPU; of several, `single_tokens` attends
     prefill                     attention to prompts on a GPU, by Triton's, FlashInfer's or PyTorch's kernels
     cache, paged, device_cache  KV caches: rows, pages, and pages whose tables GPU kernels read
     weights, sources, dummy,    weights: the plan's byte ranges of a checkpoint, or random ones in their place

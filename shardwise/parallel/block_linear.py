@@ -4,7 +4,7 @@ torch's CPU kernel for 4-bit weights takes `w = (code - 8) * scale + zero` with 
 row, which is the affine form of GGUF's Q4_0 and Q4_1. A Q8_0 code is `16 * high + low` with two 4-bit codes, so its
 product is the sum of those of two 4-bit matrices. The kernel is fast for bfloat16 inputs only (30 µs for a 960 x 576
 row product on one core; float32 928 µs), so inputs and scales are rounded to bfloat16. It takes multiples of `ROWS`
-outputs.
+outputs. From many rows on `block_tiles` has a faster product.
 """
 
 from collections.abc import Callable
@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from shardwise.comm.base import Communicator
+from shardwise.parallel import block_tiles
+from shardwise.parallel.block_tiles import GROUP
 from shardwise.sharding.axes import Range
 
-GROUP = 32
 ROWS = 16
 NATIVE = ("Q4_0", "Q4_1", "Q8_0")
 """Storage types that have a layer here."""
@@ -84,10 +85,13 @@ class BlockLinear:
 
     def __call__(self, x: Tensor) -> Tensor:
         rounded = x.to(torch.bfloat16)
-        first, *others = self.planes
-        out = first(rounded).to(x.dtype)
-        for plane in others:
-            out += plane(rounded)
+        if block_tiles.takes(len(x), self.out_features):
+            out = block_tiles.product(rounded, self.planes).to(x.dtype)
+        else:
+            first, *others = self.planes
+            out = first(rounded).to(x.dtype)
+            for plane in others:
+                out += plane(rounded)
         return out if self.bias is None else out.add_(self.bias)
 
 
@@ -122,9 +126,18 @@ class BlockEmbedding:
             return None
         return (self.scales[token - start].float() * self.codes[token - start]).view(-1)
 
-    def rows(self, local: Tensor) -> Tensor:
+    def rows(self, local: Tensor | slice) -> Tensor:
         """float32 [n, H] of rows that this rank holds."""
         return (self.scales[local].float() * self.codes[local]).flatten(1)
+
+    def product(self, x: Tensor) -> Tensor:
+        """x [T, H] times all of this rank's rows -> bfloat16 [T, rows]: a tile of rows at a time becomes bfloat16."""
+        rounded, count = x.to(torch.bfloat16), len(self.codes)
+        out, step = rounded.new_empty(len(x), count), max(1, block_tiles.TILE // x.shape[1])
+        for first in range(0, count, step):
+            rows = slice(first, min(first + step, count))
+            torch.mm(rounded, self.rows(rows).to(torch.bfloat16).t(), out=out[:, rows])
+        return out
 
 
 class BlockHead(BlockLinear):
@@ -144,24 +157,33 @@ class BlockHead(BlockLinear):
         """float32 [out], for an input of length 1."""
 
     def __call__(self, x: Tensor) -> Tensor:
-        logits = super().__call__(x)
-        best = logits.float().numpy().max(1, initial=-np.inf)
-        for row, hidden, limit in zip(logits, x, best - abs(best) * self.NEAR, strict=True):
-            self._correct(row, hidden, row.float().numpy() >= limit)
-        return logits
+        logits = self.table.product(x).to(x.dtype) if block_tiles.pays(len(x)) else super().__call__(x)
+        return self._corrected(logits, x, _largest(logits), 0.0)
 
     def for_best(self, x: Tensor, best_of_all: Callable[[np.ndarray], np.ndarray]) -> Tensor:
-        """[T, out] of which those that may be a row's largest over all ranks are right, the others by their high codes.
+        """[T, out] of which those that may be a row's largest over all ranks are right, the others near, or those of
+        their high codes.
 
         best_of_all  gives the largest over the ranks of each element
         """
+        if block_tiles.pays(len(x)):
+            logits = self.table.product(x).to(x.dtype)
+            return self._corrected(logits, x, best_of_all(_largest(logits)), 0.0)
         logits = self.planes[0](x.to(torch.bfloat16)).to(x.dtype)
-        best = best_of_all(logits.float().numpy().max(1, initial=-np.inf))
+        return self._corrected(logits, x, best_of_all(_largest(logits)), self._spread)
+
+    def _corrected(self, logits: Tensor, x: Tensor, best: np.ndarray, spread: np.ndarray | float) -> Tensor:
+        """Logits [T, out] with those computed again in float32 that may be as large as a row's best one.
+
+        spread  how far one may be below the best besides, for an input of length 1
+        """
         for row, hidden, limit in zip(logits, x, best - abs(best) * self.NEAR, strict=True):
-            self._correct(row, hidden, row.float().numpy() + self._spread * float(hidden.norm()) >= limit)
+            chosen = row.float().numpy() + spread * float(hidden.norm()) >= limit
+            rows = torch.from_numpy(chosen.nonzero()[0])
+            row[rows] = (self.table.rows(rows) @ hidden.float()).to(row.dtype)
         return logits
 
-    def _correct(self, logits: Tensor, x: Tensor, chosen: np.ndarray) -> None:
-        """Compute the chosen ones of logits [out] again in float32."""
-        rows = torch.from_numpy(chosen.nonzero()[0])
-        logits[rows] = (self.table.rows(rows) @ x.float()).to(logits.dtype)
+
+def _largest(logits: Tensor) -> np.ndarray:
+    """[T, out] -> [T]; a rank may have no outputs."""
+    return logits.float().numpy().max(1, initial=-np.inf)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from shardwise.ops.attention.reference import torch_cached_attention_with_cache
 from shardwise.parallel.batch import Batch, Span
+from shardwise.parallel.single_tokens import SingleTokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,7 +120,8 @@ class KvCache(ABC):
 class SlotCache(KvCache):
     """One contiguous row of `max_length` tokens for each sequence: [slots, max_length, width] a layer.
 
-    Rows are reserved address space; the system backs them with memory as sequences grow.
+    Rows are reserved address space; the system backs them with memory as sequences grow. What follows a sequence
+    in its row is zero, since what overflowed to NaN would spoil those that are padded with it: `release` clears it.
     """
 
     def __init__(
@@ -127,17 +129,26 @@ class SlotCache(KvCache):
     ):
         self.slots, self.max_length = slots, max_length
         self._layers = [_Rows.make(shape, (slots, max_length), dtype, device) for shape in layers]
+        self._step: tuple[Batch, dict[int | None, SingleTokens]] | None = None
+        self._held = [0] * slots
 
     def reserve(self, slot: int, tokens: int) -> bool:
+        self._held[slot] = max(self._held[slot], tokens)
         return tokens <= self.max_length
 
     def release(self, slot: int) -> None:
-        pass  # the row is overwritten by the next sequence
+        for rows in self._layers:
+            rows.tokens[slot, : self._held[slot]] = 0
+        self._held[slot] = 0
 
     def attend(self, layer: int, q: Tensor, kv: Tensor, batch: Batch, masking: Masking) -> Tensor:
         rows = self._layers[layer]
         if batch.is_single_token and masking.is_plain:
             return _attend_one(q, kv, rows, batch.spans[0], masking)
+        if batch.prefills == 0 and masking.is_plain and q.device.type == "cpu":
+            step = self._singles(batch, masking.window)
+            step.append(rows.tokens, kv)
+            return step.attend(q, rows.keys, rows.values, masking.scale)
         k, v = rows.shape.split(kv)
         out = torch_cached_attention_with_cache(
             q[None],
@@ -156,6 +167,15 @@ class SlotCache(KvCache):
             masking.softcap,
         )
         return out[0]
+
+    def _singles(self, batch: Batch, window: int | None) -> SingleTokens:
+        """Found once for all layers with this window."""
+        if self._step is None or self._step[0] is not batch:
+            self._step = (batch, {})
+        found = self._step[1]
+        if window not in found:
+            found[window] = SingleTokens(batch, window)
+        return found[window]
 
     def rows(self, layer: int) -> tuple[Tensor, Tensor]:
         """Keys and values [slots, max_length, Nkv, D], views with equal strides where D = Dv."""
@@ -183,7 +203,7 @@ class _Rows:
 
     @classmethod
     def make(cls, shape: LayerShape, lead: tuple[int, int], dtype: torch.dtype, device: torch.device) -> "_Rows":
-        tokens = torch.empty(*lead, shape.width, dtype=dtype, device=device)
+        tokens = torch.zeros(*lead, shape.width, dtype=dtype, device=device)
         return cls(shape, tokens, *shape.split(tokens))
 
 
