@@ -15,6 +15,7 @@ from mamba_oracle import Batch
 from shardwise.ops.fla import delta, fla
 from shardwise.ops.mamba import flashinfer as mamba_flashinfer
 from shardwise.ops.mamba import ssm
+from shardwise.ops.mamba.scan import Prefill
 from shardwise.ops.plan_cache import PlanCache
 from shardwise.ops.registry import TRITON
 from shardwise.ops.rope import flashinfer as rope_flashinfer
@@ -165,14 +166,14 @@ def mamba_flashinfer_prefill(monkeypatch, batch, limit):
     first = sum(batch.prefill)
     info = torch.tensor([len(batch.prefill), first, 0])
 
-    def prefill(_plan, tensors, out):
-        x, dt, dt_bias, A, B, C, D, slots, cache, bounds, resumes, *_ = tensors
+    def prefill(tensors):
+        x, dt, dt_bias, A, B, C, D, slots, cache, bounds, resumes, *_, out, _room, _word = tensors
         x, B, C, dt = (t.flatten(0, 1)[None, :first] for t in (x, B, C, dt))
         out.flatten(0, 1)[:first] = torch.ops.auto_deploy.torch_cached_ssm(
             x, A, B, C, D, dt, dt_bias, info, bounds, bounds, slots, resumes, cache, limit, 16
         )[0]
 
-    monkeypatch.setattr(ssm, "prefill", prefill)
+    monkeypatch.setattr(ssm, "plan_prefill", lambda *_: Prefill(prefill, lambda: None, None))
 
 
 @pytest.mark.parametrize("lead", [(1, 6), (6, 1), (2, 3), (6,)])
