@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from shardwise.comm.rank import Groups
+from shardwise.ops.moe.choice import MOST_EXPERTS, SCORES, Choice, choose_experts
 from shardwise.ops.moe.contract import SILU
 from shardwise.ops.moe.exchange import dispatch_and_combine
 from shardwise.ops.moe.mxfp4 import PackedMixture, mxfp4_moe, packed_moe
@@ -113,6 +114,7 @@ class MoeBlock:
     ):
         self.router, self.routing, self.correction = router, routing, correction
         self.slots, self.experts, self.first = slots, experts, first
+        self._choice = _kernel_choice(routing, len(slots))
         if isinstance(router, Linear):
             self._bias = router.panels.new_zeros(router.out_features) if router.bias is None else router.bias
 
@@ -124,6 +126,8 @@ class MoeBlock:
                 return experts.routed(x, router, self._bias, self.routing.top_k, first)
             ids, weights = _route_in_kernel(x.contiguous(), router, self._bias, self.routing.top_k)
             return experts(x, ids - first, weights)
+        if x.is_cuda and self._choice is not None and not watched():
+            return experts(x, *choose_experts(router(x), self.slots, self._choice, self.correction))
         return self.compute(x, *self.choose(x))
 
     def choose(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -148,6 +152,21 @@ def _route_in_kernel(x: Tensor, router: Linear, bias: Tensor, top_k: int) -> tup
     space = Workspace.of(x.device, x.shape[0])
     found = route_tokens(space, x, router.weight.t(), bias, top_k, 0, router.out_features, _BLOCK)
     return found.ids, found.weights
+
+
+def _kernel_choice(routing: Routing, experts: int) -> Choice | None:
+    """What the kernel that chooses from logits is told; None where it cannot choose so."""
+    if routing.score not in SCORES or routing.hash_layer or experts > MOST_EXPERTS:
+        return None
+    return Choice(
+        top_k=routing.top_k,
+        score=routing.score,
+        normalize=routing.normalize or routing.softmax_after_topk,  # of all, normalised over the chosen
+        groups=routing.groups,
+        top_groups=routing.top_groups,
+        by_two=routing.group_score == "top2_sum",
+        scale=routing.scale,
+    )
 
 
 _BLOCK = 16  # of the grouping, which the experts' kernels do again as they need it

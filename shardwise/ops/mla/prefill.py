@@ -34,7 +34,7 @@ class Run(NamedTuple):
 
     query: int
     """The first"""
-    count: int
+    queries: int
     key: int
     """Where the sequence's keys begin"""
     past: int
@@ -51,11 +51,11 @@ def tile_for(queries: int, itemsize: int) -> Tile:
 def runs_in_tiles(runs: Iterable[Run], queries: int) -> list[Run]:
     """Runs of at most so many, those that see the most keys first, so that none of them is left to the end."""
     tiles = [
-        Run(run.query + at, min(queries, run.count - at), run.key, run.past + at)
+        Run(run.query + at, min(queries, run.queries - at), run.key, run.past + at)
         for run in runs
-        for at in range(0, run.count, queries)
+        for at in range(0, run.queries, queries)
     ]
-    return sorted(tiles, key=lambda tile: -(tile.past + tile.count))
+    return sorted(tiles, key=lambda tile: -(tile.past + tile.queries))
 
 
 def reason_against(nope: int, rope: int, value: int) -> str:
