@@ -8,6 +8,7 @@ from pathlib import Path
 import p2p_checks
 import pytest
 import torch
+from quick_interpreter import patch_once_a_launch
 
 from shardwise.comm.base import CollectiveTimeout, CommError
 from shardwise.comm.p2p import launch
@@ -19,6 +20,7 @@ from shardwise.comm.rank import RankInfo
 from shardwise.comm.strategy import create
 from shardwise.comm.watch import Deadlines
 
+patch_once_a_launch()
 REGION = 1 << 15
 
 

@@ -6,6 +6,7 @@ Without a GPU its kernels run in Triton's interpreter, one by one; steps are lau
 import pytest
 import torch
 from families import FAMILIES as TINY
+from families import NEAR_KIN
 from test_quantised import MXFP4, mxfp4_experts, rewrite
 from tiny import PROMPTS, VOCAB, expected_tokens, write
 
@@ -36,7 +37,7 @@ FAMILIES = {name: TINY[name] for name in ("llama", "mistral with a window", "qwe
     "deepseek_v2": (
         "deepseek_v2",
         dict(
-            TINY["deepseek_v2"][1],
+            NEAR_KIN["deepseek_v2"][1],
             num_hidden_layers=2,
             head_dim=16,
             kv_lora_rank=32,
