@@ -146,8 +146,8 @@ def attend(
     attend_kernel[(tiles, programs)](
         query, pool, page_table, slots, positions, out, workspace.parts, workspace.logs, sequences, programs,
         scale * math.log2(math.e), page_table.shape[1],
-        R=width - rank, PAGE=pool.shape[1], HEADS=tile.heads, SPLIT=tile.split, STAGES=tile.stages, num_warps=tile.warps,
-        **common,
+        R=width - rank, PAGE=pool.shape[1], HEADS=tile.heads, SPLIT=tile.split, STAGES=tile.stages,
+        num_warps=tile.warps, **common,
     )  # fmt: skip
     columns = min(_JOIN_COLUMNS, rank)
     join_kernel[(sequences, heads, rank // columns)](
