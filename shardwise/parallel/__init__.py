@@ -11,8 +11,10 @@ Blocks compute partial sums; `layers.ResidualNorm` and the experts of `moe` add 
     mla, head_norms, moe,
     routing, block_linear,
     block_tiles
-    decode_step, decode_moe,    single tokens on a GPU: few fused kernels a layer, replayed as CUDA graphs
-    decode_stream, cuda_graph
+    decode_step, decode_stream, single tokens on a GPU: few fused kernels a layer, replayed as CUDA graphs
+    decode_attention,
+    decode_mlp, decode_moe,
+    cuda_graph
     token_step, token_products  single tokens of one sequence on the CPU; of several, `single_tokens` attends
     prefill                     attention to prompts on a GPU, by Triton's, FlashInfer's or PyTorch's kernels
     cache, paged, device_cache  KV caches: rows, pages, and pages whose tables GPU kernels read
@@ -20,9 +22,9 @@ Blocks compute partial sums; `layers.ResidualNorm` and the experts of `moe` add 
     read_ahead, transfer,
     load_experts, dequantise,
     weight_form, memory
-    fitting, sizing,            whether weights, cache and activations have room, and how much the cache gets
+    fitting, sizing,            whether weights, cache and activations fit the memory, and how much the cache gets
     host_memory
-    sampler, text, results      tokens from logits, text from tokens, what is handed out
+    sampler, text, results      tokens from logits, text from tokens, what callers get
     tokenizer, chat, prompts    text to ids; free of torch, as are `options` and `supported`
     options, supported          what a user may ask for, and what the runtime has no layer for
     trace, clock, chrome_trace, measuring: spans of a step, times, traces, bytes that a step must read
