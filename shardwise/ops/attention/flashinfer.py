@@ -229,7 +229,8 @@ def flashinfer_attention_mha_with_cache(
         k_rows, v_rows = to_fp8(k_rows, k_scale), to_fp8(v_rows, v_scale)
     else:
         k_scale = v_scale = 1.0
-    _append_function()(k_rows, v_rows, indices, positions, caches, cache_loc, indptr, last, kv_layout="HND")
+    pages = cache_loc.contiguous()
+    _append_function()(k_rows, v_rows, indices, positions, caches, pages, indptr, last, kv_layout="HND")
     host = (cu_num_pages_host, cache_loc, last_page_len_host, seq_len_with_cache_host)
     rows = view(out, plan.q_sizes, plan.q_strides)
     _attend(plan, batch, cu_seqlen_host, host, q_rows, caches, rows, k_scale, v_scale)
@@ -255,7 +256,7 @@ def _attend(
 
 def _planned_prefill(owner: Planner, key: tuple, batch: Batch, cu_seqlen_host: Tensor, host: PagesHost) -> Any:
     def plan(wrapper):
-        starts = cu_seqlen_host[: batch.prefill + 1]
+        starts = cu_seqlen_host[: batch.prefill + 1].contiguous()
         _plan_prefill(key[1], wrapper, starts, select_pages(0, batch.prefill, *host))
 
     return owner.planned(key, lambda: _create_prefill(owner), plan)

@@ -46,14 +46,16 @@ class Pages:
 
 
 def exact_metadata(batch: Batch, *entries: torch.Tensor) -> bool:
-    """Whether batch indices, positions, cu_num_pages and last_page_len have no entries beyond the batch."""
-    return [len(each) for each in entries] == [batch.tokens, batch.tokens, batch.sequences + 1, batch.sequences]
+    """Whether batch indices, positions, cu_num_pages and last_page_len are dense, without entries beyond the batch."""
+    counts = [batch.tokens, batch.tokens, batch.sequences + 1, batch.sequences]
+    return all(each.is_contiguous() for each in entries) and [len(each) for each in entries] == counts
 
 
 def without_padding(batch: Batch, indices, positions, indptr, last) -> tuple[torch.Tensor, ...]:
-    """Those entries of the same that belong to the batch."""
+    """Those entries of the same that belong to the batch, dense."""
     tokens, sequences = batch.tokens, batch.sequences
-    return indices[:tokens], positions[:tokens], indptr[: sequences + 1], last[:sequences]
+    entries = indices[:tokens], positions[:tokens], indptr[: sequences + 1], last[:sequences]
+    return tuple(each.contiguous() for each in entries)
 
 
 PagesHost = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
@@ -68,18 +70,24 @@ def select_pages(
     last_page_len_host: torch.Tensor,
     seq_len_with_cache_host: torch.Tensor,
 ) -> Pages:
-    """The pages of sequences [first, last). TypeError for page tables that are not int32: FlashInfer does not look."""
-    host = cu_num_pages_host, cache_loc, last_page_len_host, seq_len_with_cache_host
-    if any(each.dtype != torch.int32 for each in host):
-        names = "cu_num_pages_host, cache_loc, last_page_len_host, seq_len_with_cache_host"
-        raise TypeError(f"{names} are {', '.join(str(each.dtype) for each in host)}; legal: int32")
-    indptr = cu_num_pages_host[first : last + 1]
-    begin, end = int(indptr[0]), int(indptr[-1])
+    """The pages of sequences [first, last). TypeError and ValueError for tables that are not int32, or too short."""
+    tables = cu_num_pages_host, cache_loc, last_page_len_host, seq_len_with_cache_host
+    names = "cu_num_pages_host, cache_loc, last_page_len_host, seq_len_with_cache_host"
+    if any(each.dtype != torch.int32 for each in tables):
+        raise TypeError(f"{names} are {', '.join(str(each.dtype) for each in tables)}; legal: int32")
+    lengths = [each.numel() if each.dim() == 1 else -1 for each in tables]
+    end = int(cu_num_pages_host[last]) if lengths[0] > last else 0
+    wanted = [last + 1, end, last, last]
+    if any(length < least for length, least in zip(lengths, wanted, strict=True)):
+        shapes = ", ".join(str(list(each.shape)) for each in tables)
+        raise ValueError(f"{names} have shapes {shapes}; legal for {last} sequences: {wanted} entries and more")
+    indptr = cu_num_pages_host[first : last + 1].contiguous()
+    begin = int(indptr[0])
     return Pages(
         indptr if begin == 0 else indptr - begin,
-        cache_loc[begin:end],
-        last_page_len_host[first:last],
-        seq_len_with_cache_host[first:last],
+        cache_loc[begin:end].contiguous(),
+        last_page_len_host[first:last].contiguous(),
+        seq_len_with_cache_host[first:last].contiguous(),
     )
 
 

@@ -135,10 +135,16 @@ def torch_attention_sdpa(
     _check_sdpa(query, key, value, attn_mask, is_causal, enable_gqa)
     if query.numel() == 0:
         return _fake_sdpa(query, key, value)  # on a GPU the function itself gives None
+    query, key, value = (_aligned(tensor.contiguous()) for tensor in (query, key, value))
+    mask = None if attn_mask is None else _aligned(attn_mask)
     return torch.nn.functional.scaled_dot_product_attention(
-        query.contiguous(), key.contiguous(), value.contiguous(),
-        attn_mask=attn_mask, dropout_p=dropout_p, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa,
-    ).contiguous()  # fmt: skip
+        query, key, value, attn_mask=mask, dropout_p=dropout_p, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa
+    ).contiguous()
+
+
+def _aligned(tensor: torch.Tensor) -> torch.Tensor:
+    """On a GPU at a multiple of 16 bytes, which the kernels of PyTorch's function take for granted."""
+    return tensor.clone() if tensor.is_cuda and tensor.data_ptr() % 16 else tensor
 
 
 def _check_sdpa(query, key, value, attn_mask, is_causal, enable_gqa) -> None:

@@ -183,7 +183,7 @@ def _plan_of(key: tuple, given: Tensors) -> tuple[MlaPlan, Tensors]:
 
 def _append(latent: Tensor, rotated: Tensor, metadata: Tensors, caches: Tensors, cache_loc: Tensor) -> None:
     indices, positions, indptr, last = metadata
-    _append_function()(latent, rotated, indices, positions, *caches, cache_loc, indptr, last)
+    _append_function()(latent, rotated, indices, positions, *caches, cache_loc.contiguous(), indptr, last)
 
 
 @functools.cache
@@ -209,7 +209,7 @@ def _append_quantised(plan: MlaPlan, batch: Batch, latent: Tensor, rotated: Tens
 def _run_prefill(
     plan: MlaPlan, owner: Planner, batch: Batch, cu_seqlen_host: Tensor, host, latent: Tensor, rotated: Tensor, *tensors
 ) -> None:  # fmt: skip
-    parameters, split, starts = plan.parameters, batch.prefill_tokens, cu_seqlen_host[: batch.prefill + 1]
+    parameters, split, starts = plan.parameters, batch.prefill_tokens, cu_seqlen_host[: batch.prefill + 1].contiguous()
     if (host[3][: batch.prefill] > starts.diff()).any():  # a sequence continues in the cache
         wrapper = owner.planned(
             ("prefix", parameters),

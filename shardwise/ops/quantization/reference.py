@@ -113,7 +113,7 @@ def scaled_mm(codes: Tensor, weight: Tensor, s_in: Tensor, s_weight: Tensor, dty
 
     K and N are padded to the multiples of 16 which those units ask for.
     """
-    if codes.shape[0] == 0 or not _native_fp8(codes.device):
+    if codes.shape[0] == 0 or not _native_fp8(codes.device) or dtype == torch.float64:
         return (codes.float() @ weight.float().t() * (s_in.float() * s_weight.float()).reshape(())).to(dtype)
     columns = weight.shape[0]
     codes, weight = _padded(codes, weight)
@@ -180,7 +180,7 @@ def torch_quant_fp8_bmm(input: Tensor, mat2: Tensor, input_scale: Tensor, weight
     check_one_element("torch_quant_fp8_bmm", input_scale=input_scale, weight_scale=weight_scale)
     dtype = torch.bfloat16 if input.dtype == torch.float8_e4m3fn else input.dtype
     left, right = _codes(input, input_scale), _codes(mat2, weight_scale)
-    if 0 in input.shape[:2] or not _native_fp8(input.device):
+    if 0 in input.shape[:2] or not _native_fp8(input.device) or dtype == torch.float64:
         return (torch.bmm(left.float(), right.float()) * (input_scale.float() * weight_scale.float())).to(dtype)
     return _scaled_bmm(left, right.transpose(1, 2), input_scale, weight_scale, dtype)
 

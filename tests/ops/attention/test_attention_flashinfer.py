@@ -18,9 +18,11 @@ from shardwise.ops.attention.planner import (
     DecodeFamily,
     Planner,
     decode_graphs,
+    exact_metadata,
     planner,
     replan_decode,
     select_pages,
+    without_padding,
 )
 from shardwise.ops.attention.reference import torch_cached_attention_with_cache
 from shardwise.ops.metadata_reports import raise_report
@@ -138,10 +140,32 @@ def pages_of(paged):
     return paged.cu_num_pages_host, paged.cache_loc, paged.last_page_len_host, paged.seq_len_with_cache_host
 
 
+def test_metadata_that_lies_apart_is_made_dense():
+    batch, counts = Batch(1, 3, 2), (5, 5, 4, 3)
+    dense = [torch.arange(count, dtype=torch.int32) for count in counts]
+    apart = [torch.stack((entries, entries), 1)[:, 0] for entries in dense]
+    assert exact_metadata(batch, *dense) and not exact_metadata(batch, *apart)
+    for made, entries in zip(without_padding(batch, *apart), dense, strict=True):
+        assert made.is_contiguous() and made.equal(entries)
+    paged = Paged.of(STEPS["mixed"])
+    tables = pages_of(paged)
+    selected = select_pages(0, 2, *[torch.stack((table, table), 1)[:, 0] for table in tables])
+    for made, entries in zip(vars(selected).values(), vars(select_pages(0, 2, *tables)).values(), strict=True):
+        assert made.is_contiguous() and made.equal(entries)
+
+
 def test_page_tables_of_other_types_are_refused():
     paged = Paged.of(STEPS["mixed"])
     paged.cache_loc = paged.cache_loc.long()
     with pytest.raises(TypeError, match="cache_loc.* are torch.int32, torch.int64, .*; legal: int32"):
+        select_pages(0, 2, *pages_of(paged))
+
+
+def test_page_tables_that_are_too_short_are_refused():
+    paged = Paged.of(STEPS["mixed"])
+    pages = int(paged.cu_num_pages_host[2])
+    paged.cache_loc = paged.cache_loc[: pages - 1]
+    with pytest.raises(ValueError, match=rf"legal for 2 sequences: \[3, {pages}, 2, 2\] entries and more"):
         select_pages(0, 2, *pages_of(paged))
 
 
