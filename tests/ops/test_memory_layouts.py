@@ -47,6 +47,7 @@ REFUSED = {
     (moved, "flashinfer_fused_add_rms_norm_inplace"): ("x", "residual"),
     (apart, "triton_cached_ssm"): ("ssm_state_cache",),
     (apart, "flashinfer_cached_ssm"): ("ssm_state_cache",),
+    (moved, "flashinfer_cached_ssm"): ("ssm_state_cache",),
     (apart, "fla_cached_delta_rule"): ("delta_cache",),
     (apart, "fla_cached_gated_delta_rule"): ("delta_cache",),
     (apart, "torch_utils_fused_gather_scatter"): ("out",),

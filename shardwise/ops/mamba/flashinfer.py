@@ -42,8 +42,8 @@ def flashinfer_cached_ssm(
     time_step_limit: list[float],
     chunk_size: int,
 ) -> torch.Tensor:
-    """As `triton_cached_ssm`; the head size P must be 64 or 128, the states of a slot contiguous, and there must be at
-    least as many slots as decode sequences."""
+    """As `triton_cached_ssm`; the head size P must be 64 or 128, the states of a slot contiguous, the cache begin at a
+    multiple of 16 bytes, and there must be at least as many slots as decode sequences."""
     op = "flashinfer_cached_ssm"
     if hidden_states.shape[-1] not in (64, 128):
         raise ValueError(
@@ -133,7 +133,12 @@ def _decode(op: str, plan: _Decode, given: tuple[torch.Tensor, ...], out: torch.
     plan.ready.form(plan.ready.grid, pointers, plan.ready.free)
     if not plan.exact:
         A, D = A.float(), D.float()
-    _update()(
-        cache, x_rows, steps, view(A, *plan.A), B_rows, C_rows, view(D, *plan.D),
-        state_batch_indices=index, pad_slot_id=-1, out=view(out, *plan.out),
-    )  # fmt: skip
+    try:
+        _update()(
+            cache, x_rows, steps, view(A, *plan.A), B_rows, C_rows, view(D, *plan.D),
+            state_batch_indices=index, pad_slot_id=-1, out=view(out, *plan.out),
+        )  # fmt: skip
+    except RuntimeError:  # all else that FlashInfer refuses is refused before
+        if cache.data_ptr() % 16:
+            raise ValueError(f"{op}: ssm_state_cache must begin at a multiple of 16 bytes") from None
+        raise
