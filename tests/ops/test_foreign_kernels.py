@@ -49,6 +49,16 @@ def check_chunks(chunks, cuts):
     assert all(0 < lengths[i] <= 64 * c for i, c in chunks[len(expected) :])
 
 
+@pytest.mark.parametrize("changed", ["q", "k", "v"])
+def test_fla_is_given_one_dtype_of_16_bits(changed):
+    args = dict(zip("qkvb", samples_fla.inputs(False, 1, 3, 2, 2, 16, 16, torch.float16, DEVICE), strict=True))
+    args[changed] = args[changed].bfloat16()
+    with pytest.raises(TypeError, match="fla_delta_rule: fla's chunked kernels take q, k and v of one dtype"):
+        fla.fla_delta_rule(*args.values())
+    with pytest.raises(TypeError, match="got torch.float32"):
+        fla.fla_delta_rule(*(value.float() for value in args.values()))
+
+
 @needs_triton
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("name", samples_fla.BATCHES)

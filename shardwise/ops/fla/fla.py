@@ -23,10 +23,11 @@ from shardwise.ops.triton_support import Launch
 PLANS: PlanCache[tuple[Launch, Callable[[], torch.Tensor]]] = PlanCache()
 
 
-def _half(op: str, q: torch.Tensor) -> None:
-    if q.dtype not in (torch.float16, torch.bfloat16):
+def _half(op: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+    if q.dtype not in (torch.float16, torch.bfloat16) or not q.dtype == k.dtype == v.dtype:
         raise TypeError(
-            f"{op}: fla's chunked kernels take float16 and bfloat16, got {q.dtype}; torch_* takes any dtype"
+            f"{op}: fla's chunked kernels take q, k and v of one dtype, float16 or bfloat16, got {q.dtype}, {k.dtype} and "
+            f"{v.dtype}; torch_* takes any"
         )
 
 
@@ -52,7 +53,7 @@ def _chunked(q, k, v, g, beta, scale, state=None, bounds=None, chunks=None):
 
 def _uncached(op, q, k, v, g, beta, scale):
     check_delta(op, q, k, v, beta, g)
-    _half(op, q)
+    _half(op, q, k, v)
     if v.numel() == 0:
         return like_v(q, k, v)
     return _chunked(q, k, v, g, beta, q.shape[-1] ** -0.5 if scale is None else scale)[0].to(v.dtype).contiguous()
@@ -94,7 +95,7 @@ def _cached(op, q, k, v, g, beta, batch_info_host, cu_seqlen, slot_idx, use_init
     metadata = (cu_seqlen, use_initial_states) if batch.prefill_tokens else ()
     require_one_device(op, *compared, *metadata)
     check_delta(op, q, k, v, beta, g, cache)
-    _half(op, q)
+    _half(op, q, k, v)
     if cache.stride(-1) != 1:
         raise ValueError(f"{op}: the last dimension of delta_cache must be contiguous, got strides {cache.stride()}")
     tokens, slots = v.shape[0] * v.shape[1], slot_idx.contiguous()
