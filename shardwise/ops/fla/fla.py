@@ -26,7 +26,7 @@ PLANS: PlanCache[tuple[Launch, Callable[[], torch.Tensor]]] = PlanCache()
 def _half(op: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
     if q.dtype not in (torch.float16, torch.bfloat16) or not q.dtype == k.dtype == v.dtype:
         raise TypeError(
-            f"{op}: fla's chunked kernels take q, k and v of one dtype, float16 or bfloat16, got {q.dtype}, {k.dtype} and "
+            f"{op}: fla's chunked kernels take q, k and v of one dtype, float16 or bfloat16, got {q.dtype}, {k.dtype}, "
             f"{v.dtype}; torch_* takes any"
         )
 
