@@ -107,13 +107,13 @@ def latent_decode_attention(
     pdl = pdl and not interpreting()
     query = q.new_empty(tokens, heads, width)
     product = tile_for(tokens, heads, nope)
-    columns, chunk = min(product.columns, rank), 32 if nope % 32 == 0 else 16
+    columns, chunk = min(product.columns, rank), math.gcd(nope, 128)  # a power of two, 16 at least
     absorb_kernel[(heads * (rank // columns) + tokens,)](
         q, key, key_up, norm, rope, pool, page_table, slots, positions, query,
         tokens, eps, q.stride(0), key.stride(0), page_table.shape[1],
         N=heads, P=nope, C=rank, R=width - rank, PAGE=pool.shape[1], NORM=norm is not None, ROPE=rope is not None,
         HEADS=triton.next_power_of_2(heads), BLOCK_T=max(16, triton.next_power_of_2(tokens)), BLOCK_P=chunk,
-        BLOCK_C=columns, STAGES=product.stages, PDL=pdl, num_warps=max(2, product.warps), launch_pdl=pdl,
+        BLOCK_C=columns, PDL=pdl, num_warps=max(2, product.warps), launch_pdl=pdl,
     )  # fmt: skip
     attended = attend(query, pool, page_table, slots, positions, workspace, tile=tile, rank=rank, scale=scale, pdl=pdl)
     out = q.new_empty(tokens, heads * value_up.shape[2])

@@ -28,19 +28,25 @@ def product(x, y, total):
 @triton.jit
 def _absorbed(
     q_ptr, weight_ptr, query_ptr, program, tokens, q_stride, N: tl.constexpr, P: tl.constexpr, C: tl.constexpr,
-    R: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, STAGES: tl.constexpr,
+    R: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_C columns of one head's queries, for all tokens: their parts without rotation by the weight's [P, C]."""
+    """BLOCK_C columns of one head's queries, for all tokens: their parts without rotation by the weight's [P, C].
+
+    The weight is asked for before the kernels in front have made the queries.
+    """
     head = (program // (C // BLOCK_C)).to(tl.int64)
     t = tl.arange(0, BLOCK_T).to(tl.int64)[:, None]
     p = tl.arange(0, BLOCK_P)
     c = program % (C // BLOCK_C) * BLOCK_C + tl.arange(0, BLOCK_C)
     q_at = q_ptr + t * q_stride + head * (P + R) + p[None, :]
     weight_at = weight_ptr + head * P * C + p[:, None] * C + c[None, :]
+    weights = ()
+    for part in tl.static_range(P // BLOCK_P):
+        weights = weights + (tl.load(weight_at + part * BLOCK_P * C, eviction_policy="evict_first"),)
+    await_predecessor(PDL)
     total = tl.zeros((BLOCK_T, BLOCK_C), tl.float32)
-    for start in tl.range(0, P, BLOCK_P, num_stages=STAGES):
-        weight = tl.load(weight_at + start * C, eviction_policy="evict_first")
-        total = product(tl.load(q_at + start, mask=t < tokens, other=0.0), weight, total)
+    for part in tl.static_range(P // BLOCK_P):
+        total = product(tl.load(q_at + part * BLOCK_P, mask=t < tokens, other=0.0), weights[part], total)
     query_at = query_ptr + (t * N + head) * (C + R) + c[None, :]
     tl.store(query_at, total.to(query_ptr.dtype.element_ty), mask=t < tokens)
 
@@ -78,17 +84,15 @@ def absorb_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
-    STAGES: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """The first programs make the queries' latents; one for each token rotates its queries and appends its key."""
     PRODUCTS: tl.constexpr = N * (C // BLOCK_C)
     HALF: tl.constexpr = R // 2
-    await_predecessor(PDL)
     program = tl.program_id(0)
     if program < PRODUCTS:
         _absorbed(
-            q_ptr, weight_ptr, query_ptr, program, tokens, q_stride, N, P, C, R, BLOCK_T, BLOCK_P, BLOCK_C, STAGES
+            q_ptr, weight_ptr, query_ptr, program, tokens, q_stride, N, P, C, R, BLOCK_T, BLOCK_P, BLOCK_C, PDL
         )  # fmt: skip
     else:
         token = (program - PRODUCTS).to(tl.int64)
@@ -100,6 +104,12 @@ def absorb_kernel(
             angles = rope_ptr + tl.maximum(position, 0).to(tl.int64) * R + r
             cos = tl.load(angles)
             sin = tl.load(angles + HALF)
+        slot = tl.load(slot_ptr + token).to(tl.int64)
+        c = tl.arange(0, C)
+        norm = tl.full([C], 1.0, tl.float32)
+        if NORM:
+            norm = tl.load(norm_ptr + c).to(tl.float32)
+        await_predecessor(PDL)
         n = tl.arange(0, HEADS)[:, None]
         q_at = q_ptr + token * q_stride + n * (P + R) + P + r[None, :]
         q1 = tl.load(q_at, mask=n < N, other=0.0).to(tl.float32)
@@ -109,17 +119,15 @@ def absorb_kernel(
         tl.store(query_at, q1, mask=n < N)
         tl.store(query_at + HALF, q2, mask=n < N)
         if position >= 0:
-            c = tl.arange(0, C)
             key_at = key_ptr + token * key_stride
             latent = tl.load(key_at + c).to(tl.float32)
             if NORM:
                 scale = 1.0 / tl.sqrt(tl.sum(latent * latent, 0) / C + eps)
-                latent = latent * scale * tl.load(norm_ptr + c).to(tl.float32)
+                latent = latent * scale * norm
             k1 = tl.load(key_at + C + r).to(tl.float32)
             k2 = tl.load(key_at + C + HALF + r).to(tl.float32)
             k1, k2 = _rotated(k1, k2, cos, sin, pool_ptr.dtype.element_ty)
-            table = table_ptr + tl.load(slot_ptr + token).to(tl.int64) * max_pages
-            page = tl.load(table + position // PAGE).to(tl.int64)
+            page = tl.load(table_ptr + slot * max_pages + position // PAGE).to(tl.int64)  # which may be new
             row = pool_ptr + (page * PAGE + position % PAGE) * (C + R)
             tl.store(row + c, latent.to(pool_ptr.dtype.element_ty))
             tl.store(row + C + r, k1)
