@@ -11,6 +11,7 @@ from shardwise.ops.attention.reference import torch_cached_attention_with_cache
 from shardwise.parallel.batch import Batch, Span
 from shardwise.parallel.cache import KvCache, LayerShape, Masking
 from shardwise.parallel.options import HOST_PAGE
+from shardwise.parallel.single_tokens import is_even
 
 PAGE_SIZE = HOST_PAGE
 
@@ -118,7 +119,8 @@ class PageTables:
 class PagedCache(KvCache):
     """Pages of `page_size` tokens, [rows, width] a layer: `pages` of them, fewer where windows need fewer.
 
-    A step gathers the rows of its sequences once a layer and attends to them with the operator for contiguous caches.
+    A step gathers the rows of its sequences, those of about one length together, once a layer and attends to them with
+    the operator for contiguous caches.
     """
 
     def __init__(
@@ -150,26 +152,11 @@ class PagedCache(KvCache):
     def attend(self, layer: int, q: Tensor, kv: Tensor, batch: Batch, masking: Masking) -> Tensor:
         shape, pool = self._shapes[layer], self._layers[layer]
         step = self._rows_of(batch)[shape.window]
-        keys, values = shape.split(pool[step.rows])  # of [sequences, longest, width]
-        k, v = shape.split(kv)
-        out = torch_cached_attention_with_cache(
-            q[None],
-            k[None],
-            v[None],
-            batch.batch_info,
-            batch.seq_len,
-            step.past,
-            step.order,
-            batch.cu_seqlen,
-            keys,
-            values,
-            masking.scale,
-            masking.sinks,
-            masking.window,
-            masking.softcap,
-        )
+        out = q.new_empty(*q.shape[:2], shape.v_head_dim)
+        for part in step.parts:
+            out[part.tokens] = part.attend(q, kv, pool, shape, masking)
         pool.index_copy_(0, step.new, kv if step.kept is None else kv[step.kept])
-        return out[0]
+        return out
 
     def nbytes(self) -> int:
         return sum(pool.numel() * pool.element_size() for pool in self._layers)
@@ -184,18 +171,72 @@ class PagedCache(KvCache):
 class _Step:
     """Pool rows of one batch in layers with one window.
 
-    rows   int64 [sequences, longest] of the tokens that each sequence sees, in order; past its end any row
-    past   int32 [sequences]: how many of them are there already
-    order  int64 [sequences] 0, 1, ...: the gathered rows in place of cache slots
     new    int64: where new tokens go
     kept   int64: which of them; None: all
     """
 
     def __init__(self, batch: Batch, table: PageTable):
-        spans, device = batch.spans, batch.device
+        kept = table.kept(batch.spans)
+        self.new, self.kept = table.new(batch.spans).to(batch.device), None if kept is None else kept.to(batch.device)
+        ends = list(accumulate(span.length for span in batch.spans))
+        placed = [(span, range(end - span.length, end)) for span, end in zip(batch.spans, ends, strict=True)]
+        longer, singles = placed[: batch.prefills], placed[batch.prefills :]
+        singles.sort(key=lambda each: table.seen(each[0]).total)
+        self.parts = [_Part([each], table, batch.device) for each in longer]
+        self.parts += [_Part(some, table, batch.device) for some in _alike(singles, table)]
+
+
+def _alike(singles: "Sequence[_Placed]", table: PageTable) -> "list[list[_Placed]]":
+    """Single tokens, in order of how much they see, in groups without too much padding."""
+    groups: list[list[_Placed]] = []
+    for each in singles:
+        totals = [table.seen(span).total for span, _ in (*groups[-1], each)] if groups else []
+        if groups and is_even(totals):
+            groups[-1].append(each)
+        else:
+            groups.append([each])
+    return groups
+
+
+_Placed = tuple[Span, range]
+"""A span, and its tokens' places in the batch."""
+
+
+class _Part:
+    """Sequences of a batch that are attended to in one call.
+
+    tokens  int64: their tokens' places in the batch
+    rows    int64 [sequences, longest] of the pool: tokens that each sequence sees, in order; then any row
+    past    int32 [sequences]: how many of them are there already
+    order   int64 [sequences] 0, 1, ...: the gathered rows in place of cache slots
+    """
+
+    def __init__(self, placed: "Sequence[_Placed]", table: PageTable, device: torch.device):
+        spans = [span for span, _ in placed]
+        self.tokens = torch.tensor([place for _, places in placed for place in places], device=device)
+        self.batch = Batch(spans, [0] * len(self.tokens), device)
         found = [table.rows(span) for span in spans]
         self.rows = torch.nn.utils.rnn.pad_sequence(found, batch_first=True).to(device)
         self.past = torch.tensor([table.seen(span).past for span in spans], dtype=torch.int32, device=device)
         self.order = torch.arange(len(spans), device=device)
-        kept = table.kept(spans)
-        self.new, self.kept = table.new(spans).to(device), None if kept is None else kept.to(device)
+
+    def attend(self, q: Tensor, kv: Tensor, pool: Tensor, shape: LayerShape, masking: Masking) -> Tensor:
+        """The batch's q [T, N, D] and kv [T, width] -> [tokens of this part, N, Dv]."""
+        keys, values = shape.split(pool[self.rows])  # of [sequences, longest, width]
+        k, v = shape.split(kv[self.tokens])
+        return torch_cached_attention_with_cache(
+            q[self.tokens][None],
+            k[None],
+            v[None],
+            self.batch.batch_info,
+            self.batch.seq_len,
+            self.past,
+            self.order,
+            self.batch.cu_seqlen,
+            keys,
+            values,
+            masking.scale,
+            masking.sinks,
+            masking.window,
+            masking.softcap,
+        )[0]

@@ -56,15 +56,15 @@ def _neighbours(spans: Sequence[Span]) -> list[list[Span]]:
     """Spans in order of their slots, as runs of consecutive slots without too much padding."""
     runs: list[list[Span]] = []
     for span in spans:
-        if runs and span.slot == runs[-1][-1].slot + 1 and _is_even([*runs[-1], span]):
+        if runs and span.slot == runs[-1][-1].slot + 1 and is_even([s.total for s in (*runs[-1], span)]):
             runs[-1].append(span)
         else:
             runs.append([span])
     return runs
 
 
-def _is_even(spans: Sequence[Span]) -> bool:
-    totals = [span.total for span in spans]
+def is_even(totals: Sequence[int]) -> bool:
+    """Whether sequences of so many tokens may be attended to together."""
     return max(totals) * len(totals) <= MOST_PADDED * sum(totals)
 
 

@@ -13,7 +13,7 @@ from shardwise.parallel.batch import Batch, Span
 from shardwise.parallel.cache import LayerShape, Masking, SlotCache
 from shardwise.parallel.engine import Engine, SamplingParams
 from shardwise.parallel.host_memory import DoesNotFit
-from shardwise.parallel.paged import PagedCache
+from shardwise.parallel.paged import PagedCache, _Step
 from shardwise.parallel.sizing import RESERVED_BYTES, cache_bytes, pages_for
 from shardwise.sharding.layout import ParallelLayout
 from shardwise.sharding.plan import plan
@@ -125,3 +125,12 @@ def test_a_gpu_gets_the_pages_that_fit_it(monkeypatch):
     free = RESERVED_BYTES
     with pytest.raises(DoesNotFit, match="64 tokens take 3145728 bytes"):
         pages()
+
+
+def test_one_long_sequence_in_pages_does_not_pad_many_short_ones():
+    cache = PagedCache([LayerShape(1, 8, 8)], pages=800, slots=64, max_length=9000, dtype=torch.float32, device=CPU)
+    totals = [8000, *range(5, 68)]
+    assert all(cache.reserve(slot, total) for slot, total in enumerate(totals))
+    batch = Batch([Span(slot, total - 1, 1) for slot, total in enumerate(totals)], [0] * 64, CPU)
+    gathered = [part.rows.numel() for part in _Step(batch, cache.tables.of[None]).parts]
+    assert sum(gathered) <= 2 * sum(totals) and len(gathered) < 5
