@@ -3,7 +3,8 @@
 Importing this package does not import torch; ranks import it, their parent never does.
 
     cli/                        one module a verb
-    llm, model_config, session  `LLM`, its options, and a rank's end of a loaded model
+    llm, executors,             `LLM`, where its ranks are, its options, and a rank's end of a loaded model
+    model_config, session
     env, machine                which rank this process is, and which machine
     start, job                  `run_job`: one function on several ranks
     local, torchrun, mpi, ray   who starts the ranks; `backend` is what they have in common
