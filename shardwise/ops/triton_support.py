@@ -79,6 +79,14 @@ def await_predecessor(PDL: tl.constexpr):
 
 
 @triton.jit
+def await_alone(PDL: tl.constexpr):
+    """As `await_predecessor`, but the successor is not scheduled before this kernel's programs have ended, whose place
+    on the device it would take: for kernels of many long programs."""
+    if PDL:
+        gdc_wait()
+
+
+@triton.jit
 def await_and_trigger(PDL: tl.constexpr):
     """As `await_predecessor` for a kernel whose successor may read, before it waits itself, what the kernels in front
     of this one wrote: it may start only when those have ended."""

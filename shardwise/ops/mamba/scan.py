@@ -119,15 +119,16 @@ def plan_prefill(op: str, one: Inputs, batch: Batch, metadata: tuple[Tensor, ...
     check_pieces(op, batch, bounds, index, offset, owner)
     tokens, (heads, P), (groups, N) = batch.prefill_tokens, one.x.shape[2:], one.B.shape[2:]
     pieces, ratio, exact = index.numel(), heads // groups, one.x.dtype == torch.float32
-    device, slots = one.x.device, one.cache.shape[0]
+    device, slots, pdl = one.x.device, one.cache.shape[0], dependent_launch(one.x.device)
     sums = torch.empty(0, dtype=torch.float32, device=device)  # for its dtype
     word = report_word(op)
     tensors = dict(zip(_TENSORS, (*one.taken, *metadata, one.out, sums, word), strict=True))
     steps = _launch_steps.form_for(
         device,
         tuple(tensors[name] for name in _STEPS),
-        (one.dt_t, chunk, 1 << (chunk - 1).bit_length(), STEPS["heads"]),
+        (one.dt_t, chunk, 1 << (chunk - 1).bit_length(), STEPS["heads"], pdl),
         warps=STEPS["warps"],
+        pdl=pdl,
     )
     x_strides, B_strides, C_strides = (one.x_t, one.x.stride(2)), (one.B_t, one.B.stride(2)), (one.C_t, one.C.stride(2))
     block_p, block_n = min(STATES["P"], _power(P)), min(STATES["N"], _power(N))
@@ -136,18 +137,20 @@ def plan_prefill(op: str, one: Inputs, batch: Batch, metadata: tuple[Tensor, ...
         device,
         tuple(tensors[name] for name in _STATES),
         (*x_strides, *B_strides, *one.cache.stride()[:3])
-        + (ratio, P, N, chunk, step, block_p, block_n, _power(step), 64, exact),
+        + (ratio, P, N, chunk, step, block_p, block_n, _power(step), 64, exact, pdl),
         warps=STATES["warps"],
         stages=STATES["stages"],
+        pdl=pdl,
     )
     block_t, warps, stages = _output_tiles(_power(P) * _power(N), exact)
     block_t, together = min(block_t, _power(chunk)), OUTPUTS["heads"] if ratio % OUTPUTS["heads"] == 0 else 1
     outputs = _launch_outputs.form_for(
         device,
         tuple(tensors[name] for name in _OUTPUTS),
-        (*x_strides, *B_strides, *C_strides, ratio, P, N, chunk, _power(P), _power(N), block_t, together, exact),
+        (*x_strides, *B_strides, *C_strides, ratio, P, N, chunk, _power(P), _power(N), block_t, together, exact, pdl),
         warps=warps,
         stages=stages,
+        pdl=pdl,
     )
     tiles = -(-P // block_p) * -(-N // block_n)
     steps_grid, outputs_grid = (pieces, -(-heads // STEPS["heads"]), 1), (pieces * heads // together, 1, 1)

@@ -9,7 +9,7 @@ in short steps that carry the state along, so that the quadratic part is as narr
 from shardwise.ops.mamba.metadata import first_piece
 from shardwise.ops.metadata_reports import check_bounds, check_slots
 from shardwise.ops.state_batch import load_bounds
-from shardwise.ops.triton_support import await_predecessor, tl, triton
+from shardwise.ops.triton_support import await_alone, await_predecessor, tl, triton
 
 
 @triton.jit
@@ -73,6 +73,7 @@ def steps_kernel(
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
     HEADS: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Running sums of dt * A inside one piece [H, T] and, for HEADS heads, `level` = running sum - log(dt), float32.
 
@@ -80,6 +81,7 @@ def steps_kernel(
     """
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     piece = tl.program_id(0)
+    await_alone(PDL)
     owner, start, end = piece_bounds(index_ptr, offset_ptr, owner_ptr, bounds_ptr, piece, sequences, tokens, CHUNK)
     if owner < 0:
         return
@@ -127,6 +129,7 @@ def states_kernel(
     BLOCK_T: tl.constexpr,
     SEQUENCES: tl.constexpr,
     EXACT: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """One sequence, head and tile of its state [N, P], from piece to piece; writes the state before every piece.
 
@@ -135,6 +138,7 @@ def states_kernel(
     sequence, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
     p = (tl.program_id(2) // tl.cdiv(N, BLOCK_N)) * BLOCK_P + tl.arange(0, BLOCK_P)
     n = (tl.program_id(2) % tl.cdiv(N, BLOCK_N)) * BLOCK_N + tl.arange(0, BLOCK_N)
+    await_alone(PDL)
     slot = tl.load(slot_ptr + sequence).to(tl.int64)
     if (tl.program_id(1) == 0) & (tl.program_id(2) == 0):
         check_bounds(word_ptr, bounds_ptr, sequence, tl.num_programs(0), tokens)
@@ -211,6 +215,7 @@ def outputs_kernel(
     BLOCK_T: tl.constexpr,
     HEADS: tl.constexpr,
     EXACT: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Outputs of one piece and HEADS heads of a group: BLOCK_T tokens at a time, the states going along in registers.
 
@@ -218,6 +223,7 @@ def outputs_kernel(
     """
     blocks = heads // HEADS  # heads change fastest: those of a group find B and C in the cache
     piece, head = (tl.program_id(0) // blocks).to(tl.int64), (tl.program_id(0) % blocks).to(tl.int64) * HEADS
+    await_alone(PDL)
     owner, start, end = piece_bounds(index_ptr, offset_ptr, owner_ptr, bounds_ptr, piece, sequences, tokens, CHUNK)
     if owner < 0:
         return
@@ -390,6 +396,7 @@ def ready_kernel(
     N: tl.constexpr,
     HEADS: tl.constexpr,  # a power of two that holds all
     BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """What FlashInfer's step reads of one decode token: time steps [decode, H], float32, slots [decode], int32 and -1
     where there is none, and dense rows of x [decode, H, P], B and C [decode, G, N].
@@ -398,6 +405,7 @@ def ready_kernel(
     for it or leaves these as they are.
     """
     token, part = tl.program_id(0), tl.program_id(1)
+    await_predecessor(PDL)
     slot = tl.load(slot_ptr + skip + token)
     held = (slot >= 0) & (slot < slots)
     source = (first + token).to(tl.int64)
