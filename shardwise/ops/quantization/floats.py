@@ -58,16 +58,6 @@ def e8m0_encode(values: Tensor) -> Tensor:
     return code.masked_fill(~torch.isfinite(values), E8M0_NAN)
 
 
-def e4m3_decode(codes: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Values of uint8 e4m3 codes by bit arithmetic: 0x7F and 0xFF are NaN, exponent 0 is subnormal."""
-    code = codes.to(torch.int32)
-    exponent, mantissa = (code >> 3) & 0xF, code & 0x7
-    significand = torch.where(exponent == 0, mantissa, mantissa + 8).to(torch.float64)
-    value = torch.ldexp(significand, exponent.clamp(min=1) - 10)
-    value = torch.where(code >= 0x80, -value, value)
-    return value.masked_fill((code & 0x7F) == 0x7F, torch.nan).to(dtype)
-
-
 def e4m3_encode(values: Tensor) -> Tensor:
     """float8_e4m3fn nearest to `values`, saturating at 448 (a plain cast gives NaN there); NaN stays NaN."""
     return values.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)

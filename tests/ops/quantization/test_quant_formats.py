@@ -56,11 +56,6 @@ def test_e8m0_encodes_the_power_of_two_below():
     assert floats.e8m0_encode(values).tolist() == [0, 127, 127, 128, 128, 255, 0]
 
 
-def test_e4m3_agrees_with_torch_for_every_code_including_subnormals_and_nan():
-    same_bits(floats.e4m3_decode(CODES), CODES.view(torch.float8_e4m3fn).float())
-    assert floats.e4m3_decode(CODES).isnan().nonzero().flatten().tolist() == [0x7F, 0xFF]
-
-
 def test_e4m3_saturates_and_keeps_nan():
     got = floats.e4m3_encode(torch.tensor([1e9, -500.0, float("nan"), 2.0**-9, 2.0**-11])).float()
     assert got[:2].tolist() == [448.0, -448.0] and got[2].isnan() and got[3:].tolist() == [2.0**-9, 0.0]
