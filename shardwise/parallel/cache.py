@@ -145,7 +145,7 @@ class SlotCache(KvCache):
         rows = self._layers[layer]
         if batch.is_single_token and masking.is_plain:
             return _attend_one(q, kv, rows, batch.spans[0], masking)
-        if batch.prefills == 0 and masking.is_plain and q.device.type == "cpu":
+        if batch.prefills == 0 and masking.is_plain and rows.attends_at_once:
             step = self._singles(batch, masking.window)
             step.append(rows.tokens, kv)
             return step.attend(q, rows.keys, rows.values, masking.scale)
@@ -205,6 +205,11 @@ class _Rows:
     def make(cls, shape: LayerShape, lead: tuple[int, int], dtype: torch.dtype, device: torch.device) -> "_Rows":
         tokens = torch.zeros(*lead, shape.width, dtype=dtype, device=device)
         return cls(shape, tokens, *shape.split(tokens))
+
+    @property
+    def attends_at_once(self) -> bool:
+        """Whether torch's fused kernel takes several sequences; of two head sizes it would copy keys for each head."""
+        return self.tokens.device.type == "cpu" and self.shape.head_dim == self.shape.v_head_dim
 
 
 def _attend_one(q: Tensor, kv: Tensor, rows: _Rows, span: Span, masking: Masking) -> Tensor:

@@ -59,9 +59,10 @@ class Step:
 class Scheduler:
     """First come, first served. Running requests decode one token a step; prompts fill the rest of `step_tokens`.
 
-    A prompt longer than what is left of a step goes on in the next one (chunked prefill). When the cache has no space
-    for a running request, the one that came last gives up its place; it starts again later with what it generated as
-    part of its prompt. Each step adds tokens to some request, so any request that fits the empty cache is finished.
+    A prompt begins once the cache has room for all of it; one longer than what is left of a step goes on in the next
+    (chunked prefill). When the cache has no space for a running request, the one that came last gives up its place; it
+    starts again later with what it generated as part of its prompt. Each step adds tokens to some request, so any
+    request that fits the empty cache is finished.
 
     max_length  of a sequence, prompt and answer
     """
@@ -146,7 +147,7 @@ class Scheduler:
         while left and self.waiting and self._free:
             request, request_slot = self.waiting[0], self._free[-1]
             length = min(request.pending, left)
-            if not self.cache.reserve(request_slot, length):
+            if not self.cache.reserve(request_slot, request.length):  # all of it: else its last chunk may find no room
                 break
             self.running.append(self.waiting.popleft())
             request.slot = self._free.pop()
