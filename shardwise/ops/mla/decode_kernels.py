@@ -168,7 +168,6 @@ def attend_kernel(
     PAGE: tl.constexpr,
     BLOCK: tl.constexpr,
     HEADS: tl.constexpr,
-    SPLIT: tl.constexpr,
     SEQUENCES: tl.constexpr,
     STAGES: tl.constexpr,
     PDL: tl.constexpr,
@@ -185,8 +184,7 @@ def attend_kernel(
     await_predecessor(PDL)
     head = tile * HEADS + tl.arange(0, HEADS)
     key = tl.arange(0, BLOCK)
-    PART: tl.constexpr = C // SPLIT
-    c = tl.arange(0, PART)
+    c = tl.arange(0, C)
     r = tl.arange(0, R)
     while begin < end:
         sequence = tl.sum((ends <= begin).to(tl.int32), 0)
@@ -199,11 +197,8 @@ def attend_kernel(
         stop = tl.minimum(end - before, whole)
         top = tl.full([HEADS], float("-inf"), tl.float32)
         weights = tl.zeros([BLOCK, HEADS], tl.float32)
-        q = ()
-        acc = ()
-        for part in tl.static_range(SPLIT):
-            q = q + (tl.load(q_at + part * PART + c[None, :], mask=(head < N)[:, None], other=0.0),)
-            acc = acc + (tl.zeros([PART, HEADS], tl.float32),)
+        q = tl.load(q_at + c[None, :], mask=(head < N)[:, None], other=0.0)
+        acc = tl.zeros([C, HEADS], tl.float32)
         rotated_q = tl.load(q_at + C + r[None, :], mask=(head < N)[:, None], other=0.0)
         for block in tl.range(first, stop, num_stages=STAGES):
             at = block * BLOCK + key
@@ -213,35 +208,27 @@ def attend_kernel(
             rotated = tl.load(row + C + r[None, :], mask=seen, other=0.0)
             none = tl.zeros([BLOCK, HEADS], tl.float32)
             scores = product(rotated, tl.trans(rotated_q), none) * scale
-            latents = ()
-            for part in tl.static_range(SPLIT):
-                latents = latents + (tl.load(row + part * PART + c[None, :], mask=seen, other=0.0),)
-                scores += product(latents[part], tl.trans(q[part]), none) * scale
+            latent = tl.load(row + c[None, :], mask=seen, other=0.0)
+            scores += product(latent, tl.trans(q), none) * scale
             scores = tl.where(seen, scores, float("-inf"))
             risen = tl.maximum(top, tl.max(scores, 0))
             decay = tl.exp2(top - risen)[None, :]
             p = tl.exp2(scores - risen[None, :])
             weights = weights * decay + p
-            p = p.to(pool_ptr.dtype.element_ty)
-            sums = ()
-            for part in tl.static_range(SPLIT):
-                sums = sums + (product(tl.trans(latents[part]), p, acc[part] * decay),)
-            acc = sums
+            acc = product(tl.trans(latent), p.to(latent.dtype), acc * decay)
             top = risen
         weight = tl.sum(weights, 0)
         live = (head < N)[None, :]
         alone = stop - first == whole
         result = (sequence * N).to(tl.int64) * C
         place = head[None, :] * C + c[:, None]
-        row_of_part = (program + sequence).to(tl.int64) * N
-        for part in tl.static_range(SPLIT):
-            mean = acc[part] / weight[None, :]
-            if alone:
-                tl.store(out_ptr + result + part * PART + place, mean.to(out_ptr.dtype.element_ty), mask=live)
-            else:
-                tl.store(part_ptr + row_of_part * C + part * PART + place, mean, mask=live)
-        if not alone:
-            tl.store(log_ptr + row_of_part + head, top + tl.log2(weight), mask=head < N)
+        part = (program + sequence).to(tl.int64) * N
+        mean = acc / weight[None, :]
+        if alone:
+            tl.store(out_ptr + result + place, mean.to(out_ptr.dtype.element_ty), mask=live)
+        else:
+            tl.store(part_ptr + part * C + place, mean, mask=live)
+            tl.store(log_ptr + part + head, top + tl.log2(weight), mask=head < N)
         begin = before + stop
 
 
