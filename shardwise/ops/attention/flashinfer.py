@@ -17,6 +17,7 @@ from shardwise.ops.attention.planner import (
     Planner,
     exact_metadata,
     planner,
+    prefill_starts,
     select_pages,
     without_padding,
 )
@@ -256,7 +257,7 @@ def _attend(
 
 def _planned_prefill(owner: Planner, key: tuple, batch: Batch, cu_seqlen_host: Tensor, host: PagesHost) -> Any:
     def plan(wrapper):
-        starts = cu_seqlen_host[: batch.prefill + 1].contiguous()
+        starts = prefill_starts(OP, batch, cu_seqlen_host)
         _plan_prefill(key[1], wrapper, starts, select_pages(0, batch.prefill, *host))
 
     return owner.planned(key, lambda: _create_prefill(owner), plan)

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from shardwise.ops.attention.batch import Batch
+from shardwise.ops.state_batch import prefill_bounds
 
 # FlashInfer asks for 128 MB; large batches of split sequences with 256-wide heads need twice that.
 WORKSPACE_BYTES = 256 * 1024 * 1024
@@ -60,6 +61,11 @@ def without_padding(batch: Batch, indices, positions, indptr, last) -> tuple[tor
 
 PagesHost = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 """cu_num_pages_host, cache_loc, last_page_len_host, seq_len_with_cache_host: pages of all sequences of a step"""
+
+
+def prefill_starts(op: str, batch: Batch, cu_seqlen_host: torch.Tensor) -> torch.Tensor:
+    """int32 [prefill + 1] on the CPU, for FlashInfer, which checks nothing. ValueError for bounds of other tokens."""
+    return torch.tensor(prefill_bounds(op, batch, cu_seqlen_host), dtype=torch.int32)
 
 
 def select_pages(

@@ -15,6 +15,7 @@ from shardwise.ops.attention.planner import (
     DecodeFamily,
     Pages,
     Planner,
+    prefill_starts,
     select_pages,
     without_padding,
 )
@@ -209,7 +210,7 @@ def _append_quantised(plan: MlaPlan, batch: Batch, latent: Tensor, rotated: Tens
 def _run_prefill(
     plan: MlaPlan, owner: Planner, batch: Batch, cu_seqlen_host: Tensor, host, latent: Tensor, rotated: Tensor, *tensors
 ) -> None:  # fmt: skip
-    parameters, split, starts = plan.parameters, batch.prefill_tokens, cu_seqlen_host[: batch.prefill + 1].contiguous()
+    parameters, split, starts = plan.parameters, batch.prefill_tokens, prefill_starts(OP, batch, cu_seqlen_host)
     if (host[3][: batch.prefill] > starts.diff()).any():  # a sequence continues in the cache
         wrapper = owner.planned(
             ("prefix", parameters),

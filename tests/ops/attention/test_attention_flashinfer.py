@@ -20,6 +20,7 @@ from shardwise.ops.attention.planner import (
     decode_graphs,
     exact_metadata,
     planner,
+    prefill_starts,
     replan_decode,
     select_pages,
     without_padding,
@@ -167,6 +168,13 @@ def test_page_tables_that_are_too_short_are_refused():
     paged.cache_loc = paged.cache_loc[: pages - 1]
     with pytest.raises(ValueError, match=rf"legal for 2 sequences: \[3, {pages}, 2, 2\] entries and more"):
         select_pages(0, 2, *pages_of(paged))
+
+
+def test_bounds_of_other_tokens_are_refused():
+    batch = Batch(2, 49, 2)
+    assert prefill_starts("op", batch, torch.tensor([0, 9, 49, 50, 51], dtype=torch.int32)).tolist() == [0, 9, 49]
+    with pytest.raises(ValueError, match="op: cu_seqlen begins .0, 9, 60.; it must ascend from 0 to the 49 prefill"):
+        prefill_starts("op", batch, torch.tensor([0, 9, 60, 61, 62], dtype=torch.int32))
 
 
 def test_decode_is_planned_once_a_step_over_its_own_pages():
@@ -384,6 +392,10 @@ def test_bad_arguments(flashinfer):
         run(step, paged, q, k, v, kv_cache[:, 0])
     with pytest.raises(TypeError, match="kv_cache is torch.float32"):
         run(step, paged, q, k, v, kv_cache.float())
+    metadata = flashinfer_attention_prepare_metadata(*paged.metadata_inputs(step, DEVICE))
+    paged.cu_seqlen_host = paged.cu_seqlen_host + 1
+    with pytest.raises(ValueError, match="flashinfer_attention_mha_with_cache: cu_seqlen begins .1, "):
+        run(step, paged, q, k, v, kv_cache, metadata=metadata)
 
 
 class _Layer(torch.nn.Module):

@@ -168,6 +168,9 @@ def test_bad_arguments():
         call(ckv=ckv_cache.float())
     with pytest.raises(ValueError, match="kv_lora_rank 256; legal: 512, 64, 512"):
         call(rank=256)
+    paged.cu_seqlen_host = paged.cu_seqlen_host + 1
+    with pytest.raises(ValueError, match="flashinfer_mla_with_cache: cu_seqlen begins .1, "):
+        call()
 
 
 class _Layer(torch.nn.Module):
