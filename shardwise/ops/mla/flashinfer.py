@@ -210,17 +210,21 @@ def _append_quantised(plan: MlaPlan, batch: Batch, latent: Tensor, rotated: Tens
 def _run_prefill(
     plan: MlaPlan, owner: Planner, batch: Batch, cu_seqlen_host: Tensor, host, latent: Tensor, rotated: Tensor, *tensors
 ) -> None:  # fmt: skip
-    parameters, split, starts = plan.parameters, batch.prefill_tokens, prefill_starts(OP, batch, cu_seqlen_host)
-    if (host[3][: batch.prefill] > starts.diff()).any():  # a sequence continues in the cache
+    parameters, split = plan.parameters, batch.prefill_tokens
+
+    def starts():
+        return prefill_starts(OP, batch, cu_seqlen_host)
+
+    if host[3][: batch.prefill].sum() > split:  # a sequence continues in the cache
         wrapper = owner.planned(
             ("prefix", parameters),
             lambda: _create_absorbed(owner, None),
-            lambda w: _plan_absorbed(parameters, True, w, starts, select_pages(0, batch.prefill, *host)),
+            lambda w: _plan_absorbed(parameters, True, w, starts(), select_pages(0, batch.prefill, *host)),
         )
         _run_absorbed(plan.prefill, wrapper, *tensors)
     else:
         wrapper = owner.planned(
-            ("ragged", parameters), lambda: _create_ragged(owner), lambda w: _plan_ragged(parameters, w, starts)
+            ("ragged", parameters), lambda: _create_ragged(owner), lambda w: _plan_ragged(parameters, w, starts())
         )
         _run_ragged(plan, wrapper, latent[:split], rotated[:split], *tensors)
 
