@@ -11,7 +11,7 @@ from shardwise.ops.attention.reference import torch_cached_attention_with_cache
 from shardwise.parallel.batch import Batch, Span
 from shardwise.parallel.cache import KvCache, LayerShape, Masking
 from shardwise.parallel.options import HOST_PAGE
-from shardwise.parallel.single_tokens import is_even
+from shardwise.parallel.single_tokens import even_groups
 
 PAGE_SIZE = HOST_PAGE
 
@@ -181,21 +181,12 @@ class _Step:
         ends = list(accumulate(span.length for span in batch.spans))
         placed = [(span, range(end - span.length, end)) for span, end in zip(batch.spans, ends, strict=True)]
         longer, singles = placed[: batch.prefills], placed[batch.prefills :]
-        singles.sort(key=lambda each: table.seen(each[0]).total)
-        self.parts = [_Part([each], table, batch.device) for each in longer]
-        self.parts += [_Part(some, table, batch.device) for some in _alike(singles, table)]
 
+        def seen(each: _Placed) -> int:
+            return table.seen(each[0]).total
 
-def _alike(singles: "Sequence[_Placed]", table: PageTable) -> "list[list[_Placed]]":
-    """Single tokens, in order of how much they see, in groups without too much padding."""
-    groups: list[list[_Placed]] = []
-    for each in singles:
-        totals = [table.seen(span).total for span, _ in (*groups[-1], each)] if groups else []
-        if groups and is_even(totals):
-            groups[-1].append(each)
-        else:
-            groups.append([each])
-    return groups
+        groups = [[each] for each in longer] + even_groups(sorted(singles, key=seen), seen)
+        self.parts = [_Part(group, table, batch.device) for group in groups]
 
 
 _Placed = tuple[Span, range]
