@@ -34,10 +34,11 @@ def test_small_sequences_are_right_in_every_order(world, calls, options):
     assert states > 250, "there is more than one order"
 
 
-@pytest.mark.parametrize(
+with_rules = pytest.mark.parametrize(
     "rules, safe",
     [
         (Rules(slots=2, rearm="at once"), True),
+        (Rules(slots=3, rearm="at once"), True),
         (Rules(slots=3, rearm="next call"), True),
         (Rules(slots=1, rearm="at once"), False),
         (Rules(slots=2, rearm="next call"), False),
@@ -45,6 +46,9 @@ def test_small_sequences_are_right_in_every_order(world, calls, options):
     ],
     ids=lambda value: f"{value.slots} slots, re-armed {value.rearm}" if isinstance(value, Rules) else "",
 )
+
+
+@with_rules
 def test_which_rules_are_safe_in_every_order(rules, safe):
     _, outcome = explore(2, [("ONESHOT", 2)] * 5, rules=rules)
     assert (outcome.stale == [] and outcome.finished == [5, 5]) == safe
@@ -74,18 +78,7 @@ def test_two_slots_hold_for_a_rank_that_has_no_row_of_its_own():
         assert outcome.finished == [8] * 4
 
 
-@pytest.mark.parametrize(
-    "rules, safe",
-    [
-        (Rules(slots=2, rearm="at once"), True),
-        (Rules(slots=3, rearm="at once"), True),
-        (Rules(slots=3, rearm="next call"), True),
-        (Rules(slots=1, rearm="at once"), False),
-        (Rules(slots=2, rearm="next call"), False),
-        (Rules(slots=2, rearm="never"), False),
-    ],
-    ids=lambda value: f"{value.slots} slots, re-armed {value.rearm}" if isinstance(value, Rules) else "",
-)
+@with_rules
 def test_which_rules_are_safe(rules, safe):
     found = outcomes(2, [("ONESHOT", 2)] * 6, rules=rules, faults=Faults(slow=frozenset((1,))))
     broken = [outcome for outcome in found if outcome.stale or outcome.finished != [6, 6]]
