@@ -26,7 +26,9 @@ def attention(builder: "DecoderBuilder", block: spec.Attention, layer: int) -> A
     if rope is not None and rope.interleaved:
         rope, head = replace(rope, interleaved=False), _halves_of_pairs(head, rope.dim)
         order = _rows(head, heads + kv_heads, kv_heads * v_head_dim)
-    fused = "qkv.weight" in block.roles
+    gated, fused = block.output_gate == "per_element", "qkv.weight" in block.roles
+    if gated:
+        order = _gated_rows(head, heads, kv_heads, kv_heads * v_head_dim)
     return AttentionMixer(
         layer=layer,
         heads=heads,
@@ -44,6 +46,7 @@ def attention(builder: "DecoderBuilder", block: spec.Attention, layer: int) -> A
         rotary=builder.rotary(rope),
         qk_norms=_qk_norms(builder, block, layer, head),
         norm_after_rotation=block.qk_norm_after_rope,
+        gated=gated,
     )
 
 
@@ -129,6 +132,15 @@ def _rows(head: Tensor, heads: int, values: int) -> Tensor:
     size = len(head)
     turned = torch.arange(heads, device=head.device)[:, None] * size + head
     return torch.cat((turned.view(-1), torch.arange(heads * size, heads * size + values, device=head.device)))
+
+
+def _gated_rows(head: Tensor, heads: int, kv_heads: int, values: int) -> Tensor:
+    """Rows of a projection where each query head stands before its gates, to [queries | keys | values | gates]."""
+    size = len(head)
+    starts = 2 * size * torch.arange(heads, device=head.device)[:, None]
+    gates = starts + size + torch.arange(size, device=head.device)
+    others = 2 * size * heads + _rows(head, kv_heads, values)
+    return torch.cat(((starts + head).view(-1), others, gates.view(-1)))
 
 
 def cache_shape(weights: Weights, mixer: spec.Block) -> LayerShape:

@@ -1,4 +1,5 @@
-"""The attention mixer: fused projection, norms of queries and keys, rotation, cached attention, output projection."""
+"""The attention mixer: fused projection, norms of queries and keys, rotation, cached attention, its gate, output
+projection."""
 
 import torch
 from torch import Tensor
@@ -13,7 +14,8 @@ from shardwise.parallel.rotary import RotaryAngles, rotate
 class AttentionMixer:
     """Attention of this rank's heads: `heads` query heads that share `kv_heads` KV heads evenly.
 
-    The projection's rows are [queries | keys | values]. Returns this rank's partial sum.
+    The projection's rows are [queries | keys | values], and with `gated` the gates, whose sigmoid is a factor of each
+    element of what is attended. Returns this rank's partial sum.
     """
 
     def __init__(
@@ -30,13 +32,15 @@ class AttentionMixer:
         rotary: RotaryAngles | None = None,
         qk_norms: HeadNorms | JointNorms | None = None,
         norm_after_rotation: bool = False,
+        gated: bool = False,
     ):
         self.layer, self.heads, self.kv_heads = layer, heads, kv_heads
         self.head_dim, self.v_head_dim = head_dim, v_head_dim
         self.qkv, self.out, self.masking = qkv, out, masking
         self.rotary, self.qk_norms = rotary, qk_norms
-        self.norm_after_rotation = norm_after_rotation
+        self.norm_after_rotation, self.gated = norm_after_rotation, gated
         self._queries_end, self._keys_end = heads * head_dim, (heads + kv_heads) * head_dim
+        self._kv_width = kv_heads * (head_dim + v_head_dim)
 
     def __call__(self, x: Tensor, batch: Batch, cache: KvCache) -> Tensor:
         tokens = x.shape[0]
@@ -50,9 +54,11 @@ class AttentionMixer:
             rotate(qk, *batch.rotation(self.rotary))
         if self.norm_after_rotation:
             self._norm(qk)
-        kv = qkv.narrow(1, self._queries_end, qkv.shape[1] - self._queries_end)
-        attended = cache.attend(self.layer, qk.narrow(1, 0, self.heads), kv, batch, self.masking)
-        return self.out(attended.reshape(tokens, -1))
+        kv = qkv.narrow(1, self._queries_end, self._kv_width)
+        attended = cache.attend(self.layer, qk.narrow(1, 0, self.heads), kv, batch, self.masking).reshape(tokens, -1)
+        if self.gated:
+            attended = attended * qkv[:, self._queries_end + self._kv_width :].sigmoid()
+        return self.out(attended)
 
     def _norm(self, qk: Tensor) -> None:
         if self.qk_norms is not None:

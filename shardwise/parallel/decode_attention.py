@@ -28,6 +28,8 @@ def reason_against(mixer: object) -> str:
         return f"head sizes {size} and {mixer.v_head_dim}, need one power of two from 32 to 256"
     if mixer.masking.softcap is not None:
         return "capped scores"
+    if mixer.gated:
+        return "a gated output"
     if isinstance(mixer.qk_norms, JointNorms):
         return "all heads are normed at once"
     if mixer.norm_after_rotation:

@@ -41,7 +41,7 @@ _EVERY: dict[type, set[str]] = {
 """Fields every value of which has an implementation."""
 _SOME: dict[type, dict[str, tuple]] = {
     spec.Rope: {"kind": ROPES},
-    spec.Attention: {"qk_norm": (None, "head", "all_heads")},
+    spec.Attention: {"qk_norm": (None, "head", "all_heads"), "output_gate": (None, "per_element")},
     spec.DenseMlp: {"activation": ACTIVATIONS},
     spec.Moe: {"activation": ACTIVATIONS},
     spec.Routing: {"score": SCORES},

@@ -126,8 +126,8 @@ def reason_against(decoder: Decoder) -> str:
             return f"up to layer {number} weights are of kinds {', '.join(sorted(kind.__name__ for kind in kinds))}"
         if any(linear.bias is not None for linear in linears) or not all(map(_is_usable, linears)):
             return f"layer {number} has a bias, 8-bit blocks, or weights that are not float32 on the CPU"
-        if mixer.qk_norms is not None or not mixer.masking.is_plain or mixer.v_head_dim != mixer.head_dim:
-            return f"layer {number} norms its heads, caps its scores, has sinks or two head sizes"
+        if mixer.qk_norms or mixer.gated or not mixer.masking.is_plain or mixer.v_head_dim != mixer.head_dim:
+            return f"layer {number} norms its heads, caps its scores, has sinks, a gated output or two head sizes"
         if mixer.rotary is None or 2 * mixer.rotary.frequencies.numel() != mixer.head_dim:
             return f"layer {number} does not rotate whole heads"
         if not layer.between.is_plain or not layer.after.is_plain:

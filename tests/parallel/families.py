@@ -50,6 +50,18 @@ MOE_FAMILIES: dict[str, tuple[str, dict]] = {
     ),
 }
 FAMILIES |= MOE_FAMILIES
+QWEN_NEXT = dict(
+    num_experts=5,
+    num_experts_per_tok=2,
+    moe_intermediate_size=36,
+    shared_expert_intermediate_size=40,
+    partial_rotary_factor=0.5,
+    linear_num_key_heads=3,
+    linear_num_value_heads=6,
+    linear_key_head_dim=8,
+    linear_value_head_dim=12,
+    linear_conv_kernel_dim=4,
+)
 LATENT = dict(
     num_key_value_heads=6,
     head_dim=8,
@@ -132,6 +144,7 @@ NEAR_KIN: dict[str, tuple[str, dict]] = {
         ),
     ),
     "deepseek_v2": ("deepseek_v2", dict(LATENT, q_lora_rank=None, topk_method="greedy")),
+    "qwen3_next with gated attention alone": ("qwen3_next", dict(QWEN_NEXT, layer_types=["full_attention"] * 3)),
     "olmo2": ("olmo2", {}),
     "olmo3": (
         "olmo3",
