@@ -13,7 +13,7 @@ from shardwise.ops.mamba.ssm import Plan, like_hidden, run_step
 from shardwise.ops.metadata_reports import report_word
 from shardwise.ops.plan_cache import PlanCache, View, allocator, view
 from shardwise.ops.registry import FLASHINFER, TRITON, operator
-from shardwise.ops.triton_support import Kernel, Launch, dependent_launch
+from shardwise.ops.triton_support import Kernel, Launch
 
 _ready = Kernel(kernels.ready_kernel)
 BLOCK = 1024
@@ -94,7 +94,7 @@ def _plan_decode(op: str, one: Inputs, batch: Batch) -> _Decode:
             f"{op}: FlashInfer wants a slot for each of the {count} decode sequences, the cache has "
             f"{one.cache.shape[0]}; triton_cached_ssm takes any number"
         )
-    (groups, states), dtype, pdl = one.B.shape[2:], one.x.dtype, dependent_launch(device)
+    (groups, states), dtype = one.B.shape[2:], one.x.dtype
     time_steps = allocator((count, heads, size), torch.float32, device, strides=(heads, 1, 0))
     index = allocator((count,), torch.int32, device)
     head_rows = allocator((count, heads, size), dtype, device)
@@ -104,9 +104,8 @@ def _plan_decode(op: str, one: Inputs, batch: Batch) -> _Decode:
         device,
         (one.x, one.dt, one.dt_bias, one.B, one.C, one.slots, *made, one.out, report_word(op)),
         (one.x_t, one.x.stride(2), one.dt_t, one.B_t, one.B.stride(2), one.C_t, one.C.stride(2))
-        + (heads // groups, size, states, 1 << (heads - 1).bit_length(), BLOCK, pdl),
+        + (heads // groups, size, states, 1 << (heads - 1).bit_length(), BLOCK),
         warps=4,
-        pdl=pdl,
     )
     parts = -(-max(heads * size, groups * states) // BLOCK)
     return _Decode(

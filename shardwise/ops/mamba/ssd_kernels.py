@@ -396,7 +396,6 @@ def ready_kernel(
     N: tl.constexpr,
     HEADS: tl.constexpr,  # a power of two that holds all
     BLOCK: tl.constexpr,
-    PDL: tl.constexpr,
 ):
     """What FlashInfer's step reads of one decode token: time steps [decode, H], float32, slots [decode], int32 and -1
     where there is none, and dense rows of x [decode, H, P], B and C [decode, G, N].
@@ -405,7 +404,6 @@ def ready_kernel(
     for it or leaves these as they are.
     """
     token, part = tl.program_id(0), tl.program_id(1)
-    await_predecessor(PDL)
     slot = tl.load(slot_ptr + skip + token)
     held = (slot >= 0) & (slot < slots)
     source = (first + token).to(tl.int64)
