@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 def attention(builder: "DecoderBuilder", block: spec.Attention, layer: int) -> AttentionMixer:
     weights, head_dim, v_head_dim = builder.weights, block.head_dim, block.v_head_dim
-    heads, kv_heads = _local(weights, block.q_axis), _local(weights, block.kv_axis)
+    heads, kv_heads = weights.units(block.q_axis), weights.units(block.kv_axis)
     rope, order, head = block.rope, None, torch.arange(head_dim, device=weights.device)
     if rope is not None and rope.interleaved:
         rope, head = replace(rope, interleaved=False), _halves_of_pairs(head, rope.dim)
@@ -96,7 +96,7 @@ def latent_attention(builder: "DecoderBuilder", block: spec.MlaAttention, layer:
         """A head's elements, the rotated ones behind `count` others."""
         return torch.cat((torch.arange(count, device=weights.device), count + turned))
 
-    heads = _local(weights, block.q_axis)
+    heads = weights.units(block.q_axis)
     queries = _rows(behind(block.nope_dim), heads, 0)
     q_norm = q_up = None
     if block.q_rank is not None:
@@ -148,9 +148,4 @@ def cache_shape(weights: Weights, mixer: spec.Block) -> LayerShape:
     if isinstance(mixer, spec.MlaAttention):
         return LayerShape(1, mixer.kv_rank + mixer.rope_dim, mixer.kv_rank, values_in_keys=True)
     assert isinstance(mixer, spec.Attention)
-    return LayerShape(_local(weights, mixer.kv_axis), mixer.head_dim, mixer.v_head_dim, mixer.window)
-
-
-def _local(weights: Weights, axis: LogicalAxis) -> int:
-    """Heads of this rank."""
-    return weights.plan.cuts.share(axis, weights.plan.layout.coordinates(weights.rank)).length
+    return LayerShape(weights.units(mixer.kv_axis), mixer.head_dim, mixer.v_head_dim, mixer.window)

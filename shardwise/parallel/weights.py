@@ -10,6 +10,7 @@ from shardwise.parallel.block_linear import NATIVE, ROWS
 from shardwise.parallel.dequantise import Scaled, dequantise
 from shardwise.parallel.dummy import RandomSource
 from shardwise.parallel.sources import BITS, CheckpointSource, TensorSource, filled_shape
+from shardwise.sharding.axes import LogicalAxis
 from shardwise.sharding.checkpoint.header import STORAGE, CheckpointError
 from shardwise.sharding.checkpoint.reader import NUMPY
 from shardwise.sharding.checkpoint.resolve import Checkpoint
@@ -54,6 +55,10 @@ class Weights:
 
     def shard(self, spec: TensorSpec, layer: int | None = None, expert: int | None = None) -> TensorShard:
         return self.plan.shard(self.rank, spec.path(layer, expert))
+
+    def units(self, axis: LogicalAxis) -> int:
+        """Units of an axis that this rank holds, padding included."""
+        return self.plan.cuts.share(axis, self.plan.layout.coordinates(self.rank)).length
 
     def find(
         self,
