@@ -35,7 +35,9 @@ FAMILIES: dict[str, tuple[str, ...]] = {
     ),
     "qwen_next": (
         "Qwen3NextForCausalLM",
+        "Qwen3_5ForCausalLM",
         "Qwen3_5ForConditionalGeneration",
+        "Qwen3_5MoeForCausalLM",
         "Qwen3_5MoeForConditionalGeneration",
     ),
     "deepseek": (

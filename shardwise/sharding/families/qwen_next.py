@@ -14,7 +14,7 @@ from shardwise.sharding.spec import Block, Routing
 def build(config: Config, name: str, architecture: str) -> ModelSpec:
     text = config.section("text_config")
     first = architecture == "Qwen3NextForCausalLM"
-    prefix = "model." if first else "model.language_model."
+    prefix = "model.language_model." if architecture.endswith("ForConditionalGeneration") else "model."
     b = Builder(text, name, architecture, prefix=prefix, norm_weight_offset=1.0)
     b.norm_eps = text.number("rms_norm_eps", default=1e-6)
     module, count = f"{prefix}layers.{{layer}}", text.integer("num_hidden_layers")
