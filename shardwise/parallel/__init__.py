@@ -6,18 +6,21 @@ Blocks compute partial sums; `layers.ResidualNorm` and the experts of `moe` add 
     scheduler, batch, requests  continuous batching: which tokens of which requests make the next step
     runner                      runs a step by the fastest code that serves it, and says which and why
     decoder, assemble,          the stack of layers, built from the blocks of a ModelSpec
-    assemble_attention
+    assemble_attention,
+    assemble_mamba
     layers, attention, rotary,  layers of prompts and of any model; `block_linear` computes with GGUF's blocks
     mla, head_norms, moe,
     routing, block_linear,
     block_tiles
+    mamba, convolution          layers that keep states of a sequence, which stand in `states`
     decode_step, decode_stream, single tokens on a GPU: few fused kernels a layer, replayed as CUDA graphs
     decode_attention,
     decode_mlp, decode_moe,
     cuda_graph
     token_step, token_products  single tokens of one sequence on the CPU; of several, `single_tokens` attends
     prefill                     attention to prompts on a GPU, by Triton's, FlashInfer's or PyTorch's kernels
-    cache, paged, device_cache  KV caches: rows, pages, and pages whose tables GPU kernels read
+    cache, paged, device_cache, KV caches: rows, pages, and pages whose tables GPU kernels read; states of recurrent
+    states                      layers beside them
     weights, sources, dummy,    weights: the plan's byte ranges of a checkpoint, or random ones in their place
     read_ahead, transfer,
     load_experts, dequantise,

@@ -5,15 +5,24 @@ A new family is data (a spec); it needs code here only where it has a block with
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from shardwise.comm.rank import Groups
 from shardwise.parallel.assemble_attention import attention, cache_shape, latent_attention
+from shardwise.parallel.assemble_mamba import mamba, mamba_state
 from shardwise.parallel.block_linear import BlockEmbedding, BlockHead, BlockLinear
 from shardwise.parallel.cache import LayerShape
-from shardwise.parallel.decoder import Decoder, DecoderLayer, ParallelLayer
+from shardwise.parallel.decoder import (
+    AnyLayer,
+    Decoder,
+    DecoderLayer,
+    FeedForwardLayer,
+    MixerLayer,
+    ParallelLayer,
+)
 from shardwise.parallel.layers import (
     GatedMlp,
     LayerNorm,
@@ -29,6 +38,7 @@ from shardwise.parallel.layers import (
 from shardwise.parallel.load_experts import load_experts
 from shardwise.parallel.moe import DataParallelMoe, MoeBlock, MoeWithShared, SharedExpert
 from shardwise.parallel.rotary import RotaryAngles
+from shardwise.parallel.states import StateShape
 from shardwise.parallel.supported import check_supported
 from shardwise.parallel.weights import Weights
 from shardwise.sharding import spec
@@ -47,7 +57,7 @@ class DecoderBuilder:
         model = self.model
         check_supported(model)
         embedding, head = self._ends()
-        norms = [self._norm(layer.mixer_norm, "mixer_norm", i) for i, layer in enumerate(model.layers)]
+        norms = [self._entry_norm(layer, i) for i, layer in enumerate(model.layers)]
         norms.append(self._norm(model.final_norm, "final_norm", None))
         layers = [self._layer(layer, i, norms[i + 1]) for i, layer in enumerate(model.layers)]
         decoder = Decoder(embedding=embedding, first_norm=norms[0], layers=layers, head=self._head(head))
@@ -55,10 +65,20 @@ class DecoderBuilder:
         return decoder
 
     def cache_shapes(self) -> list[LayerShape]:
-        """This rank's KV cache of every layer."""
-        return [cache_shape(self.weights, layer.mixers[0]) for layer in self.model.layers]
+        """What every layer caches on this rank."""
+        return [self._cache_shape(*layer.mixers) for layer in self.model.layers]
 
-    def _layer(self, layer: Layer, number: int, next_norm: Norm | None) -> DecoderLayer | ParallelLayer:
+    def _cache_shape(self, mixer: spec.Block | None = None) -> LayerShape:
+        if type(mixer) in STATES:
+            return LayerShape(state=STATES[type(mixer)](self.weights, mixer))
+        return LayerShape() if mixer is None else cache_shape(self.weights, mixer)
+
+    def _entry_norm(self, layer: Layer, number: int) -> Norm | None:
+        if layer.mixers:
+            return self._norm(layer.mixer_norm, "mixer_norm", number)
+        return self._norm(layer.feed_forward_norm, "feed_forward_norm", number)
+
+    def _layer(self, layer: Layer, number: int, next_norm: Norm | None) -> AnyLayer:
         def joining(norm: Norm | None, post: spec.Norm | None, role: str) -> ResidualNorm:
             return ResidualNorm(
                 norm=norm,
@@ -67,14 +87,21 @@ class DecoderBuilder:
                 multiplier=layer.residual_multiplier,
             )
 
-        mixer = MIXERS[type(layer.mixers[0])](self, layer.mixers[0], number)
-        feed_forward = FEED_FORWARDS[type(layer.feed_forward[0])](self, layer.feed_forward[0], number)
+        mixer, feed_forward = self._made(layer.mixers, number), self._made(layer.feed_forward, number)
+        if mixer is not None and feed_forward is None:
+            return MixerLayer(mixer=mixer, after=joining(next_norm, layer.mixer_post_norm, "mixer_post_norm"))
         after = joining(next_norm, layer.feed_forward_post_norm, "feed_forward_post_norm")
+        if mixer is None:
+            return FeedForwardLayer(feed_forward=feed_forward, after=after)
         if layer.parallel_residual:
             return ParallelLayer(mixer=mixer, feed_forward=feed_forward, after=after)
         norm = self._norm(layer.feed_forward_norm, "feed_forward_norm", number)
         between = joining(norm, layer.mixer_post_norm, "mixer_post_norm")
         return DecoderLayer(mixer=mixer, between=between, feed_forward=feed_forward, after=after)
+
+    def _made(self, blocks: Sequence[spec.Block], number: int) -> Any:
+        """A layer's mixer or feed-forward; None where it has none."""
+        return (MIXERS | FEED_FORWARDS)[type(blocks[0])](self, blocks[0], number) if blocks else None
 
     def _norm(self, norm: spec.Norm | None, role: str, layer: int | None) -> Norm | None:
         if norm is None:
@@ -197,5 +224,11 @@ def _shared_expert(builder: DecoderBuilder, block: spec.Moe, layer: int) -> Shar
     )
 
 
-MIXERS: dict[type, Callable] = {spec.Attention: attention, spec.MlaAttention: latent_attention}
+MIXERS: dict[type, Callable] = {
+    spec.Attention: attention,
+    spec.MlaAttention: latent_attention,
+    spec.Mamba2: mamba,
+}
+STATES: dict[type, Callable[..., StateShape]] = {spec.Mamba2: mamba_state}
+"""Mixers that keep states instead of keys and values."""
 FEED_FORWARDS: dict[type, Callable] = {spec.DenseMlp: dense_mlp, spec.Moe: moe}

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from shardwise.ops.mamba.metadata import mamba_ssm_prepare_metadata
 from shardwise.parallel.transfer import to_device
 
 
@@ -41,6 +42,7 @@ class Batch:
         self.ids = tuple(tokens)
         self.prefills = sum(span.length != 1 for span in self.spans)
         self._rotations: dict[object, tuple[Tensor, Tensor]] = {}
+        self._pieces: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
         if any(span.length == 1 for span in self.spans[: self.prefills]):
             raise ValueError("one-token spans must come after longer ones")
 
@@ -94,6 +96,20 @@ class Batch:
         """int32 [spans + 1]: where each span's tokens begin."""
         return self._metadata.cu_seqlen
 
+    @property
+    def resumes(self) -> Tensor:
+        """bool [prefills]: whether a prefill continues a sequence, and thus from its states."""
+        return self._metadata.resumes
+
+    def pieces(self, chunk: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Where scans in chunks of so many tokens cut this step's prefill tokens (`ops/mamba/metadata.py`)."""
+        if chunk not in self._pieces:
+            made = mamba_ssm_prepare_metadata(
+                self.positions[None], self.batch_info, self.seq_len, self.cu_seqlen, chunk
+            )
+            self._pieces[chunk] = made[0], made[1], made[2]
+        return self._pieces[chunk]
+
     @cached_property
     def _metadata(self) -> "_Metadata":
         spans = self.spans
@@ -107,6 +123,7 @@ class Batch:
             input_pos=_int32(s.past for s in spans),
             slots=torch.tensor([s.slot for s in spans], dtype=torch.int64),
             cu_seqlen=_int32(ends),
+            resumes=torch.tensor([s.past > 0 for s in spans[: self.prefills]], dtype=torch.bool),
         )
         return made if self.device.type == "cpu" else _Metadata(*to_device(made, self.device))
 
@@ -125,6 +142,7 @@ class _Metadata(NamedTuple):
     input_pos: Tensor
     slots: Tensor
     cu_seqlen: Tensor
+    resumes: Tensor
 
 
 def _int32(values: Iterable[int]) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor
 from shardwise.ops.attention.reference import torch_cached_attention_with_cache
 from shardwise.parallel.batch import Batch, Span
 from shardwise.parallel.single_tokens import SingleTokens
+from shardwise.parallel.states import StateCache, StateShape
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,15 +28,17 @@ class Masking:
 
 @dataclass(frozen=True)
 class LayerShape:
-    """A layer's cache on this rank; a layer without one has `kv_heads` 0."""
+    """A layer's cache on this rank; a layer without keys and values has `kv_heads` 0."""
 
-    kv_heads: int
-    head_dim: int
-    v_head_dim: int
+    kv_heads: int = 0
+    head_dim: int = 0
+    v_head_dim: int = 0
     window: int | None = None
     """Last tokens of a sequence that the cache must keep; None: all of them."""
     values_in_keys: bool = False
     """A head's value is the beginning of its key, and is kept once."""
+    state: StateShape | None = None
+    """What it keeps of a sequence beside these."""
 
     @property
     def width(self) -> int:
@@ -78,12 +81,16 @@ class LatentWeights:
 
 
 class KvCache(ABC):
-    """Keys and values of past tokens. A layer appends and attends in one call and knows nothing of the storage."""
+    """Keys and values of past tokens. A layer appends and attends in one call and knows nothing of the storage.
+
+    Recurrent layers find theirs in `states`, by the same slots.
+    """
 
     max_length: int
     """Tokens that one sequence may have."""
     slots: int
     """Sequences that fit at once; a span's `slot` is below it."""
+    states: StateCache
 
     @abstractmethod
     def attend(self, layer: int, q: Tensor, kv: Tensor, batch: Batch, masking: Masking) -> Tensor:
@@ -129,6 +136,8 @@ class SlotCache(KvCache):
     ):
         self.slots, self.max_length = slots, max_length
         self._layers = [_Rows.make(shape, (slots, max_length), dtype, device) for shape in layers]
+        shapes = [shape.state for shape in layers]
+        self.states = StateCache(shapes, slots=slots, dtype=dtype, device=device, kernels=False)
         self._step: tuple[Batch, dict[int | None, SingleTokens]] | None = None
         self._held = [0] * slots
 
@@ -139,6 +148,7 @@ class SlotCache(KvCache):
     def release(self, slot: int) -> None:
         for rows in self._layers:
             rows.tokens[slot, : self._held[slot]] = 0
+        self.states.clear(slot)
         self._held[slot] = 0
 
     def attend(self, layer: int, q: Tensor, kv: Tensor, batch: Batch, masking: Masking) -> Tensor:
@@ -186,7 +196,7 @@ class SlotCache(KvCache):
         return self._layers[layer].tokens
 
     def nbytes(self) -> int:
-        return sum(rows.tokens.numel() * rows.tokens.element_size() for rows in self._layers)
+        return sum(rows.tokens.nbytes for rows in self._layers) + self.states.nbytes()
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from shardwise.parallel.decode_attention import reason_against as reason_against
 from shardwise.parallel.decode_mlp import FeedForward, feed_forward_step
 from shardwise.parallel.decode_moe import reason_against as reason_against_experts
 from shardwise.parallel.decode_stream import Product, Stream, product, row_product
-from shardwise.parallel.decoder import Decoder, DecoderLayer, ParallelLayer
+from shardwise.parallel.decoder import Decoder, DecoderLayer
 from shardwise.parallel.device_cache import PAGE_SIZE, DeviceCache
 from shardwise.parallel.layers import LayerNorm, Linear, ResidualNorm, VocabEmbedding
 from shardwise.parallel.moe import DataParallelMoe, MoeBlock, MoeWithShared
@@ -49,8 +49,10 @@ def reason_against(decoder: Decoder) -> str:
     if group.size > 1 and group.transport not in GRAPH_TRANSPORTS:
         return f"transport {group.transport} passes through the host, which a graph cannot hold"
     for number, layer in enumerate(decoder.layers):
-        if isinstance(layer, ParallelLayer) or any(isinstance(x.norm, LayerNorm) for x in (layer.between, layer.after)):
-            return f"layer {number}: layer norms, or blocks in parallel"
+        if not isinstance(layer, DecoderLayer):
+            return f"layer {number}: one block, or blocks in parallel"
+        if any(isinstance(x.norm, LayerNorm) for x in (layer.between, layer.after)):
+            return f"layer {number}: layer norms"
         reason = reason_against_mixer(layer.mixer) or _reason_against_feed_forward(layer.feed_forward)
         if reason:
             return f"layer {number}: {reason}"

@@ -37,6 +37,31 @@ class ParallelLayer:
         return self.after(self.mixer(x, batch, cache) + self.feed_forward(x), residual)
 
 
+@dataclass
+class MixerLayer:
+    """A mixer alone."""
+
+    mixer: Callable[[Tensor, Batch, KvCache], Tensor]
+    after: ResidualNorm
+
+    def __call__(self, x: Tensor, residual: Tensor, batch: Batch, cache: KvCache) -> tuple[Tensor, Tensor]:
+        return self.after(self.mixer(x, batch, cache), residual)
+
+
+@dataclass
+class FeedForwardLayer:
+    """A feed-forward alone."""
+
+    feed_forward: Callable[[Tensor], Tensor]
+    after: ResidualNorm
+
+    def __call__(self, x: Tensor, residual: Tensor, batch: Batch, cache: KvCache) -> tuple[Tensor, Tensor]:
+        return self.after(self.feed_forward(x), residual)
+
+
+AnyLayer = DecoderLayer | ParallelLayer | MixerLayer | FeedForwardLayer
+
+
 class Decoder:
     """Embedding, layers, head of one rank."""
 
@@ -45,7 +70,7 @@ class Decoder:
         *,
         embedding: Callable[[Tensor], Tensor],
         first_norm: Norm | None,
-        layers: Sequence[DecoderLayer | ParallelLayer],
+        layers: Sequence[AnyLayer],
         head: VocabHead,
     ):
         self.embedding, self.first_norm, self.layers, self.head = embedding, first_norm, layers, head

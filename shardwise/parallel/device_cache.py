@@ -15,6 +15,7 @@ from shardwise.parallel.cache import KvCache, LatentWeights, LayerShape, Masking
 from shardwise.parallel.options import DEVICE_PAGE
 from shardwise.parallel.paged import PageTable, PageTables
 from shardwise.parallel.prefill import Choice, PrefillAttention, PrefillStep, choose, choose_latent
+from shardwise.parallel.states import StateCache
 from shardwise.parallel.transfer import to_device
 
 PAGE_SIZE = DEVICE_PAGE
@@ -56,6 +57,8 @@ class DeviceCache(KvCache):
             )
             for s in layers
         ]
+        states = [shape.state for shape in layers]
+        self.states = StateCache(states, slots=slots, dtype=dtype, device=device, kernels=True)
         self.attention, self._prefill = attention, PrefillAttention(device)
         self._choices: dict[tuple, Choice] = {}
         self._step: tuple[Batch, _Step] | None = None
@@ -68,13 +71,14 @@ class DeviceCache(KvCache):
 
     def release(self, slot: int) -> None:
         self.tables.release(slot)
+        self.states.clear(slot)
 
     def pages_of(self, span: Span) -> list[int]:
         """Of each table: the page that holds the first new token of a sequence."""
         return [table.page(span.slot, span.past) for table in self.tables.of.values()]
 
     def nbytes(self) -> int:
-        return sum(pool.numel() * pool.element_size() for pool in self._pools)
+        return sum(pool.nbytes for pool in self._pools) + self.states.nbytes()
 
     def describe_attention(self) -> str:
         """Which prefill backends have served, and why."""

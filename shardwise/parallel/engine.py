@@ -178,10 +178,10 @@ class Engine:
     def _describe_cache(self) -> str:
         cache = self.cache
         if isinstance(cache, DeviceCache):
-            return f"{cache.tables.describe()}; prompts: {cache.describe_attention()}"
+            return f"{cache.tables.describe()}{cache.states.describe()}; prompts: {cache.describe_attention()}"
         if isinstance(cache, PagedCache):
-            return cache.tables.describe()
-        return f"{cache.slots} rows of {cache.max_length} tokens" if cache else "none yet"
+            return cache.tables.describe() + cache.states.describe()
+        return f"{cache.slots} rows of {cache.max_length} tokens{cache.states.describe()}" if cache else "none yet"
 
     def _require_memory(self, request_tokens: int) -> None:
         if self.device.type == "cuda":

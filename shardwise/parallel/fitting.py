@@ -33,12 +33,14 @@ class Need:
 
     weights: int
     cache: int
+    states: int
+    """Of the recurrent layers of all sequences."""
     work: int
     """Alive in a step, and on a GPU what libraries and graphs take."""
 
     @property
     def total(self) -> int:
-        return self.weights + self.cache + self.work
+        return self.weights + self.cache + self.states + self.work
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +54,8 @@ class Holding:
     tokens: int
     """That the cache must hold."""
     sequences: int
-    """That it is made for: layers with a window keep one for each, or all tokens where those are fewer."""
+    """That it is made for: recurrent layers keep states of each, layers with a window one for each, or all tokens where
+    those are fewer."""
     step_tokens: int
     """Of the largest step."""
 
@@ -73,6 +76,7 @@ class Holding:
         return Need(
             weights=weight_bytes(made, rank, self.dtype.itemsize, self.form),
             cache=sum(n * self.page * e.layers * e.token_bytes for n, e in zip(pools, entries, strict=True)),
+            states=self.sequences * sum(e.layers * e.sequence_bytes for e in entries),
             work=activation_bytes(made.model, step, self.dtype) + (RESERVED_BYTES if self.on_gpus else 0),
         )
 
@@ -142,10 +146,13 @@ class _Place:
         return sum(need.total for need in self.needs) - self.free
 
     def describe(self, holding: Holding) -> str:
-        weights, cache, work = (sum(getattr(n, part) for n in self.needs) for part in ("weights", "cache", "work"))
+        weights, cache, states, work = (
+            sum(getattr(n, part) for n in self.needs) for part in ("weights", "cache", "states", "work")
+        )
+        of_states = f", {_gib(states)} of states of {holding.sequences} sequences" if states else ""
         return (
-            f"{_gib(weights)} of weights ({holding.form.reason}), {_gib(cache)} of cache for {holding.tokens} tokens "
-            f"and {_gib(work)} for activations and workspaces, but {self.name} has {_gib(self.free)} of "
+            f"{_gib(weights)} of weights ({holding.form.reason}), {_gib(cache)} of cache for {holding.tokens} tokens"
+            f"{of_states} and {_gib(work)} for activations and workspaces, but {self.name} has {_gib(self.free)} of "
             f"{_gib(self.total)} free"
         )
 

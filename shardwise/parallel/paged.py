@@ -12,6 +12,7 @@ from shardwise.parallel.batch import Batch, Span
 from shardwise.parallel.cache import KvCache, LayerShape, Masking
 from shardwise.parallel.options import HOST_PAGE
 from shardwise.parallel.single_tokens import even_groups
+from shardwise.parallel.states import StateCache
 
 PAGE_SIZE = HOST_PAGE
 
@@ -141,6 +142,8 @@ class PagedCache(KvCache):
         self._layers = [
             torch.empty(self.tables.of[s.window].pages * page_size, s.width, dtype=dtype, device=device) for s in layers
         ]
+        states = [shape.state for shape in layers]
+        self.states = StateCache(states, slots=slots, dtype=dtype, device=device, kernels=False)
         self._step: tuple[Batch, dict[int | None, _Step]] | None = None
 
     def reserve(self, slot: int, tokens: int) -> bool:
@@ -148,6 +151,7 @@ class PagedCache(KvCache):
 
     def release(self, slot: int) -> None:
         self.tables.release(slot)
+        self.states.clear(slot)
 
     def attend(self, layer: int, q: Tensor, kv: Tensor, batch: Batch, masking: Masking) -> Tensor:
         shape, pool = self._shapes[layer], self._layers[layer]
@@ -159,7 +163,7 @@ class PagedCache(KvCache):
         return out
 
     def nbytes(self) -> int:
-        return sum(pool.numel() * pool.element_size() for pool in self._layers)
+        return sum(pool.nbytes for pool in self._layers) + self.states.nbytes()
 
     def _rows_of(self, batch: Batch) -> "dict[int | None, _Step]":
         """Pool rows of a batch, found once for all layers."""

@@ -17,8 +17,9 @@ RESERVED_BYTES = 2 << 30
 
 
 def cache_bytes(layers: list[LayerShape], dtype: torch.dtype, *, pages: int, slots: int) -> int:
-    """Of a GPU's cache with `pages` pages."""
-    return sum(
+    """Of a GPU's cache with `pages` pages, and the states of `slots` sequences."""
+    states = sum(shape.state.nbytes(dtype) for shape in layers if shape.state)
+    return slots * states + sum(
         pool_pages(s.window, pages=pages, slots=slots, page_size=PAGE_SIZE) * PAGE_SIZE * s.width * dtype.itemsize
         for s in layers
     )
@@ -46,8 +47,9 @@ def pages_for(
     fits = world.all_gather_object(held)
     if min(fits) < 1:
         rank, each = fits.index(min(fits)), cache_bytes(layers, dtype, pages=1, slots=slots)
+        states = f" and the states of {slots} sequences" if any(shape.state for shape in layers) else ""
         raise DoesNotFit(
-            f"rank {world.ranks[rank]} has no memory for the KV cache, of which {PAGE_SIZE} tokens take {each} "
+            f"rank {world.ranks[rank]} has no memory for the cache, of which {PAGE_SIZE} tokens{states} take {each} "
             f"bytes: beside the weights, rank {world.ranks[world.rank]} has {free >> 20} MiB of {total >> 20} MiB, and "
             f"{work >> 20} MiB are kept for activations and workspaces; use more ranks or smaller weights"
         )
@@ -68,6 +70,10 @@ def _inner_elements(layer: Layer, hidden: int) -> int:
             found.append(2 * (block.heads + block.kv_heads) * (block.head_dim + block.v_head_dim))
         elif isinstance(block, spec.MlaAttention):
             found.append(4 * block.heads * (block.kv_rank + block.rope_dim))
+        elif isinstance(block, spec.Mamba2):  # each chunk of the scan has a state, in float32
+            states = 2 * block.head_dim * block.state // block.chunk
+            inner = block.head_axis.units * (block.head_dim + 1) + block.group_axis.units * block.state
+            found.append(4 * inner + block.head_axis.units * states)
         elif isinstance(block, spec.Moe):  # results of a token's experts wait in float32 to be summed
             found.append(block.routing.top_k * (4 * block.mlp_axis.units + 2 * hidden))
         elif isinstance(block, spec.DenseMlp):

@@ -17,7 +17,7 @@ GGUF_BLOCK = 32
 _FLOATS = {"F64", "F32", "F16", "BF16"}
 _FLOAT8 = {"F8_E4M3", "F8_E5M2"}
 
-MIXERS: tuple[type[spec.Block], ...] = (spec.Attention, spec.MlaAttention)
+MIXERS: tuple[type[spec.Block], ...] = (spec.Attention, spec.MlaAttention, spec.Mamba2)
 FEED_FORWARDS: tuple[type[spec.Block], ...] = (spec.DenseMlp, spec.Moe)
 ROPES = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
 ACTIVATIONS = ("silu", "swish", "gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "relu2")
@@ -32,6 +32,8 @@ _EVERY: dict[type, set[str]] = {
     | {"norm_eps", "norm_weight_offset", "qk_norm_after_rope"},
     spec.MlaAttention: {"q_axis", "q_rank", "kv_rank", "nope_dim", "rope_dim", "v_head_dim", "scale", "rope"}
     | {"norm_eps"},
+    spec.Mamba2: {"head_axis", "group_axis", "head_dim", "state", "conv_kernel", "conv_bias", "norm_before_gate"}
+    | {"norm_groups", "norm_eps", "chunk", "dt_limits"},
     spec.DenseMlp: {"mlp_axis", "gated"},
     spec.Moe: {"expert_axis", "mlp_axis", "routing", "stacked", "transposed", "gate_up_interleaved", "limit", "alpha"}
     | {"shared", "shared_gated"},
@@ -42,6 +44,7 @@ _EVERY: dict[type, set[str]] = {
 _SOME: dict[type, dict[str, tuple]] = {
     spec.Rope: {"kind": ROPES},
     spec.Attention: {"qk_norm": (None, "head", "all_heads"), "output_gate": (None, "per_element")},
+    spec.Mamba2: {"activation": ("silu", "swish"), "gated_norm": (True,)},
     spec.DenseMlp: {"activation": ACTIVATIONS},
     spec.Moe: {"activation": ACTIVATIONS},
     spec.Routing: {"score": SCORES},
@@ -56,7 +59,7 @@ def context(model: ModelSpec) -> int:
     LongRoPE turns all keys of a sequence otherwise, once it outgrows the original context, also those that are cached:
     it is run up to there.
     """
-    mixers = [layer.mixers[0] for layer, _ in model.layer_groups()]
+    mixers = [mixer for layer, _ in model.layer_groups() for mixer in layer.mixers]
     ropes = [mixer.rope for mixer in mixers if isinstance(mixer, spec.Attention) and mixer.rope]
     originals = [rope.parameters["original_max_position_embeddings"] for rope in ropes if rope.kind == "longrope"]
     return min(filter(None, (model.max_positions, *originals)), default=0)
@@ -83,20 +86,19 @@ def check_supported(model: ModelSpec) -> None:
 
 
 def _check_structure(model: ModelSpec, layer: Layer, where: str) -> None:
-    if len(layer.mixers) != 1 or len(layer.feed_forward) != 1 or layer.others:
+    counts = len(layer.mixers), len(layer.feed_forward)
+    if counts not in ((1, 1), (1, 0), (0, 1)) or layer.others:
         raise UnsupportedModel(
-            f"{model.architecture}, {where}: the runtime needs one mixer and then one feed-forward, here are "
-            f"{len(layer.mixers)} mixers, {len(layer.feed_forward)} feed-forwards and {len(layer.others)} other blocks"
+            f"{model.architecture}, {where}: the runtime needs one mixer, one feed-forward, or one and then the other, "
+            f"here are {counts[0]} mixers, {counts[1]} feed-forwards and {len(layer.others)} other blocks"
         )
     if layer.parallel_residual and (layer.mixer_post_norm or layer.feed_forward_norm):
         raise UnsupportedModel(f"{model.architecture}, {where}: parallel blocks have one norm, before them")
-    (mixer,), (feed_forward,) = layer.mixers, layer.feed_forward
-    if type(mixer) not in MIXERS or type(feed_forward) not in FEED_FORWARDS:
+    blocks = [type(block) for block in (*layer.mixers, *layer.feed_forward)]
+    if not set(blocks) <= {*MIXERS, *FEED_FORWARDS}:
+        here = " and ".join(t.__name__ for t in blocks)
         known = ", ".join(t.__name__ for t in (*MIXERS, *FEED_FORWARDS))
-        raise UnsupportedModel(
-            f"{model.architecture}, {where}: {type(mixer).__name__} and {type(feed_forward).__name__}, the runtime has "
-            f"{known}"
-        )
+        raise UnsupportedModel(f"{model.architecture}, {where}: {here}, the runtime has {known}")
 
 
 def _check_options(model: ModelSpec, block: spec.Block | spec.Routing | spec.Rope, where: str) -> None:

@@ -18,7 +18,7 @@ from shardwise.parallel.attention import AttentionMixer
 from shardwise.parallel.batch import Batch
 from shardwise.parallel.block_linear import BlockEmbedding, BlockLinear
 from shardwise.parallel.cache import Masking, SlotCache
-from shardwise.parallel.decoder import Decoder, DecoderLayer, ParallelLayer
+from shardwise.parallel.decoder import Decoder, DecoderLayer
 from shardwise.parallel.layers import GatedMlp, Linear, LinearLike, Norm, VocabEmbedding
 from shardwise.parallel.rotary import RotaryAngles
 from shardwise.parallel.token_products import Product, product, product_shape
@@ -115,9 +115,9 @@ def reason_against(decoder: Decoder) -> str:
         return "it has no embedding of a vocabulary"
     kinds = set()
     for number, layer in enumerate(decoder.layers):
+        if not isinstance(layer, DecoderLayer):
+            return f"layer {number} has one block, or its blocks in parallel"
         mixer, mlp = layer.mixer, layer.feed_forward
-        if isinstance(layer, ParallelLayer):
-            return f"layer {number} has its blocks in parallel"
         if not isinstance(mixer, AttentionMixer) or not isinstance(mlp, GatedMlp) or mlp.activation is not F.silu:
             return f"layer {number} is not softmax attention with a SiLU feed-forward"
         linears = (mixer.qkv, mixer.out, mlp.gate_up, mlp.down)

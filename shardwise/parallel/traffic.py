@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from shardwise.ops.bench.measure import device_microseconds
-from shardwise.parallel.decoder import Decoder
+from shardwise.parallel.decoder import AnyLayer, Decoder
 from shardwise.parallel.memory import memory_bytes
 from shardwise.sharding.cost import touched_share
 from shardwise.sharding.plan import Plan
@@ -36,15 +36,16 @@ class StepBytes:
 
 def step_bytes(decoder: Decoder, plan: Plan, rank: int, *, batch: int, context: int, cache_itemsize: int) -> StepBytes:
     """`batch`: sequences of all ranks; `context`: tokens of each; `cache_itemsize`: bytes of a cached element."""
-    experts = sum(memory_bytes(routed) for layer in decoder.layers if (routed := _routed(layer.feed_forward)))
+    experts = sum(memory_bytes(routed) for layer in decoder.layers if (routed := _routed(layer)))
     streamed = memory_bytes([decoder.first_norm, decoder.layers, decoder.head])
     sequences = -(-batch // plan.layout.attn_dp)
     cached = plan.cache_bytes(rank, context, sequences) * cache_itemsize // plan.kv_itemsize
     return StepBytes(streamed - experts, experts, touched_share(plan, batch), cached)
 
 
-def _routed(feed_forward: object) -> object | None:
+def _routed(layer: AnyLayer) -> object | None:
     """The routed experts of a layer, wherever they are wrapped."""
+    feed_forward = getattr(layer, "feed_forward", None)
     return getattr(getattr(feed_forward, "routed", feed_forward), "experts", None)
 
 

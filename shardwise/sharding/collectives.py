@@ -72,7 +72,7 @@ def _inside(mixer: Block, tp: int) -> Iterator[Collective]:
     if isinstance(mixer, Attention) and mixer.qk_norm == "all_heads":
         yield Collective("qk_norm", "all_reduce", "tp", 2 * PARTIAL_SUM_BYTES, 1)
     if isinstance(mixer, Mamba2) and mixer.gated_norm and mixer.norm_groups < tp:
-        yield Collective("gated_norm", "all_reduce", "tp", PARTIAL_SUM_BYTES, 1)
+        yield Collective("gated_norm", "all_reduce", "tp", mixer.norm_groups * PARTIAL_SUM_BYTES, 1)
 
 
 def _experts(moe: Moe, layout: ParallelLayout, hidden: int, itemsize: int) -> Iterator[Collective]:

@@ -45,6 +45,7 @@ def mamba2(
         conv_kernel=kernel,
         conv_bias=conv_bias,
         gated_norm=gated_norm,
+        norm_groups=groups,
         norm_eps=b.norm_eps,
         **options,
     )

@@ -72,6 +72,8 @@ def _mamba(b: Builder, c: Config, **options) -> Mamba2:
         conv_bias=c.flag("mamba_conv_bias", default=True),
         proj_bias=c.flag("mamba_proj_bias"),
         chunk=c.integer("mamba_chunk_size", default=256),
+        activation=c.text("hidden_act", default="silu"),
+        dt_limits=tuple(c.list("time_step_limit", default=[0.0, float("inf")], of=(int, float), length=2)),
         **options,
     )
 

@@ -51,21 +51,19 @@ def _mtp_types(c: Config) -> list[str]:
 
 
 def _mamba(b: Builder, c: Config):
-    groups = c.integer("n_groups")
     return mamba2(
         b,
         MIXER,
         heads=c.integer("mamba_num_heads"),
         head_dim=c.integer("mamba_head_dim"),
-        groups=groups,
+        groups=c.integer("n_groups"),
         state=c.integer("ssm_state_size"),
         kernel=c.integer("conv_kernel"),
         conv_bias=c.flag("use_conv_bias", default=True),
         proj_bias=c.flag("mamba_proj_bias", "use_bias"),
-        norm_groups=groups,
         chunk=c.integer("chunk_size", default=128),
         activation=c.text("mamba_hidden_act", default="silu"),
-        dt_limits=tuple(c.list("time_step_limit", default=[0.0, float("inf")], of=(int, float), length=2)),
+        dt_limits=(c.number("time_step_min", "mamba_dt_min", default=0.001), float("inf")),
     )
 
 
