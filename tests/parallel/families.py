@@ -177,4 +177,43 @@ NEAR_KIN: dict[str, tuple[str, dict]] = {
         ),
     ),
 }
-"""Fused tensors, norms after blocks, capped scores, grouped routing: in few layouts, which the others try out."""
+MAMBA = dict(
+    head_dim=8,
+    mamba_n_heads=12,
+    mamba_d_head=8,
+    mamba_d_state=8,
+    mamba_d_conv=4,
+    mamba_chunk_size=4,
+)
+NEAR_KIN |= {
+    "bamba": ("bamba", dict(MAMBA, mamba_n_groups=3, attn_layer_indices=[1])),
+    "granite hybrid": (
+        "granitemoehybrid",
+        dict(
+            MAMBA,
+            mamba_n_groups=1,
+            mamba_d_conv=3,
+            mamba_proj_bias=True,
+            num_local_experts=5,
+            num_experts_per_tok=2,
+            shared_intermediate_size=24,
+            layer_types=["mamba", "attention", "mamba"],
+            residual_multiplier=0.5,
+        ),
+    ),
+    "nemotron_h": (
+        "nemotron_h",
+        dict(
+            layers_block_type=["mamba", "mlp", "mamba", "attention", "mlp"],
+            num_hidden_layers=5,
+            mamba_num_heads=8,
+            mamba_head_dim=8,
+            n_groups=2,
+            ssm_state_size=8,
+            conv_kernel=4,
+            chunk_size=4,
+        ),
+    ),
+}
+"""Fused tensors, norms after blocks, capped scores, grouped routing, state-space layers: in few layouts, which the
+others try out."""

@@ -34,6 +34,7 @@ CASES += [("llama", ParallelLayout(tp=2, attn_dp=2))]
 CASES += [(name, ParallelLayout(tp=n)) for name in NEAR_KIN for n in (1, 2)]
 CASES += [("deepseek_v3", ParallelLayout(tp=2, attn_dp=2, moe_ep=4))]
 CASES += [("olmo2", ParallelLayout(tp=4))]  # norms over heads of which some are on two ranks
+CASES += [("bamba", ParallelLayout(tp=4)), ("nemotron_h", ParallelLayout(tp=3))]  # more ranks than groups of heads
 
 
 @pytest.mark.parametrize(("name", "layout"), CASES, ids=str)

@@ -1,0 +1,114 @@
+"""Layers that keep states: batching, chunks of prompts, slots that serve one sequence after another, and sizes."""
+
+import random
+
+import pytest
+import torch
+from families import NEAR_KIN
+from tiny import VOCAB, generate, write
+
+from shardwise.comm.rank import current_groups
+from shardwise.parallel import engine as engine_module
+from shardwise.parallel.device_cache import DeviceCache
+from shardwise.parallel.engine import Engine, SamplingParams
+from shardwise.parallel.fitting import Holding
+from shardwise.parallel.sizing import cache_bytes
+from shardwise.parallel.weight_form import WeightForm
+from shardwise.sharding.layout import ParallelLayout
+from shardwise.sharding.plan import plan
+from shardwise.testing import run_threads
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    model_type, fields = NEAR_KIN["nemotron_h"]
+    return write(tmp_path_factory.mktemp("model"), model_type, **fields)
+
+
+@pytest.fixture(scope="module")
+def engine(folder):
+    return run_threads(1, lambda: Engine(folder, plan(folder), current_groups()))[0]
+
+
+@pytest.fixture(scope="module")
+def requests():
+    """Prompts of 1 to 30 tokens, with answers of 1 to 12."""
+    chance = random.Random(2)
+    prompts = [[chance.randrange(VOCAB) for _ in range(chance.choice((1, 1, 2, 5, 30)))] for _ in range(24)]
+    return prompts, [SamplingParams(max_new_tokens=chance.randint(1, 12)) for _ in prompts]
+
+
+@pytest.fixture(scope="module")
+def alone(engine, requests):
+    """Each request's tokens by itself; test_families.py compares such with Transformers'."""
+    return [tokens(engine.generate([prompt], params))[0] for prompt, params in zip(*requests, strict=True)]
+
+
+def tokens(completions) -> list[list[int]]:
+    return [list(c.token_ids) for c in completions]
+
+
+@pytest.mark.parametrize(("batch", "step_tokens"), [(64, 2048), (5, 16), (3, 5)])
+def test_tokens_depend_neither_on_batching_nor_on_chunks_nor_on_a_slots_earlier_sequences(
+    engine, requests, alone, monkeypatch, batch, step_tokens
+):
+    monkeypatch.setattr(engine_module, "MAX_BATCH", batch)
+    monkeypatch.setattr(engine_module, "STEP_TOKENS", step_tokens)
+    monkeypatch.setattr(engine, "cache", None)
+    assert tokens(engine.generate(*requests)) == alone
+
+
+@pytest.mark.parametrize("pages", [3, 5])
+def test_a_request_that_gave_up_its_place_computes_its_states_again(engine, requests, alone, monkeypatch, pages):
+    monkeypatch.setattr(engine, "cache", None)
+    monkeypatch.setattr(engine, "cache_tokens", pages * 16)
+    assert tokens(engine.generate(*requests)) == alone
+
+
+def test_what_a_stream_leaves_behind_is_not_read_by_the_next(engine, requests, alone, monkeypatch):
+    monkeypatch.setattr(engine, "cache", None)
+    for _ in engine.stream(*requests):
+        break
+    assert tokens(engine.generate(*requests)) == alone
+
+
+def test_ranks_take_chunks_alike(folder, requests, alone, monkeypatch):
+    monkeypatch.setattr(engine_module, "STEP_TOKENS", 7)
+    few = requests[0][:6]
+    answers = generate(folder, ParallelLayout(tp=2), few, max_new_tokens=1)
+    assert all(tokens(answer) == [each[:1] for each in alone[:6]] for answer in answers)
+
+
+def test_data_parallel_groups_without_tokens_take_part(folder, requests, alone):
+    few = requests[0][:2]
+    answers = generate(folder, ParallelLayout(tp=1, attn_dp=3), few, max_new_tokens=1)
+    assert all(tokens(answer) == [each[:1] for each in alone[:2]] for answer in answers)
+
+
+@pytest.mark.parametrize("name", ["bamba", "granite hybrid", "nemotron_h"])
+@pytest.mark.parametrize("tp", [1, 2, 3])
+def test_the_cache_of_a_rank_is_as_large_as_planned(tmp_path, name, tp):
+    model_type, fields = NEAR_KIN[name]
+    made = plan(write(tmp_path, model_type, **fields), tp=tp, kv_itemsize=4)
+    sizes = dict(slots=5, max_length=64, dtype=torch.float32, device=CPU)
+
+    def rank():
+        own = current_groups().world.rank
+        shapes = Engine(tmp_path, made, current_groups()).cache_shapes
+        cache = DeviceCache(shapes, pages=2, **sizes)
+        assert cache.nbytes() == cache_bytes(shapes, torch.float32, pages=2, slots=5)
+        holding = Holding(
+            dtype=torch.float32,
+            form=WeightForm.choose("auto", made.model, torch.float32, CPU, kernels=False),
+            device="cuda",
+            tokens=128,
+            sequences=5,
+            step_tokens=64,
+        )
+        need = holding.need(made, own)
+        assert (cache.states.nbytes(), cache.nbytes()) == (need.states, need.cache + need.states)
+        return need.states
+
+    assert all(run_threads(tp, rank))
