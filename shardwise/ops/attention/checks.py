@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import torch
 
-FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+from shardwise.ops.dtypes import check_float
 
 
 class Heads(NamedTuple):
@@ -27,11 +27,6 @@ class Heads(NamedTuple):
 
 def shape(tensor: torch.Tensor) -> list[int]:
     return list(tensor.shape)
-
-
-def check_float(op: str, name: str, tensor: torch.Tensor) -> None:
-    if tensor.dtype not in FLOATS:
-        raise TypeError(f"{op}: {name} is {tensor.dtype}; legal: float16, bfloat16, float32, float64")
 
 
 def check_sinks(op: str, sinks: torch.Tensor | None, heads: int) -> None:

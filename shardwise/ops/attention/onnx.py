@@ -2,9 +2,10 @@
 
 import torch
 
-from shardwise.ops.attention.checks import check_float, shape
+from shardwise.ops.attention.checks import shape
 from shardwise.ops.attention.reference import torch_attention
 from shardwise.ops.attention.scores import causally_hidden
+from shardwise.ops.dtypes import check_float
 from shardwise.ops.registry import operator
 
 FP8 = torch.float8_e4m3fn

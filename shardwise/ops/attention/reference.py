@@ -12,7 +12,6 @@ from shardwise.ops.attention.checks import (
     Heads,
     cached_output_shape,
     check_cached,
-    check_float,
     check_mask,
     check_sinks,
     default_scale,
@@ -20,6 +19,7 @@ from shardwise.ops.attention.checks import (
     shape,
 )
 from shardwise.ops.attention.scores import causally_hidden, compute_dtype, soft_cap, softmax_with_sinks
+from shardwise.ops.dtypes import check_float
 from shardwise.ops.registry import operator
 
 

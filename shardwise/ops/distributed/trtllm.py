@@ -5,6 +5,7 @@ from typing import Optional
 import torch
 
 from shardwise.ops.distributed.group import gathered, group_of
+from shardwise.ops.dtypes import check_float
 from shardwise.ops.registry import operator
 
 
@@ -54,4 +55,5 @@ def trtllm_fused_allreduce_residual_rmsnorm(
 
     tensor, residual [..., H], norm_weight [H]. One kernel where the group's transport has it. Errors as above.
     """
+    check_float("trtllm_fused_allreduce_residual_rmsnorm", "tensor", tensor)
     return group_of(tensor).all_reduce_residual_rms_norm(tensor, residual, norm_weight, eps, strategy=strategy)

@@ -6,6 +6,7 @@ Callers normalise q and k. The gated forms take g, the logarithm of the decay of
 import torch
 
 from shardwise.ops.attention.batch import read_batch
+from shardwise.ops.dtypes import check_float
 from shardwise.ops.fla.checks import check_delta
 from shardwise.ops.fla.delta import match_heads, scan, step
 from shardwise.ops.registry import operator
@@ -19,6 +20,7 @@ def like_v(q, k, v, *_args, **_kwargs):
 
 def _uncached(op, q, k, v, g, beta, scale):
     check_delta(op, q, k, v, beta, g)
+    check_float(op, "v", v)
     q, k = match_heads(q, k, v)
     o, _ = scan(q, k, v, beta, g, q.shape[-1] ** -0.5 if scale is None else scale)
     return o.to(v.dtype).contiguous()
@@ -47,6 +49,7 @@ def torch_gated_delta_rule(
 
 def _cached(op, q, k, v, g, beta, batch_info_host, cu_seqlen, slot_idx, use_initial_states, cache, scale):
     check_delta(op, q, k, v, beta, g, cache)
+    check_float(op, "v", v)
     shape = v.shape
     q, k = match_heads(q, k, v)
     q, k, v, beta = (t.flatten(0, 1) for t in (q, k, v, beta))

@@ -2,6 +2,7 @@
 
 import torch
 
+from shardwise.ops.dtypes import check_float
 from shardwise.ops.registry import operator
 
 
@@ -43,6 +44,7 @@ def torch_moe_router(
     hidden_states [B, S, H] or [T, H], weight [E, H], bias [E] -> [T, E] in the dtype of the logits.
     """
     _check("torch_moe_router", hidden_states, weight, bias)
+    check_float("torch_moe_router", "hidden_states", hidden_states)
     experts = weight.shape[0]
     if not 1 <= top_k <= experts:
         raise ValueError(f"torch_moe_router: top_k = {top_k} must lie in 1..{experts}, the number of experts")

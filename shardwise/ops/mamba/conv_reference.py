@@ -3,6 +3,7 @@
 import torch
 
 from shardwise.ops.attention.batch import read_batch
+from shardwise.ops.dtypes import check_float
 from shardwise.ops.registry import operator
 from shardwise.ops.state_batch import read_state_spans
 
@@ -100,6 +101,7 @@ def _check_layer(op, input, weight, bias, groups) -> None:
         came = f"{tuple(input.shape)}, {tuple(weight.shape)} and {None if bias is None else tuple(bias.shape)}"
         raise ValueError(f"{op}: input, weight and bias are {came} with groups {groups}; legal: [b, s, C], "
                          "[Cout, C / groups, K] and [Cout], groups a divisor of both C and Cout")  # fmt: skip
+    check_float(op, "input", input)
     if any(each is not None and each.dtype != input.dtype for each in (weight, bias)):
         came = f"{weight.dtype} and {None if bias is None else bias.dtype}"
         raise TypeError(f"{op}: weight and bias are {came}; legal: input's {input.dtype}")

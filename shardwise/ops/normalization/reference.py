@@ -4,6 +4,7 @@ import itertools
 
 import torch
 
+from shardwise.ops.dtypes import check_float
 from shardwise.ops.registry import operator
 
 
@@ -22,6 +23,7 @@ def torch_rmsnorm(input: torch.Tensor, weight: torch.Tensor, eps: float) -> torc
     input [..., H] (any strides, kept), weight [H]. Source: Zhang and Sennrich, arXiv:1910.07467.
     """
     check_weight("torch_rmsnorm", "input", input, weight)
+    check_float("torch_rmsnorm", "input", input)
     wide = input.float()
     # The norm reduces in one pass without the squares' temporary: 1.3 times faster than pow().mean() on CPU.
     power = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_()
@@ -46,6 +48,7 @@ def torch_rmsnorm_gated(
     norm_before_gate False: norm(x * silu(gate)) * weight; True: norm(x) * weight * silu(gate).
     """
     check_gated("torch_rmsnorm_gated", x, weight, gate, group_size)
+    check_float("torch_rmsnorm_gated", "x", x)
     wide = x.float()
     if gate is not None and not norm_before_gate:
         wide = wide * torch.nn.functional.silu(gate.float())
@@ -86,6 +89,7 @@ def torch_fused_add_rms_norm_inplace(x: torch.Tensor, residual: torch.Tensor, we
     x and residual [..., H] of one shape and dtype, any strides; weight [H].
     """
     check_add_norm("torch_fused_add_rms_norm_inplace", x, residual, weight)
+    check_float("torch_fused_add_rms_norm_inplace", "x", x)
     residual.add_(x)
     x.copy_(torch_rmsnorm(residual, weight, eps))
 
@@ -113,5 +117,6 @@ def row_stride(shape: torch.Size, strides: tuple[int, ...]) -> int | None:
 @operator(fake=lambda x, eps=1e-6: torch.empty_like(x))
 def torch_l2norm(x: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
     """x / sqrt(sum(x²) + eps) over the last dimension, in float32, result in x's dtype. x [..., D]."""
+    check_float("torch_l2norm", "x", x)
     wide = x.float()
     return torch.empty_like(x).copy_(wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + eps))

@@ -4,6 +4,7 @@ import torch
 import torch.distributed as dist
 
 from shardwise.comm.rank import current_groups
+from shardwise.ops.dtypes import check_float
 from shardwise.ops.normalization.reference import check_weight
 from shardwise.ops.registry import operator
 
@@ -20,6 +21,7 @@ def sharded_rmsnorm(input: torch.Tensor, weight: torch.Tensor, eps: float, world
     current tensor-parallel group, else torch.distributed's default group, and must have `world_size` ranks.
     """
     check_weight("sharded_rmsnorm", "input", input, weight)
+    check_float("sharded_rmsnorm", "input", input)
     wide = input.float()
     squares = wide.square().sum(-1, keepdim=True)
     # The length rides along, so that uneven parts weigh right without a second collective.

@@ -5,6 +5,7 @@ Two pairings exist: NeoX turns element i with element i + D/2; interleaved turns
 
 import torch
 
+from shardwise.ops.dtypes import check_float
 from shardwise.ops.registry import operator
 
 
@@ -87,7 +88,8 @@ def _with_heads(
     if not placed or len({*map(_width, angles)}) > 1:
         raise ValueError(f"{name}: unsqueeze_dim {unsqueeze_dim} does not belong to angles {shapes}")
     wide = [one.unsqueeze(unsqueeze_dim) for one in angles]
-    for x in (q, k):
+    for label, x in (("q", q), ("k", k)):
+        check_float(name, label, x)
         if _width(x) % 2 or _width(x) != size:
             raise ValueError(
                 f"{name}: the head size must be even and match the angles: x {tuple(x.shape)}, angles for size {size}"

@@ -7,6 +7,7 @@ gate's rows first, and so need one product less. Quantised forms compute in x's 
 import torch
 from torch.nn.functional import linear, silu
 
+from shardwise.ops.dtypes import check_float
 from shardwise.ops.quantization.fp8 import dequantize_fp8_blocks
 from shardwise.ops.quantization.reference import torch_quant_nvfp4_linear
 from shardwise.ops.registry import operator
@@ -18,7 +19,8 @@ def like_input(input, *_args, **_kwargs):
 
 
 def check(op: str, input: torch.Tensor, up: tuple[int, ...], down: tuple[int, ...]) -> None:
-    """Raises ValueError unless the (unpacked) weights are up [I, H] and down [H, I] for input [..., H]."""
+    """Errors unless the (unpacked) weights are up [I, H] and down [H, I] for input [..., H] of floats."""
+    check_float(op, "input", input)
     hidden = input.shape[-1]
     if len(up) != 2 or len(down) != 2 or up[1] != hidden or down != (hidden, up[0]):
         raise ValueError(

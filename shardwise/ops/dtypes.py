@@ -1,0 +1,11 @@
+"""What numbers an operator computes with: an integer result would be cut off without a word."""
+
+import torch
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def check_float(op: str, name: str, tensor: torch.Tensor) -> None:
+    """TypeError unless the argument `name` of operator `op` holds floats of 16 bits or more."""
+    if tensor.dtype not in FLOATS:
+        raise TypeError(f"{op}: {name} is {tensor.dtype}; legal: float16, bfloat16, float32, float64")
