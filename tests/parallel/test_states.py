@@ -8,7 +8,10 @@ from families import NEAR_KIN
 from tiny import VOCAB, generate, write
 
 from shardwise.comm.rank import current_groups
+from shardwise.ops.triton_support import interpreting
 from shardwise.parallel import engine as engine_module
+from shardwise.parallel.batch import Batch, Span
+from shardwise.parallel.cache import SlotCache
 from shardwise.parallel.device_cache import DeviceCache
 from shardwise.parallel.engine import Engine, SamplingParams
 from shardwise.parallel.fitting import Holding
@@ -112,3 +115,27 @@ def test_the_cache_of_a_rank_is_as_large_as_planned(tmp_path, name, tp):
         return need.states
 
     assert all(run_threads(tp, rank))
+
+
+STEPS = [[(0, 0, 9)], [(1, 0, 4), (0, 9, 1)], [(1, 4, 6), (0, 10, 1), (2, 0, 1)], [(2, 1, 2), (0, 11, 1), (1, 10, 1)]]
+"""(slot, past, length) of spans: prompts in chunks that cross the scan's, one of a single token, single tokens."""
+
+
+@pytest.mark.skipif(not interpreting(), reason="the interpreter stands for a GPU here; see test_states_gpu.py")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::RuntimeWarning")
+def test_kernels_give_the_logits_of_pytorchs_operators(tmp_path):
+    model_type, fields = NEAR_KIN["nemotron_h"]
+    few = dict(layers_block_type=["mamba", "attention"], num_hidden_layers=2)
+    made = plan(write(tmp_path, model_type, **fields | few))
+    engine = run_threads(1, lambda: Engine(tmp_path, made, current_groups()))[0]
+    sizes = dict(slots=3, max_length=64, dtype=torch.float32, device=CPU)
+    caches = (
+        SlotCache(engine.cache_shapes, **sizes),
+        DeviceCache(engine.cache_shapes, pages=9, attention="torch", **sizes),
+    )
+    for spans in STEPS:
+        batch = Batch([Span(*span) for span in spans], range(sum(length for _, _, length in spans)), CPU)
+        with torch.inference_mode():
+            assert all(cache.reserve(span.slot, span.total) for cache in caches for span in batch.spans)
+            expected, found = (engine.decoder(batch, cache) for cache in caches)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)

@@ -1,0 +1,95 @@
+"""State-space models on a GPU: tokens of tiny checkpoints equal Transformers', in batches, chunks and on two ranks."""
+
+import pytest
+import torch
+from families import NEAR_KIN
+from tiny import NEW_TOKENS, PROMPTS, expected_tokens, write
+
+from shardwise.comm.rank import current_groups
+from shardwise.parallel import engine as engine_module
+from shardwise.parallel.batch import Batch, Span
+from shardwise.parallel.engine import Engine, SamplingParams
+from shardwise.sharding.plan import plan
+from shardwise.testing import run_threads
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+NAMES = ("bamba", "granite hybrid", "nemotron_h")
+GREEDY = SamplingParams(max_new_tokens=NEW_TOKENS)
+CACHE_TOKENS = 4096
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """Folder and Transformers' tokens of a family, made once."""
+    made = {}
+
+    def of(name):
+        if name not in made:
+            model_type, fields = NEAR_KIN[name]
+            folder = write(tmp_path_factory.mktemp("model"), model_type, **fields)
+            made[name] = folder, expected_tokens(folder)
+        return made[name]
+
+    return of
+
+
+def engine_on(folder, dtype="float32", tp=1, **options) -> Engine:
+    return Engine(
+        folder,
+        plan(folder, tp=tp),
+        current_groups(),
+        dtype=dtype,
+        device="cuda",
+        cache_tokens=CACHE_TOKENS,
+        **options,
+    )
+
+
+def tokens_of(engine, prompts=PROMPTS) -> list[list[int]]:
+    return [list(each.token_ids) for each in engine.generate(prompts, GREEDY)]
+
+
+@pytest.mark.parametrize("path", ["auto", "layers"])
+@pytest.mark.parametrize("name", NAMES)
+def test_float32_tokens_equal_transformers(checkpoint, name, path):
+    folder, expected = checkpoint(name)
+    engine = run_threads(1, lambda: engine_on(folder, decode=path))[0]
+    assert tokens_of(engine) == expected
+    assert [tokens_of(engine, [prompt])[0] for prompt in PROMPTS] == expected
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_chunks_and_shared_slots_give_the_same_tokens(checkpoint, monkeypatch, name):
+    folder, expected = checkpoint(name)
+    monkeypatch.setattr(engine_module, "STEP_TOKENS", 5)
+    monkeypatch.setattr(engine_module, "MAX_BATCH", 2)
+    engine = run_threads(1, lambda: engine_on(folder))[0]
+    assert tokens_of(engine, PROMPTS * 3) == expected * 3
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_ranks_that_share_groups_of_heads_give_the_same_tokens(checkpoint, name):
+    folder, expected = checkpoint(name)
+    assert run_threads(4, lambda: tokens_of(engine_on(folder, tp=4))) == [expected] * 4
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_16_bit_logits_are_near_those_of_float32(checkpoint, name):
+    folder, _ = checkpoint(name)
+    logits = {}
+    for dtype in ("float32", "bfloat16"):
+        engine = run_threads(1, lambda dtype=dtype: engine_on(folder, dtype))[0]
+        logits[dtype] = prompt_logits(engine)
+    error = (logits["bfloat16"] - logits["float32"]).norm() / logits["float32"].norm()
+    assert error < 0.05
+
+
+def prompt_logits(engine) -> torch.Tensor:
+    """[steps, V]: of a prompt, and of tokens that follow it one by one."""
+    engine.generate(PROMPTS[:1], SamplingParams(max_new_tokens=1))
+    cache, rows = engine.cache, []
+    with torch.inference_mode():
+        assert cache.reserve(0, 20)
+        for past, ids in [(0, PROMPTS[2]), *((12 + step, [step * 7]) for step in range(4))]:
+            rows.append(engine.decoder(Batch([Span(0, past, len(ids))], ids, engine.device), cache))
+    return torch.cat(rows)
