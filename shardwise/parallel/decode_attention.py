@@ -3,11 +3,14 @@
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from shardwise.comm.base import Communicator
 from shardwise.ops.attention.decode import fused_decode_attention, takes_head_size
 from shardwise.ops.mla.decode import latent_decode_attention
 from shardwise.ops.mla.decode import reason_against as reason_against_sizes
+from shardwise.ops.normalization.decode import AllHeads
 from shardwise.parallel.attention import AttentionMixer
 from shardwise.parallel.decode_stream import Product, Stream, product
 from shardwise.parallel.device_cache import DeviceCache
@@ -26,16 +29,10 @@ def reason_against(mixer: object) -> str:
     size = mixer.head_dim
     if mixer.v_head_dim != size or not takes_head_size(size):
         return f"head sizes {size} and {mixer.v_head_dim}, need one power of two from 32 to 256"
-    if mixer.masking.softcap is not None:
-        return "capped scores"
     if mixer.gated:
         return "a gated output"
-    if isinstance(mixer.qk_norms, JointNorms):
-        return "all heads are normed at once"
     if mixer.norm_after_rotation:
         return "heads are normed after their rotation"
-    if mixer.rotary is not None and 2 * mixer.rotary.frequencies.numel() != size:
-        return "rotation of part of the head"
     return "" if isinstance(mixer.qkv, Linear) and isinstance(mixer.out, Linear) else "weights stay quantised"
 
 
@@ -48,29 +45,56 @@ def _reason_against_latents(mixer: LatentMixer) -> str:
 
 
 class Angles:
-    """float32 [length, D]: cos of the first half, then sin, of every position that a cache may hold; one a rotation."""
+    """float32 [length, size]: cos of the pairs of a head's columns, then sin, of every position that a cache may hold;
+    one a rotation. Pairs behind those that turn have an angle of zero."""
 
     def __init__(self, cache: DeviceCache):
         self._cache = cache
-        self._found: dict[RotaryAngles, Tensor] = {}
+        self._found: dict[tuple[RotaryAngles, int], Tensor] = {}
 
-    def of(self, rotary: RotaryAngles) -> Tensor:
-        if rotary not in self._found:
+    def of(self, rotary: RotaryAngles, size: int) -> Tensor:
+        key = rotary, size
+        if key not in self._found:
             device = self._cache.device
             places = torch.arange(self._cache.max_length, device=device, dtype=torch.float32)
             angles = places[:, None] * rotary.frequencies.to(device)
-            self._found[rotary] = torch.cat((angles.cos(), angles.sin()), -1) * rotary.scale
-        return self._found[rotary]
+            still = size // 2 - angles.shape[1]
+            cos, sin = F.pad(angles.cos() * rotary.scale, (0, still), value=1.0), angles.sin() * rotary.scale
+            self._found[key] = torch.cat((cos, F.pad(sin, (0, still))), -1)
+        return self._found[key]
+
+
+@dataclass(frozen=True)
+class AllHeadsStep:
+    """`JointNorms` of a step's projections: one kernel, over several ranks two and the sum between them."""
+
+    norms: AllHeads
+    group: Communicator
+
+    @classmethod
+    def of(cls, norms: JointNorms) -> "AllHeadsStep":
+        heads = len(norms.q), len(norms.k)
+        weight = torch.cat((norms.q.flatten(), norms.k.flatten()))
+        share = torch.cat((norms.q_share, norms.k_share))
+        return cls(AllHeads(weight=weight, share=share, heads=heads, eps=norms.eps), norms.group)
+
+    def __call__(self, qkv: Tensor, *, pdl: bool) -> None:
+        """In place."""
+        if self.group.size == 1:
+            self.norms(qkv, pdl=pdl)
+        else:
+            means = self.norms.means(qkv, pdl=pdl)
+            self.norms.apply(qkv, self.group.all_reduce(means, out=means), pdl=pdl)
 
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionStep:
-    """`step(stream, positions, slots)` -> attended [B, N * D]: the projection, and one kernel for all else. `out` is to
-    follow."""
+    """`step(stream, positions, slots)` -> attended [B, N * D]: the projection, norms of all heads where there are such,
+    and one kernel for all else. `out` is to follow."""
 
     mixer: AttentionMixer
     cache: DeviceCache
-    norms: HeadNorms | None
+    norms: HeadNorms | AllHeadsStep | None
     qkv: Product
     out: Product
     rope: Tensor | None
@@ -80,7 +104,10 @@ class AttentionStep:
         return self.attend(product(self.qkv, stream, pdl=self.pdl), positions, slots)
 
     def attend(self, qkv: Tensor, positions: Tensor, slots: Tensor) -> Tensor:
-        mixer, norms, cache = self.mixer, self.norms, self.cache
+        mixer, cache = self.mixer, self.cache
+        norms = self.norms if isinstance(self.norms, HeadNorms) else None
+        if isinstance(self.norms, AllHeadsStep):
+            self.norms(qkv, pdl=self.pdl)
         return fused_decode_attention(
             qkv,
             *cache.pages(mixer.layer),
@@ -92,6 +119,8 @@ class AttentionStep:
             slots=slots,
             splits=cache.splits(mixer.kv_heads, mixer.masking.window, qkv.shape[0]),
             scale=mixer.masking.scale,
+            softcap=mixer.masking.softcap,
+            rotated=None if mixer.rotary is None else 2 * mixer.rotary.frequencies.numel(),
             q_norm=norms.q.weight if norms else None,
             k_norm=norms.k.weight if norms else None,
             eps=norms.q.eps if norms else 0.0,
@@ -148,16 +177,17 @@ def attention_step(mixer: object, cache: DeviceCache, angles: Angles, *, pdl: bo
             down=Product.of(mixer.down),
             q_up=None if mixer.q_up is None else Product.of(mixer.q_up),
             out=Product.of(mixer.out),
-            rope=angles.of(mixer.rotary),
+            rope=angles.of(mixer.rotary, 2 * mixer.rotary.frequencies.numel()),
             pdl=pdl,
         )
-    assert isinstance(mixer, AttentionMixer) and not isinstance(mixer.qk_norms, JointNorms)
+    assert isinstance(mixer, AttentionMixer)
+    norms = mixer.qk_norms
     return AttentionStep(
         mixer=mixer,
         cache=cache,
-        norms=mixer.qk_norms,
+        norms=AllHeadsStep.of(norms) if isinstance(norms, JointNorms) else norms,
         qkv=Product.of(mixer.qkv),
         out=Product.of(mixer.out),
-        rope=None if mixer.rotary is None else angles.of(mixer.rotary),
+        rope=None if mixer.rotary is None else angles.of(mixer.rotary, mixer.head_dim),
         pdl=pdl,
     )

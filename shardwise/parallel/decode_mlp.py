@@ -1,19 +1,31 @@
 """Feed-forwards of the decode step that every token passes: dense layers, and the shared expert beside the routed."""
 
 from collections.abc import Callable
+from typing import Protocol
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from shardwise.ops.linear.decode import skinny_linear
 from shardwise.parallel.decode_moe import ExpertStep
-from shardwise.parallel.decode_stream import Product, Stream, gated_product, joined, row_product
-from shardwise.parallel.layers import GatedMlp, ResidualNorm
+from shardwise.parallel.decode_stream import (
+    Product,
+    Stream,
+    added_product,
+    gated_product,
+    joined,
+    product,
+    row_product,
+)
+from shardwise.parallel.layers import GatedMlp, Linear, PlainMlp, ResidualNorm, gelu_tanh
 from shardwise.parallel.moe import MoeBlock, MoeWithShared
 
-FeedForward = Callable[[Stream, ResidualNorm, Tensor], Stream]
-"""(stream, join, positions) -> the stream after the feed-forward, joined with the residual"""
+
+class FeedForward(Protocol):
+    def __call__(self, stream: Stream, joining: ResidualNorm, positions: Tensor) -> Stream:
+        """The stream after the feed-forward, joined with the residual."""
+
+    def partial(self, stream: Stream, positions: Tensor, total: Tensor | None) -> Tensor:
+        """This rank's partial sum [B, H], plus `total` where there is one."""
 
 
 def feed_forward_step(inner: Callable[[Tensor], Tensor], *, pdl: bool) -> FeedForward:
@@ -22,58 +34,93 @@ def feed_forward_step(inner: Callable[[Tensor], Tensor], *, pdl: bool) -> FeedFo
         return ExpertStep(inner, pdl=pdl)
     if isinstance(inner, MoeWithShared):
         return SharedExpertStep(inner, pdl=pdl)
-    gated = _gated(inner, pdl)
-    if gated is not None:
-        return gated
-    return lambda stream, join, positions: joined(inner(stream.normed()), stream.residual, join)
+    return _dense(inner, pdl) or PlainStep(inner, pdl=pdl)
 
 
-def _gated(inner: object, pdl: bool) -> "GatedStep | None":
+def _dense(inner: object, pdl: bool) -> "DenseStep | None":
     """Kernels for a dense layer that they can serve."""
-    if isinstance(inner, GatedMlp) and inner.activation is F.silu and inner.gate_up.bias is None:
+    if isinstance(inner, GatedMlp) and inner.activation in (F.silu, gelu_tanh) and inner.gate_up.bias is None:
         return GatedStep(inner, pdl=pdl)
+    if isinstance(inner, PlainMlp) and isinstance(inner.up, Linear) and isinstance(inner.down, Linear):
+        return UngatedStep(inner, pdl=pdl)
     return None
 
 
-class GatedStep:
-    """down(silu(gate x) * up x), of a dense layer."""
+class PlainStep:
+    """Layers that run as they are."""
+
+    def __init__(self, inner: Callable[[Tensor], Tensor], *, pdl: bool):
+        self._inner, self._pdl = inner, pdl
+
+    def __call__(self, stream: Stream, joining: ResidualNorm, positions: Tensor) -> Stream:
+        return joined(self._inner(stream.normed()), stream.residual, joining, pdl=self._pdl)
+
+    def partial(self, stream: Stream, positions: Tensor, total: Tensor | None) -> Tensor:
+        partial = self._inner(stream.normed())
+        return partial if total is None else partial.add_(total)
+
+
+class DenseStep:
+    """A dense layer: `inner`, which norms as well, then the product `down`."""
+
+    down: Product
+    pdl: bool
+
+    def inner(self, stream: Stream) -> Tensor:
+        raise NotImplementedError
+
+    def __call__(self, stream: Stream, joining: ResidualNorm, positions: Tensor) -> Stream:
+        return row_product(self.down, self.inner(stream), stream.residual, joining, pdl=self.pdl)
+
+    def partial(self, stream: Stream, positions: Tensor, total: Tensor | None) -> Tensor:
+        return added_product(self.down, self.inner(stream), total, pdl=self.pdl)
+
+
+class GatedStep(DenseStep):
+    """down(act(gate x) * up x), where act is SiLU or GELU's tanh form."""
 
     def __init__(self, mlp: GatedMlp, *, pdl: bool):
         self.gate_up, self.down, self.pdl = Product.of(mlp.gate_up), Product.of(mlp.down), pdl
-
-    def __call__(self, stream: Stream, join: ResidualNorm, positions: Tensor) -> Stream:
-        return row_product(self.down, self.inner(stream), stream.residual, join, pdl=self.pdl)
+        self._gelu = mlp.activation is gelu_tanh
 
     def inner(self, stream: Stream) -> Tensor:
-        return gated_product(self.gate_up, stream, pdl=self.pdl)
+        return gated_product(self.gate_up, stream, gelu=self._gelu, pdl=self.pdl)
 
-    def added_to(self, total: Tensor | None, inner: Tensor) -> Tensor:
-        """The second product of few tokens' `inner`, plus `total` where there is one."""
-        return skinny_linear(inner, self.down.weight, bias=self.down.bias, residual=total, pdl=self.pdl)
+
+class UngatedStep(DenseStep):
+    """down(act(up x))."""
+
+    def __init__(self, mlp: PlainMlp, *, pdl: bool):
+        self.up, self.down, self.pdl = Product.of(mlp.up), Product.of(mlp.down), pdl
+        self._activation = mlp.activation
+
+    def inner(self, stream: Stream) -> Tensor:
+        return self._activation(product(self.up, stream, pdl=self.pdl))
 
 
 class SharedExpertStep:
     """Routed experts and the shared one. For one token the sums begin with the shared expert's and need no kernel."""
 
     def __init__(self, inner: MoeWithShared, *, pdl: bool):
-        self.routed, self.shared = ExpertStep(inner.routed, pdl=pdl), inner.shared
-        self.dense = _gated(inner.shared.mlp, pdl) if inner.shared.gate is None else None
+        self.routed, self.shared, self.pdl = ExpertStep(inner.routed, pdl=pdl), inner.shared, pdl
+        self.dense = _dense(inner.shared.mlp, pdl) if inner.shared.gate is None else None
 
-    def __call__(self, stream: Stream, join: ResidualNorm, positions: Tensor) -> Stream:
-        few = stream.x.shape[0] <= self.routed.most_few
-        if self.dense is None or not (few and stream.is_skinny):
-            return joined(self._partial(stream, few, positions), stream.residual, join)
-        alone = join.group.size == 1 and join.is_plain
-        shared = self.dense.added_to(stream.residual if alone else None, self.dense.inner(stream))
-        summed = self.routed.few(stream, positions, shared)
-        return Stream(summed, summed, join.norm) if alone else joined(summed, stream.residual, join)
+    def __call__(self, stream: Stream, joining: ResidualNorm, positions: Tensor) -> Stream:
+        alone = joining.group.size == 1 and joining.is_plain
+        if self._is_few(stream) and alone:
+            summed = self.partial(stream, positions, stream.residual)
+            return Stream(summed, summed, joining.norm)
+        return joined(self.partial(stream, positions, None), stream.residual, joining, pdl=self.pdl)
 
-    def _partial(self, stream: Stream, few: bool, positions: Tensor) -> Tensor:
-        """This rank's partial sum [B, H]."""
+    def _is_few(self, stream: Stream) -> bool:
+        """Whether kernels for few tokens serve both kinds of experts."""
+        return self.dense is not None and stream.is_skinny and stream.x.shape[0] <= self.routed.most_few
+
+    def partial(self, stream: Stream, positions: Tensor, total: Tensor | None) -> Tensor:
+        if self.dense is not None and self._is_few(stream):
+            return self.routed.few(stream, positions, self.dense.partial(stream, positions, total))
         normed = Stream(stream.normed(), stream.residual)
-        routed = self.routed.partial(stream if few else normed, positions)
+        routed = self.routed.partial(stream if stream.x.shape[0] <= self.routed.most_few else normed, positions, total)
         if self.dense is None:
             return routed + self.shared(normed.x)
-        inner, down = self.dense.inner(normed), self.dense.down
-        shared = routed if down.bias is None else routed + down.bias
-        return torch.addmm(shared, inner, down.weight.t())
+        return self.dense.partial(normed, positions, routed)

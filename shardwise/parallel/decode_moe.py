@@ -46,7 +46,7 @@ def _choice(routing: Routing) -> Choice:
 
 
 class ExpertStep:
-    """`step(stream, join, positions)`: routed experts of one layer, summed, joined with the residual.
+    """`step(stream, joining, positions)`: routed experts of one layer, summed, joined with the residual.
 
     Where `most_few` is above 0, the kernels for few tokens have what they take of the block: the router's weights
     `router` [E, H] (a copy) and `bias`, `slots` int32 [E], the `choice` of experts, and the `gate` between products.
@@ -65,17 +65,18 @@ class ExpertStep:
             self.slots, self.choice = block.slots.int(), _choice(block.routing)
             self.gate = Gate(experts.unit.alpha, experts.unit.limit)
 
-    def __call__(self, stream: Stream, join: ResidualNorm, positions: Tensor) -> Stream:
-        if join.group.size == 1 and join.is_plain and stream.x.shape[0] <= self.most_few:
+    def __call__(self, stream: Stream, joining: ResidualNorm, positions: Tensor) -> Stream:
+        if joining.group.size == 1 and joining.is_plain and stream.x.shape[0] <= self.most_few:
             summed = self.few(stream, positions, stream.residual)
-            return Stream(summed, summed, join.norm)
-        return joined(self.partial(stream, positions), stream.residual, join)
+            return Stream(summed, summed, joining.norm)
+        return joined(self.partial(stream, positions, None), stream.residual, joining, pdl=self.pdl)
 
-    def partial(self, stream: Stream, positions: Tensor) -> Tensor:
-        """This rank's partial sum [B, H]."""
+    def partial(self, stream: Stream, positions: Tensor, total: Tensor | None) -> Tensor:
+        """This rank's partial sum [B, H], plus `total` where there is one."""
         if stream.x.shape[0] <= self.most_few:
-            return self.few(stream, positions, None)
-        return self.block(stream.normed())
+            return self.few(stream, positions, total)
+        partial = self.block(stream.normed())
+        return partial if total is None else partial + total
 
     def few(self, stream: Stream, positions: Tensor, residual: Tensor | None) -> Tensor:
         """Of at most `most_few` tokens: this rank's partial sum, plus `residual` where there is one."""

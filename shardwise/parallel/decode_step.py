@@ -4,7 +4,8 @@ Built from an assembled `Decoder`; it shares the decoder's weights and cache and
 tokens a dense layer is norm + QKV product, attention (rotation, append, scores, combine), output product + residual,
 norm + gate/up product + activation, down product + residual: five kernels on one rank; a layer of experts has six: the
 router's product with the norm, gate/up of the chosen experts, down and their sum take the place of the last two. Over
-several ranks the sums between them are the group's fused all-reduce + residual + norm. Larger batches use the
+several ranks the sums between them are the group's fused all-reduce + residual + norm. What a product cannot take in
+has a kernel of its own: layer norms, norms of a block's result, norms of all heads at once. Larger batches use the
 library's matrix products and the grouped kernels of prefill.
 """
 
@@ -19,10 +20,10 @@ from shardwise.parallel.decode_attention import Angles, AttentionStep, LatentSte
 from shardwise.parallel.decode_attention import reason_against as reason_against_mixer
 from shardwise.parallel.decode_mlp import FeedForward, feed_forward_step
 from shardwise.parallel.decode_moe import reason_against as reason_against_experts
-from shardwise.parallel.decode_stream import Product, Stream, product, row_product
-from shardwise.parallel.decoder import Decoder, DecoderLayer
+from shardwise.parallel.decode_stream import Product, Stream, joined, product, row_product
+from shardwise.parallel.decoder import Decoder, DecoderLayer, ParallelLayer
 from shardwise.parallel.device_cache import PAGE_SIZE, DeviceCache
-from shardwise.parallel.layers import LayerNorm, Linear, ResidualNorm, VocabEmbedding
+from shardwise.parallel.layers import Linear, Norm, ResidualNorm, VocabEmbedding
 from shardwise.parallel.moe import DataParallelMoe, MoeBlock, MoeWithShared
 
 GRAPH_TRANSPORTS = ("p2p", "flashinfer", "nccl", "threads", "fake")
@@ -31,12 +32,24 @@ GRAPH_TRANSPORTS = ("p2p", "flashinfer", "nccl", "threads", "fake")
 
 @dataclass(frozen=True)
 class Layer:
-    """What the step needs of one layer."""
+    """What the step needs of one layer.
+
+    between  None: both blocks have the same input, and their partial sums are added
+    """
 
     attention: AttentionStep | LatentStep
-    between: ResidualNorm
+    between: ResidualNorm | None
     feed_forward: FeedForward
     after: ResidualNorm
+
+    def __call__(self, stream: Stream, positions: Tensor, slots: Tensor, *, pdl: bool) -> Stream:
+        attended = self.attention(stream, positions, slots)
+        if self.between is None:
+            partial = product(self.attention.out, Stream(attended, attended), pdl=pdl)
+            partial = self.feed_forward.partial(stream, positions, partial)
+            return joined(partial, stream.residual, self.after, pdl=pdl)
+        stream = row_product(self.attention.out, attended, stream.residual, self.between, pdl=pdl)
+        return self.feed_forward(stream, self.after, positions)
 
 
 def reason_against(decoder: Decoder) -> str:
@@ -49,10 +62,8 @@ def reason_against(decoder: Decoder) -> str:
     if group.size > 1 and group.transport not in GRAPH_TRANSPORTS:
         return f"transport {group.transport} passes through the host, which a graph cannot hold"
     for number, layer in enumerate(decoder.layers):
-        if not isinstance(layer, DecoderLayer):
-            return f"layer {number}: one block, or blocks in parallel"
-        if any(isinstance(x.norm, LayerNorm) for x in (layer.between, layer.after)):
-            return f"layer {number}: layer norms"
+        if not isinstance(layer, DecoderLayer | ParallelLayer):
+            return f"layer {number}: one block"
         reason = reason_against_mixer(layer.mixer) or _reason_against_feed_forward(layer.feed_forward)
         if reason:
             return f"layer {number}: {reason}"
@@ -87,7 +98,7 @@ class DecodeStep:
         table = decoder.embedding.table
         self._table = Product.of(table).weight if isinstance(table, Linear) else table
         self._angles = Angles(cache)
-        self.layers = [self._prepared(layer) for layer in decoder.layers if isinstance(layer, DecoderLayer)]
+        self.layers = [self._prepared(layer) for layer in decoder.layers]
         head = decoder.head
         self.head, self._group = Product.of(head.linear), head.group
         first = sum(head.sizes[: head.group.rank])
@@ -107,9 +118,7 @@ class DecodeStep:
         stream = self._begin(inputs)
         positions, slots = inputs[POSITION], inputs[SLOT]
         for layer in self.layers:
-            attended = layer.attention(stream, positions, slots)
-            stream = row_product(layer.attention.out, attended, stream.residual, layer.between, pdl=self.pdl)
-            stream = layer.feed_forward(stream, layer.after, positions)
+            stream = layer(stream, positions, slots, pdl=self.pdl)
         logits = product(self.head, stream, dtype=torch.float32, pdl=self.pdl)
         self._choose(logits)
         return logits
@@ -125,10 +134,11 @@ class DecodeStep:
             page_size=PAGE_SIZE,
             multiplier=embedding.multiplier,
         )
+        norm = self._first_norm
         if embedding.group.size > 1:
-            join = ResidualNorm(norm=self._first_norm, group=embedding.group)
-            return Stream(*join(x, torch.zeros_like(x)))
-        return Stream(x, x, self._first_norm)
+            joining = ResidualNorm(norm=norm, group=embedding.group)
+            return joined(x, torch.zeros_like(x), joining, pdl=self.pdl)
+        return Stream(x, x, norm) if norm is None or type(norm) is Norm else Stream(norm(x), x)
 
     def _choose(self, logits: Tensor) -> None:
         tokens = self.last[: logits.shape[0]]
@@ -136,10 +146,11 @@ class DecodeStep:
         if self._group.size > 1:
             self._greedy.winner(self._group.all_reduce(pairs), tokens)
 
-    def _prepared(self, layer: DecoderLayer) -> Layer:
+    def _prepared(self, layer: object) -> Layer:
+        assert isinstance(layer, DecoderLayer | ParallelLayer)
         return Layer(
             attention_step(layer.mixer, self.cache, self._angles, pdl=self.pdl),
-            layer.between,
+            layer.between if isinstance(layer, DecoderLayer) else None,
             feed_forward_step(layer.feed_forward, pdl=self.pdl),
             layer.after,
         )

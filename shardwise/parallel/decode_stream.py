@@ -7,8 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from shardwise.ops.linear.decode import gated_activation, skinny_linear
+from shardwise.ops.normalization.decode import RowNorm, join
 from shardwise.ops.normalization.triton import triton_rms_norm
-from shardwise.parallel.layers import Linear, LinearLike, Norm, ResidualNorm
+from shardwise.parallel.layers import LayerNorm, Linear, LinearLike, Norm, ResidualNorm
 
 SKINNY_ROWS = 1
 """Most tokens for which reading the weights once in matrix-vector products beats a matrix product. On an H200 gate
@@ -30,7 +31,8 @@ class Product:
 
 @dataclass(frozen=True)
 class Stream:
-    """The activations between two blocks: `x`, still to be normed by `norm` if there is one, and the residual."""
+    """The activations between two blocks: `x`, still to be normed by `norm` if there is one (an RMS norm), and the
+    residual."""
 
     x: Tensor
     residual: Tensor
@@ -44,9 +46,21 @@ class Stream:
         return self.x if self.norm is None else triton_rms_norm(self.x, self.norm.weight, self.norm.eps)
 
 
-def joined(partial: Tensor, residual: Tensor, join: ResidualNorm) -> Stream:
+def joined(partial: Tensor, residual: Tensor, joining: ResidualNorm, *, pdl: bool) -> Stream:
     """The sum over the group, the residual and the norm; both arguments may be overwritten."""
-    return Stream(*join(partial, residual))
+    if joining.is_plain:
+        return Stream(*joining(partial, residual))
+    if joining.group.size > 1:
+        joining.group.all_reduce(partial, out=partial)
+    post, norm = _row_norm(joining.post), _row_norm(joining.norm)
+    return Stream(join(partial, residual, post=post, multiplier=joining.multiplier, norm=norm, pdl=pdl), residual)
+
+
+def _row_norm(norm: Norm | None) -> RowNorm | None:
+    if norm is None:
+        return None
+    centred = isinstance(norm, LayerNorm)
+    return RowNorm(norm.weight, norm.eps, norm.bias if isinstance(norm, LayerNorm) else None, centred)
 
 
 def product(weights: Product, stream: Stream, *, dtype: torch.dtype | None = None, pdl: bool) -> Tensor:
@@ -56,21 +70,28 @@ def product(weights: Product, stream: Stream, *, dtype: torch.dtype | None = Non
     return skinny_linear(stream.x, weights.weight, **_norm_of(stream), bias=weights.bias, out_dtype=dtype, pdl=pdl)
 
 
-def gated_product(gate_up: Product, stream: Stream, *, pdl: bool) -> Tensor:
-    """silu(gate) * up of two products that are one matrix."""
+def gated_product(gate_up: Product, stream: Stream, *, gelu: bool, pdl: bool) -> Tensor:
+    """silu(gate) * up of two products that are one matrix; `gelu`: GELU's tanh form instead."""
     if not stream.is_skinny:
-        return gated_activation(F.linear(stream.normed(), gate_up.weight), pdl=pdl)
-    return skinny_linear(stream.x, gate_up.weight, **_norm_of(stream), gated=True, pdl=pdl)
+        return gated_activation(F.linear(stream.normed(), gate_up.weight), gelu=gelu, pdl=pdl)
+    return skinny_linear(stream.x, gate_up.weight, **_norm_of(stream), gated=True, gelu=gelu, pdl=pdl)
 
 
-def row_product(weights: Product, x: Tensor, residual: Tensor, join: ResidualNorm, *, pdl: bool) -> Stream:
+def row_product(weights: Product, x: Tensor, residual: Tensor, joining: ResidualNorm, *, pdl: bool) -> Stream:
     """The row-parallel product, its sum over the group, the residual, and the norm now or with the next product."""
-    if x.shape[0] > SKINNY_ROWS:
-        return joined(F.linear(x, weights.weight, weights.bias), residual, join)
-    if join.group.size == 1 and join.is_plain:
-        summed = skinny_linear(x, weights.weight, bias=weights.bias, residual=residual, pdl=pdl)
-        return Stream(summed, summed, join.norm)
-    return joined(skinny_linear(x, weights.weight, bias=weights.bias, pdl=pdl), residual, join)
+    if joining.group.size == 1 and joining.is_plain and x.shape[0] <= SKINNY_ROWS:
+        summed = added_product(weights, x, residual, pdl=pdl)
+        return Stream(summed, summed, joining.norm)
+    return joined(product(weights, Stream(x, x), pdl=pdl), residual, joining, pdl=pdl)
+
+
+def added_product(weights: Product, x: Tensor, total: Tensor | None, *, pdl: bool) -> Tensor:
+    """The product, plus `total` where there is one."""
+    if x.shape[0] <= SKINNY_ROWS:
+        return skinny_linear(x, weights.weight, bias=weights.bias, residual=total, pdl=pdl)
+    if total is None:
+        return F.linear(x, weights.weight, weights.bias)
+    return torch.addmm(total if weights.bias is None else total + weights.bias, x, weights.weight.t())
 
 
 def _norm_of(stream: Stream) -> dict:

@@ -259,6 +259,14 @@ class PlainMlp:
         return self.down(self.activation(self.up(x)))
 
 
+def gelu_tanh(x: Tensor) -> Tensor:
+    return F.gelu(x, approximate="tanh")
+
+
+def relu2(x: Tensor) -> Tensor:
+    return F.relu(x).square()
+
+
 def activation_named(name: str) -> Callable[[Tensor], Tensor]:
     """The function behind a config's `hidden_act`; ValueError lists the known ones."""
     if name not in _ACTIVATIONS:
@@ -270,8 +278,8 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "swish": F.silu,
     "gelu": F.gelu,
-    "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
-    "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu_new": gelu_tanh,
+    "gelu_pytorch_tanh": gelu_tanh,
     "relu": F.relu,
-    "relu2": lambda x: F.relu(x).square(),
+    "relu2": relu2,
 }

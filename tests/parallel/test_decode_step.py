@@ -46,12 +46,27 @@ FAMILIES = {name: TINY[name] for name in ("llama", "mistral with a window", "qwe
         ),
     ),
 }
+ALTERNATING = {"num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"]}
+LONG_FACTORS = dict(
+    NEAR_KIN["phi3 with long factors"][1]["rope_parameters"], short_factor=[1.5] * 12, long_factor=[2] * 12
+)
+FAMILIES |= {name: NEAR_KIN[name] for name in ("glm4", "olmo2", "cohere", "starcoder2")} | {
+    "gemma2": ("gemma2", NEAR_KIN["gemma2"][1] | ALTERNATING),
+    "olmoe": ("olmoe", dict(NEAR_KIN["olmoe"][1], hidden_size=192, head_dim=32)),
+    "phi3 with long factors": (
+        "phi3",
+        dict(NEAR_KIN["phi3 with long factors"][1], hidden_size=192, head_dim=32, rope_parameters=LONG_FACTORS),
+    ),
+}
+"""Heads rotated in part, norms after blocks, of all heads, of layers, capped scores, blocks in parallel."""
 CASES = [(name, ParallelLayout()) for name in FAMILIES]
 CASES += [
     ("llama tied, with biases", ParallelLayout(tp=2)),
     ("qwen3_moe", ParallelLayout(tp=2, moe_ep=2)),
     ("gpt_oss", ParallelLayout(tp=2)),
     ("deepseek_v2", ParallelLayout(tp=2)),
+    ("olmo2", ParallelLayout(tp=2)),
+    ("cohere", ParallelLayout(tp=2)),
 ]
 
 

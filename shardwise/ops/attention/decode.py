@@ -63,13 +63,15 @@ def fused_decode_attention(
     v_cache: torch.Tensor,  # [pages, page_size, Nkv, D]
     page_table: torch.Tensor,  # int32 [B, max_pages]; with `slots` [rows, max_pages]
     positions: torch.Tensor,  # int32 [B]: keys already cached; negative marks a padding row, which yields zeros
-    rope: torch.Tensor | None,  # float32 [max_position, D]: cos of the first half, then sin; None: no rotation
+    rope: torch.Tensor | None,  # float32 [max_position, D]: cos of each pair, then sin; None: no rotation
     workspace: DecodeWorkspace,
     *,
     heads: int,
     slots: torch.Tensor | None = None,  # int32 [B]: each sequence's row of the page table
     splits: int | None = None,
     scale: float | None = None,
+    softcap: float | None = None,
+    rotated: int | None = None,
     q_norm: torch.Tensor | None = None,  # [D]
     k_norm: torch.Tensor | None = None,  # [D]
     eps: float = 1e-6,
@@ -81,7 +83,8 @@ def fused_decode_attention(
     """Attention of one new token a sequence; its key and value are appended to the cache. Returns [B, N D].
 
     D a power of two from 32 to 256, page_size a multiple of 64 (or of itself when smaller and a power of two),
-    NeoX pairing over the whole head. The caches may be views with equal strides and contiguous heads: a plain cache
+    NeoX pairing over the first `rotated` columns of a head, by default all; angles of the pairs beyond them are zero.
+    `softcap` caps scores by a tanh. The caches may be views with equal strides and contiguous heads: a plain cache
     [slots, max_seq, Nkv, D], or one of FlashInfer's [pages, 2, Nkv, page_size, D] transposed. `window` counts the keys
     seen, the new token's included. `splits` replaces the workspace's, where the product with the batch fits in it.
 
@@ -92,6 +95,11 @@ def fused_decode_attention(
     batch, group, block = qkv.shape[0], heads // kv_heads, min(64, page_size)
     splits = workspace.splits if splits is None else splits
     _check(k_cache, v_cache, heads, block, batch, splits, workspace)
+    rotated = 0 if rope is None else head_dim if rotated is None else rotated
+    if rotated % 2 or not 0 <= rotated <= head_dim:
+        raise ValueError(f"{_NAME}: {rotated} rotated columns of heads of {head_dim}, need an even number of these")
+    if softcap is not None and softcap <= 0:
+        raise ValueError(f"{_NAME}: softcap {softcap}, need one above 0, or None")
     if (q_norm is None) != (k_norm is None):
         raise ValueError(f"{_NAME}: q_norm and k_norm come together")
     out = qkv.new_empty(batch, heads * head_dim) if out is None else out
@@ -99,11 +107,11 @@ def fused_decode_attention(
     common = (
         qkv, k_cache, v_cache, page_table, slots, positions, rope, q_norm, k_norm, sinks, out,
         workspace.partial, workspace.counter, kv_heads, page_table.shape[1], splits, *k_cache.stride()[:3],
-        head_dim**-0.5 if scale is None else scale, eps, window or 0,
+        head_dim**-0.5 if scale is None else scale, softcap, eps, window or 0,
     )  # fmt: skip
     flags = dict(
-        GROUP=group, PAGE=page_size, ROPE=rope is not None, QK_NORM=q_norm is not None, SINKS=sinks is not None,
-        WINDOW=bool(window), SLOTS=slots is not None, PDL=pdl, launch_pdl=pdl,
+        GROUP=group, PAGE=page_size, ROTATED=rotated, QK_NORM=q_norm is not None, SINKS=sinks is not None,
+        CAPPED=softcap is not None, WINDOW=bool(window), SLOTS=slots is not None, PDL=pdl, launch_pdl=pdl,
     )  # fmt: skip
     keys = min(DIRECT_KEYS, page_size)
     warps = min(DIRECT_WARPS, keys * head_dim // 256)

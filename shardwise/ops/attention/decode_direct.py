@@ -11,7 +11,7 @@ softmax of its own until the program's last key.
 # The languages of kernels, not Python's, where types are concerned.
 # mypy: ignore-errors
 
-from shardwise.ops.attention.decode_kernel import run_of
+from shardwise.ops.attention.decode_kernel import capped, run_of
 from shardwise.ops.gluon_support import gl, jit
 from shardwise.ops.triton_support import tl
 
@@ -29,19 +29,35 @@ def _line(pointer, columns, ON: tl.constexpr):
 
 @jit
 def _turned(x_ptr, at, partner_at, here, cos, sin, weight, partner_weight, eps, D: tl.constexpr, NORM: tl.constexpr,
-            ROPE: tl.constexpr):  # fmt: skip
-    """Heads [n, D], normed and rotated, float32. Rotation takes each column's partner in the other half."""
+            ROTATED: tl.constexpr):  # fmt: skip
+    """Heads [n, D], normed and rotated, float32. Rotation takes each column's partner."""
     x = gl.load(x_ptr + at, mask=here, other=0.0).to(gl.float32)
     partner = x
-    if ROPE:
+    if ROTATED > 0:
         partner = gl.load(x_ptr + partner_at, mask=here, other=0.0).to(gl.float32)
     if NORM:
         scale = gl.expand_dims(gl.rsqrt(gl.sum(x * x, 1) / D + eps), 1)
         x = x * scale * weight
         partner = partner * scale * partner_weight
-    if ROPE:
+    if ROTATED > 0:
         x = x * cos + partner * sin
     return x
+
+
+@jit
+def _angles(rope_ptr, d, position, D: tl.constexpr, ROTATED: tl.constexpr):
+    """Of columns [1, D]: their partners in rotation, cos, and sin with the partner's sign."""
+    PART: tl.constexpr = ROTATED > 0 and ROTATED < D
+    HALF: tl.constexpr = ROTATED // 2 if PART else D // 2
+    partner = (d + HALF) % (2 * HALF)
+    pair = d % HALF
+    if PART:
+        partner = gl.where(d < ROTATED, partner, d)
+        pair = gl.where(d < ROTATED, pair, HALF)  # the first of those that do not turn
+    angle = position * D + pair
+    cos = _line(rope_ptr, angle, ROTATED > 0)
+    sin = gl.where(d < HALF, -1.0, 1.0) * _line(rope_ptr, angle + D // 2, ROTATED > 0)
+    return partner, cos, sin
 
 
 @jit
@@ -65,13 +81,17 @@ def _load_block(
 
 
 @jit
-def _attend(q, keys, values, counts, top, weight, total, REP: tl.constexpr, SUMS: tl.constexpr):
+def _attend(q, keys, values, counts, top, weight, total, cap, REP: tl.constexpr, CAPPED: tl.constexpr,
+            SUMS: tl.constexpr):  # fmt: skip
     """The rows' softmaxes so far, and those of a block more. q [G, 1, D]; top and weight [G, ROWS]."""
     scores = ()
     new_top = top
     for turn in gl.static_range(REP):
         seen = gl.expand_dims(gl.convert_layout(counts[turn], gl.SliceLayout(0, SUMS)), 0)
-        score = gl.where(seen, gl.sum(q * gl.expand_dims(keys[turn].to(gl.float32), 0), 2), float("-inf"))
+        score = gl.sum(q * gl.expand_dims(keys[turn].to(gl.float32), 0), 2)
+        if CAPPED:
+            score = capped(score, cap)
+        score = gl.where(seen, score, float("-inf"))
         scores = scores + (score,)
         new_top = gl.maximum(new_top, score)
     decay = gl.exp(top - new_top)
@@ -128,11 +148,11 @@ def _merge(parts, active, place, lane, live, G: tl.constexpr, D: tl.constexpr, S
 @jit(do_not_specialize=["splits", "scale", "eps"])
 def direct_kernel(
     qkv_ptr, k_cache_ptr, v_cache_ptr, table_ptr, slot_ptr, position_ptr, rope_ptr, q_norm_ptr, k_norm_ptr, sinks_ptr,
-    out_ptr, partial_ptr, counter_ptr, kv_heads, max_pages, splits, page_stride, token_stride, head_stride, scale, eps,
-    window,
+    out_ptr, partial_ptr, counter_ptr, kv_heads, max_pages, splits, page_stride, token_stride, head_stride, scale, cap,
+    eps, window,
     GROUP: tl.constexpr, G: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, REP: tl.constexpr, WARPS: tl.constexpr,
-    ROPE: tl.constexpr, QK_NORM: tl.constexpr, SINKS: tl.constexpr, WINDOW: tl.constexpr, SLOTS: tl.constexpr,
-    PDL: tl.constexpr,
+    ROTATED: tl.constexpr, QK_NORM: tl.constexpr, SINKS: tl.constexpr, CAPPED: tl.constexpr, WINDOW: tl.constexpr,
+    SLOTS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Arguments as those of `decode_kernel`; G: GROUP or the next power of two; a block is REP turns of ROWS keys."""
     ROWS: tl.constexpr = WARPS * 256 // D
@@ -179,10 +199,7 @@ def direct_kernel(
         own = split == 0  # it also rotates, stores and attends to this token's own key and value
         own_page = gl.load(table + position // PAGE, mask=own, other=0, cache_modifier=".cg").to(gl.int64)
         d = gl.expand_dims(gl.arange(0, D, layout=gl.SliceLayout(0, HEADS)), 0)
-        partner = (d + D // 2) % D
-        angle = position * D + d % (D // 2)
-        cos = _line(rope_ptr, angle, ROPE)
-        sin = gl.where(d < D // 2, -1.0, 1.0) * _line(rope_ptr, angle + D // 2, ROPE)
+        partner, cos, sin = _angles(rope_ptr, d, position, D, ROTATED)
         q_weight = _line(q_norm_ptr, d, QK_NORM)
         q_partner = _line(q_norm_ptr, partner, QK_NORM)
         k_weight = _line(k_norm_ptr, d, QK_NORM)
@@ -199,28 +216,31 @@ def direct_kernel(
         own_v = gl.load(k_ptr + kv_heads * D + d, mask=mine, other=0.0)
         q = _turned(
             q_ptr, g * D + d, g * D + partner, (d >= 0) & (g < GROUP), cos, sin, q_weight, q_partner, eps, D, QK_NORM,
-            ROPE,
+            ROTATED,
         )  # fmt: skip
-        own_k = _turned(k_ptr, d, partner, mine, cos, sin, k_weight, k_partner, eps, D, QK_NORM, ROPE)
+        own_k = _turned(k_ptr, d, partner, mine, cos, sin, k_weight, k_partner, eps, D, QK_NORM, ROTATED)
         own_k = own_k.to(k_cache_ptr.dtype.element_ty)
         own_v = own_v.to(v_cache_ptr.dtype.element_ty)
         at = own_page * page_stride + position % PAGE * token_stride + offset
         gl.store(k_cache_ptr + at + d, own_k, mask=mine)
         gl.store(v_cache_ptr + at + d, own_v, mask=mine)
         q = q * scale
-        own_score = gl.convert_layout(gl.sum(q * own_k.to(gl.float32), 1), gl.SliceLayout(1, SUMS))
+        own_score = gl.sum(q * own_k.to(gl.float32), 1)
+        if CAPPED:
+            own_score = capped(own_score, cap)
+        own_score = gl.convert_layout(own_score, gl.SliceLayout(1, SUMS))
         q = gl.expand_dims(q, 1)
         holds = gl.expand_dims(gl.arange(0, ROWS, layout=gl.SliceLayout(0, SUMS)), 0) == gl.where(own, 0, ROWS)
         top = gl.where(holds, gl.expand_dims(own_score, 1), LOWEST)
         weight = gl.where(top > LOWEST, 1.0, 0.0)
         total = gl.expand_dims(weight, 2) * gl.expand_dims(own_v.to(gl.float32), 1)
-        top, weight, total = _attend(q, keys, values, counts, top, weight, total, REP, SUMS)
+        top, weight, total = _attend(q, keys, values, counts, top, weight, total, cap, REP, CAPPED, SUMS)
         for start in range(begin + BLOCK, end, BLOCK):
             keys, values, counts = _load_block(
                 k_cache_ptr, v_cache_ptr, table, start, first, end, row, column, page_stride, token_stride, offset,
                 PAGE, REP, ROWS,
             )  # fmt: skip
-            top, weight, total = _attend(q, keys, values, counts, top, weight, total, REP, SUMS)
+            top, weight, total = _attend(q, keys, values, counts, top, weight, total, cap, REP, CAPPED, SUMS)
         mean, log = _over_rows(top, weight, total, TURNED, SIDE)
         last = active == 1
         if active > 1:

@@ -25,6 +25,27 @@ def run_of(position, splits, window, BLOCK: tl.constexpr, WINDOW: tl.constexpr):
 
 
 @triton.jit
+def capped(scores, cap):
+    """cap * tanh(scores / cap)"""
+    return cap - 2.0 * cap / (tl.exp(scores * (2.0 / cap)) + 1.0)
+
+
+@triton.jit
+def _pairs(HALF: tl.constexpr, PART: tl.constexpr):
+    """Half the columns of a head, [HALF], and how far behind each of them its partner in rotation stands.
+
+    PART: how many columns are rotated, where not all are; any two of those behind make a pair.
+    """
+    one = tl.arange(0, HALF)
+    apart = HALF
+    if PART > 0:
+        turned = one < PART // 2
+        one += tl.where(turned, 0, PART // 2)
+        apart = tl.where(turned, PART // 2, HALF - PART // 2)
+    return one, apart
+
+
+@triton.jit
 def _rotate(first, second, cos, sin):
     return first * cos - second * sin, second * cos + first * sin
 
@@ -40,30 +61,34 @@ def _unit(first, second, first_weight, second_weight, eps, HALF: tl.constexpr, O
 
 
 @triton.jit
-def _halves(pointer, row, half, HALF: tl.constexpr, ON: tl.constexpr):
+def _halves(pointer, row, half, apart, HALF: tl.constexpr, ON: tl.constexpr):
     """Two halves of a row of a head's size, [1, HALF] float32; ones when not ON."""
     first = 1.0
     second = 1.0
     if ON:
         at = pointer + row.to(tl.int64) * (2 * HALF) + half
         first = tl.load(at)[None, :].to(tl.float32)
-        second = tl.load(at + HALF)[None, :].to(tl.float32)
+        second = tl.load(at + apart)[None, :].to(tl.float32)
     return first, second
 
 
 @triton.jit
-def _cached(k_cache_ptr, v_cache_ptr, rows, half, whole, seen, HALF: tl.constexpr):
+def _cached(k_cache_ptr, v_cache_ptr, rows, half, apart, whole, seen, PART: tl.constexpr):
     """The two halves of keys [HALF, keys] and the values [keys, D] at `rows` of the cache."""
+    if PART > 0:
+        apart = apart[:, None]
     k1 = tl.load(k_cache_ptr + rows[None, :] + half[:, None], mask=seen[None, :], other=0.0)
-    k2 = tl.load(k_cache_ptr + rows[None, :] + HALF + half[:, None], mask=seen[None, :], other=0.0)
+    k2 = tl.load(k_cache_ptr + rows[None, :] + apart + half[:, None], mask=seen[None, :], other=0.0)
     v = tl.load(v_cache_ptr + rows[:, None] + whole[None, :], mask=seen[:, None], other=0.0)
     return k1, k2, v
 
 
 @triton.jit
-def _attend(q1, q2, k1, k2, v, seen, top, weight, total, PRECISION: tl.constexpr):
+def _attend(q1, q2, k1, k2, v, seen, top, weight, total, cap, CAPPED: tl.constexpr, PRECISION: tl.constexpr):
     """The softmax so far, and that of some keys more."""
     scores = tl.dot(q1, k1, input_precision=PRECISION) + tl.dot(q2, k2, input_precision=PRECISION)
+    if CAPPED:
+        scores = capped(scores, cap)
     scores = tl.where(seen[None, :], scores, float("-inf"))
     new_top = tl.maximum(top, tl.max(scores, 1))
     decay = tl.where(top == float("-inf"), 0.0, tl.exp(top - new_top))
@@ -80,7 +105,7 @@ def decode_kernel(
     table_ptr,  # int32 [rows, max_pages]
     slot_ptr,  # int32 [B], each sequence's row of the table
     position_ptr,  # int32 [B], keys already cached; negative: the row is padding
-    rope_ptr,  # float32 [max_position, D]: cos of the first half, then sin; only with ROPE
+    rope_ptr,  # float32 [max_position, D]: cos of the pairs, then sin; only with ROTATED
     q_norm_ptr,  # [D]
     k_norm_ptr,  # [D]
     sinks_ptr,  # [N]
@@ -94,6 +119,7 @@ def decode_kernel(
     token_stride,
     head_stride,
     scale,
+    cap,
     eps,
     window,
     GROUP: tl.constexpr,
@@ -101,13 +127,15 @@ def decode_kernel(
     HALF: tl.constexpr,
     PAGE: tl.constexpr,
     BLOCK: tl.constexpr,
-    ROPE: tl.constexpr,
+    ROTATED: tl.constexpr,
     QK_NORM: tl.constexpr,
     SINKS: tl.constexpr,
+    CAPPED: tl.constexpr,
     WINDOW: tl.constexpr,
     SLOTS: tl.constexpr,
     PDL: tl.constexpr,
 ):
+    """ROTATED: how many columns of a head are rotated, from the first on."""
     pair = tl.program_id(0)
     split = tl.program_id(1)
     sequence = pair // kv_heads
@@ -120,7 +148,8 @@ def decode_kernel(
     position = tl.load(position_ptr + sequence)
     slot = tl.load(slot_ptr + sequence) if SLOTS else sequence
     table = table_ptr + slot * max_pages
-    half = tl.arange(0, HALF)
+    PART: tl.constexpr = ROTATED if ROTATED < D else 0
+    half, apart = _pairs(HALF, PART)
     whole = tl.arange(0, D)
     group = tl.arange(0, GROUP_PAD)
     live = group < GROUP
@@ -138,9 +167,9 @@ def decode_kernel(
         return
     begin = first // BLOCK * BLOCK + split * run
     end = tl.minimum(begin + run, position)
-    cos, sin = _halves(rope_ptr, position, half, HALF, ROPE)
-    q_weight1, q_weight2 = _halves(q_norm_ptr, position * 0, half, HALF, QK_NORM)
-    k_weight1, k_weight2 = _halves(k_norm_ptr, position * 0, half, HALF, QK_NORM)
+    cos, sin = _halves(rope_ptr, position, tl.arange(0, HALF), HALF, HALF, ROTATED > 0)
+    q_weight1, q_weight2 = _halves(q_norm_ptr, position * 0, half, apart, HALF, QK_NORM)
+    k_weight1, k_weight2 = _halves(k_norm_ptr, position * 0, half, apart, HALF, QK_NORM)
     if SINKS:
         sink = tl.load(sinks_ptr + head * GROUP + group, mask=live, other=0.0).to(tl.float32)
     if PDL:
@@ -149,13 +178,13 @@ def decode_kernel(
     k_at = row + (kv_heads * GROUP + head) * D + half[None, :]
     own = split == 0  # it also rotates, stores and attends to this token's own key and value
     q1 = tl.load(q_at, mask=live[:, None], other=0.0).to(tl.float32)
-    q2 = tl.load(q_at + HALF, mask=live[:, None], other=0.0).to(tl.float32)
+    q2 = tl.load(q_at + apart, mask=live[:, None], other=0.0).to(tl.float32)
     own_k1 = tl.load(k_at, mask=own, other=0.0).to(tl.float32)
-    own_k2 = tl.load(k_at + HALF, mask=own, other=0.0).to(tl.float32)
+    own_k2 = tl.load(k_at + apart, mask=own, other=0.0).to(tl.float32)
     own_v = tl.load(row + (kv_heads * (GROUP + 1) + head) * D + whole, mask=own, other=0.0)
     own_page = tl.load(table + position // PAGE, mask=own, other=0, cache_modifier=".cg").to(tl.int64)  # may be new
     q1, q2 = _unit(q1, q2, q_weight1, q_weight2, eps, HALF, QK_NORM)
-    if ROPE:
+    if ROTATED > 0:
         q1, q2 = _rotate(q1, q2, cos, sin)
     q1 = (q1 * scale).to(qkv_ptr.dtype.element_ty)
     q2 = (q2 * scale).to(qkv_ptr.dtype.element_ty)
@@ -165,15 +194,17 @@ def decode_kernel(
     total = tl.zeros([GROUP_PAD, D], tl.float32)
     if own:
         own_k1, own_k2 = _unit(own_k1, own_k2, k_weight1, k_weight2, eps, HALF, QK_NORM)
-        if ROPE:
+        if ROTATED > 0:
             own_k1, own_k2 = _rotate(own_k1, own_k2, cos, sin)
         k1 = own_k1.to(k_cache_ptr.dtype.element_ty)
         k2 = own_k2.to(k_cache_ptr.dtype.element_ty)
         place = own_page * page_stride + position % PAGE * token_stride + head * head_stride
         tl.store(k_cache_ptr + place + half[None, :], k1)
-        tl.store(k_cache_ptr + place + HALF + half[None, :], k2)
+        tl.store(k_cache_ptr + place + apart + half[None, :], k2)
         tl.store(v_cache_ptr + place + whole, own_v.to(v_cache_ptr.dtype.element_ty))
         top = tl.sum(q1.to(tl.float32) * k1.to(tl.float32), 1) + tl.sum(q2.to(tl.float32) * k2.to(tl.float32), 1)
+        if CAPPED:
+            top = capped(top, cap)
         weight += 1.0
         total += own_v.to(tl.float32)[None, :]
 
@@ -183,8 +214,10 @@ def decode_kernel(
         seen = (at < position) & (at >= first)
         page = tl.load(table + start // PAGE).to(tl.int64)
         slots = page * page_stride + (start % PAGE + keys).to(tl.int64) * token_stride + head * head_stride
-        keys1, keys2, values = _cached(k_cache_ptr, v_cache_ptr, slots, half, whole, seen, HALF)
-        top, weight, total = _attend(q1, q2, keys1, keys2, values, seen, top, weight, total, PRECISION)
+        keys1, keys2, values = _cached(k_cache_ptr, v_cache_ptr, slots, half, apart, whole, seen, PART)
+        top, weight, total = _attend(
+            q1, q2, keys1, keys2, values, seen, top, weight, total, cap, CAPPED, PRECISION
+        )  # fmt: skip
 
     if active > 1:
         stride: tl.constexpr = GROUP_PAD * (D + 2)

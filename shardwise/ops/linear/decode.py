@@ -83,13 +83,15 @@ def skinny_linear(
     residual: torch.Tensor | None = None,  # [T, N]
     normed: torch.Tensor | None = None,  # [T, K]
     gated: bool = False,
+    gelu: bool = False,
     out_dtype: torch.dtype | None = None,
     tile: Tile | None = None,
     pdl: bool = False,
 ) -> torch.Tensor:
     """See the module's formula, for T from 1 to MAX_TOKENS. Returns [T, N] in `out_dtype`, or x's dtype.
 
-    `gated` takes SiLU of the first N rows' product times the other N rows'. x after the norm is written to `normed`.
+    `gated` takes SiLU of the first N rows' product times the other N rows'; `gelu`: GELU's tanh form instead. x after
+    the norm is written to `normed`.
     """
     tokens, k = x.shape
     n = weight.shape[0] // 2 if gated else weight.shape[0]
@@ -99,6 +101,8 @@ def skinny_linear(
         raise ValueError(f"skinny_linear: {tokens} tokens; legal: 1 to {MAX_TOKENS}")
     if gated and bias is not None:
         raise ValueError("skinny_linear: a gated product takes no bias")
+    if gelu and not gated:
+        raise ValueError("skinny_linear: gelu is the activation of a gated product")
     out = torch.empty(tokens, n, dtype=out_dtype or x.dtype, device=x.device)
     tile = tile or tile_for(n, k, gated, tokens)
     pdl = pdl and not interpreting()
@@ -107,15 +111,17 @@ def skinny_linear(
         TOKENS=tokens, BLOCK_N=tile.rows, BLOCK_K=tile.columns, STAGES=tile.stages,
         WHOLE=triton.cdiv(k, tile.columns) if tile.whole else 0, EARLY=tile.early,
         NORM=norm_weight is not None, BIAS=bias is not None, RESIDUAL=residual is not None, GATED=gated,
-        KEEP=normed is not None, EVEN_N=n % tile.rows == 0, EVEN_K=k % tile.columns == 0,
+        GELU=gelu, KEEP=normed is not None, EVEN_N=n % tile.rows == 0, EVEN_K=k % tile.columns == 0,
         PDL=pdl, num_warps=tile.warps, launch_pdl=pdl,
     )  # fmt: skip
     return out
 
 
-def gated_activation(both: torch.Tensor, *, pdl: bool = False) -> torch.Tensor:
-    """silu(gate) * up of [T, 2N] whose first N columns are gates -> [T, N]."""
+def gated_activation(both: torch.Tensor, *, gelu: bool = False, pdl: bool = False) -> torch.Tensor:
+    """silu(gate) * up of [T, 2N] whose first N columns are gates -> [T, N]; `gelu`: GELU's tanh form instead."""
     tokens, size = both.shape[0], both.shape[1] // 2
     out, block, pdl = both.new_empty(tokens, size), 1024, pdl and not interpreting()
-    gate_kernel[(triton.cdiv(size, block), tokens)](both, out, size, BLOCK=block, PDL=pdl, num_warps=4, launch_pdl=pdl)
+    gate_kernel[(triton.cdiv(size, block), tokens)](
+        both, out, size, BLOCK=block, GELU=gelu, PDL=pdl, num_warps=4, launch_pdl=pdl
+    )
     return out

@@ -99,6 +99,15 @@ def _sum_staged(totals, products, squares, weights, ups, inside, x_ptr, norm_ptr
     return totals, products, squares
 
 
+@triton.jit
+def _activated(gate, GELU: tl.constexpr):
+    """SiLU, or the tanh form of GELU: x * sigmoid(z), where z is x itself or the cubic of that form."""
+    z = gate
+    if GELU:
+        z = 1.5957691216057308 * (gate + 0.044715 * gate * gate * gate)  # 2 * sqrt(2 / pi)
+    return gate / (1.0 + tl.exp(-z))
+
+
 @triton.jit(do_not_specialize=["eps"])
 def skinny_kernel(
     x_ptr,  # [T, K]
@@ -121,6 +130,7 @@ def skinny_kernel(
     BIAS: tl.constexpr,
     RESIDUAL: tl.constexpr,
     GATED: tl.constexpr,
+    GELU: tl.constexpr,
     KEEP: tl.constexpr,
     EVEN_N: tl.constexpr,
     EVEN_K: tl.constexpr,
@@ -177,7 +187,7 @@ def skinny_kernel(
         if BIAS:
             y += tl.load(bias_ptr + rows, mask=inside, other=0.0).to(tl.float32)
         if GATED:
-            y = y / (1.0 + tl.exp(-y)) * (tl.sum(products[token], 1) * scale)
+            y = _activated(y, GELU) * (tl.sum(products[token], 1) * scale)
         if RESIDUAL:
             y += tl.load(residual_ptr + token * N + rows, mask=inside, other=0.0).to(tl.float32)
         tl.store(out_ptr + token * N + rows, y.to(out_ptr.dtype.element_ty), mask=inside)
@@ -197,7 +207,7 @@ def _keep(x_ptr, normed_ptr, norm_ptr, scale, K, BLOCK_K: tl.constexpr, NORM: tl
 
 
 @triton.jit
-def gate_kernel(both_ptr, out_ptr, size, BLOCK: tl.constexpr, PDL: tl.constexpr):
+def gate_kernel(both_ptr, out_ptr, size, BLOCK: tl.constexpr, GELU: tl.constexpr, PDL: tl.constexpr):
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
@@ -205,5 +215,5 @@ def gate_kernel(both_ptr, out_ptr, size, BLOCK: tl.constexpr, PDL: tl.constexpr)
     column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     gate = tl.load(both_ptr + row * 2 * size + column, mask=column < size, other=0.0).to(tl.float32)
     up = tl.load(both_ptr + (row * 2 + 1) * size + column, mask=column < size, other=0.0).to(tl.float32)
-    out = gate / (1.0 + tl.exp(-gate)) * up
+    out = _activated(gate, GELU) * up
     tl.store(out_ptr + row * size + column, out.to(out_ptr.dtype.element_ty), mask=column < size)

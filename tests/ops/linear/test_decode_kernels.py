@@ -65,26 +65,30 @@ def test_skinny_linear_keeps_the_normed_input():
     close(got, wide @ weight.double().T, 1e-6)
 
 
-def rotate(x, rope):
-    half = x.shape[-1] // 2
-    cos, sin = rope[..., :half], rope[..., half:]
-    return torch.cat([x[..., :half] * cos - x[..., half:] * sin, x[..., half:] * cos + x[..., :half] * sin], -1)
+def rotate(x, rope, rotated):
+    """The first `rotated` columns of each head, by the first angles of `rope`."""
+    half, behind = rotated // 2, x[..., rotated:]
+    cos, sin = rope[..., :half], rope[..., x.shape[-1] // 2 :][..., :half]
+    one, two = x[..., :half], x[..., half:rotated]
+    return torch.cat([one * cos - two * sin, two * cos + one * sin, behind], -1)
 
 
-def oracle(qkv, k_cache, v_cache, table, position, rope, heads, q_norm, k_norm, sinks, window, row):
+def oracle(qkv, k_cache, v_cache, table, position, rope, rotated, heads, q_norm, k_norm, sinks, window, softcap, row):
     """Output [N, D] of one sequence, and its new key and value [Nkv, D]."""
     page_size, kv_heads, dim = k_cache.shape[1:]
     parts = qkv.view(heads + 2 * kv_heads, dim)
     q, k, v = parts[:heads], parts[heads : heads + kv_heads], parts[heads + kv_heads :]
     if q_norm is not None:
         q, k = rms_norm(q, q_norm, 1e-6), rms_norm(k, k_norm, 1e-6)
-    q, k = rotate(q, rope[position]), rotate(k, rope[position])
+    q, k = rotate(q, rope[position], rotated), rotate(k, rope[position], rotated)
     pages = table[row, : position // page_size + 1].long()
     keys = torch.cat([k_cache[pages].reshape(-1, kv_heads, dim)[:position], k[None]])
     values = torch.cat([v_cache[pages].reshape(-1, kv_heads, dim)[:position], v[None]])
     if window:
         keys, values = keys[-window:], values[-window:]
     scores = torch.einsum("gqd,sgd->gqs", q.view(kv_heads, -1, dim), keys) * dim**-0.5
+    if softcap is not None:
+        scores = softcap * (scores / softcap).tanh()
     if sinks is not None:
         scores = torch.cat([scores, sinks.view(kv_heads, -1, 1)], -1)
     p = scores.softmax(-1)[..., : keys.shape[0]]
@@ -110,13 +114,22 @@ def kernel(request, monkeypatch):
 
 @pytest.mark.parametrize("splits", [1, 4])
 @pytest.mark.parametrize("heads, kv_heads, layout", [(6, 2, "plain"), (6, 2, "heads first"), (4, 4, "rows joined")])
-@pytest.mark.parametrize("options", ["plain", "qk_norm", "sinks", "window", "no rotation"])
+@pytest.mark.parametrize("options", ["plain", "qk_norm", "sinks", "window", "no rotation", "part", "capped"])
 def test_fused_decode_attention(kernel, splits, heads, kv_heads, layout, options):
     check_decode_attention(32, 16, [0, 37, 16, -1, 75], splits, heads, kv_heads, layout, options)
 
 
 @pytest.mark.parametrize(
-    "dim, group, options", [(64, 4, "sinks"), (128, 4, "qk_norm"), (128, 2, "plain"), (256, 1, "window")]
+    "dim, group, options",
+    [
+        (64, 4, "sinks"),
+        (128, 4, "qk_norm"),
+        (128, 2, "plain"),
+        (128, 3, "part"),
+        (128, 2, "part, qk_norm"),
+        (256, 1, "window"),
+        (256, 2, "capped, window"),
+    ],
 )
 def test_fused_decode_attention_of_real_heads(kernel, dim, group, options):
     check_decode_attention(dim, 64, [63, 200], 3, group, 1, "plain", options)
@@ -124,21 +137,26 @@ def test_fused_decode_attention_of_real_heads(kernel, dim, group, options):
 
 def check_decode_attention(dim, page_size, positions, splits, heads, kv_heads, layout, options):
     torch.manual_seed(1)
+    options = options.split(", ")
     batch, max_pages = len(positions), max(positions) // page_size + 1
     k_cache, v_cache = pages_of(layout, batch * max_pages, page_size, kv_heads, dim)
     table = torch.randperm(batch * max_pages).view(batch, max_pages).int().to(DEVICE)
-    angles = torch.rand(max(positions) + 1, dim // 2, dtype=torch.float64) * (0 if options == "no rotation" else 6)
+    angles = torch.rand(max(positions) + 1, dim // 2, dtype=torch.float64) * (0 if "no rotation" in options else 6)
+    rotated = dim * 3 // 4 if "part" in options else dim
+    angles[:, rotated // 2 :] = 0
     rope = torch.cat([angles.cos(), angles.sin()], -1).to(DEVICE)
     qkv = randn(batch, (heads + 2 * kv_heads) * dim)
-    q_norm, k_norm = (randn(dim), randn(dim)) if options == "qk_norm" else (None, None)
-    sinks = randn(heads) if options == "sinks" else None
-    window = 9 if options == "window" else None
+    q_norm, k_norm = (randn(dim), randn(dim)) if "qk_norm" in options else (None, None)
+    sinks = randn(heads) if "sinks" in options else None
+    window = 9 if "window" in options else None
+    softcap = 1.5 if "capped" in options else None
     before_k, before_v = k_cache.double(), v_cache.double()
     got = fused_decode_attention(
         qkv, k_cache, v_cache, table, torch.tensor(positions, dtype=torch.int32, device=DEVICE),
-        None if options == "no rotation" else rope.float(),
+        None if "no rotation" in options else rope.float(),
         DecodeWorkspace.create(batch, heads, kv_heads, dim, splits, DEVICE),
         heads=heads, q_norm=q_norm, k_norm=k_norm, sinks=sinks, window=window,
+        softcap=softcap, rotated=rotated if "part" in options else None,
     )  # fmt: skip
     wide = [None if t is None else t.double() for t in (q_norm, k_norm, sinks)]
     for row, position in enumerate(positions):
@@ -146,7 +164,7 @@ def check_decode_attention(dim, page_size, positions, splits, heads, kv_heads, l
             assert not got[row].any()
             continue
         expected, k, v = oracle(
-            qkv[row].double(), before_k, before_v, table, position, rope, heads, *wide, window, row
+            qkv[row].double(), before_k, before_v, table, position, rope, rotated, heads, *wide, window, softcap, row
         )  # fmt: skip
         close(got[row].view(heads, dim), expected)
         page = table[row, position // page_size].item()
