@@ -78,3 +78,49 @@ def finish_products():
         tl.inline_asm_elementwise(
             "wgmma.wait_group.sync.aligned 0; // dummy $0", "=r", [], dtype=tl.int32, is_pure=False, pack=1
         )
+
+
+_WIDEN = tl.constexpr("""
+{
+    .reg .b16 low, high, a, b, c, d;
+    .reg .b32 pair, other;
+    mov.b32 {low, high}, $4;
+    cvt.rn.f16x2.e4m3x2 pair, low;
+    cvt.rn.f16x2.e4m3x2 other, high;
+    mov.b32 {a, b}, pair;
+    mov.b32 {c, d}, other;
+    cvt.f32.f16 $0, a;
+    cvt.f32.f16 $1, b;
+    cvt.f32.f16 $2, c;
+    cvt.f32.f16 $3, d;
+}
+""")
+
+
+@triton.jit
+def _code_of_byte(words, BYTE: tl.constexpr):
+    """e4m3 is float32 with fewer bits and an exponent that is 120 less biased, also where it is subnormal."""
+    code = words >> (8 * BYTE)
+    bits = ((code & 0x80) << 24) | ((code & 0x7F) << 20)
+    return bits.to(tl.float32, bitcast=True) * 1.329227995784916e36  # 2**120
+
+
+@triton.jit
+def four_e4m3(words):
+    """The four e4m3 codes of each int32 word as float32 tensors of the words' shape, lowest byte first.
+
+    Compute capability 8.9. Words that wait in registers stay words: a tensor of codes that a loop carries is taken
+    apart and put together again in every round. 1.5 instructions a code, by the hardware's conversion of pairs.
+    """
+    if _INTERPRET:
+        out = (_code_of_byte(words, 0), _code_of_byte(words, 1), _code_of_byte(words, 2), _code_of_byte(words, 3))
+    else:
+        out = tl.inline_asm_elementwise(
+            _WIDEN,
+            "=f,=f,=f,=f,r",
+            [words],
+            dtype=(tl.float32, tl.float32, tl.float32, tl.float32),
+            is_pure=True,
+            pack=1,
+        )
+    return out

@@ -144,6 +144,21 @@ class FP8Scales:
         return self.first.dim() == 3
 
 
+@dataclass(frozen=True)
+class WeightScales:
+    """Scales of e4m3 weights alone, float32: value = code * scale. Activations are not quantised."""
+
+    first: Tensor
+    """[E, ceil(rows/128), ceil(columns/128)] of tiles of the first product, or [E, rows] of its output channels"""
+    second: Tensor
+    """as `first`, of the second product"""
+
+    @property
+    def tiled(self) -> bool:
+        """One scale a tile; else one an output channel."""
+        return self.first.dim() == 3
+
+
 def check_fp8(name: str, first: Tensor, second: Tensor, gated: bool, *scales: Tensor, blocks: bool = False) -> None:
     """TypeError unless the weights are e4m3; ValueError unless `scales`, of first and second, fit them.
 

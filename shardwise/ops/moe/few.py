@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from shardwise.ops.moe.contract import FP8Scales
+from shardwise.ops.moe.contract import FP8Scales, WeightScales
 from shardwise.ops.moe.few_kernels import few_down, few_up
 from shardwise.ops.moe.grouped_plan import FewPlan
 from shardwise.ops.moe.routing import power_of_two
@@ -25,13 +25,23 @@ class _Call:
     weights: Tensor
     act: str
     on_input: bool
-    scales: FP8Scales | None
+    scales: FP8Scales | WeightScales | None
     plan: FewPlan
 
     @property
+    def quantised(self) -> FP8Scales | None:
+        """Where activations are quantised too."""
+        return self.scales if isinstance(self.scales, FP8Scales) else None
+
+    @property
     def scaling(self) -> tuple[bool, bool]:
-        """Whether weights have scales, and whether these are factors of the results."""
-        return self.scales is not None, self.scales is not None and self.scales.factored
+        """Whether experts have scales, and whether these are factors of the results."""
+        return self.quantised is not None, self.quantised is not None and self.quantised.factored
+
+    @property
+    def grain(self) -> str:
+        """Of scales of weights alone."""
+        return "" if not isinstance(self.scales, WeightScales) else "tile" if self.scales.tiled else "channel"
 
     def key(self, x: Tensor, weight: Tensor, *pointers: Tensor) -> tuple:
         """Of a launch's compiled form, but for its constants."""
@@ -47,12 +57,13 @@ def few_moe(
     second: Tensor,  # [E, H, I]
     act: str,
     on_input: bool,
-    scales: FP8Scales | None,
+    scales: FP8Scales | WeightScales | None,
     plan: FewPlan,
 ) -> Tensor:
-    """Routed sum [T, H] as `grouped_moe`; no scales of blocks."""
+    """Routed sum [T, H] as `grouped_moe`; no `FP8Scales` of blocks."""
     call = _Call(ids, weights, act, on_input, scales, plan)
-    inner = Workspace.of(tokens.device, tokens.shape[0]).take("inner", (ids.numel(), second.shape[2]), first.dtype)
+    dtype = first.dtype if call.quantised else tokens.dtype
+    inner = Workspace.of(tokens.device, tokens.shape[0]).take("inner", (ids.numel(), second.shape[2]), dtype)
     out = torch.empty_like(tokens)
     _launch_up(call, tokens, first, inner)
     _launch_down(call, inner, second, out)
@@ -61,15 +72,16 @@ def few_moe(
 
 def _launch_up(call: _Call, x: Tensor, weight: Tensor, inner: Tensor) -> None:
     """The first product with its activation, [T * K, I]."""
-    scales, shape, ids = call.scales, call.plan.up, call.ids
-    own, of_input, of_inner = (ids,) * 3 if scales is None else (scales.first, scales.input, scales.inner)
+    scales, shape, ids, quantised = call.scales, call.plan.up, call.ids, call.quantised
+    own = ids if scales is None else scales.first
+    of_input, of_inner = (ids, ids) if quantised is None else (quantised.input, quantised.inner)
     hidden, size, pdl = x.shape[1], inner.shape[1], dependent_launch(x.device)
     scaled, factored = call.scaling
     how = ("divide" if factored else "multiply") if scaled else ""
     step = shape.step // weight.element_size()
     constants = (
-        (ids.shape[1], call.act, scaled, factored, how, call.on_input, shape.rows, step, 16 // weight.element_size())
-        + (shape.stages, hidden % step == 0, interpreting(), pdl)
+        (ids.shape[1], call.act, scaled, factored, how, call.on_input, call.grain, shape.rows, step)
+        + (16 // weight.element_size(), shape.stages, hidden % step == 0, interpreting(), pdl)
     )  # fmt: skip
     _up(
         x.device,
@@ -84,15 +96,15 @@ def _launch_up(call: _Call, x: Tensor, weight: Tensor, inner: Tensor) -> None:
 
 def _launch_down(call: _Call, inner: Tensor, weight: Tensor, out: Tensor) -> None:
     """The second product, summed over each token's choices: [T, H]."""
-    scales, shape, ids = call.scales, call.plan.down, call.ids
-    own, of_inner = (ids,) * 2 if scales is None else (scales.second, scales.inner)
+    scales, shape, ids, quantised = call.scales, call.plan.down, call.ids, call.quantised
+    own, of_inner = ids if scales is None else scales.second, ids if quantised is None else quantised.inner
     (count, hidden), size, pdl = out.shape, inner.shape[1], dependent_launch(out.device)
     top_k, width = ids.shape[1], weight.element_size()
     step = shape.step // width
     ahead = 0 if interpreting() else power_of_two(-(-min(DOWN_AHEAD_BYTES, size * width) // 128))
     constants = (
-        (top_k, power_of_two(top_k), *call.scaling, not call.on_input, shape.rows, step, 16 // width, shape.stages)
-        + (size % step == 0, ahead, interpreting(), pdl)
+        (top_k, power_of_two(top_k), *call.scaling, not call.on_input, call.grain, shape.rows, step, 16 // width)
+        + (shape.stages, size % step == 0, ahead, interpreting(), pdl)
     )  # fmt: skip
     _down(
         out.device,

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from shardwise.ops.gluon_support import GLUON, swizzled_tiles
-from shardwise.ops.moe.contract import FP8Scales
+from shardwise.ops.moe.contract import FP8Scales, WeightScales
 from shardwise.ops.moe.few import few_moe
 from shardwise.ops.moe.grouped_gemm import gather_rows, grouped_gemm
-from shardwise.ops.moe.grouped_plan import FewPlan, GroupedPlan, Shape, choose_few, choose_plan
+from shardwise.ops.moe.grouped_plan import FewPlan, GroupedPlan, Shape, choose_few, choose_mixed_plan, choose_plan
 from shardwise.ops.moe.routing import Routing, combine, most_blocks, routed
 from shardwise.ops.moe.wide_gemm import wide_gemm
 from shardwise.ops.moe.workspace import Workspace
@@ -59,7 +59,7 @@ def grouped_moe(
     second: Tensor,  # [E, H, I]
     act: str,
     on_input: bool = False,
-    scales: FP8Scales | None = None,
+    scales: FP8Scales | WeightScales | None = None,
     plan: GroupedPlan | FewPlan | None = None,
 ) -> Tensor:
     """Routed sum [T, H] in tokens' dtype; `act` is "silu" (gated) or "relu2"."""
@@ -71,15 +71,18 @@ def grouped_moe(
     if pairs * max(hidden, first.shape[1]) >= 2**31 or experts * max(hidden, first.shape[1]) >= 2**31:
         raise ValueError(f"{pairs} pairs, {experts} experts x {max(hidden, first.shape[1])} rows exceed 2**31 elements")
     ids, weights = ids.contiguous(), weights.contiguous()
-    blocks = scales is not None and scales.blocks
+    alone = isinstance(scales, WeightScales)
+    blocks = isinstance(scales, FP8Scales) and scales.blocks
     if plan is None and not blocks:
-        plan = choose_few(pairs, experts, top_k, first.element_size(), hidden * first.element_size())
+        plan = choose_few(pairs, experts, top_k, first.element_size(), hidden * first.element_size(), alone)
     if isinstance(plan, FewPlan):
         return few_moe(tokens, ids, weights, first, second, act, on_input, scales, plan)
-    plan = plan or choose_plan(pairs, experts, first.element_size(), blocks, hidden)
+    if plan is None:
+        itemsize = first.element_size()
+        plan = choose_mixed_plan(pairs, experts) if alone else choose_plan(pairs, experts, itemsize, blocks, hidden)
     space = Workspace.of(tokens.device, count)
     routing = routed(space, ids, weights, experts, plan.bt)
-    inner = space.take("inner", (pairs, size), first.dtype)
+    inner = space.take("inner", (pairs, size), tokens.dtype if alone else first.dtype)
     values = space.take("values", (plan.down.splits, pairs, hidden), tokens.dtype)
     up, down = _products(tokens, routing, first, second, act, on_input, scales, inner, values)
     up = _in_order(up, routing) if plan.copied else up
@@ -93,6 +96,9 @@ def _products(tokens, routing, first, second, act, on_input, scales, inner, valu
     if scales is None:
         up = _Product(tokens, first, inner, top_k, False, act, on_input, None, None, None, "")
         return up, _Product(inner, second, values, 0, True, "none", False, None, None, None, "")
+    if isinstance(scales, WeightScales):
+        up = _Product(tokens, first, inner, top_k, False, act, on_input, scales.first, None, None, "")
+        return up, _Product(inner, second, values, 0, True, "none", False, scales.second, None, None, "")
     x, sharing = (_weighted(tokens, routing.weights), 1) if on_input else (tokens, top_k)
     factors, how = ((scales.input, scales.inner), "divide") if scales.factored else ((None, None), "multiply")
     x = quantize(x, scales.input)
@@ -165,7 +171,7 @@ def _run(shape: Shape, bt: int, product: _Product, routing: Routing) -> None:
     device, pdl = x.device, dependent_launch(x.device)
     tma = _by_tensor_memory(x, w)
     even = columns % (shape.bk * shape.splits) == 0
-    scaled = "" if product.scale is None else "expert" if product.scale.dim() == 1 else "block"
+    scaled = "" if product.scale is None else ("", "expert", "channel", "block")[product.scale.dim()]
     constants = (
         (product.sharing > 0, product.by_pair, product.act, scaled, product.factor is not None, product.quant_how)
         + (product.weight_in, shape.bn, bt, shape.bk, shape.splits, shape.group, shape.tokens_left, tma, even)

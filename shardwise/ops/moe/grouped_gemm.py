@@ -6,6 +6,7 @@ Weights, and activations that lie in order, come by the tensor memory accelerato
 bytes; others are gathered.
 """
 
+from shardwise.ops.ptx import finish_products
 from shardwise.ops.quantization.triton_fp8 import quantized
 from shardwise.ops.triton_support import await_predecessor, tl, triton
 
@@ -13,6 +14,8 @@ from shardwise.ops.triton_support import await_predecessor, tl, triton
 @triton.jit
 def _step(acc, w, x, TOKENS_LEFT: tl.constexpr, INTERPRET: tl.constexpr):
     """acc + W x^T, or acc + x W^T; W [BN, BK], x [BT, BK]."""
+    if not INTERPRET and w.dtype != x.dtype:
+        w = w.to(tl.float32).to(x.dtype)  # the hardware converts pairs to and from float32, single ones else
     if TOKENS_LEFT:
         left, right = x, tl.trans(w)
     else:
@@ -95,8 +98,8 @@ def grouped_gemm(
     BY_PAIR     results go to their pairs, [SPLITS, pairs, N]; otherwise to sorted positions
     ACT         "none", "silu" (silu(gate) * up) or "relu2"
     SCALED      "expert": products are multiplied with scale_ptr[expert]; "block": with the scales of 128 x 128
-                weights each, [E, ceil(N/128), ceil(K/128)], twice as many rows with ACT "silu"; FACTORED: also with
-                factor_ptr[0]
+                weights each, [E, ceil(N/128), ceil(K/128)], twice as many rows with ACT "silu"; "channel": with those
+                of the weights' rows, [E, N], or [E, 2N]; FACTORED: also with factor_ptr[0]
     QUANTIZE    results are divided ("divide") by quant_ptr[0] or multiplied ("multiply") with it and stored as e4m3
     WEIGHT_IN   products are multiplied with routing_ptr[pair], which is the routing weight applied to the input
     """
@@ -149,7 +152,14 @@ def grouped_gemm(
                     gate += _step(zero, other, tokens, TOKENS_LEFT, INTERPRET) * tl.load(scale_at)
                 else:
                     gate = _step(gate, other, tokens, TOKENS_LEFT, INTERPRET)
-        if SCALED != "":
+            if SCALED == "channel" and not INTERPRET:  # a left operand that was made in registers
+                finish_products()
+        if SCALED == "channel":
+            own = scale_ptr + first + n
+            acc *= _lines(tl.load(own, mask=real, other=0.0), TOKENS_LEFT)
+            if GATED:
+                gate *= _lines(tl.load(own + out_rows, mask=real, other=0.0), TOKENS_LEFT)
+        elif SCALED != "":
             acc *= factor
             gate *= factor
         if WEIGHT_IN:

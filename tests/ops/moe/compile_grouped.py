@@ -86,7 +86,7 @@ def few(name, top_k, itemsize):
         return dict(ROWS=shape.rows, BK=shape.step // itemsize, STAGES=shape.stages)
 
     common = dict(
-        TOP_K=top_k, SCALED=fp8, FACTORED=fp8, VECTOR=16 // itemsize, EVEN_K=True, INTERPRET=False, PDL=True,
+        TOP_K=top_k, GRAIN="", SCALED=fp8, FACTORED=fp8, VECTOR=16 // itemsize, EVEN_K=True, INTERPRET=False, PDL=True,
     )  # fmt: skip
     up = dict(ACT="silu", QUANTIZE="divide" if fp8 else "", WEIGHT_IN=False)
     down = dict(K_BLOCK=power_of_two(top_k), WEIGHTED=True, AHEAD=8)

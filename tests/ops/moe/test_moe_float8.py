@@ -1,0 +1,63 @@
+"""Experts whose weights stay float8, activations not quantised, against float64."""
+
+import pytest
+import torch
+from oracles_moe import relative, routed_oracle, routing
+
+from shardwise.ops.moe.contract import WeightScales
+from shardwise.ops.moe.grouped import grouped_moe
+from shardwise.ops.moe.grouped_plan import FewPlan, FewShape, choose_few, choose_mixed_plan
+from shardwise.ops.triton_support import interpreting
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
+EXACT = 1e-5 if DEVICE == "cpu" else 8e-3
+pytestmark = [
+    pytest.mark.skipif(not (interpreting() or DEVICE == "cuda"), reason="needs Triton's interpreter or a GPU"),
+    pytest.mark.filterwarnings("ignore::RuntimeWarning", "ignore::DeprecationWarning"),
+]
+
+
+def stack(experts, rows, columns, tiled):
+    """Codes, scales and values."""
+    codes = torch.randint(0, 120, (experts, rows, columns), dtype=torch.uint8)
+    codes = (codes | torch.randint(0, 2, codes.shape, dtype=torch.uint8) << 7).view(torch.float8_e4m3fn)
+    shape = (experts, -(-rows // 128), -(-columns // 128)) if tiled else (experts, rows)
+    scales = (0.5 + torch.rand(shape)) * columns**-0.5 / 60
+    spread = scales[:, :, None]
+    if tiled:
+        spread = scales.repeat_interleave(128, 1)[:, :rows].repeat_interleave(128, 2)[:, :, :columns]
+    return codes.to(DEVICE), scales.to(DEVICE), (codes.float() * spread).to(DEVICE)
+
+
+def check(tokens, plan, tiled, on_input=False):
+    torch.manual_seed(4)
+    experts, hidden, size, top_k = 3, 144, 128, 2
+    first, first_scales, up = stack(experts, 2 * size, hidden, tiled)
+    second, second_scales, down = stack(experts, hidden, size, tiled)
+    x = torch.randn(tokens, hidden, device=DEVICE).to(DTYPE)
+    ids, weights = routing(tokens, top_k, experts, DEVICE)
+    scales = WeightScales(first_scales, second_scales)
+    got = grouped_moe(x, ids, weights, first, second, "silu", on_input, scales, plan)
+    assert relative(got, routed_oracle(x, ids, weights, up, down, True, on_input)) < EXACT
+
+
+@pytest.mark.parametrize("tiled", [True, False], ids=["tiles", "channels"])
+@pytest.mark.parametrize("tokens, each", [(2, 1), (3, 16), (3, 32), (3, 64)])
+def test_grouped_products(tokens, each, tiled):
+    check(tokens, choose_mixed_plan(each, 1), tiled)
+
+
+@pytest.mark.parametrize("tiled", [True, False], ids=["tiles", "channels"])
+def test_matrix_vector_products(tiled):
+    check(2, FewPlan(FewShape(32, 64, 4, 3), FewShape(16, 64, 4, 3)), tiled)
+
+
+def test_plans_are_chosen_and_weights_may_go_to_the_input():
+    check(1, None, True, on_input=True)
+    check(5, None, True, on_input=True)
+
+
+def test_few_pairs_take_matrix_vector_products_however_long_the_rows():
+    assert choose_few(64, 256, 8, 1, 7168, alone=True) and not choose_few(64, 256, 8, 1, 7168)
+    assert choose_few(136, 256, 8, 1, 7168, alone=True) is None
