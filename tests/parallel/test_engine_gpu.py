@@ -3,7 +3,7 @@
 import pytest
 import torch
 from families import NEAR_KIN
-from test_decode_step import COUNT, FAMILIES
+from test_decode_step import ALTERNATING, COUNT, FAMILIES
 from test_quantised import MXFP4, mxfp4_experts, rewrite
 from tiny import PROMPTS, VOCAB, expected_tokens, write
 
@@ -23,7 +23,11 @@ ON_GPUS = FAMILIES | {  # whose routing is no part of the kernels that the inter
     "deepseek_v3": (
         "deepseek_v3",
         dict(FAMILIES["deepseek_v2"][1], q_lora_rank=20, n_group=2, topk_group=1, topk_method="noaux_tc"),
-    )
+    ),
+    "glm4_moe": ("glm4_moe", dict(NEAR_KIN["glm4_moe"][1], num_hidden_layers=2)),
+    "minimax_m2": NEAR_KIN["minimax_m2"],
+    "granite": NEAR_KIN["granite"],
+    "gemma3": ("gemma3_text", NEAR_KIN["gemma3"][1] | ALTERNATING),
 }
 MXFP4_SIZES = dict(hidden_size=64, intermediate_size=64, num_local_experts=5, num_experts_per_tok=2)
 
@@ -61,11 +65,10 @@ def test_float32_tokens_equal_transformers(checkpoint, name, path):
     assert [tokens_of(engine, [prompt])[0] for prompt in PROMPTS] == expected
 
 
-@pytest.mark.parametrize("name", ["olmo2", "cohere", "starcoder2", "olmoe", "gemma2", "deepseek_v3"])
+@pytest.mark.parametrize("name", ["hunyuan", "deepseek_v3"])
 def test_models_without_a_fused_step_decode_layer_by_layer(tmp_path, name):
     model_type, fields = NEAR_KIN[name]
-    kinds = {"layer_types": fields["layer_types"][:2]} if "layer_types" in fields else {}
-    folder = write(tmp_path, model_type, **{**SMALL, **fields, **kinds})
+    folder = write(tmp_path, model_type, **{**SMALL, **fields})
     engine = engine_on(folder, dtype="float32")
     assert tokens_of(engine) == expected_tokens(folder, count=COUNT)
     assert engine.stats().decode.startswith("layer by layer: ")
@@ -100,9 +103,11 @@ def relative_logits(folder, reference, **options) -> float:
     return ((got - expected).norm() / expected.norm()).item()
 
 
-@pytest.mark.parametrize(
-    "name", ["llama tied, with biases", "qwen3", "qwen3_moe", "gpt_oss", "deepseek_v2", "deepseek_v3"]
-)
+DENSE_KINDS = ("llama tied, with biases", "qwen3", "glm4", "gemma2", "olmo2", "cohere", "starcoder2")
+MIXTURES = ("qwen3_moe", "gpt_oss", "deepseek_v2", "deepseek_v3", "olmoe", "glm4_moe")
+
+
+@pytest.mark.parametrize("name", DENSE_KINDS + MIXTURES)
 def test_bfloat16_logits_agree_with_float32(checkpoint, name):
     folder, _ = checkpoint(name)
     assert relative_logits(folder, folder) < 0.05
@@ -195,6 +200,9 @@ def test_a_request_larger_than_the_cache_is_refused(checkpoint):
 LAYOUTS = {
     "llama tied, with biases": [dict(tp=2)],
     "qwen3": [dict(tp=2)],
+    "glm4": [dict(tp=2)],
+    "olmo2": [dict(tp=2)],
+    "cohere": [dict(tp=2)],
     "qwen3_moe": [dict(tp=2), dict(tp=2, moe_ep=2), dict(tp=1, attn_dp=2, moe_ep=2)],
     "gpt_oss": [dict(tp=2), dict(tp=2, moe_ep=2)],
 }

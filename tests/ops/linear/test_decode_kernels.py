@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from shardwise.ops.attention.decode import DecodeWorkspace, fused_decode_attention
-from shardwise.ops.linear.decode import Tile, skinny_linear
+from shardwise.ops.linear.decode import Tile, gated_activation, skinny_linear
 from shardwise.ops.triton_support import interpreting
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -29,24 +30,33 @@ def rms_norm(x, weight, eps):
 @pytest.mark.parametrize("tokens", [1, 3])
 @pytest.mark.parametrize("n, k", [(40, 256), (37, 200)])
 @pytest.mark.parametrize("norm", [False, True])
-@pytest.mark.parametrize("form", ["plain", "bias", "residual", "gated"])
+@pytest.mark.parametrize("form", ["plain", "bias", "residual", "gated", "gelu"])
 @pytest.mark.parametrize(
     "tile", [Tile(4, 1), Tile(4, 1, early=True), Tile(2, 1, stages=3), Tile(2, 1, whole=True)], ids=str
 )
 def test_skinny_linear(tokens, n, k, norm, form, tile):
     torch.manual_seed(0)
-    x, weight = randn(tokens, k), randn(2 * n if form == "gated" else n, k, scale=k**-0.5)
+    gated, gelu = form in ("gated", "gelu"), form == "gelu"
+    x, weight = randn(tokens, k), randn(2 * n if gated else n, k, scale=k**-0.5)
     norm_weight = randn(k) if norm else None
     bias = randn(n) if form == "bias" else None
     residual = randn(tokens, n) if form == "residual" else None
     got = skinny_linear(
-        x, weight, norm_weight=norm_weight, eps=1e-5, bias=bias, residual=residual, gated=form == "gated", tile=tile
+        x, weight, norm_weight=norm_weight, eps=1e-5, bias=bias, residual=residual, gated=gated, gelu=gelu, tile=tile
     )
     wide = rms_norm(x.double(), norm_weight.double(), 1e-5) if norm else x.double()
     expected = wide @ weight.double().T
-    if form == "gated":
-        expected = torch.nn.functional.silu(expected[:, :n]) * expected[:, n:]
+    if gated:
+        gate, up = expected.split(n, 1)
+        expected = up * (F.gelu(gate, approximate="tanh") if gelu else F.silu(gate))
     close(got, expected + sum(term.double() for term in (bias, residual) if term is not None))
+
+
+@pytest.mark.parametrize("gelu", [False, True])
+def test_activation_by_itself(gelu):
+    torch.manual_seed(0)
+    gate, up = (both := randn(3, 2 * 1100, scale=3.0)).double().split(1100, 1)
+    close(gated_activation(both, gelu=gelu), up * (F.gelu(gate, approximate="tanh") if gelu else F.silu(gate)))
 
 
 def test_more_tokens_than_a_kernel_takes_are_refused():
