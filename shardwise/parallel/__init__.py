@@ -7,12 +7,13 @@ Blocks compute partial sums; `layers.ResidualNorm` and the experts of `moe` add 
     runner                      runs a step by the fastest code that serves it, and says which and why
     decoder, assemble,          the stack of layers, built from the blocks of a ModelSpec
     assemble_attention,
-    assemble_mamba
+    assemble_mamba,
+    assemble_delta
     layers, attention, rotary,  layers of prompts and of any model; `block_linear` computes with GGUF's blocks
     mla, head_norms, moe,
     routing, block_linear,
     block_tiles
-    mamba, convolution          layers that keep states of a sequence, which stand in `states`
+    mamba, delta, convolution   layers that keep states of a sequence, which stand in `states`
     decode_step, decode_stream, single tokens on a GPU: few fused kernels a layer, replayed as CUDA graphs
     decode_attention,
     decode_mlp, decode_moe,

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from shardwise.comm.rank import Groups
 from shardwise.parallel.assemble_attention import attention, cache_shape, latent_attention
+from shardwise.parallel.assemble_delta import delta_state, gated_delta
 from shardwise.parallel.assemble_mamba import mamba, mamba_state
 from shardwise.parallel.block_linear import BlockEmbedding, BlockHead, BlockLinear
 from shardwise.parallel.cache import LayerShape
@@ -228,7 +229,8 @@ MIXERS: dict[type, Callable] = {
     spec.Attention: attention,
     spec.MlaAttention: latent_attention,
     spec.Mamba2: mamba,
+    spec.GatedDelta: gated_delta,
 }
-STATES: dict[type, Callable[..., StateShape]] = {spec.Mamba2: mamba_state}
+STATES: dict[type, Callable[..., StateShape]] = {spec.Mamba2: mamba_state, spec.GatedDelta: delta_state}
 """Mixers that keep states instead of keys and values."""
 FEED_FORWARDS: dict[type, Callable] = {spec.DenseMlp: dense_mlp, spec.Moe: moe}

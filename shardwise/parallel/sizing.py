@@ -74,6 +74,9 @@ def _inner_elements(layer: Layer, hidden: int) -> int:
             states = 2 * block.head_dim * block.state // block.chunk
             inner = block.head_axis.units * (block.head_dim + 1) + block.group_axis.units * block.state
             found.append(4 * inner + block.head_axis.units * states)
+        elif isinstance(block, spec.GatedDelta):  # queries and keys twice, normed; values in float32 on their way
+            keys, values = block.k_axis.units * block.k_head_dim, block.v_axis.units * block.v_head_dim
+            found.append(8 * keys + 8 * values)
         elif isinstance(block, spec.Moe):  # results of a token's experts wait in float32 to be summed
             found.append(block.routing.top_k * (4 * block.mlp_axis.units + 2 * hidden))
         elif isinstance(block, spec.DenseMlp):

@@ -17,7 +17,7 @@ GGUF_BLOCK = 32
 _FLOATS = {"F64", "F32", "F16", "BF16"}
 _FLOAT8 = {"F8_E4M3", "F8_E5M2"}
 
-MIXERS: tuple[type[spec.Block], ...] = (spec.Attention, spec.MlaAttention, spec.Mamba2)
+MIXERS: tuple[type[spec.Block], ...] = (spec.Attention, spec.MlaAttention, spec.Mamba2, spec.GatedDelta)
 FEED_FORWARDS: tuple[type[spec.Block], ...] = (spec.DenseMlp, spec.Moe)
 ROPES = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
 ACTIVATIONS = ("silu", "swish", "gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "relu2")
@@ -34,6 +34,7 @@ _EVERY: dict[type, set[str]] = {
     | {"norm_eps"},
     spec.Mamba2: {"head_axis", "group_axis", "head_dim", "state", "conv_kernel", "conv_bias", "norm_before_gate"}
     | {"norm_groups", "norm_eps", "chunk", "dt_limits"},
+    spec.GatedDelta: {"k_axis", "v_axis", "k_head_dim", "v_head_dim", "conv_kernel", "norm_eps"},
     spec.DenseMlp: {"mlp_axis", "gated"},
     spec.Moe: {"expert_axis", "mlp_axis", "routing", "stacked", "transposed", "gate_up_interleaved", "limit", "alpha"}
     | {"shared", "shared_gated"},
@@ -45,6 +46,7 @@ _SOME: dict[type, dict[str, tuple]] = {
     spec.Rope: {"kind": ROPES},
     spec.Attention: {"qk_norm": (None, "head", "all_heads"), "output_gate": (None, "per_element")},
     spec.Mamba2: {"activation": ("silu", "swish"), "gated_norm": (True,)},
+    spec.GatedDelta: {"activation": ("silu", "swish")},
     spec.DenseMlp: {"activation": ACTIVATIONS},
     spec.Moe: {"activation": ACTIVATIONS},
     spec.Routing: {"score": SCORES},

@@ -50,17 +50,27 @@ MOE_FAMILIES: dict[str, tuple[str, dict]] = {
     ),
 }
 FAMILIES |= MOE_FAMILIES
-QWEN_NEXT = dict(
-    num_experts=5,
-    num_experts_per_tok=2,
-    moe_intermediate_size=36,
-    shared_expert_intermediate_size=40,
-    partial_rotary_factor=0.5,
+DELTA = dict(
     linear_num_key_heads=3,
     linear_num_value_heads=6,
     linear_key_head_dim=8,
     linear_value_head_dim=12,
     linear_conv_kernel_dim=4,
+    layer_types=["linear_attention", "full_attention", "linear_attention"],
+)
+SHARED_EXPERT = dict(num_experts=5, num_experts_per_tok=2, moe_intermediate_size=36, shared_expert_intermediate_size=40)
+QWEN3_5 = dict(
+    DELTA,
+    rope_parameters=dict(rope_type="default", rope_theta=10000.0, partial_rotary_factor=0.5, mrope_section=[2, 1, 1]),
+    vision=dict(
+        depth=1,
+        hidden_size=16,
+        num_heads=2,
+        intermediate_size=32,
+        out_hidden_size=48,
+        num_position_embeddings=16,
+        patch_size=4,
+    ),
 )
 LATENT = dict(
     num_key_value_heads=6,
@@ -144,7 +154,9 @@ NEAR_KIN: dict[str, tuple[str, dict]] = {
         ),
     ),
     "deepseek_v2": ("deepseek_v2", dict(LATENT, q_lora_rank=None, topk_method="greedy")),
-    "qwen3_next with gated attention alone": ("qwen3_next", dict(QWEN_NEXT, layer_types=["full_attention"] * 3)),
+    "qwen3_next": ("qwen3_next", dict(DELTA, **SHARED_EXPERT, partial_rotary_factor=0.5)),
+    "qwen3_5": ("qwen3_5", QWEN3_5),
+    "qwen3_5_moe": ("qwen3_5_moe", dict(QWEN3_5, **SHARED_EXPERT, seed=1)),
     "olmo2": ("olmo2", {}),
     "olmo3": (
         "olmo3",

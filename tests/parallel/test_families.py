@@ -33,6 +33,9 @@ CASES += [(name, layout) for name in MOE_FAMILIES for layout in MOE_LAYOUTS + DA
 CASES += [("llama", ParallelLayout(tp=2, attn_dp=2))]
 CASES += [(name, ParallelLayout(tp=n)) for name in NEAR_KIN for n in (1, 2)]
 CASES += [("deepseek_v3", ParallelLayout(tp=2, attn_dp=2, moe_ep=4))]
+QWEN_LAYOUTS = [ParallelLayout(tp=4), ParallelLayout(tp=2, moe_ep=2), ParallelLayout(tp=1, attn_dp=4, moe_ep=2)]
+"""More ranks than key heads of the delta rule; experts placed; a group without tokens."""
+CASES += [("qwen3_next", layout) for layout in QWEN_LAYOUTS]
 CASES += [("olmo2", ParallelLayout(tp=4))]  # norms over heads of which some are on two ranks
 CASES += [("bamba", ParallelLayout(tp=4)), ("nemotron_h", ParallelLayout(tp=3))]  # more ranks than groups of heads
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from shardwise.comm.rank import current_groups
 from shardwise.parallel.engine import Engine, SamplingParams
@@ -31,11 +31,16 @@ COMMON = dict(
 )
 
 
-def write(folder: Path, model_type: str, *, seed: int = 0, **fields) -> Path:
-    """A checkpoint folder of random weights, large enough that its logits differ clearly."""
+def write(folder: Path, model_type: str, *, seed: int = 0, vision: dict | None = None, **fields) -> Path:
+    """A checkpoint folder of random weights, large enough that its logits differ clearly.
+
+    `vision`: of a model that also sees, the config of the part for it; `fields` are the text's.
+    """
     torch.manual_seed(seed)
-    config = AutoConfig.for_model(model_type, **{**COMMON, "head_dim": 16, **fields})
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    fields = {**COMMON, "head_dim": 16, **fields}
+    kind = AutoModelForImageTextToText if vision else AutoModelForCausalLM
+    config = AutoConfig.for_model(model_type, **(dict(text_config=fields, vision_config=vision) if vision else fields))
+    model = kind.from_config(config, dtype=torch.float32)
     for name, parameter in model.named_parameters():
         with torch.no_grad():
             if parameter.dim() > 1:
