@@ -24,6 +24,7 @@ from shardwise.parallel.decoder import (
     MixerLayer,
     ParallelLayer,
 )
+from shardwise.parallel.float8_linear import Float8Linear, WideBuffer
 from shardwise.parallel.layers import (
     GatedMlp,
     LayerNorm,
@@ -37,6 +38,7 @@ from shardwise.parallel.layers import (
     activation_named,
 )
 from shardwise.parallel.load_experts import load_experts
+from shardwise.parallel.load_float8 import float8_weight
 from shardwise.parallel.moe import DataParallelMoe, MoeBlock, MoeWithShared, SharedExpert
 from shardwise.parallel.rotary import RotaryAngles
 from shardwise.parallel.states import StateShape
@@ -53,6 +55,7 @@ class DecoderBuilder:
         self.weights, self.groups = weights, groups
         self.model = weights.plan.model
         self._rotary: dict[spec.Rope, RotaryAngles] = {}
+        self._wide = WideBuffer(weights.dtype, weights.device)
 
     def build(self) -> Decoder:
         model = self.model
@@ -63,6 +66,7 @@ class DecoderBuilder:
         layers = [self._layer(layer, i, norms[i + 1]) for i, layer in enumerate(model.layers)]
         decoder = Decoder(embedding=embedding, first_norm=norms[0], layers=layers, head=self._head(head))
         self.weights.finish()
+        self._wide.allocate()
         return decoder
 
     def cache_shapes(self) -> list[LayerShape]:
@@ -152,6 +156,11 @@ class DecoderBuilder:
         stored = self.weights.blocks(block, *roles, layer=layer) if order is None else None
         if stored:
             return BlockLinear(dtype=stored[0], blocks=stored[1], bias=bias)
+        float8 = float8_weight(self.weights, block, *roles, layer=layer, order=order)
+        if float8 is not None:
+            self._wide.reserve(float8)
+            in_order = bias if order is None or bias is None else bias[order]
+            return Float8Linear(weight=float8, bias=in_order, widened=self._wide.widened)
         weight = self.weights.linear(block, *roles, layer=layer)
         if order is not None:
             weight, bias = weight[order], None if bias is None else bias[order]
@@ -205,6 +214,7 @@ def moe(builder: DecoderBuilder, block: spec.Moe, layer: int) -> MoeBlock | MoeW
         first=local[0] if list(local) == list(range(local[0], local[0] + len(local))) else None,
         experts=load_experts(weights, block, layer, local, adds_bias=groups.moe_tp.rank == 0),
         correction=weights.find(block, "router.correction", layer=layer, dtype=torch.float32),
+        latent=_latent(builder, block, layer) if block.latent else None,
     )
     shared = _shared_expert(builder, block, layer)
     if groups.attn_dp.size > 1:
@@ -213,6 +223,11 @@ def moe(builder: DecoderBuilder, block: spec.Moe, layer: int) -> MoeBlock | MoeW
             holders[list(held)] = rank
         return DataParallelMoe(routed=routed, groups=groups, holders=holders.to(weights.device), shared=shared)
     return routed if shared is None else MoeWithShared(routed=routed, shared=shared)
+
+
+def _latent(builder: DecoderBuilder, block: spec.Moe, layer: int) -> tuple[LinearLike, LinearLike]:
+    """Products into the experts' width, and out of it, which each rank does with its partial sum: without biases."""
+    return builder.linear(block, "latent_down", layer=layer), builder.linear(block, "latent_up", layer=layer)
 
 
 def _shared_expert(builder: DecoderBuilder, block: spec.Moe, layer: int) -> SharedExpert | None:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from shardwise.ops.moe.mxfp4_layout import pack_mxfp4
 from shardwise.parallel.layers import activation_named
-from shardwise.parallel.moe import Experts, GatedUnit, PackedExperts
+from shardwise.parallel.moe import Experts, ExpertUnit, PackedExperts
 from shardwise.parallel.weight_form import stays_packed
 from shardwise.parallel.weights import Weights
 from shardwise.sharding import spec
@@ -17,7 +17,12 @@ def load_experts(
     weights: Weights, block: spec.Moe, layer: int, local: Sequence[int], *, adds_bias: bool
 ) -> Experts | PackedExperts:
     """`local`: expert numbers in slot order. `adds_bias`: this rank adds the second bias, which each rank has whole."""
-    unit = GatedUnit(activation=activation_named(block.activation), alpha=block.alpha or 1.0, limit=block.limit)
+    unit = ExpertUnit(
+        activation=activation_named(block.activation),
+        gated=block.gated,
+        alpha=block.alpha or 1.0,
+        limit=block.limit,
+    )
     if weights.packs_mxfp4 and stays_packed(block):
         return _packed(weights, block, layer, unit, adds_bias)
     stacked = _stacked(weights, block, layer) if block.stacked else _separate(weights, block, layer, local)
@@ -31,7 +36,7 @@ def load_experts(
     )
 
 
-def _packed(weights: Weights, block: spec.Moe, layer: int, unit: GatedUnit, adds_bias: bool) -> PackedExperts:
+def _packed(weights: Weights, block: spec.Moe, layer: int, unit: ExpertUnit, adds_bias: bool) -> PackedExperts:
     """Blocks and scales as stored, re-laid out at once; the plan cuts both at whole blocks."""
 
     def matrix(role: str, paired: bool, biased: bool):
@@ -51,11 +56,13 @@ def _separate(weights: Weights, block: spec.Moe, layer: int, local: Sequence[int
         role: weights.shard(block.roles[f"{role}.weight"], layer, local[0]).local_shape for role in ("up", "down")
     }
     width, hidden = shards["up"]
-    up_gate = torch.empty(len(local), 2 * width, hidden, dtype=weights.dtype, device=weights.device)
+    rows = 2 * width if block.gated else width
+    up_gate = torch.empty(len(local), rows, hidden, dtype=weights.dtype, device=weights.device)
     down = torch.empty(len(local), hidden, width, dtype=weights.dtype, device=weights.device)
     for slot, expert in enumerate(local):
         up_gate[slot, :width] = weights.linear(block, "up", layer=layer, expert=expert)
-        up_gate[slot, width:] = weights.linear(block, "gate", layer=layer, expert=expert)
+        if block.gated:
+            up_gate[slot, width:] = weights.linear(block, "gate", layer=layer, expert=expert)
         down[slot] = weights.linear(block, "down", layer=layer, expert=expert)
     return up_gate, down, None, None
 

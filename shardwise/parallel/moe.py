@@ -13,7 +13,7 @@ from torch import Tensor
 
 from shardwise.comm.rank import Groups
 from shardwise.ops.moe.choice import MOST_EXPERTS, SCORES, Choice, choose_experts
-from shardwise.ops.moe.contract import SILU
+from shardwise.ops.moe.contract import RELU2, SILU
 from shardwise.ops.moe.exchange import dispatch_and_combine
 from shardwise.ops.moe.mxfp4 import PackedMixture, mxfp4_moe, packed_moe
 from shardwise.ops.moe.mxfp4_layout import PackedMXFP4
@@ -21,7 +21,8 @@ from shardwise.ops.moe.reference import run_experts, swiglu_clamped
 from shardwise.ops.moe.routing import route_tokens
 from shardwise.ops.moe.triton import triton_moe_fused
 from shardwise.ops.moe.workspace import Workspace
-from shardwise.parallel.layers import Linear, LinearLike
+from shardwise.parallel.float8_linear import Float8Experts
+from shardwise.parallel.layers import Linear, LinearLike, relu2
 from shardwise.parallel.routing import route
 from shardwise.parallel.trace import watched
 from shardwise.partition import extent, lengths
@@ -29,58 +30,69 @@ from shardwise.sharding.spec import Routing
 
 
 @dataclass(frozen=True, kw_only=True)
-class GatedUnit:
-    """What lies between the two matrices of a gated expert: (gate, up) -> hidden."""
+class ExpertUnit:
+    """What lies between the two matrices of an expert: [T, 2I], up before gate, or [T, I] without gates -> [T, I]."""
 
     activation: Callable[[Tensor], Tensor]
+    gated: bool = True
     alpha: float = 1.0
     limit: float | None = None
     """With a limit: gpt-oss' clamped form, gate * sigmoid(alpha * gate) * (up + 1)."""
 
-    def __call__(self, gate: Tensor, up: Tensor) -> Tensor:
+    def __call__(self, rows: Tensor) -> Tensor:
+        if not self.gated:
+            return self.activation(rows)
+        up, gate = rows.chunk(2, dim=-1)
         if self.limit is not None:
             return swiglu_clamped(gate, up, self.alpha, self.limit)
         return self.activation(gate) * up
 
     @property
     def is_silu(self) -> bool:
-        return self.limit is None and self.activation is F.silu
+        return self.gated and self.limit is None and self.activation is F.silu
+
+    @property
+    def kernel(self) -> int | None:
+        """The operators' number of it; None where they have none."""
+        return SILU if self.is_silu else RELU2 if not self.gated and self.activation is relu2 else None
 
 
 class Experts:
-    """The local experts' weights, stacked: up_gate [E, 2I, H] (up rows, then gate rows), down [E, H, I], biases."""
+    """The local experts' weights, stacked: up_gate [E, 2I, H] (up rows, then gate rows; [E, I, H] without a gate), down
+    [E, H, I], biases."""
 
     def __init__(
         self,
         *,
         up_gate: Tensor,
         down: Tensor,
-        unit: GatedUnit,
+        unit: ExpertUnit,
         up_gate_bias: Tensor | None = None,
         down_bias: Tensor | None = None,
     ):
         self.up_gate, self.down, self.unit = up_gate, down, unit
         self.up_gate_bias, self.down_bias = up_gate_bias, down_bias
-        self.is_fused = up_gate.is_cuda and unit.is_silu and up_gate_bias is None and down_bias is None
+        self.is_fused = up_gate.is_cuda and unit.kernel is not None and up_gate_bias is None and down_bias is None
         """One call computes all experts, which a CUDA graph can hold."""
 
     def __call__(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """x [T, H], ids [T, K] of local experts (others are skipped), weights [T, K] -> partial sum [T, H]."""
-        if self.is_fused:
-            return triton_moe_fused(x, ids, weights, self.up_gate, self.down, is_gated_mlp=True, act_fn=SILU)
+        if self.is_fused and self.unit.kernel is not None:
+            stacked, act = (self.up_gate, self.down), self.unit.kernel
+            return triton_moe_fused(x, ids, weights, *stacked, is_gated_mlp=self.unit.gated, act_fn=act)
         return run_experts("experts", x, ids, weights, self.down.shape[0], self._one, "", 0, False)
 
     def _one(self, expert: int, rows: Tensor) -> Tensor:
         up_gate_bias = None if self.up_gate_bias is None else self.up_gate_bias[expert]
-        up, gate = F.linear(rows, self.up_gate[expert], up_gate_bias).chunk(2, dim=-1)
+        inner = self.unit(F.linear(rows, self.up_gate[expert], up_gate_bias))
         down_bias = None if self.down_bias is None else self.down_bias[expert]
-        return F.linear(self.unit(gate, up), self.down[expert], down_bias)
+        return F.linear(inner, self.down[expert], down_bias)
 
 
 class PackedExperts:
     """The local experts of gpt-oss as its checkpoints store them, MXFP4 re-laid out for the kernels, biases inside."""
 
-    def __init__(self, *, up_gate: PackedMXFP4, down: PackedMXFP4, unit: GatedUnit):
+    def __init__(self, *, up_gate: PackedMXFP4, down: PackedMXFP4, unit: ExpertUnit):
         self.up_gate, self.down, self.unit = up_gate, down, unit
 
     def __call__(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
@@ -100,6 +112,7 @@ class MoeBlock:
 
     slots   int64 [number of experts of the model]: local slot of each expert, -1 for those of other ranks
     first   the first local expert, where they are consecutive
+    latent  products into the width that experts work in, and out of it; None: they work at hidden size
     """
 
     def __init__(
@@ -108,11 +121,12 @@ class MoeBlock:
         router: LinearLike,
         routing: Routing,
         slots: Tensor,
-        experts: Experts | PackedExperts,
+        experts: Experts | PackedExperts | Float8Experts,
         first: int | None = None,
         correction: Tensor | None = None,
+        latent: tuple[LinearLike, LinearLike] | None = None,
     ):
-        self.router, self.routing, self.correction = router, routing, correction
+        self.router, self.routing, self.correction, self.latent = router, routing, correction, latent
         self.slots, self.experts, self.first = slots, experts, first
         self._choice = _kernel_choice(routing, len(slots))
         if isinstance(router, Linear):
@@ -127,22 +141,32 @@ class MoeBlock:
             ids, weights = _route_in_kernel(x.contiguous(), router, self._bias, self.routing.top_k)
             return experts(x, ids - first, weights)
         if x.is_cuda and self._choice is not None and not watched():
-            return experts(x, *choose_experts(router(x), self.slots, self._choice, self.correction))
-        return self.compute(x, *self.choose(x))
+            chosen = choose_experts(router(x), self.slots, self._choice, self.correction)
+            return self.leave(experts(self.enter(x), *chosen))
+        return self.leave(self.compute(self.enter(x), *self.choose(x)))
 
     def choose(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x [T, H] -> each token's experts, by their numbers in the model, and weights, both [T, K]."""
         return route(self.router(x), self.routing, self.correction)
 
+    def enter(self, x: Tensor) -> Tensor:
+        """[T, H] in the width that the experts work in."""
+        return x if self.latent is None else self.latent[0](x)
+
+    def leave(self, summed: Tensor) -> Tensor:
+        """What experts add, at hidden size again."""
+        return summed if self.latent is None else self.latent[1](summed)
+
     def compute(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-        """What the local ones of these experts add: [T, H]."""
+        """What the local ones of these experts add, from and in their width."""
         return self.experts(x, self.slots[ids], weights)
 
     def _routes_in_kernel(self, x: Tensor) -> bool:
         """Whether the operators' router does what this one does: the largest logits, softmax over these."""
         routing, packed = self.routing, isinstance(self.experts, PackedExperts)
         over_chosen = routing.softmax_after_topk or (routing.score == "softmax" and routing.normalize)
-        plain = over_chosen and routing.groups == 1 and routing.scale == 1.0 and self.correction is None
+        plain = over_chosen and routing.groups == 1 and routing.scale == 1.0
+        plain = plain and self.correction is None and self.latent is None
         sixteen_bit = x.is_cuda and x.dtype != torch.float32  # else its products would be rounded
         return plain and (packed or sixteen_bit) and not watched()  # a watcher is given the routing
 
@@ -227,7 +251,8 @@ class DataParallelMoe:
         group, (ids, weights) = self.groups.moe_ep, self.routed.choose(x)
         there = self.holders[ids]
         wanted = torch.stack([(there == rank).any(dim=1) for rank in range(group.size)])
-        return dispatch_and_combine(group, wanted, x, ids, weights, self.routed.compute)
+        rows = self.routed.enter(x)
+        return self.routed.leave(dispatch_and_combine(group, wanted, rows, ids, weights, self.routed.compute))
 
     def _gathered(self, x: Tensor) -> Tensor:
         """Rows of the group -> what all experts add to those of this rank's own."""

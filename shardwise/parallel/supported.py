@@ -37,7 +37,7 @@ _EVERY: dict[type, set[str]] = {
     spec.GatedDelta: {"k_axis", "v_axis", "k_head_dim", "v_head_dim", "conv_kernel", "norm_eps"},
     spec.DenseMlp: {"mlp_axis", "gated"},
     spec.Moe: {"expert_axis", "mlp_axis", "routing", "stacked", "transposed", "gate_up_interleaved", "limit", "alpha"}
-    | {"shared", "shared_gated"},
+    | {"shared", "shared_gated", "gated", "latent"},
     spec.Routing: {"top_k", "softmax_after_topk", "normalize", "bias_correction", "groups", "top_groups", "group_score"}
     | {"scale"},
 }

@@ -226,6 +226,24 @@ NEAR_KIN |= {
             chunk_size=4,
         ),
     ),
+    "nemotron_h with experts": (
+        "nemotron_h",
+        dict(
+            layers_block_type=["mamba", "moe", "attention", "moe"],
+            num_hidden_layers=4,
+            mamba_num_heads=8,
+            mamba_head_dim=8,
+            n_groups=2,
+            ssm_state_size=8,
+            n_routed_experts=6,
+            num_experts_per_tok=2,
+            moe_intermediate_size=20,
+            moe_shared_expert_intermediate_size=24,
+            moe_latent_size=16,
+            n_group=2,
+            topk_group=1,
+        ),
+    ),
 }
 """Fused tensors, norms after blocks, capped scores, grouped routing, state-space layers: in few layouts, which the
 others try out."""

@@ -38,6 +38,7 @@ QWEN_LAYOUTS = [ParallelLayout(tp=4), ParallelLayout(tp=2, moe_ep=2), ParallelLa
 CASES += [("qwen3_next", layout) for layout in QWEN_LAYOUTS]
 CASES += [("olmo2", ParallelLayout(tp=4))]  # norms over heads of which some are on two ranks
 CASES += [("bamba", ParallelLayout(tp=4)), ("nemotron_h", ParallelLayout(tp=3))]  # more ranks than groups of heads
+CASES += [("nemotron_h with experts", ParallelLayout(tp=1, attn_dp=4, moe_ep=n)) for n in (2, 4)]
 
 
 @pytest.mark.parametrize(("name", "layout"), CASES, ids=str)
