@@ -20,6 +20,7 @@ from typing import Any
 from shardwise.comm import watch
 from shardwise.comm.watch import Deadlines
 from shardwise.launch.failure import Failure
+from shardwise.parallel.options import made_folder
 
 
 class JobFailed(RuntimeError):
@@ -63,12 +64,12 @@ class Job:
     def logs(self) -> Path:
         """One log a rank, and the reports of failures; SHARDWISE_LOG_DIR chooses another place.
 
-        A place in which another job is running lends a folder of its own inside.
+        A place in which another job is running lends a folder of its own inside. ValueError where none can be made.
         """
         chosen = os.environ.get(watch.LOG_FOLDER_ENV)
         if not chosen:
             return self.folder / "logs"
-        folder = Path(chosen).absolute()
+        folder = Path(made_folder(watch.LOG_FOLDER_ENV, chosen))
         return folder if self._claim.take(folder) else folder / f"job-{os.getpid()}-{self.token[:6]}"
 
     @cached_property

@@ -5,6 +5,7 @@
 calls `function(context)` on two new ranks and returns what each of them returned (JSON values).
 """
 
+import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -37,11 +38,23 @@ def run_job(
     options    of the launcher: Ray takes `address` and `device`
     on_event   called with what ranks emit: {"event": ..., "rank": ..., ...}
     deadline   seconds for the whole job once all ranks are there (None: no bound of its own)
-    Raises JobFailed when a rank fails, ValueError or RuntimeError when the launcher cannot start it here.
+    Raises JobFailed when a rank fails, ValueError or RuntimeError when the launcher cannot start it here, ValueError
+    for a target or TypeError for a payload of another form.
     """
+    require_form(target, payload)
     job = Job(target=target, payload=payload or {}, world=world, environment=environment or {}, debug=debug)
     with Supervisor(job, backend(launcher, **(options or {}))) as supervisor:
         return supervisor.finish(on_event, deadline)
+
+
+def require_form(target: str, payload: Mapping[str, Any] | None) -> None:
+    """ValueError for a target that is not `module:function`, TypeError for a payload that JSON does not hold."""
+    if not all(target.partition(":")):
+        raise ValueError(f"job target {target!r}: name a function as package.module:function")
+    try:
+        json.dumps(payload)
+    except TypeError as error:
+        raise TypeError(f"payload of job {target}: {error}; legal: numbers, texts, lists and dicts of them") from None
 
 
 def backend(launcher: str, **options: Any) -> Backend:

@@ -126,8 +126,8 @@ class _Binder:
         where = (files[0] if len(files) == 1 else files[0].parent) if files else "the checkpoint"
         if self.missing:
             raise CheckpointError(
-                f"{where}: {len(self.missing)} tensors of {model.architecture} are missing: {_some(self.missing)}; "
-                f"the checkpoint has {len(self.tensors)} tensors"
+                f"{where}: tensors of {model.architecture} are missing ({len(self.missing)}): "
+                f"{_some(self.missing)}; the checkpoint has {len(self.tensors)} tensors"
             )
         if self.misfits:
             raise CheckpointError(f"{where}: {'; '.join(self.misfits[:SHOWN])}")

@@ -196,8 +196,10 @@ def plan(
     `place_experts`; `expert_placement` says it outright. `tp_plan`: Transformers' module globs to styles, for an
     architecture that no family describes.
     Raises IllegalLayout (a ValueError) with reasons and alternatives, ConfigError for an unusable config,
-    CheckpointError for unreadable headers.
+    CheckpointError for unreadable headers, TypeError for a layout of another type.
     """
+    if not isinstance(layout, ParallelLayout | None):
+        raise TypeError(f"layout is {layout!r}: give a ParallelLayout, or the sizes by name: plan(model, tp=2)")
     spec = model if isinstance(model, ModelSpec) else load_model(model, tp_plan)
     spec = spec.stored_as(storage_type(dtype)) if dtype else spec
     sizes = ParallelLayout(tp, attn_dp, moe_tp, ep)

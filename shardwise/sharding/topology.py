@@ -132,8 +132,14 @@ def from_json(data: object, source: str) -> Topology:
     """Topology from the JSON object that `save` wrote. Raises ConfigError naming `source` and field."""
     record = _object(data, source, "")
     version = record.pop("schema_version", None)
+    if version is None:
+        raise ConfigError(
+            f"{source}: no topology, it has no schema_version: `shardwise bench comm --calibrate FILE` writes one"
+        )
     if version != SCHEMA_VERSION:
-        raise ConfigError(f"{source}: schema_version is {version!r}, this version reads {SCHEMA_VERSION}")
+        raise ConfigError(
+            f"{source}: schema_version is {version!r}, this version reads {SCHEMA_VERSION}: calibrate anew"
+        )
     parts = {"device": Device, "intra": Link, "inter": Link}
     for key, kind in parts.items():
         record[key] = _build(kind, record.get(key), source, key + ".")

@@ -1,10 +1,11 @@
-"""Jobs that are told the same folder for their logs leave each other's alone."""
+"""Where jobs leave their logs, each its own, and what a job cannot be."""
 
 import pytest
 
 from shardwise.comm.bootstrap import store_from_environment
 from shardwise.comm.rank import RankInfo
 from shardwise.launch.job import Job
+from shardwise.launch.start import run_job
 
 
 @pytest.fixture
@@ -47,3 +48,23 @@ def test_a_torchrun_that_announces_no_port_is_told_what_to_change():
     environ = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "TORCHELASTIC_USE_AGENT_STORE": "True"}
     with pytest.raises(ValueError, match="MASTER_PORT=0 names no port to meet at: start torchrun with --standalone"):
         store_from_environment(RankInfo(0, 2, 0, 2), 1.0, environ)
+
+
+def test_a_folder_that_cannot_be_made_is_named_with_its_variable(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("SHARDWISE_LOG_DIR", str(tmp_path / "file" / "logs"))
+    with pytest.raises(ValueError, match="^SHARDWISE_LOG_DIR .*/file/logs: no folder can be made there: Not a dir"):
+        Job(target="a:b", payload={}, world=1).prepare()
+
+
+@pytest.mark.parametrize(
+    "target, payload, error, words",
+    [
+        ("package.function", {}, ValueError, "job target 'package.function': name a function as package.module:func"),
+        (":function", {}, ValueError, "name a function as package.module:function"),
+        ("a:b", {"sizes": {1, 2}}, TypeError, "payload of job a:b: Object of type set .*; legal: numbers, texts"),
+    ],
+)
+def test_a_job_of_another_form_is_refused_before_ranks_start(target, payload, error, words):
+    with pytest.raises(error, match=words):
+        run_job(target, payload, world=2)

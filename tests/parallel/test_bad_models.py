@@ -69,7 +69,7 @@ def without_a_tokenizer(folder):
             unknown_quantisation,
             ['quant_method is "aqlm"', "expected awq or compressed-tensors or fbgemm_fp8 or fp8 or gptq"],
         ),
-        (without_a_tensor, ["1 tensors of LlamaForCausalLM are missing: model.layers.1.mlp.up_proj.weight"]),
+        (without_a_tensor, ["tensors of LlamaForCausalLM are missing (1): model.layers.1.mlp.up_proj.weight"]),
         (with_a_wrong_shape, ["model.norm.weight has shape [7], the config says [48]"]),
         (without_files, ["no model.safetensors, no model.safetensors.index.json"]),
         (without_a_tokenizer, ["tokenizer.json is missing (other tokenizer formats are not supported)"]),

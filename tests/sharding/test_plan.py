@@ -193,6 +193,8 @@ def test_a_refusal_names_the_tensor_the_numbers_and_the_ways_out():
 def test_layout_objects_and_sizes_mean_the_same():
     spec = model(QWEN_MOE)
     assert plan(spec, ParallelLayout(4, moe_ep=2)).ranks == plan(spec, tp=4, ep=2).ranks
+    with pytest.raises(TypeError, match=r"layout is 'tp2': give a ParallelLayout, .* plan\(model, tp=2\)"):
+        plan(spec, "tp2")
 
 
 def test_plans_are_values():

@@ -285,7 +285,8 @@ def test_a_plan_file_is_replayed_for_its_model_only(name, options, tmp_path):
 
 def test_a_file_that_is_no_plan_is_refused(tmp_path):
     path = tmp_path / "plan.json"
-    for text, words in (("{}", "schema_version is None"), ('{"schema_version": 1}', "model is missing")):
+    written = "`shardwise plan MODEL --json FILE` writes one"
+    for text, words in (("{}", written), ('{"schema_version": 1}', "model is missing")):
         path.write_text(text)
         with pytest.raises(ConfigError, match=words):
             replay(path, CONFIGS[SMOL])

@@ -38,6 +38,7 @@ def test_ranks_that_cannot_lie_on_so_many_nodes_are_refused_with_those_they_can(
         ({"ranks_per_node": -1}, "ranks_per_node is -1, should be a positive number"),
         ({"colour": 1}, "unknown field colour"),
         ({"schema_version": 9}, "schema_version is 9"),
+        ({"schema_version": None}, "`shardwise bench comm --calibrate FILE` writes one"),
         ({"intra": {"latency_seconds": 1e-6}}, "bandwidth_bytes_per_second"),
     ],
 )

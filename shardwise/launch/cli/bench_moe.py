@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
 def _check(args, layers) -> None:
     unknown = [name for name in args.layer or () if name not in layers]
     if unknown:
-        raise UsageError(f"unknown layer {unknown[0]}: choose of {', '.join(layers)}")
+        raise UsageError(f"unknown layer {unknown[0]!r}; legal: {', '.join(layers)}")
     if args.experts is not None and args.experts < max(layers[name].top_k for name in args.layer or layers):
         raise UsageError(f"--experts {args.experts} is fewer than a token chooses; give at least the layer's top-k")
     if any(tokens < 1 for tokens in args.tokens or ()):

@@ -24,7 +24,7 @@ def run(args: argparse.Namespace) -> int:
 
     unknown = [name for name in args.category or () if name not in CATEGORIES]
     if unknown:
-        raise UsageError(f"unknown category {unknown[0]}: choose of {', '.join(CATEGORIES)}")
+        raise UsageError(f"unknown category {unknown[0]!r}; legal: {', '.join(CATEGORIES)}")
     if importlib.util.find_spec("triton") is None:
         raise ValueError("the package triton is not installed; `shardwise ops` tells what runs here")
     if not torch.cuda.is_available():

@@ -165,7 +165,8 @@ class _Reader:
 
     def _truncated(self, wanted: int) -> CheckpointError:
         return self.error(
-            f"{wanted} bytes wanted at byte {self.position}, but the file has {self.size}: truncated or corrupt"
+            f"{wanted} bytes wanted at byte {self.position}, but the file has {self.size}: truncated or corrupt, "
+            "fetch it again"
         )
 
     def number(self, form: struct.Struct) -> Any:
@@ -180,7 +181,9 @@ class _Reader:
         self.field = field
         value = self.number(_U64)
         if value * least_bytes > self.size - self.position:
-            raise self.error(f"{value} entries cannot fit a file of {self.size} bytes: truncated or corrupt")
+            raise self.error(
+                f"{value} entries cannot fit a file of {self.size} bytes: truncated or corrupt, fetch it again"
+            )
         return value
 
     def string(self) -> str:

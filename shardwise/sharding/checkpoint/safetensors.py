@@ -101,7 +101,7 @@ def _header_text(path: Path) -> tuple[bytes, int, int]:
     with path.open("rb") as file:
         head = file.read(8)
         if len(head) < 8:
-            raise CheckpointError(f"{path}: {size} bytes, too short for a safetensors header length")
+            raise CheckpointError(f"{path}: {size} bytes, too short for a safetensors file: fetch it again")
         if head == LFS_POINTER:
             raise CheckpointError(f"{path}: a Git LFS pointer in place of the file; to fetch the file: git lfs pull")
         length = int.from_bytes(head, "little")
@@ -110,7 +110,9 @@ def _header_text(path: Path) -> tuple[bytes, int, int]:
                 f"{path}: header length {length} exceeds the format's limit of {MAX_HEADER_BYTES}: no safetensors file"
             )
         if 8 + length > size:
-            raise CheckpointError(f"{path}: header length {length}, but the file has {size} bytes: truncated")
+            raise CheckpointError(
+                f"{path}: header length {length}, but the file has {size} bytes: it is truncated, fetch it again"
+            )
         return file.read(length), 8 + length, size
 
 

@@ -61,7 +61,7 @@ def test_known_layers_have_the_published_sizes():
 @pytest.mark.parametrize(
     "words,text",
     [
-        (["--layer", "llama"], "unknown layer llama: choose of gpt-oss-120b"),
+        (["--layer", "llama"], "unknown layer 'llama'; legal: gpt-oss-120b"),
         (["--layer", "gpt-oss-120b", "--experts", "3"], "at least the layer's top-k"),
         (["--tokens", "0"], "--tokens 0: give 1 or more"),
     ],
