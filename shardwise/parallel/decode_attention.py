@@ -31,8 +31,8 @@ def reason_against(mixer: object) -> str:
         return f"head sizes {size} and {mixer.v_head_dim}, need one power of two from 32 to 256"
     if mixer.gated:
         return "a gated output"
-    if mixer.norm_after_rotation:
-        return "heads are normed after their rotation"
+    if mixer.norm_after_rotation and isinstance(mixer.qk_norms, JointNorms):
+        return "all heads are normed at once, after their rotation"
     return "" if isinstance(mixer.qkv, Linear) and isinstance(mixer.out, Linear) else "weights stay quantised"
 
 
@@ -124,6 +124,7 @@ class AttentionStep:
             q_norm=norms.q.weight if norms else None,
             k_norm=norms.k.weight if norms else None,
             eps=norms.q.eps if norms else 0.0,
+            norm_last=mixer.norm_after_rotation,
             sinks=mixer.masking.sinks,
             window=mixer.masking.window,
             pdl=self.pdl,

@@ -50,7 +50,7 @@ ALTERNATING = {"num_hidden_layers": 2, "layer_types": ["sliding_attention", "ful
 LONG_FACTORS = dict(
     NEAR_KIN["phi3 with long factors"][1]["rope_parameters"], short_factor=[1.5] * 12, long_factor=[2] * 12
 )
-FAMILIES |= {name: NEAR_KIN[name] for name in ("glm4", "olmo2", "cohere", "starcoder2")} | {
+FAMILIES |= {name: NEAR_KIN[name] for name in ("glm4", "olmo2", "cohere", "starcoder2", "hunyuan")} | {
     "gemma2": ("gemma2", NEAR_KIN["gemma2"][1] | ALTERNATING),
     "olmoe": ("olmoe", dict(NEAR_KIN["olmoe"][1], hidden_size=192, head_dim=32)),
     "phi3 with long factors": (

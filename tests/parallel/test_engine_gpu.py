@@ -65,9 +65,8 @@ def test_float32_tokens_equal_transformers(checkpoint, name, path):
     assert [tokens_of(engine, [prompt])[0] for prompt in PROMPTS] == expected
 
 
-@pytest.mark.parametrize("name", ["hunyuan", "deepseek_v3"])
-def test_models_without_a_fused_step_decode_layer_by_layer(tmp_path, name):
-    model_type, fields = NEAR_KIN[name]
+def test_a_model_without_a_fused_step_decodes_layer_by_layer(tmp_path):
+    model_type, fields = NEAR_KIN["deepseek_v3"]  # with latents of 24 elements
     folder = write(tmp_path, model_type, **{**SMALL, **fields})
     engine = engine_on(folder, dtype="float32")
     assert tokens_of(engine) == expected_tokens(folder, count=COUNT)

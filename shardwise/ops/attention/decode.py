@@ -75,6 +75,7 @@ def fused_decode_attention(
     q_norm: torch.Tensor | None = None,  # [D]
     k_norm: torch.Tensor | None = None,  # [D]
     eps: float = 1e-6,
+    norm_last: bool = False,
     sinks: torch.Tensor | None = None,  # [N]
     window: int | None = None,
     out: torch.Tensor | None = None,  # [B, N D]
@@ -84,9 +85,10 @@ def fused_decode_attention(
 
     D a power of two from 32 to 256, page_size a multiple of 64 (or of itself when smaller and a power of two),
     NeoX pairing over the first `rotated` columns of a head, by default all; angles of the pairs beyond them are zero.
-    `softcap` caps scores by a tanh. The caches may be views with equal strides and contiguous heads: a plain cache
-    [slots, max_seq, Nkv, D], or one of FlashInfer's [pages, 2, Nkv, page_size, D] transposed. `window` counts the keys
-    seen, the new token's included. `splits` replaces the workspace's, where the product with the batch fits in it.
+    `softcap` caps scores by a tanh; `norm_last`: heads are normed after their rotation. The caches may be views with
+    equal strides and contiguous heads: a plain cache [slots, max_seq, Nkv, D], or one of FlashInfer's [pages, 2, Nkv,
+    page_size, D] transposed. `window` counts the keys seen, the new token's included. `splits` replaces the
+    workspace's, where the product with the batch fits in it.
 
     `pdl`: the kernel may read positions, slots, the page table, angles and what the cache holds before the kernels
     launched in front of it have ended.
@@ -98,6 +100,7 @@ def fused_decode_attention(
     rotated = 0 if rope is None else head_dim if rotated is None else rotated
     if rotated % 2 or not 0 <= rotated <= head_dim:
         raise ValueError(f"{_NAME}: {rotated} rotated columns of heads of {head_dim}, need an even number of these")
+    norm = 0 if q_norm is None else 2 if norm_last else 1
     if softcap is not None and softcap <= 0:
         raise ValueError(f"{_NAME}: softcap {softcap}, need one above 0, or None")
     if (q_norm is None) != (k_norm is None):
@@ -110,7 +113,7 @@ def fused_decode_attention(
         head_dim**-0.5 if scale is None else scale, softcap, eps, window or 0,
     )  # fmt: skip
     flags = dict(
-        GROUP=group, PAGE=page_size, ROTATED=rotated, QK_NORM=q_norm is not None, SINKS=sinks is not None,
+        GROUP=group, PAGE=page_size, ROTATED=rotated, QK_NORM=norm, SINKS=sinks is not None,
         CAPPED=softcap is not None, WINDOW=bool(window), SLOTS=slots is not None, PDL=pdl, launch_pdl=pdl,
     )  # fmt: skip
     keys = min(DIRECT_KEYS, page_size)

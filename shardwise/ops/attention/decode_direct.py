@@ -30,17 +30,19 @@ def _line(pointer, columns, ON: tl.constexpr):
 @jit
 def _turned(x_ptr, at, partner_at, here, cos, sin, weight, partner_weight, eps, D: tl.constexpr, NORM: tl.constexpr,
             ROTATED: tl.constexpr):  # fmt: skip
-    """Heads [n, D], normed and rotated, float32. Rotation takes each column's partner."""
+    """Heads [n, D], normed and rotated, float32; NORM 2: normed last. Rotation takes each column's partner."""
     x = gl.load(x_ptr + at, mask=here, other=0.0).to(gl.float32)
     partner = x
     if ROTATED > 0:
         partner = gl.load(x_ptr + partner_at, mask=here, other=0.0).to(gl.float32)
-    if NORM:
+    if NORM == 1:
         scale = gl.expand_dims(gl.rsqrt(gl.sum(x * x, 1) / D + eps), 1)
         x = x * scale * weight
         partner = partner * scale * partner_weight
     if ROTATED > 0:
         x = x * cos + partner * sin
+    if NORM == 2:
+        x = x * gl.expand_dims(gl.rsqrt(gl.sum(x * x, 1) / D + eps), 1) * weight
     return x
 
 
@@ -200,10 +202,10 @@ def direct_kernel(
         own_page = gl.load(table + position // PAGE, mask=own, other=0, cache_modifier=".cg").to(gl.int64)
         d = gl.expand_dims(gl.arange(0, D, layout=gl.SliceLayout(0, HEADS)), 0)
         partner, cos, sin = _angles(rope_ptr, d, position, D, ROTATED)
-        q_weight = _line(q_norm_ptr, d, QK_NORM)
-        q_partner = _line(q_norm_ptr, partner, QK_NORM)
-        k_weight = _line(k_norm_ptr, d, QK_NORM)
-        k_partner = _line(k_norm_ptr, partner, QK_NORM)
+        q_weight = _line(q_norm_ptr, d, QK_NORM > 0)
+        q_partner = _line(q_norm_ptr, partner, QK_NORM == 1)
+        k_weight = _line(k_norm_ptr, d, QK_NORM > 0)
+        k_partner = _line(k_norm_ptr, partner, QK_NORM == 1)
         if SINKS:
             sink = gl.load(sinks_ptr + head * GROUP + lane, mask=live, other=0.0)
         if PDL:

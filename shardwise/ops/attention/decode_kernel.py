@@ -135,7 +135,10 @@ def decode_kernel(
     SLOTS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """ROTATED: how many columns of a head are rotated, from the first on."""
+    """
+    ROTATED   how many columns of a head are rotated, from the first on
+    QK_NORM   heads are normed: 0 not, 1 before their rotation, 2 after it
+    """
     pair = tl.program_id(0)
     split = tl.program_id(1)
     sequence = pair // kv_heads
@@ -168,8 +171,8 @@ def decode_kernel(
     begin = first // BLOCK * BLOCK + split * run
     end = tl.minimum(begin + run, position)
     cos, sin = _halves(rope_ptr, position, tl.arange(0, HALF), HALF, HALF, ROTATED > 0)
-    q_weight1, q_weight2 = _halves(q_norm_ptr, position * 0, half, apart, HALF, QK_NORM)
-    k_weight1, k_weight2 = _halves(k_norm_ptr, position * 0, half, apart, HALF, QK_NORM)
+    q_weight1, q_weight2 = _halves(q_norm_ptr, position * 0, half, apart, HALF, QK_NORM > 0)
+    k_weight1, k_weight2 = _halves(k_norm_ptr, position * 0, half, apart, HALF, QK_NORM > 0)
     if SINKS:
         sink = tl.load(sinks_ptr + head * GROUP + group, mask=live, other=0.0).to(tl.float32)
     if PDL:
@@ -183,9 +186,10 @@ def decode_kernel(
     own_k2 = tl.load(k_at + apart, mask=own, other=0.0).to(tl.float32)
     own_v = tl.load(row + (kv_heads * (GROUP + 1) + head) * D + whole, mask=own, other=0.0)
     own_page = tl.load(table + position // PAGE, mask=own, other=0, cache_modifier=".cg").to(tl.int64)  # may be new
-    q1, q2 = _unit(q1, q2, q_weight1, q_weight2, eps, HALF, QK_NORM)
+    q1, q2 = _unit(q1, q2, q_weight1, q_weight2, eps, HALF, QK_NORM == 1)
     if ROTATED > 0:
         q1, q2 = _rotate(q1, q2, cos, sin)
+    q1, q2 = _unit(q1, q2, q_weight1, q_weight2, eps, HALF, QK_NORM == 2)
     q1 = (q1 * scale).to(qkv_ptr.dtype.element_ty)
     q2 = (q2 * scale).to(qkv_ptr.dtype.element_ty)
 
@@ -193,9 +197,10 @@ def decode_kernel(
     weight = tl.zeros([GROUP_PAD], tl.float32)
     total = tl.zeros([GROUP_PAD, D], tl.float32)
     if own:
-        own_k1, own_k2 = _unit(own_k1, own_k2, k_weight1, k_weight2, eps, HALF, QK_NORM)
+        own_k1, own_k2 = _unit(own_k1, own_k2, k_weight1, k_weight2, eps, HALF, QK_NORM == 1)
         if ROTATED > 0:
             own_k1, own_k2 = _rotate(own_k1, own_k2, cos, sin)
+        own_k1, own_k2 = _unit(own_k1, own_k2, k_weight1, k_weight2, eps, HALF, QK_NORM == 2)
         k1 = own_k1.to(k_cache_ptr.dtype.element_ty)
         k2 = own_k2.to(k_cache_ptr.dtype.element_ty)
         place = own_page * page_stride + position % PAGE * token_stride + head * head_stride

@@ -83,14 +83,18 @@ def rotate(x, rope, rotated):
     return torch.cat([one * cos - two * sin, two * cos + one * sin, behind], -1)
 
 
-def oracle(qkv, k_cache, v_cache, table, position, rope, rotated, heads, q_norm, k_norm, sinks, window, softcap, row):
+def prepared(x, weight, rope, rotated, norm_last):
+    """Heads normed, where there is a weight, and rotated, or the other way round."""
+    normed = lambda x: x if weight is None else rms_norm(x, weight, 1e-6)  # noqa: E731
+    return normed(rotate(x, rope, rotated)) if norm_last else rotate(normed(x), rope, rotated)
+
+
+def oracle(qkv, k_cache, v_cache, table, position, rope, heads, q_norm, k_norm, sinks, window, softcap, row, **order):
     """Output [N, D] of one sequence, and its new key and value [Nkv, D]."""
     page_size, kv_heads, dim = k_cache.shape[1:]
     parts = qkv.view(heads + 2 * kv_heads, dim)
     q, k, v = parts[:heads], parts[heads : heads + kv_heads], parts[heads + kv_heads :]
-    if q_norm is not None:
-        q, k = rms_norm(q, q_norm, 1e-6), rms_norm(k, k_norm, 1e-6)
-    q, k = rotate(q, rope[position], rotated), rotate(k, rope[position], rotated)
+    q, k = prepared(q, q_norm, rope[position], **order), prepared(k, k_norm, rope[position], **order)
     pages = table[row, : position // page_size + 1].long()
     keys = torch.cat([k_cache[pages].reshape(-1, kv_heads, dim)[:position], k[None]])
     values = torch.cat([v_cache[pages].reshape(-1, kv_heads, dim)[:position], v[None]])
@@ -124,7 +128,9 @@ def kernel(request, monkeypatch):
 
 @pytest.mark.parametrize("splits", [1, 4])
 @pytest.mark.parametrize("heads, kv_heads, layout", [(6, 2, "plain"), (6, 2, "heads first"), (4, 4, "rows joined")])
-@pytest.mark.parametrize("options", ["plain", "qk_norm", "sinks", "window", "no rotation", "part", "capped"])
+@pytest.mark.parametrize(
+    "options", ["plain", "qk_norm", "sinks", "window", "no rotation", "part", "capped", "qk_norm, normed last"]
+)
 def test_fused_decode_attention(kernel, splits, heads, kv_heads, layout, options):
     check_decode_attention(32, 16, [0, 37, 16, -1, 75], splits, heads, kv_heads, layout, options)
 
@@ -137,6 +143,7 @@ def test_fused_decode_attention(kernel, splits, heads, kv_heads, layout, options
         (128, 2, "plain"),
         (128, 3, "part"),
         (128, 2, "part, qk_norm"),
+        (64, 2, "part, qk_norm, normed last"),
         (256, 1, "window"),
         (256, 2, "capped, window"),
     ],
@@ -159,14 +166,14 @@ def check_decode_attention(dim, page_size, positions, splits, heads, kv_heads, l
     q_norm, k_norm = (randn(dim), randn(dim)) if "qk_norm" in options else (None, None)
     sinks = randn(heads) if "sinks" in options else None
     window = 9 if "window" in options else None
-    softcap = 1.5 if "capped" in options else None
+    softcap, norm_last = 1.5 if "capped" in options else None, "normed last" in options
     before_k, before_v = k_cache.double(), v_cache.double()
     got = fused_decode_attention(
         qkv, k_cache, v_cache, table, torch.tensor(positions, dtype=torch.int32, device=DEVICE),
         None if "no rotation" in options else rope.float(),
         DecodeWorkspace.create(batch, heads, kv_heads, dim, splits, DEVICE),
         heads=heads, q_norm=q_norm, k_norm=k_norm, sinks=sinks, window=window,
-        softcap=softcap, rotated=rotated if "part" in options else None,
+        softcap=softcap, rotated=rotated if "part" in options else None, norm_last=norm_last,
     )  # fmt: skip
     wide = [None if t is None else t.double() for t in (q_norm, k_norm, sinks)]
     for row, position in enumerate(positions):
@@ -174,7 +181,8 @@ def check_decode_attention(dim, page_size, positions, splits, heads, kv_heads, l
             assert not got[row].any()
             continue
         expected, k, v = oracle(
-            qkv[row].double(), before_k, before_v, table, position, rope, rotated, heads, *wide, window, softcap, row
+            qkv[row].double(), before_k, before_v, table, position, rope, heads, *wide, window, softcap, row,
+            rotated=rotated, norm_last=norm_last,
         )  # fmt: skip
         close(got[row].view(heads, dim), expected)
         page = table[row, position // page_size].item()
