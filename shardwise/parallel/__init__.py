@@ -25,7 +25,7 @@ Blocks compute partial sums; `layers.ResidualNorm` and the experts of `moe` add 
     weights, sources, dummy,    weights: the plan's byte ranges of a checkpoint, or random ones in their place
     read_ahead, transfer,
     load_experts, dequantise,
-    weight_form, memory
+    storage, weight_form, memory
     fitting, sizing,            whether weights, cache and activations fit the memory, and how much the cache gets
     host_memory
     sampler, text, results      tokens from logits, text from tokens, what callers get

@@ -137,11 +137,11 @@ class DecoderBuilder:
         return embedding, self.linear(model.head, "head")
 
     def _head(self, linear: LinearLike) -> VocabHead:
-        head, plan = self.model.head, self.weights.plan
-        stored = self.model.embedding.roles["embed.weight"] if head.tied else head.roles["head.weight"]
+        head, tp = self.model.head, self.weights.plan.layout.tp
+        block, role = (self.model.embedding, "embed") if head.tied else (head, "head")
         return VocabHead(
             linear=linear,
-            sizes=tuple(plan.shard(rank, stored.path()).local_shape[0] for rank in range(plan.layout.tp)),
+            sizes=tuple(self.weights.linear_shape(block, role, rank)[0] for rank in range(tp)),
             group=self.groups.tp,
             vocab=self.model.vocab,
             softcap=head.softcap,
@@ -172,7 +172,7 @@ class DecoderBuilder:
         some = next((bias for bias in found.values() if bias is not None), None)
         if some is None:
             return None
-        rows = {role: self.weights.shard(block.roles[f"{role}.weight"], layer).local_shape[0] for role in roles}
+        rows = {role: self.weights.linear_shape(block, role)[0] for role in roles}
         return torch.cat([some.new_zeros(rows[role]) if bias is None else bias for role, bias in found.items()])
 
     def row_linear(self, block: spec.Block, role: str, layer: int) -> LinearLike:

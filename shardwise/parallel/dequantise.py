@@ -1,57 +1,206 @@
-"""Weights that are stored with scales, as plain ones: FP8 (per tensor, channel or tile) and MXFP4."""
+"""Weights that are stored as codes and scales, as plain ones: `(code - zero) * scale`, whatever their format.
 
-from collections.abc import Callable
-from dataclasses import dataclass
+A rank's part of a weight is given by the indices of its values. The tensors beside it are coarser: words hold several
+codes, scales stand for groups, channels or tiles, so a rank has read those that enclose its values.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from shardwise.ops.quantization.mxfp4 import dequantize_mxfp4
+from shardwise.ops.quantization.floats import e2m1_decode, e8m0_decode
+from shardwise.parallel.storage import EXPONENTS
 from shardwise.sharding.axes import Range
+from shardwise.sharding.checkpoint.header import CheckpointError
+from shardwise.sharding.packing import Packing
+from shardwise.sharding.spec import TensorSpec
+
+PIECE_VALUES = 1 << 20
+"""Dequantised at once: bounds the temporaries, which take some 20 bytes a value."""
+Ranges = Sequence[Range]
 
 
 @dataclass(frozen=True)
-class Scaled:
-    """Where this rank's part of a weight and of its scales lie in the global tensors."""
+class Part:
+    """What a rank has read of one stored tensor, without padding."""
 
-    weight: tuple[tuple[Range, ...], ...]
-    scale: tuple[tuple[Range, ...], ...]
-    per: tuple[int, ...]
-    """Weight elements that one scale element stands for, each dimension."""
+    spec: TensorSpec
+    ranges: tuple[Ranges, ...]
+    """Indices of the stored elements, each dimension."""
+    values: Tensor
+
+    def of_expert(self, place: int) -> "Part":
+        """One matrix of stacked ones."""
+        return replace(self, ranges=self.ranges[1:], values=self.values[place])
 
 
-def dequantise(weight: Tensor, scale: Tensor, place: Scaled, dtype: torch.dtype) -> Tensor:
-    """The rank's weight [.., out, in] in `dtype`: float8 times its scales, or MXFP4 blocks [.., in / 32, 16].
+def dequantise(out: Tensor, rows: Ranges, columns: Ranges, parts: Mapping[str, Part]) -> None:
+    """Write a weight's values into `out` [.., out, in], of any floating type.
 
-    Stacked experts are taken one after the other: what is wider than `dtype` on the way exists for one of them.
+    rows, columns  indices of the outputs and inputs in the whole weight; `out` has as many of each
+    parts          by what follows the weight's role: weight, scale, and where there are such zeros, group_index,
+                   global_scale, global_divisor
+    CheckpointError for a row whose group is not among those of this rank.
     """
-    if weight.dtype == torch.uint8:
-        return _one_by_one(lambda w, s: dequantize_mxfp4(w, s, dtype), weight, scale, stacked=weight.dim() == 4)
-    if weight.dtype not in (torch.float8_e4m3fn, torch.float8_e5m2):
-        raise ValueError(f"weights stored as {weight.dtype} with scales are not supported; supported: float8 and MXFP4")
-    for dim, (inside, coarse, per) in enumerate(zip(place.weight, place.scale, place.per, strict=False)):
-        if scale.dim() == weight.dim() and scale.shape[dim] != 1:
-            scale = scale.index_select(dim, _scale_of_each(inside, coarse, per).to(scale.device))
-    stacked = weight.dim() == scale.dim() == 3 and scale.shape[0] == weight.shape[0]
-    return _one_by_one(lambda w, s: (w.float() * s).to(dtype), weight, scale, stacked=stacked)
+    if out.dim() == 3:
+        for place, matrix in enumerate(out):
+            one = {name: part.of_expert(place) if _is_stacked(part, len(out)) else part for name, part in parts.items()}
+            dequantise(matrix, rows, columns, one)
+        return
+    turned = parts["weight"].spec.transposed
+    outputs, inputs = _indices(rows), _indices(columns)
+    groups = _groups(parts, inputs, dim=0 if turned else 1).to(out.device)
+    scale = _Grid.of(_scale(parts), parts["scale"], outputs, groups, turned)
+    zero = _Grid.of(_codes(parts["zeros"]), parts["zeros"], outputs, groups, turned) if "zeros" in parts else None
+    codes = _Codes(parts["weight"], *((inputs, outputs) if turned else (outputs, inputs)))
+    target = out.t() if turned else out
+    step = max(1, PIECE_VALUES // max(1, target.shape[1]))
+    for first in range(0, target.shape[0], step):
+        piece = slice(first, min(first + step, target.shape[0]))
+        values = codes.rows(piece)
+        values -= codes.middle if zero is None else zero.rows(piece)
+        values *= scale.rows(piece)
+        target[piece] = values
 
 
-def _one_by_one(change: Callable[[Tensor, Tensor], Tensor], weight: Tensor, scale: Tensor, *, stacked: bool) -> Tensor:
-    if not stacked or not weight.shape[0]:
-        return change(weight, scale)
-    first = change(weight[0], scale[0])
-    out = first.new_empty(weight.shape[0], *first.shape)
-    out[0] = first
-    for place in range(1, weight.shape[0]):
-        out[place] = change(weight[place], scale[place])
-    return out
+class _Codes:
+    """Codes [first, second] of a weight, [out, in] or [in, out] as they are stored; numbers in float32."""
+
+    def __init__(self, part: Part, first: Tensor, second: Tensor):
+        packing = part.spec.packing
+        self.part = _without_blocks(part)
+        self.count = packing.count if packing and packing.dim == -2 else 1
+        """Rows of a word."""
+        is_words = packing is not None and not _is_float4(part)
+        self.middle = float(1 << packing.bits - 1) if packing and is_words else 0.0
+        """Of unsigned codes that have no zero points."""
+        self.first = _places(self.part, 0, first)
+        self.second = _unless_all(_places(self.part, 1, second), self.part, 1)
+
+    def rows(self, piece: slice) -> Tensor:
+        """Of some of the first dimension's values, a new tensor."""
+        places = self.first[piece]
+        low, high = int(places[0]) // self.count, int(places[-1]) // self.count + 1
+        codes = _codes(replace(self.part, values=self.part.values[low:high]))
+        places = places - low * self.count
+        if len(places) < len(codes):
+            codes = codes.index_select(0, places.to(codes.device))
+        return codes if self.second is None else codes.index_select(1, self.second)
 
 
-def _scale_of_each(inside: tuple[Range, ...], coarse: tuple[Range, ...], per: int) -> Tensor:
-    """For each element of the rank's part, the local index of its scale."""
-    elements, scales = _indices(inside), _indices(coarse)
-    return torch.searchsorted(scales, elements // per)
+@dataclass(frozen=True)
+class _Grid:
+    """Scales or zero points in the order of a weight's dimensions: one an output or for all, times one a group of
+    inputs or for all."""
+
+    values: Tensor
+    groups: Tensor
+    """For each input, its group."""
+    turned: bool
+    """Inputs come first."""
+
+    @classmethod
+    def of(cls, values: Tensor, part: Part, outputs: Tensor, groups: Tensor, turned: bool) -> "_Grid":
+        """`values`: those of the part, unpacked."""
+        if values.numel() == 1:
+            return cls(values.view(1, 1), groups, turned)
+        dim = 1 if turned else 0
+        places = None if values.shape[dim] == 1 else _unless_all(_places(part, dim, outputs), part, dim)
+        return cls(values if places is None else values.index_select(dim, places), groups, turned)
+
+    def rows(self, piece: slice) -> Tensor:
+        """Those of some inputs where inputs come first, else of some outputs."""
+        if self.turned:
+            return self.values if len(self.values) == 1 else self.values.index_select(0, self.groups[piece])
+        some = self.values if len(self.values) == 1 else self.values[piece]
+        return some if some.shape[1] == 1 else some.index_select(1, self.groups)
 
 
-def _indices(ranges: tuple[Range, ...]) -> Tensor:
+def _scale(parts: Mapping[str, Part]) -> Tensor:
+    """float32, with the factor of the whole tensor in it."""
+    part = parts["scale"]
+    scale = e8m0_decode(part.values) if part.spec.dtype in EXPONENTS else part.values.float()
+    if "global_scale" in parts:
+        scale = scale * parts["global_scale"].values.float()
+    if "global_divisor" in parts:
+        scale = scale / parts["global_divisor"].values.float()
+    return scale
+
+
+def _groups(parts: Mapping[str, Part], inputs: Tensor, dim: int) -> Tensor:
+    """For each input, the place of its scale among those of this rank. `dim`: of the scales, that inputs have."""
+    scale, index = parts["scale"], parts.get("group_index")
+    if scale.values.numel() == 1 or scale.values.shape[dim] == 1:
+        return torch.zeros_like(inputs)
+    if index is None or bool((index.values < 0).any()):  # which says that there is no order
+        return _places(scale, dim, inputs)
+    wanted, held = index.values.cpu().long(), _indices(scale.ranges[dim])
+    places = torch.searchsorted(held, wanted).clamp(max=len(held) - 1)
+    if not torch.equal(held[places], wanted):
+        raise CheckpointError(
+            f"{index.spec.name}: rows are not in the order of their groups, though the config says so: set desc_act to "
+            "true in its quantization_config, so that every rank keeps all groups"
+        )
+    return places
+
+
+def _codes(part: Part) -> Tensor:
+    """The part's codes, unpacked, as float32."""
+    values, packing = part.values, part.spec.packing
+    if packing is None:
+        return values.float()
+    if not _is_float4(part):
+        return ((_fields(values, packing) + packing.added) & (1 << packing.bits) - 1).float()
+    return e2m1_decode(_fields(values.view(torch.uint8), packing))
+
+
+def _fields(elements: Tensor, packing: Packing) -> Tensor:
+    """Integers [.., n, ..] -> [.., n * count, ..], of which `packing.bits` bits count."""
+    shifts = torch.tensor(packing.fields, dtype=elements.dtype, device=elements.device) * packing.bits
+    shifts = shifts.view(-1, *[1] * (-1 - packing.dim))
+    fields = elements.unsqueeze(elements.dim() + packing.dim + 1) >> shifts
+    return fields.flatten(packing.dim - 1, packing.dim)
+
+
+def _is_float4(part: Part) -> bool:
+    return part.values.dtype in (torch.uint8, torch.int8)
+
+
+def _is_stacked(part: Part, experts: int) -> bool:
+    return part.values.dim() > 0 and len(part.values) == experts
+
+
+def _without_blocks(part: Part) -> Part:
+    """A weight whose blocks have a dimension of their own, as [out, bytes]."""
+    packing = part.spec.packing
+    if packing is None or not packing.blocks:
+        return part
+    size, blocks = part.values.shape[-1], part.spec.dims[-2]
+    columns = tuple((a * size, b * size) for a, b in part.ranges[-2])
+    dims = (*part.spec.dims[:-2], replace(blocks, per=blocks.per // size))
+    return Part(replace(part.spec, dims=dims), (*part.ranges[:-2], columns), part.values.flatten(-2))
+
+
+def _places(part: Part, dim: int, wanted: Tensor) -> Tensor:
+    """Where in the unpacked part, along one of its two dimensions, values of these indices lie."""
+    per, packing = part.spec.dims[dim - 2].per, part.spec.packing
+    places = torch.searchsorted(_indices(part.ranges[dim]), wanted // per)
+    if packing is None or packing.dim != dim - 2:
+        return places
+    return places * packing.count + wanted % packing.count
+
+
+def _unless_all(places: Tensor, part: Part, dim: int) -> Tensor | None:
+    """`places` on the part's device, or None where they are all there are, in order."""
+    packing, length = part.spec.packing, part.values.shape[dim]
+    length *= packing.count if packing and packing.dim == dim - 2 else 1
+    same = len(places) == length and torch.equal(places, torch.arange(length))
+    return None if same else places.to(part.values.device)
+
+
+def _indices(ranges: Ranges) -> Tensor:
+    if not ranges:
+        return torch.empty(0, dtype=torch.int64)
     return torch.cat([torch.arange(start, stop) for start, stop in ranges])

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from shardwise.parallel.sources import OnBytes
+from shardwise.parallel.storage import EXPONENTS
 from shardwise.sharding.axes import Range
 from shardwise.sharding.checkpoint.reader import NUMPY
 from shardwise.sharding.shards import TensorShard
@@ -24,6 +25,8 @@ LEAST_COLUMNS = 1024
 FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 MXFP4_SCALE = 119
 """Or one more: biased exponents with which codes of -6 to 6 deviate by 0.01 to 0.02."""
+_CONSTANTS = {("zeros", "I32"): -0x77777778, ("zeros", "I8"): 0, ("group_index", "I32"): -1, ("shape", "I64"): 0}
+"""By part and storage type: zero points in the middle of the codes, groups in order, a shape that nobody reads."""
 _WORD = 0xFFFFFFFF
 _FIRST, _SECOND = 0x7FEB352D, 0x846CA68B
 _COLUMN = 0x9E3779B1
@@ -36,7 +39,7 @@ class RandomSource:
         self._seed = seed
 
     def fill(self, out: Tensor, shard: TensorShard, on_bytes: OnBytes) -> None:
-        """Uniform around the role's centre; random bits for packed 4-bit weights. ValueError for other packed types."""
+        """Uniform around the role's centre; random bits for packed weights. ValueError for types that have no draw."""
         ranges, shape = shard.ranges or (((0, 1),),), shard.global_shape or (1,)
         draw, split = _draw_of(shard), _first_column_dim(shape)
         rows = _places(ranges[:split], shape[:split], out.device)
@@ -66,12 +69,19 @@ Draw = Callable[[Tensor, Tensor], None]
 
 
 def _draw_of(shard: TensorShard) -> Draw:
-    if shard.dtype == "U8" and shard.role.endswith(".scale"):
+    part = shard.role.rpartition(".")[2]
+    if (part, shard.dtype) in _CONSTANTS:
+        return lambda out, words: _copy(out, torch.full_like(words, _CONSTANTS[part, shard.dtype]))
+    if shard.dtype in EXPONENTS and part == "scale":
         return lambda out, words: _copy(out, (_hashed(words) & 1) + MXFP4_SCALE)
     if shard.dtype == "U8":
         return lambda out, words: _copy(out, _hashed(words) >> 23 & 0xFF)
+    if shard.dtype == "I8":
+        return lambda out, words: _copy(out, _hashed(words) >> 24)
+    if shard.dtype == "I32":
+        return lambda out, words: _copy(out, _hashed(words))
     if shard.dtype in NUMPY and shard.dtype not in FLOATS:
-        raise ValueError(f"{shard.name}: no random weights of storage type {shard.dtype}; legal: floats and MXFP4")
+        raise ValueError(f"{shard.name}: no random weights of storage type {shard.dtype}")
     centre, spread = _range_of(shard)
     return lambda out, words: _copy(out, (_hashed(words) * (spread / (1 << 31))).add_(centre))
 
@@ -82,7 +92,7 @@ def _copy(out: Tensor, values: Tensor) -> None:
 
 def _range_of(shard: TensorShard) -> tuple[float, float]:
     """Centre and half width of the values of a role. A uniform distribution is as wide as sqrt(3) deviations."""
-    if shard.role.endswith("input_scale"):
+    if shard.role.endswith(("input_scale", "global_scale", "global_divisor")):
         return 1.0, 0.0
     if shard.role.endswith("scale"):  # of float8 weights, which are drawn from -1 to 1
         return STD * 3**0.5, STD / 2

@@ -116,6 +116,7 @@ class Engine:
             self.decoder = builder.build()
             self.runner = Runner(self.decoder, self.device, decode)
         self._weight_bytes = memory_bytes(self.decoder)
+        self._weights = "; ".join(filter(None, (self._form.reason, source.describe_dequantised())))
         self.cache_shapes = builder.cache_shapes()
         self.cache: KvCache | None = None
         self._running = False
@@ -171,7 +172,7 @@ class Engine:
             peak_rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
             load_seconds=self._load_seconds,
             decode=self.decode_path,
-            weights=self._form.reason,
+            weights=self._weights,
             cache=self._describe_cache(),
         )
 

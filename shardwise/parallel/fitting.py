@@ -106,7 +106,8 @@ def weight_bytes(made: Plan, rank: int, itemsize: int, form: WeightForm) -> int:
         if stays or (form.native_blocks and block > 1):
             held += count * shard.nbytes
         else:
-            held += count * prod(shard.local_shape) * pattern.spec.values * itemsize
+            values = made.cuts.values(pattern.spec, made.layout.coordinates(rank)) if pattern.spec.values else ()
+            held += count * prod(length for _, length in values) * itemsize if values else 0
     return held
 
 

@@ -9,7 +9,7 @@ from shardwise.ops.moe.mxfp4_layout import pack_mxfp4
 from shardwise.parallel.layers import activation_named
 from shardwise.parallel.moe import Experts, ExpertUnit, PackedExperts
 from shardwise.parallel.weight_form import stays_packed
-from shardwise.parallel.weights import Weights
+from shardwise.parallel.weights import Weights, is_quantised
 from shardwise.sharding import spec
 
 
@@ -52,10 +52,7 @@ def _packed(weights: Weights, block: spec.Moe, layer: int, unit: ExpertUnit, add
 
 def _separate(weights: Weights, block: spec.Moe, layer: int, local: Sequence[int]) -> tuple:
     """One tensor an expert. Filled one by one, so that no second copy of all experts exists."""
-    shards = {
-        role: weights.shard(block.roles[f"{role}.weight"], layer, local[0]).local_shape for role in ("up", "down")
-    }
-    width, hidden = shards["up"]
+    width, hidden = weights.linear_shape(block, "up")
     rows = 2 * width if block.gated else width
     up_gate = torch.empty(len(local), rows, hidden, dtype=weights.dtype, device=weights.device)
     down = torch.empty(len(local), hidden, width, dtype=weights.dtype, device=weights.device)
@@ -70,7 +67,7 @@ def _separate(weights: Weights, block: spec.Moe, layer: int, local: Sequence[int
 def _stacked(weights: Weights, block: spec.Moe, layer: int) -> tuple:
     """3-D tensors, gate and up in one; quantised ones always have [E, out, in]."""
     up_gate, down = (weights.linear(block, role, layer=layer) for role in ("gate_up", "down"))
-    if block.transposed and "gate_up.scale" not in block.roles:
+    if block.transposed and not is_quantised(block, "gate_up"):
         up_gate, down = (stored.transpose(1, 2).contiguous() for stored in (up_gate, down))
     gate_up_bias = weights.find(block, "gate_up.bias", layer=layer)
     return (

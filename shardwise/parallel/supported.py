@@ -2,8 +2,8 @@
 
 from dataclasses import fields
 
+from shardwise.parallel.storage import factors_of_inputs, not_read
 from shardwise.sharding import spec
-from shardwise.sharding.checkpoint.header import STORAGE
 from shardwise.sharding.families import ARCHITECTURES
 from shardwise.sharding.model import Layer, ModelSpec
 
@@ -11,11 +11,6 @@ from shardwise.sharding.model import Layer, ModelSpec
 class UnsupportedModel(ValueError):
     """The planner describes this model, but the runtime has no layer for one of its blocks."""
 
-
-GGUF_BLOCK = 32
-"""Elements in a block of GGUF's types at least; those of safetensors files have one or two."""
-_FLOATS = {"F64", "F32", "F16", "BF16"}
-_FLOAT8 = {"F8_E4M3", "F8_E5M2"}
 
 MIXERS: tuple[type[spec.Block], ...] = (spec.Attention, spec.MlaAttention, spec.Mamba2, spec.GatedDelta)
 FEED_FORWARDS: tuple[type[spec.Block], ...] = (spec.DenseMlp, spec.Moe)
@@ -76,6 +71,8 @@ def check_supported(model: ModelSpec) -> None:
         )
     if model.others:
         raise UnsupportedModel(f"{model.architecture}: blocks beside the layers are not supported")
+    if factor := factors_of_inputs(model):
+        raise UnsupportedModel(f"{model.architecture}: {factor} scales a layer's input, which the runtime does not do")
     _check_options(model, model.embedding, "embedding")
     _check_options(model, model.final_norm, "final norm")
     _check_options(model, model.head, "head")
@@ -85,6 +82,7 @@ def check_supported(model: ModelSpec) -> None:
         for block in layer.blocks:
             _check_options(model, block, where)
             _check_storage(model, block, where)
+    _check_storage(model, model.head, "head")
 
 
 def _check_structure(model: ModelSpec, layer: Layer, where: str) -> None:
@@ -116,22 +114,6 @@ def _check_options(model: ModelSpec, block: spec.Block | spec.Routing | spec.Rop
 
 
 def _check_storage(model: ModelSpec, block: spec.Block, where: str) -> None:
-    roles = {tensor.role: tensor for tensor in (block.all_tensors if isinstance(block, spec.Moe) else block.tensors)}
-    for role, tensor in roles.items():
-        base, _, part = role.rpartition(".")
-        scale = roles.get(f"{base}.scale")
-        if part in ("zeros", "group_index", "global_scale") or (part == "weight" and not _is_read(tensor, scale)):
-            scaled = f" with scales of {scale.dtype}" if scale else ""
-            raise UnsupportedModel(
-                f"{model.architecture}, {where}: {tensor.name} is stored as {tensor.dtype}{scaled} "
-                f"({model.quantization}), which the runtime does not read; it reads plain floats, float8 with float "
-                "scales, MXFP4 blocks as gpt-oss has them, and GGUF's types"
-            )
-
-
-def _is_read(weight: spec.TensorSpec, scale: spec.TensorSpec | None) -> bool:
-    if weight.dtype in _FLOAT8:
-        return scale is not None and scale.dtype in _FLOATS
-    if weight.dtype == "U8":  # blocks have one dimension more, of the 16 bytes that hold 32 codes
-        return scale is not None and scale.dtype == "U8" and len(weight.dims) == len(scale.dims) + 1
-    return weight.dtype in _FLOATS or STORAGE[weight.dtype][0] >= GGUF_BLOCK
+    if form := not_read(block):
+        form = form.replace("{layer}", where.rpartition(" ")[2])
+        raise UnsupportedModel(f"{model.architecture}, {where}: {form}")

@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 
 from shardwise.parallel.block_linear import NATIVE, ROWS
-from shardwise.parallel.dequantise import Scaled, dequantise
+from shardwise.parallel.dequantise import Part, dequantise
 from shardwise.parallel.dummy import RandomSource
 from shardwise.parallel.sources import BITS, CheckpointSource, TensorSource, filled_shape
-from shardwise.sharding.axes import LogicalAxis
+from shardwise.parallel.storage import FLOATS
+from shardwise.sharding.axes import LogicalAxis, span
 from shardwise.sharding.checkpoint.header import STORAGE, CheckpointError
 from shardwise.sharding.checkpoint.reader import NUMPY
 from shardwise.sharding.checkpoint.resolve import Checkpoint
@@ -21,7 +22,10 @@ from shardwise.sharding.spec import Block, TensorSpec
 Progress = Callable[[int, int], None]
 """Called with (bytes read so far, bytes to read), both as stored."""
 
-_FLOATS = {"F64", "F32", "F16", "BF16"}
+_PARTS = ("weight", "scale", "zeros", "group_index", "global_scale", "global_divisor")
+"""Of a quantised weight, by what follows its role."""
+_UNUSED = ("input_scale", "shape")
+"""Of the same, but inputs are not quantised here, and the shape is known."""
 
 
 class Weights:
@@ -51,6 +55,8 @@ class Weights:
         self._progress = on_progress or (lambda done, total: None)
         self._taken: set[str] = set()
         self._read_bytes = 0
+        self._quantised_bytes = self._dequantised_bytes = 0
+        """Of what was dequantised: as it is stored, and as it is held."""
         self._total_bytes = sum(shard.nbytes for shard in plan.shards(rank))
 
     def shard(self, spec: TensorSpec, layer: int | None = None, expert: int | None = None) -> TensorShard:
@@ -93,15 +99,35 @@ class Weights:
         for shard in shards:
             stop = start + (shard.local_shape[0] if shard.local_shape else 1)
             self._fill(out[start:stop], shard)
+            if shard.dtype not in NUMPY:
+                self._quantised_bytes += shard.nbytes
+                self._dequantised_bytes += out[start:stop].nbytes
             start = stop
         return out
 
     def linear(self, block: Block, *roles: str, layer: int | None = None, expert: int | None = None) -> Tensor:
-        """Weights of linear layers in the runtime's dtype, dequantised where they are stored with scales, joined."""
-        if not any(f"{role}.scale" in block.roles for role in roles):
+        """Weights of linear layers in the runtime's dtype, joined along the outputs.
+
+        [.., out, in] where one is stored with scales, and so dequantised; else as stored.
+        """
+        if not any(is_quantised(block, role) for role in roles):
             return self.take(block, *(f"{role}.weight" for role in roles), layer=layer, expert=expert)
-        parts = [self._plain(block, role, layer, expert) for role in roles]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        shapes = [self.linear_shape(block, role) for role in roles]
+        lead, outputs = shapes[0][:-2], [shape[-2] for shape in shapes]
+        out = torch.empty(*lead, sum(outputs), shapes[0][-1], dtype=self.dtype, device=self.device)
+        for role, part in zip(roles, out.split_with_sizes(outputs, -2), strict=True):
+            if is_quantised(block, role):
+                self._dequantise(part, block, role, layer, expert)
+            else:
+                self._fill(part, self.shard(block.roles[f"{role}.weight"], layer, expert))
+        return out
+
+    def linear_shape(self, block: Block, role: str, rank: int | None = None) -> tuple[int, ...]:
+        """[.., out, in] of this rank's part of a weight, or of another's, in values whatever their storage."""
+        spec = block.roles[f"{role}.weight"]
+        at = self.plan.layout.coordinates(self.rank if rank is None else rank)
+        *lead, first, second = (length for _, length in self.plan.cuts.values(spec, at))
+        return (*lead, second, first) if spec.transposed else (*lead, first, second)
 
     def blocks(self, block: Block, *roles: str, layer: int | None = None) -> tuple[str, Tensor] | None:
         """(storage type, uint8 [rows, blocks, bytes]) of these roles' weights as stored, joined along the rows.
@@ -122,6 +148,13 @@ class Weights:
             self._on_bytes(shard.nbytes)
         return types.pop(), torch.cat(parts)
 
+    def describe_dequantised(self) -> str:
+        """What dequantised weights take, and what they take as they are stored; empty where none were."""
+        if not self._dequantised_bytes:
+            return ""
+        held, stored = self._dequantised_bytes / 2**20, self._quantised_bytes / 2**20
+        return f"{held:.1f} MiB of them dequantised from {stored:.1f} MiB"
+
     def finish(self) -> None:
         """CheckpointError unless every tensor of the plan that this rank holds was given out once."""
         left = [shard.name for shard in self.plan.shards(self.rank) if shard.name not in self._taken]
@@ -129,27 +162,34 @@ class Weights:
             raise CheckpointError(f"{len(left)} tensors of the model are used by no layer of the runtime: {left[:5]}")
         self._source.close()
 
-    def _plain(self, block: Block, role: str, layer: int | None, expert: int | None) -> Tensor:
-        weight = self.take(block, f"{role}.weight", layer=layer, expert=expert)
-        scale_role = f"{role}.scale"
-        if scale_role not in block.roles:
-            return weight
-        wide = self._scale_dtype(block.roles[scale_role])
-        scale = self.take(block, scale_role, layer=layer, expert=expert, dtype=wide)
-        # The scale of a statically quantised input is part of the checkpoint, but inputs are not quantised here.
-        self.find(block, f"{role}.input_scale", layer=layer, expert=expert)
-        place = Scaled(
-            weight=self.shard(block.roles[f"{role}.weight"], layer, expert).ranges,
-            scale=self.shard(block.roles[scale_role], layer, expert).ranges,
-            per=tuple(dim.per for dim in block.roles[scale_role].dims),
-        )
-        return dequantise(weight, scale, place, self.dtype)
+    def _dequantise(self, out: Tensor, block: Block, role: str, layer: int | None, expert: int | None) -> None:
+        for part in _UNUSED:
+            self.find(block, f"{role}.{part}", layer=layer, expert=expert)
+        parts = {
+            part: self._part(block.roles[f"{role}.{part}"], layer, expert)
+            for part in _PARTS
+            if f"{role}.{part}" in block.roles
+        }
+        self._dequantised_bytes += out.nbytes
+        spec = parts["weight"].spec
+        *_, first, second = self.plan.cuts.values(spec, self.plan.layout.coordinates(self.rank))
+        (rows, _), (columns, _) = (second, first) if spec.transposed else (first, second)
+        held = out[..., : span(rows), : span(columns)]
+        if held.shape != out.shape:
+            out.zero_()  # a padded axis
+        dequantise(held, rows, columns, parts)
 
-    def _scale_dtype(self, spec: TensorSpec) -> torch.dtype | None:
-        return torch.float32 if spec.dtype in _FLOATS else None
+    def _part(self, spec: TensorSpec, layer: int | None, expert: int | None) -> Part:
+        """What is stored, without padding; floats as float32."""
+        shard = self.shard(spec, layer, expert)
+        dtype = torch.float32 if shard.dtype in FLOATS else self._runtime_dtype(shard)
+        values = torch.empty(filled_shape(shard.ranges), dtype=dtype, device=self.device)
+        self._fill(values, shard)
+        self._quantised_bytes += shard.nbytes
+        return Part(spec, shard.ranges, values)
 
     def _runtime_dtype(self, shard: TensorShard) -> torch.dtype:
-        if shard.dtype in _FLOATS or shard.dtype not in NUMPY:
+        if shard.dtype in FLOATS or shard.dtype not in NUMPY:
             return self.dtype
         return BITS.get(shard.dtype) or torch.from_numpy(np.empty(0, NUMPY[shard.dtype])).dtype
 
@@ -168,6 +208,11 @@ class Weights:
     def _on_bytes(self, count: int) -> None:
         self._read_bytes = min(self._read_bytes + count, self._total_bytes)
         self._progress(self._read_bytes, self._total_bytes)
+
+
+def is_quantised(block: Block, role: str) -> bool:
+    """Whether a weight is stored with scales."""
+    return f"{role}.scale" in block.roles
 
 
 def _whole_blocks(shard: TensorShard) -> bool:

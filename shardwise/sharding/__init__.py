@@ -7,7 +7,8 @@ A model is described by its blocks' tensors and their logical axes; a layout and
     families/, builder, blocks, one file a family, and what family files are written with
     latent, recurrent, mtp,
     vision
-    formats, quantization       how a weight is stored: the tensors of each quantisation format
+    formats, packing,           how a weight is stored: the tensors of each quantisation format
+    quantization
     source, config, headers,    from what a user names to a ModelSpec; `unknown` plans from tensor names and shapes
     unknown, names
     layout, cutting, legal      the rank grid, the cuts of a model under it, the legal sizes

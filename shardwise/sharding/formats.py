@@ -7,6 +7,7 @@ scales and zeros are the same dims at a coarser grain (`Dim.coarse`), so they ar
 from dataclasses import dataclass, replace
 
 from shardwise.sharding.axes import Dim, LogicalAxis, fixed
+from shardwise.sharding.packing import AWQ_WORDS, PAIRS, PAIRS_IN_BLOCKS, Packing, in_words
 from shardwise.sharding.spec import TensorSpec
 
 DTYPES = {
@@ -50,12 +51,21 @@ class Linear:
         dtype: str,
         values: int = 0,
         optional: bool = False,
+        packing: Packing | None = None,
     ) -> TensorSpec:
         """One stored tensor; a dim given as None is absent."""
         pair = (inner, out) if self.transposed else (out, inner)
-        dims = self.lead + tuple(d for d in pair if d is not None)
-        role, name = f"{self.role}.{part}", self.name + suffix
-        return TensorSpec(role, name, dims, dtype, values, experts=self.experts, optional=optional)
+        return TensorSpec(
+            f"{self.role}.{part}",
+            self.name + suffix,
+            self.lead + tuple(d for d in pair if d is not None),
+            dtype,
+            values,
+            optional=optional,
+            experts=self.experts,
+            packing=packing,
+            transposed=self.transposed,
+        )
 
     def weight(self, dtype: str) -> TensorSpec:
         return self.tensor("weight", self.suffix, self.out, self.inner, dtype, values=1)
@@ -95,6 +105,8 @@ class Fp8(Format):
     """A scale of a tensor has shape [1] instead of []."""
     dtype: str = "F8_E4M3"
     input_scale: str = "input_scale"
+    symmetric: bool = True
+    """False: integers, with a zero point beside each scale."""
     name = "fp8"
 
     def store(self, linear: Linear) -> tuple[TensorSpec, ...]:
@@ -109,11 +121,13 @@ class Fp8(Format):
             out, inner = linear.out, SCALAR
         else:
             out, inner = single, None
-        scale = linear.tensor("scale", suffix, out, inner, self.scale_dtype)
-        if not self.static_input:
-            return weight, scale
-        name = linear.companion(self.input_scale)
-        return weight, scale, linear.tensor("input_scale", name, single, None, "F32", optional=True)
+        parts = [weight, linear.tensor("scale", suffix, out, inner, self.scale_dtype)]
+        if not self.symmetric:
+            parts.append(linear.tensor("zeros", linear.companion("weight_zero_point"), out, inner, self.dtype))
+        if self.static_input:
+            name = linear.companion(self.input_scale)
+            parts.append(linear.tensor("input_scale", name, single, None, "F32", optional=True))
+        return tuple(parts)
 
 
 @dataclass(frozen=True)
@@ -127,19 +141,30 @@ class Packed4(Format):
     scale: str = "weight_scale"
     scale_dtype: str = "F8_E4M3"
     global_scale: str = ""
+    """A factor of the whole tensor."""
+    global_divisor: str = ""
+    """The same as its reciprocal."""
     input_scale: str = ""
     one_element: bool = False
 
     def store(self, linear: Linear) -> tuple[TensorSpec, ...]:
         inner = linear.inner
         suffix = linear.companion(self.weight)
-        weight = linear.tensor("weight", suffix, linear.out, inner.coarse(2), self.weight_dtype, values=2)
+        weight = linear.tensor("weight", suffix, linear.out, inner.coarse(2), self.weight_dtype, 2, packing=PAIRS)
         scale = linear.tensor(
             "scale", linear.companion(self.scale), linear.out, inner.coarse(self.group), self.scale_dtype
         )
         single = SCALAR if self.one_element else None
-        more = [(self.global_scale, "global_scale"), (self.input_scale, "input_scale")]
-        parts = [linear.tensor(role, linear.companion(name), single, None, "F32") for name, role in more if name]
+        more = [
+            ("global_scale", self.global_scale),
+            ("global_divisor", self.global_divisor),
+            ("input_scale", self.input_scale),
+        ]
+        parts = [
+            linear.tensor(role, linear.companion(name), single, None, "F32", optional=role == "input_scale")
+            for role, name in more
+            if name
+        ]
         return (weight, scale, *parts)
 
 
@@ -153,18 +178,20 @@ class Gptq(Format):
     bits: int
     group: int
     act_order: bool
+    zeros_less_one: bool = True
+    """As the form named `gptq` stores zero points; `gptq_v2` stores them as they are."""
     name = "gptq"
 
     def store(self, linear: Linear) -> tuple[TensorSpec, ...]:
         pack = 32 // self.bits
-        group = self.group if self.group > 0 else linear.inner.length
-        groups = linear.inner.coarse(group)
-        if self.act_order and linear.inner.axes:
-            groups = fixed(groups.length)
+        groups = linear.inner.coarse(self.group) if self.group > 0 else SCALAR
+        if self.act_order and self.group > 0:
+            groups = fixed(linear.inner.length).coarse(self.group)  # all of them: an input may be of any
         turned = linear.turned()
+        rows, columns = in_words(self.bits, -2), in_words(self.bits, added=int(self.zeros_less_one))
         return (
-            turned.tensor("weight", ".qweight", linear.out, linear.inner.coarse(pack), "I32", pack),
-            turned.tensor("zeros", ".qzeros", linear.out.coarse(pack), groups, "I32"),
+            turned.tensor("weight", ".qweight", linear.out, linear.inner.coarse(pack), "I32", pack, packing=rows),
+            turned.tensor("zeros", ".qzeros", linear.out.coarse(pack), groups, "I32", packing=columns),
             turned.tensor("scale", ".scales", linear.out, groups, "F16"),
             turned.tensor("group_index", ".g_idx", None, linear.inner, "I32", optional=not self.act_order),
         )
@@ -172,19 +199,17 @@ class Gptq(Format):
 
 @dataclass(frozen=True)
 class Awq(Format):
-    """AWQ: int32 words along the output, zeros and scales a group of inputs."""
+    """AWQ: int32 words of eight 4-bit codes along the output, zeros and scales a group of inputs."""
 
-    bits: int
     group: int
     name = "awq"
 
     def store(self, linear: Linear) -> tuple[TensorSpec, ...]:
-        pack, turned = 32 // self.bits, linear.turned()
-        group = self.group if self.group > 0 else linear.inner.length
-        groups = linear.inner.coarse(group)
+        turned, words = linear.turned(), AWQ_WORDS.count
+        out, groups = linear.out.coarse(words), linear.inner.coarse(self.group) if self.group > 0 else SCALAR
         return (
-            turned.tensor("weight", ".qweight", linear.out.coarse(pack), linear.inner, "I32", pack),
-            turned.tensor("zeros", ".qzeros", linear.out.coarse(pack), groups, "I32"),
+            turned.tensor("weight", ".qweight", out, linear.inner, "I32", words, packing=AWQ_WORDS),
+            turned.tensor("zeros", ".qzeros", out, groups, "I32", packing=AWQ_WORDS),
             turned.tensor("scale", ".scales", linear.out, groups, "F16"),
         )
 
@@ -202,14 +227,16 @@ class PackedInt(Format):
     def store(self, linear: Linear) -> tuple[TensorSpec, ...]:
         pack = 32 // self.bits
         groups = linear.inner.coarse(self.group) if self.group > 0 else SCALAR
-        if self.act_order and linear.inner.axes:
-            groups = fixed(groups.length)
+        if self.act_order and self.group > 0:
+            groups = fixed(linear.inner.length).coarse(self.group)  # all of them: an input may be of any
+        words, inner = in_words(self.bits), linear.inner.coarse(pack)
         parts = [
-            linear.tensor("weight", ".weight_packed", linear.out, linear.inner.coarse(pack), "I32", pack),
+            linear.tensor("weight", ".weight_packed", linear.out, inner, "I32", pack, packing=words),
             linear.tensor("scale", ".weight_scale", linear.out, groups, linear.dtype),
         ]
         if not self.symmetric:
-            parts.append(linear.tensor("zeros", ".weight_zero_point", linear.out.coarse(pack), groups, "I32"))
+            name, out = ".weight_zero_point", linear.out.coarse(pack)
+            parts.append(linear.tensor("zeros", name, out, groups, "I32", packing=in_words(self.bits, -2)))
         if self.act_order:
             parts.append(linear.tensor("group_index", ".weight_g_idx", None, linear.inner, "I32"))
         parts.append(linear.tensor("shape", ".weight_shape", fixed(2), None, "I64", optional=True))
@@ -220,7 +247,12 @@ NVFP4 = Packed4(16, "nvfp4", global_scale="weight_scale_2", input_scale="input_s
 """As ModelOpt writes it."""
 NVFP4_WEIGHT_ONLY = Packed4(16, "nvfp4", global_scale="weight_scale_2")
 NVFP4_COMPRESSED = Packed4(
-    16, "nvfp4", "weight_packed", global_scale="weight_global_scale", input_scale="input_global_scale", one_element=True
+    16,
+    "nvfp4",
+    "weight_packed",
+    global_divisor="weight_global_scale",
+    input_scale="input_global_scale",
+    one_element=True,
 )
 MXFP4_COMPRESSED = Packed4(32, "mxfp4", "weight_packed", scale_dtype="U8")
 MXFP8 = Fp8(block=(1, 32), scale_dtype="U8")
@@ -235,7 +267,9 @@ class Mxfp4Blocks(Format):
         blocks = linear.inner.coarse(32)
         dims = (*linear.lead, linear.out, blocks)
         return (
-            TensorSpec(f"{linear.role}.weight", f"{linear.name}_blocks", (*dims, fixed(16)), "U8", 2),
+            TensorSpec(
+                f"{linear.role}.weight", f"{linear.name}_blocks", (*dims, fixed(16)), "U8", 2, packing=PAIRS_IN_BLOCKS
+            ),
             TensorSpec(f"{linear.role}.scale", f"{linear.name}_scales", dims, "U8", 0),
         )
 

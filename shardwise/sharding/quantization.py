@@ -174,7 +174,8 @@ def _gptq_format(rule: Config, c: Config) -> Gptq:
     own = Config(rule.data, c.source, c)
     bits, group = own.integer("bits", most=8), own.integer("group_size", least=-1)
     _whole_words(c, bits)
-    return Gptq(bits, group, own.flag("desc_act"))
+    first = c.text("checkpoint_format", default="gptq").lower() == "gptq"
+    return Gptq(bits, group, own.flag("desc_act"), first)
 
 
 def _expect(c: Config, name: str, value: str, *legal: str) -> None:
@@ -184,10 +185,11 @@ def _expect(c: Config, name: str, value: str, *legal: str) -> None:
 
 def _awq(c: Config) -> Quantization:
     bits, group = c.integer("bits", "w_bit", most=8), c.integer("group_size", "q_group_size", least=-1)
-    _whole_words(c, bits)
+    if bits != 4:
+        raise c.error(("quantization_config.bits",), bits, "4")
     _expect(c, "version", c.text("version", default="gemm"), "gemm")
     ignored = NamePatterns(c.list("modules_to_not_convert", default=[], of=str))
-    return Quantization(f"awq {bits} bit", Awq(bits, group), ignored)
+    return Quantization("awq 4 bit", Awq(group), ignored)
 
 
 def _whole_words(c: Config, bits: int) -> None:
@@ -225,8 +227,10 @@ def _compressed_format(group: Config, form: str) -> tuple[Format, str]:
         return MXFP4_COMPRESSED, "mxfp4"
     strategy = weights.text("strategy", default="tensor")
     if form == "pack-quantized":
+        if 32 % bits:
+            raise weights.error(("quantization_config.num_bits",), bits, "2, 4 or 8 for packed weights")
         size = weights.integer("group_size", default=-1, least=-1)
-        ordered = weights.raw("actorder") not in (None, False, "weight")
+        ordered = weights.raw("actorder") not in (None, False, "weight", "static")
         packed = PackedInt(bits, size, bool(weights.flag("symmetric", default=True)), ordered)
         return packed, f"int{bits} group {size}"
     if bits != 8:
@@ -241,7 +245,16 @@ def _compressed_format(group: Config, form: str) -> tuple[Format, str]:
         raise weights.error(("quantization_config.strategy",), strategy, "tensor, channel or block")
     channel = strategy == "channel"
     name = f"{'fp8' if kind == 'float' else 'int8'} per {'channel' if channel else 'tensor'}"
-    return Fp8(channel=channel, static_input=static, scale_dtype=scale_dtype, one_element=True, dtype=dtype), name
+    symmetric = bool(weights.flag("symmetric", default=True)) or kind == "float"
+    stored = Fp8(
+        channel=channel,
+        static_input=static,
+        scale_dtype=scale_dtype,
+        one_element=True,
+        dtype=dtype,
+        symmetric=symmetric,
+    )
+    return stored, name
 
 
 def _modelopt(c: Config, section: Config, algorithm: str | None) -> Quantization:

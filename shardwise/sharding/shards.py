@@ -82,6 +82,10 @@ class Cuts:
             self._parts[key] = (spec, self._part(spec, at) if held else _absent(spec))
         return TensorShard(name, *self._parts[key][1])
 
+    def values(self, spec: TensorSpec, at: Coordinates) -> tuple[tuple[tuple[Range, ...], int], ...]:
+        """(index ranges, local length with padding) of each dim of a weight's values, however they are stored."""
+        return tuple(dim.local(lambda axis: self.share(axis, at)) for dim in spec.value_dims)
+
     @cached_property
     def _parts(self) -> dict[tuple[int, Coordinates, bool], tuple[TensorSpec, tuple]]:
         return {}

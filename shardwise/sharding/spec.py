@@ -14,6 +14,7 @@ from typing import Any, Self
 
 from shardwise.sharding.axes import Dim, LogicalAxis
 from shardwise.sharding.checkpoint.header import stored_bytes
+from shardwise.sharding.packing import Packing
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +34,16 @@ class TensorSpec:
     """Some checkpoints of this format leave it out; binding to headers then drops it."""
     experts: LogicalAxis | None = None
     """Set where the name has `{expert}`: one such tensor an expert of this axis."""
+    packing: Packing | None = None
+    """Set where a stored element holds several values."""
+    transposed: bool = False
+    """A weight [.., in, out], or what belongs to one."""
+
+    @property
+    def value_dims(self) -> tuple[Dim, ...]:
+        """The dims of a weight's values, whatever elements they are stored in."""
+        dims = self.dims[:-1] if self.packing and self.packing.blocks else self.dims
+        return tuple(replace(dim, per=1) for dim in dims)
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -5,16 +5,16 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from shapes import FP8, LLAMA
 from tiny import write
 
 from shardwise.comm.rank import current_groups
 from shardwise.launch.cli import main
 from shardwise.parallel.engine import Engine
 from shardwise.parallel.supported import UnsupportedModel
-from shardwise.sharding.checkpoint.resolve import random_checkpoint
 from shardwise.sharding.plan import plan
 from shardwise.testing import run_threads
+
+PROJECTION = "model.layers.1.mlp.up_proj.weight"
 
 
 @pytest.fixture
@@ -84,32 +84,16 @@ def test_run_says_what_was_found_and_what_is_missing_before_any_rank_starts(fold
     assert all(each in err for each in words), err
 
 
-QUANTISED = {
-    "awq": ({"quant_method": "awq", "bits": 4, "group_size": 16}, "q_proj.qweight is stored as I32 with scales of F16"),
-    "gptq": ({"quant_method": "gptq", "bits": 4, "group_size": 16}, "q_proj.qweight is stored as I32"),
-    "nvfp4": ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, "q_proj.weight is stored as U8"),
-    "mxfp8": ({"quant_method": "modelopt", "quant_algo": "MXFP8"}, "stored as F8_E4M3 with scales of U8"),
-    "int8": (
-        {
-            "quant_method": "compressed-tensors",
-            "format": "int-quantized",
-            "config_groups": {"all": {"targets": ["Linear"], "weights": {"num_bits": 8, "type": "int"}}},
-        },
-        "stored as I8",
-    ),
-}
+def test_float8_without_scales_is_refused(folder):
+    change_tensors(folder, lambda tensors: tensors.update({PROJECTION: tensors[PROJECTION].to(torch.float8_e4m3fn)}))
+    words = (
+        r"layer 1: model.layers.1.mlp.up_proj.weight is stored as F8_E4M3, which the runtime does not read; it reads"
+    )
+    with pytest.raises(UnsupportedModel, match=words):
+        run_threads(1, lambda: Engine(folder, plan(folder), current_groups()))
 
 
-@pytest.mark.parametrize(("quantisation", "words"), QUANTISED.values(), ids=QUANTISED)
-def test_forms_of_weights_that_are_not_read_are_refused_before_a_byte_is_loaded(tmp_path, quantisation, words):
-    path = tmp_path / "config.json"
-    path.write_text(json.dumps(LLAMA | {"quantization_config": quantisation}))
-    with pytest.raises(UnsupportedModel) as raised:
-        run_threads(1, lambda: Engine(random_checkpoint(path), plan(path), current_groups()))
-    assert words in str(raised.value) and "which the runtime does not read" in str(raised.value)
-
-
-def test_float8_with_float_scales_is_read(tmp_path):
-    path = tmp_path / "config.json"
-    path.write_text(json.dumps(FP8))
-    run_threads(1, lambda: Engine(random_checkpoint(path), plan(path), current_groups()))
+def test_factors_of_inputs_are_refused_and_not_left_out(folder):
+    change_tensors(folder, lambda tensors: tensors.update({"model.layers.0.mlp.act.scales": torch.ones(80)}))
+    with pytest.raises(UnsupportedModel, match=r"model.layers.0.mlp.act.scales scales a layer's input, which"):
+        run_threads(1, lambda: Engine(folder, plan(folder), current_groups()))

@@ -2,10 +2,12 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from shapes import FP8, GPT_OSS, LLAMA, QWEN_MOE
+from stored_forms import FORMS
 
 from shardwise.comm.rank import current_groups
 from shardwise.parallel.dummy import STD, RandomSource
@@ -52,6 +54,20 @@ def test_every_layout_draws_the_same_model(config_file, config):
     alone, *cut = [tokens(path, layout) for layout in LAYOUTS]
     assert all(each == alone for each in cut)
     assert tokens(path, ParallelLayout(), seed=1) != alone
+
+
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+def test_every_form_of_weights_can_be_drawn(config_file, form):
+    path = config_file(LLAMA | {"quantization_config": form.section})
+    made = plan(path, tp=2)
+
+    def rank():
+        engine = Engine(random_checkpoint(path), made, current_groups())
+        engine.generate([[5, 17]], SamplingParams(max_new_tokens=2, ignore_eos=True))
+        return engine.decoder.head(torch.randn(1, 64, generator=torch.Generator().manual_seed(0)))
+
+    first, second = run_threads(2, rank, layout=made.layout)
+    assert first.isfinite().all() and torch.equal(first, second)
 
 
 def rank_weights(path, layout: ParallelLayout, rank: int, dtype=torch.float32) -> Weights:
@@ -103,11 +119,8 @@ def test_a_padded_shard_is_zero_behind_its_part(config_file):
 
 
 def test_storage_types_without_random_values_are_refused(config_file):
-    quantised = {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False}
-    path = config_file(LLAMA | {"quantization_config": quantised})
-    made = plan(path)
-    shard = made.shard(0, "model.layers.0.mlp.up_proj.qweight")
-    with pytest.raises(ValueError, match="up_proj.qweight: no random weights of storage type I32"):
+    shard = replace(plan(config_file(LLAMA)).shard(0, "model.layers.0.mlp.up_proj.weight"), dtype="I16")
+    with pytest.raises(ValueError, match="up_proj.weight: no random weights of storage type I16"):
         RandomSource(0).fill(torch.empty(shard.local_shape), shard, lambda count: None)
 
 

@@ -1,10 +1,13 @@
 """A model that has no room for its weights and a request's cache is refused before a weight is read."""
 
+import json
 from dataclasses import replace
 
 import pytest
 import torch
 from families import FAMILIES, NEAR_KIN
+from shapes import LLAMA as SHAPE
+from stored_forms import FORMS
 from tiny import write
 
 from shardwise.comm.rank import current_groups
@@ -13,7 +16,7 @@ from shardwise.parallel.fitting import Holding, require_memory
 from shardwise.parallel.host_memory import DoesNotFit
 from shardwise.parallel.sampler import SamplingParams
 from shardwise.parallel.weight_form import WeightForm
-from shardwise.sharding.checkpoint.resolve import resolve
+from shardwise.sharding.checkpoint.resolve import random_checkpoint, resolve
 from shardwise.sharding.layout import ParallelLayout
 from shardwise.sharding.plan import plan
 from shardwise.testing import run_threads
@@ -74,6 +77,20 @@ def test_weights_and_cache_take_what_was_foretold(tmp_path, name, layout):
         need = holding.need(made, number)
         assert 0.9 * stats.weight_bytes < need.weights < 1.01 * stats.weight_bytes
         assert need.cache == stats.cache_bytes
+
+
+@pytest.mark.parametrize("name", ["awq", "gptq 8 bit, symmetric", "int8", "nvfp4", "mxfp4"])
+def test_weights_that_are_dequantised_count_as_what_they_become(tmp_path, name):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(SHAPE | {"quantization_config": FORMS[name].section}))
+    made = plan(path, tp=3)
+
+    def rank():
+        return Engine(random_checkpoint(path), made, current_groups()).stats()
+
+    for number, stats in enumerate(run_threads(3, rank, layout=made.layout)):
+        foretold = replace(ON_HOST, dtype=torch.float32).need(made, number).weights
+        assert 0.9 * stats.weight_bytes < foretold < 1.01 * stats.weight_bytes
 
 
 def test_blocks_that_stay_in_their_form_count_as_stored():

@@ -1,14 +1,24 @@
 """Checkpoints whose weights are stored with scales: the same tokens as from the weights that they stand for."""
 
 import json
+import math
+import re
+import zlib
+from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from stored_forms import FORMS, packed
 from tiny import expected_tokens, generate, write
 
+from shardwise.comm.rank import current_groups
 from shardwise.ops.quantization.mxfp4 import dequantize_mxfp4
+from shardwise.parallel.engine import Engine
 from shardwise.sharding.layout import ParallelLayout
+from shardwise.sharding.plan import plan
+from shardwise.testing import run_threads
 
 BLOCK = 16
 
@@ -62,6 +72,34 @@ def mxfp4_experts(name, tensor):
     return {name + "_blocks": blocks, name + "_scales": scales}, plain
 
 
+def in_forms(forms: dict[str, str]) -> Callable:
+    """Linear layers whose module matches a pattern have the form of that name."""
+
+    def change(name, tensor):
+        module = name.removesuffix(".weight")
+        form = next((FORMS[form] for pattern, form in forms.items() if re.match(pattern, module)), None)
+        if form is None or not is_linear(name, tensor):
+            return {name: tensor}, tensor
+        stored, plain = form.store(np.random.default_rng(zlib.crc32(name.encode())), *tensor.shape)
+        return {module + suffix: part for suffix, part in stored.items()}, plain
+
+    return change
+
+
+def compressed_groups(forms: dict[str, str]) -> dict:
+    """A group of compressed-tensors for each pattern."""
+    groups = {}
+    for number, (pattern, name) in enumerate(forms.items()):
+        section = FORMS[name].section
+        weights = section["config_groups"]["all"]["weights"]
+        groups[f"group_{number}"] = {"targets": [f"re:{pattern}"], "format": section["format"], "weights": weights}
+    return packed() | {"format": "mixed-precision", "config_groups": groups}
+
+
+INTEGERS = {".*[qk]_proj": "int4", ".*v_proj": "int4 with zeros", ".*o_proj": "int4 act-order"}
+IN_GROUPS = INTEGERS | {".*gate_proj": "int8 with zeros", ".*up_proj": "fp8 a row", ".*down_proj": "nvfp4 compressed"}
+IN_RULES = {".*o_proj": "gptq act-order", ".*": "gptq"}
+RULES = {r"+:.*o_proj": {"desc_act": True}}
 LLAMA_LAYOUTS = [ParallelLayout(tp=n) for n in (1, 2, 3)]
 MOE_LAYOUTS = [ParallelLayout(), ParallelLayout(tp=2), ParallelLayout(tp=2, moe_ep=2), ParallelLayout(tp=3, moe_ep=3)]
 TILES = {"quant_method": "fp8", "weight_block_size": [BLOCK, BLOCK], "activation_scheme": "dynamic"}
@@ -75,6 +113,17 @@ CASES = {
         dict(num_experts=5, num_experts_per_tok=2, moe_intermediate_size=48, norm_topk_prob=True),
         fp8_tiles,
         TILES,
+        MOE_LAYOUTS,
+    ),
+    "awq": ("llama", {}, in_forms({".*": "awq"}), FORMS["awq"].section, LLAMA_LAYOUTS),
+    "gptq": ("qwen2", {}, in_forms(IN_RULES), FORMS["gptq"].section | {"dynamic": RULES}, LLAMA_LAYOUTS),
+    "compressed-tensors": ("llama", {}, in_forms(IN_GROUPS), compressed_groups(IN_GROUPS), LLAMA_LAYOUTS),
+    "nvfp4": ("phi3", {}, in_forms({".*": "nvfp4"}), FORMS["nvfp4"].section, LLAMA_LAYOUTS),
+    "gptq experts": (
+        "qwen3_moe",
+        dict(num_experts=5, num_experts_per_tok=2, moe_intermediate_size=48, norm_topk_prob=True),
+        in_forms({".*": "gptq v2, one group"}),
+        FORMS["gptq v2, one group"].section,
         MOE_LAYOUTS,
     ),
     "mxfp4 experts": (
@@ -97,3 +146,15 @@ def test_tokens_equal_those_of_the_weights_that_are_meant(
         parity(request.node.callspec.id, layout, "threads")
         for completions in generate(folder, layout):
             assert [list(c.token_ids) for c in completions] == expected, layout
+
+
+def test_a_run_says_what_dequantising_costs(tmp_path):
+    folder = write(tmp_path, "llama")
+    rewrite(folder, in_forms({".*": "awq"}), FORMS["awq"].section)
+    made = plan(folder, tp=2)
+    shards = [shard for shard in made.shards(0) if shard.name.endswith(("qweight", "qzeros", "scales"))]
+    stored = sum(shard.nbytes for shard in shards)
+    held = sum(8 * math.prod(shard.local_shape) * 4 for shard in shards if shard.name.endswith("qweight"))
+    told = run_threads(2, lambda: Engine(folder, made, current_groups()).stats().weights, layout=made.layout)[0]
+    sizes = f"{held / 2**20:.1f} MiB of them dequantised from {stored / 2**20:.1f} MiB"
+    assert told == f"float32, dequantised: weights auto on the CPU; {sizes}"

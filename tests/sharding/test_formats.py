@@ -156,6 +156,26 @@ def test_act_order_keeps_all_scales_of_a_row_parallel_weight():
     assert down["down.group_index"] == (1536,)
 
 
+@pytest.mark.parametrize("method", ["gptq", "awq"])
+def test_one_group_of_all_inputs_may_be_cut_anywhere(method):
+    config = LLAMA | {"quantization_config": {**QUANTIZED[method][0], "group_size": -1}}
+    scales = [plan(config, tp=3).shard(r, "model.layers.0.mlp.down_proj.scales").local_shape for r in range(3)]
+    assert scales == [(1, 1024)] * 3
+
+
+def test_integers_with_zero_points_have_them_beside_their_scales():
+    weights = {"num_bits": 8, "type": "int", "strategy": "channel", "symmetric": False}
+    made = plan(LLAMA | {"quantization_config": compressed(weights, "int-quantized")}, tp=2)
+    zeros = made.shard(1, f"{UP}.weight_zero_point")
+    assert (zeros.dtype, zeros.ranges) == ("I8", made.shard(1, f"{UP}.weight_scale").ranges)
+
+
+@pytest.mark.parametrize(("order", "has_index"), [("group", True), ("weight", False), ("static", False), (None, False)])
+def test_an_order_of_activations_has_an_index_where_it_changes_groups(order, has_index):
+    made = plan(LLAMA | {"quantization_config": compressed({**INT4, "actorder": order}, "pack-quantized")})
+    assert (f"{UP}.weight_g_idx" in made.names()) is has_index
+
+
 def test_blocks_that_do_not_divide_stay_whole_and_uneven():
     config = LLAMA | {"intermediate_size": 1408, "quantization_config": QUANTIZED["fp8 blocks"][0]}
     made = plan(config, tp=3)
@@ -243,6 +263,8 @@ def test_a_table_of_modules_picks_their_formats():
         (compressed({**FP8_CHANNEL, "strategy": "block"}), "block_structure is null, expected two positive integers"),
         (compressed({**FP8_CHANNEL, "strategy": "block", "block_structure": [128]}), "block_structure is [128]"),
         (compressed({**FP8_CHANNEL, "strategy": "group"}), 'strategy is "group", expected tensor, channel or block'),
+        (compressed({**INT4, "num_bits": 3}, "pack-quantized"), "num_bits is 3, expected 2, 4 or 8"),
+        ({"quant_method": "awq", "bits": 8, "group_size": 128}, "bits is 8, expected 4"),
         (compressed({**INT4, "num_bits": 40}, "pack-quantized"), "num_bits is 40, expected an integer from 1 to 8"),
         (
             compressed(FP8_CHANNEL) | {"sparsity_config": {"format": "sparse-24-bitmask"}},

@@ -185,6 +185,9 @@ def _show_figures(llm: "LLM") -> None:
         f"({llm.launcher}, {ranks})",
         file=sys.stderr,
     )
+    weights = llm.stats()[0].weights
+    if "dequantised" in weights:
+        print(f"weights of rank 0: {weights}", file=sys.stderr)
     if llm.config.trace:
         print(f"traces of the first steps, which recording slowed down: {llm.config.trace}", file=sys.stderr)
 
