@@ -1,4 +1,4 @@
-"""Gated delta layers on a GPU: tokens of tiny checkpoints equal the CPU's, which equal Transformers' (test_families.py).
+"""Gated delta layers on a GPU: tokens of tiny checkpoints equal the CPU's, which are Transformers' (test_families.py).
 
 Transformers itself takes fla's kernels where that is installed, which run on GPUs only.
 """
