@@ -119,7 +119,7 @@ class AttentionStep:
             slots=slots,
             splits=cache.splits(mixer.kv_heads, mixer.masking.window, qkv.shape[0]),
             scale=mixer.masking.scale,
-            softcap=mixer.masking.softcap,
+            softcap=mixer.masking.softcap or None,
             rotated=None if mixer.rotary is None else 2 * mixer.rotary.frequencies.numel(),
             q_norm=norms.q.weight if norms else None,
             k_norm=norms.k.weight if norms else None,

@@ -120,7 +120,7 @@ class DeviceCache(KvCache):
         step, shape = self.place(batch), self.layers[layer]
         places = step.places[shape.window]
         rows = self._pools[layer].view(-1, kv.shape[1])
-        if masking.softcap or not _has_decode_kernel(shape):
+        if not _has_decode_kernel(shape):
             out = self._attend_part(places.whole, rows, q, kv, shape, masking)
         elif not step.singles:
             out = self._attend_part(places.longer, rows, q, kv, shape, masking)
@@ -219,6 +219,7 @@ class DeviceCache(KvCache):
             slots=step.slots,
             splits=self.splits(kv_heads, masking.window, count),
             scale=masking.scale,
+            softcap=masking.softcap or None,
             sinks=masking.sinks,
             window=masking.window,
             out=out.view(count, -1),
