@@ -9,23 +9,24 @@ Blocks compute partial sums; `layers.ResidualNorm` and the experts of `moe` add 
     assemble_attention,
     assemble_mamba,
     assemble_delta
-    layers, attention, rotary,  layers of prompts and of any model; `block_linear` computes with GGUF's blocks
-    mla, head_norms, moe,
+    layers, attention, rotary,  layers of prompts and of any model; `block_linear` computes with GGUF's blocks,
+    mla, head_norms, moe,       `float8_linear` with float8 weights
     routing, block_linear,
-    block_tiles
+    block_tiles, float8_linear
     mamba, delta, convolution   layers that keep states of a sequence, which stand in `states`
     decode_step, decode_stream, single tokens on a GPU: few fused kernels a layer, replayed as CUDA graphs
     decode_attention,
     decode_mlp, decode_moe,
-    cuda_graph
+    decode_states, cuda_graph
     token_step, token_products  single tokens of one sequence on the CPU; of several, `single_tokens` attends
     prefill                     attention to prompts on a GPU, by Triton's, FlashInfer's or PyTorch's kernels
     cache, paged, device_cache, KV caches: rows, pages, and pages whose tables GPU kernels read; states of recurrent
     states                      layers beside them
     weights, sources, dummy,    weights: the plan's byte ranges of a checkpoint, or random ones in their place
     read_ahead, transfer,
-    load_experts, dequantise,
-    storage, weight_form, memory
+    load_experts, load_float8,
+    dequantise, storage,
+    weight_form, memory
     fitting, sizing,            whether weights, cache and activations fit the memory, and how much the cache gets
     host_memory
     sampler, text, results      tokens from logits, text from tokens, what callers get

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from shardwise.comm.base import Communicator
-from shardwise.ops.attention.decode import fused_decode_attention, takes_head_size
+from shardwise.ops.attention.decode import fused_decode_attention, gate_output, takes_head_size
 from shardwise.ops.mla.decode import latent_decode_attention
 from shardwise.ops.mla.decode import reason_against as reason_against_sizes
 from shardwise.ops.normalization.decode import AllHeads
@@ -15,7 +15,6 @@ from shardwise.parallel.attention import AttentionMixer
 from shardwise.parallel.decode_stream import Product, Stream, product
 from shardwise.parallel.device_cache import DeviceCache
 from shardwise.parallel.head_norms import HeadNorms, JointNorms
-from shardwise.parallel.layers import Linear
 from shardwise.parallel.mla import LatentMixer
 from shardwise.parallel.rotary import RotaryAngles
 
@@ -29,17 +28,17 @@ def reason_against(mixer: object) -> str:
     size = mixer.head_dim
     if mixer.v_head_dim != size or not takes_head_size(size):
         return f"head sizes {size} and {mixer.v_head_dim}, need one power of two from 32 to 256"
-    if mixer.gated:
-        return "a gated output"
+    if mixer.gated and isinstance(mixer.qk_norms, JointNorms):
+        return "all heads are normed at once, beside a gate of the output"
     if mixer.norm_after_rotation and isinstance(mixer.qk_norms, JointNorms):
         return "all heads are normed at once, after their rotation"
-    return "" if isinstance(mixer.qkv, Linear) and isinstance(mixer.out, Linear) else "weights stay quantised"
+    return "" if Product.takes(mixer.qkv) and Product.takes(mixer.out) else "weights stay quantised"
 
 
 def _reason_against_latents(mixer: LatentMixer) -> str:
     weights = mixer.weights
     linears = (mixer.down, mixer.out) if mixer.q_up is None else (mixer.down, mixer.q_up, mixer.out)
-    if not all(isinstance(linear, Linear) for linear in linears):
+    if not all(map(Product.takes, linears)):
         return "weights stay quantised"
     return reason_against_sizes(weights.nope, weights.rank, mixer.key_width - weights.rank)
 
@@ -105,10 +104,11 @@ class AttentionStep:
 
     def attend(self, qkv: Tensor, positions: Tensor, slots: Tensor) -> Tensor:
         mixer, cache = self.mixer, self.cache
+        qkv, gates = qkv.tensor_split((mixer.qkv_width,), 1)
         norms = self.norms if isinstance(self.norms, HeadNorms) else None
         if isinstance(self.norms, AllHeadsStep):
             self.norms(qkv, pdl=self.pdl)
-        return fused_decode_attention(
+        attended = fused_decode_attention(
             qkv,
             *cache.pages(mixer.layer),
             cache.table(mixer.layer),
@@ -129,6 +129,9 @@ class AttentionStep:
             window=mixer.masking.window,
             pdl=self.pdl,
         )
+        if mixer.gated:
+            gate_output(attended, gates, pdl=self.pdl)
+        return attended
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,7 +16,8 @@ from shardwise.parallel.decode_stream import (
     product,
     row_product,
 )
-from shardwise.parallel.layers import GatedMlp, Linear, PlainMlp, ResidualNorm, gelu_tanh
+from shardwise.parallel.float8_linear import Float8Linear
+from shardwise.parallel.layers import GatedMlp, Linear, LinearLike, PlainMlp, ResidualNorm, gelu_tanh
 from shardwise.parallel.moe import MoeBlock, MoeWithShared
 
 
@@ -39,11 +40,16 @@ def feed_forward_step(inner: Callable[[Tensor], Tensor], *, pdl: bool) -> FeedFo
 
 def _dense(inner: object, pdl: bool) -> "DenseStep | None":
     """Kernels for a dense layer that they can serve."""
-    if isinstance(inner, GatedMlp) and inner.activation in (F.silu, gelu_tanh) and inner.gate_up.bias is None:
+    if isinstance(inner, GatedMlp) and inner.gate_up.bias is None and inner.activation in _gates(inner.gate_up):
         return GatedStep(inner, pdl=pdl)
     if isinstance(inner, PlainMlp) and isinstance(inner.up, Linear) and isinstance(inner.down, Linear):
         return UngatedStep(inner, pdl=pdl)
     return None
+
+
+def _gates(gate_up: LinearLike) -> tuple[Callable[[Tensor], Tensor], ...]:
+    """Activations that the kernels of a gated product have."""
+    return (F.silu,) if isinstance(gate_up, Float8Linear) else (F.silu, gelu_tanh)
 
 
 class PlainStep:

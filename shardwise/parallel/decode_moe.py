@@ -8,6 +8,7 @@ from shardwise.ops.linear.decode import MAX_TOKENS, skinny_linear
 from shardwise.ops.moe import decode
 from shardwise.ops.moe.decode import Choice, Gate, expert_down, expert_up
 from shardwise.parallel.decode_stream import Stream, joined
+from shardwise.parallel.float8_linear import Float8Experts
 from shardwise.parallel.layers import Linear, ResidualNorm
 from shardwise.parallel.moe import Experts, MoeBlock, PackedExperts
 from shardwise.sharding.spec import Routing
@@ -26,7 +27,10 @@ def reason_against(block: MoeBlock) -> str:
 
 def _reason_against_few(block: MoeBlock) -> str:
     """Why the kernels for few tokens cannot serve this block; empty when they can."""
-    unit, routing, experts = block.experts.unit, block.routing, block.experts
+    routing, experts = block.routing, block.experts
+    if isinstance(experts, Float8Experts):
+        return "experts stay float8"
+    unit = experts.unit
     if not isinstance(block.router, Linear):
         return "the router's weights stay quantised"
     if not unit.is_silu and unit.limit is None:
@@ -60,7 +64,7 @@ class ExpertStep:
         self.most_few = (FEW_TOKENS if fused else torch.iinfo(torch.int64).max) if few else 0
         """Most tokens for the kernels for few: all, where no others can be part of a graph."""
         if few:
-            assert isinstance(block.router, Linear)
+            assert isinstance(block.router, Linear) and not isinstance(experts, Float8Experts)
             self.router, self.bias = block.router.weight.t().contiguous(), block.router.bias
             self.slots, self.choice = block.slots.int(), _choice(block.routing)
             self.gate = Gate(experts.unit.alpha, experts.unit.limit)
@@ -81,6 +85,7 @@ class ExpertStep:
     def few(self, stream: Stream, positions: Tensor, residual: Tensor | None) -> Tensor:
         """Of at most `most_few` tokens: this rank's partial sum, plus `residual` where there is one."""
         x, experts = stream.x, self.block.experts
+        assert not isinstance(experts, Float8Experts)
         normed, logits = self._routed(stream)
         biases = (None, None) if isinstance(experts, PackedExperts) else (experts.up_gate_bias, experts.down_bias)
         routed = expert_up(

@@ -17,13 +17,16 @@ from torch import Tensor
 from shardwise.ops.linear.vocab import MOST_TOKENS, POSITION, SLOT, GreedyChoice, embed
 from shardwise.ops.triton_support import dependent_launch
 from shardwise.parallel.decode_attention import Angles, AttentionStep, LatentStep, attention_step
-from shardwise.parallel.decode_attention import reason_against as reason_against_mixer
+from shardwise.parallel.decode_attention import reason_against as reason_against_attention
 from shardwise.parallel.decode_mlp import FeedForward, feed_forward_step
 from shardwise.parallel.decode_moe import reason_against as reason_against_experts
+from shardwise.parallel.decode_states import MambaStep, SingleSpans
+from shardwise.parallel.decode_states import reason_against as reason_against_states
 from shardwise.parallel.decode_stream import Product, Stream, joined, product, row_product
-from shardwise.parallel.decoder import Decoder, DecoderLayer, ParallelLayer
+from shardwise.parallel.decoder import AnyLayer, Decoder, DecoderLayer, FeedForwardLayer, MixerLayer
 from shardwise.parallel.device_cache import PAGE_SIZE, DeviceCache
 from shardwise.parallel.layers import Linear, Norm, ResidualNorm, VocabEmbedding
+from shardwise.parallel.mamba import MambaMixer
 from shardwise.parallel.moe import DataParallelMoe, MoeBlock, MoeWithShared
 
 GRAPH_TRANSPORTS = ("p2p", "flashinfer", "nccl", "threads", "fake")
@@ -32,23 +35,28 @@ GRAPH_TRANSPORTS = ("p2p", "flashinfer", "nccl", "threads", "fake")
 
 @dataclass(frozen=True)
 class Layer:
-    """What the step needs of one layer.
+    """What the step needs of one layer, which may lack the mixer or the feed-forward.
 
-    between  None: both blocks have the same input, and their partial sums are added
+    between  None beside both: they have the same input, and their partial sums are added
     """
 
-    attention: AttentionStep | LatentStep
+    mixer: AttentionStep | LatentStep | MambaStep | None
     between: ResidualNorm | None
-    feed_forward: FeedForward
+    feed_forward: FeedForward | None
     after: ResidualNorm
 
     def __call__(self, stream: Stream, positions: Tensor, slots: Tensor, *, pdl: bool) -> Stream:
-        attended = self.attention(stream, positions, slots)
+        if self.mixer is None:
+            assert self.feed_forward is not None
+            return self.feed_forward(stream, self.after, positions)
+        mixed = self.mixer(stream, positions, slots)
+        if self.feed_forward is None:
+            return row_product(self.mixer.out, mixed, stream.residual, self.after, pdl=pdl)
         if self.between is None:
-            partial = product(self.attention.out, Stream(attended, attended), pdl=pdl)
+            partial = product(self.mixer.out, Stream(mixed, mixed), pdl=pdl)
             partial = self.feed_forward.partial(stream, positions, partial)
             return joined(partial, stream.residual, self.after, pdl=pdl)
-        stream = row_product(self.attention.out, attended, stream.residual, self.between, pdl=pdl)
+        stream = row_product(self.mixer.out, mixed, stream.residual, self.between, pdl=pdl)
         return self.feed_forward(stream, self.after, positions)
 
 
@@ -62,12 +70,16 @@ def reason_against(decoder: Decoder) -> str:
     if group.size > 1 and group.transport not in GRAPH_TRANSPORTS:
         return f"transport {group.transport} passes through the host, which a graph cannot hold"
     for number, layer in enumerate(decoder.layers):
-        if not isinstance(layer, DecoderLayer | ParallelLayer):
-            return f"layer {number}: one block"
-        reason = reason_against_mixer(layer.mixer) or _reason_against_feed_forward(layer.feed_forward)
+        reason = "" if isinstance(layer, FeedForwardLayer) else _reason_against_mixer(layer.mixer)
+        if not reason and not isinstance(layer, MixerLayer):
+            reason = _reason_against_feed_forward(layer.feed_forward)
         if reason:
             return f"layer {number}: {reason}"
     return ""
+
+
+def _reason_against_mixer(mixer: object) -> str:
+    return reason_against_states(mixer) if isinstance(mixer, MambaMixer) else reason_against_attention(mixer)
 
 
 def _reason_against_feed_forward(inner: object) -> str:
@@ -96,8 +108,8 @@ class DecodeStep:
         self.last = torch.zeros(max_batch, dtype=torch.int32, device=cache.device)
         self._embedding, self._first_norm = decoder.embedding, decoder.first_norm
         table = decoder.embedding.table
-        self._table = Product.of(table).weight if isinstance(table, Linear) else table
-        self._angles = Angles(cache)
+        self._table = table.weight.t().contiguous() if isinstance(table, Linear) else table
+        self._angles, self._singles = Angles(cache), SingleSpans(cache.device)
         self.layers = [self._prepared(layer) for layer in decoder.layers]
         head = decoder.head
         self.head, self._group = Product.of(head.linear), head.group
@@ -117,6 +129,8 @@ class DecodeStep:
         weights' type."""
         stream = self._begin(inputs)
         positions, slots = inputs[POSITION], inputs[SLOT]
+        if self.cache.states:
+            self._singles.place(positions, slots)
         for layer in self.layers:
             stream = layer(stream, positions, slots, pdl=self.pdl)
         logits = product(self.head, stream, dtype=torch.float32, pdl=self.pdl)
@@ -146,11 +160,15 @@ class DecodeStep:
         if self._group.size > 1:
             self._greedy.winner(self._group.all_reduce(pairs), tokens)
 
-    def _prepared(self, layer: object) -> Layer:
-        assert isinstance(layer, DecoderLayer | ParallelLayer)
+    def _prepared(self, layer: AnyLayer) -> Layer:
         return Layer(
-            attention_step(layer.mixer, self.cache, self._angles, pdl=self.pdl),
-            layer.between if isinstance(layer, DecoderLayer) else None,
-            feed_forward_step(layer.feed_forward, pdl=self.pdl),
-            layer.after,
+            mixer=None if isinstance(layer, FeedForwardLayer) else self._mixer_step(layer.mixer),
+            between=layer.between if isinstance(layer, DecoderLayer) else None,
+            feed_forward=None if isinstance(layer, MixerLayer) else feed_forward_step(layer.feed_forward, pdl=self.pdl),
+            after=layer.after,
         )
+
+    def _mixer_step(self, mixer: object) -> AttentionStep | LatentStep | MambaStep:
+        if isinstance(mixer, MambaMixer):
+            return MambaStep.of(mixer, self.cache.states, self._singles, pdl=self.pdl)
+        return attention_step(mixer, self.cache, self._angles, pdl=self.pdl)

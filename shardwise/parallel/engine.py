@@ -109,6 +109,7 @@ class Engine:
             device=self.device,
             native=self._form.native_blocks,
             packs_mxfp4=self._form.packs_mxfp4,
+            keeps_float8=self._form.keeps_float8,
             on_progress=on_progress,
         )
         with torch.inference_mode():

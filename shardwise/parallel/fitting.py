@@ -14,7 +14,7 @@ from shardwise.parallel.host_memory import DoesNotFit, host_memory
 from shardwise.parallel.options import DEVICE_PAGE, HOST_PAGE
 from shardwise.parallel.paged import pool_pages
 from shardwise.parallel.sizing import RESERVED_BYTES, activation_bytes
-from shardwise.parallel.weight_form import WeightForm
+from shardwise.parallel.weight_form import WeightForm, keeps_as_float8
 from shardwise.sharding.checkpoint.header import STORAGE
 from shardwise.sharding.layout import ParallelLayout
 from shardwise.sharding.memory import cache_entries
@@ -77,7 +77,9 @@ class Holding:
             weights=weight_bytes(made, rank, self.dtype.itemsize, self.form),
             cache=sum(n * self.page * e.layers * e.token_bytes for n, e in zip(pools, entries, strict=True)),
             states=self.sequences * sum(e.layers * e.sequence_bytes for e in entries),
-            work=activation_bytes(made.model, step, self.dtype) + (RESERVED_BYTES if self.on_gpus else 0),
+            work=activation_bytes(made.model, step, self.dtype)
+            + (RESERVED_BYTES if self.on_gpus else 0)
+            + (widened_bytes(made, rank, self.dtype.itemsize) if self.form.keeps_float8 else 0),
         )
 
     def fits(self, made: Plan, free: int) -> bool:
@@ -96,19 +98,29 @@ class Holding:
 def weight_bytes(made: Plan, rank: int, itemsize: int, form: WeightForm) -> int:
     """What a rank's weights take: `itemsize` bytes a parameter, as stored where they stay in their form.
 
-    A little less than they do take (a table of blocks that is also the head is held in two forms), but for biases that
-    one rank adds for all, which are counted for each.
+    A little less than they do take (a table of blocks that is also the head is held in two forms; scales, and float8
+    weights of which a cut goes through tiles, are more than they count), but for biases that one rank adds for all,
+    which are counted for each.
     """
     held = 0
     for pattern in made.loaded:
         shard, count = made.pattern_shard(pattern, rank), made.pattern_count(pattern, rank)
         block, stays = STORAGE[shard.dtype][0], form.packs_mxfp4 and shard.dtype == "U8"
+        if form.keeps_float8 and keeps_as_float8(pattern.spec):
+            stays = True
         if stays or (form.native_blocks and block > 1):
             held += count * shard.nbytes
         else:
             values = made.cuts.values(pattern.spec, made.layout.coordinates(rank)) if pattern.spec.values else ()
             held += count * prod(length for _, length in values) * itemsize if values else 0
     return held
+
+
+def widened_bytes(made: Plan, rank: int, itemsize: int) -> int:
+    """At most what one linear layer's float8 weights take as a plain matrix, of which prompts need one at a time: no
+    more than two weights are joined that are as large as any."""
+    shards = [made.pattern_shard(p, rank) for p in made.loaded if keeps_as_float8(p.spec) and not p.spec.experts]
+    return 2 * itemsize * max((prod(shard.local_shape) for shard in shards), default=0)
 
 
 def require_memory(made: Plan, holding: Holding, *, world: Communicator, device: torch.device, asked: bool) -> None:

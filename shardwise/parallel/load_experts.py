@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 from shardwise.ops.moe.mxfp4_layout import pack_mxfp4
+from shardwise.parallel.float8_linear import Float8Experts
 from shardwise.parallel.layers import activation_named
+from shardwise.parallel.load_float8 import float8_experts
 from shardwise.parallel.moe import Experts, ExpertUnit, PackedExperts
 from shardwise.parallel.weight_form import stays_packed
 from shardwise.parallel.weights import Weights, is_quantised
@@ -15,7 +17,7 @@ from shardwise.sharding import spec
 
 def load_experts(
     weights: Weights, block: spec.Moe, layer: int, local: Sequence[int], *, adds_bias: bool
-) -> Experts | PackedExperts:
+) -> Experts | PackedExperts | Float8Experts:
     """`local`: expert numbers in slot order. `adds_bias`: this rank adds the second bias, which each rank has whole."""
     unit = ExpertUnit(
         activation=activation_named(block.activation),
@@ -25,6 +27,9 @@ def load_experts(
     )
     if weights.packs_mxfp4 and stays_packed(block):
         return _packed(weights, block, layer, unit, adds_bias)
+    float8 = float8_experts(weights, block, layer, local) if unit.is_silu else None
+    if float8 is not None:
+        return Float8Experts(up_gate=float8[0], down=float8[1])
     stacked = _stacked(weights, block, layer) if block.stacked else _separate(weights, block, layer, local)
     up_gate, down, up_gate_bias, down_bias = stacked
     return Experts(

@@ -4,7 +4,9 @@ from dataclasses import dataclass
 
 import torch
 
+from shardwise.ops.quantization.float8 import TILE
 from shardwise.parallel.options import WEIGHT_FORMS, require_known
+from shardwise.parallel.storage import FLOATS
 from shardwise.sharding import spec
 from shardwise.sharding.model import ModelSpec
 
@@ -18,6 +20,8 @@ class WeightForm:
     packs_mxfp4: bool
     """MXFP4 experts stay, on a GPU."""
     reason: str
+    keeps_float8: bool = False
+    """Float8 weights stay, on a GPU, where a layer takes them."""
 
     @classmethod
     def choose(
@@ -35,11 +39,15 @@ class WeightForm:
             if wanted == "native":
                 return cls(True, False, "as stored where a layer takes it, asked for by name")
             return cls(False, False, name if plain else f"{name}, dequantised: weights auto on the CPU")
-        against = _against_packing(model, dtype, device)
+        grains = _float8_grains(model)
+        against = _against_float8(dtype, device) if grains else _against_packing(model, dtype, device)
         if wanted == "native" and against:
             raise ValueError(f"weights native: {against}; use weights auto")
         if against:
             return cls(False, False, name if plain else f"{name}, dequantised: {against}")
+        if grains:
+            kept = " and ".join(_GRAINS[grain] for grain in grains)
+            return cls(False, False, f"float8 with scales of {kept}, the rest {name}", keeps_float8=True)
         return cls(False, True, f"experts MXFP4, the rest {name}")
 
 
@@ -65,3 +73,48 @@ def _against_experts(block: spec.Moe) -> str:
 def stays_packed(block: spec.Moe) -> bool:
     """Whether a block's experts are MXFP4 of the form that the kernels take."""
     return not _against_experts(block)
+
+
+_GRAINS = {"tiles": "128 x 128 tiles", "channels": "output channels", "tensors": "tensors"}
+_PLAIN_ROLES = {"kv_b", "router", "head", "shared_gate"}
+"""Dequantised always: the first is taken apart and turned for attention to latents, the others are small or kept as
+they are by every checkpoint."""
+
+
+def _against_float8(dtype: torch.dtype, device: torch.device) -> str:
+    if dtype == torch.float32 and device.type == "cuda":
+        return "float8 weights multiply with 16-bit floats, not float32"
+    return ""
+
+
+def _float8_grains(model: ModelSpec) -> list[str]:
+    """What scales of weights that stay float8 stand for."""
+    blocks = [block for layer, _ in model.layer_groups() for block in (*layer.mixers, *layer.feed_forward)]
+    roles = [(block, role.removesuffix(".weight")) for block in blocks for role in block.roles]
+    grains = {float8_grain(*each) for each in roles if stays_float8(*each)}
+    return [grain for grain in _GRAINS if grain in grains]
+
+
+def stays_float8(block: spec.Block, role: str) -> bool:
+    """Whether a weight is of the form that kernels take: e4m3 [out, in] with float scales of a grain that they know."""
+    weight = block.roles.get(f"{role}.weight")
+    return weight is not None and keeps_as_float8(weight) and float8_grain(block, role) != ""
+
+
+def keeps_as_float8(weight: spec.TensorSpec) -> bool:
+    """As `stays_float8`, as far as the weight alone tells."""
+    role, _, part = weight.role.rpartition(".")
+    is_matrix = len(weight.dims) == 2 and not weight.transposed
+    return part == "weight" and weight.dtype == "F8_E4M3" and is_matrix and role not in _PLAIN_ROLES
+
+
+def float8_grain(block: spec.Block, role: str) -> str:
+    """What one scale stands for: tiles, channels or tensors; empty for others, and where there are zero points."""
+    weight, scale = block.roles[f"{role}.weight"], block.roles.get(f"{role}.scale")
+    if scale is None or scale.dtype not in FLOATS or f"{role}.zeros" in block.roles:
+        return ""
+    if all(length == 1 for length in scale.shape):
+        return "tensors"
+    if scale.shape == (weight.shape[0], 1):
+        return "channels"
+    return "tiles" if tuple(dim.per for dim in scale.dims) == (TILE, TILE) else ""

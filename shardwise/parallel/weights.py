@@ -41,12 +41,15 @@ class Weights:
         device: torch.device,
         native: bool = False,
         packs_mxfp4: bool = False,
+        keeps_float8: bool = False,
         on_progress: Progress | None = None,
     ):
         self.plan, self.rank, self.dtype, self.device = plan, rank, dtype, device
         self.native = native
         self.packs_mxfp4 = packs_mxfp4
         """Whether experts that are stored as MXFP4 stay so, for kernels that multiply with them."""
+        self.keeps_float8 = keeps_float8
+        """The same of float8 weights, which `load_float8` loads."""
         self._source: TensorSource
         if checkpoint.random_seed is not None:
             self._source = RandomSource(checkpoint.random_seed)

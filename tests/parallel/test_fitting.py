@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -98,6 +99,19 @@ def test_blocks_that_stay_in_their_form_count_as_stored():
     kept = replace(ON_HOST, form=WeightForm(True, False, "as stored")).need(made, 0).weights
     held = run_threads(1, lambda: Engine("smollm2", made, current_groups(), weights="native").stats().weight_bytes)[0]
     assert 0.7 * held < kept < held
+
+
+def published(architecture: str) -> dict:
+    rows = (Path(__file__).parents[1] / "sharding/data/published_configs.jsonl").read_text().splitlines()
+    return next(config for config in map(json.loads, rows) if config["architectures"] == [architecture])
+
+
+@pytest.mark.parametrize(("weights", "fits"), [("auto", True), ("dequantised", False)], ids=["float8", "dequantised"])
+def test_deepseek_v3_fits_eight_large_gpus_where_its_weights_stay_float8(weights, fits):
+    made = plan(published("DeepseekV3ForCausalLM"), ParallelLayout(tp=8, moe_ep=8))
+    form = WeightForm.choose(weights, made.model, torch.bfloat16, torch.device("cuda"), kernels=True)
+    assert form.keeps_float8 == fits
+    assert replace(ON_GPUS, form=form, tokens=4096).fits(made, 139 * GIB) == fits
 
 
 def test_gpus_without_room_are_counted_and_layouts_that_fit_are_offered(monkeypatch):

@@ -4,15 +4,16 @@ Not registered operators: the runtime's layers call them directly. `skinny_float
 
     y = f( (x * g) W^T * rsqrt(mean(x^2) + eps) + bias ) + residual
 
-and `few_float8`, for more tokens, y = f(x W^T + bias) on the matrix unit, in parts of K where outputs are few. bf16,
-fp16 or float32 inputs, float32 sums. CUDA (compute capability 9.0), or Triton's interpreter with fp16 and float32.
+and `few_float8`, for more tokens, y = f(x W^T + bias) + residual on the matrix unit, in parts of K where outputs are
+few. bf16, fp16 or float32 inputs, float32 sums. CUDA (compute capability 9.0), or Triton's interpreter with fp16 and
+float32.
 """
 
 from dataclasses import dataclass
 
 import torch
 
-from shardwise.ops.linear.float8_kernels import few_kernel, skinny_kernel
+from shardwise.ops.linear.float8_kernels import few_float8_kernel, skinny_float8_kernel
 from shardwise.ops.moe.workspace import Workspace
 from shardwise.ops.quantization.float8 import Float8Weight
 from shardwise.ops.tensor_memory import matrix_tiles
@@ -41,7 +42,7 @@ class Tile:
 
 @dataclass(frozen=True)
 class FewTile:
-    """Shape of one launch of `few_kernel`."""
+    """Shape of one launch of `few_float8_kernel`."""
 
     rows: int
     """Of a tile; half of them gate rows in a gated product."""
@@ -59,7 +60,7 @@ def tile_for(rows: int, columns: int, gated: bool) -> Tile:
 
 
 def few_tile_for(tokens: int, rows: int, columns: int, gated: bool, processors: int) -> FewTile:
-    """The tile for `few_kernel`: parts of K where there are fewer tiles than two for each multiprocessor."""
+    """The tile for `few_float8_kernel`: parts of K where there are fewer tiles than two for each multiprocessor."""
     tiles, steps, splits = triton.cdiv(rows, 64), triton.cdiv(columns, 128), 1
     while tiles * splits < processors and splits < 8 and steps // (2 * splits) >= 4:
         splits *= 2
@@ -84,7 +85,7 @@ def skinny_float8(
     out = torch.empty(tokens, n, dtype=x.dtype, device=x.device)
     tile = tile or tile_for(n, k, gated)
     pdl = pdl and not interpreting()
-    skinny_kernel[(triton.cdiv(n, tile.rows),)](
+    skinny_float8_kernel[(triton.cdiv(n, tile.rows),)](
         x, weight.words, weight.scales, out, norm_weight, bias, residual, n, k, eps,
         TOKENS=tokens, BLOCK_N=tile.rows, BLOCK_K=tile.columns, STAGES=tile.stages,
         WHOLE=triton.cdiv(k, tile.columns) if tile.whole else 0, NORM=norm_weight is not None, BIAS=bias is not None,
@@ -93,7 +94,7 @@ def skinny_float8(
     return out
 
 
-_few = Launcher(few_kernel)
+_few = Launcher(few_float8_kernel)
 
 
 def few_float8(
@@ -101,6 +102,7 @@ def few_float8(
     weight: Float8Weight,  # [N, K], gated: [2N, K]
     *,
     bias: torch.Tensor | None = None,  # [N]
+    residual: torch.Tensor | None = None,  # [T, N]
     gated: bool = False,
     tile: FewTile | None = None,
 ) -> torch.Tensor:
@@ -116,21 +118,22 @@ def few_float8(
     codes, scales = weight.codes, weight.scales
     parts, counters = scales, scales
     if splits > 1:
-        space = Workspace.of(device, tokens)
+        space = Workspace.of(device, block)
         parts = space.take("float8 parts", ((1 + gated) * tiles * splits * rows * block,), torch.float32)
         counters = space.counters(tiles)
     constants = (
-        (block, tile.rows, tile.step, tile.stages, splits, gated, bias is not None, weight.tiled)
-        + (0 if interpreting() else AHEAD_LINES, interpreting(), pdl)
+        (block, tile.rows, tile.step, tile.stages, splits, gated, bias is not None, residual is not None)
+        + (weight.tiled, 0 if interpreting() else AHEAD_LINES, interpreting(), pdl)
     )  # fmt: skip
-    bias = scales if bias is None else bias
-    key = (x.dtype, bias.dtype, n, k, tile.warps, counters.dtype, aligned(codes, scales, bias, out, parts, counters))
+    bias, residual = scales if bias is None else bias, scales if residual is None else residual
+    even = aligned(codes, scales, bias, residual, out, parts, counters)
+    key = (x.dtype, bias.dtype, residual.dtype, counters.dtype, n, k, tile.warps, even)
     _few(
         device,
         (*key, constants),
         (tiles, splits, 1),
-        (matrix_tiles(x, block, tile.step), matrix_tiles(codes, rows, tile.step), codes, scales, bias, out)
-        + (parts, counters, tokens, n, k)
+        (matrix_tiles(x, block, tile.step), matrix_tiles(codes, rows, tile.step), codes, scales, bias)
+        + (residual, out, parts, counters, tokens, n, k)
         + constants,
         num_warps=tile.warps,
         launch_pdl=pdl,

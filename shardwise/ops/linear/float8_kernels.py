@@ -81,7 +81,7 @@ def _add(totals, products, squares, w, u, w_scale, u_scale, x_ptr, norm_ptr, sta
 
 
 @triton.jit(do_not_specialize=["eps"])
-def skinny_kernel(
+def skinny_float8_kernel(
     x_ptr,  # [T, K]
     word_ptr,  # int32 [N, K / 4], or [2N, K / 4] when GATED: gate rows, then up rows
     scale_ptr,  # TILED: [ceil(N / 128), ceil(K / 128)], else [N]; GATED: twice the rows
@@ -211,11 +211,11 @@ def _sum_of(parts, SPLITS: tl.constexpr, BN: tl.constexpr, BT: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["tokens"])
-def few_kernel(
-    x, w, code_ptr, scale_ptr, bias_ptr, out_ptr, part_ptr, count_ptr, tokens, N, K,
+def few_float8_kernel(
+    x, w, code_ptr, scale_ptr, bias_ptr, residual_ptr, out_ptr, part_ptr, count_ptr, tokens, N, K,
     BT: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, SPLITS: tl.constexpr,
-    GATED: tl.constexpr, BIAS: tl.constexpr, TILED: tl.constexpr, AHEAD: tl.constexpr, INTERPRET: tl.constexpr,
-    PDL: tl.constexpr,
+    GATED: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, TILED: tl.constexpr, AHEAD: tl.constexpr,
+    INTERPRET: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """BN outputs of all tokens, or a part of K's share of them; the last part to arrive adds up all, in their order.
 
@@ -265,7 +265,7 @@ def few_kernel(
         if GATED:
             up = _sum_of(up_parts, SPLITS, ROWS, BT)
     t = tl.arange(0, BT)
-    inside = (n < N)[:, None]
+    inside = (n < N)[:, None] & (t < tokens)[None, :]
     if not TILED:
         acc *= tl.load(scale_ptr + n, mask=n < N, other=0.0)[:, None]
     if BIAS:
@@ -274,5 +274,7 @@ def few_kernel(
         if not TILED:
             up *= tl.load(scale_ptr + N + n, mask=n < N, other=0.0)[:, None]
         acc = silu(acc) * up
-    at = out_ptr + t[None, :] * N + n[:, None]
-    tl.store(at, acc.to(out_ptr.dtype.element_ty), mask=inside & (t < tokens)[None, :])
+    at = t[None, :] * N + n[:, None]
+    if RESIDUAL:
+        acc += tl.load(residual_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out_ptr + at, acc.to(out_ptr.dtype.element_ty), mask=inside)

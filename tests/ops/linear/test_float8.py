@@ -69,16 +69,19 @@ def test_a_token_or_a_few_by_multiply_adds(tokens, columns, tile, norm, form, ti
 
 
 @pytest.mark.parametrize("tiled", [True, False], ids=["tiles", "channels"])
-@pytest.mark.parametrize("form", ["plain", "bias", "gated"])
+@pytest.mark.parametrize("form", ["plain", "bias", "residual", "gated"])
 @pytest.mark.parametrize("tokens, columns, splits", [(1, 144, 1), (5, 656, 2), (33, 512, 4)])
 def test_more_tokens_on_the_matrix_unit(tokens, columns, splits, form, tiled):
     torch.manual_seed(1)
     rows = 256 if form == "gated" else 200
     weight, values = float8(rows, columns, tiled)
     x, bias = randn(tokens, columns), randn(rows) if form == "bias" else None
+    residual = randn(tokens, rows) if form == "residual" else None
     for _ in range(2):  # a product in parts leaves its counters as it found them
-        got = few_float8(x, weight, bias=bias, gated=form == "gated", tile=FewTile(64, 128, 4, 3, splits))
-        close(got, formula(x, values, form, [] if bias is None else [bias]))
+        got = few_float8(
+            x, weight, bias=bias, residual=residual, gated=form == "gated", tile=FewTile(64, 128, 4, 3, splits)
+        )
+        close(got, formula(x, values, form, [t for t in (bias, residual) if t is not None]))
 
 
 @pytest.mark.parametrize("tiled", [True, False], ids=["tiles", "channels"])
