@@ -56,7 +56,7 @@ def kinds(decoder: Decoder, step: DecodeStep, batch: int, context: int) -> dict[
 
 
 def _products(step: DecodeStep, x: Tensor, norm: Tensor) -> dict[str, Kind]:
-    layers = [layer.attention for layer in step.layers]
+    layers = [layer.mixer for layer in step.layers]
     firsts = [each.down if isinstance(each, LatentStep) else each.qkv for each in layers]
     ups = [each.q_up for each in layers if isinstance(each, LatentStep) and each.q_up is not None]
     found = {
@@ -84,7 +84,7 @@ def _attention(step: DecodeStep, positions: Tensor) -> dict[str, Kind]:
     found, (batch,), context = {}, positions.shape, int(positions[0])
     slots = torch.arange(batch, device=positions.device, dtype=torch.int32)
     for name, windowed in (("attention", False), ("attention with a window", True)):
-        chosen = [s.attention for s in step.layers if bool(s.attention.mixer.masking.window) == windowed]
+        chosen = [s.mixer for s in step.layers if bool(s.mixer.mixer.masking.window) == windowed]
         if chosen:
             shape = step.cache.layers[chosen[0].mixer.layer]
             read = batch * min(context, shape.window or context) * shape.width * step.cache.dtype.itemsize

@@ -5,10 +5,12 @@ from torch import Tensor
 
 from shardwise.ops.mamba.conv_reference import torch_cached_causal_conv1d
 from shardwise.ops.mamba.conv_triton import triton_cached_causal_conv1d
-from shardwise.parallel.batch import Batch
+from shardwise.parallel.states import StateSpans
 
 
-def convolved(x: Tensor, weight: Tensor, bias: Tensor | None, batch: Batch, states: Tensor, *, kernels: bool) -> Tensor:
+def convolved(
+    x: Tensor, weight: Tensor, bias: Tensor | None, batch: StateSpans, states: Tensor, *, kernels: bool
+) -> Tensor:
     """silu of the convolution of x [T, C], any strides, over each sequence: [T, C]; may overwrite x.
 
     weight   [C, 1, K]

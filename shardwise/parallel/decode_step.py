@@ -3,8 +3,9 @@
 Built from an assembled `Decoder`; it shares the decoder's weights and cache and computes the same function. For few
 tokens a dense layer is norm + QKV product, attention (rotation, append, scores, combine), output product + residual,
 norm + gate/up product + activation, down product + residual: five kernels on one rank; a layer of experts has six: the
-router's product with the norm, gate/up of the chosen experts, down and their sum take the place of the last two. Over
-several ranks the sums between them are the group's fused all-reduce + residual + norm. What a product cannot take in
+router's product with the norm, gate/up of the chosen experts, down and their sum take the place of the last two. A
+Mamba-2 mixer has five: norm + projection, convolution, state step, gated norm, output product + residual. Over several
+ranks the sums between them are the group's fused all-reduce + residual + norm. What a product cannot take in
 has a kernel of its own: layer norms, norms of a block's result, norms of all heads at once. Larger batches use the
 library's matrix products and the grouped kernels of prefill.
 """

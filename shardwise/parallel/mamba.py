@@ -17,7 +17,7 @@ from shardwise.parallel.batch import Batch
 from shardwise.parallel.cache import KvCache
 from shardwise.parallel.convolution import convolved
 from shardwise.parallel.layers import LinearLike
-from shardwise.parallel.states import LayerState
+from shardwise.parallel.states import LayerState, StateCache, StateSpans
 
 
 class GatedNorm:
@@ -97,12 +97,16 @@ class MambaMixer:
     def __call__(self, x: Tensor, batch: Batch, cache: KvCache) -> Tensor:
         if x.shape[0] == 0:  # the other groups of data-parallel attention have tokens in this step
             return torch.zeros_like(x)
-        state, kernels = cache.states.of(self.layer), cache.states.kernels
-        gate, rows, dt = self.in_proj(x).split_with_sizes(self._parts, 1)
-        rows = convolved(rows, self.conv, self.conv_bias, batch, state.conv, kernels=kernels)
-        return self.out(self.norm(self._scan(rows, dt, batch, state, kernels=kernels), gate))
+        return self.out(self.mix(self.in_proj(x), batch, cache.states))
 
-    def _scan(self, rows: Tensor, dt: Tensor, batch: Batch, state: LayerState, *, kernels: bool) -> Tensor:
+    def mix(self, projected: Tensor, batch: StateSpans, states: StateCache) -> Tensor:
+        """From what `in_proj` gives, which may be overwritten, to what `out` takes, [T, H * P]."""
+        state, kernels = states.of(self.layer), states.kernels
+        gate, rows, dt = projected.split_with_sizes(self._parts, 1)
+        rows = convolved(rows, self.conv, self.conv_bias, batch, state.conv, kernels=kernels)
+        return self.norm(self._scan(rows, dt, batch, state, kernels=kernels), gate)
+
+    def _scan(self, rows: Tensor, dt: Tensor, batch: StateSpans, state: LayerState, *, kernels: bool) -> Tensor:
         """rows [T, x | B | C] and dt [T, H] -> [T, H * P]."""
         parts, units = rows[None].split_with_sizes(self._convolved, 2), (self.heads, self.groups, self.groups)
         x, B, C = (part.unflatten(2, (count, -1)) for part, count in zip(parts, units, strict=True))

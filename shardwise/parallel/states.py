@@ -9,7 +9,7 @@ gives up its place computes them again.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -40,6 +40,27 @@ class LayerState(NamedTuple):
     """float32 [slots, H, ., .]"""
 
 
+class StateSpans(Protocol):
+    """What operators with states are told of a step's sequences; `Batch` has it."""
+
+    @property
+    def batch_info(self) -> Tensor: ...
+
+    @property
+    def seq_len(self) -> Tensor: ...
+
+    @property
+    def cu_seqlen(self) -> Tensor: ...
+
+    @property
+    def slots(self) -> Tensor: ...
+
+    @property
+    def resumes(self) -> Tensor: ...
+
+    def pieces(self, chunk: int) -> tuple[Tensor, Tensor, Tensor]: ...
+
+
 class StateCache:
     """The states of `slots` sequences in every layer that has a shape here.
 
@@ -64,6 +85,10 @@ class StateCache:
             for number, shape in enumerate(shapes)
             if shape is not None
         }
+
+    def __bool__(self) -> bool:
+        """Whether some layer has states."""
+        return bool(self._layers)
 
     def of(self, layer: int) -> LayerState:
         return self._layers[layer]

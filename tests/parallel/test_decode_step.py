@@ -58,7 +58,20 @@ FAMILIES |= {name: NEAR_KIN[name] for name in ("glm4", "olmo2", "cohere", "starc
         dict(NEAR_KIN["phi3 with long factors"][1], hidden_size=192, head_dim=32, rope_parameters=LONG_FACTORS),
     ),
 }
-"""Heads rotated in part, norms after blocks, of all heads, of layers, capped scores, blocks in parallel."""
+FAMILIES |= {
+    "bamba": ("bamba", dict(NEAR_KIN["bamba"][1], num_hidden_layers=2, head_dim=32)),
+    "nemotron_h": (
+        "nemotron_h",
+        dict(
+            NEAR_KIN["nemotron_h"][1],
+            num_hidden_layers=3,
+            head_dim=32,
+            layers_block_type=["mamba", "mlp", "attention"],
+        ),
+    ),
+}
+"""Heads rotated in part, norms after blocks, of all heads, of layers, capped scores, blocks in parallel; state-space
+layers, layers of one block."""
 CASES = [(name, ParallelLayout()) for name in FAMILIES]
 CASES += [
     ("llama tied, with biases", ParallelLayout(tp=2)),
@@ -67,6 +80,7 @@ CASES += [
     ("deepseek_v2", ParallelLayout(tp=2)),
     ("olmo2", ParallelLayout(tp=2)),
     ("cohere", ParallelLayout(tp=2)),
+    ("bamba", ParallelLayout(tp=2)),
 ]
 
 
@@ -158,6 +172,17 @@ def test_steps_ahead_change_no_token_whatever_the_batching(llama, monkeypatch):
     engine = fused(llama, cache_tokens=4 * 64)
     assert tokens_of(engine, prompts, params) == expected
     assert sorted(engine.cache.tables.of[None].free) == list(range(4))
+
+
+def test_a_slots_states_are_cleared_behind_a_step_that_nobody_waits_for(tmp_path, monkeypatch):
+    model_type, fields = FAMILIES["nemotron_h"]
+    folder = write(tmp_path, model_type, **fields)
+    monkeypatch.setattr("shardwise.parallel.engine.MAX_BATCH", 2)
+    prompts = [[7], [250], [30]]  # whose first step is a decode step too
+    expected = expected_tokens(folder, prompts, count=COUNT)
+    stops = [SamplingParams(max_new_tokens=COUNT, stop_token_ids=(answer[1],)) for answer in expected]
+    ends = [answer[: answer.index(answer[1])] for answer in expected]
+    assert tokens_of(fused(folder), prompts, stops) == ends
 
 
 def test_windows_keep_their_tokens_alone_in_a_ring_of_pages(tmp_path):
