@@ -41,6 +41,8 @@ class AttentionMixer:
         self.norm_after_rotation, self.gated = norm_after_rotation, gated
         self._queries_end, self._keys_end = heads * head_dim, (heads + kv_heads) * head_dim
         self._kv_width = kv_heads * (head_dim + v_head_dim)
+        self.qkv_width = self._queries_end + self._kv_width
+        """Of the projection's rows, without the gates."""
 
     def __call__(self, x: Tensor, batch: Batch, cache: KvCache) -> Tensor:
         tokens = x.shape[0]
@@ -57,7 +59,7 @@ class AttentionMixer:
         kv = qkv.narrow(1, self._queries_end, self._kv_width)
         attended = cache.attend(self.layer, qk.narrow(1, 0, self.heads), kv, batch, self.masking).reshape(tokens, -1)
         if self.gated:
-            attended = attended * qkv[:, self._queries_end + self._kv_width :].sigmoid()
+            attended = attended * qkv[:, self.qkv_width :].sigmoid()
         return self.out(attended)
 
     def _norm(self, qk: Tensor) -> None:

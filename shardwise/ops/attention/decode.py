@@ -14,7 +14,7 @@ import torch
 from shardwise.ops.attention.decode_direct import direct_kernel
 from shardwise.ops.attention.decode_kernel import decode_kernel
 from shardwise.ops.gluon_support import GLUON
-from shardwise.ops.triton_support import interpreting, triton
+from shardwise.ops.triton_support import await_predecessor, interpreting, tl, triton
 
 MAX_SPLITS = 64
 DIRECT_PAIRS, DIRECT_GROUP = 32, 4
@@ -58,7 +58,7 @@ def splits_for(batch: int, kv_heads: int, max_keys: int, processors: int) -> int
 
 
 def fused_decode_attention(
-    qkv: torch.Tensor,  # [B, (N + 2 Nkv) D], before QK-norm and RoPE
+    qkv: torch.Tensor,  # [B, (N + 2 Nkv) D], before QK-norm and RoPE; rows may be strided
     k_cache: torch.Tensor,  # [pages, page_size, Nkv, D]
     v_cache: torch.Tensor,  # [pages, page_size, Nkv, D]
     page_table: torch.Tensor,  # int32 [B, max_pages]; with `slots` [rows, max_pages]
@@ -109,8 +109,8 @@ def fused_decode_attention(
     pdl = pdl and not interpreting()
     common = (
         qkv, k_cache, v_cache, page_table, slots, positions, rope, q_norm, k_norm, sinks, out,
-        workspace.partial, workspace.counter, kv_heads, page_table.shape[1], splits, *k_cache.stride()[:3],
-        head_dim**-0.5 if scale is None else scale, softcap, eps, window or 0,
+        workspace.partial, workspace.counter, kv_heads, page_table.shape[1], splits, qkv.stride(0),
+        *k_cache.stride()[:3], head_dim**-0.5 if scale is None else scale, softcap, eps, window or 0,
     )  # fmt: skip
     flags = dict(
         GROUP=group, PAGE=page_size, ROTATED=rotated, QK_NORM=norm, SINKS=sinks is not None,
@@ -129,6 +129,29 @@ def fused_decode_attention(
             **flags,
         )  # fmt: skip
     return out
+
+
+@triton.jit
+def output_gate_kernel(out_ptr, gate_ptr, columns, gate_stride, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    await_predecessor(PDL)
+    row, i = tl.program_id(1).to(tl.int64), tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    out = tl.load(out_ptr + row * columns + i, mask=i < columns, other=0.0)
+    gate = tl.load(gate_ptr + row * gate_stride + i, mask=i < columns, other=0.0).to(tl.float32)
+    gated = out.to(tl.float32) * tl.sigmoid(gate)
+    tl.store(out_ptr + row * columns + i, gated.to(out_ptr.dtype.element_ty), mask=i < columns)
+
+
+def gate_output(
+    attended: torch.Tensor,  # [B, C], contiguous, in place
+    gates: torch.Tensor,  # [B, C], rows may be strided
+    *,
+    pdl: bool = False,
+) -> None:
+    """Each element times the sigmoid of its gate."""
+    (rows, columns), block, pdl = attended.shape, 1024, pdl and not interpreting()
+    output_gate_kernel[(triton.cdiv(columns, block), rows)](
+        attended, gates, columns, gates.stride(0), BLOCK=block, PDL=pdl, num_warps=4, launch_pdl=pdl
+    )
 
 
 _NAME = fused_decode_attention.__name__

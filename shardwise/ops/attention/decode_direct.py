@@ -150,8 +150,8 @@ def _merge(parts, active, place, lane, live, G: tl.constexpr, D: tl.constexpr, S
 @jit(do_not_specialize=["splits", "scale", "eps"])
 def direct_kernel(
     qkv_ptr, k_cache_ptr, v_cache_ptr, table_ptr, slot_ptr, position_ptr, rope_ptr, q_norm_ptr, k_norm_ptr, sinks_ptr,
-    out_ptr, partial_ptr, counter_ptr, kv_heads, max_pages, splits, page_stride, token_stride, head_stride, scale, cap,
-    eps, window,
+    out_ptr, partial_ptr, counter_ptr, kv_heads, max_pages, splits, row_stride, page_stride, token_stride, head_stride,
+    scale, cap, eps, window,
     GROUP: tl.constexpr, G: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, REP: tl.constexpr, WARPS: tl.constexpr,
     ROTATED: tl.constexpr, QK_NORM: tl.constexpr, SINKS: tl.constexpr, CAPPED: tl.constexpr, WINDOW: tl.constexpr,
     SLOTS: tl.constexpr, PDL: tl.constexpr,
@@ -210,7 +210,7 @@ def direct_kernel(
             sink = gl.load(sinks_ptr + head * GROUP + lane, mask=live, other=0.0)
         if PDL:
             tl.extra.cuda.gdc_wait()
-        qkv = qkv_ptr + sequence.to(gl.int64) * (kv_heads * (GROUP + 2) * D)
+        qkv = qkv_ptr + sequence.to(gl.int64) * row_stride
         g = gl.expand_dims(gl.arange(0, G, layout=gl.SliceLayout(1, HEADS)), 1)
         q_ptr = qkv + head * GROUP * D
         k_ptr = qkv + (kv_heads * GROUP + head) * D

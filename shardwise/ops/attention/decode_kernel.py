@@ -99,7 +99,7 @@ def _attend(q1, q2, k1, k2, v, seen, top, weight, total, cap, CAPPED: tl.constex
 
 @triton.jit(do_not_specialize=["splits", "scale", "eps"])
 def decode_kernel(
-    qkv_ptr,  # [B, (N + 2 Nkv) D]
+    qkv_ptr,  # [B, (N + 2 Nkv) D], strided
     k_cache_ptr,  # [pages, PAGE, Nkv, D], strided
     v_cache_ptr,  # the same, with the same strides
     table_ptr,  # int32 [rows, max_pages]
@@ -115,6 +115,7 @@ def decode_kernel(
     kv_heads,
     max_pages,
     splits,
+    row_stride,
     page_stride,
     token_stride,
     head_stride,
@@ -156,7 +157,7 @@ def decode_kernel(
     whole = tl.arange(0, D)
     group = tl.arange(0, GROUP_PAD)
     live = group < GROUP
-    row = qkv_ptr + sequence.to(tl.int64) * (kv_heads * (GROUP + 2) * D)
+    row = qkv_ptr + sequence.to(tl.int64) * row_stride
     if position < 0:
         if PDL:
             tl.extra.cuda.gdc_wait()

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from shardwise.ops.attention.decode import DecodeWorkspace, fused_decode_attention
+from shardwise.ops.attention.decode import DecodeWorkspace, fused_decode_attention, gate_output
 from shardwise.ops.linear.decode import Tile, gated_activation, skinny_linear
 from shardwise.ops.triton_support import interpreting
 
@@ -162,7 +162,7 @@ def check_decode_attention(dim, page_size, positions, splits, heads, kv_heads, l
     rotated = dim * 3 // 4 if "part" in options else dim
     angles[:, rotated // 2 :] = 0
     rope = torch.cat([angles.cos(), angles.sin()], -1).to(DEVICE)
-    qkv = randn(batch, (heads + 2 * kv_heads) * dim)
+    qkv = randn(batch, (2 * heads + 2 * kv_heads) * dim)[:, : (heads + 2 * kv_heads) * dim]  # rows with gates behind
     q_norm, k_norm = (randn(dim), randn(dim)) if "qk_norm" in options else (None, None)
     sinks = randn(heads) if "sinks" in options else None
     window = 9 if "window" in options else None
@@ -191,3 +191,10 @@ def check_decode_attention(dim, page_size, positions, splits, heads, kv_heads, l
         before_k[page, position % page_size] = k_cache[page, position % page_size].double()
         before_v[page, position % page_size] = v_cache[page, position % page_size].double()
     assert torch.equal(k_cache.double(), before_k) and torch.equal(v_cache.double(), before_v)
+
+
+def test_an_output_is_gated_in_place_by_rows_of_a_wider_tensor():
+    attended, rows = randn(3, 1500), randn(3, 4000)
+    expected = attended.double() * rows[:, 2500:].double().sigmoid()
+    gate_output(attended, rows[:, 2500:])
+    close(attended, expected, 1e-3)
