@@ -17,7 +17,7 @@ from shardwise.sharding.checkpoint.header import CheckpointError
 from shardwise.sharding.packing import Packing
 from shardwise.sharding.spec import TensorSpec
 
-PIECE_VALUES = 1 << 20
+PIECE_VALUES = {"cpu": 1 << 18, "cuda": 1 << 23}
 """Dequantised at once: bounds the temporaries, which take some 20 bytes a value."""
 Ranges = Sequence[Range]
 
@@ -56,7 +56,7 @@ def dequantise(out: Tensor, rows: Ranges, columns: Ranges, parts: Mapping[str, P
     zero = _Grid.of(_codes(parts["zeros"]), parts["zeros"], outputs, groups, turned) if "zeros" in parts else None
     codes = _Codes(parts["weight"], *((inputs, outputs) if turned else (outputs, inputs)))
     target = out.t() if turned else out
-    step = max(1, PIECE_VALUES // max(1, target.shape[1]))
+    step = max(1, PIECE_VALUES[out.device.type] // max(1, target.shape[1]))
     for first in range(0, target.shape[0], step):
         piece = slice(first, min(first + step, target.shape[0]))
         values = codes.rows(piece)

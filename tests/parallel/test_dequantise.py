@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import save_file
 from stored_forms import FORMS
 
+from shardwise.parallel.dequantise import PIECE_VALUES
 from shardwise.parallel.weights import Weights
 from shardwise.sharding.checkpoint.resolve import open_checkpoint
 from shardwise.sharding.plan import plan
@@ -76,7 +77,7 @@ def test_a_weight_becomes_the_type_of_the_run_with_one_rounding(tmp_path):
 
 @pytest.mark.parametrize("name", ["awq", "gptq act-order", "int4 with zeros", "nvfp4"])
 def test_pieces_are_the_whole(tmp_path, monkeypatch, name):
-    monkeypatch.setattr("shardwise.parallel.dequantise.PIECE_VALUES", 700)
+    monkeypatch.setitem(PIECE_VALUES, "cpu", 700)
     plain = write(tmp_path, FORMS[name])
     up, down = parts(tmp_path, "up", "down", tp=3)
     assert torch.equal(torch.cat(up), weight_of(plain, "up"))
