@@ -198,7 +198,7 @@ MAMBA = dict(
     mamba_chunk_size=4,
 )
 NEAR_KIN |= {
-    "bamba": ("bamba", dict(MAMBA, mamba_n_groups=3, attn_layer_indices=[1])),
+    "bamba": ("bamba", dict(MAMBA, mamba_n_groups=1, attn_layer_indices=[1])),
     "granite hybrid": (
         "granitemoehybrid",
         dict(

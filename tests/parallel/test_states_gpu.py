@@ -33,13 +33,13 @@ def checkpoint(tmp_path_factory):
     return of
 
 
-def engine_on(folder, dtype="float32", tp=1, **options) -> Engine:
+def engine_on(folder, dtype="float32", tp=1, device="cuda", **options) -> Engine:
     return Engine(
         folder,
         plan(folder, tp=tp),
         current_groups(),
         dtype=dtype,
-        device="cuda",
+        device=device,
         cache_tokens=CACHE_TOKENS,
         **options,
     )
@@ -73,15 +73,15 @@ def test_ranks_that_share_groups_of_heads_give_the_same_tokens(checkpoint, name)
     assert run_threads(4, lambda: tokens_of(engine_on(folder, tp=4))) == [expected] * 4
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_16_bit_logits_are_near_those_of_float32(checkpoint, name):
+@pytest.mark.parametrize("name", ["bamba", "nemotron_h"])
+def test_16_bit_logits_are_as_near_to_those_of_float32_as_the_cpus(checkpoint, name):
     folder, _ = checkpoint(name)
-    logits = {}
-    for dtype in ("float32", "bfloat16"):
-        engine = run_threads(1, lambda dtype=dtype: engine_on(folder, dtype))[0]
-        logits[dtype] = prompt_logits(engine)
-    error = (logits["bfloat16"] - logits["float32"]).norm() / logits["float32"].norm()
-    assert error < 0.05
+
+    def logits(device: str, dtype: str) -> torch.Tensor:
+        return prompt_logits(run_threads(1, lambda: engine_on(folder, dtype, device=device))[0]).cpu()
+
+    exact, on_cpu, on_gpu = logits("cpu", "float32"), logits("cpu", "bfloat16"), logits("cuda", "bfloat16")
+    assert (on_gpu - exact).norm() < 1.5 * (on_cpu - exact).norm()
 
 
 def prompt_logits(engine) -> torch.Tensor:
