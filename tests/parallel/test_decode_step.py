@@ -51,8 +51,8 @@ LONG_FACTORS = dict(
     NEAR_KIN["phi3 with long factors"][1]["rope_parameters"], short_factor=[1.5] * 12, long_factor=[2] * 12
 )
 FAMILIES |= {name: NEAR_KIN[name] for name in ("glm4", "olmo2", "cohere", "starcoder2", "hunyuan")} | {
-    "gemma2": ("gemma2", NEAR_KIN["gemma2"][1] | ALTERNATING),
-    "olmoe": ("olmoe", dict(NEAR_KIN["olmoe"][1], hidden_size=192, head_dim=32)),
+    "gemma2": ("gemma2", NEAR_KIN["gemma2"][1] | ALTERNATING | {"seed": 3}),
+    "olmoe": ("olmoe", dict(NEAR_KIN["olmoe"][1], seed=3, hidden_size=192, head_dim=32)),
     "phi3 with long factors": (
         "phi3",
         dict(NEAR_KIN["phi3 with long factors"][1], hidden_size=192, head_dim=32, rope_parameters=LONG_FACTORS),
@@ -69,18 +69,26 @@ FAMILIES |= {
             layers_block_type=["mamba", "mlp", "attention"],
         ),
     ),
+    "qwen3_next": (
+        "qwen3_next",
+        dict(
+            NEAR_KIN["qwen3_next"][1],
+            num_hidden_layers=2,
+            head_dim=32,
+            layer_types=["linear_attention", "full_attention"],
+        ),
+    ),
 }
 """Heads rotated in part, norms after blocks, of all heads, of layers, capped scores, blocks in parallel; state-space
-layers, layers of one block."""
-CASES = [(name, ParallelLayout()) for name in FAMILIES]
+layers, layers of one block; gated delta layers, attention with a gated output."""
+ON_TWO_RANKS = ("olmo2", "cohere", "bamba", "qwen3_next")
+CASES = [(name, ParallelLayout()) for name in FAMILIES if name not in ON_TWO_RANKS]
+CASES += [(name, ParallelLayout(tp=2)) for name in ON_TWO_RANKS]
 CASES += [
     ("llama tied, with biases", ParallelLayout(tp=2)),
     ("qwen3_moe", ParallelLayout(tp=2, moe_ep=2)),
     ("gpt_oss", ParallelLayout(tp=2)),
     ("deepseek_v2", ParallelLayout(tp=2)),
-    ("olmo2", ParallelLayout(tp=2)),
-    ("cohere", ParallelLayout(tp=2)),
-    ("bamba", ParallelLayout(tp=2)),
 ]
 
 
