@@ -28,6 +28,8 @@ SCALE = (NOPE + ROPE) ** -0.5
 FOOTPRINT = 256 << 20  # bytes that the layers of one graph read
 SHAPES = {  # (sequences, tokens of each)
     16: ((1, 512), (1, 8192), (1, 32768), (16, 2048), (64, 512), (64, 4096)),
+    32: ((64, 4096),),
+    64: ((64, 4096),),
     128: ((1, 4096), (32, 4096), (128, 1024)),
 }
 DTYPE = torch.bfloat16
@@ -64,19 +66,19 @@ class Inputs:
             object.__setattr__(self, name, value)
 
 
-def ours(x: Inputs, tile: decode.Tile | None = None) -> dict[str, list]:
+def ours(x: Inputs) -> dict[str, list]:
     query = random(x.batch, x.heads, WIDTH)
-    chosen = tile or decode.tile_for_heads(x.heads, 2, PAGE)
+    plan = decode.plan_for(x.heads, x.pools[0], RANK)
 
     def step(pool, weights):
         return lambda: decode.latent_decode_attention(
             x.q, x.key, *weights, pool, x.table, x.slots, x.positions, x.workspace,
-            scale=SCALE, norm=x.norm, rope=x.rope, tile=chosen, pdl=True,
+            scale=SCALE, norm=x.norm, rope=x.rope, pdl=True,
         )  # fmt: skip
 
     def attend(pool):
         return lambda: decode.attend(
-            query, pool, x.table, x.slots, x.positions, x.workspace, tile=chosen, rank=RANK, scale=SCALE, pdl=True
+            query, pool, x.table, x.slots, x.positions, x.workspace, tile=plan, rank=RANK, scale=SCALE, pdl=True
         )  # fmt: skip
 
     return {
@@ -129,7 +131,7 @@ def difference(x: Inputs) -> float:
     query = random(x.batch, x.heads, WIDTH)
     found = decode.attend(
         query, x.pools[0], x.table, x.slots, x.positions, x.workspace,
-        tile=decode.tile_for_heads(x.heads, 2, PAGE), rank=RANK, scale=SCALE, pdl=False,
+        tile=decode.plan_for(x.heads, x.pools[0], RANK), rank=RANK, scale=SCALE, pdl=False,
     )  # fmt: skip
     counts = torch.full((x.batch,), x.context, dtype=torch.int32)
     starts = torch.arange(x.batch + 1, dtype=torch.int32)

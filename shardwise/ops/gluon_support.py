@@ -59,9 +59,10 @@ def _found() -> tuple[Any, Any, Any, Any, bool]:
 gl, jit, mma_v2, async_copy, GLUON = _found()
 
 
-def swizzled_tiles(matrix: Tensor, rows: int, columns: int) -> Any:
-    """Descriptor of a matrix [M, K] in tiles of `rows` x `columns`, whose rows are 128 bytes; for kernels on a GPU."""
+def swizzled_tiles(tensor: Tensor, *block: int) -> Any:
+    """Descriptor of a tensor in tiles of so many elements of each dimension, 128 bytes of the last; for kernels on a
+    GPU."""
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8 * matrix.element_size(), rank=2)
-    return TensorDescriptor.from_tensor(matrix, [rows, columns], layout)
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8 * tensor.element_size(), rank=len(block))
+    return TensorDescriptor.from_tensor(tensor, list(block), layout)

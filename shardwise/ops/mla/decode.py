@@ -15,18 +15,21 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from shardwise.ops.gluon_support import GLUON, swizzled_tiles
 from shardwise.ops.mla.absorb import Factor, Rows, head_product, tile_for
 from shardwise.ops.mla.decode_kernels import absorb_kernel, attend_kernel, join_kernel
-from shardwise.ops.triton_support import interpreting, multiprocessors, triton
+from shardwise.ops.mla.decode_ring import ring_kernel
+from shardwise.ops.triton_support import Launcher, aligned, asynchronous_products, interpreting, multiprocessors, triton
 
 MOST_SEQUENCES = 128
 _NAME = "latent_decode_attention"
+_ring = Launcher(ring_kernel)
 _MOST_PROGRAMS = 3
 """Of a tile"""
 _MOST_PARTS = 64
 """Of a sequence on average: with 256 of them one sequence of 8,192 tokens took 77 µs, most of it to join them."""
-_JOIN_COLUMNS, _JOIN_PARTS = 128, 16
-"""Of a joining program, and of those the parts that it has on their way at once."""
+_JOIN_PER_SM = 16
+"""Programs that join, of a multiprocessor"""
 
 
 class Tile(NamedTuple):
@@ -48,6 +51,38 @@ def tile_for_heads(heads: int, itemsize: int, page_size: int) -> Tile:
     if heads <= 16:
         return Tile(16, min(32, page_size), 4, 6, programs=2)
     return Tile(32 if heads <= 32 else 64, min(64, page_size), 8, 2)
+
+
+class Ring(NamedTuple):
+    """How a program of `ring_kernel` shares its multiprocessor's memory: as the kernel's parameters of these names."""
+
+    heads: int
+    wide: bool
+    held: int
+    ahead: int
+    slots: int
+    turned: int
+    buffers: int
+    score_registers: int
+    value_registers: int
+    keys: int = 64
+    programs: int = 1
+
+
+RINGS = {
+    16: Ring(16, False, 0, 2, 11, 3, 2, 128, 160),
+    32: Ring(32, False, 0, 2, 10, 2, 2, 168, 152),
+    64: Ring(64, True, 2, 2, 9, 2, 1, 168, 160),
+}
+
+
+def plan_for(heads: int, pool: Tensor, rank: int) -> Tile | Ring:
+    """What attention of so many heads to a cache takes."""
+    page_size, rope = pool.shape[1], pool.shape[2] - rank
+    hopper = GLUON and not interpreting() and asynchronous_products(pool.device)
+    if hopper and pool.element_size() == 2 and not page_size % 64 and not rank % 256 and not rope % 64:
+        return RINGS[next((n for n in RINGS if n >= heads), 64)]
+    return tile_for_heads(heads, pool.element_size(), page_size)
 
 
 @dataclass(frozen=True)
@@ -92,7 +127,7 @@ def latent_decode_attention(
     norm: Tensor | None = None,  # [C], of the latent; None: it is normed already
     eps: float = 1e-6,
     rope: Tensor | None = None,  # float32 [max_position, R]: cos of the first half, then sin; None: rotated already
-    tile: Tile | None = None,
+    tile: Tile | Ring | None = None,
     pdl: bool = False,
 ) -> Tensor:
     """Attention of one new token a sequence, T from 1 to MOST_SEQUENCES; its key is appended. Returns [T, N Dv].
@@ -102,7 +137,7 @@ def latent_decode_attention(
     `pdl`: the kernels may read positions before those launched in front of them have ended.
     """
     tokens, (heads, nope, rank), width = q.shape[0], key_up.shape, pool.shape[2]
-    tile = tile or tile_for_heads(heads, q.element_size(), pool.shape[1])
+    tile = tile or plan_for(heads, pool, rank)
     _check(q, key, key_up, pool, workspace, tile)
     pdl = pdl and not interpreting()
     query = q.new_empty(tokens, heads, width)
@@ -129,7 +164,7 @@ def attend(
     positions: Tensor,
     workspace: LatentWorkspace,
     *,
-    tile: Tile,
+    tile: Tile | Ring,
     rank: int,
     scale: float,
     pdl: bool,
@@ -143,18 +178,38 @@ def attend(
     common = dict(
         N=heads, C=rank, BLOCK=tile.keys, SEQUENCES=max(2, triton.next_power_of_2(sequences)), PDL=pdl, launch_pdl=pdl
     )  # fmt: skip
-    attend_kernel[(tiles, programs)](
-        query, pool, page_table, slots, positions, out, workspace.parts, workspace.logs, sequences, programs,
-        scale * math.log2(math.e), page_table.shape[1],
-        R=width - rank, PAGE=pool.shape[1], HEADS=tile.heads, STAGES=tile.stages,
-        num_warps=tile.warps, **common,
-    )  # fmt: skip
-    columns = min(_JOIN_COLUMNS, rank)
-    join_kernel[(sequences, heads, rank // columns)](
-        positions, out, workspace.parts, workspace.logs, sequences, programs, BLOCK_C=columns, PARTS=_JOIN_PARTS,
+    if isinstance(tile, Ring):
+        _attend_by_ring(query, pool, page_table, slots, positions, out, workspace, programs, tile, rank, scale, pdl)
+    else:
+        attend_kernel[(tiles, programs)](
+            query, pool, page_table, slots, positions, out, workspace.parts, workspace.logs, sequences, programs,
+            scale * math.log2(math.e), page_table.shape[1],
+            R=width - rank, PAGE=pool.shape[1], HEADS=tile.heads, STAGES=tile.stages,
+            num_warps=tile.warps, **common,
+        )  # fmt: skip
+    columns, parts = (128, 32) if sequences * heads < multiprocessors(query.device) else (512, 4)
+    columns = min(columns, rank)
+    rows = min(heads * (rank // columns), max(1, _JOIN_PER_SM * multiprocessors(query.device) // sequences))
+    join_kernel[(sequences, rows)](
+        positions, out, workspace.parts, workspace.logs, sequences, programs, BLOCK_C=columns, PARTS=parts,
         num_warps=4, **common,
     )  # fmt: skip
     return out
+
+
+def _attend_by_ring(
+    query: Tensor, pool: Tensor, page_table: Tensor, slots: Tensor, positions: Tensor, out: Tensor,
+    workspace: LatentWorkspace, programs: int, ring: Ring, rank: int, scale: float, pdl: bool,
+) -> None:  # fmt: skip
+    sequences, heads, width = query.shape
+    constants = (rank, width - rank, pool.shape[1], *ring[: len(ring) - 2], pdl)
+    plain = (page_table, slots, positions, out, workspace.parts, workspace.logs)
+    _ring(
+        query.device, (query.dtype, constants, aligned(query, *plain)), (triton.cdiv(heads, ring.heads), programs, 1),
+        (swizzled_tiles(query.view(-1, width), ring.heads, 64), query, swizzled_tiles(pool, 1, 64, 64), *plain)
+        + (sequences, programs, scale * math.log2(math.e), page_table.shape[1], heads, *constants),
+        num_warps=4, launch_pdl=pdl,
+    )  # fmt: skip
 
 
 def _release(like: Tensor, tokens: int, heads: int, rank: int, value: int):
@@ -163,7 +218,7 @@ def _release(like: Tensor, tokens: int, heads: int, rank: int, value: int):
     return head_product(like, tokens, heads, rank, value, rows, Factor(0, rank * value, value, 1), result)
 
 
-def _check(q: Tensor, key: Tensor, key_up: Tensor, pool: Tensor, workspace: LatentWorkspace, tile: Tile) -> None:
+def _check(q: Tensor, key: Tensor, key_up: Tensor, pool: Tensor, workspace: LatentWorkspace, tile: Tile | Ring) -> None:
     heads, nope, rank = key_up.shape
     page_size, width = pool.shape[1:]
     reason = reason_against(nope, rank, width - rank)

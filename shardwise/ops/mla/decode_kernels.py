@@ -248,34 +248,33 @@ def join_kernel(
     SEQUENCES: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """BLOCK_C columns of one head of one sequence, from the parts that `attend_kernel` left; zeros without keys."""
+    """Some of a sequence's rows, BLOCK_C columns of a head, from the parts that attention left; zeros without keys."""
     sequence = tl.program_id(0)
-    head = tl.program_id(1)
     member, blocks = _blocks(position_ptr, sequences, BLOCK, SEQUENCES)
     share = tl.maximum(tl.cdiv(tl.sum(blocks, 0), programs), 1)
     before = _before(member, blocks, sequence)
     whole = tl.sum(tl.where(member == sequence, blocks, 0), 0)
     first = before // share
-    count = tl.cdiv(before + whole, share) - first
-    c = tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C)
-    out = out_ptr + (sequence * N + head).to(tl.int64) * C + c
+    count = tl.where(whole == 0, 0, tl.cdiv(before + whole, share) - first)
     await_predecessor(PDL)
-    if whole == 0:
-        tl.store(out, tl.zeros([BLOCK_C], out_ptr.dtype.element_ty))
-    elif count > 1:
-        top = tl.full([], float("-inf"), tl.float32)
-        weight = tl.zeros([], tl.float32)
-        total = tl.zeros([BLOCK_C], tl.float32)
-        for base in range(0, count, PARTS):
-            number = base + tl.arange(0, PARTS)
-            there = number < count
-            row = (first + number + sequence).to(tl.int64) * N + head
-            logs = tl.load(log_ptr + row, mask=there, other=float("-inf"))
-            parts = tl.load(part_ptr + row[:, None] * C + c[None, :], mask=there[:, None], other=0.0)
-            risen = tl.maximum(top, tl.max(logs, 0))
-            decay = tl.exp2(top - risen)
-            factor = tl.exp2(logs - risen)
-            weight = weight * decay + tl.sum(factor, 0)
-            total = total * decay + tl.sum(parts * factor[:, None], 0)
-            top = risen
-        tl.store(out, (total / weight).to(out_ptr.dtype.element_ty))
+    if count != 1:
+        for row in range(tl.program_id(1), N * (C // BLOCK_C), tl.num_programs(1)):
+            c = row % (C // BLOCK_C) * BLOCK_C + tl.arange(0, BLOCK_C)
+            head = row // (C // BLOCK_C)
+            top = tl.full([], float("-inf"), tl.float32)
+            weight = tl.zeros([], tl.float32)
+            total = tl.zeros([BLOCK_C], tl.float32)
+            for base in range(0, count, PARTS):
+                number = base + tl.arange(0, PARTS)
+                there = number < count
+                at = (first + number + sequence).to(tl.int64) * N + head
+                logs = tl.load(log_ptr + at, mask=there, other=float("-inf"))
+                parts = tl.load(part_ptr + at[:, None] * C + c[None, :], mask=there[:, None], other=0.0)
+                risen = tl.maximum(top, tl.max(logs, 0))
+                decay = tl.exp2(top - risen)
+                factor = tl.exp2(logs - risen)
+                weight = weight * decay + tl.sum(factor, 0)
+                total = total * decay + tl.sum(parts * factor[:, None], 0)
+                top = risen
+            mean = total / tl.where(count == 0, 1.0, weight)
+            tl.store(out_ptr + (sequence * N + head).to(tl.int64) * C + c, mean.to(out_ptr.dtype.element_ty))
