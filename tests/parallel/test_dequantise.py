@@ -45,13 +45,13 @@ def write(folder, form, config=CONFIG):
     return plain
 
 
-def parts(folder, *roles: str, dtype=torch.float32, **layout) -> list[list[torch.Tensor]]:
+def parts(folder, *roles: str, dtype=torch.float32, device="cpu", **layout) -> list[list[torch.Tensor]]:
     """What each rank holds of some weights, for each of them."""
     made = plan(folder, **layout)
     checkpoint, blocks = open_checkpoint(folder), made.model.layers[0].blocks
     of_role = [next(block for block in blocks if f"{role}.weight" in block.roles) for role in roles]
     ranks = [
-        Weights(checkpoint, made, rank, dtype=dtype, device=torch.device("cpu")) for rank in range(made.layout.world)
+        Weights(checkpoint, made, rank, dtype=dtype, device=torch.device(device)) for rank in range(made.layout.world)
     ]
     return [[w.linear(block, role, layer=0) for w in ranks] for role, block in zip(roles, of_role, strict=True)]
 
@@ -66,6 +66,14 @@ def test_parts_of_all_ranks_are_the_weight(tmp_path, form):
     for tp in (1, 2, 3, 4):  # on 3 and 4 ranks cuts are uneven, and on 4 heads share groups of 32
         for role, held in zip(ROLES, parts(tmp_path, *ROLES, tp=tp), strict=True):
             assert torch.equal(torch.cat(held, int(role in ROW)), weight_of(plain, role)), (role, tp)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+def test_a_gpu_reads_ahead_and_dequantises_what_the_cpu_does(tmp_path, form):
+    plain = write(tmp_path, form)
+    for role, held in zip(ROLES, parts(tmp_path, *ROLES, tp=3, device="cuda"), strict=True):
+        assert torch.equal(torch.cat(held, int(role in ROW)).cpu(), weight_of(plain, role)), role
 
 
 def test_a_weight_becomes_the_type_of_the_run_with_one_rounding(tmp_path):
