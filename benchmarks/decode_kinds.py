@@ -37,8 +37,8 @@ class Kind:
 
 def kinds(decoder: Decoder, step: DecodeStep, batch: int, context: int) -> dict[str, Kind]:
     """By name, for `batch` sequences of `context` tokens; experts and the dense layer only where tokens are few."""
-    norm, dtype = decoder.first_norm.weight, step.cache.dtype
-    x = torch.randn(batch, len(norm), device=step.cache.device).to(dtype)
+    norm = torch.ones(step.head.weight.shape[1], device=step.cache.device, dtype=step.cache.dtype)
+    x = torch.randn(batch, len(norm), device=norm.device).to(norm.dtype)
     positions = torch.full((batch,), context, device=x.device, dtype=torch.int32)
     group, residual = decoder.head.group, torch.randn_like(x)
     found = _products(step, x, norm) | _attention(step, positions)
