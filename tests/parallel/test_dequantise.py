@@ -69,6 +69,7 @@ def test_parts_of_all_ranks_are_the_weight(tmp_path, form):
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 def test_a_gpu_reads_ahead_and_dequantises_what_the_cpu_does(tmp_path, form):
     plain = write(tmp_path, form)
