@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 def gated_delta(builder: "DecoderBuilder", block: spec.GatedDelta, layer: int) -> GatedDeltaMixer:
     weights, heads = builder.weights, delta_heads(builder.weights, block)
     if "in_qkvz.weight" in block.roles:
-        projection = builder.linear(block, "in_qkvz", "in_ba", layer=layer, order=_by_kind(heads).to(weights.device))
+        in_proj = builder.linear(block, "in_qkvz", "in_ba", layer=layer, order=_by_kind(heads).to(weights.device))
     else:
-        projection = builder.linear(block, "in_qkv", "in_z", "in_b", "in_a", layer=layer)
+        in_proj = builder.linear(block, "in_qkv", "in_z", "in_b", "in_a", layer=layer)
 
     def floats(role: str) -> Tensor:
         return weights.take(block, role, layer=layer, dtype=torch.float32)
@@ -29,7 +29,7 @@ def gated_delta(builder: "DecoderBuilder", block: spec.GatedDelta, layer: int) -
     return GatedDeltaMixer(
         layer=layer,
         heads=heads,
-        projection=projection,
+        in_proj=in_proj,
         conv=weights.take(block, "conv.weight", layer=layer),
         gates=DeltaGates(-floats("A_log").exp(), floats("dt_bias"), norm, block.norm_eps),
         out=builder.row_linear(block, "out_proj", layer),

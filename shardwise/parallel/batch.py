@@ -70,20 +70,11 @@ class Batch:
         rows = self._metadata.logits_rows
         return None if len(rows) == self.size else rows
 
-    @property
-    def singles(self) -> int:
-        """Spans of one token."""
-        return len(self.spans) - self.prefills
-
     @cached_property
     def batch_info(self) -> Tensor:
         """int32 [3] on the host: prefill sequences, prefill tokens, decode sequences."""
-        return torch.tensor([self.prefills, self.size - self.singles, self.singles], dtype=torch.int32)
-
-    @cached_property
-    def prefill_info(self) -> Tensor:
-        """`batch_info` of the longer spans alone."""
-        return torch.tensor([self.prefills, self.size - self.singles, 0], dtype=torch.int32)
+        tokens = sum(s.length for s in self.spans[: self.prefills])
+        return torch.tensor([self.prefills, tokens, len(self.spans) - self.prefills], dtype=torch.int32)
 
     @property
     def seq_len(self) -> Tensor:

@@ -6,15 +6,16 @@ import torch
 from torch import Tensor
 
 from shardwise.parallel.decode_stream import Product, Stream, product
-from shardwise.parallel.layers import Linear
+from shardwise.parallel.delta import GatedDeltaMixer
 from shardwise.parallel.mamba import MambaMixer
 from shardwise.parallel.states import StateCache
 
+StateMixer = MambaMixer | GatedDeltaMixer
 
-def reason_against(mixer: MambaMixer) -> str:
+
+def reason_against(mixer: StateMixer) -> str:
     """Why a step cannot hold this mixer; empty when it can."""
-    both = isinstance(mixer.in_proj, Linear) and isinstance(mixer.out, Linear)
-    return "" if both else "weights stay quantised"
+    return "" if Product.takes(mixer.in_proj) and Product.takes(mixer.out) else "weights stay quantised"
 
 
 class SingleSpans:
@@ -43,10 +44,11 @@ class SingleSpans:
 
 
 @dataclass(frozen=True)
-class MambaStep:
-    """`step(stream, positions, slots)` -> [B, H * P], of the sequences where `spans` is placed. `out` is to follow."""
+class StateStep:
+    """`step(stream, positions, slots)` -> what `out` takes, of the sequences where `spans` is placed. `out` is to
+    follow."""
 
-    mixer: MambaMixer
+    mixer: StateMixer
     states: StateCache
     spans: SingleSpans
     in_proj: Product
@@ -54,7 +56,7 @@ class MambaStep:
     pdl: bool
 
     @classmethod
-    def of(cls, mixer: MambaMixer, states: StateCache, spans: SingleSpans, *, pdl: bool) -> "MambaStep":
+    def of(cls, mixer: StateMixer, states: StateCache, spans: SingleSpans, *, pdl: bool) -> "StateStep":
         return cls(mixer, states, spans, Product.of(mixer.in_proj), Product.of(mixer.out), pdl)
 
     def __call__(self, stream: Stream, positions: Tensor, slots: Tensor) -> Tensor:

@@ -4,10 +4,11 @@ Built from an assembled `Decoder`; it shares the decoder's weights and cache and
 tokens a dense layer is norm + QKV product, attention (rotation, append, scores, combine), output product + residual,
 norm + gate/up product + activation, down product + residual: five kernels on one rank; a layer of experts has six: the
 router's product with the norm, gate/up of the chosen experts, down and their sum take the place of the last two. A
-Mamba-2 mixer has five: norm + projection, convolution, state step, gated norm, output product + residual. Over several
-ranks the sums between them are the group's fused all-reduce + residual + norm. What a product cannot take in
-has a kernel of its own: layer norms, norms of a block's result, norms of all heads at once. Larger batches use the
-library's matrix products and the grouped kernels of prefill.
+Mamba-2 mixer has five: norm + projection, convolution, state step, gated norm, output product + residual; a gated delta
+mixer four, as its step gates and norms as well. Over several ranks the sums between them are the group's fused
+all-reduce + residual + norm. What a product cannot take in has a kernel of its own: layer norms, norms of a block's
+result, norms of all heads at once, the gate of attention's output. Larger batches use the library's matrix products and
+the grouped kernels of prefill.
 """
 
 from dataclasses import dataclass
@@ -21,13 +22,12 @@ from shardwise.parallel.decode_attention import Angles, AttentionStep, LatentSte
 from shardwise.parallel.decode_attention import reason_against as reason_against_attention
 from shardwise.parallel.decode_mlp import FeedForward, feed_forward_step
 from shardwise.parallel.decode_moe import reason_against as reason_against_experts
-from shardwise.parallel.decode_states import MambaStep, SingleSpans
+from shardwise.parallel.decode_states import SingleSpans, StateMixer, StateStep
 from shardwise.parallel.decode_states import reason_against as reason_against_states
 from shardwise.parallel.decode_stream import Product, Stream, joined, product, row_product
 from shardwise.parallel.decoder import AnyLayer, Decoder, DecoderLayer, FeedForwardLayer, MixerLayer
 from shardwise.parallel.device_cache import PAGE_SIZE, DeviceCache
 from shardwise.parallel.layers import Linear, Norm, ResidualNorm, VocabEmbedding
-from shardwise.parallel.mamba import MambaMixer
 from shardwise.parallel.moe import DataParallelMoe, MoeBlock, MoeWithShared
 
 GRAPH_TRANSPORTS = ("p2p", "flashinfer", "nccl", "threads", "fake")
@@ -41,7 +41,7 @@ class Layer:
     between  None beside both: they have the same input, and their partial sums are added
     """
 
-    mixer: AttentionStep | LatentStep | MambaStep | None
+    mixer: AttentionStep | LatentStep | StateStep | None
     between: ResidualNorm | None
     feed_forward: FeedForward | None
     after: ResidualNorm
@@ -80,7 +80,7 @@ def reason_against(decoder: Decoder) -> str:
 
 
 def _reason_against_mixer(mixer: object) -> str:
-    return reason_against_states(mixer) if isinstance(mixer, MambaMixer) else reason_against_attention(mixer)
+    return reason_against_states(mixer) if isinstance(mixer, StateMixer) else reason_against_attention(mixer)
 
 
 def _reason_against_feed_forward(inner: object) -> str:
@@ -169,7 +169,7 @@ class DecodeStep:
             after=layer.after,
         )
 
-    def _mixer_step(self, mixer: object) -> AttentionStep | LatentStep | MambaStep:
-        if isinstance(mixer, MambaMixer):
-            return MambaStep.of(mixer, self.cache.states, self._singles, pdl=self.pdl)
+    def _mixer_step(self, mixer: object) -> AttentionStep | LatentStep | StateStep:
+        if isinstance(mixer, StateMixer):
+            return StateStep.of(mixer, self.cache.states, self._singles, pdl=self.pdl)
         return attention_step(mixer, self.cache, self._angles, pdl=self.pdl)

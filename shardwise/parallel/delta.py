@@ -15,11 +15,12 @@ from shardwise.ops.fla.reference import torch_cached_gated_delta_rule
 from shardwise.ops.normalization.reference import torch_l2norm, torch_rmsnorm_gated
 from shardwise.ops.normalization.triton import triton_rmsnorm_gated
 from shardwise.ops.registry import FLA
+from shardwise.ops.triton_support import dependent_launch
 from shardwise.parallel.batch import Batch
 from shardwise.parallel.cache import KvCache
 from shardwise.parallel.convolution import convolved
 from shardwise.parallel.layers import LinearLike
-from shardwise.parallel.states import LayerState
+from shardwise.parallel.states import LayerState, StateCache, StateSpans
 
 HALVES = (torch.float16, torch.bfloat16)
 
@@ -27,8 +28,8 @@ HALVES = (torch.float16, torch.bfloat16)
 class GatedDeltaMixer:
     """The gated delta rule of this rank's heads. Returns this rank's partial sum.
 
-    projection  x [T, H] -> [channels | output gates | beta | decay], the last two a number for each value head
-    conv        [channels, 1, width]
+    in_proj  x [T, H] -> [channels | output gates | beta | decay], the last two a number for each value head
+    conv     [channels, 1, width]
     """
 
     def __init__(
@@ -36,32 +37,36 @@ class GatedDeltaMixer:
         *,
         layer: int,
         heads: DeltaHeads,
-        projection: LinearLike,
+        in_proj: LinearLike,
         conv: Tensor,
         gates: DeltaGates,
         out: LinearLike,
     ):
         self.layer, self.heads = layer, heads
-        self.projection, self.conv, self.gates, self.out = projection, conv, gates, out
+        self.in_proj, self.conv, self.gates, self.out = in_proj, conv, gates, out
 
     def __call__(self, x: Tensor, batch: Batch, cache: KvCache) -> Tensor:
         if x.shape[0] == 0:  # the other groups of data-parallel attention have tokens in this step
             return torch.zeros_like(x)
-        rows, state, kernels = self.projection(x), cache.states.of(self.layer), cache.states.kernels
-        channels = rows[:, : self.heads.channels]
-        mixed = convolved(channels, self.conv, None, batch, state.conv, kernels=kernels)
-        if not kernels:
-            return self.out(self._ruled(mixed, rows, batch.batch_info, batch, state))
-        first = x.shape[0] - batch.singles
-        singles = rows[first:], batch.input_pos[batch.prefills :], batch.slots[batch.prefills :]
-        if not first:
-            return self.out(delta_decode(*singles, state.recurrent, self.heads, self.gates))
-        out = self._ruled(mixed[:first], rows[:first], batch.prefill_info, batch, state)
-        if batch.singles:
-            out = torch.cat((out, delta_decode(*singles, state.recurrent, self.heads, self.gates)))
-        return self.out(out)
+        return self.out(self.mix(self.in_proj(x), batch, cache.states))
 
-    def _ruled(self, mixed: Tensor, rows: Tensor, info: Tensor, batch: Batch, state: LayerState) -> Tensor:
+    def mix(self, rows: Tensor, spans: StateSpans, states: StateCache) -> Tensor:
+        """From what `in_proj` gives, which may be overwritten, to what `out` takes, [T, values V]."""
+        state, kernels = states.of(self.layer), states.kernels
+        mixed = convolved(rows[:, : self.heads.channels], self.conv, None, spans, state.conv, kernels=kernels)
+        if not kernels:
+            return self._ruled(mixed, rows, spans.batch_info, spans, state)
+        prefills, tokens, singles = spans.batch_info.tolist()
+        parts = []
+        if tokens:
+            info = torch.tensor([prefills, tokens, 0], dtype=torch.int32)
+            parts.append(self._ruled(mixed[:tokens], rows[:tokens], info, spans, state))
+        if singles:
+            slots, pdl = spans.slots[prefills:], dependent_launch(rows.device)
+            parts.append(delta_decode(rows[tokens:], slots, state.recurrent, self.heads, self.gates, pdl=pdl))
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _ruled(self, mixed: Tensor, rows: Tensor, info: Tensor, spans: StateSpans, state: LayerState) -> Tensor:
         """The operators' chain: convolved channels and rows of the projection [T, ...] -> [T, values V]."""
         heads, gates = self.heads, self.gates
         keys, values = heads.keys * heads.key_dim, heads.values * heads.value_dim
@@ -77,9 +82,9 @@ class GatedDeltaMixer:
             (gates.log_decay * F.softplus(decay.float() + gates.dt_bias))[None],
             beta.sigmoid()[None],
             info,
-            batch.cu_seqlen,
-            batch.slots,
-            batch.resumes,
+            spans.cu_seqlen,
+            spans.slots,
+            spans.resumes,
             state.recurrent,
             heads.key_dim**-0.5,
         )[0].flatten(0, 1)

@@ -78,6 +78,15 @@ FAMILIES |= {
             layer_types=["linear_attention", "full_attention"],
         ),
     ),
+    "qwen3_next": (
+        "qwen3_next",
+        dict(
+            NEAR_KIN["qwen3_next"][1],
+            num_hidden_layers=2,
+            head_dim=32,
+            layer_types=["linear_attention", "full_attention"],
+        ),
+    ),
 }
 """Heads rotated in part, norms after blocks, of all heads, of layers, capped scores, blocks in parallel; state-space
 layers, layers of one block; gated delta layers, attention with a gated output."""

@@ -59,7 +59,6 @@ def softplus(x):
 @triton.jit
 def delta_decode_kernel(
     rows_ptr,  # [B, ...]: [queries | keys | values | output gates | beta | decay]
-    position_ptr,  # int [B]
     slot_ptr,  # int [B]
     cache_ptr,  # float32 [slots, VALUES, K, V]
     decay_ptr,
@@ -83,10 +82,10 @@ def delta_decode_kernel(
     number, head = tl.program_id(0) // VALUES, tl.program_id(0) % VALUES
     i, j = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_V)
     target = out_ptr + number.to(tl.int64) * VALUES * V + head * V + j
-    if tl.load(position_ptr + number) < 0:
+    slot = tl.load(slot_ptr + number).to(tl.int64)
+    if slot < 0:
         tl.store(target, tl.zeros((BLOCK_V,), out_ptr.dtype.element_ty), mask=j < V)
         return
-    slot = tl.load(slot_ptr + number).to(tl.int64)
     tile = (i < K)[:, None] & (j < V)[None, :]
     cached = cache_ptr + slot * cache_slot + head * K * V + i[:, None] * V + j[None, :]
     state = tl.load(cached, mask=tile, other=0.0)
@@ -111,8 +110,7 @@ def delta_decode_kernel(
 
 def delta_decode(
     rows: Tensor,  # [B, channels + values (V + 2)], of which the channels are convolved
-    positions: Tensor,  # int [B]: negative marks a padding row, which yields zeros
-    slots: Tensor,  # int [B]: each sequence's row of the states
+    slots: Tensor,  # int [B]: each sequence's row of the states; negative marks a padding row, which yields zeros
     states: Tensor,  # float32 [slots, values, K, V], contiguous, stepped in place
     heads: DeltaHeads,
     gates: DeltaGates,
@@ -131,7 +129,7 @@ def delta_decode(
     block_k, block_v = triton.next_power_of_2(heads.key_dim), triton.next_power_of_2(heads.value_dim)
     pdl = pdl and not interpreting()
     delta_decode_kernel[(rows.shape[0] * heads.values,)](
-        rows, positions, slots, states, gates.log_decay, gates.dt_bias, gates.norm, out, rows.stride(0),
+        rows, slots, states, gates.log_decay, gates.dt_bias, gates.norm, out, rows.stride(0),
         states.stride(0), heads.key_dim**-0.5, gates.eps, heads.keys, heads.values, heads.key_dim, heads.value_dim,
         block_k, block_v, PDL=pdl, launch_pdl=pdl, num_warps=min(8, max(1, block_k * block_v // _WARP_ELEMENTS)),
     )  # fmt: skip

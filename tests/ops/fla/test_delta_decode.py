@@ -45,7 +45,7 @@ def test_a_step_equals_the_operators_in_its_slots_and_leaves_the_others_alone(he
     slots = torch.tensor([4, 0, 2], device=DEVICE, dtype=torch.int32)
     wanted, stepped = by_operators(rows, states[slots], heads, gates)
     expected = states.index_copy(0, slots.long(), stepped.float())
-    out = delta_decode(rows, torch.tensor([7, 0, 1], device=DEVICE), slots, states, heads, gates)
+    out = delta_decode(rows, slots, states, heads, gates)
     tolerance = 1e-5 if dtype == torch.float32 else 2e-3
     torch.testing.assert_close(out.double(), wanted.double(), rtol=tolerance, atol=tolerance)
     torch.testing.assert_close(states, expected, rtol=1e-5, atol=1e-5)
@@ -56,8 +56,7 @@ def test_padding_gives_zeros_and_touches_no_state():
     heads = DeltaHeads(1, 2, 8, 16)
     rows, states, gates = problem(heads, torch.float32)
     before = states.clone()
-    slots = torch.zeros(BATCH, device=DEVICE, dtype=torch.int32)
-    out = delta_decode(rows, torch.tensor([-1, 3, -1], device=DEVICE), slots, states, heads, gates)
+    out = delta_decode(rows, torch.tensor([-1, 0, -1], device=DEVICE), states, heads, gates)
     assert out[[0, 2]].count_nonzero() == 0 and out[1].count_nonzero() > 0
     assert torch.equal(states[1:], before[1:]) and not torch.equal(states[0], before[0])
 
@@ -65,6 +64,6 @@ def test_padding_gives_zeros_and_touches_no_state():
 def test_states_of_other_heads_are_refused():
     heads = DeltaHeads(1, 2, 8, 16)
     rows, states, gates = problem(heads, torch.float32)
-    place = torch.zeros(BATCH, device=DEVICE, dtype=torch.int32)
+    slots = torch.arange(BATCH, device=DEVICE)
     with pytest.raises(ValueError, match=r"rows must be \[B, 84\].*states contiguous \(5, 2, 8, 16\)"):
-        delta_decode(rows, place, place, states.transpose(2, 3), heads, gates)
+        delta_decode(rows, slots, states.transpose(2, 3), heads, gates)
