@@ -18,6 +18,7 @@ from shardwise.comm.watch import ROLL_CALL_SECONDS
 
 LATE_TAG, ABORT_TAG = 1, 2
 EMPTY_HALF = 64
+"""Bytes of a half of a segment in which ranks only meet: nothing is written there."""
 
 
 _owned: list = []

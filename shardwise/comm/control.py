@@ -13,7 +13,8 @@ _LENGTH_BYTES = 8
 FRAME_BYTES = _LENGTH_BYTES + MESSAGE_BYTES
 CALL_BITS = 20
 EXCHANGE, DIFFERENCE, FREE_NUMBERS = range(3)
-"""Numbers of rounds that move control messages, and of that which tells what differed; those of calls lie above."""
+"""Call numbers of control messages, and of the round in which ranks that differ name their calls. Collectives have
+numbers from FREE_NUMBERS on."""
 
 
 def framed(message: bytes) -> bytearray:

@@ -1,5 +1,6 @@
-"""What a rank is in a group, whatever is called there: its place, the groups split off, the record of its calls, check
-mode, what breaks it. The collectives stand on it (collective.py).
+"""A rank's membership in a group: its place, sub-groups, the record of its calls, check mode, and how a group breaks.
+
+`collective.py` adds the collectives.
 """
 
 import os
@@ -152,7 +153,7 @@ class Member(Communicator):
             self._compare(self._exchange(self._fingerprint()))
 
     def _call_number(self) -> int:
-        """Of what this rank has announced, for transports whose rounds can show it at no cost."""
+        """`control.call_number` of what this rank has announced, for transports whose rounds show it at no cost."""
         entry, details = self._call or ([0, "", (), "", ""], ())
         return control.call_number(*entry[watch.OP : watch.STRATEGY + 1], details)
 

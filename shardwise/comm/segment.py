@@ -34,7 +34,7 @@ FRAME = 512
 REASON = 1024
 SPINS, FEW_SPINS = 4000, 64
 """Reads of a flag (about 50 ns each) before the first yield: more than a rank lags behind in a decode step. Few when
-the peer turns out to need this rank's core, as on a busy host: a call took 265 µs then with many, 43 with few."""
+the peer turns out to need this rank's core: on a busy host a call takes 265 µs with many, 43 with few."""
 HANDED_OVER_SECONDS = 600e-6
 """A peer that arrives so soon after a first yield was waiting for the core; a stranger on it stays for milliseconds."""
 YIELD_SECONDS = 0.02
@@ -87,8 +87,11 @@ def one_host(meeting: Rendezvous, limit: float) -> tuple[bool, str]:
 
 
 class WaitFailed(Exception):
-    """Round not completed: `missing` ranks of the group, because they are late or lost, or came for another call
-    (kind "differs"), or the group was aborted."""
+    """A round that was not completed; `missing` holds the ranks of the group to blame.
+
+    kind  "late", "lost" (the process is gone), "differs" (came for another call), "aborted", or "confused" (two threads
+          of one rank)
+    """
 
     def __init__(self, kind: str, missing: tuple[int, ...], reason: str):
         super().__init__(reason)
@@ -281,11 +284,11 @@ def share(
             fd, problem = _memory(Segment.length(len(members), half))
         everyone = gather(key + "/offer", (*astuple(Identity.mine()), fd))
         offers = [(Identity(*everyone[member][:-1]), everyone[member][-1]) for member in members]
-        people = [person for person, _ in offers]
+        identities = [identity for identity, _ in offers]
         try:
-            opened = _open(offers[0], people)
+            opened = _open(offers[0], identities)
             try:
-                segment = Segment(opened, len(members), rank, half, people, crowded, root)
+                segment = Segment(opened, len(members), rank, half, identities, crowded, root)
             finally:
                 os.close(opened)
         except OSError as error:
@@ -312,10 +315,10 @@ def _memory(length: int) -> tuple[int, str | None]:
     return fd, None
 
 
-def _open(offer: tuple[Identity, int], people: list[Identity]) -> int:
-    """A descriptor of the leader's memory."""
+def _open(offer: tuple[Identity, int], members: list[Identity]) -> int:
+    """A descriptor of the memory that the first member offers as (who, descriptor in that process)."""
     leader, fd = offer
-    hosts = {person.host for person in people}
+    hosts = {member.host for member in members}
     if len(hosts) > 1:
         raise OSError(f"the ranks are on {len(hosts)} hosts, in different containers, or of different users")
     if fd < 0:

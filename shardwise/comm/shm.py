@@ -111,7 +111,7 @@ class ShmCommunicator(BaseCommunicator):
         self.sequence = sequence = self.sequence + 1
         entry = [sequence, *call, self.name, self._world_rank, watch.now(), 0]
         FLIGHT.ring.append(entry)
-        try:
+        try:  # the limit as `_limit` has it, without two calls, sixty times a token
             self.segment.round(self.deadlines.in_phase(watch._phase), number)
         except WaitFailed as error:
             raise self._broken_round(error) from None
@@ -145,22 +145,26 @@ class ShmCommunicator(BaseCommunicator):
 
     # Rounds
 
+    def _limit(self) -> float:
+        """Seconds that a round may take."""
+        return self.deadlines.in_phase(watch.current_phase())
+
     def _round(self) -> None:
         try:
-            self.segment.round(self.deadlines.in_phase(watch._phase), self._call_number())
+            self.segment.round(self._limit(), self._call_number())
         except WaitFailed as error:
             raise self._broken_round(error) from None
 
     def _exchange(self, blob: bytes, call: int = EXCHANGE) -> list[bytes]:
         try:
-            return self.segment.frame_round(blob, self.deadlines.in_phase(watch._phase), call)
+            return self.segment.frame_round(blob, self._limit(), call)
         except WaitFailed as error:
             raise self._broken_round(error) from None
 
     def _broken_round(self, error: WaitFailed) -> CommError:
         if error.kind == "differs":  # every rank has seen it, or will at its arrival
             try:
-                self._compare(self.segment.calls(self._fingerprint(), self.deadlines.in_phase(watch._phase)))
+                self._compare(self.segment.calls(self._fingerprint(), self._limit()))
             except WaitFailed as later:  # a rank has seen it and is gone
                 error = later
         return self._fail(error.explained(self._where(self._last_entry()), self.ranks))

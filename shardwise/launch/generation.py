@@ -57,9 +57,10 @@ class Load:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """Times of one call in seconds from its begin: of each request, when its tokens came."""
+    """When the tokens of one call came."""
 
     arrivals: tuple[tuple[float, ...], ...]
+    """For each request, seconds from the beginning of the call to each of its tokens"""
 
     @property
     def seconds(self) -> float:
@@ -201,7 +202,7 @@ def _clocked(session: Session, load: Load) -> dict[str, Any]:
 
 
 def _profiled(session: Session, load: Load, trace: str | None) -> dict[str, Any] | None:
-    """What a GPU does in a decode step, kernel by kernel, by falling time; None on the CPU."""
+    """What a GPU does in a decode step, kernel by kernel, longest first; None on the CPU."""
     from shardwise.parallel.chrome_trace import ChromeTrace, decode_work
 
     on_gpu = session.engine.device.type == "cuda"

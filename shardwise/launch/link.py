@@ -62,7 +62,7 @@ class Link:
         return command
 
     def _line(self, wait: bool) -> bytes | None:
-        """The next whole line, which stays; None where there is none, when waiting at the end of all."""
+        """The next whole line, left in the buffer; None where there is none yet, with `wait` at the stream's end."""
         searched = 0
         while (end := self._pending.find(b"\n", searched)) < 0:
             searched = len(self._pending)
@@ -143,7 +143,7 @@ class Hub:
     def wait(self, seconds: float) -> tuple[list[dict], list[int]]:
         """(events of ranks, descriptors that woke us); both empty when the time is over.
 
-        Beside a descriptor that tells of an end stands everything that was said before that end.
+        With a descriptor that tells that a rank has ended come all events that the rank sent before.
         """
         ready = self._selector.select(seconds)
         woken = [key.fd for key, _ in ready if key.data == "sentinel"]

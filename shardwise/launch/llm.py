@@ -124,7 +124,7 @@ class LLM:
             yield item
 
     def stats(self) -> list[RankStats]:
-        """Of every rank, by rank, as they were after the last call that was read to its end, or else after loading."""
+        """Bytes and peak memory of every rank, in order: after the last call that was read to its end, or loading."""
         return self._executor.stats()
 
     def close(self) -> None:

@@ -94,7 +94,7 @@ class ModelConfig:
 
     @property
     def options(self) -> ModelOptions:
-        """What `model_config` makes this one again of."""
+        """The keyword arguments by which `model_config` gives this config again."""
         return {name: getattr(self, name) for name in ModelOptions.__annotations__}  # type: ignore[return-value]
 
     @property
@@ -127,7 +127,7 @@ def model_config(info: RankInfo, launcher: str | None, model: str, **given: Unpa
 
 
 def within(info: RankInfo) -> bool:
-    """Whether somebody else's launcher started this very process as a rank."""
+    """Whether this process is itself a rank, started by the user's own launcher."""
     return info.source != RankInfo().source
 
 

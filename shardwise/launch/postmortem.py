@@ -35,7 +35,7 @@ def failures(
 
     reported       what ranks said of themselves
     died           when (ns) a rank's process was seen to end
-    told           what the kernel told of those ends, for where the launcher does not know
+    told           exit codes as the kernel tells them, where the launcher knows none
     finished       ranks whose function returned
     stacks         stacks of ranks for which others waited in vain
     out_of_memory  the kernel killed for memory while the job ran

@@ -129,7 +129,7 @@ class Ray(Backend):
         self._watcher.start()
 
     def _watch(self, ray: Any, refs: dict[Any, int]) -> None:
-        """Book every actor's end by itself: the error that Ray would show first is often a victim's."""
+        """Record each actor's own end: the error that Ray shows first is often a victim's."""
         left = list(refs)
         while left and not self._closing.is_set():
             done, left = ray.wait(left, num_returns=1, timeout=0.2)

@@ -201,7 +201,8 @@ class _Left:
         self._steps, self._every, self._looked = 0, 1, time.monotonic()
 
     def __call__(self, event: TokenEvent) -> bool:
-        """Agree on it every few steps, as many as rank 0 says; a step has one event a request at most."""
+        """Asked after each event. The ranks agree every few steps, as many as take LOOK_SECONDS on rank 0; the second
+        event of a request shows that a new step has begun."""
         if event.request not in self._seen:
             self._seen.add(event.request)
             return False

@@ -61,7 +61,7 @@ class Cut:
         return -(-self._items // self.grain)
 
     def share(self, index: int) -> Share:
-        """The share of part `index`; IllegalCut never, ValueError for an index out of range."""
+        """The share of part `index`. ValueError for an index outside of `[0, parts)`."""
         return _share(self, index)
 
     @property

@@ -233,7 +233,7 @@ def _check_names(option: str, names: Iterable[str], known: Iterable[str]) -> Non
 def _without_experts(
     axes: Iterable[LogicalAxis], layout: ParallelLayout, redundant: int, load: tuple[float, ...] | None
 ) -> tuple[str, ...]:
-    """What is asked of experts that a dense model lacks: placing them is an error, a grid of ranks only a warning."""
+    """Warnings for a dense model that is asked to split experts over ranks; ValueError where it is to place copies."""
     if any(axis.axis is Axis.EXPERTS for axis in axes):
         return ()
     if redundant or load is not None:

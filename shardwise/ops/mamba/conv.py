@@ -114,17 +114,17 @@ def nothing(input, weight, *_args) -> None:
 
 
 def block_rows(one: ConvBatch) -> int:
-    """Tokens of a prefill block: as many as leave 2^16 threads of eight channels to the device, 16 to 128, and no fewer
-    than a block needs from its predecessor alone.
+    """Tokens of a prefill block, 16 to 128, or K - 1 where that is more, so that all it needs lies in one predecessor.
 
-    A block moves K - 1 rows thrice beside its own rows twice; fewer threads do not fill the memory's queues.
+    Large blocks move less: a block moves its own rows twice and K - 1 more rows three times. But the device needs 2^16
+    threads of eight channels, or the memory's queues are not full.
     """
     threads = one.batch.prefill_tokens * one.channels // 8
     return max(1 << min(max((threads >> 17).bit_length(), 4), 7), one.K - 1)
 
 
 def blocks_of(one: ConvBatch, rows: int) -> tuple[int, Callable[[], Tensor]]:
-    """Blocks of `rows` prefill tokens, a sequence begins a new one; and what allocates the K - 1 inputs before
-    each."""
+    """(blocks of `rows` prefill tokens at most, each sequence begins a new one; what allocates the K - 1 inputs before
+    each)."""
     blocks = -(-one.batch.prefill_tokens // rows) + one.batch.prefill
     return blocks, allocator((blocks, one.K - 1, one.channels), one.x.dtype, one.x.device)

@@ -33,11 +33,12 @@ def mamba_ssm_prepare_metadata(
     """int32 chunk_indices and chunk_offsets (the physical chunk of every piece, and where in it the piece begins)
     and seq_idx_prefill [1, prefill tokens] (the sequence of every token), on cu_seqlen's device.
 
+    On a CUDA device nothing is synchronised: the first two have the length min(tokens, cdiv(tokens, chunk_size) +
+    sequences - 1), which no batch exceeds, and -1 where there is no piece. The fake gives upper bounds.
+
     A cu_seqlen that does not ascend from 0 to the prefill tokens raises ValueError, on a CUDA device in the next call
-    (`metadata_reports.py`): nothing is synchronised there, pieces and sequences of such bounds are wrong ones or none
-    (-1; the number of sequences), and their operators stay inside of their tensors. There the first two have the length
-    min(tokens, cdiv(tokens, chunk_size) + sequences - 1), which is never exceeded, and -1 where there is no piece. The
-    fake gives upper bounds.
+    (`metadata_reports.py`). There such bounds give wrong pieces and sequences, or none (-1, and the number of
+    sequences), with which the operators stay inside of their tensors.
     """
     op = "mamba_ssm_prepare_metadata"
     if chunk_size < 1:

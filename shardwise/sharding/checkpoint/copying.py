@@ -67,7 +67,7 @@ def copy_bytes(source: int, start: int, target: int, offset: int, count: int) ->
 
 
 def write_all(target: int, data: memoryview | bytes, offset: int) -> None:
-    """One call writes less than it is given beyond 2 GiB, and on a disk that is nearly full."""
+    """Write all of `data` at `offset`. One pwrite may write less: 2 GiB at most, or what a nearly full disk takes."""
     left = memoryview(data).cast("B")
     while left:
         written = os.pwrite(target, left, offset)

@@ -100,7 +100,7 @@ def header_of(tensors: Iterable[RankTensor], plan_hash: str, rank: int, world: i
 
 
 def read_header(path: Path) -> tuple[dict[str, TensorEntry], dict[str, Cut], str]:
-    """(what the file holds, how those that are cut are cut, plan hash); CheckpointError if it is no rank's file."""
+    """(its tensors, the cuts of those that are cut, plan hash), by name. CheckpointError if it is no rank's file."""
     tensors, metadata = read_with_metadata(path)
     try:
         cuts = {

@@ -99,7 +99,7 @@ class Reader:
         np.copyto(into.view(part.dtype).reshape(part.shape), part)
 
     def release(self, stored: StoredTensor) -> None:
-        """Give back a tensor's pages once it is read: no process shall seem to hold the files beside its weights."""
+        """Drop the mapped pages of a tensor that has been read: they would count as this process's memory."""
         mapped, entry = self._maps.get(stored.entry.path), stored.entry
         first = entry.offset // mmap.PAGESIZE * mmap.PAGESIZE
         if mapped is not None and entry.nbytes:
