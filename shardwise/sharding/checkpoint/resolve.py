@@ -83,7 +83,10 @@ def require_files(model: str | Path) -> None:
     if not is_per_rank(path) and not any(path.glob("*.safetensors")):
         read_safetensors_folder(path)  # says what is missing
     if not (path / "tokenizer.json").is_file():
-        raise CheckpointError(f"{path}: tokenizer.json is missing (other tokenizer formats are not supported)")
+        raise CheckpointError(
+            f"{path}: tokenizer.json is missing (other tokenizer formats are not supported); Transformers writes one: "
+            "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
+        )
 
 
 def open_checkpoint(model: str | Path) -> Checkpoint:
