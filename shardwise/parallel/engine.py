@@ -44,6 +44,8 @@ from shardwise.sharding.plan import Plan
 MAX_BATCH = 64
 STEP_TOKENS = 2048
 """Tokens of one step at most: bounds activations and how long a running request waits for a new prompt."""
+UNBOUNDED_TOKENS = 1 << 18
+"""Of a sequence at most, on a GPU, where the model does not say how many: bounds the page table."""
 
 
 class Engine:
@@ -302,7 +304,7 @@ class Engine:
 
     @cached_property
     def _device_cache(self) -> DeviceCache:
-        shapes, dtype, most = self.cache_shapes, self.dtype, self.max_length
+        shapes, dtype, most = self.cache_shapes, self.dtype, context(self.plan.model) or UNBOUNDED_TOKENS
         if self.cache_tokens is not None:
             pages = self.cache_tokens // device_cache.PAGE_SIZE
         else:

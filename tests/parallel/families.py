@@ -213,6 +213,7 @@ NEAR_KIN |= {
             residual_multiplier=0.5,
         ),
     ),
+    "mamba2": ("mamba2", dict(num_heads=12, head_dim=8, n_groups=2, state_size=8, chunk_size=4, use_bias=True)),
     "nemotron_h": (
         "nemotron_h",
         dict(

@@ -13,7 +13,7 @@ from shardwise.sharding.plan import plan
 from shardwise.testing import run_threads
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
-NAMES = ("bamba", "granite hybrid", "nemotron_h")
+NAMES = ("bamba", "granite hybrid", "nemotron_h", "nemotron_h with experts", "mamba2")
 GREEDY = SamplingParams(max_new_tokens=NEW_TOKENS)
 CACHE_TOKENS = 4096
 
@@ -67,13 +67,21 @@ def test_chunks_and_shared_slots_give_the_same_tokens(checkpoint, monkeypatch, n
     assert tokens_of(engine, PROMPTS * 3) == expected * 3
 
 
+def test_a_model_that_keeps_states_alone_runs_sequences_of_any_length(checkpoint):
+    folder, expected = checkpoint("mamba2")
+    engine = run_threads(1, lambda: Engine(folder, plan(folder), current_groups(), dtype="float32", device="cuda"))[0]
+    assert tokens_of(engine) == expected
+    assert engine.capacity == engine_module.UNBOUNDED_TOKENS
+    assert engine.cache.nbytes() == engine.cache.states.nbytes()
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_ranks_that_share_groups_of_heads_give_the_same_tokens(checkpoint, name):
     folder, expected = checkpoint(name)
     assert run_threads(4, lambda: tokens_of(engine_on(folder, tp=4))) == [expected] * 4
 
 
-@pytest.mark.parametrize("name", ["bamba", "nemotron_h"])
+@pytest.mark.parametrize("name", ["bamba", "nemotron_h", "mamba2"])
 def test_16_bit_logits_are_as_near_to_those_of_float32_as_the_cpus(checkpoint, name):
     folder, _ = checkpoint(name)
 

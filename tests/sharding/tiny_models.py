@@ -117,6 +117,10 @@ MODELS = {
             "topk_group": 1,
         },
     ),
+    "mamba2": (
+        "Mamba2ForCausalLM",
+        {"num_heads": 12, "head_dim": 8, "n_groups": 3, "state_size": 8, "tie_word_embeddings": True},
+    ),
     "starcoder2": ("Starcoder2ForCausalLM", {"num_attention_heads": 4}),
     "cohere": ("CohereForCausalLM", {"num_attention_heads": 4}),
     "gpt2": ("GPT2LMHeadModel", {"n_embd": 32, "n_head": 4, "n_layer": 2, "n_positions": 64}),

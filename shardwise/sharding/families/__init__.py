@@ -78,6 +78,7 @@ FAMILIES: dict[str, tuple[str, ...]] = {
         "BambaForCausalLM",
         "FalconH1ForCausalLM",
     ),
+    "mamba2": ("Mamba2ForCausalLM",),
     "mimo_v2": ("MiMoV2FlashForCausalLM",),
     "step": (
         "Step3p7FlashForCausalLM",
