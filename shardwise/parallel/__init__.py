@@ -9,10 +9,11 @@ Blocks compute partial sums; `layers.ResidualNorm` and the experts of `moe` add 
     assemble_attention,
     assemble_mamba,
     assemble_delta
-    layers, attention, rotary,  layers of prompts and of any model; `block_linear` computes with GGUF's blocks,
-    mla, head_norms, moe,       `float8_linear` with float8 weights
+    layers, attention, rotary,  layers of prompts and of any model; `block_linear` computes with GGUF's blocks
+    mla, head_norms, moe,       and integers in groups, `float8_linear` with float8 weights
     routing, block_linear,
-    block_tiles, float8_linear
+    block_groups, block_tiles,
+    float8_linear
     mamba, delta, convolution   layers that keep states of a sequence, which stand in `states`
     decode_step, decode_stream, single tokens on a GPU: few fused kernels a layer, replayed as CUDA graphs
     decode_attention,

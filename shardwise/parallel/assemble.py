@@ -14,7 +14,8 @@ from shardwise.comm.rank import Groups
 from shardwise.parallel.assemble_attention import attention, cache_shape, latent_attention
 from shardwise.parallel.assemble_delta import delta_state, gated_delta
 from shardwise.parallel.assemble_mamba import mamba, mamba_state
-from shardwise.parallel.block_linear import BlockEmbedding, BlockHead, BlockLinear
+from shardwise.parallel.block_groups import grouped_planes
+from shardwise.parallel.block_linear import Affine, BlockEmbedding, BlockHead, BlockLinear, planes_of
 from shardwise.parallel.cache import LayerShape
 from shardwise.parallel.decoder import (
     AnyLayer,
@@ -153,9 +154,9 @@ class DecoderBuilder:
     ) -> LinearLike:
         """Column-parallel: the roles' outputs concatenated, or in `order`."""
         bias = self._bias(block, roles, layer)
-        stored = self.weights.blocks(block, *roles, layer=layer) if order is None else None
-        if stored:
-            return BlockLinear(dtype=stored[0], blocks=stored[1], bias=bias)
+        planes = self._planes(block, *roles, layer=layer) if order is None else None
+        if planes:
+            return BlockLinear(planes=planes, bias=bias)
         float8 = float8_weight(self.weights, block, *roles, layer=layer, order=order)
         if float8 is not None:
             self._wide.reserve(float8)
@@ -165,6 +166,11 @@ class DecoderBuilder:
         if order is not None:
             weight, bias = weight[order], None if bias is None else bias[order]
         return Linear(weight=weight, bias=bias)
+
+    def _planes(self, block: spec.Block, *roles: str, layer: int | None) -> list[Affine] | None:
+        """Weights that stay 4- and 8-bit codes; None where they do not."""
+        stored = self.weights.blocks(block, *roles, layer=layer)
+        return planes_of(*stored) if stored else grouped_planes(self.weights, block, *roles, layer=layer)
 
     def _bias(self, block: spec.Block, roles: Sequence[str], layer: int | None) -> Tensor | None:
         """The roles' biases, zero where a role has none; None where none has."""

@@ -1,13 +1,13 @@
-"""Linear layers whose weights stay in the file's 4- and 8-bit blocks, on the CPU.
+"""Linear layers whose weights stay 4- and 8-bit codes, on the CPU: GGUF's blocks, and the groups of `block_groups`.
 
-torch's CPU kernel for 4-bit weights takes `w = (code - 8) * scale + zero` with one scale and zero for 32 weights of a
-row, which is the affine form of GGUF's Q4_0 and Q4_1. A Q8_0 code is `16 * high + low` with two 4-bit codes, so its
-product is the sum of those of two 4-bit matrices. The kernel is fast for bfloat16 inputs only (30 µs for a 960 x 576
-row product on one core; float32 928 µs), so inputs and scales are rounded to bfloat16. It takes multiples of `ROWS`
-outputs. From many rows on `block_tiles` has a faster product.
+torch's CPU kernel for 4-bit weights takes `w = (code - 8) * scale + zero` with one scale and zero for 32, 64, 128 or
+256 weights of a row, which is the affine form of GGUF's Q4_0 and Q4_1. An 8-bit code is `16 * high + low` with two
+4-bit codes, so its product is the sum of those of two 4-bit matrices. The kernel is fast for bfloat16 inputs only
+(30 µs for a 960 x 576 row product on one core; float32 928 µs), so inputs and scales are rounded to bfloat16. It takes
+multiples of `ROWS` outputs. From many rows on `block_tiles` has a faster product.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -15,18 +15,20 @@ from torch import Tensor
 
 from shardwise.comm.base import Communicator
 from shardwise.parallel import block_tiles
-from shardwise.parallel.block_tiles import GROUP
 from shardwise.sharding.axes import Range
 
 ROWS = 16
 NATIVE = ("Q4_0", "Q4_1", "Q8_0")
 """Storage types that have a layer here."""
 LOW_MEAN = 7.5
-"""Of the low codes of Q8_0, 0 to 15, which are about evenly spread."""
+"""Of the low halves of 8-bit codes, 0 to 15, which are about evenly spread."""
 LOW_DEVIATION = (255 / 12) ** 0.5
 
+Affine = tuple[Tensor, Tensor, Tensor]
+"""A 4-bit matrix: codes int32 [N, K] in 0..15, scales [N, G] and zeros [N, G] of w = (code - 8) * scale + zero."""
 
-def planes_of(dtype: str, blocks: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
+
+def planes_of(dtype: str, blocks: Tensor) -> list[Affine]:
     """Blocks uint8 [N, B, bytes] as 4-bit matrices, whose sum they are: codes [N, C] in 0..15, scales [N, B], zeros
     [N, B] of each.
 
@@ -41,8 +43,13 @@ def planes_of(dtype: str, blocks: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]
     if dtype != "Q8_0":
         raise ValueError(f"blocks of {dtype}, expected {', '.join(NATIVE)}")
     code = blocks[..., 2:].contiguous().view(torch.int8).to(torch.int32).flatten(1)
-    high, low = (code >> 4) + 8, code & 15
-    return [(high, 16 * scale, LOW_MEAN * scale), (low, scale, (8 - LOW_MEAN) * scale)]
+    return halves_of(code + 128, scale, torch.zeros_like(scale))
+
+
+def halves_of(codes: Tensor, scales: Tensor, zeros: Tensor) -> list[Affine]:
+    """w = (code - 128) * scale + zero of codes in 0..255 as the sum of two matrices: the high halves of the codes, with
+    what the low ones add on average, and what these add besides."""
+    return [(codes >> 4, 16 * scales, zeros + LOW_MEAN * scales), (codes & 15, scales, (8 - LOW_MEAN) * scales)]
 
 
 def _halves(pairs: Tensor) -> Tensor:
@@ -59,6 +66,7 @@ class Plane:
     """A matrix of 4-bit codes in the kernel's form."""
 
     def __init__(self, codes: Tensor, scales: Tensor, zeros: Tensor):
+        self.group = codes.shape[1] // max(1, scales.shape[1])
         self.packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
         self.scales = torch.stack((scales, zeros), -1).transpose(0, 1).contiguous().bfloat16()
 
@@ -68,15 +76,15 @@ class Plane:
 
     def __call__(self, x: Tensor) -> Tensor:
         """bfloat16 [T, in] -> [T, out]."""
-        return torch._weight_int4pack_mm_for_cpu(x, self.packed, GROUP, self.scales)
+        return torch._weight_int4pack_mm_for_cpu(x, self.packed, self.group, self.scales)
 
 
 class BlockLinear:
-    """x [T, in] -> x W^T + b [T, out], in x's dtype. `blocks` are joined along the output, all of one dtype."""
+    """x [T, in] -> x W^T + b [T, out], in x's dtype; W is the sum of 4-bit matrices."""
 
-    def __init__(self, *, dtype: str, blocks: Tensor, bias: Tensor | None = None):
-        self.out_features = blocks.shape[0]
-        self.planes = [Plane(*plane) for plane in planes_of(dtype, blocks)]
+    def __init__(self, *, planes: Sequence[Affine], bias: Tensor | None = None):
+        self.out_features = planes[0][0].shape[0]
+        self.planes = [Plane(*plane) for plane in planes]
         self.bias = bias
 
     @property
@@ -151,7 +159,7 @@ class BlockHead(BlockLinear):
     near. In 1,460 positions of SmolLM2 the true best was less than 3 below; within 5 are 12 of 49,152 on average."""
 
     def __init__(self, *, blocks: Tensor, table: BlockEmbedding):
-        super().__init__(dtype="Q8_0", blocks=blocks)
+        super().__init__(planes=planes_of("Q8_0", blocks))
         self.table = table
         self._spread = self.DEVIATIONS * LOW_DEVIATION * table.scales[..., 0].float().square().mean(1).sqrt().numpy()
         """float32 [out], for an input of length 1."""

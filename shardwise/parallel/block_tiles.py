@@ -11,8 +11,6 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-GROUP = 32
-"""Weights of a row that share a scale and a zero."""
 FEWEST_ROWS = 64
 """From here on: 1.2 ms for 1.3 with 64 rows of 1536 x 576, 2.8 for 5.3 with 256, 10 for 21 with 1024."""
 TILE = 2**19
@@ -25,7 +23,9 @@ class FourBit(Protocol):
     packed: Tensor
     """uint8 [out, in / 2]"""
     scales: Tensor
-    """[in / GROUP, out, 2]: scale and zero."""
+    """[in / group, out, 2]: scale and zero."""
+    group: int
+    """Weights of a row that share them."""
 
 
 @cache
@@ -34,10 +34,11 @@ def panel_width() -> int | None:
 
     It depends on the processor, and is found by packing codes; None where their form is another one.
     """
-    codes = torch.randint(0, 16, (64, GROUP), dtype=torch.int32, generator=torch.Generator().manual_seed(0))
+    inputs = 32
+    codes = torch.randint(0, 16, (64, inputs), dtype=torch.int32, generator=torch.Generator().manual_seed(0))
     packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
     for width in (64, 32):
-        low, high = codes.view(-1, 2, width // 2, GROUP).transpose(2, 3).unbind(1)
+        low, high = codes.view(-1, 2, width // 2, inputs).transpose(2, 3).unbind(1)
         if torch.equal(packed.view(low.shape), (low | high << 4).to(torch.uint8)):
             return width
     return None
@@ -80,6 +81,6 @@ def _dequantised(plane: FourBit, rows: slice, inputs: int, width: int) -> Tensor
     codes = torch.empty(inputs, count // width, 2, width // 2)
     codes[:, :, 0] = packed & 15
     codes[:, :, 1] = packed >> 4
-    scale, zero = plane.scales[:, rows].float().permute(2, 0, 1).contiguous()[:, :, None]  # [in / GROUP, 1, rows]
-    by_group = codes.view(-1, GROUP, count)
+    scale, zero = plane.scales[:, rows].float().permute(2, 0, 1).contiguous()[:, :, None]  # [in / group, 1, rows]
+    by_group = codes.view(-1, plane.group, count)
     return torch.addcmul(zero - 8 * scale, by_group, scale, out=by_group).view(inputs, count)

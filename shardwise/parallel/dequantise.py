@@ -47,22 +47,41 @@ def dequantise(out: Tensor, rows: Ranges, columns: Ranges, parts: Mapping[str, P
     if out.dim() == 3:
         for place, matrix in enumerate(out):
             one = {name: part.of_expert(place) if _is_stacked(part, len(out)) else part for name, part in parts.items()}
-            dequantise(matrix, rows, columns, one)
+            CodedMatrix(one, rows, columns).write(matrix)
         return
-    turned = parts["weight"].spec.transposed
-    outputs, inputs = _indices(rows), _indices(columns)
-    groups = _groups(parts, inputs, dim=0 if turned else 1).to(out.device)
-    scale = _Grid.of(_scale(parts), parts["scale"], outputs, groups, turned)
-    zero = _Grid.of(_codes(parts["zeros"]), parts["zeros"], outputs, groups, turned) if "zeros" in parts else None
-    codes = _Codes(parts["weight"], *((inputs, outputs) if turned else (outputs, inputs)))
-    target = out.t() if turned else out
-    step = max(1, PIECE_VALUES[out.device.type] // max(1, target.shape[1]))
-    for first in range(0, target.shape[0], step):
-        piece = slice(first, min(first + step, target.shape[0]))
-        values = codes.rows(piece)
-        values -= codes.middle if zero is None else zero.rows(piece)
-        values *= scale.rows(piece)
-        target[piece] = values
+    CodedMatrix(parts, rows, columns).write(out)
+
+
+class CodedMatrix:
+    """One weight as codes, scales and zero points, in the order of its stored dimensions."""
+
+    def __init__(self, parts: Mapping[str, Part], rows: Ranges, columns: Ranges):
+        """Arguments and errors as `dequantise`."""
+        self.turned = parts["weight"].spec.transposed
+        """[in, out]."""
+        outputs, inputs = _indices(rows), _indices(columns)
+        self.groups = _groups(parts, inputs, dim=0 if self.turned else 1)
+        """For each input, the place of its scale."""
+        self.shape = (len(inputs), len(outputs)) if self.turned else (len(outputs), len(inputs))
+        on_device = self.groups.to(parts["weight"].values.device)
+
+        def grid(values: Tensor, part: Part) -> _Grid:
+            return _Grid.of(values, part, outputs, on_device, self.turned)
+
+        self.scale = grid(_scale(parts), parts["scale"])
+        self.zero = grid(_codes(parts["zeros"]), parts["zeros"]) if "zeros" in parts else None
+        self.codes = _Codes(parts["weight"], *((inputs, outputs) if self.turned else (outputs, inputs)))
+
+    def write(self, out: Tensor) -> None:
+        """The values, into [out, in]."""
+        target = out.t() if self.turned else out
+        step = max(1, PIECE_VALUES[out.device.type] // max(1, self.shape[1]))
+        for first in range(0, self.shape[0], step):
+            piece = slice(first, min(first + step, self.shape[0]))
+            values = self.codes.rows(piece)
+            values -= self.codes.middle if self.zero is None else self.zero.rows(piece)
+            values *= self.scale.rows(piece)
+            target[piece] = values
 
 
 class _Codes:
@@ -109,6 +128,10 @@ class _Grid:
         dim = 1 if turned else 0
         places = None if values.shape[dim] == 1 else _unless_all(_places(part, dim, outputs), part, dim)
         return cls(values if places is None else values.index_select(dim, places), groups, turned)
+
+    def outputs_first(self) -> Tensor:
+        """[out, groups], either of which may be 1."""
+        return self.values.t() if self.turned else self.values
 
     def rows(self, piece: slice) -> Tensor:
         """Those of some inputs where inputs come first, else of some outputs."""

@@ -10,6 +10,7 @@ from math import prod
 import torch
 
 from shardwise.comm.base import Communicator
+from shardwise.parallel.block_groups import grouped_weights
 from shardwise.parallel.host_memory import DoesNotFit, host_memory
 from shardwise.parallel.options import DEVICE_PAGE, HOST_PAGE
 from shardwise.parallel.paged import pool_pages
@@ -102,7 +103,8 @@ def weight_bytes(made: Plan, rank: int, itemsize: int, form: WeightForm) -> int:
     weights of which a cut goes through tiles, are more than they count), but for biases that one rank adds for all,
     which are counted for each.
     """
-    held = 0
+    grouped = grouped_weights(made.model) if form.native_blocks else {}
+    held, at = 0, made.layout.coordinates(rank)
     for pattern in made.loaded:
         shard, count = made.pattern_shard(pattern, rank), made.pattern_count(pattern, rank)
         block, stays = STORAGE[shard.dtype][0], form.packs_mxfp4 and shard.dtype == "U8"
@@ -111,8 +113,10 @@ def weight_bytes(made: Plan, rank: int, itemsize: int, form: WeightForm) -> int:
         if stays or (form.native_blocks and block > 1):
             held += count * shard.nbytes
         else:
-            values = made.cuts.values(pattern.spec, made.layout.coordinates(rank)) if pattern.spec.values else ()
-            held += count * prod(length for _, length in values) * itemsize if values else 0
+            values = made.cuts.values(pattern.spec, at) if pattern.spec.values else ()
+            plain = prod(length for _, length in values) * itemsize if values else 0
+            kept = grouped[pattern.spec].held_bytes(pattern.spec, values) if pattern.spec in grouped else 0
+            held += count * (kept or plain)
     return held
 
 

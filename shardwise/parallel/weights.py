@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from shardwise.parallel.block_linear import NATIVE, ROWS
-from shardwise.parallel.dequantise import Part, dequantise
+from shardwise.parallel.dequantise import Part, Ranges, dequantise
 from shardwise.parallel.dummy import RandomSource
 from shardwise.parallel.sources import BITS, CheckpointSource, TensorSource, filled_shape
 from shardwise.parallel.storage import FLOATS
@@ -165,22 +165,28 @@ class Weights:
             raise CheckpointError(f"{len(left)} tensors of the model are used by no layer of the runtime: {left[:5]}")
         self._source.close()
 
-    def _dequantise(self, out: Tensor, block: Block, role: str, layer: int | None, expert: int | None) -> None:
+    def parts(self, block: Block, role: str, layer: int | None = None, expert: int | None = None) -> dict[str, Part]:
+        """What this rank holds of a quantised weight and of what belongs to it, by what follows the role."""
         for part in _UNUSED:
             self.find(block, f"{role}.{part}", layer=layer, expert=expert)
-        parts = {
-            part: self._part(block.roles[f"{role}.{part}"], layer, expert)
-            for part in _PARTS
-            if f"{role}.{part}" in block.roles
-        }
-        self._dequantised_bytes += out.nbytes
-        spec = parts["weight"].spec
-        *_, first, second = self.plan.cuts.values(spec, self.plan.layout.coordinates(self.rank))
-        (rows, _), (columns, _) = (second, first) if spec.transposed else (first, second)
+        present = [part for part in _PARTS if f"{role}.{part}" in block.roles]
+        return {part: self._part(block.roles[f"{role}.{part}"], layer, expert) for part in present}
+
+    def value_ranges(self, block: Block, role: str) -> tuple[Ranges, Ranges]:
+        """Indices of the outputs and of the inputs that this rank holds of a weight."""
+        spec = block.roles[f"{role}.weight"]
+        *_, (first, _), (second, _) = self.plan.cuts.values(spec, self.plan.layout.coordinates(self.rank))
+        return (second, first) if spec.transposed else (first, second)
+
+    def _dequantise(self, out: Tensor, block: Block, role: str, layer: int | None, expert: int | None) -> None:
+        parts = self.parts(block, role, layer, expert)
+        rows, columns = self.value_ranges(block, role)
         held = out[..., : span(rows), : span(columns)]
         if held.shape != out.shape:
             out.zero_()  # a padded axis
         dequantise(held, rows, columns, parts)
+        self._dequantised_bytes += out.nbytes
+        self._quantised_bytes += sum(self.shard(part.spec, layer, expert).nbytes for part in parts.values())
 
     def _part(self, spec: TensorSpec, layer: int | None, expert: int | None) -> Part:
         """What is stored, without padding; floats as float32."""
@@ -188,7 +194,6 @@ class Weights:
         dtype = torch.float32 if shard.dtype in FLOATS else self._runtime_dtype(shard)
         values = torch.empty(filled_shape(shard.ranges), dtype=dtype, device=self.device)
         self._fill(values, shard)
-        self._quantised_bytes += shard.nbytes
         return Part(spec, shard.ranges, values)
 
     def _runtime_dtype(self, shard: TensorShard) -> torch.dtype:

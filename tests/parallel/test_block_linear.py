@@ -37,7 +37,7 @@ def test_products_are_those_of_the_dequantised_weights(monkeypatch, dtype, token
     monkeypatch.setattr(block_tiles, "TILE", 96 * 128)  # of 320 outputs the last tile has 64
     blocks, weight = stored(dtype, outputs, 96)
     x, bias = torch.randn(tokens, 96), torch.randn(outputs)
-    got = BlockLinear(dtype=dtype, blocks=blocks, bias=bias)(x)
+    got = BlockLinear(planes=planes_of(dtype, blocks), bias=bias)(x)
     expected = x.double() @ weight.double().T + bias
     assert got.dtype == torch.float32
     assert (got - expected).norm() / expected.norm() < 8e-3  # bfloat16 inputs and scales
@@ -67,7 +67,7 @@ def test_the_form_of_the_packed_codes_is_known_here():
 def test_high_codes_alone_would_often_choose_another_token():
     blocks, weight = stored("Q8_0", 4096, 64)
     x = torch.randn(200, 64, generator=torch.Generator().manual_seed(1))
-    high = BlockLinear(dtype="Q8_0", blocks=blocks).planes[0](x.bfloat16())
+    high = BlockLinear(planes=planes_of("Q8_0", blocks)).planes[0](x.bfloat16())
     assert (high.argmax(1) == (x @ weight.T).argmax(1)).float().mean() < 0.9
 
 

@@ -33,7 +33,7 @@ def write(folder, form, config=CONFIG):
     """A checkpoint whose linear layers have this form. Returns {module: the weight that is meant}."""
     rng, tensors, plain = np.random.default_rng(3), {}, {}
     config = config | {"quantization_config": form.section}
-    for shard in plan(CONFIG).shards(0):
+    for shard in plan({k: v for k, v in config.items() if k != "quantization_config"}).shards(0):
         module = shard.name.removesuffix(".weight")
         if shard.name.endswith("proj.weight"):
             stored, plain[module] = form.store(rng, *shard.global_shape)
