@@ -11,6 +11,7 @@ from torch import Tensor
 from shardwise.comm.base import Communicator
 from shardwise.ops.mamba.reference import torch_cached_ssm
 from shardwise.ops.mamba.triton import triton_cached_ssm
+from shardwise.ops.normalization.gated_shared import norm_of_part, squares_of_part
 from shardwise.ops.normalization.reference import torch_rmsnorm_gated
 from shardwise.ops.normalization.triton import triton_rmsnorm_gated
 from shardwise.parallel.batch import Batch
@@ -47,6 +48,8 @@ class GatedNorm:
         if self.group is None:
             norm = triton_rmsnorm_gated if x.is_cuda else torch_rmsnorm_gated
             return norm(x, self.weight, gate, self.eps, self.size, self.after)
+        if x.is_cuda:
+            return self._by_kernels(x, gate, self.group)
         opened = F.silu(gate.float())
         wide = x.float() if self.after else x.float() * opened
         squares = wide.new_zeros(x.shape[0], self.groups)
@@ -54,6 +57,13 @@ class GatedNorm:
         self.group.all_reduce(squares, out=squares)
         normed = wide * torch.rsqrt(squares[:, self.number, None] / self.size + self.eps)
         return self.weight * (normed * opened if self.after else normed).to(x.dtype)
+
+    def _by_kernels(self, x: Tensor, gate: Tensor, group: Communicator) -> Tensor:
+        squares = squares_of_part(x, gate, groups=self.groups, number=self.number, after=self.after)
+        group.all_reduce(squares, out=squares)
+        return norm_of_part(
+            x, gate, self.weight, squares, number=self.number, size=self.size, eps=self.eps, after=self.after
+        )
 
 
 class MambaMixer:

@@ -77,14 +77,16 @@ class StateCache:
         kernels: bool,
     ):
         self.slots, self.kernels = slots, kernels
-        self._layers = {
-            number: LayerState(
-                torch.zeros(slots, shape.channels, shape.kernel - kernels, dtype=dtype, device=device),
-                torch.zeros(slots, *shape.recurrent, dtype=torch.float32, device=device),
-            )
-            for number, shape in enumerate(shapes)
-            if shape is not None
-        }
+        self._layers: dict[int, LayerState] = {}
+        self._stacks: list[Tensor] = []
+        """[layers, slots, ...] of layers of one shape, so that few operations clear a slot."""
+        for shape in dict.fromkeys(shape for shape in shapes if shape is not None):
+            numbers = [number for number, other in enumerate(shapes) if other == shape]
+            lead = len(numbers), slots
+            conv = torch.zeros(*lead, shape.channels, shape.kernel - kernels, dtype=dtype, device=device)
+            recurrent = torch.zeros(*lead, *shape.recurrent, dtype=torch.float32, device=device)
+            self._stacks += conv, recurrent
+            self._layers |= {number: LayerState(conv[i], recurrent[i]) for i, number in enumerate(numbers)}
 
     def __bool__(self) -> bool:
         """Whether some layer has states."""
@@ -95,11 +97,11 @@ class StateCache:
 
     def clear(self, slot: int) -> None:
         """The slot is ready for another sequence."""
-        if self._layers:
-            torch._foreach_zero_([tensor[slot] for state in self._layers.values() for tensor in state])
+        for stack in self._stacks:
+            stack[:, slot] = 0
 
     def nbytes(self) -> int:
-        return sum(tensor.nbytes for state in self._layers.values() for tensor in state)
+        return sum(stack.nbytes for stack in self._stacks)
 
     def describe(self) -> str:
         """What follows the description of a cache's pages or rows; empty where no layer has states."""
