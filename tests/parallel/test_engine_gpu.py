@@ -25,7 +25,8 @@ ON_GPUS = FAMILIES | {  # whose routing is no part of the kernels that the inter
         dict(FAMILIES["deepseek_v2"][1], q_lora_rank=20, n_group=2, topk_group=1, topk_method="noaux_tc"),
     ),
     "glm4_moe": ("glm4_moe", dict(NEAR_KIN["glm4_moe"][1], num_hidden_layers=2)),
-    "minimax_m2": ("minimax_m2", dict(NEAR_KIN["minimax_m2"][1], rotary_dim=16)),
+    # Whole heads rotated: older releases of Transformers do that whatever the config says.
+    "minimax_m2": ("minimax_m2", dict(NEAR_KIN["minimax_m2"][1], rotary_dim=32)),
     "granite": NEAR_KIN["granite"],
     "gemma3": ("gemma3_text", NEAR_KIN["gemma3"][1] | ALTERNATING),
 }
