@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -32,7 +33,7 @@ from shardwise.parallel.results import Completion, CompletionCollector, RankStat
 from shardwise.parallel.runner import Launched, Runner
 from shardwise.parallel.sampler import SamplingParams
 from shardwise.parallel.scheduler import Request, Scheduler, Step
-from shardwise.parallel.sizing import activation_bytes, pages_for
+from shardwise.parallel.sizing import activation_bytes, pages_for, slots_for
 from shardwise.parallel.supported import context
 from shardwise.parallel.tokenizer import IdTokenizer, Tokenizer, load_tokenizer
 from shardwise.parallel.trace import DECODE, PREFILL, SAMPLE, SCHEDULE, span
@@ -305,23 +306,14 @@ class Engine:
     @cached_property
     def _device_cache(self) -> DeviceCache:
         shapes, dtype, most = self.cache_shapes, self.dtype, context(self.plan.model) or UNBOUNDED_TOKENS
-        if self.cache_tokens is not None:
-            pages = self.cache_tokens // device_cache.PAGE_SIZE
-        else:
-            work = activation_bytes(self.plan.model, STEP_TOKENS, dtype)
-            pages = pages_for(
-                shapes,
-                dtype,
-                slots=MAX_BATCH,
-                max_length=most,
-                activations=work,
-                world=self.groups.world,
-                device=self.device,
-            )
+        work = activation_bytes(self.plan.model, STEP_TOKENS, dtype)
+        place: dict[str, Any] = dict(activations=work, world=self.groups.world, device=self.device)
+        pages = None if self.cache_tokens is None else self.cache_tokens // device_cache.PAGE_SIZE
+        slots = slots_for(shapes, dtype, most=MAX_BATCH, pages=pages, **place)
         return DeviceCache(
             shapes,
-            pages=pages,
-            slots=MAX_BATCH,
+            pages=pages or pages_for(shapes, dtype, slots=slots, max_length=most, **place),
+            slots=slots,
             max_length=most,
             dtype=dtype,
             device=self.device,

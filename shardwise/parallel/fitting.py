@@ -55,8 +55,8 @@ class Holding:
     tokens: int
     """That the cache must hold."""
     sequences: int
-    """That it is made for: recurrent layers keep states of each, layers with a window one for each, or all tokens where
-    those are fewer."""
+    """That it is made for: layers with a window keep one for each, or all tokens where those are fewer. So do recurrent
+    layers keep states, but a GPU takes as many sequences as there is room for, one at least."""
     step_tokens: int
     """Of the largest step."""
 
@@ -68,6 +68,11 @@ class Holding:
     def page(self) -> int:
         return DEVICE_PAGE if self.on_gpus else HOST_PAGE
 
+    @property
+    def stateful(self) -> int:
+        """Sequences that must have room for their states."""
+        return 1 if self.on_gpus else self.sequences
+
     def need(self, made: Plan, rank: int) -> Need:
         at = made.layout.coordinates(rank)
         entries = cache_entries(made.model, lambda axis: made.cuts.share(axis, at), self.dtype.itemsize)
@@ -77,7 +82,7 @@ class Holding:
         return Need(
             weights=weight_bytes(made, rank, self.dtype.itemsize, self.form),
             cache=sum(n * self.page * e.layers * e.token_bytes for n, e in zip(pools, entries, strict=True)),
-            states=self.sequences * sum(e.layers * e.sequence_bytes for e in entries),
+            states=self.stateful * sum(e.layers * e.sequence_bytes for e in entries),
             work=activation_bytes(made.model, step, self.dtype)
             + (RESERVED_BYTES if self.on_gpus else 0)
             + (widened_bytes(made, rank, self.dtype.itemsize) if self.form.keeps_float8 else 0),
@@ -166,7 +171,7 @@ class _Place:
         weights, cache, states, work = (
             sum(getattr(n, part) for n in self.needs) for part in ("weights", "cache", "states", "work")
         )
-        of_states = f", {_gib(states)} of states of {holding.sequences} sequences" if states else ""
+        of_states = f", {_gib(states)} of states of {holding.stateful} sequences" if states else ""
         return (
             f"{_gib(weights)} of weights ({holding.form.reason}), {_gib(cache)} of cache for {holding.tokens} tokens"
             f"{of_states} and {_gib(work)} for activations and workspaces, but {self.name} has {_gib(self.free)} of "

@@ -1,4 +1,4 @@
-"""How many pages the KV cache gets of what weights and activations leave of a GPU."""
+"""How many sequences and pages the cache gets of what weights and activations leave of a GPU."""
 
 from bisect import bisect_right
 
@@ -18,11 +18,47 @@ RESERVED_BYTES = 2 << 30
 
 def cache_bytes(layers: list[LayerShape], dtype: torch.dtype, *, pages: int, slots: int) -> int:
     """Of a GPU's cache with `pages` pages, and the states of `slots` sequences."""
-    states = sum(shape.state.nbytes(dtype) for shape in layers if shape.state)
-    return slots * states + sum(
+    return slots * _state_bytes(layers, dtype) + sum(
         pool_pages(s.window, pages=pages, slots=slots, page_size=PAGE_SIZE) * PAGE_SIZE * s.width * dtype.itemsize
         for s in layers
     )
+
+
+def _state_bytes(layers: list[LayerShape], dtype: torch.dtype) -> int:
+    """Of a sequence."""
+    return sum(shape.state.nbytes(dtype) for shape in layers if shape.state)
+
+
+def slots_for(
+    layers: list[LayerShape],
+    dtype: torch.dtype,
+    *,
+    most: int,
+    pages: int | None,
+    activations: int,
+    world: Communicator,
+    device: torch.device,
+) -> int:
+    """Sequences that run at once on every rank: `most`, or as many as there is room for the states of.
+
+    That is what `pages` pages leave, or half of the memory that the cache gets, where these take the rest (None).
+    DoesNotFit, on all ranks, when there is none for one sequence on some rank.
+    """
+    state = _state_bytes(layers, dtype)
+    if not state or device.type != "cuda":
+        return most
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info(device)
+    left = free - RESERVED_BYTES - activations
+    left = left // 2 if pages is None else left - cache_bytes(layers, dtype, pages=pages, slots=0)
+    fits = world.all_gather_object(left // state)
+    if min(fits) < 1:
+        raise DoesNotFit(
+            f"rank {world.ranks[fits.index(min(fits))]} has no memory for the states of a sequence, {state >> 20} MiB: "
+            f"beside the weights, rank {world.ranks[world.rank]} has {free >> 20} MiB of {total >> 20} MiB, and the "
+            "rest is kept for keys and values, activations and workspaces; use more ranks or smaller weights"
+        )
+    return min(most, *fits)
 
 
 def pages_for(

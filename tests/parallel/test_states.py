@@ -11,11 +11,13 @@ from shardwise.comm.rank import current_groups
 from shardwise.ops.triton_support import interpreting
 from shardwise.parallel import engine as engine_module
 from shardwise.parallel.batch import Batch, Span
-from shardwise.parallel.cache import SlotCache
+from shardwise.parallel.cache import LayerShape, SlotCache
 from shardwise.parallel.device_cache import DeviceCache
 from shardwise.parallel.engine import Engine, SamplingParams
 from shardwise.parallel.fitting import Holding
-from shardwise.parallel.sizing import cache_bytes
+from shardwise.parallel.host_memory import DoesNotFit
+from shardwise.parallel.sizing import RESERVED_BYTES, cache_bytes, slots_for
+from shardwise.parallel.states import StateShape
 from shardwise.parallel.weight_form import WeightForm
 from shardwise.sharding.layout import ParallelLayout
 from shardwise.sharding.plan import plan
@@ -111,7 +113,7 @@ def test_the_cache_of_a_rank_is_as_large_as_planned(tmp_path, name, tp):
             step_tokens=64,
         )
         need = holding.need(made, own)
-        assert (cache.states.nbytes(), cache.nbytes()) == (need.states, need.cache + need.states)
+        assert (cache.states.nbytes(), cache.nbytes()) == (5 * need.states, need.cache + 5 * need.states)
         return need.states
 
     assert all(run_threads(tp, rank))
@@ -139,3 +141,23 @@ def test_kernels_give_the_logits_of_pytorchs_operators(tmp_path):
             assert all(cache.reserve(span.slot, span.total) for cache in caches for span in batch.spans)
             expected, found = (engine.decoder(batch, cache) for cache in caches)
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_gpu_runs_as_many_sequences_as_there_is_room_for_their_states(monkeypatch):
+    layers = [LayerShape(8, 64, 64), LayerShape(state=StateShape(1000, 4, (16, 64, 128)))]
+    each = layers[1].state.nbytes(torch.bfloat16)
+    free = RESERVED_BYTES + 1000
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda device: (free, 80 * 2**30))
+
+    def slots(pages: int | None) -> int:
+        options = dict(most=64, pages=pages, activations=1000, device=torch.device("cuda:0"))
+        (found,) = run_threads(1, lambda: slots_for(layers, torch.bfloat16, world=current_groups().world, **options))
+        return found
+
+    with pytest.raises(DoesNotFit, match="rank 0 has no memory for the states of a sequence, 0 MiB"):
+        slots(None)
+    free += 20 * each
+    assert slots(None) == 10
+    assert slots(3) == (20 * each - cache_bytes(layers, torch.bfloat16, pages=3, slots=0)) // each == 19
+    free += 200 * each
+    assert slots(None) == slots(3) == 64
