@@ -33,8 +33,8 @@ class LLM:
     attn_dp, moe_tp, ep   the other sizes of the grid: tp * attn_dp = world = moe_tp * ep
     launcher    local, torchrun, mpi or ray starts the ranks; inside torchrun or mpirun leave it at None
     dtype       auto (float32 on the CPU, bfloat16 on GPUs), float32, bfloat16, float16
-    weights     dequantised, or native: quantised weights stay packed where a layer can compute with them (GGUF's 4- and
-                8-bit blocks on the CPU, MXFP4 experts on GPUs); auto: native on GPUs where possible
+    weights     dequantised, or native: quantised weights stay packed where a layer can compute with them (4- and 8-bit
+                integers on the CPU, float8 and MXFP4 experts on GPUs); auto: native on GPUs where possible
     device      auto, cpu or cuda
     cache_tokens   size of the KV cache in tokens; default: sized for each call, on a GPU what the weights leave
     request_tokens length of the longest request to come, prompt and answer: where its cache does not fit beside the
