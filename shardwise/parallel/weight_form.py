@@ -55,7 +55,7 @@ def _against_packing(model: ModelSpec, dtype: torch.dtype, device: torch.device)
     blocks = [block for layer, _ in model.layer_groups() for block in layer.feed_forward]
     reasons = {_against_experts(b) for b in blocks if isinstance(b, spec.Moe)} or {"the model has no experts"}
     if "" not in reasons:
-        return f"GPUs keep MXFP4 experts only, and {sorted(reasons)[0]}"
+        return f"GPUs keep float8 and MXFP4 experts only, and {sorted(reasons)[0]}"
     if dtype != torch.bfloat16 and device.type == "cuda":
         return f"MXFP4 experts multiply with bfloat16, not {str(dtype).removeprefix('torch.')}"
     return ""

@@ -11,6 +11,7 @@ from stored_forms import FORMS
 from shardwise.parallel.dequantise import PIECE_VALUES
 from shardwise.parallel.weights import Weights
 from shardwise.sharding.checkpoint.resolve import open_checkpoint
+from shardwise.sharding.checkpoint.shard import write_shards
 from shardwise.sharding.plan import plan
 
 CONFIG = {
@@ -91,6 +92,14 @@ def test_pieces_are_the_whole(tmp_path, monkeypatch, name):
     up, down = parts(tmp_path, "up", "down", tp=3)
     assert torch.equal(torch.cat(up), weight_of(plain, "up"))
     assert torch.equal(torch.cat(down, 1), weight_of(plain, "down"))
+
+
+@pytest.mark.parametrize("name", ["awq", "gptq act-order", "nvfp4"])
+def test_files_of_single_ranks_hold_words_and_scales_of_their_parts(tmp_path, name):
+    plain, out = write(tmp_path, FORMS[name]), tmp_path / "out"
+    write_shards(plan(tmp_path, tp=3), open_checkpoint(tmp_path), out)
+    for role, held in zip(ROLES, parts(out, *ROLES, tp=3), strict=True):
+        assert torch.equal(torch.cat(held, int(role in ROW)), weight_of(plain, role)), role
 
 
 @pytest.mark.parametrize("name", ["gptq v2, one group", "int8 packed, a row", "nvfp4 compressed"])
