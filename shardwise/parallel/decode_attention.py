@@ -27,7 +27,7 @@ def reason_against(mixer: object) -> str:
         return "no softmax attention"
     size = mixer.head_dim
     if mixer.v_head_dim != size or not takes_head_size(size):
-        return f"head sizes {size} and {mixer.v_head_dim}, need one power of two from 32 to 256"
+        return f"head sizes {size} and {mixer.v_head_dim}, need one multiple of 16 from 32 to 256"
     if mixer.gated and isinstance(mixer.qk_norms, JointNorms):
         return "all heads are normed at once, beside a gate of the output"
     if mixer.norm_after_rotation and isinstance(mixer.qk_norms, JointNorms):

@@ -52,6 +52,7 @@ LONG_FACTORS = dict(
 )
 FAMILIES |= {name: NEAR_KIN[name] for name in ("glm4", "olmo2", "cohere", "starcoder2", "hunyuan")} | {
     "gemma2": ("gemma2", NEAR_KIN["gemma2"][1] | ALTERNATING | {"seed": 3}),
+    "phi3 with small heads": ("phi3", dict(pad_token_id=0, hidden_size=288, head_dim=48)),
     "olmoe": ("olmoe", dict(NEAR_KIN["olmoe"][1], seed=3, hidden_size=192, head_dim=32)),
     "phi3 with long factors": (
         "phi3",

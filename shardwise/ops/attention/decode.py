@@ -40,15 +40,19 @@ class DecodeWorkspace:
         """For `splits` runs of each sequence of a batch of `batch`."""
         pad = max(16, triton.next_power_of_2(heads // kv_heads))
         return DecodeWorkspace(
-            torch.empty(batch * kv_heads * splits * pad * (head_dim + 2), dtype=torch.float32, device=device),
+            torch.empty(
+                batch * kv_heads * splits * pad * (triton.next_power_of_2(head_dim) + 2),
+                dtype=torch.float32,
+                device=device,
+            ),
             torch.zeros(batch * splits * kv_heads, dtype=torch.int32, device=device),
             splits,
         )
 
 
 def takes_head_size(size: int) -> bool:
-    """A power of two from 32 to 256."""
-    return 32 <= size <= 256 and not size & (size - 1)
+    """A multiple of 16 from 32 to 256."""
+    return 32 <= size <= 256 and not size % 16
 
 
 def splits_for(batch: int, kv_heads: int, max_keys: int, processors: int) -> int:
@@ -83,7 +87,7 @@ def fused_decode_attention(
 ) -> torch.Tensor:
     """Attention of one new token a sequence; its key and value are appended to the cache. Returns [B, N D].
 
-    D a power of two from 32 to 256, page_size a multiple of 64 (or of itself when smaller and a power of two),
+    D a multiple of 16 from 32 to 256, page_size a multiple of 64 (or of itself when smaller and a power of two),
     NeoX pairing over the first `rotated` columns of a head, by default all; angles of the pairs beyond them are zero.
     `softcap` caps scores by a tanh; `norm_last`: heads are normed after their rotation. The caches may be views with
     equal strides and contiguous heads: a plain cache [slots, max_seq, Nkv, D], or one of FlashInfer's [pages, 2, Nkv,
@@ -118,15 +122,16 @@ def fused_decode_attention(
     )  # fmt: skip
     keys = min(DIRECT_KEYS, page_size)
     warps = min(DIRECT_WARPS, keys * head_dim // 256)
-    if GLUON and batch * kv_heads <= DIRECT_PAIRS and group <= DIRECT_GROUP and warps:
+    whole = triton.next_power_of_2(head_dim)
+    if GLUON and whole == head_dim and batch * kv_heads <= DIRECT_PAIRS and group <= DIRECT_GROUP and warps:
         direct_kernel[(batch * kv_heads, splits)](
             *common, G=triton.next_power_of_2(group), D=head_dim, REP=keys * head_dim // (256 * warps), WARPS=warps,
             num_warps=warps, **flags,
         )  # fmt: skip
     else:
         decode_kernel[(batch * kv_heads, splits)](
-            *common, GROUP_PAD=max(16, triton.next_power_of_2(group)), HALF=head_dim // 2, BLOCK=block, num_warps=4,
-            **flags,
+            *common, GROUP_PAD=max(16, triton.next_power_of_2(group)), HALF=whole // 2, D=head_dim, BLOCK=block,
+            num_warps=4, **flags,
         )  # fmt: skip
     return out
 
@@ -163,7 +168,7 @@ def _check(
 ) -> None:  # fmt: skip
     page_size, kv_heads, head_dim = k_cache.shape[1:]
     if not takes_head_size(head_dim):
-        raise ValueError(f"{_NAME}: head size {head_dim}, need a power of two from 32 to 256")
+        raise ValueError(f"{_NAME}: head size {head_dim}, need a multiple of 16 from 32 to 256")
     if page_size % block:
         raise ValueError(f"{_NAME}: page size {page_size}, need a multiple of {block}")
     if heads % kv_heads:

@@ -31,17 +31,17 @@ def capped(scores, cap):
 
 
 @triton.jit
-def _pairs(HALF: tl.constexpr, PART: tl.constexpr):
+def _pairs(HALF: tl.constexpr, D: tl.constexpr, PART: tl.constexpr):
     """Half the columns of a head, [HALF], and how far behind each of them its partner in rotation stands.
 
     PART: how many columns are rotated, where not all are; any two of those behind make a pair.
     """
     one = tl.arange(0, HALF)
-    apart = HALF
+    apart = D // 2
     if PART > 0:
         turned = one < PART // 2
         one += tl.where(turned, 0, PART // 2)
-        apart = tl.where(turned, PART // 2, HALF - PART // 2)
+        apart = tl.where(turned, PART // 2, D // 2 - PART // 2)
     return one, apart
 
 
@@ -51,35 +51,40 @@ def _rotate(first, second, cos, sin):
 
 
 @triton.jit
-def _unit(first, second, first_weight, second_weight, eps, HALF: tl.constexpr, ON: tl.constexpr):
+def _unit(first, second, first_weight, second_weight, eps, D: tl.constexpr, ON: tl.constexpr):
     """RMS-normalise rows given as two halves of the head; identity when not ON."""
     if ON:
-        scale = 1.0 / tl.sqrt((tl.sum(first * first, 1) + tl.sum(second * second, 1)) / (2 * HALF) + eps)
+        scale = 1.0 / tl.sqrt((tl.sum(first * first, 1) + tl.sum(second * second, 1)) / D + eps)
         first = first * scale[:, None] * first_weight
         second = second * scale[:, None] * second_weight
     return first, second
 
 
 @triton.jit
-def _halves(pointer, row, half, apart, HALF: tl.constexpr, ON: tl.constexpr):
+def _halves(pointer, row, half, apart, inside, D: tl.constexpr, ON: tl.constexpr):
     """Two halves of a row of a head's size, [1, HALF] float32; ones when not ON."""
     first = 1.0
     second = 1.0
     if ON:
-        at = pointer + row.to(tl.int64) * (2 * HALF) + half
-        first = tl.load(at)[None, :].to(tl.float32)
-        second = tl.load(at + apart)[None, :].to(tl.float32)
+        at = pointer + row.to(tl.int64) * D + half
+        first = tl.load(at, mask=inside, other=0.0)[None, :].to(tl.float32)
+        second = tl.load(at + apart, mask=inside, other=0.0)[None, :].to(tl.float32)
     return first, second
 
 
 @triton.jit
-def _cached(k_cache_ptr, v_cache_ptr, rows, half, apart, whole, seen, PART: tl.constexpr):
+def _cached(k_cache_ptr, v_cache_ptr, rows, half, apart, whole, seen, D: tl.constexpr, PART: tl.constexpr):
     """The two halves of keys [HALF, keys] and the values [keys, D] at `rows` of the cache."""
     if PART > 0:
         apart = apart[:, None]
-    k1 = tl.load(k_cache_ptr + rows[None, :] + half[:, None], mask=seen[None, :], other=0.0)
-    k2 = tl.load(k_cache_ptr + rows[None, :] + apart + half[:, None], mask=seen[None, :], other=0.0)
-    v = tl.load(v_cache_ptr + rows[:, None] + whole[None, :], mask=seen[:, None], other=0.0)
+    k_mask = seen[None, :]
+    v_mask = seen[:, None]
+    if whole.shape[0] > D:
+        k_mask &= tl.arange(0, whole.shape[0] // 2)[:, None] < D // 2
+        v_mask &= whole[None, :] < D
+    k1 = tl.load(k_cache_ptr + rows[None, :] + half[:, None], mask=k_mask, other=0.0)
+    k2 = tl.load(k_cache_ptr + rows[None, :] + apart + half[:, None], mask=k_mask, other=0.0)
+    v = tl.load(v_cache_ptr + rows[:, None] + whole[None, :], mask=v_mask, other=0.0)
     return k1, k2, v
 
 
@@ -110,7 +115,7 @@ def decode_kernel(
     k_norm_ptr,  # [D]
     sinks_ptr,  # [N]
     out_ptr,  # [B, N D]
-    partial_ptr,  # float32 [B Nkv, splits, GROUP_PAD, D + 2]
+    partial_ptr,  # float32 [B Nkv, splits, GROUP_PAD, 2 HALF + 2]
     counter_ptr,  # int32 [B Nkv], zero between calls
     kv_heads,
     max_pages,
@@ -126,6 +131,7 @@ def decode_kernel(
     GROUP: tl.constexpr,
     GROUP_PAD: tl.constexpr,
     HALF: tl.constexpr,
+    D: tl.constexpr,
     PAGE: tl.constexpr,
     BLOCK: tl.constexpr,
     ROTATED: tl.constexpr,
@@ -137,6 +143,7 @@ def decode_kernel(
     PDL: tl.constexpr,
 ):
     """
+    HALF      of a head's columns D, or the next power of two
     ROTATED   how many columns of a head are rotated, from the first on
     QK_NORM   heads are normed: 0 not, 1 before their rotation, 2 after it
     """
@@ -144,7 +151,7 @@ def decode_kernel(
     split = tl.program_id(1)
     sequence = pair // kv_heads
     head = pair % kv_heads
-    D: tl.constexpr = 2 * HALF
+    WIDTH: tl.constexpr = 2 * HALF
     PRECISION: tl.constexpr = "ieee" if qkv_ptr.dtype.element_ty == tl.float32 else "tf32"
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
@@ -153,8 +160,13 @@ def decode_kernel(
     slot = tl.load(slot_ptr + sequence) if SLOTS else sequence
     table = table_ptr + slot * max_pages
     PART: tl.constexpr = ROTATED if ROTATED < D else 0
-    half, apart = _pairs(HALF, PART)
-    whole = tl.arange(0, D)
+    half, apart = _pairs(HALF, D, PART)
+    whole = tl.arange(0, WIDTH)
+    in_half = True  # columns of half a head, of a whole one
+    in_whole = True
+    if WIDTH > D:
+        in_half = tl.arange(0, HALF) < D // 2
+        in_whole = whole < D
     group = tl.arange(0, GROUP_PAD)
     live = group < GROUP
     row = qkv_ptr + sequence.to(tl.int64) * row_stride
@@ -163,7 +175,9 @@ def decode_kernel(
             tl.extra.cuda.gdc_wait()
         if split == 0:
             place = (sequence.to(tl.int64) * kv_heads + head) * GROUP * D + group[:, None] * D + whole[None, :]
-            tl.store(out_ptr + place, tl.zeros([GROUP_PAD, D], out_ptr.dtype.element_ty), mask=live[:, None])
+            tl.store(
+                out_ptr + place, tl.zeros([GROUP_PAD, WIDTH], out_ptr.dtype.element_ty), mask=live[:, None] & in_whole
+            )
         return
 
     first, run, active = run_of(position, splits, window, BLOCK, WINDOW)
@@ -171,9 +185,9 @@ def decode_kernel(
         return
     begin = first // BLOCK * BLOCK + split * run
     end = tl.minimum(begin + run, position)
-    cos, sin = _halves(rope_ptr, position, tl.arange(0, HALF), HALF, HALF, ROTATED > 0)
-    q_weight1, q_weight2 = _halves(q_norm_ptr, position * 0, half, apart, HALF, QK_NORM > 0)
-    k_weight1, k_weight2 = _halves(k_norm_ptr, position * 0, half, apart, HALF, QK_NORM > 0)
+    cos, sin = _halves(rope_ptr, position, tl.arange(0, HALF), D // 2, in_half, D, ROTATED > 0)
+    q_weight1, q_weight2 = _halves(q_norm_ptr, position * 0, half, apart, in_half, D, QK_NORM > 0)
+    k_weight1, k_weight2 = _halves(k_norm_ptr, position * 0, half, apart, in_half, D, QK_NORM > 0)
     if SINKS:
         sink = tl.load(sinks_ptr + head * GROUP + group, mask=live, other=0.0).to(tl.float32)
     if PDL:
@@ -181,33 +195,33 @@ def decode_kernel(
     q_at = row + (head * GROUP + group[:, None]) * D + half[None, :]
     k_at = row + (kv_heads * GROUP + head) * D + half[None, :]
     own = split == 0  # it also rotates, stores and attends to this token's own key and value
-    q1 = tl.load(q_at, mask=live[:, None], other=0.0).to(tl.float32)
-    q2 = tl.load(q_at + apart, mask=live[:, None], other=0.0).to(tl.float32)
-    own_k1 = tl.load(k_at, mask=own, other=0.0).to(tl.float32)
-    own_k2 = tl.load(k_at + apart, mask=own, other=0.0).to(tl.float32)
-    own_v = tl.load(row + (kv_heads * (GROUP + 1) + head) * D + whole, mask=own, other=0.0)
+    q1 = tl.load(q_at, mask=live[:, None] & in_half, other=0.0).to(tl.float32)
+    q2 = tl.load(q_at + apart, mask=live[:, None] & in_half, other=0.0).to(tl.float32)
+    own_k1 = tl.load(k_at, mask=own & in_half, other=0.0).to(tl.float32)
+    own_k2 = tl.load(k_at + apart, mask=own & in_half, other=0.0).to(tl.float32)
+    own_v = tl.load(row + (kv_heads * (GROUP + 1) + head) * D + whole, mask=own & in_whole, other=0.0)
     own_page = tl.load(table + position // PAGE, mask=own, other=0, cache_modifier=".cg").to(tl.int64)  # may be new
-    q1, q2 = _unit(q1, q2, q_weight1, q_weight2, eps, HALF, QK_NORM == 1)
+    q1, q2 = _unit(q1, q2, q_weight1, q_weight2, eps, D, QK_NORM == 1)
     if ROTATED > 0:
         q1, q2 = _rotate(q1, q2, cos, sin)
-    q1, q2 = _unit(q1, q2, q_weight1, q_weight2, eps, HALF, QK_NORM == 2)
+    q1, q2 = _unit(q1, q2, q_weight1, q_weight2, eps, D, QK_NORM == 2)
     q1 = (q1 * scale).to(qkv_ptr.dtype.element_ty)
     q2 = (q2 * scale).to(qkv_ptr.dtype.element_ty)
 
     top = tl.full([GROUP_PAD], float("-inf"), tl.float32)
     weight = tl.zeros([GROUP_PAD], tl.float32)
-    total = tl.zeros([GROUP_PAD, D], tl.float32)
+    total = tl.zeros([GROUP_PAD, WIDTH], tl.float32)
     if own:
-        own_k1, own_k2 = _unit(own_k1, own_k2, k_weight1, k_weight2, eps, HALF, QK_NORM == 1)
+        own_k1, own_k2 = _unit(own_k1, own_k2, k_weight1, k_weight2, eps, D, QK_NORM == 1)
         if ROTATED > 0:
             own_k1, own_k2 = _rotate(own_k1, own_k2, cos, sin)
-        own_k1, own_k2 = _unit(own_k1, own_k2, k_weight1, k_weight2, eps, HALF, QK_NORM == 2)
+        own_k1, own_k2 = _unit(own_k1, own_k2, k_weight1, k_weight2, eps, D, QK_NORM == 2)
         k1 = own_k1.to(k_cache_ptr.dtype.element_ty)
         k2 = own_k2.to(k_cache_ptr.dtype.element_ty)
         place = own_page * page_stride + position % PAGE * token_stride + head * head_stride
-        tl.store(k_cache_ptr + place + half[None, :], k1)
-        tl.store(k_cache_ptr + place + apart + half[None, :], k2)
-        tl.store(v_cache_ptr + place + whole, own_v.to(v_cache_ptr.dtype.element_ty))
+        tl.store(k_cache_ptr + place + half[None, :], k1, mask=in_half)
+        tl.store(k_cache_ptr + place + apart + half[None, :], k2, mask=in_half)
+        tl.store(v_cache_ptr + place + whole, own_v.to(v_cache_ptr.dtype.element_ty), mask=in_whole)
         top = tl.sum(q1.to(tl.float32) * k1.to(tl.float32), 1) + tl.sum(q2.to(tl.float32) * k2.to(tl.float32), 1)
         if CAPPED:
             top = capped(top, cap)
@@ -220,18 +234,18 @@ def decode_kernel(
         seen = (at < position) & (at >= first)
         page = tl.load(table + start // PAGE).to(tl.int64)
         slots = page * page_stride + (start % PAGE + keys).to(tl.int64) * token_stride + head * head_stride
-        keys1, keys2, values = _cached(k_cache_ptr, v_cache_ptr, slots, half, apart, whole, seen, PART)
+        keys1, keys2, values = _cached(k_cache_ptr, v_cache_ptr, slots, half, apart, whole, seen, D, PART)
         top, weight, total = _attend(
             q1, q2, keys1, keys2, values, seen, top, weight, total, cap, CAPPED, PRECISION
         )  # fmt: skip
 
     if active > 1:
-        stride: tl.constexpr = GROUP_PAD * (D + 2)
+        stride: tl.constexpr = GROUP_PAD * (WIDTH + 2)
         parts = partial_ptr + pair.to(tl.int64) * splits * stride
         mine = parts + split * stride
-        tl.store(mine + group[:, None] * D + whole[None, :], total, mask=live[:, None])
-        tl.store(mine + GROUP_PAD * D + group, top, mask=live)
-        tl.store(mine + GROUP_PAD * D + GROUP_PAD + group, weight, mask=live)
+        tl.store(mine + group[:, None] * WIDTH + whole[None, :], total, mask=live[:, None])
+        tl.store(mine + GROUP_PAD * WIDTH + group, top, mask=live)
+        tl.store(mine + GROUP_PAD * WIDTH + GROUP_PAD + group, weight, mask=live)
         tl.debug_barrier()  # all of this program's stores come before its arrival
         arrived = tl.atomic_add(counter_ptr + pair, 1, sem="acq_rel", scope="gpu")
         if arrived != active - 1:
@@ -239,7 +253,7 @@ def decode_kernel(
         tl.store(counter_ptr + pair, 0)
         top = tl.full([GROUP_PAD], float("-inf"), tl.float32)
         weight = tl.zeros([GROUP_PAD], tl.float32)
-        total = tl.zeros([GROUP_PAD, D], tl.float32)
+        total = tl.zeros([GROUP_PAD, WIDTH], tl.float32)
         for base in range(0, active, 4):  # the loads of four parts are on the way at once
             totals = ()
             tops = ()
@@ -247,9 +261,9 @@ def decode_kernel(
             for number in tl.static_range(4):
                 theirs = parts + (base + number) * stride
                 there = live & (base + number < active)
-                total_at = theirs + group[:, None] * D + whole[None, :]
+                total_at = theirs + group[:, None] * WIDTH + whole[None, :]
                 totals = totals + (tl.load(total_at, mask=there[:, None], other=0.0, cache_modifier=".cg"),)
-                top_at = theirs + GROUP_PAD * D + group
+                top_at = theirs + GROUP_PAD * WIDTH + group
                 tops = tops + (tl.load(top_at, mask=there, other=float("-inf"), cache_modifier=".cg"),)
                 weights = weights + (tl.load(top_at + GROUP_PAD, mask=there, other=0.0, cache_modifier=".cg"),)
             for number in tl.static_range(4):
@@ -264,4 +278,4 @@ def decode_kernel(
         weight += tl.exp(sink - top)
     place = (sequence.to(tl.int64) * kv_heads + head) * GROUP * D + group[:, None] * D + whole[None, :]
     result = total / weight[:, None]
-    tl.store(out_ptr + place, result.to(out_ptr.dtype.element_ty), mask=live[:, None])
+    tl.store(out_ptr + place, result.to(out_ptr.dtype.element_ty), mask=live[:, None] & in_whole)

@@ -149,6 +149,8 @@ def test_fused_decode_attention_of_fewer_models(kernel, options):
         (128, 2, "part, qk_norm"),
         (64, 2, "part, qk_norm, normed last"),
         (256, 1, "window"),
+        (96, 1, "plain"),
+        (80, 3, "part, qk_norm, capped"),
         (256, 2, "capped, window"),
     ],
 )
