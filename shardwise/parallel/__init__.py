@@ -8,7 +8,7 @@ Blocks compute partial sums; `layers.ResidualNorm` and the experts of `moe` add 
     decoder, assemble,          the stack of layers, built from the blocks of a ModelSpec
     assemble_attention,
     assemble_mamba,
-    assemble_delta
+    assemble_delta, factors
     layers, attention, rotary,  layers of prompts and of any model; `block_linear` computes with GGUF's blocks
     mla, head_norms, moe,       and integers in groups, `float8_linear` with float8 weights
     routing, block_linear,

@@ -5,6 +5,7 @@ A new family is data (a spec); it needs code here only where it has a block with
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,9 +23,11 @@ from shardwise.parallel.decoder import (
     Decoder,
     DecoderLayer,
     FeedForwardLayer,
+    JointMixers,
     MixerLayer,
     ParallelLayer,
 )
+from shardwise.parallel.factors import Factors
 from shardwise.parallel.float8_linear import Float8Linear, WideBuffer
 from shardwise.parallel.layers import (
     GatedMlp,
@@ -72,12 +75,16 @@ class DecoderBuilder:
 
     def cache_shapes(self) -> list[LayerShape]:
         """What every layer caches on this rank."""
-        return [self._cache_shape(*layer.mixers) for layer in self.model.layers]
+        return [self._cache_shape(layer.mixers) for layer in self.model.layers]
 
-    def _cache_shape(self, mixer: spec.Block | None = None) -> LayerShape:
-        if type(mixer) in STATES:
-            return LayerShape(state=STATES[type(mixer)](self.weights, mixer))
-        return LayerShape() if mixer is None else cache_shape(self.weights, mixer)
+    def _cache_shape(self, mixers: Sequence[spec.Block]) -> LayerShape:
+        shape = LayerShape()
+        for mixer in mixers:
+            if type(mixer) in STATES:
+                shape = replace(shape, state=STATES[type(mixer)](self.weights, mixer))
+            else:
+                shape = replace(cache_shape(self.weights, mixer), state=shape.state)
+        return shape
 
     def _entry_norm(self, layer: Layer, number: int) -> Norm | None:
         if layer.mixers:
@@ -107,7 +114,8 @@ class DecoderBuilder:
 
     def _made(self, blocks: Sequence[spec.Block], number: int) -> Any:
         """A layer's mixer or feed-forward; None where it has none."""
-        return (MIXERS | FEED_FORWARDS)[type(blocks[0])](self, blocks[0], number) if blocks else None
+        made = [(MIXERS | FEED_FORWARDS)[type(block)](self, block, number) for block in blocks]
+        return JointMixers(made) if len(made) > 1 else made[0] if made else None
 
     def _norm(self, norm: spec.Norm | None, role: str, layer: int | None) -> Norm | None:
         if norm is None:
@@ -150,10 +158,21 @@ class DecoderBuilder:
         )
 
     def linear(
-        self, block: spec.Block, *roles: str, layer: int | None = None, order: Tensor | None = None
+        self,
+        block: spec.Block,
+        *roles: str,
+        layer: int | None = None,
+        order: Tensor | None = None,
+        factors: Factors | None = None,
     ) -> LinearLike:
-        """Column-parallel: the roles' outputs concatenated, or in `order`."""
+        """Column-parallel: the roles' outputs concatenated, or in `order`, multiplied by `factors`."""
         bias = self._bias(block, roles, layer)
+        if factors is not None:
+            weight = self.weights.linear(block, *roles, layer=layer)
+            if order is not None:
+                weight, bias = weight[order], None if bias is None else bias[order]
+            factors.scale(weight, bias)
+            return Linear(weight=weight, bias=bias)
         planes = self._planes(block, *roles, layer=layer) if order is None else None
         if planes:
             return BlockLinear(planes=planes, bias=bias)
@@ -181,9 +200,9 @@ class DecoderBuilder:
         rows = {role: self.weights.linear_shape(block, role)[0] for role in roles}
         return torch.cat([some.new_zeros(rows[role]) if bias is None else bias for role, bias in found.items()])
 
-    def row_linear(self, block: spec.Block, role: str, layer: int) -> LinearLike:
+    def row_linear(self, block: spec.Block, role: str, layer: int, factor: float = 1.0) -> LinearLike:
         """Row-parallel: its bias is added by one rank."""
-        linear = self.linear(block, role, layer=layer)
+        linear = self.linear(block, role, layer=layer, factors=Factors.of((self.model.hidden, factor)))
         if self.groups.tp.rank > 0:
             linear.bias = None
         return linear
@@ -200,11 +219,13 @@ class DecoderBuilder:
 def dense_mlp(builder: DecoderBuilder, block: spec.DenseMlp, layer: int, prefix: str = "") -> GatedMlp | PlainMlp:
     """`prefix`: what the roles of a shared expert begin with."""
     activation = activation_named(block.activation)
-    down = builder.row_linear(block, f"{prefix}down", layer)
+    down = builder.row_linear(block, f"{prefix}down", layer, block.down_multiplier)
     if not block.gated:
         return PlainMlp(up=builder.linear(block, f"{prefix}up", layer=layer), down=down, activation=activation)
     roles = ("gate_up",) if f"{prefix}gate_up.weight" in block.roles else ("gate", "up")
-    gate_up = builder.linear(block, *(prefix + role for role in roles), layer=layer)
+    width = builder.weights.units(block.mlp_axis)
+    factors = Factors.of((width, block.gate_multiplier), (width, 1.0))
+    gate_up = builder.linear(block, *(prefix + role for role in roles), layer=layer, factors=factors)
     return GatedMlp(gate_up=gate_up, down=down, activation=activation)
 
 

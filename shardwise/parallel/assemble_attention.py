@@ -8,6 +8,7 @@ from torch import Tensor
 
 from shardwise.parallel.attention import AttentionMixer
 from shardwise.parallel.cache import LatentWeights, LayerShape, Masking
+from shardwise.parallel.factors import Factors
 from shardwise.parallel.head_norms import HeadNorms, JointNorms
 from shardwise.parallel.layers import Norm
 from shardwise.parallel.mla import LatentMixer
@@ -29,14 +30,22 @@ def attention(builder: "DecoderBuilder", block: spec.Attention, layer: int) -> A
     gated, fused = block.output_gate == "per_element", "qkv.weight" in block.roles
     if gated:
         order = _gated_rows(head, heads, kv_heads, kv_heads * v_head_dim)
+    after_keys = kv_heads * v_head_dim + (heads * head_dim if gated else 0)
+    factors = Factors.of(
+        (heads * head_dim, 1.0),
+        (kv_heads * head_dim, block.key_multiplier),
+        (after_keys, 1.0),
+        inputs=block.in_multiplier,
+    )
+    projected = ("qkv",) if fused else ("q", "k", "v")
     return AttentionMixer(
         layer=layer,
         heads=heads,
         kv_heads=kv_heads,
         head_dim=head_dim,
         v_head_dim=v_head_dim,
-        qkv=builder.linear(block, *(("qkv",) if fused else ("q", "k", "v")), layer=layer, order=order),
-        out=builder.row_linear(block, "o", layer),
+        qkv=builder.linear(block, *projected, layer=layer, order=order, factors=factors),
+        out=builder.row_linear(block, "o", layer, block.out_multiplier),
         masking=Masking(
             scale=block.scale,
             window=block.window,

@@ -4,7 +4,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from shardwise.parallel.mamba import GatedNorm, MambaMixer
+from shardwise.parallel.factors import Factors
+from shardwise.parallel.mamba import GatedNorm, MambaMixer, silu_gate
 from shardwise.parallel.states import StateShape
 from shardwise.parallel.weights import Weights
 from shardwise.sharding import spec
@@ -15,16 +16,26 @@ if TYPE_CHECKING:
 
 def mamba(builder: "DecoderBuilder", block: spec.Mamba2, layer: int) -> MambaMixer:
     weights = builder.weights
+    heads, groups = weights.units(block.head_axis), weights.units(block.group_axis)
+    inner, shared = heads * block.head_dim, groups * block.state
+    segments = block.segment_multipliers or (1.0,) * 5
     A_log, D, dt_bias = (
         weights.take(block, role, layer=layer, dtype=torch.float32) for role in ("A_log", "D", "dt_bias")
     )
     return MambaMixer(
         layer=layer,
-        heads=weights.units(block.head_axis),
-        groups=weights.units(block.group_axis),
+        heads=heads,
+        groups=groups,
         head_dim=block.head_dim,
         state=block.state,
-        in_proj=builder.linear(block, "in_proj", layer=layer),
+        in_proj=builder.linear(
+            block,
+            "in_proj",
+            layer=layer,
+            factors=Factors.of(
+                *zip((inner, inner, shared, shared, heads), segments, strict=True), inputs=block.in_multiplier
+            ),
+        ),
         conv=weights.take(block, "conv.weight", layer=layer),
         conv_bias=weights.find(block, "conv.bias", layer=layer),
         A=-A_log.exp(),
@@ -32,8 +43,8 @@ def mamba(builder: "DecoderBuilder", block: spec.Mamba2, layer: int) -> MambaMix
         dt_bias=dt_bias,
         dt_limits=block.dt_limits,
         chunk=block.chunk,
-        norm=_gated_norm(builder, block, layer),
-        out=builder.row_linear(block, "out_proj", layer),
+        norm=_gated_norm(builder, block, layer) if block.gated_norm else silu_gate,
+        out=builder.row_linear(block, "out_proj", layer, block.out_multiplier),
     )
 
 

@@ -24,8 +24,8 @@ from shardwise.parallel.decode_mlp import FeedForward, feed_forward_step
 from shardwise.parallel.decode_moe import reason_against as reason_against_experts
 from shardwise.parallel.decode_states import SingleSpans, StateMixer, StateStep
 from shardwise.parallel.decode_states import reason_against as reason_against_states
-from shardwise.parallel.decode_stream import Product, Stream, joined, product, row_product
-from shardwise.parallel.decoder import AnyLayer, Decoder, DecoderLayer, FeedForwardLayer, MixerLayer
+from shardwise.parallel.decode_stream import Product, Stream, added_product, joined, product, row_product
+from shardwise.parallel.decoder import AnyLayer, Decoder, DecoderLayer, FeedForwardLayer, JointMixers, MixerLayer
 from shardwise.parallel.device_cache import PAGE_SIZE, DeviceCache
 from shardwise.parallel.layers import Linear, Norm, ResidualNorm, VocabEmbedding
 from shardwise.parallel.moe import DataParallelMoe, MoeBlock, MoeWithShared
@@ -35,13 +35,28 @@ GRAPH_TRANSPORTS = ("p2p", "flashinfer", "nccl", "threads", "fake")
 
 
 @dataclass(frozen=True)
+class JointStep:
+    """Several mixers of the same input."""
+
+    steps: tuple[AttentionStep | LatentStep | StateStep, ...]
+
+    def partial(self, stream: Stream, positions: Tensor, slots: Tensor, *, pdl: bool) -> Tensor:
+        """This rank's partial sum [B, H] of them all."""
+        first, *others = self.steps
+        total = added_product(first.out, first(stream, positions, slots), None, pdl=pdl)
+        for step in others:
+            total = added_product(step.out, step(stream, positions, slots), total, pdl=pdl)
+        return total
+
+
+@dataclass(frozen=True)
 class Layer:
     """What the step needs of one layer, which may lack the mixer or the feed-forward.
 
     between  None beside both: they have the same input, and their partial sums are added
     """
 
-    mixer: AttentionStep | LatentStep | StateStep | None
+    mixer: AttentionStep | LatentStep | StateStep | JointStep | None
     between: ResidualNorm | None
     feed_forward: FeedForward | None
     after: ResidualNorm
@@ -50,15 +65,20 @@ class Layer:
         if self.mixer is None:
             assert self.feed_forward is not None
             return self.feed_forward(stream, self.after, positions)
-        mixed = self.mixer(stream, positions, slots)
-        if self.feed_forward is None:
-            return row_product(self.mixer.out, mixed, stream.residual, self.after, pdl=pdl)
-        if self.between is None:
-            partial = product(self.mixer.out, Stream(mixed, mixed), pdl=pdl)
-            partial = self.feed_forward.partial(stream, positions, partial)
-            return joined(partial, stream.residual, self.after, pdl=pdl)
-        stream = row_product(self.mixer.out, mixed, stream.residual, self.between, pdl=pdl)
-        return self.feed_forward(stream, self.after, positions)
+        joining = self.after if self.feed_forward is None else self.between
+        if isinstance(self.mixer, JointStep):
+            assert joining is not None
+            partial = self.mixer.partial(stream, positions, slots, pdl=pdl)
+            stream = joined(partial, stream.residual, joining, pdl=pdl)
+        else:
+            mixed = self.mixer(stream, positions, slots)
+            if joining is None:
+                assert self.feed_forward is not None
+                partial = product(self.mixer.out, Stream(mixed, mixed), pdl=pdl)
+                partial = self.feed_forward.partial(stream, positions, partial)
+                return joined(partial, stream.residual, self.after, pdl=pdl)
+            stream = row_product(self.mixer.out, mixed, stream.residual, joining, pdl=pdl)
+        return stream if self.feed_forward is None else self.feed_forward(stream, self.after, positions)
 
 
 def reason_against(decoder: Decoder) -> str:
@@ -80,6 +100,8 @@ def reason_against(decoder: Decoder) -> str:
 
 
 def _reason_against_mixer(mixer: object) -> str:
+    if isinstance(mixer, JointMixers):
+        return next(filter(None, map(_reason_against_mixer, mixer.mixers)), "")
     return reason_against_states(mixer) if isinstance(mixer, StateMixer) else reason_against_attention(mixer)
 
 
@@ -163,11 +185,16 @@ class DecodeStep:
 
     def _prepared(self, layer: AnyLayer) -> Layer:
         return Layer(
-            mixer=None if isinstance(layer, FeedForwardLayer) else self._mixer_step(layer.mixer),
+            mixer=None if isinstance(layer, FeedForwardLayer) else self._mixer_steps(layer.mixer),
             between=layer.between if isinstance(layer, DecoderLayer) else None,
             feed_forward=None if isinstance(layer, MixerLayer) else feed_forward_step(layer.feed_forward, pdl=self.pdl),
             after=layer.after,
         )
+
+    def _mixer_steps(self, mixer: object) -> AttentionStep | LatentStep | StateStep | JointStep:
+        if isinstance(mixer, JointMixers):
+            return JointStep(tuple(self._mixer_step(each) for each in mixer.mixers))
+        return self._mixer_step(mixer)
 
     def _mixer_step(self, mixer: object) -> AttentionStep | LatentStep | StateStep:
         if isinstance(mixer, StateMixer):

@@ -38,6 +38,19 @@ class ParallelLayer:
 
 
 @dataclass
+class JointMixers:
+    """Several mixers of the same normed input, in one sum."""
+
+    mixers: Sequence[Callable[[Tensor, Batch, KvCache], Tensor]]
+
+    def __call__(self, x: Tensor, batch: Batch, cache: KvCache) -> Tensor:
+        first, *others = (mixer(x, batch, cache) for mixer in self.mixers)
+        for partial in others:
+            first += partial
+        return first
+
+
+@dataclass
 class MixerLayer:
     """A mixer alone."""
 

@@ -4,6 +4,8 @@ Source: Dao and Gu, arXiv:2405.21060. Heads are cut over the ranks by groups. Wh
 ranks, each of them has the group's B and C, and the norm over the group takes a mean over these ranks.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -66,6 +68,11 @@ class GatedNorm:
         )
 
 
+def silu_gate(x: Tensor, gate: Tensor) -> Tensor:
+    """A gate without a norm: x * silu(gate)."""
+    return F.silu(gate).mul_(x)
+
+
 class MambaMixer:
     """Mamba-2 with this rank's H heads in its G groups. Returns this rank's partial sum.
 
@@ -92,7 +99,7 @@ class MambaMixer:
         dt_bias: Tensor,
         dt_limits: tuple[float, float],
         chunk: int,
-        norm: GatedNorm,
+        norm: Callable[[Tensor, Tensor], Tensor],
         out: LinearLike,
     ):
         self.layer, self.heads, self.groups = layer, heads, groups

@@ -13,6 +13,7 @@ class UnsupportedModel(ValueError):
 
 
 MIXERS: tuple[type[spec.Block], ...] = (spec.Attention, spec.MlaAttention, spec.Mamba2, spec.GatedDelta)
+STATEFUL = (spec.Mamba2, spec.GatedDelta)
 FEED_FORWARDS: tuple[type[spec.Block], ...] = (spec.DenseMlp, spec.Moe)
 ROPES = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
 ACTIVATIONS = ("silu", "swish", "gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "relu2")
@@ -24,13 +25,14 @@ _EVERY: dict[type, set[str]] = {
     spec.Norm: {"kind", "eps", "weight_offset"},
     spec.Rope: {"theta", "dim", "scaling", "interleaved"},
     spec.Attention: {"q_axis", "kv_axis", "head_dim", "v_head_dim", "scale", "rope", "window", "softcap", "sinks"}
-    | {"norm_eps", "norm_weight_offset", "qk_norm_after_rope"},
+    | {"norm_eps", "norm_weight_offset", "qk_norm_after_rope", "key_multiplier", "in_multiplier", "out_multiplier"},
     spec.MlaAttention: {"q_axis", "q_rank", "kv_rank", "nope_dim", "rope_dim", "v_head_dim", "scale", "rope"}
     | {"norm_eps"},
     spec.Mamba2: {"head_axis", "group_axis", "head_dim", "state", "conv_kernel", "conv_bias", "norm_before_gate"}
-    | {"norm_groups", "norm_eps", "chunk", "dt_limits"},
+    | {"norm_groups", "norm_eps", "chunk", "dt_limits", "gated_norm"}
+    | {"in_multiplier", "out_multiplier", "segment_multipliers"},
     spec.GatedDelta: {"k_axis", "v_axis", "k_head_dim", "v_head_dim", "conv_kernel", "norm_eps"},
-    spec.DenseMlp: {"mlp_axis", "gated"},
+    spec.DenseMlp: {"mlp_axis", "gated", "gate_multiplier", "down_multiplier"},
     spec.Moe: {"expert_axis", "mlp_axis", "routing", "stacked", "transposed", "gate_up_interleaved", "limit", "alpha"}
     | {"shared", "shared_gated", "gated", "latent"},
     spec.Routing: {"top_k", "softmax_after_topk", "normalize", "bias_correction", "groups", "top_groups", "group_score"}
@@ -40,7 +42,7 @@ _EVERY: dict[type, set[str]] = {
 _SOME: dict[type, dict[str, tuple]] = {
     spec.Rope: {"kind": ROPES},
     spec.Attention: {"qk_norm": (None, "head", "all_heads"), "output_gate": (None, "per_element")},
-    spec.Mamba2: {"activation": ("silu", "swish"), "gated_norm": (True,)},
+    spec.Mamba2: {"activation": ("silu", "swish")},
     spec.GatedDelta: {"activation": ("silu", "swish")},
     spec.DenseMlp: {"activation": ACTIVATIONS},
     spec.Moe: {"activation": ACTIVATIONS},
@@ -87,10 +89,13 @@ def check_supported(model: ModelSpec) -> None:
 
 def _check_structure(model: ModelSpec, layer: Layer, where: str) -> None:
     counts = len(layer.mixers), len(layer.feed_forward)
-    if counts not in ((1, 1), (1, 0), (0, 1)) or layer.others:
+    stateful = sum(isinstance(mixer, STATEFUL) for mixer in layer.mixers)
+    alone = counts[0] <= 1 or (counts[0] == 2 and stateful == 1)
+    if not (alone and counts[1] <= 1 and any(counts)) or layer.others:
         raise UnsupportedModel(
-            f"{model.architecture}, {where}: the runtime needs one mixer, one feed-forward, or one and then the other, "
-            f"here are {counts[0]} mixers, {counts[1]} feed-forwards and {len(layer.others)} other blocks"
+            f"{model.architecture}, {where}: the runtime needs a mixer, or attention beside one with states, and a "
+            f"feed-forward, or one of the two; here are {counts[0]} mixers, {counts[1]} feed-forwards and "
+            f"{len(layer.others)} other blocks"
         )
     if layer.parallel_residual and (layer.mixer_post_norm or layer.feed_forward_norm):
         raise UnsupportedModel(f"{model.architecture}, {where}: parallel blocks have one norm, before them")

@@ -60,6 +60,7 @@ FAMILIES |= {name: NEAR_KIN[name] for name in ("glm4", "olmo2", "cohere", "starc
     ),
 }
 FAMILIES |= {
+    "falcon_h1": ("falcon_h1", dict(NEAR_KIN["falcon_h1"][1], num_hidden_layers=1, head_dim=32, mamba_rms_norm=False)),
     "bamba": ("bamba", dict(NEAR_KIN["bamba"][1], num_hidden_layers=2, head_dim=32)),
     "nemotron_h": (
         "nemotron_h",
@@ -79,19 +80,10 @@ FAMILIES |= {
             layer_types=["linear_attention", "full_attention"],
         ),
     ),
-    "qwen3_next": (
-        "qwen3_next",
-        dict(
-            NEAR_KIN["qwen3_next"][1],
-            num_hidden_layers=2,
-            head_dim=32,
-            layer_types=["linear_attention", "full_attention"],
-        ),
-    ),
 }
 """Heads rotated in part, norms after blocks, of all heads, of layers, capped scores, blocks in parallel; state-space
-layers, layers of one block; gated delta layers, attention with a gated output."""
-ON_TWO_RANKS = ("olmo2", "cohere", "bamba", "qwen3_next")
+layers, layers of one block, mixers side by side; gated delta layers, attention with a gated output."""
+ON_TWO_RANKS = ("olmo2", "cohere", "bamba", "falcon_h1", "qwen3_next")
 CASES = [(name, ParallelLayout()) for name in FAMILIES if name not in ON_TWO_RANKS]
 CASES += [(name, ParallelLayout(tp=2)) for name in ON_TWO_RANKS]
 CASES += [
