@@ -56,10 +56,10 @@ def candidates(fused: bool, nbytes: int) -> list[Tuning]:
 def wide_candidates(fused: bool, nbytes: int) -> list[Tuning]:
     """For more than two ranks, where one-shot sends more bytes than two-shot."""
     two = [
-        Tuning("TWOSHOT", warps, ahead, blocks, lanes, pausing=pausing)
-        for warps, ahead, blocks, lanes in ((8, 1, 2, 256), (8, 2, 2, 512), (16, 1, 1, 512), (16, 1, 2, 512))
-        for pausing in (0, 64)
-        if fused is False or lanes == 512
+        Tuning("TWOSHOT", warps, 0, blocks, lanes, bulk=bulk, registers=64, pushers=pushers, pausing=64)
+        for warps, lanes, blocks in ((16, 512, 2), (32, 1024, 1))
+        for pushers in (32, 48, 64, 96)
+        for bulk in (False, True)
     ]
     if nbytes < 128 * KIB:
         return small(fused) + two[:1]

@@ -9,23 +9,24 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from shardwise.comm.p2p import kernels, table
+from shardwise.comm.p2p import one_shot, table, two_shot
 
 INTEGERS = {"abort": "i64", "records": "i64", "region_bytes": "i64", "deadline_ns": "i64"}
-SIZES = {"rows": "i64", "width": "i32", "total_elements": "i64", "chunks": "i64", "eps": "fp32", "weight_bias": "fp32"}
+SIZES = {"rows": "i64", "width": "i32", "total_elements": "i64", "chunks": "i64"}
+ROLES = {"pushers": "i32", "late": "i64"}
+NORM = {"eps": "fp32", "weight_bias": "fp32"}
 
 
 def compiled(tuning, world: int, fused: bool, aligned: bool, dtype: str, lanes: int):
     pointers = dict.fromkeys(("x", "residual", "weight", "out", "residual_out"), "*" + dtype)
     constants = {"WORLD": world, "RANK": world - 1, "LANES": lanes, "ALIGNED": aligned, "FUSED": fused}
+    kernel, roles = two_shot.two_shot, ROLES
     if tuning.strategy == "ONESHOT":
-        constants |= {"AHEAD": tuning.ahead, "BULK": tuning.bulk and aligned}
-    else:
-        constants |= {"AHEAD": tuning.ahead}
-    constants |= {"PAUSING": tuning.pausing, "PDL": True}
-    signature = {**pointers, "slots": ("i64",) * world, "counters": "*i32", **INTEGERS, **SIZES}
+        kernel, roles = one_shot.one_shot, {}
+        constants["AHEAD"] = tuning.ahead
+    constants |= {"BULK": tuning.bulk and aligned, "PAUSING": tuning.pausing, "PDL": True}
+    signature = {**pointers, "slots": ("i64",) * world, "counters": "*i32", **INTEGERS, **SIZES, **roles, **NORM}
     signature |= dict.fromkeys(constants, "constexpr")
-    kernel = kernels.one_shot if tuning.strategy == "ONESHOT" else kernels.two_shot
     options = {"num_warps": warps(tuning, lanes), "launch_pdl": True}
     if tuning.registers and aligned and lanes == 32 * warps(tuning, lanes):
         options["maxnreg"] = tuning.registers
@@ -53,6 +54,7 @@ def main() -> None:
     ]
     cases += [(world, True, True, "bf16", nbytes) for world in (4, 8) for nbytes in (1 << 14, 1 << 22)]
     cases += [(2, True, False, "fp16", 1 << 14), (2, False, True, "fp32", 1 << 14), (4, False, True, "bf16", 1 << 22)]
+    cases += [(4, False, True, "bf16", 1 << 18), (4, True, True, "bf16", 1 << 20), (4, True, True, "bf16", 1 << 24)]
     seen = set()
     for world, fused, aligned, dtype, nbytes in cases:
         tuning = table.choose(world, nbytes, fused, "AUTO").tuning

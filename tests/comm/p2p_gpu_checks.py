@@ -29,7 +29,8 @@ VARIANTS = (
     Tuning("ONESHOT", 32, blocks_per_sm=4, registers=32),
     Tuning("ONESHOT", 8, ahead=1, bulk=True),
     Tuning("ONESHOT", 16, ahead=1, bulk=True, pausing=64),
-    Tuning("TWOSHOT", 8, ahead=1, pausing=64),
+    Tuning("TWOSHOT", 16, registers=64, pushers=200),
+    Tuning("TWOSHOT", 32, lanes=1024, bulk=True, registers=64, pushers=24, pausing=64),
 )
 
 

@@ -67,6 +67,8 @@ class SharedWorkspace(Workspace):
 
 
 class InterpretedLauncher(Launcher):
+    side_by_side = False
+
     def __init__(self, workspace: SharedWorkspace):
         self.workspace, self.deadline_ns, self.multiprocessors, self.pdl = workspace, 10**10, 2, False
         self._kernels, self._kept, self._places = {}, {}, launch.places(workspace)
@@ -106,7 +108,7 @@ def conformance(info: RankInfo, store, folder: str) -> None:
     if not few:
         p2p_checks.check_pieces(group)
         p2p_checks.check_low_precision(group, (2003,), (torch.bfloat16,), in_place=False)
-        check_variants(group)
+    check_variants(group)
     group.barrier()
     assert group.workspace.all_armed(), "every word that was pushed was taken and armed again"
     integers = torch.arange(6) * (info.rank + 1)
@@ -122,6 +124,8 @@ def check_variants(group: OnCpu) -> None:
     for variant in (
         Tuning("ONESHOT", 1, 2, lanes=32),
         Tuning("ONESHOT", 1, 1, lanes=32, bulk=True),
+        Tuning("TWOSHOT", 1, lanes=32, pushers=1),
+        Tuning("TWOSHOT", 1, blocks_per_sm=2, lanes=32, bulk=True, pushers=5),
     ):
         x = parts[group.rank].clone()
         for out in (torch.empty_like(x), x):

@@ -14,7 +14,8 @@ from shardwise.comm.p2p.workspace import COUNTERS
 
 tl = pytest.importorskip("triton.language")
 arithmetic = pytest.importorskip("shardwise.comm.p2p.arithmetic")
-kernels = pytest.importorskip("shardwise.comm.p2p.kernels")
+one_shot = pytest.importorskip("shardwise.comm.p2p.one_shot").one_shot
+two_shot = pytest.importorskip("shardwise.comm.p2p.two_shot").two_shot
 asm = pytest.importorskip("shardwise.comm.p2p.asm")
 
 interpreted = pytest.mark.skipif(not asm.INTERPRET.value, reason="kernels of this process are compiled for a GPU")
@@ -55,18 +56,22 @@ def words(values: torch.Tensor, row_words: int) -> torch.Tensor:
 
 def launch(
     kernel, world, rank, slots, tensors, rows, width, total, chunks, *,
-    fused, call, aligned=True, grid=2, ahead=0, bulk=False, missing=(),
+    fused, call, aligned=True, grid=2, ahead=0, bulk=False, pushers=1, missing=(),
 ):  # fmt: skip
-    """`missing`: ranks whose data never comes; the deadline is short then."""
+    """`missing`: ranks whose data never comes; the deadline is short then. `pushers`: blocks of two-shot."""
     counters = torch.full((COUNTERS,), call, dtype=torch.int32)
     abort = torch.zeros(1, dtype=torch.int32)
     records = torch.zeros(world, dtype=torch.int64)
     lanes = max(32, 1 << (chunks - 1).bit_length())
-    one_shot = {"BULK": bulk} if kernel is kernels.one_shot else {}
+    form, sizes = {"AHEAD": ahead, "BULK": bulk}, (rows, width, total, chunks)
+    if kernel is two_shot:
+        turns = -(-rows // world)
+        late = turns if grid == pushers else max(0, turns - pushers // (world - 1))
+        form, sizes = {"BULK": bulk}, (*sizes, pushers, late)
     kernel[(grid,)](
         *tensors, slots.addresses, counters, abort.data_ptr(), records.data_ptr(), slots.region_words * 4,
-        10**7 if missing else 10**9, rows, width, total, chunks, EPS, 1.0,
-        WORLD=world, RANK=rank, LANES=lanes, ALIGNED=aligned, FUSED=fused, AHEAD=ahead, **one_shot,
+        10**7 if missing else 10**9, *sizes, EPS, 1.0,
+        WORLD=world, RANK=rank, LANES=lanes, ALIGNED=aligned, FUSED=fused, **form,
         PAUSING=False, PDL=False,
     )  # fmt: skip
     assert counters.eq(call + 1).all(), "every copy of the call counter moves on"
@@ -110,7 +115,7 @@ def test_one_shot_sums_pushes_and_rearms(world, rank, dtype, ahead, bulk):
             slots.row(rank, source, call & 1, row).copy_(words(x[source][row], slots.row_words))
     out = torch.full_like(x[rank], float("nan"))
     tensors = (x[rank], x[rank], x[rank], out, out)
-    launch(kernels.one_shot, world, rank, slots, tensors, rows, width, rows * width, chunks,
+    launch(one_shot, world, rank, slots, tensors, rows, width, rows * width, chunks,
            fused=False, call=call, ahead=ahead, bulk=bulk)  # fmt: skip
     check_close(out, ordered_sum(x))
     assert slots.memory[rank].eq(ARMED).all(), "what was taken is armed again"
@@ -126,13 +131,13 @@ def test_all_who_did_not_come_are_named_at_once():
     slots.row(rank, 2, 1, 0).copy_(words(x[2][0], slots.row_words))
     out = torch.zeros_like(x[rank])
     tensors = (x[rank], x[rank], x[rank], out, out)
-    launch(kernels.one_shot, world, rank, slots, tensors, 1, width, width, width // 4,
+    launch(one_shot, world, rank, slots, tensors, 1, width, width, width // 4,
            fused=False, call=1, grid=1, missing=(0, 3))  # fmt: skip
     assert out.isnan().all(), "what did not arrive is not a number"
 
 
 @pytest.mark.parametrize("width, aligned", [(64, True), (51, False)])
-@pytest.mark.parametrize("kernel", ["one_shot", "two_shot"])
+@pytest.mark.parametrize("kernel", [one_shot, two_shot], ids=["one_shot", "two_shot"])
 @pytest.mark.parametrize("world, rank, rows", [(2, 1, 5), (4, 1, 3), (4, 3, 9), (8, 5, 9)])
 def test_fused_equals_the_three_steps(kernel, world, rank, rows, width, aligned):
     dtype, call = torch.float16, 4
@@ -141,11 +146,11 @@ def test_fused_equals_the_three_steps(kernel, world, rank, rows, width, aligned)
     residual, weight = random_rows(1, rows, width, dtype)[0], random_rows(1, 1, width, dtype)[0][0]
     total = ordered_sum(x)
     slots = Slots(world, rows + world, chunks)
-    lay_peers = lay_one_shot if kernel == "one_shot" else lay_two_shot
+    lay_peers = lay_one_shot if kernel is one_shot else lay_two_shot
     lay_peers(slots, world, rank, x, total, call & 1)
     out, residual_out = torch.full_like(total, float("nan")), torch.full_like(total, float("nan"))
     tensors = (x[rank], residual, weight, out, residual_out)
-    launch(getattr(kernels, kernel), world, rank, slots, tensors, rows, width, rows * width, chunks,
+    launch(kernel, world, rank, slots, tensors, rows, width, rows * width, chunks,
            fused=True, call=call, aligned=aligned)  # fmt: skip
     stream = (total.float() + residual.float()).to(dtype)
     scale = torch.rsqrt(stream.float().square().mean(-1, keepdim=True) + EPS)
@@ -154,7 +159,7 @@ def test_fused_equals_the_three_steps(kernel, world, rank, rows, width, aligned)
     assert slots.memory[rank].eq(ARMED).all()
 
 
-@pytest.mark.parametrize("kernel", ["one_shot", "two_shot"])
+@pytest.mark.parametrize("kernel", [one_shot, two_shot], ids=["one_shot", "two_shot"])
 def test_sums_over_a_block_that_follow_each_other_take_places_by_turns(kernel, monkeypatch):
     """With one place a fast warp would overwrite what a slow one still reads of the sum before."""
     turns = []
@@ -167,10 +172,10 @@ def test_sums_over_a_block_that_follow_each_other_take_places_by_turns(kernel, m
     world, rank, rows, width = 4, 1, 12, 64
     x = random_rows(world, rows, width, torch.float32)
     slots = Slots(world, rows + world, width // 4)
-    lay_peers = lay_one_shot if kernel == "one_shot" else lay_two_shot
+    lay_peers = lay_one_shot if kernel is one_shot else lay_two_shot
     lay_peers(slots, world, rank, x, ordered_sum(x), 0)
     out, total = torch.empty_like(x[0]), torch.empty_like(x[0])
-    launch(getattr(kernels, kernel), world, rank, slots, (x[rank], x[0], x[0][0], out, total), rows, width,
+    launch(kernel, world, rank, slots, (x[rank], x[0], x[0][0], out, total), rows, width,
            rows * width, width // 4, fused=True, call=0, grid=1)  # fmt: skip
     assert len(turns) >= rows
     assert all((first + second) % 2 for first, second in itertools.pairwise(turns)), turns
@@ -193,7 +198,9 @@ def lay_two_shot(slots, world, rank, x, total, parity):
             slots.row(rank, peer, parity, place).copy_(words(total[row], slots.row_words))
 
 
-def test_two_shot_pushes_contributions_and_sums():
+@pytest.mark.parametrize("grid, pushers, bulk", [(1, 1, False), (5, 2, True), (4, 3, False), (12, 9, False)])
+def test_two_shot_pushes_contributions_and_sums(grid, pushers, bulk):
+    """A block that does everything; blocks that push alone, or also take sums of the last turns, of all turns."""
     world, rank, rows, width, call = 4, 1, 10, 32, 3
     chunks = width * 4 // 16
     x = random_rows(world, rows, width, torch.float32)
@@ -201,8 +208,8 @@ def test_two_shot_pushes_contributions_and_sums():
     slots = Slots(world, rows + world, chunks)
     lay_two_shot(slots, world, rank, x, total, call & 1)
     out = torch.full_like(total, float("nan"))
-    launch(kernels.two_shot, world, rank, slots, (x[rank], x[rank], x[rank], out, out), rows, width, rows * width,
-           chunks, fused=False, call=call, ahead=1)  # fmt: skip
+    launch(two_shot, world, rank, slots, (x[rank], x[rank], x[rank], out, out), rows, width, rows * width,
+           chunks, fused=False, call=call, grid=grid, pushers=pushers, bulk=bulk)  # fmt: skip
     assert torch.equal(out, total)
     start, stop = partition.extent(rows, world, rank)
     for peer in (0, 2, 3):
@@ -220,7 +227,7 @@ def test_the_last_row_of_a_flat_tensor_may_be_short():
     for row in range(3):
         slots.row(0, 1, 0, row).copy_(words(x[1][0, row * width : (row + 1) * width], slots.row_words))
     out = torch.full((384,), float("nan"))
-    launch(kernels.one_shot, world, rank, slots, (x[0], x[0], x[0], out, out), 3, width, total, 32, fused=False, call=0)
+    launch(one_shot, world, rank, slots, (x[0], x[0], x[0], out, out), 3, width, total, 32, fused=False, call=0)
     assert torch.equal(out[:total], (x[0] + x[1])[0])
     assert out[total:].isnan().all(), "nothing is written past the end"
 
@@ -232,7 +239,7 @@ def test_a_word_that_means_not_arrived_is_sent_as_another_nan():
     slots = Slots(world, 1, 8)
     slots.row(0, 1, 0, 0).copy_(words(torch.ones(width), slots.row_words))
     out = torch.zeros(1, width)
-    launch(kernels.one_shot, world, 0, slots, (x, x, x, out, out), 1, width, width, 8, fused=False, call=0, grid=1)
+    launch(one_shot, world, 0, slots, (x, x, x, out, out), 1, width, width, 8, fused=False, call=0, grid=1)
     sent = slots.row(1, 0, 0, 0)
     assert not sent.eq(ARMED).any()
     assert sent.view(torch.float32)[5].isnan()

@@ -5,7 +5,8 @@
     arithmetic.py    roundings and sums in instructions of their own
     asm.py           what their PTX shares; each piece has a twin for the interpreter (the wait's: interpreted.py)
     rows.py          what the kernels do with a row
-    kernels.py       one-shot and two-shot, plain and fused with residual add and RMSNorm
+    one_shot.py      every rank gets all contributions; plain, and fused with residual add and RMSNorm
+    two_shot.py      each rank sums a part and pushes the sums; the same operations
     fp8.py           one-shot that sends e4m3 with scales
     cuda.py          the few CUDA runtime calls that PyTorch lacks: plain device memory and its IPC handles
     workspace.py     the buffers, their exchange, what says that a wait gave up

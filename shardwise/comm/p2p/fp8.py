@@ -7,7 +7,7 @@ unit of e4m3's last place, normal or subnormal.
 
 A lane takes 4 groups of 32 values, 8 values of each of 4 chunks that lie LANES chunks apart: so every load is whole.
 It sends 8 chunks of values and one of scales: 144 bytes for 256. A word of values never equals ARMED, as the
-conversion makes one NaN only, and no scale is that NaN: the rest of the protocol is kernels.py's.
+conversion makes one NaN only, and no scale is that NaN: the rest of the protocol is one_shot.py's.
 """
 
 # Triton's language, not Python's, where types are concerned.

@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shardwise.comm.p2p import fp8, kernels
+from shardwise.comm.p2p import fp8
 from shardwise.comm.p2p.bulk import STAGE_BYTES
+from shardwise.comm.p2p.one_shot import one_shot
 from shardwise.comm.p2p.table import Tuning
+from shardwise.comm.p2p.two_shot import two_shot
 from shardwise.comm.p2p.workspace import COUNTERS, Workspace
 from shardwise.kernel_start import Start, start_of
 
@@ -79,7 +81,8 @@ class _Piece:
     ready: Ready
     grid: int
     sizes: tuple[int, ...]
-    """Rows, their width, elements, chunks of a row."""
+    """Rows, their width, elements, chunks of a row; of two-shot also its blocks that push, and from which turn on these
+    take sums."""
     extent: slice | None
     """Elements of the tensors; None: all."""
 
@@ -106,6 +109,9 @@ _compiling = threading.Lock()
 
 class Launcher:
     """Launches on one workspace. Tensors are contiguous and lie on the workspace's device."""
+
+    side_by_side = True
+    """False: the blocks of a launch run one after another."""
 
     def __init__(self, workspace: Workspace, deadline_seconds: float, pdl: bool | None = None):
         self.workspace = workspace
@@ -168,7 +174,7 @@ class Launcher:
     def rows_that_fit(self, row_bytes: int, strategy: str) -> int:
         """Rows that one call may have."""
         rows = self.workspace.region_bytes // row_bytes
-        return rows if strategy == "ONESHOT" else max(0, rows // 2 * self.workspace.size - self.workspace.size)
+        return rows if strategy == "ONESHOT" else rows // 2 * self.workspace.size
 
     def _run(
         self, size: Hashable, tensors: Sequence[Tensor], tuning: Tuning, eps: float, weight_bias: float, fused: bool,
@@ -204,18 +210,31 @@ class Launcher:
         key = (x.dtype, rows.lanes, rows.aligned, fused, tuning)
         ready = self._kernels.get(key)
         if ready is None:
-            numbers = (self.deadline_ns, rows.count, rows.width, rows.total, rows.chunks, 0.0, 0.0)
+            sizes = (rows.count, rows.width, rows.total, rows.chunks, *self._roles(rows.count, 1, tuning)[1])
+            numbers = (self.deadline_ns, *sizes, 0.0, 0.0)
             ready = self._kernels[key] = self._ready(rows, tuning, (*tensors, *self._places, *numbers), fused)
         room = min(ready.resident, tuning.blocks_per_sm * self.multiprocessors, COUNTERS)
         for first in range(0, rows.count, limit):
             count = min(limit, rows.count - first)
             start, stop = first * rows.width, min(rows.total, (first + count) * rows.width)
-            turns = count if tuning.strategy == "ONESHOT" else -(-count // self.workspace.size)
+            grid, roles = self._roles(count, room, tuning)
             extent = None if count == rows.count else slice(start, stop)
-            yield _Piece(ready, min(turns, room), (count, rows.width, stop - start, rows.chunks), extent)
+            yield _Piece(ready, grid, (count, rows.width, stop - start, rows.chunks, *roles), extent)
+
+    def _roles(self, rows: int, room: int, tuning: Tuning) -> tuple[int, tuple[int, ...]]:
+        """(blocks of a launch, at most `room`; of two-shot what its blocks do, as `_Piece.sizes` ends)."""
+        if tuning.strategy == "ONESHOT":
+            return min(rows, room), ()
+        peers = self.workspace.size - 1
+        turns = -(-rows // self.workspace.size)
+        adders = min(turns, max(room - tuning.pushers, (room + 3) // 4))
+        pushers = max(1, min(tuning.pushers, turns * peers, room - adders))
+        grid = min(room, pushers + adders)
+        takers = pushers // peers if self.side_by_side and grid > pushers else 0
+        return grid, (pushers, max(0, turns - takers))
 
     def _ready(self, rows: _Rows, tuning: Tuning, positional: tuple, fused: bool) -> Ready:
-        kernel = kernels.one_shot if tuning.strategy == "ONESHOT" else kernels.two_shot
+        kernel = one_shot if tuning.strategy == "ONESHOT" else two_shot
         form = {"FUSED": fused, **self._pushing(rows, tuning)}
         warps = min(tuning.warps, rows.lanes // 32)
         options = self._options(rows.lanes, rows.aligned, form, tuning.pausing, warps)
@@ -239,10 +258,10 @@ class Launcher:
 
     def _pushing(self, rows: _Rows, tuning: Tuning) -> dict[str, int | bool]:
         """The options that say how a kernel pushes."""
-        if tuning.strategy == "TWOSHOT":
-            return {"AHEAD": tuning.ahead}
-        stage_bytes = (tuning.ahead + 1) * rows.lanes * CHUNK_BYTES
-        return {"AHEAD": tuning.ahead, "BULK": tuning.bulk and rows.aligned and stage_bytes <= STAGE_BYTES}
+        one = tuning.strategy == "ONESHOT"
+        staged = 1 + tuning.ahead if one else 2
+        bulk = tuning.bulk and rows.aligned and staged * rows.lanes * CHUNK_BYTES <= STAGE_BYTES
+        return {"AHEAD": tuning.ahead, "BULK": bulk} if one else {"BULK": bulk}
 
     def _compiled(self, kernel, positional: tuple, options: dict[str, Any]) -> Ready:
         with _compiling:

@@ -38,6 +38,9 @@ class Block:
     block: int
     blocks: int
     ahead: int
+    """Of one-shot: rows pushed before the first is taken."""
+    pushers: int
+    """Of two-shot: blocks that push contributions."""
     slots: int
 
     def peers(self) -> Iterator[int]:
@@ -71,18 +74,32 @@ def one_shot(at: Block) -> Iterator[Operation]:
 
 
 def two_shot(at: Block) -> Iterator[Operation]:
-    """Push contributions to the owner of each row, sum the own part, push the sums, take the others' sums."""
-    turns = -(-at.call.rows // at.world)
+    """The first blocks push contributions and take the sums of the last turns; the others sum and take the rest."""
+    turns, others = -(-at.call.rows // at.world), at.world - 1
+    adders = max(at.blocks - at.pushers, 1)
+    late = max(turns - at.pushers // others, 0) if at.blocks > at.pushers else turns
 
     def row(owner: int, turn: int) -> int | None:
         start, stop = extent(at.call.rows, at.world, owner)
-        return start + turn if turn >= 0 and start + turn < stop else None
+        return start + turn if start + turn < stop else None
 
-    for turn in range(at.block - at.ahead * at.blocks, turns + at.blocks, at.blocks):
-        for peer in at.peers():
-            theirs = row(peer, turn + at.ahead * at.blocks)
+    def gather(turn: int, hop: int) -> Iterator[Operation]:
+        owner = (at.rank - hop) % at.world
+        theirs = row(owner, turn)
+        if theirs is not None:
+            yield from at.takes(turns + turn, owner, "sum", theirs)
+
+    if at.block < at.pushers:
+        for item in range(at.block, turns * others, at.pushers):
+            peer = (at.rank + 1 + item % others) % at.world
+            theirs = row(peer, item // others)
             if theirs is not None:
-                yield from at.pushes(peer, turn + at.ahead * at.blocks, at.rank, theirs)
+                yield from at.pushes(peer, item // others, at.rank, theirs)
+    if at.block < at.blocks - adders:
+        if late + at.block // others < turns:
+            yield from gather(late + at.block // others, at.block % others + 1)
+        return
+    for turn in range(at.block + adders - at.blocks, turns, adders):
         mine = row(at.rank, turn)
         if mine is not None:
             for source in range(at.world):
@@ -90,11 +107,8 @@ def two_shot(at: Block) -> Iterator[Operation]:
                     yield from at.takes(turn, source, source, mine)
             for peer in at.peers():
                 yield from at.pushes(peer, turns + turn, "sum", mine)
-        before = turn - at.blocks
-        for owner in at.peers():
-            theirs = row(owner, before)
-            if theirs is not None:
-                yield from at.takes(turns + before, owner, "sum", theirs)
+        for hop in range(1, at.world) if turn < late else ():
+            yield from gather(turn, hop)
 
 
 KINDS = {"ONESHOT": one_shot, "TWOSHOT": two_shot}

@@ -1,7 +1,7 @@
 """Which strategy and launch for which call.
 
-Worlds 2 and 4 are what won sweeps of launches on two H200 and four H100, and comparisons in turn on H200s (NVLink, CUDA
-graphs, bf16), benchmarks/gpu_all_reduce.md.
+Worlds 2 and 4 are what won sweeps of launches on two and four H200 and comparisons in turn (NVLink, CUDA graphs, bf16),
+benchmarks/gpu_all_reduce.md.
 World 8 is not measured: launches that compile without spilling registers, and one-shot up to the size up to which
 others' one-stage all-reduce of the same shape is published to win on Hopper, a quarter MiB.
 """
@@ -25,15 +25,17 @@ class Tuning:
     """ONESHOT or TWOSHOT."""
     warps: int
     ahead: int = 0
-    """Rows that a block pushes before it awaits its first."""
+    """One-shot: rows that a block pushes before it awaits its first."""
     blocks_per_sm: int = 1
     lanes: int = 512
     """Chunks of a row, when the call may choose (plain)."""
     bulk: bool = False
-    """One-shot: push by bulk copies from shared memory, where rows are aligned and AHEAD + 1 of them fit there."""
+    """Push by bulk copies from shared memory, where rows are aligned and AHEAD + 1 of them (two-shot: 2) fit there."""
     registers: int = 0
-    """One-shot: of a thread at most, where it has one aligned chunk of a row; 0: as the compiler likes. With 32 a
+    """Of a thread at most, where it has one aligned chunk of a row; 0: as the compiler likes. With 32 a
     multiprocessor holds as many threads as it can, and rows wait for the link side by side, not behind each other."""
+    pushers: int = 0
+    """Two-shot: blocks that push contributions, while the others sum and finish."""
     pausing: int = 0
     """Nanoseconds between two looks for what has not arrived: fewer looks leave more of the cache to what arrives."""
 
@@ -80,32 +82,38 @@ _FUSED_2 = (
         "256 x 7168 15 us, NCCL + norm 38; 1024 x 7168 46 us, 87; 4096 x 7168 173 us, 289",
     ),
 )
-_TWO_SHOT = Tuning("TWOSHOT", warps=8, ahead=2, blocks_per_sm=2)
+_TWO_SHOT = Tuning("TWOSHOT", warps=16, blocks_per_sm=2, bulk=True, registers=64, pushers=96, pausing=64)
 _PLAIN_4 = (
     _Entry(64 * KIB, Tuning("ONESHOT", warps=4, blocks_per_sm=4, lanes=128), "16 KiB 3.0 us, NCCL 13.8"),
+    _Entry(128 * KIB, Tuning("ONESHOT", warps=16, blocks_per_sm=2), "256 KiB 5.4 us, two-shot 5.0"),
     _Entry(
         512 * KIB,
-        Tuning("ONESHOT", warps=16, blocks_per_sm=2),
-        "256 KiB 5.0 us, NCCL 15.1; 512 KiB 7.6 us, two-shot 10.3",
+        Tuning("TWOSHOT", warps=8, blocks_per_sm=4, lanes=256, registers=64, pushers=192, pausing=64),
+        "256 KiB 5.0 us, one-shot 5.4; 512 KiB 6.0 us, 7.8",
     ),
-    _Entry(
-        32 * MIB,
-        Tuning("TWOSHOT", warps=16, ahead=1, blocks_per_sm=2),
-        "1 MiB 10.5 us, NCCL 20.1; 4 MiB 25 us, 43; 16 MiB 86 us, 98",
-    ),
-    _Entry(64 * MIB, _TWO_SHOT, "64 MiB 325 us, NCCL 338"),
-    _Entry(_NO_LIMIT, None, "256 MiB 1207 us, two-shot 1245"),
+    _Entry(64 * MIB, _TWO_SHOT, "1 MiB 8.2 us, NCCL 20.5; 4 MiB 24 us, 44; 16 MiB 80 us, 99; 64 MiB 312 us, 331"),
+    _Entry(_NO_LIMIT, None, "256 MiB 1194 us, two-shot not measured"),
 )
 _FUSED_4 = (
     _Entry(
-        MIB,
+        256 * KIB,
         Tuning("ONESHOT", warps=32, ahead=1, bulk=True),
-        "1 x 4096 3.4 us, NCCL + norm 13.8; 16 x 7168 6.2 us, 16.9; 64 x 7168 11.7 us, 22.2",
+        "1 x 7168 4.8 us, NCCL + norm 15.6; 16 x 7168 6.4 to 7.6 us, 16.9, two-shot 7.6",
+    ),
+    _Entry(
+        2 * MIB,
+        Tuning("TWOSHOT", warps=32, blocks_per_sm=2, registers=64, pushers=192, pausing=64),
+        "64 x 7168 8.8 us, one-shot 12.2, NCCL + norm 22.6; 128 x 7168 13.8 us; 256 x 4096 15 us",
+    ),
+    _Entry(
+        4 * MIB,
+        Tuning("TWOSHOT", warps=16, pushers=57, pausing=64),
+        "256 x 7168 26 us, NCCL + norm 48",
     ),
     _Entry(
         64 * MIB,
-        _TWO_SHOT,
-        "256 x 7168 33 us, NCCL + norm 47; 1024 x 7168 92 us, 110; 4096 x 7168 304 us, 357",
+        Tuning("TWOSHOT", warps=16, bulk=True, pushers=40, pausing=64),
+        "1024 x 7168 74 us, NCCL + norm 110; 4096 x 7168 273 us, 358",
     ),
     _Entry(_NO_LIMIT, None, "not measured"),
 )

@@ -93,7 +93,7 @@ class Workspace:
 
     slots     addresses, valid on this device, of every rank's slots, in group order
     abort     address of this rank's abort word: nonzero ends all waits of this rank's kernels
-    counters  int32 tensor, the call number (kernels.py)
+    counters  int32 tensor, the call number (one_shot.py)
     records   pinned int64 tensor: what this rank waited for when a rank did not come, or its wait was ended
     sharers   ranks on this device, this one counted: more than one only where ranks are threads of a process
     """
