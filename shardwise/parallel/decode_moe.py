@@ -28,12 +28,11 @@ def reason_against(block: MoeBlock) -> str:
 def _reason_against_few(block: MoeBlock) -> str:
     """Why the kernels for few tokens cannot serve this block; empty when they can."""
     routing, experts = block.routing, block.experts
-    if isinstance(experts, Float8Experts):
-        return "experts stay float8"
-    unit = experts.unit
     if not isinstance(block.router, Linear):
         return "the router's weights stay quantised"
-    if not unit.is_silu and unit.limit is None:
+    if block.latent is not None:
+        return "experts in a width of their own"
+    if not _gate_of(experts):
         return "experts with another activation than SiLU"
     if routing.score != "softmax" or routing.groups > 1 or block.correction is not None:
         return "routing by other scores than a softmax, by groups or with a correction"
@@ -42,6 +41,14 @@ def _reason_against_few(block: MoeBlock) -> str:
             return "scales above 2, or a Triton without Gluon"
         return decode.reason_against(len(block.slots), experts.up_gate.words.shape[0], routing.top_k)
     return decode.reason_against(len(block.slots), experts.up_gate.shape[0], routing.top_k)
+
+
+def _gate_of(experts: Experts | PackedExperts | Float8Experts) -> Gate | None:
+    """None for an activation that the kernels for few tokens lack."""
+    if isinstance(experts, Float8Experts):
+        return Gate()
+    unit = experts.unit
+    return Gate(unit.alpha, unit.limit) if unit.is_silu or unit.limit is not None else None
 
 
 def _choice(routing: Routing) -> Choice:
@@ -64,10 +71,10 @@ class ExpertStep:
         self.most_few = (FEW_TOKENS if fused else torch.iinfo(torch.int64).max) if few else 0
         """Most tokens for the kernels for few: all, where no others can be part of a graph."""
         if few:
-            assert isinstance(block.router, Linear) and not isinstance(experts, Float8Experts)
+            assert isinstance(block.router, Linear)
             self.router, self.bias = block.router.weight.t().contiguous(), block.router.bias
             self.slots, self.choice = block.slots.int(), _choice(block.routing)
-            self.gate = Gate(experts.unit.alpha, experts.unit.limit)
+            self.gate = _gate_of(experts) or Gate()
 
     def __call__(self, stream: Stream, joining: ResidualNorm, positions: Tensor) -> Stream:
         if joining.group.size == 1 and joining.is_plain and stream.x.shape[0] <= self.most_few:
@@ -85,9 +92,8 @@ class ExpertStep:
     def few(self, stream: Stream, positions: Tensor, residual: Tensor | None) -> Tensor:
         """Of at most `most_few` tokens: this rank's partial sum, plus `residual` where there is one."""
         x, experts = stream.x, self.block.experts
-        assert not isinstance(experts, Float8Experts)
         normed, logits = self._routed(stream)
-        biases = (None, None) if isinstance(experts, PackedExperts) else (experts.up_gate_bias, experts.down_bias)
+        biases = (experts.up_gate_bias, experts.down_bias) if isinstance(experts, Experts) else (None, None)
         routed = expert_up(
             normed,
             logits,

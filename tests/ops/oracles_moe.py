@@ -154,3 +154,15 @@ def e4m3_step(scale: Tensor):
 def relative(result: Tensor, wanted: Tensor) -> float:
     """Norm of the difference over the norm of what is wanted; NaN never passes a comparison."""
     return ((result.double() - wanted.double()).norm() / wanted.double().norm()).item()
+
+
+def float8_stack(experts: int, rows: int, columns: int, tiled: bool, device: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes, scales of tiles or channels, and values, of e4m3 experts."""
+    codes = torch.randint(0, 120, (experts, rows, columns), dtype=torch.uint8)
+    codes = (codes | torch.randint(0, 2, codes.shape, dtype=torch.uint8) << 7).view(torch.float8_e4m3fn)
+    shape = (experts, -(-rows // 128), -(-columns // 128)) if tiled else (experts, rows)
+    scales = (0.5 + torch.rand(shape)) * columns**-0.5 / 60
+    spread = scales[:, :, None]
+    if tiled:
+        spread = scales.repeat_interleave(128, 1)[:, :rows].repeat_interleave(128, 2)[:, :, :columns]
+    return codes.to(device), scales.to(device), (codes.float() * spread).to(device)

@@ -5,8 +5,8 @@ of the first launch finds its token's experts from the logits by itself, which c
 second launch sums a token's experts in the order of its choices, so nothing is left to combine. Every expert's weights
 are read once for each token that chose it: for many tokens the grouped products of this folder read less.
 
-Weights bf16, fp16, float32, or packed MXFP4 (of the narrow format, multiplied with bf16); float32 sums. CUDA only, or
-Triton's interpreter with fp16 and float32.
+Weights bf16, fp16, float32, float8 with scales of tiles or channels, or packed MXFP4 (of the narrow format, multiplied
+with bf16); float32 sums. CUDA only, or Triton's interpreter with fp16 and float32.
 """
 
 from dataclasses import dataclass
@@ -18,8 +18,11 @@ from shardwise.ops.gluon_support import GLUON
 from shardwise.ops.moe.decode_kernels import plain_down, plain_up
 from shardwise.ops.moe.decode_packed import packed_down, packed_up
 from shardwise.ops.moe.mxfp4_layout import TILE, PackedMXFP4
+from shardwise.ops.quantization.float8 import Float8Weight
 from shardwise.ops.triton_support import interpreting, multiprocessors, triton
 
+Experts = Tensor | PackedMXFP4 | Float8Weight
+"""Stacked weights of experts."""
 MOST_EXPERTS = 512
 """Of a model: a program compares all logits with all."""
 MOST_CHOICES = 8
@@ -37,14 +40,16 @@ class Tile:
 
     rows: int
     warps: int
+    width: int = 8
+    """Elements of a thread, so many that each finds its part of x by itself."""
 
     @property
     def columns(self) -> int:
-        """Eight elements a thread, so that each finds its part of x by itself."""
-        return 256 * self.warps
+        return 32 * self.width * self.warps
 
 
 UP_TILE, DOWN_TILE = Tile(4, 1), Tile(8, 1)
+FLOAT8_UP_TILE, FLOAT8_DOWN_TILE = Tile(4, 1, 16), Tile(8, 1, 16)
 PLAIN_PER_SM = 8
 """Programs of plain weights for each multiprocessor. Swept, as the tiles, on H100 and H200 for Qwen3-30B-A3B."""
 
@@ -84,7 +89,7 @@ def expert_up(
     logits: Tensor,  # float32 [T, E]
     slots: Tensor,  # int32 [E], local slot of each expert, -1 for others'
     choice: Choice,
-    weight: Tensor | PackedMXFP4,  # [local, 2I, H], up rows before gate rows; packed: gate and up rows in pairs
+    weight: Experts,  # [local, 2I, H], up rows before gate rows; packed: gate and up rows in pairs
     gate: Gate,
     *,
     bias: Tensor | None = None,  # [local, 2I], of plain weights
@@ -121,11 +126,12 @@ def expert_up(
             maxnreg=_PACKED_REGISTERS, **flags,
         )  # fmt: skip
     else:
-        tile = UP_TILE
+        codes, scales, grain = _as_stored(weight)
+        tile = FLOAT8_UP_TILE if grain else UP_TILE
         blocks = triton.cdiv(size, tile.rows)
         programs = triton.cdiv(PLAIN_PER_SM * multiprocessors(device), choice.top_k)
         plain_up[(min(blocks, programs), pairs)](
-            *common, weight, bias, BLOCK_N=tile.rows, BLOCK_K=tile.columns, STAGES=3,
+            *common, codes, scales, bias, GRAIN=grain, BLOCK_N=tile.rows, BLOCK_K=tile.columns, STAGES=3,
             BIAS=bias is not None, num_warps=tile.warps, **flags,
         )  # fmt: skip
     return routed
@@ -133,7 +139,7 @@ def expert_up(
 
 def expert_down(
     routed: Routed,
-    weight: Tensor | PackedMXFP4,  # [local, H, I]
+    weight: Experts,  # [local, H, I]
     *,
     bias: Tensor | None = None,  # [local, H], of plain weights
     residual: Tensor | None = None,  # [T, H]
@@ -154,10 +160,11 @@ def expert_down(
             DEPTH=DOWN_DEPTH, EVEN=size % TILE == 0, WARPS=8, INTERPRET=interpreting(), num_warps=8, **flags,
         )  # fmt: skip
     else:
-        tile = DOWN_TILE
+        codes, scales, grain = _as_stored(weight)
+        tile = FLOAT8_DOWN_TILE if grain else DOWN_TILE
         plain_down[(triton.cdiv(hidden, tile.rows), tokens)](
-            *common, weight, bias, BLOCK_N=tile.rows, BLOCK_K=tile.columns, STAGES=4, BIAS=bias is not None,
-            num_warps=tile.warps, **flags,
+            *common, codes, scales, bias, GRAIN=grain, BLOCK_N=tile.rows, BLOCK_K=tile.columns, STAGES=4,
+            BIAS=bias is not None, num_warps=tile.warps, **flags,
         )  # fmt: skip
     return out
 
@@ -176,8 +183,15 @@ def takes_packed(weight: PackedMXFP4) -> bool:
     return GLUON and weight.format == "narrow"
 
 
-def _check(choice: Choice, experts: int, weight: Tensor | PackedMXFP4) -> None:
-    words = weight.words if isinstance(weight, PackedMXFP4) else weight
+def _as_stored(weight: Tensor | Float8Weight) -> tuple[Tensor, Tensor | None, str]:
+    """Elements, scales, and what one of these stands for; empty without scales."""
+    if isinstance(weight, Float8Weight):
+        return weight.codes, weight.scales, "tile" if weight.tiled else "channel"
+    return weight, None, ""
+
+
+def _check(choice: Choice, experts: int, weight: Experts) -> None:
+    words = weight.words if isinstance(weight, PackedMXFP4 | Float8Weight) else weight
     reason = reason_against(experts, words.shape[0], choice.top_k)
     if reason:
         raise ValueError(f"expert_up: {reason}")

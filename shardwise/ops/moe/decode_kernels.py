@@ -55,14 +55,33 @@ def _activate(gate, up, alpha, limit, CLAMPED: tl.constexpr):
     return up * gate / (1.0 + tl.exp(-gate))
 
 
+@triton.jit
+def _added(total, w, x, scale_ptr, line, start, columns,
+           GRAIN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
+    """The sums with a tile's part: [BLOCK_N, BLOCK_K], of e4m3 weights those of a thread's 16 columns in one."""
+    if GRAIN == "":
+        return total + w * x[None, :]
+    else:
+        part = tl.sum(tl.reshape(w * x[None, :], (BLOCK_N, BLOCK_K // 16, 16)), 2)
+        if GRAIN == "tile":
+            column = start + tl.arange(0, BLOCK_K // 16) * 16
+            scales = scale_ptr + line * tl.cdiv(columns, 128) + column // 128
+            part *= tl.load(scales, mask=column < columns, other=0.0)[None, :]
+        return total + part
+
+
 @triton.jit(do_not_specialize=["scale", "alpha", "limit"])
 def plain_up(
     x_ptr, logit_ptr, slot_ptr, position_ptr, id_ptr, route_ptr, out_ptr, size, hidden, experts, scale, alpha, limit,
-    weight_ptr, bias_ptr,
+    weight_ptr, scale_ptr, bias_ptr,
     TOP_K: tl.constexpr, E_BLOCK: tl.constexpr, NORMALIZE: tl.constexpr, PADDED: tl.constexpr, CLAMPED: tl.constexpr,
-    PDL: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, BIAS: tl.constexpr,
+    PDL: tl.constexpr, GRAIN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
+    BIAS: tl.constexpr,
 ):  # fmt: skip
-    """Rows of one pair's activation, BLOCK_N at once; a program takes several turns, for it chooses only once."""
+    """Rows of one pair's activation, BLOCK_N at once; a program takes several turns, for it chooses only once.
+
+    GRAIN   "tile", "channel": weights are e4m3, scale_ptr has their scales, as `Float8Weight`; BLOCK_N divides 128
+    """
     pair = tl.program_id(1)
     token = pair // TOP_K
     e = tl.arange(0, E_BLOCK)
@@ -78,10 +97,12 @@ def plain_up(
     x_ptr += (pair // TOP_K).to(tl.int64) * hidden
     steps = tl.cdiv(hidden, BLOCK_K)
     turns = tl.cdiv(tl.cdiv(size, BLOCK_N) - tl.program_id(0), tl.num_programs(0))
-    ups = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
-    gates = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
+    WIDTH: tl.constexpr = BLOCK_K if GRAIN == "" else BLOCK_K // 16
+    ups = tl.zeros([BLOCK_N, WIDTH], tl.float32)
+    gates = tl.zeros([BLOCK_N, WIDTH], tl.float32)
     for index in tl.range(0, turns * steps, num_stages=STAGES):
-        rows = (tl.program_id(0) + index // steps * tl.num_programs(0)) * BLOCK_N + tl.arange(0, BLOCK_N)
+        row = (tl.program_id(0) + index // steps * tl.num_programs(0)) * BLOCK_N
+        rows = row + tl.arange(0, BLOCK_N)
         start = index % steps * BLOCK_K
         inside = rows < size
         here = inside[:, None] & (start + column < hidden)[None, :]
@@ -89,19 +110,25 @@ def plain_up(
         u = tl.load(up_rows, mask=here, other=0.0, eviction_policy="evict_first").to(tl.float32)
         g = tl.load(up_rows + size.to(tl.int64) * hidden, mask=here, other=0.0, eviction_policy="evict_first")
         x = tl.load(x_ptr + start + column, mask=start + column < hidden, other=0.0).to(tl.float32)
-        ups += u * x[None, :]
-        gates += g.to(tl.float32) * x[None, :]
+        line = (slot * 2 * size + row) // 128
+        ups = _added(ups, u, x, scale_ptr, line, start, hidden, GRAIN, BLOCK_N, BLOCK_K)
+        line += size // 128
+        gates = _added(gates, g.to(tl.float32), x, scale_ptr, line, start, hidden, GRAIN, BLOCK_N, BLOCK_K)
         if index % steps == steps - 1:
             up = tl.sum(ups, 1)
             gate = tl.sum(gates, 1)
+            if GRAIN == "channel":
+                own = scale_ptr + slot * 2 * size + rows
+                up *= tl.load(own, mask=inside, other=0.0)
+                gate *= tl.load(own + size, mask=inside, other=0.0)
             if BIAS:
                 biases = bias_ptr + slot * 2 * size + rows
                 up += tl.load(biases, mask=inside, other=0.0).to(tl.float32)
                 gate += tl.load(biases + size, mask=inside, other=0.0).to(tl.float32)
             value = _activate(gate, up, alpha, limit, CLAMPED)
             tl.store(out_ptr + pair.to(tl.int64) * size + rows, value.to(out_ptr.dtype.element_ty), mask=inside)
-            ups = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
-            gates = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
+            ups = tl.zeros([BLOCK_N, WIDTH], tl.float32)
+            gates = tl.zeros([BLOCK_N, WIDTH], tl.float32)
 
 
 @triton.jit
@@ -134,11 +161,11 @@ def _store_sum(total, rows, inside, residual_ptr, out_ptr, hidden, RESIDUAL: tl.
 
 @triton.jit
 def plain_down(
-    inner_ptr, id_ptr, route_ptr, residual_ptr, out_ptr, hidden, size, weight_ptr, bias_ptr,
-    TOP_K: tl.constexpr, RESIDUAL: tl.constexpr, PDL: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    STAGES: tl.constexpr, BIAS: tl.constexpr,
+    inner_ptr, id_ptr, route_ptr, residual_ptr, out_ptr, hidden, size, weight_ptr, scale_ptr, bias_ptr,
+    TOP_K: tl.constexpr, RESIDUAL: tl.constexpr, PDL: tl.constexpr, GRAIN: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr, STAGES: tl.constexpr, BIAS: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_N rows of one token's sum, one expert behind the other in one loop."""
+    """BLOCK_N rows of one token's sum, one expert behind the other in one loop. GRAIN as in `plain_up`."""
     await_and_trigger(PDL)
     pair = tl.program_id(1) * TOP_K
     count, slots, choices = _local_choices(id_ptr + pair, TOP_K)
@@ -147,7 +174,8 @@ def plain_down(
     column = tl.arange(0, BLOCK_K)
     row_at = rows.to(tl.int64)[:, None] * size + column[None, :]
     steps = tl.cdiv(size, BLOCK_K)
-    totals = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
+    WIDTH: tl.constexpr = BLOCK_K if GRAIN == "" else BLOCK_K // 16
+    totals = tl.zeros([BLOCK_N, WIDTH], tl.float32)
     for index in tl.range(0, count * steps, num_stages=STAGES):
         number = index // steps
         start = index % steps * BLOCK_K
@@ -158,7 +186,12 @@ def plain_down(
             tl.float32
         )
         x = tl.load(inner_ptr + (pair + choice).to(tl.int64) * size + start + column, mask=here, other=0.0)
-        totals += w * (x.to(tl.float32) * tl.load(route_ptr + pair + choice))[None, :]
+        x = x.to(tl.float32) * tl.load(route_ptr + pair + choice)
+        slot = _byte(slots, number)
+        if GRAIN == "channel":
+            w *= tl.load(scale_ptr + slot * hidden + rows, mask=inside, other=0.0)[:, None]
+        line = slot * tl.cdiv(hidden, 128) + tl.program_id(0) * BLOCK_N // 128
+        totals = _added(totals, w, x, scale_ptr, line, start, size, GRAIN, BLOCK_N, BLOCK_K)
     total = tl.sum(totals, 1)
     if BIAS:
         for number in range(count):

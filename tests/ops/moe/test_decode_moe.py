@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from oracles_moe import ALPHA, LIMIT, gpt_oss_layer, gpt_oss_oracle, relative
+from oracles_moe import ALPHA, LIMIT, float8_stack, gpt_oss_layer, gpt_oss_oracle, relative
 
 from shardwise.ops.moe.decode import Choice, Gate, expert_down, expert_up, reason_against
 from shardwise.ops.moe.mxfp4_layout import pack_mxfp4
+from shardwise.ops.quantization.float8 import Float8Weight
 from shardwise.ops.triton_support import interpreting
 from shardwise.partition import extent
 
@@ -95,6 +96,19 @@ def test_plain_experts_equal_float64(choice, biased):
     routed = expert_up(x, logits, local_slots(experts, 1, 0), choice, up_gate, Gate(), bias=bias)
     got = expert_down(routed, down, bias=down_bias, dtype=torch.float32)
     assert relative(got, plain_oracle(x, logits, choice, up_gate, down, bias, down_bias)) < 1e-5
+
+
+@pytest.mark.parametrize("tiled", [True, False], ids=["tiles", "channels"])
+def test_float8_experts_equal_float64(tiled):
+    torch.manual_seed(6)
+    experts, hidden, size, choice = 3, 144, 128, Choice(2, True)
+    x, logits = torch.randn(TOKENS, hidden, device=DEVICE), torch.randn(TOKENS, experts, device=DEVICE)
+    up_codes, up_scales, up = float8_stack(experts, 2 * size, hidden, tiled, DEVICE)
+    down_codes, down_scales, down = float8_stack(experts, hidden, size, tiled, DEVICE)
+    weight = Float8Weight(up_codes, up_scales)
+    routed = expert_up(x, logits, local_slots(experts, 1, 0), choice, weight, Gate())
+    got = expert_down(routed, Float8Weight(down_codes, down_scales), dtype=torch.float32)
+    assert relative(got, plain_oracle(x, logits, choice, up, down, None, None)) < 1e-5
 
 
 def test_equal_logits_choose_the_lowest_numbers():

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from oracles_moe import relative, routed_oracle, routing
+from oracles_moe import float8_stack, relative, routed_oracle, routing
 
 from shardwise.ops.moe.contract import WeightScales
 from shardwise.ops.moe.grouped import grouped_moe
@@ -18,23 +18,11 @@ pytestmark = [
 ]
 
 
-def stack(experts, rows, columns, tiled):
-    """Codes, scales and values."""
-    codes = torch.randint(0, 120, (experts, rows, columns), dtype=torch.uint8)
-    codes = (codes | torch.randint(0, 2, codes.shape, dtype=torch.uint8) << 7).view(torch.float8_e4m3fn)
-    shape = (experts, -(-rows // 128), -(-columns // 128)) if tiled else (experts, rows)
-    scales = (0.5 + torch.rand(shape)) * columns**-0.5 / 60
-    spread = scales[:, :, None]
-    if tiled:
-        spread = scales.repeat_interleave(128, 1)[:, :rows].repeat_interleave(128, 2)[:, :, :columns]
-    return codes.to(DEVICE), scales.to(DEVICE), (codes.float() * spread).to(DEVICE)
-
-
 def check(tokens, plan, tiled, on_input=False):
     torch.manual_seed(4)
     experts, hidden, size, top_k = 3, 144, 128, 2
-    first, first_scales, up = stack(experts, 2 * size, hidden, tiled)
-    second, second_scales, down = stack(experts, hidden, size, tiled)
+    first, first_scales, up = float8_stack(experts, 2 * size, hidden, tiled, DEVICE)
+    second, second_scales, down = float8_stack(experts, hidden, size, tiled, DEVICE)
     x = torch.randn(tokens, hidden, device=DEVICE).to(DTYPE)
     ids, weights = routing(tokens, top_k, experts, DEVICE)
     scales = WeightScales(first_scales, second_scales)
