@@ -2,6 +2,10 @@
 
 Kernel files write `from shardwise.ops.triton_support import tl, triton` and import on any machine; the operators
 they serve declare the need `TRITON`, so a placeholder is never launched.
+
+`Kernel`, and the `Form` that it makes, serve kernels whose parameters come in three runs: pointers, numbers that change
+freely, and what the kernel is compiled for. `Launcher` serves the others: its caller names what a compiled kernel
+depends on, and may say how many programs share a multiprocessor.
 """
 
 import ctypes
@@ -95,13 +99,17 @@ def await_and_trigger(PDL: tl.constexpr):
         gdc_launch_dependents()
 
 
+_MOST_SHARED = 228 * 1024
+"""Bytes of shared memory of a multiprocessor at the most (Hopper)."""
+
+
 def _divide_memory(compiled: Any, programs: int) -> None:
     """Have shared memory take from the first-level cache what so many programs of a kernel need.
 
-    As the driver divides them by itself the same kernel took up to 30 % longer, depending on what had run before.
+    Left to the driver, the same kernel takes up to 30 % longer, depending on what has run before.
     """
     needed = programs * (compiled.metadata.shared + 1024)  # bytes; each program has 1 KB of the system's
-    percent = min(100, -(-100 * needed // (228 * 1024)))
+    percent = min(100, -(-100 * needed // _MOST_SHARED))
     carveout = 9  # CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
     error = ctypes.CDLL("libcuda.so.1").cuFuncSetAttribute(ctypes.c_void_p(compiled.function), carveout, percent)
     if error:
