@@ -99,9 +99,10 @@ class Weights:
         dtype = dtype or self._runtime_dtype(shards[0])
         out = torch.empty(rows, *shards[0].local_shape[1:], dtype=dtype, device=self.device)
         start = 0
-        for shard in shards:
+        for spec, shard in zip(specs, shards, strict=True):
             stop = start + (shard.local_shape[0] if shard.local_shape else 1)
             self._fill(out[start:stop], shard)
+            self._pad_segments(out[start:stop], spec)
             if shard.dtype not in NUMPY:
                 self._quantised_bytes += shard.nbytes
                 self._dequantised_bytes += out[start:stop].nbytes
@@ -185,6 +186,8 @@ class Weights:
         if held.shape != out.shape:
             out.zero_()  # a padded axis
         dequantise(held, rows, columns, parts)
+        spec = parts["weight"].spec
+        self._pad_segments(out.transpose(-1, -2) if spec.transposed else out, spec)
         self._dequantised_bytes += out.nbytes
         self._quantised_bytes += sum(self.shard(part.spec, layer, expert).nbytes for part in parts.values())
 
@@ -213,6 +216,17 @@ class Weights:
             out.zero_()  # a padded axis
         self._source.fill(out[tuple(slice(0, n) for n in filled)], shard, self._on_bytes)
 
+    def _pad_segments(self, out: Tensor, spec: TensorSpec) -> None:
+        """Of a fused dim (gates, then ups) whose parts are padded, the padding belongs behind each of them."""
+        for dim, parts in enumerate(self.plan.cuts.value_parts(spec, self.plan.layout.coordinates(self.rank))):
+            if sum(padding > 0 for _, padding in parts) > 1:
+                found = out.narrow(dim, 0, sum(held for held, _ in parts)).clone()
+                out.zero_()
+                start = 0
+                for piece, (held, padding) in zip(found.split([held for held, _ in parts], dim), parts, strict=True):
+                    out.narrow(dim, start, held).copy_(piece)
+                    start += held + padding
+
     def _on_bytes(self, count: int) -> None:
         self._read_bytes = min(self._read_bytes + count, self._total_bytes)
         self._progress(self._read_bytes, self._total_bytes)
@@ -225,4 +239,6 @@ def is_quantised(block: Block, role: str) -> bool:
 
 def _whole_blocks(shard: TensorShard) -> bool:
     per = STORAGE[shard.dtype][0]
+    if filled_shape(shard.ranges) != shard.local_shape:  # a padded axis
+        return False
     return len(shard.ranges) == 2 and all(a % per == 0 and b % per == 0 for a, b in shard.ranges[-1])

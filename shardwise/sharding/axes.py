@@ -144,6 +144,12 @@ class Dim:
         return merged, span(merged) + -(-padding // self.per)
 
 
+    def parts(self, share_of: Callable[[LogicalAxis], Share | None]) -> tuple[tuple[int, int], ...]:
+        """(elements, padding behind them) of a rank's part of each segment, in a dim with `per == 1`."""
+        local = [segment.local(share_of(segment.axis) if segment.axis else None) for segment in self.segments]
+        return tuple((span(inside), padding) for inside, padding in local)
+
+
 def fixed(length: int) -> Dim:
     """A dim that is never cut."""
     return Dim((Segment(length),))

@@ -86,6 +86,10 @@ class Cuts:
         """(index ranges, local length with padding) of each dim of a weight's values, however they are stored."""
         return tuple(dim.local(lambda axis: self.share(axis, at)) for dim in spec.value_dims)
 
+    def value_parts(self, spec: TensorSpec, at: Coordinates) -> tuple[tuple[tuple[int, int], ...], ...]:
+        """(values, padding behind them) of each segment of those dims."""
+        return tuple(dim.parts(lambda axis: self.share(axis, at)) for dim in spec.value_dims)
+
     @cached_property
     def _parts(self) -> dict[tuple[int, Coordinates, bool], tuple[TensorSpec, tuple]]:
         return {}

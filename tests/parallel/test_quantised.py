@@ -11,11 +11,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from stored_forms import FORMS, packed
-from tiny import expected_tokens, generate, write
+from tiny import NEW_TOKENS, PROMPTS, expected_tokens, generate, write
 
 from shardwise.comm.rank import current_groups
 from shardwise.ops.quantization.mxfp4 import dequantize_mxfp4
-from shardwise.parallel.engine import Engine
+from shardwise.parallel.engine import Engine, SamplingParams
 from shardwise.sharding.layout import ParallelLayout
 from shardwise.sharding.plan import plan
 from shardwise.testing import run_threads
@@ -34,7 +34,7 @@ def rewrite(folder, change, quantization: dict):
     expected = expected_tokens(folder)
     save_file({n: t.contiguous() for n, t in stored.items()}, file, metadata={"format": "pt"})
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": quantization}))
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": quantization or None}))
     return expected
 
 
@@ -146,6 +146,19 @@ def test_tokens_equal_those_of_the_weights_that_are_meant(
         parity(request.node.callspec.id, layout, "threads")
         for completions in generate(folder, layout):
             assert [list(c.token_ids) for c in completions] == expected, layout
+
+
+@pytest.mark.parametrize("form", [None, "awq"])
+def test_a_padded_fused_feed_forward_keeps_gates_and_ups_apart(tmp_path, form):
+    folder = write(tmp_path, "phi3")
+    expected = rewrite(folder, in_forms({".*": form} if form else {}), FORMS[form].section if form else {})
+    made = plan(folder, tp=3, pad=["mlp"])  # 80 as 27 on each
+
+    def rank():
+        engine = Engine(folder, made, current_groups())
+        return [list(c.token_ids) for c in engine.generate(PROMPTS, SamplingParams(max_new_tokens=NEW_TOKENS))]
+
+    assert run_threads(3, rank, layout=made.layout) == [expected] * 3
 
 
 def test_a_run_says_what_dequantising_costs(tmp_path):
