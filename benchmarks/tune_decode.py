@@ -59,6 +59,14 @@ SHAPES = [
     Shape("qwen3-30b qkv, tp 2", 2560, 2048),
     Shape("qwen3-30b out, tp 2", 2048, 2048),
     Shape("qwen3-30b router", 128, 2048, kept=True),
+    Shape("starcoder2-7b up", 18432, 4608),
+    Shape("starcoder2-7b down", 4608, 18432),
+    Shape("starcoder2-7b qkv", 5632, 4608),
+    Shape("starcoder2-7b out", 4608, 4608),
+    Shape("starcoder2-7b head", 49152, 4608),
+    Shape("glm-4-9b down", 4096, 13696),
+    Shape("gemma-2-9b down", 3584, 14336),
+    Shape("gemma-2-9b qkv", 8192, 3584),
 ]
 
 
@@ -66,7 +74,7 @@ def tiles(shape: Shape) -> list[Tile]:
     heights = (2, 4) if shape.gated else (1, 2, 4, 8)
     plain = [Tile(rows, warps) for rows, warps in product(heights, (1, 2, 4, 8))]
     staged = [Tile(rows, warps, stages) for rows, warps, stages in product(heights, (2, 4), (3, 5))]
-    whole = [Tile(rows, 4, whole=True) for rows in heights if shape.columns <= 4096]
+    whole = [Tile(rows, 4, whole=True) for rows in heights if shape.columns <= 5120]
     return [tile for tile in plain + staged + whole if tile.columns <= shape.columns]
 
 
