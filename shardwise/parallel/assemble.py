@@ -173,9 +173,11 @@ class DecoderBuilder:
                 weight, bias = weight[order], None if bias is None else bias[order]
             factors.scale(weight, bias)
             return Linear(weight=weight, bias=bias)
-        planes = self._planes(block, *roles, layer=layer) if order is None else None
+        planes = self._planes(block, *roles, layer=layer)
+        if planes and order is not None:
+            planes = [(codes[order], scales[order], zeros[order]) for codes, scales, zeros in planes]
         if planes:
-            return BlockLinear(planes=planes, bias=bias)
+            return BlockLinear(planes=planes, bias=bias if order is None or bias is None else bias[order])
         float8 = float8_weight(self.weights, block, *roles, layer=layer, order=order)
         if float8 is not None:
             self._wide.reserve(float8)

@@ -100,6 +100,25 @@ def test_a_model_of_groups_runs_and_takes_what_was_foretold(tmp_path, name):
             assert 0.9 * stats.weight_bytes < held < 1.02 * stats.weight_bytes
 
 
+def test_outputs_that_a_model_reorders_stay_packed(tmp_path):
+    """GLM-4's rotation takes pairs of neighbours, and its layers halves of a head."""
+    fields = {"architectures": ["Glm4ForCausalLM"], "model_type": "glm4", "partial_rotary_factor": 0.5}
+    path, kept = tmp_path / "config.json", {"attention_bias": True, "quantization_config": AWQ}
+    path.write_text(json.dumps(SHAPE | fields | kept))
+    made = plan(path, tp=2)
+
+    def rank():
+        engines = [
+            Engine(random_checkpoint(path), made, current_groups(), weights=f) for f in ("native", "dequantised")
+        ]
+        x = torch.randn(3, 192, generator=torch.Generator().manual_seed(0))
+        packed, plain = (engine.decoder.layers[0].mixer.qkv for engine in engines)
+        return type(packed), packed(x), plain(x)
+
+    for kind, got, expected in run_threads(2, rank, layout=made.layout):
+        assert kind is BlockLinear and (got - expected).norm() < 1e-2 * expected.norm()
+
+
 @pytest.mark.parametrize(
     "section",
     [gptq(group=32, desc_act=True), AWQ | {"group_size": 16}, gptq(2, group=32)],
