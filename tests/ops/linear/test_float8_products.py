@@ -45,14 +45,14 @@ def formula(x, values, form, others):
 
 @pytest.mark.parametrize("tiled", [True, False], ids=["tiles", "channels"])
 @pytest.mark.parametrize("form", ["plain", "bias", "residual", "gated"])
-@pytest.mark.parametrize("norm", [False, True])
 @pytest.mark.parametrize(
     "tokens, columns, tile",
     [(1, 656, Tile(8, 1)), (3, 656, Tile(64, 1, whole=True)), (1, 1024, Tile(64, 1, stages=3))],
     ids=str,
 )
-def test_a_token_or_a_few_by_multiply_adds(tokens, columns, tile, norm, form, tiled):
+def test_a_token_or_a_few_by_multiply_adds(tokens, columns, tile, form, tiled):
     torch.manual_seed(0)
+    norm = form in ("bias", "gated")
     rows = 256 if form == "gated" else 200
     weight, values = float8(rows, columns, tiled)
     x, outputs = randn(tokens, columns), rows // 2 if form == "gated" else rows
