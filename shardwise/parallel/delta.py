@@ -5,10 +5,13 @@ Source: Yang et al., arXiv:2412.06464, as Qwen3-Next has it. What a layer keeps 
 convolution, and a matrix [K, V] of each value head.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from shardwise.ops.fla import prefill
 from shardwise.ops.fla.decode import DeltaGates, DeltaHeads, delta_decode
 from shardwise.ops.fla.fla import fla_cached_gated_delta_rule
 from shardwise.ops.fla.reference import torch_cached_gated_delta_rule
@@ -21,8 +24,6 @@ from shardwise.parallel.cache import KvCache
 from shardwise.parallel.convolution import convolved
 from shardwise.parallel.layers import LinearLike
 from shardwise.parallel.states import LayerState, StateCache, StateSpans
-
-HALVES = (torch.float16, torch.bfloat16)
 
 
 class GatedDeltaMixer:
@@ -55,26 +56,44 @@ class GatedDeltaMixer:
         state, kernels = states.of(self.layer), states.kernels
         mixed = convolved(rows[:, : self.heads.channels], self.conv, None, spans, state.conv, kernels=kernels)
         if not kernels:
-            return self._ruled(mixed, rows, spans.batch_info, spans, state)
+            return self._ruled(mixed, rows, spans.batch_info, spans, state, torch_cached_gated_delta_rule)
         prefills, tokens, singles = spans.batch_info.tolist()
         parts = []
         if tokens:
-            info = torch.tensor([prefills, tokens, 0], dtype=torch.int32)
-            parts.append(self._ruled(mixed[:tokens], rows[:tokens], info, spans, state))
+            parts.append(self._prompts(mixed[:tokens], rows[:tokens], prefills, spans, state))
         if singles:
             slots, pdl = spans.slots[prefills:], dependent_launch(rows.device)
             parts.append(delta_decode(rows[tokens:], slots, state.recurrent, self.heads, self.gates, pdl=pdl))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def _ruled(self, mixed: Tensor, rows: Tensor, info: Tensor, spans: StateSpans, state: LayerState) -> Tensor:
+    def _prompts(self, mixed: Tensor, rows: Tensor, count: int, spans: StateSpans, state: LayerState) -> Tensor:
+        """The first `count` sequences on a GPU: by fla's kernels where that is installed, else by ours; what neither
+        takes by PyTorch's operator, which waits for the device."""
+        taken = prefill.takes(rows, self.heads)
+        if not taken or FLA.state[0]:
+            info = torch.tensor([count, len(rows), 0], dtype=torch.int32)
+            rule = fla_cached_gated_delta_rule if taken else torch_cached_gated_delta_rule
+            return self._ruled(mixed, rows, info, spans, state, rule)
+        attended = prefill.delta_prefill(
+            rows,
+            spans.cu_seqlen[: count + 1],
+            spans.slots,
+            spans.resumes,
+            state.recurrent,
+            self.heads,
+            self.gates,
+            pdl=dependent_launch(rows.device),
+        )
+        return self._normed(attended, rows)
+
+    def _ruled(
+        self, mixed: Tensor, rows: Tensor, info: Tensor, spans: StateSpans, state: LayerState, rule: Callable
+    ) -> Tensor:
         """The operators' chain: convolved channels and rows of the projection [T, ...] -> [T, values V]."""
         heads, gates = self.heads, self.gates
-        keys, values = heads.keys * heads.key_dim, heads.values * heads.value_dim
-        queries_keys, v = mixed.split_with_sizes((2 * keys, values), 1)
+        queries_keys, v = mixed.split_with_sizes((2 * heads.keys * heads.key_dim, heads.values * heads.value_dim), 1)
         q, k = torch_l2norm(queries_keys.unflatten(1, (2, heads.keys, heads.key_dim))).unbind(1)
-        z, beta, decay = rows[:, heads.channels :].split_with_sizes((values, heads.values, heads.values), 1)
-        on_fla = rows.is_cuda and FLA.state[0] and rows.dtype in HALVES
-        rule = fla_cached_gated_delta_rule if on_fla else torch_cached_gated_delta_rule
+        beta, decay = rows[:, -2 * heads.values :].chunk(2, 1)
         attended = rule(
             q[None],
             k[None],
@@ -87,7 +106,12 @@ class GatedDeltaMixer:
             spans.resumes,
             state.recurrent,
             heads.key_dim**-0.5,
-        )[0].flatten(0, 1)
+        )[0]
+        return self._normed(attended, rows)
+
+    def _normed(self, attended: Tensor, rows: Tensor) -> Tensor:
+        """attended [T, values, V], normed by heads and gated by rows of the projection: [T, values V]."""
+        heads, gates = self.heads, self.gates
+        gate = rows[:, heads.channels : -2 * heads.values].unflatten(1, (heads.values, heads.value_dim))
         norm = triton_rmsnorm_gated if rows.is_cuda else torch_rmsnorm_gated
-        normed = norm(attended, gates.norm, z.reshape(attended.shape), gates.eps, heads.value_dim, True)
-        return normed.view(len(rows), values)
+        return norm(attended, gates.norm, gate, gates.eps, heads.value_dim, True).flatten(1)
