@@ -39,19 +39,18 @@ def delta_prefill(
     pdl: bool = False,
 ) -> Tensor:
     """[T, values, V] in the type of `rows`, before the gated norm. Metadata is trusted."""
-    tokens, sequences, kind = rows.shape[0], resumes.shape[0], rows.dtype
-    made = {"dtype": kind, "device": rows.device}
-    units = torch.empty(tokens, 2 * heads.keys, heads.key_dim, **made)
-    w = torch.empty(tokens, heads.values, heads.key_dim, **made)
-    u = torch.empty(tokens, heads.values, heads.value_dim, **made)
-    p = torch.empty(tokens, heads.values, CHUNK, **made)
-    total = torch.empty(tokens, heads.values, dtype=torch.float32, device=rows.device)
+    tokens, sequences = rows.shape[0], resumes.shape[0]
+    units = rows.new_empty(tokens, 2 * heads.keys, heads.key_dim)
+    w = rows.new_empty(tokens, heads.values, heads.key_dim)
+    u = rows.new_empty(tokens, heads.values, heads.value_dim)
+    p = rows.new_empty(tokens, heads.values, CHUNK)
+    total = rows.new_empty(tokens, heads.values, dtype=torch.float32)
     out = torch.empty_like(u)
     pdl = pdl and not interpreting()
     sizes = heads.keys, heads.values, heads.key_dim, heads.value_dim
     block_k, block_v = (max(16, triton.next_power_of_2(size)) for size in sizes[2:])
     chunks = min(tokens, triton.cdiv(tokens, CHUNK) + sequences - 1)
-    exact = kind == torch.float32
+    exact = rows.dtype == torch.float32
     chunk_kernel[(chunks, heads.values)](
         rows, bounds, gates.log_decay, gates.dt_bias, units, w, u, p, total, sequences, rows.stride(0),
         heads.key_dim**-0.5, *sizes, block_k, block_v, CHUNK, max(2, triton.next_power_of_2(sequences)), exact,
