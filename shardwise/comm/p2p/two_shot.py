@@ -112,6 +112,8 @@ def _scatter(
         else:
             memory.push_chunk(words, lane, mask, chunk)
         turn, peer, limit, chunk = later_turn, later_peer, later_limit, later
+    if BULK:
+        bulk.sent(0)  # the stage is free for sums
 
 
 @triton.jit
@@ -169,7 +171,8 @@ def two_shot(
     adders = tl.maximum(blocks - pushers, 1)
     turns = tl.cdiv(rows, WORLD)
     adds = program >= blocks - adders
-    first, step, hop, hops = program + adders - blocks + turns * 0, tl.cast(adders, tl.int64), 1, WORLD
+    first, step = tl.cast(program + adders - blocks, tl.int64), tl.cast(adders, tl.int64)
+    hop, hops = 1, WORLD
     if program < pushers:
         _scatter(
             x, slots, _parity(call), region_bytes, rows, width, total_elements, chunks, lane, program, pushers,
