@@ -20,8 +20,8 @@ def part_kernel(
     out_ptr,  # [T, I]
     number,
     eps,
-    x_row,
-    gate_row,
+    x_row: tl.constexpr,
+    gate_row: tl.constexpr,
     I: tl.constexpr,
     SIZE: tl.constexpr,
     GROUPS: tl.constexpr,
