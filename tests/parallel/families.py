@@ -236,7 +236,7 @@ NEAR_KIN |= {
             attention_bias=True,
         ),
     ),
-    "mamba2": ("mamba2", dict(num_heads=12, head_dim=8, n_groups=2, state_size=8, chunk_size=4, use_bias=True)),
+    "mamba2": ("mamba2", dict(num_heads=12, head_dim=8, n_groups=1, state_size=8, chunk_size=4, use_bias=True)),
     "nemotron_h": (
         "nemotron_h",
         dict(

@@ -60,7 +60,16 @@ FAMILIES |= {name: NEAR_KIN[name] for name in ("glm4", "olmo2", "cohere", "starc
     ),
 }
 FAMILIES |= {
-    "falcon_h1": ("falcon_h1", dict(NEAR_KIN["falcon_h1"][1], num_hidden_layers=1, head_dim=32, mamba_rms_norm=False)),
+    "falcon_h1": (
+        "falcon_h1",
+        dict(
+            NEAR_KIN["falcon_h1"][1],
+            num_hidden_layers=1,
+            head_dim=32,
+            mamba_rms_norm=False,
+            mamba_n_groups=1,
+        ),
+    ),
     "bamba": ("bamba", dict(NEAR_KIN["bamba"][1], num_hidden_layers=2, head_dim=32)),
     "nemotron_h": (
         "nemotron_h",
