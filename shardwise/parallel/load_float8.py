@@ -17,7 +17,7 @@ def float8_weight(
 ) -> Float8Weight | None:
     """The roles' weights, joined along the outputs, or in `order`.
 
-    None where one does not stay float8, where some tile is cut, or where `order` takes rows to other tiles.
+    None where one does not stay float8, where some tile is cut, or where `order` mixes rows of several tiles in one.
     """
     parts = [_Part.of(weights, block, role, layer) for role in roles]
     found = [part for part in parts if part is not None]
@@ -26,13 +26,14 @@ def float8_weight(
     if found[0].tiled:
         if not (found[-1].whole_but_last and all(part.whole for part in found[:-1])):
             return None
-        if order is not None and not _within_tiles(order):
+        lines = None if order is None else _tiles_in_order(order)
+        if order is not None and lines is None:
             return None
     loaded = [part.take() for part in found]
     codes, scales = (torch.cat(each) if len(each) > 1 else each[0] for each in zip(*loaded, strict=True))
     if order is not None:
         codes = codes.view(torch.uint8)[order].view(codes.dtype)
-        scales = scales if found[0].tiled else scales[order]
+        scales = scales[lines if found[0].tiled else order]
     return Float8Weight(codes, scales.contiguous())
 
 
@@ -109,5 +110,8 @@ def _whole_but_last(ranges: Sequence[Range]) -> bool:
     return all(start % TILE == 0 for start, _ in ranges) and all(stop % TILE == 0 for _, stop in ranges[:-1])
 
 
-def _within_tiles(order: Tensor) -> bool:
-    return torch.equal(order // TILE, torch.arange(len(order), device=order.device) // TILE)
+def _tiles_in_order(order: Tensor) -> Tensor | None:
+    """The tile that each tile of rows in `order` comes from; None where one has rows of several."""
+    tiles = order // TILE
+    first = tiles[::TILE]
+    return first if torch.equal(tiles, first.repeat_interleave(TILE)[: len(tiles)]) else None
