@@ -28,6 +28,23 @@ def step(
     return scale * (q[..., None, :] @ state).squeeze(-2), state
 
 
+def step_in_place(
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, scale: float, state: Tensor
+) -> Tensor:
+    """As `step`, of one sequence: q, k [H, K], v [H, V], beta, g [H]; its float32 state [H, K, V] is stepped in place.
+
+    With u the update, S'^T q = S^T q + (k . q) u, so that the old state is read once for both products.
+    """
+    q, k, v = q.float(), k.float(), v.float()
+    held = torch.stack((k, q), 1) @ state
+    if g is not None:
+        decay = g.float().exp()[:, None, None]
+        held, state = held * decay, state.mul_(decay)
+    update = (v - held[:, 0]) * beta[:, None]
+    state.baddbmm_(k[:, :, None], update[:, None])
+    return scale * (held[:, 1] + (q * k).sum(-1, keepdim=True) * update)
+
+
 def scan(
     q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, scale: float, state: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:

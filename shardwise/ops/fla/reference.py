@@ -8,7 +8,7 @@ import torch
 from shardwise.ops.attention.batch import read_batch
 from shardwise.ops.dtypes import check_float
 from shardwise.ops.fla.checks import check_delta
-from shardwise.ops.fla.delta import match_heads, scan, step
+from shardwise.ops.fla.delta import match_heads, scan, step, step_in_place
 from shardwise.ops.registry import operator
 from shardwise.ops.state_batch import read_state_spans
 
@@ -67,7 +67,11 @@ def _cached(op, q, k, v, g, beta, batch_info_host, cu_seqlen, slot_idx, use_init
         out[rows] = o[0].to(out.dtype)
         cache[span.slot] = state[0].to(cache.dtype)
     live = [span for span in spans[batch.prefill :] if span.slot >= 0]
-    if live:
+    if cache.dtype == torch.float32 and not cache.is_cuda:  # one by one: copies of states cost a CPU more than all else
+        for span in live:
+            row, gate = span.start, None if g is None else g[span.start]
+            out[row] = step_in_place(q[row], k[row], v[row], beta[row], gate, scale, cache[span.slot])
+    elif live:
         tokens = torch.tensor([span.start for span in live], device=v.device)
         slots = torch.tensor([span.slot for span in live], device=v.device)
         gate = None if g is None else g[tokens]
