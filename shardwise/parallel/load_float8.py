@@ -1,6 +1,7 @@
 """Loads weights that stay float8 on a GPU, where a rank's part of them is made of whole tiles or channels."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -53,21 +54,14 @@ def float8_experts(
     if found[0].tiled and not (found[0].whole and found[1].whole and found[2].whole_but_last):
         return None
 
-    def stacked(*names: str) -> Float8Weight:
-        rows, columns = found[0].shape if "up" in names else found[2].shape
-        codes = torch.empty(len(local), len(names) * rows, columns, dtype=torch.float8_e4m3fn, device=weights.device)
-        tall = (-(-rows // TILE), -(-columns // TILE)) if found[0].tiled else (rows,)
-        scales = torch.empty(len(local), len(names) * tall[0], *tall[1:], device=weights.device)
-        for slot, expert in enumerate(local):
-            for place, name in enumerate(names):
-                part = _Part.of(weights, block, name, layer, expert)
-                assert part is not None
-                code, scale = part.take()
-                codes[slot, place * rows : (place + 1) * rows].view(torch.uint8).copy_(code.view(torch.uint8))
-                scales[slot, place * tall[0] : (place + 1) * tall[0]] = scale
-        return Float8Weight(codes, scales)
-
-    return stacked("up", "gate"), stacked("down")
+    up, _, down = found
+    inner, outer = _Stack.of(up, 2, len(local), weights.device), _Stack.of(down, 1, len(local), weights.device)
+    for slot, expert in enumerate(local):
+        for name, stack, place in (("up", inner, 0), ("gate", inner, 1), ("down", outer, 0)):
+            part = _Part.of(weights, block, name, layer, expert)
+            assert part is not None
+            stack.put(slot, place, *part.take())
+    return Float8Weight(inner.codes, inner.scales), Float8Weight(outer.codes, outer.scales)
 
 
 class _Part:
@@ -103,6 +97,25 @@ class _Part:
         if self.tiled:
             return codes, scales
         return codes, scales.reshape(-1).expand(self.shape[0]).contiguous()
+
+
+@dataclass(frozen=True)
+class _Stack:
+    """Codes and scales of all experts' matrices, several of a kind in each slot, one behind the other."""
+
+    codes: Tensor
+    scales: Tensor
+
+    @classmethod
+    def of(cls, part: _Part, matrices: int, experts: int, device: torch.device) -> "_Stack":
+        rows, columns = part.shape
+        codes = torch.empty(experts, matrices * rows, columns, dtype=torch.float8_e4m3fn, device=device)
+        lines, *line = (-(-rows // TILE), -(-columns // TILE)) if part.tiled else (rows,)
+        return cls(codes, torch.empty(experts, matrices * lines, *line, device=device))
+
+    def put(self, slot: int, place: int, codes: Tensor, scales: Tensor) -> None:
+        for stack, values in ((self.codes.view(torch.uint8), codes.view(torch.uint8)), (self.scales, scales)):
+            stack[slot, place * len(values) : (place + 1) * len(values)] = values
 
 
 def _whole_but_last(ranges: Sequence[Range]) -> bool:
