@@ -25,7 +25,7 @@ from shardwise.comm.fake import FakeCommunicator
 from shardwise.comm.strategy import make_groups
 from shardwise.ops.linear import decode as linear_decode
 from shardwise.ops.moe.mxfp4_layout import TILE, PackedMXFP4
-from shardwise.parallel import load_experts, load_float8
+from shardwise.parallel import dequantise, load_experts, load_float8
 from shardwise.parallel.assemble import DecoderBuilder
 from shardwise.parallel.decode_step import DecodeStep
 from shardwise.parallel.device_cache import DeviceCache
@@ -98,6 +98,7 @@ def replace_launches():
     for kind in (compile_kernels.triton_support.Form, compile_kernels.triton_support.Launcher):
         kind.__call__ = named(kind.__call__)
     load_experts.pack_mxfp4 = packed
+    dequantise.PIECE_VALUES["meta"] = 1 << 30
     load_float8._tiles_in_order = lambda order: order[:: load_float8.TILE]  # values are not there to look at
     product = torch.nn.functional.linear
 
