@@ -143,7 +143,6 @@ class Dim:
         merged = merge((a // self.per, -(-b // self.per)) for a, b in ranges)
         return merged, span(merged) + -(-padding // self.per)
 
-
     def parts(self, share_of: Callable[[LogicalAxis], Share | None]) -> tuple[tuple[int, int], ...]:
         """(elements, padding behind them) of a rank's part of each segment, in a dim with `per == 1`."""
         local = [segment.local(share_of(segment.axis) if segment.axis else None) for segment in self.segments]
