@@ -176,6 +176,9 @@ class _Screen:
 def _show_figures(llm: "LLM") -> None:
     answer = llm.last_answer
     assert answer is not None
+    weights = llm.stats()[0].weights
+    if "dequantised" in weights:
+        print(f"weights of rank 0: {weights}", file=sys.stderr)
     peaks = ", ".join(f"{rank.peak_rss_bytes / 2**20:.0f}" for rank in llm.stats())
     world = llm.config.world
     ranks = f"{llm.transport}, {world} ranks" if world > 1 else "1 rank"
@@ -185,9 +188,6 @@ def _show_figures(llm: "LLM") -> None:
         f"({llm.launcher}, {ranks})",
         file=sys.stderr,
     )
-    weights = llm.stats()[0].weights
-    if "dequantised" in weights:
-        print(f"weights of rank 0: {weights}", file=sys.stderr)
     if llm.config.trace:
         print(f"traces of the first steps, which recording slowed down: {llm.config.trace}", file=sys.stderr)
 
