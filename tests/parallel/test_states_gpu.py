@@ -1,5 +1,8 @@
 """State-space models on a GPU: tokens of tiny checkpoints equal Transformers', in batches, chunks and on two ranks."""
 
+import json
+import shutil
+
 import pytest
 import torch
 from families import NEAR_KIN
@@ -67,8 +70,12 @@ def test_chunks_and_shared_slots_give_the_same_tokens(checkpoint, monkeypatch, n
     assert tokens_of(engine, PROMPTS * 3) == expected * 3
 
 
-def test_a_model_that_keeps_states_alone_runs_sequences_of_any_length(checkpoint):
-    folder, expected = checkpoint("mamba2")
+def test_a_model_that_keeps_states_alone_runs_sequences_of_any_length(checkpoint, tmp_path):
+    made, expected = checkpoint("mamba2")
+    folder = shutil.copytree(made, tmp_path / "unbounded")
+    config = json.loads((folder / "config.json").read_text())
+    del config["max_position_embeddings"]
+    (folder / "config.json").write_text(json.dumps(config))
     engine = run_threads(1, lambda: Engine(folder, plan(folder), current_groups(), dtype="float32", device="cuda"))[0]
     assert tokens_of(engine) == expected
     assert engine.capacity == engine_module.UNBOUNDED_TOKENS
@@ -78,7 +85,8 @@ def test_a_model_that_keeps_states_alone_runs_sequences_of_any_length(checkpoint
 @pytest.mark.parametrize("name", NAMES)
 def test_ranks_that_share_groups_of_heads_give_the_same_tokens(checkpoint, name):
     folder, expected = checkpoint(name)
-    assert run_threads(4, lambda: tokens_of(engine_on(folder, tp=4))) == [expected] * 4
+    # Threads meet on the host, where no graph can be captured.
+    assert run_threads(4, lambda: tokens_of(engine_on(folder, tp=4, decode="layers"))) == [expected] * 4
 
 
 @pytest.mark.parametrize("name", ["bamba", "nemotron_h", "mamba2"])
