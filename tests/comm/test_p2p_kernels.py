@@ -56,9 +56,9 @@ def words(values: torch.Tensor, row_words: int) -> torch.Tensor:
 
 def launch(
     kernel, world, rank, slots, tensors, rows, width, total, chunks, *,
-    fused, call, aligned=True, grid=2, ahead=0, bulk=False, pushers=1, missing=(),
+    fused, call, aligned=True, grid=2, ahead=0, bulk=False, pushers=1, share=1, missing=(),
 ):  # fmt: skip
-    """`missing`: ranks whose data never comes; the deadline is short then. `pushers`: blocks of two-shot."""
+    """`missing`: ranks whose data never comes; the deadline is short then. `pushers`, `share`: of two-shot."""
     counters = torch.full((COUNTERS,), call, dtype=torch.int32)
     abort = torch.zeros(1, dtype=torch.int32)
     records = torch.zeros(world, dtype=torch.int64)
@@ -66,7 +66,7 @@ def launch(
     form, sizes = {"AHEAD": ahead, "BULK": bulk}, (rows, width, total, chunks)
     if kernel is two_shot:
         turns = -(-rows // world)
-        late = turns if grid == pushers else max(0, turns - pushers // (world - 1))
+        late = turns if grid == pushers else max(0, turns - share * (pushers // (world - 1)))
         form, sizes = {"BULK": bulk}, (*sizes, pushers, late)
     kernel[(grid,)](
         *tensors, slots.addresses, counters, abort.data_ptr(), records.data_ptr(), slots.region_words * 4,
@@ -198,8 +198,11 @@ def lay_two_shot(slots, world, rank, x, total, parity):
             slots.row(rank, peer, parity, place).copy_(words(total[row], slots.row_words))
 
 
-@pytest.mark.parametrize("grid, pushers, bulk", [(1, 1, False), (5, 2, True), (4, 3, False), (12, 9, False)])
-def test_two_shot_pushes_contributions_and_sums(grid, pushers, bulk):
+@pytest.mark.parametrize(
+    "grid, pushers, share, bulk",
+    [(1, 1, 1, False), (5, 2, 1, True), (4, 3, 1, False), (6, 4, 2, True), (12, 9, 1, False)],
+)
+def test_two_shot_pushes_contributions_and_sums(grid, pushers, share, bulk):
     """A block that does everything; blocks that push alone, or also take sums of the last turns, of all turns."""
     world, rank, rows, width, call = 4, 1, 10, 32, 3
     chunks = width * 4 // 16
@@ -209,7 +212,7 @@ def test_two_shot_pushes_contributions_and_sums(grid, pushers, bulk):
     lay_two_shot(slots, world, rank, x, total, call & 1)
     out = torch.full_like(total, float("nan"))
     launch(two_shot, world, rank, slots, (x[rank], x[rank], x[rank], out, out), rows, width, rows * width,
-           chunks, fused=False, call=call, grid=grid, pushers=pushers, bulk=bulk)  # fmt: skip
+           chunks, fused=False, call=call, grid=grid, pushers=pushers, share=share, bulk=bulk)  # fmt: skip
     assert torch.equal(out, total)
     start, stop = partition.extent(rows, world, rank)
     for peer in (0, 2, 3):

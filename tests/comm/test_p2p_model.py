@@ -23,6 +23,7 @@ def outcomes(world, calls, **options):
         (2, [("ONESHOT", 4), ("TWOSHOT", 3), ("ONESHOT", 3)], {"blocks": (1, 3)}),
         (2, [("TWOSHOT", 6)] * 3, {"blocks": 3, "pushers": 2}),
         (2, [("TWOSHOT", 4), ("TWOSHOT", 5), ("ONESHOT", 3)], {"blocks": (4, 2), "pushers": 2}),
+        (2, [("TWOSHOT", 6), ("TWOSHOT", 5), ("TWOSHOT", 4)], {"blocks": (2, 3), "share": 2}),
         (3, [("TWOSHOT", 1), ("ONESHOT", 1), ("TWOSHOT", 1), ("TWOSHOT", 1)], {"blocks": 1}),
         (3, [("TWOSHOT", 2)] * 3, {"blocks": 3, "pushers": 2}),
         (4, [("TWOSHOT", 1)] * 4, {"blocks": 1}),

@@ -73,12 +73,13 @@ class Machine:
         blocks: int | Sequence[int] = 2,
         ahead: int = 0,
         pushers: int = 1,
+        share: int = 1,
         rules: Rules | None = None,
         faults: Faults | None = None,
     ):
         """calls: (strategy, rows) or (strategy, rows, words of a row); blocks: of every rank, or one number for all."""
         self.world, self.calls = world, [Call(*call) for call in calls]
-        self.ahead, self.pushers = ahead, pushers
+        self.ahead, self.pushers, self.share = ahead, pushers, share
         self.blocks = [blocks] * world if isinstance(blocks, int) else list(blocks)
         self.rules, self.faults = rules or Rules(), faults or Faults()
         self.programs: list[list[list[list[Operation]]]] = [[] for _ in range(world)]
@@ -95,10 +96,8 @@ class Machine:
         call = self.calls[number]
         call = call._replace(rows=self.faults.rows.get((rank, number), call.rows))
         count = self.blocks[rank]
-        parts = [
-            Block(rank, self.world, number, call, block, count, self.ahead, min(self.pushers, count), self.rules.slots)
-            for block in range(count)
-        ]
+        how = self.ahead, min(self.pushers, count), self.share, self.rules.slots
+        parts = [Block(rank, self.world, number, call, block, count, *how) for block in range(count)]
         blocks = [list(KINDS[call.strategy](part)) for part in parts]
         if self.rules.rearm == "next call" and number:
             before = self.programs[rank][number - 1]

@@ -41,6 +41,8 @@ class Block:
     """Of one-shot: rows pushed before the first is taken."""
     pushers: int
     """Of two-shot: blocks that push contributions."""
+    share: int
+    """Of two-shot: rows that each of them takes at the end."""
     slots: int
 
     def peers(self) -> Iterator[int]:
@@ -77,7 +79,8 @@ def two_shot(at: Block) -> Iterator[Operation]:
     """The first blocks push contributions and take the sums of the last turns; the others sum and take the rest."""
     turns, others = -(-at.call.rows // at.world), at.world - 1
     adders = max(at.blocks - at.pushers, 1)
-    late = max(turns - at.pushers // others, 0) if at.blocks > at.pushers else turns
+    together = at.pushers // others
+    late = max(turns - together * at.share, 0) if at.blocks > at.pushers else turns
 
     def row(owner: int, turn: int) -> int | None:
         start, stop = extent(at.call.rows, at.world, owner)
@@ -96,8 +99,8 @@ def two_shot(at: Block) -> Iterator[Operation]:
             if theirs is not None:
                 yield from at.pushes(peer, item // others, at.rank, theirs)
     if at.block < at.blocks - adders:
-        if late + at.block // others < turns:
-            yield from gather(late + at.block // others, at.block % others + 1)
+        for turn in range(late + at.block // others, turns, together) if at.block < together * others else ():
+            yield from gather(turn, at.block % others + 1)
         return
     for turn in range(at.block + adders - at.blocks, turns, adders):
         mine = row(at.rank, turn)

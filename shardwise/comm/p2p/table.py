@@ -107,12 +107,12 @@ _FUSED_4 = (
     ),
     _Entry(
         4 * MIB,
-        Tuning("TWOSHOT", warps=16, pushers=57, pausing=64),
-        "256 x 7168 26 us, NCCL + norm 48",
+        Tuning("TWOSHOT", warps=16, pushers=81, pausing=64),
+        "256 x 7168 24 us, NCCL + norm 48",
     ),
     _Entry(
         64 * MIB,
-        Tuning("TWOSHOT", warps=16, bulk=True, pushers=40, pausing=64),
+        Tuning("TWOSHOT", warps=16, bulk=True, pushers=48, pausing=64),
         "1024 x 7168 74 us, NCCL + norm 110; 4096 x 7168 273 us, 358",
     ),
     _Entry(_NO_LIMIT, None, "not measured"),

@@ -5,7 +5,7 @@ every part. The first blocks of a launch push contributions, turn by turn, and w
 others deal the turns out among themselves: each awaits the contributions to this rank's row of a turn, pushes the
 sum, and finishes that row and the peers' rows of the turn. So early turns are finished while later ones are under
 way, and the link does not idle between the two steps. At the end, when the pushing blocks have nothing left to push,
-they finish the peers' rows of the last turns, one each.
+they finish the peers' rows of the last turns.
 
 Why not every block does everything: a multiprocessor's accesses leave it in order, so its looks at what has arrived
 queue behind its own pushes. All rows would arrive at about the same late moment, in either step.
@@ -156,7 +156,7 @@ def two_shot(
     """out = sum of x over the ranks, or the fused operation. Arguments as in `one_shot`.
 
     pushers: blocks that push contributions, the first of the launch; where it is all of them, the last one sums too.
-    late: from this turn on they also take the peers' sums, one each; at least turns - pushers // (WORLD - 1).
+    late: from this turn on they also take the peers' sums, `pushers // (WORLD - 1)` turns at a time.
     A region must hold 2 * cdiv(rows, WORLD) rows.
     """
     kind: tl.constexpr = x.dtype.element_ty
@@ -179,7 +179,8 @@ def two_shot(
             turns * (WORLD - 1), WORLD, RANK, LANES, ALIGNED, WIDTH, BULK, stage,
         )  # fmt: skip
     if not adds:
-        first, step = late + program // (WORLD - 1), turns
+        first, step = late + program // (WORLD - 1), tl.cast(tl.maximum(pushers // (WORLD - 1), 1), tl.int64)
+        first = tl.where(program // (WORLD - 1) < step, first, turns)
         hop = program % (WORLD - 1) + 1
         hops = hop + 1
     place, sums = stage, 0
