@@ -1,7 +1,4 @@
-"""Gated delta layers on a GPU: tokens of tiny checkpoints equal the CPU's, which are Transformers' (test_families.py).
-
-Transformers itself takes fla's kernels where that is installed, which run on GPUs only.
-"""
+"""Gated delta layers on a GPU: tokens of tiny checkpoints equal those of a CPU, which are Transformers'."""
 
 import pytest
 import torch
@@ -58,7 +55,8 @@ def test_chunks_and_shared_slots_give_the_same_tokens(checkpoint, monkeypatch, n
 
 def test_ranks_that_share_key_heads_give_the_same_tokens(checkpoint):
     folder, expected = checkpoint("qwen3_next")
-    assert run_threads(4, lambda: tokens_of(engine_on(folder, tp=4))) == [expected] * 4
+    # Threads wait for each other's streams, which a capture forbids.
+    assert run_threads(4, lambda: tokens_of(engine_on(folder, tp=4, decode="fused"))) == [expected] * 4
 
 
 @pytest.mark.parametrize("fla", [True, False], ids=["fla where it is installed", "our kernels"])

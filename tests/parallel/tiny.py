@@ -1,5 +1,8 @@
 """Tiny random checkpoints written by Transformers, and the tokens that Transformers generates from them."""
 
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -31,6 +34,24 @@ COMMON = dict(
 )
 
 
+GPU_KERNELS = ("fla", "causal_conv1d", "mamba_ssm")
+
+
+@contextmanager
+def plain_transformers() -> Iterator[None]:
+    """Models are imported without the packages whose kernels, where it finds them, Transformers calls for any tensor,
+    also for those on a CPU, which they cannot read."""
+    held = {name: sys.modules.pop(name, None) for name in GPU_KERNELS}
+    sys.modules.update(dict.fromkeys(GPU_KERNELS))  # an import of None fails
+    try:
+        yield
+    finally:
+        for name, module in held.items():
+            del sys.modules[name]
+            if module is not None:
+                sys.modules[name] = module
+
+
 def write(folder: Path, model_type: str, *, seed: int = 0, vision: dict | None = None, **fields) -> Path:
     """A checkpoint folder of random weights, large enough that its logits differ clearly.
 
@@ -40,7 +61,8 @@ def write(folder: Path, model_type: str, *, seed: int = 0, vision: dict | None =
     fields = {**COMMON, "head_dim": 16, **fields}
     kind = AutoModelForImageTextToText if vision else AutoModelForCausalLM
     config = AutoConfig.for_model(model_type, **(dict(text_config=fields, vision_config=vision) if vision else fields))
-    model = kind.from_config(config, dtype=torch.float32)
+    with plain_transformers():
+        model = kind.from_config(config, dtype=torch.float32)
     for name, parameter in model.named_parameters():
         with torch.no_grad():
             if parameter.dim() > 1:
@@ -65,7 +87,8 @@ def _write_tokenizer(folder: Path) -> None:
 @torch.inference_mode()
 def expected_tokens(folder: Path, prompts=PROMPTS, count: int = NEW_TOKENS) -> list[list[int]]:
     """Greedy tokens of Transformers, each prompt by itself; refuses a checkpoint whose argmax hangs on rounding."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    with plain_transformers():
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
     answers = []
     for prompt in prompts:
         ids = list(prompt)
