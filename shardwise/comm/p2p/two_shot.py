@@ -171,8 +171,7 @@ def two_shot(
     adders = tl.maximum(blocks - pushers, 1)
     turns = tl.cdiv(rows, WORLD)
     adds = program >= blocks - adders
-    first, step = tl.cast(program + adders - blocks, tl.int64), tl.cast(adders, tl.int64)
-    hop, hops = 1, WORLD
+    first, step, hop, hops = program + adders - blocks + turns * 0, tl.cast(adders, tl.int64), 1, WORLD
     if program < pushers:
         _scatter(
             x, slots, _parity(call), region_bytes, rows, width, total_elements, chunks, lane, program, pushers,
