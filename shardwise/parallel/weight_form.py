@@ -38,7 +38,7 @@ class WeightForm:
         if not kernels:
             if wanted == "native":
                 return cls(True, False, "as stored where a layer takes it, asked for by name")
-            return cls(False, False, name if plain else f"{name}, dequantised: weights auto on the CPU")
+            return cls(False, False, name if plain else f"{name} (weights native keeps packed what a layer takes)")
         grains = _float8_grains(model)
         against = _against_float8(dtype, device) if grains else _against_packing(model, dtype, device)
         if wanted == "native" and against:

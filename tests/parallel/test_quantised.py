@@ -170,4 +170,4 @@ def test_a_run_says_what_dequantising_costs(tmp_path):
     held = sum(8 * math.prod(shard.local_shape) * 4 for shard in shards if shard.name.endswith("qweight"))
     told = run_threads(2, lambda: Engine(folder, made, current_groups()).stats().weights, layout=made.layout)[0]
     sizes = f"{held / 2**20:.1f} MiB of them dequantised from {stored / 2**20:.1f} MiB"
-    assert told == f"float32, dequantised: weights auto on the CPU; {sizes}"
+    assert told == f"float32 (weights native keeps packed what a layer takes); {sizes}"
