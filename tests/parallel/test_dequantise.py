@@ -111,6 +111,13 @@ def test_padding_is_zero_though_codes_of_zero_are_not(tmp_path, name):
         assert padding.numel() and not padding.any() and torch.equal(held, weight_of(plain, role))
 
 
+def test_a_rank_may_hold_nothing_but_padding(tmp_path):
+    plain = write(tmp_path, FORMS["mxfp4"])
+    for role, dim, held in zip(("up", "down"), (0, 1), parts(tmp_path, "up", "down", tp=4, pad=["mlp"]), strict=True):
+        assert [part.shape[dim] for part in held] == [64] * 4 and not held[3].any()  # 160 are 5 blocks of 32
+        assert torch.equal(torch.cat(held, dim).narrow(dim, 0, 160), weight_of(plain, role))
+
+
 def test_groups_that_the_config_calls_ordered_but_are_not_are_refused_where_a_rank_lacks_them(tmp_path):
     plain = write(tmp_path, FORMS["gptq act-order"], CONFIG)
     config = json.loads((tmp_path / "config.json").read_text())

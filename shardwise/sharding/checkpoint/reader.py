@@ -174,7 +174,7 @@ def _read_exactly(descriptor: int, into: np.ndarray, offset: int, entry: TensorE
 
 
 def _select(data: np.ndarray, dim: int, ranges: Sequence[Range]) -> np.ndarray:
-    parts = [data[(slice(None),) * dim + (slice(a, b),)] for a, b in ranges]
+    parts = [data[(slice(None),) * dim + (slice(a, b),)] for a, b in ranges or [(0, 0)]]  # none: all is padding
     return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=dim)
 
 
