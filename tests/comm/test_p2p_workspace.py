@@ -1,5 +1,6 @@
 """The order of calls on several streams, and when memory is given back. Streams and memory are stand-ins."""
 
+import importlib.util
 import threading
 
 import numpy
@@ -102,3 +103,15 @@ def test_memory_that_a_late_rank_may_still_write_is_kept(monkeypatch):
         late.check()
     workspace().close()
     assert freed == [1 << 20]
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (8, 9), (12, 0)])
+def test_a_gpu_that_lacks_instructions_or_room_for_blocks_is_refused(monkeypatch, capability):
+    """The group beneath then serves: a launch would not compile, or wait for blocks that never start."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(cuda, "malloc", lambda size, device: pytest.fail("memory is allocated"))
+    made = workspace()
+    made.size, made.region_bytes = 2, 1 << 20
+    with pytest.raises(ValueError, match="the kernels are built for 9.x and 10.x"):
+        made._allocate()

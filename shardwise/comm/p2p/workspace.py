@@ -23,6 +23,8 @@ COUNTERS = 1024
 """Copies of the call counter: no launch has more blocks."""
 HEADER_BYTES = 4096
 """In front of the slots: the abort word, alone on its cache line."""
+_CAPABILITIES = (9, 10)
+"""Major ones that have the kernels' instructions, and multiprocessors that hold as many blocks as launch.py counts."""
 _GRAIN = 2 << 20
 """cudaMalloc packs smaller allocations in one mapping, which a handle would share whole."""
 REGION_BYTES = {2: 64 << 20, 4: 32 << 20, 8: 16 << 20}
@@ -144,6 +146,11 @@ class Workspace:
             raise ValueError(f"region_bytes {self.region_bytes} is not a positive multiple of 4096")
         if self.device < 0:
             self.device = torch.cuda.current_device()
+        capability = torch.cuda.get_device_capability(self.device)
+        if capability[0] not in _CAPABILITIES:
+            raise ValueError(
+                f"a GPU of compute capability {capability[0]}.{capability[1]}; the kernels are built for 9.x and 10.x"
+            )
         size = HEADER_BYTES + SLOTS * (self.size - 1) * self.region_bytes
         size = (size + _GRAIN - 1) // _GRAIN * _GRAIN
         self._base = cuda.malloc(size, self.device)

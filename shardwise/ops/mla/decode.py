@@ -26,6 +26,8 @@ from shardwise.ops.triton_support import Launcher, aligned, asynchronous_product
 MOST_SEQUENCES = 128
 _NAME = "latent_decode_attention"
 _ring = Launcher(ring_kernel)
+_RING_WIDTHS = (512, 64)
+"""Of latents and rotated parts: the rings of `ring_for` fill a multiprocessor's shared memory with these."""
 _MOST_PROGRAMS = 3
 """Of a tile"""
 _MOST_PARTS = 64
@@ -87,7 +89,7 @@ def plan_for(heads: int, pool: Tensor, rank: int) -> Tile | Ring:
     (1 to 128) and lengths tried on an H200 it took 37 to 90 % of the tiles' time."""
     page_size, rope = pool.shape[1], pool.shape[2] - rank
     hopper = GLUON and not interpreting() and asynchronous_products(pool.device)
-    if hopper and pool.element_size() == 2 and not page_size % 64 and not rank % 256 and not rope % 64:
+    if hopper and pool.element_size() == 2 and not page_size % 64 and (rank, rope) == _RING_WIDTHS:
         return ring_for(heads)
     return tile_for_heads(heads, pool.element_size(), page_size)
 

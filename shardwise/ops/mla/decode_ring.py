@@ -122,7 +122,7 @@ def ring_kernel(
     SLOTS: tl.constexpr, TURNED: tl.constexpr, BUFFERS: tl.constexpr, SCORE_REGISTERS: tl.constexpr,
     VALUE_REGISTERS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Arguments as those of `attend_kernel`, whose shares and parts these are; C a multiple of 256, R and PAGE of 64.
+    """Arguments as those of `attend_kernel`, whose shares and parts these are; C is 512, R 64, PAGE a multiple of 64.
 
     WIDE     heads are the rows of the products; HEADS is 64
     SLOTS    tiles of the ring, at least those of a block

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
 
@@ -25,3 +26,19 @@ def test_products_run_side_by_side_from_tiles_that_fit_a_multiprocessor():
         # 64 keys by 576 columns in copies of 64; scores in steps of 16 columns, values in both halves of 16 keys
         assert row["tiles_by_tensor_memory"] == 9, row
         assert row["products"] == 36 + 2 * 4 * (4 if row["heads"] == 16 else 2), row
+
+
+def test_only_widths_that_fit_take_the_ring(monkeypatch):
+    """With 128 rotated columns the rings need 248 KiB of shared memory, and latents of 256 do not compile."""
+    from shardwise.ops.mla import decode
+
+    monkeypatch.setattr(decode, "GLUON", True)
+    monkeypatch.setattr(decode, "interpreting", lambda: False)
+    monkeypatch.setattr(decode, "asynchronous_products", lambda device: True)
+
+    def plan(rank, rope, dtype=torch.bfloat16, page=64):
+        return decode.plan_for(16, torch.empty(1, page, rank + rope, dtype=dtype, device="meta"), rank)
+
+    assert plan(512, 64) == decode.ring_for(16)
+    others = plan(512, 128), plan(256, 64), plan(512, 32), plan(512, 64, torch.float32), plan(512, 64, page=32)
+    assert all(isinstance(other, decode.Tile) for other in others)
