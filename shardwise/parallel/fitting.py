@@ -75,7 +75,10 @@ class Holding:
 
     def need(self, made: Plan, rank: int) -> Need:
         at = made.layout.coordinates(rank)
-        entries = cache_entries(made.model, lambda axis: made.cuts.share(axis, at), self.dtype.itemsize)
+        spare = 0 if self.on_gpus else 1  # `StateCache` for PyTorch's operators
+        entries = cache_entries(
+            made.model, lambda axis: made.cuts.share(axis, at), self.dtype.itemsize, spare_inputs=spare
+        )
         pages = -(-self.tokens // self.page)
         pools = (pool_pages(e.window, pages=pages, slots=self.sequences, page_size=self.page) for e in entries)
         step = self.step_tokens if self.on_gpus else min(self.step_tokens, pages * self.page)

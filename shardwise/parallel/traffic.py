@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -27,7 +27,7 @@ class StepBytes:
     touched: float
     """Share of them that the batch is expected to choose, where tokens choose independently and alike."""
     cache: int
-    """Keys and values of the rank's sequences at their mean length."""
+    """Keys and values of the rank's sequences at their mean length, and their states."""
 
     @property
     def total(self) -> float:
@@ -35,11 +35,12 @@ class StepBytes:
 
 
 def step_bytes(decoder: Decoder, plan: Plan, rank: int, *, batch: int, context: int, cache_itemsize: int) -> StepBytes:
-    """`batch`: sequences of all ranks; `context`: tokens of each; `cache_itemsize`: bytes of a cached element."""
+    """`batch`: sequences of all ranks; `context`: tokens of each; `cache_itemsize`: bytes of a cached element
+    (recurrent states are float32)."""
     experts = sum(memory_bytes(routed) for layer in decoder.layers if (routed := _routed(layer)))
     streamed = memory_bytes([decoder.first_norm, decoder.layers, decoder.head])
     sequences = -(-batch // plan.layout.attn_dp)
-    cached = plan.cache_bytes(rank, context, sequences) * cache_itemsize // plan.kv_itemsize
+    cached = replace(plan, kv_itemsize=cache_itemsize).cache_bytes(rank, context, sequences)
     return StepBytes(streamed - experts, experts, touched_share(plan, batch), cached)
 
 

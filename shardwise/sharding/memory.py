@@ -28,20 +28,23 @@ class CacheEntry:
         return self.layers * (-(-kept // self.tokens_per_entry) * self.token_bytes + self.sequence_bytes)
 
 
-def cache_entries(model: ModelSpec, share_of: ShareOf, kv_itemsize: int) -> tuple[CacheEntry, ...]:
+def cache_entries(
+    model: ModelSpec, share_of: ShareOf, kv_itemsize: int, *, spare_inputs: int = 0
+) -> tuple[CacheEntry, ...]:
     """Cache of every kind of layer on the rank whose shares `share_of` gives.
 
     `kv_itemsize`: bytes of an element of keys, values and convolution states; recurrent states are float32.
+    `spare_inputs`: that a convolution of K inputs keeps beside the K - 1 which the next token needs.
     """
     return tuple(
         entry
         for layer, numbers in model.layer_groups()
         for mixer in layer.mixers
-        for entry in _entries(mixer, len(numbers), share_of, kv_itemsize)
+        for entry in _entries(mixer, len(numbers), share_of, kv_itemsize, spare_inputs)
     )
 
 
-def _entries(mixer: Block, layers: int, share_of: ShareOf, kv: int) -> tuple[CacheEntry, ...]:
+def _entries(mixer: Block, layers: int, share_of: ShareOf, kv: int, spare: int) -> tuple[CacheEntry, ...]:
     match mixer:
         case Attention():
             width = share_of(mixer.kv_axis).length * (mixer.head_dim + mixer.v_head_dim)
@@ -58,12 +61,12 @@ def _entries(mixer: Block, layers: int, share_of: ShareOf, kv: int) -> tuple[Cac
             return window, CacheEntry(layers, mixer.head_dim * kv + index, tokens_per_entry=mixer.compress_ratio)
         case Mamba2():
             heads, groups = share_of(mixer.head_axis).length, share_of(mixer.group_axis).length
-            channels = heads * mixer.head_dim + 2 * groups * mixer.state
-            size = heads * mixer.head_dim * mixer.state * STATE_ITEMSIZE + channels * (mixer.conv_kernel - 1) * kv
+            inputs = (heads * mixer.head_dim + 2 * groups * mixer.state) * (mixer.conv_kernel - 1 + spare)
+            size = heads * mixer.head_dim * mixer.state * STATE_ITEMSIZE + inputs * kv
             return (CacheEntry(layers, sequence_bytes=size),)
         case GatedDelta():
             k, v = share_of(mixer.k_axis).length, share_of(mixer.v_axis).length
-            channels = 2 * k * mixer.k_head_dim + v * mixer.v_head_dim
-            size = v * mixer.v_head_dim * mixer.k_head_dim * STATE_ITEMSIZE + channels * (mixer.conv_kernel - 1) * kv
+            inputs = (2 * k * mixer.k_head_dim + v * mixer.v_head_dim) * (mixer.conv_kernel - 1 + spare)
+            size = v * mixer.v_head_dim * mixer.k_head_dim * STATE_ITEMSIZE + inputs * kv
             return (CacheEntry(layers, sequence_bytes=size),)
     return ()

@@ -1,6 +1,7 @@
 """Layers that keep states: batching, chunks of prompts, slots that serve one sequence after another, and sizes."""
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from shardwise.parallel.fitting import Holding
 from shardwise.parallel.host_memory import DoesNotFit
 from shardwise.parallel.sizing import RESERVED_BYTES, cache_bytes, slots_for
 from shardwise.parallel.states import StateShape
+from shardwise.parallel.traffic import step_bytes
 from shardwise.parallel.weight_form import WeightForm
 from shardwise.sharding.layout import ParallelLayout
 from shardwise.sharding.plan import plan
@@ -92,7 +94,7 @@ def test_data_parallel_groups_without_tokens_take_part(folder, requests, alone):
     assert all(tokens(answer) == [each[:1] for each in alone[:2]] for answer in answers)
 
 
-@pytest.mark.parametrize("name", ["bamba", "granite hybrid", "nemotron_h"])
+@pytest.mark.parametrize("name", ["bamba", "granite hybrid", "nemotron_h", "qwen3_next"])
 @pytest.mark.parametrize("tp", [1, 2, 3])
 def test_the_cache_of_a_rank_is_as_large_as_planned(tmp_path, name, tp):
     model_type, fields = NEAR_KIN[name]
@@ -101,10 +103,11 @@ def test_the_cache_of_a_rank_is_as_large_as_planned(tmp_path, name, tp):
 
     def rank():
         own = current_groups().world.rank
-        shapes = Engine(tmp_path, made, current_groups()).cache_shapes
+        engine = Engine(tmp_path, made, current_groups())
+        shapes = engine.cache_shapes
         cache = DeviceCache(shapes, pages=2, **sizes)
         assert cache.nbytes() == cache_bytes(shapes, torch.float32, pages=2, slots=5)
-        holding = Holding(
+        on_gpus = Holding(
             dtype=torch.float32,
             form=WeightForm.choose("auto", made.model, torch.float32, CPU, kernels=False),
             device="cuda",
@@ -112,8 +115,14 @@ def test_the_cache_of_a_rank_is_as_large_as_planned(tmp_path, name, tp):
             sequences=5,
             step_tokens=64,
         )
-        need = holding.need(made, own)
+        need = on_gpus.need(made, own)
         assert (cache.states.nbytes(), cache.nbytes()) == (5 * need.states, need.cache + 5 * need.states)
+        rows = SlotCache(shapes, **sizes)  # 64 tokens of 5 sequences; PyTorch's operators keep one more input
+        on_hosts = replace(on_gpus, device="cpu", tokens=320).need(made, own)
+        assert (rows.states.nbytes(), rows.nbytes()) == (on_hosts.states, on_hosts.cache + on_hosts.states)
+        halves = replace(made, kv_itemsize=2)  # of keys, values and inputs; recurrent states stay float32
+        read = step_bytes(engine.decoder, halves, own, batch=5, context=64, cache_itemsize=4)
+        assert read.cache == on_hosts.cache + cache.states.nbytes()
         return need.states
 
     assert all(run_threads(tp, rank))
