@@ -6,6 +6,7 @@ from typing import Protocol
 import torch.nn.functional as F
 from torch import Tensor
 
+from shardwise.ops.linear.float8 import takes_gated
 from shardwise.parallel.decode_moe import ExpertStep
 from shardwise.parallel.decode_stream import (
     Product,
@@ -48,8 +49,10 @@ def _dense(inner: object, pdl: bool) -> "DenseStep | None":
 
 
 def _gates(gate_up: LinearLike) -> tuple[Callable[[Tensor], Tensor], ...]:
-    """Activations that the kernels of a gated product have."""
-    return (F.silu,) if isinstance(gate_up, Float8Linear) else (F.silu, gelu_tanh)
+    """Activations that the kernels of a gated product have for such weights."""
+    if isinstance(gate_up, Float8Linear):
+        return (F.silu,) if takes_gated(gate_up.weight) else ()
+    return F.silu, gelu_tanh
 
 
 class PlainStep:

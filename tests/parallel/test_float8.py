@@ -152,6 +152,14 @@ def test_weights_whose_tiles_are_cut_are_dequantised_and_others_stay(tmp_path):
     assert tokens_of(engine, PROMPTS[:2]) == expected[:2]
 
 
+def test_gates_and_ups_of_one_tensor_may_share_a_tile(tmp_path):
+    folder = write(tmp_path, "phi3", seed=2, **SIZES | HEADS | dict(hidden_size=256, intermediate_size=192))
+    expected = [tokens[:3] for tokens in rewrite(folder, float8_tiles, TILES)]
+    engine = fused(folder)
+    assert isinstance(engine.decoder.layers[0].feed_forward.gate_up, Float8Linear)
+    assert tokens_of(engine, PROMPTS[:2]) == expected[:2]
+
+
 def test_dequantised_weights_are_asked_for_by_name(tmp_path):
     folder = write(tmp_path, LLAMA[0], seed=2, **LLAMA[1])
     rewrite(folder, float8_tiles, TILES)

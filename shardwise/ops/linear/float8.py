@@ -16,7 +16,7 @@ import torch
 
 from shardwise.ops.linear.float8_kernels import few_float8_kernel, skinny_float8_kernel
 from shardwise.ops.moe.workspace import Workspace
-from shardwise.ops.quantization.float8 import Float8Weight
+from shardwise.ops.quantization.float8 import TILE, Float8Weight
 from shardwise.ops.tensor_memory import matrix_tiles
 from shardwise.ops.triton_support import Launcher, aligned, dependent_launch, interpreting, multiprocessors, triton
 
@@ -156,6 +156,11 @@ def few_float8(
     return out
 
 
+def takes_gated(weight: Float8Weight) -> bool:
+    """Whether no tile of a weight [2N, K] has gates and ups."""
+    return not weight.tiled or weight.shape[0] % (2 * TILE) == 0
+
+
 def _outputs(
     name: str, x: torch.Tensor, weight: Float8Weight, bias: torch.Tensor | None, gated: bool, most: int
 ) -> int:
@@ -167,6 +172,6 @@ def _outputs(
         raise ValueError(f"{name}: {tokens} tokens; legal: 1 to {most}")
     if gated and bias is not None:
         raise ValueError(f"{name}: a gated product takes no bias")
-    if gated and weight.tiled and rows % 256:
+    if gated and not takes_gated(weight):
         raise ValueError(f"{name}: {rows} rows of gates and ups; whole tiles of 128 each are legal")
     return rows // 2 if gated else rows
