@@ -128,7 +128,7 @@ def _affine(parts: Mapping[str, Part], rows: Ranges, columns: Ranges, bits: int,
 
 def _in_order(matrix: CodedMatrix, length: int) -> Tensor:
     inputs = torch.arange(len(matrix.groups))
-    return inputs // length if matrix.groups.any() else torch.zeros_like(inputs)
+    return inputs // length if matrix.scale.outputs_first().shape[1] > 1 else torch.zeros_like(inputs)
 
 
 def _joined(planes: tuple[Affine, ...]) -> Affine:

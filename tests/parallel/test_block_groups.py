@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from shapes import LLAMA
 from stored_forms import AwqForm, ByteForm, GptqForm, PackedIntForm, gptq, packed, whole_bytes
 from test_dequantise import write
@@ -132,8 +133,13 @@ def test_other_forms_are_dequantised_and_say_so(tmp_path, section):
     assert "MiB of them dequantised from" in stats.weights
 
 
-def test_an_order_that_the_config_denies_is_refused(tmp_path):
+@pytest.mark.parametrize("index", ["shuffled", "one group for all"])
+def test_an_order_that_the_config_denies_is_refused(tmp_path, index):
     form = GptqForm(gptq(group=32), group=32, act_order=True)
     write(tmp_path, form, SHAPE)
+    if index == "one group for all":
+        file = tmp_path / "model.safetensors"
+        stored = {n: t.zero_() if n.endswith("g_idx") else t for n, t in load_file(file).items()}
+        save_file(stored, file)
     with pytest.raises(ValueError, match="rows are not in the order of their groups, .* set desc_act to true"):
         layers(tmp_path, "up", 1)
