@@ -17,7 +17,8 @@ from shardwise.parallel.weights import Weights
 from shardwise.sharding.axes import span
 from shardwise.sharding.checkpoint.header import CheckpointError
 from shardwise.sharding.model import ModelSpec
-from shardwise.sharding.spec import Block, Moe, TensorSpec
+from shardwise.sharding.spec import Block, Moe
+from shardwise.sharding.tensors import TensorSpec
 
 GROUPS = (256, 128, 64, 32)
 """Inputs that the kernel takes with one scale."""

@@ -15,7 +15,7 @@ from shardwise.parallel.storage import EXPONENTS
 from shardwise.sharding.axes import Range
 from shardwise.sharding.checkpoint.header import CheckpointError
 from shardwise.sharding.packing import Packing
-from shardwise.sharding.spec import TensorSpec
+from shardwise.sharding.tensors import TensorSpec
 
 PIECE_VALUES = {"cpu": 1 << 18, "cuda": 1 << 23}
 """Dequantised at once: bounds the temporaries, which take some 20 bytes a value."""

@@ -3,6 +3,7 @@
 from shardwise.sharding import spec
 from shardwise.sharding.checkpoint.header import STORAGE
 from shardwise.sharding.model import ModelSpec
+from shardwise.sharding.tensors import TensorSpec
 
 GGUF_BLOCK = 32
 """Elements in a block of GGUF's types at least; those of safetensors files have one or two."""
@@ -40,7 +41,7 @@ def factors_of_inputs(model: ModelSpec) -> str:
     return next((name for name in names if name.endswith(_INPUT_FACTORS)), "")
 
 
-def _is_read(weight: spec.TensorSpec, scale: spec.TensorSpec | None) -> bool:
+def _is_read(weight: TensorSpec, scale: TensorSpec | None) -> bool:
     if scale is None:
         return weight.dtype in FLOATS or STORAGE[weight.dtype][0] >= GGUF_BLOCK
     return weight.dtype in (_PACKED_CODES if weight.packing else _CODES) and scale.dtype in _SCALES

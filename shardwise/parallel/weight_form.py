@@ -9,6 +9,7 @@ from shardwise.parallel.options import WEIGHT_FORMS, require_known
 from shardwise.parallel.storage import FLOATS
 from shardwise.sharding import spec
 from shardwise.sharding.model import ModelSpec
+from shardwise.sharding.tensors import TensorSpec
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,7 @@ def stays_float8(block: spec.Block, role: str) -> bool:
     return weight is not None and keeps_as_float8(weight) and float8_grain(block, role) != ""
 
 
-def keeps_as_float8(weight: spec.TensorSpec) -> bool:
+def keeps_as_float8(weight: TensorSpec) -> bool:
     """As `stays_float8`, as far as the weight alone tells."""
     role, _, part = weight.role.rpartition(".")
     is_matrix = len(weight.dims) == 2 and not weight.transposed

@@ -17,7 +17,8 @@ from shardwise.sharding.checkpoint.reader import NUMPY
 from shardwise.sharding.checkpoint.resolve import Checkpoint
 from shardwise.sharding.plan import Plan
 from shardwise.sharding.shards import TensorShard
-from shardwise.sharding.spec import Block, TensorSpec
+from shardwise.sharding.spec import Block
+from shardwise.sharding.tensors import TensorSpec
 
 Progress = Callable[[int, int], None]
 """Called with (bytes read so far, bytes to read), both as stored."""

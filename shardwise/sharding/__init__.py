@@ -3,7 +3,7 @@
 A model is described by its blocks' tensors and their logical axes; a layout and the rule for cuts give the rest.
 
     axes, cuts                  logical axes, segments, and how one axis falls on the ranks of a mesh axis
-    spec, model                 blocks of tensors with their hyperparameters; a whole model
+    tensors, spec, model        a stored tensor; blocks of them with their hyperparameters; a whole model
     families/, builder, blocks, one file a family, and what family files are written with
     latent, recurrent, mtp,
     vision

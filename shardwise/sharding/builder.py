@@ -9,7 +9,8 @@ from shardwise.sharding.config import Config
 from shardwise.sharding.formats import DTYPES, Linear, bias
 from shardwise.sharding.model import Extra, Layer, ModelSpec
 from shardwise.sharding.quantization import Quantization, quantization_of
-from shardwise.sharding.spec import Embedding, Head, Norm, Rope, TensorSpec
+from shardwise.sharding.spec import Embedding, Head, Norm, Rope
+from shardwise.sharding.tensors import TensorSpec
 from shardwise.sharding.vision import vision_extras
 
 Tensors = tuple[TensorSpec, ...]

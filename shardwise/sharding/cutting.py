@@ -12,7 +12,7 @@ from shardwise.sharding.axes import MESH_AXIS, SHARED_BY_RANKS, Axis, LogicalAxi
 from shardwise.sharding.checkpoint.header import STORAGE
 from shardwise.sharding.cuts import Cut, CutKind, IllegalCut
 from shardwise.sharding.layout import ParallelLayout
-from shardwise.sharding.spec import TensorSpec
+from shardwise.sharding.tensors import TensorSpec
 
 _PARTNERS = {
     Axis.KV_HEADS: Axis.Q_HEADS,

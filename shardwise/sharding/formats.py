@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from shardwise.sharding.axes import Dim, LogicalAxis, fixed
 from shardwise.sharding.packing import AWQ_WORDS, PAIRS, PAIRS_IN_BLOCKS, Packing, in_words
-from shardwise.sharding.spec import TensorSpec
+from shardwise.sharding.tensors import TensorSpec
 
 DTYPES = {
     "bfloat16": "BF16",

@@ -9,7 +9,8 @@ from typing import Any
 from shardwise.sharding.axes import LogicalAxis, fixed
 from shardwise.sharding.checkpoint.header import STORAGE, CheckpointError, TensorEntry
 from shardwise.sharding.model import Extra, ModelSpec
-from shardwise.sharding.spec import Block, Moe, TensorSpec
+from shardwise.sharding.spec import Block, Moe
+from shardwise.sharding.tensors import TensorSpec
 
 SHOWN = 5
 """Tensor names that a message lists before it only counts."""

@@ -7,7 +7,7 @@ from shardwise.sharding.cuts import Cut, CutKind
 from shardwise.sharding.cutting import Grain, axes_of, grain_of, grains_of, largest, user_of
 from shardwise.sharding.model import ModelSpec
 from shardwise.sharding.plan import patterns_of
-from shardwise.sharding.spec import TensorSpec
+from shardwise.sharding.tensors import TensorSpec
 
 SHOWN = 24
 """Sizes of a list that the text names, before its last."""

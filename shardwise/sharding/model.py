@@ -5,7 +5,8 @@ from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
 
-from shardwise.sharding.spec import Block, Embedding, Head, Moe, Norm, TensorSpec
+from shardwise.sharding.spec import Block, Embedding, Head, Moe, Norm
+from shardwise.sharding.tensors import TensorSpec
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,7 @@ from shardwise.sharding.axes import fixed
 from shardwise.sharding.builder import Builder
 from shardwise.sharding.config import Config
 from shardwise.sharding.model import Extra, Layer
-from shardwise.sharding.spec import TensorSpec
+from shardwise.sharding.tensors import TensorSpec
 
 MTP_NAMES = ("enorm", "hnorm", "eh_proj", "shared_head.norm")
 """Norm of the embedding, norm of the hidden state, projection of both, norm before the head (DeepSeek's names)."""

@@ -18,7 +18,7 @@ from shardwise.sharding.model import ModelSpec
 from shardwise.sharding.names import NameIndex, expand
 from shardwise.sharding.shards import Cuts, TensorPattern, TensorShard, local_count, mesh_axes_of
 from shardwise.sharding.source import load_model
-from shardwise.sharding.spec import TensorSpec
+from shardwise.sharding.tensors import TensorSpec
 
 
 @dataclass(frozen=True, slots=True)

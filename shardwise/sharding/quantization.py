@@ -21,7 +21,7 @@ from shardwise.sharding.formats import (
     Mxfp4Blocks,
     PackedInt,
 )
-from shardwise.sharding.spec import TensorSpec
+from shardwise.sharding.tensors import TensorSpec
 
 _LAYER = re.compile(r"\.\d+(\.|\*|$)")
 _DIGIT = re.compile(r"\d")

@@ -8,7 +8,7 @@ from shardwise.sharding.axes import MESH_AXIS, SHARED_BY_RANKS, LogicalAxis, Mes
 from shardwise.sharding.checkpoint.header import STORAGE
 from shardwise.sharding.cuts import Cut
 from shardwise.sharding.layout import Coordinates, ParallelLayout
-from shardwise.sharding.spec import TensorSpec
+from shardwise.sharding.tensors import TensorSpec
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from shardwise.sharding.axes import Axis
 from shardwise.sharding.cuts import CutKind
 from shardwise.sharding.plan import Plan
-from shardwise.sharding.spec import Moe, TensorSpec
+from shardwise.sharding.spec import Moe
+from shardwise.sharding.tensors import TensorSpec
 
 CLOSING = ("o", "o_b", "down", "out_proj")
 """Roles of matrices that contract over the cut axis."""

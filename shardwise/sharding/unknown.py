@@ -14,7 +14,8 @@ from shardwise.sharding.checkpoint.header import TensorEntry
 from shardwise.sharding.config import Config
 from shardwise.sharding.headers import leftovers, part_of
 from shardwise.sharding.model import Layer, ModelSpec
-from shardwise.sharding.spec import Attention, Block, DenseMlp, Embedding, Head, Moe, Norm, Routing, TensorSpec
+from shardwise.sharding.spec import Attention, Block, DenseMlp, Embedding, Head, Moe, Norm, Routing
+from shardwise.sharding.tensors import TensorSpec
 from shardwise.sharding.tp_styles import style_of
 
 _LAYER = re.compile(r"^(.*?\b(?:layers|layer|blocks|block|h)\.)(\d+)(\..*)$")

@@ -9,7 +9,7 @@ from math import prod
 from shardwise.sharding.axes import fixed
 from shardwise.sharding.config import Config
 from shardwise.sharding.model import Extra
-from shardwise.sharding.spec import TensorSpec
+from shardwise.sharding.tensors import TensorSpec
 
 Row = tuple[str, tuple[int, ...]]
 Tower = Callable[[Config, int], tuple[list[Row], list[Row], int]]

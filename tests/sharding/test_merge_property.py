@@ -11,7 +11,7 @@ from shardwise.sharding.cutting import IllegalLayout, choose_cuts
 from shardwise.sharding.experts import place_experts
 from shardwise.sharding.layout import ParallelLayout
 from shardwise.sharding.shards import Cuts
-from shardwise.sharding.spec import TensorSpec
+from shardwise.sharding.tensors import TensorSpec
 
 PAIRS = ((Axis.Q_HEADS, Axis.KV_HEADS), (Axis.SSM_HEADS, Axis.SSM_GROUPS), (Axis.DELTA_V_HEADS, Axis.DELTA_K_HEADS))
 
