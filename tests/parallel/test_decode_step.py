@@ -193,6 +193,13 @@ def test_steps_ahead_change_no_token_whatever_the_batching(llama, monkeypatch):
     assert sorted(engine.cache.tables.of[None].free) == list(range(4))
 
 
+def test_chunks_of_a_prompt_that_are_single_tokens_yield_none(llama, monkeypatch):
+    prompts, params = [[5, 17, 200], [7]], SamplingParams(max_new_tokens=2)
+    expected = tokens_of(fused(llama), prompts, params)
+    monkeypatch.setattr("shardwise.parallel.engine.STEP_TOKENS", 1)
+    assert tokens_of(fused(llama), prompts, params) == expected
+
+
 def test_a_slots_states_are_cleared_behind_a_step_that_nobody_waits_for(tmp_path, monkeypatch):
     model_type, fields = FAMILIES["nemotron_h"]
     folder = write(tmp_path, model_type, **fields)
