@@ -56,7 +56,8 @@ def slots_for(
         raise DoesNotFit(
             f"rank {world.ranks[fits.index(min(fits))]} has no memory for the states of a sequence, {state >> 20} MiB: "
             f"beside the weights, rank {world.ranks[world.rank]} has {free >> 20} MiB of {total >> 20} MiB, and the "
-            "rest is kept for keys and values, activations and workspaces; use more ranks or smaller weights"
+            "rest is kept for keys and values, activations and workspaces; use "
+            f"{'' if pages is None else 'fewer cache_tokens, '}more ranks or smaller weights"
         )
     return min(most, *fits)
 

@@ -165,6 +165,8 @@ def test_a_gpu_runs_as_many_sequences_as_there_is_room_for_their_states(monkeypa
 
     with pytest.raises(DoesNotFit, match="rank 0 has no memory for the states of a sequence, 0 MiB"):
         slots(None)
+    with pytest.raises(DoesNotFit, match="; use fewer cache_tokens, more ranks or smaller weights"):
+        slots(3)
     free += 20 * each
     assert slots(None) == 10
     assert slots(3) == (20 * each - cache_bytes(layers, torch.bfloat16, pages=3, slots=0)) // each == 19
