@@ -83,8 +83,8 @@ class CheckpointSource:
             return stored, shard.ranges
         if shard.name not in self._own:
             raise CheckpointError(f"{self.checkpoint.path}: rank {self.rank}'s file lacks {shard.name}")
-        own = StoredTensor(self._own[shard.name])
-        return own, tuple(((0, length),) for length in own.entry.shape)
+        filled = tuple(((0, span(each)),) for each in shard.ranges)  # the file has the padding behind it
+        return StoredTensor(self._own[shard.name]), filled
 
     def _stored(self, shard: TensorShard) -> StoredTensor:
         """The checkpoint's tensor; CheckpointError when it is missing or has another shape."""

@@ -10,6 +10,7 @@ from stored_forms import FORMS
 
 from shardwise.parallel.dequantise import PIECE_VALUES
 from shardwise.parallel.weights import Weights
+from shardwise.sharding.checkpoint.merge import merge_shards
 from shardwise.sharding.checkpoint.resolve import open_checkpoint
 from shardwise.sharding.checkpoint.shard import write_shards
 from shardwise.sharding.plan import plan
@@ -116,6 +117,18 @@ def test_a_rank_may_hold_nothing_but_padding(tmp_path):
     for role, dim, held in zip(("up", "down"), (0, 1), parts(tmp_path, "up", "down", tp=4, pad=["mlp"]), strict=True):
         assert [part.shape[dim] for part in held] == [64] * 4 and not held[3].any()  # 160 are 5 blocks of 32
         assert torch.equal(torch.cat(held, dim).narrow(dim, 0, 160), weight_of(plain, role))
+
+
+@pytest.mark.parametrize("name", ["mxfp4", "gptq v2, one group"])
+def test_files_of_single_ranks_may_hold_padding(tmp_path, name):
+    plain, out = write(tmp_path, FORMS[name]), tmp_path / "out"
+    write_shards(plan(tmp_path, tp=4, pad=["mlp"]), open_checkpoint(tmp_path), out)
+    for role, dim, held in zip(("up", "down"), (0, 1), parts(out, "up", "down", tp=4, pad=["mlp"]), strict=True):
+        joined = torch.cat(held, dim)
+        held, padding = joined.split([160, joined.shape[dim] - 160], dim)
+        assert torch.equal(held, weight_of(plain, role)) and not padding.any()
+    merge_shards(out, tmp_path / "back")
+    assert (tmp_path / "back" / "model.safetensors").read_bytes() == (tmp_path / "model.safetensors").read_bytes()
 
 
 def test_groups_that_the_config_calls_ordered_but_are_not_are_refused_where_a_rank_lacks_them(tmp_path):

@@ -38,6 +38,8 @@ def copy_part(source: Source, entry: TensorEntry, target: int, part: RankTensor,
     if part.cut is None:
         copy_bytes(source.descriptor, entry.offset, target, offset, entry.nbytes)
         return
+    if not all(part.cut.ranges):
+        return  # all is padding
     shape, local = in_blocks(entry.shape, entry.dtype), in_blocks(part.shape, part.dtype)
     ranges = ranges_in_blocks(part.cut.ranges, entry.dtype)
     if rows_only(shape, ranges) and shape[1:] == local[1:]:

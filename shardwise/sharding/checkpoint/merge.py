@@ -118,7 +118,8 @@ def _join(name: str, shape: tuple[int, ...], dtype: str, parts: list[_Part], tar
         _copy(whole, 0, target, offset, whole.nbytes)
         return
     blocks = in_blocks(shape, dtype)
-    cuts = [(part.entry, ranges_in_blocks(part.cut.ranges, dtype)) for part in parts if part.cut]
+    holding = [(part.entry, part.cut.ranges) for part in parts if part.cut and all(part.cut.ranges)]  # not padding only
+    cuts = [(entry, ranges_in_blocks(ranges, dtype)) for entry, ranges in holding]
     if all(rows_only(blocks, ranges) for _, ranges in cuts):
         _join_rows(name, blocks, cuts, target, offset)
         return
