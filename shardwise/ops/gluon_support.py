@@ -57,6 +57,9 @@ def _found() -> tuple[Any, Any, Any, Any, bool]:
 
 
 gl, jit, mma_v2, async_copy, GLUON = _found()
+ROLES = GLUON and not interpreting() and triton.__version__.startswith("3.6.")
+"""Whether kernels compile whose groups of warps have each a role: other versions name and call what these need
+otherwise."""
 
 
 def swizzled_tiles(tensor: Tensor, *block: int) -> Any:

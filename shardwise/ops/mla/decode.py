@@ -5,7 +5,8 @@ absorbed into the queries while the new key is normed, rotated and appended; att
 64 heads; parts of a sequence are joined; and the weight's values are taken out of the attended latents. Nothing waits
 for the device and no launch depends on lengths, so one CUDA graph serves sequences of any.
 
-Attention has two kernels with the same shares and parts: `ring_kernel` for 16-bit numbers on Hopper, `attend_kernel`.
+Attention has two kernels with the same shares and parts: `ring_kernel` for 16-bit numbers on Hopper, with Triton 3.6,
+and `attend_kernel`.
 
 bf16, fp16 or float32, float32 softmax and sums. CUDA only, or Triton's interpreter.
 """
@@ -17,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from shardwise.ops.gluon_support import GLUON, swizzled_tiles
+from shardwise.ops.gluon_support import ROLES, swizzled_tiles
 from shardwise.ops.mla.absorb import Factor, Rows, head_product, tile_for
 from shardwise.ops.mla.decode_kernels import absorb_kernel, attend_kernel, join_kernel
 from shardwise.ops.mla.decode_ring import ring_kernel
@@ -88,7 +89,7 @@ def plan_for(heads: int, pool: Tensor, rank: int) -> Tile | Ring:
     """What attention of so many heads to a cache takes: the ring where it can run. For all heads (16 to 128), sequences
     (1 to 128) and lengths tried on an H200 it took 37 to 90 % of the tiles' time."""
     page_size, rope = pool.shape[1], pool.shape[2] - rank
-    hopper = GLUON and not interpreting() and asynchronous_products(pool.device)
+    hopper = ROLES and asynchronous_products(pool.device)
     if hopper and pool.element_size() == 2 and not page_size % 64 and (rank, rope) == _RING_WIDTHS:
         return ring_for(heads)
     return tile_for_heads(heads, pool.element_size(), page_size)

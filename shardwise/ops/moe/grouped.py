@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from shardwise.ops.gluon_support import GLUON, swizzled_tiles
+from shardwise.ops.gluon_support import ROLES, swizzled_tiles
 from shardwise.ops.moe.contract import FP8Scales, WeightScales
 from shardwise.ops.moe.few import few_moe
 from shardwise.ops.moe.grouped_gemm import gather_rows, grouped_gemm
@@ -138,7 +138,7 @@ def _runs_specialised(shape: Shape, product: _Product) -> bool:
     """Whether `wide_gemm` takes the product."""
     by_expert = product.scale is None or product.scale.dim() == 1
     plain = product.sharing == 0 and product.act in ("silu", "none") and not product.weight_in and by_expert
-    hopper = GLUON and not interpreting() and asynchronous_products(product.x.device)
+    hopper = ROLES and asynchronous_products(product.x.device)
     return shape.specialised and plain and hopper and _by_tensor_memory(product.x, product.weight)
 
 

@@ -32,8 +32,7 @@ def test_only_widths_that_fit_take_the_ring(monkeypatch):
     """With 128 rotated columns the rings need 248 KiB of shared memory, and latents of 256 do not compile."""
     from shardwise.ops.mla import decode
 
-    monkeypatch.setattr(decode, "GLUON", True)
-    monkeypatch.setattr(decode, "interpreting", lambda: False)
+    monkeypatch.setattr(decode, "ROLES", True)
     monkeypatch.setattr(decode, "asynchronous_products", lambda device: True)
 
     def plan(rank, rope, dtype=torch.bfloat16, page=64):
@@ -42,3 +41,15 @@ def test_only_widths_that_fit_take_the_ring(monkeypatch):
     assert plan(512, 64) == decode.ring_for(16)
     others = plan(512, 128), plan(256, 64), plan(512, 32), plan(512, 64, torch.float32), plan(512, 64, page=32)
     assert all(isinstance(other, decode.Tile) for other in others)
+    monkeypatch.setattr(decode, "ROLES", False)
+    assert isinstance(plan(512, 64), decode.Tile)
+
+
+@pytest.mark.parametrize("version, roles", [("3.6.0", True), ("3.5.1", False), ("3.7.0", False)])
+def test_the_ring_asks_for_the_language_that_it_is_written_in(version, roles):
+    program = (
+        f"import triton; triton.__version__ = {version!r}; from shardwise.ops import gluon_support as g; print(g.ROLES)"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, env=environment)
+    assert done.stdout.strip() == str(roles), done.stderr[-3000:]
