@@ -1,5 +1,6 @@
 """Attention's ring kernel as compiled for Hopper keeps its promises: what the interpreter cannot show."""
 
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -11,8 +12,10 @@ import pytest
 import torch
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
+TRITON = importlib.metadata.version("triton") if importlib.util.find_spec("triton") else ""
 
 
+@pytest.mark.skipif(not TRITON.startswith("3.6."), reason="the kernel is written for Triton 3.6")
 def test_products_run_side_by_side_from_tiles_that_fit_a_multiprocessor():
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, str(Path(__file__).parent / "compile_ring.py")]

@@ -13,6 +13,7 @@ from triton.compiler import ASTSource
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 
+from shardwise.ops.gluon_support import ROLES
 from shardwise.ops.moe.few_kernels import few_down, few_up
 from shardwise.ops.moe.grouped_gemm import grouped_gemm
 from shardwise.ops.moe.grouped_plan import choose_few, choose_plan
@@ -129,9 +130,9 @@ def main():
         grouped("wide up", wide, True, 2),
         grouped("wide down", wide, False, 2),
         grouped("wide up fp8", choose_plan(8 * 8192, 128, 1), True, 1),
-        specialised("specialised up", True, 2),
-        specialised("specialised down fp8", False, 1),
     ]
+    if ROLES:
+        rows += [specialised("specialised up", True, 2), specialised("specialised down fp8", False, 1)]
     print(json.dumps(rows))
 
 

@@ -1,6 +1,7 @@
 """MoE kernels as compiled for Hopper keep their promises: what the interpreter cannot show."""
 
 import functools
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -61,7 +62,8 @@ def test_no_reduction_runs_over_lanes_with_a_gap():
 
 def test_kernels_with_given_routing_stay_in_registers_and_fit_a_multiprocessor():
     rows = rows_of("compile_grouped.py")
-    assert len(rows) >= 10
+    roles = importlib.metadata.version("triton").startswith("3.6.")  # for others there are no specialised kernels
+    assert len(rows) >= (10 if roles else 8)
     for row in rows:
         few = row["kernel"].startswith("few")
         assert not row["stack"] and row["gaps"] == [], row
