@@ -167,26 +167,33 @@ class DecoderBuilder:
     ) -> LinearLike:
         """Column-parallel: the roles' outputs concatenated, or in `order`, multiplied by `factors`."""
         bias = self._bias(block, roles, layer)
-        if factors is not None:
-            weight = self.weights.linear(block, *roles, layer=layer)
-            if order is not None:
-                weight, bias = weight[order], None if bias is None else bias[order]
-            factors.scale(weight, bias)
-            return Linear(weight=weight, bias=bias)
-        planes = self._planes(block, *roles, layer=layer)
-        if planes and order is not None:
-            planes = [(codes[order], scales[order], zeros[order]) for codes, scales, zeros in planes]
-        if planes:
-            return BlockLinear(planes=planes, bias=bias if order is None or bias is None else bias[order])
-        float8 = float8_weight(self.weights, block, *roles, layer=layer, order=order)
-        if float8 is not None:
-            self._wide.reserve(float8)
-            in_order = bias if order is None or bias is None else bias[order]
-            return Float8Linear(weight=float8, bias=in_order, widened=self._wide.widened)
+        if order is not None and bias is not None:
+            bias = bias[order]
+        if factors is None:
+            packed = self._packed(block, *roles, layer=layer, order=order, bias=bias)
+            if packed is not None:
+                return packed
         weight = self.weights.linear(block, *roles, layer=layer)
         if order is not None:
-            weight, bias = weight[order], None if bias is None else bias[order]
+            weight = weight[order]
+        if factors is not None:
+            factors.scale(weight, bias)
         return Linear(weight=weight, bias=bias)
+
+    def _packed(
+        self, block: spec.Block, *roles: str, layer: int | None, order: Tensor | None, bias: Tensor | None
+    ) -> LinearLike | None:
+        """With weights that stay 4- or 8-bit codes or float8, in `order` as `bias` is already; else None."""
+        planes = self._planes(block, *roles, layer=layer)
+        if planes:
+            if order is not None:
+                planes = [(codes[order], scales[order], zeros[order]) for codes, scales, zeros in planes]
+            return BlockLinear(planes=planes, bias=bias)
+        weight = float8_weight(self.weights, block, *roles, layer=layer, order=order)
+        if weight is None:
+            return None
+        self._wide.reserve(weight)
+        return Float8Linear(weight=weight, bias=bias, widened=self._wide.widened)
 
     def _planes(self, block: spec.Block, *roles: str, layer: int | None) -> list[Affine] | None:
         """Weights that stay 4- and 8-bit codes; None where they do not."""
