@@ -148,12 +148,14 @@ def test_flashinfer_decode_gets_what_it_demands(monkeypatch, limit, name, comput
 @needs_triton
 @pytest.mark.parametrize("skew", [0, 1, 8], ids=["aligned", "off by an element", "off by a vector"])
 @pytest.mark.parametrize("decode", [(0, 3), (5, 2)], ids=["decode", "mixed"])
-def test_flashinfer_decode_reads_parts_of_wider_rows(monkeypatch, decode, skew):
-    """As a layer has them: input, B and C are slices of one projection's rows."""
+@pytest.mark.parametrize("vectors", [torch.float32, torch.bfloat16])
+def test_flashinfer_decode_reads_parts_of_wider_rows(monkeypatch, vectors, decode, skew):
+    """As a layer has them: input, B and C are slices of one projection's rows, vectors in float32 or not."""
     prefill, count = decode
     batch = Batch((prefill,) if prefill else (), count, tuple(range(bool(prefill) + count)), (True,) * bool(prefill))
     torch.manual_seed(0)
     args = list(samples_mamba.cached_ssm_args("x", batch, 4, 2, 64, 16, 16, torch.float16, torch.float32)("cpu"))
+    args[1], args[4] = args[1].to(vectors), args[4].to(vectors)
     expected, _ = samples_mamba.cached_ssm(batch)(*args)
     for place in (0, 2, 3):
         rows = args[place]

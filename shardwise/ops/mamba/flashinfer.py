@@ -3,6 +3,7 @@
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -13,6 +14,7 @@ from shardwise.ops.mamba.ssm import Plan, like_hidden, run_step
 from shardwise.ops.metadata_reports import report_word
 from shardwise.ops.plan_cache import PlanCache, View, allocator, view
 from shardwise.ops.registry import FLASHINFER, TRITON, operator
+from shardwise.ops.scratch import Scratch
 from shardwise.ops.triton_support import Kernel, Launch
 
 _ready = Kernel(kernels.ready_kernel)
@@ -54,6 +56,21 @@ def flashinfer_cached_ssm(
     return run_step(op, PLANS, _plan_decode, _decode, given, metadata, batch_info_host, time_step_limit, chunk_size)
 
 
+class _Rows(NamedTuple):
+    """What FlashInfer reads, as `ssd_kernels.ready_kernel` makes it; vectors and time steps are repeated by strides."""
+
+    time_steps: torch.Tensor
+    """[tokens, H, P]"""
+    slots: torch.Tensor
+    A: torch.Tensor
+    """[H, P, N]"""
+    D: torch.Tensor
+    """[H, P]"""
+    x: torch.Tensor
+    B: torch.Tensor
+    C: torch.Tensor
+
+
 @dataclass(frozen=True, slots=True)
 class _Decode:
     """A decode step, but for its tensors: a small kernel of ours that makes what FlashInfer reads, and FlashInfer's.
@@ -63,21 +80,9 @@ class _Decode:
     """
 
     ready: Launch
-    time_steps: Callable[[], torch.Tensor]
-    """Allocates [tokens, H, P], one number a head, repeated by strides, as FlashInfer wants it"""
-    slots: Callable[[], torch.Tensor]
-    """Allocates [tokens]"""
-    head_rows: Callable[[], torch.Tensor]
-    """Allocates x, [tokens, H, P]"""
-    group_rows: Callable[[], torch.Tensor]
-    """Allocates B or C, [tokens, G, N]"""
+    rows: Scratch[_Rows]
     out: View
     """Where the result has the decode tokens, [tokens, H, P]"""
-    A: View
-    """The vector repeated, [H, P, N]"""
-    D: View
-    exact: bool
-    """Whether these are float32"""
 
 
 @functools.cache
@@ -95,14 +100,19 @@ def _plan_decode(op: str, one: Inputs, batch: Batch) -> _Decode:
             f"{one.cache.shape[0]}; triton_cached_ssm takes any number"
         )
     (groups, states), dtype = one.B.shape[2:], one.x.dtype
-    time_steps = allocator((count, heads, size), torch.float32, device, strides=(heads, 1, 0))
-    index = allocator((count,), torch.int32, device)
-    head_rows = allocator((count, heads, size), dtype, device)
-    group_rows = allocator((count, groups, states), dtype, device)
-    made = time_steps(), index(), head_rows(), group_rows(), group_rows()
+    makers = (
+        allocator((count, heads, size), torch.float32, device, strides=(heads, 1, 0)),
+        allocator((count,), torch.int32, device),
+        allocator((heads, size, states), torch.float32, device, strides=(1, 0, 0)),
+        allocator((heads, size), torch.float32, device, strides=(1, 0)),
+        allocator((count, heads, size), dtype, device),
+        allocator((count, groups, states), dtype, device),
+        allocator((count, groups, states), dtype, device),
+    )
+    rows = Scratch(device, count, lambda: _Rows(*[make() for make in makers]))
     ready = _ready.form_for(
         device,
-        (one.x, one.dt, one.dt_bias, one.B, one.C, one.slots, *made, one.out, report_word(op)),
+        (one.x, one.dt, one.dt_bias, one.A, one.B, one.C, one.D, one.slots, *rows.take(), one.out, report_word(op)),
         (one.x_t, one.x.stride(2), one.dt_t, one.B_t, one.B.stride(2), one.C_t, one.C.stride(2))
         + (heads // groups, size, states, 1 << (heads - 1).bit_length(), BLOCK),
         warps=4,
@@ -114,29 +124,20 @@ def _plan_decode(op: str, one: Inputs, batch: Batch) -> _Decode:
             (count, parts, 1),
             (batch.prefill_tokens, batch.prefill, heads, one.cache.shape[0], one.low, one.high),
         ),
-        time_steps,
-        index,
-        head_rows,
-        group_rows,
+        rows,
         ((count, heads, size), (heads * size, size, 1), batch.prefill_tokens * heads * size),
-        ((heads, size, states), (1, 0, 0), 0),
-        ((heads, size), (1, 0), 0),
-        one.A.dtype == one.D.dtype == torch.float32,
     )
 
 
 def _decode(op: str, plan: _Decode, given: tuple[torch.Tensor, ...], out: torch.Tensor) -> None:
     x, dt, dt_bias, A, B, C, D, slots, cache = given
-    steps, index = plan.time_steps(), plan.slots()
-    x_rows, B_rows, C_rows = plan.head_rows(), plan.group_rows(), plan.group_rows()
-    pointers = x, dt, dt_bias, B, C, slots, steps, index, x_rows, B_rows, C_rows, out, report_word(op)
-    plan.ready.form(plan.ready.grid, pointers, plan.ready.free)
-    if not plan.exact:
-        A, D = A.float(), D.float()
+    form, grid, free = plan.ready
+    rows = plan.rows.take()
+    form(grid, (x, dt, dt_bias, A, B, C, D, slots, *rows, out, report_word(op)), free)
     try:
         _update()(
-            cache, x_rows, steps, view(A, *plan.A), B_rows, C_rows, view(D, *plan.D),
-            state_batch_indices=index, pad_slot_id=-1, out=view(out, *plan.out),
+            cache, rows.x, rows.time_steps, rows.A, rows.B, rows.C, rows.D,
+            state_batch_indices=rows.slots, pad_slot_id=-1, out=view(out, *plan.out),
         )  # fmt: skip
     except RuntimeError:  # all else that FlashInfer refuses is refused before
         if cache.data_ptr() % 16:

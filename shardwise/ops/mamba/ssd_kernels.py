@@ -368,11 +368,15 @@ def ready_kernel(
     x_ptr,
     dt_ptr,
     bias_ptr,
+    A_ptr,
     B_ptr,
     C_ptr,
+    D_ptr,
     slot_ptr,
     step_ptr,
     index_ptr,
+    A_row_ptr,
+    D_row_ptr,
     x_row_ptr,
     B_row_ptr,
     C_row_ptr,
@@ -397,7 +401,7 @@ def ready_kernel(
     HEADS: tl.constexpr,  # a power of two that holds all
     BLOCK: tl.constexpr,
 ):
-    """What FlashInfer's step reads of one decode token: time steps [decode, H], float32, slots [decode], int32 and -1
+    """What FlashInfer's step reads: time steps [decode, H], A and D [H], all float32, slots [decode], int32 and -1
     where there is none, and dense rows of x [decode, H, P], B and C [decode, G, N].
 
     A token without a slot gets zeros in all of them and in its place of the result, so that the step computes zeros
@@ -415,6 +419,9 @@ def ready_kernel(
         tl.store(step_ptr + token * heads + head, tl.where(held, step, 0.0), mask=mask)
         check_slots(word_ptr, True, skip + token, slot, slots)
         tl.store(index_ptr + token, tl.where(held, slot, -1).to(tl.int32))
+        if token == 0:
+            tl.store(A_row_ptr + head, tl.load(A_ptr + head, mask=mask).to(tl.float32), mask=mask)
+            tl.store(D_row_ptr + head, tl.load(D_ptr + head, mask=mask).to(tl.float32), mask=mask)
     groups, target = heads // RATIO, token.to(tl.int64)
     copy_row(x_ptr + source * x_t, x_row_ptr + target * heads * P, heads, x_h, part, held, P, BLOCK)
     copy_row(B_ptr + source * B_t, B_row_ptr + target * groups * N, groups, B_g, part, held, N, BLOCK)

@@ -9,9 +9,9 @@ from torch import Tensor
 class Workspace:
     """Scratch tensors of one call, kept between calls for few tokens, where the host time of allocating counts.
 
-    One set a thread (ranks may be threads), device, stream and token count: captured graphs and concurrent callers
-    never share or lose it. gpt-oss-120b's sets take 80 KB a token with one part of K, 170 MB where all counts up to
-    KEPT_TOKENS come. The set of no token is for what a launch needs whatever its tokens.
+    One set a thread (ranks may be threads), device, stream and token count: concurrent callers never share it, nor do
+    graphs lose it; graphs captured on one stream share it and must not run at the same time. gpt-oss-120b's sets take
+    80 KB a token with one part of K, 170 MB where all counts up to KEPT_TOKENS come. The set of no token is for what a launch needs whatever its tokens.
     """
 
     KEPT_TOKENS = 64

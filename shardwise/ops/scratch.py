@@ -1,0 +1,37 @@
+"""Memory that a planned call writes between its kernels, kept from call to call."""
+
+from collections.abc import Callable
+from threading import get_ident
+from typing import Generic, TypeVar
+
+import torch
+
+from shardwise.kernel_start import raw_stream
+
+Value = TypeVar("Value")
+KEPT_TOKENS = 64
+"""Calls of more tokens allocate anew, since their kernels take longer than the host."""
+_capturing = getattr(torch._C, "_cuda_isCurrentStreamCapturing", torch.cuda.is_current_stream_capturing)
+
+
+class Scratch(Generic[Value]):
+    """Uninitialised tensors for one plan, of which views may be part.
+
+    Calls of one thread on one stream follow one another and share them; where a graph is captured, whose replays
+    follow nothing, each call has its own.
+    """
+
+    def __init__(self, device: torch.device, tokens: int, make: Callable[[], Value]):
+        self._index, self._make = device.index, make
+        self._keeps = device.type == "cuda" and tokens <= KEPT_TOKENS
+        self._kept: dict[tuple[int, int], Value] = {}  # by thread and stream
+
+    def take(self) -> Value:
+        """The tensors for a call on the current stream."""
+        if not self._keeps or _capturing():
+            return self._make()
+        owner = get_ident(), raw_stream()(self._index)
+        kept = self._kept.get(owner)
+        if kept is None:
+            kept = self._kept[owner] = self._make()
+        return kept
