@@ -11,7 +11,8 @@ class Workspace:
 
     One set a thread (ranks may be threads), device, stream and token count: concurrent callers never share it, nor do
     graphs lose it; graphs captured on one stream share it and must not run at the same time. gpt-oss-120b's sets take
-    80 KB a token with one part of K, 170 MB where all counts up to KEPT_TOKENS come. The set of no token is for what a launch needs whatever its tokens.
+    80 KB a token with one part of K, 170 MB where all counts up to KEPT_TOKENS come. The set of no token is for what a
+    launch needs whatever its tokens.
     """
 
     KEPT_TOKENS = 64
