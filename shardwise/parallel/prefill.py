@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from shardwise.ops.attention.reference import torch_cached_attention_with_cache
-from shardwise.ops.attention.triton import triton_attention_flattened_mha_with_cache
+from shardwise.ops.attention.triton import attend_to_cache
 from shardwise.ops.mla import decode as latent_decode
 from shardwise.ops.mla import prefill as latent_prefill
 from shardwise.ops.triton_support import dependent_launch
@@ -40,19 +40,20 @@ class Choice:
 def choose(wanted: str, shape: LayerShape, masking: Masking, dtype: torch.dtype) -> Choice:
     """The kernels for one layer. ValueError when those that are wanted by name cannot serve it.
 
-    auto: Triton's, which take windows and sinks and need no compiler on the machine. One H100 ran them at 1.28 to 1.34
-    times the rate of FlashInfer's FA2 kernels for prompts of 1k to 16k tokens and for a 2k piece behind 14k, at the
-    same rate for eight prompts of 1k at once (benchmarks/results/ops-attention-h100.json). PyTorch's for capped scores.
+    auto: Triton's, which take windows, sinks and caps and need no compiler on the machine. One H100 ran them at 1.28
+    to 1.34 times the rate of FlashInfer's FA2 kernels for prompts of 1k to 16k tokens and for a 2k piece behind 14k,
+    at the same rate for eight prompts of 1k at once (benchmarks/results/ops-attention-h100.json). PyTorch's for larger
+    heads.
     """
     reasons = {
-        "triton": _against_triton(shape, masking),
+        "triton": _against_triton(shape),
         "flashinfer": _against_flashinfer(shape, masking, dtype),
         "torch": "",
     }
     if wanted == "auto":
         if reasons["triton"]:
             return Choice("torch", f"auto: Triton's kernels have no {reasons['triton']}")
-        return Choice("triton", "auto: 1.0 to 1.3 times FlashInfer's rate, windows and sinks included")
+        return Choice("triton", "auto: 1.0 to 1.3 times FlashInfer's rate; windows, sinks and caps included")
     if reasons[wanted]:
         raise ValueError(f"attention {wanted} cannot serve this model: {reasons[wanted]}; use attention auto")
     return Choice(wanted, "asked for by name")
@@ -74,10 +75,8 @@ def choose_latent(wanted: str, shape: LayerShape, weights: LatentWeights, dtype:
     raise ValueError(f"attention {wanted} cannot serve this model: {reason}; use attention auto")
 
 
-def _against_triton(shape: LayerShape, masking: Masking) -> str:
-    if max(shape.head_dim, shape.v_head_dim) > TRITON_SIZE:
-        return f"head sizes above {TRITON_SIZE}"
-    return "capped scores" if masking.softcap else ""
+def _against_triton(shape: LayerShape) -> str:
+    return f"head sizes above {TRITON_SIZE}" if max(shape.head_dim, shape.v_head_dim) > TRITON_SIZE else ""
 
 
 def _against_flashinfer(shape: LayerShape, masking: Masking, dtype: torch.dtype) -> str:
@@ -170,11 +169,11 @@ class PrefillAttention:
         keys, values = shape.split(_overlapping(rows, step.longest))
         new = q[None], *shape.split(kv[None])
         lengths, past, starts, query_starts = step.places
-        places = step.info, lengths, past, starts[:-1], query_starts
-        options = masking.scale, masking.sinks, masking.window
+        places = step.info, lengths, past, starts[:-1]
+        options = masking.scale, masking.sinks, masking.window, masking.softcap
         if choice.name == "triton":
-            return triton_attention_flattened_mha_with_cache(*new, *places, keys, values, *options)[0]
-        return torch_cached_attention_with_cache(*new, *places, keys, values, *options, masking.softcap)[0]
+            return attend_to_cache(*new, *places, keys, values, *options)[0]
+        return torch_cached_attention_with_cache(*new, *places, query_starts, keys, values, *options)[0]
 
     def latents(self, q: Tensor, rows: Tensor, step: PrefillStep, weights: LatentWeights, scale: float) -> Tensor:
         """q [T, N, P + R] and rows [all tokens, C + R], the new ones included -> [T, N, Dv]."""

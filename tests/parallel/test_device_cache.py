@@ -43,6 +43,8 @@ def caches(shape, attention="auto"):
         ((32, 32), {}, "torch"),
         ((32, 32), dict(window=9, sinks=True), "auto"),
         ((32, 32), dict(softcap=2.0), "auto"),
+        ((32, 32), dict(softcap=2.0, window=9), "triton"),
+        ((32, 32), dict(softcap=2.0), "torch"),
         ((16, 16), {}, "auto"),
         ((32, 16), {}, "auto"),
     ],
@@ -112,11 +114,12 @@ def test_pages_are_taken_and_given_back():
 
 
 def test_a_prefill_backend_that_cannot_serve_is_refused_by_name_and_left_by_auto():
-    shape, capped = LayerShape(2, 32, 32), Masking(scale=1.0, softcap=3.0)
-    assert choose("auto", shape, capped, torch.float32) == Choice(
-        "torch", "auto: Triton's kernels have no capped scores"
+    large, plain, capped = LayerShape(1, 512, 512), Masking(scale=1.0), Masking(scale=1.0, softcap=3.0)
+    assert choose("auto", large, plain, torch.float32) == Choice(
+        "torch", "auto: Triton's kernels have no head sizes above 256"
     )
-    with pytest.raises(ValueError, match="attention triton cannot serve this model: capped scores; use attention auto"):
-        choose("triton", shape, capped, torch.float32)
+    with pytest.raises(ValueError, match="attention triton cannot serve this model: head sizes above 256; use"):
+        choose("triton", large, plain, torch.float32)
     with pytest.raises(ValueError, match="attention flashinfer cannot serve this model: "):
-        choose("flashinfer", shape, capped, torch.float32)
+        choose("flashinfer", LayerShape(2, 32, 32), capped, torch.float32)
+    assert choose("auto", LayerShape(2, 256, 256), capped, torch.bfloat16).name == "triton"

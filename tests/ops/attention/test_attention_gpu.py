@@ -6,6 +6,7 @@ from oracles_attention import Step
 
 import shardwise.ops  # noqa: F401  registers the operators
 from shardwise.ops.attention.reference import torch_cached_attention_with_cache
+from shardwise.ops.attention.triton import attend_to_cache
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 OP = torch.ops.auto_deploy.triton_attention_flattened_mha_with_cache
@@ -23,10 +24,10 @@ def build(step, heads, kv_heads, size, value_size, dtype, slots=4, max_seq=2048)
     return q, k, v, random(slots, max_seq, kv_heads, size), random(slots, max_seq, kv_heads, value_size)
 
 
-def want(step, q, k, v, k_cache, v_cache, sinks=None, window=None):
+def want(step, q, k, v, k_cache, v_cache, sinks=None, window=None, scale=None, cap=None):
     """The plain PyTorch operator in float64, on the GPU."""
     wide = [x.double() for x in (q, k, v, k_cache, v_cache)]
-    return torch_cached_attention_with_cache(*wide[:3], *step.metadata("cuda"), *wide[3:], None, sinks, window)
+    return torch_cached_attention_with_cache(*wide[:3], *step.metadata("cuda"), *wide[3:], scale, sinks, window, cap)
 
 
 LONG = Step([700, 0, 300, 1, 1, 1], [500, 3, 0, 1999, 800, 31], [0, 1, 2, 3, 1, -1], decode=3, padding=5)
@@ -44,6 +45,29 @@ def test_long_mixed_steps_at_any_head_size(dtype, heads, kv_heads, size, value_s
     expected = want(LONG, *tensors, sinks=sinks, window=options.get("window"))
     out = OP(*tensors[:3], *LONG.metadata("cuda"), *tensors[3:], None, sinks, options.get("window"))
     torch.testing.assert_close(out.double(), expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize(("dtype", "heads", "kv_heads", "size", "options"), [
+    (torch.bfloat16, 4, 2, 256, {}), (torch.bfloat16, 4, 2, 256, {"window": 300}),
+    (torch.bfloat16, 8, 2, 128, {"sinks": True}), (torch.float16, 4, 2, 256, {}), (torch.float32, 4, 2, 128, {}),
+], ids=str)  # fmt: skip
+@pytest.mark.parametrize("scale", [0.1, 4.0])  # the cap hardly bends scores; it binds most of them
+def test_capped_scores_of_long_mixed_steps(dtype, heads, kv_heads, size, options, scale):
+    tensors = build(LONG, heads, kv_heads, size, size, dtype)
+    sinks = torch.linspace(-2, 4, heads, device="cuda") if "sinks" in options else None
+    capped = scale, 50.0 if scale < 1 else 8.0
+    expected = want(LONG, *tensors, sinks, options.get("window"), *capped)
+    out = attend_to_cache(
+        *tensors[:3], *LONG.metadata("cuda")[:-1], *tensors[3:], capped[0], sinks, options.get("window"), capped[1]
+    )
+    torch.testing.assert_close(out.double(), expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+
+
+def test_capped_scores_at_their_bound_stay_finite():
+    tensors = [x.abs() for x in build(LONG, 4, 2, 256, 256, torch.bfloat16)]
+    expected = want(LONG, *tensors, None, None, 1e3, 60.0)
+    out = attend_to_cache(*tensors[:3], *LONG.metadata("cuda")[:-1], *tensors[3:], 1e3, None, None, 60.0)
+    torch.testing.assert_close(out.double(), expected, atol=2e-2, rtol=2e-2)
 
 
 def test_nothing_synchronises_and_a_decode_graph_follows_its_inputs():

@@ -60,10 +60,12 @@ def build(step, heads=4, kv_heads=2, size=16, value_size=16, dtype=torch.float32
     return q, k, v, *(cache.to(cache_dtype or dtype) for cache in caches)
 
 
-def run(step, q, k, v, k_cache, v_cache, scale=None, sinks=None, window=None):
+def run(step, q, k, v, k_cache, v_cache, scale=None, sinks=None, window=None, cap=None):
+    new, metadata, options = (q[None], k[None], v[None]), step.metadata(DEVICE), (scale, sinks, window)
+    if cap is not None:
+        return triton.attend_to_cache(*new, *metadata[:-1], k_cache, v_cache, *options, cap)[0]
     operator = torch.ops.auto_deploy.triton_attention_flattened_mha_with_cache
-    out = operator(q[None], k[None], v[None], *step.metadata(DEVICE), k_cache, v_cache, scale, sinks, window)
-    return out[0]
+    return operator(*new, *metadata, k_cache, v_cache, *options)[0]
 
 
 def check(step, tensors, **options):
@@ -103,6 +105,32 @@ def test_heads_and_options(heads, options):
     if "sinks" in options:
         options["sinks"] = torch.linspace(-1, 3, tensors[0].shape[1]).reshape(-1, 1)
     check(STEPS["mixed"], tensors, **options)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)  # powers of capped scores are too large for float16, the highest is kept
+@pytest.mark.parametrize(
+    "options", [{}, {"window": 7}, {"sinks": torch.linspace(-1, 3, 4)}, {"scale": -40.0}, {"cap": 70.0}], ids=str
+)
+def test_capped_scores(dtype, options):
+    options = {"cap": 2.0, "scale": 3.0} | options
+    check(STEPS["mixed"], build(STEPS["mixed"], dtype=dtype), **options)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_capped_random_steps(seed):
+    step = oracle.random_step(seed, max_seq=40)
+    check(step, build(step), cap=50.0, scale=20.0, window=[None, 19][seed % 2])
+
+
+def test_scores_at_the_bound_of_their_cap_neither_overflow_nor_vanish():
+    q, k, v, k_cache, v_cache = build(STEPS["prefill"])
+    for sign in (1, -1):
+        check(STEPS["prefill"], (q.abs(), sign * k.abs(), v, k_cache, v_cache), cap=60.0, scale=1e4)
+
+
+def test_a_cap_of_zero_is_none():
+    tensors = build(STEPS["mixed"])
+    assert torch.equal(run(STEPS["mixed"], *tensors, cap=0.0), run(STEPS["mixed"], *tensors))
 
 
 @pytest.mark.parametrize("scale", [0.0, -0.4])

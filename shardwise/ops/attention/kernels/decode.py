@@ -5,6 +5,7 @@ key and value is read once. Splits divide the length that the sequence has on th
 their number comes from the host, from the batch alone. The split that owns the new position also appends it.
 """
 
+from shardwise.ops.attention.kernels.cap import capped
 from shardwise.ops.metadata_reports import PLACE, check_slots, report
 from shardwise.ops.triton_support import await_predecessor, tl, triton
 
@@ -49,6 +50,7 @@ def flattened_decode_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     SPLIT: tl.constexpr,
+    CAP: tl.constexpr,
     WINDOW: tl.constexpr,
     HAS_SINKS: tl.constexpr,
     PDL: tl.constexpr,
@@ -87,7 +89,8 @@ def flattened_decode_kernel(
         for start in range(begin, stop, BLOCK_N):
             seen = start + n < stop
             k = tl.load(k_tile, mask=seen[:, None] & (d < D)[None, :], other=0.0).to(q.dtype)
-            scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+            scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+            scores = capped(scores, scale, CAP) if CAP > 0 else scores * scale
             scores = tl.where(seen[None, :], scores, float("-inf"))
             risen = tl.maximum(highest, tl.max(scores, 1))
             weights = tl.exp2(scores - risen[:, None])
@@ -107,7 +110,8 @@ def flattened_decode_kernel(
             v_row = slot * V_CACHE[0] + position.to(tl.int64) * V_CACHE[1] + head * V_CACHE[2]
             tl.store(k_cache_ptr + k_row + d, key, mask=d < D)
             tl.store(v_cache_ptr + v_row + dv, value, mask=dv < DV)
-            score = tl.sum(q.to(tl.float32) * key.to(tl.float32)[None, :], 1) * scale
+            score = tl.sum(q.to(tl.float32) * key.to(tl.float32)[None, :], 1)
+            score = capped(score, scale, CAP) if CAP > 0 else score * scale
             risen = tl.maximum(highest, score)
             weight = tl.exp2(score - risen)
             decay = tl.exp2(highest - risen)
