@@ -1,13 +1,14 @@
 """Ranks under torchrun: demo mode as its users know it, with our supervisor around it."""
 
 import re
+import signal
 import sys
 
 from shardwise.launch.backend import LauncherProcess
 from shardwise.launch.job import Job, rank_environment
 from shardwise.parallel.host_memory import require_ranks
 
-_ROOT_CAUSE = re.compile(r"rank\s*:\s*(\d+)\s*\(local_rank.*?exitcode\s*:\s*(-?\d+)", re.DOTALL)
+_FAILURE = re.compile(r"rank\s*:\s*(\d+) \(local_rank: \d+\)\s*exitcode\s*:\s*(-?\d+)")
 
 
 class Torchrun(LauncherProcess):
@@ -25,6 +26,10 @@ class Torchrun(LauncherProcess):
         self.launch(job, [*command, "-m", "shardwise.launch.worker", str(job.folder)], environment)
 
     def blame(self, text: str) -> dict[int, int | None]:
-        _, found, report = text.rpartition("Root Cause")
-        match = _ROOT_CAUSE.search(report) if found else None
-        return {int(match[1]): int(match[2])} if match else {}
+        failures = [(int(rank), int(code)) for rank, code in _FAILURE.findall(text)]
+        if not failures:
+            return {}
+        *others, root = failures
+        # A rank that torchrun ended, but that had reported its error, may stand there as the root cause.
+        own = [each for each in (root, *others) if each[1] != -signal.SIGTERM]
+        return dict(own[:1] or [root])

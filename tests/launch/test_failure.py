@@ -6,6 +6,7 @@ import pytest
 
 from shardwise.comm.base import CollectiveMismatch, CollectiveTimeout, PeerLost, Unavailable
 from shardwise.launch.failure import Failure, from_exception, primary, read_all, report, write
+from shardwise.launch.torchrun import Torchrun
 
 
 def failure(rank: int, time_ns: int, **changes) -> Failure:
@@ -92,3 +93,23 @@ def test_an_input_error_is_one_sentence_unless_debugging():
     found = of(ValueError("prompt 0 has 9000 tokens"))
     assert report(found) == "shardwise: error: prompt 0 has 9000 tokens"
     assert "Traceback" not in report(found) and "ValueError: prompt 0" in report(found, debug=True)
+
+
+def torchruns_report(*exits: tuple[int, int]) -> str:
+    """Ranks and exit codes as torchrun prints them, the root cause last."""
+    entries = [f"  rank      : {rank} (local_rank: {rank})\n  exitcode  : {code} (pid: 5)" for rank, code in exits]
+    return "Failures:\n" + "\n".join(entries[:-1]) + "\nRoot Cause (first observed failure):\n" + entries[-1]
+
+
+@pytest.mark.parametrize(
+    "exits, blamed",
+    [
+        ([(0, 1)], {0: 1}),
+        ([(0, -6), (1, 5)], {1: 5}),
+        ([(1, -9), (0, -15)], {1: -9}),  # rank 0 had reported that rank 1 was gone, then torchrun ended it
+        ([(1, -15), (0, -15)], {0: -15}),
+    ],
+)
+def test_of_torchruns_report_the_rank_counts_that_torchrun_did_not_end(exits, blamed):
+    assert Torchrun().blame(torchruns_report(*exits)) == blamed
+    assert Torchrun().blame("Signal 15 (SIGTERM) received by PID 7") == {}
