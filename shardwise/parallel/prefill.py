@@ -170,10 +170,12 @@ class PrefillAttention:
         new = q[None], *shape.split(kv[None])
         lengths, past, starts, query_starts = step.places
         places = step.info, lengths, past, starts[:-1]
-        options = masking.scale, masking.sinks, masking.window, masking.softcap
+        options = masking.scale, masking.sinks, masking.window
         if choice.name == "triton":
-            return attend_to_cache(*new, *places, keys, values, *options)[0]
-        return torch_cached_attention_with_cache(*new, *places, query_starts, keys, values, *options)[0]
+            return attend_to_cache(*new, *places, keys, values, *options, masking.softcap)[0]
+        return torch_cached_attention_with_cache(*new, *places, query_starts, keys, values, *options, masking.softcap)[
+            0
+        ]
 
     def latents(self, q: Tensor, rows: Tensor, step: PrefillStep, weights: LatentWeights, scale: float) -> Tensor:
         """q [T, N, P + R] and rows [all tokens, C + R], the new ones included -> [T, N, Dv]."""
