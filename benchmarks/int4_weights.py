@@ -69,7 +69,8 @@ def tiles(tokens: int, shape: Shape) -> list[Tile]:
     slabs = (2, 4) if shape.gated else (1, 2)
     if tokens > 16:
         return [Tile(*each) for each in product(slabs, (4, 8), (2, 4))]
-    return [Tile(*each) for each in product(slabs, (2, 4, 8, 16), (2, 4, 8)) if each[1] * each[2] <= 64]
+    found = product(slabs, (4, 8, 16), (2, 4, 8), (False, True))
+    return [Tile(*each) for each in found if 8 <= each[1] * each[2] <= 64]
 
 
 def int4_call(shape: Shape, x: Tensor, weight: Int4Weight, wide: Tensor, tile: Tile | None = None) -> Callable:

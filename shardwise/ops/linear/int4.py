@@ -29,6 +29,8 @@ class Tile:
     """Of a program, which take tiles of K in turn."""
     deep: int
     """Tiles that each warp has on their way."""
+    early: bool = False
+    """Tokens' columns of all of them are asked for at once."""
 
 
 def tile_for(tokens: int, rows: int, columns: int, gated: bool) -> Tile:
@@ -71,7 +73,7 @@ def few_int4(
     deep = min(tile.deep, rounds)
     even = columns % (deep * tile.warps * tile_columns(weight.group)) == 0
     constants = (
-        (block, tile.slabs, tile.warps, deep, weight.group, *given, gated)
+        (block, tile.slabs, tile.warps, deep, tile.early, weight.group, *given, gated)
         + (weight.scale_dtype == torch.float16, even, interpreting(), pdl)
     )  # fmt: skip
     tensors = (x, weight.words, weight.scales, out, *(x if option is None else option for option in options))

@@ -150,15 +150,16 @@ def few_int4_kernel(
     bias_ptr,  # [N]
     residual_ptr,  # [T, N]
     tokens, eps, N, K,
-    BT: tl.constexpr, S: tl.constexpr, W: tl.constexpr, DEEP: tl.constexpr, GROUP: tl.constexpr, NORM: tl.constexpr,
-    BIAS: tl.constexpr, RESIDUAL: tl.constexpr, GATED: tl.constexpr, HALF: tl.constexpr, EVEN: tl.constexpr,
-    INTERPRET: tl.constexpr, PDL: tl.constexpr,
+    BT: tl.constexpr, S: tl.constexpr, W: tl.constexpr, DEEP: tl.constexpr, EARLY: tl.constexpr, GROUP: tl.constexpr,
+    NORM: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, GATED: tl.constexpr, HALF: tl.constexpr,
+    EVEN: tl.constexpr, INTERPRET: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """S slabs of the product for at most BT tokens; `int4.py` has the formula.
 
     S      GATED: half of them gates
     W      warps, which take tiles of K in turn; even, as two tiles may share a scale
     DEEP   tiles that each has on their way
+    EARLY  tokens' columns of all of them are asked for at once
     NORM   of one token
     HALF   scales are float16, else bfloat16
     EVEN   K is whole rounds of DEEP tiles of each warp
@@ -223,10 +224,18 @@ def few_int4_kernel(
     for k in range(0, tiles, W * DEEP):
         word_at += W * DEEP * 2 * TILE
         beside_at += W * DEEP * TILE // GROUP * 16
-        next_words, next_besides = (), ()
+        next_words, next_besides, inputs = (), (), ()
+        if EARLY:
+            for ahead in gl.static_range(DEEP):
+                column = ahead * W * TILE
+                x = _inputs(x_at + column, norm_at + column, place + k * TILE + column, K, NORM, EVEN)
+                inputs = inputs + (x,)
         for ahead in gl.static_range(DEEP):
-            column = ahead * W * TILE
-            x = _inputs(x_at + column, norm_at + column, place + k * TILE + column, K, NORM, EVEN)
+            if EARLY:
+                x = inputs[ahead]
+            else:
+                column = ahead * W * TILE
+                x = _inputs(x_at + column, norm_at + column, place + k * TILE + column, K, NORM, EVEN)
             weights = _weights(words[ahead], besides[ahead], DTYPE, WORDS, LEFT, INTERPRET)
             scale = gl.expand_dims(scale_of(besides[ahead], HALF), 2)
             following = k + (DEEP + ahead) * W
