@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Protocol
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -108,11 +109,14 @@ class UngatedStep(DenseStep):
 
 
 class SharedExpertStep:
-    """Routed experts and the shared one. For one token the sums begin with the shared expert's and need no kernel."""
+    """Routed experts and the shared one. For one token the sums begin with the shared expert's and need no kernel; a
+    gate's logit is one of the router's, and the kernel that sums the routed experts applies it."""
 
     def __init__(self, inner: MoeWithShared, *, pdl: bool):
-        self.routed, self.shared, self.pdl = ExpertStep(inner.routed, pdl=pdl), inner.shared, pdl
-        self.dense = _dense(inner.shared.mlp, pdl) if inner.shared.gate is None else None
+        self.shared, self.pdl, gate = inner.shared, pdl, inner.shared.gate
+        self.dense = _dense(inner.shared.mlp, pdl) if gate is None or isinstance(gate, Linear) else None
+        row = gate.weight.t() if isinstance(gate, Linear) else None
+        self.routed = ExpertStep(inner.routed, shared_gate=row, pdl=pdl)
 
     def __call__(self, stream: Stream, joining: ResidualNorm, positions: Tensor) -> Stream:
         alone = joining.group.size == 1 and joining.is_plain
@@ -127,9 +131,14 @@ class SharedExpertStep:
 
     def partial(self, stream: Stream, positions: Tensor, total: Tensor | None) -> Tensor:
         if self.dense is not None and self._is_few(stream):
+            if self.shared.gate is not None:
+                return self.routed.few(stream, positions, total, self.dense.partial(stream, positions, None))
             return self.routed.few(stream, positions, self.dense.partial(stream, positions, total))
         normed = Stream(stream.normed(), stream.residual)
         routed = self.routed.partial(stream if stream.x.shape[0] <= self.routed.most_few else normed, positions, total)
         if self.dense is None:
             return routed + self.shared(normed.x)
-        return self.dense.partial(normed, positions, routed)
+        if self.shared.gate is None:
+            return self.dense.partial(normed, positions, routed)
+        shared = self.dense.partial(normed, positions, None)
+        return routed.addcmul_(shared, torch.sigmoid(self.shared.gate(normed.x)))

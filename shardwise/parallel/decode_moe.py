@@ -6,7 +6,7 @@ from torch import Tensor
 
 from shardwise.ops.linear.decode import MAX_TOKENS, skinny_linear
 from shardwise.ops.moe import decode
-from shardwise.ops.moe.decode import Choice, Gate, expert_down, expert_up
+from shardwise.ops.moe.decode import Choice, Gate, Shared, expert_down, expert_up
 from shardwise.parallel.decode_stream import Stream, joined
 from shardwise.parallel.float8_linear import Float8Experts
 from shardwise.parallel.layers import Linear, ResidualNorm
@@ -36,11 +36,11 @@ def _reason_against_few(block: MoeBlock) -> str:
         return "experts with another activation than SiLU"
     if routing.score != "softmax" or routing.groups > 1 or block.correction is not None:
         return "routing by other scores than a softmax, by groups or with a correction"
-    if isinstance(experts, PackedExperts):
-        if not (decode.takes_packed(experts.up_gate) and decode.takes_packed(experts.down)):
-            return "scales above 2, or a Triton without Gluon"
-        return decode.reason_against(len(block.slots), experts.up_gate.words.shape[0], routing.top_k)
-    return decode.reason_against(len(block.slots), experts.up_gate.shape[0], routing.top_k)
+    if not isinstance(experts, PackedExperts):
+        return decode.reason_against(len(block.slots), routing.top_k)
+    if not (decode.takes_packed(experts.up_gate) and decode.takes_packed(experts.down)):
+        return "scales above 2, or a Triton without Gluon"
+    return decode.reason_against(len(block.slots), routing.top_k, packed=True)
 
 
 def _gate_of(experts: Experts | PackedExperts | Float8Experts) -> Gate | None:
@@ -61,9 +61,10 @@ class ExpertStep:
 
     Where `most_few` is above 0, the kernels for few tokens have what they take of the block: the router's weights
     `router` [E, H] (a copy) and `bias`, `slots` int32 [E], the `choice` of experts, and the `gate` between products.
+    The router's last row is `shared_gate` [1, H], the gate of a shared expert, where there is one.
     """
 
-    def __init__(self, block: MoeBlock, *, pdl: bool):
+    def __init__(self, block: MoeBlock, *, shared_gate: Tensor | None = None, pdl: bool):
         self.block, self.pdl = block, pdl
         experts = block.experts
         few = not _reason_against_few(block)
@@ -72,7 +73,7 @@ class ExpertStep:
         """Most tokens for the kernels for few: all, where no others can be part of a graph."""
         if few:
             assert isinstance(block.router, Linear)
-            self.router, self.bias = block.router.weight.t().contiguous(), block.router.bias
+            self.router, self.bias = _with_row(block.router, shared_gate)
             self.slots, self.choice = block.slots.int(), _choice(block.routing)
             self.gate = _gate_of(experts) or Gate()
 
@@ -89,10 +90,13 @@ class ExpertStep:
         partial = self.block(stream.normed())
         return partial if total is None else partial + total
 
-    def few(self, stream: Stream, positions: Tensor, residual: Tensor | None) -> Tensor:
-        """Of at most `most_few` tokens: this rank's partial sum, plus `residual` where there is one."""
+    def few(self, stream: Stream, positions: Tensor, residual: Tensor | None, shared: Tensor | None = None) -> Tensor:
+        """Of at most `most_few` tokens: this rank's partial sum, plus `residual` where there is one, and what a gated
+        shared expert yields."""
         x, experts = stream.x, self.block.experts
         normed, logits = self._routed(stream)
+        gated = None if shared is None else Shared(shared, logits[:, -1])
+        logits = logits[:, : len(self.slots)]
         biases = (experts.up_gate_bias, experts.down_bias) if isinstance(experts, Experts) else (None, None)
         routed = expert_up(
             normed,
@@ -105,10 +109,12 @@ class ExpertStep:
             positions=positions,
             pdl=self.pdl,
         )
-        return expert_down(routed, experts.down, bias=biases[1], residual=residual, dtype=x.dtype, pdl=self.pdl)
+        return expert_down(
+            routed, experts.down, bias=biases[1], residual=residual, shared=gated, dtype=x.dtype, pdl=self.pdl
+        )
 
     def _routed(self, stream: Stream) -> tuple[Tensor, Tensor]:
-        """The normed input, and the router's logits."""
+        """The normed input, and the router's logits with the shared expert's gate behind them."""
         x, norm = stream.x, stream.norm
         if x.shape[0] > MAX_TOKENS:
             normed = stream.normed()
@@ -126,3 +132,11 @@ class ExpertStep:
             pdl=self.pdl,
         )
         return normed, logits
+
+
+def _with_row(router: Linear, row: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """The router's weights [E, H] and bias, with one more row, without a bias, behind them."""
+    weight, bias = router.weight.t(), router.bias
+    if row is None:
+        return weight.contiguous(), bias
+    return torch.cat([weight, row]), bias if bias is None else torch.cat([bias, bias.new_zeros(1)])

@@ -25,13 +25,14 @@ Experts = Tensor | PackedMXFP4 | Float8Weight
 """Stacked weights of experts."""
 MOST_EXPERTS = 512
 """Of a model: a program compares all logits with all."""
-MOST_CHOICES = 8
+MOST_CHOICES = 32
+"""Of a token with plain weights: a lane of the warp that sums them has each."""
+MOST_PACKED_CHOICES = 8
+"""Of a token with packed weights: a warp has each."""
 UP_DEPTH, DOWN_DEPTH = 6, 8
 """Tiles of packed weights that a warp has on their way. With 5 and 5 a step of gpt-oss-20b took 10 % more (H200)."""
 _PACKED_PER_SM, _PACKED_REGISTERS = 3, 80
 """Programs of eight warps that a multiprocessor holds at once, and the registers of a thread that let it."""
-MOST_LOCAL = 256
-"""Experts of a rank: a program keeps the numbers of its token's in one 64-bit word."""
 
 
 @dataclass(frozen=True)
@@ -84,9 +85,19 @@ class Routed:
     """[T * K, I], the activations, float32 or with packed weights in x's dtype; not written for pairs of other ranks"""
 
 
+@dataclass(frozen=True)
+class Shared:
+    """What a shared expert adds to the routed ones' sum: sigmoid(gate) * partial."""
+
+    partial: Tensor
+    """[T, H]"""
+    gate: Tensor
+    """float32 [T], any stride"""
+
+
 def expert_up(
     x: Tensor,  # [T, H], normed; bf16 with packed weights on a GPU
-    logits: Tensor,  # float32 [T, E]
+    logits: Tensor,  # float32 [T, E], contiguous rows
     slots: Tensor,  # int32 [E], local slot of each expert, -1 for others'
     choice: Choice,
     weight: Experts,  # [local, 2I, H], up rows before gate rows; packed: gate and up rows in pairs
@@ -110,7 +121,7 @@ def expert_up(
     pdl = pdl and not interpreting()
     common = (
         x, logits, slots, positions, routed.ids, routed.weights, routed.inner,
-        size, hidden, experts, choice.scale, gate.alpha, gate.limit or 0.0,
+        size, hidden, experts, logits.stride(0), choice.scale, gate.alpha, gate.limit or 0.0,
     )  # fmt: skip
     flags = dict(
         TOP_K=choice.top_k, E_BLOCK=max(32, triton.next_power_of_2(experts)), NORMALIZE=choice.normalize,
@@ -143,17 +154,20 @@ def expert_down(
     *,
     bias: Tensor | None = None,  # [local, H], of plain weights
     residual: Tensor | None = None,  # [T, H]
+    shared: Shared | None = None,
     dtype: torch.dtype = torch.bfloat16,
     pdl: bool = False,
 ) -> Tensor:
-    """Sum over each token's local experts of weight * (down product + bias), plus the residual: [T, H] in `dtype`."""
+    """Sum over each token's local experts of weight * (down product + bias), plus the residual and what a shared expert
+    adds: [T, H] in `dtype`."""
     tokens, top_k = routed.ids.shape
     size, inner = routed.inner.shape[1], routed.inner
     hidden = weight.rows if isinstance(weight, PackedMXFP4) else weight.shape[1]
     out = torch.empty(tokens, hidden, dtype=dtype, device=inner.device)
     pdl = pdl and not interpreting()
-    common = (inner, routed.ids, routed.weights, residual, out, hidden, size)
-    flags = dict(TOP_K=top_k, RESIDUAL=residual is not None, PDL=pdl, launch_pdl=pdl)
+    beside = (None, None, 0) if shared is None else (shared.partial, shared.gate, shared.gate.stride(0))
+    common = (inner, routed.ids, routed.weights, residual, *beside, out, hidden, size)
+    flags = dict(TOP_K=top_k, RESIDUAL=residual is not None, SHARED=shared is not None, PDL=pdl, launch_pdl=pdl)
     if isinstance(weight, PackedMXFP4):
         packed_down[(weight.words.shape[1] * 4, tokens)](
             *common, weight.words, weight.scales, weight.bias, *weight.words.shape[1:3],
@@ -169,13 +183,12 @@ def expert_down(
     return out
 
 
-def reason_against(experts: int, local: int, top_k: int) -> str:
-    """Why these kernels cannot serve; empty when they can."""
+def reason_against(experts: int, top_k: int, *, packed: bool = False) -> str:
+    """Why these kernels cannot serve a model's experts; empty when they can."""
     if experts > MOST_EXPERTS:
         return f"{experts} experts, at most {MOST_EXPERTS}"
-    if local > MOST_LOCAL:
-        return f"{local} experts on a rank, at most {MOST_LOCAL}"
-    return f"{top_k} experts a token, at most {MOST_CHOICES}" if top_k > MOST_CHOICES else ""
+    most = MOST_PACKED_CHOICES if packed else MOST_CHOICES
+    return f"{top_k} experts a token, at most {most}" if top_k > most else ""
 
 
 def takes_packed(weight: PackedMXFP4) -> bool:
@@ -192,7 +205,7 @@ def _as_stored(weight: Tensor | Float8Weight) -> tuple[Tensor, Tensor | None, st
 
 def _check(choice: Choice, experts: int, weight: Experts) -> None:
     words = weight.words if isinstance(weight, PackedMXFP4 | Float8Weight) else weight
-    reason = reason_against(experts, words.shape[0], choice.top_k)
+    reason = reason_against(experts, choice.top_k, packed=isinstance(weight, PackedMXFP4))
     if reason:
         raise ValueError(f"expert_up: {reason}")
     if not words.is_contiguous():

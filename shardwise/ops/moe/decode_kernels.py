@@ -2,6 +2,8 @@
 
 from shardwise.ops.triton_support import await_and_trigger, tl, triton
 
+WARP = tl.constexpr(32)  # lanes, one for each choice of a token
+
 
 @triton.jit
 def _choose(logit_ptr, e, slots, choice, experts, scale, TOP_K: tl.constexpr, NORMALIZE: tl.constexpr):
@@ -32,11 +34,11 @@ def _choose(logit_ptr, e, slots, choice, experts, scale, TOP_K: tl.constexpr, NO
 
 @triton.jit
 def route(
-    logit_ptr, e, slots, position, id_ptr, route_ptr, pair, experts, scale, TOP_K: tl.constexpr,
+    logit_ptr, e, slots, position, id_ptr, route_ptr, pair, experts, logit_row, scale, TOP_K: tl.constexpr,
     NORMALIZE: tl.constexpr, PADDED: tl.constexpr,
 ):  # fmt: skip
     """Slot of the pair, -1 if it is nobody's here; the pair's first program writes it and its weight down."""
-    logits = logit_ptr + pair // TOP_K * experts
+    logits = logit_ptr + pair // TOP_K * logit_row
     slot, weight = _choose(logits, e, slots, pair % TOP_K, experts, scale, TOP_K, NORMALIZE)
     if PADDED:
         slot = tl.where(position < 0, -1, slot)
@@ -72,8 +74,8 @@ def _added(total, w, x, scale_ptr, line, start, columns,
 
 @triton.jit(do_not_specialize=["scale", "alpha", "limit"])
 def plain_up(
-    x_ptr, logit_ptr, slot_ptr, position_ptr, id_ptr, route_ptr, out_ptr, size, hidden, experts, scale, alpha, limit,
-    weight_ptr, scale_ptr, bias_ptr,
+    x_ptr, logit_ptr, slot_ptr, position_ptr, id_ptr, route_ptr, out_ptr, size, hidden, experts, logit_row, scale,
+    alpha, limit, weight_ptr, scale_ptr, bias_ptr,
     TOP_K: tl.constexpr, E_BLOCK: tl.constexpr, NORMALIZE: tl.constexpr, PADDED: tl.constexpr, CLAMPED: tl.constexpr,
     PDL: tl.constexpr, GRAIN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
     BIAS: tl.constexpr,
@@ -89,7 +91,7 @@ def plain_up(
     position = tl.load(position_ptr + token) if PADDED else 0
     await_and_trigger(PDL)
     slot = route(
-        logit_ptr, e, slots, position, id_ptr, route_ptr, pair, experts, scale, TOP_K, NORMALIZE, PADDED
+        logit_ptr, e, slots, position, id_ptr, route_ptr, pair, experts, logit_row, scale, TOP_K, NORMALIZE, PADDED
     )  # fmt: skip
     if slot < 0:
         return
@@ -133,42 +135,46 @@ def plain_up(
 
 @triton.jit
 def _local_choices(id_ptr, TOP_K: tl.constexpr):
-    """A token's local experts in the order of its choices: their number; slots, a byte each; choices, a byte each."""
-    count = 0
-    slots = tl.full([], 0, tl.int64)
-    choices = tl.full([], 0, tl.int64)
-    for choice in tl.static_range(TOP_K):
-        slot = tl.load(id_ptr + choice)
-        held = slot >= 0
-        slots += tl.where(held, slot.to(tl.int64) << (8 * count), 0)
-        choices += tl.where(held, tl.full([], choice, tl.int64) << (8 * count), 0)
-        count += held.to(tl.int32)
-    return count, slots, choices
+    """How many of a token's choices are local; of each choice its slot and its place among these, -1 for others."""
+    choice = tl.arange(0, WARP)
+    slots = tl.load(id_ptr + choice, mask=choice < TOP_K, other=-1)
+    held = (slots >= 0).to(tl.int32)
+    return tl.sum(held, 0), slots, tl.where(slots >= 0, tl.cumsum(held, 0) - 1, -1)
 
 
 @triton.jit
-def _byte(word, number):
-    return ((word >> (8 * number)) & 0xFF).to(tl.int32)
+def _local_choice(slots, places, number):
+    """Slot and choice of a token's local expert `number`: sums of a warp, an instruction each."""
+    here = places == number
+    return tl.sum(tl.where(here, slots, 0), 0), tl.sum(tl.where(here, tl.arange(0, WARP), 0), 0)
 
 
 @triton.jit
-def _store_sum(total, rows, inside, residual_ptr, out_ptr, hidden, RESIDUAL: tl.constexpr):
-    at = tl.program_id(1).to(tl.int64) * hidden + rows
+def store_sum(
+    total, token, rows, inside, residual_ptr, shared_ptr, gate_ptr, gate_row, out_ptr, hidden,
+    RESIDUAL: tl.constexpr, SHARED: tl.constexpr,
+):  # fmt: skip
+    """Rows of a token's result: the sum, the residual, and what the sigmoid of the token's gate scales."""
+    at = tl.cast(token, tl.int64) * hidden + rows
     if RESIDUAL:
         total += tl.load(residual_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    if SHARED:
+        gate = tl.load(gate_ptr + token * gate_row).to(tl.float32)
+        total += tl.load(shared_ptr + at, mask=inside, other=0.0).to(tl.float32) / (1.0 + tl.exp(-gate))
     tl.store(out_ptr + at, total.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def plain_down(
-    inner_ptr, id_ptr, route_ptr, residual_ptr, out_ptr, hidden, size, weight_ptr, scale_ptr, bias_ptr,
-    TOP_K: tl.constexpr, RESIDUAL: tl.constexpr, PDL: tl.constexpr, GRAIN: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr, STAGES: tl.constexpr, BIAS: tl.constexpr,
+    inner_ptr, id_ptr, route_ptr, residual_ptr, shared_ptr, gate_ptr, gate_row, out_ptr, hidden, size,
+    weight_ptr, scale_ptr, bias_ptr,
+    TOP_K: tl.constexpr, RESIDUAL: tl.constexpr, SHARED: tl.constexpr, PDL: tl.constexpr, GRAIN: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, BIAS: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_N rows of one token's sum, one expert behind the other in one loop. GRAIN as in `plain_up`."""
     await_and_trigger(PDL)
     pair = tl.program_id(1) * TOP_K
-    count, slots, choices = _local_choices(id_ptr + pair, TOP_K)
+    count, slots, places = _local_choices(id_ptr + pair, TOP_K)
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = rows < hidden
     column = tl.arange(0, BLOCK_K)
@@ -177,17 +183,15 @@ def plain_down(
     WIDTH: tl.constexpr = BLOCK_K if GRAIN == "" else BLOCK_K // 16
     totals = tl.zeros([BLOCK_N, WIDTH], tl.float32)
     for index in tl.range(0, count * steps, num_stages=STAGES):
-        number = index // steps
+        slot, choice = _local_choice(slots, places, index // steps)
         start = index % steps * BLOCK_K
         here = start + column < size
-        expert = weight_ptr + _byte(slots, number).to(tl.int64) * hidden * size + start
-        choice = _byte(choices, number)
+        expert = weight_ptr + slot.to(tl.int64) * hidden * size + start
         w = tl.load(expert + row_at, mask=inside[:, None] & here[None, :], other=0.0, eviction_policy="evict_first").to(
             tl.float32
         )
         x = tl.load(inner_ptr + (pair + choice).to(tl.int64) * size + start + column, mask=here, other=0.0)
         x = x.to(tl.float32) * tl.load(route_ptr + pair + choice)
-        slot = _byte(slots, number)
         if GRAIN == "channel":
             w *= tl.load(scale_ptr + slot * hidden + rows, mask=inside, other=0.0)[:, None]
         line = slot * tl.cdiv(hidden, 128) + tl.program_id(0) * BLOCK_N // 128
@@ -195,6 +199,10 @@ def plain_down(
     total = tl.sum(totals, 1)
     if BIAS:
         for number in range(count):
-            biases = tl.load(bias_ptr + _byte(slots, number) * hidden + rows, mask=inside, other=0.0).to(tl.float32)
-            total += biases * tl.load(route_ptr + pair + _byte(choices, number))
-    _store_sum(total, rows, inside, residual_ptr, out_ptr, hidden, RESIDUAL)
+            slot, choice = _local_choice(slots, places, number)
+            biases = tl.load(bias_ptr + slot * hidden + rows, mask=inside, other=0.0).to(tl.float32)
+            total += biases * tl.load(route_ptr + pair + choice)
+    store_sum(
+        total, tl.program_id(1), rows, inside, residual_ptr, shared_ptr, gate_ptr, gate_row, out_ptr, hidden,
+        RESIDUAL, SHARED,
+    )  # fmt: skip

@@ -9,7 +9,7 @@ product. Only the sums of warps that share rows pass through shared memory.
 # mypy: ignore-errors
 
 from shardwise.ops.gluon_support import gl, jit, mma_v2
-from shardwise.ops.moe.decode_kernels import route
+from shardwise.ops.moe.decode_kernels import route, store_sum
 from shardwise.ops.moe.mxfp4_pieces import unpack_slabs
 from shardwise.ops.ptx import keep_loads_above
 from shardwise.ops.triton_support import await_and_trigger, tl
@@ -116,8 +116,8 @@ def _product(
 
 @jit(do_not_specialize=["scale", "alpha", "limit"])
 def packed_up(
-    x_ptr, logit_ptr, slot_ptr, position_ptr, id_ptr, route_ptr, out_ptr, size, hidden, experts, scale, alpha, limit,
-    word_ptr, scale_ptr, bias_ptr, tiles_n, tiles_k,
+    x_ptr, logit_ptr, slot_ptr, position_ptr, id_ptr, route_ptr, out_ptr, size, hidden, experts, logit_row, scale,
+    alpha, limit, word_ptr, scale_ptr, bias_ptr, tiles_n, tiles_k,
     TOP_K: tl.constexpr, E_BLOCK: tl.constexpr, NORMALIZE: tl.constexpr, PADDED: tl.constexpr, CLAMPED: tl.constexpr,
     PDL: tl.constexpr, DEPTH: tl.constexpr, EVEN: tl.constexpr, WARPS: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
@@ -134,7 +134,7 @@ def packed_up(
     position = gl.load(position_ptr + token) if PADDED else 0
     await_and_trigger(PDL)
     slot = route(
-        logit_ptr, e, slots, position, id_ptr, route_ptr, pair, experts, scale, TOP_K, NORMALIZE, PADDED
+        logit_ptr, e, slots, position, id_ptr, route_ptr, pair, experts, logit_row, scale, TOP_K, NORMALIZE, PADDED
     )  # fmt: skip
     if slot >= 0:
         place = gl.arange(0, 64, layout=BIASES)
@@ -166,9 +166,10 @@ def packed_up(
 
 @jit
 def packed_down(
-    inner_ptr, id_ptr, route_ptr, residual_ptr, out_ptr, hidden, size, word_ptr, scale_ptr, bias_ptr, tiles_n, tiles_k,
-    TOP_K: tl.constexpr, RESIDUAL: tl.constexpr, PDL: tl.constexpr, DEPTH: tl.constexpr, EVEN: tl.constexpr,
-    WARPS: tl.constexpr, INTERPRET: tl.constexpr,
+    inner_ptr, id_ptr, route_ptr, residual_ptr, shared_ptr, gate_ptr, gate_row, out_ptr, hidden, size,
+    word_ptr, scale_ptr, bias_ptr, tiles_n, tiles_k,
+    TOP_K: tl.constexpr, RESIDUAL: tl.constexpr, SHARED: tl.constexpr, PDL: tl.constexpr, DEPTH: tl.constexpr,
+    EVEN: tl.constexpr, WARPS: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """Sixteen rows of one token's sum. Its local experts are dealt to the warps, as many to each."""
     ACC: tl.constexpr = gl.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[WARPS, 1, 1], instr_shape=[1, 16, 8])
@@ -208,7 +209,7 @@ def packed_down(
     bias = gl.load(biases, mask=leads[:, None], other=0.0)
     total = gl.sum((gl.max(acc, 2) + bias) * weight[:, None], 0)
     rows = gl.program_id(0) * 16 + gl.arange(0, 16, layout=gl.SliceLayout(0, OF_SUM))
-    at = token.to(gl.int64) * hidden + rows
-    if RESIDUAL:
-        total += gl.load(residual_ptr + at, mask=rows < hidden, other=0.0).to(gl.float32)
-    gl.store(out_ptr + at, total.to(out_ptr.dtype.element_ty), mask=rows < hidden)
+    store_sum(
+        total, token, rows, rows < hidden, residual_ptr, shared_ptr, gate_ptr, gate_row, out_ptr, hidden,
+        RESIDUAL, SHARED,
+    )  # fmt: skip

@@ -4,7 +4,7 @@ import pytest
 import torch
 from oracles_moe import ALPHA, LIMIT, float8_stack, gpt_oss_layer, gpt_oss_oracle, relative
 
-from shardwise.ops.moe.decode import Choice, Gate, expert_down, expert_up, reason_against
+from shardwise.ops.moe.decode import Choice, Gate, Shared, expert_down, expert_up, reason_against
 from shardwise.ops.moe.mxfp4_layout import pack_mxfp4
 from shardwise.ops.quantization.float8 import Float8Weight
 from shardwise.ops.triton_support import interpreting
@@ -111,6 +111,23 @@ def test_float8_experts_equal_float64(tiled):
     assert relative(got, plain_oracle(x, logits, choice, up, down, None, None)) < 1e-5
 
 
+def test_one_of_several_ranks_sums_its_own_of_many_choices_and_a_gated_shared_expert():
+    torch.manual_seed(7)
+    experts, hidden, size, choice = 40, 24, 16, Choice(10, True)
+    x, logits = torch.randn(TOKENS, hidden, device=DEVICE), torch.randn(TOKENS, experts + 1, device=DEVICE)
+    up_gate = torch.randn(experts, 2 * size, hidden, device=DEVICE) * hidden**-0.5
+    down = torch.randn(experts, hidden, size, device=DEVICE) * size**-0.5
+    residual, beside = torch.randn(2, TOKENS, hidden, device=DEVICE)
+    first, stop = extent(experts, 2, 1)
+    own = up_gate[first:stop].contiguous(), down[first:stop].contiguous()
+    routed = expert_up(x, logits[:, :experts], local_slots(experts, 2, 1), choice, own[0], Gate())
+    shared = Shared(beside, logits[:, -1])
+    got = expert_down(routed, own[1], residual=residual, shared=shared, dtype=torch.float32)
+    down[:first] = 0
+    expected = plain_oracle(x, logits[:, :experts], choice, up_gate, down, None, None)
+    assert relative(got, expected + residual + logits[:, -1:].sigmoid() * beside) < 1e-5
+
+
 def test_equal_logits_choose_the_lowest_numbers():
     x = torch.randn(1, 32, device=DEVICE)
     logits = torch.tensor([[1.0, 2.0, 1.0, 2.0, 1.0]], device=DEVICE)
@@ -130,7 +147,7 @@ def test_rows_of_padding_choose_nothing():
 
 
 def test_what_the_kernels_cannot_hold_is_said():
-    assert reason_against(128, 64, 8) == ""
-    assert reason_against(1024, 64, 8) == "1024 experts, at most 512"
-    assert reason_against(512, 512, 8) == "512 experts on a rank, at most 256"
-    assert reason_against(64, 64, 10) == "10 experts a token, at most 8"
+    assert reason_against(512, 10) == ""
+    assert reason_against(1024, 8) == "1024 experts, at most 512"
+    assert reason_against(64, 33) == "33 experts a token, at most 32"
+    assert reason_against(64, 10, packed=True) == "10 experts a token, at most 8"
