@@ -57,18 +57,13 @@ def flashinfer_cached_ssm(
 
 
 class _Rows(NamedTuple):
-    """What FlashInfer reads, as `ssd_kernels.ready_kernel` makes it; vectors and time steps are repeated by strides."""
+    """What FlashInfer reads, as `ssd_kernels.ready_kernel` makes it."""
 
-    time_steps: torch.Tensor
-    """[tokens, H, P]"""
-    slots: torch.Tensor
-    A: torch.Tensor
-    """[H, P, N]"""
-    D: torch.Tensor
-    """[H, P]"""
-    x: torch.Tensor
-    B: torch.Tensor
-    C: torch.Tensor
+    made: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+    """float32 [tokens + 2, H], slots, and [tokens, rows of x, B and C]"""
+    read: tuple
+    """FlashInfer's arguments behind the state: views of them, vectors and time steps repeated by strides; no gate, no
+    bias of time steps, no softplus; slots, of which -1 is padding"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +76,8 @@ class _Decode:
 
     ready: Launch
     rows: Scratch[_Rows]
+    word: torch.Tensor
+    """For reports"""
     out: View
     """Where the result has the decode tokens, [tokens, H, P]"""
 
@@ -100,45 +97,49 @@ def _plan_decode(op: str, one: Inputs, batch: Batch) -> _Decode:
             f"{one.cache.shape[0]}; triton_cached_ssm takes any number"
         )
     (groups, states), dtype = one.B.shape[2:], one.x.dtype
-    makers = (
-        allocator((count, heads, size), torch.float32, device, strides=(heads, 1, 0)),
-        allocator((count,), torch.int32, device),
-        allocator((heads, size, states), torch.float32, device, strides=(1, 0, 0)),
-        allocator((heads, size), torch.float32, device, strides=(1, 0)),
-        allocator((count, heads, size), dtype, device),
-        allocator((count, groups, states), dtype, device),
-        allocator((count, groups, states), dtype, device),
-    )
-    rows = Scratch(device, count, lambda: _Rows(*[make() for make in makers]))
+    inner, outer = heads * size, groups * states
+    numbers = allocator((count + 2, heads), torch.float32, device)
+    index = allocator((count,), torch.int32, device)
+    rows = allocator((count, inner + 2 * outer), dtype, device)
+
+    def make() -> _Rows:
+        made = f32, slots, dense = numbers(), index(), rows()
+        wide = inner + 2 * outer
+        x = view(dense, (count, heads, size), (wide, size, 1))
+        B, C = (view(dense, (count, groups, states), (wide, states, 1), inner + skip) for skip in (0, outer))
+        steps = view(f32, (count, heads, size), (heads, 1, 0))
+        A = view(f32, (heads, size, states), (1, 0, 0), count * heads)
+        D = view(f32, (heads, size), (1, 0), (count + 1) * heads)
+        return _Rows(made, (x, steps, A, B, C, D, None, None, False, slots, -1))
+
+    scratch, word = Scratch(device, count, make), report_word(op)
     ready = _ready.form_for(
         device,
-        (one.x, one.dt, one.dt_bias, one.A, one.B, one.C, one.D, one.slots, *rows.take(), one.out, report_word(op)),
+        (*one.taken[:-1], *scratch.take().made, one.out, word),
         (one.x_t, one.x.stride(2), one.dt_t, one.B_t, one.B.stride(2), one.C_t, one.C.stride(2))
         + (heads // groups, size, states, 1 << (heads - 1).bit_length(), BLOCK),
         warps=4,
     )
-    parts = -(-max(heads * size, groups * states) // BLOCK)
+    parts = -(-max(inner, outer) // BLOCK)
     return _Decode(
         Launch(
             ready,
             (count, parts, 1),
             (batch.prefill_tokens, batch.prefill, heads, one.cache.shape[0], one.low, one.high),
         ),
-        rows,
-        ((count, heads, size), (heads * size, size, 1), batch.prefill_tokens * heads * size),
+        scratch,
+        word,
+        ((count, heads, size), (inner, size, 1), batch.prefill_tokens * inner),
     )
 
 
 def _decode(op: str, plan: _Decode, given: tuple[torch.Tensor, ...], out: torch.Tensor) -> None:
-    x, dt, dt_bias, A, B, C, D, slots, cache = given
+    *read_by_ready, cache = given
     form, grid, free = plan.ready
-    rows = plan.rows.take()
-    form(grid, (x, dt, dt_bias, A, B, C, D, slots, *rows, out, report_word(op)), free)
+    made, read = plan.rows.take()
+    form(grid, (*read_by_ready, *made, out, plan.word), free)
     try:
-        _update()(
-            cache, rows.x, rows.time_steps, rows.A, rows.B, rows.C, rows.D,
-            state_batch_indices=rows.slots, pad_slot_id=-1, out=view(out, *plan.out),
-        )  # fmt: skip
+        _update()(cache, *read, out=view(out, *plan.out))
     except RuntimeError:  # all else that FlashInfer refuses is refused before
         if cache.data_ptr() % 16:
             raise ValueError(f"{op}: ssm_state_cache must begin at a multiple of 16 bytes") from None

@@ -373,13 +373,9 @@ def ready_kernel(
     C_ptr,
     D_ptr,
     slot_ptr,
-    step_ptr,
+    number_ptr,
     index_ptr,
-    A_row_ptr,
-    D_row_ptr,
-    x_row_ptr,
-    B_row_ptr,
-    C_row_ptr,
+    row_ptr,
     out_ptr,
     word_ptr,
     first,
@@ -401,8 +397,8 @@ def ready_kernel(
     HEADS: tl.constexpr,  # a power of two that holds all
     BLOCK: tl.constexpr,
 ):
-    """What FlashInfer's step reads: time steps [decode, H], A and D [H], all float32, slots [decode], int32 and -1
-    where there is none, and dense rows of x [decode, H, P], B and C [decode, G, N].
+    """What FlashInfer's step reads: numbers [decode + 2, H], float32, which are a row of time steps for each token, A
+    and D; slots [decode], int32 and -1 where there is none; rows [decode, H P + 2 G N] of x, B and C.
 
     A token without a slot gets zeros in all of them and in its place of the result, so that the step computes zeros
     for it or leaves these as they are.
@@ -416,16 +412,18 @@ def ready_kernel(
         mask = head < heads
         dt = tl.load(dt_ptr + source * dt_t + head, mask=mask, other=0.0)
         step = time_step(dt, tl.load(bias_ptr + head, mask=mask, other=0.0), low, high)
-        tl.store(step_ptr + token * heads + head, tl.where(held, step, 0.0), mask=mask)
+        tl.store(number_ptr + token * heads + head, tl.where(held, step, 0.0), mask=mask)
         check_slots(word_ptr, True, skip + token, slot, slots)
         tl.store(index_ptr + token, tl.where(held, slot, -1).to(tl.int32))
         if token == 0:
-            tl.store(A_row_ptr + head, tl.load(A_ptr + head, mask=mask).to(tl.float32), mask=mask)
-            tl.store(D_row_ptr + head, tl.load(D_ptr + head, mask=mask).to(tl.float32), mask=mask)
-    groups, target = heads // RATIO, token.to(tl.int64)
-    copy_row(x_ptr + source * x_t, x_row_ptr + target * heads * P, heads, x_h, part, held, P, BLOCK)
-    copy_row(B_ptr + source * B_t, B_row_ptr + target * groups * N, groups, B_g, part, held, N, BLOCK)
-    copy_row(C_ptr + source * C_t, C_row_ptr + target * groups * N, groups, C_g, part, held, N, BLOCK)
+            vectors = number_ptr + tl.num_programs(0) * heads + head
+            tl.store(vectors, tl.load(A_ptr + head, mask=mask).to(tl.float32), mask=mask)
+            tl.store(vectors + heads, tl.load(D_ptr + head, mask=mask).to(tl.float32), mask=mask)
+    groups, inner = heads // RATIO, heads * P
+    row = row_ptr + token.to(tl.int64) * (inner + 2 * groups * N)
+    copy_row(x_ptr + source * x_t, row, heads, x_h, part, held, P, BLOCK)
+    copy_row(B_ptr + source * B_t, row + inner, groups, B_g, part, held, N, BLOCK)
+    copy_row(C_ptr + source * C_t, row + inner + groups * N, groups, C_g, part, held, N, BLOCK)
     if not held:
         i = part * BLOCK + tl.arange(0, BLOCK)
         zeros = tl.zeros((BLOCK,), out_ptr.dtype.element_ty)
