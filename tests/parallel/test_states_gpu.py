@@ -1,4 +1,4 @@
-"""State-space models on a GPU: tokens of tiny checkpoints equal Transformers', in batches, chunks and on two ranks."""
+"""Recurrent layers on a GPU: tokens of tiny checkpoints equal Transformers', in batches, chunks and on four ranks."""
 
 import json
 import shutil
@@ -16,7 +16,10 @@ from shardwise.sharding.plan import plan
 from shardwise.testing import run_threads
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
-NAMES = ("bamba", "granite hybrid", "nemotron_h", "nemotron_h with experts", "mamba2")
+DELTA = ("qwen3_next", "qwen3_5")
+NAMES = ("bamba", "granite hybrid", "nemotron_h", "nemotron_h with experts", "mamba2", *DELTA)
+DELTA_SIZES = dict(head_dim=32, linear_key_head_dim=32, linear_value_head_dim=64)
+"""Of heads that the fused step takes."""
 GREEDY = SamplingParams(max_new_tokens=NEW_TOKENS)
 CACHE_TOKENS = 4096
 
@@ -29,7 +32,8 @@ def checkpoint(tmp_path_factory):
     def of(name):
         if name not in made:
             model_type, fields = NEAR_KIN[name]
-            folder = write(tmp_path_factory.mktemp("model"), model_type, **fields)
+            sizes = DELTA_SIZES if name in DELTA else {}
+            folder = write(tmp_path_factory.mktemp("model"), model_type, **fields | sizes)
             made[name] = folder, expected_tokens(folder)
         return made[name]
 
@@ -82,14 +86,14 @@ def test_a_model_that_keeps_states_alone_runs_sequences_of_any_length(checkpoint
     assert engine.cache.nbytes() == engine.cache.states.nbytes()
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_ranks_that_share_groups_of_heads_give_the_same_tokens(checkpoint, name):
+@pytest.mark.parametrize(("name", "path"), [*((name, "layers") for name in NAMES), ("qwen3_next", "fused")])
+def test_ranks_that_share_groups_of_heads_give_the_same_tokens(checkpoint, name, path):
     folder, expected = checkpoint(name)
     # Threads meet on the host, where no graph can be captured.
-    assert run_threads(4, lambda: tokens_of(engine_on(folder, tp=4, decode="layers"))) == [expected] * 4
+    assert run_threads(4, lambda: tokens_of(engine_on(folder, tp=4, decode=path))) == [expected] * 4
 
 
-@pytest.mark.parametrize("name", ["bamba", "nemotron_h", "mamba2"])
+@pytest.mark.parametrize("name", ["bamba", "nemotron_h", "mamba2", "qwen3_5"])  # without experts, chosen by a rounding
 def test_16_bit_logits_are_as_near_to_those_of_float32_as_the_cpus(checkpoint, name):
     folder, _ = checkpoint(name)
 
