@@ -16,6 +16,7 @@ from shardwise.ops.linear.decode import skinny_linear
 from shardwise.ops.moe.decode import expert_down, expert_up
 from shardwise.parallel.decode_attention import AttentionStep, LatentStep
 from shardwise.parallel.decode_moe import ExpertStep
+from shardwise.parallel.decode_states import SingleSpans, StateStep
 from shardwise.parallel.decode_step import DecodeStep
 from shardwise.parallel.decode_stream import SKINNY_ROWS, Product
 from shardwise.parallel.decoder import Decoder
@@ -57,6 +58,8 @@ def kinds(decoder: Decoder, step: DecodeStep, batch: int, context: int) -> dict[
 
 def _products(step: DecodeStep, x: Tensor, norm: Tensor) -> dict[str, Kind]:
     layers = [layer.mixer for layer in step.layers]
+    states = [each for each in layers if isinstance(each, StateStep)]
+    layers = [each for each in layers if not isinstance(each, StateStep)]
     firsts = [each.down if isinstance(each, LatentStep) else each.qkv for each in layers]
     ups = [each.q_up for each in layers if isinstance(each, LatentStep) and each.q_up is not None]
     found = {
@@ -64,7 +67,25 @@ def _products(step: DecodeStep, x: Tensor, norm: Tensor) -> dict[str, Kind]:
         "out": _row_products([each.out for each in layers], x, step.pdl),
         "head": Kind([_product(step.head, x, step.pdl)] * 2, step.head.weight.nbytes),
     }
+    if states:
+        ins = [each.in_proj for each in states]
+        found["in (states)"] = Kind([_product(each, x, step.pdl, norm) for each in ins], ins[0].weight.nbytes)
+        found["out (states)"] = _row_products([each.out for each in states], x, step.pdl)
+        found["states"] = _state_steps(step, states, len(x))
     return found | ({"queries": _row_products(ups, x, step.pdl)} if ups else {})
+
+
+def _state_steps(step: DecodeStep, layers: list[StateStep], batch: int) -> Kind:
+    """Convolution and recurrent step, which read the states and write them."""
+    device, states = step.cache.device, step.cache.states
+    spans = SingleSpans(device)
+    spans.place(torch.zeros(batch, device=device), torch.arange(batch, device=device, dtype=torch.int32))
+    width = layers[0].in_proj.weight.shape[0]
+    calls = [
+        partial(each.mixer.mix, torch.randn(batch, width, device=device).to(step.cache.dtype), spans, states)
+        for each in layers
+    ]
+    return Kind(calls, 2 * batch * states.of(layers[0].mixer.layer).recurrent[0].nbytes)
 
 
 def _row_products(products: list[Product], like: Tensor, pdl: bool) -> Kind:
@@ -84,7 +105,8 @@ def _attention(step: DecodeStep, positions: Tensor) -> dict[str, Kind]:
     found, (batch,), context = {}, positions.shape, int(positions[0])
     slots = torch.arange(batch, device=positions.device, dtype=torch.int32)
     for name, windowed in (("attention", False), ("attention with a window", True)):
-        chosen = [s.mixer for s in step.layers if bool(s.mixer.mixer.masking.window) == windowed]
+        attending = [s.mixer for s in step.layers if not isinstance(s.mixer, StateStep)]
+        chosen = [each for each in attending if bool(each.mixer.masking.window) == windowed]
         if chosen:
             shape = step.cache.layers[chosen[0].mixer.layer]
             read = batch * min(context, shape.window or context) * shape.width * step.cache.dtype.itemsize
