@@ -40,6 +40,12 @@ class Groups:
     moe_tp: "Communicator"
     moe_ep: "Communicator"
 
+    @property
+    def transports(self) -> str:
+        """What moves the bytes: of tp's first, `p2p + nccl` where that of another group of several ranks differs."""
+        groups = [each for each in (self.tp, self.moe_tp, self.moe_ep, self.attn_dp, self.world) if each.size > 1]
+        return " + ".join(dict.fromkeys(each.transport for each in groups or [self.world]))
+
     def check_waits(self) -> None:
         """Raise what waits on the device have found in any group. Call it after synchronising."""
         for group in (self.world, self.tp, self.attn_dp, self.moe_tp, self.moe_ep):

@@ -74,7 +74,7 @@ class Session:
         plan, checkpoint = plan_of(config), checkpoint_of(config)
         world = context.communicator(device=self.device.split(":")[0], transport=config.transport)
         groups = make_groups(world, plan.layout)
-        self.transport = world.transport
+        self.transport = groups.transports
         self._stack = ExitStack()
         self._stack.callback(world.close)
         self._stack.enter_context(use_groups(groups))

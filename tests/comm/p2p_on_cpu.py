@@ -17,8 +17,9 @@ from shardwise.comm.p2p.launch import Launcher
 from shardwise.comm.p2p.table import Tuning
 from shardwise.comm.p2p.workspace import COUNTERS, HEADER_BYTES, RECORDS, SLOTS, P2PUnavailable, Workspace
 from shardwise.comm.rank import RankInfo
-from shardwise.comm.strategy import create
+from shardwise.comm.strategy import create, make_groups
 from shardwise.comm.watch import Deadlines
+from shardwise.sharding.layout import ParallelLayout
 
 patch_once_a_launch()
 REGION = 1 << 15
@@ -52,9 +53,6 @@ class SharedWorkspace(Workspace):
     def synchronize(self) -> None:
         pass
 
-    def take_stream(self) -> None:
-        pass
-
     def stop_waits(self) -> None:
         for address in self.peer_aborts:
             ctypes.c_int32.from_address(address).value = 1
@@ -82,6 +80,25 @@ class InterpretedLauncher(Launcher):
 
 class OnCpu(P2PCommunicator):
     devices = ("cpu",)
+
+
+class OnHosts(OnCpu):
+    """On hosts of two ranks each."""
+
+    folder: Path
+
+    @classmethod
+    def connect(cls, fallback, *, region_bytes=None) -> "OnHosts":
+        far = [rank for rank in fallback.ranks if rank // 2 != fallback.ranks[fallback.rank] // 2]
+        reasons = fallback.all_gather_object(f"rank {far[0]} runs on another host" if far else None)
+        if fallback.size != 2 or any(reasons):
+            raise P2PUnavailable(next(filter(None, reasons), "the kernels are built for 2, 4 and 8"))
+        place = cls.folder / fallback.name.replace("/", "-")
+        place.mkdir(exist_ok=True)
+        workspace = SharedWorkspace(fallback, str(place))
+        group = cls(fallback, workspace, InterpretedLauncher(workspace))
+        group.test_links()
+        return group
 
 
 def join(fallback, folder: str) -> OnCpu:
@@ -132,6 +149,33 @@ def check_variants(group: OnCpu) -> None:
             group.launcher.all_reduce(x, out, variant)
             group.synchronize()
             assert torch.equal(out, p2p_checks.rounded_sum(parts))
+
+
+def several_hosts(info: RankInfo, store, folder: str) -> tuple[str, str]:
+    """Two hosts of two ranks. Every group sums what it should; what moves the bytes, and why the world's."""
+    OnHosts.folder = Path(folder)
+    world = OnHosts.or_fallback(create(info, store=store, transport="gloo", check=True))
+    groups = make_groups(world, ParallelLayout(tp=2, attn_dp=2))
+    assert groups.tp.explain("all_reduce", 1 << 14) != world.explain("all_reduce", 1 << 14)
+    for group in (world, groups.tp, groups.attn_dp, groups.tp.split(0, key=-info.rank), world.split(0, key=-info.rank)):
+        parts = p2p_checks.everyones(4, (3, 64), torch.bfloat16, 5)
+        mine, theirs = parts[info.rank], [parts[rank] for rank in group.ranks]
+        assert torch.equal(group.all_reduce(mine), p2p_checks.rounded_sum(theirs))
+        _, stream = group.all_reduce_residual_rms_norm(mine, mine, torch.ones(64).bfloat16(), 1e-5)
+        assert torch.equal(stream, p2p_checks.rounded_sum(theirs) + mine)
+        assert torch.equal(group.all_gather(mine), torch.cat(theirs))
+        assert group.all_gather_object(info.rank) == list(group.ranks)
+    told = groups.transports, world.why()
+    world.barrier()
+    if info.rank % 2:
+        time.sleep(0.3)
+        world.abort("enough")
+    else:  # in a wait on the device, of a group split off the one that is aborted
+        groups.tp.check = False
+        groups.tp.all_reduce(torch.ones(64))
+        with pytest.raises(CommError, match="aborted by a rank of the group"):
+            groups.tp.synchronize()
+    return told
 
 
 def faults(info: RankInfo, store, folder: str) -> None:

@@ -113,7 +113,7 @@ def test_a_group_that_stands_on_another_splits_into_several():
         devices = ("cpu",)
 
         def _split(self, name, members, colors, keys):
-            return self._split_fallback(colors, keys)
+            return self._split_fallback(name, colors, keys)
 
     def body():
         group = Above(current_groups().world, "p2p")

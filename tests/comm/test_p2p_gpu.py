@@ -226,3 +226,61 @@ def test_a_graph_replayed_once_more_than_the_peer_ends_and_names_it():
     results = run_processes(2, "test_p2p_gpu:rank_that_misses_replays", timeout=60)
     assert results[1] == "done"
     assert results[0].startswith("(1,)"), results[0]
+
+
+def groups_inside_hosts(info: RankInfo, store) -> tuple[str, str, bool]:
+    """A world of two hosts, whose groups inside a host have the kernels: why the world has none, why a group has, and
+    whether both sum right in turn on two streams, and in a graph."""
+    from shardwise.comm.p2p import workspace
+    from shardwise.comm.strategy import create
+
+    torch.cuda.set_device(info.local_rank)
+    real, host = workspace.host_identity, info.rank * 2 // info.world
+    workspace.host_identity = lambda: f"host {host}"
+    world = create(info, store=store, device="cuda", deadlines=Deadlines(collective=20.0))
+    if info.world == 2:  # a host of one rank has no group: now they are on one
+        workspace.host_identity, host = real, 0
+    inside = world.split(host, key=-info.rank)
+    streams = [torch.cuda.Stream() for _ in range(2)]
+    x = torch.full((1 << 23,), info.rank + 1.0, device="cuda", dtype=torch.bfloat16)
+    outputs = [torch.empty_like(x) for _ in range(2)]
+
+    def in_turn() -> None:
+        for group, out in zip((world, inside), outputs, strict=True):
+            group.all_reduce(x, out=out)
+
+    def right() -> bool:
+        torch.cuda.synchronize()
+        inside.check_waits()
+        totals = [sum(rank + 1 for rank in group.ranks) for group in (world, inside)]
+        return all(bool((out == total).all()) for out, total in zip(outputs, totals, strict=True))
+
+    warm(inside, lambda: inside.all_reduce(x, out=outputs[1]))
+    torch.cuda.synchronize()
+    for turn in range(20):
+        for number, (group, out) in enumerate(zip((world, inside), outputs, strict=True)):
+            with torch.cuda.stream(streams[(number + turn + info.rank) % 2]):
+                group.all_reduce(x, out=out)
+    good = right()
+    with torch.cuda.stream(streams[0]):
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=streams[0]):
+            in_turn()
+        for out in outputs:
+            out.zero_()
+        graph.replay()
+    good = right() and good
+    told = world.why(), inside.why(), good
+    world.barrier()
+    world.close()
+    return told
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_groups_inside_hosts_have_the_kernels_where_the_world_spans_several(world):
+    if torch.cuda.device_count() < world:
+        pytest.skip(f"fewer than {world} CUDA devices")
+    for why, inside, good in run_processes(world, "test_p2p_gpu:groups_inside_hosts", timeout=60):
+        assert f"group world of {world}: nccl (GPU peer-to-peer is not available" in why and "another host" in why
+        assert "p2p (CUDA IPC between 2 GPUs of one host, links tested)" in inside
+        assert good

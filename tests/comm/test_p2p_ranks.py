@@ -16,6 +16,12 @@ def test_four_ranks(tmp_path):
     run_processes(4, "p2p_on_cpu:conformance", str(tmp_path), timeout=120, env=ENV)
 
 
+def test_groups_inside_hosts_have_the_kernels_where_the_world_spans_several(tmp_path):
+    results = run_processes(4, "p2p_on_cpu:several_hosts", str(tmp_path), timeout=120, env=ENV)
+    assert {told for told, _ in results} == {"p2p + gloo"}
+    assert {why for _, why in results} == {"group world of 4: gloo (rank 2 runs on another host)"}
+
+
 @pytest.mark.alone
 def test_missing_ranks_aborts_and_broken_links_are_named(tmp_path):
     run_processes(2, "p2p_on_cpu:faults", str(tmp_path), timeout=120, env=ENV)

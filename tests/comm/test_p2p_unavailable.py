@@ -6,8 +6,11 @@ import pytest
 import torch
 
 from shardwise.comm.p2p.communicator import P2PCommunicator, create
+from shardwise.comm.p2p.delegate import Delegating, WithoutKernels
 from shardwise.comm.p2p.workspace import P2PUnavailable
 from shardwise.comm.rank import current_groups
+from shardwise.comm.strategy import make_groups
+from shardwise.sharding.layout import ParallelLayout
 from shardwise.testing import run_threads
 
 without_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA devices")
@@ -16,7 +19,7 @@ without_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="this machin
 @without_cuda
 def test_without_a_gpu_every_rank_is_told_why():
     def body():
-        with pytest.raises(P2PUnavailable, match="rank 0: .*; rank 1: ") as caught:
+        with pytest.raises(P2PUnavailable, match="rank 0, 1: ") as caught:
             P2PCommunicator.connect(current_groups().world)
         return str(caught.value)
 
@@ -27,12 +30,46 @@ def test_without_a_gpu_every_rank_is_told_why():
 @without_cuda
 def test_the_fallback_group_serves_and_says_the_reason():
     def body():
-        world = current_groups().world
-        group = P2PCommunicator.or_fallback(world)
-        assert group is world
+        group = P2PCommunicator.or_fallback(current_groups().world)
+        assert group.all_reduce(torch.tensor([group.rank + 1])).item() == 3
         return group.why()
 
-    assert "GPU peer-to-peer is not available" in run_threads(2, body)[0]
+    assert "group world of 2: threads (GPU peer-to-peer is not available" in run_threads(2, body)[0]
+
+
+class Kernels(Delegating):
+    """Stands for a group on peer memory."""
+
+    devices = ("cpu",)
+
+    def _split(self, name, members, colors, keys):
+        return pairs_and_fours(self._split_fallback(name, colors, keys))
+
+
+def pairs_and_fours(fallback):
+    return Kernels(fallback, "p2p") if fallback.size in (2, 4) else WithoutKernels(fallback, "no", pairs_and_fours)
+
+
+@pytest.mark.parametrize(
+    ("layout", "transports"),
+    [
+        (ParallelLayout(tp=2, attn_dp=3), {"tp": "p2p", "attn_dp": "threads", "moe_tp": "threads"}),
+        (ParallelLayout(tp=6, moe_ep=3), {"tp": "threads", "moe_tp": "p2p", "moe_ep": "threads"}),
+    ],
+    ids=str,
+)
+def test_a_world_of_six_leaves_its_pairs_to_the_kernels(layout, transports):
+    def body():
+        groups = make_groups(pairs_and_fours(current_groups().world), layout)
+        for axis, transport in transports.items():
+            group = getattr(groups, axis)
+            assert group.transport == transport
+            assert group.all_reduce(torch.tensor([groups.world.rank])).item() == sum(group.ranks)
+            assert group.name == group.fallback.name, "messages of both name the group alike"
+        groups.world.close()
+        return groups.transports
+
+    assert set(run_threads(6, body)) == {" + ".join(dict.fromkeys(transports.values()))}
 
 
 def test_without_triton_it_is_the_reason(monkeypatch):

@@ -12,7 +12,9 @@
     workspace.py     the buffers, their exchange, what says that a wait gave up
     launch.py        from tensors to launches
     table.py         which strategy and launch for which size, with the measurement that set it
-    delegate.py      a group whose all-reduce runs on own kernels, all else on another group of the same ranks
+    streams.py       the order of calls on several streams
+    delegate.py      a group whose all-reduce runs on own kernels, all else on another group of the same ranks; a group
+                     without kernels whose sub-groups may have them
     communicator.py  the Communicator on top
     flashinfer.py    the same Communicator over FlashInfer's TRT-LLM kernels
     model.py         the protocol without a GPU, under faults

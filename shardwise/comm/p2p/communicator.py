@@ -15,7 +15,8 @@ from shardwise.comm import watch
 from shardwise.comm.base import CollectiveTimeout, CommError
 from shardwise.comm.collective import BaseCommunicator
 from shardwise.comm.p2p import table
-from shardwise.comm.p2p.delegate import FALLBACK_STRATEGIES, Delegating, with_reason
+from shardwise.comm.p2p.delegate import FALLBACK_STRATEGIES, Delegating, WithoutKernels
+from shardwise.comm.p2p.streams import StreamOrder
 from shardwise.comm.p2p.table import DTYPES, HALVES, Tuning
 from shardwise.comm.p2p.workspace import P2PUnavailable, Workspace
 
@@ -44,6 +45,7 @@ class P2PCommunicator(Delegating):
         self.launcher = launcher
         self._flight = _SingleFlight(self)
         self._device = workspace.counters.device
+        self._order = StreamOrder(self._device)
         self._fused_tunings: dict[tuple, Tuning | None] = {}
 
     @classmethod
@@ -63,11 +65,11 @@ class P2PCommunicator(Delegating):
 
     @classmethod
     def or_fallback(cls, fallback: BaseCommunicator) -> BaseCommunicator:
-        """The group on these kernels where they run, else `fallback` itself with the reason."""
+        """The group on these kernels where they run, else on `fallback` alone; its sub-groups may have them then."""
         try:
             return cls.connect(fallback)
         except P2PUnavailable as error:
-            return with_reason(fallback, str(error))
+            return WithoutKernels(fallback, str(error), cls.or_fallback)
 
     def explain(self, op: str, payload: int) -> str:
         if not op.startswith("all_reduce"):
@@ -124,7 +126,7 @@ class P2PCommunicator(Delegating):
 
     def _begin(self, op: str, shape, dtype, strategy: str, *details) -> list:
         self.check_waits()
-        self.workspace.take_stream()
+        self._order.take()
         return super()._begin(op, shape, dtype, strategy, *details)
 
     def _require_device(self, tensor: Tensor, op: str) -> None:
@@ -192,13 +194,11 @@ class P2PCommunicator(Delegating):
         ]
 
     def _split(self, name: str, members: list[int], colors: list[int], keys: list[int]) -> BaseCommunicator:
-        group = P2PCommunicator.or_fallback(self._split_fallback(colors, keys))
-        group.name = name
-        return group
+        return self.or_fallback(self._split_fallback(name, colors, keys))
 
-    def _abort(self, reason: str) -> None:
+    def _stop_waits(self) -> None:
         self.workspace.stop_waits()
-        super()._abort(reason)
+        super()._stop_waits()
 
     def close(self) -> None:
         self.workspace.close()

@@ -1,10 +1,14 @@
-"""A group whose all-reduce runs on its own kernels, and everything else on a fallback group of the same ranks."""
+"""A group whose all-reduce runs on its own kernels, and everything else on a fallback group of the same ranks; and one
+whose sub-groups alone may be such.
+"""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor
 
 from shardwise.comm.collective import BaseCommunicator
+from shardwise.comm.p2p.streams import StreamOrder
 
 FALLBACK_STRATEGIES = ("NCCL", "SYMM_MEM", "NCCL_SYMMETRIC")
 """Strategies that the fallback group runs, where it has NCCL."""
@@ -13,7 +17,7 @@ FALLBACK_STRATEGIES = ("NCCL", "SYMM_MEM", "NCCL_SYMMETRIC")
 class Delegating(BaseCommunicator):
     """`fallback` moves CUDA tensors (NCCL, or MPI through pinned memory) and carries control messages."""
 
-    devices = ("cuda",)
+    devices: tuple[str, ...] = ("cuda",)
 
     def __init__(self, fallback: BaseCommunicator, transport: str):
         super().__init__(
@@ -56,20 +60,53 @@ class Delegating(BaseCommunicator):
     def _gather_control(self, source: Tensor, joined: Tensor, counts: Sequence[int]) -> None:
         self.fallback._gather_control(source, joined, counts)
 
-    def _split_fallback(self, colors: list[int], keys: list[int]) -> BaseCommunicator:
+    def _split_fallback(self, name: str, colors: list[int], keys: list[int]) -> BaseCommunicator:
         group = self.fallback.split_known(colors, keys)
         assert isinstance(group, BaseCommunicator)
+        group.name = name
         return group
 
     def _abort(self, reason: str) -> None:
+        self._stop_waits()
         self.fallback.abort(reason)
+
+    def _stop_waits(self) -> None:
+        """End the waits on the device of this group and of those split off it, for this rank and its peers there."""
+        for part in self._parts:
+            if isinstance(part, Delegating):
+                part._stop_waits()
 
     def close(self) -> None:
         super().close()
         self.fallback.close()
 
 
-def with_reason(group: BaseCommunicator, reason: str) -> BaseCommunicator:
-    """`group`, which says `reason` when asked why it serves."""
-    group.reason = reason
-    return group
+class WithoutKernels(Delegating):
+    """A group that own kernels do not serve (of several hosts, of another size) while those split off it may have some.
+
+    All runs on `fallback`, in the order of the thread's calls, in which those of groups with kernels are.
+    """
+
+    def __init__(
+        self, fallback: BaseCommunicator, reason: str, connect: Callable[[BaseCommunicator], BaseCommunicator]
+    ):
+        """`connect` makes a group of own kernels on a fallback, or another of this class."""
+        super().__init__(fallback, fallback.transport)
+        self.devices, self.strategies = fallback.devices, fallback.strategies
+        self.reason = reason
+        self._connect = connect
+        on_gpu = torch.cuda.is_available()
+        self._order = StreamOrder(torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu"))
+
+    def explain(self, op: str, payload: int) -> str:
+        return self.fallback.explain(op, payload)
+
+    def _begin(self, op: str, shape, dtype, strategy: str, *details) -> list:
+        self._order.take()
+        return super()._begin(op, shape, dtype, strategy, *details)
+
+    def _reduce(self, source: Tensor, target: Tensor, strategy: str) -> None:
+        self.fallback._reduce(source, target, strategy)
+
+    def _split(self, name: str, members: list[int], colors: list[int], keys: list[int]) -> BaseCommunicator:
+        return self._connect(self._split_fallback(name, colors, keys))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from shardwise.comm.collective import BaseCommunicator
-from shardwise.comm.p2p.delegate import Delegating, with_reason
+from shardwise.comm.p2p.delegate import Delegating
 from shardwise.comm.p2p.workspace import P2PUnavailable
 
 WORLDS = (2, 4, 8, 16)
@@ -122,9 +122,9 @@ class FlashInferCommunicator(Delegating):
         )
 
     def _split(self, name: str, members: list[int], colors: list[int], keys: list[int]) -> BaseCommunicator:
-        fallback = self._split_fallback(colors, keys)
-        fallback.name = name
-        return with_reason(fallback, "sub-groups of a flashinfer group use NCCL: its workspace serves the whole group")
+        group = self._split_fallback(name, colors, keys)
+        group.reason = "sub-groups of a flashinfer group use NCCL: its workspace serves the whole group"
+        return group
 
     def close(self) -> None:
         if self._handles and self.broken is None:  # giving memory back is a collective: a broken group leaves it

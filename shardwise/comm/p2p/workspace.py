@@ -4,10 +4,9 @@ import contextlib
 import importlib.util
 import os
 import socket
-import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -71,25 +70,6 @@ def host_identity() -> str:
     return f"{socket.gethostname()} {boot} {os.readlink('/proc/self/ns/ipc')}"
 
 
-class _Used(NamedTuple):
-    """A stream, which takes long to ask for, and its handle."""
-
-    handle: int | None = None
-    stream: torch.cuda.Stream | None = None
-
-
-_NEVER = _Used()
-
-
-class _Thread(threading.local):
-    def __init__(self) -> None:
-        self.last: dict[int, _Used] = {}
-        """By device: where this thread's last call went, of whichever workspace."""
-
-
-_thread = _Thread()
-
-
 class Workspace:
     """One rank's buffer and its view of the peers' buffers.
 
@@ -99,8 +79,6 @@ class Workspace:
     records   pinned int64 tensor: what this rank waited for when a rank did not come, or its wait was ended
     sharers   ranks on this device, this one counted: more than one only where ranks are threads of a process
     """
-
-    _last = _NEVER
 
     def __init__(self, bootstrap: "Communicator", device: int | None = None, region_bytes: int | None = None):
         """Called by every rank of `bootstrap`, which serves only to exchange handles. Raises P2PUnavailable alike.
@@ -133,9 +111,16 @@ class Workspace:
         reasons = bootstrap.all_gather_object(reason)
         if any(reasons):
             self._release()
-            failed = [f"rank {self.ranks[r]}: {text}" for r, text in enumerate(reasons) if text]
-            raise P2PUnavailable("GPU peer-to-peer is not available: " + "; ".join(failed))
+            raise P2PUnavailable("GPU peer-to-peer is not available: " + self._told(reasons))
         return result
+
+    def _told(self, reasons: Sequence[str | None]) -> str:
+        """Each reason once, with the ranks that gave it."""
+        ranks: dict[str, list[str]] = {}
+        for rank, text in zip(self.ranks, reasons, strict=True):
+            if text:
+                ranks.setdefault(text, []).append(str(rank))
+        return "; ".join(f"rank {', '.join(each)}: {text}" for text, each in ranks.items())
 
     def _allocate(self) -> _Export:
         if importlib.util.find_spec("triton") is None:
@@ -196,23 +181,6 @@ class Workspace:
     def synchronize(self) -> None:
         """Wait for what the current stream was given."""
         torch.cuda.current_stream(self.device).synchronize()
-
-    def take_stream(self) -> None:
-        """Let the current stream wait for the last calls of this workspace, and of this thread on this device.
-
-        A workspace serves one call at a time, and calls of two at the same time could each hold multiprocessors that
-        the other needs on another rank. While a graph is being captured nothing is known about when it will run, so
-        nothing is done.
-        """
-        handle = torch._C._cuda_getCurrentRawStream(self.device)  # each call asks: a Stream takes 2 us to make
-        last = self._last, _thread.last.get(self.device, _NEVER)
-        if handle == last[0].handle == last[1].handle or torch.cuda.is_current_stream_capturing():
-            return
-        stream = torch.cuda.current_stream(self.device)
-        for used in set(last):
-            if used.stream is not None and used.handle != handle:
-                stream.wait_stream(used.stream)
-        self._last = _thread.last[self.device] = _Used(handle, stream)
 
     def check(self) -> None:
         """Raise CollectiveTimeout if a kernel of this rank ever gave up waiting, CommError if a peer ended its wait."""
