@@ -229,7 +229,7 @@ def _require_dtype(tensor: Tensor, strategy: str, legal: Iterable[torch.dtype]) 
 
 
 class _SingleFlight:
-    """A workspace serves one call at a time, on the host as on the device (`take_stream`): another thread inside a call
+    """A workspace serves one call at a time, on the host as on the device (`StreamOrder`): another thread inside a call
     is an error. Replays of a graph and eager calls belong on one stream.
     """
 
