@@ -10,10 +10,11 @@ Blocks compute partial sums; `layers.ResidualNorm` and the experts of `moe` add 
     assemble_mamba,
     assemble_delta, factors
     layers, attention, rotary,  layers of prompts and of any model; `block_linear` computes with GGUF's blocks
-    mla, head_norms, moe,       and integers in groups, `float8_linear` with float8 weights
-    routing, block_linear,
-    block_groups, block_tiles,
-    float8_linear
+    mla, head_norms, moe,       and integers in groups
+    routing, block_linear,      on the CPU, `float8_linear` and `int4_linear` with float8 weights and 4-bit integers
+    block_groups, block_tiles,  on a GPU, by way of a `wide_buffer` for many tokens
+    float8_linear, int4_linear,
+    wide_buffer
     mamba, delta, convolution   layers that keep states of a sequence, which stand in `states`
     decode_step, decode_stream, single tokens on a GPU: few fused kernels a layer, replayed as CUDA graphs
     decode_attention,
@@ -22,10 +23,11 @@ Blocks compute partial sums; `layers.ResidualNorm` and the experts of `moe` add 
     token_step, token_products  single tokens of one sequence on the CPU; of several, `single_tokens` attends
     prefill                     attention to prompts on a GPU, by Triton's, FlashInfer's or PyTorch's kernels
     cache, paged, device_cache, KV caches: rows, pages, and pages whose tables GPU kernels read; states of recurrent
-    states                      layers beside them
+    pool_places, states         layers beside them
     weights, sources, dummy,    weights: the plan's byte ranges of a checkpoint, or random ones in their place
     read_ahead, transfer,
     load_experts, load_float8,
+    load_int4, grouped,
     dequantise, storage,
     weight_form, memory
     fitting, sizing,            whether weights, cache and activations fit the memory, and how much the cache gets

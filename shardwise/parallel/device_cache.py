@@ -1,9 +1,5 @@
 """The KV cache of a GPU: pages of a common pool, with page tables that the decode kernels read on the device."""
 
-from collections.abc import Sequence
-from functools import cached_property
-from itertools import accumulate
-
 import torch
 from torch import Tensor
 
@@ -13,10 +9,10 @@ from shardwise.ops.triton_support import dependent_launch, multiprocessors
 from shardwise.parallel.batch import Batch, Span
 from shardwise.parallel.cache import KvCache, LatentWeights, LayerShape, Masking
 from shardwise.parallel.options import DEVICE_PAGE
-from shardwise.parallel.paged import PageTable, PageTables
-from shardwise.parallel.prefill import Choice, PrefillAttention, PrefillStep, choose, choose_latent
+from shardwise.parallel.paged import PageTables
+from shardwise.parallel.pool_places import Part, StepPlaces
+from shardwise.parallel.prefill import Choice, PrefillAttention, choose, choose_latent
 from shardwise.parallel.states import StateCache
-from shardwise.parallel.transfer import to_device
 
 PAGE_SIZE = DEVICE_PAGE
 
@@ -61,7 +57,7 @@ class DeviceCache(KvCache):
         self.states = StateCache(states, slots=slots, dtype=dtype, device=device, kernels=True)
         self.attention, self._prefill = attention, PrefillAttention(device)
         self._choices: dict[tuple, Choice] = {}
-        self._step: tuple[Batch, _Step] | None = None
+        self._step: tuple[Batch, StepPlaces] | None = None
         self._workspaces: dict[tuple[int, int, int], DecodeWorkspace] = {}
         self._latent_workspaces: dict[tuple[int, int], LatentWorkspace] = {}
         self._processors = multiprocessors(device)
@@ -162,7 +158,7 @@ class DeviceCache(KvCache):
         return self._choices[key]
 
     def _attend_single_latents(
-        self, layer: int, q: Tensor, key: Tensor, step: "_Step", weights: LatentWeights, masking: Masking
+        self, layer: int, q: Tensor, key: Tensor, step: StepPlaces, weights: LatentWeights, masking: Masking
     ) -> Tensor:
         """One new token a sequence, normed and rotated already: [B, N * Dv]."""
         return latent_decode_attention(
@@ -179,7 +175,7 @@ class DeviceCache(KvCache):
             pdl=dependent_launch(self.device),
         )
 
-    def _known(self, part: "_Part", rows: Tensor) -> Tensor:
+    def _known(self, part: Part, rows: Tensor) -> Tensor:
         """A copy of what the pool holds of the spans, with places for their new tokens, [part.tokens, width]."""
         known = rows.new_empty(part.tokens, rows.shape[1])
         if part.step.continues:
@@ -187,7 +183,7 @@ class DeviceCache(KvCache):
         return known
 
     def _attend_part(
-        self, part: "_Part", rows: Tensor, q: Tensor, kv: Tensor, shape: LayerShape, masking: Masking
+        self, part: Part, rows: Tensor, q: Tensor, kv: Tensor, shape: LayerShape, masking: Masking
     ) -> Tensor:
         """Spans of any length, over a copy of what the pool holds of them."""
         step, choice = part.step, self.choice(shape, masking)
@@ -205,7 +201,9 @@ class DeviceCache(KvCache):
             self._choices[key] = choose(self.attention, shape, masking, self.dtype)
         return self._choices[key]
 
-    def _attend_singles(self, out: Tensor, layer: int, q: Tensor, kv: Tensor, step: "_Step", masking: Masking) -> None:
+    def _attend_singles(
+        self, out: Tensor, layer: int, q: Tensor, kv: Tensor, step: StepPlaces, masking: Masking
+    ) -> None:
         """One new token a sequence, whose heads are normed and rotated already."""
         (count, heads, size), kv_heads = q.shape, self.layers[layer].kv_heads
         fused_decode_attention(
@@ -225,84 +223,12 @@ class DeviceCache(KvCache):
             out=out.view(count, -1),
         )
 
-    def place(self, batch: Batch) -> "_Step":
+    def place(self, batch: Batch) -> StepPlaces:
         """A batch's places in the pools, found once for all layers; its pages enter the tables."""
         if self._step is None or self._step[0] is not batch:
-            self._step = (batch, _Step(batch, self.tables, self.page_tables))
+            self._step = (batch, StepPlaces(batch, self.tables, self.page_tables))
         return self._step[1]
 
 
 def _has_decode_kernel(shape: LayerShape) -> bool:
     return shape.head_dim == shape.v_head_dim and takes_head_size(shape.head_dim)
-
-
-class _Part:
-    """Spans that a prefill backend serves, in layers with one window."""
-
-    def __init__(self, spans: Sequence[Span], table: PageTable, device: torch.device):
-        self._spans, self._table = spans, table
-        self.step = PrefillStep([table.seen(span) for span in spans], device)
-        self.tokens = sum(span.total for span in self.step.spans)
-
-    @cached_property
-    def rows(self) -> Tensor:
-        """int64 [tokens]: pool rows of all tokens that they see, with places for the new ones."""
-        return to_device([torch.cat([self._table.rows(span) for span in self._spans])], self.step.device)[0]
-
-    @cached_property
-    def new(self) -> Tensor:
-        """int64 [T]: which of `rows` are new tokens."""
-        ends = accumulate(span.total for span in self.step.spans)
-        places = [torch.arange(end - s.length, end) for end, s in zip(ends, self.step.spans, strict=True)]
-        return to_device([torch.cat(places)], self.step.device)[0]
-
-
-class _Places:
-    """One batch's places in the pools of layers with one window.
-
-    new     int64: rows where new tokens go
-    kept    int64: which of them; None: all
-    longer  the spans of several tokens
-    """
-
-    def __init__(self, batch: Batch, table: PageTable, new: Tensor, kept: Tensor | None):
-        self._batch, self._table = batch, table
-        self.new, self.kept = new, kept
-
-    @cached_property
-    def longer(self) -> _Part:
-        return _Part(self._batch.spans[: self._batch.prefills], self._table, self._batch.device)
-
-    @cached_property
-    def whole(self) -> _Part:
-        return _Part(self._batch.spans, self._table, self._batch.device)
-
-
-class _Step:
-    """One batch's places in the pools, for each window.
-
-    singles  number of one-token spans, which come after the others
-    """
-
-    def __init__(self, batch: Batch, tables: PageTables, page_tables: Tensor):
-        self._batch = batch
-        self.singles = len(batch.spans) - batch.prefills
-        spans, pad = batch.spans, torch.nn.utils.rnn.pad_sequence
-        found = [
-            (pad([table.entries(span) for span in spans], batch_first=True), table.new(spans), table.kept(spans))
-            for table in tables.of.values()
-        ]
-        moved = iter(to_device([tensor for row in found for tensor in row if tensor is not None], batch.device))
-        self.places: dict[int | None, _Places] = {}
-        for (window, table), entered, (_, _, kept) in zip(tables.of.items(), page_tables, found, strict=True):
-            pages = next(moved)
-            entered[:, : pages.shape[1]].index_copy_(0, batch.slots, pages)
-            self.places[window] = _Places(batch, table, next(moved), None if kept is None else next(moved))
-
-    @cached_property
-    def positions(self) -> Tensor:
-        return self._batch.input_pos[self._batch.prefills :]
-
-    @cached_property
-    def slots(self) -> Tensor:
-        return self._batch.slots[self._batch.prefills :].int()

@@ -2,7 +2,8 @@
 
 import pytest
 
-from shardwise.comm.p2p.model import Faults, Rules, explore, run_threads, simulate
+from shardwise.comm.p2p.machine import Faults, Rules
+from shardwise.comm.p2p.model import explore, run_threads, simulate
 
 SEEDS = range(60)
 MIXED = [

@@ -17,7 +17,9 @@
                      without kernels whose sub-groups may have them
     communicator.py  the Communicator on top
     flashinfer.py    the same Communicator over FlashInfer's TRT-LLM kernels
-    model.py         the protocol without a GPU, under faults
+    protocol.py      what the kernels do to memory in a call, block by block
+    machine.py       ranks, their memory and the stores under way, moved one operation at a time
+    model.py         the protocol without a GPU, in every order and under faults
 
 NVLink multicast is never used.
 """
