@@ -28,7 +28,8 @@ from shardwise.parallel.decoder import (
     ParallelLayer,
 )
 from shardwise.parallel.factors import Factors
-from shardwise.parallel.float8_linear import Float8Linear, WideBuffer
+from shardwise.parallel.float8_linear import Float8Linear
+from shardwise.parallel.int4_linear import Int4Linear
 from shardwise.parallel.layers import (
     GatedMlp,
     LayerNorm,
@@ -43,11 +44,13 @@ from shardwise.parallel.layers import (
 )
 from shardwise.parallel.load_experts import load_experts
 from shardwise.parallel.load_float8 import float8_weight
+from shardwise.parallel.load_int4 import int4_weights
 from shardwise.parallel.moe import DataParallelMoe, MoeBlock, MoeWithShared, SharedExpert
 from shardwise.parallel.rotary import RotaryAngles
 from shardwise.parallel.states import StateShape
 from shardwise.parallel.supported import check_supported
 from shardwise.parallel.weights import Weights
+from shardwise.parallel.wide_buffer import WideBuffer
 from shardwise.sharding import spec
 from shardwise.sharding.model import Layer
 
@@ -183,12 +186,16 @@ class DecoderBuilder:
     def _packed(
         self, block: spec.Block, *roles: str, layer: int | None, order: Tensor | None, bias: Tensor | None
     ) -> LinearLike | None:
-        """With weights that stay 4- or 8-bit codes or float8, in `order` as `bias` is already; else None."""
+        """With weights that stay codes or float8, in `order` as `bias` is already; else None."""
         planes = self._planes(block, *roles, layer=layer)
         if planes:
             if order is not None:
                 planes = [(codes[order], scales[order], zeros[order]) for codes, scales, zeros in planes]
             return BlockLinear(planes=planes, bias=bias)
+        codes = int4_weights(self.weights, block, *roles, layer=layer, order=order)
+        if codes is not None:
+            self._wide.reserve(codes)
+            return Int4Linear(weight=codes, bias=bias, widened=self._wide.widened)
         weight = float8_weight(self.weights, block, *roles, layer=layer, order=order)
         if weight is None:
             return None

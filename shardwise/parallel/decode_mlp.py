@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from shardwise.ops.linear.float8 import takes_gated
+from shardwise.ops.linear import float8, int4
 from shardwise.parallel.decode_moe import ExpertStep
 from shardwise.parallel.decode_stream import (
     Product,
@@ -19,6 +19,7 @@ from shardwise.parallel.decode_stream import (
     row_product,
 )
 from shardwise.parallel.float8_linear import Float8Linear
+from shardwise.parallel.int4_linear import Int4Linear
 from shardwise.parallel.layers import GatedMlp, Linear, LinearLike, PlainMlp, ResidualNorm, gelu_tanh
 from shardwise.parallel.moe import MoeBlock, MoeWithShared
 
@@ -52,7 +53,9 @@ def _dense(inner: object, pdl: bool) -> "DenseStep | None":
 def _gates(gate_up: LinearLike) -> tuple[Callable[[Tensor], Tensor], ...]:
     """Activations that the kernels of a gated product have for such weights."""
     if isinstance(gate_up, Float8Linear):
-        return (F.silu,) if takes_gated(gate_up.weight) else ()
+        return (F.silu,) if float8.takes_gated(gate_up.weight) else ()
+    if isinstance(gate_up, Int4Linear):
+        return (F.silu,) if int4.takes_gated(gate_up.weight) else ()
     return F.silu, gelu_tanh
 
 

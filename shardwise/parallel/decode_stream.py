@@ -8,10 +8,13 @@ from torch import Tensor
 
 from shardwise.ops.linear.decode import gated_activation, skinny_linear
 from shardwise.ops.linear.float8 import few_float8, skinny_float8
+from shardwise.ops.linear.int4 import few_int4
 from shardwise.ops.normalization.decode import RowNorm, join
 from shardwise.ops.normalization.triton import triton_rms_norm
 from shardwise.ops.quantization.float8 import Float8Weight
+from shardwise.ops.quantization.int4_weight import Int4Weight
 from shardwise.parallel.float8_linear import Float8Linear
+from shardwise.parallel.int4_linear import Int4Linear
 from shardwise.parallel.layers import LayerNorm, Linear, LinearLike, Norm, ResidualNorm
 
 SKINNY_ROWS = 1
@@ -23,17 +26,17 @@ and up of Llama-3.1-8B took 88 µs for two tokens in the former, and 62 µs for 
 class Product:
     """A linear layer with its weight as rows [out, in], which the kernels stream."""
 
-    weight: Tensor | Float8Weight
+    weight: Tensor | Float8Weight | Int4Weight
     bias: Tensor | None
 
     @staticmethod
     def takes(linear: LinearLike) -> bool:
         """Other weights that stay quantised are the CPU's."""
-        return isinstance(linear, Linear | Float8Linear)
+        return isinstance(linear, Linear | Float8Linear | Int4Linear)
 
     @classmethod
     def of(cls, linear: LinearLike) -> "Product":
-        if isinstance(linear, Float8Linear):
+        if isinstance(linear, Float8Linear | Int4Linear):
             return cls(linear.weight, linear.bias)
         assert isinstance(linear, Linear)
         return cls(linear.weight.t().contiguous(), linear.bias)
@@ -75,8 +78,8 @@ def _row_norm(norm: Norm | None) -> RowNorm | None:
 
 def product(weights: Product, stream: Stream, *, dtype: torch.dtype | None = None, pdl: bool) -> Tensor:
     """`dtype`: of the result where that costs nothing."""
-    if isinstance(weights.weight, Float8Weight):
-        return _float8_product(weights, stream, pdl=pdl)
+    if not isinstance(weights.weight, Tensor):
+        return _packed_product(weights, stream, pdl=pdl)
     if not stream.is_skinny:
         return F.linear(stream.normed(), weights.weight, weights.bias)
     return skinny_linear(stream.x, weights.weight, **_norm_of(stream), bias=weights.bias, out_dtype=dtype, pdl=pdl)
@@ -84,9 +87,9 @@ def product(weights: Product, stream: Stream, *, dtype: torch.dtype | None = Non
 
 def gated_product(gate_up: Product, stream: Stream, *, gelu: bool, pdl: bool) -> Tensor:
     """silu(gate) * up of two products that are one matrix; `gelu`: GELU's tanh form instead."""
-    if isinstance(gate_up.weight, Float8Weight):
+    if not isinstance(gate_up.weight, Tensor):
         assert not gelu
-        return _float8_product(gate_up, stream, gated=True, pdl=pdl)
+        return _packed_product(gate_up, stream, gated=True, pdl=pdl)
     if not stream.is_skinny:
         return gated_activation(F.linear(stream.normed(), gate_up.weight), gelu=gelu, pdl=pdl)
     return skinny_linear(stream.x, gate_up.weight, **_norm_of(stream), gated=True, gelu=gelu, pdl=pdl)
@@ -102,8 +105,8 @@ def row_product(weights: Product, x: Tensor, residual: Tensor, joining: Residual
 
 def added_product(weights: Product, x: Tensor, total: Tensor | None, *, pdl: bool) -> Tensor:
     """The product, plus `total` where there is one."""
-    if isinstance(weights.weight, Float8Weight):
-        return _float8_product(weights, Stream(x, x), total=total, pdl=pdl)
+    if not isinstance(weights.weight, Tensor):
+        return _packed_product(weights, Stream(x, x), total=total, pdl=pdl)
     if x.shape[0] <= SKINNY_ROWS:
         return skinny_linear(x, weights.weight, bias=weights.bias, residual=total, pdl=pdl)
     if total is None:
@@ -111,11 +114,15 @@ def added_product(weights: Product, x: Tensor, total: Tensor | None, *, pdl: boo
     return torch.addmm(total if weights.bias is None else total + weights.bias, x, weights.weight.t())
 
 
-def _float8_product(
+def _packed_product(
     weights: Product, stream: Stream, *, gated: bool = False, total: Tensor | None = None, pdl: bool
 ) -> Tensor:
-    assert isinstance(weights.weight, Float8Weight)
     weight, bias = weights.weight, weights.bias
+    if isinstance(weight, Int4Weight):
+        few = _norm_of(stream) if stream.is_skinny else {}
+        x = stream.x if stream.is_skinny else stream.normed()
+        return few_int4(x, weight, **few, bias=bias, residual=total, gated=gated)
+    assert isinstance(weight, Float8Weight)
     if stream.is_skinny:
         return skinny_float8(stream.x, weight, **_norm_of(stream), bias=bias, residual=total, gated=gated, pdl=pdl)
     return few_float8(stream.normed(), weight, bias=bias, residual=total, gated=gated)

@@ -113,6 +113,7 @@ class Engine:
             native=self._form.native_blocks,
             packs_mxfp4=self._form.packs_mxfp4,
             keeps_float8=self._form.keeps_float8,
+            keeps_int4=self._form.keeps_int4,
             on_progress=on_progress,
         )
         with torch.inference_mode():

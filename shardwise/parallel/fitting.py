@@ -10,12 +10,13 @@ from math import prod
 import torch
 
 from shardwise.comm.base import Communicator
-from shardwise.parallel.block_groups import grouped_weights
+from shardwise.parallel import block_groups, load_int4
+from shardwise.parallel.grouped import grouped_weights
 from shardwise.parallel.host_memory import DoesNotFit, host_memory
 from shardwise.parallel.options import DEVICE_PAGE, HOST_PAGE
 from shardwise.parallel.paged import pool_pages
 from shardwise.parallel.sizing import RESERVED_BYTES, activation_bytes
-from shardwise.parallel.weight_form import WeightForm, keeps_as_float8
+from shardwise.parallel.weight_form import WeightForm, int4_forms, keeps_as_float8
 from shardwise.sharding.checkpoint.header import STORAGE
 from shardwise.sharding.layout import ParallelLayout
 from shardwise.sharding.memory import cache_entries
@@ -88,7 +89,7 @@ class Holding:
             states=self.stateful * sum(e.layers * e.sequence_bytes for e in entries),
             work=activation_bytes(made.model, step, self.dtype)
             + (RESERVED_BYTES if self.on_gpus else 0)
-            + (widened_bytes(made, rank, self.dtype.itemsize) if self.form.keeps_float8 else 0),
+            + widened_bytes(made, rank, self.dtype.itemsize, self.form),
         )
 
     def fits(self, made: Plan, free: int) -> bool:
@@ -107,11 +108,14 @@ class Holding:
 def weight_bytes(made: Plan, rank: int, itemsize: int, form: WeightForm) -> int:
     """What a rank's weights take: `itemsize` bytes a parameter, as stored where they stay in their form.
 
-    A little less than they do take (a table of blocks that is also the head is held in two forms; scales, and float8
-    weights of which a cut goes through tiles, are more than they count), but for biases that one rank adds for all,
-    which are counted for each.
+    A little less than they do take (a table of blocks that is also the head is held in two forms; scales of float8
+    weights, and those of which a cut goes through tiles, are more than they count), but for biases that one rank adds
+    for all, which are counted for each.
     """
-    grouped = grouped_weights(made.model) if form.native_blocks else {}
+    if form.keeps_int4:
+        grouped, held_bytes = int4_forms(made.model), load_int4.held_bytes
+    else:
+        grouped, held_bytes = grouped_weights(made.model) if form.native_blocks else {}, block_groups.held_bytes
     held, at = 0, made.layout.coordinates(rank)
     for pattern in made.loaded:
         shard, count = made.pattern_shard(pattern, rank), made.pattern_count(pattern, rank)
@@ -123,16 +127,19 @@ def weight_bytes(made: Plan, rank: int, itemsize: int, form: WeightForm) -> int:
         else:
             values = made.cuts.values(pattern.spec, at) if pattern.spec.values else ()
             plain = prod(length for _, length in values) * itemsize if values else 0
-            kept = grouped[pattern.spec].held_bytes(pattern.spec, values) if pattern.spec in grouped else 0
+            kept = held_bytes(grouped[pattern.spec], pattern.spec, values) if pattern.spec in grouped else 0
             held += count * (kept or plain)
     return held
 
 
-def widened_bytes(made: Plan, rank: int, itemsize: int) -> int:
-    """At most what one linear layer's float8 weights take as a plain matrix, of which prompts need one at a time: no
-    more than two weights are joined that are as large as any."""
-    shards = [made.pattern_shard(p, rank) for p in made.loaded if keeps_as_float8(p.spec) and not p.spec.experts]
-    return 2 * itemsize * max((prod(shard.local_shape) for shard in shards), default=0)
+def widened_bytes(made: Plan, rank: int, itemsize: int, form: WeightForm) -> int:
+    """At most what one linear layer's float8 or 4-bit weights take as a plain matrix, of which prompts need one at a
+    time: no more than two weights are joined that are as large as any."""
+    packed = int4_forms(made.model) if form.keeps_int4 else {}
+    at, specs = made.layout.coordinates(rank), [pattern.spec for pattern in made.loaded if not pattern.spec.experts]
+    wide = [spec for spec in specs if spec in packed or (form.keeps_float8 and keeps_as_float8(spec))]
+    sizes = (prod(length for _, length in made.cuts.values(spec, at)) for spec in wide)
+    return 2 * itemsize * max(sizes, default=0)
 
 
 def require_memory(made: Plan, holding: Holding, *, world: Communicator, device: torch.device, asked: bool) -> None:

@@ -12,28 +12,6 @@ from shardwise.ops.moe.grouped import grouped_moe
 from shardwise.ops.quantization.float8 import Float8Weight
 
 
-class WideBuffer:
-    """Memory for one weight at a time as a plain matrix, for products of many tokens; all layers share it."""
-
-    def __init__(self, dtype: torch.dtype, device: torch.device):
-        self.dtype, self.device = dtype, device
-        self._elements = 0
-        self._memory: Tensor | None = None
-
-    def reserve(self, weight: Float8Weight) -> None:
-        """Before `allocate`: such a weight is to come."""
-        self._elements = max(self._elements, weight.codes.numel())
-
-    def allocate(self) -> None:
-        if self._elements:
-            self._memory = torch.empty(self._elements, dtype=self.dtype, device=self.device)
-
-    def widened(self, weight: Float8Weight) -> Tensor:
-        """[out, in], until the next call."""
-        assert self._memory is not None
-        return weight.widened(self._memory[: weight.codes.numel()].view(weight.shape))
-
-
 class Float8Linear:
     """x [T, in] -> x W^T + b [T, out], with a weight that stays float8; x is not quantised.
 

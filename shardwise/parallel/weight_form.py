@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from shardwise.ops.quantization.float8 import TILE
+from shardwise.parallel.grouped import Grouped, grouped_weights
 from shardwise.parallel.options import WEIGHT_FORMS, require_known
 from shardwise.parallel.storage import FLOATS
 from shardwise.sharding import spec
@@ -23,6 +24,8 @@ class WeightForm:
     reason: str
     keeps_float8: bool = False
     """Float8 weights stay, on a GPU, where a layer takes them."""
+    keeps_int4: bool = False
+    """4-bit integers in groups stay, on a GPU, where a layer takes them."""
 
     @classmethod
     def choose(
@@ -40,15 +43,18 @@ class WeightForm:
             if wanted == "native":
                 return cls(True, False, "as stored where a layer takes it, asked for by name")
             return cls(False, False, name if plain else f"{name} (weights native keeps packed what a layer takes)")
-        grains = _float8_grains(model)
-        against = _against_float8(dtype, device) if grains else _against_packing(model, dtype, device)
+        grains, groups = _float8_grains(model), _int4_groups(model)
+        kept = grains or groups
+        against = _against_type(dtype, device) if kept else _against_packing(model, dtype, device)
         if wanted == "native" and against:
             raise ValueError(f"weights native: {against}; use weights auto")
         if against:
             return cls(False, False, name if plain else f"{name}, dequantised: {against}")
-        if grains:
-            kept = " and ".join(_GRAINS[grain] for grain in grains)
-            return cls(False, False, f"float8 with scales of {kept}, the rest {name}", keeps_float8=True)
+        if kept:
+            forms = [f"float8 with scales of {' and '.join(_GRAINS[grain] for grain in grains)}"] if grains else []
+            forms += [f"4-bit integers with scales of {' and '.join(groups)}"] if groups else []
+            reason = f"{', '.join(forms)}, the rest {name}"
+            return cls(False, False, reason, keeps_float8=bool(grains), keeps_int4=bool(groups))
         return cls(False, True, f"experts MXFP4, the rest {name}")
 
 
@@ -56,7 +62,7 @@ def _against_packing(model: ModelSpec, dtype: torch.dtype, device: torch.device)
     blocks = [block for layer, _ in model.layer_groups() for block in layer.feed_forward]
     reasons = {_against_experts(b) for b in blocks if isinstance(b, spec.Moe)} or {"the model has no experts"}
     if "" not in reasons:
-        return f"GPUs keep float8 and MXFP4 experts only, and {sorted(reasons)[0]}"
+        return f"{_KEPT}, and {sorted(reasons)[0]}"
     if dtype != torch.bfloat16 and device.type == "cuda":
         return f"MXFP4 experts multiply with bfloat16, not {str(dtype).removeprefix('torch.')}"
     return ""
@@ -82,10 +88,33 @@ _PLAIN_ROLES = {"kv_b", "router", "head", "shared_gate"}
 they are by every checkpoint."""
 
 
-def _against_float8(dtype: torch.dtype, device: torch.device) -> str:
+_KEPT = (
+    "GPUs keep float8, 4-bit integers in the order of their groups, of 32, 64, 128 or 256 inputs or whole rows, and "
+    "MXFP4 experts only"
+)
+
+
+def _against_type(dtype: torch.dtype, device: torch.device) -> str:
     if dtype == torch.float32 and device.type == "cuda":
-        return "float8 weights multiply with 16-bit floats, not float32"
+        return "float8 and 4-bit weights multiply with 16-bit floats, not float32"
     return ""
+
+
+def stays_int4(role: str, form: Grouped | None) -> bool:
+    """Whether a weight of this form is one that kernels take: 4-bit integers in groups with scales of 16 bits."""
+    return form is not None and form.bits == 4 and form.scale in ("F16", "BF16") and role not in _PLAIN_ROLES
+
+
+def int4_forms(model: ModelSpec) -> dict[TensorSpec, Grouped]:
+    """The weights of a model that may stay in 4 bits on a GPU."""
+    found = grouped_weights(model).items()
+    return {weight: form for weight, form in found if stays_int4(weight.role.removesuffix(".weight"), form)}
+
+
+def _int4_groups(model: ModelSpec) -> list[str]:
+    """What scales of 4-bit integers that stay so stand for."""
+    groups = sorted({form.group for form in int4_forms(model).values()})
+    return [f"groups of {group}" if group else "whole rows" for group in groups]
 
 
 def _float8_grains(model: ModelSpec) -> list[str]:

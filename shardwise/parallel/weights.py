@@ -43,6 +43,7 @@ class Weights:
         native: bool = False,
         packs_mxfp4: bool = False,
         keeps_float8: bool = False,
+        keeps_int4: bool = False,
         on_progress: Progress | None = None,
     ):
         self.plan, self.rank, self.dtype, self.device = plan, rank, dtype, device
@@ -51,6 +52,8 @@ class Weights:
         """Whether experts that are stored as MXFP4 stay so, for kernels that multiply with them."""
         self.keeps_float8 = keeps_float8
         """The same of float8 weights, which `load_float8` loads."""
+        self.keeps_int4 = keeps_int4
+        """The same of 4-bit integers in groups, which `load_int4` loads."""
         self._source: TensorSource
         if checkpoint.random_seed is not None:
             self._source = RandomSource(checkpoint.random_seed)

@@ -204,8 +204,9 @@ def few_int4_kernel(
     beside_at = beside_ptr + (beside + row_tile * TILE // GROUP * 16)
     words, besides = (), ()
     for ahead in gl.static_range(DEEP):
-        there = EVEN or tile + ahead * W < tiles
-        row_there = EVEN or row_tile + ahead * W < tiles
+        there, row_there = True, True
+        if not EVEN:
+            there, row_there = tile + ahead * W < tiles, row_tile + ahead * W < tiles
         w, b = _load(word_at, beside_at, ahead, there, row_there, W, TILE, GROUP)
         words = words + (w,)
         besides = besides + (b,)

@@ -14,11 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from shardwise.ops.triton_support import interpreting, tl, triton
+from shardwise.ops.triton_support import tl, triton
 
 SLAB = 16
 GROUPS = (128, 64, 32)
 """Columns that may share a scale and a zero point."""
+WIDE = 128
+"""Columns of a slab that a program turns into plain ones."""
 SCALES = (torch.float16, torch.bfloat16)
 
 
@@ -56,11 +58,10 @@ class Int4Weight:
 
     def widened(self, out: Tensor) -> Tensor:
         """The weight [N, K] as a plain one: written into `out`, in its dtype, and returned."""
-        rows, columns = self.shape
-        block = 1024 if interpreting() else 2048
-        _widen[(rows, triton.cdiv(columns, block))](
-            self.words, self.scales, out, columns, self.words.shape[1], self.scales.shape[1],
-            TILE=tile_columns(self.group), GROUP=self.group, HALF=self.scale_dtype == torch.float16, BLOCK=block,
+        columns = self.shape[1]
+        _widen[(self.words.shape[0], triton.cdiv(columns, WIDE))](
+            self.words, self.scales, out, *self.shape, self.words.shape[1], self.scales.shape[1],
+            TILE=tile_columns(self.group), GROUP=self.group, HALF=self.scale_dtype == torch.float16, BLOCK=WIDE,
         )  # fmt: skip
         return out
 
@@ -103,19 +104,19 @@ def scale_of(word, HALF: tl.constexpr):
 
 @triton.jit
 def _widen(
-    word_ptr, scale_ptr, out_ptr, columns, tiles, groups,
+    word_ptr, scale_ptr, out_ptr, rows, columns, tiles, groups,
     TILE: tl.constexpr, GROUP: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK columns of one row."""
-    row = tl.program_id(0)
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = column < columns
-    slab = (row // 16).to(tl.int64)
+    """BLOCK columns of a slab."""
+    slab = tl.program_id(0).to(tl.int64)
+    row = tl.arange(0, 16)[:, None]
+    column = (tl.program_id(1) * BLOCK + tl.arange(0, BLOCK))[None, :]
+    inside = (slab * 16 + row < rows) & (column < columns)
     place = column % TILE
     step = place // 32 * 2 + place % 8 // 4
     at = ((slab * tiles + column // TILE) * 32 + row % 8 * 4 + place % 32 // 8) * (TILE // 16) + step
     word = tl.load(word_ptr + at, mask=inside, other=0)
-    code = word >> (column % 4 // 2 * 8 + row % 16 // 8 * 4 + column % 2 * 16) & 15
-    beside = tl.load(scale_ptr + (slab * groups + column // GROUP) * 16 + row % 16, mask=inside, other=0)
+    code = word >> (column % 4 // 2 * 8 + row // 8 * 4 + column % 2 * 16) & 15
+    beside = tl.load(scale_ptr + (slab * groups + column // GROUP) * 16 + row, mask=inside, other=0)
     value = (code - (beside >> 16)).to(tl.float32) * scale_of(beside, HALF)
-    tl.store(out_ptr + row.to(tl.int64) * columns + column, value.to(out_ptr.dtype.element_ty), mask=inside)
+    tl.store(out_ptr + (slab * 16 + row) * columns + column, value.to(out_ptr.dtype.element_ty), mask=inside)

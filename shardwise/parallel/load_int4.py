@@ -1,0 +1,73 @@
+"""Loads 4-bit integers in groups that stay so on a GPU, where a rank's part of them is made of whole groups."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from shardwise.ops.quantization import int4_weight
+from shardwise.ops.quantization.int4_weight import GROUPS, SCALES, Int4Weight, pack_int4
+from shardwise.parallel.dequantise import PIECE_VALUES, CodedMatrix, Part, Ranges
+from shardwise.parallel.grouped import Grouped, Joined, require_order
+from shardwise.parallel.weight_form import stays_int4
+from shardwise.parallel.weights import Weights
+from shardwise.sharding.axes import span
+from shardwise.sharding.spec import Block
+from shardwise.sharding.tensors import TensorSpec
+
+_SCALE_TYPES = dict(zip(("F16", "BF16"), SCALES, strict=True))
+LONGEST = max(GROUPS)
+"""Longer groups, and whole rows, become several of as many inputs."""
+
+
+def int4_weights(
+    weights: Weights, block: Block, *roles: str, layer: int | None, order: Tensor | None = None
+) -> Int4Weight | None:
+    """The roles' weights, joined along the outputs, or in `order`.
+
+    None where one does not stay in 4 bits, some group is cut or something is padded. CheckpointError for inputs in
+    another order than the config says.
+    """
+    if not weights.keeps_int4 or not all(stays_int4(role, Grouped.of(block, role)) for role in roles):
+        return None
+    joined = Joined.of(weights, block, roles)
+    if joined is None or not all(span(columns) for _, columns in joined.ranges):
+        return None
+    found = [
+        _loaded(weights.parts(block, role, layer), *held, joined)
+        for role, held in zip(roles, joined.ranges, strict=True)
+    ]
+    parts = [torch.cat(each) if len(each) > 1 else each[0] for each in zip(*found, strict=True)]
+    codes, scales, zeros = parts if order is None else [part[order] for part in parts]
+    return pack_int4(codes, scales, zeros)
+
+
+def held_bytes(form: Grouped, weight: TensorSpec, values: Sequence[tuple[Ranges, int]]) -> int:
+    """What a weight takes that stays in 4 bits; 0 where it cannot stay.
+
+    values  what `Cuts.values` says of a rank
+    """
+    (rows, most), (columns, count) = reversed(values) if weight.transposed else values
+    stays = span(rows) == most and span(columns) == count and count
+    length = form.length(columns) if stays else 0
+    return int4_weight.held_bytes(most, count, min(length, LONGEST)) if length else 0
+
+
+def _loaded(parts: Mapping[str, Part], rows: Ranges, columns: Ranges, joined: Joined) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes uint8 [out, in], scales and zero points uint8 [out, groups] of at most LONGEST inputs."""
+    matrix = CodedMatrix(parts, rows, columns)
+    require_order(matrix, joined.length, parts["weight"].spec.name)
+    codes = torch.empty(matrix.shape, dtype=torch.uint8, device=parts["weight"].values.device)
+    step = max(1, PIECE_VALUES[codes.device.type] // max(1, matrix.shape[1]))
+    for first in range(0, matrix.shape[0], step):
+        piece = slice(first, min(first + step, matrix.shape[0]))
+        codes[piece] = matrix.codes.rows(piece)
+    codes = codes.t() if matrix.turned else codes
+    times, groups = joined.length // min(joined.length, LONGEST), (len(codes), codes.shape[1] // joined.length)
+
+    def spread(values: Tensor, dtype: torch.dtype) -> Tensor:
+        return values.expand(groups).repeat_interleave(times, 1).to(dtype)
+
+    zeros = codes.new_full((1, 1), int(matrix.codes.middle)) if matrix.zero is None else matrix.zero.outputs_first()
+    scales = spread(matrix.scale.outputs_first(), _SCALE_TYPES[joined.form.scale])
+    return codes, scales, spread(zeros, torch.uint8)

@@ -1,0 +1,122 @@
+"""4-bit integers that stay so: the tokens of the weights that they stand for, in the engine as a GPU runs it."""
+
+import zlib
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from stored_forms import AwqForm, GptqForm, PackedIntForm, gptq, packed
+from test_decode_step import OPTIONS, few_programs, fused, launches, tokens_of  # noqa: F401
+from test_fitting import ON_GPUS
+from test_quantised import is_linear, rewrite
+from tiny import PROMPTS, write
+
+from shardwise.comm.rank import current_groups
+from shardwise.ops.linear.int4 import Tile
+from shardwise.ops.triton_support import interpreting
+from shardwise.parallel.engine import Engine
+from shardwise.parallel.int4_linear import Int4Linear
+from shardwise.parallel.layers import Linear
+from shardwise.parallel.weight_form import WeightForm
+from shardwise.sharding.checkpoint.header import CheckpointError
+from shardwise.sharding.layout import ParallelLayout
+from shardwise.sharding.plan import plan
+from shardwise.testing import run_threads
+
+pytestmark = [
+    pytest.mark.skipif(not interpreting(), reason="the interpreter stands for a GPU here; see test_int4_gpu.py"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::RuntimeWarning"),
+]
+FIELDS = dict(
+    num_hidden_layers=1,
+    hidden_size=128,
+    intermediate_size=256,
+    head_dim=32,
+    num_attention_heads=4,
+    num_key_value_heads=4,
+)
+AWQ = {"quant_method": "awq", "bits": 4, "zero_point": True, "version": "gemm"}
+FORMS = {
+    "awq": AwqForm(AWQ | {"group_size": 64}, group=64),
+    "gptq": GptqForm(gptq(group=32), group=32),
+    "gptq, whole rows": GptqForm(gptq(group=-1), group=-1),
+    "compressed-tensors": PackedIntForm(packed(group_size=64), group=64),
+    "compressed-tensors, zero points": PackedIntForm(packed(group_size=32, symmetric=False), group=32, symmetric=False),
+}
+CASES = [(name, ParallelLayout()) for name in FORMS] + [(name, ParallelLayout(tp=2)) for name in ("awq", "gptq")]
+
+
+def in_form(form):
+    """Linear layers are stored in a form."""
+
+    def change(name, tensor):
+        if not is_linear(name, tensor):
+            return {name: tensor}, tensor
+        stored, plain = form.store(np.random.default_rng(zlib.crc32(name.encode())), *tensor.shape)
+        return {name.removesuffix(".weight") + suffix: part for suffix, part in stored.items()}, plain
+
+    return change
+
+
+def written(folder, form, **fields):
+    """A folder in this form, and the tokens of its values."""
+    folder = write(folder, "llama", seed=2, **FIELDS | fields)
+    return folder, [tokens[:3] for tokens in rewrite(folder, in_form(form), form.section)]
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch):
+    """The interpreter takes as long for a program whatever its tile."""
+    monkeypatch.setattr("shardwise.ops.linear.int4.tile_for", lambda *args: Tile(8, 2, 2))
+
+
+@pytest.mark.parametrize(("name", "layout"), CASES, ids=str)
+def test_tokens_equal_those_of_the_values(tmp_path, name, layout):
+    folder, expected = written(tmp_path, FORMS[name])
+    made = plan(folder, layout)
+
+    def rank():
+        engine = Engine(folder, made, current_groups(), **OPTIONS)
+        layer = engine.decoder.layers[-1]
+        linears = (layer.mixer.qkv, layer.mixer.out, layer.feed_forward.gate_up, layer.feed_forward.down)
+        assert all(isinstance(linear, Int4Linear) for linear in linears)
+        stats = engine.stats()
+        assert stats.weights.startswith("4-bit integers with scales of ")
+        assert stats.decode == "fused step, kernel by kernel: asked for by name"
+        form = WeightForm.choose("auto", made.model, torch.float32, torch.device("cpu"), kernels=True)
+        need = replace(ON_GPUS, dtype=torch.float32, form=form).need(made, engine.groups.world.rank)
+        assert 0 <= stats.weight_bytes - need.weights < 100  # what rotation and norms hold besides
+        return tokens_of(engine, PROMPTS[:2])
+
+    assert all(found == expected[:2] for found in run_threads(layout.world, rank, layout=layout))
+
+
+def test_long_prompts_go_by_plain_copies_of_the_weights(tmp_path, monkeypatch):
+    monkeypatch.setattr("shardwise.parallel.int4_linear.MAX_FEW", 4)
+    folder, expected = written(tmp_path, FORMS["awq"])
+    assert tokens_of(fused(folder), PROMPTS[:1]) == expected[:1]
+
+
+def test_an_order_of_its_own_is_dequantised_and_says_so(tmp_path):
+    ordered = GptqForm(gptq(group=32, desc_act=True), group=32, act_order=True)
+    folder, expected = written(tmp_path, ordered)
+    engine = fused(folder)
+    assert isinstance(engine.decoder.layers[0].mixer.qkv, Linear)
+    assert "dequantised: GPUs keep float8, 4-bit integers in the order of their groups" in engine.stats().weights
+    assert tokens_of(engine, PROMPTS[:1]) == expected[:1]
+    with pytest.raises(ValueError, match="weights native: GPUs keep .* 4-bit integers in the order of their groups"):
+        fused(folder, weights="native")
+
+
+def test_dequantised_weights_are_asked_for_by_name(tmp_path):
+    folder, expected = written(tmp_path, FORMS["awq"])
+    engine = fused(folder, weights="dequantised")
+    assert isinstance(engine.decoder.layers[0].mixer.qkv, Linear)
+    assert engine.stats().weights.startswith("float32, asked for by name")
+
+
+def test_an_order_that_the_config_denies_is_refused(tmp_path):
+    folder, _ = written(tmp_path, GptqForm(gptq(group=32), group=32, act_order=True))
+    with pytest.raises(CheckpointError, match="rows are not in the order of their groups, .* set desc_act to true"):
+        fused(folder)
