@@ -49,11 +49,6 @@ def report_word(op: str) -> torch.Tensor:
     return _report_of(op).word
 
 
-def has_report(op: str) -> bool:
-    """Whether `raise_report` would raise."""
-    return _report_of(op).seen.value != 0
-
-
 def raise_report(op: str) -> None:
     """Raise ValueError if a kernel of an earlier call of `op` met bad metadata and has ended; once."""
     seen = _report_of(op).seen
@@ -73,6 +68,11 @@ def raise_reports() -> None:
 def read_at_once(tensor: torch.Tensor) -> bool:
     """Whether metadata beside `tensor` is to be read before the launch; inside of a graph's capture it cannot be."""
     return tensor.is_cuda in AT_ONCE and not (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
+def looks_first(op: str, tensor: torch.Tensor) -> bool:
+    """Whether a call of `op` has a report to raise, or metadata beside `tensor` to read before the launch."""
+    return _report_of(op).seen.value != 0 or (tensor.is_cuda in AT_ONCE and read_at_once(tensor))
 
 
 @triton.jit

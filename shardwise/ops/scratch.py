@@ -23,14 +23,14 @@ class Scratch(Generic[Value]):
 
     def __init__(self, device: torch.device, tokens: int, make: Callable[[], Value]):
         self._index, self._make = device.index, make
-        self._keeps = device.type == "cuda" and tokens <= KEPT_TOKENS
+        self._stream_of = raw_stream() if device.type == "cuda" and tokens <= KEPT_TOKENS else None
         self._kept: dict[tuple[int, int], Value] = {}  # by thread and stream
 
     def take(self) -> Value:
         """The tensors for a call on the current stream."""
-        if not self._keeps or _capturing():
+        if self._stream_of is None or _capturing():
             return self._make()
-        owner = get_ident(), raw_stream()(self._index)
+        owner = get_ident(), self._stream_of(self._index)
         kept = self._kept.get(owner)
         if kept is None:
             kept = self._kept[owner] = self._make()

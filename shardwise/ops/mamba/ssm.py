@@ -10,7 +10,7 @@ from torch import Tensor
 from shardwise.ops.attention.batch import Batch, read_batch
 from shardwise.ops.devices import require_one_device
 from shardwise.ops.mamba.scan import Inputs, Prefill, plan_prefill, prepare
-from shardwise.ops.metadata_reports import has_report, read_at_once
+from shardwise.ops.metadata_reports import looks_first
 from shardwise.ops.plan_cache import PlanCache, allocator, taken_as_given
 from shardwise.ops.state_batch import check_metadata
 
@@ -49,7 +49,7 @@ def run_step(
     metadata    cu_seqlen, use_initial_states, chunk_indices, chunk_offsets, seq_idx_prefill
     """
     batch = read_batch(op, batch_info_host)
-    if has_report(op) or read_at_once(given[8]):
+    if looks_first(op, given[8]):
         check_metadata(op, batch, given[0], metadata[0], given[7], metadata[1], given[8])
     tensors = given + metadata if batch.prefill_tokens else given
     key = batch, given[8].dtype, *time_step_limit, chunk_size  # layouts of one key are searched one by one
