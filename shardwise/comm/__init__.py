@@ -6,7 +6,8 @@
     base, member, collective,   the protocol; what all transports share: a rank's place in a group and the record of
     arguments, compose,         its calls, the collectives with their checks, sums in rank order, control messages
     accumulate, control
-    shm, segment, direct        transport `shm`: shared memory of one host
+    shm, chunks, segment,       transport `shm`: collectives in shared memory of one host, rounds in it, how it is made,
+    sharing, direct             reading a peer's own memory
     torch_dist, torch_group,    `gloo` and `nccl`, how their groups are made; torch's symmetric memory; NCCL's
     symmetric, window           registered windows
     mpi, arrival                `mpi`, and how its ranks wait for each other with a deadline

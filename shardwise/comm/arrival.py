@@ -13,7 +13,8 @@ from typing import Any
 
 from shardwise.comm.bootstrap import Rendezvous
 from shardwise.comm.control import FRAME_BYTES, framed, unframed
-from shardwise.comm.segment import LONG_SLEEP, SHORT_SLEEP, YIELD_SECONDS, Segment, WaitFailed, one_host, share
+from shardwise.comm.segment import LONG_SLEEP, SHORT_SLEEP, YIELD_SECONDS, Segment, WaitFailed
+from shardwise.comm.sharing import one_host, share
 from shardwise.comm.watch import ROLL_CALL_SECONDS
 
 LATE_TAG, ABORT_TAG = 1, 2

@@ -1,8 +1,7 @@
 """Transport `shm`: shared memory between the ranks of one host, CPU tensors.
 
-Sums run in rank order (rank 0 first) whatever the algorithm, so all ranks get the same bits at every size. Payloads
-beyond a half's capacity go in chunks, one round each; or, where the kernel lets processes read each other
-(`direct.py`), straight from tensor to tensor with one copy less.
+Payloads beyond a half's capacity go in chunks, one round each (`chunks.py`); or, where the kernel lets processes read
+each other (`direct.py`), straight from tensor to tensor with one copy less.
 
 The all-reduce of a decode step (a few KiB, sixty times a token) has its own path without allocation: views of the
 memory are kept by (dtype, shape), and one round is one copy, one flag, one add.
@@ -19,13 +18,12 @@ from shardwise.comm.accumulate import Accumulator, SlotAccumulator
 from shardwise.comm.arguments import starts
 from shardwise.comm.base import CommError, PeerLost
 from shardwise.comm.bootstrap import Rendezvous
-from shardwise.comm.collective import BaseCommunicator
+from shardwise.comm.chunks import CHUNK, ChunkedCommunicator, half_bytes, typed
 from shardwise.comm.control import EXCHANGE
-from shardwise.comm.segment import Segment, WaitFailed, share
+from shardwise.comm.segment import Segment, WaitFailed
+from shardwise.comm.sharing import share
 from shardwise.comm.watch import FLIGHT
 
-CHUNK = 512 * 1024
-"""Bytes of a chunk: two ranks' chunks and results stay in a 2 MiB second-level cache."""
 ONE_PHASE_TOTAL = 512 * 1024
 """Bytes of all ranks together up to which every rank sums everything itself; beyond, each sums its part and the parts
 are gathered. Measured at two ranks: 45 µs either way at 256 KiB each."""
@@ -36,7 +34,7 @@ DIRECT_BLOCK = 512 * 1024
 KEPT_PLANS = 512
 
 
-class ShmCommunicator(BaseCommunicator):
+class ShmCommunicator(ChunkedCommunicator):
     """One rank's end of a group in shared memory. Made by `join` or `split`."""
 
     def __init__(self, segment: Segment, ranks: Sequence[int], *, reads_peers: bool = False, **options):
@@ -63,7 +61,7 @@ class ShmCommunicator(BaseCommunicator):
                 lambda key, value: meeting.gather(key, value, limit),
                 list(range(meeting.size)),
                 meeting.rank,
-                _half(meeting.size),
+                half_bytes(meeting.size),
                 key="shm",
                 crowded=meeting.size > cores,
             )
@@ -139,7 +137,7 @@ class ShmCommunicator(BaseCommunicator):
         """For even and odd rounds, all ranks' slots as tensors of this dtype and shape."""
         with torch.inference_mode(False):
             return tuple(
-                tuple(_typed(half, tensor.dtype, tensor.numel()).view(tensor.shape) for half in halves)
+                tuple(typed(half, tensor.dtype, tensor.numel()).view(tensor.shape) for half in halves)
                 for halves in self._halves
             )
 
@@ -193,14 +191,6 @@ class ShmCommunicator(BaseCommunicator):
         else:
             self._all_reduce(source, target)
 
-    def _reduce_one_shot(self, source: Tensor, target: Tensor) -> None:
-        chunk = CHUNK // source.element_size()
-        for piece, result in zip(source.split(chunk), target.split(chunk), strict=True):
-            slots = [_typed(half, source.dtype, piece.numel()) for half in self._writing()]
-            slots[self.rank].copy_(piece)
-            self._round()
-            compose.ordered_sum(slots, result)
-
     def _addresses(self, *tensors: Tensor) -> list[list[int]]:
         """Where all ranks have each of their `tensors`; a round, after which they may be read."""
         mine = b"".join(control.number(tensor.data_ptr()) for tensor in tensors)
@@ -238,110 +228,30 @@ class ShmCommunicator(BaseCommunicator):
             self._scratch = torch.empty((self.size, DIRECT_BLOCK), dtype=torch.uint8, device="cpu")
         for place in range(0, source.numel(), block):
             mine = source[place : place + block]
-            terms = [_typed(row, source.dtype, mine.numel()) for row in self._scratch]
+            terms = [typed(row, source.dtype, mine.numel()) for row in self._scratch]
             for peer, _ in self.segment.others:
                 self._pull(peer, addresses[peer] + offset + place * width, terms[peer])
             terms[self.rank] = mine
             compose.ordered_sum(terms, target[place : place + block])
 
-    def _all_reduce(self, source: Tensor, target: Tensor) -> None:
-        """Reduce-scatter and all-gather; the gather of one chunk shares its round with the scatter of the next."""
-        chunk = CHUNK // source.element_size()
-        pieces, results = source.split(chunk), target.split(chunk)
-        for number in range(len(pieces) + 1):
-            halves = self._writing()
-            ahead = _Chunk(halves, pieces[number], self) if number < len(pieces) else None
-            behind = results[number - 1] if number else None
-            if ahead:
-                ahead.write()
-            if behind is not None:
-                self._write_result(halves, behind)
-            self._round()
-            if ahead:
-                ahead.sum_into(results[number])
-            if behind is not None:
-                self._read_results(halves, behind)
-
-    def _write_result(self, halves: Sequence[Tensor], result: Tensor) -> None:
-        start, stop = partition.extent(result.numel(), self.size, self.rank)
-        _typed(halves[self.rank][CHUNK:], result.dtype, stop - start).copy_(result[start:stop])
-
-    def _read_results(self, halves: Sequence[Tensor], result: Tensor) -> None:
-        for peer in range(self.size):
-            if peer != self.rank:
-                start, stop = partition.extent(result.numel(), self.size, peer)
-                result[start:stop].copy_(_typed(halves[peer][CHUNK:], result.dtype, stop - start))
-
     def _all_gather(self, source: Tensor, joined: Tensor, counts: Sequence[int]) -> None:
+        if not self.reads_peers or max(counts) <= CHUNK:
+            super()._all_gather(source, joined, counts)
+            return
         parts = joined.split(list(counts))
         parts[self.rank].copy_(source)
-        if self.reads_peers and max(counts) > CHUNK:
-            addresses = self._addresses(source)[0]
-            for peer, _ in self.segment.others:
-                self._pull(peer, addresses[peer], parts[peer])
-            self._round()
-            return
-        for start in range(0, max(counts), CHUNK):
-            halves = self._writing()
-            mine = source[start : start + CHUNK]
-            halves[self.rank][: mine.numel()].copy_(mine)
-            self._round()
-            for peer, part in enumerate(parts):
-                piece = part[start : start + CHUNK]
-                if peer != self.rank and piece.numel():
-                    piece.copy_(halves[peer][: piece.numel()])
-
-    def _reduce_scatter(self, joined: Tensor, counts: Sequence[int], target: Tensor) -> None:
-        width = target.element_size()
-        if self.reads_peers and joined.nbytes > DIRECT_LIMIT:
-            start = starts(counts)[self.rank]
-            mine = joined[start : start + counts[self.rank]]
-            self._sum_direct(mine, target, self._addresses(joined)[0], start * width)
-            self._round()
-            return
-        quota = CHUNK // self.size // width
-        for start in range(0, max(counts), quota):
-            halves = self._writing()
-            for peer, part in enumerate(joined.split(list(counts))):
-                piece = part[start : start + quota]
-                _typed(halves[self.rank][peer * quota * width :], part.dtype, piece.numel()).copy_(piece)
-            self._round()
-            result = target[start : start + quota]
-            if result.numel():
-                place = self.rank * quota * width
-                compose.ordered_sum([_typed(h[place:], target.dtype, result.numel()) for h in halves], result)
-
-    def _all_to_all(
-        self, source: Tensor, target: Tensor, sends: Sequence[int], receives: Sequence[int], longest: int | None
-    ) -> None:
-        outgoing, incoming = source.split(list(sends)), target.split(list(receives))
-        incoming[self.rank].copy_(outgoing[self.rank])
-        quota = CHUNK // self.size
-        for start in range(0, self._longest(sends) if longest is None else longest, quota):
-            halves = self._writing()
-            for peer, part in enumerate(outgoing):
-                piece = part[start : start + quota]
-                if peer != self.rank and piece.numel():
-                    halves[self.rank][peer * quota :][: piece.numel()].copy_(piece)
-            self._round()
-            for peer, part in enumerate(incoming):
-                piece = part[start : start + quota]
-                if peer != self.rank and piece.numel():
-                    piece.copy_(halves[peer][self.rank * quota :][: piece.numel()])
-
-    def _broadcast(self, data: Tensor, root: int) -> None:
-        for piece in data.split(CHUNK):
-            halves = self._writing()
-            if self.rank == root:
-                halves[root][: piece.numel()].copy_(piece)
-            self._round()
-            if self.rank != root:
-                piece.copy_(halves[root][: piece.numel()])
-
-    def _barrier(self) -> None:
+        addresses = self._addresses(source)[0]
+        for peer, _ in self.segment.others:
+            self._pull(peer, addresses[peer], parts[peer])
         self._round()
 
-    def _empty_call(self) -> None:
+    def _reduce_scatter(self, joined: Tensor, counts: Sequence[int], target: Tensor) -> None:
+        if not self.reads_peers or joined.nbytes <= DIRECT_LIMIT:
+            super()._reduce_scatter(joined, counts, target)
+            return
+        start = starts(counts)[self.rank]
+        mine = joined[start : start + counts[self.rank]]
+        self._sum_direct(mine, target, self._addresses(joined)[0], start * target.element_size())
         self._round()
 
     def _split(self, name: str, members: list[int], colors: list[int], keys: list[int]) -> "ShmCommunicator":
@@ -349,7 +259,7 @@ class ShmCommunicator(BaseCommunicator):
             lambda key, value: self.all_gather_object(value),
             members,
             members.index(self.rank),
-            _half(len(members)),
+            half_bytes(len(members)),
             key=name,
             crowded=self.segment.spins == 0,
             root=self.segment.root,
@@ -374,39 +284,3 @@ class ShmCommunicator(BaseCommunicator):
         self._plans.clear()
         self._halves = ()
         self._scratch = None
-
-
-class _Chunk:
-    """One chunk of a two-phase all-reduce: everyone's parts of it lie in the halves, this rank sums its own part."""
-
-    def __init__(self, halves: Sequence[Tensor], source: Tensor, group: ShmCommunicator):
-        self.source = source
-        self.rank = group.rank
-        self.size = group.size
-        self.slots = [_typed(half, source.dtype, source.numel()) for half in halves]
-
-    def _extent(self, rank: int) -> slice:
-        return slice(*partition.extent(self.source.numel(), self.size, rank))
-
-    def write(self) -> None:
-        if self.size == 2:  # nobody reads this rank's own part
-            part = self._extent(1 - self.rank)
-            self.slots[self.rank][part].copy_(self.source[part])
-        else:
-            self.slots[self.rank].copy_(self.source)
-
-    def sum_into(self, result: Tensor) -> None:
-        part = self._extent(self.rank)
-        terms = [slot[part] for slot in self.slots]
-        if self.size == 2:
-            terms[self.rank] = self.source[part]
-        compose.ordered_sum(terms, result[part])
-
-
-def _half(size: int) -> int:
-    """Bytes of a half: a chunk, and this rank's part of the chunk before."""
-    return CHUNK + -(-CHUNK // size // 64) * 64 + 64
-
-
-def _typed(memory: Tensor, dtype: torch.dtype, count: int) -> Tensor:
-    return memory[: count * dtype.itemsize].view(dtype)

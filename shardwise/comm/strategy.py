@@ -13,7 +13,7 @@ import sys
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
-from shardwise.comm import segment
+from shardwise.comm import sharing
 from shardwise.comm.base import TRANSPORTS, CommError, Communicator, Unavailable
 from shardwise.comm.bootstrap import (
     AloneRendezvous,
@@ -140,7 +140,7 @@ def _create_cpu(request: _Request) -> "BaseCommunicator":
     if request.transport == "gloo":
         return _torch_dist(request, request.rendezvous(), "gloo")
     meeting = request.rendezvous()
-    possible, reason = segment.one_host(meeting, request.options["deadlines"].rendezvous)
+    possible, reason = sharing.one_host(meeting, request.options["deadlines"].rendezvous)
     group = None
     if possible:
         try:

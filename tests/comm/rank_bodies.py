@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from shardwise.comm import arrival, mpi, segment
+from shardwise.comm import arrival, mpi, sharing
 from shardwise.comm.arrival import MessageArrivals
 from shardwise.comm.base import CommError
 from shardwise.comm.bootstrap import FolderStore, GroupRendezvous
@@ -107,7 +107,7 @@ def adopt_group_of_another_backend(info, store):
 
     dist.Backend.register_backend("other", other, devices=["cpu"])
     dist.init_process_group("other", init_method=f"file://{store.folder}/torch", rank=info.rank, world_size=info.world)
-    segment.usable = lambda: (False, "not today")
+    sharing.usable = lambda: (False, "not today")
     group = create(info, process_group=dist.group.WORLD)
     made = group.group
     total = group.all_reduce(torch.tensor([info.rank + 1.0])).item()

@@ -19,7 +19,7 @@ from shardwise.comm.bootstrap import (
     store_from_environment,
 )
 from shardwise.comm.rank import RankInfo, current_groups
-from shardwise.comm.segment import share
+from shardwise.comm.sharing import share
 from shardwise.testing import run_processes, run_threads
 
 
