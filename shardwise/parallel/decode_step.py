@@ -150,10 +150,10 @@ class DecodeStep:
     def __call__(self, inputs: Tensor) -> Tensor:
         """inputs int32 [4 + page tables, B] (`ops/linear/vocab.py`) -> [B, columns of this rank], in float32 or the
         weights' type."""
-        stream = self._begin(inputs)
         positions, slots = inputs[POSITION], inputs[SLOT]
-        if self.cache.states:
+        if self.cache.states:  # first: recurrent steps read slots before the kernels in front of them end
             self._singles.place(positions, slots)
+        stream = self._begin(inputs)
         for layer in self.layers:
             stream = layer(stream, positions, slots, pdl=self.pdl)
         logits = product(self.head, stream, dtype=torch.float32, pdl=self.pdl)

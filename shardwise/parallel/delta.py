@@ -5,19 +5,15 @@ Source: Yang et al., arXiv:2412.06464, as Qwen3-Next has it. What a layer keeps 
 convolution, and a matrix [K, V] of each value head.
 """
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from shardwise.ops.fla import prefill
 from shardwise.ops.fla.decode import DeltaGates, DeltaHeads, delta_decode
-from shardwise.ops.fla.fla import fla_cached_gated_delta_rule
 from shardwise.ops.fla.reference import torch_cached_gated_delta_rule
 from shardwise.ops.normalization.reference import torch_l2norm, torch_rmsnorm_gated
 from shardwise.ops.normalization.triton import triton_rmsnorm_gated
-from shardwise.ops.registry import FLA
 from shardwise.ops.triton_support import dependent_launch
 from shardwise.parallel.batch import Batch
 from shardwise.parallel.cache import KvCache
@@ -45,6 +41,7 @@ class GatedDeltaMixer:
     ):
         self.layer, self.heads = layer, heads
         self.in_proj, self.conv, self.gates, self.out = in_proj, conv, gates, out
+        self._norm = gates.norm.repeat(heads.values)
 
     def __call__(self, x: Tensor, batch: Batch, cache: KvCache) -> Tensor:
         if x.shape[0] == 0:  # the other groups of data-parallel attention have tokens in this step
@@ -56,7 +53,7 @@ class GatedDeltaMixer:
         state, kernels = states.of(self.layer), states.kernels
         mixed = convolved(rows[:, : self.heads.channels], self.conv, None, spans, state.conv, kernels=kernels)
         if not kernels:
-            return self._ruled(mixed, rows, spans.batch_info, spans, state, torch_cached_gated_delta_rule)
+            return self._ruled(mixed, rows, spans.batch_info, spans, state)
         prefills, tokens, singles = spans.batch_info.tolist()
         parts = []
         if tokens:
@@ -67,13 +64,9 @@ class GatedDeltaMixer:
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _prompts(self, mixed: Tensor, rows: Tensor, count: int, spans: StateSpans, state: LayerState) -> Tensor:
-        """The first `count` sequences on a GPU: by fla's kernels where that is installed, else by ours; what neither
-        takes by PyTorch's operator, which waits for the device."""
-        taken = prefill.takes(rows, self.heads)
-        if not taken or FLA.state[0]:
-            info = torch.tensor([count, len(rows), 0], dtype=torch.int32)
-            rule = fla_cached_gated_delta_rule if taken else torch_cached_gated_delta_rule
-            return self._ruled(mixed, rows, info, spans, state, rule)
+        """The first `count` sequences on a GPU. What the kernels do not take waits for the device."""
+        if not prefill.takes(self.heads):
+            return self._ruled(mixed, rows, torch.tensor([count, len(rows), 0], dtype=torch.int32), spans, state)
         attended = prefill.delta_prefill(
             rows,
             spans.cu_seqlen[: count + 1],
@@ -86,15 +79,13 @@ class GatedDeltaMixer:
         )
         return self._normed(attended, rows)
 
-    def _ruled(
-        self, mixed: Tensor, rows: Tensor, info: Tensor, spans: StateSpans, state: LayerState, rule: Callable
-    ) -> Tensor:
-        """The operators' chain: convolved channels and rows of the projection [T, ...] -> [T, values V]."""
+    def _ruled(self, mixed: Tensor, rows: Tensor, info: Tensor, spans: StateSpans, state: LayerState) -> Tensor:
+        """PyTorch's operators: convolved channels and rows of the projection [T, ...] -> [T, values V]."""
         heads, gates = self.heads, self.gates
         queries_keys, v = mixed.split_with_sizes((2 * heads.keys * heads.key_dim, heads.values * heads.value_dim), 1)
         q, k = torch_l2norm(queries_keys.unflatten(1, (2, heads.keys, heads.key_dim))).unbind(1)
         beta, decay = rows[:, -2 * heads.values :].chunk(2, 1)
-        attended = rule(
+        attended = torch_cached_gated_delta_rule(
             q[None],
             k[None],
             v.unflatten(1, (heads.values, heads.value_dim))[None],
@@ -112,6 +103,6 @@ class GatedDeltaMixer:
     def _normed(self, attended: Tensor, rows: Tensor) -> Tensor:
         """attended [T, values, V], normed by heads and gated by rows of the projection: [T, values V]."""
         heads, gates = self.heads, self.gates
-        gate = rows[:, heads.channels : -2 * heads.values].unflatten(1, (heads.values, heads.value_dim))
+        gate = rows[:, heads.channels : -2 * heads.values]
         norm = triton_rmsnorm_gated if rows.is_cuda else torch_rmsnorm_gated
-        return norm(attended, gates.norm, gate, gates.eps, heads.value_dim, True).flatten(1)
+        return norm(attended.flatten(1), self._norm, gate, gates.eps, heads.value_dim, True)

@@ -1,5 +1,6 @@
 """Triton kernels around fla's: states in and out of the cache, chunks of several sequences, the decode step."""
 
+from shardwise.ops.fla.rule_kernels import stepped
 from shardwise.ops.metadata_reports import check_bounds, check_slots
 from shardwise.ops.state_batch import load_bounds
 from shardwise.ops.triton_support import await_predecessor, tl, triton
@@ -235,7 +236,6 @@ def step_kernel(
 ):
     """One decode token, one head and BLOCK_V columns of its state, which are read, stepped and written once.
 
-    What the old state holds for k and for q comes out of one pass: with u the update, S'^T q = S^T q + (k . q) u.
     Programs lie in the order of a slot's memory. The decode tokens begin at token `first`, their slots at entry `skip`.
     """
     parts: tl.constexpr = (V + BLOCK_V - 1) // BLOCK_V
@@ -258,8 +258,6 @@ def step_kernel(
     if GATED:
         state *= tl.exp(tl.load(g_ptr + token * g_t + head).to(tl.float32))
     beta = tl.load(beta_ptr + token * beta_t + head).to(tl.float32)
-    update = beta * (v - tl.sum(state * k[:, None], axis=0))
-    out = tl.sum(state * q[:, None], axis=0) + tl.sum(q * k, axis=0) * update
-    state += k[:, None] * update[None, :]
+    state, out = stepped(state, q, k, v, beta)
     tl.store(cached, state.to(cache_ptr.dtype.element_ty), mask=tile)
     tl.store(target, (scale * out).to(out_ptr.dtype.element_ty), mask=v_columns < V)

@@ -1,6 +1,6 @@
 """Triton kernels of `prefill.py`: chunks of a prompt by themselves, then one after another through the states."""
 
-from shardwise.ops.fla.decode import softplus
+from shardwise.ops.fla.rule_kernels import token_gates
 from shardwise.ops.triton_support import await_alone, tl, triton
 
 
@@ -77,7 +77,6 @@ def chunk_kernel(
     if first >= end:
         return
     head = tl.program_id(1)
-    DOT: tl.constexpr = "ieee" if EXACT else "tf32"
     KIND: tl.constexpr = rows_ptr.dtype.element_ty
     c, i, j = tl.arange(0, CHUNK), tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_V)
     t = (first + c).to(tl.int64)
@@ -93,21 +92,20 @@ def chunk_kernel(
         unit = units_ptr + t[:, None] * (2 * KEYS * K) + shared * K + i[None, :]
         tl.store(unit, q, mask=mask)
         tl.store(unit + KEYS * K, k, mask=mask)
-    numbers = rows_ptr + t * row_stride + 2 * KEYS * K + 2 * VALUES * V + head
-    beta = tl.sigmoid(tl.load(numbers, mask=live, other=0.0).to(tl.float32))
-    step = softplus(tl.load(numbers + VALUES, mask=live, other=0.0).to(tl.float32) + tl.load(bias_ptr + head))
-    total = tl.cumsum(tl.where(live, tl.load(decay_ptr + head) * step, 0.0), axis=0)
+    numbers = rows_ptr + t * row_stride + 2 * KEYS * K + 2 * VALUES * V
+    beta, decay = token_gates(numbers, decay_ptr, bias_ptr, head, live, VALUES)
+    total = tl.cumsum(tl.where(live, decay, 0.0), axis=0)
     tl.store(total_ptr + t * VALUES + head, total, mask=live)
     between = tl.exp(tl.where(c[:, None] >= c[None, :], total[:, None] - total[None, :], float("-inf")))
-    weights = between * tl.dot(q, tl.trans(k), input_precision="ieee")
+    weights = between * tl.dot(q, tl.trans(k), input_precision="tf32x3")
     tl.store(p_ptr + (t * VALUES + head)[:, None] * CHUNK + c[None, :], weights.to(KIND), mask=live[:, None])
-    among = beta[:, None] * between * tl.dot(k, tl.trans(k), input_precision="ieee")
-    solved = inverse(tl.where(c[:, None] > c[None, :], among, 0.0), CHUNK, DOT).to(KIND)
+    among = beta[:, None] * between * tl.dot(k, tl.trans(k), input_precision="tf32x3")
+    solved = inverse(tl.where(c[:, None] > c[None, :], among, 0.0), CHUNK, "tf32x3" if EXACT else "tf32").to(KIND)
     v = tl.load(row + 2 * KEYS * K + head * V + j[None, :], mask=live[:, None] & in_v, other=0.0).to(tl.float32)
-    u = tl.dot(solved, (v * beta[:, None]).to(KIND), input_precision="ieee")
+    u = tl.dot(solved, (v * beta[:, None]).to(KIND), input_precision="tf32x3")
     tl.store(u_ptr + (t * VALUES + head)[:, None] * V + j[None, :], u.to(KIND), mask=live[:, None] & in_v)
     faded = (k.to(tl.float32) * (beta * tl.exp(total))[:, None]).to(KIND)
-    w = tl.dot(solved, faded, input_precision="ieee")
+    w = tl.dot(solved, faded, input_precision="tf32x3")
     tl.store(w_ptr + (t * VALUES + head)[:, None] * K + i[None, :], w.to(KIND), mask=mask)
 
 
@@ -159,10 +157,10 @@ def walk_kernel(
         total = tl.load(total_ptr + at, mask=begin + c < end, other=0.0)
         last = tl.load(total_ptr + (tl.minimum(begin + CHUNK, end) - 1).to(tl.int64) * VALUES + head)
         before = state.to(KIND)
-        update = u.to(tl.float32) - tl.dot(w, before, input_precision="ieee")
-        out = tl.exp(total)[:, None] * tl.dot(q, before, input_precision="ieee")
-        out += tl.dot(p, update.to(KIND), input_precision="ieee")
+        update = u.to(tl.float32) - tl.dot(w, before, input_precision="tf32x3")
+        out = tl.exp(total)[:, None] * tl.dot(q, before, input_precision="tf32x3")
+        out += tl.dot(p, update.to(KIND), input_precision="tf32x3")
         tl.store(out_ptr + at[:, None] * V + j[None, :], out.to(KIND), mask=live & in_v)
         kept = (update * tl.where(live, tl.exp(last - total)[:, None], 0.0)).to(KIND)
-        state = state * tl.exp(last) + tl.dot(tl.trans(k), kept, input_precision="ieee")
+        state = state * tl.exp(last) + tl.dot(tl.trans(k), kept, input_precision="tf32x3")
     tl.store(cached, state, mask=tile & (first < end))

@@ -11,7 +11,7 @@ from shardwise.ops.normalization.reference import torch_l2norm
 from shardwise.ops.registry import TRITON
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-DTYPES = [torch.float16, torch.bfloat16] if DEVICE == "cuda" else [torch.float16, torch.float32]
+DTYPES = [torch.float16, torch.bfloat16, torch.float32] if DEVICE == "cuda" else [torch.float16, torch.float32]
 runs = pytest.mark.gpu if DEVICE == "cuda" else pytest.mark.skipif(not TRITON.state[0], reason=TRITON.state[1])
 
 
