@@ -5,8 +5,8 @@
 
 Each time is that of one launch among several in a graph with dependent launch, over as many weights as do not fit the
 L2 cache. bf16 is what the runtime runs for such weights: a product of one token by `skinny_linear`, others by cuBLAS
-with the activation behind gated ones. `bytes_us` is what the 4-bit weights take at a plain copy's rate. With more than
-64 tokens a 4-bit weight becomes a plain matrix first.
+with the activation behind gated ones. `bytes_us` is what the 4-bit weights take at a plain copy's rate. For many
+tokens a 4-bit weight becomes a plain matrix first.
 """
 
 import argparse
@@ -21,12 +21,13 @@ from torch import Tensor
 from shardwise.launch.machine import machine_facts
 from shardwise.ops.bench.measure import device_microseconds
 from shardwise.ops.linear.decode import gated_activation, skinny_linear
-from shardwise.ops.linear.int4 import MAX_FEW, Tile, few_int4
+from shardwise.ops.linear.int4 import Tile, few_int4
+from shardwise.ops.linear.int4_many import FEW, MAX_MANY, ManyTile, int4_product, many_int4
 from shardwise.ops.quantization.int4_weight import Int4Weight, pack_int4
 from shardwise.parallel.traffic import copy_bandwidth
 
 FOOTPRINT = 200 << 20
-TOKENS = (1, 2, 4, 8, 16, 32, 64, 512, 2048)
+TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 2048)
 GROUP = 128
 
 
@@ -65,28 +66,42 @@ def several(calls: Sequence[Callable]) -> float:
     return device_microseconds(lambda: [run() for run in calls], calls=2, repeats=7) / len(calls)
 
 
-def tiles(tokens: int, shape: Shape) -> list[Tile]:
-    slabs = (2, 4) if shape.gated else (1, 2)
+def tiles(tokens: int, shape: Shape) -> list[Tile | ManyTile]:
+    found: list[Tile | ManyTile] = []
+    if tokens <= FEW:
+        warps = ((4, 4), (4, 8), (8, 2), (8, 4), (8, 8)) if tokens <= 16 else ((4, 2), (4, 4), (8, 4))
+        slabs = (2,) if shape.gated else (1, 2)
+        found += [Tile(n, *each, ahead) for n, each, ahead in product(slabs, warps, (False, True))]
     if tokens > 16:
-        return [Tile(*each) for each in product(slabs, (4, 8), (2, 4))]
-    found = product(slabs, (4, 8, 16), (2, 4, 8), (False, True))
-    return [Tile(*each) for each in found if 8 <= each[1] * each[2] <= 64]
+        block = min(128, tokens)
+        shapes = ((64, 4, 4), (64, 4, 3), (128, 4, 3), (128, 8, 3))
+        found += [ManyTile(rows, block, *rest, n) for (rows, *rest), n in product(shapes, (1, 2, 4))]
+    return found
 
 
-def int4_call(shape: Shape, x: Tensor, weight: Int4Weight, wide: Tensor, tile: Tile | None = None) -> Callable:
-    norm = x[0] if shape.normed and x.shape[0] == 1 else None
-    if x.shape[0] <= MAX_FEW:
+def int4_call(
+    shape: Shape, x: Tensor, weight: Int4Weight, wide: Tensor, tile: Tile | ManyTile | None = None
+) -> Callable:
+    tokens = x.shape[0]
+    if isinstance(tile, ManyTile):
+        return lambda: gated(shape, many_int4(x, weight, tile=tile))
+    if tile is not None or tokens == 1:
+        norm = x[0] if shape.normed and tokens == 1 else None
         return lambda: few_int4(x, weight, norm_weight=norm, gated=shape.gated, tile=tile)
+    if tokens <= MAX_MANY:
+        return lambda: int4_product(x, weight, gated=shape.gated, pdl=True)
     return plain_call(shape, x, lambda: weight.widened(wide))
+
+
+def gated(shape: Shape, both: Tensor) -> Tensor:
+    return gated_activation(both, pdl=True) if shape.gated else both
 
 
 def plain_call(shape: Shape, x: Tensor, weight: Callable[[], Tensor]) -> Callable:
     if x.shape[0] == 1:
         norm = x[0] if shape.normed else None
         return lambda: skinny_linear(x, weight(), norm_weight=norm, gated=shape.gated, pdl=True)
-    if shape.gated:
-        return lambda: gated_activation(torch.nn.functional.linear(x, weight()), pdl=True)
-    return lambda: torch.nn.functional.linear(x, weight())
+    return lambda: gated(shape, torch.nn.functional.linear(x, weight()))
 
 
 def product_rows(shape: Shape, bandwidth: float, sweep: bool, counts: Sequence[int]) -> list[dict]:
@@ -132,7 +147,7 @@ def main() -> None:
     bandwidth = copy_bandwidth(torch.device("cuda"))
     found = []
     for shape in SHAPES:
-        counts = [n for n in args.tokens if n <= MAX_FEW or not args.sweep]
+        counts = [n for n in args.tokens if n <= MAX_MANY or not args.sweep]
         for row in product_rows(shape, bandwidth, args.sweep, counts):
             found.append(row)
             print(json.dumps({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}), flush=True)

@@ -9,6 +9,7 @@ from torch import Tensor
 from shardwise.ops.linear.decode import gated_activation, skinny_linear
 from shardwise.ops.linear.float8 import few_float8, skinny_float8
 from shardwise.ops.linear.int4 import few_int4
+from shardwise.ops.linear.int4_many import int4_product
 from shardwise.ops.normalization.decode import RowNorm, join
 from shardwise.ops.normalization.triton import triton_rms_norm
 from shardwise.ops.quantization.float8 import Float8Weight
@@ -119,9 +120,9 @@ def _packed_product(
 ) -> Tensor:
     weight, bias = weights.weight, weights.bias
     if isinstance(weight, Int4Weight):
-        few = _norm_of(stream) if stream.is_skinny else {}
-        x = stream.x if stream.is_skinny else stream.normed()
-        return few_int4(x, weight, **few, bias=bias, residual=total, gated=gated)
+        if stream.is_skinny:
+            return few_int4(stream.x, weight, **_norm_of(stream), bias=bias, residual=total, gated=gated)
+        return int4_product(stream.normed(), weight, bias=bias, residual=total, gated=gated, pdl=pdl)
     assert isinstance(weight, Float8Weight)
     if stream.is_skinny:
         return skinny_float8(stream.x, weight, **_norm_of(stream), bias=bias, residual=total, gated=gated, pdl=pdl)

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch.nn.functional as F
 from torch import Tensor
 
-from shardwise.ops.linear.int4 import MAX_FEW, few_int4
+from shardwise.ops.linear.int4_many import int4_product, most_tokens
 from shardwise.ops.quantization.int4_weight import Int4Weight
 
 
@@ -22,6 +22,6 @@ class Int4Linear:
     def __call__(self, x: Tensor) -> Tensor:
         if x.shape[0] == 0:
             return x.new_empty(0, self.out_features)
-        if x.shape[0] <= MAX_FEW:
-            return few_int4(x.contiguous(), self.weight, bias=self.bias)
+        if x.shape[0] <= most_tokens(self.weight):
+            return int4_product(x.contiguous(), self.weight, bias=self.bias)
         return F.linear(x, self._widened(self.weight), self.bias)

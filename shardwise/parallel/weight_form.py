@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
+from shardwise.ops.linear import int4
 from shardwise.ops.quantization.float8 import TILE
 from shardwise.parallel.grouped import Grouped, grouped_weights
 from shardwise.parallel.options import WEIGHT_FORMS, require_known
@@ -46,6 +47,8 @@ class WeightForm:
         grains, groups = _float8_grains(model), _int4_groups(model)
         kept = grains or groups
         against = _against_type(dtype, device) if kept else _against_packing(model, dtype, device)
+        if groups and not against:
+            against = int4.reason_against(device)
         if wanted == "native" and against:
             raise ValueError(f"weights native: {against}; use weights auto")
         if against:

@@ -196,14 +196,14 @@ def _product(acc, w, x, scale, TILED: tl.constexpr, INTERPRET: tl.constexpr):
 
 
 @triton.jit
-def _parts(part_ptr, tile, SPLITS: tl.constexpr, BN: tl.constexpr, BT: tl.constexpr):
+def parts_at(part_ptr, tile, SPLITS: tl.constexpr, BN: tl.constexpr, BT: tl.constexpr):
     """Where the first part of a tile lies; the next ones follow."""
     place = tl.arange(0, BN)[:, None] * BT + tl.arange(0, BT)[None, :]
     return part_ptr + tile.to(tl.int64) * SPLITS * BN * BT + place
 
 
 @triton.jit
-def _sum_of(parts, SPLITS: tl.constexpr, BN: tl.constexpr, BT: tl.constexpr):
+def sum_of_parts(parts, SPLITS: tl.constexpr, BN: tl.constexpr, BT: tl.constexpr):
     total = tl.load(parts, cache_modifier=".cg")
     for split in tl.static_range(1, SPLITS):
         total += tl.load(parts + split * BN * BT, cache_modifier=".cg")
@@ -252,8 +252,8 @@ def few_float8_kernel(
             up = _product(up, w.load([N + first, k]), inputs, scale, TILED, INTERPRET)
     if SPLITS > 1:
         tile = tl.program_id(0)
-        parts = _parts(part_ptr, tile, SPLITS, ROWS, BT)
-        up_parts = _parts(part_ptr, tl.num_programs(0) + tile, SPLITS, ROWS, BT)
+        parts = parts_at(part_ptr, tile, SPLITS, ROWS, BT)
+        up_parts = parts_at(part_ptr, tl.num_programs(0) + tile, SPLITS, ROWS, BT)
         tl.store(parts + tl.program_id(1) * ROWS * BT, acc)
         if GATED:
             tl.store(up_parts + tl.program_id(1) * ROWS * BT, up)
@@ -261,9 +261,9 @@ def few_float8_kernel(
         if tl.atomic_add(count_ptr + tile, 1, sem="acq_rel", scope="gpu") < SPLITS - 1:
             return
         tl.store(count_ptr + tile, 0)
-        acc = _sum_of(parts, SPLITS, ROWS, BT)
+        acc = sum_of_parts(parts, SPLITS, ROWS, BT)
         if GATED:
-            up = _sum_of(up_parts, SPLITS, ROWS, BT)
+            up = sum_of_parts(up_parts, SPLITS, ROWS, BT)
     t = tl.arange(0, BT)
     inside = (n < N)[:, None] & (t < tokens)[None, :]
     if not TILED:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from shardwise.ops.gluon_support import GLUON
 from shardwise.ops.linear.int4_kernels import few_int4_kernel
 from shardwise.ops.quantization.int4_weight import SLAB, Int4Weight, tile_columns
 from shardwise.ops.triton_support import Launcher, aligned, dependent_launch, interpreting, triton
@@ -29,13 +30,15 @@ class Tile:
     """Of a program, which take tiles of K in turn."""
     deep: int
     """Tiles that each warp has on their way."""
-    early: bool = False
-    """Tokens' columns of all of them are asked for at once."""
+    ahead: bool = True
+    """What comes next is asked for before a tile is computed, also where that takes registers."""
 
 
 def tile_for(tokens: int, rows: int, columns: int, gated: bool) -> Tile:
     """The tile for so many tokens and a weight of so many rows (of each half, if gated) and columns."""
-    return Tile(2 if gated else 1, 8, 4)
+    if gated:
+        return Tile(2, 4, 4 if tokens <= 8 else 2)
+    return Tile(1, 4, 8) if rows > 4096 else Tile(1, 8, 4)
 
 
 _few = Launcher(few_int4_kernel)
@@ -73,7 +76,7 @@ def few_int4(
     deep = min(tile.deep, rounds)
     even = columns % (deep * tile.warps * tile_columns(weight.group)) == 0
     constants = (
-        (block, tile.slabs, tile.warps, deep, tile.early, weight.group, *given, gated)
+        (block, tile.slabs, tile.warps, deep, tile.ahead, weight.group, *given, gated)
         + (weight.scale_dtype == torch.float16, even, interpreting(), pdl)
     )  # fmt: skip
     tensors = (x, weight.words, weight.scales, out, *(x if option is None else option for option in options))
@@ -87,6 +90,15 @@ def few_int4(
         launch_pdl=pdl,
     )
     return out
+
+
+def reason_against(device: torch.device) -> str:
+    """Why kernels here do not run on a device; empty where they do."""
+    if not GLUON:
+        return "4-bit weights need Triton with its Gluon language"
+    if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] < 8:
+        return "4-bit weights need GPUs of compute capability 8.0 or later"
+    return ""
 
 
 def takes_gated(weight: Int4Weight) -> bool:

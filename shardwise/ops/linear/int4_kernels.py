@@ -10,7 +10,7 @@ products.
 # mypy: ignore-errors
 
 from shardwise.ops.gluon_support import gl, jit, mma_v2
-from shardwise.ops.ptx import silu
+from shardwise.ops.ptx import keep_loads_above, silu
 from shardwise.ops.quantization.int4_weight import scale_of
 from shardwise.ops.triton_support import tl
 
@@ -33,11 +33,11 @@ _UNPACK = """
     mov.b32 {{$4, $5}}, r2;
     mov.b32 {{$6, $7}}, r3;
 """
-_BFLOAT = tl.constexpr("{" + _UNPACK.format(magic="0x43004300", one="0x3F803F80", kind="bf16x2") + "}")
+UNPACK_BFLOAT = tl.constexpr("{" + _UNPACK.format(magic="0x43004300", one="0x3F803F80", kind="bf16x2") + "}")
 """A code in the last bits of 128.0, less 128 and the zero point."""
-_HALF = tl.constexpr("{" + _UNPACK.format(magic="0x64006400", one="0x3C003C00", kind="f16x2") + "}")
+UNPACK_HALF = tl.constexpr("{" + _UNPACK.format(magic="0x64006400", one="0x3C003C00", kind="f16x2") + "}")
 """The same of 1024.0."""
-_SHAPE = tl.constexpr("=h,=h,=h,=h,=h,=h,=h,=h,r,r,r")
+UNPACKED = tl.constexpr("=h,=h,=h,=h,=h,=h,=h,=h,r,r,r")
 
 
 @jit
@@ -62,7 +62,12 @@ def _unpacked(words, near, far, DTYPE: tl.constexpr, INTERPRET: tl.constexpr):
     near = (near >> 16) * 0x10001 + NEGATIVE
     far = (far >> 16) * 0x10001 + NEGATIVE
     return gl.inline_asm_elementwise(
-        _HALF if HALF else _BFLOAT, _SHAPE, [words, near, far], dtype=(gl.int16,) * 8, is_pure=True, pack=1
+        UNPACK_HALF if HALF else UNPACK_BFLOAT,
+        UNPACKED,
+        [words, near, far],
+        dtype=(gl.int16,) * 8,
+        is_pure=True,
+        pack=1,
     )
 
 
@@ -121,13 +126,10 @@ def _slab(slab, first, slabs, S: tl.constexpr, GATED: tl.constexpr):
 
 
 @jit
-def _inputs(x_at, norm_at, place, columns, NORM: tl.constexpr, EVEN: tl.constexpr):
-    """Tokens' columns at `place`, zeros from `columns` on; NORM: multiplied by a norm's weights."""
-    if EVEN:
-        x = gl.load(x_at)
-        return x * gl.load(norm_at) if NORM else x
-    x = gl.load(x_at, mask=place < columns, other=0.0)
-    return x * gl.load(norm_at, mask=place < columns, other=0.0) if NORM else x
+def _inputs(x_at, norm_at, there, NORM: tl.constexpr):
+    """Tokens' columns, and the norm's weights for them; zeros where they are not there."""
+    x = gl.load(x_at, mask=there, other=0.0)
+    return x, gl.load(norm_at, mask=there, other=0.0) if NORM else x
 
 
 @jit
@@ -150,7 +152,7 @@ def few_int4_kernel(
     bias_ptr,  # [N]
     residual_ptr,  # [T, N]
     tokens, eps, N, K,
-    BT: tl.constexpr, S: tl.constexpr, W: tl.constexpr, DEEP: tl.constexpr, EARLY: tl.constexpr, GROUP: tl.constexpr,
+    BT: tl.constexpr, S: tl.constexpr, W: tl.constexpr, DEEP: tl.constexpr, AHEAD: tl.constexpr, GROUP: tl.constexpr,
     NORM: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, GATED: tl.constexpr, HALF: tl.constexpr,
     EVEN: tl.constexpr, INTERPRET: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -159,7 +161,7 @@ def few_int4_kernel(
     S      GATED: half of them gates
     W      warps, which take tiles of K in turn; even, as two tiles may share a scale
     DEEP   tiles that each has on their way
-    EARLY  tokens' columns of all of them are asked for at once
+    AHEAD  what comes next is asked for before a tile is computed, also where that takes registers
     NORM   of one token
     HALF   scales are float16, else bfloat16
     EVEN   K is whole rounds of DEEP tiles of each warp
@@ -222,31 +224,31 @@ def few_int4_kernel(
     x_at, norm_at = x_ptr + (gl.expand_dims(gl.expand_dims(token, 0), 2) * K + place), norm_ptr + place
     squares = _squares(x_ptr, K, W) if NORM else 0.0
     acc = gl.zeros([W, 16 * S, BT], gl.float32, ACC)
+    x, norm = _inputs(x_at, norm_at, EVEN or place < K, NORM)
     for k in range(0, tiles, W * DEEP):
         word_at += W * DEEP * 2 * TILE
         beside_at += W * DEEP * TILE // GROUP * 16
-        next_words, next_besides, inputs = (), (), ()
-        if EARLY:
-            for ahead in gl.static_range(DEEP):
-                column = ahead * W * TILE
-                x = _inputs(x_at + column, norm_at + column, place + k * TILE + column, K, NORM, EVEN)
-                inputs = inputs + (x,)
+        next_words, next_besides = (), ()
         for ahead in gl.static_range(DEEP):
-            if EARLY:
-                x = inputs[ahead]
+            column, following = (ahead + 1) * W * TILE, k + (ahead + DEEP) * W
+            if EVEN:
+                there, row_there = following < tiles, following < tiles
+                x_there = True if ahead + 1 < DEEP else k + W * DEEP < tiles
             else:
-                column = ahead * W * TILE
-                x = _inputs(x_at + column, norm_at + column, place + k * TILE + column, K, NORM, EVEN)
-            weights = _weights(words[ahead], besides[ahead], DTYPE, WORDS, LEFT, INTERPRET)
-            scale = gl.expand_dims(scale_of(besides[ahead], HALF), 2)
-            following = k + (DEEP + ahead) * W
-            there = following < tiles if EVEN else tile + following < tiles
-            row_there = following < tiles if EVEN else row_tile + following < tiles
+                there, row_there = tile + following < tiles, row_tile + following < tiles
+                x_there = place + (k * TILE + column) < K
+            next_x, next_norm = _inputs(x_at + column, norm_at + column, x_there, NORM)
             w, b = _load(word_at, beside_at, ahead, there, row_there, W, TILE, GROUP)
             next_words = next_words + (w,)
             next_besides = next_besides + (b,)
+            if AHEAD:
+                keep_loads_above()
+            weights = _weights(words[ahead], besides[ahead], DTYPE, WORDS, LEFT, INTERPRET)
+            scale = gl.expand_dims(scale_of(besides[ahead], HALF), 2)
             none = gl.zeros([W, 16 * S, BT], gl.float32, ACC)
-            acc += mma_v2(weights, _turned(x, RIGHT, INTERPRET), none) * scale
+            acc += mma_v2(weights, _turned(x * norm if NORM else x, RIGHT, INTERPRET), none) * scale
+            x = next_x
+            norm = next_norm
         x_at += W * DEEP * TILE
         norm_at += W * DEEP * TILE
         words = next_words

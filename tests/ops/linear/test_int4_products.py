@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from shardwise.ops.linear.int4 import Tile, few_int4
-from shardwise.ops.quantization.int4_weight import Int4Weight, held_bytes, pack_int4
+from shardwise.ops.linear.int4_many import FEW, ManyTile, int4_product, many_int4, most_tokens
+from shardwise.ops.quantization.int4_weight import held_bytes, pack_int4
 from shardwise.ops.triton_support import interpreting
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -39,7 +40,9 @@ def close(actual, expected):
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 @pytest.mark.parametrize(("group", "scale_dtype", "columns"), GROUPINGS, ids=["32", "64", "128"])
 @pytest.mark.parametrize("form", ["plain", "bias, residual", "gated"])
-@pytest.mark.parametrize(("tokens", "tile"), [(1, Tile(2, 2, 2)), (5, Tile(2, 4, 3)), (33, Tile(4, 2, 1))], ids=str)
+@pytest.mark.parametrize(
+    ("tokens", "tile"), [(1, Tile(2, 2, 2)), (5, Tile(2, 4, 3, False)), (33, Tile(4, 2, 1))], ids=str
+)
 def test_products_are_those_of_the_values(tokens, tile, form, group, scale_dtype, columns, dtype):
     torch.manual_seed(0)
     gated, rows = form == "gated", 160 if form == "gated" else 200
@@ -54,6 +57,31 @@ def test_products_are_those_of_the_values(tokens, tile, form, group, scale_dtype
     if gated:
         expected = torch.nn.functional.silu(expected[:, : rows // 2]) * expected[:, rows // 2 :]
     close(got, expected + sum(each.double() for each in (bias, residual) if each is not None))
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize(("group", "scale_dtype", "columns"), GROUPINGS[1:], ids=["64", "128"])
+@pytest.mark.parametrize(
+    ("tokens", "tile"), [(20, ManyTile(64, 32, 4, 3, 1)), (40, ManyTile(128, 32, 4, 3, 2))], ids=str
+)
+def test_products_of_many_tokens_are_those_of_the_values(tokens, tile, group, scale_dtype, columns, dtype):
+    torch.manual_seed(3)
+    weight, values = int4(200, columns, group, scale_dtype)
+    x, bias, residual = (randn(*shape, dtype=dtype) for shape in ((tokens, columns), (200,), (tokens, 200)))
+    for _ in range(2):  # a product in parts leaves its counters as it found them
+        got = many_int4(x, weight, bias=bias, residual=residual, tile=tile)
+        close(got, x.double() @ values.T + bias.double() + residual.double())
+
+
+@pytest.mark.parametrize(("group", "columns"), [(32, 96), (128, 256)])
+def test_gated_products_of_any_number_of_tokens(group, columns):
+    torch.manual_seed(4)
+    weight, values = int4(64, columns, group)
+    for tokens in (2, FEW + 1, most_tokens(weight)):
+        x, residual = randn(tokens, columns), randn(tokens, 32)
+        gate, up = (x.double() @ values.T).chunk(2, 1)
+        got = int4_product(x, weight, residual=residual, gated=True)
+        close(got, torch.nn.functional.silu(gate) * up + residual.double())
 
 
 def test_a_row_and_columns_beyond_the_whole_rounds_count():
@@ -91,4 +119,7 @@ def test_what_the_kernels_do_not_take_is_said():
     for groups, scale_dtype in ((4, torch.float16), (1, torch.float32)):
         with pytest.raises(ValueError, match="groups of 128, 64, 32 columns and scales of 16 bits are legal"):
             pack_int4(codes, torch.ones(16, groups, dtype=scale_dtype), torch.zeros(16, groups, dtype=torch.uint8))
-    assert isinstance(weight, Int4Weight) and weight.shape == (48, 128)
+    with pytest.raises(
+        ValueError, match=r"many_int4: x \[T, 96\] and groups of 64 or 128, got \(2, 96\) and groups of 32"
+    ):
+        many_int4(randn(2, 96), int4(16, 96, 32)[0])

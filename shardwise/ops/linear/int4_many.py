@@ -1,0 +1,128 @@
+"""Products with 4-bit weights that stay so, of any number of tokens for which that pays.
+
+    y = f(x W^T + bias) + residual
+
+A token or a few are `few_int4`'s. `many_int4` computes more on the matrix unit of Hopper (compute capability 9), or in
+Triton's interpreter with fp16 and float32, in parts of K where outputs are few. For still more a plain copy of the
+weight is faster.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from shardwise.ops.linear.decode import gated_activation
+from shardwise.ops.linear.int4 import MAX_FEW, few_int4
+from shardwise.ops.linear.int4_many_kernels import many_int4_kernel
+from shardwise.ops.moe.workspace import Workspace
+from shardwise.ops.quantization.int4_weight import Int4Weight
+from shardwise.ops.tensor_memory import matrix_tiles
+from shardwise.ops.triton_support import (
+    Launcher,
+    aligned,
+    asynchronous_products,
+    dependent_launch,
+    interpreting,
+    multiprocessors,
+    triton,
+)
+
+FEW = 32
+"""Tokens up to which `few_int4` is the faster one."""
+MAX_MANY = 256
+"""Tokens beyond which a plain copy is."""
+GROUPS = (64, 128)
+"""That `many_int4` takes."""
+
+
+def most_tokens(weight: Int4Weight) -> int:
+    """Of a product with such a weight, by `int4_product`."""
+    return MAX_MANY if _takes_many(weight) else MAX_FEW
+
+
+def _takes_many(weight: Int4Weight) -> bool:
+    return weight.group in GROUPS and (interpreting() or asynchronous_products(weight.words.device))
+
+
+def int4_product(
+    x: torch.Tensor,  # [T, K]
+    weight: Int4Weight,  # [N, K], gated: [2N, K]
+    *,
+    bias: torch.Tensor | None = None,  # [N]
+    residual: torch.Tensor | None = None,  # [T, N]
+    gated: bool = False,
+    pdl: bool = False,
+) -> torch.Tensor:
+    """[T, N] in x's dtype for T from 1 to `most_tokens`; `gated` as of `few_int4`."""
+    if x.shape[0] <= FEW or not _takes_many(weight):
+        return few_int4(x, weight, bias=bias, residual=residual, gated=gated)
+    out = many_int4(x, weight, bias=bias, residual=None if gated else residual)
+    if not gated:
+        return out
+    out = gated_activation(out, pdl=pdl)
+    return out if residual is None else out.add_(residual)
+
+
+@dataclass(frozen=True)
+class ManyTile:
+    """Shape of one launch of `many_int4_kernel`."""
+
+    rows: int
+    tokens: int
+    warps: int
+    stages: int
+    splits: int
+
+
+def many_tile_for(tokens: int, rows: int, columns: int, processors: int) -> ManyTile:
+    """The tile for so many tokens and a weight of so many rows and columns."""
+    block = min(128, max(16, triton.next_power_of_2(tokens)))
+    tiles, splits = triton.cdiv(rows, 64) * triton.cdiv(tokens, block), 1
+    while tiles * splits < 2 * processors and splits < 8 and columns // 128 // (2 * splits) >= 4:
+        splits *= 2
+    return ManyTile(64, block, 4, 4, splits)
+
+
+_many = Launcher(many_int4_kernel)
+
+
+def many_int4(
+    x: torch.Tensor,  # [T, K]
+    weight: Int4Weight,  # [N, K]
+    *,
+    bias: torch.Tensor | None = None,  # [N]
+    residual: torch.Tensor | None = None,  # [T, N]
+    tile: ManyTile | None = None,
+) -> torch.Tensor:
+    """[T, N] in x's dtype, for weights in groups of 64 and 128."""
+    (tokens, k), (n, columns) = x.shape, weight.shape
+    if columns != k or weight.group not in GROUPS or not tokens:
+        came = f"{tuple(x.shape)} and groups of {weight.group}"
+        raise ValueError(f"many_int4: x [T, {columns}] and groups of {' or '.join(map(str, GROUPS))}, got {came}")
+    device = x.device
+    tile = tile or many_tile_for(tokens, n, columns, multiprocessors(device))
+    tiles, blocks, pdl = triton.cdiv(n, tile.rows), triton.cdiv(tokens, tile.tokens), dependent_launch(device)
+    x = x.view(tokens, k // 32, 4, 4, 2).transpose(2, 3).reshape(tokens, k)  # as the fragments have them
+    out = torch.empty(tokens, n, dtype=x.dtype, device=device)
+    parts = counters = weight.scales
+    if tile.splits > 1:
+        space = Workspace.of(device, tile.tokens)
+        parts = space.take("int4 parts", (tiles * blocks * tile.splits * tile.rows * tile.tokens,), torch.float32)
+        counters = space.counters(tiles * blocks)
+    tensors = (
+        (weight.words, weight.scales, *(out if option is None else option for option in (bias, residual)))
+        + (out, parts, counters)
+    )  # fmt: skip
+    constants = (
+        (tile.tokens, tile.rows, tile.stages, tile.splits, weight.group, bias is not None, residual is not None)
+        + (weight.scale_dtype == torch.float16, interpreting(), pdl)
+    )  # fmt: skip
+    _many(
+        device,
+        (x.dtype, *(tensor.dtype for tensor in tensors), n, k, tile.warps, aligned(*tensors), constants),
+        (tiles, tile.splits, blocks),
+        (matrix_tiles(x, tile.tokens, weight.group), *tensors, tokens, n, k, *constants),
+        num_warps=tile.warps,
+        launch_pdl=pdl,
+    )
+    return out
