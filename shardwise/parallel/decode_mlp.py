@@ -3,11 +3,12 @@
 from collections.abc import Callable
 from typing import Protocol
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from shardwise.ops.linear import float8, int4
+from shardwise.ops.moe.decode import SharedExpert
+from shardwise.ops.quantization.int4_weight import Int4Weight
 from shardwise.parallel.decode_moe import ExpertStep
 from shardwise.parallel.decode_stream import (
     Product,
@@ -94,10 +95,10 @@ class GatedStep(DenseStep):
 
     def __init__(self, mlp: GatedMlp, *, pdl: bool):
         self.gate_up, self.down, self.pdl = Product.of(mlp.gate_up), Product.of(mlp.down), pdl
-        self._gelu = mlp.activation is gelu_tanh
+        self.gelu = mlp.activation is gelu_tanh
 
     def inner(self, stream: Stream) -> Tensor:
-        return gated_product(self.gate_up, stream, gelu=self._gelu, pdl=self.pdl)
+        return gated_product(self.gate_up, stream, gelu=self.gelu, pdl=self.pdl)
 
 
 class UngatedStep(DenseStep):
@@ -112,14 +113,13 @@ class UngatedStep(DenseStep):
 
 
 class SharedExpertStep:
-    """Routed experts and the shared one. For one token the sums begin with the shared expert's and need no kernel; a
-    gate's logit is one of the router's, and the kernel that sums the routed experts applies it."""
+    """Routed experts and the shared one. For few tokens a gated one may be one of the routed experts' kernels; without
+    a gate, for one token the sums begin with the shared expert's and need no kernel."""
 
     def __init__(self, inner: MoeWithShared, *, pdl: bool):
-        self.shared, self.pdl, gate = inner.shared, pdl, inner.shared.gate
-        self.dense = _dense(inner.shared.mlp, pdl) if gate is None or isinstance(gate, Linear) else None
-        row = gate.weight.t() if isinstance(gate, Linear) else None
-        self.routed = ExpertStep(inner.routed, shared_gate=row, pdl=pdl)
+        self.shared, self.pdl = inner.shared, pdl
+        self.dense = _dense(inner.shared.mlp, pdl)
+        self.routed = ExpertStep(inner.routed, shared=_as_routed(self.dense, inner.shared.gate), pdl=pdl)
 
     def __call__(self, stream: Stream, joining: ResidualNorm, positions: Tensor) -> Stream:
         alone = joining.group.size == 1 and joining.is_plain
@@ -130,18 +130,30 @@ class SharedExpertStep:
 
     def _is_few(self, stream: Stream) -> bool:
         """Whether kernels for few tokens serve both kinds of experts."""
-        return self.dense is not None and stream.is_skinny and stream.x.shape[0] <= self.routed.most_few
+        if stream.x.shape[0] > self.routed.most_few:
+            return False
+        ungated = self.dense is not None and self.shared.gate is None
+        return self.routed.shared is not None or (ungated and stream.is_skinny)
 
     def partial(self, stream: Stream, positions: Tensor, total: Tensor | None) -> Tensor:
-        if self.dense is not None and self._is_few(stream):
-            if self.shared.gate is not None:
-                return self.routed.few(stream, positions, total, self.dense.partial(stream, positions, None))
-            return self.routed.few(stream, positions, self.dense.partial(stream, positions, total))
+        if self._is_few(stream):
+            if self.routed.shared is None and self.dense is not None:
+                total = self.dense.partial(stream, positions, total)
+            return self.routed.few(stream, positions, total)
         normed = Stream(stream.normed(), stream.residual)
         routed = self.routed.partial(stream if stream.x.shape[0] <= self.routed.most_few else normed, positions, total)
         if self.dense is None:
             return routed + self.shared(normed.x)
         if self.shared.gate is None:
             return self.dense.partial(normed, positions, routed)
-        shared = self.dense.partial(normed, positions, None)
-        return routed.addcmul_(shared, torch.sigmoid(self.shared.gate(normed.x)))
+        return routed.addcmul_(self.dense.partial(normed, positions, None), self.shared.gate(normed.x).sigmoid_())
+
+
+def _as_routed(dense: DenseStep | None, gate: LinearLike | None) -> tuple[SharedExpert, Tensor] | None:
+    """The weights of a gated shared expert as one of the routed, and its gate's row."""
+    if not isinstance(dense, GatedStep) or dense.gelu or not isinstance(gate, Linear):
+        return None
+    gate_up, down = dense.gate_up.weight, dense.down.weight
+    if isinstance(gate_up, Int4Weight) or isinstance(down, Int4Weight):
+        return None
+    return SharedExpert(gate_up, down), gate.weight.t()

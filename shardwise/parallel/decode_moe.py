@@ -6,7 +6,7 @@ from torch import Tensor
 
 from shardwise.ops.linear.decode import MAX_TOKENS, skinny_linear
 from shardwise.ops.moe import decode
-from shardwise.ops.moe.decode import Choice, Gate, Shared, expert_down, expert_up
+from shardwise.ops.moe.decode import Choice, Gate, SharedExpert, expert_down, expert_up
 from shardwise.parallel.decode_stream import Stream, joined
 from shardwise.parallel.float8_linear import Float8Experts
 from shardwise.parallel.layers import Linear, ResidualNorm
@@ -61,11 +61,13 @@ class ExpertStep:
 
     Where `most_few` is above 0, the kernels for few tokens have what they take of the block: the router's weights
     `router` [E, H] (a copy) and `bias`, `slots` int32 [E], the `choice` of experts, and the `gate` between products.
-    The router's last row is `shared_gate` [1, H], the gate of a shared expert, where there is one.
+    They take a `shared` expert with a gate among the chosen ones, where it is of their form: the gate's row [1, H]
+    is then the router's last.
     """
 
-    def __init__(self, block: MoeBlock, *, shared_gate: Tensor | None = None, pdl: bool):
+    def __init__(self, block: MoeBlock, *, shared: tuple[SharedExpert, Tensor] | None = None, pdl: bool):
         self.block, self.pdl = block, pdl
+        self.shared: SharedExpert | None = None
         experts = block.experts
         few = not _reason_against_few(block)
         fused = isinstance(experts, PackedExperts) or experts.is_fused
@@ -73,7 +75,11 @@ class ExpertStep:
         """Most tokens for the kernels for few: all, where no others can be part of a graph."""
         if few:
             assert isinstance(block.router, Linear)
-            self.router, self.bias = _with_row(block.router, shared_gate)
+            self.router, self.bias = block.router.weight.t().contiguous(), block.router.bias
+            if shared is not None and shared[0].fits(experts.up_gate, experts.down):
+                self.shared = shared[0]
+                self.router = torch.cat([self.router, shared[1]])
+                self.bias = self.bias if self.bias is None else torch.cat([self.bias, self.bias.new_zeros(1)])
             self.slots, self.choice = block.slots.int(), _choice(block.routing)
             self.gate = _gate_of(experts) or Gate()
 
@@ -90,13 +96,10 @@ class ExpertStep:
         partial = self.block(stream.normed())
         return partial if total is None else partial + total
 
-    def few(self, stream: Stream, positions: Tensor, residual: Tensor | None, shared: Tensor | None = None) -> Tensor:
-        """Of at most `most_few` tokens: this rank's partial sum, plus `residual` where there is one, and what a gated
-        shared expert yields."""
+    def few(self, stream: Stream, positions: Tensor, residual: Tensor | None) -> Tensor:
+        """Of at most `most_few` tokens: this rank's partial sum, plus `residual` where there is one."""
         x, experts = stream.x, self.block.experts
         normed, logits = self._routed(stream)
-        gated = None if shared is None else Shared(shared, logits[:, -1])
-        logits = logits[:, : len(self.slots)]
         biases = (experts.up_gate_bias, experts.down_bias) if isinstance(experts, Experts) else (None, None)
         routed = expert_up(
             normed,
@@ -107,14 +110,21 @@ class ExpertStep:
             self.gate,
             bias=biases[0],
             positions=positions,
+            shared=self.shared,
             pdl=self.pdl,
         )
         return expert_down(
-            routed, experts.down, bias=biases[1], residual=residual, shared=gated, dtype=x.dtype, pdl=self.pdl
+            routed,
+            experts.down,
+            bias=biases[1],
+            residual=residual,
+            shared=self.shared,
+            dtype=x.dtype,
+            pdl=self.pdl,
         )
 
     def _routed(self, stream: Stream) -> tuple[Tensor, Tensor]:
-        """The normed input, and the router's logits with the shared expert's gate behind them."""
+        """The normed input, and the router's logits, behind them that of the shared expert's gate."""
         x, norm = stream.x, stream.norm
         if x.shape[0] > MAX_TOKENS:
             normed = stream.normed()
@@ -132,11 +142,3 @@ class ExpertStep:
             pdl=self.pdl,
         )
         return normed, logits
-
-
-def _with_row(router: Linear, row: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """The router's weights [E, H] and bias, with one more row, without a bias, behind them."""
-    weight, bias = router.weight.t(), router.bias
-    if row is None:
-        return weight.contiguous(), bias
-    return torch.cat([weight, row]), bias if bias is None else torch.cat([bias, bias.new_zeros(1)])

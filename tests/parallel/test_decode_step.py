@@ -86,17 +86,20 @@ FAMILIES |= {
             NEAR_KIN["qwen3_next"][1],
             num_hidden_layers=2,
             head_dim=32,
+            shared_expert_intermediate_size=36,
             layer_types=["linear_attention", "full_attention"],
         ),
     ),
 }
 """Heads rotated in part, norms after blocks, of all heads, of layers, capped scores, blocks in parallel; state-space
-layers, layers of one block, mixers side by side; gated delta layers, attention with a gated output."""
+layers, layers of one block, mixers side by side; gated delta layers, attention with a gated output, a shared expert of
+the routed ones' size."""
 ON_TWO_RANKS = ("olmo2", "cohere", "bamba", "falcon_h1", "qwen3_next")
 CASES = [(name, ParallelLayout()) for name in FAMILIES if name not in ON_TWO_RANKS]
 CASES += [(name, ParallelLayout(tp=2)) for name in ON_TWO_RANKS]
 CASES += [
     ("llama tied, with biases", ParallelLayout(tp=2)),
+    ("llama tied, with biases", ParallelLayout(attn_dp=2)),  # one prompt leaves a group without work
     ("qwen3_moe", ParallelLayout(tp=2, moe_ep=2)),
     ("gpt_oss", ParallelLayout(tp=2)),
     ("deepseek_v2", ParallelLayout(tp=2)),

@@ -78,7 +78,7 @@ class Routed:
     """What the second product needs of the first."""
 
     ids: Tensor
-    """int32 [T, K], slots of local experts, -1 for others'"""
+    """int32 [T, K], slots of local experts, -1 for others'; a shared expert comes last, behind the local ones"""
     weights: Tensor
     """float32 [T, K]"""
     inner: Tensor
@@ -86,18 +86,26 @@ class Routed:
 
 
 @dataclass(frozen=True)
-class Shared:
-    """What a shared expert adds to the routed ones' sum: sigmoid(gate) * partial."""
+class SharedExpert:
+    """One more choice of every token, of the size of the routed experts and stored as they are: its weight is the
+    sigmoid of the logit behind theirs."""
 
-    partial: Tensor
-    """[T, H]"""
-    gate: Tensor
-    """float32 [T], any stride"""
+    up_gate: Tensor | Float8Weight
+    """[2I, H], gate rows before up rows"""
+    down: Tensor | Float8Weight
+    """[H, I]"""
+
+    def fits(self, up_gate: Experts, down: Experts) -> bool:
+        """Whether such routed experts [local, 2I, H] and [local, H, I] are of the same size and form."""
+        return all(
+            not isinstance(stacked, PackedMXFP4) and own.shape == stacked.shape[1:] and _grain(own) == _grain(stacked)
+            for own, stacked in ((self.up_gate, up_gate), (self.down, down))
+        )
 
 
 def expert_up(
     x: Tensor,  # [T, H], normed; bf16 with packed weights on a GPU
-    logits: Tensor,  # float32 [T, E], contiguous rows
+    logits: Tensor,  # float32 [T, E], with a shared expert [T, E + 1]
     slots: Tensor,  # int32 [E], local slot of each expert, -1 for others'
     choice: Choice,
     weight: Experts,  # [local, 2I, H], up rows before gate rows; packed: gate and up rows in pairs
@@ -105,17 +113,19 @@ def expert_up(
     *,
     bias: Tensor | None = None,  # [local, 2I], of plain weights
     positions: Tensor | None = None,  # int32 [T], negative for rows of padding, which choose nothing
+    shared: SharedExpert | None = None,  # beside plain weights
     pdl: bool = False,
 ) -> Routed:
     """Route, and the first product of every chosen local expert with its activation."""
-    tokens, hidden = x.shape
-    pairs, experts, packed = tokens * choice.top_k, logits.shape[1], isinstance(weight, PackedMXFP4)
+    (tokens, hidden), experts, packed = x.shape, slots.shape[0], isinstance(weight, PackedMXFP4)
+    choices = choice.top_k + (shared is not None)
+    pairs = tokens * choices
     _check(choice, experts, weight)
     rows = weight.rows if isinstance(weight, PackedMXFP4) else weight.shape[1]
     size, device = rows // 2, x.device
     routed = Routed(
-        torch.empty(tokens, choice.top_k, dtype=torch.int32, device=device),
-        torch.empty(tokens, choice.top_k, dtype=torch.float32, device=device),
+        torch.empty(tokens, choices, dtype=torch.int32, device=device),
+        torch.empty(tokens, choices, dtype=torch.float32, device=device),
         torch.empty(pairs, size, dtype=x.dtype if packed else torch.float32, device=device),
     )
     pdl = pdl and not interpreting()
@@ -137,13 +147,14 @@ def expert_up(
             maxnreg=_PACKED_REGISTERS, **flags,
         )  # fmt: skip
     else:
-        codes, scales, grain = _as_stored(weight)
+        grain = _grain(weight)
         tile = FLOAT8_UP_TILE if grain else UP_TILE
         blocks = triton.cdiv(size, tile.rows)
-        programs = triton.cdiv(PLAIN_PER_SM * multiprocessors(device), choice.top_k)
+        programs = triton.cdiv(PLAIN_PER_SM * multiprocessors(device), choices)
         plain_up[(min(blocks, programs), pairs)](
-            *common, codes, scales, bias, GRAIN=grain, BLOCK_N=tile.rows, BLOCK_K=tile.columns, STAGES=3,
-            BIAS=bias is not None, num_warps=tile.warps, **flags,
+            *common, *_as_stored(weight), bias, *_as_stored(None if shared is None else shared.up_gate), weight.shape[0],
+            GRAIN=grain, BLOCK_N=tile.rows, BLOCK_K=tile.columns, STAGES=3, BIAS=bias is not None,
+            SHARED=shared is not None, num_warps=tile.warps, **flags,
         )  # fmt: skip
     return routed
 
@@ -154,31 +165,30 @@ def expert_down(
     *,
     bias: Tensor | None = None,  # [local, H], of plain weights
     residual: Tensor | None = None,  # [T, H]
-    shared: Shared | None = None,
+    shared: SharedExpert | None = None,  # as the first product had it
     dtype: torch.dtype = torch.bfloat16,
     pdl: bool = False,
 ) -> Tensor:
-    """Sum over each token's local experts of weight * (down product + bias), plus the residual and what a shared expert
-    adds: [T, H] in `dtype`."""
-    tokens, top_k = routed.ids.shape
+    """Sum over each token's local experts of weight * (down product + bias), plus the residual: [T, H] in `dtype`."""
+    tokens, choices = routed.ids.shape
     size, inner = routed.inner.shape[1], routed.inner
     hidden = weight.rows if isinstance(weight, PackedMXFP4) else weight.shape[1]
     out = torch.empty(tokens, hidden, dtype=dtype, device=inner.device)
     pdl = pdl and not interpreting()
-    beside = (None, None, 0) if shared is None else (shared.partial, shared.gate, shared.gate.stride(0))
-    common = (inner, routed.ids, routed.weights, residual, *beside, out, hidden, size)
-    flags = dict(TOP_K=top_k, RESIDUAL=residual is not None, SHARED=shared is not None, PDL=pdl, launch_pdl=pdl)
+    common = (inner, routed.ids, routed.weights, residual, out, hidden, size)
+    flags = dict(CHOICES=choices, RESIDUAL=residual is not None, PDL=pdl, launch_pdl=pdl)
     if isinstance(weight, PackedMXFP4):
         packed_down[(weight.words.shape[1] * 4, tokens)](
             *common, weight.words, weight.scales, weight.bias, *weight.words.shape[1:3],
             DEPTH=DOWN_DEPTH, EVEN=size % TILE == 0, WARPS=8, INTERPRET=interpreting(), num_warps=8, **flags,
         )  # fmt: skip
     else:
-        codes, scales, grain = _as_stored(weight)
+        grain = _grain(weight)
         tile = FLOAT8_DOWN_TILE if grain else DOWN_TILE
         plain_down[(triton.cdiv(hidden, tile.rows), tokens)](
-            *common, codes, scales, bias, GRAIN=grain, BLOCK_N=tile.rows, BLOCK_K=tile.columns, STAGES=4,
-            BIAS=bias is not None, num_warps=tile.warps, **flags,
+            *common, *_as_stored(weight), bias, *_as_stored(None if shared is None else shared.down), weight.shape[0],
+            GRAIN=grain, BLOCK_N=tile.rows, BLOCK_K=tile.columns, STAGES=4, BIAS=bias is not None,
+            SHARED=shared is not None, num_warps=tile.warps, **flags,
         )  # fmt: skip
     return out
 
@@ -196,11 +206,14 @@ def takes_packed(weight: PackedMXFP4) -> bool:
     return GLUON and weight.format == "narrow"
 
 
-def _as_stored(weight: Tensor | Float8Weight) -> tuple[Tensor, Tensor | None, str]:
-    """Elements, scales, and what one of these stands for; empty without scales."""
-    if isinstance(weight, Float8Weight):
-        return weight.codes, weight.scales, "tile" if weight.tiled else "channel"
-    return weight, None, ""
+def _as_stored(weight: Tensor | Float8Weight | None) -> tuple[Tensor | None, Tensor | None]:
+    """Elements and scales; None for what there is not."""
+    return (weight.codes, weight.scales) if isinstance(weight, Float8Weight) else (weight, None)
+
+
+def _grain(weight: Experts) -> str:
+    """What a scale of plain weights stands for; empty without scales."""
+    return ("tile" if weight.tiled else "channel") if isinstance(weight, Float8Weight) else ""
 
 
 def _check(choice: Choice, experts: int, weight: Experts) -> None:

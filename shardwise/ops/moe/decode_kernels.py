@@ -6,7 +6,7 @@ WARP = tl.constexpr(32)  # lanes, one for each choice of a token
 
 
 @triton.jit
-def _choose(logit_ptr, e, slots, choice, experts, scale, TOP_K: tl.constexpr, NORMALIZE: tl.constexpr):
+def choose(logit_ptr, e, slots, choice, experts, scale, TOP_K: tl.constexpr, NORMALIZE: tl.constexpr):
     """Local slot and weight of a token's expert number `choice`, the lowest number first among equal logits.
 
     Of experts `e`, with their `slots`. Compared as integers of the same order: those a warp reduces in one instruction.
@@ -33,18 +33,13 @@ def _choose(logit_ptr, e, slots, choice, experts, scale, TOP_K: tl.constexpr, NO
 
 
 @triton.jit
-def route(
-    logit_ptr, e, slots, position, id_ptr, route_ptr, pair, experts, logit_row, scale, TOP_K: tl.constexpr,
-    NORMALIZE: tl.constexpr, PADDED: tl.constexpr,
-):  # fmt: skip
-    """Slot of the pair, -1 if it is nobody's here; the pair's first program writes it and its weight down."""
-    logits = logit_ptr + pair // TOP_K * logit_row
-    slot, weight = _choose(logits, e, slots, pair % TOP_K, experts, scale, TOP_K, NORMALIZE)
+def routed(slot, weight, position, id_ptr, route_ptr, PADDED: tl.constexpr):
+    """Slot of a pair, -1 if it is nobody's here; the pair's first program writes it and its weight down."""
     if PADDED:
         slot = tl.where(position < 0, -1, slot)
     if tl.program_id(0) == 0:
-        tl.store(id_ptr + pair, slot)
-        tl.store(route_ptr + pair, weight)
+        tl.store(id_ptr, slot)
+        tl.store(route_ptr, weight)
     return slot
 
 
@@ -75,28 +70,39 @@ def _added(total, w, x, scale_ptr, line, start, columns,
 @triton.jit(do_not_specialize=["scale", "alpha", "limit"])
 def plain_up(
     x_ptr, logit_ptr, slot_ptr, position_ptr, id_ptr, route_ptr, out_ptr, size, hidden, experts, logit_row, scale,
-    alpha, limit, weight_ptr, scale_ptr, bias_ptr,
+    alpha, limit, weight_ptr, scale_ptr, bias_ptr, shared_ptr, shared_scale_ptr, local,
     TOP_K: tl.constexpr, E_BLOCK: tl.constexpr, NORMALIZE: tl.constexpr, PADDED: tl.constexpr, CLAMPED: tl.constexpr,
     PDL: tl.constexpr, GRAIN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
-    BIAS: tl.constexpr,
+    BIAS: tl.constexpr, SHARED: tl.constexpr,
 ):  # fmt: skip
     """Rows of one pair's activation, BLOCK_N at once; a program takes several turns, for it chooses only once.
 
     GRAIN   "tile", "channel": weights are e4m3, scale_ptr has their scales, as `Float8Weight`; BLOCK_N divides 128
+    SHARED  each token's last pair is the shared expert, of slot `local`: its gate rows lie before its up rows
     """
+    CHOICES: tl.constexpr = TOP_K + SHARED
     pair = tl.program_id(1)
-    token = pair // TOP_K
+    token, choice = pair // CHOICES, pair % CHOICES
     e = tl.arange(0, E_BLOCK)
     slots = tl.load(slot_ptr + e, mask=e < experts, other=-1)
     position = tl.load(position_ptr + token) if PADDED else 0
     await_and_trigger(PDL)
-    slot = route(
-        logit_ptr, e, slots, position, id_ptr, route_ptr, pair, experts, logit_row, scale, TOP_K, NORMALIZE, PADDED
-    )  # fmt: skip
+    logits = logit_ptr + token * logit_row
+    if SHARED and choice == TOP_K:
+        slot = tl.cast(local, tl.int32)
+        weight = tl.sigmoid(tl.load(logits + experts).to(tl.float32))
+    else:
+        slot, weight = choose(logits, e, slots, choice, experts, scale, TOP_K, NORMALIZE)
+    slot = routed(slot, weight, position, id_ptr + pair, route_ptr + pair, PADDED)
     if slot < 0:
         return
+    own = SHARED and choice == TOP_K
+    matrix = tl.where(own, shared_ptr, weight_ptr) if SHARED else weight_ptr
+    scales = tl.where(own, shared_scale_ptr, scale_ptr) if SHARED and GRAIN != "" else scale_ptr
+    up_row = tl.where(own, size, slot * 2 * size)
+    gate_row = tl.where(own, 0, up_row + size)
     column = tl.arange(0, BLOCK_K)
-    x_ptr += (pair // TOP_K).to(tl.int64) * hidden
+    x_ptr += token.to(tl.int64) * hidden
     steps = tl.cdiv(hidden, BLOCK_K)
     turns = tl.cdiv(tl.cdiv(size, BLOCK_N) - tl.program_id(0), tl.num_programs(0))
     WIDTH: tl.constexpr = BLOCK_K if GRAIN == "" else BLOCK_K // 16
@@ -108,25 +114,22 @@ def plain_up(
         start = index % steps * BLOCK_K
         inside = rows < size
         here = inside[:, None] & (start + column < hidden)[None, :]
-        up_rows = weight_ptr + (slot.to(tl.int64) * 2 * size + rows)[:, None] * hidden + (start + column)[None, :]
+        up_rows = matrix + (up_row + rows).to(tl.int64)[:, None] * hidden + (start + column)[None, :]
+        gate_rows = matrix + (gate_row + rows).to(tl.int64)[:, None] * hidden + (start + column)[None, :]
         u = tl.load(up_rows, mask=here, other=0.0, eviction_policy="evict_first").to(tl.float32)
-        g = tl.load(up_rows + size.to(tl.int64) * hidden, mask=here, other=0.0, eviction_policy="evict_first")
+        g = tl.load(gate_rows, mask=here, other=0.0, eviction_policy="evict_first").to(tl.float32)
         x = tl.load(x_ptr + start + column, mask=start + column < hidden, other=0.0).to(tl.float32)
-        line = (slot * 2 * size + row) // 128
-        ups = _added(ups, u, x, scale_ptr, line, start, hidden, GRAIN, BLOCK_N, BLOCK_K)
-        line += size // 128
-        gates = _added(gates, g.to(tl.float32), x, scale_ptr, line, start, hidden, GRAIN, BLOCK_N, BLOCK_K)
+        ups = _added(ups, u, x, scales, (up_row + row) // 128, start, hidden, GRAIN, BLOCK_N, BLOCK_K)
+        gates = _added(gates, g, x, scales, (gate_row + row) // 128, start, hidden, GRAIN, BLOCK_N, BLOCK_K)
         if index % steps == steps - 1:
             up = tl.sum(ups, 1)
             gate = tl.sum(gates, 1)
             if GRAIN == "channel":
-                own = scale_ptr + slot * 2 * size + rows
-                up *= tl.load(own, mask=inside, other=0.0)
-                gate *= tl.load(own + size, mask=inside, other=0.0)
+                up *= tl.load(scales + up_row + rows, mask=inside, other=0.0)
+                gate *= tl.load(scales + gate_row + rows, mask=inside, other=0.0)
             if BIAS:
-                biases = bias_ptr + slot * 2 * size + rows
-                up += tl.load(biases, mask=inside, other=0.0).to(tl.float32)
-                gate += tl.load(biases + size, mask=inside, other=0.0).to(tl.float32)
+                up += tl.load(bias_ptr + up_row + rows, mask=inside, other=0.0).to(tl.float32)
+                gate += tl.load(bias_ptr + gate_row + rows, mask=inside, other=0.0).to(tl.float32)
             value = _activate(gate, up, alpha, limit, CLAMPED)
             tl.store(out_ptr + pair.to(tl.int64) * size + rows, value.to(out_ptr.dtype.element_ty), mask=inside)
             ups = tl.zeros([BLOCK_N, WIDTH], tl.float32)
@@ -150,31 +153,25 @@ def _local_choice(slots, places, number):
 
 
 @triton.jit
-def store_sum(
-    total, token, rows, inside, residual_ptr, shared_ptr, gate_ptr, gate_row, out_ptr, hidden,
-    RESIDUAL: tl.constexpr, SHARED: tl.constexpr,
-):  # fmt: skip
-    """Rows of a token's result: the sum, the residual, and what the sigmoid of the token's gate scales."""
+def store_sum(total, token, rows, inside, residual_ptr, out_ptr, hidden, RESIDUAL: tl.constexpr):
+    """Rows of a token's result: the sum, and the residual where there is one."""
     at = tl.cast(token, tl.int64) * hidden + rows
     if RESIDUAL:
         total += tl.load(residual_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    if SHARED:
-        gate = tl.load(gate_ptr + token * gate_row).to(tl.float32)
-        total += tl.load(shared_ptr + at, mask=inside, other=0.0).to(tl.float32) / (1.0 + tl.exp(-gate))
     tl.store(out_ptr + at, total.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def plain_down(
-    inner_ptr, id_ptr, route_ptr, residual_ptr, shared_ptr, gate_ptr, gate_row, out_ptr, hidden, size,
-    weight_ptr, scale_ptr, bias_ptr,
-    TOP_K: tl.constexpr, RESIDUAL: tl.constexpr, SHARED: tl.constexpr, PDL: tl.constexpr, GRAIN: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, BIAS: tl.constexpr,
+    inner_ptr, id_ptr, route_ptr, residual_ptr, out_ptr, hidden, size, weight_ptr, scale_ptr, bias_ptr,
+    shared_ptr, shared_scale_ptr, local,
+    CHOICES: tl.constexpr, RESIDUAL: tl.constexpr, PDL: tl.constexpr, GRAIN: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr, STAGES: tl.constexpr, BIAS: tl.constexpr, SHARED: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_N rows of one token's sum, one expert behind the other in one loop. GRAIN as in `plain_up`."""
+    """BLOCK_N rows of one token's sum, one expert behind the other in one loop. GRAIN and SHARED as in `plain_up`."""
     await_and_trigger(PDL)
-    pair = tl.program_id(1) * TOP_K
-    count, slots, places = _local_choices(id_ptr + pair, TOP_K)
+    pair = tl.program_id(1) * CHOICES
+    count, slots, places = _local_choices(id_ptr + pair, CHOICES)
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = rows < hidden
     column = tl.arange(0, BLOCK_K)
@@ -186,23 +183,28 @@ def plain_down(
         slot, choice = _local_choice(slots, places, index // steps)
         start = index % steps * BLOCK_K
         here = start + column < size
-        expert = weight_ptr + slot.to(tl.int64) * hidden * size + start
+        matrix = weight_ptr
+        scales = scale_ptr
+        if SHARED:
+            own = slot == local
+            slot = tl.where(own, 0, slot)
+            matrix = tl.where(own, shared_ptr, weight_ptr)
+            if GRAIN != "":
+                scales = tl.where(own, shared_scale_ptr, scale_ptr)
+        expert = matrix + slot.to(tl.int64) * hidden * size + start
         w = tl.load(expert + row_at, mask=inside[:, None] & here[None, :], other=0.0, eviction_policy="evict_first").to(
             tl.float32
         )
         x = tl.load(inner_ptr + (pair + choice).to(tl.int64) * size + start + column, mask=here, other=0.0)
         x = x.to(tl.float32) * tl.load(route_ptr + pair + choice)
         if GRAIN == "channel":
-            w *= tl.load(scale_ptr + slot * hidden + rows, mask=inside, other=0.0)[:, None]
+            w *= tl.load(scales + slot * hidden + rows, mask=inside, other=0.0)[:, None]
         line = slot * tl.cdiv(hidden, 128) + tl.program_id(0) * BLOCK_N // 128
-        totals = _added(totals, w, x, scale_ptr, line, start, size, GRAIN, BLOCK_N, BLOCK_K)
+        totals = _added(totals, w, x, scales, line, start, size, GRAIN, BLOCK_N, BLOCK_K)
     total = tl.sum(totals, 1)
     if BIAS:
         for number in range(count):
             slot, choice = _local_choice(slots, places, number)
             biases = tl.load(bias_ptr + slot * hidden + rows, mask=inside, other=0.0).to(tl.float32)
             total += biases * tl.load(route_ptr + pair + choice)
-    store_sum(
-        total, tl.program_id(1), rows, inside, residual_ptr, shared_ptr, gate_ptr, gate_row, out_ptr, hidden,
-        RESIDUAL, SHARED,
-    )  # fmt: skip
+    store_sum(total, tl.program_id(1), rows, inside, residual_ptr, out_ptr, hidden, RESIDUAL)

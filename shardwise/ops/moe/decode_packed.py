@@ -9,7 +9,7 @@ product. Only the sums of warps that share rows pass through shared memory.
 # mypy: ignore-errors
 
 from shardwise.ops.gluon_support import gl, jit, mma_v2
-from shardwise.ops.moe.decode_kernels import route, store_sum
+from shardwise.ops.moe.decode_kernels import choose, routed, store_sum
 from shardwise.ops.moe.mxfp4_pieces import unpack_slabs
 from shardwise.ops.ptx import keep_loads_above
 from shardwise.ops.triton_support import await_and_trigger, tl
@@ -133,9 +133,10 @@ def packed_up(
     slots = gl.load(slot_ptr + e, mask=e < experts, other=-1)
     position = gl.load(position_ptr + token) if PADDED else 0
     await_and_trigger(PDL)
-    slot = route(
-        logit_ptr, e, slots, position, id_ptr, route_ptr, pair, experts, logit_row, scale, TOP_K, NORMALIZE, PADDED
+    slot, weight = choose(
+        logit_ptr + token * logit_row, e, slots, pair % TOP_K, experts, scale, TOP_K, NORMALIZE
     )  # fmt: skip
+    slot = routed(slot, weight, position, id_ptr + pair, route_ptr + pair, PADDED)
     if slot >= 0:
         place = gl.arange(0, 64, layout=BIASES)
         bias = gl.load(bias_ptr + (slot * tiles_n + gl.program_id(0)) * 64 + place)
@@ -166,10 +167,9 @@ def packed_up(
 
 @jit
 def packed_down(
-    inner_ptr, id_ptr, route_ptr, residual_ptr, shared_ptr, gate_ptr, gate_row, out_ptr, hidden, size,
-    word_ptr, scale_ptr, bias_ptr, tiles_n, tiles_k,
-    TOP_K: tl.constexpr, RESIDUAL: tl.constexpr, SHARED: tl.constexpr, PDL: tl.constexpr, DEPTH: tl.constexpr,
-    EVEN: tl.constexpr, WARPS: tl.constexpr, INTERPRET: tl.constexpr,
+    inner_ptr, id_ptr, route_ptr, residual_ptr, out_ptr, hidden, size, word_ptr, scale_ptr, bias_ptr, tiles_n, tiles_k,
+    CHOICES: tl.constexpr, RESIDUAL: tl.constexpr, PDL: tl.constexpr, DEPTH: tl.constexpr, EVEN: tl.constexpr,
+    WARPS: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """Sixteen rows of one token's sum. Its local experts are dealt to the warps, as many to each."""
     ACC: tl.constexpr = gl.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[WARPS, 1, 1], instr_shape=[1, 16, 8])
@@ -178,19 +178,19 @@ def packed_down(
     await_and_trigger(PDL)
     token = gl.program_id(1)
     count = 0
-    for choice in gl.static_range(TOP_K):
-        count += (gl.load(id_ptr + token * TOP_K + choice) >= 0).to(gl.int32)
+    for choice in gl.static_range(CHOICES):
+        count += (gl.load(id_ptr + token * CHOICES + choice) >= 0).to(gl.int32)
     parts = WARPS // gl.maximum(count, 1)
     warp = gl.arange(0, WARPS, layout=OF_WARP)
     expert = warp * 0
-    pair = warp * 0 + token * TOP_K
+    pair = warp * 0 + token * CHOICES
     held = warp < 0
     number = 0
-    for choice in gl.static_range(TOP_K):  # a warp takes the local choice of its own number
-        slot = gl.load(id_ptr + token * TOP_K + choice)
+    for choice in gl.static_range(CHOICES):  # a warp takes the local choice of its own number
+        slot = gl.load(id_ptr + token * CHOICES + choice)
         mine = (warp // parts == number) & (slot >= 0)
         expert = gl.where(mine, slot, expert)
-        pair = gl.where(mine, token * TOP_K + choice, pair)
+        pair = gl.where(mine, token * CHOICES + choice, pair)
         held = held | mine
         number += (slot >= 0).to(gl.int32)
     each = gl.cdiv(tiles_k, parts)
@@ -209,7 +209,4 @@ def packed_down(
     bias = gl.load(biases, mask=leads[:, None], other=0.0)
     total = gl.sum((gl.max(acc, 2) + bias) * weight[:, None], 0)
     rows = gl.program_id(0) * 16 + gl.arange(0, 16, layout=gl.SliceLayout(0, OF_SUM))
-    store_sum(
-        total, token, rows, rows < hidden, residual_ptr, shared_ptr, gate_ptr, gate_row, out_ptr, hidden,
-        RESIDUAL, SHARED,
-    )  # fmt: skip
+    store_sum(total, token, rows, rows < hidden, residual_ptr, out_ptr, hidden, RESIDUAL)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from oracles_moe import ALPHA, LIMIT, float8_stack, gpt_oss_layer, gpt_oss_oracle, relative
 
-from shardwise.ops.moe.decode import Choice, Gate, Shared, expert_down, expert_up, reason_against
+from shardwise.ops.moe.decode import Choice, Gate, SharedExpert, expert_down, expert_up, reason_against
 from shardwise.ops.moe.mxfp4_layout import pack_mxfp4
 from shardwise.ops.quantization.float8 import Float8Weight
 from shardwise.ops.triton_support import interpreting
@@ -102,30 +102,40 @@ def test_plain_experts_equal_float64(choice, biased):
 def test_float8_experts_equal_float64(tiled):
     torch.manual_seed(6)
     experts, hidden, size, choice = 3, 144, 128, Choice(2, True)
-    x, logits = torch.randn(TOKENS, hidden, device=DEVICE), torch.randn(TOKENS, experts, device=DEVICE)
-    up_codes, up_scales, up = float8_stack(experts, 2 * size, hidden, tiled, DEVICE)
-    down_codes, down_scales, down = float8_stack(experts, hidden, size, tiled, DEVICE)
-    weight = Float8Weight(up_codes, up_scales)
-    routed = expert_up(x, logits, local_slots(experts, 1, 0), choice, weight, Gate())
-    got = expert_down(routed, Float8Weight(down_codes, down_scales), dtype=torch.float32)
-    assert relative(got, plain_oracle(x, logits, choice, up, down, None, None)) < 1e-5
+    x, logits = torch.randn(TOKENS, hidden, device=DEVICE), torch.randn(TOKENS, experts + 1, device=DEVICE)
+    up_codes, up_scales, up = float8_stack(experts + 1, 2 * size, hidden, tiled, DEVICE)
+    down_codes, down_scales, down = float8_stack(experts + 1, hidden, size, tiled, DEVICE)
+    stacks = Float8Weight(up_codes[:-1], up_scales[:-1]), Float8Weight(down_codes[:-1], down_scales[:-1])
+    shared = SharedExpert(Float8Weight(up_codes[-1], up_scales[-1]), Float8Weight(down_codes[-1], down_scales[-1]))
+    assert shared.fits(*stacks)
+    routed = expert_up(x, logits, local_slots(experts, 1, 0), choice, stacks[0], Gate(), shared=shared)
+    got = expert_down(routed, stacks[1], shared=shared, dtype=torch.float32)
+    expected = plain_oracle(x, logits[:, :-1], choice, up, down, None, None)
+    assert relative(got, expected + shared_oracle(x, logits[:, -1], up[-1], down[-1])) < 1e-5
 
 
-def test_one_of_several_ranks_sums_its_own_of_many_choices_and_a_gated_shared_expert():
+def shared_oracle(x, logit, up_gate, down):
+    gate, up = (up_gate.double() @ x.double().T).chunk(2)
+    return logit.double().sigmoid()[:, None] * (down.double() @ (torch.nn.functional.silu(gate) * up)).T
+
+
+def test_a_rank_sums_its_own_of_many_choices_and_a_gated_shared_expert():
     torch.manual_seed(7)
     experts, hidden, size, choice = 40, 24, 16, Choice(10, True)
     x, logits = torch.randn(TOKENS, hidden, device=DEVICE), torch.randn(TOKENS, experts + 1, device=DEVICE)
-    up_gate = torch.randn(experts, 2 * size, hidden, device=DEVICE) * hidden**-0.5
-    down = torch.randn(experts, hidden, size, device=DEVICE) * size**-0.5
-    residual, beside = torch.randn(2, TOKENS, hidden, device=DEVICE)
+    up_gate = torch.randn(experts + 1, 2 * size, hidden, device=DEVICE) * hidden**-0.5
+    down = torch.randn(experts + 1, hidden, size, device=DEVICE) * size**-0.5
+    residual = torch.randn(TOKENS, hidden, device=DEVICE)
     first, stop = extent(experts, 2, 1)
     own = up_gate[first:stop].contiguous(), down[first:stop].contiguous()
-    routed = expert_up(x, logits[:, :experts], local_slots(experts, 2, 1), choice, own[0], Gate())
-    shared = Shared(beside, logits[:, -1])
+    shared = SharedExpert(up_gate[-1], down[-1])
+    assert shared.fits(*own) and not shared.fits(own[0], own[1][:, :, :8])
+    routed = expert_up(x, logits, local_slots(experts, 2, 1), choice, own[0], Gate(), shared=shared)
     got = expert_down(routed, own[1], residual=residual, shared=shared, dtype=torch.float32)
     down[:first] = 0
-    expected = plain_oracle(x, logits[:, :experts], choice, up_gate, down, None, None)
-    assert relative(got, expected + residual + logits[:, -1:].sigmoid() * beside) < 1e-5
+    expected = plain_oracle(x, logits[:, :-1], choice, up_gate, down, None, None)
+    expected += shared_oracle(x, logits[:, -1], up_gate[-1], down[-1])
+    assert relative(got, expected + residual) < 1e-5
 
 
 def test_equal_logits_choose_the_lowest_numbers():
