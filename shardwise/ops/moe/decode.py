@@ -152,8 +152,8 @@ def expert_up(
         blocks = triton.cdiv(size, tile.rows)
         programs = triton.cdiv(PLAIN_PER_SM * multiprocessors(device), choices)
         plain_up[(min(blocks, programs), pairs)](
-            *common, *_as_stored(weight), bias, *_as_stored(None if shared is None else shared.up_gate), weight.shape[0],
-            GRAIN=grain, BLOCK_N=tile.rows, BLOCK_K=tile.columns, STAGES=3, BIAS=bias is not None,
+            *common, *_as_stored(weight), bias, *_as_stored(None if shared is None else shared.up_gate),
+            weight.shape[0], GRAIN=grain, BLOCK_N=tile.rows, BLOCK_K=tile.columns, STAGES=3, BIAS=bias is not None,
             SHARED=shared is not None, num_warps=tile.warps, **flags,
         )  # fmt: skip
     return routed
@@ -186,8 +186,8 @@ def expert_down(
         grain = _grain(weight)
         tile = FLOAT8_DOWN_TILE if grain else DOWN_TILE
         plain_down[(triton.cdiv(hidden, tile.rows), tokens)](
-            *common, *_as_stored(weight), bias, *_as_stored(None if shared is None else shared.down), weight.shape[0],
-            GRAIN=grain, BLOCK_N=tile.rows, BLOCK_K=tile.columns, STAGES=4, BIAS=bias is not None,
+            *common, *_as_stored(weight), bias, *_as_stored(None if shared is None else shared.down),
+            weight.shape[0], GRAIN=grain, BLOCK_N=tile.rows, BLOCK_K=tile.columns, STAGES=4, BIAS=bias is not None,
             SHARED=shared is not None, num_warps=tile.warps, **flags,
         )  # fmt: skip
     return out
