@@ -1,9 +1,10 @@
 """Prefill of latent attention on one GPU, one sequence of new tokens, beside PyTorch's and FlashInfer's attention.
 
-    python benchmarks/mla_prefill.py [--heads 16 128] [--tokens 1024 4096 16384] [--flashinfer] [--json FILE]
+    python benchmarks/mla_prefill.py [--heads 16 128] [--tokens 1024 4096 16384] [--flashinfer fa2 fa3] [--json FILE]
 
 `ours` expands keys and values from the latents and attends; `expand` is the expansion alone, by the same two products.
-`torch` and `flashinfer` attend to keys and values expanded before. Times are medians of graph replays in turn.
+`torch` and FlashInfer attend to keys and values expanded before. Times are medians of graph replays in turn. FlashInfer
+compiles each of its kernels at the first use, for minutes on few cores, where its packages do not hold them already.
 TFLOPS count 320 multiplications and as many additions for each pair of a query and a key that it sees, and for `ours`
 those of the expansion.
 """
@@ -28,12 +29,12 @@ def random(*shape: int) -> torch.Tensor:
     return torch.randn(*shape, device="cuda", dtype=DTYPE)
 
 
-def by_flashinfer(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor):
+def by_flashinfer(backend: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor):
     from flashinfer import BatchPrefillWithRaggedKVCacheWrapper
 
     tokens, heads = q.shape[:2]
     workspace = torch.zeros(128 << 20, dtype=torch.uint8, device="cuda")
-    wrapper = BatchPrefillWithRaggedKVCacheWrapper(workspace, "NHD", backend="fa2")
+    wrapper = BatchPrefillWithRaggedKVCacheWrapper(workspace, "NHD", backend=backend)
     bounds = torch.tensor([0, tokens], dtype=torch.int32)
     wrapper.plan(
         bounds, bounds, heads, heads, NOPE + ROPE, head_dim_vo=VALUE, causal=True, sm_scale=SCALE, q_data_type=DTYPE
@@ -41,7 +42,7 @@ def by_flashinfer(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor):
     return lambda: wrapper.run(q, k, v)
 
 
-def calls(heads: int, tokens: int, with_flashinfer: bool) -> dict:
+def calls(heads: int, tokens: int, backends: list[str]) -> dict:
     q, latents = random(tokens, heads, NOPE + ROPE), random(tokens, RANK + ROPE)
     key_up, value_up = random(heads, NOPE, RANK) / RANK**0.5, random(heads, RANK, VALUE) / RANK**0.5
     tile = prefill.tile_for(tokens, q.element_size())
@@ -61,8 +62,8 @@ def calls(heads: int, tokens: int, with_flashinfer: bool) -> dict:
         ),
         "torch": lambda: scaled_dot_product_attention(*by_head, is_causal=True, scale=SCALE)[0].transpose(0, 1),
     }
-    if with_flashinfer:
-        found["flashinfer"] = by_flashinfer(q, k, v)
+    for backend in backends:
+        found[f"flashinfer {backend}"] = by_flashinfer(backend, q, k, v)
     expected = found["ours"]().float()
     for name, call in found.items():
         difference = ((call().float() - expected).norm() / expected.norm()).item()
@@ -74,7 +75,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--heads", type=int, nargs="+", default=[16, 128])
     parser.add_argument("--tokens", type=int, nargs="+", default=[1024, 4096, 16384])
-    parser.add_argument("--flashinfer", action="store_true")
+    parser.add_argument("--flashinfer", nargs="+", default=[], choices=["fa2", "fa3"], help="its kernels, by name")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     torch.manual_seed(0)
