@@ -150,12 +150,13 @@ def _experts(steps: list[ExpertStep], x: Tensor, positions: Tensor) -> dict[str,
         experts = step.block.experts
         biases = (getattr(experts, "up_gate_bias", None), getattr(experts, "down_bias", None))
         inputs = x if isinstance(experts, PackedExperts) else x.float()
-        logits = torch.randn(len(x), len(step.slots), device=x.device)
+        logits = torch.randn(len(x), len(step.router), device=x.device)
         args = (inputs, logits, step.slots, step.choice, experts.up_gate, step.gate)
-        up = partial(expert_up, *args, bias=biases[0], positions=positions, pdl=step.pdl)
+        options = {"shared": step.shared, "pdl": step.pdl}
+        up = partial(expert_up, *args, bias=biases[0], positions=positions, **options)
         routed = up()
         ups.append(up)
-        downs.append(partial(expert_down, routed, experts.down, bias=biases[1], pdl=step.pdl))
+        downs.append(partial(expert_down, routed, experts.down, bias=biases[1], **options))
         chosen.append(int((routed.ids >= 0).sum()))
     first, mean = steps[0], statistics.mean(chosen)
     routers = [partial(skinny_linear, x, step.router, bias=step.bias, pdl=step.pdl) for step in steps]
