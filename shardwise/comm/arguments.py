@@ -88,7 +88,10 @@ def exchanged_sizes(
 
 def as_bytes(tensor: Tensor) -> Tensor:
     """The memory of a tensor (of its contiguous copy, if it is not contiguous) as flat uint8."""
-    return tensor.detach().contiguous().view(-1).view(torch.uint8)
+    flat = tensor.detach().contiguous().view(-1)
+    if flat.numel() < 2:  # contiguous with any stride, but bytes are not seen through each
+        flat = flat.as_strided(flat.shape, (1,))
+    return flat.view(torch.uint8)
 
 
 def unit_elements(tensor: Tensor, dim: int) -> int:

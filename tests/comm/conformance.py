@@ -113,6 +113,22 @@ def strided_sums(group):
     assert_sum(inside, turned)
 
 
+def lone_elements_of_a_column(group):
+    """Torch calls them contiguous, whatever their stride."""
+    mine = torch.tensor([[group.rank + 1.0, -1.0]])[:, 0]
+    sizes = [1] * (group.size - 1) + [0]
+    assert group.all_gather(mine).tolist() == list(range(1, group.size + 1))
+    assert group.all_gather(mine[: sizes[group.rank]], 0, sizes).tolist() == list(range(1, group.size))
+    for strategy in ("AUTO", "ONESHOT", "TWOSHOT"):
+        out = torch.full((1, 2), 9.0)
+        group.all_reduce(mine, out=out[:, 0], strategy=strategy)
+        assert out.tolist() == [[sum(range(group.size + 1)), 9.0]]
+    assert group.all_to_all(mine, [1] + [0] * (group.size - 1)).numel() == (group.size if group.rank == 0 else 0)
+    table = torch.full((1, 2), float(group.rank))
+    group.broadcast(table[:, 0], group.size - 1)
+    assert table.tolist() == [[group.size - 1, group.rank]]
+
+
 def all_ranks_have_equal_bits(group):
     for count in (100, 40_000, 400_000):
         for dtype in (torch.float32, torch.bfloat16):
@@ -295,6 +311,7 @@ CASES = (
     repeated_small_sums,
     accumulated_sums,
     strided_sums,
+    lone_elements_of_a_column,
     strategies_agree,
     gathers,
     ragged_gathers,
