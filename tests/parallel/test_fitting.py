@@ -114,6 +114,22 @@ def test_deepseek_v3_fits_eight_large_gpus_where_its_weights_stay_float8(weights
     assert replace(ON_GPUS, form=form, tokens=4096).fits(made, 139 * GIB) == fits
 
 
+@pytest.mark.parametrize(("weights", "fits"), [("native", True), ("dequantised", False)])
+@pytest.mark.parametrize("tp", [1, 2])
+def test_llama_70b_fits_48_gib_where_its_weights_stay_in_4_bits(weights, fits, tp):
+    section = {"quant_method": "awq", "bits": 4, "group_size": 128}
+    made = plan(LARGE | {"quantization_config": section}, tp=tp)
+    form = WeightForm.choose(weights, made.model, torch.bfloat16, torch.device("cuda"), kernels=True)
+    assert form.keeps_int4 == fits
+    assert replace(ON_GPUS, form=form, tokens=4096).fits(made, 48 * GIB // tp) == fits
+
+
+def test_float32_has_no_kernels_for_weights_that_stay_packed():
+    made = plan(LLAMA | {"quantization_config": {"quant_method": "awq", "bits": 4, "group_size": 128}})
+    with pytest.raises(ValueError, match="weights native: float8 and 4-bit weights multiply with 16-bit floats, not"):
+        WeightForm.choose("native", made.model, torch.float32, torch.device("cuda"), kernels=True)
+
+
 def test_gpus_without_room_are_counted_and_layouts_that_fit_are_offered(monkeypatch):
     text = refusal(plan(LARGE, tp=2), ON_GPUS, (60, 80), monkeypatch)
     assert text == (

@@ -96,7 +96,7 @@ def reason_against(device: torch.device) -> str:
     """Why kernels here do not run on a device; empty where they do."""
     if not GLUON:
         return "4-bit weights need Triton with its Gluon language"
-    if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] < 8:
+    if device.type == "cuda" and torch.cuda.is_available() and torch.cuda.get_device_capability(device)[0] < 8:
         return "4-bit weights need GPUs of compute capability 8.0 or later"
     return ""
 
