@@ -97,6 +97,11 @@ def delta_decode_kernel(
     tl.store(target, tl.where(slot >= 0, normed, 0.0).to(out_ptr.dtype.element_ty), mask=j < V)
 
 
+def warps_for(block_k: int, block_v: int) -> int:
+    """Of a program that has a state of so many elements."""
+    return min(8, max(1, block_k * block_v // _WARP_ELEMENTS))
+
+
 def delta_decode(
     rows: Tensor,  # [B, channels + values (V + 2)], of which the channels are convolved
     slots: Tensor,  # int [B]: each sequence's row of the states; negative marks a padding row, which yields zeros
@@ -123,6 +128,6 @@ def delta_decode(
     delta_decode_kernel[(rows.shape[0] * heads.values,)](
         rows, slots, states, gates.log_decay, gates.dt_bias, gates.norm, out, rows.stride(0),
         states.stride(0), heads.key_dim**-0.5, gates.eps, heads.keys, heads.values, heads.key_dim, heads.value_dim,
-        block_k, block_v, PDL=pdl, launch_pdl=pdl, num_warps=min(8, max(1, block_k * block_v // _WARP_ELEMENTS)),
+        block_k, block_v, PDL=pdl, launch_pdl=pdl, num_warps=warps_for(block_k, block_v),
     )  # fmt: skip
     return out

@@ -19,6 +19,7 @@ MOST_ELEMENTS = 128
 """Of a head's keys and of its values: their tiles lie in registers and shared memory."""
 COLUMNS = 32
 """Of a state, for each program of the walk: with four of them for 128 columns a sequence fills the device."""
+WALK_WARPS, WALK_STAGES = 4, 2
 CHUNK_WARPS = 4
 """Of a program for one chunk. For 1024 tokens of 32 heads of 128 elements four took 49 µs on an H100, eight 96."""
 
@@ -60,6 +61,6 @@ def delta_prefill(
     columns = min(block_v, COLUMNS)
     walk_kernel[(triton.cdiv(heads.value_dim, columns), sequences * heads.values)](
         units, w, u, p, total, bounds, slots, resumes, states, out, states.stride(0), *sizes, block_k, columns, CHUNK,
-        PDL=pdl, launch_pdl=pdl, num_warps=4, num_stages=2,
+        PDL=pdl, launch_pdl=pdl, num_warps=WALK_WARPS, num_stages=WALK_STAGES,
     )  # fmt: skip
     return out
