@@ -68,7 +68,7 @@ def _products(step: DecodeStep, x: Tensor, norm: Tensor) -> dict[str, Kind]:
         "head": Kind([_product(step.head, x, step.pdl)] * 2, step.head.weight.nbytes),
     }
     if states:
-        ins = [each.in_proj for each in states]
+        ins = [each.in_projs[0] for each in states]
         found["in (states)"] = Kind([_product(each, x, step.pdl, norm) for each in ins], ins[0].weight.nbytes)
         found["out (states)"] = _row_products([each.out for each in states], x, step.pdl)
         found["states"] = _state_steps(step, states, len(x))
@@ -80,7 +80,7 @@ def _state_steps(step: DecodeStep, layers: list[StateStep], batch: int) -> Kind:
     device, states = step.cache.device, step.cache.states
     spans = SingleSpans(device)
     spans.place(torch.zeros(batch, device=device), torch.arange(batch, device=device, dtype=torch.int32))
-    width = layers[0].in_proj.weight.shape[0]
+    width = sum(len(each.weight) for each in layers[0].in_projs)
     calls = [
         partial(each.mixer.mix, torch.randn(batch, width, device=device).to(step.cache.dtype), spans, states)
         for each in layers

@@ -173,7 +173,7 @@ class DecoderBuilder:
         if order is not None and bias is not None:
             bias = bias[order]
         if factors is None:
-            packed = self._packed(block, *roles, layer=layer, order=order, bias=bias)
+            packed = self.packed_linear(block, *roles, layer=layer, order=order, bias=bias)
             if packed is not None:
                 return packed
         weight = self.weights.linear(block, *roles, layer=layer)
@@ -183,8 +183,8 @@ class DecoderBuilder:
             factors.scale(weight, bias)
         return Linear(weight=weight, bias=bias)
 
-    def _packed(
-        self, block: spec.Block, *roles: str, layer: int | None, order: Tensor | None, bias: Tensor | None
+    def packed_linear(
+        self, block: spec.Block, *roles: str, layer: int | None, order: Tensor | None = None, bias: Tensor | None = None
     ) -> LinearLike | None:
         """With weights that stay codes or float8, in `order` as `bias` is already; else None."""
         planes = self._planes(block, *roles, layer=layer)

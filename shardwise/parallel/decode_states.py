@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from shardwise.parallel.decode_stream import Product, Stream, product
-from shardwise.parallel.delta import GatedDeltaMixer
+from shardwise.parallel.delta import GatedDeltaMixer, side_by_side
+from shardwise.parallel.layers import LinearLike
 from shardwise.parallel.mamba import MambaMixer
 from shardwise.parallel.states import StateCache
 
@@ -15,7 +16,11 @@ StateMixer = MambaMixer | GatedDeltaMixer
 
 def reason_against(mixer: StateMixer) -> str:
     """Why a step cannot hold this mixer; empty when it can."""
-    return "" if Product.takes(mixer.in_proj) and Product.takes(mixer.out) else "weights stay quantised"
+    return "" if all(map(Product.takes, (*_in_projs(mixer), mixer.out))) else "weights stay quantised"
+
+
+def _in_projs(mixer: StateMixer) -> tuple[LinearLike, ...]:
+    return mixer.in_projs if isinstance(mixer, GatedDeltaMixer) else (mixer.in_proj,)
 
 
 class SingleSpans:
@@ -51,13 +56,14 @@ class StateStep:
     mixer: StateMixer
     states: StateCache
     spans: SingleSpans
-    in_proj: Product
+    in_projs: tuple[Product, ...]
     out: Product
     pdl: bool
 
     @classmethod
     def of(cls, mixer: StateMixer, states: StateCache, spans: SingleSpans, *, pdl: bool) -> "StateStep":
-        return cls(mixer, states, spans, Product.of(mixer.in_proj), Product.of(mixer.out), pdl)
+        return cls(mixer, states, spans, tuple(map(Product.of, _in_projs(mixer))), Product.of(mixer.out), pdl)
 
     def __call__(self, stream: Stream, positions: Tensor, slots: Tensor) -> Tensor:
-        return self.mixer.mix(product(self.in_proj, stream, pdl=self.pdl), self.spans, self.states)
+        rows = side_by_side([product(in_proj, stream, pdl=self.pdl) for in_proj in self.in_projs])
+        return self.mixer.mix(rows, self.spans, self.states)

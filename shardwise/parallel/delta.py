@@ -22,11 +22,17 @@ from shardwise.parallel.layers import LinearLike
 from shardwise.parallel.states import LayerState, StateCache, StateSpans
 
 
+def side_by_side(parts: list[Tensor]) -> Tensor:
+    """[T, ...] of several projections as rows of one."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+
 class GatedDeltaMixer:
     """The gated delta rule of this rank's heads. Returns this rank's partial sum.
 
-    in_proj  x [T, H] -> [channels | output gates | beta | decay], the last two a number for each value head
-    conv     [channels, 1, width]
+    in_projs  x [T, H], side by side -> [channels | output gates | beta | decay], the last two a number for each value
+              head
+    conv      [channels, 1, width]
     """
 
     def __init__(
@@ -34,22 +40,22 @@ class GatedDeltaMixer:
         *,
         layer: int,
         heads: DeltaHeads,
-        in_proj: LinearLike,
+        in_projs: tuple[LinearLike, ...],
         conv: Tensor,
         gates: DeltaGates,
         out: LinearLike,
     ):
         self.layer, self.heads = layer, heads
-        self.in_proj, self.conv, self.gates, self.out = in_proj, conv, gates, out
+        self.in_projs, self.conv, self.gates, self.out = in_projs, conv, gates, out
         self._norm = gates.norm.repeat(heads.values)
 
     def __call__(self, x: Tensor, batch: Batch, cache: KvCache) -> Tensor:
         if x.shape[0] == 0:  # the other groups of data-parallel attention have tokens in this step
             return torch.zeros_like(x)
-        return self.out(self.mix(self.in_proj(x), batch, cache.states))
+        return self.out(self.mix(side_by_side([in_proj(x) for in_proj in self.in_projs]), batch, cache.states))
 
     def mix(self, rows: Tensor, spans: StateSpans, states: StateCache) -> Tensor:
-        """From what `in_proj` gives, which may be overwritten, to what `out` takes, [T, values V]."""
+        """From what `in_projs` give, which may be overwritten, to what `out` takes, [T, values V]."""
         state, kernels = states.of(self.layer), states.kernels
         mixed = convolved(rows[:, : self.heads.channels], self.conv, None, spans, state.conv, kernels=kernels)
         if not kernels:

@@ -135,6 +135,25 @@ def test_tokens_equal_those_of_the_values(tmp_path, model_type, fields, change, 
     assert all(found == expected for found in run_threads(layout.world, rank, layout=layout))
 
 
+def test_gated_delta_layers_project_beta_and_decay_apart_where_these_stay_plain(tmp_path):
+    kinds = dict(num_hidden_layers=2, layer_types=["linear_attention", "full_attention"])
+    sizes = kinds | dict(linear_key_head_dim=32, linear_value_head_dim=32)
+    experts = dict(num_experts=4, moe_intermediate_size=32, shared_expert_intermediate_size=32)
+    fields = NEAR_KIN["qwen3_next"][1] | SIZES | HEADS | sizes | experts
+    folder = write(tmp_path, "qwen3_next", seed=2, **fields)
+
+    def change(name, tensor):
+        return ({name: tensor}, tensor) if "in_proj_ba" in name else float8_channels(name, tensor)
+
+    quantization = CHANNELS | {"ignore": ["lm_head", "re:.*in_proj_ba"]}
+    expected = [tokens[:3] for tokens in rewrite(folder, change, quantization)]
+    engine = fused(folder)
+    layer = engine.decoder.layers[0]
+    assert list(map(type, layer.mixer.in_projs)) == [Float8Linear, Linear]
+    assert isinstance(layer.feed_forward.routed.experts, Float8Experts)
+    assert tokens_of(engine, PROMPTS[1:2]) == expected[1:2]
+
+
 def test_long_prompts_go_by_plain_copies_of_the_weights(tmp_path, monkeypatch):
     monkeypatch.setattr("shardwise.parallel.float8_linear.MAX_FEW", 4)
     folder = write(tmp_path, LLAMA[0], seed=2, **LLAMA[1])
