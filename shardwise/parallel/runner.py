@@ -105,6 +105,8 @@ class Runner:
         """Start a step; where it cannot run ahead, or its requests do not all choose greedily, finish it."""
         greedy = all(request.params.temperature == 0 for request in step.sampled)
         whole = len(step.sampled) == len(step.batch.spans)  # a prompt's chunk may be a single token too
+        if self.graphs is not None and not step.batch.spans:  # a group without work, which others need not here
+            return Known([])
         if self.graphs is not None and step.batch.prefills == 0 and whole:
             flight = self.graphs.launch(step.batch, step.sources)
             return flight if greedy else Known(self._sampled(self._decoder.head.finish(flight.logits), step.sampled))

@@ -13,6 +13,7 @@ from tiny import PROMPTS, VOCAB, expected_tokens, write
 from shardwise.comm.rank import current_groups
 from shardwise.ops.linear.decode import Tile
 from shardwise.ops.triton_support import interpreting
+from shardwise.parallel.cuda_graph import DecodeGraphs
 from shardwise.parallel.device_cache import DeviceCache
 from shardwise.parallel.engine import Engine, SamplingParams
 from shardwise.parallel.moe import PackedExperts
@@ -99,7 +100,6 @@ CASES = [(name, ParallelLayout()) for name in FAMILIES if name not in ON_TWO_RAN
 CASES += [(name, ParallelLayout(tp=2)) for name in ON_TWO_RANKS]
 CASES += [
     ("llama tied, with biases", ParallelLayout(tp=2)),
-    ("llama tied, with biases", ParallelLayout(attn_dp=2)),  # one prompt leaves a group without work
     ("qwen3_moe", ParallelLayout(tp=2, moe_ep=2)),
     ("gpt_oss", ParallelLayout(tp=2)),
     ("deepseek_v2", ParallelLayout(tp=2)),
@@ -201,6 +201,20 @@ def test_chunks_of_a_prompt_that_are_single_tokens_yield_none(llama, monkeypatch
     expected = tokens_of(fused(llama), prompts, params)
     monkeypatch.setattr("shardwise.parallel.engine.STEP_TOKENS", 1)
     assert tokens_of(fused(llama), prompts, params) == expected
+
+
+def test_groups_without_work_launch_no_step(llama, monkeypatch):
+    rows, launch = [], DecodeGraphs.launch
+    monkeypatch.setattr(
+        DecodeGraphs,
+        "launch",
+        lambda self, batch, *rest: (rows.append(len(batch.spans)), launch(self, batch, *rest))[1],
+    )
+    layout = ParallelLayout(attn_dp=2)
+    made = plan(llama, layout)
+    rank = lambda: tokens_of(Engine(llama, made, current_groups(), **OPTIONS), [[5, 17, 200]])  # noqa: E731
+    assert run_threads(2, rank, layout=layout) == [tokens_of(fused(llama), [[5, 17, 200]])] * 2
+    assert set(rows) == {1}
 
 
 def test_a_slots_states_are_cleared_behind_a_step_that_nobody_waits_for(tmp_path, monkeypatch):
