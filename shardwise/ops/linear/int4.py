@@ -34,11 +34,15 @@ class Tile:
     """What comes next is asked for before a tile is computed, also where that takes registers."""
 
 
-def tile_for(tokens: int, rows: int, columns: int, gated: bool) -> Tile:
-    """The tile for so many tokens and a weight of so many rows (of each half, if gated) and columns."""
+def tile_for(tokens: int, rows: int, tiles: int, gated: bool) -> Tile:
+    """The tile for so many tokens and a weight of so many rows (of each half, if gated) and tiles of K."""
     if gated:
-        return Tile(2, 4, 4 if tokens <= 8 else 2)
-    return Tile(1, 4, 8) if rows > 4096 else Tile(1, 8, 4)
+        warps, deep = 4, 4 if tokens <= 8 else 2
+    else:
+        warps, deep = (4, 8) if rows > 4096 else (8, 4)
+    # Where rounds are whole nothing is masked.
+    whole = (fewer for fewer in range(deep, deep // 2 - 1, -1) if tiles % (warps * fewer) == 0)
+    return Tile(2 if gated else 1, warps, next(whole, deep))
 
 
 _few = Launcher(few_int4_kernel)
@@ -67,14 +71,14 @@ def few_int4(
     if norm_weight is not None and tokens > 1:
         raise ValueError(f"few_int4: norms are those of one token, got {tokens}")
     n, device = rows // 2 if gated else rows, x.device
-    tile = tile or tile_for(tokens, n, columns, gated)
+    tiles = columns // tile_columns(weight.group)
+    tile = tile or tile_for(tokens, n, tiles, gated)
     block, pdl = max(8, triton.next_power_of_2(tokens)), dependent_launch(device)
     out = torch.empty(tokens, n, dtype=x.dtype, device=device)
     options = (norm_weight, bias, residual)
     given = tuple(option is not None for option in options)
-    rounds = triton.cdiv(columns // tile_columns(weight.group), tile.warps)  # of a tile for each warp
-    deep = min(tile.deep, rounds)
-    even = columns % (deep * tile.warps * tile_columns(weight.group)) == 0
+    deep = min(tile.deep, triton.cdiv(tiles, tile.warps))
+    even = tiles % (deep * tile.warps) == 0
     constants = (
         (block, tile.slabs, tile.warps, deep, tile.ahead, weight.group, *given, gated)
         + (weight.scale_dtype == torch.float16, even, interpreting(), pdl)

@@ -224,7 +224,7 @@ def few_int4_kernel(
     x_at, norm_at = x_ptr + (gl.expand_dims(gl.expand_dims(token, 0), 2) * K + place), norm_ptr + place
     squares = _squares(x_ptr, K, W) if NORM else 0.0
     acc = gl.zeros([W, 16 * S, BT], gl.float32, ACC)
-    x, norm = _inputs(x_at, norm_at, EVEN or place < K, NORM)
+    x, norm = _inputs(x_at, norm_at, True if EVEN else place < K, NORM)
     for k in range(0, tiles, W * DEEP):
         word_at += W * DEEP * 2 * TILE
         beside_at += W * DEEP * TILE // GROUP * 16
