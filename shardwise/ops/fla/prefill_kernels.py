@@ -24,25 +24,21 @@ def place_of(chunk, bounds_ptr, sequences, CHUNK: tl.constexpr, SEQUENCES: tl.co
 def inverse(a, CHUNK: tl.constexpr, PRECISION: tl.constexpr):
     """(I + a)^-1 of a strictly lower triangular a [CHUNK, CHUNK], CHUNK 64.
 
-    Diagonal blocks of 16 are inverted row by row, all at once; with D these and L the rest, (D + L)^-1 is
-    (I + D^-1 L)^-1 D^-1, where the fourth power of M = D^-1 L is zero: (I - M) (I + M^2) D^-1.
+    From blocks to blocks of twice the size: where X inverts the diagonal blocks and L lies between two of them,
+    (X^-1 + L)^-1 is X - X L X, since L X L is zero. Nothing grows beyond the inverse itself, whatever a holds.
     """
-    B: tl.constexpr = 16
-    N: tl.constexpr = CHUNK // B
-    tl.static_assert(N <= 4)
-    n, i = tl.arange(0, N), tl.arange(0, B)
-    same = (n[:, None] == n[None, :])[:, :, None, None]
-    own = tl.sum(tl.where(same, a.reshape(N, B, N, B).permute(0, 2, 1, 3), 0.0), axis=1)
-    x = tl.zeros((N, B, B), tl.float32) + (i[:, None] == i[None, :]).to(tl.float32)[None]
-    for r in range(1, B):
-        at = (i == r)[None, :, None]
-        factors = tl.sum(tl.where(at, own, 0.0), axis=1)
-        x = tl.where(at, x - tl.sum(factors[:, :, None] * x, axis=1)[:, None, :], x)
-    d = tl.where(same, x[:, None], 0.0).permute(0, 2, 1, 3).reshape(CHUNK, CHUNK)
-    c = tl.arange(0, CHUNK) // B
-    m = tl.dot(d, tl.where(c[:, None] > c[None, :], a, 0.0), input_precision=PRECISION)
-    y = d + tl.dot(tl.dot(m, m, input_precision=PRECISION), d, input_precision=PRECISION)
-    return y - tl.dot(m, y, input_precision=PRECISION)
+    tl.static_assert(CHUNK == 64)
+    c = tl.arange(0, CHUNK)
+    x = tl.where(c[:, None] == c[None, :], 1.0, 0.0)
+    for level in tl.static_range(6):
+        row, column = c[:, None] >> level, c[None, :] >> level
+        between = tl.where((row == column + 1) & (row % 2 == 1), a, 0.0)
+        if level == 0:
+            x -= between
+        else:
+            left = tl.dot(x, between, input_precision=PRECISION)
+            x -= tl.dot(left, x, input_precision=PRECISION)
+    return x
 
 
 @triton.jit(do_not_specialize=["sequences"])
