@@ -12,6 +12,7 @@ import atexit
 import contextlib
 import os
 import time
+import warnings
 from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
@@ -311,13 +312,17 @@ class TorchDistCommunicator(BaseCommunicator):
         if healthy:
             for stage in self._stages.values():
                 stage.close()
-        if self._own_group and healthy and dist.is_initialized():  # a broken one may not end; leaving the world ends it
-            dist.destroy_process_group(self.group)
-        if self._owner and not closed and dist.is_initialized():
-            if healthy:
-                dist.destroy_process_group()
-            else:
-                leave(self.deadlines.stop)
+        ended = True
+        if self._own_group and healthy:  # a broken one may not end; leaving the world ends it
+            ended = leave(self.deadlines.stop, self.group)
+        if self._owner and not closed:
+            ended = leave(self.deadlines.stop)
+        if healthy and not ended:
+            warnings.warn(
+                f"group {self.name} was not closed within {self.deadlines.stop:g} s: if a CUDA graph holds calls of "
+                "it, delete the graph before you close the group",
+                stacklevel=2,
+            )
 
 
 def _timed_out(error: Exception) -> bool:

@@ -59,9 +59,12 @@ def new_group(ranks: Sequence[int], backend: str) -> dist.ProcessGroup:
     return dist.new_group(list(ranks), backend=backend, use_local_synchronization=True)
 
 
-def leave(limit: float) -> None:
-    """At exit: gloo aborts a process that ends with its threads running. A broken group may not end: no longer wait."""
-    if dist.is_initialized():
-        leaving = threading.Thread(target=dist.destroy_process_group, daemon=True)
-        leaving.start()
-        leaving.join(limit)
+def leave(limit: float, group: dist.ProcessGroup | None = None) -> bool:
+    """End `group`, or all: gloo aborts a process that ends with its threads running. False if not within `limit`: a
+    broken one may never end, nor one of NCCL while a CUDA graph holds calls of it."""
+    if not dist.is_initialized():
+        return True
+    leaving = threading.Thread(target=dist.destroy_process_group, args=(group,), daemon=True)
+    leaving.start()
+    leaving.join(limit)
+    return not leaving.is_alive()

@@ -24,6 +24,8 @@ CHOICE = "SHARDWISE_LAUNCHER"
 
 FOREIGN = ("OMPI_", "PMIX_", "PMI_", "PRTE_", "SLURM_", "HYDRA_", "MPIR_", "MPI_LOCAL", "MV2_", "TORCHELASTIC_")
 """Prefixes of launcher variables that a process started by us must not inherit from a launcher around us."""
+MPI_SETTINGS = ("OMPI_MCA_", "PRTE_MCA_", "PMIX_MCA_")
+"""Prefixes of what a user sets for Open MPI. Inside of mpirun its own are among them, and not told apart."""
 TORCH_NAMES = (
     "RANK",
     "WORLD_SIZE",
@@ -178,7 +180,12 @@ def explain(environ: Mapping[str, str] | None = None) -> str:
 def without_launcher(environ: Mapping[str, str]) -> dict[str, str]:
     """`environ` less every variable by which a launcher numbers processes."""
     dropped = {name for source in SOURCES for name in (source.rank, source.world)} | set(TORCH_NAMES)
-    return {name: text for name, text in environ.items() if name not in dropped and not name.startswith(FOREIGN)}
+    kept = () if "OMPI_COMM_WORLD_SIZE" in environ else MPI_SETTINGS
+    return {
+        name: text
+        for name, text in environ.items()
+        if name.startswith(kept) or not (name in dropped or name.startswith(FOREIGN))
+    }
 
 
 def rank_variables(info: RankInfo) -> dict[str, str]:

@@ -31,6 +31,8 @@ class Flavour:
         if self.name != "Open MPI":
             return ["-n", str(world), "-bind-to", "none"]
         flags = ["-n", str(world), "--bind-to", "none"]
+        if self.version < (5,):  # as Debian configures it, it wants a remote shell also for ranks of this host alone
+            flags += ["--mca", "plm", "isolated"]
         if world > slots:
             flags += ["--map-by", ":OVERSUBSCRIBE"] if self.version >= (5,) else ["--oversubscribe"]
         return flags

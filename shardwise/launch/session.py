@@ -129,6 +129,7 @@ class Session:
         return self.engine.stats()
 
     def close(self) -> None:
+        self.engine.close()
         self._stack.close()
 
     def _progress(self) -> Callable[[int, int], None] | None:

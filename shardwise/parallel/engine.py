@@ -127,6 +127,10 @@ class Engine:
         self._running = False
         self._load_seconds = time.perf_counter() - started
 
+    def close(self) -> None:
+        """Let captured graphs go, before their groups are closed: NCCL waits for them. The last call of all."""
+        self.runner.graphs = None
+
     @cached_property
     def tokenizer(self) -> Tokenizer | IdTokenizer:
         return load_tokenizer(self.checkpoint)

@@ -7,7 +7,7 @@ import types
 import pytest
 import torch
 
-from shardwise.comm import strategy, torch_group
+from shardwise.comm import strategy, torch_dist, torch_group
 from shardwise.comm.base import STRATEGIES, Unavailable
 from shardwise.comm.rank import RankInfo, current_groups
 from shardwise.comm.strategy import create
@@ -69,6 +69,14 @@ def test_a_transport_serves_one_rank_without_a_rendezvous(transport):
     assert torch.equal(group.all_reduce(torch.ones(3)), torch.ones(3))
     assert torch.equal(group.all_gather(torch.ones(3, 2), 1, [2]), torch.ones(3, 2))
     group.close()
+
+
+def test_a_group_that_does_not_end_says_what_may_keep_it(monkeypatch):
+    """As NCCL's does, while a graph holds its calls."""
+    group, leave = create(RankInfo(), transport="gloo"), torch_dist.leave
+    monkeypatch.setattr(torch_dist, "leave", lambda *arguments: leave(*arguments) and False)
+    with pytest.warns(UserWarning, match="group world was not closed within 10 s: if a CUDA graph .* delete the graph"):
+        group.close()
 
 
 def test_an_existing_process_group_is_ridden_on():

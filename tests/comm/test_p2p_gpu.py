@@ -271,6 +271,7 @@ def groups_inside_hosts(info: RankInfo, store) -> tuple[str, str, bool]:
         graph.replay()
     good = right() and good
     told = world.why(), inside.why(), good
+    del graph  # NCCL ends a group only when no graph holds calls of it
     world.barrier()
     world.close()
     return told

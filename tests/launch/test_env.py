@@ -119,3 +119,9 @@ def test_children_inherit_no_launcher():
     environ = {**TORCHRUN, **OPEN_MPI, **SLURM_STEP, **rank_variables(RankInfo()), "PATH": "/bin", "PMIX_RANK": "1"}
     assert {name for name in without_launcher(environ) if not name.startswith("SHARDWISE_")} == {"PATH"}
     assert detect(without_launcher(environ)) == RankInfo()
+
+
+def test_children_inherit_what_the_user_set_for_open_mpi_but_nothing_of_an_mpirun_around():
+    chosen = {"OMPI_MCA_plm_rsh_agent": "", "PRTE_MCA_plm_ssh_agent": "false", "OMPI_OTHER": "1"}
+    assert set(without_launcher(chosen)) == {"OMPI_MCA_plm_rsh_agent", "PRTE_MCA_plm_ssh_agent"}
+    assert without_launcher({**chosen, **OPEN_MPI}) == {}

@@ -6,12 +6,15 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from shardwise import LLM, SamplingParams
 from shardwise.launch.job import JobFailed
+from shardwise.launch.session import Session
 from shardwise.sharding.checkpoint.header import CheckpointError
 
 BIN = Path(sys.executable).parent
@@ -317,6 +320,15 @@ def test_the_folder_of_traces_is_made_before_any_rank_starts(monkeypatch, tmp_pa
     with pytest.raises(TypeError):
         LLM("smollm2", trace=str(tmp_path / "new" / "traces"))
     assert (tmp_path / "new" / "traces").is_dir()
+
+
+def test_a_session_lets_graphs_go_before_the_groups_whose_calls_they_hold():
+    closed = []
+    session = Session.__new__(Session)
+    session.engine, session._stack = SimpleNamespace(close=lambda: closed.append("graphs")), ExitStack()
+    session._stack.callback(closed.append, "groups")
+    session.close()
+    assert closed == ["graphs", "groups"]
 
 
 def test_layouts_that_do_not_fit_are_refused_before_any_rank_starts():

@@ -22,7 +22,11 @@ HYDRA = "HYDRA build details:\n    Version:                                 4.2.
     [
         ("mpirun (Open MPI) 5.0.11\n", 4, ["-n", "4", "--bind-to", "none", "--map-by", ":OVERSUBSCRIBE"]),
         ("mpirun (Open MPI) 5.0.11\n", 2, ["-n", "2", "--bind-to", "none"]),
-        ("mpirun (Open MPI) 4.1.6\n", 4, ["-n", "4", "--bind-to", "none", "--oversubscribe"]),
+        (
+            "mpirun (Open MPI) 4.1.6\n",
+            4,
+            ["-n", "4", "--bind-to", "none", "--mca", "plm", "isolated", "--oversubscribe"],
+        ),
         (HYDRA, 4, ["-n", "4", "-bind-to", "none"]),
         ("Intel(R) MPI Library for Linux* OS, Version 2021.9 Build", 2, ["-n", "2", "-bind-to", "none"]),
     ],
