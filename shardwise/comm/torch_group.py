@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from shardwise.comm.bootstrap import Rendezvous, TorchStore, own_address, require_reachable
@@ -64,7 +65,14 @@ def leave(limit: float, group: dist.ProcessGroup | None = None) -> bool:
     broken one may never end, nor one of NCCL while a CUDA graph holds calls of it."""
     if not dist.is_initialized():
         return True
-    leaving = threading.Thread(target=dist.destroy_process_group, args=(group,), daemon=True)
+    device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
+
+    def end() -> None:
+        if device is not None:  # a new thread's would be device 0
+            torch.cuda.set_device(device)
+        dist.destroy_process_group(group)
+
+    leaving = threading.Thread(target=end, daemon=True)
     leaving.start()
     leaving.join(limit)
     return not leaving.is_alive()
