@@ -10,7 +10,7 @@
     sharing, direct             reading a peer's own memory
     torch_dist, torch_group,    `gloo` and `nccl`, how their groups are made; torch's symmetric memory; NCCL's
     symmetric, window           registered windows
-    mpi, arrival                `mpi`, and how its ranks wait for each other with a deadline
+    mpi, mpi_library, arrival   `mpi`, the library beneath, how its ranks wait for each other with a deadline
     threads, fake               ranks as threads; one process that plays one rank
     p2p/                        `p2p` and `flashinfer`: all-reduce through the memory of the peers' GPUs
     bootstrap, strategy         rendezvous; the choice of a transport

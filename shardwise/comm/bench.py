@@ -305,9 +305,9 @@ def peer_gloo(context) -> dict:
 
 def peer_mpi(context) -> dict:
     """mpi4py's Allreduce on the buffer, called directly."""
-    from shardwise.comm.mpi import library
+    from shardwise.comm.mpi_library import load
 
-    MPI = library()
+    MPI = load()
     torch.set_num_threads(1)
     world = MPI.COMM_WORLD
     return _peer_rows(context, "peer:mpi", lambda tensor: world.Allreduce(MPI.IN_PLACE, tensor.numpy()))

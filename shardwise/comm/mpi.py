@@ -1,4 +1,4 @@
-"""Transport `mpi`: mpi4py. MPI is initialised when a world communicator is asked for, never by an import.
+"""Transport `mpi`: mpi4py (`mpi_library.py`).
 
 CPU tensors go through the buffer protocol without a copy; bf16 and fp16, which MPI cannot add, are summed as
 float32. CUDA tensors are staged through pinned host memory, unless the library itself says that it takes device
@@ -9,22 +9,15 @@ naming who is missing) and only then enter the library together. Non-blocking an
 take three times as long at 4 KiB: 9.3 and 8.0 us, where the blocking call takes 2.5 and the meeting 0.3.
 """
 
-import atexit
-import ctypes
-import functools
-import os
-import re
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from shardwise.comm import compose, control, watch
+from shardwise.comm import compose, control, mpi_library, watch
 from shardwise.comm.arguments import starts
-from shardwise.comm.arrival import Arrivals, MessageArrivals, SegmentArrivals, free, free_owned, owned
-from shardwise.comm.base import CommError, Unavailable
-from shardwise.comm.bootstrap import Rendezvous
+from shardwise.comm.arrival import Arrivals, MessageArrivals, SegmentArrivals, free, owned
+from shardwise.comm.base import CommError
 from shardwise.comm.collective import BaseCommunicator
 from shardwise.comm.control import CALL_BITS, EXCHANGE, FRAME_BYTES, framed, unframed
 from shardwise.comm.segment import FEW_SPINS, Segment, WaitFailed
@@ -33,75 +26,6 @@ from shardwise.comm.watch import END, FLIGHT, now
 PIECE = 1 << 28
 """Elements of one call: MPI counts are 32-bit integers."""
 KEPT_PLANS = 512
-_failed = False
-
-
-@functools.cache
-def library():
-    """mpi4py's MPI module with MPI initialised. Raises Unavailable with the reason where there is none."""
-    try:
-        import mpi4py
-
-        mpi4py.rc.initialize = False
-        mpi4py.rc.finalize = False
-        from mpi4py import MPI
-    except (ImportError, RuntimeError) as error:
-        raise Unavailable(f"transport mpi needs mpi4py and an MPI library: {error}") from None
-    if not MPI.Is_initialized():
-        MPI.Init_thread(MPI.THREAD_SERIALIZED)
-        atexit.register(_finalize, MPI)
-        os.register_at_fork(after_in_child=lambda: atexit.unregister(_finalize))
-    return MPI
-
-
-def _finalize(MPI) -> None:
-    """Leave MPI, unless a collective failed: then finalising would wait for ranks that will not come."""
-    if not _failed and not MPI.Is_finalized():
-        free_owned()
-        MPI.Finalize()
-
-
-def world_communicator():
-    """A communicator of our own over all ranks that mpirun started."""
-    return owned(library().COMM_WORLD.Dup())
-
-
-@functools.cache
-def meeting_place():
-    """The one over all ranks that mpirun started by which groups are made; it stays."""
-    return world_communicator()
-
-
-def world_ranks(comm) -> list[int]:
-    """Ranks of `comm`'s members in COMM_WORLD, in the order of `comm`."""
-    MPI = library()
-    return MPI.Group.Translate_ranks(comm.Get_group(), list(range(comm.Get_size())), MPI.COMM_WORLD.Get_group())
-
-
-@functools.cache
-def takes_device_pointers() -> tuple[bool, str]:
-    """(MPI reads and writes CUDA memory, reason): what the loaded library answers, not what it is believed to be."""
-    library()
-    with open("/proc/self/maps") as maps:
-        paths = sorted(set(re.findall(r"/\S*/libmpi[.\w]*\.so[.\d]*", maps.read())))
-    for path in paths:
-        try:
-            query = ctypes.CDLL(path).MPIX_Query_cuda_support
-        except (OSError, AttributeError):
-            continue
-        return (True, f"{path} is CUDA-aware") if query() else (False, f"{path} is built without CUDA")
-    return False, "the MPI library has no MPIX_Query_cuda_support"
-
-
-class MpiRendezvous(Rendezvous):
-    """Through an MPI communicator."""
-
-    def __init__(self, comm):
-        super().__init__(comm.Get_rank(), world_ranks(comm))
-        self.comm = comm
-
-    def gather(self, key: str, value: Any, timeout: float) -> list[Any]:
-        return self.comm.allgather(value)
 
 
 class MpiCommunicator(BaseCommunicator):
@@ -110,10 +34,10 @@ class MpiCommunicator(BaseCommunicator):
     devices = ("cpu", "cuda")
 
     def __init__(self, comm, ranks: Sequence[int] | None = None, *, arrivals: Arrivals | None = None, **options):
-        super().__init__(rank=comm.Get_rank(), ranks=ranks or world_ranks(comm), transport="mpi", **options)
+        super().__init__(rank=comm.Get_rank(), ranks=ranks or mpi_library.world_ranks(comm), transport="mpi", **options)
         self.comm = comm
-        self._mpi = library()
-        self._types = _datatypes(self._mpi)
+        self._mpi = mpi_library.load()
+        self._types = mpi_library.datatypes()
         self._arrivals = arrivals or _arrivals(comm, options["deadlines"].rendezvous)
         self._allreduce, self._in_place = comm.Allreduce, self._mpi.IN_PLACE
         self._plans: dict[tuple, tuple] = {}
@@ -180,8 +104,7 @@ class MpiCommunicator(BaseCommunicator):
             raise self._missing(error) from None
 
     def _missing(self, error: WaitFailed) -> CommError:
-        global _failed
-        _failed = True
+        mpi_library.stay()
         if error.kind == "differs":  # every rank has seen it, or will at its arrival
             limit = self.deadlines.in_phase(watch.current_phase())
             try:
@@ -194,7 +117,7 @@ class MpiCommunicator(BaseCommunicator):
         """The tensor itself where MPI can read it, else pinned host memory (`filled` with its values)."""
         if tensor.is_cpu:
             return tensor
-        if takes_device_pointers()[0]:
+        if mpi_library.takes_device_pointers()[0]:
             torch.cuda.current_stream(tensor.device).synchronize()
             return tensor
         host = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=True)
@@ -303,24 +226,11 @@ class MpiCommunicator(BaseCommunicator):
             free(self.comm)
 
     def _abort(self, reason: str) -> None:
-        global _failed
-        _failed = True
+        mpi_library.stay()
         self._arrivals.abort(reason)
 
 
 def _arrivals(comm, limit: float) -> Arrivals:
     """Shared memory where all ranks are on one host, else messages."""
-    shared = SegmentArrivals.try_make(MpiRendezvous(comm), limit)
+    shared = SegmentArrivals.try_make(mpi_library.MpiRendezvous(comm), limit)
     return shared or MessageArrivals(comm)
-
-
-def _datatypes(MPI) -> dict[torch.dtype, Any]:
-    return {
-        torch.float64: MPI.DOUBLE,
-        torch.float32: MPI.FLOAT,
-        torch.int64: MPI.INT64_T,
-        torch.int32: MPI.INT32_T,
-        torch.int16: MPI.INT16_T,
-        torch.int8: MPI.INT8_T,
-        torch.uint8: MPI.UINT8_T,
-    }

@@ -110,7 +110,7 @@ class _Request:
         if self.info.world == 1 and not self.speaks_mpi:
             return AloneRendezvous()
         if self.speaks_mpi:
-            from shardwise.comm.mpi import MpiRendezvous
+            from shardwise.comm.mpi_library import MpiRendezvous
 
             return MpiRendezvous(self.communicator(stays=True))
         store = self.store or store_from_environment(self.info, deadlines.rendezvous)
@@ -118,7 +118,7 @@ class _Request:
 
     def communicator(self, stays: bool = False):
         """MPI's, over the ranks of `info`. Raises Unavailable where MPI knows other ranks than the launcher does."""
-        from shardwise.comm.mpi import meeting_place, world_communicator
+        from shardwise.comm.mpi_library import meeting_place, world_communicator
 
         comm, info = self.mpi_comm or (meeting_place() if stays else world_communicator()), self.info
         if (comm.Get_rank(), comm.Get_size()) != (info.rank, info.world):

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from shardwise.comm import arrival, mpi, sharing
+from shardwise.comm import arrival, mpi, mpi_library, sharing
 from shardwise.comm.arrival import MessageArrivals
 from shardwise.comm.base import CommError
 from shardwise.comm.bootstrap import FolderStore, GroupRendezvous
@@ -46,7 +46,7 @@ def conform_shared_memory(info, store):
 
 def conform_without_shared_memory(info, store):
     torch.set_num_threads(1)
-    comm = mpi.world_communicator()
+    comm = mpi_library.world_communicator()
     group = mpi.MpiCommunicator(comm, arrivals=MessageArrivals(comm), deadlines=Deadlines())
     return conformance.run(group)
 
@@ -120,7 +120,7 @@ def adopt_group_of_another_backend(info, store):
 
 def adopt_mpi_communicator(info, store):
     """A program that has its own MPI communicator."""
-    comm = mpi.world_communicator()
+    comm = mpi_library.world_communicator()
     results = []
     for transport in ("mpi", "auto"):
         group = create(info, transport=transport, mpi_comm=comm)

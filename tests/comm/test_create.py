@@ -121,7 +121,7 @@ class Singleton:
 
 
 def test_mpi_is_refused_to_ranks_that_mpirun_did_not_start(monkeypatch):
-    monkeypatch.setattr("shardwise.comm.mpi.world_communicator", Singleton)
+    monkeypatch.setattr("shardwise.comm.mpi_library.world_communicator", Singleton)
     with pytest.raises(Unavailable, match="mpirun.*torchrun says rank 1 of 2, MPI says rank 0 of 1"):
         create(RankInfo(1, 2, 1, 2, source="torchrun"), transport="mpi")
 
