@@ -28,9 +28,12 @@ class Scratch(Generic[Value]):
 
     def take(self) -> Value:
         """The tensors for a call on the current stream."""
-        if self._stream_of is None or _capturing():
+        if self._stream_of is None:
             return self._make()
-        owner = get_ident(), self._stream_of(self._index)
+        stream = self._stream_of(self._index)
+        if stream and _capturing():  # nothing can be captured on the default stream, which is 0
+            return self._make()
+        owner = get_ident(), stream
         kept = self._kept.get(owner)
         if kept is None:
             kept = self._kept[owner] = self._make()
