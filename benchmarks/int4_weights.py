@@ -67,16 +67,16 @@ def several(calls: Sequence[Callable]) -> float:
 
 
 def tiles(tokens: int, shape: Shape) -> list[Tile | ManyTile]:
-    found: list[Tile | ManyTile] = []
-    if tokens <= FEW:
-        warps = ((4, 4), (4, 8), (8, 2), (8, 4), (8, 8)) if tokens <= 16 else ((4, 2), (4, 4), (8, 4))
-        slabs = (2,) if shape.gated else (1, 2)
-        found += [Tile(n, *each, ahead) for n, each, ahead in product(slabs, warps, (False, True))]
+    if tokens > FEW:
+        shapes = ((64, 4, 4), (64, 4, 3), (128, 8, 3))
+        return [ManyTile(rows, min(128, tokens), *rest, n) for (rows, *rest), n in product(shapes, (1, 2, 4))]
     if tokens > 16:
-        block = min(128, tokens)
-        shapes = ((64, 4, 4), (64, 4, 3), (128, 4, 3), (128, 8, 3))
-        found += [ManyTile(rows, block, *rest, n) for (rows, *rest), n in product(shapes, (1, 2, 4))]
-    return found
+        slabs, warps = (2,) if shape.gated else (1, 2), ((4, 2), (4, 4), (8, 4))
+        return [Tile(n, *each, early=False) for n, each in product(slabs, warps)]
+    if shape.gated:
+        return [Tile(2, *each) for each in ((2, 4), (4, 2), (4, 4), (8, 2), (8, 4))]
+    found = [Tile(1, *each) for each in ((4, 4), (4, 8), (8, 2), (8, 4), (16, 2))]
+    return found + [Tile(2, *each) for each in ((4, 4), (8, 2), (8, 4))]
 
 
 def int4_call(
@@ -125,7 +125,7 @@ def product_rows(shape: Shape, bandwidth: float, sweep: bool, counts: Sequence[i
                 (several([int4_call(shape, x, w, plain[0], tile) for w in weights]), asdict(tile))
                 for tile in tiles(tokens, shape)
             ]
-            row["best"] = [{"us": us, **tile} for us, tile in sorted(times, key=lambda each: each[0])[:6]]
+            row["best"] = [{"us": us, **tile} for us, tile in sorted(times, key=lambda each: each[0])[:4]]
         else:
             row["int4_us"] = several([int4_call(shape, x, w, plain[0]) for w in weights])
         expected = plain_call(shape, x, lambda: plain[1])()

@@ -18,6 +18,8 @@ from shardwise.ops.triton_support import Launcher, aligned, dependent_launch, in
 
 MAX_FEW = 64
 """Most tokens."""
+MOST_SQUARED = 8192
+"""Columns whose squares a norm sums at once, which wait in registers."""
 
 
 @dataclass(frozen=True)
@@ -30,19 +32,22 @@ class Tile:
     """Of a program, which take tiles of K in turn."""
     deep: int
     """Tiles that each warp has on their way."""
-    ahead: bool = True
-    """What comes next is asked for before a tile is computed, also where that takes registers."""
+    early: bool = True
+    """Tokens' columns of all of them are asked for at once."""
 
 
 def tile_for(tokens: int, rows: int, tiles: int, gated: bool) -> Tile:
-    """The tile for so many tokens and a weight of so many rows (of each half, if gated) and tiles of K."""
-    if gated:
+    """The tile for so many tokens and a weight of so many rows (of each half, if gated) and tiles of K: the best of a
+    sweep over the layers of Llama-3.1-8B."""
+    if tokens > 16:
+        warps, deep = 4, 4
+    elif gated:
         warps, deep = 4, 4 if tokens <= 8 else 2
     else:
         warps, deep = (4, 8) if rows > 4096 else (8, 4)
     # Where rounds are whole nothing is masked.
     whole = (fewer for fewer in range(deep, deep // 2 - 1, -1) if tiles % (warps * fewer) == 0)
-    return Tile(2 if gated else 1, warps, next(whole, deep))
+    return Tile(2 if gated else 1, warps, next(whole, deep), tokens <= 16)
 
 
 _few = Launcher(few_int4_kernel)
@@ -76,11 +81,13 @@ def few_int4(
     block, pdl = max(8, triton.next_power_of_2(tokens)), dependent_launch(device)
     out = torch.empty(tokens, n, dtype=x.dtype, device=device)
     options = (norm_weight, bias, residual)
-    given = tuple(option is not None for option in options)
+    given = tuple(option is not None for option in options[1:])
+    least = 256 * tile.warps  # columns that all threads load at once
+    norm = 0 if norm_weight is None else min(MOST_SQUARED, max(least, triton.next_power_of_2(k)))
     deep = min(tile.deep, triton.cdiv(tiles, tile.warps))
     even = tiles % (deep * tile.warps) == 0
     constants = (
-        (block, tile.slabs, tile.warps, deep, tile.ahead, weight.group, *given, gated)
+        (block, tile.slabs, tile.warps, deep, tile.early, weight.group, norm, *given, gated)
         + (weight.scale_dtype == torch.float16, even, interpreting(), pdl)
     )  # fmt: skip
     tensors = (x, weight.words, weight.scales, out, *(x if option is None else option for option in options))

@@ -10,7 +10,7 @@ products.
 # mypy: ignore-errors
 
 from shardwise.ops.gluon_support import gl, jit, mma_v2
-from shardwise.ops.ptx import keep_loads_above, silu
+from shardwise.ops.ptx import silu
 from shardwise.ops.quantization.int4_weight import scale_of
 from shardwise.ops.triton_support import tl
 
@@ -126,21 +126,18 @@ def _slab(slab, first, slabs, S: tl.constexpr, GATED: tl.constexpr):
 
 
 @jit
-def _inputs(x_at, norm_at, there, NORM: tl.constexpr):
-    """Tokens' columns, and the norm's weights for them; zeros where they are not there."""
+def _inputs(x_at, norm_at, place, columns, NORM: tl.constexpr, EVEN: tl.constexpr):
+    """Tokens' columns at `place`, zeros from `columns` on; NORM: multiplied by a norm's weights."""
+    there = True if EVEN else place < columns
     x = gl.load(x_at, mask=there, other=0.0)
-    return x, gl.load(norm_at, mask=there, other=0.0) if NORM else x
+    return x * gl.load(norm_at, mask=there, other=0.0) if NORM else x
 
 
 @jit
-def _squares(x_ptr, columns, W: tl.constexpr):
-    """[256 W] sums of squares of one token."""
-    column = gl.arange(0, 256 * W, layout=gl.BlockedLayout([8], [32], [W], [0]))
-    sums = column * 0.0
-    for first in range(0, columns, 256 * W):
-        x = gl.load(x_ptr + first + column, mask=first + column < columns, other=0.0).to(gl.float32)
-        sums += x * x
-    return sums
+def _columns(x_ptr, first, columns, NORM: tl.constexpr, W: tl.constexpr):
+    """[NORM] columns of one token from `first` on, zeros from `columns` on."""
+    column = first + gl.arange(0, NORM, layout=gl.BlockedLayout([8], [32], [W], [0]))
+    return gl.load(x_ptr + column, mask=column < columns, other=0.0)
 
 
 @jit(do_not_specialize=["tokens", "eps"])
@@ -152,7 +149,7 @@ def few_int4_kernel(
     bias_ptr,  # [N]
     residual_ptr,  # [T, N]
     tokens, eps, N, K,
-    BT: tl.constexpr, S: tl.constexpr, W: tl.constexpr, DEEP: tl.constexpr, AHEAD: tl.constexpr, GROUP: tl.constexpr,
+    BT: tl.constexpr, S: tl.constexpr, W: tl.constexpr, DEEP: tl.constexpr, EARLY: tl.constexpr, GROUP: tl.constexpr,
     NORM: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, GATED: tl.constexpr, HALF: tl.constexpr,
     EVEN: tl.constexpr, INTERPRET: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -161,8 +158,8 @@ def few_int4_kernel(
     S      GATED: half of them gates
     W      warps, which take tiles of K in turn; even, as two tiles may share a scale
     DEEP   tiles that each has on their way
-    AHEAD  what comes next is asked for before a tile is computed, also where that takes registers
-    NORM   of one token
+    EARLY  tokens' columns of all of them are asked for at once
+    NORM   of one token: how many of its columns are squared at once; 0: none
     HALF   scales are float16, else bfloat16
     EVEN   K is whole rounds of DEEP tiles of each warp
     """
@@ -222,33 +219,32 @@ def few_int4_kernel(
     place += gl.expand_dims(gl.arange(0, TILE, layout=gl.SliceLayout(0, gl.SliceLayout(1, X))), 0)
     place = gl.expand_dims(place, 1)
     x_at, norm_at = x_ptr + (gl.expand_dims(gl.expand_dims(token, 0), 2) * K + place), norm_ptr + place
-    squares = _squares(x_ptr, K, W) if NORM else 0.0
+    whole = _columns(x_ptr, 0, K, NORM, W) if NORM else 0.0  # asked for here, looked at when sums are there
     acc = gl.zeros([W, 16 * S, BT], gl.float32, ACC)
-    x, norm = _inputs(x_at, norm_at, True if EVEN else place < K, NORM)
     for k in range(0, tiles, W * DEEP):
         word_at += W * DEEP * 2 * TILE
         beside_at += W * DEEP * TILE // GROUP * 16
-        next_words, next_besides = (), ()
+        inputs, next_words, next_besides = (), (), ()
+        if EARLY:
+            for ahead in gl.static_range(DEEP):
+                column = ahead * W * TILE
+                x = _inputs(x_at + column, norm_at + column, place + (k * TILE + column), K, NORM > 0, EVEN)
+                inputs = inputs + (x,)
         for ahead in gl.static_range(DEEP):
-            column, following = (ahead + 1) * W * TILE, k + (ahead + DEEP) * W
-            if EVEN:
-                there, row_there = following < tiles, following < tiles
-                x_there = True if ahead + 1 < DEEP else k + W * DEEP < tiles
+            column, following = ahead * W * TILE, k + (ahead + DEEP) * W
+            if EARLY:
+                x = inputs[ahead]
             else:
-                there, row_there = tile + following < tiles, row_tile + following < tiles
-                x_there = place + (k * TILE + column) < K
-            next_x, next_norm = _inputs(x_at + column, norm_at + column, x_there, NORM)
+                x = _inputs(x_at + column, norm_at + column, place + (k * TILE + column), K, NORM > 0, EVEN)
+            weights = _weights(words[ahead], besides[ahead], DTYPE, WORDS, LEFT, INTERPRET)
+            scale = gl.expand_dims(scale_of(besides[ahead], HALF), 2)
+            there = following < tiles if EVEN else tile + following < tiles
+            row_there = following < tiles if EVEN else row_tile + following < tiles
             w, b = _load(word_at, beside_at, ahead, there, row_there, W, TILE, GROUP)
             next_words = next_words + (w,)
             next_besides = next_besides + (b,)
-            if AHEAD:
-                keep_loads_above()
-            weights = _weights(words[ahead], besides[ahead], DTYPE, WORDS, LEFT, INTERPRET)
-            scale = gl.expand_dims(scale_of(besides[ahead], HALF), 2)
             none = gl.zeros([W, 16 * S, BT], gl.float32, ACC)
-            acc += mma_v2(weights, _turned(x * norm if NORM else x, RIGHT, INTERPRET), none) * scale
-            x = next_x
-            norm = next_norm
+            acc += mma_v2(weights, _turned(x, RIGHT, INTERPRET), none) * scale
         x_at += W * DEEP * TILE
         norm_at += W * DEEP * TILE
         words = next_words
@@ -256,7 +252,12 @@ def few_int4_kernel(
 
     sums = gl.sum(acc, 0)
     if NORM:
-        sums *= 1.0 / gl.sqrt(gl.sum(squares, 0) / K + eps)
+        whole = whole.to(gl.float32)
+        squares = gl.sum(whole * whole, 0)
+        for first_column in range(NORM, K, NORM):
+            whole = _columns(x_ptr, first_column, K, NORM, W).to(gl.float32)
+            squares += gl.sum(whole * whole, 0)
+        sums *= 1.0 / gl.sqrt(squares / K + eps)
     t = gl.expand_dims(gl.arange(0, BT, layout=gl.SliceLayout(0, SUM)), 0)
     local = gl.arange(0, 16 * S, layout=gl.SliceLayout(1, SUM))
     n = gl.expand_dims(first * 16 + (local % (8 * S) if GATED else local), 1)

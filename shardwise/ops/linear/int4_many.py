@@ -13,7 +13,7 @@ import torch
 
 from shardwise.ops.linear.decode import gated_activation
 from shardwise.ops.linear.int4 import MAX_FEW, few_int4
-from shardwise.ops.linear.int4_many_kernels import many_int4_kernel
+from shardwise.ops.linear.int4_many_kernels import many_int4_kernel, turn_kernel
 from shardwise.ops.moe.workspace import Workspace
 from shardwise.ops.quantization.int4_weight import Int4Weight
 from shardwise.ops.tensor_memory import matrix_tiles
@@ -83,7 +83,10 @@ def many_tile_for(tokens: int, rows: int, columns: int, processors: int) -> Many
     return ManyTile(64, block, 4, 4, splits)
 
 
-_many = Launcher(many_int4_kernel)
+_turn, _many = Launcher(turn_kernel), Launcher(many_int4_kernel)
+TURNED = 2048
+"""Columns of a row that a program puts in order."""
+AHEAD = 4
 
 
 def many_int4(
@@ -102,7 +105,15 @@ def many_int4(
     device = x.device
     tile = tile or many_tile_for(tokens, n, columns, multiprocessors(device))
     tiles, blocks, pdl = triton.cdiv(n, tile.rows), triton.cdiv(tokens, tile.tokens), dependent_launch(device)
-    x = x.view(tokens, k // 32, 4, 4, 2).transpose(2, 3).reshape(tokens, k)  # as the fragments have them
+    turned = torch.empty_like(x)
+    _turn(
+        device,
+        (x.dtype, k, pdl, aligned(x, turned)),
+        (tokens, triton.cdiv(k, TURNED), 1),
+        (x, turned, k, TURNED, pdl and not interpreting()),
+        num_warps=4,
+        launch_pdl=pdl,
+    )
     out = torch.empty(tokens, n, dtype=x.dtype, device=device)
     parts = counters = weight.scales
     if tile.splits > 1:
@@ -115,13 +126,13 @@ def many_int4(
     )  # fmt: skip
     constants = (
         (tile.tokens, tile.rows, tile.stages, tile.splits, weight.group, bias is not None, residual is not None)
-        + (weight.scale_dtype == torch.float16, interpreting(), pdl)
+        + (weight.scale_dtype == torch.float16, AHEAD, interpreting(), pdl)
     )  # fmt: skip
     _many(
         device,
         (x.dtype, *(tensor.dtype for tensor in tensors), n, k, tile.warps, aligned(*tensors), constants),
         (tiles, tile.splits, blocks),
-        (matrix_tiles(x, tile.tokens, weight.group), *tensors, tokens, n, k, *constants),
+        (matrix_tiles(turned, tile.tokens, weight.group), *tensors, tokens, n, k, *constants),
         num_warps=tile.warps,
         launch_pdl=pdl,
     )

@@ -11,7 +11,8 @@ from shardwise.ops.linear.float8_kernels import parts_at, sum_of_parts
 from shardwise.ops.linear.int4_kernels import UNPACK_BFLOAT, UNPACK_HALF, UNPACKED
 from shardwise.ops.ptx import finish_products
 from shardwise.ops.quantization.int4_weight import scale_of
-from shardwise.ops.triton_support import tl, triton
+from shardwise.ops.tensor_memory import prefetch
+from shardwise.ops.triton_support import await_predecessor, tl, triton
 
 
 @triton.jit
@@ -59,16 +60,29 @@ def _weights(words, near, far, CHUNKS: tl.constexpr, DTYPE: tl.constexpr, INTERP
     return tile.to(DTYPE, bitcast=True)
 
 
+@triton.jit
+def turn_kernel(x_ptr, out_ptr, K, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    """Token rows whose columns are in the order of the weights' fragments: BLOCK columns of one."""
+    await_predecessor(PDL)
+    row = tl.program_id(0).to(tl.int64) * K
+    place = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    column = place // 32 * 32 + place % 8 // 2 * 8 + place % 32 // 8 * 2 + place % 2
+    x = tl.load(x_ptr + row + column, mask=place < K, other=0.0)
+    tl.store(out_ptr + row + place, x, mask=place < K)
+
+
 @triton.jit(do_not_specialize=["tokens"])
 def many_int4_kernel(
     x, word_ptr, beside_ptr, bias_ptr, residual_ptr, out_ptr, part_ptr, count_ptr, tokens, N, K,
     BT: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr, SPLITS: tl.constexpr, GROUP: tl.constexpr,
-    BIAS: tl.constexpr, RESIDUAL: tl.constexpr, HALF: tl.constexpr, INTERPRET: tl.constexpr, PDL: tl.constexpr,
+    BIAS: tl.constexpr, RESIDUAL: tl.constexpr, HALF: tl.constexpr, AHEAD: tl.constexpr,
+    INTERPRET: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """BN outputs of BT tokens, or a part of K's share of them; the last part to arrive adds up all, in their order.
 
-    x       descriptor of [T, K] in tiles [BT, GROUP], of 32 columns those of a lane's neighbours apart
+    x       descriptor of [T, K] in tiles [BT, GROUP], turned
     GROUP   64 or 128
+    AHEAD   groups of a part whose words are asked for before the tokens are there
     """
     CHUNKS: tl.constexpr = GROUP // 64
     SLABS: tl.constexpr = BN // 16
@@ -86,9 +100,12 @@ def many_int4_kernel(
     beside_at = beside_ptr + (slab * groups * 16)[:, None] + tl.arange(0, 8)[None, :]
     n = tile * BN + tl.arange(0, BN)
     scale_at = beside_ptr + tl.minimum(n // 16, last) * groups * 16 + n % 16
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
+    if AHEAD > 0:
+        place = tl.arange(0, SLABS * CHUNKS * AHEAD * 4)  # lines of 128 bytes
+        slab = tl.minimum(tile * SLABS + place // (CHUNKS * AHEAD * 4), last)
+        lines = (slab * groups + part * each) * CHUNKS * 128 + place % (CHUNKS * AHEAD * 4) * 32
+        prefetch(word_ptr + tl.minimum(lines, (last + 1) * groups * CHUNKS * 128 - 32), INTERPRET)
+    await_predecessor(PDL)
     acc = tl.zeros((BN, BT), dtype=tl.float32)
     for group in tl.range(part * each, min(part * each + each, groups), num_stages=STAGES):
         words = tl.load(words_at + group * (CHUNKS * 128))
