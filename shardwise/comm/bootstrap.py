@@ -70,10 +70,11 @@ class FolderStore:
 
 
 class TorchStore:
-    """A torch.distributed store (TCPStore, PrefixStore, ...) as ours."""
+    """A torch.distributed store (TCPStore, PrefixStore, ...) as ours; `mark` tells it from those of other groups."""
 
-    def __init__(self, store):
+    def __init__(self, store, mark: str = ""):
         self.store = store
+        self.mark = mark
 
     def set(self, key: str, value: bytes) -> None:
         self.store.set(key, value)

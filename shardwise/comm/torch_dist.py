@@ -110,7 +110,7 @@ class TorchDistCommunicator(BaseCommunicator):
         if serves(group, backend):
             return cls(group, backend, store, **options)
         ranks = dist.get_process_group_ranks(group)
-        communicator = cls(new_group(ranks, backend), backend, store, **options)
+        communicator = cls(new_group(ranks, backend, store.mark), backend, store, **options)
         communicator._own_group = True
         return communicator
 
@@ -283,7 +283,7 @@ class TorchDistCommunicator(BaseCommunicator):
 
     def _split(self, name: str, members: list[int], colors: list[int], keys: list[int]) -> "TorchDistCommunicator":
         ranks = [self.ranks[i] for i in members]
-        group = new_group(ranks, self.transport)
+        group = new_group(ranks, self.transport, f"{self.store.mark}-{self.transport}-{name}")
         control = None if self.control is None else self.control.split_known(colors, keys)
         part = TorchDistCommunicator(
             group,

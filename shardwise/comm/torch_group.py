@@ -3,12 +3,14 @@
 import os
 import socket
 import threading
+import time
 from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 
 from shardwise.comm.bootstrap import Rendezvous, TorchStore, own_address, require_reachable
 
@@ -32,11 +34,11 @@ def served_store(meeting: Rendezvous, limit: float) -> TorchStore:
     place = None
     if meeting.rank == 0:
         store = _tcp_store(_announced_address(meeting), 0, meeting.size, limit, serve=True)
-        place = (store.host, store.port)
+        place = (store.host, store.port, f"{os.getpid()}-{time.time_ns()}")
     facts = meeting.gather("tcp-store", (place, socket.gethostname()), limit)
-    (host, port), _ = facts[0]
+    (host, port, mark), _ = facts[0]
     require_reachable(host, [name for _, name in facts])
-    return TorchStore(store or _tcp_store(host, port, meeting.size, limit, serve=False))
+    return TorchStore(store or _tcp_store(host, port, meeting.size, limit, serve=False), mark)
 
 
 def _tcp_store(host: str, port: int, world: int, limit: float, *, serve: bool) -> dist.TCPStore:
@@ -55,9 +57,22 @@ def serves(group: dist.ProcessGroup, backend: str) -> bool:
     return f"{device}:{backend}" in dist.get_backend_config(group).split(",")
 
 
-def new_group(ranks: Sequence[int], backend: str) -> dist.ProcessGroup:
-    """Called by its members alone."""
-    return dist.new_group(list(ranks), backend=backend, use_local_synchronization=True)
+_naming = threading.Lock()
+
+
+def new_group(ranks: Sequence[int], backend: str, name: str) -> dist.ProcessGroup:
+    """Called by its members alone, with a name that no group before it had.
+
+    Torch names a group by its members and the number of groups, so that one made after another of the same members was
+    closed has that one's name, finds what that one left in the store, and waits for it for ever.
+    """
+    with _naming:
+        named = distributed_c10d._process_group_name
+        distributed_c10d._process_group_name = lambda *_, **__: name  # type: ignore[assignment]
+        try:
+            return dist.new_group(list(ranks), backend=backend, use_local_synchronization=True)
+        finally:
+            distributed_c10d._process_group_name = named
 
 
 def leave(limit: float, group: dist.ProcessGroup | None = None) -> bool:

@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import time
 import traceback
 
 import conformance
@@ -174,6 +175,21 @@ def without_memory(info, store):
     group.barrier()
     group.close()
     return group.transport, group.why(), total
+
+
+def split_again_and_again(info, store, transport):
+    """Parts of the same members, one made when the one before is closed, by ranks that are not equally quick."""
+    torch.set_num_threads(1)
+    group = create(info, transport=transport, store=store, deadlines=Deadlines(collective=10))
+    sums = []
+    for turn in range(8):
+        part = group.split_known([0, 0, 1])
+        sums.append(part.all_reduce(torch.tensor([1.0])).item())
+        time.sleep(0.01 * ((turn + info.rank) % 2))
+        part.close()
+    group.barrier()
+    group.close()
+    return sums
 
 
 def close_parts(info, store, transport):

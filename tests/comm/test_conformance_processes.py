@@ -63,6 +63,12 @@ def test_auto_falls_back_where_shared_memory_cannot_be_made(mpi, transport):
     assert "No space left on device" in results[0][1]
 
 
+@pytest.mark.parametrize("transport", ["gloo", "mpi"])
+def test_the_same_ranks_may_be_split_off_again_when_the_group_before_is_closed(transport):
+    results = run_processes(3, "rank_bodies:split_again_and_again", transport, mpi=transport == "mpi")
+    assert results == [[2.0] * 8, [2.0] * 8, [1.0] * 8]
+
+
 @pytest.mark.parametrize(("mpi", "transport"), [(False, "gloo"), (True, "mpi")], ids=["demo", "MPI"])
 def test_a_closed_group_and_those_split_off_it_leave_nothing_with_the_library(mpi, transport):
     for (before, split, closed), refused in run_processes(2, "rank_bodies:close_parts", transport, mpi=mpi):
