@@ -20,8 +20,12 @@ MOST_ELEMENTS = 128
 COLUMNS = 32
 """Of a state, for each program of the walk: with four of them for 128 columns a sequence fills the device."""
 WALK_WARPS, WALK_STAGES = 4, 2
-CHUNK_WARPS = 4
-"""Of a program for one chunk. For 1024 tokens of 32 heads of 128 elements four took 49 µs on an H100, eight 96."""
+
+
+def chunk_warps(block_k: int, block_v: int) -> int:
+    """Of a program for one chunk. For 1024 tokens of 32 heads of 128 elements four took 49 µs on an H100, eight 96. Of
+    smaller heads, with four the assembler of Triton 3.6 spoils products (`tests/ops/fla/test_delta_compile.py`)."""
+    return 4 if block_k == block_v == MOST_ELEMENTS else 8
 
 
 def takes(heads: DeltaHeads) -> bool:
@@ -56,7 +60,7 @@ def delta_prefill(
     chunk_kernel[(chunks, heads.values)](
         rows, bounds, gates.log_decay, gates.dt_bias, units, w, u, p, total, sequences, rows.stride(0),
         heads.key_dim**-0.5, *sizes, block_k, block_v, CHUNK, max(2, triton.next_power_of_2(sequences)), exact,
-        PDL=pdl, launch_pdl=pdl, num_warps=CHUNK_WARPS, num_stages=1,
+        PDL=pdl, launch_pdl=pdl, num_warps=chunk_warps(block_k, block_v), num_stages=1,
     )  # fmt: skip
     columns = min(block_v, COLUMNS)
     walk_kernel[(triton.cdiv(heads.value_dim, columns), sequences * heads.values)](

@@ -37,20 +37,21 @@ _PACKED_PER_SM, _PACKED_REGISTERS = 3, 80
 
 @dataclass(frozen=True)
 class Tile:
-    """Rows and warps of a program for plain weights."""
+    """Rows and warps of a program for plain weights, and its tiles on their way or in use."""
 
     rows: int
     warps: int
     width: int = 8
     """Elements of a thread, so many that each finds its part of x by itself."""
+    stages: int = 3
 
     @property
     def columns(self) -> int:
         return 32 * self.width * self.warps
 
 
-UP_TILE, DOWN_TILE = Tile(4, 1), Tile(8, 1)
-FLOAT8_UP_TILE, FLOAT8_DOWN_TILE = Tile(4, 1, 16), Tile(8, 1, 16)
+UP_TILE, DOWN_TILE = Tile(4, 1), Tile(8, 1, stages=4)
+FLOAT8_UP_TILE, FLOAT8_DOWN_TILE = Tile(4, 1, 16), Tile(8, 1, 16, stages=4)
 PLAIN_PER_SM = 8
 """Programs of plain weights for each multiprocessor. Swept, as the tiles, on H100 and H200 for Qwen3-30B-A3B."""
 
@@ -150,11 +151,11 @@ def expert_up(
         grain = _grain(weight)
         tile = FLOAT8_UP_TILE if grain else UP_TILE
         blocks = triton.cdiv(size, tile.rows)
-        programs = triton.cdiv(PLAIN_PER_SM * multiprocessors(device), choices)
-        plain_up[(min(blocks, programs), pairs)](
+        turns = triton.cdiv(blocks, triton.cdiv(PLAIN_PER_SM * multiprocessors(device), choices))
+        plain_up[(triton.cdiv(blocks, turns), pairs)](
             *common, *_as_stored(weight), bias, *_as_stored(None if shared is None else shared.up_gate),
-            weight.shape[0], GRAIN=grain, BLOCK_N=tile.rows, BLOCK_K=tile.columns, STAGES=3, BIAS=bias is not None,
-            SHARED=shared is not None, num_warps=tile.warps, **flags,
+            weight.shape[0], GRAIN=grain, BLOCK_N=tile.rows, BLOCK_K=tile.columns, STAGES=tile.stages,
+            BIAS=bias is not None, SHARED=shared is not None, num_warps=tile.warps, **flags,
         )  # fmt: skip
     return routed
 
@@ -187,8 +188,8 @@ def expert_down(
         tile = FLOAT8_DOWN_TILE if grain else DOWN_TILE
         plain_down[(triton.cdiv(hidden, tile.rows), tokens)](
             *common, *_as_stored(weight), bias, *_as_stored(None if shared is None else shared.down),
-            weight.shape[0], GRAIN=grain, BLOCK_N=tile.rows, BLOCK_K=tile.columns, STAGES=4, BIAS=bias is not None,
-            SHARED=shared is not None, num_warps=tile.warps, **flags,
+            weight.shape[0], GRAIN=grain, BLOCK_N=tile.rows, BLOCK_K=tile.columns, STAGES=tile.stages,
+            BIAS=bias is not None, SHARED=shared is not None, num_warps=tile.warps, **flags,
         )  # fmt: skip
     return out
 

@@ -7,7 +7,8 @@ WARP = tl.constexpr(32)  # lanes, one for each choice of a token
 
 @triton.jit
 def choose(logit_ptr, e, slots, choice, experts, scale, TOP_K: tl.constexpr, NORMALIZE: tl.constexpr):
-    """Local slot and weight of a token's expert number `choice`, the lowest number first among equal logits.
+    """Local slot and weight of a token's expert number `choice`, the lowest number first among equal logits; the weight
+    of programs that are first of their pair alone, for the others stop at their choice.
 
     Of experts `e`, with their `slots`. Compared as integers of the same order: those a warp reduces in one instruction.
     """
@@ -17,18 +18,17 @@ def choose(logit_ptr, e, slots, choice, experts, scale, TOP_K: tl.constexpr, NOR
     best = tl.max(keys, 0)
     top = (best ^ ((best >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
     total = tl.sum(tl.exp(logits - top), 0)
-    chosen = 0.0
-    expert = 0
-    power = 0.0
-    for number in tl.static_range(TOP_K):
+    chosen = total * 0.0
+    expert = best * 0
+    power = total * 0.0
+    for number in range(TOP_K if tl.program_id(0) == 0 else choice + 1):
         best = tl.max(keys, 0)
         place = tl.minimum(tl.min(tl.where(keys == best, e, 0x7FFFFFFF), 0), experts - 1)
         keys = tl.where(e == place, -0x80000000, keys)
         its_power = tl.exp((best ^ ((best >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True) - top)
         chosen += its_power
-        if number == choice:
-            expert = place
-            power = its_power
+        expert = tl.where(number == choice, place, expert)
+        power = tl.where(number == choice, its_power, power)
     return tl.sum(tl.where(e == expert, slots, 0), 0), scale * power / (chosen if NORMALIZE else total)
 
 

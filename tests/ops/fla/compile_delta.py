@@ -74,7 +74,9 @@ def report(name, kernel, dtype, constants, warps, stages):
 
 def main():
     report("step", delta_decode_kernel, "bf16", {"BLOCK_V": 128}, decode.warps_for(128, 128), 3)
-    report("chunk", chunk_kernel, "bf16", {"BLOCK_V": 128, "EXACT": False}, prefill.CHUNK_WARPS, 1)
+    report("chunk", chunk_kernel, "bf16", {"BLOCK_V": 128, "EXACT": False}, prefill.chunk_warps(128, 128), 1)
+    small = {"K": 32, "V": 64, "BLOCK_K": 32, "BLOCK_V": 64, "EXACT": False}
+    report("chunk of small heads", chunk_kernel, "bf16", small, prefill.chunk_warps(32, 64), 1)
     report("walk", walk_kernel, "bf16", {"BLOCK_V": prefill.COLUMNS}, prefill.WALK_WARPS, prefill.WALK_STAGES)
 
 
