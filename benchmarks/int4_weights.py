@@ -68,15 +68,15 @@ def several(calls: Sequence[Callable]) -> float:
 
 def tiles(tokens: int, shape: Shape) -> list[Tile | ManyTile]:
     if tokens > FEW:
-        shapes = ((64, 4, 4), (64, 4, 3), (128, 8, 3))
+        shapes = ((64, 4, 4), (64, 4, 3), (128, 8, 3)) if tokens <= 64 else ((64, 4, 4), (128, 8, 3))
         return [ManyTile(rows, min(128, tokens), *rest, n) for (rows, *rest), n in product(shapes, (1, 2, 4))]
     if tokens > 16:
         slabs, warps = (2,) if shape.gated else (1, 2), ((4, 2), (4, 4), (8, 4))
         return [Tile(n, *each, early=False) for n, each in product(slabs, warps)]
-    if shape.gated:
-        return [Tile(2, *each) for each in ((2, 4), (4, 2), (4, 4), (8, 2), (8, 4))]
-    found = [Tile(1, *each) for each in ((4, 4), (4, 8), (8, 2), (8, 4), (16, 2))]
-    return found + [Tile(2, *each) for each in ((4, 4), (8, 2), (8, 4))]
+    shapes = [(2, 4, 2), (2, 4, 4), (2, 8, 2), (2, 8, 4)]
+    if not shape.gated:
+        shapes = [(1, 4, 4), (1, 4, 8), (1, 8, 2), (1, 8, 4), (2, 4, 4), (2, 8, 4)]
+    return [Tile(*each, ahead=ahead) for each, ahead in product(shapes, (0, 256))]
 
 
 def int4_call(

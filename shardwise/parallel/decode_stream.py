@@ -122,7 +122,7 @@ def _packed_product(
     if isinstance(weight, Int4Weight):
         if stream.is_skinny:
             return few_int4(stream.x, weight, **_norm_of(stream), bias=bias, residual=total, gated=gated)
-        return int4_product(stream.normed(), weight, bias=bias, residual=total, gated=gated, pdl=pdl)
+        return int4_product(stream.normed().contiguous(), weight, bias=bias, residual=total, gated=gated, pdl=pdl)
     assert isinstance(weight, Float8Weight)
     if stream.is_skinny:
         return skinny_float8(stream.x, weight, **_norm_of(stream), bias=bias, residual=total, gated=gated, pdl=pdl)

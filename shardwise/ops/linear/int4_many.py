@@ -54,9 +54,10 @@ def int4_product(
     pdl: bool = False,
 ) -> torch.Tensor:
     """[T, N] in x's dtype for T from 1 to `most_tokens`; `gated` as of `few_int4`."""
-    if x.shape[0] <= FEW or not _takes_many(weight):
+    if x.shape[0] <= FEW:
         return few_int4(x, weight, bias=bias, residual=residual, gated=gated)
-    out = many_int4(x, weight, bias=bias, residual=None if gated else residual)
+    product = many_int4 if _takes_many(weight) else few_int4
+    out = product(x, weight, bias=bias, residual=None if gated else residual)
     if not gated:
         return out
     out = gated_activation(out, pdl=pdl)
