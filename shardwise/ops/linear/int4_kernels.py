@@ -117,7 +117,7 @@ def _load(word_at, beside_at, ahead: tl.constexpr, there, row_there, W: tl.const
 @jit
 def _ask(word_ptr, beside_ptr, slab, tiles, begin: tl.constexpr, AHEAD: tl.constexpr, TILE: tl.constexpr,
          GROUP: tl.constexpr):  # fmt: skip
-    """Have at most AHEAD tiles of a slab, from tile `begin` on, brought to the L2 cache, and all that lies beside them."""
+    """Have at most AHEAD tiles of a slab, from `begin` on, brought to the L2 cache, and all scales and zero points."""
     count = gl.minimum(tiles - begin, AHEAD)
     if count > 0:
         prefetch_to_l2(word_ptr + (slab * tiles + begin) * (2 * TILE), count * (8 * TILE))
@@ -160,9 +160,9 @@ def few_int4_kernel(
     bias_ptr,  # [N]
     residual_ptr,  # [T, N]
     tokens, eps, N, K,
-    BT: tl.constexpr, S: tl.constexpr, W: tl.constexpr, DEEP: tl.constexpr, EARLY: tl.constexpr, AHEAD: tl.constexpr, GROUP: tl.constexpr,
-    NORM: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, GATED: tl.constexpr, HALF: tl.constexpr,
-    EVEN: tl.constexpr, INTERPRET: tl.constexpr, PDL: tl.constexpr,
+    BT: tl.constexpr, S: tl.constexpr, W: tl.constexpr, DEEP: tl.constexpr, EARLY: tl.constexpr, AHEAD: tl.constexpr,
+    GROUP: tl.constexpr, NORM: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, GATED: tl.constexpr,
+    HALF: tl.constexpr, EVEN: tl.constexpr, INTERPRET: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """S slabs of the product for at most BT tokens; `int4.py` has the formula.
 
