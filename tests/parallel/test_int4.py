@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from families import NEAR_KIN
 from stored_forms import AwqForm, GptqForm, PackedIntForm, gptq, packed
 from test_decode_step import OPTIONS, few_programs, fused, launches, tokens_of  # noqa: F401
 from test_fitting import ON_GPUS
@@ -35,6 +36,24 @@ FIELDS = dict(
     head_dim=32,
     num_attention_heads=4,
     num_key_value_heads=4,
+)
+LATENT = (
+    FIELDS
+    | NEAR_KIN["deepseek_v2"][1]
+    | dict(
+        num_hidden_layers=2,
+        hidden_size=128,
+        intermediate_size=128,
+        moe_intermediate_size=64,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        head_dim=16,
+        q_lora_rank=96,
+        kv_lora_rank=64,
+        qk_nope_head_dim=32,
+        qk_rope_head_dim=16,
+        v_head_dim=32,
+    )
 )
 AWQ = {"quant_method": "awq", "bits": 4, "zero_point": True, "version": "gemm"}
 FORMS = {
@@ -90,6 +109,22 @@ def test_tokens_equal_those_of_the_values(tmp_path, name, layout):
         return tokens_of(engine, PROMPTS[:2])
 
     assert all(found == expected[:2] for found in run_threads(layout.world, rank, layout=layout))
+
+
+def test_latent_attention_stays_in_4_bits_beside_experts_that_are_dequantised(tmp_path):
+    folder = write(tmp_path, "deepseek_v2", seed=2, **LATENT)
+    form = FORMS["gptq"]
+    expected = [tokens[:3] for tokens in rewrite(folder, in_form(form), form.section)]
+    made = plan(folder, tp=2)
+
+    def rank():
+        engine = Engine(folder, made, current_groups(), **OPTIONS)
+        mixer = engine.decoder.layers[-1].mixer
+        assert all(isinstance(linear, Int4Linear) for linear in (mixer.down, mixer.q_up, mixer.out))
+        assert "MiB of them dequantised from" in engine.stats().weights
+        return tokens_of(engine, PROMPTS[:1])
+
+    assert all(found == expected[:1] for found in run_threads(2, rank, layout=made.layout))
 
 
 def test_long_prompts_go_by_plain_copies_of_the_weights(tmp_path, monkeypatch):
