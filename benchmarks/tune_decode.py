@@ -124,7 +124,7 @@ def expert_calls(options: tuple[int, int, int, int], experts: int, count: int):
     up_rows, down_rows, warps, per_sm = options
     hidden, size = 2048, 768
     decode.UP_TILE = decode.Tile(up_rows, warps)
-    decode.DOWN_TILE = decode.Tile(down_rows, warps if size % (256 * warps) == 0 else 1)
+    decode.DOWN_TILE = decode.Tile(down_rows, warps if size % (256 * warps) == 0 else 1, stages=4)
     decode.PLAIN_PER_SM = per_sm
     up = torch.randn(experts // 2, 2 * size, hidden, device="cuda").bfloat16()
     down = torch.randn(experts // 2, hidden, size, device="cuda").bfloat16()
