@@ -151,7 +151,7 @@ class SharedExpertStep:
 
 def _as_routed(dense: DenseStep | None, gate: LinearLike | None) -> tuple[SharedExpert, Tensor] | None:
     """The weights of a gated shared expert as one of the routed, and its gate's row."""
-    if not isinstance(dense, GatedStep) or dense.gelu or not isinstance(gate, Linear):
+    if not isinstance(dense, GatedStep) or dense.gelu or dense.down.bias is not None or not isinstance(gate, Linear):
         return None
     gate_up, down = dense.gate_up.weight, dense.down.weight
     if isinstance(gate_up, Int4Weight) or isinstance(down, Int4Weight):

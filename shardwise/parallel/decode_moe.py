@@ -75,13 +75,14 @@ class ExpertStep:
         """Most tokens for the kernels for few: all, where no others can be part of a graph."""
         if few:
             assert isinstance(block.router, Linear)
+            self.slots, self.choice = block.slots.int(), _choice(block.routing)
+            self.gate = _gate_of(experts) or Gate()
             self.router, self.bias = block.router.weight.t().contiguous(), block.router.bias
-            if shared is not None and shared[0].fits(experts.up_gate, experts.down):
+            plain = self.gate == Gate() and getattr(experts, "up_gate_bias", None) is None
+            if shared is not None and plain and shared[0].fits(experts.up_gate, experts.down):
                 self.shared = shared[0]
                 self.router = torch.cat([self.router, shared[1]])
                 self.bias = self.bias if self.bias is None else torch.cat([self.bias, self.bias.new_zeros(1)])
-            self.slots, self.choice = block.slots.int(), _choice(block.routing)
-            self.gate = _gate_of(experts) or Gate()
 
     def __call__(self, stream: Stream, joining: ResidualNorm, positions: Tensor) -> Stream:
         if joining.group.size == 1 and joining.is_plain and stream.x.shape[0] <= self.most_few:
