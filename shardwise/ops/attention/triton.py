@@ -20,21 +20,12 @@ from shardwise.ops.devices import require_one_device
 from shardwise.ops.metadata_reports import raise_report, read_at_once, report_word
 from shardwise.ops.plan_cache import PlanCache, Tensors, allocator
 from shardwise.ops.registry import TRITON, operator
-from shardwise.ops.triton_support import (
-    Form,
-    Kernel,
-    Launch,
-    asynchronous_products,
-    dependent_launch,
-    interpreting,
-    multiprocessors,
-)
+from shardwise.ops.triton_support import Form, Kernel, Launch, dependent_launch, multiprocessors
 
 OP = "triton_attention_flattened_mha_with_cache"
 LOG2_E = math.log2(math.e)
 APPEND_TOKENS = 16
 LEAST_SCALE = 1e-30  # for 0: the kernels order scores before they scale them, and hide keys by scores of -inf
-MOST_BOUND = 60.0  # exp(60) of a million keys, times values up to 1e6, fits float32
 
 _append, _prefill, _decode, _reduce = (
     Kernel(kernel) for kernel in (append_kernel, prefill_kernel, flattened_decode_kernel, reduce_kernel)
@@ -226,7 +217,7 @@ def _plan_prefill(shapes: Shapes, batch: Batch, given: Tensors, scores: _Scores)
     attend = _form(
         _prefill, q.device, (*key, tile),
         (shapes.rows[0], *shapes.caches, heads.keys, heads.group, *shapes.sizes, tile.rows, tile.keys, sequences,
-         *scores[1:], _bounded(scores, q), pdl),
+         *scores[1:], pdl),
         warps=tile.warps, stages=tile.stages,
     )  # fmt: skip
     count = -(-rows // tile.rows) + batch.prefill  # tiles for each KV head; each sequence may end in a part of one
@@ -235,12 +226,6 @@ def _plan_prefill(shapes: Shapes, batch: Batch, given: Tensors, scores: _Scores)
         Launch(append, (-(-batch.prefill_tokens // APPEND_TOKENS), heads.keys, 1), limits),
         Launch(attend, (count * heads.keys, 1, 1), (scores.scale, count, *limits)),
     )
-
-
-def _bounded(scores: _Scores, q: torch.Tensor) -> bool:
-    """Whether powers of capped scores, and sums of them, fit the dtypes as they are: no highest score is kept."""
-    fits = 0 < scores.cap <= MOST_BOUND * LOG2_E and q.dtype != torch.float16 and not scores.has_sinks
-    return fits and (asynchronous_products(q.device) or interpreting())
 
 
 def _plan_decode(shapes: Shapes, batch: Batch, given: Tensors, scores: _Scores) -> _Decode:

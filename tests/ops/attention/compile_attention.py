@@ -53,7 +53,7 @@ def constants(group, size, value_size, **more):
         "K_CACHE": (SEQUENCE * width[0], width[0], size), "V_CACHE": (SEQUENCE * width[1], width[1], value_size),
         "KV_HEADS": KV_HEADS, "HEADS": KV_HEADS * group, "GROUP": group, "D": size, "DV": value_size,
         "BLOCK_D": tiles.power_of_two(size), "BLOCK_DV": tiles.power_of_two(value_size), "SEQUENCES": 16, "TOKENS": 16,
-        "SPLIT": True, "BLOCK_SPLITS": 32, "WINDOW": 0, "HAS_SINKS": False, "CAP": 0.0, "BOUNDED": False, "PDL": True,
+        "SPLIT": True, "BLOCK_SPLITS": 32, "WINDOW": 0, "HAS_SINKS": False, "CAP": 0.0, "PDL": True,
     } | more  # fmt: skip
 
 
@@ -69,7 +69,7 @@ def main():
         (8, 64, 64, "bf16", "bf16", {"WINDOW": 128, "HAS_SINKS": True}),
         (8, 128, 128, "bf16", "fp8e4nv", {}),
         (2, 256, 256, "bf16", "bf16", {}),
-        (2, 256, 256, "bf16", "bf16", {"CAP": 72.1, "BOUNDED": True}),
+        (2, 256, 256, "bf16", "bf16", {"CAP": 72.1}),
         (2, 256, 256, "fp16", "fp16", {"CAP": 72.1, "WINDOW": 4096}),
         (5, 80, 48, "fp16", "fp16", {"HAS_SINKS": True}),
         (4, 128, 128, "fp32", "fp32", {}),

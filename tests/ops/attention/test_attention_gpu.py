@@ -63,7 +63,7 @@ def test_capped_scores_of_long_mixed_steps(dtype, heads, kv_heads, size, options
     torch.testing.assert_close(out.double(), expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
 
 
-def test_capped_scores_at_their_bound_stay_finite():
+def test_scores_at_their_cap_stay_finite():
     tensors = [x.abs() for x in build(LONG, 4, 2, 256, 256, torch.bfloat16)]
     expected = want(LONG, *tensors, None, None, 1e3, 60.0)
     out = attend_to_cache(*tensors[:3], *LONG.metadata("cuda")[:-1], *tensors[3:], 1e3, None, None, 60.0)

@@ -6,7 +6,6 @@ each program finds its sequence. Tiles run from last to first, since the later o
 """
 
 from shardwise.ops.attention.kernels.cap import capped
-from shardwise.ops.ptx import finish_products
 from shardwise.ops.triton_support import await_predecessor, tl, triton
 
 
@@ -52,7 +51,6 @@ def _attend(
     BLOCK_DV: tl.constexpr,
     CAP: tl.constexpr,
     WINDOW: tl.constexpr,
-    BOUNDED: tl.constexpr,
     MASKED: tl.constexpr,
 ):
     """Fold the keys [begin, stop) in; without MASKED every query sees all of them, and they are whole blocks."""
@@ -77,31 +75,21 @@ def _attend(
             distance = position[:, None] - (start + n)[None, :]
             seen = (distance >= 0) & (distance < WINDOW) if WINDOW > 0 else distance >= 0
             scores = tl.where(seen, scores, float("-inf"))
-        if BOUNDED:
-            weights = tl.exp2(scores)
-            total += tl.sum(weights, 1)
-        else:
-            risen = tl.maximum(highest, tl.max(scores, 1) * left)
-            shift = tl.where(risen == float("-inf"), 0.0, risen) if MASKED else risen
-            weights = tl.exp2(scores * left - shift[:, None])
-            decay = tl.exp2(highest - shift)
-            total = total * decay + tl.sum(weights, 1)
+        risen = tl.maximum(highest, tl.max(scores, 1) * left)
+        shift = tl.where(risen == float("-inf"), 0.0, risen) if MASKED else risen
+        weights = tl.exp2(scores * left - shift[:, None])
+        decay = tl.exp2(highest - shift)
+        total = total * decay + tl.sum(weights, 1)
         if MASKED:
             v = tl.load(v_tile, mask=present[:, None] & (dv < DV)[None, :], other=0.0)
         elif DV == BLOCK_DV:
             v = tl.load(v_tile)
         else:
             v = tl.load(v_tile, mask=(dv < DV)[None, :], other=0.0)
-        weights = weights.to(q.dtype)
-        if BOUNDED:
-            acc = tl.dot(weights, v.to(q.dtype), acc, input_precision="ieee")
-        else:
-            acc = tl.dot(weights, v.to(q.dtype), acc * decay[:, None], input_precision="ieee")
-            highest = risen
+        acc = tl.dot(weights.to(q.dtype), v.to(q.dtype), acc * decay[:, None], input_precision="ieee")
+        highest = risen
         k_tile += BLOCK_N * K_STRIDE
         v_tile += BLOCK_N * V_STRIDE
-        if BOUNDED:
-            finish_products()
     return acc, highest, total
 
 
@@ -136,7 +124,6 @@ def prefill_kernel(
     CAP: tl.constexpr,  # scores become CAP tanh(score / CAP); 0: they do not
     WINDOW: tl.constexpr,
     HAS_SINKS: tl.constexpr,
-    BOUNDED: tl.constexpr,  # powers of capped scores are summed as they are, without regard to the highest
     PDL: tl.constexpr,
 ):
     kv_head = tl.program_id(0) % KV_HEADS
@@ -175,11 +162,11 @@ def prefill_kernel(
         if WINDOW == 0:
             acc, highest, total = _attend(
                 acc, highest, total, q, k_base, v_base, position, stop * 0, middle, scale,
-                K_CACHE[1], V_CACHE[1], D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, CAP, WINDOW, BOUNDED, False,
+                K_CACHE[1], V_CACHE[1], D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, CAP, WINDOW, False,
             )  # fmt: skip
         acc, highest, total = _attend(
             acc, highest, total, q, k_base, v_base, position, middle, stop, scale,
-            K_CACHE[1], V_CACHE[1], D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, CAP, WINDOW, BOUNDED, True,
+            K_CACHE[1], V_CACHE[1], D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, CAP, WINDOW, True,
         )  # fmt: skip
         if HAS_SINKS:
             sink = tl.load(sinks_ptr + head).to(tl.float32) * 1.4426950408889634
