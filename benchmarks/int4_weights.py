@@ -76,7 +76,7 @@ def tiles(tokens: int, shape: Shape) -> list[Tile | ManyTile]:
     shapes = [(2, 4, 2), (2, 4, 4), (2, 8, 2), (2, 8, 4)]
     if not shape.gated:
         shapes = [(1, 4, 4), (1, 4, 8), (1, 8, 2), (1, 8, 4), (2, 4, 4), (2, 8, 4)]
-    return [Tile(*each, ahead=ahead) for each, ahead in product(shapes, (0, 256))]
+    return [Tile(*each) for each in shapes]
 
 
 def int4_call(

@@ -10,7 +10,7 @@ products.
 # mypy: ignore-errors
 
 from shardwise.ops.gluon_support import gl, jit, mma_v2
-from shardwise.ops.ptx import prefetch_to_l2, silu
+from shardwise.ops.ptx import silu
 from shardwise.ops.quantization.int4_weight import scale_of
 from shardwise.ops.triton_support import tl
 
@@ -115,17 +115,6 @@ def _load(word_at, beside_at, ahead: tl.constexpr, there, row_there, W: tl.const
 
 
 @jit
-def _ask(word_ptr, beside_ptr, slab, tiles, begin: tl.constexpr, AHEAD: tl.constexpr, TILE: tl.constexpr,
-         GROUP: tl.constexpr):  # fmt: skip
-    """Have at most AHEAD tiles of a slab, from `begin` on, brought to the L2 cache, and all scales and zero points."""
-    count = gl.minimum(tiles - begin, AHEAD)
-    if count > 0:
-        prefetch_to_l2(word_ptr + (slab * tiles + begin) * (2 * TILE), count * (8 * TILE))
-        groups = tiles * TILE // GROUP
-        prefetch_to_l2(beside_ptr + slab * groups * 16, groups * 64)
-
-
-@jit
 def _slab(slab, first, slabs, S: tl.constexpr, GATED: tl.constexpr):
     """The slab of the weight that each of a program's is; the last one where there is none.
 
@@ -160,9 +149,9 @@ def few_int4_kernel(
     bias_ptr,  # [N]
     residual_ptr,  # [T, N]
     tokens, eps, N, K,
-    BT: tl.constexpr, S: tl.constexpr, W: tl.constexpr, DEEP: tl.constexpr, EARLY: tl.constexpr, AHEAD: tl.constexpr,
-    GROUP: tl.constexpr, NORM: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, GATED: tl.constexpr,
-    HALF: tl.constexpr, EVEN: tl.constexpr, INTERPRET: tl.constexpr, PDL: tl.constexpr,
+    BT: tl.constexpr, S: tl.constexpr, W: tl.constexpr, DEEP: tl.constexpr, EARLY: tl.constexpr, GROUP: tl.constexpr,
+    NORM: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, GATED: tl.constexpr, HALF: tl.constexpr,
+    EVEN: tl.constexpr, INTERPRET: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """S slabs of the product for at most BT tokens; `int4.py` has the formula.
 
@@ -170,7 +159,6 @@ def few_int4_kernel(
     W      warps, which take tiles of K in turn; even, as two tiles may share a scale
     DEEP   tiles that each has on their way
     EARLY  tokens' columns of all of them are asked for at once
-    AHEAD  tiles beyond that are asked for before the tokens are there
     NORM   of one token: how many of its columns are squared at once; 0: none
     HALF   scales are float16, else bfloat16
     EVEN   K is whole rounds of DEEP tiles of each warp
@@ -221,9 +209,6 @@ def few_int4_kernel(
         w, b = _load(word_at, beside_at, ahead, there, row_there, W, TILE, GROUP)
         words = words + (w,)
         besides = besides + (b,)
-    if AHEAD > 0:
-        for number in gl.static_range(S):
-            _ask(word_ptr, beside_ptr, _slab(number, first, slabs, S, GATED), tiles, W * DEEP, AHEAD, TILE, GROUP)
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()

@@ -33,6 +33,8 @@ MAX_MANY = 256
 """Tokens beyond which a plain copy is."""
 GROUPS = (64, 128)
 """That `many_int4` takes."""
+TALL = 16384
+"""Rows from which on tiles of 128 are many enough."""
 
 
 def most_tokens(weight: Int4Weight) -> int:
@@ -73,13 +75,20 @@ class ManyTile:
     warps: int
     stages: int
     splits: int
+    """Parts of K."""
 
 
 def many_tile_for(tokens: int, rows: int, columns: int, processors: int) -> ManyTile:
-    """The tile for so many tokens and a weight of so many rows and columns."""
+    """The tile for so many tokens and a weight of so many rows and columns: from the same sweep as `tile_for`'s.
+
+    Of the smaller tiles two share a multiprocessor, of those of 128 tokens none.
+    """
     block = min(128, max(16, triton.next_power_of_2(tokens)))
+    if rows >= TALL:
+        return ManyTile(128, block, 8, 3, 1)
     tiles, splits = triton.cdiv(rows, 64) * triton.cdiv(tokens, block), 1
-    while tiles * splits < 2 * processors and splits < 8 and columns // 128 // (2 * splits) >= 4:
+    room = processors if block == 128 else 2 * processors
+    while 2 * tiles * splits <= room and columns // 128 // (2 * splits) >= 4:
         splits *= 2
     return ManyTile(64, block, 4, 4, splits)
 
@@ -88,6 +97,7 @@ _turn, _many = Launcher(turn_kernel), Launcher(many_int4_kernel)
 TURNED = 2048
 """Columns of a row that a program puts in order."""
 AHEAD = 4
+"""Groups of a part of K whose words are brought to the L2 cache before the tokens are there."""
 
 
 def many_int4(

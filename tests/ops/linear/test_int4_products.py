@@ -91,15 +91,6 @@ def test_a_row_and_columns_beyond_the_whole_rounds_count():
     close(few_int4(x, weight), x.double() @ values.T)
 
 
-def test_tiles_that_are_asked_for_ahead_change_nothing():
-    torch.manual_seed(5)
-    weight, values = int4(64, 2048, 128)
-    x = randn(1, 2048)
-    gate, up = (x.double() @ values.T).chunk(2, 1)
-    got = few_int4(x, weight, gated=True, tile=Tile(2, 2, 2, ahead=256))
-    close(got, torch.nn.functional.silu(gate) * up)
-
-
 def test_what_lies_beside_the_inputs_counts_nothing():
     torch.manual_seed(2)
     weight, values = int4(16, 192, 64)
