@@ -128,7 +128,7 @@ def launches():
 def few_programs(monkeypatch):
     """The interpreter takes as long for a program whatever its tile."""
     monkeypatch.setattr("shardwise.ops.linear.decode.tile_for", lambda *args: Tile(64, 1))
-    for name in ("UP_TILE", "DOWN_TILE"):
+    for name in ("UP_TILE", "DOWN_TILE", "SMALL_UP_TILE", "SMALL_DOWN_TILE"):
         monkeypatch.setattr(f"shardwise.ops.moe.decode.{name}", Tile(64, 1))
 
 
