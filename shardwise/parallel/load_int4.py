@@ -25,13 +25,13 @@ def int4_weights(
 ) -> Int4Weight | None:
     """The roles' weights, joined along the outputs, or in `order`.
 
-    None where one does not stay in 4 bits, some group is cut or something is padded. CheckpointError for inputs in
-    another order than the config says.
+    None where one does not stay in 4 bits, some group is cut, or something is padded or empty. CheckpointError for
+    inputs in another order than the config says.
     """
     if not weights.keeps_int4 or not all(stays_int4(role, Grouped.of(block, role)) for role in roles):
         return None
     joined = Joined.of(weights, block, roles)
-    if joined is None or not all(span(columns) for _, columns in joined.ranges):
+    if joined is None or not all(span(rows) and span(columns) for rows, columns in joined.ranges):
         return None
     found = [
         _loaded(weights.parts(block, role, layer), *held, joined)

@@ -12,7 +12,7 @@ products.
 from shardwise.ops.gluon_support import gl, jit, mma_v2
 from shardwise.ops.ptx import silu
 from shardwise.ops.quantization.int4_weight import scale_of
-from shardwise.ops.triton_support import tl
+from shardwise.ops.triton_support import tl, triton
 
 _UNPACK = """
     .reg .b32 a, one, r0, r1, r2, r3;
@@ -40,23 +40,27 @@ UNPACK_HALF = tl.constexpr("{" + _UNPACK.format(magic="0x64006400", one="0x3C003
 UNPACKED = tl.constexpr("=h,=h,=h,=h,=h,=h,=h,=h,r,r,r")
 
 
+@triton.jit
+def plain_values(words, near, far):
+    """Twin of the instructions: the values of each word, less the zero points of its two rows, in float32."""
+    return (
+        ((words & 15) - near).to(tl.float32),
+        ((words >> 16 & 15) - near).to(tl.float32),
+        ((words >> 4 & 15) - far).to(tl.float32),
+        ((words >> 20 & 15) - far).to(tl.float32),
+        ((words >> 8 & 15) - near).to(tl.float32),
+        ((words >> 24 & 15) - near).to(tl.float32),
+        ((words >> 12 & 15) - far).to(tl.float32),
+        ((words >> 28 & 15) - far).to(tl.float32),
+    )
+
+
 @jit
 def _unpacked(words, near, far, DTYPE: tl.constexpr, INTERPRET: tl.constexpr):
     """The eight values of each word, code less zero point, in the order (k-half, row half, pair); `near` and `far` have
     the zero points of its two rows in their high halves."""
     if INTERPRET:
-        near = near >> 16
-        far = far >> 16
-        return (
-            ((words & 15) - near).to(tl.float32),
-            ((words >> 16 & 15) - near).to(tl.float32),
-            ((words >> 4 & 15) - far).to(tl.float32),
-            ((words >> 20 & 15) - far).to(tl.float32),
-            ((words >> 8 & 15) - near).to(tl.float32),
-            ((words >> 24 & 15) - near).to(tl.float32),
-            ((words >> 12 & 15) - far).to(tl.float32),
-            ((words >> 28 & 15) - far).to(tl.float32),
-        )
+        return plain_values(words, near >> 16, far >> 16)
     HALF: tl.constexpr = gl.float16 == DTYPE
     NEGATIVE: tl.constexpr = -0x1BFF1C00 if HALF else -0x3CFF3D00  # twice the bits of -1024.0 or -128.0
     near = (near >> 16) * 0x10001 + NEGATIVE

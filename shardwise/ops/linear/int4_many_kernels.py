@@ -8,26 +8,11 @@ their columns in the order of the weights' fragments.
 # mypy: ignore-errors
 
 from shardwise.ops.linear.float8_kernels import parts_at, sum_of_parts
-from shardwise.ops.linear.int4_kernels import UNPACK_BFLOAT, UNPACK_HALF, UNPACKED
+from shardwise.ops.linear.int4_kernels import UNPACK_BFLOAT, UNPACK_HALF, UNPACKED, plain_values
 from shardwise.ops.ptx import finish_products
 from shardwise.ops.quantization.int4_weight import scale_of
 from shardwise.ops.tensor_memory import prefetch
 from shardwise.ops.triton_support import await_predecessor, tl, triton
-
-
-@triton.jit
-def _plain(words, near, far):
-    """The eight values of each word in float32, in the order (k-half, row half, pair)."""
-    return (
-        ((words & 15) - near).to(tl.float32),
-        ((words >> 16 & 15) - near).to(tl.float32),
-        ((words >> 4 & 15) - far).to(tl.float32),
-        ((words >> 20 & 15) - far).to(tl.float32),
-        ((words >> 8 & 15) - near).to(tl.float32),
-        ((words >> 24 & 15) - near).to(tl.float32),
-        ((words >> 12 & 15) - far).to(tl.float32),
-        ((words >> 28 & 15) - far).to(tl.float32),
-    )
 
 
 @triton.jit
@@ -45,7 +30,7 @@ def _weights(words, near, far, CHUNKS: tl.constexpr, DTYPE: tl.constexpr, INTERP
     near, _ = tl.broadcast(((near >> 16) * TWICE + NEGATIVE)[None, :, :, None, None], words)
     far, _ = tl.broadcast(((far >> 16) * TWICE + NEGATIVE)[None, :, :, None, None], words)
     if INTERPRET:
-        a0, a1, b0, b1, c0, c1, d0, d1 = _plain(words, near, far)
+        a0, a1, b0, b1, c0, c1, d0, d1 = plain_values(words, near, far)
     else:
         a0, a1, b0, b1, c0, c1, d0, d1 = tl.inline_asm_elementwise(
             UNPACK_HALF if HALF else UNPACK_BFLOAT, UNPACKED, [words, near, far], dtype=(tl.int16,) * 8, is_pure=True,
