@@ -93,22 +93,31 @@ def host_microseconds(call: Callable[[], object], calls: int = 20) -> float:
     return 1e6 * best / calls
 
 
-def measured(args: argparse.Namespace) -> list[dict]:
+class Report:
+    """Prints rows, and writes all of them after each."""
+
+    def __init__(self, path: Path | None):
+        self.path, self.rows = path, []
+
+    def add(self, row: dict) -> None:
+        print(row, flush=True)
+        self.rows.append(row)
+        if self.path:
+            self.path.write_text(json.dumps({"machine": machine_facts(), "rows": self.rows}, indent=1))
+
+
+def measure(args: argparse.Namespace, report: Report) -> None:
     states = torch.randn(STATES, HEADS.values, HEADS.key_dim, HEADS.value_dim, device="cuda")
-    found = []
     for batch in args.batch:
         times = alternating_microseconds(steps(batch, states), repeats=args.repeats)
         moved = 2 * batch * states[0].nbytes
         row = {"step": batch, "us": times, "terabytes_per_second": moved / times["ours"] / 1e6}
-        found.append(row | {"share_of_copy": times["copy"] / times["ours"]})
-        print(found[-1], flush=True)
+        report.add(row | {"share_of_copy": times["copy"] / times["ours"]})
     for name in args.prompts:
         calls = prompts(*map(int, name.split("x")), states, fla=args.fla)
         times = alternating_microseconds(calls, repeats=args.repeats)
         host = {which: host_microseconds(each[0]) for which, each in calls.items()}
-        found.append({"prompt": name, "us": times, "host_us": host})
-        print(found[-1], flush=True)
-    return found
+        report.add({"prompt": name, "us": times, "host_us": host})
 
 
 def main() -> None:
@@ -121,9 +130,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.manual_seed(0)
     with torch.inference_mode():
-        found = measured(args)
-    if args.json:
-        args.json.write_text(json.dumps({"machine": machine_facts(), "rows": found}, indent=1))
+        measure(args, Report(args.json))
 
 
 if __name__ == "__main__":
