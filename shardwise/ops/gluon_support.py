@@ -63,9 +63,12 @@ otherwise."""
 
 
 def swizzled_tiles(tensor: Tensor, *block: int) -> Any:
-    """Descriptor of a tensor in tiles of so many elements of each dimension, 128 bytes of the last; for kernels on a
-    GPU."""
+    """Descriptor of a tensor in tiles of so many elements of each dimension, 64 or 128 bytes of the last.
+
+    For kernels on a GPU.
+    """
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8 * tensor.element_size(), rank=len(block))
+    itemsize = tensor.element_size()
+    layout = gl.NVMMASharedLayout(block[-1] * itemsize, element_bitwidth=8 * itemsize, rank=len(block))
     return TensorDescriptor.from_tensor(tensor, list(block), layout)

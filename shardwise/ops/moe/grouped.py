@@ -15,6 +15,7 @@ from shardwise.ops.moe.few import few_moe
 from shardwise.ops.moe.grouped_gemm import gather_rows, grouped_gemm
 from shardwise.ops.moe.grouped_plan import FewPlan, GroupedPlan, Shape, choose_few, choose_mixed_plan, choose_plan
 from shardwise.ops.moe.routing import Routing, combine, most_blocks, routed
+from shardwise.ops.moe.wide_float8 import wide_float8
 from shardwise.ops.moe.wide_gemm import wide_gemm
 from shardwise.ops.moe.workspace import Workspace
 from shardwise.ops.quantization.triton_fp8 import quantize
@@ -28,7 +29,9 @@ from shardwise.ops.triton_support import (
     multiprocessors,
 )
 
-_gemm, _gather, _wide = Launcher(grouped_gemm), Launcher(gather_rows), Launcher(wide_gemm)
+_gemm, _gather, _wide, _wide_float8 = (
+    Launcher(kernel) for kernel in (grouped_gemm, gather_rows, wide_gemm, wide_float8)
+)
 _COPIED_ROWS, _COPIED_BYTES = 8, 2048
 """Rows, and bytes of each, that one program copies."""
 
@@ -78,8 +81,11 @@ def grouped_moe(
     if isinstance(plan, FewPlan):
         return few_moe(tokens, ids, weights, first, second, act, on_input, scales, plan)
     if plan is None:
-        itemsize = first.element_size()
-        plan = choose_mixed_plan(pairs, experts) if alone else choose_plan(pairs, experts, itemsize, blocks, hidden)
+        if alone:
+            turned = act == "silu" and not on_input and _turns_codes(tokens, first, second)
+            plan = choose_mixed_plan(pairs, experts, turned)
+        else:
+            plan = choose_plan(pairs, experts, first.element_size(), blocks, hidden)
     space = Workspace.of(tokens.device, count)
     routing = routed(space, ids, weights, experts, plan.bt)
     inner = space.take("inner", (pairs, size), tokens.dtype if alone else first.dtype)
@@ -163,7 +169,36 @@ def _run_specialised(shape: Shape, bt: int, product: _Product, routing: Routing)
     )
 
 
+def _turns_codes(tokens: Tensor, first: Tensor, second: Tensor) -> bool:
+    """Whether `wide_float8` takes both products of e4m3 weights whose scales are their own."""
+    hopper = ROLES and asynchronous_products(tokens.device)
+    odd = (first.shape[2] | second.shape[2] | first.data_ptr() | second.data_ptr()) % 16
+    return hopper and tokens.dtype == torch.bfloat16 and not odd
+
+
+def _run_float8(shape: Shape, bt: int, product: _Product, routing: Routing) -> None:
+    x, w, out, scale = product.x, product.weight, product.out, product.scale
+    assert scale is not None
+    rows, columns, pairs = out.shape[-1], w.shape[2], routing.order.shape[0]
+    device, pdl = x.device, dependent_launch(x.device)
+    constants = (
+        (product.act == "silu", product.by_pair, scale.dim() == 3, shape.bn, bt, shape.bk, shape.stages)
+        + (shape.group, shape.short, shape.halves, pdl)
+    )  # fmt: skip
+    _wide_float8(
+        device,
+        (x.dtype, out.dtype, columns, rows, shape.warps, constants, aligned(out, scale)),
+        (min(most_blocks(pairs, routing.local, bt) * -(-rows // shape.bn), multiprocessors(device)), 1, 1),
+        (swizzled_tiles(x, bt, shape.bk), swizzled_tiles(w.view(-1, columns), shape.bn, shape.bk), out)
+        + (routing.order, routing.blocks, scale, columns, rows, *constants),
+        num_warps=shape.warps,
+        launch_pdl=pdl,
+    )
+
+
 def _run(shape: Shape, bt: int, product: _Product, routing: Routing) -> None:
+    if shape.specialised and product.x.dtype != product.weight.dtype:
+        return _run_float8(shape, bt, product, routing)
     if _runs_specialised(shape, product):
         return _run_specialised(shape, bt, product, routing)
     x, w, out = product.x, product.weight, product.out

@@ -10,7 +10,7 @@ from shardwise.ops.triton_support import tl
 
 
 @jit
-def _place(index, blocks, per_block, GROUP: tl.constexpr, SHORT: tl.constexpr):
+def place(index, blocks, per_block, GROUP: tl.constexpr, SHORT: tl.constexpr):
     """As in `grouped_gemm`; with SHORT, a program's tiles are of the blocks in turn, so that all get short ones."""
     group = index // (GROUP * per_block)
     within = index - group * (GROUP * per_block)
@@ -40,7 +40,7 @@ def _bring(
 
 
 @jit
-def _whole(tiles, HALVES: tl.constexpr):
+def whole_tiles(tiles, HALVES: tl.constexpr):
     """Tiles that are not halved: all, or all but those of a last round that has work for no more than half of the
     programs; there, two programs share a tile.
     """
@@ -56,10 +56,10 @@ def _load(
 ):  # fmt: skip
     """Bring all tiles of the program, in their order."""
     blocks, per_block, steps = gl.load(block_ptr), gl.cdiv(out_rows, BN), gl.cdiv(columns, BK)
-    whole = _whole(blocks * per_block, HALVES)
+    whole = whole_tiles(blocks * per_block, HALVES)
     count = 0
     for index in range(gl.program_id(0), whole, gl.num_programs(0)):
-        block, tile = _place(index, blocks, per_block, GROUP, SHORT)
+        block, tile = place(index, blocks, per_block, GROUP, SHORT)
         row = gl.load(block_ptr + 1 + 3 * block) * (out_rows * (2 if GATED else 1)) + tile * BN
         start = gl.load(block_ptr + 2 + 3 * block)
         _bring(x, w, left, right, full, empty, count, row, start, steps, out_rows, GATED, BN, BT, BK, STAGES)
@@ -67,7 +67,7 @@ def _load(
     if HALVES:
         index = whole + gl.program_id(0) // 2
         if index < blocks * per_block:  # twice the rows that are needed, as the descriptor has them
-            block, tile = _place(index, blocks, per_block, GROUP, SHORT)
+            block, tile = place(index, blocks, per_block, GROUP, SHORT)
             row = gl.load(block_ptr + 1 + 3 * block) * out_rows + tile * BN + gl.program_id(0) % 2 * (BN // 2)
             start = gl.load(block_ptr + 2 + 3 * block)
             _bring(x, w, left, right, full, empty, count, row, start, steps, out_rows, GATED, BN, BT, BK, STAGES)
@@ -97,13 +97,13 @@ def _products(
 
 
 @jit
-def _tile(
-    left, right, full, empty, count, steps, out_ptr, sorted_ptr, quant_ptr, factor, start, stop, first_row, out_rows,
-    ROWS: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr, GATED: tl.constexpr, BY_PAIR: tl.constexpr,
-    SCALED: tl.constexpr, DIVIDE: tl.constexpr, MULTIPLY: tl.constexpr, ACC: tl.constexpr, OUT: tl.constexpr,
+def finish(
+    acc, out_ptr, sorted_ptr, quant_ptr, factor, start, stop, first_row, out_rows,
+    BN: tl.constexpr, GATED: tl.constexpr, BY_PAIR: tl.constexpr, SCALED: tl.constexpr, DIVIDE: tl.constexpr,
+    MULTIPLY: tl.constexpr, OUT: tl.constexpr,
 ):  # fmt: skip
-    """The results of ROWS tokens and BN rows of an expert."""
-    acc = _products(left, right, full, empty, count, steps, ROWS, 2 * BN if GATED else BN, STAGES, ACC)
+    """A tile's results from its sums [tokens, BN], or [tokens, up and gate rows]."""
+    ROWS: tl.constexpr = acc.shape[0]
     if SCALED:
         acc *= factor
     if GATED:
@@ -121,6 +121,20 @@ def _tile(
     row = gl.load(sorted_ptr + position, mask=position < stop, other=0) if BY_PAIR else position
     at = out_ptr + row.to(gl.int64)[:, None] * out_rows + n[None, :]
     gl.store(at, value, mask=(position < stop)[:, None] & (n < out_rows)[None, :])
+
+
+@jit
+def _tile(
+    left, right, full, empty, count, steps, out_ptr, sorted_ptr, quant_ptr, factor, start, stop, first_row, out_rows,
+    ROWS: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr, GATED: tl.constexpr, BY_PAIR: tl.constexpr,
+    SCALED: tl.constexpr, DIVIDE: tl.constexpr, MULTIPLY: tl.constexpr, ACC: tl.constexpr, OUT: tl.constexpr,
+):  # fmt: skip
+    """The results of ROWS tokens and BN rows of an expert."""
+    acc = _products(left, right, full, empty, count, steps, ROWS, 2 * BN if GATED else BN, STAGES, ACC)
+    finish(
+        acc, out_ptr, sorted_ptr, quant_ptr, factor, start, stop, first_row, out_rows, BN, GATED, BY_PAIR, SCALED,
+        DIVIDE, MULTIPLY, OUT,
+    )  # fmt: skip
 
 
 @jit
@@ -144,10 +158,10 @@ def _multiply(
 ):  # fmt: skip
     """The products of all steps, and each tile's results."""
     blocks, per_block, steps = gl.load(block_ptr), gl.cdiv(out_rows, BN), gl.cdiv(columns, left.shape[2])
-    whole = _whole(blocks * per_block, HALVES)
+    whole = whole_tiles(blocks * per_block, HALVES)
     count = 0
     for index in range(gl.program_id(0), whole, gl.num_programs(0)):
-        block, tile = _place(index, blocks, per_block, GROUP, SHORT)
+        block, tile = place(index, blocks, per_block, GROUP, SHORT)
         start, stop = gl.load(block_ptr + 2 + 3 * block), gl.load(block_ptr + 3 + 3 * block)
         factor = _factor(scale_ptr, factor_ptr, block_ptr, block, SCALED, FACTORED)
         if SHORT > 0 and stop - start <= SHORT:
@@ -164,7 +178,7 @@ def _multiply(
     if HALVES:
         index = whole + gl.program_id(0) // 2
         if index < blocks * per_block:
-            block, tile = _place(index, blocks, per_block, GROUP, SHORT)
+            block, tile = place(index, blocks, per_block, GROUP, SHORT)
             start, stop = gl.load(block_ptr + 2 + 3 * block), gl.load(block_ptr + 3 + 3 * block)
             factor = _factor(scale_ptr, factor_ptr, block_ptr, block, SCALED, FACTORED)
             _tile(

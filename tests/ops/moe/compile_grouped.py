@@ -16,8 +16,9 @@ from triton.experimental.gluon._runtime import GluonASTSource
 from shardwise.ops.gluon_support import ROLES
 from shardwise.ops.moe.few_kernels import few_down, few_up
 from shardwise.ops.moe.grouped_gemm import grouped_gemm
-from shardwise.ops.moe.grouped_plan import choose_few, choose_plan
+from shardwise.ops.moe.grouped_plan import choose_few, choose_mixed_plan, choose_plan
 from shardwise.ops.moe.routing import power_of_two
+from shardwise.ops.moe.wide_float8 import wide_float8
 from shardwise.ops.moe.wide_gemm import wide_gemm
 
 FREE = ("pairs", "sharing", "experts")
@@ -121,6 +122,28 @@ def specialised(name, up, itemsize):
     return describe(name, compiled(wide_gemm, kinds, constants, 8, GluonASTSource), 1)
 
 
+def turned(name, up, tiled):
+    """A product of `wide_float8`."""
+    plan = choose_mixed_plan(1000, 1, True)
+    shape = plan.up if up else plan.down
+    left, right = (
+        gl.NVMMASharedLayout(swizzle_byte_width=shape.bk * itemsize, element_bitwidth=8 * itemsize, rank=2)
+        for itemsize in (2, 1)
+    )
+    kinds = {
+        "x": f"tensordesc<bf16[{plan.bt}, {shape.bk}],{left!r}>",
+        "w": f"tensordesc<fp8e4nv[{shape.bn}, {shape.bk}],{right!r}>",
+        "out_ptr": "*bf16",
+        **dict.fromkeys(("sorted_ptr", "block_ptr"), "*i32"),
+        **dict.fromkeys(("columns", "out_rows"), "i32"),
+    }
+    constants = dict(
+        GATED=up, BY_PAIR=not up, TILED=tiled, BN=shape.bn, BT=plan.bt, BK=shape.bk, STAGES=shape.stages,
+        GROUP=shape.group, SHORT=shape.short, HALVES=shape.halves, PDL=True,
+    )  # fmt: skip
+    return describe(name, compiled(wide_float8, kinds, constants, shape.warps, GluonASTSource), 1)
+
+
 def main():
     narrow, wide = choose_plan(8 * 16, 128, 2), choose_plan(8 * 8192, 128, 2)
     rows = [
@@ -133,6 +156,7 @@ def main():
     ]
     if ROLES:
         rows += [specialised("specialised up", True, 2), specialised("specialised down fp8", False, 1)]
+        rows += [turned("turned up", True, True), turned("turned down", False, False)]
     print(json.dumps(rows))
 
 
