@@ -79,6 +79,7 @@ class ExpertStep:
             self.gate = _gate_of(experts) or Gate()
             self.router, self.bias = block.router.weight.t().contiguous(), block.router.bias
             plain = self.gate == Gate() and getattr(experts, "up_gate_bias", None) is None
+            plain = plain and not decode.reason_against(len(self.slots), self.choice.top_k + 1)
             if shared is not None and plain and shared[0].fits(experts.up_gate, experts.down):
                 self.shared = shared[0]
                 self.router = torch.cat([self.router, shared[1]])

@@ -124,7 +124,7 @@ def expert_up(
     (tokens, hidden), experts, packed = x.shape, slots.shape[0], isinstance(weight, PackedMXFP4)
     choices = choice.top_k + (shared is not None)
     pairs = tokens * choices
-    _check(choice, experts, weight)
+    _check(choices, experts, weight)
     rows = weight.rows if isinstance(weight, PackedMXFP4) else weight.shape[1]
     size, device = rows // 2, x.device
     routed = Routed(
@@ -210,12 +210,13 @@ def _down_tile(size: int, grain: str) -> Tile:
     return SMALL_DOWN_TILE if size <= SMALL else DOWN_TILE
 
 
-def reason_against(experts: int, top_k: int, *, packed: bool = False) -> str:
-    """Why these kernels cannot serve a model's experts; empty when they can."""
+def reason_against(experts: int, choices: int, *, packed: bool = False) -> str:
+    """Why these kernels cannot serve a model's experts, `choices` of a token, a shared one among them; empty when they
+    can."""
     if experts > MOST_EXPERTS:
         return f"{experts} experts, at most {MOST_EXPERTS}"
     most = MOST_PACKED_CHOICES if packed else MOST_CHOICES
-    return f"{top_k} experts a token, at most {most}" if top_k > most else ""
+    return f"{choices} experts a token, at most {most}" if choices > most else ""
 
 
 def takes_packed(weight: PackedMXFP4) -> bool:
@@ -233,9 +234,9 @@ def _grain(weight: Experts) -> str:
     return ("tile" if weight.tiled else "channel") if isinstance(weight, Float8Weight) else ""
 
 
-def _check(choice: Choice, experts: int, weight: Experts) -> None:
+def _check(choices: int, experts: int, weight: Experts) -> None:
     words = weight.words if isinstance(weight, PackedMXFP4 | Float8Weight) else weight
-    reason = reason_against(experts, choice.top_k, packed=isinstance(weight, PackedMXFP4))
+    reason = reason_against(experts, choices, packed=isinstance(weight, PackedMXFP4))
     if reason:
         raise ValueError(f"expert_up: {reason}")
     if not words.is_contiguous():

@@ -138,6 +138,15 @@ def test_a_rank_sums_its_own_of_many_choices_and_a_gated_shared_expert():
     assert relative(got, expected + residual) < 1e-5
 
 
+def test_a_shared_expert_is_one_of_the_most_choices():
+    experts, hidden, size = 40, 24, 16
+    x, logits = torch.randn(TOKENS, hidden, device=DEVICE), torch.randn(TOKENS, experts + 1, device=DEVICE)
+    up_gate, down = torch.randn(2 * size, hidden, device=DEVICE), torch.randn(hidden, size, device=DEVICE)
+    routed, shared = up_gate.expand(experts, -1, -1).contiguous(), SharedExpert(up_gate, down)
+    with pytest.raises(ValueError, match="33 experts a token, at most 32"):
+        expert_up(x, logits, local_slots(experts, 1, 0), Choice(32, True), routed, Gate(), shared=shared)
+
+
 def test_equal_logits_choose_the_lowest_numbers():
     x = torch.randn(1, 32, device=DEVICE)
     logits = torch.tensor([[1.0, 2.0, 1.0, 2.0, 1.0]], device=DEVICE)
