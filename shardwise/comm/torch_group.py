@@ -57,22 +57,32 @@ def serves(group: dist.ProcessGroup, backend: str) -> bool:
     return f"{device}:{backend}" in dist.get_backend_config(group).split(",")
 
 
-_naming = threading.Lock()
+_making = threading.local()
+"""`name`: of the group that this thread is making."""
+_named_by_torch: Any = getattr(distributed_c10d, "_process_group_name", None)
+"""Torch takes no name as an argument, but asks this function of its own for one (2.11 to 2.13 do)."""
+
+
+def _process_group_name(*arguments, **options):
+    return getattr(_making, "name", None) or _named_by_torch(*arguments, **options)
+
+
+if _named_by_torch is not None:  # a torch that names groups in another way keeps it
+    distributed_c10d._process_group_name = _process_group_name  # for good: all but `new_group` get torch's own names
 
 
 def new_group(ranks: Sequence[int], backend: str, name: str) -> dist.ProcessGroup:
     """Called by its members alone, with a name that no group before it had.
 
     Torch names a group by its members and the number of groups, so that one made after another of the same members was
-    closed has that one's name, finds what that one left in the store, and waits for it for ever.
+    closed has that one's name, finds what that one left in the store, and waits for it for ever. Other threads may make
+    groups meanwhile, in any order: under a lock those of two threads could wait for each other.
     """
-    with _naming:
-        named = distributed_c10d._process_group_name
-        distributed_c10d._process_group_name = lambda *_, **__: name  # type: ignore[assignment]
-        try:
-            return dist.new_group(list(ranks), backend=backend, use_local_synchronization=True)
-        finally:
-            distributed_c10d._process_group_name = named
+    _making.name = name
+    try:
+        return dist.new_group(list(ranks), backend=backend, use_local_synchronization=True)
+    finally:
+        _making.name = None
 
 
 def leave(limit: float, group: dist.ProcessGroup | None = None) -> bool:

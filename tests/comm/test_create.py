@@ -2,10 +2,14 @@
 
 import subprocess
 import sys
+import threading
 import types
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed import distributed_c10d
 
 from shardwise.comm import strategy, torch_dist, torch_group
 from shardwise.comm.base import STRATEGIES, Unavailable
@@ -77,6 +81,30 @@ def test_a_group_that_does_not_end_says_what_may_keep_it(monkeypatch):
     monkeypatch.setattr(torch_dist, "leave", lambda *arguments: leave(*arguments) and False)
     with pytest.warns(UserWarning, match="group world was not closed within 10 s: if a CUDA graph .* delete the graph"):
         group.close()
+
+
+def test_threads_that_make_groups_at_the_same_time_get_the_names_they_gave(monkeypatch):
+    """Neither waits for the other, which on another rank may come first; other groups keep torch's names."""
+    inside = threading.Barrier(2, timeout=10)
+
+    def named_by_torch(ranks=(0, 1)):
+        return distributed_c10d._process_group_name(list(ranks), use_hashed_name=True)
+
+    def make(ranks, **_):
+        inside.wait()
+        with ThreadPoolExecutor(1) as other:
+            assert other.submit(named_by_torch).result() == usual
+        return named_by_torch(ranks)
+
+    usual = named_by_torch()
+    monkeypatch.setattr(dist, "new_group", make)
+    with ThreadPoolExecutor(2) as threads:
+        names = list(threads.map(lambda name: torch_group.new_group([0, 1], "gloo", name), ["one", "two"]))
+    assert names == ["one", "two"]
+    monkeypatch.setattr(dist, "new_group", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        torch_group.new_group([0, 1], "gloo", "three")
+    assert named_by_torch() == usual
 
 
 def test_an_existing_process_group_is_ridden_on():
