@@ -72,6 +72,17 @@ def test_a_world_of_six_leaves_its_pairs_to_the_kernels(layout, transports):
     assert set(run_threads(6, body)) == {" + ".join(dict.fromkeys(transports.values()))}
 
 
+def test_beneath_a_broken_group_none_waits_for_its_members():
+    def body():
+        world = pairs_and_fours(current_groups().world)
+        pair = world.split(world.rank // 2)
+        world.broken = "a wait gave up"  # as a group on peer memory finds by itself
+        world.close()
+        return {group.broken for group in (world, world.fallback, pair, pair.fallback)}
+
+    assert run_threads(6, body) == [{"a wait gave up"}] * 6
+
+
 def test_without_triton_it_is_the_reason(monkeypatch):
     found = importlib.util.find_spec
     monkeypatch.setattr(

@@ -77,6 +77,7 @@ class Delegating(BaseCommunicator):
                 part._stop_waits()
 
     def close(self) -> None:
+        self.fallback.broken = self.fallback.broken or self.broken  # a broken one does not wait for its members
         super().close()
         self.fallback.close()
 
