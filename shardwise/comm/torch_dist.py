@@ -2,10 +2,6 @@
 
 Gloo sums are done in our own fixed order for 16-bit floats (gloo would round at every step); other dtypes use its
 ring. NCCL sums in its own order and rounds 16-bit floats at every hop. Deterministic mode takes our order on both.
-
-A wait on gloo is cut into slices; between them the rank looks for an abort and for the deadline. At the deadline
-every waiting rank writes its name into the store, and who did not write is missing. NCCL runs on the GPU's stream,
-where torch's watchdog holds the deadline.
 """
 
 import atexit
@@ -21,15 +17,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from shardwise.comm import compose, symmetric, watch, window
+from shardwise.comm import compose, symmetric, window
 from shardwise.comm.arguments import starts
-from shardwise.comm.base import CollectiveTimeout, CommError, PeerLost, Unavailable
+from shardwise.comm.base import Unavailable
 from shardwise.comm.bootstrap import Rendezvous, TorchStore
 from shardwise.comm.collective import BaseCommunicator
 from shardwise.comm.control import FRAME_BYTES, framed, unframed
 from shardwise.comm.torch_group import ProcessGroupRendezvous, leave, new_group, served_store, serves
+from shardwise.comm.torch_wait import SLICE, WaitingCommunicator
 
-SLICE = timedelta(seconds=0.2)
 _gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 """torch 2.13 renames them; 2.11 knows the old names only."""
@@ -38,16 +34,9 @@ STAGED = {
     "NCCL_SYMMETRIC": (window, window.Window),
 }
 """Strategies of NCCL groups that copy tensors into memory of their own, made at the first call."""
-LOST_SIGNS = (
-    "Connection closed by peer",
-    "Connection was likely closed",
-    "Connection reset",
-    "Broken pipe",
-    "Socket closed",
-)
 
 
-class TorchDistCommunicator(BaseCommunicator):
+class TorchDistCommunicator(WaitingCommunicator):
     """One rank's end of a torch.distributed group."""
 
     def __init__(
@@ -113,81 +102,6 @@ class TorchDistCommunicator(BaseCommunicator):
         communicator = cls(new_group(ranks, backend, store.mark), backend, store, **options)
         communicator._own_group = True
         return communicator
-
-    # Waiting
-
-    def _done(self, work: dist.Work | None) -> None:
-        if work is None:
-            return
-        if self.transport == "nccl":
-            work.wait()
-            return
-        limit = self.deadlines.in_phase(watch.current_phase())
-        end = time.monotonic() + limit
-        while True:
-            try:
-                work.wait(SLICE)
-                return
-            except RuntimeError as error:
-                if work.is_completed() or not _timed_out(error):
-                    raise self._library_failed(error) from error
-            self._look_for_abort()
-            if time.monotonic() > end:
-                raise self._late(limit)
-
-    def _look_for_abort(self) -> None:
-        if self._aborts.check(["abort"]):
-            reason = self._aborts.get("abort").decode(errors="replace")
-            raise self._fail(CommError(f"{self._where(self._last_entry())}: {reason}"))
-
-    @property
-    def _aborts(self) -> dist.Store:
-        return self.store.store
-
-    def _library_failed(self, error: Exception) -> CommError:
-        where = self._where(self._last_entry())
-        try:
-            self._look_for_abort()
-        except CommError as aborted:
-            return aborted
-        except RuntimeError:  # the store is gone when rank 0 is
-            pass
-        if any(sign in str(error) for sign in LOST_SIGNS):
-            return self._fail(PeerLost(f"{where}: a peer's connection broke, its process is gone: {error}"))
-        return self._fail(CommError(f"{where}: {self.transport} failed: {error}"))
-
-    def _late(self, limit: float) -> CommError:
-        """Roll call through the store: whoever waits for the same collective answers."""
-        place = f"late/{self.name}/{self.sequence}"
-        missing = []
-        end = time.monotonic() + watch.ROLL_CALL_SECONDS
-        try:
-            self.store.set(f"{place}/{self.rank}", b"here")
-            for rank in range(self.size):
-                try:
-                    self.store.get(f"{place}/{rank}", max(0.01, end - time.monotonic()))
-                except TimeoutError:
-                    missing.append(self.ranks[rank])
-        except RuntimeError as error:
-            return self._fail(
-                CollectiveTimeout(
-                    f"{self._where(self._last_entry())}: not done within {limit:g} s, no roll call: {error}"
-                )
-            )
-        names = ", ".join(map(str, missing)) or "none; a rank is slow or its call differs"
-        text = f"{self._where(self._last_entry())}: rank(s) {names} did not arrive within {limit:g} s"
-        return self._fail(CollectiveTimeout(text, tuple(missing)))
-
-    @contextlib.contextmanager
-    def _calls(self):
-        try:
-            yield
-        except CommError:
-            raise
-        except RuntimeError as error:
-            raise self._library_failed(error) from error
-
-    # Collectives on flat tensors
 
     def _reduce(self, source: Tensor, target: Tensor, strategy: str) -> None:
         if strategy in STAGED:
@@ -323,8 +237,3 @@ class TorchDistCommunicator(BaseCommunicator):
                 "it, delete the graph before you close the group",
                 stacklevel=2,
             )
-
-
-def _timed_out(error: Exception) -> bool:
-    text = str(error).lower()
-    return "timed out" in text or "timeout" in text
