@@ -8,12 +8,14 @@
     accumulate, control
     shm, chunks, segment,       transport `shm`: collectives in shared memory of one host, rounds in it, how it is made,
     sharing, direct             reading a peer's own memory
-    torch_dist, torch_group,    `gloo` and `nccl`, how their groups are made; torch's symmetric memory; NCCL's
-    symmetric, window           registered windows
+    torch_dist, torch_group,    `gloo` and `nccl`, how their groups are made and ranks wait; torch's symmetric memory;
+    torch_wait, symmetric,      NCCL's registered windows
+    window
     mpi, mpi_library, arrival   `mpi`, the library beneath, how its ranks wait for each other with a deadline
     threads, fake               ranks as threads; one process that plays one rank
     p2p/                        `p2p` and `flashinfer`: all-reduce through the memory of the peers' GPUs
     bootstrap, strategy         rendezvous; the choice of a transport
     watch                       deadlines, phases, flight record
-    bench, bench_peers          timing loops of `shardwise bench comm`
+    bench, bench_cases,         timing loops of `shardwise bench comm`, what they call
+    bench_peers
 """

@@ -13,13 +13,12 @@ import torch
 from torch import Tensor
 
 from shardwise.comm.base import STRATEGIES
+from shardwise.comm.bench_cases import HIDDEN, Case, make_case, moved_bytes, shared_elements
 from shardwise.comm.names import UNUSABLE
 
 if TYPE_CHECKING:
     from shardwise.comm.bench_peers import Peers
 
-OPS = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast", "all_reduce_residual_rms_norm")
-HIDDEN = 4096
 WARMUP = 10
 GRAPH_WARMUP, REPLAYS = 3, 15
 
@@ -42,15 +41,6 @@ class Row:
     """Elements of the result that are not the expected numbers, over all ranks."""
 
 
-@dataclass(frozen=True)
-class Case:
-    """A call to time, one whose result is looked at, and what that must be."""
-
-    call: Callable[[], Any]
-    verify: Callable[[], Tensor]
-    expected: Tensor
-
-
 def bus_factor(op: str, world: int) -> float:
     """Bytes that a rank must send (or take) for each byte of payload."""
     if op == "broadcast":
@@ -62,50 +52,6 @@ def bus_factor(op: str, world: int) -> float:
 def calls(size: int) -> int:
     """How often a size is timed: a function of the size alone, so that all ranks and peers agree."""
     return max(20, min(2000, (512 << 20) // max(size, 1)))
-
-
-def make_case(op: str, size: int, dtype: torch.dtype, group, device: str, strategy: str) -> Case:
-    """`op` on `size` bytes. Inputs are small integers, so that sums are exact in every dtype."""
-    world, rank = group.size, group.rank
-    count = max(world, size // dtype.itemsize // world * world)
-    pattern = torch.arange(count, device=device) % 5
-    mine = (pattern + rank).to(dtype)
-    total = (pattern * world + world * (world - 1) // 2).to(dtype)
-    part = count // world
-    if op == "all_reduce":
-        zeros = torch.zeros_like(mine)  # in place, as layers call it: zeros stay small however often they are added
-        return Case(
-            lambda: group.all_reduce(zeros, out=zeros, strategy=strategy),
-            lambda: group.all_reduce(mine, strategy=strategy),
-            total,
-        )
-    if op == "all_gather":
-        everyone = torch.cat([(pattern[:part] + r).to(dtype) for r in range(world)])
-        source = mine[:part].clone()
-        return _repeated(lambda: group.all_gather(source), everyone)
-    if op == "reduce_scatter":
-        return _repeated(lambda: group.reduce_scatter(mine), total[rank * part : (rank + 1) * part])
-    if op == "all_to_all":
-        received = torch.cat([(pattern[rank * part : (rank + 1) * part] + r).to(dtype) for r in range(world)])
-        return _repeated(lambda: group.all_to_all(mine), received)
-    if op == "broadcast":
-        return _repeated(lambda: group.broadcast(mine, 0), pattern.to(dtype))
-    return _norm_case(count, dtype, group, device, strategy)
-
-
-def _repeated(call: Callable[[], Tensor], expected: Tensor) -> Case:
-    return Case(call, call, expected)
-
-
-def _norm_case(count: int, dtype: torch.dtype, group, device: str, strategy: str) -> Case:
-    tokens = max(1, count // HIDDEN)
-    x = torch.ones((tokens, HIDDEN), dtype=dtype, device=device)
-    residual, weight = torch.ones_like(x), torch.ones(HIDDEN, dtype=dtype, device=device)
-
-    def call():
-        return group.all_reduce_residual_rms_norm(x, residual, weight, 0.0, strategy=strategy)[0]
-
-    return _repeated(call, torch.ones_like(x))
 
 
 def time_host(call: Callable[[], Any], count: int) -> list[float]:
@@ -169,11 +115,11 @@ def row(
     op: str, size: int, dtype: torch.dtype, world: int, transport: str, strategy: str, times: list[float], wrong: int
 ) -> Row:
     """The row of these times, which ascend."""
-    middle = times[len(times) // 2]
-    rate = size / middle / 1e3
+    middle, payload = times[len(times) // 2], moved_bytes(op, size, dtype, world)
+    rate = payload / middle / 1e3
     return Row(
         op=op,
-        bytes=size,
+        bytes=payload,
         dtype=str(dtype).removeprefix("torch."),
         world=world,
         transport=transport,
@@ -204,8 +150,9 @@ def job(context) -> dict:
                 group.barrier()
                 rows.append(asdict(measure(case, op, size, dtype, group, group.transport, wanted["strategy"])))
                 named = wanted["strategy"] != "AUTO" and op.startswith("all_reduce")
-                reason = f"{wanted['strategy']}, asked for by name" if named else group.explain(op, size)
-                why.append(f"{op} of {size} bytes: {reason}")
+                payload = rows[-1]["bytes"]
+                reason = f"{wanted['strategy']}, asked for by name" if named else group.explain(op, payload)
+                why.append(f"{op} of {payload} bytes: {reason}")
                 if beside is not None:
                     found, reasons = _peers_on_cuda(beside, group, op, size, dtype, wanted["peers"])
                     rows += [asdict(each) for each in found]
@@ -255,7 +202,7 @@ def _peers_on_cuda(beside: "Peers", group, op: str, size: int, dtype, names: Seq
 
 def _peer_makers(beside: "Peers", group, op: str, size: int, dtype: torch.dtype):
     """(makers by name, the sum of their first inputs)."""
-    count = max(group.size, size // dtype.itemsize // group.size * group.size)
+    count = shared_elements(size, dtype, group.size)
     if op == "all_reduce":
         pattern = torch.arange(count, device="cuda") % 5
         total = pattern * group.size + group.size * (group.size - 1) // 2

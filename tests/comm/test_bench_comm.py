@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 
-from shardwise.comm import bench
+from shardwise.comm import bench, bench_cases
 from shardwise.comm.rank import current_groups
 from shardwise.launch.cli import bench_comm, main
 from shardwise.parallel.host_memory import host_memory
@@ -45,15 +45,24 @@ def test_json_on_standard_output_is_nothing_but_json(capfd):
     words = ["bench", "comm", "--sizes", "1KiB", "--peers", "none", "--device", "cpu", "--op", "all", "--json"]
     assert main([*words, "--dtype", "bfloat16"]) == 0
     rows = json.loads(capfd.readouterr().out)["rows"]
-    assert [row["op"] for row in rows] == list(bench.OPS)
+    assert [row["op"] for row in rows] == list(bench_cases.OPS)
     assert not any(row["wrong"] for row in rows)
+    assert {row["op"]: row["bytes"] for row in rows if row["bytes"] != 1024} == {
+        "all_reduce_residual_rms_norm": 2 * bench_cases.HIDDEN
+    }, "a row says what was moved: of a norm, a row of its tensor at least"
+
+
+@pytest.mark.parametrize("size, moved", [(1, 12), (13, 12), (24, 24), (35, 24)])
+def test_rows_tell_the_bytes_that_were_moved(size, moved):
+    row = bench.row("all_reduce", size, torch.float32, 3, "shm", "AUTO", [2.0] * 3, 0)
+    assert (row.bytes, row.algbw_gbps) == (moved, moved / 2e3)
 
 
 def test_wrong_results_are_counted():
     def body():
         group = current_groups().world
-        case = bench.make_case("all_reduce", 64, torch.float32, group, "cpu", "AUTO")
-        spoiled = bench.Case(case.call, lambda: case.verify() + (torch.arange(16) < 3), case.expected)
+        case = bench_cases.make_case("all_reduce", 64, torch.float32, group, "cpu", "AUTO")
+        spoiled = bench_cases.Case(case.call, lambda: case.verify() + (torch.arange(16) < 3), case.expected)
         return bench.measure(spoiled, "all_reduce", 64, torch.float32, group, "threads", "AUTO").wrong
 
     assert run_threads(2, body) == [3, 3]

@@ -66,7 +66,7 @@ def sizes(text: str) -> list[int]:
 def run(args: argparse.Namespace) -> int:
     """Measure, print the table, write the files; 1 if any result was wrong."""
     from shardwise.comm.base import STRATEGIES, TRANSPORTS
-    from shardwise.comm.bench import OPS
+    from shardwise.comm.bench_cases import OPS
     from shardwise.launch.cli import UsageError
 
     ops = list(OPS) if args.op == "all" else args.op.split(",")
