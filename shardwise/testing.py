@@ -125,7 +125,7 @@ def _start_mpi(world: int, folder: str, env: dict[str, str]) -> list[subprocess.
 
     flavour = find()
     root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"} if os.geteuid() == 0 else {}
-    flags = flavour.flags(world, len(os.sched_getaffinity(0)))
+    flags = flavour.flags(world, len(os.sched_getaffinity(0)), env)
     command = [flavour.path, *flags, sys.executable, "-m", "shardwise.testing", folder]
     env = {"OMP_NUM_THREADS": "1", **root, **env}
     return [_spawn(command, folder, 0, env)]

@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,12 +27,16 @@ class Flavour:
     """Open MPI or MPICH (Hydra, which Intel MPI and MVAPICH use too)."""
     version: tuple[int, ...]
 
-    def flags(self, world: int, slots: int) -> list[str]:
-        """Options for `world` ranks on this host: no core binding, which starves a rank's own threads."""
+    def flags(self, world: int, slots: int, environ: Mapping[str, str]) -> list[str]:
+        """Options for `world` ranks on this host: no core binding, which starves a rank's own threads.
+
+        What the user set in `environ` stays: Open MPI prefers an option to it.
+        """
         if self.name != "Open MPI":
             return ["-n", str(world), "-bind-to", "none"]
         flags = ["-n", str(world), "--bind-to", "none"]
-        if self.version < (5,):  # as Debian configures it, it wants a remote shell also for ranks of this host alone
+        if self.version < (5,) and "OMPI_MCA_plm" not in environ:
+            # As Debian configures it, it wants a remote shell also for ranks of this host alone.
             flags += ["--mca", "plm", "isolated"]
         if world > slots:
             flags += ["--map-by", ":OVERSUBSCRIBE"] if self.version >= (5,) else ["--oversubscribe"]
@@ -73,8 +78,8 @@ class Mpi(LauncherProcess):
         environment = rank_environment(job)
         if os.geteuid() == 0:  # Open MPI refuses root unless told twice; containers run as root
             environment |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
-        slots = len(os.sched_getaffinity(0))
-        self.launch(job, [flavour.path, *flavour.flags(job.world, slots), *worker_command(job)], environment)
+        flags = flavour.flags(job.world, len(os.sched_getaffinity(0)), environment)
+        self.launch(job, [flavour.path, *flags, *worker_command(job)], environment)
 
     def blame(self, text: str) -> dict[int, int | None]:
         match = _SIGNALLED.search(text)

@@ -32,7 +32,12 @@ HYDRA = "HYDRA build details:\n    Version:                                 4.2.
     ],
 )
 def test_each_mpirun_gets_the_flags_that_it_understands(text, world, flags):
-    assert parse_version("/bin/mpirun", text).flags(world, slots=2) == flags
+    assert parse_version("/bin/mpirun", text).flags(world, slots=2, environ={}) == flags
+
+
+def test_the_users_own_way_of_starting_ranks_stays():
+    flags = parse_version("/bin/mpirun", "mpirun (Open MPI) 4.1.6\n").flags(2, 2, {"OMPI_MCA_plm": "rsh"})
+    assert flags == ["-n", "2", "--bind-to", "none"]
 
 
 def test_an_unknown_mpirun_is_refused():
