@@ -161,7 +161,10 @@ def read_json(path: str | Path, kind: type, expected: str) -> Any:
         size = path.stat().st_size
         if size > MAX_CONFIG_BYTES:
             raise ConfigError(f"{path}: {size} bytes, a config has at most {MAX_CONFIG_BYTES}")
-        data = json.loads(path.read_text("utf-8"))
+        text = path.read_text("utf-8")
+        if not text.strip():
+            raise ConfigError(f"{path}: is empty, expected {expected}")
+        data = json.loads(text)
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file") from None
     except OSError as error:

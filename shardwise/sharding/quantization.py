@@ -172,7 +172,7 @@ def _gptq(c: Config) -> Quantization:
 def _gptq_format(rule: Config, c: Config) -> Gptq:
     """What a rule says, and the whole checkpoint's section where it says nothing."""
     own = Config(rule.data, c.source, c)
-    bits, group = own.integer("bits", most=8), own.integer("group_size", least=-1)
+    bits, group = own.integer("bits", most=8), _group_size(own, "group_size")
     _whole_words(c, bits)
     first = c.text("checkpoint_format", default="gptq").lower() == "gptq"
     return Gptq(bits, group, own.flag("desc_act"), first)
@@ -184,12 +184,20 @@ def _expect(c: Config, name: str, value: str, *legal: str) -> None:
 
 
 def _awq(c: Config) -> Quantization:
-    bits, group = c.integer("bits", "w_bit", most=8), c.integer("group_size", "q_group_size", least=-1)
+    bits, group = c.integer("bits", "w_bit", most=8), _group_size(c, "group_size", "q_group_size")
     if bits != 4:
         raise c.error(("quantization_config.bits",), bits, "4")
     _expect(c, "version", c.text("version", default="gemm"), "gemm")
     ignored = NamePatterns(c.list("modules_to_not_convert", default=[], of=str))
     return Quantization("awq 4 bit", Awq(group), ignored)
+
+
+def _group_size(c: Config, *names: str) -> int:
+    """Inputs that share a scale; -1: all of a row."""
+    size = c.integer(*names, least=-1)
+    if size == 0:
+        raise c.error(names, size, "a number of inputs, or -1 for whole rows")
+    return size
 
 
 def _whole_words(c: Config, bits: int) -> None:
@@ -229,7 +237,7 @@ def _compressed_format(group: Config, form: str) -> tuple[Format, str]:
     if form == "pack-quantized":
         if 32 % bits:
             raise weights.error(("quantization_config.num_bits",), bits, "2, 4 or 8 for packed weights")
-        size = weights.integer("group_size", default=-1, least=-1)
+        size = _group_size(weights, "group_size") if weights.has("group_size") else -1
         ordered = weights.raw("actorder") not in (None, False, "weight", "static")
         packed = PackedInt(bits, size, bool(weights.flag("symmetric", default=True)), ordered)
         return packed, f"int{bits} group {size}"

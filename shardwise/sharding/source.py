@@ -1,10 +1,11 @@
 """From what a user names to a ModelSpec: a config (`-`: standard input), a folder with headers, a GGUF file, a name."""
 
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from shardwise.sharding.config import Config, read_config
+from shardwise.sharding.config import Config, ConfigError, read_config
 from shardwise.sharding.families import ARCHITECTURES, UnknownArchitecture, build
 from shardwise.sharding.model import ModelSpec
 
@@ -27,6 +28,8 @@ def _load(model: Mapping[str, Any] | str | Path, styles: Mapping[str, str] | Non
         meta = model.get("_meta")
         name = meta.get("name") if isinstance(meta, Mapping) else model.get("_name_or_path")
         return build(Config(model, "config"), str(name or "config"))
+    if model == "-" and sys.stdin is None:
+        raise ConfigError("- is standard input, which is closed: pipe a config.json into it, or name the file")
     path = Path("/dev/stdin" if model == "-" else model).expanduser()
     if model == "-" or path.is_fifo() or path.is_file() and path.suffix == ".json":
         config = _with_quantization(read_config(path), path.parent)

@@ -167,6 +167,14 @@ def test_an_address_without_a_ray_cluster_is_one_sentence_within_seconds(capfd):
     assert err.count("\n") == 1
 
 
+@pytest.mark.parametrize("words", [["run", "smollm2", "--prompts", "-"], ["plan", "-"]])
+def test_standard_input_that_is_closed_is_the_users_to_open(monkeypatch, capfd, words):
+    monkeypatch.setattr("sys.stdin", None)
+    assert main(words) == 1
+    err = capfd.readouterr().err
+    assert "- is standard input, which is closed: pipe " in err and err.count("\n") == 1
+
+
 def test_debug_shows_the_traceback(capfd):
     assert main(["run", "no-such-model", "--debug"]) == 1
     assert "Traceback" in capfd.readouterr().err

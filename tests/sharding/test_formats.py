@@ -265,6 +265,9 @@ def test_a_table_of_modules_picks_their_formats():
         (compressed({**FP8_CHANNEL, "strategy": "group"}), 'strategy is "group", expected tensor, channel or block'),
         (compressed({**INT4, "num_bits": 3}, "pack-quantized"), "num_bits is 3, expected 2, 4 or 8"),
         ({"quant_method": "awq", "bits": 8, "group_size": 128}, "bits is 8, expected 4"),
+        ({"quant_method": "awq", "bits": 4, "q_group_size": 0}, "is 0, expected a number of inputs, or -1"),
+        ({**GPTQ, "group_size": 0}, "group_size is 0, expected a number of inputs, or -1 for whole rows"),
+        (compressed({**INT4, "group_size": 0}, "pack-quantized"), "group_size is 0, expected a number of inputs"),
         (compressed({**INT4, "num_bits": 40}, "pack-quantized"), "num_bits is 40, expected an integer from 1 to 8"),
         (
             compressed(FP8_CHANNEL) | {"sparsity_config": {"format": "sparse-24-bitmask"}},

@@ -66,6 +66,7 @@ def test_a_wrong_field_is_named_with_its_value(field, value, words, tmp_path):
     ("text", "words"),
     [
         ("{", "not valid JSON"),
+        (" \n", "is empty, expected one JSON object"),
         ("[1]", "holds a list"),
         ("[" * 100_000 + "]" * 100_000, "nested too deeply|not valid JSON"),
         ('{"architectures": ["LlamaForCausalLM"], "hidden_size": ' + "9" * 5000 + "}", "config.json"),

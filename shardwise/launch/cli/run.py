@@ -205,6 +205,8 @@ def _sampling(args: argparse.Namespace) -> "SamplingParams":
 def _prompts(args: argparse.Namespace) -> list[str]:
     if args.prompts is None:
         return [DEFAULT_PROMPT if args.prompt is None else args.prompt]
+    if args.prompts == "-" and sys.stdin is None:
+        raise ValueError("--prompts - is standard input, which is closed: pipe prompts into it, or name a file")
     try:
         text = sys.stdin.read() if args.prompts == "-" else Path(args.prompts).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
