@@ -1,4 +1,5 @@
-"""Memory that a planned call writes between its kernels, kept from call to call."""
+"""Memory that a planned call writes between its kernels, kept from call to call; `workspace.py` is for calls without a
+plan, and costs the host some microseconds."""
 
 from collections.abc import Callable
 from threading import get_ident

@@ -20,7 +20,7 @@ from shardwise.ops.moe.mxfp4_layout import PackedMXFP4
 from shardwise.ops.moe.reference import run_experts, swiglu_clamped
 from shardwise.ops.moe.routing import route_tokens
 from shardwise.ops.moe.triton import triton_moe_fused
-from shardwise.ops.moe.workspace import Workspace
+from shardwise.ops.workspace import Workspace
 from shardwise.parallel.float8_linear import Float8Experts
 from shardwise.parallel.layers import Linear, LinearLike, relu2
 from shardwise.parallel.routing import route

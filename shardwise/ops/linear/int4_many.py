@@ -14,7 +14,6 @@ import torch
 from shardwise.ops.linear.decode import gated_activation
 from shardwise.ops.linear.int4 import MAX_FEW, few_int4
 from shardwise.ops.linear.int4_many_kernels import many_int4_kernel, turn_kernel
-from shardwise.ops.moe.workspace import Workspace
 from shardwise.ops.quantization.int4_weight import Int4Weight
 from shardwise.ops.tensor_memory import matrix_tiles
 from shardwise.ops.triton_support import (
@@ -26,6 +25,7 @@ from shardwise.ops.triton_support import (
     multiprocessors,
     triton,
 )
+from shardwise.ops.workspace import Workspace
 
 FEW = 32
 """Tokens up to which `few_int4` is the faster one."""

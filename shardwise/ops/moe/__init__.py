@@ -13,5 +13,5 @@ Who computes depends on the weights and on how many tokens an expert gets:
     nvfp4                  NVFP4 weights on the kernels of MXFP4
     decode*                the fused decode step's experts of up to four tokens, plain and packed
 
-`tiles.py` names launch shapes, `workspace.py` keeps scratch memory, `bench.py` times layers beside peers and floors.
+`tiles.py` names launch shapes, `bench.py` times layers beside peers and floors.
 """

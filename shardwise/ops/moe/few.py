@@ -9,8 +9,8 @@ from shardwise.ops.moe.contract import FP8Scales, WeightScales
 from shardwise.ops.moe.few_kernels import few_down, few_up
 from shardwise.ops.moe.grouped_plan import FewPlan
 from shardwise.ops.moe.routing import power_of_two
-from shardwise.ops.moe.workspace import Workspace
 from shardwise.ops.triton_support import Launcher, aligned, dependent_launch, interpreting
+from shardwise.ops.workspace import Workspace
 
 _up, _down = Launcher(few_up), Launcher(few_down)
 DOWN_AHEAD_BYTES = 1024

@@ -17,7 +17,6 @@ from shardwise.ops.moe.grouped_plan import FewPlan, GroupedPlan, Shape, choose_f
 from shardwise.ops.moe.routing import Routing, combine, most_blocks, routed
 from shardwise.ops.moe.wide_float8 import wide_float8
 from shardwise.ops.moe.wide_gemm import wide_gemm
-from shardwise.ops.moe.workspace import Workspace
 from shardwise.ops.quantization.triton_fp8 import quantize
 from shardwise.ops.tensor_memory import matrix_tiles
 from shardwise.ops.triton_support import (
@@ -28,6 +27,7 @@ from shardwise.ops.triton_support import (
     interpreting,
     multiprocessors,
 )
+from shardwise.ops.workspace import Workspace
 
 _gemm, _gather, _wide, _wide_float8 = (
     Launcher(kernel) for kernel in (grouped_gemm, gather_rows, wide_gemm, wide_float8)

@@ -17,7 +17,6 @@ from shardwise.ops.moe.mxfp4_plan import choose_plan
 from shardwise.ops.moe.mxfp4_stream import mxfp4_stream
 from shardwise.ops.moe.routing import WIDE_TOKENS, Routing, combine, most_blocks, route_tokens, routed, turn_rows
 from shardwise.ops.moe.tiles import Plan, Stream, Tiles
-from shardwise.ops.moe.workspace import Workspace
 from shardwise.ops.triton_support import (
     Launcher,
     aligned,
@@ -26,6 +25,7 @@ from shardwise.ops.triton_support import (
     interpreting,
     multiprocessors,
 )
+from shardwise.ops.workspace import Workspace
 
 _gemm, _few, _stream = Launcher(mxfp4_gemm), Launcher(mxfp4_few), Launcher(mxfp4_stream)
 AHEAD_BYTES = 16384

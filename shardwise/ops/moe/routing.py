@@ -7,8 +7,8 @@ from torch import Tensor
 
 from shardwise.ops.moe.grouping_kernels import count_kernel, group_few_kernel, place_kernel
 from shardwise.ops.moe.routing_kernels import combine_kernel, route_kernel, turn_kernel
-from shardwise.ops.moe.workspace import Workspace
 from shardwise.ops.triton_support import Launcher, aligned, dependent_launch, interpreting, multiprocessors
+from shardwise.ops.workspace import Workspace
 
 _route, _combine, _turn = Launcher(route_kernel), Launcher(combine_kernel), Launcher(turn_kernel)
 _few, _count, _place = Launcher(group_few_kernel), Launcher(count_kernel), Launcher(place_kernel)

@@ -12,9 +12,9 @@ from shardwise.ops.moe.mxfp4 import Product, run_gemm
 from shardwise.ops.moe.mxfp4_layout import pack_mxfp4
 from shardwise.ops.moe.routing import routed, turn_rows
 from shardwise.ops.moe.tiles import Plan, Stream, Tiles
-from shardwise.ops.moe.workspace import Workspace
 from shardwise.ops.quantization.mxfp4 import dequantize_mxfp4, quantize_mxfp4
 from shardwise.ops.triton_support import interpreting
+from shardwise.ops.workspace import Workspace
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPE = torch.float32 if DEVICE == "cpu" else torch.bfloat16

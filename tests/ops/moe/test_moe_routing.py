@@ -5,11 +5,11 @@ import threading
 import pytest
 import torch
 
-from shardwise.ops.moe import workspace
+from shardwise.ops import workspace
 from shardwise.ops.moe.mxfp4 import mxfp4_moe
 from shardwise.ops.moe.routing import Routing, combine, group_pairs, most_blocks, route_tokens
-from shardwise.ops.moe.workspace import Workspace
 from shardwise.ops.triton_support import interpreting
+from shardwise.ops.workspace import Workspace
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = [

@@ -1,4 +1,4 @@
-"""Scratch memory of the grouped kernels."""
+"""Scratch memory of kernels that split sums or group pairs, by name, and counters that are zero between calls."""
 
 import threading
 
