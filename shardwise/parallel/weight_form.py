@@ -92,8 +92,8 @@ they are by every checkpoint."""
 
 
 _KEPT = (
-    "GPUs keep float8, 4-bit integers in the order of their groups, of 32, 64, 128 or 256 inputs or whole rows, and "
-    "MXFP4 experts only"
+    "GPUs keep float8, 4-bit integers in the order of their groups, of 32, 64, 128 or 256 inputs or whole rows with "
+    "16-bit scales, and MXFP4 experts only"
 )
 
 
