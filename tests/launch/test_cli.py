@@ -132,6 +132,7 @@ def test_unusable_command_lines_are_one_sentence_and_exit_with_2(words):
         (["run", "smollm2", "--prompts", sys.executable], 1, "python: is not UTF-8 text: invalid "),
         (["bench", "comm", "--transport", "nope"], 2, "unknown transport 'nope'; legal: auto, gloo, nccl, mpi, shm"),
         (["bench", "comm", "--json", "/no/such/file"], 2, "--json /no/such/file: there is no folder /no/such"),
+        (["bench", "comm", "--calibrate", "-"], 2, "--calibrate -: does not go to standard output, name a file"),
         (["bench", "comm", "--calibrate", "/no/such/file"], 2, "--calibrate /no/such/file: there is no folder"),
         (
             ["bench", "comm", "--calibrate", "here.json", "--sizes", "4KiB"],

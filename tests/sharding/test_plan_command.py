@@ -230,6 +230,8 @@ def test_search_and_what_would_fit_take_the_type_of_weights_and_cache_into_accou
         ("--per-tensor", "--per-tensor is for --json: add that"),
         ("--gpus 4", "--gpus is for --search: add that"),
         ("--objective memory", "--objective is for --search"),
+        ("--html -", "--html -: does not go to standard output, name a file"),
+        ("--search --gpus 4097", "4097 devices are more than a search tries (4096): search a part"),
         ("--search --tp 2", "--tp has no effect with --search: drop one of them"),
         ("--search --attn-dp 1", "--attn-dp has no effect with --search"),
         ("--legal --html page.html", "--html has no effect with --legal"),

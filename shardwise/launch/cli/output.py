@@ -9,6 +9,9 @@ from typing import Any, TextIO
 
 from shardwise.launch.cli import UsageError
 
+STREAMED = ("--json", "--export-tp-plan")
+"""Options whose result may go to standard output."""
+
 
 def add_json(parser: "argparse.ArgumentParser | argparse._ArgumentGroup", what: str = "the result") -> None:
     parser.add_argument(
@@ -18,8 +21,10 @@ def add_json(parser: "argparse.ArgumentParser | argparse._ArgumentGroup", what: 
 
 def require_writable(target: str | None, option: str = "--json") -> None:
     """UsageError for a FILE that could not be written: before the work, not when it is done."""
-    if target is None or target == "-":
+    if target is None or (target == "-" and option in STREAMED):
         return
+    if target == "-":
+        raise UsageError(f"{option} -: does not go to standard output, name a file")
     path = Path(target).absolute()
     if not path.parent.is_dir():
         raise UsageError(f"{option} {target}: there is no folder {path.parent}")
