@@ -129,8 +129,10 @@ class Session:
         return self.engine.stats()
 
     def close(self) -> None:
-        self.engine.close()
-        self._stack.close()
+        try:
+            self.engine.close()
+        finally:
+            self._stack.close()
 
     def _progress(self) -> Callable[[int, int], None] | None:
         """Rank 0 tells how far it is, rarely."""

@@ -329,6 +329,11 @@ def test_a_session_lets_graphs_go_before_the_groups_whose_calls_they_hold():
     session._stack.callback(closed.append, "groups")
     session.close()
     assert closed == ["graphs", "groups"]
+    session.engine, session._stack = SimpleNamespace(close=lambda: 1 / 0), ExitStack()
+    session._stack.callback(closed.append, "groups, whatever became of the graphs")
+    with pytest.raises(ZeroDivisionError):
+        session.close()
+    assert closed[2:] == ["groups, whatever became of the graphs"]
 
 
 def test_layouts_that_do_not_fit_are_refused_before_any_rank_starts():
