@@ -16,7 +16,7 @@ _capturing = getattr(torch._C, "_cuda_isCurrentStreamCapturing", torch.cuda.is_c
 
 
 class Scratch(Generic[Value]):
-    """Uninitialised tensors for one plan, of which views may be part.
+    """Uninitialised tensors for calls of one layout, of which views may be part.
 
     Calls of one thread on one stream follow one another and share them; where a graph is captured, whose replays
     follow nothing, each call has its own.

@@ -19,6 +19,7 @@ from shardwise.ops.mamba.scan import Prefill
 from shardwise.ops.plan_cache import PlanCache
 from shardwise.ops.registry import TRITON
 from shardwise.ops.rope import flashinfer as rope_flashinfer
+from shardwise.ops.scratch import Scratch
 from shardwise.ops.triton_support import interpreting
 
 DEVICE = "cpu"
@@ -171,6 +172,22 @@ def test_flashinfer_decode_reads_parts_of_wider_rows(monkeypatch, vectors, decod
         result = mamba_flashinfer.flashinfer_cached_ssm(*args[:-3], cache, *args[-2:])
         torch.testing.assert_close(result.double(), expected, rtol=5e-3, atol=2e-2)
     assert torch.equal(*caches) and mamba_flashinfer.PLANS
+
+
+@needs_triton
+def test_steps_beside_prompts_of_any_length_share_what_flashinfer_reads(monkeypatch):
+    made = []
+    monkeypatch.setattr(mamba_flashinfer, "Scratch", lambda *args: made.append(args) or Scratch(*args))
+    monkeypatch.setattr(mamba_flashinfer, "_update", lambda: selective_state_update)
+    mamba_flashinfer._rows_for.cache_clear()
+    for length in (5, 9):
+        batch = Batch((length,), 2, (0, 1, 2), (True,))
+        args = samples_mamba.cached_ssm_args("x", batch, 4, 2, 64, 16, 16, torch.float16, torch.float32)("cpu")
+        expected, _ = samples_mamba.cached_ssm(batch)(*args)
+        mamba_flashinfer_prefill(monkeypatch, batch, args[-2])
+        result = mamba_flashinfer.flashinfer_cached_ssm(*args)
+        torch.testing.assert_close(result.double(), expected, rtol=5e-3, atol=2e-2)
+    assert len(made) == 1
 
 
 def mamba_flashinfer_prefill(monkeypatch, batch, limit):

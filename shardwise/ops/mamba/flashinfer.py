@@ -89,6 +89,29 @@ def _update() -> Callable:
     return selective_state_update
 
 
+@functools.cache
+def _rows_for(
+    device: torch.device, dtype: torch.dtype, count: int, heads: int, size: int, groups: int, states: int
+) -> Scratch[_Rows]:
+    """Of all steps with `count` decode tokens: prompts beside them come in many lengths, each with its own plan."""
+    inner, outer = heads * size, groups * states
+    wide = inner + 2 * outer
+    numbers = allocator((count + 2, heads), torch.float32, device)
+    index = allocator((count,), torch.int32, device)
+    rows = allocator((count, wide), dtype, device)
+
+    def make() -> _Rows:
+        made = f32, slots, dense = numbers(), index(), rows()
+        x = view(dense, (count, heads, size), (wide, size, 1))
+        B, C = (view(dense, (count, groups, states), (wide, states, 1), inner + skip) for skip in (0, outer))
+        steps = view(f32, (count, heads, size), (heads, 1, 0))
+        A = view(f32, (heads, size, states), (1, 0, 0), count * heads)
+        D = view(f32, (heads, size), (1, 0), (count + 1) * heads)
+        return _Rows(made, (x, steps, A, B, C, D, None, None, False, slots, -1))
+
+    return Scratch(device, count, make)
+
+
 def _plan_decode(op: str, one: Inputs, batch: Batch) -> _Decode:
     count, device, (heads, size) = batch.decode, one.x.device, one.x.shape[2:]
     if one.cache.shape[0] < count:
@@ -98,21 +121,7 @@ def _plan_decode(op: str, one: Inputs, batch: Batch) -> _Decode:
         )
     (groups, states), dtype = one.B.shape[2:], one.x.dtype
     inner, outer = heads * size, groups * states
-    numbers = allocator((count + 2, heads), torch.float32, device)
-    index = allocator((count,), torch.int32, device)
-    rows = allocator((count, inner + 2 * outer), dtype, device)
-
-    def make() -> _Rows:
-        made = f32, slots, dense = numbers(), index(), rows()
-        wide = inner + 2 * outer
-        x = view(dense, (count, heads, size), (wide, size, 1))
-        B, C = (view(dense, (count, groups, states), (wide, states, 1), inner + skip) for skip in (0, outer))
-        steps = view(f32, (count, heads, size), (heads, 1, 0))
-        A = view(f32, (heads, size, states), (1, 0, 0), count * heads)
-        D = view(f32, (heads, size), (1, 0), (count + 1) * heads)
-        return _Rows(made, (x, steps, A, B, C, D, None, None, False, slots, -1))
-
-    scratch, word = Scratch(device, count, make), report_word(op)
+    scratch, word = _rows_for(device, dtype, count, heads, size, groups, states), report_word(op)
     ready = _ready.form_for(
         device,
         (*one.taken[:-1], *scratch.take().made, one.out, word),
