@@ -6,6 +6,7 @@ the earliest one (nanoseconds) among those that no other rank explains.
 
 import json
 import os
+import shlex
 import socket
 import time
 import traceback
@@ -177,7 +178,7 @@ def report(failure: Failure, *, path: Path | None = None, debug: bool = False, s
     if failure.log:
         lines.append(f"  log of the rank: {failure.log}")
     if path:
-        lines.append(f"  report: {path} (shardwise explain {path})")
+        lines.append(f"  report: {path} (shardwise explain {shlex.quote(str(path))})")
     if debug and failure.trace:
         lines.append(failure.trace.rstrip())
     return "\n".join(lines)

@@ -1,6 +1,7 @@
 """The command line: verbs, exit codes, errors in one sentence, nothing heavy imported, no process left behind."""
 
 import argparse
+import contextlib
 import gzip
 import importlib
 import json
@@ -276,6 +277,15 @@ def test_the_answer_to_one_prompt_stands_alone(capsys):
     screen = _Screen(["one"])
     screen.add(TokenEvent(0, 6, "text", finish_reason="stop"))
     assert capsys.readouterr().out == "text\n"
+
+
+@pytest.mark.parametrize("texts, shown", [([], ""), (["cut o", ""], "cut o\n"), (["all\n"], "all\n")])
+def test_what_is_said_of_an_answer_that_broke_off_begins_a_line(capsys, texts, shown):
+    with contextlib.suppress(ZeroDivisionError), _Screen(["one"]) as screen:
+        for text in texts:
+            screen.add(TokenEvent(0, 6, text))
+        raise ZeroDivisionError
+    assert capsys.readouterr().out == shown
 
 
 @pytest.mark.alone

@@ -95,6 +95,11 @@ def test_an_input_error_is_one_sentence_unless_debugging():
     assert "Traceback" not in report(found) and "ValueError: prompt 0" in report(found, debug=True)
 
 
+def test_the_command_that_explains_a_report_may_be_pasted(tmp_path):
+    path = tmp_path / "my logs" / "failure.json"
+    assert f"report: {path} (shardwise explain '{path}')" in report(failure(0, 1), path=path)
+
+
 def torchruns_report(*exits: tuple[int, int]) -> str:
     """Ranks and exit codes as torchrun prints them, the root cause last."""
     entries = [f"  rank      : {rank} (local_rank: {rank})\n  exitcode  : {code} (pid: 5)" for rank, code in exits]

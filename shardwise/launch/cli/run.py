@@ -7,6 +7,7 @@ and rank 0 speaks.
 import argparse
 import json
 import sys
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -90,9 +91,10 @@ def _generate(
         )
     with llm:
         screen = _Screen(texts) if speaks and args.json != "-" else None
-        for event in llm.stream(prompts, params):
-            if screen is not None:
-                screen.add(event)
+        with screen or nullcontext():
+            for event in llm.stream(prompts, params):
+                if screen is not None:
+                    screen.add(event)
         result = _result(llm)
         if screen is not None:
             _show_figures(llm)
@@ -158,6 +160,15 @@ class _Screen:
         self._held = list(self._heads)
         self._ended = [False] * len(self._heads)
         self._turn = 0
+        self._inside_line = False
+
+    def __enter__(self) -> "_Screen":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """What is said of an answer that broke off begins a line."""
+        if self._inside_line:
+            print(flush=True)
 
     def add(self, event: "TokenEvent") -> None:
         number = event.request
@@ -166,8 +177,10 @@ class _Screen:
             self._ended[number] = True
             self._held[number] += "\n\n" if self._heads[number] else "\n"
         while self._turn < len(self._held):
-            print(self._held[self._turn], end="", flush=True)
-            self._held[self._turn] = ""
+            shown, self._held[self._turn] = self._held[self._turn], ""
+            print(shown, end="", flush=True)
+            if shown:
+                self._inside_line = not shown.endswith("\n")
             if not self._ended[self._turn]:
                 break
             self._turn += 1
