@@ -1,5 +1,6 @@
 """From what a user names to a ModelSpec: a config (`-`: standard input), a folder with headers, a GGUF file, a name."""
 
+import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -28,6 +29,8 @@ def _load(model: Mapping[str, Any] | str | Path, styles: Mapping[str, str] | Non
         meta = model.get("_meta")
         name = meta.get("name") if isinstance(meta, Mapping) else model.get("_name_or_path")
         return build(Config(model, "config"), str(name or "config"))
+    if not isinstance(model, str | os.PathLike):
+        raise TypeError(f"model is {model!r}: give a path, a name, or a config as a dict")
     if model == "-" and sys.stdin is None:
         raise ConfigError("- is standard input, which is closed: pipe a config.json into it, or name the file")
     path = Path("/dev/stdin" if model == "-" else model).expanduser()

@@ -79,6 +79,12 @@ def test_files_that_are_no_config(text, words, tmp_path):
         plan(path)
 
 
+@pytest.mark.parametrize("model", [None, 3, b"x", [LLAMA]])
+def test_what_is_no_model_at_all_is_a_type_error(model):
+    with pytest.raises(TypeError, match="give a path, a name, or a config as a dict"):
+        plan(model)
+
+
 WRONG = (None, 0, -1, 1.5, "x", "", [], [1], ["a"], {"a": 1}, True, 10**9, 10**20, float("inf"), float("nan"), [None])
 
 
