@@ -56,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     search = parser.add_argument_group("instead of one plan")
     search.add_argument("--legal", action="store_true", help="the legal sizes of every mesh axis and what stops others")
     search.add_argument("--search", action="store_true", help="every layout on --gpus devices, ranked")
-    search.add_argument("--gpus", type=positive, metavar="N", help="default 8")
+    search.add_argument("--gpus", type=positive, metavar="N", help="default 8, at most 4096")
     search.add_argument(
         "--objective", choices=("latency", "throughput", "memory"), help="what ranks them (default latency)"
     )
