@@ -51,7 +51,7 @@ MODELS = {
         {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True},
     ),
     "mistral": ("MistralForCausalLM", {}),
-    "qwen2": ("Qwen2ForCausalLM", {}),
+    "qwen2": ("Qwen2ForCausalLM", {"attention_bias": False}),  # which it does not heed
     "smollm3": ("SmolLM3ForCausalLM", {"pad_token_id": 0}),
     "granite": ("GraniteForCausalLM", {"mlp_bias": True, "attention_bias": True}),
     "ernie-4.5": ("Ernie4_5ForCausalLM", {"use_bias": True}),

@@ -9,6 +9,7 @@ from shardwise.sharding.model import Layer, ModelSpec
 from shardwise.sharding.mtp import mtp_layers
 
 QKV_BIAS = ("Qwen2ForCausalLM", "MiMoForCausalLM")
+"""Whose attention has biases for queries, keys and values whatever their config says."""
 HEAD_NORM = ("Qwen3ForCausalLM", "Qwen3VLForConditionalGeneration")
 
 
@@ -22,7 +23,7 @@ def build(config: Config, name: str, architecture: str) -> ModelSpec:
     b = Builder(text, name, architecture, prefix=prefix, norm_eps=text.number("rms_norm_eps", default=1e-6))
     count, width = text.integer("num_hidden_layers"), text.integer("intermediate_size")
     module = f"{prefix}layers.{{layer}}"
-    qkv_bias = text.flag("attention_bias", default=architecture in QKV_BIAS)
+    qkv_bias = text.flag("attention_bias") or architecture in QKV_BIAS
     extra_depth = _minicpm(text) if architecture == "MiniCPMForCausalLM" else {}
 
     def layer(window: int | None) -> Layer:
