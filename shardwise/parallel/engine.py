@@ -34,6 +34,7 @@ from shardwise.parallel.runner import Launched, Runner
 from shardwise.parallel.sampler import SamplingParams
 from shardwise.parallel.scheduler import Request, Scheduler, Step
 from shardwise.parallel.sizing import activation_bytes, pages_for, slots_for
+from shardwise.parallel.storage import left_out
 from shardwise.parallel.supported import context
 from shardwise.parallel.tokenizer import IdTokenizer, Tokenizer, load_tokenizer
 from shardwise.parallel.trace import DECODE, PREFILL, SAMPLE, SCHEDULE, span
@@ -121,7 +122,8 @@ class Engine:
             self.decoder = builder.build()
             self.runner = Runner(self.decoder, self.device, decode)
         self._weight_bytes = memory_bytes(self.decoder)
-        self._weights = "; ".join(filter(None, (self._form.reason, source.describe_dequantised())))
+        told = self._form.reason, source.describe_dequantised(), left_out(plan.model)
+        self._weights = "; ".join(filter(None, told))
         self.cache_shapes = builder.cache_shapes()
         self.cache: KvCache | None = None
         self._running = False

@@ -41,6 +41,12 @@ def factors_of_inputs(model: ModelSpec) -> str:
     return next((name for name in names if name.endswith(_INPUT_FACTORS)), "")
 
 
+def left_out(model: ModelSpec) -> str:
+    """Tensors of a checkpoint that its architecture has no place for, as `plan` tells them; empty if there are none."""
+    notes = "; ".join(extra.note for extra in model.extras if extra.name == "other")
+    return f"left out, being no part of {model.architecture}: {notes}" if notes else ""
+
+
 def _is_read(weight: TensorSpec, scale: TensorSpec | None) -> bool:
     if scale is None:
         return weight.dtype in FLOATS or STORAGE[weight.dtype][0] >= GGUF_BLOCK

@@ -171,3 +171,16 @@ def test_a_run_says_what_dequantising_costs(tmp_path):
     told = run_threads(2, lambda: Engine(folder, made, current_groups()).stats().weights, layout=made.layout)[0]
     sizes = f"{held / 2**20:.1f} MiB of them dequantised from {stored / 2**20:.1f} MiB"
     assert told == f"float32 (weights native keeps packed what a layer takes); {sizes}"
+
+
+def test_a_run_says_which_tensors_of_the_file_no_layer_has(tmp_path):
+    folder = write(tmp_path, "llama")
+    assert "left out" not in told_of(folder)
+    tensors = load_file(folder / "model.safetensors")
+    name = "model.layers.0.self_attn.q_proj.bias"
+    save_file(tensors | {name: torch.ones(8)}, folder / "model.safetensors", metadata={"format": "pt"})
+    assert told_of(folder) == (f"float32; left out, being no part of LlamaForCausalLM: 1 tensors, from headers: {name}")
+
+
+def told_of(folder) -> str:
+    return run_threads(1, lambda: Engine(folder, plan(folder), current_groups()).stats().weights)[0]

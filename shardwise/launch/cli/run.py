@@ -190,7 +190,7 @@ def _show_figures(llm: "LLM") -> None:
     answer = llm.last_answer
     assert answer is not None
     weights = llm.stats()[0].weights
-    if "dequantised" in weights:
+    if "dequantised" in weights or "left out" in weights:
         print(f"weights of rank 0: {weights}", file=sys.stderr)
     peaks = ", ".join(f"{rank.peak_rss_bytes / 2**20:.0f}" for rank in llm.stats())
     world = llm.config.world
