@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--expert-load", metavar="FILE", help="JSON list of the load of every expert, to place copies by"
     )
     layout.add_argument(
-        "--dtype", metavar="NAME", help="as if plain weights were stored so: float32, bfloat16, float16"
+        "--dtype", metavar="NAME", help="as if plain weights were stored so: float32, bfloat16, float16, float8_e4m3fn"
     )
     layout.add_argument("--extras", action="append", default=[], metavar="NAME", help="load as well: vision, mtp")
     layout.add_argument("--tp-plan", metavar="FILE", help="a Transformers tp_plan, for an architecture that is unknown")
