@@ -7,6 +7,8 @@ import sys
 
 from shardwise import ParallelLayout, plan
 
+if len(sys.argv) != 2:
+    sys.exit(__doc__)
 planned = plan(sys.argv[1], ParallelLayout(tp=8, moe_ep=8))
 print(f"{planned.model.name}: {planned.parameters / 1e9:.1f} B parameters under {planned.layout}")
 for totals in planned.ranks:

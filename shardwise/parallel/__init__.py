@@ -9,10 +9,10 @@ Blocks compute partial sums; `layers.ResidualNorm` and the experts of `moe` add 
     assemble_attention,
     assemble_mamba,
     assemble_delta, factors
-    layers, attention, rotary,  layers of prompts and of any model; `block_linear` computes with GGUF's blocks
-    mla, head_norms, moe,       and integers in groups
-    routing, block_linear,      on the CPU, `float8_linear` and `int4_linear` with float8 weights and 4-bit integers
-    block_groups, block_tiles,  on a GPU, by way of a `wide_buffer` for many tokens
+    layers, attention, rotary,  layers of prompts and of any model; `block_linear` computes with GGUF's blocks and
+    mla, head_norms, moe,       integers in groups on the CPU, `float8_linear` and `int4_linear` with float8 weights
+    routing, block_linear,      and 4-bit integers on a GPU, by way of a `wide_buffer` for many tokens
+    block_groups, block_tiles,
     float8_linear, int4_linear,
     wide_buffer
     mamba, delta, convolution   layers that keep states of a sequence, which stand in `states`
