@@ -2,12 +2,10 @@
 
 import importlib.util
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from compiling import printed
 
 PROGRAM = Path(__file__).parent / "compile_attention.py"
 SHARED_BYTES = 227 * 1024  # of one program on compute capability 9.0
@@ -15,10 +13,7 @@ SHARED_BYTES = 227 * 1024  # of one program on compute capability 9.0
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 def test_kernels_compile_for_hopper_with_few_spills():
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, PROGRAM], capture_output=True, text=True, env=environment, timeout=240)
-    assert done.returncode == 0, done.stderr[-3000:]
-    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    rows = [json.loads(line) for line in printed(PROGRAM)]
     assert len(rows) == 18
     for row in rows:
         # Prefill of 256 elements a head was faster with a few spilled bytes than with a tile that spills none.

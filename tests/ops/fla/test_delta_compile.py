@@ -2,12 +2,10 @@
 
 import importlib.util
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from compiling import printed
 
 PROGRAM = Path(__file__).parent / "compile_delta.py"
 SHARED_BYTES = 227 * 1024  # of one program on compute capability 9.0
@@ -15,10 +13,7 @@ SHARED_BYTES = 227 * 1024  # of one program on compute capability 9.0
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 def test_kernels_compile_for_hopper_without_spills():
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, PROGRAM], capture_output=True, text=True, env=environment, timeout=240)
-    assert done.returncode == 0, done.stderr[-3000:]
-    rows = {row.pop("kernel"): row for row in map(json.loads, done.stdout.splitlines())}
+    rows = {row.pop("kernel"): row for row in map(json.loads, printed(PROGRAM))}
     assert list(rows) == ["step", "chunk", "chunk of small heads", "walk"]
     # The assembler of Triton 3.6 (12.8) takes a thread's number or an address for a zero in some kernels, a walk of 32
     # columns without stages and chunks of small heads with four warps, whose products then read elsewhere.

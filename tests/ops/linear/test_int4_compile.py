@@ -2,19 +2,16 @@
 
 import importlib.util
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from compiling import printed
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
 def test_codes_become_operands_in_registers_and_nothing_lies_in_local_memory():
-    command = [sys.executable, str(Path(__file__).parent / "compile_int4.py")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr[-3000:]
-    kernels, failures = map(json.loads, done.stdout.splitlines()[-2:])
+    lines = printed(Path(__file__).parent / "compile_int4.py", timeout=120)
+    kernels, failures = map(json.loads, lines[-2:])
     assert failures == [] and len(kernels) == 5
     for kernel in kernels:
         assert kernel["products"] and not kernel["stored_before"] and not kernel["stack"], kernel

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from compiling import printed
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
 TRITON = importlib.metadata.version("triton") if importlib.util.find_spec("triton") else ""
@@ -17,11 +18,7 @@ TRITON = importlib.metadata.version("triton") if importlib.util.find_spec("trito
 
 @pytest.mark.skipif(not TRITON.startswith("3.6."), reason="the kernel is written for Triton 3.6")
 def test_products_run_side_by_side_from_tiles_that_fit_a_multiprocessor():
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, str(Path(__file__).parent / "compile_ring.py")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
-    rows = json.loads(done.stdout.splitlines()[-1])
+    rows = json.loads(printed(Path(__file__).parent / "compile_ring.py", timeout=120)[-1])
     assert [row["heads"] for row in rows] == [16, 128]
     for row in rows:
         assert not row["serialized"] and not row["stack"], row

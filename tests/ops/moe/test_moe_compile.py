@@ -4,12 +4,10 @@ import functools
 import importlib.metadata
 import importlib.util
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from compiling import printed
 
 HERE = Path(__file__).parent
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
@@ -17,12 +15,8 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reas
 
 @functools.cache
 def rows_of(program):
-    """The JSON list that a program of this folder prints, run without the interpreter."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, str(HERE / program)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    """The JSON list that a program of this folder prints."""
+    return json.loads(printed(HERE / program, timeout=300)[-1])
 
 
 def test_unpacked_weights_go_straight_to_the_matrix_unit():
