@@ -13,8 +13,8 @@ Blocks compute partial sums; `layers.ResidualNorm` and the experts of `moe` add 
     mla, head_norms, moe,       integers in groups on the CPU, `float8_linear` and `int4_linear` with float8 weights
     routing, block_linear,      and 4-bit integers on a GPU, by way of a `wide_buffer` for many tokens
     block_groups, block_tiles,
-    float8_linear, int4_linear,
-    wide_buffer
+    packed_linear, float8_linear,
+    int4_linear, wide_buffer
     mamba, delta, convolution   layers that keep states of a sequence, which stand in `states`
     decode_step, decode_stream, single tokens on a GPU: few fused kernels a layer, replayed as CUDA graphs
     decode_attention,

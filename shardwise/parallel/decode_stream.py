@@ -14,9 +14,8 @@ from shardwise.ops.normalization.decode import RowNorm, join
 from shardwise.ops.normalization.triton import triton_rms_norm
 from shardwise.ops.quantization.float8 import Float8Weight
 from shardwise.ops.quantization.int4_weight import Int4Weight
-from shardwise.parallel.float8_linear import Float8Linear
-from shardwise.parallel.int4_linear import Int4Linear
 from shardwise.parallel.layers import LayerNorm, Linear, LinearLike, Norm, ResidualNorm
+from shardwise.parallel.packed_linear import PackedLinear
 
 SKINNY_ROWS = 1
 """Most tokens for which reading the weights once in matrix-vector products beats a matrix product. On an H200 gate
@@ -33,11 +32,11 @@ class Product:
     @staticmethod
     def takes(linear: LinearLike) -> bool:
         """Other weights that stay quantised are the CPU's."""
-        return isinstance(linear, Linear | Float8Linear | Int4Linear)
+        return isinstance(linear, Linear | PackedLinear)
 
     @classmethod
     def of(cls, linear: LinearLike) -> "Product":
-        if isinstance(linear, Float8Linear | Int4Linear):
+        if isinstance(linear, PackedLinear):
             return cls(linear.weight, linear.bias)
         assert isinstance(linear, Linear)
         return cls(linear.weight.t().contiguous(), linear.bias)

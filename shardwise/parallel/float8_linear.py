@@ -1,33 +1,22 @@
 """Layers of a GPU whose weights stay float8: linear ones and experts."""
 
-from collections.abc import Callable
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from shardwise.ops.linear.float8 import MAX_FEW, few_float8
 from shardwise.ops.moe.contract import WeightScales
 from shardwise.ops.moe.grouped import grouped_moe
 from shardwise.ops.quantization.float8 import Float8Weight
+from shardwise.parallel.packed_linear import PackedLinear
 
 
-class Float8Linear:
-    """x [T, in] -> x W^T + b [T, out], with a weight that stays float8; x is not quantised.
+class Float8Linear(PackedLinear[Float8Weight]):
+    """A linear layer whose weight stays float8."""
 
-    widened  gives the weight as a plain matrix, for products of many tokens
-    """
+    most_packed = MAX_FEW
 
-    def __init__(self, *, weight: Float8Weight, bias: Tensor | None, widened: Callable[[Float8Weight], Tensor]):
-        self.weight, self.bias, self.out_features = weight, bias, weight.shape[0]
-        self._widened = widened
-
-    def __call__(self, x: Tensor) -> Tensor:
-        if x.shape[0] == 0:
-            return x.new_empty(0, self.out_features)
-        if x.shape[0] <= MAX_FEW:
-            return few_float8(x.contiguous(), self.weight, bias=self.bias)
-        return F.linear(x, self._widened(self.weight), self.bias)
+    def packed_product(self, x: Tensor) -> Tensor:
+        return few_float8(x, self.weight, bias=self.bias)
 
 
 class Float8Experts:
