@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from shardwise.launch.machine import machine_facts
-from shardwise.ops.bench.measure import device_microseconds
+from shardwise.ops.bench.measure import several_microseconds
 from shardwise.ops.linear.decode import gated_activation, skinny_linear
 from shardwise.ops.linear.float8 import FewTile, Tile, few_float8, skinny_float8
 from shardwise.ops.moe.contract import WeightScales
@@ -70,11 +70,6 @@ def float8(*shape: int, tiled: bool) -> tuple[Tensor, Tensor]:
     return codes, torch.rand(scales, device="cuda") * columns**-0.5 / 50
 
 
-def several(calls: Sequence[Callable]) -> float:
-    """Median microseconds of one call among all of them in a graph."""
-    return device_microseconds(lambda: [run() for run in calls], calls=2, repeats=7) / len(calls)
-
-
 def tiles(shape: Shape) -> list[Tile]:
     heights = (2, 4) if shape.gated else (2, 4, 8)
     found = [Tile(*each) for each in product(heights, (1, 2, 4))]
@@ -113,11 +108,14 @@ def product_rows(shape: Shape, bandwidth: float, sweep: bool) -> list[dict]:
         row = {"shape": shape.name, "tokens": tokens, "bytes_us": weights[0].codes.nbytes / bandwidth * 1e6}
         if sweep:
             choice: Sequence[Tile | FewTile] = tiles(shape) if tokens == 1 else few_tiles(tokens, shape)
-            times = [(several([float8_call(shape, x, w, tile) for w in weights]), asdict(tile)) for tile in choice]
+            times = [
+                (several_microseconds([float8_call(shape, x, w, tile) for w in weights]), asdict(tile))
+                for tile in choice
+            ]
             row["best"] = [{"us": us, **tile} for us, tile in sorted(times, key=lambda each: each[0])[:4]]
         else:
-            row["float8_us"] = several([float8_call(shape, x, w) for w in weights])
-            row["bf16_us"] = several([plain_call(shape, x, w) for w in wide])
+            row["float8_us"] = several_microseconds([float8_call(shape, x, w) for w in weights])
+            row["bf16_us"] = several_microseconds([plain_call(shape, x, w) for w in wide])
             row["difference"] = difference(float8_call(shape, x, weights[0])(), plain_call(shape, x, wide[0])())
         rows.append(row)
     return rows
@@ -152,7 +150,7 @@ def expert_rows(bandwidth: float) -> list[dict]:
         met = sum(len(ids.unique()) for ids in chosen) / len(chosen)
         row = {"shape": f"deepseek-v3 {EXPERTS} experts", "tokens": tokens}
         row["bytes_us"] = met * (first[0].nbytes + second[0].nbytes) / bandwidth * 1e6
-        row |= {"float8_us": several(packed), "bf16_us": several(plain)}
+        row |= {"float8_us": several_microseconds(packed), "bf16_us": several_microseconds(plain)}
         rows.append(row | {"difference": difference(packed[0](), plain[0]())})
     return rows
 

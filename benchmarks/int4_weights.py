@@ -16,17 +16,17 @@ from dataclasses import asdict, dataclass
 from itertools import product
 
 import torch
+from float8_weights import FOOTPRINT, difference
 from torch import Tensor
 
 from shardwise.launch.machine import machine_facts
-from shardwise.ops.bench.measure import device_microseconds
+from shardwise.ops.bench.measure import several_microseconds
 from shardwise.ops.linear.decode import gated_activation, skinny_linear
 from shardwise.ops.linear.int4 import Tile, few_int4
 from shardwise.ops.linear.int4_many import FEW, MAX_MANY, ManyTile, int4_product, many_int4
 from shardwise.ops.quantization.int4_weight import Int4Weight, pack_int4
 from shardwise.parallel.traffic import copy_bandwidth
 
-FOOTPRINT = 200 << 20
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 2048)
 GROUP = 128
 
@@ -59,11 +59,6 @@ def int4(rows: int, columns: int) -> Int4Weight:
     codes, zeros = (torch.randint(0, 16, (rows, n), dtype=torch.uint8, device="cuda") for n in (columns, groups))
     scales = (0.5 + torch.rand(rows, groups, device="cuda")) * columns**-0.5 / 8
     return pack_int4(codes, scales.half(), zeros)
-
-
-def several(calls: Sequence[Callable]) -> float:
-    """Median microseconds of one call among all of them in a graph."""
-    return device_microseconds(lambda: [run() for run in calls], calls=2, repeats=7) / len(calls)
 
 
 def tiles(tokens: int, shape: Shape) -> list[Tile | ManyTile]:
@@ -119,23 +114,19 @@ def product_rows(shape: Shape, bandwidth: float, sweep: bool, counts: Sequence[i
     for tokens in counts:
         x = torch.randn(tokens, shape.columns, device="cuda").bfloat16()
         row = {"shape": shape.name, "tokens": tokens, "bytes_us": weights[0].nbytes / bandwidth * 1e6}
-        row["bf16_us"] = several([plain_call(shape, x, lambda w=w: w) for w in plain])
+        row["bf16_us"] = several_microseconds([plain_call(shape, x, lambda w=w: w) for w in plain])
         if sweep:
             times = [
-                (several([int4_call(shape, x, w, plain[0], tile) for w in weights]), asdict(tile))
+                (several_microseconds([int4_call(shape, x, w, plain[0], tile) for w in weights]), asdict(tile))
                 for tile in tiles(tokens, shape)
             ]
             row["best"] = [{"us": us, **tile} for us, tile in sorted(times, key=lambda each: each[0])[:4]]
         else:
-            row["int4_us"] = several([int4_call(shape, x, w, plain[0]) for w in weights])
+            row["int4_us"] = several_microseconds([int4_call(shape, x, w, plain[0]) for w in weights])
         expected = plain_call(shape, x, lambda: plain[1])()
         row["difference"] = difference(int4_call(shape, x, weights[0], plain[0])(), expected)
         rows.append(row)
     return rows
-
-
-def difference(found: Tensor, expected: Tensor) -> float:
-    return ((found.double() - expected.double()).norm() / expected.double().norm()).item()
 
 
 def main() -> None:

@@ -17,7 +17,7 @@ from itertools import product
 import torch
 
 from shardwise.launch.machine import machine_facts
-from shardwise.ops.bench.measure import device_microseconds
+from shardwise.ops.bench.measure import several_microseconds
 from shardwise.ops.linear.decode import Tile, skinny_linear
 from shardwise.ops.moe import decode
 from shardwise.ops.moe.decode import Choice, Gate, expert_down, expert_up
@@ -149,9 +149,9 @@ def time_products(report, bandwidth: float) -> None:
             calls = [call(shape, tile, x, weight) for weight in weights]
             failed = attempt(calls[0])
             if not failed:
-                found.append((several(calls), tile))
+                found.append((several_microseconds(calls), tile))
         found.sort(key=lambda row: row[0])
-        library = several([lambda w=w, x=x: torch.nn.functional.linear(x, w) for w in weights])
+        library = several_microseconds([lambda w=w, x=x: torch.nn.functional.linear(x, w) for w in weights])
         report(
             {
                 "shape": shape.name,
@@ -164,17 +164,12 @@ def time_products(report, bandwidth: float) -> None:
         del weights
 
 
-def several(calls) -> float:
-    """Median microseconds of one call among all of them in a graph."""
-    return device_microseconds(lambda: [run() for run in calls], calls=2, repeats=7) / len(calls)
-
-
 def time_experts(report, bandwidth: float) -> None:
     found = []
     for options in expert_options():
         calls = expert_calls(options, 128, 8)
         if not attempt(calls[0]):
-            found.append((several(calls), options))
+            found.append((several_microseconds(calls), options))
     found.sort()
     names = ("up_rows", "down_rows", "warps", "per_sm")
     floor = 4 * 3 * 768 * 2048 * 2 / bandwidth * 1e6

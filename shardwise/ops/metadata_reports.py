@@ -72,7 +72,7 @@ def read_at_once(tensor: torch.Tensor) -> bool:
 
 def looks_first(op: str, tensor: torch.Tensor) -> bool:
     """Whether a call of `op` has a report to raise, or metadata beside `tensor` to read before the launch."""
-    return _report_of(op).seen.value != 0 or (tensor.is_cuda in AT_ONCE and read_at_once(tensor))
+    return _report_of(op).seen.value != 0 or read_at_once(tensor)
 
 
 @triton.jit

@@ -95,6 +95,11 @@ def host_microseconds(call: Callable[[], object], *, calls: int = 500, repeats: 
     return best * 1e6
 
 
+def several_microseconds(calls: Sequence[Callable[[], object]]) -> float:
+    """Median device time of one call among all of them in a graph: of weights that together do not fit the L2 cache."""
+    return device_microseconds(lambda: [call() for call in calls], calls=2, repeats=7) / len(calls)
+
+
 def alternating_host_microseconds(
     variants: Mapping[str, Callable[[], object]], *, calls: int = 20, rounds: int = 40
 ) -> dict[str, float]:
