@@ -213,19 +213,22 @@ def _define(info: OpInfo, function: Callable, fake: Callable) -> None:
 
 
 def _guarded(info: OpInfo, function: Callable, on_cpu: bool) -> Callable:
-    """Check the needs at the first call only, afterwards one test of a flag per call; errors name the operator."""
+    """Check the needs at the first call only, afterwards one test of a flag per call; errors name the operator.
+
+    PyTorch hands arguments over by position, since no schema has some that only a name can give.
+    """
     checked = not info.needs
 
     @functools.wraps(function)
-    def call(*args, **kwargs):
+    def call(*args):
         nonlocal checked
         if not checked:
             _require(info, on_cpu)
             checked = True
         try:
-            return function(*args, **kwargs)
+            return function(*args)
         except (AttributeError, TypeError, ValueError, RuntimeError) as error:
-            named = _named(info, args, kwargs, error)
+            named = _named(info, args, error)
             if named is None:
                 raise
             raise named from error
@@ -233,13 +236,13 @@ def _guarded(info: OpInfo, function: Callable, on_cpu: bool) -> Callable:
     return call
 
 
-def _named(info: OpInfo, args: tuple, kwargs: dict, error: Exception) -> Exception | None:
+def _named(info: OpInfo, args: tuple, error: Exception) -> Exception | None:
     """An error that names the operator, in place of one that does not; PyTorch lets None pass for any tensor, which
     shows where its attributes are missing, and tensors on different devices, which shows at the first product."""
     if info.name in str(error):
         return None
     schema = getattr(getattr(torch.ops, info.namespace), info.name).default._schema
-    given = {argument.name: value for argument, value in zip(schema.arguments, args, strict=False)} | kwargs
+    given = {argument.name: value for argument, value in zip(schema.arguments, args, strict=False)}
     for argument in schema.arguments:
         if str(argument.type) == "Tensor" and given[argument.name] is None:
             return ValueError(f"{info.name}: {argument.name} is None; legal: a tensor")

@@ -173,6 +173,18 @@ def _odd(addresses: Sequence[int]) -> Any:
     return math.gcd(16, *addresses) != 16 and tuple(address % 16 == 0 for address in addresses)
 
 
+class Kept:
+    """Tensors that many launches share, their addresses looked up once."""
+
+    __slots__ = ("addresses", "tensors")
+
+    def __init__(self, tensors: tuple[torch.Tensor, ...] = ()):
+        self.tensors, self.addresses = tensors, tuple(map(_address, tensors))
+
+
+NONE = Kept()
+
+
 class Form:
     """A kernel with all that it is compiled for; a launch adds the grid, the tensors and the numbers that change.
 
@@ -186,17 +198,23 @@ class Form:
         self._fixed, self._options = fixed, options
         self._launches: dict[Any, Any] = {}  # by the alignment of the addresses
 
-    def __call__(self, grid: tuple[int, int, int], pointers: tuple[torch.Tensor, ...], free: tuple[float, ...]) -> None:
-        """Run on `grid`; an empty grid launches nothing."""
+    def __call__(
+        self,
+        grid: tuple[int, int, int],
+        pointers: tuple[torch.Tensor, ...],
+        free: tuple[float, ...],
+        kept: Kept = NONE,
+    ) -> None:
+        """Run on `grid` with the tensors `pointers` and `kept`, in this order; an empty grid launches nothing."""
         if 0 in grid:
             return
         if _INTERPRETING:
-            self._kernel[grid](*pointers, *free, *self._fixed)
+            self._kernel[grid](*pointers, *kept.tensors, *free, *self._fixed)
             return
         if self._index != current_device():
             with torch.cuda.device(self._device):
-                return self(grid, pointers, free)
-        addresses = [*map(_address, pointers)]  # numbers spare Triton a driver query each
+                return self(grid, pointers, free, kept)
+        addresses = [*map(_address, pointers), *kept.addresses]  # numbers spare Triton a driver query each
         odd = _odd(addresses)
         launch = self._launches.get(odd)
         if launch is not None:
@@ -205,7 +223,9 @@ class Form:
                 return start(*grid, stream_of(self._index), *rest, *addresses, *free, *self._fixed)
             except OverflowError:  # a free number outgrew the 32 bits that it was compiled for
                 pass
-        self._launches[odd] = start_of(self._kernel[grid](*pointers, *free, *self._fixed, **self._options))
+        self._launches[odd] = start_of(
+            self._kernel[grid](*pointers, *kept.tensors, *free, *self._fixed, **self._options)
+        )
 
     def bound(self, addresses: Sequence[int], free: tuple[float, ...]) -> tuple[Start, tuple[float, ...]]:
         """The way to the driver that a launch with such addresses and numbers took, and all numbers after them."""

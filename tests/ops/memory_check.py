@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from triton.runtime.interpreter import InterpreterBuilder
 
-from shardwise.ops.triton_support import Form, Launcher
+from shardwise.ops.triton_support import NONE, Form, Launcher
 
 
 class OutOfBounds(AssertionError):
@@ -50,9 +50,9 @@ def checked_memory(monkeypatch):
         extents[:] = [_extent(x) for x in tensors if isinstance(x, torch.Tensor)]
         launch(self, device, key, grid, args, **options)
 
-    def launched_form(self, grid, pointers, free):
-        extents[:] = [_extent(x) for x in pointers]
-        launch_form(self, grid, pointers, free)
+    def launched_form(self, grid, pointers, free, kept=NONE):
+        extents[:] = [_extent(x) for x in (*pointers, *kept.tensors)]
+        launch_form(self, grid, pointers, free, kept)
 
     def loaded(self, ptrs, mask, *rest, **options):
         check(ptrs, mask)

@@ -91,7 +91,7 @@ def test_errors_name_the_operator_and_a_missing_tensor(name, args, words):
 def test_a_product_of_tensors_on_different_devices_is_refused_in_words():
     info = next(info for info in operators() if info.name == "torch_linear_simple")
     args = torch.zeros(2, 3), torch.zeros(4, 3, device="meta"), None
-    error = module._named(info, args, {}, RuntimeError("Expected all tensors to be on the same device"))
+    error = module._named(info, args, RuntimeError("Expected all tensors to be on the same device"))
     assert isinstance(error, ValueError)
     assert str(error) == (
         "torch_linear_simple: tensors lie on cpu, meta; legal: one device for all but those named *_host"

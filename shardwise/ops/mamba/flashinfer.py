@@ -10,18 +10,16 @@ import torch
 from shardwise.ops.attention.batch import Batch
 from shardwise.ops.mamba import ssd_kernels as kernels
 from shardwise.ops.mamba.scan import Inputs
-from shardwise.ops.mamba.ssm import Plan, like_hidden, run_step
+from shardwise.ops.mamba.ssm import Backend, like_hidden, run_step
 from shardwise.ops.metadata_reports import report_word
-from shardwise.ops.plan_cache import PlanCache, View, allocator, view
+from shardwise.ops.plan_cache import View, allocator, view
 from shardwise.ops.registry import FLASHINFER, TRITON, operator
 from shardwise.ops.scratch import Scratch
-from shardwise.ops.triton_support import Kernel, Launch
+from shardwise.ops.triton_support import Kept, Kernel, Launch
 
 _ready = Kernel(kernels.ready_kernel)
 BLOCK = 1024
 """Numbers of a row that a program copies"""
-# Of steps without a copy or padding, by their layout.
-PLANS: PlanCache[Plan] = PlanCache()
 
 
 @operator(fake=like_hidden, mutates=("ssm_state_cache",), needs=(FLASHINFER, TRITON), instead="torch_cached_ssm")
@@ -46,21 +44,16 @@ def flashinfer_cached_ssm(
 ) -> torch.Tensor:
     """As `triton_cached_ssm`; the head size P must be 64 or 128, the states of a slot contiguous, the cache begin at a
     multiple of 16 bytes, and there must be at least as many slots as decode sequences."""
-    op = "flashinfer_cached_ssm"
-    if hidden_states.shape[-1] not in (64, 128):
-        raise ValueError(
-            f"{op}: FlashInfer takes head sizes 64 and 128, got {hidden_states.shape[-1]}; triton_cached_ssm takes any"
-        )
     given = hidden_states, dt, dt_bias, A, B, C, D, slot_idx, ssm_state_cache
     metadata = cu_seqlen, use_initial_states, chunk_indices, chunk_offsets, seq_idx_prefill
-    return run_step(op, PLANS, _plan_decode, _decode, given, metadata, batch_info_host, time_step_limit, chunk_size)
+    return run_step(BACKEND, given, metadata, batch_info_host, time_step_limit, chunk_size)
 
 
 class _Rows(NamedTuple):
     """What FlashInfer reads, as `ssd_kernels.ready_kernel` makes it."""
 
-    made: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-    """float32 [tokens + 2, H], slots, and [tokens, rows of x, B and C]"""
+    made: Kept
+    """float32 [tokens + 2, H], slots, and [tokens, rows of x, B and C]; and the word for reports"""
     read: tuple
     """FlashInfer's arguments behind the state: views of them, vectors and time steps repeated by strides; no gate, no
     bias of time steps, no softplus; slots, of which -1 is padding"""
@@ -76,8 +69,6 @@ class _Decode:
 
     ready: Launch
     rows: Scratch[_Rows]
-    word: torch.Tensor
-    """For reports"""
     out: View
     """Where the result has the decode tokens, [tokens, H, P]"""
 
@@ -99,6 +90,7 @@ def _rows_for(
     numbers = allocator((count + 2, heads), torch.float32, device)
     index = allocator((count,), torch.int32, device)
     rows = allocator((count, wide), dtype, device)
+    word = report_word("flashinfer_cached_ssm")
 
     def make() -> _Rows:
         made = f32, slots, dense = numbers(), index(), rows()
@@ -107,7 +99,7 @@ def _rows_for(
         steps = view(f32, (count, heads, size), (heads, 1, 0))
         A = view(f32, (heads, size, states), (1, 0, 0), count * heads)
         D = view(f32, (heads, size), (1, 0), (count + 1) * heads)
-        return _Rows(made, (x, steps, A, B, C, D, None, None, False, slots, -1))
+        return _Rows(Kept((*made, word)), (x, steps, A, B, C, D, None, None, False, slots, -1))
 
     return Scratch(device, count, make)
 
@@ -121,10 +113,10 @@ def _plan_decode(op: str, one: Inputs, batch: Batch) -> _Decode:
         )
     (groups, states), dtype = one.B.shape[2:], one.x.dtype
     inner, outer = heads * size, groups * states
-    scratch, word = _rows_for(device, dtype, count, heads, size, groups, states), report_word(op)
+    scratch = _rows_for(device, dtype, count, heads, size, groups, states)
     ready = _ready.form_for(
         device,
-        (*one.taken[:-1], *scratch.take().made, one.out, word),
+        (*one.taken[:-1], one.out, *scratch.take().made.tensors),
         (one.x_t, one.x.stride(2), one.dt_t, one.B_t, one.B.stride(2), one.C_t, one.C.stride(2))
         + (heads // groups, size, states, 1 << (heads - 1).bit_length(), BLOCK),
         warps=4,
@@ -137,19 +129,21 @@ def _plan_decode(op: str, one: Inputs, batch: Batch) -> _Decode:
             (batch.prefill_tokens, batch.prefill, heads, one.cache.shape[0], one.low, one.high),
         ),
         scratch,
-        word,
         ((count, heads, size), (inner, size, 1), batch.prefill_tokens * inner),
     )
 
 
 def _decode(op: str, plan: _Decode, given: tuple[torch.Tensor, ...], out: torch.Tensor) -> None:
-    *read_by_ready, cache = given
     form, grid, free = plan.ready
     made, read = plan.rows.take()
-    form(grid, (*read_by_ready, *made, out, plan.word), free)
+    form(grid, (*given[:8], out), free, made)
+    cache = given[8]
     try:
         _update()(cache, *read, out=view(out, *plan.out))
     except RuntimeError:  # all else that FlashInfer refuses is refused before
         if cache.data_ptr() % 16:
             raise ValueError(f"{op}: ssm_state_cache must begin at a multiple of 16 bytes") from None
         raise
+
+
+BACKEND = Backend("flashinfer_cached_ssm", _plan_decode, _decode, head_sizes=(64, 128))

@@ -3,14 +3,10 @@
 import torch
 
 from shardwise.ops.mamba.scan import plan_decode
-from shardwise.ops.mamba.ssm import Plan, like_hidden, run_step
+from shardwise.ops.mamba.ssm import Backend, like_hidden, run_step
 from shardwise.ops.metadata_reports import report_word
-from shardwise.ops.plan_cache import PlanCache
 from shardwise.ops.registry import TRITON, operator
 from shardwise.ops.triton_support import Launch
-
-# Of steps without a copy or padding, by their layout.
-PLANS: PlanCache[Plan] = PlanCache()
 
 
 @operator(fake=like_hidden, mutates=("ssm_state_cache",), needs=(TRITON,), instead="torch_cached_ssm")
@@ -42,10 +38,11 @@ def triton_cached_ssm(
     """
     given = hidden_states, dt, dt_bias, A, B, C, D, slot_idx, ssm_state_cache
     metadata = cu_seqlen, use_initial_states, chunk_indices, chunk_offsets, seq_idx_prefill
-    return run_step(
-        "triton_cached_ssm", PLANS, plan_decode, _decode, given, metadata, batch_info_host, time_step_limit, chunk_size
-    )
+    return run_step(BACKEND, given, metadata, batch_info_host, time_step_limit, chunk_size)
 
 
 def _decode(op: str, plan: Launch, given: tuple[torch.Tensor, ...], out: torch.Tensor) -> None:
     plan.form(plan.grid, (*given, out, report_word(op)), plan.free)
+
+
+BACKEND = Backend("triton_cached_ssm", plan_decode, _decode)

@@ -1,6 +1,7 @@
 """Operators with a state per sequence: pieces equal the whole, bad metadata raises, other implementations agree."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import samples_fla
@@ -157,7 +158,7 @@ def test_heads_that_share_a_program_are_scanned_alone(monkeypatch, dtype):
     monkeypatch.setitem(scan.OUTPUTS, "heads", 1)
     alone = OPS.triton_cached_ssm(*args)
     monkeypatch.setitem(scan.OUTPUTS, "heads", 2)
-    monkeypatch.setattr(ssm_triton, "PLANS", PlanCache())
+    monkeypatch.setattr(ssm_triton, "BACKEND", replace(ssm_triton.BACKEND, plans=PlanCache()))
     torch.testing.assert_close(OPS.triton_cached_ssm(*again), alone)
 
 
@@ -166,7 +167,7 @@ def test_heads_that_share_a_program_are_scanned_alone(monkeypatch, dtype):
 @pytest.mark.parametrize("slots", [(3, -1, 0, 5), (3, 6, 0, -2)])
 def test_a_decode_token_without_a_slot_gives_zeros_and_changes_no_state(monkeypatch, slots, cache_bytes):
     monkeypatch.setattr(scan, "cache_bytes", lambda device: cache_bytes)
-    monkeypatch.setattr(ssm_triton, "PLANS", PlanCache())
+    monkeypatch.setattr(ssm_triton, "BACKEND", replace(ssm_triton.BACKEND, plans=PlanCache()))
     monkeypatch.setattr(metadata_reports, "AT_ONCE", set())
     inputs = samples_mamba.ssm_inputs(4, 4, 2, 16, 20, torch.float32, DEVICE)
     state = torch.randn(6, 4, 16, 20, device=DEVICE)
