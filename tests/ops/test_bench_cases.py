@@ -1,5 +1,6 @@
 """Benchmark cases, at tiny sizes: what they time runs, moves the bytes it says, and the rows are complete."""
 
+import os
 import sys
 import types
 
@@ -57,3 +58,17 @@ def test_moved_bytes_count_what_must_be_read_and_written():
     assert by_name["triton_rms_norm"].moved_bytes == 2 * once
     assert by_name["triton_rmsnorm_gated"].moved_bytes == 3 * once
     assert by_name["flashinfer_fused_add_rms_norm_inplace"].moved_bytes == 4 * once
+
+
+def test_host_times_are_taken_on_one_core_which_is_let_go_again():
+    before, seen = os.sched_getaffinity(0), []
+
+    def call():
+        seen.append(os.sched_getaffinity(0))
+
+    times = measure.alternating_host_microseconds({"one": call, "other": call}, calls=2, rounds=1)
+    assert set(times) == {"one", "other"} and all(0 < time < 1e6 for time in times.values())
+    assert len(seen) == 8 and all(len(cores) == 1 and cores == seen[0] for cores in seen)
+    with pytest.raises(ZeroDivisionError):
+        measure.alternating_host_microseconds({"fails": lambda: 1 / 0})
+    assert os.sched_getaffinity(0) == before
