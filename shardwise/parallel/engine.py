@@ -290,6 +290,7 @@ class Engine:
             self.cache = self._device_cache
         elif self.cache is None or self.cache.max_length < length or self.cache.slots < slots:
             self.cache = None
+            self.runner.use(None)
             self.cache = self._host_cache(length, slots)
         self.runner.use(self.cache)
         return self.cache

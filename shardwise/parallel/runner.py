@@ -91,12 +91,12 @@ class Runner:
         why = self._why or ("the cache has pages" if isinstance(self._cache, PagedCache) else "")
         return f"layer by layer: {why}" if why else "single-token step for one sequence, else layer by layer"
 
-    def use(self, cache: KvCache) -> None:
-        """Run on this cache from now on."""
+    def use(self, cache: KvCache | None) -> None:
+        """Run on this cache from now on; None: let the last one go."""
         if cache is self._cache:
             return
         self._cache, self.graphs = cache, None
-        if self.runs_ahead:
+        if cache is not None and self.runs_ahead:
             assert isinstance(cache, DeviceCache)
             step = DecodeStep(self._decoder, cache, max_batch=cache.slots)
             self.graphs = DecodeGraphs(step, max_batch=cache.slots, capture=self._path != "fused")

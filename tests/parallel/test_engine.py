@@ -1,6 +1,7 @@
 """The engine on a tiny model: batching, streaming, stopping, sampling, aborts and refusals."""
 
 import random
+import weakref
 
 import pytest
 import torch
@@ -83,6 +84,15 @@ def test_pages_on_several_ranks_and_across_page_borders(folder, tp):
 
     expected = expected_tokens(folder)
     assert all(answer == expected for answer in run_threads(tp, rank))
+
+
+def test_a_cache_that_became_too_small_is_gone_before_its_successor_is_made(folder):
+    own = run_threads(1, lambda: Engine(folder, plan(folder), current_groups()))[0]
+    own.generate([[1]], SamplingParams(max_new_tokens=2))
+    earlier, there, make = weakref.ref(own.cache), [], own._host_cache
+    own._host_cache = lambda *sizes: there.append(earlier()) or make(*sizes)
+    own.generate([[1] * 8], SamplingParams(max_new_tokens=8))
+    assert there == [None]
 
 
 def test_a_cache_too_small_for_one_request_is_refused(engine, monkeypatch):
