@@ -20,6 +20,8 @@ from pathlib import Path
 from shardwise.comm.watch import process_start
 
 Address = str | tuple[str, int]
+HELLO_BYTES = 4096
+"""More than a hello has: whoever sends so much and no line is a stranger."""
 
 
 class Link:
@@ -189,21 +191,24 @@ class Hub:
             return
         *lines, peer.pending = (peer.pending + data).split(b"\n")
         for line in lines:
-            if not self._deliver(peer, json.loads(line)):
-                return
-
-    def _deliver(self, peer: _Peer, event: dict) -> bool:
-        if event["event"] == "hello":
-            if not hmac.compare_digest(str(event.pop("token")), self._token):
+            if peer.rank is None and not self._greeted(peer, line):
                 self._drop(peer)
-                return False
-            peer.rank = event["rank"]
-            self._peers[peer.rank] = peer
-            self.hello[peer.rank] = Hello(event["rank"], event["pid"], event["started"], event["host"])
-        elif peer.rank is None:
+                return
+            self._events.append({**json.loads(line), "rank": peer.rank})
+        if peer.rank is None and len(peer.pending) > HELLO_BYTES:
             self._drop(peer)
+
+    def _greeted(self, peer: _Peer, line: bytes) -> bool:
+        """Whether this is a rank's hello; a stranger may have sent anything."""
+        try:
+            event = json.loads(line)
+            if event["event"] != "hello" or not hmac.compare_digest(event["token"].encode(), self._token.encode()):
+                return False
+            hello = Hello(event["rank"], event["pid"], event["started"], event["host"])
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             return False
-        self._events.append({**event, "rank": peer.rank})
+        peer.rank = hello.rank
+        self._peers[hello.rank], self.hello[hello.rank] = peer, hello
         return True
 
     def _drop(self, peer: _Peer) -> None:

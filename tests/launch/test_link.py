@@ -88,6 +88,33 @@ def test_a_stranger_is_not_heard(hub):
     raw.close()
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        b"GET / HTTP/1.1\r\n\r\n",
+        b"\xff\n",
+        b"7\n",
+        b"{}\n",
+        b'{"event": "hello"}\n',
+        '{"event": "hello", "token": "gu\u00e9"}\n'.encode(),
+        b'{"event": "hello", "token": "secret", "rank": 0}\n',
+        b"[" * 3000 + b"\n",
+        b"x" * (1 << 16),
+    ],
+    ids=lambda words: repr(words[:40]),
+)
+def test_a_stranger_may_say_anything(hub, words):
+    raw = socket.socket(socket.AF_UNIX if isinstance(hub.address, str) else socket.AF_INET)
+    raw.connect(hub.address)
+    raw.sendall(words)
+    raw.settimeout(5.0)
+    events = [event for _ in range(3) for event in hub.wait(0.02)[0]]
+    assert events == [] and hub.hello == {}
+    assert raw.recv(1) == b"", "the line was closed"
+    raw.close()
+    connected(hub).close()
+
+
 def test_what_was_said_before_an_end_stands_beside_it(hub):
     reader, writer = os.pipe()
     hub.watch(reader)
