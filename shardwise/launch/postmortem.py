@@ -135,7 +135,8 @@ def spell(code: int | None) -> str:
     if code is None:
         return "its process died; the launcher does not know of what"
     if code < 0:
-        return f"killed by {signal.Signals(-code).name}"
+        named = -code in signal.Signals.__members__.values()  # real-time signals have no names, but for two
+        return f"killed by {signal.Signals(-code).name if named else f'signal {-code}'}"
     return f"ended with exit code {code}" if code else "ended before its work was done, with exit code 0"
 
 

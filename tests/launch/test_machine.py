@@ -11,6 +11,7 @@ from shardwise.launch import doctor
 from shardwise.launch.backend import signed
 from shardwise.launch.cli import main
 from shardwise.launch.mpi import Mpi, parse_version
+from shardwise.launch.postmortem import spell
 from shardwise.launch.progress import LoadProgress
 from shardwise.launch.torchrun import Torchrun
 
@@ -69,6 +70,11 @@ def test_the_launchers_own_words_name_the_culprit():
 
 def test_exit_codes_above_128_are_signals():
     assert [signed(code) for code in (0, 5, 128, 137, 139, 255)] == [0, 5, 128, -9, -11, 255]
+
+
+def test_any_exit_code_has_words():
+    assert [spell(signed(code)) for code in (137, 170)] == ["killed by SIGKILL", "killed by signal 42"]
+    assert all(spell(code) for code in range(-64, 256))
 
 
 def test_doctor_finds_this_machine(capsys):
