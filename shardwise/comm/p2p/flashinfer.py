@@ -19,6 +19,8 @@ WORLDS = (2, 4, 8, 16)
 HALVES = (torch.bfloat16, torch.float16)
 KERNELS = ("AUTO", "MIN_LATENCY", "ONESHOT", "TWOSHOT")
 _ALIGNMENT = 16
+_RESULTS, _INPUTS = ("allreduce_out", "residual_out", "norm_out"), ("residual_in", "rms_gamma")
+"""Tensors beside the one that is summed, as the library calls them; a call has some of them."""
 _VECTOR = 8
 """Elements of a 16-byte access; the hidden size must be a multiple."""
 _LEAST_HIDDEN = 32 * _VECTOR
@@ -79,15 +81,15 @@ class FlashInferCommunicator(Delegating):
         pattern = self._library.AllReduceFusionPattern.kARResidualRMSNorm
 
         def kernel(x, residual, weight, eps, _, normed, total) -> None:
-            norm = {"norm_out": normed, "rms_gamma": weight, "rms_eps": eps}
-            self._run(x, hidden, strategy, pattern, residual_in=residual, residual_out=total, **norm)
+            norm = {"norm_out": normed, "rms_gamma": weight}
+            self._run(x, hidden, strategy, pattern, eps, residual_in=residual, residual_out=total, **norm)
 
         return kernel
 
     def _fits(self, tensor: Tensor, *others: Tensor) -> bool:
-        aligned = all(each.data_ptr() % _ALIGNMENT == 0 for each in (tensor, *others) if each.is_contiguous())
+        """The same on all ranks: where tensors begin, which may differ between them, does not count."""
         same = all(each.dtype == tensor.dtype for each in others)
-        return tensor.dtype in HALVES and 0 < tensor.numel() <= self.max_elements and aligned and same
+        return tensor.dtype in HALVES and 0 < tensor.numel() <= self.max_elements and same
 
     def _reduce(self, source: Tensor, target: Tensor, strategy: str) -> None:
         if strategy not in KERNELS or not self._fits(source, target) or source.numel() % _FLAT_HIDDEN:
@@ -96,14 +98,16 @@ class FlashInferCommunicator(Delegating):
         pattern = self._library.AllReduceFusionPattern.kAllReduce
         self._run(source, _FLAT_HIDDEN, strategy, pattern, allreduce_out=target)
 
-    def _run(self, x: Tensor, hidden: int, strategy: str, pattern: int, **tensors) -> None:
+    def _run(
+        self, x: Tensor, hidden: int, strategy: str, pattern: int, eps: float | None = None, **tensors: Tensor
+    ) -> None:
         tokens = x.numel() // hidden
         one_shot = strategy in ("ONESHOT", "MIN_LATENCY") or (
             strategy == "AUTO" and (self.size == 2 or x.numel() * x.element_size() <= ONE_SHOT_BYTES)
         )
-        absent = ("allreduce_out", "residual_in", "residual_out", "norm_out", "rms_gamma", "rms_eps")
+        placed = {name: _on_vectors(tensor) for name, tensor in tensors.items()}
         self._library.trtllm_allreduce_fusion(
-            allreduce_in=x,
+            allreduce_in=_on_vectors(x),
             world_size=self.size,
             world_rank=self.rank,
             token_num=tokens,
@@ -114,12 +118,16 @@ class FlashInferCommunicator(Delegating):
             fp32_acc=True,
             pattern_code=pattern,
             use_oneshot=one_shot or tokens <= self.size,
-            **{name: tensors.get(name) for name in absent},
+            **{name: placed.get(name) for name in (*_RESULTS, *_INPUTS)},
+            rms_eps=eps,
             quant_out=None,
             scale_out=None,
             scale_factor=None,
             layout_code=None,
         )
+        for name in _RESULTS:
+            if placed.get(name) is not tensors.get(name):
+                tensors[name].copy_(placed[name])
 
     def _split(self, name: str, members: list[int], colors: list[int], keys: list[int]) -> BaseCommunicator:
         group = self._split_fallback(name, colors, keys)
@@ -134,3 +142,8 @@ class FlashInferCommunicator(Delegating):
             )
             self._handles = []
         super().close()
+
+
+def _on_vectors(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy of it that begins where the kernels' accesses may."""
+    return tensor if tensor.data_ptr() % _ALIGNMENT == 0 else tensor.clone()
