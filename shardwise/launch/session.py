@@ -151,7 +151,7 @@ class Session:
 
 
 def choose_device(wanted: str, info: "RankInfo") -> str:
-    """cpu, or a cuda device for this rank. ValueError when cuda is asked for and not there.
+    """cpu, or a cuda device for this rank. NotOffered when cuda is asked for and not there.
 
     Ranks never share a device: `comm.strategy.create` refuses that, since only there ranks see each other's.
     """
@@ -164,7 +164,7 @@ def choose_device(wanted: str, info: "RankInfo") -> str:
     if not count and wanted == "auto":
         return "cpu"
     if not count:
-        raise ValueError("device cuda: no CUDA device is visible to this rank; legal here: cpu")
+        raise options.NotOffered("device cuda: no CUDA device is visible to this rank; legal here: cpu")
     device = f"cuda:{info.local_rank % count}"
     torch.cuda.set_device(device)
     return device

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from shardwise.comm.rank import Groups
+from shardwise.ops.triton_support import interpreting
 from shardwise.parallel import device_cache, paged
 from shardwise.parallel.assemble import DecoderBuilder
 from shardwise.parallel.cache import KvCache, SlotCache
@@ -97,10 +98,12 @@ class Engine:
         self.dtype = _dtype(dtype, self.device)
         self.checkpoint = model if isinstance(model, Checkpoint) else open_checkpoint(model)
         require_attention(attention, self.device.type)
-        require_decode(decode, self.device.type)
+        require_decode(decode, self.device.type, interpreted=interpreting())
         self._attention = attention
         kernels = self.device.type == "cuda" or decode in KERNEL_PATHS
         require_page(cache_tokens, "cuda" if kernels else "cpu")
+        if kernels and self.device.type == "cpu" and cache_tokens is None:
+            raise ValueError(f"decode {decode} on the CPU, in Triton's interpreter: name the size of its cache_tokens")
         self._form = WeightForm.choose(weights, plan.model, self.dtype, self.device, kernels=kernels)
         if tokenizer is not None:
             self.tokenizer = tokenizer

@@ -20,6 +20,12 @@ HOST_PAGE, DEVICE_PAGE = 16, 64
 """Tokens of a page of the KV cache: on average half a page of every sequence is unused; what decode kernels take."""
 
 
+class NotOffered(ValueError):
+    """What was asked for by name is not to be had on this machine; `exit_code` is the job's."""
+
+    exit_code = 2
+
+
 def require_known(name: str, value: str, legal: Sequence[str]) -> None:
     """ValueError for a word that is not one of `legal`."""
     if value not in legal:
@@ -48,18 +54,22 @@ def require_transport(transport: str, device: str) -> None:
         raise ValueError(f"transport {transport} needs CUDA devices; legal here: auto, gloo, mpi, shm")
 
 
-def require_decode(path: str, device: str) -> None:
-    """ValueError for an unknown path, or one that a device of this type (auto: whichever is there) does not run."""
+def require_decode(path: str, device: str, *, interpreted: bool = True) -> None:
+    """ValueError for an unknown path, NotOffered for one that a device of this type does not run.
+
+    device       cpu, cuda, or auto: whichever is there
+    interpreted  whether Triton's interpreter runs the kernels of a GPU on the CPU, or may do so in the ranks
+    """
     require_known("decode", path, DECODE_PATHS)
-    if path == "graphs" and device == "cpu":
-        raise ValueError("decode graphs needs a CUDA device; legal here: auto, fused, layers")
+    if device == "cpu" and (path == "graphs" or (path == "fused" and not interpreted)):
+        raise NotOffered(f"decode {path} needs a CUDA device; legal here: auto, layers")
 
 
 def require_attention(backend: str, device: str) -> None:
-    """ValueError for an unknown one, or one that a device of this type does not run."""
+    """ValueError for an unknown one, NotOffered for one that a device of this type does not run."""
     require_known("attention", backend, ATTENTIONS)
     if device == "cpu" and backend in ("triton", "flashinfer"):
-        raise ValueError(f"attention {backend} needs a CUDA device; legal here: auto, torch")
+        raise NotOffered(f"attention {backend} needs a CUDA device; legal here: auto, torch")
 
 
 def require_page(cache_tokens: int | None, device: str) -> None:

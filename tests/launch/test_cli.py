@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from shardwise.comm.watch import LOG_FOLDER_ENV
 from shardwise.launch.cli import BENCHES, VERBS, main
@@ -156,6 +157,13 @@ def test_errors_are_one_sentence(monkeypatch, capfd, words, code, text):
     out, err = capfd.readouterr()
     assert out == "" and ": error: " in err and err.startswith("shardwise") and err.count("\n") == 1
     assert text in err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_a_device_that_only_ranks_find_missing_is_the_command_lines_mistake_too(capfd):
+    assert main(["run", "smollm2", "--decode", "graphs"]) == 2
+    said = "shardwise: error: decode graphs needs a CUDA device; legal here: auto, layers\n"
+    assert capfd.readouterr() == ("", said)
 
 
 def test_an_address_without_a_ray_cluster_is_one_sentence_within_seconds(capfd):

@@ -8,6 +8,7 @@ import torch
 from shardwise.comm.rank import RankInfo, current_groups
 from shardwise.comm.strategy import require_own_devices
 from shardwise.launch.session import choose_device
+from shardwise.parallel.options import NotOffered
 from shardwise.testing import run_threads
 
 RANK = RankInfo(rank=5, world=8, local_rank=1, local_world=4, node=1)
@@ -39,7 +40,7 @@ def test_a_rank_that_is_shown_one_device_takes_it(devices):
 def test_without_devices_auto_is_the_cpu_and_cuda_an_error(devices):
     devices(0)
     assert choose_device("auto", RANK) == choose_device("cpu", RANK) == "cpu"
-    with pytest.raises(ValueError, match="device cuda: no CUDA device is visible to this rank; legal here: cpu"):
+    with pytest.raises(NotOffered, match="device cuda: no CUDA device is visible to this rank; legal here: cpu"):
         choose_device("cuda", RANK)
 
 

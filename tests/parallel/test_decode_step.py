@@ -265,12 +265,17 @@ def test_sampled_tokens_equal_those_of_the_layers(llama):
     assert tokens_of(engine, params=params) == tokens_of(layers, params=params)
 
 
-def test_what_a_step_cannot_hold_is_named(tmp_path):
+def test_what_a_step_cannot_hold_is_named(monkeypatch, tmp_path):
     folder = write(tmp_path, "llama", num_hidden_layers=1, head_dim=16)
     with pytest.raises(ValueError, match="path fused cannot serve this model: layer 0: head sizes 16 and 16, need one"):
         fused(folder)
     with pytest.raises(ValueError, match="decode graphs needs a CUDA device"):
         run_threads(1, lambda: Engine(folder, plan(folder), current_groups(), decode="graphs"))
+    with pytest.raises(ValueError, match="decode fused on the CPU, in Triton's interpreter: name the size of its"):
+        fused(folder, cache_tokens=None)
+    monkeypatch.setattr("shardwise.parallel.engine.interpreting", lambda: False)
+    with pytest.raises(ValueError, match="decode fused needs a CUDA device; legal here: auto, layers"):
+        fused(folder)
     with pytest.raises(ValueError, match="decode 'fast' is unknown, legal: auto, graphs, fused, layers"):
         run_threads(1, lambda: Engine(folder, plan(folder), current_groups(), decode="fast"))
 
