@@ -10,8 +10,10 @@ from shardwise.sharding.topology import Topology
 
 MOST = 1 << 40
 """Sequences or tokens at which looking ends: a model without a cache takes any number."""
-GROWTH = 8
-"""Times as many devices as the plan has, at most, are looked at for a layout that fits."""
+GROWTH = (1, 2, 4, 8)
+"""Times as many devices as the plan has are looked at for a layout that fits."""
+MOST_TRIED = 512
+"""Devices at most: a search of so many takes some seconds."""
 
 
 def most_sequences(plan: Plan, topology: Topology, workload: Workload) -> int:
@@ -39,6 +41,11 @@ def _most(plan: Plan, topology: Topology, of: Callable[[int], Workload]) -> int:
     return below
 
 
+def devices_tried(world: int) -> tuple[int, ...]:
+    """Numbers of devices that `remedies` looks at for a plan of so many ranks; none for a plan of too many."""
+    return tuple(world * times for times in GROWTH if world * times <= MOST_TRIED)
+
+
 def remedies(plan: Plan, topology: Topology, workload: Workload) -> Iterator[str]:
     """What fits instead of a plan that does not: fewer sequences, a shorter context, another layout, more devices."""
     sequences = most_sequences(plan, topology, workload)
@@ -47,8 +54,8 @@ def remedies(plan: Plan, topology: Topology, workload: Workload) -> Iterator[str
     context = most_context(plan, topology, workload)
     if context >= workload.prompt:
         yield f"--context {context}"
-    seen, devices = 0, plan.layout.world
-    while devices <= plan.layout.world * GROWTH:
+    seen = 0
+    for devices in devices_tried(plan.layout.world):
         found = search(
             plan.model,
             topology.spread(devices, None),
@@ -61,4 +68,4 @@ def remedies(plan: Plan, topology: Topology, workload: Workload) -> Iterator[str
         if found.fits:
             yield f"{found.ranked[0].layout} (--search --gpus {devices} ranks all)"
             return
-        seen, devices = devices, 2 * devices
+        seen = devices

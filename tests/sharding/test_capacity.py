@@ -1,9 +1,10 @@
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 from published_models import CONFIGS
 
-from shardwise.sharding import topology
+from shardwise.sharding import capacity, topology
 from shardwise.sharding.capacity import most_context, most_sequences, remedies
 from shardwise.sharding.cost import Workload, fullest_rank, memory_of
 from shardwise.sharding.plan import plan
@@ -40,3 +41,18 @@ def test_remedies_fit_and_begin_with_those_that_keep_the_layout():
     assert found[2].startswith("tp 8 (--search --gpus 8")
     more = list(remedies(plan(CONFIGS[KIMI], tp=8, ep=8), topology.load("h100"), Workload()))
     assert len(more) == 1 and "--search --gpus" in more[0]
+
+
+@pytest.mark.parametrize(
+    "layout, sizes",
+    [({"tp": 8, "ep": 8}, [8, 16, 32, 64]), ({"tp": 8, "attn_dp": 48, "ep": 384}, [384]),
+     ({"tp": 8, "attn_dp": 128, "ep": 256}, [])],
+    ids=str,
+)  # fmt: skip
+def test_what_would_fit_is_looked_for_on_as_many_devices_as_take_seconds(layout, sizes, monkeypatch):
+    searched = []
+    monkeypatch.setattr(
+        capacity, "search", lambda *_, devices, **__: searched.append(devices) or SimpleNamespace(fits=False)
+    )
+    list(remedies(plan(CONFIGS[KIMI], **layout), H200, Workload(batch=10**7)))
+    assert searched == sizes

@@ -79,13 +79,16 @@ def _plan(args: argparse.Namespace) -> int:
 def _misfit(args: argparse.Namespace, planned, workload, missing: int) -> str:
     """One sentence: how much is missing, and what would fit."""
     from shardwise.sharding import topology
-    from shardwise.sharding.capacity import remedies
+    from shardwise.sharding.capacity import devices_tried, remedies
 
     text = f"shardwise: does not fit: {missing / 2**30:.2f} GiB too much on the fullest rank of {args.device}"
     if args.pad or args.extras or args.redundant_experts:  # which a search does not carry over
         return text
     fitting = "; or ".join(remedies(planned, topology.load(args.device), workload))
-    return f"{text}; what fits: {fitting or 'no layout on up to eight times as many ranks'}"
+    tried = devices_tried(planned.layout.world)
+    if not fitting and not tried:
+        return text
+    return f"{text}; what fits: {fitting or f'no layout on up to {tried[-1]} ranks'}"
 
 
 def _cost(args: argparse.Namespace, planned, device: str | None = None):
