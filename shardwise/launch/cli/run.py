@@ -232,7 +232,7 @@ def _prompts(args: argparse.Namespace) -> list[str]:
         if not all(isinstance(prompt, str) for prompt in prompts):
             raise ValueError(f"{args.prompts}: a JSON list of texts is expected")
     else:
-        prompts = [line for line in text.splitlines() if line.strip()]
+        prompts = [line for line in text.split("\n") if line.strip()]
     if not prompts:
         raise ValueError(f"{args.prompts}: holds no prompt")
     return prompts
