@@ -1,7 +1,8 @@
 """FlashInfer wrappers, planned once a step and shared by all layers.
 
 A plan cuts one step's ragged batch into work for the device. It is made on the host, from host metadata, by the
-first layer that needs it; the operator that prepares a step's metadata makes the plans of the last step stale.
+first layer that needs it; the operator that prepares a step's metadata makes the plans of the last step stale. So a
+device runs one step at a time: threads that share one take turns.
 
 Under CUDA graphs a plan must be renewed outside the graph, in buffers that stay. Inside `decode_graphs()` decode
 batches use wrappers with such buffers, one for each batch size:
@@ -208,9 +209,8 @@ _PLANNERS: dict[tuple[str, torch.device], Planner] = {}
 def planner(family: str, device: torch.device) -> Planner:
     """The planner of an operator family ("attention", "mla") on a device."""
     key = (family, device)
-    if key not in _PLANNERS:
-        _PLANNERS[key] = Planner(device, graphs=_graphs_on)
-    return _PLANNERS[key]
+    found = _PLANNERS.get(key)
+    return found or _PLANNERS.setdefault(key, Planner(device, graphs=_graphs_on))
 
 
 _graphs_on = False
