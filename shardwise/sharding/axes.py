@@ -19,6 +19,11 @@ class MeshAxis(StrEnum):
     MOE_TP = "moe_tp"
     MOE_EP = "moe_ep"
 
+    @property
+    def option(self) -> str:
+        """As the command line, and so a sentence, calls its size."""
+        return "ep" if self is MeshAxis.MOE_EP else self.value
+
 
 class Axis(StrEnum):
     """Axes that can be cut. Hidden, head_dim and latent dims are never cut and carry no axis."""

@@ -164,18 +164,26 @@ def _even_sizes(cut: Cut) -> list[int]:
 def _reason(axis: LogicalAxis, layout: ParallelLayout, why: str, grain: Grain, tensors: tuple[TensorSpec, ...]) -> str:
     mesh = MESH_AXIS[axis.axis]
     because = f" ({grain.because} is stored in such blocks)" if grain.units > 1 else ""
-    return f"{user_of(axis, tensors).name}: {why}{because}; {', or '.join(_offers(axis, mesh, grain, layout))}"
+    user = user_of(axis, tensors)
+    return f"{user.name}: {why}{because}; {', or '.join(_offers(axis, mesh, grain, layout, user))}"
 
 
-def _offers(axis: LogicalAxis, mesh: MeshAxis, grain: Grain, layout: ParallelLayout) -> list[str]:
-    offers = [f"smaller {mesh} (at most {largest(axis, grain)})"]
+def _offers(axis: LogicalAxis, mesh: MeshAxis, grain: Grain, layout: ParallelLayout, user: TensorSpec) -> list[str]:
+    most = largest(axis, grain)
+    offers = [f"smaller {mesh.option} (at most {most})"]
     if axis.axis in PADDABLE:
         offers.append(f"--pad {axis.axis}")
-    if axis.axis is Axis.EXPERT_MLP:
-        offers.append(f"expert parallel instead (--ep {layout.world})")
+    if axis.axis is Axis.EXPERT_MLP and most * (ep := _most_expert_parallel(user, layout.world)) >= layout.world:
+        offers.append(f"expert parallel instead (--ep {ep})")
     if mesh is MeshAxis.TP:
         offers.append("attention data parallel for the rest (--attn-dp)")
     return offers
+
+
+def _most_expert_parallel(user: TensorSpec, world: int) -> int:
+    """The largest ep of this world under which every rank has an expert."""
+    experts = sum(axis.units for axis in axes_of([user]) if axis.axis is Axis.EXPERTS)
+    return max(ep for ep in range(1, min(experts, world) + 1) if world % ep == 0)
 
 
 def largest(axis: LogicalAxis, grain: Grain) -> int:

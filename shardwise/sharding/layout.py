@@ -3,6 +3,9 @@
 from dataclasses import dataclass
 from typing import NamedTuple
 
+MOST_RANKS = 1 << 17
+"""That a plan is made for: more are a slip of the hand, and their totals would take minutes."""
+
 
 class Coordinates(NamedTuple):
     """Where a rank stands on each mesh axis: tp is fastest inside attn_dp, moe_ep fastest inside moe_tp."""
@@ -33,6 +36,10 @@ class ParallelLayout:
                 raise TypeError(f"{name} is {value!r}, expected an integer")
             if value < (0 if name == "moe_tp" else 1):
                 raise ValueError(f"{name} is {value}, expected at least 1")
+        if self.world > MOST_RANKS:
+            raise ValueError(
+                f"tp * attn_dp = {self.tp} * {self.attn_dp} = {self.world} ranks, expected at most {MOST_RANKS}"
+            )
         if self.moe_tp == 0:
             if self.world % self.moe_ep:
                 raise ValueError(

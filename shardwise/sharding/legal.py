@@ -64,10 +64,10 @@ def legal_text(sizes: tuple[LegalSizes, ...]) -> str:
     """One paragraph a mesh axis."""
     lines = []
     for row in sizes:
-        lines.append(f"{row.mesh}: 1 to {row.most}; even: {_list(row.even)}")
+        lines.append(f"{row.mesh.option}: 1 to {row.most}; even: {_list(row.even)}")
         lines.append(f"  stopped at {row.most} by {row.stopped_by}")
         lines += [f"  {what}: even on {_list(even)}" for what, even in row.uneven]
-    lines.append("attn_dp: any; tp * attn_dp = moe_tp * moe_ep must hold, and ranks of one attn_dp group share a batch")
+    lines.append("attn_dp: any; tp * attn_dp = moe_tp * ep must hold, and ranks of one attn_dp group share a batch")
     return "\n".join(lines)
 
 

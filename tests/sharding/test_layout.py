@@ -31,6 +31,7 @@ def test_moe_tp_is_what_is_left():
         ({"tp": 4, "moe_tp": 2, "moe_ep": 1}, "leave --moe-tp out, so that it is 4"),
         ({"tp": 4, "moe_tp": 4, "moe_ep": 2}, "moe_tp * ep = 4 * 2 = 8 != 4: give --attn-dp 2"),
         ({"tp": 0}, "tp is 0, expected at least 1"),
+        ({"tp": 2, "attn_dp": 10**12}, "= 2000000000000 ranks, expected at most 131072"),
     ],
 )
 def test_a_grid_that_does_not_close_says_the_equation_and_an_offer(sizes, words):

@@ -190,6 +190,21 @@ def test_a_refusal_names_the_tensor_the_numbers_and_the_ways_out():
     assert "at most 9" in text and "--attn-dp" in text
 
 
+@pytest.mark.parametrize(
+    "world, ep, offers",
+    [
+        (1024, 1, "smaller moe_tp (at most 768), or --pad expert_mlp, or expert parallel instead (--ep 128)"),
+        (2000, 2, "or --pad expert_mlp, or expert parallel instead (--ep 125)"),
+        (887 * 2, 2, "smaller moe_tp (at most 768), or --pad expert_mlp"),
+        (512, 512, "128 experts units, too few for 512 ranks; smaller ep (at most 128)"),
+    ],
+)
+def test_experts_are_offered_to_no_more_ranks_than_there_are_experts(world, ep, offers):
+    with pytest.raises(IllegalLayout) as error:
+        plan(model(QWEN_MOE), attn_dp=world, ep=ep)
+    assert str(error.value).endswith(offers)
+
+
 def test_layout_objects_and_sizes_mean_the_same():
     spec = model(QWEN_MOE)
     assert plan(spec, ParallelLayout(4, moe_ep=2)).ranks == plan(spec, tp=4, ep=2).ranks
