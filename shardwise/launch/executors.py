@@ -58,10 +58,10 @@ class ParentExecutor:
         debug: bool = False,
     ):
         self._config, self._model = config, model
-        deadlines = Deadlines.from_environment()
+        deadlines, started_by = Deadlines.from_environment(), backend(launcher, **options)
         job = Job(target=SERVE, payload=asdict(config), world=config.world, deadlines=deadlines, debug=debug)
         self._silence = deadlines.collective + deadlines.stop
-        self._supervisor = Supervisor(job, backend(launcher, **options)).__enter__()
+        self._supervisor = Supervisor(job, started_by).__enter__()
         self._turn = threading.RLock()
         """Held by the thread that speaks with the ranks."""
         self._items: _Items | None = None

@@ -39,11 +39,14 @@ def run_job(
     on_event   called with what ranks emit: {"event": ..., "rank": ..., ...}
     deadline   seconds for the whole job once all ranks are there (None: no bound of its own)
     Raises JobFailed when a rank fails, ValueError or RuntimeError when the launcher cannot start it here, ValueError
-    for a target or TypeError for a payload of another form.
+    for no rank and for a target, TypeError for a payload of another form.
     """
     require_form(target, payload)
+    if world < 1:
+        raise ValueError(f"world is {world}: a job has at least one rank")
+    started_by = backend(launcher, **(options or {}))
     job = Job(target=target, payload=payload or {}, world=world, environment=environment or {}, debug=debug)
-    with Supervisor(job, backend(launcher, **(options or {}))) as supervisor:
+    with Supervisor(job, started_by) as supervisor:
         return supervisor.finish(on_event, deadline)
 
 

@@ -1,5 +1,7 @@
 """Where jobs leave their logs, each its own, and what a job cannot be."""
 
+import tempfile
+
 import pytest
 
 from shardwise.comm.bootstrap import store_from_environment
@@ -68,3 +70,13 @@ def test_a_folder_that_cannot_be_made_is_named_with_its_variable(tmp_path, monke
 def test_a_job_of_another_form_is_refused_before_ranks_start(target, payload, error, words):
     with pytest.raises(error, match=words):
         run_job(target, payload, world=2)
+
+
+@pytest.mark.parametrize(
+    "launcher, world, words", [("warp", 2, "unknown launcher 'warp'"), ("local", 0, "world is 0: a job has at least one")]
+)
+def test_a_job_that_is_refused_leaves_no_folder(tmp_path, monkeypatch, launcher, world, words):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with pytest.raises(ValueError, match=words):
+        run_job("a:b", world=world, launcher=launcher)
+    assert list(tmp_path.iterdir()) == []
