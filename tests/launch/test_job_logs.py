@@ -73,7 +73,8 @@ def test_a_job_of_another_form_is_refused_before_ranks_start(target, payload, er
 
 
 @pytest.mark.parametrize(
-    "launcher, world, words", [("warp", 2, "unknown launcher 'warp'"), ("local", 0, "world is 0: a job has at least one")]
+    "launcher, world, words",
+    [("warp", 2, "unknown launcher 'warp'"), ("local", 0, "world is 0: a job has at least one")],
 )
 def test_a_job_that_is_refused_leaves_no_folder(tmp_path, monkeypatch, launcher, world, words):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
