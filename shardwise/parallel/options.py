@@ -34,6 +34,8 @@ def require_known(name: str, value: str, legal: Sequence[str]) -> None:
 
 def made_folder(name: str, path: str) -> str:
     """The absolute path of a folder, made now: ValueError where that cannot be would else come after the work."""
+    if not str(path):
+        raise ValueError(f"{name} is empty: name a folder")
     folder = Path(path).resolve()
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -54,14 +54,18 @@ def test_help_and_plan_import_nothing_heavy(words):
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("words", [["plan", "smollm2"], ["plan", "smollm2", "--html", "/dev/full"], ["ops"]])
-def test_a_full_disk_is_one_sentence(words):
+def test_standard_output_on_a_full_disk_is_one_sentence():
     with open("/dev/full", "w") as full:
-        out = None if "--html" in words else full
         done = subprocess.run(
-            [sys.executable, "-m", "shardwise", *words], stdout=out, stderr=subprocess.PIPE, text=True, timeout=60
+            [sys.executable, "-m", "shardwise", "ops"], stdout=full, stderr=subprocess.PIPE, text=True, timeout=60
         )
     assert (done.returncode, done.stderr) == (1, "shardwise: error: No space left on device\n")
+
+
+@pytest.mark.parametrize("option", ["--json", "--html", "--export-tp-plan"])
+def test_a_full_disk_is_one_sentence_that_names_the_file(capfd, option):
+    assert main(["plan", "smollm2", option, "/dev/full"]) == 1
+    assert capfd.readouterr() == ("", "shardwise: error: /dev/full: No space left on device\n")
 
 
 def test_every_verb_stands_in_the_help():
@@ -142,6 +146,9 @@ def test_unusable_command_lines_are_one_sentence_and_exit_with_2(words):
             "--calibrate needs all_reduce at two sizes",
         ),
         (["shard", "smollm2", "--out", "x", "--tp", "99"], 2, "tp 99 does not fit"),
+        (["shard", "smollm2", "--out", ""], 2, "--out is empty: name a folder"),
+        (["run", "smollm2", "--trace", ""], 2, "trace is empty: name a folder"),
+        (["run", "smollm2", "--log-dir", ""], 2, "--log-dir is empty: name a folder"),
         (["shard", "smollm2", "--out", "x", "--tp", "2", "--ep", "3"], 2, "world % ep = 2 % 3 = 2"),
         (["shard", "x", "--out", "y", "--merge", "--tp", "2"], 2, "--tp has no effect with --merge"),
         (["explain", "/no/such/file"], 1, "/no/such/file: No such file or directory"),

@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -41,8 +42,19 @@ def table_stream(target: str | None) -> TextIO:
 
 def write_json(value: Any, target: str | None) -> None:
     """To a file, to standard output for `-`, nowhere for None."""
-    text = json.dumps(value, indent=1, ensure_ascii=False)
+    if target is not None:
+        write_lines([json.dumps(value, indent=1, ensure_ascii=False)], target)
+
+
+def write_lines(lines: Iterable[str], target: str) -> None:
+    """To a file, in UTF-8, or to standard output for `-`. Its errors name it, also that of a full disk."""
     if target == "-":
-        print(text)
-    elif target is not None:
-        Path(target).write_text(text + "\n")
+        for line in lines:
+            print(line)
+        return
+    try:
+        with Path(target).open("w", encoding="utf-8") as file:
+            file.writelines(f"{line}\n" for line in lines)
+    except OSError as error:
+        error.filename = error.filename or target
+        raise

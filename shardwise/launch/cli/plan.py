@@ -3,11 +3,10 @@
 import argparse
 import json
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 
 from shardwise.launch.cli.layout import layout_of
-from shardwise.launch.cli.output import require_writable
+from shardwise.launch.cli.output import require_writable, write_lines
 from shardwise.launch.cli.plan_options import add_arguments, settle
 
 __all__ = ["add_arguments", "run"]
@@ -54,18 +53,18 @@ def _plan(args: argparse.Namespace) -> int:
     if args.export_tp_plan:
         from shardwise.sharding.tp_export import export_tp_plan
 
-        _write([json.dumps(export_tp_plan(planned), indent=1)], args.export_tp_plan)
+        write_lines([json.dumps(export_tp_plan(planned), indent=1)], args.export_tp_plan)
         return DONE
     cost = _cost(args, planned)
     if args.json:
         from shardwise.sharding.document import document_lines
 
-        _write(document_lines(planned, per_tensor=args.per_tensor, cost=cost), args.json)
+        write_lines(document_lines(planned, per_tensor=args.per_tensor, cost=cost), args.json)
     if args.html:
         from shardwise.sharding.page.page import page
 
         topology, workload, estimate = cost or _cost(args, planned, "h200")
-        Path(args.html).write_text(page(planned, topology, workload, estimate))
+        write_lines([page(planned, topology, workload, estimate)], args.html)
     if args.json != "-":
         from shardwise.sharding.report import text_report
 
@@ -118,7 +117,7 @@ def _legal(args: argparse.Namespace) -> int:
 
     sizes = legal_sizes(load_model(args.model))
     if args.json:
-        _write([json.dumps([asdict(s) for s in sizes], indent=1)], args.json)
+        write_lines([json.dumps([asdict(s) for s in sizes], indent=1)], args.json)
     if args.json != "-":
         print(legal_text(sizes))
     return DONE
@@ -141,12 +140,12 @@ def _search(args: argparse.Namespace) -> int:
         kv_itemsize=args.kv_bytes,
     )
     if args.json:
-        _write([json.dumps(search_rows(found), indent=1)], args.json)
+        write_lines([json.dumps(search_rows(found), indent=1)], args.json)
     best = found.ranked[0]  # one rank is always legal
     if args.html:
         from shardwise.sharding.page.page import page
 
-        Path(args.html).write_text(page(best.plan, topology, workload, best.estimate, found))
+        write_lines([page(best.plan, topology, workload, best.estimate, found)], args.html)
     if args.json != "-":
         print(search_report(found))
     if found.fits:
@@ -163,7 +162,7 @@ def _diff(args: argparse.Namespace) -> int:
         raise ValueError(f"plan diff takes two plan files, got {len(args.files)}: shardwise plan diff A.json B.json")
     changes = diff(*(read_document(Path(f)) for f in args.files))
     if args.json:
-        _write([json.dumps(changes, indent=1)], args.json)
+        write_lines([json.dumps(changes, indent=1)], args.json)
     if args.json != "-":
         print(diff_text(changes))
     return DONE
@@ -183,11 +182,3 @@ def _styles(path: str | None) -> dict[str, str] | None:
     from shardwise.sharding.tp_styles import read_tp_plan
 
     return read_tp_plan(path)
-
-
-def _write(lines: Iterable[str], target: str) -> None:
-    if target == "-":
-        sys.stdout.writelines(f"{line}\n" for line in lines)
-        return
-    with Path(target).open("w") as file:
-        file.writelines(f"{line}\n" for line in lines)

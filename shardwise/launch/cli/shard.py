@@ -21,6 +21,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """0; IllegalLayout for one that the model does not allow, UsageError for one beside --merge or none at all."""
     require_writable(args.json)
+    if not args.out:
+        raise UsageError("--out is empty: name a folder")
     out = Path(args.out)
     started = time.perf_counter()
     files = _merge(args, out) if args.merge else _shard(args, out)
