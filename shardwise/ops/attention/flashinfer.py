@@ -1,35 +1,26 @@
 """Attention over a paged cache by FlashInfer: plans made once a step (`planner.py`), reused by every layer."""
 
 import functools
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from shardwise.ops.attention.batch import Batch, read_batch
-from shardwise.ops.attention.checks import Heads, check_tokens, default_scale, shape
+from shardwise.ops.attention.flashinfer_step import FP8, OP, AttentionPlan, Parameters, Sizes, plan_step
 from shardwise.ops.attention.planner import (
     DecodeFamily,
     Pages,
     PagesHost,
     Planner,
-    exact_metadata,
-    planner,
     prefill_starts,
     select_pages,
     without_padding,
 )
 from shardwise.ops.attention.positions import fake_token_positions, token_positions
-from shardwise.ops.devices import require_one_device
-from shardwise.ops.plan_cache import PlanCache, allocator, view
+from shardwise.ops.plan_cache import PlanCache, view
 from shardwise.ops.registry import CUDA, FLASHINFER, operator
-from shardwise.ops.triton_support import dependent_launch
 from shardwise.ops.vector_access import takes_vectors, with_vectors
-
-OP = "flashinfer_attention_mha_with_cache"
-FP8 = torch.float8_e4m3fn
 
 
 @operator(fake=fake_token_positions)
@@ -50,68 +41,7 @@ def flashinfer_attention_prepare_metadata(
     return token_positions(op, "attention", batch, position_ids, cu_seqlen, seq_len_with_cache)
 
 
-@dataclass(frozen=True, eq=False)
-class _Parameters:
-    """What FlashInfer's plan depends on besides the batch; equal ones are one object (`_parameters`), found quickly."""
-
-    heads: Heads
-    page_size: int
-    dtype: torch.dtype
-    cache_dtype: torch.dtype
-    scale: float
-
-    def plan_arguments(self) -> dict:
-        return {
-            "num_qo_heads": self.heads.queries,
-            "num_kv_heads": self.heads.keys,
-            "page_size": self.page_size,
-            "q_data_type": self.dtype,
-            "kv_data_type": self.cache_dtype,
-            "sm_scale": self.scale,
-        }
-
-
-_parameters = functools.cache(_Parameters)
-_Sizes = tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)  # whose fields are read faster than a named tuple's
-class _Plan:
-    """What follows from the layout of a step's tensors."""
-
-    parameters: _Parameters
-    owner: Planner
-    """Of the tensors' device"""
-    tokens: int
-    """T, padding included"""
-    used: int
-    """Tokens without padding"""
-    full: bool
-    """Whether there are tokens, and no padding"""
-    out: Callable[[], Tensor]
-    """Allocates the result"""
-    q_sizes: _Sizes
-    q_strides: _Sizes
-    """[count, N, D] of the batch's own tokens, contiguous"""
-    k_sizes: _Sizes
-    k_strides: _Sizes
-    pages: int
-    """Of the cache"""
-    half_sizes: _Sizes
-    half_strides: _Sizes
-    """Of the cache's keys, and of its values"""
-    values: int
-    """Elements before the first of these"""
-    dense: bool
-    """Whether q, k, v and the cache are contiguous"""
-    exact: bool
-    """Whether no metadata has entries beyond the batch"""
-    quantised: bool
-    pdl: bool
-    """Whether kernels start while their predecessors drain, which FlashInfer would find out again"""
-
-
-_PLANS: PlanCache[_Plan] = PlanCache()
+_PLANS: PlanCache[AttentionPlan] = PlanCache()
 
 
 @functools.cache
@@ -132,7 +62,7 @@ def _create_decode(owner: Planner, buffers):
     return Wrapper(owner.workspace, "HND", use_tensor_cores=True, backend=_backend(owner.device), **options)
 
 
-def _plan_decode(parameters: _Parameters, wrapper, pages: Pages) -> None:
+def _plan_decode(parameters: Parameters, wrapper, pages: Pages) -> None:
     wrapper.plan(
         pages.indptr, pages.indices, pages.last_page_len, head_dim=parameters.heads.size, seq_lens=pages.lengths,
         **parameters.plan_arguments(),
@@ -148,7 +78,7 @@ def _create_prefill(owner: Planner):
     return Wrapper(owner.workspace, "HND", backend=_backend(owner.device))
 
 
-def _plan_prefill(parameters: _Parameters, wrapper, qo_indptr: torch.Tensor, pages: Pages) -> None:
+def _plan_prefill(parameters: Parameters, wrapper, qo_indptr: torch.Tensor, pages: Pages) -> None:
     wrapper.plan(
         qo_indptr, pages.indptr, pages.indices, pages.last_page_len, head_dim_qk=parameters.heads.size, causal=True,
         seq_lens=pages.lengths, **parameters.plan_arguments(),
@@ -211,7 +141,7 @@ def flashinfer_attention_mha_with_cache(
     batch = read_batch(OP, batch_info_host)
     key, metadata = (batch, scale), (flashinfer_batch_indices, flashinfer_positions, cu_num_pages, last_page_len)
     given = q, k, v, kv_cache, *metadata
-    plan = _PLANS.get(key, given) or _PLANS.keep(key, given, _plan(batch, scale, *given))
+    plan = _PLANS.get(key, given) or _PLANS.keep(key, given, plan_step(batch, scale, *given))
     if plan.dense and not (q.data_ptr() | k.data_ptr() | v.data_ptr() | kv_cache.data_ptr()) % 16:
         q_rows = view(q, plan.q_sizes, plan.q_strides)
         k_rows, v_rows = view(k, plan.k_sizes, plan.k_strides), view(v, plan.k_sizes, plan.k_strides)
@@ -239,8 +169,8 @@ def flashinfer_attention_mha_with_cache(
 
 
 def _attend(
-    plan: _Plan, batch: Batch, cu_seqlen_host: Tensor, host: PagesHost, q: Tensor, caches: tuple[Tensor, Tensor],
-    out: Tensor, k_scale: float, v_scale: float,
+    plan: AttentionPlan, batch: Batch, cu_seqlen_host: Tensor, host: PagesHost, q: Tensor,
+    caches: tuple[Tensor, Tensor], out: Tensor, k_scale: float, v_scale: float,
 ) -> None:  # fmt: skip
     """Attention of the batch's queries [count, N, D] into `out`; FlashInfer multiplies v_scale in, in place."""
     parameters, split, owner = plan.parameters, batch.prefill_tokens, plan.owner
@@ -277,7 +207,7 @@ def to_fp8(tensor: torch.Tensor, scale: float) -> torch.Tensor:
     return tensor.clamp(-448.0, 448.0).to(FP8)  # a plain cast turns an overflow into NaN
 
 
-def _readable(plan: _Plan, q: Tensor, k: Tensor, v: Tensor, kv_cache: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _readable(plan: AttentionPlan, q: Tensor, k: Tensor, v: Tensor, kv_cache: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """q, k and v as [count, heads, D], where FlashInfer's vectors of 16 bytes may read; copies where they may not."""
     if not takes_vectors(kv_cache):
         raise ValueError(f"{OP}: kv_cache has strides {kv_cache.stride()}; legal: last dimension contiguous, rows of D "
@@ -286,59 +216,9 @@ def _readable(plan: _Plan, q: Tensor, k: Tensor, v: Tensor, kv_cache: Tensor) ->
     return _flat(q, plan.tokens, plan.q_sizes), k_rows, v_rows
 
 
-def _flat(tensor: Tensor, tokens: int, sizes: _Sizes) -> Tensor:
+def _flat(tensor: Tensor, tokens: int, sizes: Sizes) -> Tensor:
     count, heads, size = sizes
     flat = tensor.reshape(tokens, heads, size)[:count]
     if flat.stride(1) != size:
         flat = flat.contiguous()
     return with_vectors(flat)
-
-
-def _plan(
-    batch: Batch, scale: float | None, q: Tensor, k: Tensor, v: Tensor, kv_cache: Tensor, indices: Tensor,
-    positions: Tensor, indptr: Tensor, last: Tensor,
-) -> _Plan:  # fmt: skip
-    """Raises TypeError and ValueError for what does not fit together."""
-    require_one_device(OP, q, k, v, kv_cache, indices, positions, indptr, last)
-    if kv_cache.dim() != 5 or kv_cache.shape[1] != 2:
-        raise ValueError(f"{OP}: kv_cache has shape {shape(kv_cache)}; legal: [pages, 2, Nkv, page_size, D]")
-    if q.dtype not in (torch.float16, torch.bfloat16):
-        raise TypeError(f"{OP}: q is {q.dtype}; legal: float16, bfloat16")
-    if kv_cache.dtype not in (q.dtype, FP8):
-        raise TypeError(f"{OP}: kv_cache is {kv_cache.dtype}; legal: q's {q.dtype} or float8_e4m3fn")
-    kv_heads, page_size, size = kv_cache.shape[2:]
-    if size not in (64, 128, 256):
-        raise ValueError(
-            f"{OP}: head size {size}; legal: 64, 128, 256; or call triton_attention_flattened_mha_with_cache"
-        )
-    heads = Heads(check_tokens(OP, "q", q.shape, q.shape, size), kv_heads, size, size)
-    for name, each in (("k", k), ("v", v)):
-        if check_tokens(OP, name, each.shape, q.shape, size) != kv_heads or each.dtype != q.dtype:
-            raise ValueError(
-                f"{OP}: {name} is {shape(each)} {each.dtype}; legal: {kv_heads} heads of size {size}, {q.dtype}"
-            )
-    if kv_heads == 0 or heads.queries % kv_heads:
-        raise ValueError(f"{OP}: {heads.queries} query heads over {kv_heads} KV heads; legal: a multiple")
-    tokens, count = q.shape[0] * q.shape[1], batch.tokens
-    if count > tokens:
-        raise ValueError(f"{OP}: batch_info_host counts {count} tokens, q holds {tokens}")
-    return _Plan(
-        _parameters(heads, page_size, q.dtype, kv_cache.dtype, default_scale(scale, size)),
-        planner("attention", q.device),
-        tokens,
-        count,
-        0 < count == tokens,
-        allocator(tuple(q.shape), q.dtype, q.device),
-        (count, heads.queries, size),
-        (heads.queries * size, size, 1),
-        (count, kv_heads, size),
-        (kv_heads * size, size, 1),
-        len(kv_cache),
-        tuple(kv_cache.shape[d] for d in (0, 2, 3, 4)),
-        tuple(kv_cache.stride(d) for d in (0, 2, 3, 4)),
-        kv_cache.stride(1),
-        all(each.is_contiguous() for each in (q, k, v, kv_cache)),
-        exact_metadata(batch, indices, positions, indptr, last),
-        kv_cache.dtype == FP8,
-        dependent_launch(q.device),
-    )

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from shardwise.ops.attention.batch import Batch, read_batch
-from shardwise.ops.attention.flashinfer import FP8, to_fp8
+from shardwise.ops.attention.flashinfer import to_fp8
+from shardwise.ops.attention.flashinfer_step import FP8
 from shardwise.ops.attention.planner import (
     DecodeFamily,
     Pages,

@@ -10,7 +10,7 @@ import torch
 
 from shardwise.ops.attention.batch import Batch
 from shardwise.ops.attention.checks import shape
-from shardwise.ops.attention.flashinfer import FP8
+from shardwise.ops.attention.flashinfer_step import FP8
 from shardwise.ops.attention.planner import Planner, exact_metadata, planner
 from shardwise.ops.devices import require_one_device
 from shardwise.ops.mla.absorb import Factor, Product, Rows, head_product
