@@ -227,10 +227,17 @@ class SpmdExecutor:
 
         guard.guard_script(info)
         context = context_here(info, asdict(config), on_event)
-        self._session = Session(context, config)
-        self.transport = self._session.transport
+        self._open: Session | None = Session(context, config)
+        self.transport = self._open.transport
         self._stats = self._all_stats()
-        atexit.register(guard.finalize, context.deadlines.stop, self.close)
+        _here.append(self)
+        atexit.unregister(_finish)
+        atexit.register(_finish, context.deadlines.stop)  # before what its groups have registered
+
+    @property
+    def _session(self) -> Session:
+        assert self._open is not None, "closed, which `LLM` asks first"
+        return self._open
 
     def stream(self, prompts: Sequence[Any], params: Sequence[SamplingParams]) -> Iterator[TokenEvent | Answer]:
         yield from self._session.stream(prompts, params)
@@ -246,4 +253,22 @@ class SpmdExecutor:
         pass  # the guard around this rank ends the job
 
     def close(self) -> None:
-        self._session.close()
+        """Also let the model go, whoever holds the `LLM`."""
+        session, self._open = self._open, None
+        if session is not None:
+            _here.remove(self)
+            session.close()
+
+
+_here: list[SpmdExecutor] = []
+"""Those of this process that are open, the latest last."""
+
+
+def _finish(seconds: float) -> None:
+    """At the interpreter's end: close them all, and only then leave MPI."""
+
+    def close() -> None:
+        while _here:
+            _here[-1].close()
+
+    guard.finalize(seconds, close)

@@ -258,17 +258,41 @@ llm.close()
 """
 
 
+def under_mpirun(folder: Path, program: str, *words: str) -> subprocess.CompletedProcess:
+    """A script on two ranks."""
+    script = folder / "script.py"
+    script.write_text(program)
+    root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1", "OMP_NUM_THREADS": "1"}
+    command = [BIN / "mpirun", "-n", "2", "--bind-to", "none", sys.executable, script, *words]
+    variables = {**os.environ, **root, "SHARDWISE_DEADLINE_STOP": "2"}
+    return subprocess.run(command, env=variables, capture_output=True, text=True, timeout=60)
+
+
 @pytest.mark.parametrize("end, code", [("end", 0), ("raise", 1), ("exit", 1)])
 def test_a_script_under_mpirun_gets_the_same_answer_on_every_rank_and_ends_whole(tmp_path, end, code):
-    script = tmp_path / "script.py"
-    script.write_text(SPMD_SCRIPT)
-    root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1", "OMP_NUM_THREADS": "1"}
-    command = [BIN / "mpirun", "-n", "2", "--bind-to", "none", sys.executable, script, end]
-    variables = {**os.environ, **root, "SHARDWISE_DEADLINE_STOP": "2"}
-    done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=60)
+    done = under_mpirun(tmp_path, SPMD_SCRIPT, end)
     assert done.returncode == code, done.stderr
     assert done.stdout.splitlines().count("2 ' Paris.'") == 2
     assert ("on purpose" in done.stderr) == (end == "raise")
+
+
+TWO_MODELS = """
+import atexit, gc, weakref
+from shardwise import LLM
+engines = []
+def tell():
+    gc.collect()
+    print(f'{[engine() for engine in engines]}\\n', end='', flush=True)
+atexit.register(tell)
+models = [LLM('smollm2', weights='native', transport='mpi') for _ in range(2)]
+engines += [weakref.ref(model._executor._session.engine) for model in models]
+"""
+
+
+def test_models_that_a_script_leaves_open_are_closed_before_mpi_and_let_their_weights_go(tmp_path):
+    done = under_mpirun(tmp_path, TWO_MODELS)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines().count("[None, None]") == 2
 
 
 def test_a_rank_that_cannot_load_is_reported_and_nothing_stays(tmp_path):
