@@ -12,6 +12,8 @@ that do nothing, an empty kernel launched Triton's way, by the driver alone, and
 """
 
 import argparse
+import ctypes
+import importlib
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -20,6 +22,7 @@ from itertools import chain
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from ops_attention import (
     HEADS,
     KV_HEADS,
@@ -40,11 +43,13 @@ from shardwise.ops.bench.cases import EPS, Case, norm_cases, rope_cases
 from shardwise.ops.bench.measure import alternating_host_microseconds
 from shardwise.ops.bench.states import CHUNK, NEMOTRON_H, conv_cases, delta_cases, ssm_decode_cases, ssm_prefill_cases
 from shardwise.ops.mla.checks import LatentHeads, split_weight
+from shardwise.ops.moe.contract import SILU
+from shardwise.ops.quantization.fp8 import quantize_fp8
 from shardwise.ops.registry import _LIBRARIES, _define, _describe
 from shardwise.ops.triton_support import Kernel, triton
 
 OPS = torch.ops.auto_deploy
-TURNS, ROUNDS = 8, 10
+TURNS, ROUNDS = 6, 10
 
 
 @triton.jit
@@ -161,6 +166,88 @@ def state_rows() -> Iterator[Row]:
         yield Row(f"{case.operator}, {case.size}", prepared(case), 1)
 
 
+def mixture_rows() -> Iterator[Row]:
+    """Mixtures of experts at the sizes of a rank of Qwen3-30B-A3B, and gpt-oss' form of them."""
+    experts, hidden, size, top_k = 32, 2048, 768, 8
+    first, second = random(experts, 2 * size, hidden), random(experts, hidden, size)
+    codes = first.to(torch.float8_e4m3fn), second.to(torch.float8_e4m3fn)
+    scales = [torch.ones(1, device="cuda") for _ in range(4)] + [torch.ones(experts, device="cuda") for _ in range(3)]
+    for tokens in (1, 128):
+        x, weights = random(tokens, hidden), torch.rand(tokens, top_k, device="cuda")
+        ids = torch.randint(0, experts, (tokens, top_k), device="cuda")
+        calls = {
+            "triton_moe_fused": (x, ids, weights, first, second, True, SILU),
+            "trtllm_moe_fused": (x, ids, weights, first, second, True, SILU),
+            "triton_quant_fp8_moe": (x, ids, weights, *codes, *scales, True, SILU),
+            "triton_mxfp4_moe": (x, random(experts, hidden), random(experts), 4, *_mxfp4(2 * size, hidden, experts),
+                                 1.702, 7.0, *_mxfp4(hidden, size, experts)),
+            "trtllm_quant_nvfp4_moe_fused": (
+                x, ids, weights, _bytes(experts, 2 * size, hidden // 2), _bytes(experts, hidden, size // 2),
+                _bytes(experts, 2 * size, hidden // 16), _bytes(experts, hidden, size // 16), *scales[:2], *scales[4:6],
+            ),
+        }  # fmt: skip
+        for name, args in calls.items():
+            call = partial(getattr(OPS, name), *args)
+            yield Row(f"{name}, {tokens} tokens", call, launches(call))
+
+
+def _mxfp4(rows: int, columns: int, experts: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Blocks, bias and scales."""
+    scales = torch.randint(117, 122, (experts, rows, columns // 32), dtype=torch.uint8, device="cuda")
+    return _bytes(experts, rows, columns // 32, 16), random(experts, rows), scales
+
+
+def _bytes(*shape: int) -> torch.Tensor:
+    """Four-bit codes, or scales in e4m3 below 2."""
+    return torch.randint(0, 64, shape, dtype=torch.uint8, device="cuda")
+
+
+def launches(call: Callable[[], object]) -> int:
+    """Kernels of a call, as a graph counts them."""
+    for _ in range(3):
+        call()
+    graph = torch.cuda.CUDAGraph(keep_graph=True)
+    with torch.cuda.graph(graph):
+        call()
+    count = ctypes.c_size_t()
+    error = ctypes.CDLL("libcuda.so.1").cuGraphGetNodes(
+        ctypes.c_void_p(graph.raw_cuda_graph()), None, ctypes.byref(count)
+    )
+    if error:
+        raise RuntimeError(f"cuGraphGetNodes: CUDA error {error}")
+    return count.value
+
+
+def linear_rows() -> Iterator[Row]:
+    """Operators around PyTorch's products, beside these called directly, and fla's norm of vectors."""
+    x, weight, router, bias = random(1, 4096), random(4096, 4096), random(32, 4096), random(32)
+    yield Row("torch_linear_simple", partial(OPS.torch_linear_simple, x, weight, None), 0,
+              {"direct": partial(F.linear, x, weight)})  # fmt: skip
+    yield Row("torch_moe_router", partial(OPS.torch_moe_router, x, router, bias, 4), 0,
+              {"direct": partial(_route, x, router, bias)})  # fmt: skip
+    gate, up, down = random(8192, 4096), random(8192, 4096), random(4096, 8192)
+    first, second, third = (partial(F.linear, x, w) for x, w in ((x, gate), (x, up), (random(1, 8192), down)))
+    both = in_order(first, in_order(second, third))
+    yield Row("triton_swiglu_mlp", partial(OPS.triton_swiglu_mlp, x, gate, up, down), 1, {"direct": both})
+    codes, scale = quantize_fp8(weight)
+    scale_in, one = torch.tensor(5 / 448, device="cuda"), scale.view(1)
+    call = partial(OPS.trtllm_quant_fp8_linear, x, codes, None, scale_in, scale)
+    yield Row("trtllm_quant_fp8_linear, 1 row", call, launches(call))
+    rows = random(128, 4096)
+    product = partial(torch._scaled_mm, rows.to(torch.float8_e4m3fn), codes.t(), one, one, out_dtype=rows.dtype)
+    call = partial(OPS.trtllm_quant_fp8_linear, rows, codes, None, scale_in, scale)
+    yield Row("trtllm_quant_fp8_linear, 128 rows", call, 1, {"direct": product})
+    l2norm = importlib.import_module("fla.modules.l2norm").l2norm
+    vectors = random(1, 16, 128)
+    yield Row("fla_l2norm", partial(OPS.fla_l2norm, vectors, EPS), 0, {"direct": partial(l2norm, vectors, EPS)})
+
+
+def _route(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    logits = F.linear(x, weight, bias)
+    values, ids = logits.topk(4, dim=-1)
+    return torch.zeros_like(logits).scatter_(1, ids, values.softmax(-1))
+
+
 def _step_with_views(case: Case) -> Callable[[], object]:
     """FlashInfer's step from the operator's tensors [b, 1, ...] and [H], for whoever needs no bounds on time steps."""
     from flashinfer.mamba import selective_state_update
@@ -187,7 +274,8 @@ def main() -> None:
     torch.manual_seed(0)
     x, weight = (torch.randn(4096, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     launch = partial(Kernel(idle_kernel), x.device, (1, 1, 1), (x,), (), (), warps=1)
-    rows = list(chain(floors(x, weight), basic_rows(), attention_rows(), metadata_rows(), state_rows()))
+    groups = basic_rows, attention_rows, metadata_rows, state_rows, mixture_rows, linear_rows
+    rows = [*floors(x, weight), *chain.from_iterable(group() for group in groups)]
     best: list[dict[str, float]] = [{} for _ in rows]
     for _ in range(TURNS):
         for row, least in zip(rows, best, strict=True):

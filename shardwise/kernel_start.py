@@ -2,7 +2,9 @@
 
 import contextlib
 import functools
+import inspect
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -55,3 +57,53 @@ def start_of(compiled: Any) -> Start:
     # No scratch memory; no metadata for hooks, and none of them.
     rest = function, run.launch_cooperative_grid, run.launch_pdl, None, None, packed, None, None, None
     return Start(run.launch, raw_stream(), rest)
+
+
+MAPS = 256
+"""Addresses of one argument whose tensor maps are kept"""
+
+
+def unfold(
+    start: Start, args: tuple[Any, ...]
+) -> tuple[Callable[..., None], tuple, dict[int, Callable[[int], Any]]] | None:
+    """A launcher without Triton's loop over descriptors, 3 µs and more, and its arguments with descriptors taken apart.
+
+    The third part tells, by the place of a descriptor's tensor among the arguments, what the driver takes instead for
+    its address. None where this version of Triton does not show its launcher.
+    """
+    if not any(hasattr(arg, "block_shape") for arg in args):
+        return start.start, args, {}
+    within = inspect.getclosurevars(start.start).nonlocals if inspect.isfunction(start.start) else {}
+    kinds = within.get("tensordesc_meta") or ()
+    if "launcher" not in within or not kinds or None in kinds:
+        return None
+    flat: list[Any] = []
+    maps: dict[int, Callable[[int], Any]] = {}
+    rest = iter(kinds)
+    for arg in args:
+        if hasattr(arg, "block_shape"):
+            maps[len(flat)] = _tensor_maps(arg, next(rest))
+            flat += [arg.base, *arg.shape, *arg.strides]
+        else:
+            flat.append(arg)
+    return within["launcher"], tuple(flat), maps
+
+
+def _tensor_maps(descriptor: Any, kind: Any) -> Callable[[int], Any]:
+    """The driver's form of a descriptor whose tensor lies at an address."""
+    from triton.backends.nvidia.driver import make_tensordesc_arg
+
+    shape, strides, padding = list(descriptor.shape), list(descriptor.strides), descriptor.padding
+    made: dict[int, Any] = {}
+
+    def form(address: int) -> Any:
+        found = made.get(address)
+        if found is None:
+            if len(made) >= MAPS:
+                made.clear()
+            base = SimpleNamespace(data_ptr=lambda: address)
+            there = SimpleNamespace(base=base, shape=shape, strides=strides, padding=padding)
+            found = made[address] = make_tensordesc_arg(there, kind)[0]
+        return found
+
+    return form

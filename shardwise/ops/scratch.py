@@ -12,7 +12,7 @@ from shardwise.kernel_start import raw_stream
 Value = TypeVar("Value")
 KEPT_TOKENS = 64
 """Calls of more tokens allocate anew, since their kernels take longer than the host."""
-_capturing = getattr(torch._C, "_cuda_isCurrentStreamCapturing", torch.cuda.is_current_stream_capturing)
+capturing = getattr(torch._C, "_cuda_isCurrentStreamCapturing", torch.cuda.is_current_stream_capturing)
 
 
 class Scratch(Generic[Value]):
@@ -32,7 +32,7 @@ class Scratch(Generic[Value]):
         if self._stream_of is None:
             return self._make()
         stream = self._stream_of(self._index)
-        if stream and _capturing():  # nothing can be captured on the default stream, which is 0
+        if stream and capturing():  # nothing can be captured on the default stream, which is 0
             return self._make()
         owner = get_ident(), stream
         kept = self._kept.get(owner)

@@ -13,6 +13,7 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 from operator import itemgetter
+from threading import get_ident
 from typing import Any, NamedTuple
 
 import torch
@@ -99,6 +100,16 @@ def await_and_trigger(PDL: tl.constexpr):
         gdc_launch_dependents()
 
 
+recorders: dict[int, Any] = {}
+"""By thread: whose `launched` is told of each launch's way to the driver, grid and arguments"""
+
+
+def _note(start: Start, grid: tuple[int, int, int], args: tuple) -> None:
+    recorder = recorders.get(get_ident())
+    if recorder is not None:
+        recorder.launched(start, grid, args)
+
+
 _MOST_SHARED = 228 * 1024
 """Bytes of shared memory of a multiprocessor at the most (Hopper)."""
 
@@ -160,15 +171,17 @@ class Launcher:
             compiled = self._kernel[grid](*args, **options)
             if sharing:
                 _divide_memory(compiled, sharing)
-            self._launches[index, key] = start_of(compiled)
+            launch = self._launches[index, key] = start_of(compiled)
         else:
             launch.start(*grid, launch.stream_of(index), *launch.rest, *args)
+        if recorders:
+            _note(launch, grid, args)
 
 
 _address = torch.Tensor.data_ptr
 
 
-def _odd(addresses: Sequence[int]) -> Any:
+def odd_addresses(addresses: Sequence[int]) -> Any:
     """What kernels are compiled for: False where all addresses are multiples of 16, else which are."""
     return math.gcd(16, *addresses) != 16 and tuple(address % 16 == 0 for address in addresses)
 
@@ -215,21 +228,23 @@ class Form:
             with torch.cuda.device(self._device):
                 return self(grid, pointers, free, kept)
         addresses = [*map(_address, pointers), *kept.addresses]  # numbers spare Triton a driver query each
-        odd = _odd(addresses)
+        odd = odd_addresses(addresses)
         launch = self._launches.get(odd)
         if launch is not None:
             start, stream_of, rest = launch
             try:
-                return start(*grid, stream_of(self._index), *rest, *addresses, *free, *self._fixed)
+                start(*grid, stream_of(self._index), *rest, *addresses, *free, *self._fixed)
             except OverflowError:  # a free number outgrew the 32 bits that it was compiled for
-                pass
-        self._launches[odd] = start_of(
-            self._kernel[grid](*pointers, *kept.tensors, *free, *self._fixed, **self._options)
-        )
+                launch = None
+        if launch is None:
+            compiled = self._kernel[grid](*pointers, *kept.tensors, *free, *self._fixed, **self._options)
+            launch = self._launches[odd] = start_of(compiled)
+        if recorders:
+            _note(launch, grid, (*pointers, *kept.tensors, *free, *self._fixed))
 
     def bound(self, addresses: Sequence[int], free: tuple[float, ...]) -> tuple[Start, tuple[float, ...]]:
         """The way to the driver that a launch with such addresses and numbers took, and all numbers after them."""
-        return self._launches[_odd(addresses)], (*free, *self._fixed)
+        return self._launches[odd_addresses(addresses)], (*free, *self._fixed)
 
 
 class Kernel:
@@ -301,9 +316,9 @@ class Chain:
     def __call__(self, tensors: tuple[torch.Tensor, ...]) -> None:
         """Run all."""
         addresses = [*map(_address, tensors)]
-        odd = _odd(addresses)
+        odd = odd_addresses(addresses)
         bound = self._bound.get(odd)
-        if bound is None or self._index != current_device():
+        if bound is None or recorders or self._index != current_device():
             return self._launch_singly(tensors, addresses, odd)
         stream = kernel_start.raw_stream()(self._index)
         for start, grid, rest, pick, numbers in bound:

@@ -1,6 +1,7 @@
 """Scratch memory of kernels that split sums or group pairs, by name, and counters that are zero between calls."""
 
 import threading
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -28,6 +29,19 @@ class Workspace:
         if tokens > cls.KEPT_TOKENS:
             return cls(owner)
         return _kept("workspaces").setdefault((*owner, tokens), cls(owner))
+
+    @staticmethod
+    def keeps(tensor: Tensor) -> str:
+        """What this thread keeps the tensor's memory for: "scratch", "counters" or, of other memory, nothing."""
+        storage = tensor.untyped_storage()._cdata
+
+        def among(tensors: Iterable[Tensor]) -> bool:
+            return any(kept.untyped_storage()._cdata == storage for kept in tensors)
+
+        spaces = _kept("workspaces").values()
+        if among(kept for space in spaces for kept in space._tensors.values()):
+            return "scratch"
+        return "counters" if among(_kept("counters").values()) else ""
 
     def take(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """An uninitialised tensor, the same at every call."""

@@ -17,7 +17,7 @@ def stream(monkeypatch):
     """The current stream's handle, in a list, and whether it captures."""
     state = {"handle": 7, "capturing": False}
     monkeypatch.setattr(scratch, "raw_stream", lambda: lambda index: state["handle"])
-    monkeypatch.setattr(scratch, "_capturing", lambda: state["capturing"])
+    monkeypatch.setattr(scratch, "capturing", lambda: state["capturing"])
     return state
 
 

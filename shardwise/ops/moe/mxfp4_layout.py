@@ -9,16 +9,21 @@ where one shift and one mask bring them to the sign, the low exponent and the hi
 Gate and up rows go to rows r and r + 8 of a slab, so that one thread holds both for the activation.
 """
 
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from typing import Any, Generic, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
+Packed = TypeVar("Packed")
 TILE = 64
+NEAR = 4096
+"""Sets of tensors that are known by their identity"""
 # Bit of (sign, exponent high, exponent low, mantissa) inside a 16-bit half, for the four registers of a word; the
 # sign of register 1 crosses to the other half.
 BITS = ((15, 8, 7, 6), (5, 14, 13, 12), (9, 2, 1, 0), (11, 4, 3, 10))
@@ -113,31 +118,47 @@ def join_bytes(parts: Tensor) -> Tensor:
     return torch.where(word >= 2**31, word - 2**32, word).to(torch.int32)
 
 
-class PackedOnce:
-    """Packed forms of weight tensors, kept as long as the sources' memory lives and none of them is written to."""
+class PackedOnce(Generic[Packed]):
+    """What is made of weight tensors, kept as long as the sources' memory lives and none of them is written to."""
 
     def __init__(self) -> None:
-        self._kept: dict[tuple, tuple[list[StorageWeakRef], list[int], PackedMXFP4]] = {}
+        self._kept: dict[tuple, tuple[list[StorageWeakRef], list[int], Packed]] = {}
+        # The same, by the first source's identity, for calls that bring the very tensors of an earlier one.
+        self._near: dict[tuple[int, str], tuple[list[weakref.ref], list[int], Packed]] = {}
 
-    def get(self, sources: tuple[Tensor, ...], arrangement: str, make: Callable[[], PackedMXFP4]) -> PackedMXFP4:
+    def get(self, sources: tuple[Tensor, ...], arrangement: str, make: Callable[[], Packed]) -> Packed:
         """What `make` gave for these sources before, or gives now."""
-        key = (arrangement, *((source.data_ptr(), source.shape, source.stride()) for source in sources))
         versions = [0 if source.is_inference() else source._version for source in sources]
+        seen, then, near = self._near.get((id(sources[0]), arrangement), _NEVER)
+        if then == versions and all(one() is source for one, source in zip(seen, sources, strict=True)):
+            return near
+        packed = self._get(sources, arrangement, versions, make)
+        if len(self._near) >= NEAR:
+            self._near.clear()
+        self._near[id(sources[0]), arrangement] = [weakref.ref(source) for source in sources], versions, packed
+        return packed
+
+    def _get(self, sources, arrangement, versions, make) -> Packed:
+        key = (arrangement, *((source.data_ptr(), source.shape, source.stride()) for source in sources))
         found = self._kept.get(key)
         if found is not None and found[1] == versions and not _expired(found[0]):
             return found[2]
         for stale in [other for other, entry in list(self._kept.items()) if _expired(entry[0])]:
             self._kept.pop(stale, None)  # ranks may be threads, and another one was quicker
+        self._near.clear()
         packed = make()
         self._kept[key] = ([StorageWeakRef(source.untyped_storage()) for source in sources], versions, packed)
         return packed
+
+
+_NEVER: Any = ((), None, None)
 
 
 def _expired(storages: list[StorageWeakRef]) -> bool:
     return any(storage.expired() for storage in storages)
 
 
-_PACKED = PackedOnce()
+_PACKED: PackedOnce[PackedMXFP4] = PackedOnce()
 
 
 def packed_once(blocks: Tensor, scales: Tensor, bias: Tensor, paired: bool) -> PackedMXFP4:

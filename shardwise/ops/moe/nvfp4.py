@@ -24,10 +24,8 @@ def nvfp4_moe(
     on_input: bool,
 ) -> Tensor:
     """Routed sum [T, H] in rows' dtype; `act` "silu" (w3 rows, then w1 rows) or "relu2"."""
-    up = _packed_once(name, *first[:2], "stacked" if act == "silu" else "plain")
-    down = _packed_once(name, *second[:2], "plain")
-    experts = up.words.shape[0]
-    factors = first[2].expand(experts).contiguous(), second[2].expand(experts).contiguous()
+    up, down = packed_once(name, first, second, act)
+    factors = first[2], second[2]
     x = rows if interpreting() else rows.to(torch.bfloat16)
     mixture = PackedMixture(up, down, act, factors=factors, on_input=on_input)
     return packed_moe(x, ids, weights, mixture).to(rows.dtype)
@@ -59,8 +57,13 @@ def pack_nvfp4(name: str, codes: Tensor, scales: Tensor, arrangement: str) -> Pa
     return PackedMXFP4(words, packed, bias, rows, columns, "nvfp4")
 
 
-_PACKED = PackedOnce()
+_PACKED: PackedOnce[PackedMXFP4] = PackedOnce()
 
 
-def _packed_once(name: str, codes: Tensor, scales: Tensor, arrangement: str) -> PackedMXFP4:
-    return _PACKED.get((codes, scales), arrangement, lambda: pack_nvfp4(name, codes, scales, arrangement))
+def packed_once(name: str, first: Weight, second: Weight, act: str) -> tuple[PackedMXFP4, PackedMXFP4]:
+    """`pack_nvfp4` of both products' weights, made at the first call."""
+
+    def packed(codes: Tensor, scales: Tensor, arrangement: str) -> PackedMXFP4:
+        return _PACKED.get((codes, scales), arrangement, lambda: pack_nvfp4(name, codes, scales, arrangement))
+
+    return packed(*first[:2], "stacked" if act == "silu" else "plain"), packed(*second[:2], "plain")

@@ -19,14 +19,31 @@ from shardwise.ops.moe.contract import (
 from shardwise.ops.moe.exchange import run_routed
 from shardwise.ops.moe.grouped import grouped_moe
 from shardwise.ops.moe.mxfp4 import mxfp4_moe
-from shardwise.ops.moe.mxfp4_layout import packed_once
+from shardwise.ops.moe.mxfp4_layout import PackedOnce, packed_once
 from shardwise.ops.moe.reference import check_mxfp4_moe
+from shardwise.ops.recorded import recorded
 from shardwise.ops.registry import TRITON, operator
 from shardwise.ops.triton_support import interpreting
 from shardwise.partition import extent
 
+_READ: PackedOnce[tuple[tuple[Tensor, ...], tuple[str, str]]] = PackedOnce()
+
+
+def _packed(*args) -> tuple[tuple[Tensor, ...], tuple[str, str]]:
+    """What the kernels of the two operators below read of the weights among their arguments, and the forms of these,
+    which follow from their scales."""
+    blocks, bias, scales, _, _, down_blocks, down_bias, down_scales = args[4:12]
+
+    def made() -> tuple[tuple[Tensor, ...], tuple[str, str]]:
+        up = packed_once(blocks, scales, bias, paired=True)
+        down = packed_once(down_blocks, down_scales, down_bias, paired=False)
+        return (up.words, up.scales, up.bias, down.words, down.scales, down.bias), (up.format, down.format)
+
+    return _READ.get((blocks, scales, bias, down_blocks, down_scales, down_bias), "", made)
+
 
 @operator(fake=like_x, needs=(TRITON,), instead="torch_moe_dense_mlp")
+@recorded(beside=_packed)
 def triton_mxfp4_moe(
     hidden_states: Tensor,
     router_weight: Tensor,
@@ -54,13 +71,14 @@ def triton_mxfp4_moe(
     The weights are re-laid out at the first call and kept as long as the block tensors live; call
     `prepare_mxfp4` at load to choose the moment. TypeError and ValueError name the argument that does not fit.
     """
-    return triton_mxfp4_moe_ep(
+    return _mxfp4_moe(
         hidden_states, router_weight, router_bias, top_k, gate_up_blocks, gate_up_bias, gate_up_scales, alpha, limit,
         down_blocks, down_bias, down_scales, 1, 0,
     )  # fmt: skip
 
 
 @operator(fake=like_x, needs=(TRITON,), instead="torch_moe_dense_mlp")
+@recorded(beside=_packed)
 def triton_mxfp4_moe_ep(
     hidden_states: Tensor,
     router_weight: Tensor,
@@ -82,6 +100,28 @@ def triton_mxfp4_moe_ep(
     The router is whole (E experts); expert tensors hold `partition.extent(E, ep_size, ep_rank)` only. A token none
     of whose experts is local gives exact zero.
     """
+    return _mxfp4_moe(
+        hidden_states, router_weight, router_bias, top_k, gate_up_blocks, gate_up_bias, gate_up_scales, alpha, limit,
+        down_blocks, down_bias, down_scales, ep_size, ep_rank,
+    )  # fmt: skip
+
+
+def _mxfp4_moe(
+    hidden_states: Tensor,
+    router_weight: Tensor,
+    router_bias: Tensor,
+    top_k: int,
+    gate_up_blocks: Tensor,
+    gate_up_bias: Tensor,
+    gate_up_scales: Tensor,
+    alpha: float,
+    limit: float,
+    down_blocks: Tensor,
+    down_bias: Tensor,
+    down_scales: Tensor,
+    ep_size: int,
+    ep_rank: int,
+) -> Tensor:
     name = "triton_mxfp4_moe" if ep_size == 1 else "triton_mxfp4_moe_ep"
     check_mxfp4_moe(
         name, hidden_states, router_weight, router_bias, top_k, gate_up_blocks, gate_up_bias, gate_up_scales,
@@ -115,6 +155,7 @@ def prepare_mxfp4(
 
 
 @operator(fake=like_x, needs=(TRITON,), instead="torch_moe")
+@recorded()
 def triton_moe_fused(
     x: Tensor,
     selected_experts: Tensor,
@@ -147,6 +188,7 @@ def triton_moe_fused(
 
 
 @operator(fake=like_x, needs=(TRITON,), instead="torch_quant_fp8_moe")
+@recorded(unread=("w3_weight", "w3_input_scale", "w3_weight_scale"))
 def triton_quant_fp8_moe(
     x: Tensor,
     selected_experts: Tensor,

@@ -27,8 +27,10 @@ from shardwise.ops.moe.contract import (
 )
 from shardwise.ops.moe.exchange import run_routed
 from shardwise.ops.moe.grouped import grouped_moe
-from shardwise.ops.moe.nvfp4 import Weight, nvfp4_moe
+from shardwise.ops.moe.mxfp4_layout import PackedOnce
+from shardwise.ops.moe.nvfp4 import Weight, nvfp4_moe, packed_once
 from shardwise.ops.quantization.triton_fp8 import quantize
+from shardwise.ops.recorded import recorded
 from shardwise.ops.registry import TRITON, Need, operator
 from shardwise.ops.vector_access import with_vectors
 
@@ -117,6 +119,7 @@ def _check_exchange(name: str, mapping_config: str, max_num_tokens: int) -> None
 
 
 @operator(fake=like_x, needs=(KERNELS, TRITON), instead="torch_moe_fused")
+@recorded()
 def trtllm_moe_fused(
     x: Tensor,
     selected_experts: Tensor,
@@ -173,6 +176,7 @@ def _fp8_fake(
 
 
 @operator(fake=_fp8_fake, needs=(KERNELS, TRITON), instead="torch_quant_fp8_moe")
+@recorded()
 def trtllm_quant_fp8_moe_fused(
     x: Tensor,
     selected_experts: Tensor,
@@ -229,10 +233,40 @@ def _nvfp4(name: str, label: str, codes: Tensor, scales: Tensor, alpha: Tensor, 
         )
     for what, scale in ((f"{label}_alpha", alpha), (f"{label}_act_global_scale", act_scale)):
         check_elements(name, what, scale, codes.shape[0])
-    return codes, scales, alpha.reshape(-1).float() * act_scale.reshape(-1).float()
+    return codes, scales, _factor(alpha, act_scale, codes.shape[0])
+
+
+_FACTORS: PackedOnce[Tensor] = PackedOnce()
+
+
+def _factor(alpha: Tensor, act_scale: Tensor, experts: int) -> Tensor:
+    """1 / the weight's global scale, float32 [E], made once for these tensors."""
+
+    def made() -> Tensor:
+        return (alpha.reshape(-1).float() * act_scale.reshape(-1).float()).expand(experts).contiguous()
+
+    return _FACTORS.get((alpha, act_scale), str(experts), made)
+
+
+_READ: PackedOnce[tuple[tuple[Tensor, ...], None]] = PackedOnce()
+
+
+def _packed(*args) -> tuple[tuple[Tensor, ...], None]:
+    """What the kernels of the operator below read of the weights among its arguments."""
+    codes, down_codes, scales, down_scales, act_scale, down_act_scale, alpha, down_alpha, *options = args[3:]
+    act = "silu" if not options or options[0] else "relu2"
+
+    def made() -> tuple[tuple[Tensor, ...], None]:
+        first = codes, scales, _factor(alpha, act_scale, codes.shape[0])
+        second = down_codes, down_scales, _factor(down_alpha, down_act_scale, down_codes.shape[0])
+        up, down = packed_once("trtllm_quant_nvfp4_moe_fused", first, second, act)
+        return (up.words, up.scales, up.bias, down.words, down.scales, down.bias, first[2], second[2]), None
+
+    return _READ.get(args[3:11], act, made)
 
 
 @operator(fake=like_x, needs=(TRITON,), instead="torch_quant_nvfp4_moe")
+@recorded(beside=_packed)
 def trtllm_quant_nvfp4_moe_fused(
     x: Tensor,
     selected_experts: Tensor,

@@ -1,8 +1,18 @@
 """L2 norm of the flash-linear-attention package."""
 
+import functools
+from collections.abc import Callable
+
 import torch
 
 from shardwise.ops.registry import FLA, operator
+
+
+@functools.cache
+def _function() -> Callable:
+    from fla.modules.l2norm import l2norm
+
+    return l2norm
 
 
 @operator(
@@ -12,8 +22,8 @@ from shardwise.ops.registry import FLA, operator
 )
 def fla_l2norm(x: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
     """x / sqrt(sum(x²) + eps) over the last dimension, result contiguous in x's dtype. x [..., D]."""
-    from fla.modules.l2norm import l2norm
-
     if x.numel() == 0:
         return torch.empty_like(x, memory_format=torch.contiguous_format)
-    return l2norm(x.contiguous().view(-1).view(x.shape), eps)  # strides of 1, also of a single column
+    if not x.is_contiguous() or x.stride(-1) != 1:
+        x = x.contiguous().view(-1).view(x.shape)  # strides of 1, also of a single column
+    return _function()(x, eps)

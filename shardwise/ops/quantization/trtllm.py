@@ -5,11 +5,13 @@ from torch import Tensor
 from shardwise.ops.devices import require_one_device
 from shardwise.ops.quantization.reference import check_fp8_linear, linear_fake, scaled_mm
 from shardwise.ops.quantization.triton_fp8 import MOST_FEW_ROWS, few_rows_linear, quantize
+from shardwise.ops.recorded import recorded
 from shardwise.ops.registry import TRITON, operator
 from shardwise.ops.triton_support import interpreting
 
 
 @operator(fake=linear_fake, needs=(TRITON,), instead="torch_quant_fp8_linear")
+@recorded()
 def trtllm_quant_fp8_linear(
     input: Tensor,
     weight_fp8: Tensor,

@@ -1,0 +1,101 @@
+"""Tapes of calls: launches and products with places for what differs from call to call."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+
+from shardwise.ops.plan_cache import Tensors, View, view
+
+_address = torch.Tensor.data_ptr
+READY = 64
+"""Sets of addresses for which a tape keeps the arguments of its launches"""
+
+
+class Slot(NamedTuple):
+    """An argument that differs from call to call."""
+
+    at: int
+    source: int
+    """Which of the tensors, see `Tape`"""
+    part: Any
+    """Of a launch: bytes behind the tensor's address; of a product: its view, None for the tensor itself"""
+    form: Callable[[int], Any] | None = None
+    """What a launch takes instead of an address, where it takes a descriptor"""
+
+
+class Launch(NamedTuple):
+    start: Callable[..., None]
+    grid: tuple[int, int, int]
+    args: list
+    """All behind the stream, but for what slots fill"""
+    slots: tuple[Slot, ...]
+
+
+class Product(NamedTuple):
+    """A call of one of PyTorch's products between the launches."""
+
+    function: Callable[..., torch.Tensor]
+    args: list
+    named: dict
+    slots: tuple[Slot, ...]
+
+    def run(self, known: list[torch.Tensor]) -> torch.Tensor:
+        """The result, from the tensors by number."""
+        args = self.args.copy()
+        for at, source, part, _ in self.slots:
+            args[at] = known[source] if part is None else view(known[source], *part)
+        return self.function(*args, **self.named)
+
+
+@dataclass(frozen=True, slots=True)
+class Tape:
+    """What calls of one layout do: launches, and products that PyTorch computes.
+
+    They know tensors by number: those that are given, the result, a room of bytes, what else the call makes for
+    products to read, and the products' results in turn.
+    """
+
+    steps: tuple[Launch | Product, ...]
+    makes: tuple[Callable[[], torch.Tensor] | None, ...]
+    """Allocate the result and the call's own memory, where there is some"""
+    final: tuple[int, View] | None
+    """Where the result is a product's"""
+    kept: tuple[torch.Tensor, ...]
+    """Of a `Workspace`, whose addresses stand in the launches"""
+    ready: dict[tuple[int, ...], list[tuple]] = field(default_factory=dict)
+    """Launches alone by all addresses: start, grid and arguments"""
+
+    def __call__(self, tensors: Tensors, addresses: list[int], stream: int) -> torch.Tensor:
+        """Run on tensors, which lie at these addresses."""
+        made: list[Any] = [make and make() for make in self.makes]
+        addresses += [0 if tensor is None else _address(tensor) for tensor in made]
+        if self.final is None and len(self.makes) == 2:
+            for start, grid, args in self.ready.get((*addresses,)) or self._readied(addresses):
+                start(*grid, stream, *args)
+            return made[0]
+        known = [*tensors, *made]
+        for step in self.steps:
+            if isinstance(step, Launch):
+                step.start(*step.grid, stream, *_filled(step, addresses))
+            else:
+                known.append(step.run(known))
+                addresses.append(_address(known[-1]))
+        return made[0] if self.final is None else view(known[self.final[0]], *self.final[1])
+
+    def _readied(self, addresses: list[int]) -> list[tuple]:
+        if len(self.ready) >= READY:
+            self.ready.clear()
+        steps = [step for step in self.steps if isinstance(step, Launch)]
+        launches = [(step.start, step.grid, _filled(step, addresses)) for step in steps]
+        self.ready[(*addresses,)] = launches
+        return launches
+
+
+def _filled(launch: Launch, addresses: list[int]) -> list:
+    args = launch.args.copy()
+    for at, source, offset, form in launch.slots:
+        address = addresses[source] + offset
+        args[at] = address if form is None else form(address)
+    return args
