@@ -121,9 +121,11 @@ class Session:
         from shardwise.parallel.trace import watched_by
 
         trace = ChromeTrace(Path(folder), self.context.info.rank, self.device, self.engine.device)
-        with watched_by(trace):
-            yield
-        trace.close()
+        try:
+            with watched_by(trace):
+                yield
+        finally:
+            trace.close()  # also of a call that was left early: it would record on, with nobody to end it
 
     def stats(self) -> RankStats:
         return self.engine.stats()

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from shardwise import LLM, SamplingParams
 from shardwise.launch.job import JobFailed
@@ -344,6 +345,17 @@ def test_the_folder_of_traces_is_made_before_any_rank_starts(monkeypatch, tmp_pa
     with pytest.raises(TypeError):
         LLM("smollm2", trace=str(tmp_path / "new" / "traces"))
     assert (tmp_path / "new" / "traces").is_dir()
+
+
+def test_a_call_that_breaks_off_leaves_its_trace_and_no_profiler(tmp_path):
+    session = Session.__new__(Session)
+    session._trace, session.device = str(tmp_path), "cpu"
+    session.context = SimpleNamespace(info=SimpleNamespace(rank=0))
+    session.engine = SimpleNamespace(device=torch.device("cpu"))
+    with pytest.raises(ZeroDivisionError), session._traced():
+        raise ZeroDivisionError
+    assert not torch.autograd._profiler_enabled()
+    assert [path.name for path in tmp_path.iterdir()] == ["rank-0.json.gz"]
 
 
 def test_a_session_lets_graphs_go_before_the_groups_whose_calls_they_hold():
