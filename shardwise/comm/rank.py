@@ -62,9 +62,11 @@ def current_groups() -> Groups | None:
 
 @contextlib.contextmanager
 def use_groups(groups: Groups):
-    """Operators without a group argument use `groups` inside this block."""
-    token = _CURRENT.set(groups)
+    """Operators without a group argument use `groups` inside this block, in its thread."""
+    before = _CURRENT.get()
+    _CURRENT.set(groups)
     try:
         yield groups
     finally:
-        _CURRENT.reset(token)
+        if _CURRENT.get() is groups:  # else another thread ends the block, which a token would not let it do
+            _CURRENT.set(before)

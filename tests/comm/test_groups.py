@@ -8,7 +8,7 @@ import torch
 from shardwise.comm import watch
 from shardwise.comm.fake import FakeCommunicator
 from shardwise.comm.p2p.delegate import Delegating
-from shardwise.comm.rank import current_groups
+from shardwise.comm.rank import current_groups, use_groups
 from shardwise.comm.strategy import make_groups
 from shardwise.comm.watch import Deadlines
 from shardwise.sharding.layout import ParallelLayout
@@ -59,6 +59,18 @@ def test_a_layout_of_another_size_is_refused():
 
 def test_groups_are_of_the_thread_and_gone_afterwards():
     assert run_threads(3, lambda: current_groups().world.rank) == [0, 1, 2]
+    assert current_groups() is None
+
+
+def test_groups_of_one_thread_may_be_left_in_another():
+    groups, others = (make_groups(FakeCommunicator()) for _ in range(2))
+    block = use_groups(groups)
+    entering = threading.Thread(target=block.__enter__)
+    entering.start()
+    entering.join()
+    with use_groups(others):
+        block.__exit__(None, None, None)
+        assert current_groups() is others
     assert current_groups() is None
 
 
