@@ -62,7 +62,7 @@ class DecoderBuilder:
         self.weights, self.groups = weights, groups
         self.model = weights.plan.model
         self._rotary: dict[spec.Rope, RotaryAngles] = {}
-        self._wide = WideBuffer(weights.dtype, weights.device)
+        self.wide = WideBuffer(weights.dtype, weights.device)
 
     def build(self) -> Decoder:
         model = self.model
@@ -73,7 +73,7 @@ class DecoderBuilder:
         layers = [self._layer(layer, i, norms[i + 1]) for i, layer in enumerate(model.layers)]
         decoder = Decoder(embedding=embedding, first_norm=norms[0], layers=layers, head=self._head(head))
         self.weights.finish()
-        self._wide.allocate()
+        self.wide.allocate()
         return decoder
 
     def cache_shapes(self) -> list[LayerShape]:
@@ -194,13 +194,13 @@ class DecoderBuilder:
             return BlockLinear(planes=planes, bias=bias)
         codes = int4_weights(self.weights, block, *roles, layer=layer, order=order)
         if codes is not None:
-            self._wide.reserve(codes)
-            return Int4Linear(weight=codes, bias=bias, widened=self._wide.widened)
+            self.wide.reserve(codes)
+            return Int4Linear(weight=codes, bias=bias, widened=self.wide.widened)
         weight = float8_weight(self.weights, block, *roles, layer=layer, order=order)
         if weight is None:
             return None
-        self._wide.reserve(weight)
-        return Float8Linear(weight=weight, bias=bias, widened=self._wide.widened)
+        self.wide.reserve(weight)
+        return Float8Linear(weight=weight, bias=bias, widened=self.wide.widened)
 
     def _planes(self, block: spec.Block, *roles: str, layer: int | None) -> list[Affine] | None:
         """Weights that stay 4- and 8-bit codes; None where they do not."""
@@ -255,7 +255,7 @@ def moe(builder: DecoderBuilder, block: spec.Moe, layer: int) -> MoeBlock | MoeW
         routing=block.routing,
         slots=slots.to(weights.device),
         first=local[0] if list(local) == list(range(local[0], local[0] + len(local))) else None,
-        experts=load_experts(weights, block, layer, local, adds_bias=groups.moe_tp.rank == 0),
+        experts=load_experts(weights, block, layer, local, adds_bias=groups.moe_tp.rank == 0, wide=builder.wide),
         correction=weights.find(block, "router.correction", layer=layer, dtype=torch.float32),
         latent=_latent(builder, block, layer) if block.latent else None,
     )

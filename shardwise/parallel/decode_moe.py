@@ -9,8 +9,9 @@ from shardwise.ops.moe import decode
 from shardwise.ops.moe.decode import Choice, Gate, SharedExpert, expert_down, expert_up
 from shardwise.parallel.decode_stream import Stream, joined
 from shardwise.parallel.float8_linear import Float8Experts
+from shardwise.parallel.int4_linear import Int4Experts
 from shardwise.parallel.layers import Linear, ResidualNorm
-from shardwise.parallel.moe import Experts, MoeBlock, PackedExperts
+from shardwise.parallel.moe import AnyExperts, Experts, MoeBlock, PackedExperts
 from shardwise.sharding.spec import Routing
 
 FEW_TOKENS = 4
@@ -36,16 +37,16 @@ def _reason_against_few(block: MoeBlock) -> str:
         return "experts with another activation than SiLU"
     if routing.score != "softmax" or routing.groups > 1 or block.correction is not None:
         return "routing by other scores than a softmax, by groups or with a correction"
-    if not isinstance(experts, PackedExperts):
-        return decode.reason_against(len(block.slots), routing.top_k)
-    if not (decode.takes_packed(experts.up_gate) and decode.takes_packed(experts.down)):
+    if isinstance(experts, PackedExperts) and not (
+        decode.takes_packed(experts.up_gate) and decode.takes_packed(experts.down)
+    ):
         return "scales above 2, or a Triton without Gluon"
-    return decode.reason_against(len(block.slots), routing.top_k, packed=True)
+    return decode.reason_against(len(block.slots), routing.top_k, decode.most_choices(experts.up_gate))
 
 
-def _gate_of(experts: Experts | PackedExperts | Float8Experts) -> Gate | None:
+def _gate_of(experts: AnyExperts) -> Gate | None:
     """None for an activation that the kernels for few tokens lack."""
-    if isinstance(experts, Float8Experts):
+    if isinstance(experts, Float8Experts | Int4Experts):
         return Gate()
     unit = experts.unit
     return Gate(unit.alpha, unit.limit) if unit.is_silu or unit.limit is not None else None
@@ -131,7 +132,7 @@ class ExpertStep:
         if x.shape[0] > MAX_TOKENS:
             normed = stream.normed()
             return normed, F.linear(normed, self.router, self.bias).float()
-        packed = isinstance(self.block.experts, PackedExperts)  # which multiply with 16-bit floats
+        packed = decode.is_packed(self.block.experts.up_gate)  # which multiply with 16-bit floats
         normed = torch.empty(x.shape, dtype=x.dtype if packed else torch.float32, device=x.device)
         logits = skinny_linear(
             x,

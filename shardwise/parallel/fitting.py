@@ -16,7 +16,7 @@ from shardwise.parallel.host_memory import DoesNotFit, host_memory
 from shardwise.parallel.options import DEVICE_PAGE, HOST_PAGE
 from shardwise.parallel.paged import pool_pages
 from shardwise.parallel.sizing import RESERVED_BYTES, activation_bytes
-from shardwise.parallel.weight_form import WeightForm, int4_forms, keeps_as_float8
+from shardwise.parallel.weight_form import WeightForm, int4_experts, keeps_as_float8, moe_blocks
 from shardwise.sharding.checkpoint.header import STORAGE
 from shardwise.sharding.layout import ParallelLayout
 from shardwise.sharding.memory import cache_entries
@@ -113,7 +113,7 @@ def weight_bytes(made: Plan, rank: int, itemsize: int, form: WeightForm) -> int:
     for all, which are counted for each.
     """
     if form.keeps_int4:
-        grouped, held_bytes = int4_forms(made.model), load_int4.held_bytes
+        grouped, held_bytes = load_int4.held_forms(made, rank), load_int4.held_bytes
     else:
         grouped, held_bytes = grouped_weights(made.model) if form.native_blocks else {}, block_groups.held_bytes
     held, at = 0, made.layout.coordinates(rank)
@@ -133,13 +133,17 @@ def weight_bytes(made: Plan, rank: int, itemsize: int, form: WeightForm) -> int:
 
 
 def widened_bytes(made: Plan, rank: int, itemsize: int, form: WeightForm) -> int:
-    """At most what one linear layer's float8 or 4-bit weights take as a plain matrix, of which prompts need one at a
-    time: no more than two weights are joined that are as large as any."""
-    packed = int4_forms(made.model) if form.keeps_int4 else {}
+    """At most what one layer's float8 or 4-bit weights take as plain matrices, of which prompts need one's at a time:
+    those of a linear layer, no more than two that are joined as large as any, or of experts in 4 bits."""
+    packed = load_int4.held_forms(made, rank) if form.keeps_int4 else {}
     at, specs = made.layout.coordinates(rank), [pattern.spec for pattern in made.loaded if not pattern.spec.experts]
     wide = [spec for spec in specs if spec in packed or (form.keeps_float8 and keeps_as_float8(spec))]
-    sizes = (prod(length for _, length in made.cuts.values(spec, at)) for spec in wide)
-    return 2 * itemsize * max(sizes, default=0)
+    sizes = [2 * prod(length for _, length in made.cuts.values(spec, at)) for spec in wide]
+    for block in moe_blocks(made.model):
+        held = [spec for spec in int4_experts(block) if spec in packed]
+        one = sum(prod(length for _, length in made.cuts.values(spec, at)) for spec in held)
+        sizes.append(len(made.experts(rank, block.expert_axis)) * one)
+    return itemsize * max(sizes, default=0)
 
 
 def require_memory(made: Plan, holding: Holding, *, world: Communicator, device: torch.device, asked: bool) -> None:

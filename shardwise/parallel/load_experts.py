@@ -7,18 +7,22 @@ from torch import Tensor
 
 from shardwise.ops.moe.mxfp4_layout import pack_mxfp4
 from shardwise.parallel.float8_linear import Float8Experts
+from shardwise.parallel.int4_linear import Int4Experts
 from shardwise.parallel.layers import activation_named
 from shardwise.parallel.load_float8 import float8_experts
-from shardwise.parallel.moe import Experts, ExpertUnit, PackedExperts
+from shardwise.parallel.load_int4 import int4_stacks
+from shardwise.parallel.moe import AnyExperts, Experts, ExpertUnit, PackedExperts
 from shardwise.parallel.weight_form import stays_packed
 from shardwise.parallel.weights import Weights, is_quantised
+from shardwise.parallel.wide_buffer import WideBuffer
 from shardwise.sharding import spec
 
 
 def load_experts(
-    weights: Weights, block: spec.Moe, layer: int, local: Sequence[int], *, adds_bias: bool
-) -> Experts | PackedExperts | Float8Experts:
-    """`local`: expert numbers in slot order. `adds_bias`: this rank adds the second bias, which each rank has whole."""
+    weights: Weights, block: spec.Moe, layer: int, local: Sequence[int], *, adds_bias: bool, wide: WideBuffer
+) -> AnyExperts:
+    """`local`: expert numbers in slot order. `adds_bias`: this rank adds the second bias, which each rank has whole.
+    `wide`: where experts in 4 bits become plain ones."""
     unit = ExpertUnit(
         activation=activation_named(block.activation),
         gated=block.gated,
@@ -30,6 +34,11 @@ def load_experts(
     float8 = float8_experts(weights, block, layer, local) if unit.is_silu else None
     if float8 is not None:
         return Float8Experts(up_gate=float8[0], down=float8[1])
+    int4 = int4_stacks(weights, block, layer, local)
+    if int4 is not None:
+        wide.reserve(*int4)
+        experts = block.expert_axis.units
+        return Int4Experts(up_gate=int4[0], down=int4[1], experts=experts, widened=wide.all_widened)
     stacked = _stacked(weights, block, layer) if block.stacked else _separate(weights, block, layer, local)
     up_gate, down, up_gate_bias, down_bias = stacked
     return Experts(

@@ -6,13 +6,14 @@ import torch
 from torch import Tensor
 
 from shardwise.ops.quantization import int4_weight
-from shardwise.ops.quantization.int4_weight import GROUPS, SCALES, Int4Weight, pack_int4
+from shardwise.ops.quantization.int4_weight import GROUPS, SCALES, SLAB, Int4Stack, Int4Weight, pack_int4
 from shardwise.parallel.dequantise import PIECE_VALUES, CodedMatrix, Part, Ranges
 from shardwise.parallel.grouped import Grouped, Joined, require_order
-from shardwise.parallel.weight_form import stays_int4
+from shardwise.parallel.weight_form import int4_experts, int4_forms, moe_blocks, stays_int4
 from shardwise.parallel.weights import Weights
 from shardwise.sharding.axes import span
-from shardwise.sharding.spec import Block
+from shardwise.sharding.plan import Plan
+from shardwise.sharding.spec import Block, Moe
 from shardwise.sharding.tensors import TensorSpec
 
 _SCALE_TYPES = dict(zip(("F16", "BF16"), SCALES, strict=True))
@@ -40,6 +41,40 @@ def int4_weights(
     parts = [torch.cat(each) if len(each) > 1 else each[0] for each in zip(*found, strict=True)]
     codes, scales, zeros = parts if order is None else [part[order] for part in parts]
     return pack_int4(codes, scales, zeros)
+
+
+def int4_stacks(weights: Weights, block: Moe, layer: int, local: Sequence[int]) -> tuple[Int4Stack, Int4Stack] | None:
+    """(up and gate rows [E, 2I, H], down [E, H, I]) of the experts `local`; None where `stays` says no.
+
+    CheckpointError as `int4_weights`.
+    """
+    if not weights.keeps_int4 or not local or not stays(weights.plan, weights.rank, block):
+        return None
+
+    def stack(*roles: str) -> Int4Stack:
+        joined = Joined.of(weights, block, roles)
+        assert joined is not None
+        places = [(expert, *each) for expert in local for each in zip(roles, joined.ranges, strict=True)]
+        found = [_loaded(weights.parts(block, role, layer, expert), *held, joined) for expert, role, held in places]
+        codes, scales, zeros = (torch.cat(each) for each in zip(*found, strict=True))
+        return Int4Stack(pack_int4(codes, scales, zeros), len(local))
+
+    return stack("up", "gate"), stack("down")
+
+
+def stays(made: Plan, rank: int, block: Moe) -> bool:
+    """Whether a rank's part of a block's experts stays in 4 bits: it does where it has whole groups and slabs."""
+    at, forms = made.layout.coordinates(rank), int4_experts(block)
+    values = {weight: made.cuts.values(weight, at) for weight in forms}
+    outputs = (each[-1 if weight.transposed else -2][1] for weight, each in values.items())
+    whole = all(count % SLAB == 0 for count in outputs)
+    return bool(forms) and whole and all(held_bytes(form, weight, values[weight]) for weight, form in forms.items())
+
+
+def held_forms(made: Plan, rank: int) -> dict[TensorSpec, Grouped]:
+    """The weights that may stay in 4 bits on a rank, those of experts only where they do."""
+    cut = [weight for block in moe_blocks(made.model) if not stays(made, rank, block) for weight in int4_experts(block)]
+    return {weight: form for weight, form in int4_forms(made.model).items() if weight not in cut}
 
 
 def held_bytes(form: Grouped, weight: TensorSpec, values: Sequence[tuple[Ranges, int]]) -> int:

@@ -22,6 +22,7 @@ from shardwise.ops.moe.routing import route_tokens
 from shardwise.ops.moe.triton import triton_moe_fused
 from shardwise.ops.workspace import Workspace
 from shardwise.parallel.float8_linear import Float8Experts
+from shardwise.parallel.int4_linear import Int4Experts
 from shardwise.parallel.layers import Linear, LinearLike, relu2
 from shardwise.parallel.routing import route
 from shardwise.parallel.trace import watched
@@ -107,6 +108,9 @@ class PackedExperts:
         return mxfp4_moe(x.contiguous(), router.weight.t(), bias, top_k, up, down, alpha, limit, first)
 
 
+AnyExperts = Experts | PackedExperts | Float8Experts | Int4Experts
+
+
 class MoeBlock:
     """Router and local experts.
 
@@ -121,7 +125,7 @@ class MoeBlock:
         router: LinearLike,
         routing: Routing,
         slots: Tensor,
-        experts: Experts | PackedExperts | Float8Experts,
+        experts: AnyExperts,
         first: int | None = None,
         correction: Tensor | None = None,
         latent: tuple[LinearLike, LinearLike] | None = None,

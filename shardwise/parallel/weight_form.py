@@ -3,10 +3,12 @@
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
 from shardwise.ops.linear import int4
 from shardwise.ops.quantization.float8 import TILE
 from shardwise.parallel.grouped import Grouped, grouped_weights
+from shardwise.parallel.layers import activation_named
 from shardwise.parallel.options import WEIGHT_FORMS, require_known
 from shardwise.parallel.storage import FLOATS
 from shardwise.sharding import spec
@@ -62,8 +64,7 @@ class WeightForm:
 
 
 def _against_packing(model: ModelSpec, dtype: torch.dtype, device: torch.device) -> str:
-    blocks = [block for layer, _ in model.layer_groups() for block in layer.feed_forward]
-    reasons = {_against_experts(b) for b in blocks if isinstance(b, spec.Moe)} or {"the model has no experts"}
+    reasons = {_against_experts(block) for block in moe_blocks(model)} or {"the model has no experts"}
     if "" not in reasons:
         return f"{_KEPT}, and {sorted(reasons)[0]}"
     if dtype != torch.bfloat16 and device.type == "cuda":
@@ -86,6 +87,8 @@ def stays_packed(block: spec.Moe) -> bool:
 
 
 _GRAINS = {"tiles": "128 x 128 tiles", "channels": "output channels", "tensors": "tensors"}
+EXPERT_ROLES = ("up", "gate", "down")
+"""Of experts that are stored one by one."""
 _PLAIN_ROLES = {"kv_b", "router", "head", "shared_gate"}
 """Dequantised always: the first is taken apart and turned for attention to latents, the others are small or kept as
 they are by every checkpoint."""
@@ -111,7 +114,21 @@ def stays_int4(role: str, form: Grouped | None) -> bool:
 def int4_forms(model: ModelSpec) -> dict[TensorSpec, Grouped]:
     """The weights of a model that may stay in 4 bits on a GPU."""
     found = grouped_weights(model).items()
-    return {weight: form for weight, form in found if stays_int4(weight.role.removesuffix(".weight"), form)}
+    linear = {weight: form for weight, form in found if stays_int4(weight.role.removesuffix(".weight"), form)}
+    return linear | {weight: form for block in moe_blocks(model) for weight, form in int4_experts(block).items()}
+
+
+def moe_blocks(model: ModelSpec) -> list[spec.Moe]:
+    return [block for layer, _ in model.layer_groups() for block in layer.feed_forward if isinstance(block, spec.Moe)]
+
+
+def int4_experts(block: spec.Moe) -> dict[TensorSpec, Grouped]:
+    """The weights of a block's experts, of up, gate and down rows, that may stay in 4 bits: all or none."""
+    if block.stacked or not block.gated or block.limit is not None or activation_named(block.activation) is not F.silu:
+        return {}
+    forms = {role: Grouped.of(block, role) for role in EXPERT_ROLES}
+    found = {block.roles[f"{role}.weight"]: form for role, form in forms.items() if form and stays_int4(role, form)}
+    return found if len(found) == len(EXPERT_ROLES) and forms["up"] == forms["gate"] else {}
 
 
 def _int4_groups(model: ModelSpec) -> list[str]:

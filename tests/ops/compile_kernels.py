@@ -92,6 +92,13 @@ def call_launcher(self, device, key, grid, args, sharing=0, **options):
     compile_for_target(self._kernel, args, options)
 
 
+def compile_launch(self, *args, grid, warmup, **options):
+    """Stands for the `run` of a kernel that is launched as `kernel[grid](...)`."""
+    keys = ("num_warps", "num_stages", "maxnreg", "launch_pdl")
+    chosen = {key: options.pop(key) for key in keys if key in options}
+    compile_for_target(self, [*args, *(options[name] for name in self.arg_names[len(args) :])], chosen)
+
+
 def replace_launches():
     triton_support.Form.__call__ = call_form
     triton_support.Chain.__call__ = call_chain

@@ -71,11 +71,9 @@ def packed(blocks, scales, bias, paired):
     return PackedMXFP4(words, scales, bias, rows, groups * 32, "narrow")
 
 
-def compile_launch(self, *args, grid, warmup, **options):
-    keys = ("num_warps", "num_stages", "maxnreg", "launch_pdl")
-    chosen = {key: options.pop(key) for key in keys if key in options}
+def compile_launch(self, *args, **options):
     launches.append(self.__name__)
-    compile_kernels.compile_for_target(self, [*args, *(options[n] for n in self.arg_names[len(args) :])], chosen)
+    compile_kernels.compile_launch(self, *args, **options)
 
 
 def source_of(kernel, *args):

@@ -15,10 +15,13 @@ from tiny import PROMPTS, write
 
 from shardwise.comm.rank import current_groups
 from shardwise.ops.linear.int4 import Tile
+from shardwise.ops.moe import int4 as int4_moe
 from shardwise.ops.triton_support import interpreting
 from shardwise.parallel.engine import Engine
-from shardwise.parallel.int4_linear import Int4Linear
+from shardwise.parallel.fitting import widened_bytes
+from shardwise.parallel.int4_linear import Int4Experts, Int4Linear
 from shardwise.parallel.layers import Linear
+from shardwise.parallel.moe import Experts
 from shardwise.parallel.weight_form import WeightForm
 from shardwise.sharding.checkpoint.header import CheckpointError
 from shardwise.sharding.layout import ParallelLayout
@@ -55,6 +58,7 @@ LATENT = (
         v_head_dim=32,
     )
 )
+EXPERTS = FIELDS | dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=128, norm_topk_prob=True)
 AWQ = {"quant_method": "awq", "bits": 4, "zero_point": True, "version": "gemm"}
 FORMS = {
     "awq": AwqForm(AWQ | {"group_size": 64}, group=64),
@@ -62,6 +66,11 @@ FORMS = {
     "gptq, whole rows": GptqForm(gptq(group=-1), group=-1),
     "compressed-tensors": PackedIntForm(packed(group_size=64), group=64),
     "compressed-tensors, zero points": PackedIntForm(packed(group_size=32, symmetric=False), group=32, symmetric=False),
+}
+EXPERT_CASES = {
+    "awq": ("awq", ParallelLayout()),
+    "gptq, tp 2": ("gptq", ParallelLayout(tp=2)),
+    "compressed-tensors, tp 2, ep 2": ("compressed-tensors, zero points", ParallelLayout(tp=2, moe_ep=2)),
 }
 CASES = [(name, ParallelLayout()) for name in FORMS] + [(name, ParallelLayout(tp=2)) for name in ("awq", "gptq")]
 
@@ -78,9 +87,9 @@ def in_form(form):
     return change
 
 
-def written(folder, form, **fields):
+def written(folder, form, model_type="llama", **fields):
     """A folder in this form, and the tokens of its values."""
-    folder = write(folder, "llama", seed=2, **FIELDS | fields)
+    folder = write(folder, model_type, seed=2, **FIELDS | fields)
     return folder, [tokens[:3] for tokens in rewrite(folder, in_form(form), form.section)]
 
 
@@ -88,6 +97,9 @@ def written(folder, form, **fields):
 def small_tiles(monkeypatch):
     """The interpreter takes as long for a program whatever its tile."""
     monkeypatch.setattr("shardwise.ops.linear.int4.tile_for", lambda *args: Tile(8, 2, 2))
+    for name in ("INT4_UP_TILE", "INT4_DOWN_TILE"):
+        monkeypatch.setattr(f"shardwise.ops.moe.decode.{name}", int4_moe.Tile(8, 4, 1))
+    monkeypatch.setattr("shardwise.ops.moe.int4.TILES", {8: int4_moe.Tile(8, 4, 1)})
 
 
 @pytest.mark.parametrize(("name", "layout"), CASES, ids=str)
@@ -103,15 +115,58 @@ def test_tokens_equal_those_of_the_values(tmp_path, name, layout):
         stats = engine.stats()
         assert stats.weights.startswith("4-bit integers with scales of ")
         assert stats.decode == "fused step, kernel by kernel: asked for by name"
-        form = WeightForm.choose("auto", made.model, torch.float32, torch.device("cpu"), kernels=True)
-        need = replace(ON_GPUS, dtype=torch.float32, form=form).need(made, engine.groups.world.rank)
-        assert 0 <= stats.weight_bytes - need.weights < 100  # what rotation and norms hold besides
+        assert_planned(engine, made)
         return tokens_of(engine, PROMPTS[:2])
 
     assert all(found == expected[:2] for found in run_threads(layout.world, rank, layout=layout))
 
 
-def test_latent_attention_stays_in_4_bits_beside_experts_that_are_dequantised(tmp_path):
+def assert_planned(engine, made, besides=100):
+    """Weights take what was planned: beside it, rotation and norms have so many bytes at the most."""
+    form = WeightForm.choose("auto", made.model, torch.float32, torch.device("cpu"), kernels=True)
+    need = replace(ON_GPUS, dtype=torch.float32, form=form).need(made, engine.groups.world.rank)
+    assert 0 <= engine.stats().weight_bytes - need.weights < besides
+
+
+@pytest.mark.parametrize(("name", "layout"), EXPERT_CASES.values(), ids=EXPERT_CASES)
+def test_tokens_of_experts_equal_those_of_the_values(tmp_path, name, layout):
+    folder, expected = written(tmp_path, FORMS[name], "qwen3_moe", **EXPERTS)
+    made = plan(folder, layout)
+
+    def rank():
+        engine = Engine(folder, made, current_groups(), **OPTIONS)
+        assert isinstance(engine.decoder.layers[0].feed_forward.experts, Int4Experts)
+        stats = engine.stats()
+        assert "dequantised" not in stats.weights
+        assert stats.decode == "fused step, kernel by kernel: asked for by name"
+        assert_planned(engine, made, besides=3000)
+        return tokens_of(engine, PROMPTS[:1])
+
+    assert all(found == expected[:1] for found in run_threads(layout.world, rank, layout=layout))
+
+
+def test_experts_whose_rows_are_not_whole_groups_are_dequantised_and_say_so(tmp_path):
+    fields = EXPERTS | {"moe_intermediate_size": 48}
+    folder, expected = written(tmp_path, FORMS["gptq, whole rows"], "qwen3_moe", **fields)
+    engine = fused(folder)
+    assert isinstance(engine.decoder.layers[0].feed_forward.experts, Experts)
+    assert isinstance(engine.decoder.layers[0].mixer.qkv, Int4Linear)
+    assert "MiB of them dequantised from" in engine.stats().weights
+    assert_planned(engine, plan(folder), besides=3000)
+    assert tokens_of(engine, PROMPTS[:1]) == expected[:1]
+
+
+def test_experts_of_long_prompts_go_by_plain_copies_of_the_weights(tmp_path, monkeypatch):
+    monkeypatch.setattr("shardwise.parallel.int4_linear.PAIRS_OF_EXPERT", 0)
+    folder, expected = written(tmp_path, FORMS["gptq"], "qwen3_moe", **EXPERTS)
+    engine, made = fused(folder), plan(folder)
+    form = WeightForm.choose("auto", made.model, torch.float32, torch.device("cpu"), kernels=True)
+    buffer = engine.decoder.layers[0].feed_forward.experts._widened.__self__
+    assert buffer._memory.nbytes == widened_bytes(made, 0, 4, form) == 4 * (4 * 3 * 128 * 128)  # all experts of a layer
+    assert tokens_of(engine, PROMPTS[:1]) == expected[:1]
+
+
+def test_latent_attention_stays_in_4_bits_and_so_do_experts_beside_it(tmp_path):
     folder = write(tmp_path, "deepseek_v2", seed=2, **LATENT)
     form = FORMS["gptq"]
     expected = [tokens[:3] for tokens in rewrite(folder, in_form(form), form.section)]
@@ -121,6 +176,7 @@ def test_latent_attention_stays_in_4_bits_beside_experts_that_are_dequantised(tm
         engine = Engine(folder, made, current_groups(), **OPTIONS)
         mixer = engine.decoder.layers[-1].mixer
         assert all(isinstance(linear, Int4Linear) for linear in (mixer.down, mixer.q_up, mixer.out))
+        assert isinstance(engine.decoder.layers[-1].feed_forward.routed.experts, Int4Experts)
         assert "MiB of them dequantised from" in engine.stats().weights
         return tokens_of(engine, PROMPTS[:1])
 

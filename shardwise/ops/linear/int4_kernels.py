@@ -76,7 +76,7 @@ def _unpacked(words, near, far, DTYPE: tl.constexpr, INTERPRET: tl.constexpr):
 
 
 @jit
-def _weights(
+def tile_values(
     words, beside, DTYPE: tl.constexpr, WORDS: tl.constexpr, LEFT: tl.constexpr, INTERPRET: tl.constexpr
 ):  # fmt: skip
     """Words [W, S, 8, 4, STEPS] and [W, 16 S], of rows, to code less zero point, [W, 16 S, TILE]."""
@@ -97,8 +97,34 @@ def _weights(
     return gl.convert_layout(tile.to(DTYPE, bitcast=True), LEFT, assert_trivial=True)
 
 
+@triton.constexpr_function
+def sum_layout(warps):
+    """Of [W, rows, BT], a warp's products."""
+    return gl.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[warps, 1, 1], instr_shape=[1, 16, 8])
+
+
+@triton.constexpr_function
+def word_layout(warps, tile):
+    """Of [W, S, 8, 4, STEPS]: neighbouring words of a lane."""
+    return gl.BlockedLayout([1, 1, 1, 1, tile // 16], [1, 1, 8, 4, 1], [warps, 1, 1, 1, 1], [4, 3, 2, 1, 0])
+
+
+@triton.constexpr_function
+def token_layout(warps, tokens, tile):
+    """Of [W, BT, TILE]: eight columns of a token a lane, and the next ones of 32."""
+    return gl.DistributedLinearLayout(
+        [[0, 0, 1], [0, 0, 2], [0, 0, 4]]
+        + ([[0, 0, 32]] if tile == 64 else [])
+        + [[0, many, 0] for many in (8, 16, 32) if many < tokens],
+        [[0, 0, 8], [0, 0, 16], [0, 1, 0], [0, 2, 0], [0, 4, 0]],
+        [[warp, 0, 0] for warp in (1, 2, 4, 8) if warp < warps],
+        [],
+        [warps, tokens, tile],
+    )
+
+
 @jit
-def _turned(x, RIGHT: tl.constexpr, INTERPRET: tl.constexpr):
+def turned(x, RIGHT: tl.constexpr, INTERPRET: tl.constexpr):
     """Columns [W, BT, TILE] of tokens in the order of the weights' fragments, [W, TILE, BT]."""
     # half of 4 steps, lane, step, k-half, pair
     x = gl.reshape(x, (x.shape[0], x.shape[1], x.shape[2] // 32, 4, 2, 2, 2))
@@ -107,6 +133,20 @@ def _turned(x, RIGHT: tl.constexpr, INTERPRET: tl.constexpr):
     if INTERPRET:
         return x
     return gl.convert_layout(x, RIGHT, assert_trivial=True)
+
+
+@jit
+def words_of(slab, tiles, STEPS: tl.constexpr, WORDS: tl.constexpr):
+    """Where the words of slabs' first tile lie: [W, S] to [W, S, 8, 4, STEPS]."""
+    AT_ROWS: tl.constexpr = gl.SliceLayout(3, gl.SliceLayout(4, WORDS))
+    eight = gl.arange(0, 8, layout=gl.SliceLayout(0, gl.SliceLayout(1, AT_ROWS)))
+    lane = gl.arange(0, 4, layout=gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, gl.SliceLayout(4, WORDS)))))
+    step = gl.arange(0, STEPS, layout=gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, gl.SliceLayout(3, WORDS)))))
+    rows = gl.expand_dims(slab, 2) * (tiles * 32)
+    rows += gl.expand_dims(gl.expand_dims(eight, 0), 1) * 4
+    word = gl.expand_dims(gl.expand_dims(rows, 3), 4)
+    word += gl.expand_dims(gl.expand_dims(gl.expand_dims(gl.expand_dims(lane, 0), 1), 2), 4)
+    return word * STEPS + gl.expand_dims(gl.expand_dims(gl.expand_dims(gl.expand_dims(step, 0), 1), 2), 3)
 
 
 @jit
@@ -119,7 +159,7 @@ def _load(word_at, beside_at, ahead: tl.constexpr, there, row_there, W: tl.const
 
 
 @jit
-def _slab(slab, first, slabs, S: tl.constexpr, GATED: tl.constexpr):
+def slab_of(slab, first, slabs, S: tl.constexpr, GATED: tl.constexpr):
     """The slab of the weight that each of a program's is; the last one where there is none.
 
     slabs   of the weight; GATED: of each half, and so has a program gates, then as many ups
@@ -170,37 +210,22 @@ def few_int4_kernel(
     TILE: tl.constexpr = 64 if GROUP > 64 else GROUP
     STEPS: tl.constexpr = TILE // 16
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
-    ACC: tl.constexpr = gl.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[W, 1, 1], instr_shape=[1, 16, 8])
+    ACC: tl.constexpr = sum_layout(W)
     SUM: tl.constexpr = gl.SliceLayout(0, ACC)
     LEFT: tl.constexpr = gl.DotOperandLayout(0, ACC, 2)
     RIGHT: tl.constexpr = gl.DotOperandLayout(1, ACC, 2)
-    WORDS: tl.constexpr = gl.BlockedLayout([1, 1, 1, 1, STEPS], [1, 1, 8, 4, 1], [W, 1, 1, 1, 1], [4, 3, 2, 1, 0])
-    # Eight columns of a token a lane, and the next ones of 32.
-    X: tl.constexpr = gl.DistributedLinearLayout(
-        [[0, 0, 1], [0, 0, 2], [0, 0, 4]] + ([[0, 0, 32]] if TILE == 64 else []) + ([[0, 8, 0]] if BT > 8 else [])
-        + ([[0, 16, 0]] if BT > 16 else []) + ([[0, 32, 0]] if BT > 32 else []),
-        [[0, 0, 8], [0, 0, 16], [0, 1, 0], [0, 2, 0], [0, 4, 0]],
-        ([[1, 0, 0]] if W > 1 else []) + ([[2, 0, 0]] if W > 2 else []) + ([[4, 0, 0]] if W > 4 else [])
-        + ([[8, 0, 0]] if W > 8 else []),
-        [], [W, BT, TILE],
-    )  # fmt: skip
+    WORDS: tl.constexpr = word_layout(W, TILE)
+    X: tl.constexpr = token_layout(W, BT, TILE)
     tiles = K // TILE
     slabs = gl.cdiv(N, 16)
     first = gl.program_id(0) * (S // 2 if GATED else S)
     AT_ROWS: tl.constexpr = gl.SliceLayout(3, gl.SliceLayout(4, WORDS))
     warp = gl.expand_dims(gl.arange(0, W, layout=gl.SliceLayout(1, gl.SliceLayout(2, AT_ROWS))), 1)
     tile = gl.expand_dims(gl.expand_dims(gl.expand_dims(warp, 2), 3), 4)
-    slab = _slab(gl.arange(0, S, layout=gl.SliceLayout(0, gl.SliceLayout(2, AT_ROWS))), first, slabs, S, GATED)
-    eight = gl.arange(0, 8, layout=gl.SliceLayout(0, gl.SliceLayout(1, AT_ROWS)))
-    lane = gl.arange(0, 4, layout=gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, gl.SliceLayout(4, WORDS)))))
-    step = gl.arange(0, STEPS, layout=gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, gl.SliceLayout(3, WORDS)))))
-    rows = gl.expand_dims(gl.expand_dims(slab, 0), 2) * (tiles * 32)
-    rows += gl.expand_dims(gl.expand_dims(eight, 0), 1) * 4
-    word = gl.expand_dims(gl.expand_dims(rows, 3), 4)
-    word += gl.expand_dims(gl.expand_dims(gl.expand_dims(gl.expand_dims(lane, 0), 1), 2), 4)
-    word = word * STEPS + gl.expand_dims(gl.expand_dims(gl.expand_dims(gl.expand_dims(step, 0), 1), 2), 3)
+    slab = slab_of(gl.arange(0, S, layout=gl.SliceLayout(0, gl.SliceLayout(2, AT_ROWS))), first, slabs, S, GATED)
+    word = words_of(gl.expand_dims(slab, 0), tiles, STEPS, WORDS)
     row = gl.arange(0, 16 * S, layout=gl.SliceLayout(0, gl.SliceLayout(2, ACC)))
-    beside = _slab(row // 16, first, slabs, S, GATED) * (K // GROUP * 16) + row % 16
+    beside = slab_of(row // 16, first, slabs, S, GATED) * (K // GROUP * 16) + row % 16
     beside = gl.expand_dims(beside, 0)
     row_tile = gl.expand_dims(gl.arange(0, W, layout=gl.SliceLayout(1, gl.SliceLayout(2, ACC))), 1)
     word_at = word_ptr + (word + tile * (2 * TILE))
@@ -240,7 +265,7 @@ def few_int4_kernel(
                 x = inputs[ahead]
             else:
                 x = _inputs(x_at + column, norm_at + column, place + (k * TILE + column), K, NORM > 0, EVEN)
-            weights = _weights(words[ahead], besides[ahead], DTYPE, WORDS, LEFT, INTERPRET)
+            weights = tile_values(words[ahead], besides[ahead], DTYPE, WORDS, LEFT, INTERPRET)
             scale = gl.expand_dims(scale_of(besides[ahead], HALF), 2)
             there = following < tiles if EVEN else tile + following < tiles
             row_there = following < tiles if EVEN else row_tile + following < tiles
@@ -248,7 +273,7 @@ def few_int4_kernel(
             next_words = next_words + (w,)
             next_besides = next_besides + (b,)
             none = gl.zeros([W, 16 * S, BT], gl.float32, ACC)
-            acc += mma_v2(weights, _turned(x, RIGHT, INTERPRET), none) * scale
+            acc += mma_v2(weights, turned(x, RIGHT, INTERPRET), none) * scale
         x_at += W * DEEP * TILE
         norm_at += W * DEEP * TILE
         words = next_words

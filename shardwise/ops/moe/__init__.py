@@ -10,6 +10,7 @@ Who computes depends on the weights and on how many tokens an expert gets:
     few*                   one token, or so few that hardly two share an expert: matrix-vector products
     grouped*, wide_gemm    more of them: grouped products; many on Hopper: one warp loads, two warpgroups multiply
     mxfp4*                 packed weights: `_layout` stores them, `_few`, `_stream`, `_gemm` multiply, `_plan` chooses
+    int4*                  4-bit integers in groups: grouped products, up to where plain copies of them are faster
     nvfp4                  NVFP4 weights on the kernels of MXFP4
     decode*                the fused decode step's experts of up to four tokens, plain and packed
 

@@ -5,29 +5,32 @@ of the first launch finds its token's experts from the logits by itself, which c
 second launch sums a token's experts in the order of its choices, so nothing is left to combine. Every expert's weights
 are read once for each token that chose it: for many tokens the grouped products of this folder read less.
 
-Weights bf16, fp16, float32, float8 with scales of tiles or channels, or packed MXFP4 (of the narrow format, multiplied
-with bf16); float32 sums. CUDA only, or Triton's interpreter with fp16 and float32.
+Weights bf16, fp16, float32, float8 with scales of tiles or channels, or packed: 4-bit integers in groups, or MXFP4 (of
+the narrow format, multiplied with bf16); float32 sums. CUDA only, or Triton's interpreter with fp16 and float32.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from shardwise.ops.gluon_support import GLUON
+from shardwise.ops.moe.decode_int4 import int4_down, int4_up
 from shardwise.ops.moe.decode_kernels import plain_down, plain_up
 from shardwise.ops.moe.decode_packed import packed_down, packed_up
+from shardwise.ops.moe.int4 import Tile as Int4Tile
 from shardwise.ops.moe.mxfp4_layout import TILE, PackedMXFP4
 from shardwise.ops.quantization.float8 import Float8Weight
+from shardwise.ops.quantization.int4_weight import SLAB, Int4Stack
 from shardwise.ops.triton_support import interpreting, multiprocessors, triton
 
-Experts = Tensor | PackedMXFP4 | Float8Weight
+Experts = Tensor | PackedMXFP4 | Float8Weight | Int4Stack
 """Stacked weights of experts."""
 MOST_EXPERTS = 512
 """Of a model: a program compares all logits with all."""
 MOST_CHOICES = 32
 """Of a token with plain weights: a lane of the warp that sums them has each."""
-MOST_PACKED_CHOICES = 8
+MOST_MXFP4_CHOICES, MOST_INT4_CHOICES = 8, 16
 """Of a token with packed weights: a warp has each."""
 UP_DEPTH, DOWN_DEPTH = 6, 8
 """Tiles of packed weights that a warp has on their way. With 5 and 5 a step of gpt-oss-20b took 10 % more (H200)."""
@@ -52,6 +55,7 @@ class Tile:
 
 UP_TILE, DOWN_TILE = Tile(4, 1), Tile(8, 1, stages=4)
 FLOAT8_UP_TILE, FLOAT8_DOWN_TILE = Tile(4, 1, 16), Tile(8, 1, 16, stages=4)
+INT4_UP_TILE, INT4_DOWN_TILE = Int4Tile(2, 4, 4), Int4Tile(1, 8, 12)
 PLAIN_PER_SM = 8
 """Programs of plain weights for each multiprocessor. Swept, as the tiles, on H100 and H200 for Qwen3-30B-A3B."""
 SMALL, SMALL_UP_TILE, SMALL_DOWN_TILE, SMALL_PER_SM = 512, Tile(4, 1, stages=5), Tile(2, 1, stages=8), 12
@@ -102,7 +106,9 @@ class SharedExpert:
     def fits(self, up_gate: Experts, down: Experts) -> bool:
         """Whether such routed experts [local, 2I, H] and [local, H, I] are of the same size and form."""
         return all(
-            not isinstance(stacked, PackedMXFP4) and own.shape == stacked.shape[1:] and _grain(own) == _grain(stacked)
+            not isinstance(stacked, PackedMXFP4 | Int4Stack)
+            and own.shape == stacked.shape[1:]
+            and _grain(own) == _grain(stacked)
             for own, stacked in ((self.up_gate, up_gate), (self.down, down))
         )
 
@@ -112,7 +118,7 @@ def expert_up(
     logits: Tensor,  # float32 [T, E], with a shared expert [T, E + 1]
     slots: Tensor,  # int32 [E], local slot of each expert, -1 for others'
     choice: Choice,
-    weight: Experts,  # [local, 2I, H], up rows before gate rows; packed: gate and up rows in pairs
+    weight: Experts,  # [local, 2I, H], up rows before gate rows; MXFP4: gate and up rows in pairs
     gate: Gate,
     *,
     bias: Tensor | None = None,  # [local, 2I], of plain weights
@@ -121,7 +127,7 @@ def expert_up(
     pdl: bool = False,
 ) -> Routed:
     """Route, and the first product of every chosen local expert with its activation."""
-    (tokens, hidden), experts, packed = x.shape, slots.shape[0], isinstance(weight, PackedMXFP4)
+    (tokens, hidden), experts = x.shape, slots.shape[0]
     choices = choice.top_k + (shared is not None)
     pairs = tokens * choices
     _check(choices, experts, weight)
@@ -130,7 +136,7 @@ def expert_up(
     routed = Routed(
         torch.empty(tokens, choices, dtype=torch.int32, device=device),
         torch.empty(tokens, choices, dtype=torch.float32, device=device),
-        torch.empty(pairs, size, dtype=x.dtype if packed else torch.float32, device=device),
+        torch.empty(pairs, size, dtype=x.dtype if is_packed(weight) else torch.float32, device=device),
     )
     pdl = pdl and not interpreting()
     common = (
@@ -149,6 +155,12 @@ def expert_up(
             *common, weight.words, weight.scales, weight.bias, *weight.words.shape[1:3],
             DEPTH=UP_DEPTH, EVEN=hidden % TILE == 0, WARPS=warps, INTERPRET=interpreting(), num_warps=warps,
             maxnreg=_PACKED_REGISTERS, **flags,
+        )  # fmt: skip
+    elif isinstance(weight, Int4Stack):
+        packed_tile = INT4_UP_TILE
+        int4_up[(triton.cdiv(size // SLAB, packed_tile.slabs // 2), pairs)](
+            *common, weight.words, weight.weight.scales, **packed_tile.constants(weight), num_warps=packed_tile.warps,
+            **flags,
         )  # fmt: skip
     else:
         grain = _grain(weight)
@@ -186,6 +198,14 @@ def expert_down(
             *common, weight.words, weight.scales, weight.bias, *weight.words.shape[1:3],
             DEPTH=DOWN_DEPTH, EVEN=size % TILE == 0, WARPS=8, INTERPRET=interpreting(), num_warps=8, **flags,
         )  # fmt: skip
+    elif isinstance(weight, Int4Stack):
+        packed_tile = INT4_DOWN_TILE
+        if choices > packed_tile.warps:
+            packed_tile = replace(packed_tile, warps=MOST_INT4_CHOICES)
+        int4_down[(triton.cdiv(hidden // SLAB, packed_tile.slabs), tokens)](
+            *common, weight.words, weight.weight.scales, **packed_tile.constants(weight), num_warps=packed_tile.warps,
+            **flags,
+        )  # fmt: skip
     else:
         grain = _grain(weight)
         tile = _down_tile(size, grain)
@@ -210,12 +230,23 @@ def _down_tile(size: int, grain: str) -> Tile:
     return SMALL_DOWN_TILE if size <= SMALL else DOWN_TILE
 
 
-def reason_against(experts: int, choices: int, *, packed: bool = False) -> str:
+def is_packed(weight: Experts) -> bool:
+    """Whether its products are those of 16-bit floats."""
+    return isinstance(weight, PackedMXFP4 | Int4Stack)
+
+
+def most_choices(weight: Experts) -> int:
+    """Of a token, with such weights."""
+    if isinstance(weight, PackedMXFP4):
+        return MOST_MXFP4_CHOICES
+    return MOST_INT4_CHOICES if isinstance(weight, Int4Stack) else MOST_CHOICES
+
+
+def reason_against(experts: int, choices: int, most: int = MOST_CHOICES) -> str:
     """Why these kernels cannot serve a model's experts, `choices` of a token, a shared one among them; empty when they
     can."""
     if experts > MOST_EXPERTS:
         return f"{experts} experts, at most {MOST_EXPERTS}"
-    most = MOST_PACKED_CHOICES if packed else MOST_CHOICES
     return f"{choices} experts a token, at most {most}" if choices > most else ""
 
 
@@ -235,11 +266,10 @@ def _grain(weight: Experts) -> str:
 
 
 def _check(choices: int, experts: int, weight: Experts) -> None:
-    words = weight.words if isinstance(weight, PackedMXFP4 | Float8Weight) else weight
-    reason = reason_against(experts, choices, packed=isinstance(weight, PackedMXFP4))
+    reason = reason_against(experts, choices, most_choices(weight))
     if reason:
         raise ValueError(f"expert_up: {reason}")
-    if not words.is_contiguous():
+    if not (weight if isinstance(weight, Tensor) else weight.words).is_contiguous():
         raise ValueError("expert_up: the experts' weights must be contiguous")
     if isinstance(weight, PackedMXFP4) and not takes_packed(weight):
         raise ValueError(f"expert_up: packed weights of format {weight.format}; legal: narrow, with Triton's Gluon")

@@ -44,7 +44,7 @@ def routed(slot, weight, position, id_ptr, route_ptr, PADDED: tl.constexpr):
 
 
 @triton.jit
-def _activate(gate, up, alpha, limit, CLAMPED: tl.constexpr):
+def activate(gate, up, alpha, limit, CLAMPED: tl.constexpr):
     if CLAMPED:
         gate = tl.minimum(gate, limit)
         up = tl.minimum(tl.maximum(up, -limit), limit) + 1.0
@@ -130,7 +130,7 @@ def plain_up(
             if BIAS:
                 up += tl.load(bias_ptr + up_row + rows, mask=inside, other=0.0).to(tl.float32)
                 gate += tl.load(bias_ptr + gate_row + rows, mask=inside, other=0.0).to(tl.float32)
-            value = _activate(gate, up, alpha, limit, CLAMPED)
+            value = activate(gate, up, alpha, limit, CLAMPED)
             tl.store(out_ptr + pair.to(tl.int64) * size + rows, value.to(out_ptr.dtype.element_ty), mask=inside)
             ups = tl.zeros([BLOCK_N, WIDTH], tl.float32)
             gates = tl.zeros([BLOCK_N, WIDTH], tl.float32)

@@ -66,6 +66,28 @@ class Int4Weight:
         return out
 
 
+@dataclass(frozen=True, eq=False)
+class Int4Stack:
+    """Weights of as many rows, whole slabs of them: those of experts, one under the other in one `Int4Weight`."""
+
+    weight: Int4Weight
+    matrices: int
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(E, N, K)"""
+        rows, columns = self.weight.shape
+        return self.matrices, rows // self.matrices, columns
+
+    @property
+    def words(self) -> Tensor:
+        return self.weight.words
+
+    def widened(self, out: Tensor) -> Tensor:
+        """[E, N, K], as of `Int4Weight`."""
+        return self.weight.widened(out.view(self.weight.shape)).view(self.shape)
+
+
 def pack_int4(codes: Tensor, scales: Tensor, zeros: Tensor) -> Int4Weight:
     """codes uint8 [N, K] in 0..15, scales of SCALES [N, G] and zeros uint8 [N, G] in 0..15, on any device.
 

@@ -169,4 +169,4 @@ def test_what_the_kernels_cannot_hold_is_said():
     assert reason_against(512, 10) == ""
     assert reason_against(1024, 8) == "1024 experts, at most 512"
     assert reason_against(64, 33) == "33 experts a token, at most 32"
-    assert reason_against(64, 10, packed=True) == "10 experts a token, at most 8"
+    assert reason_against(64, 10, 8) == "10 experts a token, at most 8"
