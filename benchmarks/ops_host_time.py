@@ -230,11 +230,11 @@ def linear_rows() -> Iterator[Row]:
     both = in_order(first, in_order(second, third))
     yield Row("triton_swiglu_mlp", partial(OPS.triton_swiglu_mlp, x, gate, up, down), 1, {"direct": both})
     codes, scale = quantize_fp8(weight)
-    scale_in, one = torch.tensor(5 / 448, device="cuda"), scale.view(1)
+    scale_in, scale = torch.full((1,), 5 / 448, device="cuda"), scale.view(1)
     call = partial(OPS.trtllm_quant_fp8_linear, x, codes, None, scale_in, scale)
     yield Row("trtllm_quant_fp8_linear, 1 row", call, launches(call))
     rows = random(128, 4096)
-    product = partial(torch._scaled_mm, rows.to(torch.float8_e4m3fn), codes.t(), one, one, out_dtype=rows.dtype)
+    product = partial(torch._scaled_mm, rows.to(torch.float8_e4m3fn), codes.t(), scale_in, scale, out_dtype=rows.dtype)
     call = partial(OPS.trtllm_quant_fp8_linear, rows, codes, None, scale_in, scale)
     yield Row("trtllm_quant_fp8_linear, 128 rows", call, 1, {"direct": product})
     l2norm = importlib.import_module("fla.modules.l2norm").l2norm

@@ -60,8 +60,8 @@ class Tape:
     steps: tuple[Launch | Product, ...]
     makes: tuple[Callable[[], torch.Tensor] | None, ...]
     """Allocate the result and the call's own memory, where there is some"""
-    final: tuple[int, View] | None
-    """Where the result is a product's"""
+    final: tuple[int, View | None] | None
+    """Where the result is a product's, or a view of it"""
     kept: tuple[torch.Tensor, ...]
     """Of a `Workspace`, whose addresses stand in the launches"""
     ready: dict[tuple[int, ...], list[tuple]] = field(default_factory=dict)
@@ -82,7 +82,10 @@ class Tape:
             else:
                 known.append(step.run(known))
                 addresses.append(_address(known[-1]))
-        return made[0] if self.final is None else view(known[self.final[0]], *self.final[1])
+        if self.final is None:
+            return made[0]
+        source, part = self.final
+        return known[source] if part is None else view(known[source], *part)
 
     def _readied(self, addresses: list[int]) -> list[tuple]:
         if len(self.ready) >= READY:

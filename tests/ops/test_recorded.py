@@ -179,7 +179,8 @@ def test_tensors_that_are_not_read_do_not_tell_layouts_apart():
 
 
 @pytest.mark.parametrize("last", [False, True], ids=["product between launches", "product at the end"])
-def test_products_stand_between_launches(last):
+@pytest.mark.parametrize("part", [slice(1, 4), slice(0, 3), slice(0, 4)], ids=["end", "beginning", "whole"])
+def test_products_stand_between_launches(last, part):
     calls = []
 
     @recorded()
@@ -187,17 +188,17 @@ def test_products_stand_between_launches(last):
         calls.append(1)
         inner = torch.empty(2, 3)
         launch(x, inner)
-        product = torch.nn.functional.linear(inner, weight[1:], bias)
+        product = torch.nn.functional.linear(inner, weight[part], bias)
         if last:
             return product[:, :2]
-        out = torch.empty(2, 3)
+        out = torch.empty(product.shape)
         launch(product, out)
         return out
 
     for biased in (False, True):
         for _ in range(4):
-            x, weight, bias = torch.randn(2, 3), torch.randn(4, 3), torch.randn(3) if biased else None
-            expected = torch.nn.functional.linear(2 * x, weight[1:], bias)
+            x, weight, bias = torch.randn(2, 3), torch.randn(4, 3), torch.randn(4)[part] if biased else None
+            expected = torch.nn.functional.linear(2 * x, weight[part], bias)
             torch.testing.assert_close(operator(x, weight, bias), expected[:, :2] if last else 2 * expected)
     assert len(calls) == 4
     weight.requires_grad_()

@@ -1,0 +1,219 @@
+"""Writing a call's tape: what it launched and where its pointers lead."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from threading import get_ident
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from shardwise.kernel_start import Start, unfold
+from shardwise.ops import triton_support
+from shardwise.ops.plan_cache import Tensors, allocator
+from shardwise.ops.tape import Launch, Product, Slot, Tape
+from shardwise.ops.workspace import Workspace
+
+_address = torch.Tensor.data_ptr
+_ALIGNED = 256
+"""Bytes at multiples of which memory of a call's own begins, as an allocation does"""
+
+
+class Unrecordable(Exception):
+    """Something of a call cannot be replayed."""
+
+
+class Recorder(TorchDispatchMode):
+    """Notes launches and products in turn, the memory that a call makes, and what it does beside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps: list[tuple] = []
+        self.made: list[torch.Tensor] = []  # held, so that no address comes twice
+        self.beside: list[str] = []
+
+    def launched(self, start: Start, grid: tuple[int, int, int], args: tuple) -> None:
+        """Called by launches."""
+        self.steps.append((start, grid, args))
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if func in _ALLOCATES:
+            self.made.append(result)
+        elif func in _PRODUCTS:
+            self.steps.append((_PRODUCTS[func], args, kwargs or {}, result))
+        elif not _is_view(func):
+            self.beside.append(str(func))
+        return result
+
+    def __enter__(self):
+        triton_support.recorders[get_ident()] = self
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        del triton_support.recorders[get_ident()]
+        return super().__exit__(*error)
+
+
+_ATEN = torch.ops.aten
+_ALLOCATES = {
+    _ATEN.empty.memory_format,
+    _ATEN.empty_like.default,
+    _ATEN.empty_strided.default,
+    _ATEN.new_empty.default,
+    _ATEN.new_empty_strided.default,
+}
+# By PyTorch's own bindings, which cost less than calling operators.
+_PRODUCTS: dict[Any, Callable[..., torch.Tensor]] = {
+    _ATEN.mm.default: torch.mm,
+    _ATEN.addmm.default: torch.addmm,
+    _ATEN._scaled_mm.default: torch._scaled_mm,
+}
+
+
+def _is_view(func) -> bool:
+    aliases = [returned.alias_info for returned in func._schema.returns]
+    read_only = all(alias is not None and not alias.is_write for alias in aliases)
+    return func is _ATEN._unsafe_view.default or (bool(aliases) and read_only)
+
+
+@dataclass
+class Writer:
+    """Writes a tape: finds out where the pointers of a recorded call lead."""
+
+    recorder: Recorder
+    tensors: Tensors
+    result: torch.Tensor
+    places: dict[int, tuple[int, torch.Tensor, int]] = field(default_factory=dict)
+    """Of memory that the call made: source, the tensor, and the source's first byte in it"""
+    kept: dict[int, torch.Tensor] = field(default_factory=dict)
+
+    def tape(self) -> Tape:
+        """Raises Unrecordable."""
+        recorder, result = self.recorder, self.result
+        if recorder.beside:
+            raise Unrecordable(f"it runs {recorder.beside[0]}")
+        makes = self._make()
+        steps: list[Launch | Product] = []
+        for noted in recorder.steps:
+            if isinstance(noted[0], Start):
+                steps.append(self._launch(*noted))
+                continue
+            steps.append(self._product(*noted))
+            source = len(self.tensors) + len(makes) + sum(isinstance(step, Product) for step in steps) - 1
+            self.places[_storage(noted[3])] = source, noted[3], 0
+        final = None
+        if makes[0] is None:
+            source, tensor, _ = self.places.get(_storage(result), (0, None, 0))
+            if tensor is None or tensor.dtype != result.dtype:
+                raise Unrecordable("its result is not a tensor that it made")
+            whole = tensor.shape == result.shape and tensor.stride() == result.stride()
+            part = tuple(result.shape), tuple(result.stride()), int(result.storage_offset())
+            final = source, None if whole and not part[2] else part
+        return Tape(tuple(steps), makes, final, tuple(self.kept.values()))
+
+    def _make(self) -> tuple[Callable[[], torch.Tensor] | None, ...]:
+        """Finds places for what the call allocated."""
+        first, device, result = len(self.tensors), self.result.device, self.result
+        given = {_storage(tensor) for tensor in self.tensors}
+        read = {
+            _storage(arg)
+            for noted in self.recorder.steps
+            if not isinstance(noted[0], Start)
+            for arg in (*noted[1], *noted[2].values())
+            if isinstance(arg, torch.Tensor)
+        }
+        makes: list[Callable[[], torch.Tensor] | None] = [None, None]
+        size = 0
+        for tensor in self.recorder.made:
+            storage = _storage(tensor)
+            if storage in given or Workspace.keeps(tensor):
+                continue
+            if storage == _storage(result):
+                if result.storage_offset() or result.numel() * result.element_size() != _bytes(result):
+                    raise Unrecordable("its result is a part of a tensor that it made")
+                makes[0] = allocator(tuple(result.shape), result.dtype, device, tuple(result.stride()))
+                self.places[storage] = first, result, 0
+            elif storage in read:
+                self.places[storage] = first + len(makes), tensor, 0
+                makes.append(allocator(tuple(tensor.shape), tensor.dtype, device, tuple(tensor.stride())))
+            else:
+                self.places[storage] = first + 1, tensor, size
+                size += math.ceil(_bytes(tensor) / _ALIGNED) * _ALIGNED
+        if size:
+            makes[1] = allocator((size,), torch.uint8, device)
+        return tuple(makes)
+
+    def _launch(self, start: Start, grid: tuple[int, int, int], args: tuple) -> Launch:
+        unfolded = unfold(start, args)
+        if unfolded is None:
+            raise Unrecordable("this version of Triton hides how descriptors reach the driver")
+        launcher, args, forms = unfolded
+        filled, slots = [*start.rest, *args], []
+        for at, arg in enumerate(args):
+            if not isinstance(arg, torch.Tensor):
+                continue
+            place, form = self._place(arg), forms.get(at)
+            if place is not None:
+                source, tensor, first = place
+                slots.append(Slot(at + len(start.rest), source, first + _address(arg) - _address(tensor), form))
+                filled[slots[-1].at] = None
+            else:
+                filled[at + len(start.rest)] = _address(arg) if form is None else form(_address(arg))
+        return Launch(launcher, grid, filled, tuple(slots))
+
+    def _product(self, function: Callable, args: tuple, named: dict, _result: torch.Tensor) -> Product:
+        filled, slots, sources = list(args), [], []
+        if any(isinstance(arg, torch.Tensor) for arg in named.values()):
+            raise Unrecordable("a product has tensors by name")
+        if any(tensor.requires_grad for tensor in self.tensors):
+            raise Unrecordable("gradients do not pass through views")
+        for at, arg in enumerate(args):
+            if not isinstance(arg, torch.Tensor):
+                continue
+            place = self._place(arg)
+            if place is None or place[1].dtype != arg.dtype:
+                raise Unrecordable("a product reads kept memory, or bytes of another type")
+            part = tuple(arg.shape), tuple(arg.stride()), arg.storage_offset() - place[1].storage_offset()
+            whole = tuple(place[1].shape), tuple(place[1].stride()), 0
+            slots.append(Slot(at, place[0], None if part == whole else part))
+            sources.append(place[1])
+            filled[at] = None
+        product = Product(function, filled, named, tuple(slots))
+        return _as_linear(product, args, sources[-1]) if sources[-1].dim() == 2 else product
+
+    def _place(self, tensor: torch.Tensor) -> tuple[int, torch.Tensor, int] | None:
+        """Source of a pointer, the tensor there, and its first byte in the source; None for memory that is kept."""
+        storage = _storage(tensor)
+        if storage in self.places:
+            return self.places[storage]
+        if Workspace.keeps(tensor):
+            self.kept[storage] = tensor
+            return None
+        holding = [number for number, given in enumerate(self.tensors) if _storage(given) == storage]
+        holding = [number for number in holding if self.tensors[number] is tensor] or holding
+        if len(holding) != 1:
+            raise Unrecordable("a pointer leads into no tensor that was given, or into several")
+        return holding[0], self.tensors[holding[0]], 0
+
+
+def _as_linear(product: Product, args: tuple, weight: torch.Tensor) -> Product:
+    """A product with the transpose of the tensor `weight` [N, K] by the call that takes it as it lies, which spares a
+    view."""
+    function, filled, named, slots = product
+    transposed = tuple(weight.t().shape), tuple(weight.t().stride()), 0
+    plain = function is torch.mm or (function is torch.addmm and args[0].dim() == 1)
+    if named or not plain or slots[-1].part != transposed:
+        return product
+    matrix, turned, bias = slots[-2], slots[-1]._replace(part=None), slots[:-2]
+    moved = (slot._replace(at=at) for at, slot in enumerate((matrix, turned, *bias)))
+    return Product(torch.nn.functional.linear, [None] * len(filled), {}, tuple(moved))
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def _bytes(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage().nbytes()
