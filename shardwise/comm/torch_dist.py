@@ -9,6 +9,7 @@ import contextlib
 import os
 import time
 import warnings
+import weakref
 from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
@@ -34,6 +35,8 @@ STAGED = {
     "NCCL_SYMMETRIC": (window, window.Window),
 }
 """Strategies of NCCL groups that copy tensors into memory of their own, made at the first call."""
+_joined: "weakref.WeakSet[TorchDistCommunicator]" = weakref.WeakSet()
+"""Open worlds in a torch.distributed that was initialised here, for the first of them: it ends with the last."""
 
 
 class TorchDistCommunicator(WaitingCommunicator):
@@ -62,7 +65,6 @@ class TorchDistCommunicator(WaitingCommunicator):
         self._sorted = self._place == list(range(self.size))
         self.control = control
         """NCCL moves CUDA tensors only: control messages go through a CPU group of the same ranks."""
-        self._owner = False
         self._own_group = False
         """`group` was made here, beside others of the process: it goes when this communicator is closed."""
         self._stages: dict[str, Any] = {}
@@ -86,7 +88,9 @@ class TorchDistCommunicator(WaitingCommunicator):
         else:
             group = dist.new_group(list(meeting.ranks), backend=backend)
         communicator = cls(group, backend, store, **options)
-        communicator._owner, communicator._own_group = owner, not owner
+        communicator._own_group = not owner
+        if owner or _joined:
+            _joined.add(communicator)
         if owner:
             atexit.register(leave, options["deadlines"].stop)
             os.register_at_fork(after_in_child=lambda: atexit.unregister(leave))
@@ -219,7 +223,7 @@ class TorchDistCommunicator(WaitingCommunicator):
             self.control.abort(reason)
 
     def close(self) -> None:
-        closed, healthy = self.broken == "the group is closed", self.broken is None
+        healthy = self.broken is None
         super().close()
         if self.control is not None:
             self.control.close()
@@ -229,8 +233,10 @@ class TorchDistCommunicator(WaitingCommunicator):
         ended = True
         if self._own_group and healthy:  # a broken one may not end; leaving the world ends it
             ended = leave(self.deadlines.stop, self.group)
-        if self._owner and not closed:
-            ended = leave(self.deadlines.stop)
+        if self in _joined:
+            _joined.remove(self)
+            if not _joined and ended:
+                ended = leave(self.deadlines.stop)
         if healthy and not ended:
             warnings.warn(
                 f"group {self.name} was not closed within {self.deadlines.stop:g} s: if a CUDA graph holds calls of "

@@ -75,6 +75,14 @@ def test_a_transport_serves_one_rank_without_a_rendezvous(transport):
     group.close()
 
 
+def test_a_group_that_is_closed_leaves_those_beside_it_and_the_last_one_leaves_nothing():
+    first, second = (create(RankInfo(), transport="gloo") for _ in range(2))
+    first.close()
+    assert dist.is_initialized() and torch.equal(second.all_reduce(torch.ones(2)), torch.ones(2))
+    second.close()
+    assert not dist.is_initialized()
+
+
 def test_a_group_that_does_not_end_says_what_may_keep_it(monkeypatch):
     """As NCCL's does, while a graph holds its calls."""
     group, leave = create(RankInfo(), transport="gloo"), torch_dist.leave
