@@ -43,7 +43,12 @@ class Deadlines:
 
     @classmethod
     def from_environment(cls, environ=os.environ) -> "Deadlines":
-        """Defaults, overridden by the environment. Raises ValueError for a value that is not a positive number."""
+        """Defaults, overridden by the environment. Raises ValueError for a value that is not a positive number, and for
+        a deadline that is not known."""
+        legal = [env_name(field.name) for field in fields(cls)]
+        for name in environ:
+            if name.startswith(env_name("")) and name not in legal:
+                raise ValueError(f"{name} is not a deadline; legal: {', '.join(legal)}")
         given = {}
         for field in fields(cls):
             text = environ.get(env_name(field.name))
@@ -110,15 +115,19 @@ class FlightRecord:
         return None
 
     def dump(self, rank: int) -> str | None:
-        """Write the record into the folder `SHARDWISE_LOG_DIR`; returns the path, or None where that is not set."""
+        """Write the record into the folder `SHARDWISE_LOG_DIR`; returns the path, or None where that is not set, or
+        takes no file: whoever dumps has an error of its own to tell."""
         folder = os.environ.get(LOG_FOLDER_ENV)
         if not folder:
             return None
         path = os.path.join(folder, f"flight-rank{rank}.json")
-        with self._writing:
-            os.makedirs(folder, exist_ok=True)
-            with open(path, "w") as file:
-                json.dump({"rank": rank, "phase": current_phase(), "collectives": self.rows()}, file, indent=1)
+        try:
+            with self._writing:
+                os.makedirs(folder, exist_ok=True)
+                with open(path, "w") as file:
+                    json.dump({"rank": rank, "phase": current_phase(), "collectives": self.rows()}, file, indent=1)
+        except OSError:
+            return None
         return path
 
 

@@ -105,11 +105,14 @@ class ModelConfig:
 def model_config(info: RankInfo, launcher: str | None, model: str, **given: Unpack[ModelOptions]) -> ModelConfig:
     """The model as it is run here: sizes from the plan or the launcher's world, folders found and made.
 
-    TypeError for an unknown option; ValueError for a contradiction and for a value that no machine takes.
+    TypeError for an unknown option and for what is no path; ValueError for a contradiction and for a value that no
+    machine takes.
     """
     unknown = [name for name in given if name not in ModelOptions.__annotations__]
     if unknown:
         raise TypeError(f"unknown option {unknown[0]!r}; legal: {', '.join(ModelOptions.__annotations__)}")
+    if not isinstance(model, str | Path):
+        raise TypeError(f"model is {model!r:.60}: give a path or a name")
     rest: dict[str, Any] = dict(given)
     for name in ("plan", "trace"):
         if not isinstance(rest.get(name), str | Path | None):

@@ -179,20 +179,26 @@ def serve(context: "RankContext") -> None:
     capacity, stats = session.engine.capacity, asdict(session.stats())
     context.emit("ready", transport=session.transport, device=session.device, capacity=capacity, stats=stats)
     assert context.link is not None
-    for command in context.link.commands():
-        if command["command"] == LEAVE:
-            continue  # of a call that has ended
-        params = [params_from_json(each) for each in command["params"]]
-        left = _Left(context, session, command["call"])
-        with closing(session.stream(command["prompts"], params)) as items:
-            for item in items:
-                if context.info.rank == 0:
-                    _pass_on(context, item)
-                if isinstance(item, TokenEvent) and left(item):
-                    break
-        context.emit("stats", **asdict(session.stats()))
+    with context.phase("idle"):
+        for command in context.link.commands():
+            if command["command"] == LEAVE:
+                continue  # of a call that has ended
+            _answer(context, session, command)
     with context.phase("stop"):
         session.close()
+
+
+def _answer(context: "RankContext", session: Session, command: dict) -> None:
+    """Serve one call, until it is answered or the caller has left."""
+    params = [params_from_json(each) for each in command["params"]]
+    left = _Left(context, session, command["call"])
+    with closing(session.stream(command["prompts"], params)) as items:
+        for item in items:
+            if context.info.rank == 0:
+                _pass_on(context, item)
+            if isinstance(item, TokenEvent) and left(item):
+                break
+    context.emit("stats", **asdict(session.stats()))
 
 
 class _Left:

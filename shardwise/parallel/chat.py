@@ -29,7 +29,8 @@ def render_chat(template: str | None, messages: Sequence[dict[str, str]], **vari
     except Refused as error:
         raise ValueError(f"chat template: {error}") from None
     except Exception as error:  # a template is a program, and fails like one
-        raise ValueError(f"chat template: {type(error).__name__}: {error}") from None
+        why = f"chat template: {type(error).__name__}: {error}"
+        raise ValueError(f"{why}; raw text goes without it (--raw)") from None
 
 
 @cache

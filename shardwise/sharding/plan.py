@@ -20,6 +20,9 @@ from shardwise.sharding.shards import Cuts, TensorPattern, TensorShard, local_co
 from shardwise.sharding.source import load_model
 from shardwise.sharding.tensors import TensorSpec
 
+KV_ITEMSIZES = (1, 2, 4)
+"""Bytes that an element of the cache may take."""
+
 
 @dataclass(frozen=True, slots=True)
 class RankTotals:
@@ -206,6 +209,11 @@ def plan(
     if layout is not None and sizes != ParallelLayout():
         raise ValueError(f"a layout ({layout}) and sizes of mesh axes ({sizes}) are given: drop one of them")
     layout = layout or sizes
+    if kv_itemsize not in KV_ITEMSIZES:
+        raise ValueError(f"kv_itemsize is {kv_itemsize!r}, expected {', '.join(map(str, KV_ITEMSIZES))}")
+    for option, names in (("extras", extras), ("pad", pad)):
+        if isinstance(names, str):
+            raise TypeError(f"{option} is {names!r}: give a list of names")
     extras, padded = tuple(extras), tuple(sorted(set(pad)))
     _check_names("extras", extras, (e.name for e in spec.extras if e.tensors))
     patterns = patterns_of(spec, frozenset(extras))

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from shardwise.comm import watch
+from shardwise.comm.base import CollectiveMismatch
 from shardwise.comm.fake import FakeCommunicator
 from shardwise.comm.p2p.delegate import Delegating
 from shardwise.comm.rank import current_groups, use_groups
@@ -85,6 +86,18 @@ def test_run_threads_raises_the_first_exception_and_ends_the_others():
     assert not [t for t in threading.enumerate() if t.name.startswith("rank ")]
 
 
+def test_a_folder_that_takes_no_flight_record_does_not_hide_what_failed(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv(watch.LOG_FOLDER_ENV, str(tmp_path / "file" / "logs"))
+
+    def body():
+        group = current_groups().world
+        group.all_reduce(torch.ones(2 + group.rank))
+
+    with pytest.raises(CollectiveMismatch, match="rank 0 called .* rank 1 called"):
+        run_threads(2, body)
+
+
 def test_fake_gives_shapes_of_any_world():
     group = FakeCommunicator(3, range(8))
     x = torch.ones(2, 16)
@@ -103,6 +116,8 @@ def test_deadlines_come_from_the_environment():
     for text in ("soon", "0", "-1", "nan", "inf"):
         with pytest.raises(ValueError, match="SHARDWISE_DEADLINE_LOAD"):
             Deadlines.from_environment({"SHARDWISE_DEADLINE_LOAD": text})
+    with pytest.raises(ValueError, match="SHARDWISE_DEADLINE_LOADING is not a deadline; legal: SHARDWISE_DEAD"):
+        Deadlines.from_environment({"SHARDWISE_DEADLINE_LOADING": "7"})
 
 
 def test_collectives_wait_longer_while_weights_are_read():

@@ -276,7 +276,7 @@ def test_every_verb_writes_json_to_a_file_and_shows_its_table_all_the_same(tmp_p
 
 def test_a_prompt_a_line_may_hold_what_else_ends_lines_of_a_text(tmp_path):
     file = tmp_path / "prompts.txt"
-    file.write_text("one\u2028of two\x0cparts\r\n\n  \ntwo\n", encoding="utf-8")
+    file.write_text("\ufeffone\u2028of two\x0cparts\r\n\n  \ntwo\n", encoding="utf-8")
     assert _prompts(argparse.Namespace(prompts=str(file))) == ["one\u2028of two\x0cparts", "two"]
 
 

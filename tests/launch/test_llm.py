@@ -201,7 +201,7 @@ def test_a_fork_of_the_process_leaves_its_ranks_alone(llm):
 def test_after_a_failure_the_next_call_says_that_the_ranks_ended():
     with LLM("smollm2", tp=1, **QUICK) as small:
         os.kill(small._executor._supervisor.hub.hello[0].pid, signal.SIGKILL)
-        with pytest.raises(JobFailed, match="rank 0 of 1 failed .* killed by SIGKILL"):
+        with pytest.raises(JobFailed, match="rank 0 of 1 failed .* while idle: killed by SIGKILL"):
             small.generate(["A"], GREEDY)
         with pytest.raises(RuntimeError, match="have ended, after a failure or a close: make a new one"):
             small.generate(["A"], GREEDY)

@@ -52,6 +52,12 @@ def test_what_is_no_path_is_a_type_error(name):
         model_config(RANK, None, "smollm2", **{name: 5})
 
 
+@pytest.mark.parametrize("model", [None, 5, ["smollm2"], b"smollm2"])
+def test_what_names_no_model_is_a_type_error(model):
+    with pytest.raises(TypeError, match="^model is .*: give a path or a name"):
+        LLM(model)
+
+
 def test_a_config_is_made_again_from_its_options():
     made = model_config(RANK, None, "smollm2", attn_dp=2, dtype="float32")
     assert (made.tp, made.attn_dp, made.world) == (2, 2, 4)

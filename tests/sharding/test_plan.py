@@ -212,6 +212,20 @@ def test_layout_objects_and_sizes_mean_the_same():
         plan(spec, "tp2")
 
 
+@pytest.mark.parametrize(
+    "option, error, text",
+    [
+        ({"pad": "vocab"}, TypeError, "pad is 'vocab': give a list of names"),
+        ({"extras": "mtp"}, TypeError, "extras is 'mtp': give a list of names"),
+        ({"kv_itemsize": 0}, ValueError, "kv_itemsize is 0, expected 1, 2, 4"),
+    ],
+    ids=str,
+)
+def test_options_of_another_form_are_refused(option, error, text):
+    with pytest.raises(error, match=text):
+        plan(model(SMOL), **option)
+
+
 def test_plans_are_values():
     made = plan(CONFIGS[SMOL], tp=2)
     assert made.model == model(SMOL)

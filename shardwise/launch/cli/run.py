@@ -224,6 +224,7 @@ def _prompts(args: argparse.Namespace) -> list[str]:
         text = sys.stdin.read() if args.prompts == "-" else Path(args.prompts).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{args.prompts}: is not UTF-8 text: {error.reason} at byte {error.start}") from None
+    text = text.removeprefix("\ufeff")  # the mark that editors on Windows begin a file with
     if text.lstrip().startswith("["):
         try:
             prompts = json.loads(text)
