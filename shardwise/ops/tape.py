@@ -64,14 +64,16 @@ class Tape:
     """Where the result is a product's, or a view of it"""
     kept: tuple[torch.Tensor, ...]
     """Of a `Workspace`, whose addresses stand in the launches"""
+    alone: bool
+    """Whether all steps are launches"""
     ready: dict[tuple[int, ...], list[tuple]] = field(default_factory=dict)
-    """Launches alone by all addresses: start, grid and arguments"""
+    """Such launches by all addresses: start, grid and arguments"""
 
     def __call__(self, tensors: Tensors, addresses: list[int], stream: int) -> torch.Tensor:
         """Run on tensors, which lie at these addresses."""
         made: list[Any] = [make and make() for make in self.makes]
         addresses += [0 if tensor is None else _address(tensor) for tensor in made]
-        if self.final is None and len(self.makes) == 2:
+        if self.alone:
             for start, grid, args in self.ready.get((*addresses,)) or self._readied(addresses):
                 start(*grid, stream, *args)
             return made[0]

@@ -64,12 +64,8 @@ _ALLOCATES = {
     _ATEN.new_empty.default,
     _ATEN.new_empty_strided.default,
 }
-# By PyTorch's own bindings, which cost less than calling operators.
-_PRODUCTS: dict[Any, Callable[..., torch.Tensor]] = {
-    _ATEN.mm.default: torch.mm,
-    _ATEN.addmm.default: torch.addmm,
-    _ATEN._scaled_mm.default: torch._scaled_mm,
-}
+# What may stand between launches, by PyTorch's own binding, which costs less than calling the operator.
+_PRODUCTS: dict[Any, Callable[..., torch.Tensor]] = {_ATEN._scaled_mm.default: torch._scaled_mm}
 
 
 def _is_view(func) -> bool:
@@ -111,7 +107,8 @@ class Writer:
             whole = tensor.shape == result.shape and tensor.stride() == result.stride()
             part = tuple(result.shape), tuple(result.stride()), int(result.storage_offset())
             final = source, None if whole and not part[2] else part
-        return Tape(tuple(steps), makes, final, tuple(self.kept.values()))
+        alone = all(isinstance(step, Launch) for step in steps)
+        return Tape(tuple(steps), makes, final, tuple(self.kept.values()), alone)
 
     def _make(self) -> tuple[Callable[[], torch.Tensor] | None, ...]:
         """Finds places for what the call allocated."""
@@ -164,7 +161,7 @@ class Writer:
         return Launch(launcher, grid, filled, tuple(slots))
 
     def _product(self, function: Callable, args: tuple, named: dict, _result: torch.Tensor) -> Product:
-        filled, slots, sources = list(args), [], []
+        filled, slots = list(args), []
         if any(isinstance(arg, torch.Tensor) for arg in named.values()):
             raise Unrecordable("a product has tensors by name")
         if any(tensor.requires_grad for tensor in self.tensors):
@@ -178,10 +175,8 @@ class Writer:
             part = tuple(arg.shape), tuple(arg.stride()), arg.storage_offset() - place[1].storage_offset()
             whole = tuple(place[1].shape), tuple(place[1].stride()), 0
             slots.append(Slot(at, place[0], None if part == whole else part))
-            sources.append(place[1])
             filled[at] = None
-        product = Product(function, filled, named, tuple(slots))
-        return _as_linear(product, args, sources[-1]) if sources[-1].dim() == 2 else product
+        return Product(function, filled, named, tuple(slots))
 
     def _place(self, tensor: torch.Tensor) -> tuple[int, torch.Tensor, int] | None:
         """Source of a pointer, the tensor there, and its first byte in the source; None for memory that is kept."""
@@ -196,19 +191,6 @@ class Writer:
         if len(holding) != 1:
             raise Unrecordable("a pointer leads into no tensor that was given, or into several")
         return holding[0], self.tensors[holding[0]], 0
-
-
-def _as_linear(product: Product, args: tuple, weight: torch.Tensor) -> Product:
-    """A product with the transpose of the tensor `weight` [N, K] by the call that takes it as it lies, which spares a
-    view."""
-    function, filled, named, slots = product
-    transposed = tuple(weight.t().shape), tuple(weight.t().stride()), 0
-    plain = function is torch.mm or (function is torch.addmm and args[0].dim() == 1)
-    if named or not plain or slots[-1].part != transposed:
-        return product
-    matrix, turned, bias = slots[-2], slots[-1]._replace(part=None), slots[:-2]
-    moved = (slot._replace(at=at) for at, slot in enumerate((matrix, turned, *bias)))
-    return Product(torch.nn.functional.linear, [None] * len(filled), {}, tuple(moved))
 
 
 def _storage(tensor: torch.Tensor) -> int:

@@ -7,7 +7,7 @@ import torch
 
 from shardwise.kernel_start import Start
 from shardwise.ops import recorded as module
-from shardwise.ops import triton_support, workspace
+from shardwise.ops import tape_writer, triton_support, workspace
 from shardwise.ops.recorded import recorded
 from shardwise.ops.workspace import Workspace
 
@@ -180,8 +180,9 @@ def test_tensors_that_are_not_read_do_not_tell_layouts_apart():
 
 @pytest.mark.parametrize("last", [False, True], ids=["product between launches", "product at the end"])
 @pytest.mark.parametrize("part", [slice(1, 4), slice(0, 3), slice(0, 4)], ids=["end", "beginning", "whole"])
-def test_products_stand_between_launches(last, part):
-    calls = []
+def test_products_stand_between_launches(monkeypatch, last, part):
+    aten, calls = torch.ops.aten, []
+    monkeypatch.setattr(tape_writer, "_PRODUCTS", {aten.mm.default: torch.mm, aten.addmm.default: torch.addmm})
 
     @recorded()
     def operator(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -204,3 +205,21 @@ def test_products_stand_between_launches(last, part):
     weight.requires_grad_()
     for _ in range(3):
         assert operator(x, weight, bias).requires_grad == last
+
+
+def test_a_product_of_given_tensors_alone_is_not_left_out(monkeypatch):
+    monkeypatch.setattr(tape_writer, "_PRODUCTS", {torch.ops.aten.mm.default: torch.mm})
+    calls = []
+
+    @recorded()
+    def operator(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        calls.append(1)
+        out = torch.empty(2, 2)
+        launch(x @ y.t(), out)
+        return out
+
+    for _ in range(4):
+        x, y = torch.randn(2, 2, 3).unbind()
+        x = x.clone()
+        torch.testing.assert_close(operator(x, y), 2 * (x @ y.t()))
+    assert len(calls) == 2

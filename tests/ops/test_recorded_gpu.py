@@ -47,11 +47,6 @@ def fp8_linear(tokens, bias=None):
     return rows(tokens), codes, bias, torch.tensor(5 / 448, device="cuda"), scale
 
 
-def swiglu(tokens):
-    shapes = (384, HIDDEN), (384, HIDDEN), (HIDDEN, 384)
-    return rows(tokens)[None], *(torch.randn(*shape, device="cuda").bfloat16() / 16 for shape in shapes)
-
-
 CASES = {
     "triton_moe_fused": lambda tokens: mixture(
         tokens, stacked(EXPERTS, HIDDEN, SIZE, True, "cuda", torch.bfloat16), True, 4

@@ -3,7 +3,6 @@
 import torch
 from torch.nn.functional import linear
 
-from shardwise.ops.recorded import recorded
 from shardwise.ops.registry import TRITON, operator
 from shardwise.ops.swiglu.reference import check_separate, like_input
 from shardwise.ops.triton_support import Kernel, await_predecessor, dependent_launch, tl, triton
@@ -24,7 +23,6 @@ _launch = Kernel(_activate_kernel)
 
 
 @operator(fake=like_input, needs=(TRITON,), instead="torch_swiglu_mlp")
-@recorded()
 def triton_swiglu_mlp(
     input: torch.Tensor,
     gate_weight: torch.Tensor,
