@@ -4,6 +4,7 @@ A rank that dies drags others down: their collectives break or time out. Those a
 the earliest one (nanoseconds) among those that no other rank explains.
 """
 
+import contextlib
 import json
 import os
 import shlex
@@ -133,9 +134,12 @@ def write(folder: Path, failure: Failure) -> Path:
 
 
 def read_all(folder: Path) -> list[Failure]:
-    """Failures of all ranks that wrote one into `folder`, by rank."""
-    files = sorted(folder.glob("failure-rank-*.json"), key=_rank_of)
-    return [Failure.from_json(json.loads(path.read_text())) for path in files]
+    """Failures of all ranks that wrote one into `folder`, by rank. A file that a full disk left empty is none."""
+    found = []
+    for path in folder.glob("failure-rank-*.json"):
+        with contextlib.suppress(OSError, ValueError, TypeError):
+            found.append(Failure.from_json(json.loads(path.read_text())))
+    return sorted(found, key=lambda failure: failure.rank)
 
 
 def forget(folder: Path, rank: int, world: int) -> None:

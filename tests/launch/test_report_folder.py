@@ -1,12 +1,14 @@
 """Reports of jobs that the user's own launcher started lie where nobody else can write."""
 
 import stat
+import sys
 
 import pytest
 
 from shardwise.comm import watch
 from shardwise.comm.rank import RankInfo
-from shardwise.launch.guard import job_folder
+from shardwise.launch import guard
+from shardwise.launch.guard import Guard, job_folder
 
 INFO = RankInfo(rank=0, world=2, source="torchrun")
 
@@ -45,3 +47,15 @@ def test_a_folder_that_somebody_else_made_is_refused(monkeypatch):
 def test_a_place_that_the_user_chose_is_taken_as_it_is(monkeypatch, tmp_path):
     monkeypatch.setenv(watch.LOG_FOLDER_ENV, str(tmp_path / "mine"))
     assert job_folder(INFO) == tmp_path / "mine" and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("left", ["", "7", "{}"])
+@pytest.mark.parametrize("error, words", [(RuntimeError, "rank 0 of 2 failed"), (ValueError, "error: on purpose")])
+def test_what_was_left_in_the_folder_keeps_no_rank_from_ending_the_job(
+    monkeypatch, tmp_path, capsys, left, error, words
+):
+    (tmp_path / "failure-rank-1.json").write_text(left)
+    monkeypatch.setattr(guard, "end_job", sys.exit)
+    with pytest.raises(SystemExit, match="1"):
+        Guard(INFO, tmp_path).fail(error("on purpose"))
+    assert words in capsys.readouterr().err
