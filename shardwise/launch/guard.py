@@ -25,6 +25,7 @@ from shardwise.comm.rank import RankInfo
 from shardwise.launch import failure as failures
 from shardwise.launch.failure import Failure
 from shardwise.launch.link import Link
+from shardwise.parallel.options import made_folder
 
 T = TypeVar("T")
 PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
@@ -150,11 +151,12 @@ def report_crashes() -> None:
 def job_folder(info: RankInfo) -> Path:
     """Where the reports of a job go that the user's own launcher started: the same for its ranks on one host.
 
-    Of a place that nobody chose, whose name others can guess, PermissionError unless it is this user's alone.
+    ValueError where a chosen one cannot be made. Of a place that nobody chose, whose name others can guess,
+    PermissionError unless it is this user's alone.
     """
     chosen = os.environ.get(watch.LOG_FOLDER_ENV)
     if chosen:
-        return Path(chosen)
+        return Path(made_folder(watch.LOG_FOLDER_ENV, chosen))
     parent = os.getppid()
     name = f"{info.source.replace(' ', '').lower()}-{parent}-{watch.process_start(parent)}"
     return _private(Path(tempfile.gettempdir()) / f"shardwise-{os.getuid()}") / name

@@ -53,9 +53,9 @@ class Neighbours:
         threading.Thread(target=self._watch, args=(reader,), name="shardwise-neighbours", daemon=True).start()
 
     def leave(self) -> None:
-        self._mine.unlink(missing_ok=True)
-        if watch.LOG_FOLDER_ENV not in os.environ:
-            with contextlib.suppress(OSError):  # reports, or the files of others, are in it
+        with contextlib.suppress(OSError):  # reports, or the files of others, are in it; or the disk takes no change
+            self._mine.unlink(missing_ok=True)
+            if watch.LOG_FOLDER_ENV not in os.environ:
                 self.guard.folder.rmdir()
 
     def _watch(self, signals: int) -> None:

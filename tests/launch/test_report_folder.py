@@ -46,7 +46,15 @@ def test_a_folder_that_somebody_else_made_is_refused(monkeypatch):
 
 def test_a_place_that_the_user_chose_is_taken_as_it_is(monkeypatch, tmp_path):
     monkeypatch.setenv(watch.LOG_FOLDER_ENV, str(tmp_path / "mine"))
-    assert job_folder(INFO) == tmp_path / "mine" and not list(tmp_path.iterdir())
+    assert job_folder(INFO) == tmp_path / "mine" and (tmp_path / "mine").is_dir()
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+
+
+def test_a_place_where_no_folder_can_be_is_refused_before_the_work_and_not_after_it(monkeypatch, tmp_path):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv(watch.LOG_FOLDER_ENV, str(tmp_path / "file" / "logs"))
+    with pytest.raises(ValueError, match="SHARDWISE_LOG_DIR .*/file/logs: no folder can be made there: Not a"):
+        job_folder(INFO)
 
 
 @pytest.mark.parametrize("left", ["", "7", "{}"])
