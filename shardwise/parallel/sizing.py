@@ -18,7 +18,12 @@ RESERVED_BYTES = 2 << 30
 
 def cache_bytes(layers: list[LayerShape], dtype: torch.dtype, *, pages: int, slots: int) -> int:
     """Of a GPU's cache with `pages` pages, and the states of `slots` sequences."""
-    return slots * _state_bytes(layers, dtype) + sum(
+    return slots * _state_bytes(layers, dtype) + _pool_bytes(layers, dtype, pages=pages, slots=slots)
+
+
+def _pool_bytes(layers: list[LayerShape], dtype: torch.dtype, *, pages: int, slots: int) -> int:
+    """Of keys and values."""
+    return sum(
         pool_pages(s.window, pages=pages, slots=slots, page_size=PAGE_SIZE) * PAGE_SIZE * s.width * dtype.itemsize
         for s in layers
     )
@@ -50,7 +55,7 @@ def slots_for(
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(device)
     left = free - RESERVED_BYTES - activations
-    left = left // 2 if pages is None else left - cache_bytes(layers, dtype, pages=pages, slots=0)
+    left = left // 2 if pages is None else left - _pool_bytes(layers, dtype, pages=pages, slots=most)
     fits = world.all_gather_object(left // state)
     if min(fits) < 1:
         raise DoesNotFit(

@@ -152,8 +152,9 @@ def test_kernels_give_the_logits_of_pytorchs_operators(tmp_path):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_a_gpu_runs_as_many_sequences_as_there_is_room_for_their_states(monkeypatch):
-    layers = [LayerShape(8, 64, 64), LayerShape(state=StateShape(1000, 4, (16, 64, 128)))]
+@pytest.mark.parametrize("window", [None, 64])
+def test_a_gpu_runs_as_many_sequences_as_there_is_room_for_their_states(monkeypatch, window):
+    layers = [LayerShape(8, 64, 64, window), LayerShape(state=StateShape(1000, 4, (16, 64, 128)))]
     each = layers[1].state.nbytes(torch.bfloat16)
     free = RESERVED_BYTES + 1000
     monkeypatch.setattr("torch.cuda.mem_get_info", lambda device: (free, 80 * 2**30))
@@ -169,6 +170,6 @@ def test_a_gpu_runs_as_many_sequences_as_there_is_room_for_their_states(monkeypa
         slots(3)
     free += 20 * each
     assert slots(None) == 10
-    assert slots(3) == (20 * each - cache_bytes(layers, torch.bfloat16, pages=3, slots=0)) // each == 19
+    assert slots(3) == (20 * each - cache_bytes(layers[:1], torch.bfloat16, pages=3, slots=64)) // each == 19
     free += 200 * each
     assert slots(None) == slots(3) == 64
