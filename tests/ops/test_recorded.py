@@ -1,6 +1,7 @@
 """Recorded calls on the CPU, with kernels that take addresses as those of a GPU do."""
 
 import ctypes
+from threading import get_ident
 
 import pytest
 import torch
@@ -32,7 +33,7 @@ def launch(source, target, added=0.0):
 
 @pytest.fixture(autouse=True)
 def one_device(monkeypatch):
-    monkeypatch.setattr(module, "_stream", lambda tensor: 0)
+    monkeypatch.setattr(module, "_stream", lambda tensor: None if get_ident() in triton_support.recorders else 0)
     monkeypatch.setattr(workspace, "_THREAD", type(workspace._THREAD)())
 
 
@@ -222,4 +223,18 @@ def test_a_product_of_given_tensors_alone_is_not_left_out(monkeypatch):
         x, y = torch.randn(2, 2, 3).unbind()
         x = x.clone()
         torch.testing.assert_close(operator(x, y), 2 * (x @ y.t()))
+    assert len(calls) == 2
+
+
+def test_an_operator_that_calls_another_has_its_launches():
+    calls, inner = [], recorded()(four_times([]))
+
+    @recorded()
+    def operator(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        calls.append(1)
+        return inner(x, y, 2.0)
+
+    for _ in range(5):
+        x, y = drawn()
+        torch.testing.assert_close(operator(x, y), expected(x, y, 2.0))
     assert len(calls) == 2

@@ -71,7 +71,7 @@ def triton_mxfp4_moe(
     The weights are re-laid out at the first call and kept as long as the block tensors live; call
     `prepare_mxfp4` at load to choose the moment. TypeError and ValueError name the argument that does not fit.
     """
-    return _mxfp4_moe(
+    return triton_mxfp4_moe_ep(
         hidden_states, router_weight, router_bias, top_k, gate_up_blocks, gate_up_bias, gate_up_scales, alpha, limit,
         down_blocks, down_bias, down_scales, 1, 0,
     )  # fmt: skip
@@ -100,28 +100,6 @@ def triton_mxfp4_moe_ep(
     The router is whole (E experts); expert tensors hold `partition.extent(E, ep_size, ep_rank)` only. A token none
     of whose experts is local gives exact zero.
     """
-    return _mxfp4_moe(
-        hidden_states, router_weight, router_bias, top_k, gate_up_blocks, gate_up_bias, gate_up_scales, alpha, limit,
-        down_blocks, down_bias, down_scales, ep_size, ep_rank,
-    )  # fmt: skip
-
-
-def _mxfp4_moe(
-    hidden_states: Tensor,
-    router_weight: Tensor,
-    router_bias: Tensor,
-    top_k: int,
-    gate_up_blocks: Tensor,
-    gate_up_bias: Tensor,
-    gate_up_scales: Tensor,
-    alpha: float,
-    limit: float,
-    down_blocks: Tensor,
-    down_bias: Tensor,
-    down_scales: Tensor,
-    ep_size: int,
-    ep_rank: int,
-) -> Tensor:
     name = "triton_mxfp4_moe" if ep_size == 1 else "triton_mxfp4_moe_ep"
     check_mxfp4_moe(
         name, hidden_states, router_weight, router_bias, top_k, gate_up_blocks, gate_up_bias, gate_up_scales,
