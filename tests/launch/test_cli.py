@@ -361,6 +361,14 @@ def test_explain_reads_a_report_and_a_folder_of_them(tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)["victims"][0]["rank"] == 0
 
 
+def test_a_terminal_without_a_character_shows_its_number_and_json_stays_whole(tmp_path):
+    failed = Failure(rank=0, world=1, host="h", pid=7, phase="run", what="größer 🦄", exit_code=1, time_ns=1)
+    path = str(write(tmp_path, failed))
+    shown = cli("explain", path, PYTHONIOENCODING="ascii")
+    assert shown.returncode == 0 and r"while run: gr\xf6\xdfer \U0001f984" in shown.stdout
+    assert json.loads(cli("explain", path, "--json", PYTHONIOENCODING="ascii").stdout)["what"] == failed.what
+
+
 def test_explain_refuses_what_is_no_report(tmp_path, capsys):
     (tmp_path / "x.json").write_text("[1, 2]")
     assert main(["explain", str(tmp_path / "x.json")]) == 1

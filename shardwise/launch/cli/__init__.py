@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import errno
 import importlib
+import io
 import sys
 import traceback
 from collections.abc import Sequence
@@ -32,6 +33,8 @@ ECHO_PAUSE = 0.5
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; the return value is the process's exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal without a character shows its number, not an error
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         return _dispatch(words)
     except KeyboardInterrupt:

@@ -43,7 +43,8 @@ def table_stream(target: str | None) -> TextIO:
 def write_json(value: Any, target: str | None) -> None:
     """To a file, to standard output for `-`, nowhere for None."""
     if target is not None:
-        write_lines([json.dumps(value, indent=1, ensure_ascii=False)], target)
+        escaped = target == "-" and (getattr(sys.stdout, "encoding", None) or "utf-8").lower() != "utf-8"
+        write_lines([json.dumps(value, indent=1, ensure_ascii=escaped)], target)
 
 
 def write_lines(lines: Iterable[str], target: str) -> None:
