@@ -9,6 +9,7 @@ Each pair of a token and an expert reads the rows of its own expert, and is all 
 from shardwise.ops.gluon_support import gl, jit
 from shardwise.ops.linear.int4_kernels import sum_layout, token_layout
 from shardwise.ops.moe.decode_kernels import activate, choose, routed, store_sum
+from shardwise.ops.moe.decode_packed import dealt
 from shardwise.ops.moe.int4_kernels import product, warp_layout
 from shardwise.ops.triton_support import await_and_trigger, tl
 
@@ -78,22 +79,8 @@ def int4_down(
     await_and_trigger(PDL)
     slab = gl.program_id(0) * S
     token = gl.program_id(1)
-    count = 0
-    for choice in gl.static_range(CHOICES):
-        count += (gl.load(id_ptr + token * CHOICES + choice) >= 0).to(gl.int32)
-    parts = W // gl.maximum(count, 1)
     warp = gl.arange(0, W, layout=OF_WARP)
-    expert = warp * 0
-    pair = warp * 0 + token * CHOICES
-    held = warp < 0
-    number = 0
-    for choice in gl.static_range(CHOICES):  # a warp takes the local choice of its own number
-        slot = gl.load(id_ptr + token * CHOICES + choice)
-        mine = (warp // parts == number) & (slot >= 0)
-        expert = gl.where(mine, slot, expert)
-        pair = gl.where(mine, token * CHOICES + choice, pair)
-        held = held | mine
-        number += (slot >= 0).to(gl.int32)
+    count, parts, expert, pair, held = dealt(id_ptr, token, warp, CHOICES, W)
     tiles = size // TILE
     first = warp % parts
     stop = gl.where(held, tiles, first)

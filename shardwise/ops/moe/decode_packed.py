@@ -166,22 +166,13 @@ def packed_up(
 
 
 @jit
-def packed_down(
-    inner_ptr, id_ptr, route_ptr, residual_ptr, out_ptr, hidden, size, word_ptr, scale_ptr, bias_ptr, tiles_n, tiles_k,
-    CHOICES: tl.constexpr, RESIDUAL: tl.constexpr, PDL: tl.constexpr, DEPTH: tl.constexpr, EVEN: tl.constexpr,
-    WARPS: tl.constexpr, INTERPRET: tl.constexpr,
-):  # fmt: skip
-    """Sixteen rows of one token's sum. Its local experts are dealt to the warps, as many to each."""
-    ACC: tl.constexpr = gl.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[WARPS, 1, 1], instr_shape=[1, 16, 8])
-    WORDS: tl.constexpr = gl.BlockedLayout([1, 1, 1, 4], [1, 8, 4, 1], [WARPS, 1, 1, 1], [3, 2, 1, 0])
-    OF_WARP: tl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, gl.SliceLayout(3, WORDS)))
-    await_and_trigger(PDL)
-    token = gl.program_id(1)
+def dealt(id_ptr, token, warp, CHOICES: tl.constexpr, WARPS: tl.constexpr):
+    """A token's local experts dealt to the warps: how many they are, warps for each, and of every warp its expert, its
+    pair and whether it has any."""
     count = 0
     for choice in gl.static_range(CHOICES):
         count += (gl.load(id_ptr + token * CHOICES + choice) >= 0).to(gl.int32)
     parts = WARPS // gl.maximum(count, 1)
-    warp = gl.arange(0, WARPS, layout=OF_WARP)
     expert = warp * 0
     pair = warp * 0 + token * CHOICES
     held = warp < 0
@@ -193,6 +184,23 @@ def packed_down(
         pair = gl.where(mine, token * CHOICES + choice, pair)
         held = held | mine
         number += (slot >= 0).to(gl.int32)
+    return count, parts, expert, pair, held
+
+
+@jit
+def packed_down(
+    inner_ptr, id_ptr, route_ptr, residual_ptr, out_ptr, hidden, size, word_ptr, scale_ptr, bias_ptr, tiles_n, tiles_k,
+    CHOICES: tl.constexpr, RESIDUAL: tl.constexpr, PDL: tl.constexpr, DEPTH: tl.constexpr, EVEN: tl.constexpr,
+    WARPS: tl.constexpr, INTERPRET: tl.constexpr,
+):  # fmt: skip
+    """Sixteen rows of one token's sum. Its local experts are dealt to the warps, as many to each."""
+    ACC: tl.constexpr = gl.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[WARPS, 1, 1], instr_shape=[1, 16, 8])
+    WORDS: tl.constexpr = gl.BlockedLayout([1, 1, 1, 4], [1, 8, 4, 1], [WARPS, 1, 1, 1], [3, 2, 1, 0])
+    OF_WARP: tl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, gl.SliceLayout(3, WORDS)))
+    await_and_trigger(PDL)
+    token = gl.program_id(1)
+    warp = gl.arange(0, WARPS, layout=OF_WARP)
+    count, parts, expert, pair, held = dealt(id_ptr, token, warp, CHOICES, WARPS)
     each = gl.cdiv(tiles_k, parts)
     first = warp % parts * each
     stop = gl.where(held, gl.minimum(first + each, tiles_k), first)
