@@ -1,5 +1,6 @@
 """What a user may ask of the runtime, by word or number, as far as that is known without torch, ranks and weights."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -41,6 +42,8 @@ def made_folder(name: str, path: str) -> str:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"{name} {path}: no folder can be made there: {error.strerror}") from None
+    if not os.access(folder, os.W_OK):
+        raise ValueError(f"{name} {path}: no permission to write there")
     return str(folder)
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import inspect
+import os
 from dataclasses import fields
 
 import pytest
@@ -50,6 +51,12 @@ def test_an_unknown_option_is_a_type_error_that_lists_the_known_ones():
 def test_what_is_no_path_is_a_type_error(name):
     with pytest.raises(TypeError, match=f"{name} is 5, expected a path"):
         model_config(RANK, None, "smollm2", **{name: 5})
+
+
+def test_a_folder_that_cannot_be_written_into_is_refused_before_the_work(monkeypatch, tmp_path):
+    monkeypatch.setattr("os.access", lambda path, mode: (path, mode) != (tmp_path, os.W_OK))
+    with pytest.raises(ValueError, match="^trace /.*: no permission to write there"):
+        model_config(RANK, None, "smollm2", trace=str(tmp_path))
 
 
 @pytest.mark.parametrize("model", [None, 5, ["smollm2"], b"smollm2"])
