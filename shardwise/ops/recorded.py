@@ -107,9 +107,10 @@ def _splitter(function: Operator, unread: Collection[str]) -> Callable[[tuple], 
 def _stream(tensor: torch.Tensor) -> int | None:
     """Handle of the current stream of a tensor's GPU; None where calls run as they are written: on another device than
     the current one, inside of a call that is being recorded, in the capture of a graph."""
-    if interpreting() or tensor.get_device() != current_device() or get_ident() in triton_support.recorders:
+    device = tensor.get_device()
+    if device < 0 or interpreting() or device != current_device() or get_ident() in triton_support.recorders:
         return None
-    stream = raw_stream()(tensor.get_device())
+    stream = raw_stream()(device)
     return None if stream and capturing() else stream
 
 

@@ -79,8 +79,8 @@ def compile_for_target(kernel, arguments, options):
         failures.append({"kernel": kernel.__name__, "reason": f"{shared} bytes of shared memory"})
 
 
-def call_form(self, grid, pointers, free):
-    compile_for_target(self._kernel, (*pointers, *free, *self._fixed), self._options)
+def call_form(self, grid, pointers, free, kept=triton_support.NONE):
+    compile_for_target(self._kernel, (*pointers, *kept.tensors, *free, *self._fixed), self._options)
 
 
 def call_chain(self, tensors):
