@@ -53,7 +53,10 @@ def _plan(args: argparse.Namespace) -> int:
     if args.export_tp_plan:
         from shardwise.sharding.tp_export import export_tp_plan
 
-        write_lines([json.dumps(export_tp_plan(planned), indent=1)], args.export_tp_plan)
+        styles = export_tp_plan(planned)
+        if not styles:
+            raise ValueError(f"--export-tp-plan: {planned.layout} cuts nothing, so there is no tp_plan: give --tp")
+        write_lines([json.dumps(styles, indent=1)], args.export_tp_plan)
         return DONE
     cost = _cost(args, planned)
     if args.json:
