@@ -125,7 +125,7 @@ def test_unusable_command_lines_are_one_sentence_and_exit_with_2(words):
         (["plan"], 2, "the following arguments are required: MODEL (shardwise plan --help"),
         (["plan", "smollm2", "--json", "/no/such/file"], 2, "--json /no/such/file: there is no folder /no/such"),
         (["plan", "smollm2", "--html", "/tmp"], 2, "--html /tmp: is a folder"),
-        (["plan", "smollm2", "--export-tp-plan"], 2, "--export-tp-plan: tp 1 cuts nothing, so there is no tp_plan: give --tp"),
+        (["plan", "smollm2", "--export-tp-plan"], 2, "tp 1 cuts nothing, so there is no tp_plan: give --tp"),
         (["doctor", "--json", "/no/such/file"], 2, "--json /no/such/file: there is no folder /no/such"),
         (["bench", "comm", "-n", "9999999"], 3, "9999999 ranks do not fit on this host: each takes 128 MiB of its own"),
         (["shard", "/no/such", "--out", "y", "--merge"], 1, "/no/such: there is no such folder"),
