@@ -177,9 +177,9 @@ def serve(context: "RankContext") -> None:
     session = Session(context, ModelConfig(**context.payload))
     gc.freeze()  # else a full collection looks through a loaded model and its libraries: 0.1 s amid the tokens
     capacity, stats = session.engine.capacity, asdict(session.stats())
-    context.emit("ready", transport=session.transport, device=session.device, capacity=capacity, stats=stats)
     assert context.link is not None
-    with context.phase("idle"):
+    with context.phase("idle"):  # told before the parent hears that the rank is ready
+        context.emit("ready", transport=session.transport, device=session.device, capacity=capacity, stats=stats)
         for command in context.link.commands():
             if command["command"] == LEAVE:
                 continue  # of a call that has ended
