@@ -58,8 +58,8 @@ class Engine:
     plan         a plan of that model; its layout has the size of `groups.world`
     dtype        of weights and activations: a torch dtype, its name, or "auto" (float32 on the CPU, bfloat16 on GPUs)
     weights      "native": quantised weights stay packed where a layer can use them (integers of 4 and 8 bits in groups
-                 and GGUF's such types on the CPU, float8 and MXFP4 experts on GPUs); "dequantised": they become
-                 `dtype`; "auto": dequantised on the CPU, on GPUs native where that is possible
+                 and GGUF's such types on the CPU; float8, 4-bit integers and MXFP4 experts on GPUs); "dequantised":
+                 they become `dtype`; "auto": dequantised on the CPU, on GPUs native where that is possible
     cache_tokens tokens that the KV cache holds, in pages that requests share; None: a row for each running request on
                  the CPU, pages where windows are shorter than rows, what the weights leave of the memory on a GPU
     decode       which code runs steps of single tokens, see `Runner`
