@@ -33,6 +33,9 @@ from shardwise.ops.workspace import Workspace
 _address = torch.Tensor.data_ptr
 Operator = Callable[..., torch.Tensor]
 Beside = Callable[..., tuple[Tensors, Hashable]]
+LARGEST = 4 << 20
+"""Bytes of a result up to which calls are recorded: the kernels of larger ones take longer than the host, and a second
+run would need their memory twice."""
 _UNTRIED = object()
 _POISON = 0xFF  # NaN in every format of floating point
 
@@ -60,7 +63,8 @@ def recorded(*, unread: Collection[str] = (), beside: Beside | None = None) -> C
             layout = layouts.get(key, tensors)
             if layout is None:
                 result = function(*args)
-                if len({*map(id, tensors)}) == len(tensors):  # else they would never compare
+                compares = len({*map(id, tensors)}) == len(tensors)  # a tensor given twice never does
+                if compares and result.nbytes <= LARGEST:
                     layouts.keep(key, tensors, {})
                 return result
             if beside is not None:

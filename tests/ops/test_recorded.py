@@ -70,6 +70,16 @@ def test_from_the_third_call_on_launches_run_without_the_function():
     assert calls == [1.0, 1.0, 3.0, 3.0, 1.0]
 
 
+def test_large_results_are_not_recorded(monkeypatch):
+    monkeypatch.setattr(module, "LARGEST", 4 * 2 * COUNT - 1)  # bytes
+    calls = []
+    operator = recorded()(four_times(calls))
+    for _ in range(3):
+        x, y = drawn()
+        torch.testing.assert_close(operator(x, y), expected(x, y, 1.0))
+    assert len(calls) == 3
+
+
 def test_results_do_not_share_memory():
     operator = recorded()(four_times([]))
     given = [drawn() for _ in range(5)]
