@@ -155,6 +155,18 @@ def expert_rows(bandwidth: float) -> list[dict]:
     return rows
 
 
+def show(row: dict) -> None:
+    """Print a row, as one line of JSON."""
+    print(json.dumps({name: round(v, 4) if isinstance(v, float) else v for name, v in row.items()}), flush=True)
+
+
+def write(path: str, bandwidth: float, rows: list[dict]) -> None:
+    """Write all rows, with the machine and the rate of a copy in bytes a second."""
+    report = {"machine": machine_facts(), "copy_bytes_per_second": bandwidth, "rows": rows}
+    with open(path, "w") as file:
+        json.dump(report, file, indent=1)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--sweep", action="store_true")
@@ -164,11 +176,9 @@ def main() -> None:
     found = [row for shape in SHAPES for row in product_rows(shape, bandwidth, args.sweep)]
     found += [] if args.sweep else expert_rows(bandwidth)
     for row in found:
-        print(json.dumps({name: round(v, 4) if isinstance(v, float) else v for name, v in row.items()}))
+        show(row)
     if args.json:
-        report = {"machine": machine_facts(), "copy_bytes_per_second": bandwidth, "rows": found}
-        with open(args.json, "w") as file:
-            json.dump(report, file, indent=1)
+        write(args.json, bandwidth, found)
 
 
 if __name__ == "__main__":

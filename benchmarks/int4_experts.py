@@ -10,16 +10,14 @@ choose from logits; more come with their choice. `wide_us` is what writing the l
 """
 
 import argparse
-import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
 
 import torch
-from float8_weights import FOOTPRINT, difference
+from float8_weights import FOOTPRINT, difference, show, write
 from torch import Tensor
 
-from shardwise.launch.machine import machine_facts
 from shardwise.ops.bench.measure import several_microseconds
 from shardwise.ops.moe import decode
 from shardwise.ops.moe.decode import Choice, Experts, Gate, expert_down, expert_up
@@ -170,11 +168,9 @@ def main() -> None:
     for layer, tokens in product(map(Layer, SHAPES), args.tokens or (SWEPT if args.sweep else TOKENS)):
         row = row_of(layer, tokens, bandwidth, args.sweep)
         found.append(row)
-        print(json.dumps({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}), flush=True)
+        show(row)
     if args.json:
-        report = {"machine": machine_facts(), "copy_bytes_per_second": bandwidth, "rows": found}
-        with open(args.json, "w") as file:
-            json.dump(report, file, indent=1)
+        write(args.json, bandwidth, found)
 
 
 if __name__ == "__main__":

@@ -10,16 +10,14 @@ tokens a 4-bit weight becomes a plain matrix first.
 """
 
 import argparse
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
 
 import torch
-from float8_weights import FOOTPRINT, difference
+from float8_weights import FOOTPRINT, difference, show, write
 from torch import Tensor
 
-from shardwise.launch.machine import machine_facts
 from shardwise.ops.bench.measure import several_microseconds
 from shardwise.ops.linear.decode import gated_activation, skinny_linear
 from shardwise.ops.linear.int4 import Tile, few_int4
@@ -141,11 +139,9 @@ def main() -> None:
         counts = [n for n in args.tokens if n <= MAX_MANY or not args.sweep]
         for row in product_rows(shape, bandwidth, args.sweep, counts):
             found.append(row)
-            print(json.dumps({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}), flush=True)
+            show(row)
     if args.json:
-        report = {"machine": machine_facts(), "copy_bytes_per_second": bandwidth, "rows": found}
-        with open(args.json, "w") as file:
-            json.dump(report, file, indent=1)
+        write(args.json, bandwidth, found)
 
 
 if __name__ == "__main__":

@@ -27,10 +27,9 @@ from shardwise.ops.plan_cache import PlanCache, Tensors
 from shardwise.ops.scratch import capturing
 from shardwise.ops.tape import Tape
 from shardwise.ops.tape_writer import Recorder, Unrecordable, Writer
-from shardwise.ops.triton_support import interpreting, odd_addresses
+from shardwise.ops.triton_support import address_of, interpreting, odd_addresses
 from shardwise.ops.workspace import Workspace
 
-_address = torch.Tensor.data_ptr
 Operator = Callable[..., torch.Tensor]
 Beside = Callable[..., tuple[Tensors, Hashable]]
 LARGEST = 4 << 20
@@ -58,7 +57,7 @@ def recorded(*, unread: Collection[str] = (), beside: Beside | None = None) -> C
             if stream is None:
                 return function(*args, **named)
             tensors, numbers = split(args)
-            addresses, kind = [*map(_address, tensors)], None
+            addresses, kind = [*map(address_of, tensors)], None
             key = get_ident(), stream, odd_addresses(addresses), *numbers
             layout = layouts.get(key, tensors)
             if layout is None:
@@ -70,7 +69,7 @@ def recorded(*, unread: Collection[str] = (), beside: Beside | None = None) -> C
             if beside is not None:
                 more, kind = beside(*args)
                 tensors += more
-                addresses += map(_address, more)
+                addresses += map(address_of, more)
             tape = layout.get(kind, _UNTRIED)
             if isinstance(tape, Tape):
                 return tape(tensors, addresses, stream)

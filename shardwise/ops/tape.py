@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 import torch
 
 from shardwise.ops.plan_cache import Tensors, View, view
+from shardwise.ops.triton_support import address_of
 
-_address = torch.Tensor.data_ptr
 READY = 64
 """Sets of addresses for which a tape keeps the arguments of its launches"""
 
@@ -72,7 +72,7 @@ class Tape:
     def __call__(self, tensors: Tensors, addresses: list[int], stream: int) -> torch.Tensor:
         """Run on tensors, which lie at these addresses."""
         made: list[Any] = [make and make() for make in self.makes]
-        addresses += [0 if tensor is None else _address(tensor) for tensor in made]
+        addresses += [0 if tensor is None else address_of(tensor) for tensor in made]
         if self.alone:
             for start, grid, args in self.ready.get((*addresses,)) or self._readied(addresses):
                 start(*grid, stream, *args)
@@ -83,7 +83,7 @@ class Tape:
                 step.start(*step.grid, stream, *_filled(step, addresses))
             else:
                 known.append(step.run(known))
-                addresses.append(_address(known[-1]))
+                addresses.append(address_of(known[-1]))
         if self.final is None:
             return made[0]
         source, part = self.final

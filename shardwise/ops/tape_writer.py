@@ -13,9 +13,9 @@ from shardwise.kernel_start import Start, unfold
 from shardwise.ops import triton_support
 from shardwise.ops.plan_cache import Tensors, allocator
 from shardwise.ops.tape import Launch, Product, Slot, Tape
+from shardwise.ops.triton_support import address_of
 from shardwise.ops.workspace import Workspace
 
-_address = torch.Tensor.data_ptr
 _ALIGNED = 256
 """Bytes at multiples of which memory of a call's own begins, as an allocation does"""
 
@@ -154,10 +154,10 @@ class Writer:
             place, form = self._place(arg), forms.get(at)
             if place is not None:
                 source, tensor, first = place
-                slots.append(Slot(at + len(start.rest), source, first + _address(arg) - _address(tensor), form))
+                slots.append(Slot(at + len(start.rest), source, first + address_of(arg) - address_of(tensor), form))
                 filled[slots[-1].at] = None
             else:
-                filled[at + len(start.rest)] = _address(arg) if form is None else form(_address(arg))
+                filled[at + len(start.rest)] = address_of(arg) if form is None else form(address_of(arg))
         return Launch(launcher, grid, filled, tuple(slots))
 
     def _product(self, function: Callable, args: tuple, named: dict, _result: torch.Tensor) -> Product:

@@ -178,7 +178,7 @@ class Launcher:
             _note(launch, grid, args)
 
 
-_address = torch.Tensor.data_ptr
+address_of = torch.Tensor.data_ptr
 
 
 def odd_addresses(addresses: Sequence[int]) -> Any:
@@ -192,7 +192,7 @@ class Kept:
     __slots__ = ("addresses", "tensors")
 
     def __init__(self, tensors: tuple[torch.Tensor, ...] = ()):
-        self.tensors, self.addresses = tensors, tuple(map(_address, tensors))
+        self.tensors, self.addresses = tensors, tuple(map(address_of, tensors))
 
 
 NONE = Kept()
@@ -227,7 +227,7 @@ class Form:
         if self._index != current_device():
             with torch.cuda.device(self._device):
                 return self(grid, pointers, free, kept)
-        addresses = [*map(_address, pointers), *kept.addresses]  # numbers spare Triton a driver query each
+        addresses = [*map(address_of, pointers), *kept.addresses]  # numbers spare Triton a driver query each
         odd = odd_addresses(addresses)
         launch = self._launches.get(odd)
         if launch is not None:
@@ -315,7 +315,7 @@ class Chain:
 
     def __call__(self, tensors: tuple[torch.Tensor, ...]) -> None:
         """Run all."""
-        addresses = [*map(_address, tensors)]
+        addresses = [*map(address_of, tensors)]
         odd = odd_addresses(addresses)
         bound = self._bound.get(odd)
         if bound is None or recorders or self._index != current_device():
