@@ -40,11 +40,12 @@ class WaitingCommunicator(BaseCommunicator):
         limit = self.deadlines.in_phase(watch.current_phase())
         end = time.monotonic() + limit
         while True:
+            ended = work.is_completed()  # asked before: work that ends right after a slice has not failed
             try:
                 work.wait(SLICE)
                 return
             except RuntimeError as error:
-                if work.is_completed() or not _timed_out(error):
+                if ended or not _timed_out(error):
                     raise self._library_failed(error) from error
             self._look_for_abort()
             if time.monotonic() > end:

@@ -12,8 +12,9 @@ from shardwise.comm import watch
 from shardwise.comm.arrival import MessageArrivals
 from shardwise.comm.base import CollectiveMismatch, CollectiveTimeout, CommError
 from shardwise.comm.control import MESSAGE_BYTES, fingerprint
-from shardwise.comm.rank import current_groups
+from shardwise.comm.rank import RankInfo, current_groups
 from shardwise.comm.segment import WaitFailed
+from shardwise.comm.strategy import create
 from shardwise.comm.watch import Deadlines
 from shardwise.testing import run_processes, run_threads
 
@@ -207,6 +208,35 @@ def test_what_mpi_may_still_write_stays_when_a_meeting_gives_up():
         meeting.meet(0.01, 7)
     gc.collect()
     assert kept[0]() is not None
+
+
+@pytest.mark.parametrize("error", [None, "Timed out waiting 1800000ms for recv operation to complete"])
+def test_gloo_work_that_ends_right_after_a_slice_is_asked_how_it_ended(monkeypatch, error):
+    """Its wait says that it timed out, and it is done when the rank looks."""
+
+    class Work:
+        ended = False
+
+        def is_completed(self):
+            return self.ended
+
+        def wait(self, limit):
+            if not self.ended:
+                self.ended = True
+                raise RuntimeError("Operation timed out!")
+            if error:
+                raise RuntimeError(error)
+
+    group = create(RankInfo(), transport="gloo")
+    monkeypatch.setattr(torch.distributed, "broadcast", lambda *_, **__: Work())
+    try:
+        if error is None:
+            assert group.broadcast(torch.ones(2), 0).tolist() == [1.0, 1.0]
+        else:
+            with pytest.raises(CommError, match=f"broadcast #1 on group world, rank 0: gloo failed: {error}"):
+                group.broadcast(torch.ones(2), 0)
+    finally:
+        group.close()
 
 
 def test_check_mode_sees_a_difference_behind_what_is_too_long_to_send():
