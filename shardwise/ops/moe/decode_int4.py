@@ -8,7 +8,7 @@ Each pair of a token and an expert reads the rows of its own expert, and is all 
 
 from shardwise.ops.gluon_support import gl, jit
 from shardwise.ops.linear.int4_kernels import sum_layout, token_layout
-from shardwise.ops.moe.decode_kernels import activate, choose, routed, store_sum
+from shardwise.ops.moe.decode_kernels import activate, routed_slot, store_sum
 from shardwise.ops.moe.decode_packed import dealt
 from shardwise.ops.moe.int4_kernels import product, warp_layout
 from shardwise.ops.triton_support import await_and_trigger, tl
@@ -41,13 +41,10 @@ def int4_up(
     pair = gl.program_id(1)
     token = pair // TOP_K
     e = gl.arange(0, E_BLOCK, layout=EXPERTS)
-    slots = gl.load(slot_ptr + e, mask=e < experts, other=-1)
-    position = gl.load(position_ptr + token) if PADDED else 0
-    await_and_trigger(PDL)
-    slot, weight = choose(
-        logit_ptr + token * logit_row, e, slots, pair % TOP_K, experts, scale, TOP_K, NORMALIZE
+    slot = routed_slot(
+        logit_ptr, slot_ptr, position_ptr, id_ptr, route_ptr, pair, e, logit_row, experts, scale,
+        TOP_K, NORMALIZE, PADDED, PDL,
     )  # fmt: skip
-    slot = routed(slot, weight, position, id_ptr + pair, route_ptr + pair, PADDED)
     if slot >= 0:
         warp = gl.arange(0, W, layout=OF_WARP)
         tiles = hidden // TILE

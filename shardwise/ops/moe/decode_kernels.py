@@ -44,6 +44,23 @@ def routed(slot, weight, position, id_ptr, route_ptr, PADDED: tl.constexpr):
 
 
 @triton.jit
+def routed_slot(
+    logit_ptr, slot_ptr, position_ptr, id_ptr, route_ptr, pair, e, logit_row, experts, scale,
+    TOP_K: tl.constexpr, NORMALIZE: tl.constexpr, PADDED: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """As `routed`, of the expert that a pair chooses; e: all experts, in the caller's layout.
+
+    Only what no kernel before this one writes is read before its end.
+    """
+    token = pair // TOP_K
+    slots = tl.load(slot_ptr + e, mask=e < experts, other=-1)
+    position = tl.load(position_ptr + token) if PADDED else 0
+    await_and_trigger(PDL)
+    slot, weight = choose(logit_ptr + token * logit_row, e, slots, pair % TOP_K, experts, scale, TOP_K, NORMALIZE)
+    return routed(slot, weight, position, id_ptr + pair, route_ptr + pair, PADDED)
+
+
+@triton.jit
 def activate(gate, up, alpha, limit, CLAMPED: tl.constexpr):
     if CLAMPED:
         gate = tl.minimum(gate, limit)

@@ -9,7 +9,7 @@ product. Only the sums of warps that share rows pass through shared memory.
 # mypy: ignore-errors
 
 from shardwise.ops.gluon_support import gl, jit, mma_v2
-from shardwise.ops.moe.decode_kernels import choose, routed, store_sum
+from shardwise.ops.moe.decode_kernels import routed_slot, store_sum
 from shardwise.ops.moe.mxfp4_pieces import unpack_slabs
 from shardwise.ops.ptx import keep_loads_above
 from shardwise.ops.triton_support import await_and_trigger, tl
@@ -130,13 +130,10 @@ def packed_up(
     pair = gl.program_id(1)
     token = pair // TOP_K
     e = gl.arange(0, E_BLOCK, layout=EXPERTS)
-    slots = gl.load(slot_ptr + e, mask=e < experts, other=-1)
-    position = gl.load(position_ptr + token) if PADDED else 0
-    await_and_trigger(PDL)
-    slot, weight = choose(
-        logit_ptr + token * logit_row, e, slots, pair % TOP_K, experts, scale, TOP_K, NORMALIZE
+    slot = routed_slot(
+        logit_ptr, slot_ptr, position_ptr, id_ptr, route_ptr, pair, e, logit_row, experts, scale,
+        TOP_K, NORMALIZE, PADDED, PDL,
     )  # fmt: skip
-    slot = routed(slot, weight, position, id_ptr + pair, route_ptr + pair, PADDED)
     if slot >= 0:
         place = gl.arange(0, 64, layout=BIASES)
         bias = gl.load(bias_ptr + (slot * tiles_n + gl.program_id(0)) * 64 + place)
