@@ -145,7 +145,8 @@ class Hub:
     def wait(self, seconds: float) -> tuple[list[dict], list[int]]:
         """(events of ranks, descriptors that woke us); both empty when the time is over.
 
-        With a descriptor that tells that a rank has ended come all events that the rank sent before.
+        With a descriptor that tells that a rank has ended come all events that the rank sent before; in a wait of 0
+        seconds, all that any rank has sent.
         """
         ready = self._selector.select(seconds)
         woken = [key.fd for key, _ in ready if key.data == "sentinel"]
@@ -155,7 +156,7 @@ class Hub:
                     self._accept()
                 else:
                     self._read(key.data)
-            ready = self._selector.select(0) if woken else []
+            ready = self._selector.select(0) if woken or not seconds else []
         events = list(self._events)
         self._events.clear()
         return events, woken

@@ -1,6 +1,5 @@
 """Ranks as Ray actors: one placement group, one actor a rank, demo mode's collectives among them."""
 
-import contextlib
 import os
 import re
 import signal
@@ -38,7 +37,8 @@ class Ray(Backend):
         self._ended: dict[int, int | None] = {}
         self._killed: set[int] = set()
         """Ranks that ended because we said so: their ends explain nothing."""
-        self._reader, self._writer = os.pipe()
+        self._ends: list[int] = []
+        """By rank, a descriptor that becomes readable when its actor has ended."""
         self._closing = threading.Event()
         self._watcher: threading.Thread | None = None
 
@@ -122,6 +122,7 @@ class Ray(Backend):
             ).remote()
             self._actors.append(actor)
         places = _places(ray, self._group, job.world)
+        self._ends = [os.eventfd(0) for _ in range(job.world)]
         refs = {
             actor.run.remote(description, info): info.rank for actor, info in zip(self._actors, places, strict=True)
         }
@@ -135,14 +136,14 @@ class Ray(Backend):
             done, left = ray.wait(left, num_returns=1, timeout=0.2)
             for ref in done:
                 self._ended[refs[ref]] = _exit_code(ray, ref)
-                with contextlib.suppress(OSError):
-                    os.write(self._writer, b".")
+                os.eventfd_write(self._ends[refs[ref]], 1)
 
     def sentinels(self) -> list[int]:
-        return [self._reader]
+        return self._ends
 
     def exits(self) -> dict[int, int | None]:
-        return {rank: code for rank, code in self._ended.items() if rank not in self._killed}
+        ended = self._ended.copy()  # the watching thread adds to it
+        return {rank: code for rank, code in ended.items() if rank not in self._killed}
 
     def running(self) -> bool:
         return len(self._ended) < len(self._actors)
@@ -160,9 +161,9 @@ class Ray(Backend):
         if self._watcher is not None:
             self._watcher.join()
             self._watcher = None
-        for descriptor in (self._reader, self._writer):
-            with contextlib.suppress(OSError):
-                os.close(descriptor)
+        for descriptor in self._ends:
+            os.close(descriptor)
+        self._ends = []
         if self._group is not None:
             import ray
 

@@ -96,47 +96,54 @@ class Supervisor:
 
     def wait_for_ranks(self) -> None:
         """Until every rank has reported; `Deadlines.start` bounds it."""
-        end = time.monotonic() + self.job.deadlines.start
+        begun = time.monotonic()
         early = []
         while len(self.hub.hello) < self.job.world:
-            early += self.next_events(end - time.monotonic(), "a rank to report")
+            early += self.next_events(self.job.deadlines.start, "a rank to report", begun)
         self._early = early
 
     def finish(self, on_event: Callable[[dict], None] = lambda event: None, deadline: float | None = None) -> list[Any]:
         """Until every rank's function has returned and every process has ended; the results by rank."""
         self.wait_for_ranks()
-        end = time.monotonic() + deadline if deadline else None
+        begun = time.monotonic()
         while len(self.results) < self.job.world:
-            for event in self.next_events(end - time.monotonic() if end else None, "the job to end"):
+            for event in self.next_events(deadline or None, "the job to end", begun):
                 on_event(event)
         self.backend.wait(self.job.deadlines.stop)
         self._end()
         self._release(failed=False)
         return [self.results[rank] for rank in range(self.job.world)]
 
-    def next_events(self, seconds: float | None, waiting_for: str) -> list[dict]:
+    def next_events(self, seconds: float | None, waiting_for: str, begun: float | None = None) -> list[dict]:
         """The next events of the ranks' own. Raises JobFailed for a failure, or after `seconds` without any event.
 
-        May be empty when only the supervisor's own bookkeeping moved on.
+        begun  when the wait began, on the monotonic clock; None: now
+        May be empty when only the supervisor's own bookkeeping moved on. What has come is taken, however late.
         """
         if self._early:
             early, self._early = self._early, []
             return early
-        end = None if seconds is None else time.monotonic() + seconds
+        begun = time.monotonic() if begun is None else begun
         while True:
-            left = 3600.0 if end is None else end - time.monotonic()
-            if left <= 0:
-                self._stalled(seconds or 0.0, waiting_for)
+            left = 3600.0 if seconds is None else begun + seconds - time.monotonic()
             before = len(self.hub.hello) + len(self.results)
             events = self._take(left)
             if self._trouble is not None:
                 self._collapse()
             if events or len(self.hub.hello) + len(self.results) != before:
                 return events
+            if seconds is not None and left <= 0:
+                self._stalled(seconds, waiting_for)
 
     def _take(self, seconds: float) -> list[dict]:
         """Wait once; book what concerns the supervisor, return the rest."""
         events, woken = self.hub.wait(max(0.0, seconds))
+        exits: dict[int, int | None] = {}
+        running = True
+        if woken:  # asked before the last look at the line: of a rank that has ended all is there to be read
+            exits, running = self.backend.exits(), self.backend.running()
+            later, woken = self.hub.wait(0.0)
+            events += later
         rest = []
         for event in events:
             kind, rank = event["event"], event["rank"]
@@ -156,7 +163,7 @@ class Supervisor:
             else:
                 rest.append(event)
         for descriptor in woken:
-            self._ended_process(descriptor)
+            self._ended_process(descriptor, exits, running)
         return rest
 
     def _announce_store(self) -> None:
@@ -176,14 +183,15 @@ class Supervisor:
         self._pidfds[descriptor] = rank
         self.hub.watch(descriptor)
 
-    def _ended_process(self, descriptor: int) -> None:
+    def _ended_process(self, descriptor: int, exits: dict[int, int | None], running: bool) -> None:
+        """`exits` and `running` are the backend's, from before the events that are booked were read."""
         self.hub.forget(descriptor)
         rank = self._pidfds.get(descriptor)
         if rank is not None:
             self._died.setdefault(rank, time.time_ns())
-        dead = [rank] if rank is not None else [*self.backend.exits()]
+        dead = [rank] if rank is not None else [*exits]
         early = [rank for rank in dead if rank not in self.results]
-        launcher_left = rank is None and not self.backend.running() and len(self.results) < self.job.world
+        launcher_left = rank is None and not running and len(self.results) < self.job.world
         if early or launcher_left:
             self._trouble = self._trouble or time.monotonic()
 
@@ -240,8 +248,10 @@ class Supervisor:
             hello = self.hub.hello.get(rank)
             log = self.job.log(rank)
             if hello and hello.host == socket.gethostname() and watch.process_alive(hello.pid, hello.started):
-                lengths[rank] = log.stat().st_size if log.exists() else 0
-                os.kill(hello.pid, signal.SIGUSR2)
+                length = log.stat().st_size if log.exists() else 0
+                with contextlib.suppress(ProcessLookupError):  # it has just ended, and has no stacks
+                    os.kill(hello.pid, signal.SIGUSR2)
+                    lengths[rank] = length
         if lengths:
             time.sleep(DUMP)
         return {rank: postmortem.tail(self.job.log(rank), start=length) for rank, length in lengths.items()}
