@@ -10,10 +10,10 @@ Gate and up rows go to rows r and r + 8 of a slab, so that one thread holds both
 """
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -119,43 +119,61 @@ def join_bytes(parts: Tensor) -> Tensor:
 
 
 class PackedOnce(Generic[Packed]):
-    """What is made of weight tensors, kept as long as the sources' memory lives and none of them is written to."""
+    """What is made of weight tensors, kept as long as the sources' memory lives and none of them is written to.
+
+    What has lost its sources is given back when something is made of other ones, here or in another instance.
+    """
+
+    _everywhere: ClassVar["weakref.WeakSet[PackedOnce]"] = weakref.WeakSet()
 
     def __init__(self) -> None:
-        self._kept: dict[tuple, tuple[list[StorageWeakRef], list[int], Packed]] = {}
+        self._kept: dict[tuple, tuple[list[StorageWeakRef], list[Place], Packed]] = {}
         # The same, by the first source's identity, for calls that bring the very tensors of an earlier one.
-        self._near: dict[tuple[int, str], tuple[list[weakref.ref], list[int], Packed]] = {}
+        self._near: dict[tuple[int, str], tuple[list[weakref.ref], list[StorageWeakRef], list[Place], Packed]] = {}
+        self._everywhere.add(self)
 
     def get(self, sources: tuple[Tensor, ...], arrangement: str, make: Callable[[], Packed]) -> Packed:
         """What `make` gave for these sources before, or gives now."""
-        versions = [0 if source.is_inference() else source._version for source in sources]
-        seen, then, near = self._near.get((id(sources[0]), arrangement), _NEVER)
-        if then == versions and all(one() is source for one, source in zip(seen, sources, strict=True)):
+        # An assignment to a tensor's `data` changes neither its identity nor its version.
+        places = [(source.data_ptr(), 0 if source.is_inference() else source._version) for source in sources]
+        seen, storages, then, near = self._near.get((id(sources[0]), arrangement), _NEVER)
+        same = then == places and all(one() is source for one, source in zip(seen, sources, strict=True))
+        if same and not _expired(storages):
             return near
-        packed = self._get(sources, arrangement, versions, make)
+        storages, packed = self._get(sources, arrangement, places, make)
         if len(self._near) >= NEAR:
             self._near.clear()
-        self._near[id(sources[0]), arrangement] = [weakref.ref(source) for source in sources], versions, packed
+        self._near[id(sources[0]), arrangement] = [weakref.ref(one) for one in sources], storages, places, packed
         return packed
 
-    def _get(self, sources, arrangement, versions, make) -> Packed:
+    def _get(self, sources, arrangement, places, make) -> tuple[list[StorageWeakRef], Packed]:
         key = (arrangement, *((source.data_ptr(), source.shape, source.stride()) for source in sources))
         found = self._kept.get(key)
-        if found is not None and found[1] == versions and not _expired(found[0]):
-            return found[2]
-        for stale in [other for other, entry in list(self._kept.items()) if _expired(entry[0])]:
+        if found is not None and found[1] == places and not _expired(found[0]):
+            return found[0], found[2]
+        for each in list(self._everywhere):
+            each._give_back()
+        packed = make()
+        storages = [StorageWeakRef(source.untyped_storage()) for source in sources]
+        self._kept[key] = storages, places, packed
+        return storages, packed
+
+    def _give_back(self) -> None:
+        for stale in [key for key, entry in list(self._kept.items()) if _expired(entry[0])]:
             self._kept.pop(stale, None)  # ranks may be threads, and another one was quicker
         self._near.clear()
-        packed = make()
-        self._kept[key] = ([StorageWeakRef(source.untyped_storage()) for source in sources], versions, packed)
-        return packed
 
 
-_NEVER: Any = ((), None, None)
+Place = tuple[int, int]
+"""Address and version of a tensor"""
+_NEVER: Any = ((), (), None, None)
 
 
-def _expired(storages: list[StorageWeakRef]) -> bool:
-    return any(storage.expired() for storage in storages)
+_is_gone = torch.UntypedStorage._expired
+
+
+def _expired(storages: Sequence[StorageWeakRef]) -> bool:
+    return any([_is_gone(storage.cdata) for storage in storages])
 
 
 _PACKED: PackedOnce[PackedMXFP4] = PackedOnce()

@@ -126,7 +126,8 @@ def prepare_mxfp4(
 ) -> None:
     """Re-lay out the weights of one layer now, for later calls of the operators with the same tensors.
 
-    The packed copy takes the size of the originals (padded to multiples of 64) and is given back with them.
+    The packed copy takes the size of the originals (padded to multiples of 64) and is given back when other weights are
+    packed after these are gone.
     """
     packed_once(gate_up_blocks, gate_up_scales, gate_up_bias, paired=True)
     packed_once(down_blocks, down_scales, down_bias, paired=False)

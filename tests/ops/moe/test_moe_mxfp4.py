@@ -1,6 +1,7 @@
 """The MXFP4 kernels: every code and scale bit by bit, layers against float64 and Transformers, expert parallelism."""
 
 import functools
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -9,7 +10,7 @@ from oracles_moe import ALPHA, LIMIT, gpt_oss_layer, gpt_oss_oracle, relative
 
 from shardwise.ops.moe.mxfp4 import mxfp4_moe
 from shardwise.ops.moe.mxfp4_convert import dequantize_tile
-from shardwise.ops.moe.mxfp4_layout import pack_mxfp4, packed_once, row_order
+from shardwise.ops.moe.mxfp4_layout import PackedOnce, pack_mxfp4, packed_once, row_order
 from shardwise.ops.moe.mxfp4_plan import choose_plan
 from shardwise.ops.moe.nvfp4 import pack_nvfp4
 from shardwise.ops.moe.reference import mxfp4_moe_reference
@@ -109,6 +110,28 @@ def test_packing_happens_once_and_again_after_a_write():
         changed.add_(1)
         assert packed_once(*parts, paired=False) is not packed
         packed = packed_once(*parts, paired=False)
+
+
+def test_packing_follows_an_assignment_to_a_tensors_data():
+    layer, other = gpt_oss_layer(2, 64, 32), gpt_oss_layer(2, 64, 32)
+    beside, memory = (layer.down_scales, layer.down_bias), bytearray(layer.down.numel())
+    weight = layer.down.clone()
+    packed_once(weight, *beside, paired=False)
+    for blocks in other.down, layer.down:
+        weight.data = torch.empty(0, dtype=torch.uint8)
+        memory[:] = blocks.numpy().tobytes()  # the same place each time, as an allocator may give it again
+        weight.data = torch.frombuffer(memory, dtype=torch.uint8).view(blocks.shape)
+        packed = packed_once(weight, *beside, paired=False)
+        assert torch.equal(packed.words, pack_mxfp4(blocks, *beside, paired=False).words)
+
+
+def test_what_was_packed_of_weights_that_are_gone_is_given_back():
+    made, kept = PackedOnce(), PackedOnce()
+    weight, other = torch.zeros(4), torch.zeros(4)
+    gone = weakref.ref(made.get((weight,), "", lambda: torch.zeros(4)))
+    del weight
+    kept.get((other,), "", lambda: None)
+    assert gone() is None
 
 
 def randn(*shape):
