@@ -329,10 +329,11 @@ class Chain:
             form(grid, pick(tensors), free)
         if _INTERPRETING:
             return
-        self._bound[odd] = []
+        bound = []  # kept when it is whole: other threads launch what they find
         for (form, grid, free), pick in self._launches:
             (start, _, rest), numbers = form.bound(pick(addresses), free)
-            self._bound[odd].append((start, grid, rest, pick, numbers))
+            bound.append((start, grid, rest, pick, numbers))
+        self._bound[odd] = bound
 
 
 def aligned(*tensors: Any) -> Any:

@@ -1,5 +1,7 @@
 """Cached launches: what makes a new compiled form, and what the compiled form is called with."""
 
+import threading
+
 import pytest
 import torch
 
@@ -125,6 +127,25 @@ def test_a_chain_compiles_anew_only_what_reads_a_tensor_at_an_odd_address(jit):
     assert (len(jit.compilations), len(second.compilations)) == (2, 1)
     assert jit.forms[1].calls == [((1, 1, 1), (a.data_ptr(), b[1:].data_ptr(), 16))]
     assert len(second.forms[0].calls) == 2
+
+
+def test_a_chain_that_another_thread_is_binding_launches_all_its_kernels(jit, monkeypatch):
+    second = Jit()
+    forms = [triton_support.Kernel(kernel).form(DEVICE, (16,), warps=4) for kernel in (jit, second)]
+    chain = triton_support.Chain(DEVICE, "ab", *((triton_support.Launch(form, (1, 1, 1), ()), "ab") for form in forms))
+    tensors, bound, met = (torch.zeros(8), torch.zeros(8)), triton_support.Form.bound, []
+
+    def meeting(form, *args):
+        if form is forms[1] and not met:
+            met.append(form)
+            thread = threading.Thread(target=chain, args=(tensors,))
+            thread.start()
+            thread.join()
+        return bound(form, *args)
+
+    monkeypatch.setattr(triton_support.Form, "bound", meeting)
+    chain(tensors)
+    assert met and len(jit.forms[0].calls) == len(second.forms[0].calls) == 1
 
 
 def test_a_number_that_outgrows_its_32_bits_is_compiled_for_anew(jit, monkeypatch):
