@@ -2,9 +2,12 @@
 
 import threading
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from shardwise.ops.scratch import capturing
 
 
 class Workspace:
@@ -28,7 +31,7 @@ class Workspace:
         owner = (device, torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0)
         if tokens > cls.KEPT_TOKENS:
             return cls(owner)
-        return _kept("workspaces").setdefault((*owner, tokens), cls(owner))
+        return _held(owner, _kept("workspaces").setdefault((*owner, tokens), cls(owner)))
 
     @staticmethod
     def keeps(tensor: Tensor) -> str:
@@ -57,11 +60,23 @@ class Workspace:
         inside a capture come true at its replay, too late for a second graph that uses the same row.
         """
         row = _row(self._owner) if count <= _ROW else None
-        return torch.zeros(count, dtype=torch.int32, device=self._owner[0]) if row is None else row
+        if row is None:
+            return torch.zeros(count, dtype=torch.int32, device=self._owner[0])
+        return _held(self._owner, row)
 
 
 _ROWS, _ROW = 32, 4096  # streams of one thread; programs of a launch, or router blocks of a call: 262144 tokens
 _THREAD = threading.local()
+_HELD: set = set()
+"""What graphs were captured with: they may be replayed when the thread that captured them has ended."""
+
+
+def _held(owner: tuple, kept: Any) -> Any:
+    """`kept`, which a call on this stream is to use; where it is captured, for as long as the process lives."""
+    device, stream = owner
+    if stream and device.type == "cuda" and capturing():  # nothing can be captured on the default stream, which is 0
+        _HELD.add(kept)
+    return kept
 
 
 def _kept(kind: str) -> dict:

@@ -1,6 +1,8 @@
 """Routing kernels: the order of pairs, the table of blocks, ties, and the weighted sum."""
 
 import threading
+import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -140,6 +142,25 @@ def test_a_first_call_inside_a_capture_brings_its_own_zeros(monkeypatch):
     thread.start()
     thread.join()
     assert found == [True]
+
+
+@pytest.mark.parametrize(("stream", "capturing", "stays"), [(7, True, True), (7, False, False), (0, True, False)])
+def test_what_a_graph_was_captured_with_outlives_the_thread(monkeypatch, stream, capturing, stays):
+    device = torch.device("cuda", 0)
+
+    def body():
+        workspace._kept("free counters")[device] = [torch.zeros(4)]
+        space = Workspace.of(device, 3)
+        found.extend(map(weakref.ref, (space, space.counters(4))))
+
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=stream))
+    monkeypatch.setattr(workspace, "capturing", lambda: capturing)
+    monkeypatch.setattr(workspace, "_HELD", set())
+    found = []
+    thread = threading.Thread(target=body)
+    thread.start()
+    thread.join()
+    assert [one() is not None for one in found] == [stays, stays]
 
 
 def test_sizes_beyond_32_bit_offsets_are_refused():
