@@ -33,7 +33,12 @@ class CommError(RuntimeError):
 
 
 class Unavailable(CommError, ValueError):
-    """A transport or strategy asked for by name cannot run here: an input error, not the failure of a rank."""
+    """A transport or strategy asked for by name cannot run here: an input error, not the failure of a rank.
+
+    `exit_code` is the job's, as for a device that is not there.
+    """
+
+    exit_code = 2
 
 
 class CollectiveTimeout(CommError):

@@ -71,6 +71,7 @@ class Session:
 
         self.context, self.config, self._trace = context, config, config.trace
         self.device = choose_device(config.device, context.info)
+        options.require_transport(config.transport, self.device)
         plan, checkpoint = plan_of(config), checkpoint_of(config)
         world = context.communicator(device=self.device.split(":")[0], transport=config.transport)
         groups = make_groups(world, plan.layout)

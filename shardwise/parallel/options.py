@@ -48,7 +48,8 @@ def made_folder(name: str, path: str) -> str:
 
 
 def require_transport(transport: str, device: str) -> None:
-    """ValueError for one that does not carry a model's collectives between processes, on devices of this type."""
+    """ValueError for one that does not carry a model's collectives between processes, NotOffered for one that needs
+    other devices than those of this type."""
     if transport in TRANSPORTS and transport not in RUN_TRANSPORTS:
         raise ValueError(
             f"transport {transport} has no peers in other processes, it is for tests and dry runs of collectives; "
@@ -56,7 +57,7 @@ def require_transport(transport: str, device: str) -> None:
         )
     require_known("transport", transport, RUN_TRANSPORTS)
     if device == "cpu" and transport in CUDA_TRANSPORTS:
-        raise ValueError(f"transport {transport} needs CUDA devices; legal here: auto, gloo, mpi, shm")
+        raise NotOffered(f"transport {transport} needs CUDA devices; legal here: auto, gloo, mpi, shm")
 
 
 def require_decode(path: str, device: str, *, interpreted: bool = True) -> None:

@@ -138,6 +138,7 @@ def test_unusable_command_lines_are_one_sentence_and_exit_with_2(words):
         (["run", "smollm2", "--prompts", "/no/such/file"], 1, "/no/such/file: No such file or directory"),
         (["run", "smollm2", "--prompts", sys.executable], 1, "python: is not UTF-8 text: invalid "),
         (["bench", "comm", "--transport", "nope"], 2, "unknown transport 'nope'; legal: auto, gloo, nccl, mpi, shm"),
+        (["bench", "comm", "--transport", "fake"], 2, "unknown transport 'fake'; legal: auto, gloo, nccl, mpi, shm"),
         (["bench", "comm", "--json", "/no/such/file"], 2, "--json /no/such/file: there is no folder /no/such"),
         (["bench", "comm", "--calibrate", "-"], 2, "--calibrate -: does not go to standard output, name a file"),
         (["bench", "comm", "--calibrate", "/no/such/file"], 2, "--calibrate /no/such/file: there is no folder"),
@@ -168,10 +169,18 @@ def test_errors_are_one_sentence(monkeypatch, capfd, words, code, text):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-def test_a_device_that_only_ranks_find_missing_is_the_command_lines_mistake_too(capfd):
-    assert main(["run", "smollm2", "--decode", "graphs"]) == 2
-    said = "shardwise: error: decode graphs needs a CUDA device; legal here: auto, layers\n"
-    assert capfd.readouterr() == ("", said)
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["run", "smollm2", "--decode", "graphs"], "decode graphs needs a CUDA device; legal here: auto, layers"),
+        (["run", "smollm2", "--transport", "nccl"], "transport nccl needs CUDA devices; legal here: auto, gloo, "),
+        (["bench", "comm", "--transport", "p2p", "-n", "1"], "device cuda, rank 0: no CUDA device"),
+    ],
+)
+def test_a_device_that_only_ranks_find_missing_is_the_command_lines_mistake_too(capfd, words, said):
+    assert main(words) == 2
+    out, err = capfd.readouterr()
+    assert out == "" and err.startswith(f"shardwise: error: {said}") and err.count("\n") == 1
 
 
 def test_an_address_without_a_ray_cluster_is_one_sentence_within_seconds(capfd):

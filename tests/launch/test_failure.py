@@ -37,7 +37,7 @@ def of(error: BaseException) -> Failure:
         (CollectiveTimeout("late", (1,)), 124, True),
         (PeerLost("gone", (1,)), 1, True),
         (CollectiveMismatch("shapes differ"), 1, False),
-        (Unavailable("transport nccl moves CUDA tensors"), 1, False),
+        (Unavailable("transport nccl moves CUDA tensors"), 2, False),
         (ConnectionResetError("reset"), 1, True),
         (RuntimeError("[gloo] Connection closed by peer [127.0.0.1]"), 1, True),
     ],

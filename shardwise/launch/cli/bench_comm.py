@@ -7,6 +7,7 @@ import sys
 from shardwise.launch.cli.output import add_json, require_writable, table_stream, write_json
 from shardwise.launch.machine import machine_facts
 from shardwise.parallel.host_memory import host_memory
+from shardwise.parallel.options import RUN_TRANSPORTS
 
 BODY = "shardwise.comm.bench:"
 ON_CUDA, ON_CPU = ("nccl", "symm_mem", "flashinfer"), ("gloo", "mpi")
@@ -65,13 +66,13 @@ def sizes(text: str) -> list[int]:
 
 def run(args: argparse.Namespace) -> int:
     """Measure, print the table, write the files; 1 if any result was wrong."""
-    from shardwise.comm.base import STRATEGIES, TRANSPORTS
+    from shardwise.comm.base import STRATEGIES
     from shardwise.comm.bench_cases import OPS
     from shardwise.launch.cli import UsageError
 
     ops = list(OPS) if args.op == "all" else args.op.split(",")
     _require_known("operation", ops, ("all", *OPS))
-    _require_known("transport", [args.transport], ("auto", *TRANSPORTS))
+    _require_known("transport", [args.transport], RUN_TRANSPORTS)
     _require_known("strategy", [args.strategy], STRATEGIES)
     if args.world < 1:
         raise UsageError(f"--world {args.world}: a job has at least one rank")

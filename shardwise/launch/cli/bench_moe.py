@@ -8,6 +8,7 @@ from functools import partial
 from shardwise.launch.cli import DONE, UsageError
 from shardwise.launch.cli.output import add_json, require_writable, table_stream, write_json
 from shardwise.launch.machine import machine_facts
+from shardwise.parallel.options import NotOffered
 
 TOKENS = (1, 4, 16, 64, 256, 1024, 4096, 8192)
 
@@ -21,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure and print; ValueError without a CUDA device, UsageError for an unknown layer or a size below 1."""
+    """Measure and print; NotOffered without a CUDA device, UsageError for an unknown layer or a size below 1."""
     require_writable(args.json)
     import torch
 
@@ -29,7 +30,7 @@ def run(args: argparse.Namespace) -> int:
 
     _check(args, LAYERS)
     if not torch.cuda.is_available():
-        raise ValueError("no CUDA device; `shardwise ops` tells what runs here")
+        raise NotOffered("no CUDA device; `shardwise ops` tells what runs here")
     from shardwise.ops.bench.measure import alternating_microseconds, device_microseconds
 
     gc.freeze()  # every capture collects garbage, which what is imported by now is not

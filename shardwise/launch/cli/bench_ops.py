@@ -6,6 +6,7 @@ import importlib.util
 from shardwise.launch.cli import DONE, UsageError
 from shardwise.launch.cli.output import add_json, require_writable, table_stream, write_json
 from shardwise.launch.machine import machine_facts
+from shardwise.parallel.options import NotOffered
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -16,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure and print; ValueError without Triton or a CUDA device, UsageError for an unknown category."""
+    """Measure and print; NotOffered without Triton or a CUDA device, UsageError for an unknown category."""
     require_writable(args.json)
     import torch
 
@@ -26,9 +27,9 @@ def run(args: argparse.Namespace) -> int:
     if unknown:
         raise UsageError(f"unknown category {unknown[0]!r}; legal: {', '.join(CATEGORIES)}")
     if importlib.util.find_spec("triton") is None:
-        raise ValueError("the package triton is not installed; `shardwise ops` tells what runs here")
+        raise NotOffered("the package triton is not installed; `shardwise ops` tells what runs here")
     if not torch.cuda.is_available():
-        raise ValueError("no CUDA device; `shardwise ops` tells what runs here")
+        raise NotOffered("no CUDA device; `shardwise ops` tells what runs here")
     table = table_stream(args.json)
     rows = [row for name in args.category or CATEGORIES for row in _measure(CATEGORIES[name](args.full), name, table)]
     if args.json is not None:

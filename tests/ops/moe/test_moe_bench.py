@@ -73,5 +73,5 @@ def test_usage_errors_name_the_legal_values(capsys, words, text):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the answer of a machine without a GPU")
 def test_without_a_device_it_says_so(capsys):
-    assert main(["bench", "moe"]) == 1
+    assert main(["bench", "moe"]) == 2
     assert "no CUDA device" in capsys.readouterr().err
