@@ -122,6 +122,8 @@ def model_config(info: RankInfo, launcher: str | None, model: str, **given: Unpa
     if rest.get("trace") is not None:
         rest["trace"] = options.made_folder("trace", rest["trace"])
     sizes = {name: rest.pop(name, unset) for name, unset in UNSET.items()}
+    if rest.get("plan") == "":
+        raise ValueError("plan is empty: name a file that `shardwise plan --json FILE` wrote")
     if rest.get("plan") is not None:
         sizes = planned_sizes(rest["plan"], **sizes)
         rest["plan"] = str(Path(rest["plan"]).resolve())
@@ -139,7 +141,7 @@ def layout_for(
 ) -> dict[str, int]:
     """Sizes of the grid; tp defaults to the launcher's world. ValueError names both sides of a contradiction."""
     for name, size in (("tp", tp), ("attn_dp", attn_dp), ("ep", ep)):
-        if size is not None and (not isinstance(size, int) or size < 1):
+        if (name, size) != ("tp", None) and (not isinstance(size, int) or size < 1):
             raise ValueError(f"{name} {size!r}: must be a whole number of at least 1")
     if within(info) and launcher is not None:
         raise ValueError(

@@ -15,6 +15,7 @@ from shardwise.launch import env
 from shardwise.launch.backend import Backend
 from shardwise.launch.job import Job, rank_environment
 from shardwise.launch.link import Link
+from shardwise.parallel.options import DEVICES, require_known
 
 KNOCK_SECONDS = 10.0
 """How long a host of an address HOST:PORT may take to accept a connection."""
@@ -29,6 +30,9 @@ class Ray(Backend):
     name = "ray"
 
     def __init__(self, address: str | None = None, device: str = "auto"):
+        if not isinstance(address, str | None):
+            raise TypeError(f"the Ray address is {address!r:.60}, expected a text such as auto or HOST:PORT")
+        require_known("device", device, DEVICES)
         self._address = address or os.environ.get("RAY_ADDRESS")
         self._device = device
         self._own_connection = False

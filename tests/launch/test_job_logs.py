@@ -64,12 +64,49 @@ def test_a_folder_that_cannot_be_made_is_named_with_its_variable(tmp_path, monke
     [
         ("package.function", {}, ValueError, "job target 'package.function': name a function as package.module:func"),
         (":function", {}, ValueError, "name a function as package.module:function"),
+        (5, {}, TypeError, "target is 5, expected a text like package.module:function"),
         ("a:b", {"sizes": {1, 2}}, TypeError, "payload of job a:b: Object of type set .*; legal: numbers, texts"),
+        ("a:b", [1], TypeError, r"payload is \[1\], expected a dict of JSON values"),
     ],
 )
 def test_a_job_of_another_form_is_refused_before_ranks_start(target, payload, error, words):
     with pytest.raises(error, match=words):
         run_job(target, payload, world=2)
+
+
+@pytest.mark.parametrize(
+    "name, value, error, words",
+    [
+        ("world", "2", TypeError, "world is '2', expected a whole number of ranks"),
+        ("world", 2.0, TypeError, "world is 2.0, expected a whole number"),
+        ("world", True, TypeError, "world is True, expected a whole number"),
+        ("launcher", None, ValueError, "unknown launcher 'None'; legal: local, torchrun, mpi, ray"),
+        ("options", 5, TypeError, "options is 5, expected a dict of the launcher's options"),
+        ("options", {"address": "auto"}, TypeError, "launcher local has no option 'address'; legal: none"),
+        ("environment", {"A": 1}, TypeError, "environment has 'A': 1, expected texts"),
+        ("environment", {"A=B": "x"}, ValueError, "environment has 'A=B': 'x', which no variable can be"),
+        ("on_event", 5, TypeError, "on_event is 5, expected a function of one event"),
+        ("deadline", "3", TypeError, "deadline is '3', expected a number of seconds"),
+        ("deadline", 0, ValueError, "deadline is 0: give seconds above 0, or None for no bound"),
+    ],
+)
+def test_an_argument_that_no_job_can_have_is_one_sentence_at_the_door(monkeypatch, name, value, error, words):
+    monkeypatch.setattr("shardwise.launch.start.Job", None)
+    with pytest.raises(error, match=f"^{words}"):
+        run_job("a:b", **{"world": 2, name: value})
+
+
+@pytest.mark.parametrize(
+    "options, error, words",
+    [
+        ({"adress": "auto"}, TypeError, "launcher ray has no option 'adress'; legal: address, device"),
+        ({"address": 5}, TypeError, "the Ray address is 5, expected a text such as auto or HOST:PORT"),
+        ({"device": "gpu"}, ValueError, "device 'gpu' is unknown, legal: auto, cpu, cuda"),
+    ],
+)
+def test_options_of_ray_are_looked_at_before_it_starts(options, error, words):
+    with pytest.raises(error, match=f"^{words}"):
+        run_job("a:b", world=2, launcher="ray", options=options)
 
 
 @pytest.mark.parametrize(

@@ -76,6 +76,8 @@ def test_a_config_is_made_again_from_its_options():
     [
         (ALONE, {"tp": "2"}, "tp '2': must be a whole number of at least 1"),
         (ALONE, {"tp": 2, "moe_tp": -1}, "moe_tp is -1"),
+        (ALONE, {"plan": ""}, "plan is empty: name a file"),
+        (RANK, {"attn_dp": None}, "attn_dp None: must be a whole number"),
         (ALONE, {"tp": 2, "ep": 3}, "world % ep = 2 % 3 = 2"),
         (RANK, {"tp": 2}, "tp 2 x attn_dp 1 needs 2 ranks, but torchrun started 4"),
         (RANK, {"attn_dp": 3}, "attn_dp 3 does not divide the 4 ranks that torchrun started"),
