@@ -163,6 +163,12 @@ def process_start(pid: int) -> int:
     return state[1]
 
 
+def process_age_ns(pid: int) -> int:
+    """Nanoseconds since `pid` started, in steps of a clock tick."""
+    ticks = process_start(pid)
+    return time.clock_gettime_ns(time.CLOCK_BOOTTIME) - ticks * 10**9 // os.sysconf("SC_CLK_TCK")
+
+
 def _process_state(pid: int) -> tuple[str, int] | None:
     try:
         with open(f"/proc/{pid}/stat", "rb") as file:

@@ -128,9 +128,12 @@ def write(folder: Path, failure: Failure) -> Path:
     """Store one rank's failure and renew `failure.json`, the folder's cause with its victims; atomic."""
     folder.mkdir(parents=True, exist_ok=True)
     _replace(folder / f"failure-rank-{failure.rank}.json", failure.to_json())
-    cause = primary(read_all(folder))
-    assert cause is not None
-    return _replace(folder / "failure.json", cause.to_json())
+    told: list[Failure] = []
+    while (known := read_all(folder)) != told:  # of two that write at once the last one tells of both
+        cause, told = primary(known), known
+        assert cause is not None
+        _replace(folder / "failure.json", cause.to_json())
+    return folder / "failure.json"
 
 
 def read_all(folder: Path) -> list[Failure]:

@@ -31,8 +31,9 @@ T = TypeVar("T")
 PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 VICTIM_PAUSE = 2.0
 """Seconds that a victim leaves to the culprit: its exit and words come first, or its stacks while it still hangs."""
-ECHO_PAUSE = 0.5
-"""Seconds after which a rank that failed like rank 0 can rely on rank 0 having said so."""
+ECHO_PAUSE = 2.0
+"""Seconds that rank 0 gets to fail like another rank, and to say so for both."""
+ECHO_LOOK = 0.05
 
 
 class Guard:
@@ -71,6 +72,10 @@ class Guard:
             phase=watch.current_phase(),
             last_collective=self.last_collective(),
         )
+        for_all = self.link is None and found.input_error and self.info.rank == 0
+        if for_all:  # before it is written down: ranks that find it there end the job, and this rank with it
+            with contextlib.suppress(OSError):
+                print(failures.report(found, debug=self.debug), file=sys.stderr, flush=True)
         path = None
         with contextlib.suppress(OSError):  # a full disk must not keep the job from ending
             watch.FLIGHT.dump(self.info.rank)
@@ -79,13 +84,13 @@ class Guard:
         self._tell({"event": "failed", "failure": found.to_json()})
         if found.victim:
             time.sleep(VICTIM_PAUSE)  # whoever is still here after it was not ended by the culprit's exit
-        if self.link is None and isinstance(error, KeyboardInterrupt) and not self.debug:
+        if self.link is not None:
+            print(found.trace, file=sys.stderr)
+        elif isinstance(error, KeyboardInterrupt) and not self.debug:
             if self.info.rank == 0:  # the launcher has passed it on to all
                 print("shardwise: ended by SIGINT", file=sys.stderr)
-        elif self.link is None:
+        elif not for_all and not (found.input_error and self._said_by_rank_0(found)):
             self._print(found, path)
-        elif found.trace:
-            print(found.trace, file=sys.stderr)
         end_job(found.exit_code)
 
     def last_collective(self) -> str | None:
@@ -102,14 +107,21 @@ class Guard:
             with contextlib.suppress(OSError):  # the parent may be gone; ending still matters
                 self.link.send(event)
 
+    def _said_by_rank_0(self, found: Failure) -> bool:
+        """Whether rank 0 fails alike within ECHO_PAUSE. What is older than the launcher is an earlier job's report."""
+        launcher = os.getppid() or os.getpid()  # 0: it is outside of this rank's container
+        began = time.time_ns() - watch.process_age_ns(launcher)
+        end = time.monotonic() + ECHO_PAUSE
+        while True:
+            late = time.monotonic() > end
+            for other in failures.read_all(self.folder):
+                if other.rank == 0 and other.what == found.what and other.time_ns > began:
+                    return True
+            if late:
+                return False
+            time.sleep(ECHO_LOOK)
+
     def _print(self, found: Failure, path: Path | None) -> None:
-        if self.info.rank and found.input_error:
-            time.sleep(ECHO_PAUSE)
-            if any(other.rank == 0 and other.what == found.what for other in failures.read_all(self.folder)):
-                return
-        if found.input_error and self.info.rank == 0:
-            print(failures.report(found, debug=self.debug), file=sys.stderr)
-            return
         text = failures.report(found, path=path, debug=self.debug)
         if not found.input_error and found.trace:
             text = f"{found.trace.rstrip()}\n{text}"

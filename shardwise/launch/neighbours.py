@@ -41,15 +41,16 @@ class Neighbours:
 
     def join(self) -> None:
         """Be seen, and watch in a thread of its own, since the main thread may be inside native code."""
+        reader, writer = os.pipe()
+        os.set_blocking(writer, False)
+        # Before this rank is seen: one that SIGTERM ends must not leave its file, which would make its end a cause.
+        signal.signal(signal.SIGTERM, lambda signum, frame: None)  # without a handler the pipe would hear nothing
+        signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
         with contextlib.suppress(OSError):  # on a full disk the job runs without last words
             self.guard.folder.mkdir(parents=True, exist_ok=True)
             failures.forget(self.guard.folder, self.guard.info.rank, self.guard.info.world)
             own = [os.getpid(), watch.process_start(os.getpid()), self._launcher, self._started]
             self._mine.write_text(json.dumps(own))
-        reader, writer = os.pipe()
-        os.set_blocking(writer, False)
-        signal.signal(signal.SIGTERM, lambda signum, frame: None)  # without a handler the pipe would hear nothing
-        signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
         threading.Thread(target=self._watch, args=(reader,), name="shardwise-neighbours", daemon=True).start()
 
     def leave(self) -> None:
