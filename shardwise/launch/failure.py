@@ -50,6 +50,12 @@ class Failure:
     """Path of the rank's log."""
     victims: tuple["Failure", ...] = field(default=())
 
+    @property
+    def explained(self) -> bool:
+        """Whether its sentence is all that a user needs: what is wrong, or who was waited for. The traceback of such a
+        failure is in its report only."""
+        return self.input_error or self.victim
+
     def to_json(self) -> dict:
         return asdict(self)
 

@@ -123,7 +123,7 @@ class Guard:
 
     def _print(self, found: Failure, path: Path | None) -> None:
         text = failures.report(found, path=path, debug=self.debug)
-        if not found.input_error and found.trace:
+        if found.trace and not (found.explained or self.debug):
             text = f"{found.trace.rstrip()}\n{text}"
         self.say(text)
 
@@ -215,9 +215,10 @@ def _collective(row: dict | None) -> str | None:
 
 
 def _tell_torchrun(found: Failure) -> None:
-    """torchrun prints the message of the file it names here as the root cause."""
+    """torchrun prints what the file that it names here has for a traceback as the root cause."""
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if path:
-        extra = {"py_callstack": found.trace or "", "timestamp": str(found.time_ns // 10**9)}
+        words = found.what if found.explained else found.trace or found.what
+        extra = {"py_callstack": words, "timestamp": str(found.time_ns // 10**9)}
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         Path(path).write_text(json.dumps({"message": {"message": found.what, "extraInfo": extra}}))

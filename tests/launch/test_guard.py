@@ -8,6 +8,7 @@ import time
 
 import pytest
 
+from shardwise.comm.base import CollectiveTimeout
 from shardwise.comm.rank import RankInfo
 from shardwise.launch import failure as failures
 from shardwise.launch import guard, neighbours
@@ -89,6 +90,34 @@ def test_what_rank_0_of_an_earlier_job_said_is_said_again(tmp_path, monkeypatch,
     with pytest.raises(SystemExit):
         own(1, tmp_path).fail(ValueError("on purpose"))
     assert "shardwise: error: on purpose" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "error, tracebacks",
+    [(CollectiveTimeout("rendezvous: rank(s) 1 did not arrive within 3 s", (1,)), 0), (RuntimeError("boom"), 1)],
+    ids=["deadline", "bug"],
+)
+@pytest.mark.parametrize("debug", [False, True])
+def test_a_wait_in_vain_is_a_sentence_that_names_the_missing_and_a_bug_shows_where(
+    tmp_path, monkeypatch, capsys, error, tracebacks, debug
+):
+    monkeypatch.setattr(guard, "VICTIM_PAUSE", 0.0)
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "torchrun" / "error.json"))
+    with pytest.raises(SystemExit):
+        Guard(RankInfo(0, 2, 0, 2, source="torchrun"), tmp_path, debug=debug).run(raising(error))
+    said = capsys.readouterr().err
+    assert said.count("Traceback") == max(tracebacks, debug)
+    assert "shardwise: rank 0 of 2 failed" in said and str(error) in said
+    told = json.loads((tmp_path / "torchrun" / "error.json").read_text())["message"]["extraInfo"]["py_callstack"]
+    assert told.count("Traceback") == tracebacks and str(error) in told
+    assert "Traceback" in json.loads((tmp_path / "failure.json").read_text())["trace"]
+
+
+def raising(error):
+    def body():
+        raise error
+
+    return body
 
 
 def test_a_rank_is_not_seen_before_it_can_tell_sigterm_from_its_death(tmp_path, monkeypatch):
