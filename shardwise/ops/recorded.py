@@ -27,11 +27,11 @@ from shardwise.ops.plan_cache import PlanCache, Tensors
 from shardwise.ops.scratch import capturing
 from shardwise.ops.tape import Tape
 from shardwise.ops.tape_writer import Recorder, Unrecordable, Writer
-from shardwise.ops.triton_support import address_of, interpreting, odd_addresses
+from shardwise.ops.triton_support import Kept, address_of, interpreting, odd_addresses
 from shardwise.ops.workspace import Workspace
 
 Operator = Callable[..., torch.Tensor]
-Beside = Callable[..., tuple[Tensors, Hashable]]
+Beside = Callable[..., tuple[Kept, Hashable]]
 LARGEST = 4 << 20
 """Bytes of a result up to which calls are recorded: the kernels of larger ones take longer than the host, and a second
 run would need their memory twice."""
@@ -68,11 +68,11 @@ def recorded(*, unread: Collection[str] = (), beside: Beside | None = None) -> C
                 return result
             if beside is not None:
                 more, kind = beside(*args)
-                tensors += more
-                addresses += map(address_of, more)
+                tensors += more.tensors
+                addresses += more.addresses
             tape = layout.get(kind, _UNTRIED)
             if isinstance(tape, Tape):
-                return tape(tensors, addresses, stream)
+                return tape(tensors, addresses)
             if tape is None:
                 return function(*args)
             layout[kind] = None
@@ -124,13 +124,13 @@ def _record(
     with Recorder() as recorder:
         result = call()
     try:
-        tape = Writer(recorder, tensors, result).tape()
+        tape = Writer(recorder, tensors, result, stream).tape()
     except Unrecordable:
         return result, None
     for tensor in tape.kept:
         if Workspace.keeps(tensor) == "scratch":
             tensor.view(-1).view(torch.uint8).fill_(_POISON)
-    again = _poisoned(tape)(tensors, addresses.copy(), stream)
+    again = _poisoned(tape)(tensors, addresses.copy())
     same = torch.equal(*(each.contiguous().view(-1).view(torch.uint8) for each in (result, again)))
     return result, tape if same else None
 

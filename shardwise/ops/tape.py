@@ -27,10 +27,17 @@ class Slot(NamedTuple):
 
 class Launch(NamedTuple):
     start: Callable[..., None]
-    grid: tuple[int, int, int]
     args: list
-    """All behind the stream, but for what slots fill"""
+    """Grid, stream and all behind it, but for what slots fill"""
     slots: tuple[Slot, ...]
+
+    def filled(self, addresses: list[int]) -> list:
+        """Arguments for tensors at these addresses."""
+        args = self.args.copy()
+        for at, source, offset, form in self.slots:
+            address = addresses[source] + offset
+            args[at] = address if form is None else form(address)
+        return args
 
 
 class Product(NamedTuple):
@@ -51,7 +58,7 @@ class Product(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Tape:
-    """What calls of one layout do: launches, and products that PyTorch computes.
+    """What calls of one layout on one stream do: launches, and products that PyTorch computes.
 
     They know tensors by number: those that are given, the result, a room of bytes, what else the call makes for
     products to read, and the products' results in turn.
@@ -67,20 +74,20 @@ class Tape:
     alone: bool
     """Whether all steps are launches"""
     ready: dict[tuple[int, ...], list[tuple]] = field(default_factory=dict)
-    """Such launches by all addresses: start, grid and arguments"""
+    """Such launches by all addresses: start and arguments"""
 
-    def __call__(self, tensors: Tensors, addresses: list[int], stream: int) -> torch.Tensor:
+    def __call__(self, tensors: Tensors, addresses: list[int]) -> torch.Tensor:
         """Run on tensors, which lie at these addresses."""
         made: list[Any] = [make and make() for make in self.makes]
         addresses += [0 if tensor is None else address_of(tensor) for tensor in made]
         if self.alone:
-            for start, grid, args in self.ready.get((*addresses,)) or self._readied(addresses):
-                start(*grid, stream, *args)
+            for start, args in self.ready.get((*addresses,)) or self._readied(addresses):
+                start(*args)
             return made[0]
         known = [*tensors, *made]
         for step in self.steps:
             if isinstance(step, Launch):
-                step.start(*step.grid, stream, *_filled(step, addresses))
+                step.start(*step.filled(addresses))
             else:
                 known.append(step.run(known))
                 addresses.append(address_of(known[-1]))
@@ -93,14 +100,6 @@ class Tape:
         if len(self.ready) >= READY:
             self.ready.clear()
         steps = [step for step in self.steps if isinstance(step, Launch)]
-        launches = [(step.start, step.grid, _filled(step, addresses)) for step in steps]
+        launches = [(step.start, tuple(step.filled(addresses))) for step in steps]
         self.ready[(*addresses,)] = launches
         return launches
-
-
-def _filled(launch: Launch, addresses: list[int]) -> list:
-    args = launch.args.copy()
-    for at, source, offset, form in launch.slots:
-        address = addresses[source] + offset
-        args[at] = address if form is None else form(address)
-    return args

@@ -81,6 +81,8 @@ class Writer:
     recorder: Recorder
     tensors: Tensors
     result: torch.Tensor
+    stream: int
+    """Handle of the stream of all launches"""
     places: dict[int, tuple[int, torch.Tensor, int]] = field(default_factory=dict)
     """Of memory that the call made: source, the tensor, and the source's first byte in it"""
     kept: dict[int, torch.Tensor] = field(default_factory=dict)
@@ -147,18 +149,19 @@ class Writer:
         if unfolded is None:
             raise Unrecordable("this version of Triton hides how descriptors reach the driver")
         launcher, args, forms = unfolded
-        filled, slots = [*start.rest, *args], []
+        lead = [*grid, self.stream, *start.rest]
+        filled, slots = [*lead, *args], []
         for at, arg in enumerate(args):
             if not isinstance(arg, torch.Tensor):
                 continue
             place, form = self._place(arg), forms.get(at)
             if place is not None:
                 source, tensor, first = place
-                slots.append(Slot(at + len(start.rest), source, first + address_of(arg) - address_of(tensor), form))
+                slots.append(Slot(len(lead) + at, source, first + address_of(arg) - address_of(tensor), form))
                 filled[slots[-1].at] = None
             else:
-                filled[at + len(start.rest)] = address_of(arg) if form is None else form(address_of(arg))
-        return Launch(launcher, grid, filled, tuple(slots))
+                filled[len(lead) + at] = address_of(arg) if form is None else form(address_of(arg))
+        return Launch(launcher, filled, tuple(slots))
 
     def _product(self, function: Callable, args: tuple, named: dict, _result: torch.Tensor) -> Product:
         filled, slots = list(args), []

@@ -10,6 +10,7 @@ from shardwise.kernel_start import Start
 from shardwise.ops import recorded as module
 from shardwise.ops import tape_writer, triton_support, workspace
 from shardwise.ops.recorded import recorded
+from shardwise.ops.triton_support import Kept
 from shardwise.ops.workspace import Workspace
 
 COUNT = 6
@@ -152,7 +153,7 @@ def test_forms_that_follow_from_values_have_tapes_of_their_own():
     calls = []
 
     def beside(x, kind_of):
-        return (WEIGHTS[kind_of.item()],), kind_of.item()
+        return Kept((WEIGHTS[kind_of.item()],)), kind_of.item()
 
     @recorded(beside=beside)
     def operator(x: torch.Tensor, kind_of: torch.Tensor) -> torch.Tensor:

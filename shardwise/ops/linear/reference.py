@@ -48,6 +48,7 @@ def torch_moe_router(
     experts = weight.shape[0]
     if not 1 <= top_k <= experts:
         raise ValueError(f"torch_moe_router: top_k = {top_k} must lie in 1..{experts}, the number of experts")
-    logits = torch.nn.functional.linear(hidden_states.reshape(-1, hidden_states.shape[-1]), weight, bias)
+    tokens = hidden_states if hidden_states.dim() == 2 else hidden_states.reshape(-1, hidden_states.shape[-1])
+    logits = torch.nn.functional.linear(tokens, weight, bias)
     values, chosen = logits.topk(top_k, dim=-1)
     return torch.zeros_like(logits).scatter_(-1, chosen, values.softmax(-1))

@@ -10,15 +10,18 @@ Gate and up rows go to rows r and r + 8 of a slab, so that one thread holds both
 """
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, ClassVar, Generic, TypeVar
+from operator import attrgetter, call, is_
+from typing import ClassVar, Generic, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
+
+from shardwise.ops.triton_support import address_of
 
 Packed = TypeVar("Packed")
 TILE = 64
@@ -127,53 +130,86 @@ class PackedOnce(Generic[Packed]):
     _everywhere: ClassVar["weakref.WeakSet[PackedOnce]"] = weakref.WeakSet()
 
     def __init__(self) -> None:
-        self._kept: dict[tuple, tuple[list[StorageWeakRef], list[Place], Packed]] = {}
+        self._kept: dict[tuple, _Made[Packed]] = {}
         # The same, by the first source's identity, for calls that bring the very tensors of an earlier one.
-        self._near: dict[tuple[int, str], tuple[list[weakref.ref], list[StorageWeakRef], list[Place], Packed]] = {}
+        self._near: dict[tuple[int, str], _Near[Packed]] = {}
         self._everywhere.add(self)
 
     def get(self, sources: tuple[Tensor, ...], arrangement: str, make: Callable[[], Packed]) -> Packed:
         """What `make` gave for these sources before, or gives now."""
-        # An assignment to a tensor's `data` changes neither its identity nor its version.
-        places = [(source.data_ptr(), 0 if source.is_inference() else source._version) for source in sources]
-        seen, storages, then, near = self._near.get((id(sources[0]), arrangement), _NEVER)
-        same = then == places and all(one() is source for one, source in zip(seen, sources, strict=True))
-        if same and not _expired(storages):
-            return near
-        storages, packed = self._get(sources, arrangement, places, make)
+        near = self._near.get((id(sources[0]), arrangement))
+        if near is not None and near.brought_again(sources):
+            return near.made.packed
+        made = self._get(sources, arrangement, make)
         if len(self._near) >= NEAR:
             self._near.clear()
-        self._near[id(sources[0]), arrangement] = [weakref.ref(one) for one in sources], storages, places, packed
-        return packed
+        self._near[id(sources[0]), arrangement] = _Near([weakref.ref(source) for source in sources], made)
+        return made.packed
 
-    def _get(self, sources, arrangement, places, make) -> tuple[list[StorageWeakRef], Packed]:
+    def _get(self, sources: tuple[Tensor, ...], arrangement: str, make: Callable[[], Packed]) -> "_Made[Packed]":
         key = (arrangement, *((source.data_ptr(), source.shape, source.stride()) for source in sources))
         found = self._kept.get(key)
-        if found is not None and found[1] == places and not _expired(found[0]):
-            return found[0], found[2]
+        if found is not None and found.holds(sources, tracked=False):
+            return found
         for each in list(self._everywhere):
             each._give_back()
-        packed = make()
-        storages = [StorageWeakRef(source.untyped_storage()) for source in sources]
-        self._kept[key] = storages, places, packed
-        return storages, packed
+        found = self._kept[key] = _Made.of(sources, make)
+        return found
 
     def _give_back(self) -> None:
-        for stale in [key for key, entry in list(self._kept.items()) if _expired(entry[0])]:
+        for stale in [key for key, entry in list(self._kept.items()) if entry.expired]:
             self._kept.pop(stale, None)  # ranks may be threads, and another one was quicker
         self._near.clear()
 
 
-Place = tuple[int, int]
-"""Address and version of a tensor"""
-_NEVER: Any = ((), (), None, None)
-
-
 _is_gone = torch.UntypedStorage._expired
+_version_of = attrgetter("_version")
 
 
-def _expired(storages: Sequence[StorageWeakRef]) -> bool:
-    return any([_is_gone(storage.cdata) for storage in storages])
+@dataclass(frozen=True, slots=True)
+class _Made(Generic[Packed]):
+    """What was made of sources, and what tells whether these are as they were."""
+
+    storages: tuple[StorageWeakRef, ...]
+    handles: tuple[int, ...]
+    """Of the storages"""
+    addresses: tuple[int, ...]
+    versions: tuple[int, ...]
+    tracked: bool
+    """Whether all sources have versions: those made in inference mode have none"""
+    packed: Packed
+
+    @classmethod
+    def of(cls, sources: tuple[Tensor, ...], make: Callable[[], Packed]) -> "_Made[Packed]":
+        storages = tuple(StorageWeakRef(source.untyped_storage()) for source in sources)
+        handles, addresses = tuple(storage.cdata for storage in storages), tuple(map(address_of, sources))
+        tracked = not any(source.is_inference() for source in sources)
+        return cls(storages, handles, addresses, _versions(sources, tracked), tracked, make())
+
+    def holds(self, sources: tuple[Tensor, ...], tracked: bool) -> bool:
+        # An assignment to a tensor's `data` changes neither its identity nor its version.
+        same = self.addresses == (*map(address_of, sources),) and self.versions == _versions(sources, tracked)
+        return same and not self.expired
+
+    @property
+    def expired(self) -> bool:
+        return any(map(_is_gone, self.handles))
+
+
+class _Near(NamedTuple, Generic[Packed]):
+    tensors: list[weakref.ref]
+    made: _Made[Packed]
+
+    def brought_again(self, sources: tuple[Tensor, ...]) -> bool:
+        """Whether these are the very tensors, and as they were."""
+        same = all(map(is_, map(call, self.tensors), sources))
+        return same and self.made.holds(sources, self.made.tracked)
+
+
+def _versions(sources: tuple[Tensor, ...], tracked: bool) -> tuple[int, ...]:
+    if tracked:
+        return (*map(_version_of, sources),)
+    return tuple([0 if source.is_inference() else source._version for source in sources])
 
 
 _PACKED: PackedOnce[PackedMXFP4] = PackedOnce()

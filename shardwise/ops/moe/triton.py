@@ -23,21 +23,22 @@ from shardwise.ops.moe.mxfp4_layout import PackedOnce, packed_once
 from shardwise.ops.moe.reference import check_mxfp4_moe
 from shardwise.ops.recorded import recorded
 from shardwise.ops.registry import TRITON, operator
-from shardwise.ops.triton_support import interpreting
+from shardwise.ops.triton_support import Kept, interpreting
 from shardwise.partition import extent
 
-_READ: PackedOnce[tuple[tuple[Tensor, ...], tuple[str, str]]] = PackedOnce()
+_READ: PackedOnce[tuple[Kept, tuple[str, str]]] = PackedOnce()
 
 
-def _packed(*args) -> tuple[tuple[Tensor, ...], tuple[str, str]]:
+def _packed(*args) -> tuple[Kept, tuple[str, str]]:
     """What the kernels of the two operators below read of the weights among their arguments, and the forms of these,
     which follow from their scales."""
     blocks, bias, scales, _, _, down_blocks, down_bias, down_scales = args[4:12]
 
-    def made() -> tuple[tuple[Tensor, ...], tuple[str, str]]:
+    def made() -> tuple[Kept, tuple[str, str]]:
         up = packed_once(blocks, scales, bias, paired=True)
         down = packed_once(down_blocks, down_scales, down_bias, paired=False)
-        return (up.words, up.scales, up.bias, down.words, down.scales, down.bias), (up.format, down.format)
+        read = up.words, up.scales, up.bias, down.words, down.scales, down.bias
+        return Kept(read), (up.format, down.format)
 
     return _READ.get((blocks, scales, bias, down_blocks, down_scales, down_bias), "", made)
 

@@ -32,6 +32,7 @@ from shardwise.ops.moe.nvfp4 import Weight, nvfp4_moe, packed_once
 from shardwise.ops.quantization.triton_fp8 import quantize
 from shardwise.ops.recorded import recorded
 from shardwise.ops.registry import TRITON, Need, operator
+from shardwise.ops.triton_support import Kept
 from shardwise.ops.vector_access import with_vectors
 
 
@@ -248,19 +249,19 @@ def _factor(alpha: Tensor, act_scale: Tensor, experts: int) -> Tensor:
     return _FACTORS.get((alpha, act_scale), str(experts), made)
 
 
-_READ: PackedOnce[tuple[tuple[Tensor, ...], None]] = PackedOnce()
+_READ: PackedOnce[tuple[Kept, None]] = PackedOnce()
 
 
-def _packed(*args) -> tuple[tuple[Tensor, ...], None]:
+def _packed(*args) -> tuple[Kept, None]:
     """What the kernels of the operator below read of the weights among its arguments."""
     codes, down_codes, scales, down_scales, act_scale, down_act_scale, alpha, down_alpha, *options = args[3:]
     act = "silu" if not options or options[0] else "relu2"
 
-    def made() -> tuple[tuple[Tensor, ...], None]:
+    def made() -> tuple[Kept, None]:
         first = codes, scales, _factor(alpha, act_scale, codes.shape[0])
         second = down_codes, down_scales, _factor(down_alpha, down_act_scale, down_codes.shape[0])
         up, down = packed_once("trtllm_quant_nvfp4_moe_fused", first, second, act)
-        return (up.words, up.scales, up.bias, down.words, down.scales, down.bias, first[2], second[2]), None
+        return Kept((up.words, up.scales, up.bias, down.words, down.scales, down.bias, first[2], second[2])), None
 
     return _READ.get(args[3:11], act, made)
 

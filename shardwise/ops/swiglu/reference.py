@@ -30,16 +30,16 @@ def check(op: str, input: torch.Tensor, up: tuple[int, ...], down: tuple[int, ..
 
 
 def check_layers(
-    op: str, input: torch.Tensor, **layers: tuple[torch.Tensor, torch.Tensor | None, tuple[int, int]]
+    op: str, input: torch.Tensor, **layers: tuple[torch.Tensor, torch.Tensor | None, tuple[int, ...]]
 ) -> None:
     """ValueError unless each layer's (weight, bias, shape) has that shape and a bias of its rows, TypeError unless all
     have the input's dtype."""
     for name, (weight, bias, shape) in layers.items():
-        if tuple(weight.shape) != shape or (bias is not None and tuple(bias.shape) != shape[:1]):
+        if weight.shape != shape or (bias is not None and bias.shape != shape[:1]):
             came = None if bias is None else tuple(bias.shape)
             raise ValueError(
-                f"{op}: {name}_weight is {tuple(weight.shape)}, {name}_bias {came}; legal for these inputs: {shape}, "
-                f"{shape[:1]}"
+                f"{op}: {name}_weight is {tuple(weight.shape)}, {name}_bias {came}; legal for these inputs: "
+                f"{tuple(shape)}, {tuple(shape[:1])}"
             )
         if weight.dtype != input.dtype or (bias is not None and bias.dtype != input.dtype):
             raise TypeError(
@@ -55,9 +55,8 @@ def _activated(gate_up: torch.Tensor) -> torch.Tensor:
 
 def check_separate(op: str, input, gate_weight, up_weight, down_weight, gate_bias, up_bias, down_bias) -> None:
     """`check` and `check_layers` of three projections."""
-    check(op, input, tuple(up_weight.shape), tuple(down_weight.shape))
-    size, hidden = up_weight.shape
-    inner, outer = (size, hidden), (hidden, size)
+    inner, outer = up_weight.shape, down_weight.shape
+    check(op, input, inner, outer)
     check_layers(
         op, input, gate=(gate_weight, gate_bias, inner), up=(up_weight, up_bias, inner),
         down=(down_weight, down_bias, outer),

@@ -11,12 +11,13 @@ _BLOCK = 1024
 
 
 @triton.jit(do_not_specialize=["count"])
-def _activate_kernel(gate_ptr, up_ptr, out_ptr, count, BLOCK: tl.constexpr, PDL: tl.constexpr):
+def _activate_kernel(gate_ptr, up_ptr, count, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    """gate becomes silu(gate) * up."""
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     await_predecessor(PDL)
     gate = tl.load(gate_ptr + i, mask=i < count, other=0.0).to(tl.float32)
     up = tl.load(up_ptr + i, mask=i < count, other=0.0).to(tl.float32)
-    tl.store(out_ptr + i, (gate * tl.sigmoid(gate) * up).to(out_ptr.dtype.element_ty), mask=i < count)
+    tl.store(gate_ptr + i, (gate * tl.sigmoid(gate) * up).to(gate_ptr.dtype.element_ty), mask=i < count)
 
 
 _launch = Kernel(_activate_kernel)
@@ -37,8 +38,8 @@ def triton_swiglu_mlp(
         "triton_swiglu_mlp", input, gate_weight, up_weight, down_weight, gate_bias, up_bias, down_bias
     )  # fmt: skip
     gate, up = linear(input, gate_weight, gate_bias), linear(input, up_weight, up_bias)
-    hidden, count = torch.empty_like(gate), gate.numel()
-    pdl = dependent_launch(input.device)
-    grid = (-(-count // _BLOCK), 1, 1)
-    _launch(input.device, grid, (gate, up, hidden), (count,), (_BLOCK, pdl), warps=4, pdl=pdl)
+    count, device = gate.numel(), gate.device
+    pdl = dependent_launch(device)
+    _launch(device, (-(-count // _BLOCK), 1, 1), (gate, up), (count,), (_BLOCK, pdl), warps=4, pdl=pdl)
+    hidden = gate.detach() if gate.requires_grad else gate  # PyTorch has not seen the kernel
     return linear(hidden, down_weight, down_bias)
