@@ -223,7 +223,7 @@ def _run(shape: Shape, bt: int, product: _Product, routing: Routing) -> None:
         (*key, aligned(x, w, out, *others, routing.weights)),
         (min(bound, shape.per_sm * multiprocessors(device)), 1, 1),
         (right, left, out, routing.order, routing.blocks, *others, routing.weights)
-        + (pairs, product.sharing, columns, rows, x.stride(0))
+        + (pairs, product.sharing, columns, rows, x.shape[1])
         + constants,
         num_warps=shape.warps,
         launch_pdl=pdl,

@@ -161,7 +161,7 @@ def run_gemm(plan: Plan, tiles: Tiles | Stream, product: Product) -> None:
         (kinds, packed.columns, out.shape[-1], tiles_n, tiles_k, tiles.warps, tiles.most_registers, constants),
         (min(bound, tiles.per_sm * multiprocessors(device)), 1, 1),
         (x, packed.words, packed.scales, packed.bias, out, routing.order, routing.blocks, factor, routing.weights)
-        + (product.alpha, product.limit, pairs, packed.columns, out.shape[-1], tiles_n, tiles_k, x.stride(0))
+        + (product.alpha, product.limit, pairs, packed.columns, out.shape[-1], tiles_n, tiles_k, x.shape[1])
         + constants,
         num_warps=tiles.warps,
         maxnreg=tiles.most_registers,
@@ -195,7 +195,7 @@ def _run_turned(plan: Plan, tiles: Tiles | Stream, product: Product) -> None:
         (x.dtype, out.dtype, aligned(x, out), columns, out.shape[-1], tiles_n, tiles_k, tiles.per_sm, constants),
         (programs, 1, 1),
         (x, packed.words, packed.scales, packed.bias, out, routing.order, routing.blocks, *shared)
-        + (product.alpha, product.limit, pairs, most, *columns, out.shape[-1], tiles_n, tiles_k, x.stride(0))
+        + (product.alpha, product.limit, pairs, most, *columns, out.shape[-1], tiles_n, tiles_k, x.shape[1])
         + constants,
         # `mxfp4_few` shares nothing: the cache gets all, 70.8 for 72.6 us with 4 tokens, but 31.7 for 30.7 with one.
         sharing=tiles.per_sm if tiles.warps > 1 or isinstance(tiles, Stream) else 0,

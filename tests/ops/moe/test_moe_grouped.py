@@ -2,17 +2,19 @@
 
 import json
 import threading
+from functools import partial
 
 import pytest
 import torch
-from oracles_moe import e4m3_step, fp8_block_stack, fp8_stack, relative, routed_oracle, routing, stacked
+from oracles_moe import e4m3_step, fp8_block_stack, fp8_stack, nvfp4_stack, relative, routed_oracle, routing, stacked
 
 from shardwise.comm.rank import current_groups
 from shardwise.ops.moe import triton, trtllm
 from shardwise.ops.moe.contract import FP8Scales
 from shardwise.ops.moe.grouped import grouped_moe
 from shardwise.ops.moe.grouped_plan import FewPlan, FewShape, GroupedPlan, Shape, choose_few, choose_plan
-from shardwise.ops.triton_support import interpreting
+from shardwise.ops.moe.nvfp4 import nvfp4_moe
+from shardwise.ops.triton_support import Launcher, interpreting
 from shardwise.partition import extent
 from shardwise.sharding.layout import ParallelLayout
 from shardwise.testing import run_threads
@@ -163,6 +165,28 @@ def test_every_tiling_gives_the_same(plan, gated, hidden, size):
     ids[0, 0] = 0
     got = grouped_moe(x, ids, weights, *stacks, "silu" if gated else "relu2", plan=plan)
     assert relative(got, routed_oracle(x, ids, weights, *stacks, gated)) < EXACT
+
+
+def packed(x, ids, weights, first, second):
+    stacks = [(*nvfp4_stack(stack)[:2], torch.ones(len(stack), device=DEVICE)) for stack in (first, second)]
+    return nvfp4_moe("test", x, ids, weights, *stacks, "relu2", False)
+
+
+@pytest.mark.parametrize("call", [partial(grouped_moe, act="relu2", plan=PLANS["narrow"]), packed])
+def test_a_single_token_is_launched_alike_whatever_its_stride(monkeypatch, call):
+    """Compiled kernels are found by keys that do not tell such strides apart, and serve more tokens too."""
+    launched, launch = [], Launcher.__call__
+
+    def noted(self, device, key, grid, args, **options):
+        launched.append((key, [arg for arg in args if isinstance(arg, int)]))
+        launch(self, device, key, grid, args, **options)
+
+    monkeypatch.setattr(Launcher, "__call__", noted)
+    row, *others = tensors(1, 2, 3, 64, 64, False)
+    column = row.view(-1, 1).t()
+    assert column.stride() == (1, 1) and torch.equal(call(row, *others), call(column, *others))
+    half = len(launched) // 2
+    assert launched[:half] == launched[half:]
 
 
 @plans
