@@ -55,13 +55,6 @@ CASES = {
     "trtllm_quant_nvfp4_moe_fused": nvfp4_mixture,
     "triton_mxfp4_moe": mxfp4_mixture,
     "trtllm_quant_fp8_linear": fp8_linear,
-    "triton_swiglu_mlp": lambda tokens: (
-        rows(tokens).view(1, tokens, HIDDEN),
-        *(
-            torch.randn(*shape, device="cuda").bfloat16() / 16
-            for shape in ((384, HIDDEN), (384, HIDDEN), (HIDDEN, 384))
-        ),
-    ),
 }
 
 
