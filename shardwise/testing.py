@@ -139,6 +139,7 @@ def _spawn(command: list[str], folder: str, rank: int, env: dict[str, str]) -> s
 def _wait(started: list[subprocess.Popen], folder: str, timeout: float, may_die: Collection[int]) -> None:
     end = time.monotonic() + timeout
     while True:
+        over = time.monotonic() > end  # before the look at the ranks, which may have ended meanwhile
         codes = [process.poll() for process in started]
         for rank, code in enumerate(codes):
             if code not in (None, 0) and rank not in may_die:
@@ -146,7 +147,7 @@ def _wait(started: list[subprocess.Popen], folder: str, timeout: float, may_die:
         late = [rank for rank, code in enumerate(codes) if code is None]
         if not late:
             return
-        if time.monotonic() > end:
+        if over:
             logs = "\n".join(_log(folder, rank, None) for rank in late)
             raise TimeoutError(f"rank(s) {late} still run after {timeout:g} s\n{logs}")
         time.sleep(0.005)
@@ -177,7 +178,9 @@ def _rank_main(folder: str, place: list[str]) -> None:
     else:
         info, store = detect(), None
     result = function(info, store, *args)
-    (Path(folder) / f"result{info.rank}").write_bytes(pickle.dumps(result))
+    unfinished = Path(folder) / f"result{info.rank}.tmp"
+    unfinished.write_bytes(pickle.dumps(result))
+    unfinished.rename(Path(folder) / f"result{info.rank}")  # whole, or not there: mpirun may end this rank meanwhile
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """How MPI ranks wait for each other before a blocking call: with a deadline, and naming who is missing.
 
 On one host through a page of shared memory (about a microsecond, and it sees dead processes and aborts); across
-hosts through MPI's own non-blocking barrier, with small messages for the roll call.
+hosts through MPI's own non-blocking sum, with small messages for the roll call.
 """
 
 import os
@@ -124,6 +124,8 @@ class MessageArrivals(Arrivals):
         self.rank = comm.Get_rank()
         self.size = comm.Get_size()
         self.count = 0
+        self._answered = 0
+        """The meeting of which this rank has said last that it waits there."""
         self._sent: list = []
         """Requests hold the memory that MPI may still read or write."""
 
@@ -146,12 +148,12 @@ class MessageArrivals(Arrivals):
             turns += 1
             if turns & 63 and waited <= YIELD_SECONDS:
                 continue
-            waited = time.monotonic() - begin
             try:
-                self._look(waited, limit)
+                self._look(waited, limit)  # of the last turn: all may have come while this rank was not running
             except WaitFailed:
                 self._sent.append(request)
                 raise
+            waited = time.monotonic() - begin
             if waited > YIELD_SECONDS:  # as on one host: a rank that waits for long leaves its core to others
                 time.sleep(SHORT_SLEEP if waited < 1 else LONG_SLEEP)
             else:
@@ -160,24 +162,31 @@ class MessageArrivals(Arrivals):
     def _look(self, waited: float, limit: float) -> None:
         if self.comm.Iprobe(tag=ABORT_TAG):
             raise WaitFailed("aborted", (), self.comm.recv(tag=ABORT_TAG))
+        if self._answered != self.count and self.comm.Iprobe(tag=LATE_TAG):
+            self._answer()
         if waited > limit:
             present = self._roll_call()
             missing = tuple(rank for rank in range(self.size) if rank not in present)
             raise WaitFailed("late", missing, f"did not arrive within {limit:g} s")
 
     def _roll_call(self) -> set[int]:
-        """Who else waits at this meeting: their deadlines end at about the same time, and they say so."""
-        self._tell(LATE_TAG, self.count)
+        """Who else waits at this meeting: they see that this rank asks, and say so."""
+        if self._answered != self.count:
+            self._answer()
         present = {self.rank}
         end = time.monotonic() + ROLL_CALL_SECONDS
         while time.monotonic() < end and len(present) < self.size:
             for peer in range(self.size):
-                if self._answered(peer):
+                if self._waits(peer):
                     present.add(peer)
             time.sleep(0.005)
         return present
 
-    def _answered(self, peer: int) -> bool:
+    def _answer(self) -> None:
+        self._answered = self.count
+        self._tell(LATE_TAG, self.count)
+
+    def _waits(self, peer: int) -> bool:
         if peer == self.rank or not self.comm.Iprobe(source=peer, tag=LATE_TAG):
             return False
         return self.comm.recv(source=peer, tag=LATE_TAG) == self.count

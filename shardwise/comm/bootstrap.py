@@ -60,10 +60,11 @@ class FolderStore:
         end = time.monotonic() + timeout
         pause = 0.0005
         while True:
+            late = time.monotonic() > end  # before the look, which may find what came while this rank was not running
             try:
                 return self._path(key).read_bytes()
             except FileNotFoundError:
-                if time.monotonic() > end:
+                if late:
                     raise TimeoutError(f"key {key!r} was not set within {timeout:g} s in {self.folder}") from None
             time.sleep(pause)
             pause = min(pause * 1.5, 0.02)
@@ -79,11 +80,19 @@ class TorchStore:
     def set(self, key: str, value: bytes) -> None:
         self.store.set(key, value)
 
+    def has(self, key: str) -> bool:
+        """Whether somebody has set the key. RuntimeError where the store is gone."""
+        return self.store.check([key])
+
     def get(self, key: str, timeout: float) -> bytes:
         import torch.distributed as dist
 
         try:
-            self.store.wait([key], timedelta(seconds=timeout))
+            try:
+                self.store.wait([key], timedelta(seconds=timeout))
+            except dist.DistStoreError:  # also where a busy server answers late
+                if not self.has(key):
+                    raise
             return self.store.get(key)
         except (dist.DistStoreError, RuntimeError) as error:
             raise TimeoutError(f"key {key!r} was not set within {timeout:g} s: {error}") from None

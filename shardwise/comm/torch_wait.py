@@ -1,8 +1,9 @@
 """How a rank waits for torch.distributed, and what it says when a wait ends badly.
 
-A wait on gloo is cut into slices; between them the rank looks for an abort and for the deadline. At the deadline
-every waiting rank writes its name into the store, and who did not write is missing. NCCL runs on the GPU's stream,
-where torch's watchdog holds the deadline.
+A wait on gloo is cut into slices; between them the rank looks for an abort, for a rank that calls the roll, and for
+the deadline. The first rank at its deadline calls the roll through the store, every rank that waits for the same
+collective writes its name there, and who did not write is missing. NCCL runs on the GPU's stream, where torch's
+watchdog holds the deadline.
 """
 
 import contextlib
@@ -17,6 +18,8 @@ from shardwise.comm.bootstrap import TorchStore
 from shardwise.comm.collective import BaseCommunicator
 
 SLICE = timedelta(seconds=0.2)
+GRACE_SECONDS = 1.0
+"""What rank 0 has sent may come in for so long after it left, and the store with it."""
 LOST_SIGNS = (
     "Connection closed by peer",
     "Connection was likely closed",
@@ -30,6 +33,8 @@ class WaitingCommunicator(BaseCommunicator):
     """Of ranks that have a store in common."""
 
     store: TorchStore
+    _answered = ""
+    """The roll call that this rank has answered last."""
 
     def _done(self, work: dist.Work | None) -> None:
         if work is None:
@@ -39,26 +44,49 @@ class WaitingCommunicator(BaseCommunicator):
             return
         limit = self.deadlines.in_phase(watch.current_phase())
         end = time.monotonic() + limit
+        alone: float | None = None
         while True:
-            ended = work.is_completed()  # asked before: work that ends right after a slice has not failed
+            # Asked before the slice: work that ends right after it has not failed, and a rank that was stopped by the
+            # system until after its deadline waits one slice more.
+            ended, late = work.is_completed(), time.monotonic() > end
             try:
                 work.wait(SLICE)
                 return
             except RuntimeError as error:
                 if ended or not _timed_out(error):
                     raise self._library_failed(error) from error
-            self._look_for_abort()
-            if time.monotonic() > end:
+            try:
+                self._look_around()
+            except CommError:
+                raise
+            except RuntimeError as error:  # the store is gone, as rank 0 is
+                alone = alone or time.monotonic()
+                if time.monotonic() - alone > GRACE_SECONDS:
+                    raise self._library_failed(error) from error
+                continue
+            if late:
                 raise self._late(limit)
 
-    def _look_for_abort(self) -> None:
-        if self._aborts.check(["abort"]):
-            reason = self._aborts.get("abort").decode(errors="replace")
-            raise self._fail(CommError(f"{self._where(self._last_entry())}: {reason}"))
+    def _look_around(self) -> None:
+        """For an abort, and for a rank that calls the roll."""
+        self._look_for_abort()
+        place = self._roll
+        if place != self._answered and self.store.has(f"{place}/called"):
+            self._answer(place)
 
     @property
-    def _aborts(self) -> dist.Store:
-        return self.store.store
+    def _roll(self) -> str:
+        """Where those answer who wait for this collective."""
+        return f"late/{self.name}/{self.sequence}"
+
+    def _answer(self, place: str) -> None:
+        self._answered = place
+        self.store.set(f"{place}/{self.rank}", b"here")
+
+    def _look_for_abort(self) -> None:
+        if self.store.has("abort"):
+            reason = self.store.store.get("abort").decode(errors="replace")
+            raise self._fail(CommError(f"{self._where(self._last_entry())}: {reason}"))
 
     def _library_failed(self, error: Exception) -> CommError:
         where = self._where(self._last_entry())
@@ -74,11 +102,12 @@ class WaitingCommunicator(BaseCommunicator):
 
     def _late(self, limit: float) -> CommError:
         """Roll call through the store: whoever waits for the same collective answers."""
-        place = f"late/{self.name}/{self.sequence}"
+        place = self._roll
         missing = []
         end = time.monotonic() + watch.ROLL_CALL_SECONDS
         try:
-            self.store.set(f"{place}/{self.rank}", b"here")
+            self.store.set(f"{place}/called", b"")
+            self._answer(place)
             for rank in range(self.size):
                 try:
                     self.store.get(f"{place}/{rank}", max(0.01, end - time.monotonic()))

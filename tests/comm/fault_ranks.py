@@ -2,14 +2,16 @@
 
 import atexit
 import os
+import pickle
 import signal
 import threading
 import time
 
 import torch
 
-from shardwise.comm import watch
+from shardwise.comm import sharing, watch
 from shardwise.comm.base import CommError
+from shardwise.comm.bootstrap import FolderStore
 from shardwise.comm.strategy import create
 from shardwise.comm.watch import Deadlines
 
@@ -24,20 +26,71 @@ def outcome(call):
     return "nothing", "", (), time.monotonic() - begin
 
 
-def one_rank_is_slow_then_late(info, store, transport, late):
+class Board:
+    """Where the ranks of one test tell each other, and the test, how far they are; beside the group under test."""
+
+    def __init__(self, folder, info):
+        self.store, self.info = FolderStore(folder), info
+
+    def tell(self, key, value=None):
+        self.store.set(f"{key}/{self.info.rank}", pickle.dumps(value))
+
+    def hear(self, key, *ranks):
+        """Wait for these ranks, or all."""
+        return [pickle.loads(self.store.get(f"{key}/{rank}", 100)) for rank in ranks or range(self.info.world)]
+
+    def leave(self, value):
+        """`value` for the test; this rank stays until all have come so far."""
+        self.tell("left", value)
+        self.hear("left")
+
+
+def left(folder, world):
+    """What each rank has left on the board."""
+    return [pickle.loads(FolderStore(folder).get(f"left/{rank}", 0.1)) for rank in range(world)]
+
+
+def one_rank_is_slow_then_late(info, store, transport, late, folder):
     torch.set_num_threads(1)
-    group = create(info, transport=transport, store=store, deadlines=Deadlines(collective=1.5))
+    board = Board(folder, info)
+    group = create(info, transport=transport, store=store, deadlines=Deadlines(collective=60))
+    others = [rank for rank in range(info.world) if rank != late]
     group.all_reduce(torch.ones(4))
     if info.rank == late:
+        board.hear("waits", *others)
         time.sleep(0.5)
-    slow = outcome(lambda: group.all_reduce(torch.ones(4)))
-    if info.rank == late:
-        time.sleep(3)  # until the others have given up
-        return slow, None, None, None
+        group.all_reduce(torch.ones(4))
+        board.hear("gave up", *others)
+        board.leave(None)
+        return
+    slow = outcome(lambda: (board.tell("waits"), group.all_reduce(torch.ones(4))))
+    group.deadlines = Deadlines(collective=1.5)
+    board.tell("comes")
+    board.hear("comes", *others)
     result = outcome(lambda: group.all_reduce(torch.ones(4)))
     again = outcome(lambda: group.all_reduce(torch.ones(4)))
-    time.sleep(0.5)  # mpirun ends all ranks when the first one leaves without finalising
-    return slow, result, again, watch.FLIGHT.last()
+    board.tell("gave up")
+    board.leave((slow, result, again, watch.FLIGHT.last()))
+
+
+def one_rank_waits_longer(info, store, transport, folder):
+    """Rank 2 stays away; rank 1 waits until rank 0, which has the shorter deadline, gives up and aborts."""
+    torch.set_num_threads(1)
+    board = Board(folder, info)
+    if transport != "gloo":
+        transport, sharing.usable = "mpi", lambda: (False, "not today")
+    group = create(info, transport=transport, store=store, deadlines=Deadlines(collective=60))
+    group.all_reduce(torch.ones(4))
+    seen = None
+    if info.rank == 0:
+        board.hear("comes", 1)
+        group.deadlines = Deadlines(collective=1)
+        seen = outcome(lambda: group.all_reduce(torch.ones(4)))
+        group.abort("rank 0 has given up")
+    elif info.rank == 1:
+        board.tell("comes")
+        seen = outcome(lambda: group.all_reduce(torch.ones(4)))
+    board.leave(seen)
 
 
 def one_rank_dies(info, store, transport, victim):
@@ -52,7 +105,7 @@ def one_rank_dies(info, store, transport, victim):
 def one_rank_dies_of_a_difference(info, store):
     """Rank 1 calls something else, and is gone before it has told what."""
     torch.set_num_threads(1)
-    group = create(info, transport="shm", store=store, deadlines=Deadlines(collective=20))
+    group = create(info, transport="shm", store=store, deadlines=Deadlines(collective=60))
     group.all_reduce(torch.ones(4))
     if info.rank == 1:
         group.segment.calls = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
@@ -63,7 +116,7 @@ def one_rank_dies_of_a_difference(info, store):
 def fork_and_call(info, store, transport):
     """How a forked process ends that calls on its parent's group and then leaves in order; the group afterwards."""
     torch.set_num_threads(1)
-    group = create(info, transport=transport, store=store, deadlines=Deadlines(collective=10))
+    group = create(info, transport=transport, store=store, deadlines=Deadlines(collective=60))
     x = torch.ones(4)
     for _ in range(2):
         group.all_reduce(x, out=x.fill_(1))
@@ -76,7 +129,7 @@ def fork_and_call(info, store, transport):
     return ended, group.all_reduce(x.fill_(1)).tolist(), outcome(group.barrier)[0]
 
 
-def rank_0_aborts(info, store, transport):
+def rank_0_aborts(info, store, transport, folder):
     """What ranks 1 to 3 see in the world, then (in a second world) rank 2 in a sub-group that waits for rank 3."""
     torch.set_num_threads(1)
     results = []
@@ -89,8 +142,7 @@ def rank_0_aborts(info, store, transport):
             world.abort("rank 0 ran out of ideas")
         waits = info.rank == 2 if in_sub_group else info.rank > 0
         results.append(outcome((part if in_sub_group else world).barrier) if waits else None)
-    time.sleep(1)  # nobody's end may be taken for the abort
-    return results
+    Board(folder, info).leave(results)  # nobody's end may be taken for the abort
 
 
 def two_threads_call_at_once(info, store):
@@ -121,7 +173,7 @@ def rank_1_aborts_and_is_gone(info, store):
     return outcome(lambda: group.all_reduce(torch.ones(4)))
 
 
-def calls_differ(info, store, transport, check):
+def calls_differ(info, store, transport, check, folder):
     """For every way in which two calls can differ, what this rank sees."""
     torch.set_num_threads(1)
     odd = info.rank == 1
@@ -141,7 +193,7 @@ def calls_differ(info, store, transport, check):
     }
     results = {}
     for how, call in calls.items():
-        group = create(info, transport=transport, store=store, check=check, deadlines=Deadlines(collective=20))
+        group = create(info, transport=transport, store=store, check=check, deadlines=Deadlines(collective=60))
         group.all_reduce(torch.ones(4))
         results[how] = outcome(lambda call=call, group=group: call(group))
-    return results
+    Board(folder, info).leave(results)

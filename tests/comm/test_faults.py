@@ -1,16 +1,20 @@
 """A rank that is late, dead, or calls something else: the others learn which one, in bounded time."""
 
+import contextlib
 import gc
 import json
+import threading
 import time
 import weakref
+from types import SimpleNamespace
 
+import fault_ranks
 import pytest
 import torch
 
-from shardwise.comm import watch
+from shardwise.comm import torch_wait, watch
 from shardwise.comm.arrival import MessageArrivals
-from shardwise.comm.base import CollectiveMismatch, CollectiveTimeout, CommError
+from shardwise.comm.base import CollectiveMismatch, CollectiveTimeout, CommError, PeerLost
 from shardwise.comm.control import MESSAGE_BYTES, fingerprint
 from shardwise.comm.rank import RankInfo, current_groups
 from shardwise.comm.segment import WaitFailed
@@ -23,12 +27,15 @@ TRANSPORTS = ("shm", "gloo", "mpi")
 
 
 def test_threads_name_the_missing_rank():
+    here = threading.Barrier(2)
+
     def body():
         group = current_groups().world
         group.all_reduce(torch.ones(2))
         if group.rank == 1:
-            time.sleep(1.0)
             return
+        group.deadlines = Deadlines(collective=0.5)
+        here.wait(60)
         with pytest.raises(CollectiveTimeout) as caught:
             group.all_reduce(torch.ones(2))
         assert caught.value.missing == (1,)
@@ -36,7 +43,7 @@ def test_threads_name_the_missing_rank():
         with pytest.raises(CommError, match="did not arrive"):
             group.barrier()
 
-    run_threads(3, body, deadlines=Deadlines(collective=0.3))
+    run_threads(3, body)
 
 
 def test_threads_wait_for_a_slow_rank():
@@ -46,7 +53,7 @@ def test_threads_wait_for_a_slow_rank():
             time.sleep(0.3)
         return group.all_reduce(torch.ones(2)).tolist()
 
-    assert run_threads(2, body, deadlines=Deadlines(collective=5)) == [[2.0, 2.0]] * 2
+    assert run_threads(2, body, deadlines=Deadlines(collective=60)) == [[2.0, 2.0]] * 2
 
 
 def test_a_failing_thread_unblocks_the_others():
@@ -59,7 +66,7 @@ def test_a_failing_thread_unblocks_the_others():
     begin = time.monotonic()
     with pytest.raises(KeyError):
         run_threads(3, body, deadlines=Deadlines(collective=60))
-    assert time.monotonic() - begin < 10
+    assert time.monotonic() - begin < 50
 
 
 @pytest.mark.parametrize("how", ["shape", "dtype", "op"])
@@ -80,20 +87,34 @@ def test_threads_in_check_mode_name_both_calls(how):
     run_threads(3, body, check=True)
 
 
+def told(world, target, *args, tmp_path, mpi=False, may_die=()):
+    """What the ranks have left for the test (`fault_ranks.leave`): mpirun ends a rank when another one leaves first."""
+    run_processes(world, target, *args, str(tmp_path), mpi=mpi, may_die=range(world) if mpi else may_die)
+    return fault_ranks.left(str(tmp_path), world)
+
+
 @pytest.mark.parametrize("transport", TRANSPORTS)
-def test_a_slow_rank_is_waited_for_and_a_late_one_is_named(transport):
+def test_a_slow_rank_is_waited_for_and_a_late_one_is_named(transport, tmp_path):
     mpi = transport == "mpi"
-    may_die = (0, 2) if mpi else (2,)
-    results = run_processes(3, "fault_ranks:one_rank_is_slow_then_late", transport, 2, mpi=mpi, may_die=may_die)
+    results = told(3, "fault_ranks:one_rank_is_slow_then_late", transport, 2, tmp_path=tmp_path, mpi=mpi)
     for rank in (0, 1):
         slow, (kind, text, missing, seconds), again, last = results[rank]
         assert slow[0] == "nothing" and slow[3] > 0.2
         assert kind == "CollectiveTimeout", text
         assert missing == (2,)
         assert f"all_reduce #3 on group world, rank {rank}: rank(s) 2 did not arrive within 1.5 s" in text
-        assert 1.4 < seconds < 10
+        assert 1.4 < seconds < 30
         assert again[0] == "CommError" and "did not arrive" in again[1]
         assert (last["op"], last["sequence"], last["end"]) == ("all_reduce", 3, 0)
+
+
+@pytest.mark.parametrize("transport", ["gloo", "mpi without shared memory"])
+def test_a_rank_that_waits_is_not_missing_however_much_later_it_came(transport, tmp_path):
+    mpi = transport != "gloo"
+    results = told(3, "fault_ranks:one_rank_waits_longer", transport, tmp_path=tmp_path, mpi=mpi)
+    kind, text, missing, _ = results[0]
+    assert (kind, missing) == ("CollectiveTimeout", (2,)), text
+    assert results[1][0] == "CommError" and "rank 0 has given up" in results[1][1]
 
 
 @pytest.mark.parametrize("transport", ["shm", "gloo"])
@@ -101,7 +122,7 @@ def test_a_dead_rank_is_noticed_long_before_the_deadline(transport):
     results = run_processes(3, "fault_ranks:one_rank_dies", transport, 1, may_die=(1,))
     kind, text, missing, seconds = results[0]
     assert kind == "PeerLost" and "all_reduce #2 on group world, rank 0" in text and "is gone" in text
-    assert seconds < 15
+    assert seconds < 30  # of 60
     if transport == "shm":
         assert missing == (1,)
 
@@ -112,17 +133,17 @@ def test_a_rank_that_dies_before_it_told_what_it_called_is_lost():
 
 
 @pytest.mark.parametrize("transport", ["shm", "gloo"])
-def test_abort_unblocks_waiting_peers_in_sub_groups_too(transport):
-    results = run_processes(4, "fault_ranks:rank_0_aborts", transport)
+def test_abort_unblocks_waiting_peers_in_sub_groups_too(transport, tmp_path):
+    results = told(4, "fault_ranks:rank_0_aborts", transport, tmp_path=tmp_path)
     outcomes = [results[1][0], results[2][0], results[3][0], results[2][1]]
     for kind, text, _, seconds in outcomes:
         assert kind == "CommError" and "rank 0 ran out of ideas" in text
-        assert seconds < 15
+        assert seconds < 30  # of 60
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
 def test_a_forked_process_is_refused_and_disturbs_nobody(transport):
-    results = run_processes(2, "fault_ranks:fork_and_call", transport, mpi=transport == "mpi", timeout=60)
+    results = run_processes(2, "fault_ranks:fork_and_call", transport, mpi=transport == "mpi")
     assert results == [(0, [2.0] * 4, "nothing")] * 2
 
 
@@ -132,8 +153,9 @@ def test_the_reason_of_an_abort_outlives_the_connection():
 
 
 @pytest.mark.parametrize("transport, check", [("gloo", True), ("shm", True), ("shm", False), ("mpi", False)])
-def test_both_calls_are_named_in_check_mode_and_always_where_ranks_meet_in_memory(transport, check):
-    results = run_processes(2, "fault_ranks:calls_differ", transport, check, mpi=transport == "mpi", may_die=(0, 1))
+def test_both_calls_are_named_in_check_mode_and_always_where_ranks_meet_in_memory(transport, check, tmp_path):
+    mpi = transport == "mpi"
+    results = told(2, "fault_ranks:calls_differ", transport, check, tmp_path=tmp_path, mpi=mpi, may_die=(0, 1))
     odd = {
         "shape": "rank 1 called #2 all_reduce shape=(5,)",
         "dtype": "rank 1 called #2 all_reduce shape=(4,) dtype=torch.bfloat16",
@@ -157,25 +179,28 @@ def test_both_calls_are_named_in_check_mode_and_always_where_ranks_meet_in_memor
 
 
 def test_two_threads_in_one_group_end_in_bounded_time():
-    for seen in run_processes(2, "fault_ranks:two_threads_call_at_once", timeout=60):
+    for seen in run_processes(2, "fault_ranks:two_threads_call_at_once"):
         assert len(seen) == 2 and any(kind != "nothing" for kind, *_ in seen)
-        assert all(seconds < 20 for *_, seconds in seen)
+        assert all(seconds < 60 for *_, seconds in seen)
 
 
 def test_a_failure_dumps_the_flight_record(tmp_path, monkeypatch):
     monkeypatch.setenv(watch.LOG_FOLDER_ENV, str(tmp_path))
+    left = threading.Event()
 
     def body():
         group = current_groups().world
         for _ in range(300):
             group.barrier()
         if group.rank == 0:
+            assert left.wait(60)
+            group.deadlines = Deadlines(collective=0.2)
             with pytest.raises(CollectiveTimeout) as caught:
                 group.all_gather(torch.ones(3, 2), 1)
             return caught.value.__notes__
-        time.sleep(0.5)
+        left.set()
 
-    notes = run_threads(2, body, deadlines=Deadlines(collective=0.2))[0]
+    notes = run_threads(2, body)[0]
     record = json.loads((tmp_path / "flight-rank0.json").read_text())
     assert str(tmp_path / "flight-rank0.json") in notes[0]
     assert len(record["collectives"]) == watch.FLIGHT_LENGTH
@@ -203,6 +228,7 @@ def test_what_mpi_may_still_write_stays_when_a_meeting_gives_up():
     kept = []
     meeting = MessageArrivals.__new__(MessageArrivals)
     meeting.comm, meeting.rank, meeting.size, meeting.count, meeting._sent = Comm(), 0, 2, 0, []
+    meeting._answered = 0
     meeting._roll_call = lambda: {0}
     with pytest.raises(WaitFailed):
         meeting.meet(0.01, 7)
@@ -227,16 +253,61 @@ def test_gloo_work_that_ends_right_after_a_slice_is_asked_how_it_ended(monkeypat
             if error:
                 raise RuntimeError(error)
 
-    group = create(RankInfo(), transport="gloo")
-    monkeypatch.setattr(torch.distributed, "broadcast", lambda *_, **__: Work())
-    try:
+    with gloo_work(monkeypatch, Work()) as group:
         if error is None:
             assert group.broadcast(torch.ones(2), 0).tolist() == [1.0, 1.0]
         else:
             with pytest.raises(CommError, match=f"broadcast #1 on group world, rank 0: gloo failed: {error}"):
                 group.broadcast(torch.ones(2), 0)
+
+
+@contextlib.contextmanager
+def gloo_work(monkeypatch, work):
+    """A group whose broadcasts are `work`."""
+    group = create(RankInfo(), transport="gloo")
+    monkeypatch.setattr(torch.distributed, "broadcast", lambda *_, **__: work)
+    try:
+        yield group
     finally:
         group.close()
+
+
+class Unfinished:
+    """Work that is done after some slices of its wait, or never."""
+
+    def __init__(self, slices=10**9):
+        self.slices = slices
+
+    def is_completed(self):
+        return not self.slices
+
+    def wait(self, limit):
+        if self.slices:
+            self.slices -= 1
+            raise RuntimeError("Operation timed out!")
+
+
+@pytest.mark.parametrize("slices", [2, 10**9])
+def test_what_rank_0_sent_counts_though_it_left_and_the_store_with_it(monkeypatch, slices):
+    def gone(keys):
+        raise RuntimeError("Connection reset by peer")
+
+    monkeypatch.setattr(torch_wait, "GRACE_SECONDS", 0.05)
+    with gloo_work(monkeypatch, Unfinished(slices)) as group:
+        monkeypatch.setattr(group.store, "store", SimpleNamespace(check=gone))
+        if slices == 2:
+            assert group.broadcast(torch.ones(2), 0).tolist() == [1.0, 1.0]
+        else:
+            with pytest.raises(PeerLost, match="its process is gone: Connection reset by peer"):
+                group.broadcast(torch.ones(2), 0)
+
+
+def test_gloo_work_that_ends_while_its_rank_was_stopped_is_not_late(monkeypatch):
+    """The deadline passes within the first slice."""
+    work = Unfinished(1)
+    with gloo_work(monkeypatch, work) as group, monkeypatch.context() as patch:
+        patch.setattr(torch_wait, "time", SimpleNamespace(monotonic=lambda: 0 if work.slices else 1000))
+        assert group.broadcast(torch.ones(2), 0).tolist() == [1.0, 1.0]
 
 
 def test_check_mode_sees_a_difference_behind_what_is_too_long_to_send():
