@@ -58,10 +58,12 @@ class Backend(ABC):
     def wait(self, seconds: float) -> bool:
         """Wait until nothing runs any more; False when the time is over."""
         end = time.monotonic() + seconds
+        late = False
         while self.running():
-            if time.monotonic() > end:
+            if late:
                 return False
             time.sleep(0.005)
+            late = time.monotonic() > end
         return True
 
     @abstractmethod

@@ -68,7 +68,7 @@ class InterpretedLauncher(Launcher):
     side_by_side = False
 
     def __init__(self, workspace: SharedWorkspace):
-        self.workspace, self.deadline_ns, self.multiprocessors, self.pdl = workspace, 10**10, 2, False
+        self.workspace, self.deadline_ns, self.multiprocessors, self.pdl = workspace, 60 * 10**9, 2, False
         self._kernels, self._kept, self._places = {}, {}, launch.places(workspace)
 
     def _compiled(self, kernel, positional, options):
@@ -191,12 +191,12 @@ def faults(info: RankInfo, store, folder: str) -> None:
 def missing_rank(info: RankInfo, fallback, folder: str) -> None:
     """Rank 1 stays away from the second call; rank 0 learns so at the next synchronisation and stays broken."""
     group = join(fallback, folder)
-    group.deadlines = Deadlines(collective=0.3)
     x = torch.ones(64)
     group.workspace.counters.fill_(2**31 - 1)  # the number of the last call before it starts anew
     group.all_reduce(x, strategy="TWOSHOT")
     group.synchronize()
     if info.rank == 0:
+        group.deadlines = Deadlines(collective=0.3)
         begun = time.monotonic()
         out = group.all_reduce(x, strategy="ONESHOT")
         with pytest.raises(
@@ -204,7 +204,7 @@ def missing_rank(info: RankInfo, fallback, folder: str) -> None:
         ) as caught:
             group.synchronize()
         assert caught.value.missing == (1,)
-        assert time.monotonic() - begun < 5
+        assert time.monotonic() - begun < 30
         assert out.isnan().all(), "what did not arrive is not a number"
         with pytest.raises(CommError, match="never received rank 1"):
             group.all_reduce(x)
@@ -227,7 +227,9 @@ def broken_links(info: RankInfo, fallback, folder: str) -> None:
     class LossyLauncher(InterpretedLauncher):
         def __init__(self, workspace, fault):
             super().__init__(workspace)
-            self.deadline_ns, self.fault = 3 * 10**8, fault
+            self.fault = fault
+            if fault == "nothing":
+                self.deadline_ns = 3 * 10**8
 
         def all_reduce(self, x, out, tuning, *, launch=True):
             if not launch or self.workspace.rank == 0:

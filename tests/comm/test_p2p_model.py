@@ -122,12 +122,12 @@ def test_another_number_of_rows_on_one_rank_ends_in_a_timeout_not_in_wrong_data(
 
 
 def test_threads_reach_the_same_end():
-    outcome = run_threads(4, MIXED * 3, 20.0, faults=Faults(slow=frozenset((2,))))
+    outcome = run_threads(4, MIXED * 3, 60.0, faults=Faults(slow=frozenset((2,))))
     assert outcome.stale == []
     assert outcome.finished == [len(MIXED) * 3] * 4
 
 
 def test_threads_name_the_rank_that_never_came():
-    outcome = run_threads(2, [("ONESHOT", 2)] * 3, 0.2, faults=Faults(dead={1: 1}))
+    outcome = run_threads(2, [("ONESHOT", 2)] * 3, 1.0, faults=Faults(dead={1: 1}))
     assert outcome.missing == {0: {1}}
     assert outcome.finished == [1, 1]

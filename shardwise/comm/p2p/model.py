@@ -109,13 +109,14 @@ def run_threads(world: int, calls: Sequence[tuple], deadline_seconds: float, **o
             machine.begin(rank)
             end = time.monotonic() + deadline_seconds
             while rank.at and not rank.gave_up:
+                late = time.monotonic() > end
                 ready = machine.ready(rank)
                 for choice in ready:
                     with one_at_a_time:
                         machine.step(rank, *choice)
                         while machine.under_way:
                             machine.arrive(0)
-                if not ready and time.monotonic() > end:
+                if not ready and late:
                     machine.expire(rank)
                 if not ready or rank.rank in machine.faults.slow:
                     time.sleep(0.0005)
