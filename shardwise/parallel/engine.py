@@ -4,6 +4,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 
 from shardwise.comm.rank import Groups
+from shardwise.kernel_start import on_device
 from shardwise.ops.triton_support import interpreting
 from shardwise.parallel import device_cache, paged
 from shardwise.parallel.assemble import DecoderBuilder
@@ -120,7 +122,7 @@ class Engine:
             keeps_int4=self._form.keeps_int4,
             on_progress=on_progress,
         )
-        with torch.inference_mode():
+        with torch.inference_mode(), self._here():
             builder = DecoderBuilder(source, groups)
             self.decoder = builder.build()
             self.runner = Runner(self.decoder, self.device, decode)
@@ -219,7 +221,8 @@ class Engine:
     def _run(self, requests: list[Request]) -> Iterator[TokenEvent]:
         if self._running:
             raise RuntimeError("the engine is in the middle of another stream: exhaust or close that one first")
-        cache = self._cache_for(requests)
+        with self._here():
+            cache = self._cache_for(requests)
         own = requests[self.groups.attn_dp.rank :: self.groups.attn_dp.size]
         scheduler = Scheduler(cache=cache, step_tokens=STEP_TOKENS, max_length=self.max_length, device=self.device)
         scheduler.add(own)
@@ -248,8 +251,12 @@ class Engine:
         with span(SCHEDULE):
             step = schedule()
         # Entered for each step: a generator that is suspended inside would leave its caller in inference mode.
-        with span(PREFILL if step.batch.prefills else DECODE), torch.inference_mode():
+        with span(PREFILL if step.batch.prefills else DECODE), torch.inference_mode(), self._here():
             return _Running(step, self.runner.launch(step))
+
+    def _here(self) -> AbstractContextManager:
+        """Makes the engine's GPU the current one, which each thread that calls has of its own."""
+        return on_device(self.device.index) if self.device.type == "cuda" else nullcontext()
 
     def _ahead(self, scheduler: Scheduler, running: "_Running") -> "_Running | None":
         """The step after the running one, launched before that one's tokens are known, where it can be."""

@@ -35,7 +35,7 @@ def make_requests(
     """
     if isinstance(prompts, str):
         raise TypeError("prompts is one text; pass a list of prompts")
-    params = params or SamplingParams()
+    params = SamplingParams() if params is None else params
     each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
     if len(each) != len(prompts):
         raise ValueError(f"{len(prompts)} prompts with {len(each)} sampling parameters; give one, or one for each")

@@ -2,6 +2,8 @@
 
 import random
 import weakref
+from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -154,6 +156,28 @@ def test_two_streams_at_once_are_refused(engine):
     assert len(engine.generate(PROMPTS, params)) == len(PROMPTS)
 
 
+def test_steps_run_where_the_engine_is_whichever_thread_calls(engine, monkeypatch):
+    """Each thread has a current GPU of its own, the first one unless it says otherwise."""
+    launch, use, inside, steps = engine.runner.launch, engine.runner.use, [], []
+
+    @contextmanager
+    def on_device(index):
+        inside.append(index)
+        yield
+        inside.pop()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine_module, "on_device", on_device)
+        patch.setattr(engine, "device", SimpleNamespace(type="cuda", index=3))
+        with engine._here():
+            assert inside == [3]
+    monkeypatch.setattr(engine, "_here", lambda: on_device(3))
+    monkeypatch.setattr(engine.runner, "launch", lambda step: steps.append([*inside]) or launch(step))
+    monkeypatch.setattr(engine.runner, "use", lambda cache: steps.append([*inside]) or use(cache))
+    assert len(engine.generate([[1, 2]], SamplingParams(max_new_tokens=2))[0].token_ids) == 2
+    assert steps == [[3]] * 3 and not inside
+
+
 def test_a_seed_gives_the_same_tokens_whatever_else_is_in_the_batch(engine):
     def params(seed):
         return SamplingParams(max_new_tokens=8, temperature=1.5, top_k=50, top_p=0.9, seed=seed)
@@ -187,6 +211,7 @@ REFUSED = {
     "id outside of the vocabulary": ([[VOCAB]], None, ValueError, f"token id {VOCAB} is not in the vocabulary"),
     "one text instead of a list": ("text", None, TypeError, "pass a list of prompts"),
     "wrong number of parameters": ([[1]], [SamplingParams()] * 2, ValueError, "1 prompts with 2 sampling parameters"),
+    "no parameters": ([[1]], [], ValueError, "1 prompts with 0 sampling parameters"),
     "no chat template": ([[{"role": "user", "content": "hi"}]], None, ValueError, "no chat template"),
 }
 
