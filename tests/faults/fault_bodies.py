@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+import threading
 import time
 
 
@@ -46,6 +47,18 @@ def skip_collective(context):
     if context.info.rank == 1:
         forget_to_come()
     group.all_reduce(torch.ones(4))
+
+
+def killed_amid_collectives(context):
+    """Rank 1 is killed from outside of its main thread, which is in one all-reduce after the other."""
+    import torch
+
+    group = context.communicator()
+    if context.info.rank == 1:
+        threading.Timer(0.2, FAULTS["SIGKILL"]).start()
+    with context.phase("run"):
+        while True:
+            group.all_reduce(torch.ones(4))
 
 
 def forget_to_come():

@@ -1,5 +1,6 @@
 """Failures under Ray: the dead actor is named, not the one whose error Ray would show first."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -9,9 +10,13 @@ from pathlib import Path
 import pytest
 from fault_jobs import fail, job_environment, kernel_tells, start_parent, survivors
 
+from shardwise import LLM, SamplingParams
+from shardwise.launch.job import JobFailed
 from shardwise.launch.start import run_job
 
 ray = pytest.importorskip("ray")
+
+KILLED = (137, "killed by SIGKILL") if kernel_tells() else (1, "its process died; the launcher does not know of what")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -38,9 +43,7 @@ def test_results_come_back_by_rank_and_the_connection_stays_open(tmp_path):
     [
         ("raise", 1, "RuntimeError: boom on purpose"),
         ("sys.exit", 3, "SystemExit(3)"),
-        ("SIGKILL", 137, "killed by SIGKILL")
-        if kernel_tells()
-        else ("SIGKILL", 1, "its process died; the launcher does not know of what"),
+        ("SIGKILL", *KILLED),
     ],
 )
 def test_the_rank_that_failed_is_named(tmp_path, fault, code, what):
@@ -48,6 +51,27 @@ def test_the_rank_that_failed_is_named(tmp_path, fault, code, what):
     assert (failed.failure.rank, failed.failure.what, failed.error.exit_code) == (1, what, code)
     assert failed.file["phase"] == "run" and failed.file["pid"] > 1
     assert failed.survivors == [] and failed.seconds < 20
+
+
+def test_an_actor_that_is_killed_amid_collectives_ends_the_job_within_seconds(tmp_path):
+    failed = fail(tmp_path, "ray", "killed_amid_collectives")
+    assert (failed.failure.rank, failed.error.exit_code, failed.failure.what) == (1, *KILLED)
+    assert [victim.what.split(":")[0] for victim in failed.failure.victims] == ["PeerLost"]
+    assert failed.survivors == [] and failed.seconds < 20
+
+
+def test_an_actor_that_is_killed_while_it_generates_ends_the_call_within_seconds():
+    with LLM("smollm2", tp=2, launcher="ray", weights="native") as llm:
+        stream = llm.stream("Once", SamplingParams(max_new_tokens=4000, ignore_eos=True))
+        next(stream)
+        os.kill(llm._executor._supervisor.hub.hello[1].pid, signal.SIGKILL)
+        killed = time.monotonic()
+        with pytest.raises(JobFailed, match="rank 1 of 2 failed .* while run: ") as failed:
+            list(stream)
+        assert time.monotonic() - killed < 10
+        assert (failed.value.exit_code, failed.value.failure.what) == KILLED
+        with pytest.raises(RuntimeError, match="the ranks of this LLM have ended, after a failure"):
+            llm.generate("Twice")
 
 
 @pytest.mark.alone
