@@ -175,5 +175,13 @@ def tail(path: Path, start: int = 0) -> str:
         return ""
 
 
+def size(path: Path) -> int:
+    """Bytes of a log, 0 where there is none."""
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
+
+
 def _existing(path: Path) -> str | None:
     return str(path) if path.exists() else None

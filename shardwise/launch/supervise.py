@@ -26,8 +26,8 @@ SETTLE = 0.2
 """Seconds to hear of failures that came before the first one we heard of."""
 VERDICT = 15.0
 """Seconds that a launcher gets to end by itself and say who died; torchrun needs 1 to 3, more on a busy machine."""
-DUMP = 0.3
-"""Seconds for a rank that hangs to write its stacks."""
+DUMP, QUIET = 3.0, 0.1
+"""Seconds that a rank that hangs gets to write its stacks; a log that has grown and then rests for QUIET has them."""
 
 
 class Supervisor:
@@ -246,15 +246,22 @@ class Supervisor:
         lengths = {}
         for rank in ranks:
             hello = self.hub.hello.get(rank)
-            log = self.job.log(rank)
             if hello and hello.host == socket.gethostname() and watch.process_alive(hello.pid, hello.started):
-                length = log.stat().st_size if log.exists() else 0
+                length = postmortem.size(self.job.log(rank))
                 with contextlib.suppress(ProcessLookupError):  # it has just ended, and has no stacks
                     os.kill(hello.pid, signal.SIGUSR2)
                     lengths[rank] = length
-        if lengths:
-            time.sleep(DUMP)
+        self._await_growth({rank: length for rank, length in lengths.items() if self.job.log(rank).exists()})
         return {rank: postmortem.tail(self.job.log(rank), start=length) for rank, length in lengths.items()}
+
+    def _await_growth(self, lengths: dict[int, int]) -> None:
+        """Until these ranks' logs are longer, and rest; for DUMP seconds at most."""
+        end = time.monotonic() + DUMP
+        before: dict[int, int] = {}
+        sizes = lengths
+        while time.monotonic() < end and (before != sizes or any(sizes[rank] <= lengths[rank] for rank in lengths)):
+            time.sleep(QUIET)
+            before, sizes = sizes, {rank: postmortem.size(self.job.log(rank)) for rank in lengths}
 
     def _raise(self, found: list[Failure]) -> None:
         path = None

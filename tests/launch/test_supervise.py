@@ -4,15 +4,23 @@ import json
 import os
 import signal
 import socket
+import subprocess
+import sys
+import time
 
 import pytest
 
-from shardwise.comm.watch import Deadlines
+from shardwise.comm.watch import Deadlines, process_start
 from shardwise.launch import supervise
 from shardwise.launch.backend import Backend
 from shardwise.launch.job import Job, JobFailed
 from shardwise.launch.ray import Ray
 from shardwise.launch.supervise import Supervisor
+
+
+@pytest.fixture(autouse=True)
+def logs(tmp_path, monkeypatch):
+    monkeypatch.setenv("SHARDWISE_LOG_DIR", str(tmp_path / "logs"))
 
 
 class Rank:
@@ -117,6 +125,40 @@ def test_a_rank_that_ends_before_it_shows_its_stack_keeps_nobody_from_the_report
             patch.setattr(supervise.os, "kill", gone)
             with pytest.raises(JobFailed, match="the parent waited 0.05 s in vain for a word"):
                 supervisor.next_events(0.05, "a word")
+
+
+SLOW = """
+import signal, time
+def show(signum, frame):
+    time.sleep(0.6)
+    print("stack of mine", flush=True)
+signal.signal(signal.SIGUSR2, show)
+print("ready", flush=True)
+while True:
+    signal.pause()
+"""
+
+
+class SlowToShow(Speakers):
+    """Both are one process, whose log is that of rank 0."""
+
+    def start(self, job, description):
+        with open(job.log(0), "wb") as log:
+            self.process = subprocess.Popen([sys.executable, "-c", SLOW], stdout=log)
+        while job.log(0).read_bytes() != b"ready\n":
+            time.sleep(0.01)
+        pid = self.process.pid
+        self.identity = {"host": socket.gethostname(), "pid": pid, "started": process_start(pid)}
+        super().start(job, description)
+
+
+def test_a_rank_that_is_slow_to_show_its_stack_is_waited_for():
+    with Supervisor(job(), SlowToShow()) as supervisor:
+        supervisor.wait_for_ranks()
+        with pytest.raises(JobFailed) as caught:
+            supervisor.next_events(0.05, "a word")
+    assert "stack of mine" in caught.value.failure.trace
+    assert supervisor.backend.process.wait(60) == -signal.SIGKILL
 
 
 def test_under_ray_every_end_is_heard_of_not_the_first_alone():
