@@ -81,6 +81,19 @@ def test_large_results_are_not_recorded(monkeypatch):
     assert len(calls) == 3
 
 
+def test_calls_for_whose_second_run_no_memory_is_left_run_as_they_are_written(monkeypatch):
+    def exhausted(*_args):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(module, "_poisoned", lambda tape: exhausted)
+    calls = []
+    operator = recorded()(four_times(calls))
+    for _ in range(4):
+        x, y = drawn()
+        torch.testing.assert_close(operator(x, y), expected(x, y, 1.0))
+    assert len(calls) == 4
+
+
 def test_results_do_not_share_memory():
     operator = recorded()(four_times([]))
     given = [drawn() for _ in range(5)]
