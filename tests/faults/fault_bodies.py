@@ -5,45 +5,53 @@ import signal
 import sys
 import threading
 import time
+from pathlib import Path
+
+BUSY_SECONDS = 100
+"""Longer than any test waits for a report."""
 
 
 def crash(context):
-    """Rank 1 does `payload["fault"]`; everyone else is busy for longer than any test waits."""
+    """Rank 1 does `payload["fault"]` while rank 0 is busy."""
     with context.phase("run"):
-        if context.info.rank == 1:
-            time.sleep(0.05)
+        if context.info.rank == 0:
+            (logs() / "busy").touch()
+        else:
+            wait_for(logs() / "busy")
             FAULTS[context.payload["fault"]]()
-        time.sleep(60)
+        time.sleep(BUSY_SECONDS)
 
 
 def drag_down(context):
     """Rank 1 fails; rank 0 hears of it as a broken connection, and its complaint is the first to arrive."""
     if context.info.rank == 0:
-        time.sleep(0.05)
         raise ConnectionError("connection closed by peer")
-    time.sleep(0.1)
+    wait_for(logs() / "failure-rank-0.json")
     raise KeyError("the cause")
 
 
 def absent_from_rendezvous(context):
     """Rank 1 fails before it joins; rank 0 waits for it."""
     if context.info.rank == 1:
-        time.sleep(0.2)
         raise RuntimeError("no device for this rank")
     context.communicator()
 
 
 def wait(context):
     with context.phase("run"):
-        time.sleep(60)
+        time.sleep(BUSY_SECONDS)
 
 
 def skip_collective(context):
-    """Rank 1 never enters the second all-reduce."""
+    """Rank 1 never enters the second all-reduce; the deadline that was given is the second one's alone."""
     import torch
 
+    from shardwise.comm.watch import Deadlines
+
     group = context.communicator()
+    given, group.deadlines = group.deadlines, Deadlines(collective=60)
     group.all_reduce(torch.ones(4))
+    group.deadlines = given
     if context.info.rank == 1:
         forget_to_come()
     group.all_reduce(torch.ones(4))
@@ -61,14 +69,23 @@ def killed_amid_collectives(context):
             group.all_reduce(torch.ones(4))
 
 
+def logs():
+    return Path(os.environ["SHARDWISE_LOG_DIR"])
+
+
+def wait_for(path):
+    while not path.exists():
+        time.sleep(0.01)
+
+
 def forget_to_come():
-    time.sleep(60)
+    time.sleep(BUSY_SECONDS)
 
 
 def talk(context):
     """Report and wait for the end."""
     context.emit("ready")
-    time.sleep(60)
+    time.sleep(BUSY_SECONDS)
 
 
 def nap(context):
@@ -93,7 +110,7 @@ def noisy(context):
         for _ in range(160):
             sys.stderr.write("x" * 65536 + "\n")
         os._exit(7)
-    time.sleep(60)
+    time.sleep(BUSY_SECONDS)
 
 
 def segfault():

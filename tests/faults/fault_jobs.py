@@ -24,6 +24,7 @@ class Failed:
 
     error: JobFailed
     seconds: float
+    """From the failure to the end of the job."""
     survivors: list[int]
 
     @property
@@ -39,7 +40,6 @@ class Failed:
 def fail(tmp_path: Path, launcher: str, body: str, payload: dict | None = None, **environment: str) -> Failed:
     """Run `fault_bodies:<body>` on two ranks, which must fail."""
     mark = f"{tmp_path}-{time.monotonic_ns()}"
-    started = time.monotonic()
     try:
         run_job(
             f"fault_bodies:{body}",
@@ -49,8 +49,7 @@ def fail(tmp_path: Path, launcher: str, body: str, payload: dict | None = None, 
             environment=job_environment(mark, **environment),
         )
     except JobFailed as error:
-        seconds = time.monotonic() - started
-        return Failed(error, seconds, survivors(mark))
+        return Failed(error, (time.time_ns() - error.failure.time_ns) / 1e9, survivors(mark))
     raise AssertionError("the job did not fail")
 
 
@@ -69,7 +68,7 @@ def job_environment(mark: str, **more: str) -> dict[str, str]:
     return {MARK: mark, "PYTHONPATH": f"{root}{os.pathsep}{HERE}", "OMP_NUM_THREADS": "1", **more}
 
 
-def survivors(mark: str, patience: float = 2.0) -> list[int]:
+def survivors(mark: str, patience: float = 30.0) -> list[int]:
     """Pids of living processes that carry the job's mark in their environment, once `patience` is over."""
     end = time.monotonic() + patience
     while (found := _marked(mark)) and time.monotonic() < end:

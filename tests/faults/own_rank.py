@@ -1,5 +1,6 @@
 """The script of a rank that somebody else's launcher starts: python own_rank.py kill|wait|done"""
 
+import contextlib
 import os
 import signal
 import sys
@@ -8,23 +9,35 @@ from pathlib import Path
 
 from shardwise.comm import watch
 from shardwise.launch import env
-from shardwise.launch.neighbours import LOOK_SECONDS
 from shardwise.launch.worker import run_here
 
 INFO = env.detect()
 LOGS = Path(os.environ["SHARDWISE_LOG_DIR"])
 
 
+def watched_by(pid: int) -> bool:
+    """Whether that process has a descriptor that tells it of this one's end."""
+    for descriptor in Path(f"/proc/{pid}/fdinfo").iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            if f"Pid:\t{os.getpid()}\n" in descriptor.read_text():
+                return True
+    return False
+
+
 def body() -> None:
     with watch.phase("load"):
-        (LOGS / f"{INFO.rank}.ready").touch()
+        unfinished = LOGS / f"{INFO.rank}.started"
+        unfinished.write_text(str(os.getpid()))
+        unfinished.rename(LOGS / f"{INFO.rank}.ready")
         while len(list(LOGS.glob("*.ready"))) < INFO.world:
             time.sleep(0.01)
         if sys.argv[1] == "kill" and INFO.rank == 1:
-            time.sleep(10 * LOOK_SECONDS)  # until the others know of this rank
+            others = [int((LOGS / f"{rank}.ready").read_text()) for rank in range(INFO.world) if rank != INFO.rank]
+            while not all(map(watched_by, others)):
+                time.sleep(0.01)
             os.kill(os.getpid(), signal.SIGKILL)
         if sys.argv[1] != "done":
-            time.sleep(60)
+            time.sleep(100)
 
 
 run_here(INFO, body, debug=False)

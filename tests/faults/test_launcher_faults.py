@@ -11,7 +11,7 @@ from shardwise.launch.start import run_job
 
 LAUNCHERS = ("local", "torchrun", "mpi")
 BOUND = {"local": 10.0, "torchrun": 30.0, "mpi": 15.0}
-"""Seconds from start to report; torchrun needs 2 to 3 to start at all, more on a busy machine."""
+"""Seconds from the failure to the end of the job; the other rank is busy for 100."""
 FAULTS = [
     ("raise", 1, "RuntimeError: boom on purpose"),
     ("sys.exit", 3, "SystemExit(3)"),
@@ -87,9 +87,9 @@ def test_nobody_survives_the_parent(tmp_path, launcher, signum):
     assert parent.stdout is not None and parent.stdout.readline() == "ready\n"
     assert len(survivors(mark, patience=0)) >= 3
     parent.send_signal(signum)
-    code = parent.wait(20)
+    code = parent.wait(60)
     assert code == (128 + signum if signum == signal.SIGTERM else -signum)
-    assert survivors(mark, patience=5) == []
+    assert survivors(mark) == []
 
 
 def test_two_jobs_at_once_do_not_meet(tmp_path, monkeypatch):
@@ -119,8 +119,8 @@ def test_ten_megabytes_on_stderr_do_not_block_the_report(tmp_path):
 
 
 def test_a_job_that_is_silent_beyond_its_deadline_shows_where_everyone_is(tmp_path):
-    with pytest.raises(Exception, match=r"waited 1 s in vain .*rank 0: run, rank 1: run") as caught:
-        run_job("fault_bodies:wait", world=2, environment=job_environment(str(tmp_path)), deadline=1)
+    with pytest.raises(Exception, match=r"waited 2 s in vain .*rank 0: run, rank 1: run") as caught:
+        run_job("fault_bodies:wait", world=2, environment=job_environment(str(tmp_path)), deadline=2)
     assert caught.value.exit_code == 124
     assert "fault_bodies.py" in (caught.value.failure.trace or "")
     assert survivors(str(tmp_path)) == []

@@ -53,7 +53,10 @@ def test_the_rank_that_failed_is_named(tmp_path, fault, code, what):
     assert failed.survivors == [] and failed.seconds < 20
 
 
-def test_an_actor_that_is_killed_amid_collectives_ends_the_job_within_seconds(tmp_path):
+def test_an_actor_that_is_killed_amid_collectives_ends_the_job_within_seconds(tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        "shardwise.launch.supervise.SETTLE", 1.0
+    )  # else a busy machine ends the victim before it speaks
     failed = fail(tmp_path, "ray", "killed_amid_collectives")
     assert (failed.failure.rank, failed.error.exit_code, failed.failure.what) == (1, *KILLED)
     assert [victim.what.split(":")[0] for victim in failed.failure.victims] == ["PeerLost"]
@@ -88,8 +91,8 @@ def test_no_rank_survives_a_killed_driver(tmp_path):
     parent = start_parent(mark, "ray", "talk", tmp_path / "logs")
     assert parent.stdout is not None and parent.stdout.readline() == "ready\n"
     parent.send_signal(signal.SIGKILL)
-    assert parent.wait(20) == -signal.SIGKILL
-    end = time.monotonic() + 10
+    assert parent.wait(60) == -signal.SIGKILL
+    end = time.monotonic() + 60
     while (
         ranks := [pid for pid in survivors(mark, patience=0) if "RankActor" in command(pid)]
     ) and time.monotonic() < end:
@@ -110,6 +113,6 @@ def test_a_missing_ray_is_named_with_its_remedy():
         "from shardwise.launch.cli import main\n"
         "sys.exit(main(['run', 'smollm2', '--tp', '2', '--launcher', 'ray']))\n"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=200)
     assert done.returncode == 1
     assert done.stderr == "shardwise: error: the package ray is not installed: pip install ray\n"
