@@ -12,17 +12,17 @@ that do nothing, an empty kernel launched Triton's way, by the driver alone, and
 """
 
 import argparse
-import ctypes
 import importlib
-import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from host_time import Row, bare_launch, idle_kernel, launches, least_times, show, write
+from host_time_experts import expert_rows
+from host_time_formulas import formula_rows
 from ops_attention import (
     HEADS,
     KV_HEADS,
@@ -38,37 +38,19 @@ from ops_attention import (
 )
 
 from shardwise.kernel_start import start_of
-from shardwise.launch.machine import machine_facts
 from shardwise.ops.bench.cases import EPS, Case, norm_cases, rope_cases
-from shardwise.ops.bench.measure import alternating_host_microseconds
 from shardwise.ops.bench.states import CHUNK, NEMOTRON_H, conv_cases, delta_cases, ssm_decode_cases, ssm_prefill_cases
+from shardwise.ops.fla.fla import _chunked
 from shardwise.ops.mla.checks import LatentHeads, split_weight
-from shardwise.ops.moe.contract import SILU
 from shardwise.ops.quantization.fp8 import quantize_fp8
 from shardwise.ops.registry import _LIBRARIES, _define, _describe
-from shardwise.ops.triton_support import Kernel, triton
 
 OPS = torch.ops.auto_deploy
 TURNS, ROUNDS = 6, 10
 
 
-@triton.jit
-def idle_kernel(x_ptr):
-    pass
-
-
 def idle(x: torch.Tensor, weight: torch.Tensor, eps: float) -> None:
     """An operator that does nothing."""
-
-
-@dataclass(frozen=True)
-class Row:
-    """`kernels` launches of ours stand in the call; `beside` are other ways to the same, `direct` first."""
-
-    name: str
-    call: Callable[[], object]
-    kernels: int = 0
-    beside: dict[str, Callable[[], object]] = field(default_factory=dict)
 
 
 def floors(x: torch.Tensor, weight: torch.Tensor) -> Iterator[Row]:
@@ -162,60 +144,23 @@ def state_rows() -> Iterator[Row]:
         yield Row(f"{case.operator}, {case.size}", prepared(case), 1 if case.size.startswith("decode") else 2)
     prefill = next(ssm_prefill_cases((64,)))
     yield Row(f"{prefill.operator}, {prefill.size}", prepared(prefill), 3)
-    for case in delta_cases((), (1,)):
-        yield Row(f"{case.operator}, {case.size}", prepared(case), 1)
+    for case in delta_cases((64,), (1,)):
+        yield _delta_row(case)
 
 
-def mixture_rows() -> Iterator[Row]:
-    """Mixtures of experts at the sizes of a rank of Qwen3-30B-A3B, and gpt-oss' form of them."""
-    experts, hidden, size, top_k = 32, 2048, 768, 8
-    first, second = random(experts, 2 * size, hidden), random(experts, hidden, size)
-    codes = first.to(torch.float8_e4m3fn), second.to(torch.float8_e4m3fn)
-    scales = [torch.ones(1, device="cuda") for _ in range(4)] + [torch.ones(experts, device="cuda") for _ in range(3)]
-    for tokens in (1, 128):
-        x, weights = random(tokens, hidden), torch.rand(tokens, top_k, device="cuda")
-        ids = torch.randint(0, experts, (tokens, top_k), device="cuda")
-        calls = {
-            "triton_moe_fused": (x, ids, weights, first, second, True, SILU),
-            "trtllm_moe_fused": (x, ids, weights, first, second, True, SILU),
-            "triton_quant_fp8_moe": (x, ids, weights, *codes, *scales, True, SILU),
-            "triton_mxfp4_moe": (x, random(experts, hidden), random(experts), 4, *_mxfp4(2 * size, hidden, experts),
-                                 1.702, 7.0, *_mxfp4(hidden, size, experts)),
-            "trtllm_quant_nvfp4_moe_fused": (
-                x, ids, weights, _bytes(experts, 2 * size, hidden // 2), _bytes(experts, hidden, size // 2),
-                _bytes(experts, 2 * size, hidden // 16), _bytes(experts, hidden, size // 16), *scales[:2], *scales[4:6],
-            ),
-        }  # fmt: skip
-        for name, args in calls.items():
-            call = partial(getattr(OPS, name), *args)
-            yield Row(f"{name}, {tokens} tokens", call, launches(call))
-
-
-def _mxfp4(rows: int, columns: int, experts: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Blocks, bias and scales."""
-    scales = torch.randint(117, 122, (experts, rows, columns // 32), dtype=torch.uint8, device="cuda")
-    return _bytes(experts, rows, columns // 32, 16), random(experts, rows), scales
-
-
-def _bytes(*shape: int) -> torch.Tensor:
-    """Four-bit codes, or scales in e4m3 below 2."""
-    return torch.randint(0, 64, shape, dtype=torch.uint8, device="cuda")
-
-
-def launches(call: Callable[[], object]) -> int:
-    """Kernels of a call, as a graph counts them."""
-    for _ in range(3):
-        call()
-    graph = torch.cuda.CUDAGraph(keep_graph=True)
-    with torch.cuda.graph(graph):
-        call()
-    count = ctypes.c_size_t()
-    error = ctypes.CDLL("libcuda.so.1").cuGraphGetNodes(
-        ctypes.c_void_p(graph.raw_cuda_graph()), None, ctypes.byref(count)
-    )
-    if error:
-        raise RuntimeError(f"cuGraphGetNodes: CUDA error {error}")
-    return count.value
+def _delta_row(case: Case) -> Row:
+    """Of decode tokens by our own step; of a prompt beside fla's functions, with our own launches before and after them
+    where there is a cache. Without a gate the operator takes fla's gated steps, which are called directly too."""
+    name = f"{case.operator}, {case.size}"
+    if case.size.startswith("decode"):
+        return Row(name, prepared(case), 1)
+    gated, cached = "gated" in case.operator, "cached" in case.operator
+    direct = case.peers["fla"]
+    if not gated:
+        q, k, v, beta = case.args[:4]
+        state = torch.zeros_like(case.args[-2]) if cached else None
+        direct = partial(_chunked, q, k, v, None, beta, q.shape[-1] ** -0.5, state)
+    return Row(name, prepared(case), 2 if cached else 0, {"direct": direct}, calls=5)
 
 
 def linear_rows() -> Iterator[Row]:
@@ -234,7 +179,8 @@ def linear_rows() -> Iterator[Row]:
     call = partial(OPS.trtllm_quant_fp8_linear, x, codes, None, scale_in, scale)
     yield Row("trtllm_quant_fp8_linear, 1 row", call, launches(call))
     rows = random(128, 4096)
-    product = partial(torch._scaled_mm, rows.to(torch.float8_e4m3fn), codes.t(), scale_in, scale, out_dtype=rows.dtype)
+    inputs = rows.to(torch.float8_e4m3fn), codes.t(), scale_in, scale
+    product = partial(torch._scaled_mm, *inputs, out_dtype=rows.dtype, use_fast_accum=True)
     call = partial(OPS.trtllm_quant_fp8_linear, rows, codes, None, scale_in, scale)
     yield Row("trtllm_quant_fp8_linear, 128 rows", call, 1, {"direct": product})
     l2norm = importlib.import_module("fla.modules.l2norm").l2norm
@@ -273,29 +219,9 @@ def main() -> None:
     args = parser.parse_args()
     torch.manual_seed(0)
     x, weight = (torch.randn(4096, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    launch = partial(Kernel(idle_kernel), x.device, (1, 1, 1), (x,), (), (), warps=1)
-    groups = basic_rows, attention_rows, metadata_rows, state_rows, mixture_rows, linear_rows
+    groups = basic_rows, attention_rows, metadata_rows, state_rows, expert_rows, linear_rows, formula_rows
     rows = [*floors(x, weight), *chain.from_iterable(group() for group in groups)]
-    best: list[dict[str, float]] = [{} for _ in rows]
-    for _ in range(TURNS):
-        for row, least in zip(rows, best, strict=True):
-            times = alternating_host_microseconds({"call": row.call, "launch": launch} | row.beside, rounds=ROUNDS)
-            least |= {name: min(time, least.get(name, time)) for name, time in times.items()}
-        if args.json:
-            table = [told(row, least) for row, least in zip(rows, best, strict=True)]
-            args.json.write_text(json.dumps({"machine": machine_facts(), "rows": table}, indent=1) + "\n")
-    for row, least in zip(rows, best, strict=True):
-        beyond = told(row, least).get("beyond_us")
-        print(f"{row.name:62}", *(f"{name} {time:7.2f}" for name, time in least.items()),
-              "" if beyond is None else f"beyond {beyond:7.2f}", flush=True)  # fmt: skip
-
-
-def told(row: Row, least: dict[str, float]) -> dict:
-    """A row of the JSON."""
-    known = {"call": row.name, "kernels": row.kernels, "host_us": least}
-    if not row.kernels and not row.beside:
-        return known
-    return known | {"beyond_us": least["call"] - least.get("direct", 0.0) - row.kernels * least["launch"]}
+    show(least_times(rows, bare_launch(x), TURNS, ROUNDS, partial(write, args.json)))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Benchmark programs start: they import what they need and explain their options. What they measure is theirs."""
 
+import importlib
 import json
 import runpy
 import subprocess
@@ -7,6 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from shardwise.ops.registry import operators
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 PROGRAMS = sorted(path for path in FOLDER.glob("*.py") if "__main__" in path.read_text())
@@ -41,10 +44,33 @@ def test_loading_is_measured_beside_cat_on_files_of_a_shape(tmp_path, monkeypatc
     (tmp_path / "shape.json").write_text(json.dumps(shape))
     words = ["--shape", str(tmp_path / "shape.json"), "--gigabytes", "0.005", "--folder", str(tmp_path), "--tp", "1"]
     command = [sys.executable, str(FOLDER / "load_weights.py"), *words, "--rounds", "1", "--cached"]
-    done = subprocess.run([*command, "--json", str(tmp_path / "out.json")], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([*command, "--json", str(tmp_path / "out.json")], capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "out.json").read_text())
     (one,) = result["rounds"]
     assert 4e6 < result["bytes"] < 6e6 and one["resident_before"] == 1 and one["cat_seconds"] > 0
     assert sum(rank["shard_bytes"] for rank in one["ranks"]["1"]) >= result["bytes"]
     assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == [], "its files are gone"
+
+
+def test_every_reference_operator_has_its_host_time_beside_pytorchs(monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    formulas, host_time = (importlib.import_module(name) for name in ("host_time_formulas", "host_time"))
+    table = host_time.least_times(list(formulas.formula_rows("cpu")), None, turns=1, rounds=1)
+    own = [info.name for info in operators() if info.backend == "torch" and info.category != "distributed"]
+    measured = [row["call"].partition(",")[0] for row in table]
+    assert sorted([*measured, *formulas.OF_RANKS, *formulas.OF_KERNELS]) == sorted(own)
+    for row in table:
+        assert row["beyond_us"] == row["host_us"]["call"] - row["host_us"]["direct"]
+
+
+def test_operators_of_several_ranks_are_timed_on_ranks(tmp_path):
+    command = [sys.executable, str(FOLDER / "ops_host_ranks.py"), "--device", "cpu", "--turns", "1", "--rounds", "1"]
+    done = subprocess.run([*command, "--json", str(tmp_path / "out.json")], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "out.json").read_text())
+    own = {info.name for info in operators() if info.category == "distributed"} | {"sharded_rmsnorm"}
+    assert {row["call"].partition(",")[0] for row in result["rows"]} == own
+    assert result["ranks"] == 2 and result["group"].startswith("group world of 2")
+    for row in result["rows"]:
+        assert row["host_us"]["direct"] > 0 and row["beyond_us"] == row["host_us"]["call"] - row["host_us"]["direct"]

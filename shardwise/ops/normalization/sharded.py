@@ -24,8 +24,9 @@ def sharded_rmsnorm(input: torch.Tensor, weight: torch.Tensor, eps: float, world
     check_float("sharded_rmsnorm", "input", input)
     wide = input.float()
     squares = wide.square().sum(-1, keepdim=True)
-    # The length rides along, so that uneven parts weigh right without a second collective.
-    sums = torch.cat((squares.flatten(), squares.new_tensor([float(input.shape[-1])])))
+    # The length rides along, so that uneven parts weigh right without a second collective. A kernel writes it: a copy
+    # of Python's number would wait for the device.
+    sums = torch.cat((squares.flatten(), squares.new_full((1,), input.shape[-1])))
     sums = _all_reduce(sums, world_size)
     mean = (sums[:-1] / sums[-1]).view(squares.shape)
     normed = (wide * torch.rsqrt(mean + eps)).to(input.dtype)

@@ -1,0 +1,93 @@
+"""Rows of host times: an eager call beside what calls the same kernels without us. Shared by `ops_host_*.py`."""
+
+import ctypes
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from shardwise.launch.machine import machine_facts
+from shardwise.ops.bench.measure import alternating_host_microseconds
+from shardwise.ops.triton_support import Kernel, triton
+
+Call = Callable[[], object]
+
+
+@triton.jit
+def idle_kernel(x_ptr):
+    pass
+
+
+@dataclass(frozen=True)
+class Row:
+    """`kernels` launches of ours stand in the call; `beside` are other ways to the same, `direct` first."""
+
+    name: str
+    call: Call
+    kernels: int = 0
+    beside: Mapping[str, Call] = field(default_factory=dict)
+    calls: int = 20
+    """In a round, one after another"""
+
+
+def bare_launch(x: torch.Tensor) -> Call:
+    """An empty kernel launched as our operators launch theirs."""
+    return partial(Kernel(idle_kernel), x.device, (1, 1, 1), (x,), (), (), warps=1)
+
+
+def launches(call: Call) -> int:
+    """Kernels of a call, as a graph counts them."""
+    for _ in range(3):
+        call()
+    graph = torch.cuda.CUDAGraph(keep_graph=True)
+    with torch.cuda.graph(graph):
+        call()
+    count = ctypes.c_size_t()
+    error = ctypes.CDLL("libcuda.so.1").cuGraphGetNodes(
+        ctypes.c_void_p(graph.raw_cuda_graph()), None, ctypes.byref(count)
+    )
+    if error:
+        raise RuntimeError(f"cuGraphGetNodes: CUDA error {error}")
+    return count.value
+
+
+def least_times(
+    rows: Sequence[Row], launch: Call | None, turns: int, rounds: int, after: Callable[[list[dict]], None] | None = None
+) -> list[dict]:
+    """`told` of all rows, which are measured in turns; `after` is called with those so far at the end of each."""
+    best: list[dict[str, float]] = [{} for _ in rows]
+    table: list[dict] = []
+    for _ in range(turns):
+        for row, least in zip(rows, best, strict=True):
+            variants = {"call": row.call} | ({"launch": launch} if launch else {}) | dict(row.beside)
+            times = alternating_host_microseconds(variants, calls=row.calls, rounds=rounds)
+            least |= {name: min(time, least.get(name, time)) for name, time in times.items()}
+        table = [told(row, least) for row, least in zip(rows, best, strict=True)]
+        if after:
+            after(table)
+    return table
+
+
+def told(row: Row, least: Mapping[str, float]) -> dict[str, Any]:
+    """A row of the JSON."""
+    known = {"call": row.name, "kernels": row.kernels, "host_us": dict(least)}
+    if not row.kernels and "direct" not in row.beside:
+        return known
+    return known | {"beyond_us": least["call"] - least.get("direct", 0.0) - row.kernels * least.get("launch", 0.0)}
+
+
+def write(path: Path | None, table: list[dict], **more: Any) -> None:
+    """The rows with machine and versions, where a file is asked for."""
+    if path:
+        path.write_text(json.dumps({"machine": machine_facts(), **more, "rows": table}, indent=1) + "\n")
+
+
+def show(table: list[dict]) -> None:
+    for row in table:
+        beyond = row.get("beyond_us")
+        print(f"{row['call']:62}", *(f"{name} {time:7.2f}" for name, time in row["host_us"].items()),
+              "" if beyond is None else f"beyond {beyond:7.2f}", flush=True)  # fmt: skip
