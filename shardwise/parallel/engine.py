@@ -221,13 +221,19 @@ class Engine:
     def _run(self, requests: list[Request]) -> Iterator[TokenEvent]:
         if self._running:
             raise RuntimeError("the engine is in the middle of another stream: exhaust or close that one first")
-        with self._here():
-            cache = self._cache_for(requests)
+        self._running = True
+        try:
+            with self._here():
+                cache = self._cache_for(requests)
+            yield from self._steps(requests, cache)
+        finally:
+            self._running = False
+
+    def _steps(self, requests: list[Request], cache: KvCache) -> Iterator[TokenEvent]:
         own = requests[self.groups.attn_dp.rank :: self.groups.attn_dp.size]
         scheduler = Scheduler(cache=cache, step_tokens=STEP_TOKENS, max_length=self.max_length, device=self.device)
         scheduler.add(own)
         unfinished = {request.number for request in requests}
-        self._running = True
         running: _Running | None = None
         try:
             while unfinished:
@@ -243,7 +249,6 @@ class Engine:
                     yield event
                 running = following
         finally:
-            self._running = False
             for request in own:
                 scheduler.finish(request)
 

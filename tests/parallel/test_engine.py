@@ -156,6 +156,24 @@ def test_two_streams_at_once_are_refused(engine):
     assert len(engine.generate(PROMPTS, params)) == len(PROMPTS)
 
 
+def test_a_stream_is_refused_from_another_ones_first_moment_to_its_last(engine, monkeypatch):
+    params, refused = SamplingParams(max_new_tokens=1), []
+
+    def refusing(method):
+        def call(*args):
+            with pytest.raises(RuntimeError, match="another stream"):
+                engine.generate([[1]], params)
+            refused.append(method.__name__)
+            return method(*args)
+
+        return call
+
+    monkeypatch.setattr(engine, "_cache_for", refusing(engine._cache_for))
+    monkeypatch.setattr(engine_module.Scheduler, "finish", refusing(engine_module.Scheduler.finish))
+    assert len(engine.generate([[1, 2]], params)) == 1
+    assert {*refused} == {"_cache_for", "finish"}
+
+
 def test_steps_run_where_the_engine_is_whichever_thread_calls(engine, monkeypatch):
     """Each thread has a current GPU of its own, the first one unless it says otherwise."""
     launch, use, inside, steps = engine.runner.launch, engine.runner.use, [], []
