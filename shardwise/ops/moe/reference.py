@@ -73,15 +73,15 @@ def check_lists(name: str, x: Tensor, gated: bool, w1: list, w2: list, w3: list,
         )
     hidden = x.shape[-1]
     for expert, weight in enumerate(w1):
-        size = w1[0].shape[0]
-        wanted = {f"w1_weight[{expert}]": (weight, (size, hidden // packed))}
-        wanted[f"w2_weight[{expert}]"] = w2[expert], (hidden, size // packed)
-        if gated:
-            wanted[f"w3_weight[{expert}]"] = w3[expert], (size, hidden // packed)
+        size, dtype = w1[0].shape[0], w1[0].dtype
+        inner, outer = (size, hidden // packed), (hidden, size // packed)
+        given = (weight, inner), (w2[expert], outer), *[(up, inner) for up in w3[expert : expert + 1]]
+        if all([other.shape == shape and other.dtype == dtype for other, shape in given]):
+            continue
+        wanted = {f"w{number}_weight[{expert}]": one for number, one in enumerate(given, 1)}
         check_shapes(name, f"H = {hidden}, I = {size} rows of w1_weight[0]", **wanted)
-        if any(other.dtype != w1[0].dtype for other, _ in wanted.values()):
-            kinds = ", ".join(f"{label} {other.dtype}" for label, (other, _) in wanted.items())
-            raise TypeError(f"{name}: weights must have the dtype of w1_weight[0], {w1[0].dtype}, got {kinds}")
+        kinds = ", ".join(f"{label} {other.dtype}" for label, (other, _) in wanted.items())
+        raise TypeError(f"{name}: weights must have the dtype of w1_weight[0], {dtype}, got {kinds}")
 
 
 def run_experts(
