@@ -65,7 +65,7 @@ class Ray(Backend):
             try:
                 _knock(self._address)
                 ray.init(address=self._address, **quiet)
-            except OSError as error:
+            except (OSError, ValueError) as error:  # ValueError: it has no such form
                 raise ValueError(
                     f"no Ray cluster lets us in at the address {self._address!r} ({error}): start one "
                     "(ray start --head), or leave the address out and one is started for this job"

@@ -111,6 +111,8 @@ def require_launcher(launcher: str | None, ray_address: str | None = None) -> No
     """ValueError for an unknown one, and for a cluster's address that the launcher has no use for. None: local."""
     if launcher not in (None, *LAUNCHERS):
         raise ValueError(f"unknown launcher {launcher!r}; legal: {', '.join(LAUNCHERS)}")
+    if ray_address == "":
+        raise ValueError("the Ray address is empty: leave it out, and a cluster is started for this job")
     if ray_address is not None and launcher != "ray":
         raise ValueError(
             f"the Ray address {ray_address!r} has no effect with launcher {launcher or 'local'}: name launcher ray, or "

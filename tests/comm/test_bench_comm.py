@@ -58,6 +58,13 @@ def test_rows_tell_the_bytes_that_were_moved(size, moved):
     assert (row.bytes, row.algbw_gbps) == (moved, moved / 2e3)
 
 
+def test_all_operations_are_all_beside_others_too(monkeypatch):
+    asked = []
+    monkeypatch.setattr(bench_comm, "_measure", lambda body, payload, *_: asked.append(payload["ops"]) or ([], [], []))
+    assert main(["bench", "comm", "--op", "all_gather,all", "--device", "cpu", "--peers", "none"]) == 0
+    assert asked == [list(bench_cases.OPS)]
+
+
 def test_wrong_results_are_counted():
     def body():
         group = current_groups().world

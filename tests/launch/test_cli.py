@@ -28,7 +28,7 @@ def cli(*words: str, **more: str) -> subprocess.CompletedProcess:
         [sys.executable, "-m", "shardwise", *words],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=280,
         env={**os.environ, **more},
     )
 
@@ -43,7 +43,7 @@ def without_torch(*words: str) -> subprocess.CompletedProcess:
         "from shardwise.launch.cli import main\n"
         f"sys.exit(main({list(words)!r}))\n"
     )
-    return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=280)
 
 
 @pytest.mark.parametrize(
@@ -57,7 +57,7 @@ def test_help_and_plan_import_nothing_heavy(words):
 def test_standard_output_on_a_full_disk_is_one_sentence():
     with open("/dev/full", "w") as full:
         done = subprocess.run(
-            [sys.executable, "-m", "shardwise", "ops"], stdout=full, stderr=subprocess.PIPE, text=True, timeout=60
+            [sys.executable, "-m", "shardwise", "ops"], stdout=full, stderr=subprocess.PIPE, text=True, timeout=280
         )
     assert (done.returncode, done.stderr) == (1, "shardwise: error: No space left on device\n")
 
@@ -106,6 +106,16 @@ def test_unusable_command_lines_are_one_sentence_and_exit_with_2(words):
         (["run", "smollm2", "--tp", "0"], 2, "argument --tp: '0' is not a number of at least 1"),
         (["plan", "smollm2", "--moe-tp", "0"], 2, "argument --moe-tp: '0' is not a number of at least 1"),
         (["bench", "generate", "smollm2", "--batch", "0"], 2, "--batch: '0' is not a number of at least 1"),
+        (["run", "smollm2", "--tp", "²"], 2, "argument --tp: '²' is not a number of at least 1"),
+        (["run", "smollm2", "--cache-tokens", "9" * 30], 2, f"--cache-tokens: {'9' * 18}... has more than 18 digits"),
+        (["plan", "smollm2", "--device", "h200", "--context", "²k"], 2, "'²k' is not a token count; examples: 4096"),
+        (["plan", "smollm2", "--dtype", ""], 2, "--dtype is empty: name something, or leave it out"),
+        (["plan", "smollm2", "--html", ""], 2, "--html is empty: name a file"),
+        (["run", "smollm2", "--prompts", ""], 2, "--prompts is empty: name a file, or - for standard input"),
+        (["run", "smollm2", "--launcher", "ray", "--ray-address", ""], 2, "the Ray address is empty: leave it out"),
+        (["bench", "comm", "--sizes", "99999GiB"], 3, "--sizes: 2 ranks with an input and an output of 107373108658"),
+        (["bench", "comm", "--peers", "none,gloo"], 2, "unknown peer on cpu 'none'; legal: gloo, mpi"),
+        (["bench", "generate", "smollm2", "--batch", "9" * 12], 3, "--batch 999999999999: prompts and answers of 384"),
         (["run", "smollm2", "-n", "4", "--tp", "3"], 2, "-n 4 contradicts --tp 3"),
         (["run", "smollm2", "--transport", "pigeon"], 2, "transport 'pigeon' is unknown, legal: auto, gloo, nccl"),
         (["run", "smollm2", "--json", "/no/such/file"], 2, "--json /no/such/file: there is no folder /no/such"),
@@ -183,6 +193,13 @@ def test_a_device_that_only_ranks_find_missing_is_the_command_lines_mistake_too(
     assert out == "" and err.startswith(f"shardwise: error: {said}") and err.count("\n") == 1
 
 
+def test_what_is_no_address_of_a_ray_cluster_says_what_to_do(capfd):
+    pytest.importorskip("ray")
+    assert main(["run", "smollm2", "--tp", "2", "--launcher", "ray", "--ray-address", "nope"]) == 1
+    err = capfd.readouterr().err
+    assert "at the address 'nope' (" in err and "or leave the address out" in err and err.count("\n") == 1
+
+
 def test_an_address_without_a_ray_cluster_is_one_sentence_within_seconds(capfd):
     pytest.importorskip("ray")
     with socket.socket() as deaf:  # bound, but nobody listens
@@ -251,7 +268,7 @@ def test_a_host_without_room_is_one_sentence_and_exits_with_3_before_a_weight_is
     root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1", "OMP_NUM_THREADS": "1"}
     start = [str(Path(sys.executable).parent / "mpirun"), "-n", "2"] if launcher == "mpirun" else []
     done = subprocess.run(
-        [*start, sys.executable, *words], capture_output=True, text=True, timeout=60, env={**os.environ, **root}
+        [*start, sys.executable, *words], capture_output=True, text=True, timeout=280, env={**os.environ, **root}
     )
     assert done.returncode == 3 and done.stdout == "" and "loading" not in done.stderr
     assert done.stderr.count("shardwise: error: no memory for the model on 1 of 1 hosts: 0.5 GiB of weights") == 1
@@ -337,12 +354,13 @@ def test_a_signal_ends_a_run_within_a_moment(signum):
         "native",
     ]
     mark = f"{os.getpid()}-{signum}"
+    started = time.monotonic()
     run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "MARK": mark})
     assert run.stdout is not None and run.stdout.read(1)
+    begun = time.monotonic()
     run.send_signal(signum)
-    started = time.monotonic()
-    assert run.wait(20) == 128 + signum
-    assert time.monotonic() - started < 5
+    assert run.wait(200) == 128 + signum
+    assert time.monotonic() - begun < begun - started, "less than the start took"
     assert not [pid for pid in os.listdir("/proc") if pid.isdigit() and f"MARK={mark}".encode() in environ(pid)]
     run.stdout.close()
     assert run.stderr is not None and b"Traceback" not in run.stderr.read()

@@ -26,6 +26,8 @@ BENCHES = {
     "generate": "a whole model: prefill and decode",
 }
 DONE, FAILED, USAGE = 0, 1, 2
+DIGITS = 18
+"""Of a count: what has more is no machine's, and overflows a 64-bit integer or a float somewhere."""
 ECHO_PAUSE = 0.5
 """Seconds that a rank other than 0 waits before it complains of the command line."""
 
@@ -104,8 +106,10 @@ def _after_rank_0() -> None:
 
 def positive(text: str) -> int:
     """Type of options that count something."""
-    if not text.isdigit() or int(text) < 1:
+    if not (text.isascii() and text.isdigit()) or not text.strip("0"):
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 1")
+    if len(text) > DIGITS:
+        raise argparse.ArgumentTypeError(f"{text:.{DIGITS}}... has more than {DIGITS} digits")
     return int(text)
 
 

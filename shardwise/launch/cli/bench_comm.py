@@ -6,7 +6,7 @@ import sys
 
 from shardwise.launch.cli.output import add_json, require_writable, table_stream, write_json
 from shardwise.launch.machine import machine_facts
-from shardwise.parallel.host_memory import host_memory
+from shardwise.parallel.host_memory import DoesNotFit, host_memory, require_ranks
 from shardwise.parallel.options import RUN_TRANSPORTS
 
 BODY = "shardwise.comm.bench:"
@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
     from shardwise.comm.bench_cases import OPS
     from shardwise.launch.cli import UsageError
 
-    ops = list(OPS) if args.op == "all" else args.op.split(",")
+    ops = args.op.split(",")
     _require_known("operation", ops, ("all", *OPS))
     _require_known("transport", [args.transport], RUN_TRANSPORTS)
     _require_known("strategy", [args.strategy], STRATEGIES)
@@ -80,8 +80,10 @@ def run(args: argparse.Namespace) -> int:
     require_writable(args.calibrate, "--calibrate")
     if args.calibrate and ("all_reduce" not in ops or len(set(args.sizes)) < 2):
         raise UsageError("--calibrate needs all_reduce at two sizes at least: a small one and a large one")
+    ops = list(OPS) if "all" in ops else ops
     device = _device(args)
     peers = _peers(args, device)
+    _require_room(args, device)
     payload = {
         "transport": args.transport,
         "device": device,
@@ -128,8 +130,19 @@ def _peers(args: argparse.Namespace, device: str) -> list[str]:
     if args.peers == "auto":
         return here
     names = args.peers.split(",")
-    _require_known(f"peer on {device}", names, ("none", "auto", *here))
+    _require_known(f"peer on {device}", names, tuple(here))
     return names
+
+
+def _require_room(args: argparse.Namespace, device: str) -> None:
+    """DoesNotFit where the host has no memory for the ranks, or for the largest payload where that is on the CPU."""
+    require_ranks(args.world)
+    needed, free = 2 * args.world * max(args.sizes), host_memory()[0]
+    if device == "cpu" and needed > free:
+        raise DoesNotFit(
+            f"--sizes: {args.world} ranks with an input and an output of {max(args.sizes)} bytes take "
+            f"{needed / 2**30:.1f} GiB, and this host has {free / 2**30:.1f} GiB free"
+        )
 
 
 def _measure(body: str, payload: dict, world: int, launcher: str) -> tuple[list[dict], list[str], list[str]]:

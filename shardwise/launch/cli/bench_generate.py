@@ -16,11 +16,15 @@ from shardwise.launch.cli.output import add_json, require_writable, write_json
 from shardwise.launch.job import interruptible
 from shardwise.launch.progress import LoadProgress
 from shardwise.launch.start import launcher_options, run_job
+from shardwise.parallel.host_memory import DoesNotFit, host_memory
 
 if TYPE_CHECKING:
     from shardwise.comm.rank import RankInfo
     from shardwise.launch.generation import Load
     from shardwise.launch.model_config import ModelConfig
+
+TOKEN_BYTES = 36
+"""Of one token's id in a list of Python's."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -121,7 +125,7 @@ def _load(args: argparse.Namespace) -> "Load":
 
 
 def _check_fit(config: "ModelConfig", load: "Load") -> None:
-    """Errors of model, layout and lengths, before any rank starts."""
+    """Errors of model, layout, lengths and batch, before any rank starts."""
     from shardwise.launch.model_config import plan_of
     from shardwise.parallel.supported import context
 
@@ -131,6 +135,12 @@ def _check_fit(config: "ModelConfig", load: "Load") -> None:
             raise ValueError(
                 f"--input {load.input} and --output {load.output} make {length} tokens, the {holder} holds {most}"
             )
+    needed, free = config.world * load.batch * length * TOKEN_BYTES, host_memory()[0]
+    if needed > free:
+        raise DoesNotFit(
+            f"--batch {load.batch}: prompts and answers of {length} tokens take {needed / 2**30:.1f} GiB on "
+            f"{config.world} ranks, and this host has {free / 2**30:.1f} GiB free"
+        )
 
 
 def _show(args: argparse.Namespace, config: "ModelConfig", load: "Load", launcher: str, ranks: list[dict]) -> None:

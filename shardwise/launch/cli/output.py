@@ -24,6 +24,8 @@ def require_writable(target: str | None, option: str = "--json") -> None:
     """UsageError for a FILE that could not be written: before the work, not when it is done."""
     if target is None or (target == "-" and option in STREAMED):
         return
+    if not target:
+        raise UsageError(f"{option} is empty: name a file")
     if target == "-":
         raise UsageError(f"{option} -: does not go to standard output, name a file")
     path = Path(target).absolute()

@@ -76,6 +76,9 @@ def settle(args: argparse.Namespace) -> None:
 
 
 def _refuse_unused(args: argparse.Namespace) -> None:
+    for name, value in vars(args).items():
+        if name != "model" and value in ("", [""]):
+            raise ValueError(f"--{name.replace('_', '-')} is empty: name something, or leave it out")
     given = {name for name, value in vars(args).items() if value not in (None, False, [])}
     given -= {"model", "files", "debug"}
     mode, used = _mode(args)
@@ -108,6 +111,7 @@ def _tokens(text: str) -> int:
     """A count with an optional k (1024) or m."""
     unit = _UNITS.get(text[-1:].lower(), 1)
     number = text[:-1] if unit > 1 else text
-    if not number.isdigit() or int(number) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a token count; examples: 4096, 32k, 1m")
-    return int(number) * unit
+    try:
+        return positive(number) * unit
+    except argparse.ArgumentTypeError:
+        raise argparse.ArgumentTypeError(f"{text!r:.40} is not a token count; examples: 4096, 32k, 1m") from None

@@ -218,6 +218,8 @@ def _sampling(args: argparse.Namespace) -> "SamplingParams":
 def _prompts(args: argparse.Namespace) -> list[str]:
     if args.prompts is None:
         return [DEFAULT_PROMPT if args.prompt is None else args.prompt]
+    if not args.prompts:
+        raise UsageError("--prompts is empty: name a file, or - for standard input")
     if args.prompts == "-" and sys.stdin is None:
         raise ValueError("--prompts - is standard input, which is closed: pipe prompts into it, or name a file")
     try:
