@@ -256,7 +256,7 @@ class Engine:
         with span(SCHEDULE):
             step = schedule()
         # Entered for each step: a generator that is suspended inside would leave its caller in inference mode.
-        with span(PREFILL if step.batch.prefills else DECODE), torch.inference_mode(), self._here():
+        with self._here(), span(PREFILL if step.batch.prefills else DECODE), torch.inference_mode():
             return _Running(step, self.runner.launch(step))
 
     def _here(self) -> AbstractContextManager:
