@@ -5,7 +5,8 @@ first layer that needs it; the operator that prepares a step's metadata makes th
 device runs one step at a time: threads that share one take turns.
 
 Under CUDA graphs a plan must be renewed outside the graph, in buffers that stay. Inside `decode_graphs()` decode
-batches use wrappers with such buffers, one for each batch size:
+batches use wrappers with such buffers, one for each batch size and power of two of a cache's pages. They are kept, as
+graphs may hold them:
 
     with decode_graphs():
         step()                              # creates and plans the wrappers
@@ -146,9 +147,12 @@ class Planner:
     ) -> Any:
         """The wrapper for a step's decode sequences over a cache of so many pages.
 
-        They share one for `parameters`; with `graphs` on, those of one batch size over one cache do, in fixed buffers.
+        They share one for `parameters`; with `graphs` on, those of one batch size do, in fixed buffers for the pages of
+        caches up to the next power of two.
         """
-        key = ("graph", parameters, page_count, batch.decode) if self.graphs else ("decode", parameters)
+        key: tuple = ("decode", parameters)
+        if self.graphs:
+            key = ("graph", parameters, 1 << max(page_count - 1, 0).bit_length(), batch.decode)
         return self._planned.get(key) or self._planned_decode(key, family, batch, host)
 
     def _planned_decode(self, key: tuple, family: "DecodeFamily", batch: Batch, host: PagesHost) -> Any:
@@ -167,7 +171,7 @@ class Planner:
 
     def replan(self, pages: Pages) -> int:
         """Renew the plans of the graph wrappers of this batch size; returns how many there are."""
-        count = pages.indices.numel()  # a cache with fewer pages is not the one that these belong to
+        count = pages.indices.numel()  # a wrapper with less room is of another cache
         found = [key for key in self._replans if key[-1] == pages.sequences and key[-2] >= count]
         for key in found:
             self._replans[key](pages)
@@ -186,7 +190,7 @@ class GraphBuffers:
 
     @classmethod
     def of(cls, sequences: int, page_count: int, device: torch.device) -> "GraphBuffers":
-        """`page_count` is the most pages that the batch can hold: all of the cache."""
+        """`page_count` is no less than the most pages that the batch can hold: all of the cache."""
 
         def zeros(count):
             return torch.zeros(count, dtype=torch.int32, device=device)

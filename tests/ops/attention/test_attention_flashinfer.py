@@ -205,6 +205,14 @@ def test_graph_wrappers_are_made_for_each_batch_size_and_replanned_by_it():
         replan_decode(host[0][:2], host[1], host[2][:1], host[3][:1])
 
 
+def test_graph_wrappers_are_shared_by_caches_up_to_a_power_of_two():
+    recorder, host = Recorder(), pages_of(Paged.of(STEPS["decode"]))
+    owner = Planner(torch.device("cpu"), graphs=True)
+    for page_count in (*range(65, 129), 129, 200, 100):
+        owner.decode_wrapper(recorder.family, "layer", Batch(0, 0, 3), page_count, host)
+    assert [len(buffers.indices) for buffers in recorder.created] == [128, 256]
+
+
 @pytest.mark.skipif(REAL, reason="available here")
 def test_without_flashinfer_the_error_names_what_to_call():
     empty = torch.zeros(0)
