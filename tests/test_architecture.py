@@ -99,7 +99,7 @@ def test_planning_modules_import_without_torch():
         "sys.meta_path.insert(0, Refuse())\n"
         f"for name in {TORCH_FREE!r}: importlib.import_module(name)\n"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr[-2000:]
 
 
@@ -124,5 +124,5 @@ def test_every_module_imports_without_the_optional_packages():
         "sys.meta_path.insert(0, Refuse())\n"
         f"for name in {chosen!r}: importlib.import_module(name)\n"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr[-2000:]

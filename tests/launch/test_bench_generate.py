@@ -80,7 +80,7 @@ def test_inside_torchrun_rank_0_speaks_for_all(shape, tmp_path):
     words = ["bench", "generate", "--shape", shape, "--dummy-weights", *SIZES, "--json"]
     clean = {name: text for name, text in os.environ.items() if not name.startswith(("SHARDWISE_", "TRITON_"))}
     done = subprocess.run(
-        [*command, *words], env={**clean, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=120
+        [*command, *words], env={**clean, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=280
     )
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)

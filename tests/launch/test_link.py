@@ -1,7 +1,9 @@
 """The line between ranks and parent: order, secrets, broken ends."""
 
+import contextlib
 import json
 import os
+import select
 import socket
 import threading
 
@@ -83,8 +85,11 @@ def test_a_stranger_is_not_heard(hub):
     raw = socket.socket(socket.AF_UNIX if isinstance(hub.address, str) else socket.AF_INET)
     raw.connect(hub.address)
     raw.sendall(json.dumps({"event": "done", "value": "forged"}).encode() + b"\n")
-    events = [event for _ in range(6) for event in hub.wait(0.02)[0]]
+    events = []
+    while len(select.select([stranger._socket, raw], [], [], 0)[0]) < 2:  # until both lines are closed
+        events += hub.wait(0.02)[0]
     assert events == [] and hub.hello == {}
+    stranger.close()
     raw.close()
 
 
@@ -107,10 +112,12 @@ def test_a_stranger_may_say_anything(hub, words):
     raw = socket.socket(socket.AF_UNIX if isinstance(hub.address, str) else socket.AF_INET)
     raw.connect(hub.address)
     raw.sendall(words)
-    raw.settimeout(5.0)
-    events = [event for _ in range(3) for event in hub.wait(0.02)[0]]
+    events = []
+    while not select.select([raw], [], [], 0)[0]:  # until the line is closed
+        events += hub.wait(0.02)[0]
     assert events == [] and hub.hello == {}
-    assert raw.recv(1) == b"", "the line was closed"
+    with contextlib.suppress(ConnectionResetError):  # so it is closed where some of it was not read
+        assert raw.recv(1) == b""
     raw.close()
     connected(hub).close()
 
@@ -135,5 +142,5 @@ def test_a_rank_hears_that_its_parent_is_gone(tmp_path):
     lost = threading.Event()
     link.call_when_lost(lost.set)
     hub.close()
-    assert lost.wait(5.0)
+    assert lost.wait(60)
     link.close()

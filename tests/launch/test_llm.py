@@ -177,10 +177,10 @@ def test_a_call_that_another_thread_closes_ends_at_once_and_says_so():
         small = LLM("smollm2", tp=1, **QUICK)
         pid = small._executor._supervisor.hub.hello[0].pid
         running = pool.submit(call, small)
-        assert begun.wait(30)
+        assert begun.wait(120)
         small.close()
         with pytest.raises(RuntimeError, match="was closed while it generated|have ended, after a failure or a close"):
-            running.result(timeout=30)
+            running.result(timeout=120)
     assert not Path(f"/proc/{pid}").exists()
 
 
@@ -239,7 +239,7 @@ def test_the_parent_of_the_ranks_never_imports_torch(tmp_path):
         "print(llm.generate(['The capital of France is'], SamplingParams(max_new_tokens=2))[0].text)\n"
         "print('torch' in sys.modules)\n"
     )
-    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "False" and "Paris" in done.stdout
 
@@ -259,19 +259,19 @@ llm.close()
 """
 
 
-def under_mpirun(folder: Path, program: str, *words: str) -> subprocess.CompletedProcess:
+def under_mpirun(folder: Path, program: str, *words: str, **more: str) -> subprocess.CompletedProcess:
     """A script on two ranks."""
     script = folder / "script.py"
     script.write_text(program)
     root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1", "OMP_NUM_THREADS": "1"}
     command = [BIN / "mpirun", "-n", "2", "--bind-to", "none", sys.executable, script, *words]
-    variables = {**os.environ, **root, "SHARDWISE_DEADLINE_STOP": "2"}
-    return subprocess.run(command, env=variables, capture_output=True, text=True, timeout=60)
+    return subprocess.run(command, env={**os.environ, **root, **more}, capture_output=True, text=True, timeout=280)
 
 
 @pytest.mark.parametrize("end, code", [("end", 0), ("raise", 1), ("exit", 1)])
 def test_a_script_under_mpirun_gets_the_same_answer_on_every_rank_and_ends_whole(tmp_path, end, code):
-    done = under_mpirun(tmp_path, SPMD_SCRIPT, end)
+    leave = "2" if end == "exit" else "60"  # rank 0 waits in vain for one that has left by itself
+    done = under_mpirun(tmp_path, SPMD_SCRIPT, end, SHARDWISE_DEADLINE_STOP=leave)
     assert done.returncode == code, done.stderr
     assert done.stdout.splitlines().count("2 ' Paris.'") == 2
     assert ("on purpose" in done.stderr) == (end == "raise")

@@ -40,7 +40,7 @@ def test_ranks_of_the_users_own_launcher_do_too(search_path):
         env={**os.environ, **place, "PYTHONPATH": search_path},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=280,
     )
     assert done.returncode == 0, done.stderr
 
@@ -51,7 +51,7 @@ def test_the_watch_would_tell(search_path):
         env={**os.environ, "PYTHONPATH": search_path},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=280,
     )
     assert done.returncode == 1 and "AssertionError: torch is imported by" in done.stderr
 

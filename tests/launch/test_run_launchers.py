@@ -32,7 +32,7 @@ def environment(**more: str) -> dict[str, str]:
 
 
 def shell(*command: str, **more: str) -> subprocess.CompletedProcess:
-    return subprocess.run(command, env=environment(**more), capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, env=environment(**more), capture_output=True, text=True, timeout=280)
 
 
 def cli(*words: str, **more: str) -> subprocess.CompletedProcess:

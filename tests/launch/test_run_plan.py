@@ -11,7 +11,7 @@ from shardwise.launch.model_config import ModelConfig, plan_of, planned_sizes
 
 def shardwise(*arguments):
     done = subprocess.run(
-        [sys.executable, "-m", "shardwise", *map(str, arguments)], capture_output=True, text=True, timeout=120
+        [sys.executable, "-m", "shardwise", *map(str, arguments)], capture_output=True, text=True, timeout=280
     )
     return done.returncode, done.stdout, done.stderr
 

@@ -141,7 +141,7 @@ def test_a_config_may_come_from_standard_input(redirected, tmp_path):
     path.write_text(json.dumps(LLAMA))
     program = f"{sys.executable} -m shardwise plan - --tp 2 --json"
     command = f"{program} < {path}" if redirected else f"cat {path} | {program}"
-    made = json.loads(subprocess.run(command, shell=True, capture_output=True, check=True, timeout=60).stdout)
+    made = json.loads(subprocess.run(command, shell=True, capture_output=True, check=True, timeout=280).stdout)
     assert made["model"]["parameters"] == plan(LLAMA).parameters and made["model"]["name"] == "stdin"
 
 
