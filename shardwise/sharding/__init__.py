@@ -12,7 +12,8 @@ A model is described by its blocks' tensors and their logical axes; a layout and
     source, config, headers,    from what a user names to a ModelSpec; `unknown` plans from tensor names and shapes
     unknown, names
     layout, cutting, legal      the rank grid, the cuts of a model under it, the legal sizes
-    plan, shards, experts,      a layout applied to a model: ranges, bytes, collectives, self-check
+    plan, shards, parts,        a layout applied to a model: ranges, self-check, bytes, collectives
+    holdings, experts,
     collectives, memory
     cost, topology, capacity,   what a plan costs on a machine, what fits, every layout ranked
     search

@@ -25,6 +25,10 @@ class MeshAxis(StrEnum):
         return "ep" if self is MeshAxis.MOE_EP else self.value
 
 
+CUTTING = (MeshAxis.TP, MeshAxis.MOE_TP, MeshAxis.MOE_EP)
+"""Mesh axes that cut something; attn_dp only copies."""
+
+
 class Axis(StrEnum):
     """Axes that can be cut. Hidden, head_dim and latent dims are never cut and carry no axis."""
 

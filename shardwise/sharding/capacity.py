@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
-from shardwise.sharding.cost import Workload, fullest_rank, memory_of
+from shardwise.sharding.cost import Workload, memory_of
 from shardwise.sharding.plan import Plan
 from shardwise.sharding.search import Objective, search
 from shardwise.sharding.topology import Topology
@@ -27,7 +27,7 @@ def most_context(plan: Plan, topology: Topology, workload: Workload) -> int:
 
 
 def _most(plan: Plan, topology: Topology, of: Callable[[int], Workload]) -> int:
-    rank = fullest_rank(plan)
+    rank = plan.fullest_rank
 
     def fits(n: int) -> bool:
         return memory_of(plan, topology, of(n), rank).fits

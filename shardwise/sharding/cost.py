@@ -8,10 +8,9 @@ decides, since all ranks wait for it. Nothing here is fitted to a model; the mac
 from dataclasses import dataclass, fields
 from math import prod
 
-from shardwise.sharding.axes import Axis, MeshAxis
+from shardwise.sharding.axes import MeshAxis
 from shardwise.sharding.collectives import Collective
 from shardwise.sharding.plan import Plan
-from shardwise.sharding.shards import TensorPattern
 from shardwise.sharding.spec import Attention, GatedDelta, Mamba2, MlaAttention, Moe
 from shardwise.sharding.topology import Topology
 
@@ -123,7 +122,7 @@ class Traffic:
 
 def estimate(plan: Plan, topology: Topology, workload: Workload) -> Estimate:
     """Memory and time of `plan` on `topology`."""
-    rank = fullest_rank(plan)
+    rank = plan.fullest_rank
     traffic = traffic_of(plan, rank)
     sequences = -(-workload.batch // plan.layout.attn_dp)
     return Estimate(
@@ -134,11 +133,6 @@ def estimate(plan: Plan, topology: Topology, workload: Workload) -> Estimate:
     )
 
 
-def fullest_rank(plan: Plan) -> int:
-    """The rank with the most weight bytes, the first of equals."""
-    return max(plan.ranks, key=lambda r: (r.weight_bytes, -r.rank)).rank
-
-
 def memory_of(plan: Plan, topology: Topology, workload: Workload, rank: int) -> Memory:
     """Weights, cache of the rank's sequences, activations of one prefill chunk and logits of one step."""
     sequences = -(-workload.batch // plan.layout.attn_dp)
@@ -146,7 +140,7 @@ def memory_of(plan: Plan, topology: Topology, workload: Workload, rank: int) -> 
     vectors = HIDDEN_VECTORS * plan.model.hidden + INNER_VECTORS * _widest(plan, rank)
     return Memory(
         topology.device.memory_bytes,
-        plan.ranks[rank].weight_bytes,
+        plan.rank(rank).weight_bytes,
         plan.cache_bytes(rank, max(workload.context, workload.prompt), sequences),
         tokens * vectors * ACTIVATION_BYTES + sequences * plan.model.vocab * 4,
     )
@@ -156,29 +150,29 @@ def _widest(plan: Plan, rank: int) -> int:
     """Elements a token of the rank's widest layer projection, of the chosen experts together where they are routed."""
     moe = _moe(plan)
     chosen = moe.routing.top_k if moe else 1
-    shapes = ((p, plan.pattern_shard(p, rank).local_shape) for p in plan.loaded if p.layers)
-    return max((s[-2] * (chosen if _is_routed(p) else 1) for p, s in shapes if len(s) in (2, 3)), default=0)
+    widths = (
+        held.local_shape[-2] * (chosen if held.routed else 1)
+        for held in plan.held(rank)
+        if held.pattern.layers and len(held.local_shape) in (2, 3)
+    )
+    return max(widths, default=0)
 
 
 def traffic_of(plan: Plan, rank: int) -> Traffic:
     """Sums over the rank's patterns. An untied embedding is looked up, not streamed."""
     sums = {"dense": [0, 0], "expert": [0, 0]}
     eight = total = 0
-    for pattern in plan.loaded:
-        if pattern.spec.role == "embed.weight" and not plan.model.head.tied:
+    for held in plan.held(rank):
+        spec, nbytes = held.pattern.spec, held.nbytes * held.count
+        if spec.role == "embed.weight" and not plan.model.head.tied:
             continue
-        shard, count = plan.pattern_shard(pattern, rank), plan.pattern_count(pattern, rank)
-        into = sums["expert" if _is_routed(pattern) else "dense"]
-        into[0] += shard.nbytes * count
-        into[1] += prod(shard.local_shape) * pattern.spec.values * count
-        total += shard.nbytes * count
-        eight += shard.nbytes * count if pattern.spec.dtype.startswith("F8") else 0
+        into = sums["expert" if held.routed else "dense"]
+        into[0] += nbytes
+        into[1] += prod(held.local_shape) * spec.values * held.count
+        total += nbytes
+        eight += nbytes if spec.dtype.startswith("F8") else 0
     (dense_bytes, dense_parameters), (expert_bytes, expert_parameters) = sums["dense"], sums["expert"]
     return Traffic(dense_bytes, dense_parameters, expert_bytes, expert_parameters, eight > total / 2)
-
-
-def _is_routed(pattern: TensorPattern) -> bool:
-    return pattern.spec.experts is not None or any(a.axis is Axis.EXPERTS for d in pattern.spec.dims for a in d.axes)
 
 
 def _decode(plan: Plan, topology: Topology, work: Workload, traffic: Traffic, rank: int, sequences: int) -> StepTime:
@@ -249,9 +243,12 @@ def _attention_operations(plan: Plan, rank: int, prompt: int) -> float:
 
 def _kernels(plan: Plan) -> int:
     return KERNELS_PER_STEP + sum(
-        len(layer.mixers) * KERNELS_PER_MIXER
-        + sum(KERNELS_PER_MOE if isinstance(f, Moe) else KERNELS_PER_DENSE for f in layer.feed_forward)
-        for layer in plan.model.layers
+        len(numbers)
+        * (
+            len(layer.mixers) * KERNELS_PER_MIXER
+            + sum(KERNELS_PER_MOE if isinstance(f, Moe) else KERNELS_PER_DENSE for f in layer.feed_forward)
+        )
+        for layer, numbers in plan.model.layer_groups()
     )
 
 

@@ -7,6 +7,7 @@ quantisation blocks, scale groups, packed words. Whole heads that such a unit do
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import gcd, lcm
+from typing import NamedTuple
 
 from shardwise.sharding.axes import MESH_AXIS, SHARED_BY_RANKS, Axis, LogicalAxis, MeshAxis
 from shardwise.sharding.checkpoint.header import STORAGE
@@ -44,29 +45,46 @@ class Grain:
     because: str = ""
 
 
-def mesh_size(layout: ParallelLayout, axis: LogicalAxis) -> int:
-    """Ranks that an axis is split over."""
-    return getattr(layout, MESH_AXIS[axis.axis])
+class _Choice(NamedTuple):
+    """What an axis gets on one number of ranks: a cut with its warnings, or the reason why there is none."""
+
+    cut: Cut | None
+    warnings: tuple[str, ...] = ()
+    illegal: str = ""
 
 
-def choose_cuts(
-    tensors: Iterable[TensorSpec], layout: ParallelLayout, pad: frozenset[Axis] = frozenset()
-) -> tuple[dict[LogicalAxis, Cut], tuple[str, ...]]:
-    """A cut for every axis that occurs, and warnings. IllegalLayout lists every axis that cannot be cut."""
-    tensors = tuple(tensors)
-    grains = grains_of(tensors)
-    padded = {_family(axis) for axis in pad}
-    cuts: dict[LogicalAxis, Cut] = {}
-    reasons: list[str] = []
-    warnings: list[str] = []
-    for axis in axes_of(tensors):
-        try:
-            cuts[axis] = _cut(axis, mesh_size(layout, axis), grains[_key(axis)], _family(axis.axis) in padded, warnings)
-        except IllegalCut as error:
-            reasons.append(_reason(axis, layout, str(error), grains[_key(axis)], tensors))
-    if reasons:
-        raise IllegalLayout(f"{layout} does not fit: " + "; ".join(reasons), tuple(reasons))
-    return cuts, tuple(dict.fromkeys(warnings))
+class Cutting:
+    """The cuts of some tensors under any layout. `pad`: axes whose ranks get equal lengths by padding."""
+
+    def __init__(self, tensors: Iterable[TensorSpec], pad: Iterable[Axis] = ()):
+        self._tensors = tuple(tensors)
+        self._grains = grains_of(self._tensors)
+        self._padded = {_family(axis) for axis in pad}
+        self._choices: dict[tuple[LogicalAxis, int], _Choice] = {}
+        self.axes = axes_of(self._tensors)
+
+    def under(self, layout: ParallelLayout) -> tuple[dict[LogicalAxis, Cut], tuple[str, ...]]:
+        """A cut for every axis, and warnings. IllegalLayout lists every axis that cannot be cut."""
+        choices = {axis: self._choice(axis, getattr(layout, MESH_AXIS[axis.axis])) for axis in self.axes}
+        reasons = tuple(
+            _reason(axis, layout, choice.illegal, grain_of(axis, self._grains), self._tensors)
+            for axis, choice in choices.items()
+            if choice.cut is None
+        )
+        if reasons:
+            raise IllegalLayout(f"{layout} does not fit: " + "; ".join(reasons), reasons)
+        warnings = dict.fromkeys(text for choice in choices.values() for text in choice.warnings)
+        return {axis: choice.cut for axis, choice in choices.items() if choice.cut}, tuple(warnings)
+
+    def _choice(self, axis: LogicalAxis, parts: int) -> _Choice:
+        if (axis, parts) not in self._choices:
+            grain, pad = grain_of(axis, self._grains), _family(axis.axis) in self._padded
+            try:
+                choice = _Choice(*_cut(axis, parts, grain, pad))
+            except IllegalCut as error:
+                choice = _Choice(None, illegal=str(error))
+            self._choices[axis, parts] = choice
+        return self._choices[axis, parts]
 
 
 def axes_of(tensors: Iterable[TensorSpec]) -> tuple[LogicalAxis, ...]:
@@ -120,7 +138,9 @@ def _family(axis: Axis) -> Axis:
     return _PARTNERS.get(axis, axis)
 
 
-def _cut(axis: LogicalAxis, parts: int, grain: Grain, pad: bool, warnings: list[str]) -> Cut:
+def _cut(axis: LogicalAxis, parts: int, grain: Grain, pad: bool) -> tuple[Cut, tuple[str, ...]]:
+    """The cut and its warnings."""
+    warnings = []
     items = axis.groups or axis.units
     shares_blocks = (
         grain.units > 1 and axis.axis not in (Axis.MLP, Axis.EXPERT_MLP) and -(-items // grain.units) < parts
@@ -133,7 +153,7 @@ def _cut(axis: LogicalAxis, parts: int, grain: Grain, pad: bool, warnings: list[
     cut = Cut(axis, parts, 1 if shares_blocks else grain.units, pad and (not axis.groups or parts <= axis.groups))
     text = _imbalance(cut) if cut.kind is CutKind.UNEVEN else ""
     warnings += [text] if text else []
-    return cut
+    return cut, tuple(warnings)
 
 
 def _imbalance(cut: Cut) -> str:

@@ -1,6 +1,8 @@
 """The rank grid: `tp * attn_dp = world = moe_tp * moe_ep`."""
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain, repeat
 from typing import NamedTuple
 
 MOST_RANKS = 1 << 17
@@ -62,6 +64,12 @@ class ParallelLayout:
         if not 0 <= rank < self.world:
             raise ValueError(f"rank {rank} is not in [0, world={self.world})")
         return Coordinates(rank % self.tp, rank // self.tp, rank // self.moe_ep, rank % self.moe_ep)
+
+    def along(self, tp: Sequence[int], moe_tp: Sequence[int], moe_ep: Sequence[int]) -> Iterator[tuple[int, int, int]]:
+        """For every rank in order what stands at its place on these mesh axes; as many of each as the axis is long."""
+        over_groups, over_experts = repeat(tp, self.attn_dp), repeat(moe_ep, self.moe_tp)
+        slow = (each for each in moe_tp for _ in range(self.moe_ep))
+        return zip(chain.from_iterable(over_groups), slow, chain.from_iterable(over_experts), strict=True)
 
     def __str__(self) -> str:
         parts = [f"tp {self.tp}"]

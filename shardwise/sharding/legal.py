@@ -2,16 +2,15 @@
 
 from dataclasses import dataclass
 
-from shardwise.sharding.axes import MESH_AXIS, SHARED_BY_RANKS, LogicalAxis, MeshAxis
+from shardwise.sharding.axes import CUTTING, MESH_AXIS, SHARED_BY_RANKS, LogicalAxis, MeshAxis
 from shardwise.sharding.cuts import Cut, CutKind
 from shardwise.sharding.cutting import Grain, axes_of, grain_of, grains_of, largest, user_of
 from shardwise.sharding.model import ModelSpec
-from shardwise.sharding.plan import patterns_of
+from shardwise.sharding.shards import patterns_of
 from shardwise.sharding.tensors import TensorSpec
 
 SHOWN = 24
 """Sizes of a list that the text names, before its last."""
-_MESHES = (MeshAxis.TP, MeshAxis.MOE_TP, MeshAxis.MOE_EP)
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +31,7 @@ def legal_sizes(model: ModelSpec) -> tuple[LegalSizes, ...]:
     tensors = tuple(p.spec for p in patterns_of(model) if p.loaded)
     grains = grains_of(tensors)
     sizes = []
-    for mesh in _MESHES:
+    for mesh in CUTTING:
         axes = [(axis, grain_of(axis, grains)) for axis in axes_of(tensors) if MESH_AXIS[axis.axis] is mesh]
         if axes:
             sizes.append(_sizes(mesh, axes, tensors))

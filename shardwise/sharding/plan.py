@@ -1,24 +1,24 @@
 """`plan(model, ...)`: a layout applied to a model; for every rank and tensor the index ranges, bytes, collectives."""
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
-from math import prod
 from pathlib import Path
 from typing import Any
 
-from shardwise.sharding.axes import Axis, LogicalAxis, MeshAxis
+from shardwise.sharding.axes import CUTTING, Axis, LogicalAxis, MeshAxis
 from shardwise.sharding.collectives import Collective, collectives
-from shardwise.sharding.cutting import axes_of, choose_cuts
+from shardwise.sharding.cutting import Cutting, axes_of
 from shardwise.sharding.experts import Placement, place_experts
 from shardwise.sharding.formats import storage_type
+from shardwise.sharding.holdings import Held, Holdings, by_mesh_axes, total
 from shardwise.sharding.layout import Coordinates, ParallelLayout
 from shardwise.sharding.memory import CacheEntry, cache_entries
 from shardwise.sharding.model import ModelSpec
 from shardwise.sharding.names import NameIndex, expand
-from shardwise.sharding.shards import Cuts, TensorPattern, TensorShard, local_count, mesh_axes_of
+from shardwise.sharding.parts import alike_places, check_grids
+from shardwise.sharding.shards import Cuts, TensorPattern, TensorShard, local_count, patterns_of
 from shardwise.sharding.source import load_model
-from shardwise.sharding.tensors import TensorSpec
 
 KV_ITEMSIZES = (1, 2, 4)
 """Bytes that an element of the cache may take."""
@@ -50,9 +50,13 @@ class Plan:
     patterns: tuple[TensorPattern, ...]
     """In model order; those of extras that are not loaded come last and count nowhere."""
     warnings: tuple[str, ...]
-    kv_itemsize: int = 2
-    pad: tuple[str, ...] = ()
+    kv_itemsize: int
+    pad: tuple[str, ...]
     """Axes that were asked to be padded, sorted."""
+    alike: Mapping[MeshAxis, tuple[int, ...]] = field(compare=False, repr=False)
+    """For every place on a mesh axis the first one that holds as much."""
+    holdings: tuple[Holdings, ...] = field(compare=False, repr=False)
+    """Of the patterns that a run loads, by the mesh axes that cut them."""
 
     def shard(self, rank: int, tensor_name: str) -> TensorShard:
         """What `rank` holds of the tensor; KeyError for a name that the model does not have."""
@@ -90,6 +94,11 @@ class Plan:
         """Patterns that a run loads."""
         return tuple(p for p in self.patterns if p.loaded)
 
+    def held(self, rank: int) -> Iterator[Held]:
+        """What `rank` holds of every pattern that a run loads, ordered by the mesh axes that cut it."""
+        at = self._alike(self.layout.coordinates(rank))
+        return (held for holdings in self.holdings for held in holdings.at(at))
+
     @cached_property
     def ranks(self) -> tuple[RankTotals, ...]:
         """Totals of every rank, in rank order."""
@@ -97,47 +106,36 @@ class Plan:
 
     def rank(self, rank: int) -> RankTotals:
         """Totals of one rank."""
-        held = [self._held(axes, rank) for axes in self._by_mesh]
-        weight_bytes, parameters, tensors = (sum(column) for column in zip(*held, strict=True))
-        cache = self.cache(rank)
+        at = self.layout.coordinates(rank)
+        amount, cache = total(holdings.amount(self._alike(at)) for holdings in self.holdings), self.cache(rank)
         return RankTotals(
             rank,
-            self.layout.coordinates(rank),
-            weight_bytes,
-            parameters,
-            tensors,
+            at,
+            *amount,
             sum(c.layers * c.token_bytes // c.tokens_per_entry for c in cache),
             sum(c.layers * c.sequence_bytes for c in cache),
         )
 
     @cached_property
-    def _by_mesh(self) -> dict[tuple[MeshAxis, ...], list[TensorPattern]]:
-        """Loaded patterns by the mesh axes that cut them."""
-        groups: dict[tuple[MeshAxis, ...], list[TensorPattern]] = {}
-        for pattern in self.loaded:
-            groups.setdefault(mesh_axes_of(pattern.spec), []).append(pattern)
-        return groups
+    def fullest_rank(self) -> int:
+        """The rank with the most weight bytes, the first of equals."""
+        ranks = range(self.layout.world)
+        kinds = list(self.layout.along(*(self.alike[mesh] for mesh in CUTTING)))
+        first = dict(zip(reversed(kinds), reversed(ranks), strict=True))
+        return first[max(first, key=lambda kind: (self._weight_bytes(*kind), -first[kind]))]
 
-    def _held(self, axes: tuple[MeshAxis, ...], rank: int) -> tuple[int, int, int]:
-        """Bytes, parameters and tensors that a rank holds of what `axes` cut; ranks at one place on them are alike."""
-        at = self.layout.coordinates(rank)
-        key = (axes, *(getattr(at, axis) for axis in axes))
-        if key not in self._sums:
-            parts = [(p, self.pattern_shard(p, rank), self.pattern_count(p, rank)) for p in self._by_mesh[axes]]
-            self._sums[key] = (
-                sum(shard.nbytes * count for _, shard, count in parts),
-                sum(prod(shard.local_shape) * p.spec.values * count for p, shard, count in parts),
-                sum(count for _, shard, count in parts if all(shard.local_shape)),
-            )
-        return self._sums[key]
+    def _weight_bytes(self, tp: int, moe_tp: int, moe_ep: int) -> int:
+        at = Coordinates(tp, 0, moe_tp, moe_ep)
+        return sum(holdings.amount(at).weight_bytes for holdings in self.holdings)
 
-    @cached_property
-    def _sums(self) -> dict[tuple, tuple[int, int, int]]:
-        return {}
+    def _alike(self, at: Coordinates) -> Coordinates:
+        """The first places on the mesh axes where a rank holds as much as at these."""
+        tp, moe_tp, moe_ep = (self.alike[mesh][getattr(at, mesh)] for mesh in CUTTING)
+        return Coordinates(tp, 0, moe_tp, moe_ep)
 
     def cache(self, rank: int) -> tuple[CacheEntry, ...]:
         """KV and state cache of every kind of layer on `rank`."""
-        at = self.layout.coordinates(rank)
+        at = self._alike(self.layout.coordinates(rank))
         if at.tp not in self._caches:  # attention and states are cut over tp alone
             entries = cache_entries(self.model, lambda axis: self.cuts.share(axis, at), self.kv_itemsize)
             self._caches[at.tp] = entries
@@ -208,27 +206,88 @@ def plan(
     sizes = ParallelLayout(tp, attn_dp, moe_tp, ep)
     if layout is not None and sizes != ParallelLayout():
         raise ValueError(f"a layout ({layout}) and sizes of mesh axes ({sizes}) are given: drop one of them")
-    layout = layout or sizes
-    if kv_itemsize not in KV_ITEMSIZES:
-        raise ValueError(f"kv_itemsize is {kv_itemsize!r}, expected {', '.join(map(str, KV_ITEMSIZES))}")
-    for option, names in (("extras", extras), ("pad", pad)):
-        if isinstance(names, str):
-            raise TypeError(f"{option} is {names!r}: give a list of names")
-    extras, padded = tuple(extras), tuple(sorted(set(pad)))
-    _check_names("extras", extras, (e.name for e in spec.extras if e.tensors))
-    patterns = patterns_of(spec, frozenset(extras))
-    specs = tuple(p.spec for p in patterns if p.loaded)
-    _check_names("pad", padded, (a.axis.value for a in axes_of(specs)))
-    by_axis, warnings = choose_cuts(specs, layout, frozenset(map(Axis, padded)))
-    warnings += _without_experts(by_axis, layout, redundant_experts, expert_load)
-    placement = {
-        axis: expert_placement or place_experts(axis, layout.moe_ep, redundant_experts, expert_load)
-        for axis in by_axis
-        if axis.axis is Axis.EXPERTS
-    }
-    cuts = Cuts(layout, by_axis, placement)
-    cuts.check(specs)
-    return Plan(spec, layout, cuts, patterns, warnings + spec.notes, kv_itemsize, padded)
+    planner = Planner(
+        spec,
+        pad=pad,
+        extras=extras,
+        kv_itemsize=kv_itemsize,
+        redundant_experts=redundant_experts,
+        expert_load=expert_load,
+        expert_placement=expert_placement,
+    )
+    return planner.plan(layout or sizes)
+
+
+class Planner:
+    """Plans of one model under any layout; options are those of `plan`.
+
+    What layouts have in common is worked out once: the cut of an axis over so many ranks, which places of a mesh axis
+    are alike, and what ranks hold of the patterns that the same mesh axes cut.
+    """
+
+    def __init__(
+        self,
+        model: ModelSpec,
+        *,
+        pad: Iterable[str] = (),
+        extras: Iterable[str] = (),
+        kv_itemsize: int = 2,
+        redundant_experts: int = 0,
+        expert_load: tuple[float, ...] | None = None,
+        expert_placement: Placement | None = None,
+    ):
+        if kv_itemsize not in KV_ITEMSIZES:
+            raise ValueError(f"kv_itemsize is {kv_itemsize!r}, expected {', '.join(map(str, KV_ITEMSIZES))}")
+        for option, names in (("extras", extras), ("pad", pad)):
+            if isinstance(names, str):
+                raise TypeError(f"{option} is {names!r}: give a list of names")
+        extras, self._pad = tuple(extras), tuple(sorted(set(pad)))
+        _check_names("extras", extras, (e.name for e in model.extras if e.tensors))
+        self._model, self._kv_itemsize = model, kv_itemsize
+        self._patterns = patterns_of(model, frozenset(extras))
+        loaded = [p for p in self._patterns if p.loaded]
+        self._specs, self._groups = tuple(p.spec for p in loaded), by_mesh_axes(loaded)
+        _check_names("pad", self._pad, (a.axis.value for a in axes_of(self._specs)))
+        check_grids(self._specs)
+        self._cutting = Cutting(self._specs, map(Axis, self._pad))
+        self._redundant, self._load, self._placement = redundant_experts, expert_load, expert_placement
+        self._placements: dict[tuple[LogicalAxis, int], Placement] = {}
+        self._holdings: dict[tuple, Holdings] = {}
+        self._alike: dict[tuple[MeshAxis, int], tuple[int, ...]] = {}
+
+    def plan(self, layout: ParallelLayout) -> Plan:
+        """The plan under this layout. IllegalLayout with reasons and alternatives where the model cannot be cut so."""
+        by_axis, warnings = self._cutting.under(layout)
+        warnings += _without_experts(by_axis, layout, self._redundant, self._load)
+        experts = (axis for axis in by_axis if axis.axis is Axis.EXPERTS)
+        cuts = Cuts(layout, by_axis, {axis: self._place(axis, layout.moe_ep) for axis in experts})
+        return Plan(
+            self._model,
+            layout,
+            cuts,
+            self._patterns,
+            warnings + self._model.notes,
+            self._kv_itemsize,
+            self._pad,
+            {mesh: self._alike_on(mesh, cuts) for mesh in CUTTING},
+            tuple(self._holdings_of(axes, cuts) for axes in self._groups),
+        )
+
+    def _place(self, axis: LogicalAxis, ranks: int) -> Placement:
+        if (axis, ranks) not in self._placements:
+            placement = self._placement or place_experts(axis, ranks, self._redundant, self._load)
+            self._placements[axis, ranks] = placement
+        return self._placements[axis, ranks]
+
+    def _alike_on(self, mesh: MeshAxis, cuts: Cuts) -> tuple[int, ...]:
+        key = mesh, cuts.size(mesh)
+        if key not in self._alike:
+            self._alike[key] = alike_places(mesh, self._specs, cuts)
+        return self._alike[key]
+
+    def _holdings_of(self, axes: tuple[MeshAxis, ...], cuts: Cuts) -> Holdings:
+        key = axes, *map(cuts.size, axes)
+        return self._holdings.setdefault(key, Holdings(axes, self._groups[axes], cuts))
 
 
 def _check_names(option: str, names: Iterable[str], known: Iterable[str]) -> None:
@@ -248,18 +307,3 @@ def _without_experts(
         asked = f"{redundant} redundant experts" if redundant else "a load of experts"
         raise ValueError(f"{asked}: the model has no routed experts")
     return (f"ep {layout.moe_ep}: the model has no routed experts, so ep changes nothing",) if layout.moe_ep > 1 else ()
-
-
-def patterns_of(model: ModelSpec, load_extras: frozenset[str] = frozenset()) -> tuple[TensorPattern, ...]:
-    """Tensor patterns of a model in order; layers that share a tensor's spec are joined."""
-    ends = [TensorPattern(t, None) for t in model.embedding.tensors]
-    tail = [t for block in (*model.others, model.final_norm, model.head) for t in block.tensors]
-    layers: dict[TensorSpec, list[int]] = {}
-    for layer, numbers in model.layer_groups():
-        for tensor in layer.tensors:
-            layers.setdefault(tensor, []).extend(numbers)
-    inside = [TensorPattern(t, tuple(sorted(numbers))) for t, numbers in layers.items()]
-    extras = [
-        TensorPattern(t, e.layers or None, e.name, e.name in load_extras) for e in model.extras for t in e.tensors
-    ]
-    return (*ends, *inside, *(TensorPattern(t, None) for t in tail), *extras)

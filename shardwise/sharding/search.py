@@ -8,11 +8,11 @@ from shardwise.sharding.cost import Estimate, Workload, estimate
 from shardwise.sharding.cutting import IllegalLayout
 from shardwise.sharding.layout import ParallelLayout
 from shardwise.sharding.model import ModelSpec
-from shardwise.sharding.plan import Plan, plan
+from shardwise.sharding.plan import Plan, Planner
 from shardwise.sharding.topology import Topology
 
 MOST_DEVICES = 4096
-"""Time and memory are in proportion to them: 9 s and 390 MB at 1024, for a model with experts on one CPU core."""
+"""Layouts of a model with experts are 819 on 4096 and 10,780 on 3600, priced in 0.2 s and 2.3 s of one CPU core."""
 
 
 class Objective(StrEnum):
@@ -77,13 +77,14 @@ def search(
         raise ValueError(
             f"{devices} devices are more than a search tries ({MOST_DEVICES}): search a part, the rest repeat it"
         )
+    planner = Planner(model, kv_itemsize=kv_itemsize)
     found: list[Candidate] = []
     refused: list[Refusal] = []
     for layout in layouts(devices, model.has_experts):
         if layout.world <= above:
             continue
         try:
-            planned = plan(model, layout, kv_itemsize=kv_itemsize)
+            planned = planner.plan(layout)
         except IllegalLayout as error:
             refused.append(Refusal(layout, error.reasons))
             continue

@@ -1,13 +1,14 @@
-"""A rank's part of every tensor, on patterns with multiplicities, and the self-check of all parts together."""
+"""A rank's part of every tensor, on patterns with multiplicities."""
 
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 
-from shardwise.sharding.axes import MESH_AXIS, SHARED_BY_RANKS, LogicalAxis, MeshAxis, Range, Share, merge, span
+from shardwise.sharding.axes import MESH_AXIS, LogicalAxis, MeshAxis, Range, Share, merge, span
 from shardwise.sharding.checkpoint.header import STORAGE
 from shardwise.sharding.cuts import Cut
 from shardwise.sharding.layout import Coordinates, ParallelLayout
+from shardwise.sharding.model import ModelSpec
 from shardwise.sharding.tensors import TensorSpec
 
 
@@ -27,6 +28,21 @@ class TensorPattern:
         """Tensors of this pattern in the checkpoint."""
         repeats = 1 if self.layers is None else len(self.layers)
         return repeats * (self.spec.experts.units if self.spec.experts else 1)
+
+
+def patterns_of(model: ModelSpec, load_extras: frozenset[str] = frozenset()) -> tuple[TensorPattern, ...]:
+    """Tensor patterns of a model in order; layers that share a tensor's spec are joined."""
+    ends = [TensorPattern(t, None) for t in model.embedding.tensors]
+    tail = [t for block in (*model.others, model.final_norm, model.head) for t in block.tensors]
+    layers: dict[TensorSpec, list[int]] = {}
+    for layer, numbers in model.layer_groups():
+        for tensor in layer.tensors:
+            layers.setdefault(tensor, []).extend(numbers)
+    inside = [TensorPattern(t, tuple(sorted(numbers))) for t, numbers in layers.items()]
+    extras = [
+        TensorPattern(t, e.layers or None, e.name, e.name in load_extras) for e in model.extras for t in e.tensors
+    ]
+    return (*ends, *inside, *(TensorPattern(t, None) for t in tail), *extras)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +76,10 @@ class Cuts:
     by_axis: dict[LogicalAxis, Cut]
     placement: dict[LogicalAxis, tuple[tuple[int, ...], ...]]
     """Expert numbers held by each moe_ep coordinate, in slot order, for each expert axis."""
+
+    def size(self, mesh: MeshAxis) -> int:
+        """Places on a mesh axis."""
+        return getattr(self.layout, mesh)
 
     def share(self, axis: LogicalAxis, at: Coordinates) -> Share:
         """What the rank at these coordinates holds of `axis`."""
@@ -101,50 +121,6 @@ class Cuts:
         local = tuple(length for _, length in dims)
         return spec.role, spec.shape, local, ranges, spec.dtype, _nbytes(spec.dtype, local, ranges)
 
-    def check(self, specs: tuple[TensorSpec, ...]) -> None:
-        """AssertionError unless the parts of each tensor are the tensor and overlap only where that is declared."""
-        for dim in {dim for spec in specs for dim in spec.dims if dim.axes}:
-            self._check_dim(dim)
-        for spec in specs:
-            cut_by = [mesh for dim in spec.dims for mesh in {MESH_AXIS[a.axis] for a in dim.axes}]
-            _require(len(set(cut_by)) == len(cut_by), f"{spec.name}: two dims are cut over one mesh axis of {cut_by}")
-            # Ranks that differ in tp need not differ in moe_tp, so the two grids never meet in one tensor.
-            _require(MeshAxis.TP not in cut_by or len(cut_by) == 1, f"{spec.name}: cut over {cut_by}, of two grids")
-        for axis, placement in self.placement.items():
-            held = {e for experts in placement for e in experts}
-            _require(held == set(range(axis.units)), f"experts {sorted(set(range(axis.units)) - held)} are on no rank")
-
-    def _check_dim(self, dim) -> None:
-        mesh = {MESH_AXIS[a.axis] for a in dim.axes}
-        _require(len(mesh) == 1, f"one dim cut over {sorted(mesh)}")
-        axis_size = getattr(self.layout, mesh.pop())
-        coordinates = [Coordinates(i, 0, i, i) for i in range(axis_size)]
-        parts = [dim.local(lambda axis, at=at: self.share(axis, at))[0] for at in coordinates]
-        points = sorted(r for part in parts for r in part)
-        reached = 0
-        for start, stop in points:
-            _require(start <= reached, f"elements {reached} to {start} of a dim of {dim.length} are on no rank")
-            reached = max(reached, stop)
-        _require(reached == dim.length, f"elements {reached} to {dim.length} of a dim are on no rank")
-        total = sum(span(part) for part in parts)
-        _require(
-            total == dim.length or self._overlap_declared(dim),
-            f"undeclared overlap: {total} of {dim.length} elements",
-        )
-
-    def _overlap_declared(self, dim) -> bool:
-        return (
-            dim.per > 1
-            or any(s.axis is None for s in dim.segments)
-            or any(a in self.placement or a.axis in SHARED_BY_RANKS for a in dim.axes)
-        )
-
-
-def _require(holds: bool, what: str) -> None:
-    """Plans are checked under `python -O` too, which leaves assert statements out."""
-    if not holds:
-        raise AssertionError(what)
-
 
 def _absent(spec: TensorSpec) -> tuple:
     rank = len(spec.dims)
@@ -153,11 +129,16 @@ def _absent(spec: TensorSpec) -> tuple:
 
 def _nbytes(dtype: str, local: tuple[int, ...], ranges: tuple[tuple[Range, ...], ...]) -> int:
     block, size = STORAGE[dtype]
+    if not local:
+        return size
+    return prod(local[:-1]) * stored_length(ranges[-1], local[-1], block) * size
+
+
+def stored_length(ranges: tuple[Range, ...], length: int, block: int) -> int:
+    """Blocks of `block` elements that a rank's part of the last dim touches, padding to `length` elements included."""
     if block == 1:
-        return prod(local) * size
-    blocks = sum(-(-b // block) - a // block for a, b in ranges[-1])
-    padding = local[-1] - span(ranges[-1])
-    return prod(local[:-1]) * (blocks + -(-padding // block)) * size
+        return length
+    return sum(-(-b // block) - a // block for a, b in ranges) + -(-(length - span(ranges)) // block)
 
 
 def mesh_axes_of(spec: TensorSpec) -> tuple[MeshAxis, ...]:

@@ -6,7 +6,7 @@ from published_models import CONFIGS
 
 from shardwise.sharding import capacity, topology
 from shardwise.sharding.capacity import most_context, most_sequences, remedies
-from shardwise.sharding.cost import Workload, fullest_rank, memory_of
+from shardwise.sharding.cost import Workload, memory_of
 from shardwise.sharding.plan import plan
 
 LLAMA, KIMI = "meta-llama/Meta-Llama-3.1-70B", "moonshotai/Kimi-K2-Instruct"
@@ -14,7 +14,7 @@ H200 = topology.load("h200")
 
 
 def fits(planned, workload):
-    return memory_of(planned, H200, workload, fullest_rank(planned)).fits
+    return memory_of(planned, H200, workload, planned.fullest_rank).fits
 
 
 @pytest.mark.parametrize("workload", [Workload(), Workload(batch=7, context=32768, prompt=4096)], ids=str)

@@ -1,9 +1,11 @@
 import pytest
+from published_models import model
 
 from shardwise.sharding import topology
 from shardwise.sharding.cost import Workload, collective_seconds, estimate, touched_share
 from shardwise.sharding.plan import plan
 from shardwise.sharding.search import Objective, layouts, search
+from shardwise.sharding.shards import Cuts
 from shardwise.sharding.source import load_model
 
 LLAMA_8B = {
@@ -79,6 +81,17 @@ def test_search_by_memory_and_throughput_order_by_their_figure():
     throughput = search(spec, H200, Workload(batch=8), devices=8, objective=Objective.THROUGHPUT).ranked
     figures = [c.tokens_per_second for c in throughput]
     assert figures == sorted(figures, reverse=True)
+
+
+def test_a_search_works_out_what_its_layouts_share_once(monkeypatch):
+    cut, shard = [], Cuts.shard
+    monkeypatch.setattr(Cuts, "shard", lambda *args: cut.append(args) or shard(*args))
+    result = search(model("openai/gpt-oss-120b"), H200, Workload(), devices=256, objective=Objective.LATENCY)
+    assert len(result.ranked) > 200 and len(cut) < sum(c.layout.world for c in result.ranked) / 20
+    for candidate in result.ranked[::50]:
+        alone = plan(model("openai/gpt-oss-120b"), candidate.layout)
+        assert candidate.plan == alone and candidate.estimate == estimate(alone, H200, Workload())
+        assert candidate.plan.ranks == alone.ranks
 
 
 @pytest.mark.parametrize("field", ["batch", "context", "prompt", "chunk"])

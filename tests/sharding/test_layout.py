@@ -15,6 +15,8 @@ def test_ranks_and_coordinates_are_one_to_one(tp, attn_dp, data):
     assert len({(c.moe_tp, c.moe_ep) for c in seen}) == world
     assert [c.tp for c in seen[:tp]] == list(range(tp))
     assert [c.moe_ep for c in seen[:ep]] == list(range(ep))
+    along = layout.along(range(tp), range(layout.moe_tp), range(ep))
+    assert list(along) == [(c.tp, c.moe_tp, c.moe_ep) for c in seen]
 
 
 def test_moe_tp_is_what_is_left():

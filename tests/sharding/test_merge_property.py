@@ -7,9 +7,10 @@ from hypothesis import strategies as st
 
 from shardwise.sharding.axes import Axis, LogicalAxis, along, concat, fixed, interleave
 from shardwise.sharding.cuts import IllegalCut
-from shardwise.sharding.cutting import IllegalLayout, choose_cuts
+from shardwise.sharding.cutting import Cutting, IllegalLayout
 from shardwise.sharding.experts import place_experts
 from shardwise.sharding.layout import ParallelLayout
+from shardwise.sharding.parts import check_parts
 from shardwise.sharding.shards import Cuts
 from shardwise.sharding.tensors import TensorSpec
 
@@ -65,13 +66,13 @@ def test_shard_and_merge_is_the_identity(spec, tp, attn_dp, data):
     layout = ParallelLayout(tp, attn_dp, moe_ep=ep)
     pad = data.draw(st.sampled_from([frozenset(), frozenset({Axis.MLP, Axis.EXPERT_MLP})]))
     try:
-        by_axis, _ = choose_cuts((spec,), layout, pad)
+        by_axis, _ = Cutting((spec,), pad).under(layout)
     except (IllegalLayout, IllegalCut) as error:
         assert "ranks" in str(error)
         return
     experts = [a for a in by_axis if a.axis is Axis.EXPERTS]
     cuts = Cuts(layout, by_axis, {a: place_experts(a, ep) for a in experts})
-    cuts.check((spec,))
+    check_parts((spec,), cuts)
     full = np.arange(np.prod(spec.shape), dtype=np.float32).reshape(spec.shape)
     merged = np.full_like(full, np.nan)
     for shard in parts(spec, cuts):
@@ -86,7 +87,7 @@ def test_shard_and_merge_is_the_identity(spec, tp, attn_dp, data):
 def test_attention_groups_hold_the_same(dim, tp):
     spec = TensorSpec("w", "w", (dim,), "F32")
     try:
-        by_axis, _ = choose_cuts((spec,), ParallelLayout(tp, 2))
+        by_axis, _ = Cutting((spec,)).under(ParallelLayout(tp, 2))
     except IllegalLayout:
         return
     found = parts(spec, Cuts(ParallelLayout(tp, 2), by_axis, {}))
@@ -97,6 +98,6 @@ def test_a_tensor_on_both_grids_is_refused_by_the_self_check():
     axes = LogicalAxis(Axis.EXPERTS, 4), LogicalAxis(Axis.MLP, 4)
     spec = TensorSpec("w", "w", tuple(map(along, axes)), "F32")
     layout = ParallelLayout(2, moe_ep=2)
-    by_axis, _ = choose_cuts((spec,), layout)
+    by_axis, _ = Cutting((spec,)).under(layout)
     with pytest.raises(AssertionError, match="of two grids"):
-        Cuts(layout, by_axis, {axes[0]: place_experts(axes[0], 2)}).check((spec,))
+        check_parts((spec,), Cuts(layout, by_axis, {axes[0]: place_experts(axes[0], 2)}))

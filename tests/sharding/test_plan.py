@@ -9,6 +9,7 @@ from shardwise.sharding.axes import Axis, LogicalAxis
 from shardwise.sharding.cuts import Cut
 from shardwise.sharding.cutting import IllegalLayout
 from shardwise.sharding.layout import ParallelLayout
+from shardwise.sharding.parts import check_parts
 from shardwise.sharding.plan import plan
 from shardwise.sharding.shards import Cuts
 
@@ -244,7 +245,7 @@ def test_the_self_check_sees_a_hole_and_an_undeclared_overlap():
 
     cuts = Cuts(made.layout, made.cuts.by_axis | {mlp: Broken(mlp, 2)}, {})
     with pytest.raises(AssertionError, match="on no rank"):
-        cuts.check(spec.layers[0].tensors)
+        check_parts(spec.layers[0].tensors, cuts)
 
 
 @pytest.mark.parametrize(
@@ -277,3 +278,23 @@ def test_imbalance_is_the_fullest_rank_over_the_average():
     assert plan(model(SMOL), tp=3).imbalance == 0
     a, b = (r.weight_bytes for r in plan(model(SMOL), tp=2).ranks)
     assert plan(model(SMOL), tp=2).imbalance == pytest.approx(a / ((a + b) / 2) - 1) and a > b
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes"),
+    [
+        ("openai/gpt-oss-120b", {"tp": 6, "attn_dp": 4, "ep": 8}),  # blocks of 32 that three ranks cannot share evenly
+        ("openai/gpt-oss-20b", {"tp": 5, "attn_dp": 3, "ep": 5, "redundant_experts": 3}),
+        ("ibm-granite/granite-4.0-h-small", {"tp": 7, "attn_dp": 5, "ep": 5}),
+        ("internlm/internlm2_5-7b", {"tp": 12}),
+    ],
+    ids=str,
+)
+def test_ranks_that_hold_alike_are_summed_once_and_every_rank_gets_its_own_sum(name, sizes):
+    made = plan(model(name), **sizes)
+    summed = [
+        sum(made.pattern_shard(p, rank).nbytes * made.pattern_count(p, rank) for p in made.loaded)
+        for rank in range(made.layout.world)
+    ]
+    assert [r.weight_bytes for r in made.ranks] == summed and len(set(summed)) > 1
+    assert made.fullest_rank == summed.index(max(summed))
