@@ -40,10 +40,13 @@ class ChromeTrace(Watcher):
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
         self._profile: profile | None = profile(activities=activities)
         self._profile.start()
-        for _ in range(3):  # ties the flight record's clock to the profiler's; the first ones are slow
-            self._marked = watch.now()
+        self._marks: list[tuple[int, int]] = []
+        """Ties between the flight record's clock and the profiler's: begin and end of spans, in nanoseconds."""
+        for _ in range(5):
+            begin = watch.now()
             with record_function(_MARK):
                 pass
+            self._marks.append((begin, watch.now()))
         self._span: record_function | None = None
 
     def begin(self, name: str) -> None:
@@ -77,14 +80,17 @@ class ChromeTrace(Watcher):
 
     def _events(self, events: list[dict], ended: int) -> list[dict]:
         """The profiler's events under this rank's number, without its own names of processes, and the collectives."""
-        shift = max(event["ts"] for event in events if event.get("name") == _MARK) - self._marked / 1e3
+        marked = sorted(event["ts"] for event in events if event.get("name") == _MARK)
+        ties = zip(reversed(self._marks), reversed(marked), strict=False)
+        (begin, _), ts = min(ties, key=lambda tie: tie[0][1] - tie[0][0])  # the quickest: no other process came between
+        shift = ts - begin / 1e3
         kept = [
             {**event, "pid": self._rank}
             for event in events
             if event.get("name") not in (_MARK, "process_name", "process_labels", "process_sort_index")
             and not str(event.get("pid", "")).startswith(("Spans", "Traces"))
         ]
-        calls = [self._call(row, shift) for row in watch.FLIGHT.rows() if self._marked <= row["begin"] <= ended]
+        calls = [self._call(row, shift) for row in watch.FLIGHT.rows() if self._marks[-1][1] <= row["begin"] <= ended]
         return [
             self._label("process_name", name=f"rank {self._rank}: {self._name}"),
             self._label("process_sort_index", sort_index=self._rank),
