@@ -15,7 +15,15 @@ class UnsupportedModel(ValueError):
 MIXERS: tuple[type[spec.Block], ...] = (spec.Attention, spec.MlaAttention, spec.Mamba2, spec.GatedDelta)
 STATEFUL = (spec.Mamba2, spec.GatedDelta)
 FEED_FORWARDS: tuple[type[spec.Block], ...] = (spec.DenseMlp, spec.Moe)
-ROPES = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
+ROPES: dict[str, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("factor",),
+    "dynamic": (),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "yarn": (),
+    "longrope": ("short_factor", "original_max_position_embeddings"),
+}
+"""Kinds of rotary embedding, with the fields without which they cannot be computed."""
 ACTIVATIONS = ("silu", "swish", "gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "relu2")
 SCORES = ("softmax", "sigmoid", "sqrtsoftplus")
 
@@ -40,7 +48,7 @@ _EVERY: dict[type, set[str]] = {
 }
 """Fields every value of which has an implementation."""
 _SOME: dict[type, dict[str, tuple]] = {
-    spec.Rope: {"kind": ROPES},
+    spec.Rope: {"kind": tuple(ROPES)},
     spec.Attention: {"qk_norm": (None, "head", "all_heads"), "output_gate": (None, "per_element")},
     spec.Mamba2: {"activation": ("silu", "swish")},
     spec.GatedDelta: {"activation": ("silu", "swish")},
@@ -116,6 +124,16 @@ def _check_options(model: ModelSpec, block: spec.Block | spec.Routing | spec.Rop
         elif value not in legal:
             option, words = f"{type(block).__name__}.{field.name}", ", ".join(map(str, legal))
             raise UnsupportedModel(f"{model.architecture}, {where}: {option} = {value!r}; the runtime supports {words}")
+    if isinstance(block, spec.Rope):
+        _check_scaling(model, block, where)
+
+
+def _check_scaling(model: ModelSpec, rope: spec.Rope, where: str) -> None:
+    if lacking := [name for name in ROPES[rope.kind] if name not in rope.parameters]:
+        raise UnsupportedModel(
+            f"{model.architecture}, {where}: rope scaling {rope.kind} without {' and '.join(lacking)}, which its "
+            "config should have beside the type"
+        )
 
 
 def _check_storage(model: ModelSpec, block: spec.Block, where: str) -> None:

@@ -73,7 +73,7 @@ class Config:
         return value
 
     def number(self, *names: str, default: Any = _REQUIRED, above: float | None = None) -> float:
-        """A finite number, greater than `above` where that is given."""
+        """A finite number, greater than `above` where that is given; no epsilon is negative."""
         value = self._get(names, default)
         if value is default:
             return value
@@ -81,6 +81,8 @@ class Config:
             raise self.error(names, value, "a finite number")
         if above is not None and value <= above:
             raise self.error(names, value, f"a number above {above:g}")
+        if "eps" in names[0] and value < 0:
+            raise self.error(names, value, "a number of at least 0")
         return float(value)
 
     def fraction(self, *names: str, default: Any = _REQUIRED) -> float:

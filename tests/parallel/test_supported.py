@@ -51,7 +51,7 @@ def test_the_tables_name_fields_that_there_are():
 
 def test_the_tables_are_those_of_the_layers():
     assert (tuple(assemble.MIXERS), tuple(assemble.FEED_FORWARDS)) == (supported.MIXERS, supported.FEED_FORWARDS)
-    assert tuple(rotary._KINDS) == supported.ROPES
+    assert tuple(rotary._KINDS) == tuple(supported.ROPES)
     assert tuple(layers._ACTIVATIONS) == supported.ACTIVATIONS
     assert tuple(routing._SCORES) == supported.SCORES
 
@@ -82,6 +82,7 @@ def test_a_field_that_a_family_adds_is_refused_until_it_is_implemented(model, mo
         ({"k_is_v": True}, "Attention.k_is_v = True; the runtime supports False"),
         ({"qk_norm": "rows"}, "Attention.qk_norm = 'rows'; the runtime supports None, head, all_heads"),
         ({"rope": spec.Rope(theta=1.0, dim=16, kind="spiral")}, "Rope.kind = 'spiral'; .* default, linear, dynamic"),
+        ({"rope": spec.Rope(theta=1.0, dim=16, kind="linear")}, "rope scaling linear without factor, which its config"),
     ],
     ids=str,
 )

@@ -45,6 +45,7 @@ LLAMA = {
         ("torch_dtype", "int3", "bfloat16 or float16"),
         ("rms_norm_eps", "small", "expected a finite number"),
         ("rms_norm_eps", 10**400, "expected a finite number"),
+        ("rms_norm_eps", -1e-6, "expected a number of at least 0"),
         ("tie_word_embeddings", "yes", "expected true or false"),
         ("rope_scaling", [1], "rope_scaling is [1], expected an object"),
         ("quantization_config", 8, "quantization_config is 8, expected an object"),
