@@ -66,7 +66,11 @@ class WaitFailed(Exception):
 
 
 class Segment:
-    """One group's memory: page 0 is common, then a control page for each rank, then two halves for each rank."""
+    """One group's memory: page 0 is common, then a control page for each rank, then two halves for each rank.
+
+    The first word of page 0 is 0, or after an abort 1 + the rank that gave the reason. A control page has the rank's
+    flags of even and odd rounds, its frames of such, and its reason of an abort.
+    """
 
     def __init__(
         self,
@@ -111,17 +115,19 @@ class Segment:
         """Reason of the abort of this group or of the world, if there was one."""
         for segment in (self, self.root):
             if segment.words[0]:
-                return bytes(segment.view[16 : 16 + segment.words[1]]).decode(errors="replace")
+                return segment._text(segment._reason(segment.words[0] - 1)).decode(errors="replace")
         return None
 
     def abort(self, reason: str) -> None:
-        """End all present and later rounds of all ranks, of the world too. The first reason stays."""
+        """End all present and later rounds of all ranks, of the world too. The first reason stays.
+
+        Each rank has a place for its own: of ranks that abort at the same moment one is named, with its whole reason.
+        """
         blob = reason.encode()[:REASON]
         for segment in (self, self.root):
             if not segment.words[0]:
-                segment.view[16 : 16 + len(blob)] = blob
-                segment.words[1] = len(blob)
-                segment.words[0] = 1
+                segment._write(segment._reason(segment.rank), blob)
+                segment.words[0] = 1 + segment.rank
 
     def round(self, limit: float, call: int) -> None:
         """Publish the half that was written for round `epoch + 1`, and wait for all ranks' halves of it.
@@ -147,15 +153,16 @@ class Segment:
     def frame_round(self, blob: bytes, limit: float, call: int = EXCHANGE) -> list[bytes]:
         """A round that carries one small message from each rank, in the control pages."""
         parity = (self.epoch + 1) & 1
-        start = self._frame(self.rank, parity)
+        self._write(self._frame(self.rank, parity), blob)
+        self.round(limit, call)
+        return [self._text(self._frame(rank, parity)) for rank in range(self.size)]
+
+    def _write(self, start: int, blob: bytes) -> None:
         self.view[start + 8 : start + 8 + len(blob)] = blob
         self.words[start // 8] = len(blob)
-        self.round(limit, call)
-        frames = []
-        for rank in range(self.size):
-            start = self._frame(rank, parity)
-            frames.append(bytes(self.view[start + 8 : start + 8 + self.words[start // 8]]))
-        return frames
+
+    def _text(self, start: int) -> bytes:
+        return bytes(self.view[start + 8 : start + 8 + self.words[start // 8]])
 
     def calls(self, mine: bytes, limit: float) -> list[bytes]:
         """What all ranks called, in words, after a round that failed for the difference: all of them have seen it."""
@@ -164,6 +171,10 @@ class Segment:
     @staticmethod
     def _frame(rank: int, parity: int) -> int:
         return PAGE * (1 + rank) + LINE + parity * FRAME
+
+    @classmethod
+    def _reason(cls, rank: int) -> int:
+        return cls._frame(rank, 2)
 
     def _wait(self, shown: int, limit: float) -> None:
         """The slow side of a round: yield, then sleep, and look for aborts, deaths and the deadline."""

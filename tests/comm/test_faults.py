@@ -3,6 +3,7 @@
 import contextlib
 import gc
 import json
+import os
 import threading
 import time
 import weakref
@@ -17,7 +18,7 @@ from shardwise.comm.arrival import MessageArrivals
 from shardwise.comm.base import CollectiveMismatch, CollectiveTimeout, CommError, PeerLost
 from shardwise.comm.control import MESSAGE_BYTES, fingerprint
 from shardwise.comm.rank import RankInfo, current_groups
-from shardwise.comm.segment import WaitFailed
+from shardwise.comm.segment import Segment, WaitFailed
 from shardwise.comm.strategy import create
 from shardwise.comm.watch import Deadlines
 from shardwise.testing import run_processes, run_threads
@@ -270,6 +271,30 @@ def gloo_work(monkeypatch, work):
         yield group
     finally:
         group.close()
+
+
+def test_of_two_ranks_that_abort_at_once_one_is_heard_with_its_whole_reason():
+    class Interrupted:
+        """Words, before the first of which is written something else happens."""
+
+        def __init__(self, words, event):
+            self.words, self.events = words, [event]
+
+        def __getitem__(self, place):
+            return self.words[place]
+
+        def __setitem__(self, place, value):
+            if self.events:
+                self.events.pop()()
+            self.words[place] = value
+
+    memory = os.memfd_create("test")
+    os.ftruncate(memory, Segment.length(2, 64))
+    first, second = (Segment(memory, 2, rank, 64, [], True) for rank in range(2))
+    os.close(memory)
+    first.words = Interrupted(first.words, lambda: second.abort("rank 1 has no more room on its disk"))
+    first.abort("rank 0 is tired")
+    assert second.aborted in ("rank 0 is tired", "rank 1 has no more room on its disk")
 
 
 class Unfinished:
