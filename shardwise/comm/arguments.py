@@ -12,7 +12,7 @@ from shardwise import partition
 def reduce_target(tensor: Tensor, out: Tensor | None) -> Tensor:
     """Where an all-reduce writes: `out`, which must be like `tensor`, or a new tensor."""
     if out is None:
-        return torch.empty_like(tensor, memory_format=torch.contiguous_format, requires_grad=False)
+        return torch.empty_like(tensor, memory_format=torch.contiguous_format)
     if out.shape != tensor.shape or out.dtype != tensor.dtype or out.device != tensor.device:
         raise ValueError(
             f"all_reduce: out is {tuple(out.shape)} {out.dtype} on {out.device}, it must be like tensor: "

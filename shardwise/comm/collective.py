@@ -37,11 +37,11 @@ class BaseCommunicator(Member):
             self._require(strategy)
         self._require_device(tensor, "all_reduce")
         target = arguments.reduce_target(tensor, out)
-        source = tensor.detach().contiguous()
+        source = (tensor.detach() if tensor.requires_grad else tensor).contiguous()
         entry = self._begin("all_reduce", tensor.shape, tensor.dtype, strategy)
         flat = target if target.is_contiguous() else torch.empty_like(source)
         if source.numel():
-            self._reduce(source.view(-1), flat.view(-1), strategy)
+            self._reduce(source, flat, strategy)
         else:
             self._empty_call()
         if flat is not target:
@@ -202,6 +202,8 @@ class BaseCommunicator(Member):
     # For transports
 
     def _reduce(self, source: Tensor, target: Tensor, strategy: str) -> None:
+        """Contiguous tensors of one shape: a view takes the host as long as a look-up, and kernels need none."""
+        source, target = source.view(-1), target.view(-1)
         if strategy in ("ONESHOT", "MIN_LATENCY"):
             self._reduce_one_shot(source, target)
         elif strategy == "TWOSHOT" or self.deterministic:

@@ -183,6 +183,7 @@ class ShmCommunicator(ChunkedCommunicator):
     # Collectives on flat tensors
 
     def _reduce(self, source: Tensor, target: Tensor, strategy: str) -> None:
+        source, target = source.view(-1), target.view(-1)
         small = source.numel() * source.element_size() <= self._one_phase_limit
         if strategy in ("ONESHOT", "MIN_LATENCY") or (strategy in ("AUTO", "NCCL") and small):
             self._reduce_one_shot(source, target)

@@ -110,7 +110,7 @@ class TorchDistCommunicator(WaitingCommunicator):
     def _reduce(self, source: Tensor, target: Tensor, strategy: str) -> None:
         if strategy in STAGED:
             with self._calls():
-                self._stage(strategy, source).all_reduce(source, target)
+                self._stage(strategy, source).all_reduce(source.view(-1), target.view(-1))
         else:
             super()._reduce(source, target, strategy)
 

@@ -149,7 +149,7 @@ class P2PCommunicator(Delegating):
         tuning = self._tuning(source, strategy, fused=False)
         if strategy == LOW_PRECISION:
             with self._flight:
-                self.launcher.low_precision(source, target)
+                self.launcher.low_precision(source.view(-1), target.view(-1))
         elif tuning is None:
             self.fallback._reduce(source, target, strategy)
         else:

@@ -96,7 +96,7 @@ class FlashInferCommunicator(Delegating):
             self.fallback._reduce(source, target, strategy)  # which has algorithms of these names too
             return
         pattern = self._library.AllReduceFusionPattern.kAllReduce
-        self._run(source, _FLAT_HIDDEN, strategy, pattern, allreduce_out=target)
+        self._run(source.view(-1), _FLAT_HIDDEN, strategy, pattern, allreduce_out=target.view(-1))
 
     def _run(
         self, x: Tensor, hidden: int, strategy: str, pattern: int, eps: float | None = None, **tensors: Tensor
