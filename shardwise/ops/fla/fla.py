@@ -5,22 +5,39 @@ makes in the cache itself; fla's recurrent kernel would want the states copied o
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 
-from shardwise.ops.attention.batch import read_batch
+from shardwise.ops.attention.batch import Batch, read_batch
 from shardwise.ops.devices import require_one_device
 from shardwise.ops.fla.checks import check_delta
 from shardwise.ops.fla.reference import like_v
-from shardwise.ops.fla.step import Prefill, decode
+from shardwise.ops.fla.step import Prefill, plan_decode, plan_prefill
 from shardwise.ops.metadata_reports import report_word
 from shardwise.ops.plan_cache import PlanCache, allocator, taken_as_given
 from shardwise.ops.registry import FLA, TRITON, operator
-from shardwise.ops.state_batch import check_counts, check_metadata
+from shardwise.ops.state_batch import check_counts, check_metadata, token_rows
 from shardwise.ops.triton_support import Launch
 
-# Steps of decode tokens alone, without a copy or padding, and what allocates their results, by their layout.
-PLANS: PlanCache[tuple[Launch, Callable[[], torch.Tensor]]] = PlanCache()
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a step launches, but for its tensors."""
+
+    word: torch.Tensor
+    """For reports of the decode step"""
+    prefill: Prefill | None
+    decode: Launch | None
+    out: Callable[[], torch.Tensor]
+    """Allocates the result of a step of decode tokens alone"""
+    shape: tuple[int, ...] | None
+    """Of the result of other steps, where it is not [1, T, HV, V]"""
+
+
+PLANS: PlanCache[Plan] = PlanCache()
+"""Of steps without a copy, by their layout"""
 
 
 def _half(op: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
@@ -83,38 +100,66 @@ def fla_gated_delta_rule(
 def _cached(op, q, k, v, g, beta, batch_info_host, cu_seqlen, slot_idx, use_initial_states, cache, scale):
     batch = read_batch(op, batch_info_host)
     check_metadata(op, batch, v, cu_seqlen, slot_idx, use_initial_states, cache)
-    given = q, k, v, beta, beta if g is None else g, slot_idx, cache
-    key, compared = (batch, scale, g is None), given if g is not None else (*given[:4], *given[5:])
-    if not batch.prefill:
-        again = PLANS.get(key, compared)
-        if again is not None:
-            launch, allocate = again
-            out = allocate()
-            launch.form(launch.grid, (*given, out, report_word(op)), launch.free)
-            return out
-    metadata = (cu_seqlen, use_initial_states) if batch.prefill_tokens else ()
-    require_one_device(op, *compared, *metadata)
+    given = q, k, v, beta, g, slot_idx, cache, cu_seqlen, use_initial_states
+    compared = (q, k, v, beta, slot_idx, cache) if g is None else (q, k, v, beta, g, slot_idx, cache)
+    if batch.prefill_tokens:
+        compared = *compared, cu_seqlen, use_initial_states
+    key = batch, scale, g is None
+    plan = PLANS.get(key, compared)
+    if plan is None:
+        require_one_device(op, *compared)
+        taken = _taken(op, batch, *given)
+        plan = _plan(op, batch, scale, v, *taken)
+        if taken_as_given(taken, given):
+            PLANS.keep(key, compared, plan)
+        given = taken
+    q, k, v, beta, g, slots, cache, bounds, resumes = given
+    if plan.prefill is None:
+        out = plan.out()
+    else:
+        out = _prefill(plan.prefill, q, k, v, beta, g, slots, cache, bounds, resumes, scale)
+        out = out if plan.shape is None else out.view(plan.shape)
+    if plan.decode is not None:
+        form, grid, free = plan.decode
+        form(grid, (q, k, v, beta, beta if g is None else g, slots, cache, out, plan.word), free)
+    return out
+
+
+def _prefill(one: Prefill, q, k, v, beta, g, slots, cache, cu_seqlen, resumes, scale) -> torch.Tensor:
+    """Results [1, T, HV, V] of the prefill tokens, their states into the cache."""
+    o, final = _chunked(q, k, v, g, beta, scale, *one.before(cu_seqlen, slots, resumes, cache))
+    out = o.to(v.dtype).contiguous()
+    one.after(cu_seqlen, slots, cache, final, out)
+    return out
+
+
+def _taken(op: str, batch: Batch, q, k, v, beta, g, slots, cache, cu_seqlen, resumes) -> tuple:
+    """Checked tensors as kernels take them: copies where these need some, a step with prefill tokens as [1, T, ...]."""
     check_delta(op, q, k, v, beta, g, cache)
     _half(op, q, k, v)
     if cache.stride(-1) != 1:
         raise ValueError(f"{op}: the last dimension of delta_cache must be contiguous, got strides {cache.stride()}")
-    tokens, slots = v.shape[0] * v.shape[1], slot_idx.contiguous()
-    check_counts(op, batch, tokens, slots, use_initial_states)
-    if not batch.prefill_tokens:
-        make = torch.empty_like if batch.tokens == tokens else torch.zeros_like
-        out = make(v, memory_format=torch.contiguous_format)
-    else:
-        one = Prefill(op, batch, tokens, cu_seqlen.contiguous(), slots, use_initial_states.contiguous(), cache)
-        rows = [t.reshape(1, tokens, *t.shape[2:]) for t in (q, k, v, beta)]
-        gate = None if g is None else g.reshape(1, tokens, -1)
-        o, final = _chunked(rows[0], rows[1], rows[2], gate, rows[3], scale, one.states(), *one.chunks())
-        out = o.to(v.dtype).contiguous().view(*v.shape)
-        one.finish(out, final)
-    if batch.decode:
-        launch, taken = decode(op, q, k, v, g, beta, slots, cache, out, scale, batch)
-        if batch.decode == tokens and taken_as_given(taken[:-2], given):
-            PLANS.keep(key, compared, (launch, allocator(tuple(v.shape), v.dtype, v.device)))
-    return out
+    slots, tokens = slots.contiguous(), v.shape[0] * v.shape[1]
+    check_counts(op, batch, tokens, slots, resumes)
+    if batch.prefill_tokens:
+        cu_seqlen, resumes = cu_seqlen.contiguous(), resumes.contiguous()
+        if v.shape[0] != 1:
+            q, k, v, beta, g = (t if t is None else t.reshape(1, tokens, *t.shape[2:]) for t in (q, k, v, beta, g))
+    q, k, v, beta, g = (t if t is None else token_rows(t)[0] for t in (q, k, v, beta, g))
+    return q, k, v, beta, g, slots, cache, cu_seqlen, resumes
+
+
+def _plan(op: str, batch: Batch, scale, like, q, k, v, beta, g, slots, cache, cu_seqlen, resumes) -> Plan:
+    """`like`: v as it was given, and so the result."""
+    form = tuple(like.shape), like.dtype, like.device
+    whole = batch.tokens == like.shape[0] * like.shape[1]
+    return Plan(
+        report_word(op),
+        plan_prefill(op, batch, v, cu_seqlen, slots, resumes, cache) if batch.prefill_tokens else None,
+        plan_decode(op, batch, q, k, v, beta, g, slots, cache, scale) if batch.decode else None,
+        allocator(*form) if whole else partial(torch.zeros, form[0], dtype=form[1], device=form[2]),
+        None if like.shape == v.shape else form[0],
+    )
 
 
 @operator(fake=like_v, mutates=("delta_cache",), needs=(FLA, TRITON), instead="torch_cached_delta_rule")

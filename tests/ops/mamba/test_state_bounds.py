@@ -15,7 +15,7 @@ from test_operator_table import INFOS
 
 from shardwise.ops import metadata_reports
 from shardwise.ops.attention.batch import Batch as CountedBatch
-from shardwise.ops.fla.step import Prefill
+from shardwise.ops.fla.step import plan_prefill
 from shardwise.ops.mamba import metadata
 from shardwise.ops.registry import TRITON
 from shardwise.ops.triton_support import interpreting
@@ -259,11 +259,11 @@ def test_fla_gets_bounds_that_ascend_within_the_prefill_tokens(monkeypatch, kind
     values = BOUNDS.get(kind, [0, 40, 40, 73, 75])
     bounds = torch.tensor(values, dtype=torch.int32, device=DEVICE)
     cache, slots = torch.zeros(7, 2, 16, 16, device=DEVICE), torch.arange(SEQUENCES, device=DEVICE)
-    one = Prefill("fla_cached_delta_rule", CountedBatch(SEQUENCES, TOKENS, 3), 78, bounds, slots, slots > 0, cache)
+    out, batch = torch.zeros(1, 78, 2, 16, device=DEVICE), CountedBatch(SEQUENCES, TOKENS, 3)
+    one = plan_prefill("fla_cached_delta_rule", batch, out, bounds, slots, slots > 0, cache)
     with checked(monkeypatch):
-        safe, chunks = one.chunks()
-        one.states()
-        one.finish(torch.zeros(1, 78, 2, 16, device=DEVICE), torch.zeros(SEQUENCES, 2, 16, 16, device=DEVICE))
+        states, safe, chunks = one.before(bounds, slots, slots > 0, cache)
+        one.after(bounds, slots, cache, states, out)
     if kind != "good":
         assert reported().startswith("fla_cached_delta_rule: in an earlier call cu_seqlen holds")
     metadata_reports.raise_reports()
