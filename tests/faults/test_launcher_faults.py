@@ -81,8 +81,11 @@ def test_the_cause_is_told_from_its_victim_that_complains_first(tmp_path, launch
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGKILL], ids=["SIGTERM", "SIGKILL"])
-def test_nobody_survives_the_parent(tmp_path, launcher, signum):
+def test_nobody_survives_the_parent(tmp_path, monkeypatch, launcher, signum):
     mark = str(tmp_path)
+    temporary = tmp_path / "t"
+    temporary.mkdir()
+    monkeypatch.setenv("TMPDIR", str(temporary))
     parent = start_parent(mark, launcher, "talk", tmp_path / "logs")
     assert parent.stdout is not None and parent.stdout.readline() == "ready\n"
     assert len(survivors(mark, patience=0)) >= 3
@@ -90,6 +93,7 @@ def test_nobody_survives_the_parent(tmp_path, launcher, signum):
     code = parent.wait(60)
     assert code == (128 + signum if signum == signal.SIGTERM else -signum)
     assert survivors(mark) == []
+    assert signum == signal.SIGKILL or list(temporary.iterdir()) == []
 
 
 def test_two_jobs_at_once_do_not_meet(tmp_path, monkeypatch):
