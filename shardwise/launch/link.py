@@ -98,10 +98,24 @@ class Link:
 
 
 def _connect(address: Address) -> socket.socket:
-    family = socket.AF_UNIX if isinstance(address, str) else socket.AF_INET
-    line = socket.socket(family, socket.SOCK_STREAM)
-    line.connect(address if isinstance(address, str) else tuple(address))
+    if isinstance(address, str):
+        line = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        with _short(address) as path:
+            line.connect(path)
+    else:
+        line = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+        line.connect(tuple(address))
     return line
+
+
+@contextlib.contextmanager
+def _short(path: str) -> Iterator[str]:
+    """Another path to the same file: an address of a Unix socket has 107 bytes, and TMPDIR may be longer than that."""
+    folder = os.open(os.path.dirname(path), os.O_PATH | os.O_DIRECTORY)
+    try:
+        yield f"/proc/self/fd/{folder}/{os.path.basename(path)}"
+    finally:
+        os.close(folder)
 
 
 @dataclass(frozen=True)
@@ -220,11 +234,12 @@ class Hub:
 
 
 def _listen(folder: Path, tcp_host: str | None) -> tuple[socket.socket, Address]:
+    address: Address
     if tcp_host is None:
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        path = str(folder / "link")
-        listener.bind(path)
-        address: Address = path
+        address = str(folder / "link")
+        with _short(address) as path:
+            listener.bind(path)
     else:
         listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
         listener.bind((tcp_host, 0))

@@ -19,6 +19,15 @@ def hub(request, tmp_path):
     hub.close()
 
 
+def test_a_folder_of_any_length_holds_the_line(tmp_path):
+    folder = tmp_path / ("long" * 40)
+    folder.mkdir()
+    with contextlib.closing(Hub(folder, "secret")) as hub:
+        connected(hub, 3).send({"event": "x"})
+        assert hub.hello[3].rank == 3 and [path.name for path in folder.iterdir()] == ["link"]
+    assert list(folder.iterdir()) == []
+
+
 def take(hub: Hub, count: int) -> list[dict]:
     events: list[dict] = []
     while len(events) < count:
