@@ -129,6 +129,10 @@ def prepare_mxfp4(
 
     The packed copy takes the size of the originals (padded to multiples of 64) and is given back when other weights are
     packed after these are gone.
+
+    A later write to the weights is found by PyTorch's count of writes, which leaves out those through `tensor.data` and
+    those to tensors made in inference mode: assign such new weights to `data`, or bring other tensors. A CUDA graph
+    reads the packed copy that was there at its capture.
     """
     packed_once(gate_up_blocks, gate_up_scales, gate_up_bias, paired=True)
     packed_once(down_blocks, down_scales, down_bias, paired=False)
