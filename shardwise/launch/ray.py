@@ -4,6 +4,7 @@ import os
 import re
 import signal
 import socket
+import tempfile
 import threading
 import time
 from collections import Counter
@@ -71,8 +72,13 @@ class Ray(Backend):
                     "(ray start --head), or leave the address out and one is started for this job"
                 ) from None
         else:
-            cpus = max(world, len(os.sched_getaffinity(0)))
-            ray.init("local", num_cpus=cpus, include_dashboard=False, **quiet)  # also beside somebody else's cluster
+            own = {"num_cpus": max(world, len(os.sched_getaffinity(0))), "include_dashboard": False}
+            try:
+                ray.init("local", **own, **quiet)  # also beside somebody else's cluster
+            except OSError as error:  # of its files and sockets
+                raise ValueError(
+                    f"Ray cannot start in {tempfile.gettempdir()} ({error}): set TMPDIR to another folder"
+                ) from None
         self._own_connection = True
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, handler)  # Ray puts one of its own there, which exits with code 15

@@ -219,6 +219,12 @@ def test_standard_input_that_is_closed_is_the_users_to_open(monkeypatch, capfd, 
     assert "- is standard input, which is closed: pipe " in err and err.count("\n") == 1
 
 
+def test_a_standard_error_that_is_closed_is_no_reason_to_fail():
+    words = [sys.executable, "-m", "shardwise", "run", "smollm2", "--max-new-tokens", "1", "--weights", "native"]
+    done = subprocess.run(["sh", "-c", 'exec "$@" 2>&-', "sh", *words], capture_output=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, b"") and done.stdout
+
+
 def test_debug_shows_the_traceback(capfd):
     assert main(["run", "no-such-model", "--debug"]) == 1
     assert "Traceback" in capfd.readouterr().err

@@ -37,6 +37,15 @@ def test_an_address_is_that_of_the_option_or_of_the_environment(recorder, monkey
     assert recorder.address == "here:1"
 
 
+def test_a_place_that_ray_cannot_start_in_is_named_with_the_variable_that_moves_it(recorder, monkeypatch):
+    def refuse(address, **options):
+        raise OSError("AF_UNIX path length cannot exceed 107 bytes")
+
+    monkeypatch.setattr(recorder, "init", refuse)
+    with pytest.raises(ValueError, match="^Ray cannot start in /.*107 bytes.: set TMPDIR to another folder"):
+        Ray()._connect(recorder, 3)
+
+
 class Line:
     """Stands for a rank's link: what was sent, and the parent's answer, which is that same place."""
 

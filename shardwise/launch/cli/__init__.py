@@ -5,6 +5,7 @@ import contextlib
 import errno
 import importlib
 import io
+import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -37,6 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal without a character shows its number, not an error
         sys.stdout.reconfigure(errors="backslashreplace")
+    if sys.stderr is None:  # closed by the caller: nobody hears what is said there, which is no reason to fail
+        sys.stderr = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
     try:
         return _dispatch(words)
     except KeyboardInterrupt:
