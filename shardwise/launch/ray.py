@@ -21,7 +21,8 @@ from shardwise.parallel.options import DEVICES, require_known
 KNOCK_SECONDS = 10.0
 """How long a host of an address HOST:PORT may take to accept a connection."""
 EXPLAIN_AFTER = 8.0
-"""Seconds after which waiting for busy resources ends with a reason, though they may come free later."""
+"""Seconds after which waiting for resources that others may hold ends with a reason, though they may come free later.
+In a cluster of the job's own nobody holds any: it gets what ranks get to start."""
 _EXIT_CODE = re.compile(r"exit code[ =](\d+)", re.IGNORECASE)
 
 
@@ -56,7 +57,8 @@ class Ray(Backend):
             self._connect(ray, job.world)
         self.tcp_host = ray.util.get_node_ip_address() if self._address else "127.0.0.1"
         self._bundle = self._resources(ray, job.world)
-        self._reserve(ray, job.world)
+        alone = self._own_connection and not self._address
+        self._reserve(ray, job.world, job.deadlines.start if alone else EXPLAIN_AFTER)
 
     def _connect(self, ray: Any, world: int) -> None:
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -89,16 +91,18 @@ class Ray(Backend):
         wants = self._device == "cuda" or (self._device == "auto" and gpus >= world)
         return {"CPU": 1.0, "GPU": 1.0} if wants else {"CPU": 1.0}
 
-    def _reserve(self, ray: Any, world: int) -> None:
+    def _reserve(self, ray: Any, world: int, patience: float) -> None:
         from ray.util.placement_group import placement_group
 
         self._group = placement_group([dict(self._bundle)] * world, strategy="PACK")
-        end = time.monotonic() + EXPLAIN_AFTER
+        end = time.monotonic() + patience
+        late = False
         while not self._group.wait(0.5):
             total = ray.cluster_resources()
             never = any(total.get(name, 0) < amount * world for name, amount in self._bundle.items())
-            if never or time.monotonic() > end:
+            if never or late:
                 raise RuntimeError(self._shortage(ray, world, "has too little" if never else "is busy"))
+            late = time.monotonic() > end
 
     def _shortage(self, ray: Any, world: int, why: str) -> str:
         wanted = ", ".join(f"{amount * world:g} {name}" for name, amount in self._bundle.items())

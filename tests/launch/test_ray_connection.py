@@ -1,12 +1,15 @@
 """Which Ray cluster a job takes, and where its ranks meet."""
 
+import itertools
 import socket
+import sys
 import types
 
 import pytest
 
 from shardwise.comm import bootstrap
 from shardwise.comm.rank import RankInfo
+from shardwise.launch.job import Job
 from shardwise.launch.ray import Ray, serve_store
 
 
@@ -44,6 +47,34 @@ def test_a_place_that_ray_cannot_start_in_is_named_with_the_variable_that_moves_
     monkeypatch.setattr(recorder, "init", refuse)
     with pytest.raises(ValueError, match="^Ray cannot start in /.*107 bytes.: set TMPDIR to another folder"):
         Ray()._connect(recorder, 3)
+
+
+@pytest.mark.parametrize("address", [None, "auto"])
+def test_a_cluster_of_the_jobs_own_is_waited_for_where_one_of_others_is_busy(recorder, monkeypatch, address):
+    class Group:
+        """Stands for Ray's placement group on a slow machine."""
+
+        looks = 0
+
+        def wait(self, seconds):
+            self.looks += 1
+            return self.looks > 3
+
+    moments = itertools.count(step=6.0)
+    recorder.cluster_resources = recorder.available_resources = lambda: {"CPU": 2.0}
+    recorder.nodes = list
+    library = types.SimpleNamespace(placement_group=lambda *_, **__: Group())
+    monkeypatch.setitem(sys.modules, "ray.util.placement_group", library)
+    monkeypatch.setattr("shardwise.launch.ray.time", types.SimpleNamespace(monotonic=lambda: next(moments)))
+    monkeypatch.setitem(sys.modules, "ray", recorder)
+    recorder.is_initialized = lambda: False
+    recorder.util = types.SimpleNamespace(get_node_ip_address=lambda: "10.1.2.3")
+    backend = Ray(address)
+    if address is None:
+        backend.prepare(Job(target="a:b", payload={}, world=2))
+    else:
+        with pytest.raises(RuntimeError, match="the Ray cluster is busy for 2 ranks"):
+            backend.prepare(Job(target="a:b", payload={}, world=2))
 
 
 class Line:
