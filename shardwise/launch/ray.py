@@ -1,5 +1,6 @@
 """Ranks as Ray actors: one placement group, one actor a rank, demo mode's collectives among them."""
 
+import contextlib
 import os
 import re
 import signal
@@ -8,6 +9,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 from shardwise.comm.rank import RankInfo
@@ -62,28 +64,26 @@ class Ray(Backend):
 
     def _connect(self, ray: Any, world: int) -> None:
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-        handler = signal.getsignal(signal.SIGTERM)
         quiet = {"log_to_driver": False, "logging_level": "ERROR", "configure_logging": True}
-        if self._address:
-            try:
-                _knock(self._address)
-                ray.init(address=self._address, **quiet)
-            except (OSError, ValueError) as error:  # ValueError: it has no such form
-                raise ValueError(
-                    f"no Ray cluster lets us in at the address {self._address!r} ({error}): start one "
-                    "(ray start --head), or leave the address out and one is started for this job"
-                ) from None
-        else:
-            own = {"num_cpus": max(world, len(os.sched_getaffinity(0))), "include_dashboard": False}
-            try:
-                ray.init("local", **own, **quiet)  # also beside somebody else's cluster
-            except OSError as error:  # of its files and sockets
-                raise ValueError(
-                    f"Ray cannot start in {tempfile.gettempdir()} ({error}): set TMPDIR to another folder"
-                ) from None
+        with _sigterm_kept():
+            if self._address:
+                try:
+                    _knock(self._address)
+                    ray.init(address=self._address, **quiet)
+                except (OSError, ValueError) as error:  # ValueError: it has no such form
+                    raise ValueError(
+                        f"no Ray cluster lets us in at the address {self._address!r} ({error}): start one "
+                        "(ray start --head), or leave the address out and one is started for this job"
+                    ) from None
+            else:
+                own = {"num_cpus": max(world, len(os.sched_getaffinity(0))), "include_dashboard": False}
+                try:
+                    ray.init("local", **own, **quiet)  # also beside somebody else's cluster
+                except OSError as error:  # of its files and sockets
+                    raise ValueError(
+                        f"Ray cannot start in {tempfile.gettempdir()} ({error}): set TMPDIR to another folder"
+                    ) from None
         self._own_connection = True
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, handler)  # Ray puts one of its own there, which exits with code 15
 
     def _resources(self, ray: Any, world: int) -> dict[str, float]:
         """What one rank takes: a GPU where every rank can have one, or where GPUs were asked for."""
@@ -212,6 +212,26 @@ def serve_store(info: RankInfo, link: Link) -> Any:
         link.send({"event": "store", "host": ray.util.get_node_ip_address(), "port": store.store.port})
     where = next(link.commands())
     return store or tcp_store(info, where["host"], where["port"], limit)
+
+
+@contextlib.contextmanager
+def _sigterm_kept() -> Iterator[None]:
+    """Ray puts a handler of SIGTERM in place, which exits with code 15: whoever had it has it again, and gets what came
+    meanwhile."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handler = signal.getsignal(signal.SIGTERM)
+    came = False
+    try:
+        yield
+    except SystemExit:
+        came = True
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+        if came:
+            signal.raise_signal(signal.SIGTERM)
 
 
 def _knock(address: str) -> None:

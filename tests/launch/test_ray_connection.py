@@ -1,6 +1,7 @@
 """Which Ray cluster a job takes, and where its ranks meet."""
 
 import itertools
+import signal
 import socket
 import sys
 import types
@@ -9,7 +10,7 @@ import pytest
 
 from shardwise.comm import bootstrap
 from shardwise.comm.rank import RankInfo
-from shardwise.launch.job import Job
+from shardwise.launch.job import Interrupted, Job, interruptible
 from shardwise.launch.ray import Ray, serve_store
 
 
@@ -75,6 +76,18 @@ def test_a_cluster_of_the_jobs_own_is_waited_for_where_one_of_others_is_busy(rec
     else:
         with pytest.raises(RuntimeError, match="the Ray cluster is busy for 2 ranks"):
             backend.prepare(Job(target="a:b", payload={}, world=2))
+
+
+def test_a_sigterm_while_ray_starts_is_whose_it_was(recorder, monkeypatch):
+    def init(address, **options):
+        signal.signal(signal.SIGTERM, lambda signum, frame: sys.exit(signum))  # as Ray does
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(recorder, "init", init)
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Interrupted, match="SIGTERM"), interruptible():
+        Ray()._connect(recorder, 3)
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 class Line:

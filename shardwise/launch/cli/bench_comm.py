@@ -5,6 +5,7 @@ import re
 import sys
 
 from shardwise.launch.cli.output import add_json, require_writable, table_stream, write_json
+from shardwise.launch.job import interruptible
 from shardwise.launch.machine import machine_facts
 from shardwise.parallel.host_memory import DoesNotFit, host_memory, require_ranks
 from shardwise.parallel.options import RUN_TRANSPORTS
@@ -94,10 +95,11 @@ def run(args: argparse.Namespace) -> int:
         "peers": [peer for peer in peers if peer in ON_CUDA],
     }
     launcher = "mpi" if args.transport == "mpi" else "local"
-    rows, why, notes = _measure("job", payload, args.world, launcher)
-    if "all_reduce" in ops and args.world > 1:
-        for peer in [peer for peer in peers if peer not in ON_CUDA]:
-            rows += _peer(peer, payload, args.world, notes)
+    with interruptible():
+        rows, why, notes = _measure("job", payload, args.world, launcher)
+        if "all_reduce" in ops and args.world > 1:
+            for peer in [peer for peer in peers if peer not in ON_CUDA]:
+                rows += _peer(peer, payload, args.world, notes)
     _print(rows, why if args.why else [], notes, table_stream(args.json))
     _write(args, rows, why)
     return 1 if any(row["wrong"] for row in rows) else 0
