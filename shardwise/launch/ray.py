@@ -222,16 +222,14 @@ def _sigterm_kept() -> Iterator[None]:
         yield
         return
     handler = signal.getsignal(signal.SIGTERM)
-    came = False
     try:
         yield
     except SystemExit:
-        came = True
+        signal.signal(signal.SIGTERM, handler)
+        signal.raise_signal(signal.SIGTERM)
         raise
     finally:
         signal.signal(signal.SIGTERM, handler)
-        if came:
-            signal.raise_signal(signal.SIGTERM)
 
 
 def _knock(address: str) -> None:
