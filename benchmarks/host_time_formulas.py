@@ -1,8 +1,8 @@
 """Host time of reference operators, which are formulas of PyTorch's operators, beside these.
 
 `direct` is what PyTorch's dispatcher was given while the formula ran, called again with the same tensors one after
-another. Python reaches an operator by its overload in half a microsecond more than by its usual name, so that `direct`
-is a little long; what a formula takes beyond it are its own dispatch, its checks and the Python between its calls.
+another. It is a little long, as Python calls an operator's overload more slowly than its usual name; what a formula
+takes beyond it are its own dispatch, its checks and the Python between its calls.
 Arguments are those of the tests' operator table, small and of every operator.
 """
 
