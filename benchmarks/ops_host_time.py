@@ -1,6 +1,6 @@
 """Host time of one eager call on a GPU, at sizes of one token or of one short prompt.
 
-    python benchmarks/ops_host_time.py [--json FILE]
+    python benchmarks/ops_host_time.py [--only GROUP ...] [--json FILE]
 
 µs, the least of many rounds of some calls with the device behind, in turns over all rows, so that a host that is busy
 for seconds spoils no row; in every round an operator, what calls the same foreign kernels without us, and an empty
@@ -212,15 +212,26 @@ def _step_with_views(case: Case) -> Callable[[], object]:
     return call
 
 
+GROUPS = {
+    "basics": basic_rows,
+    "attention": attention_rows,
+    "metadata": metadata_rows,
+    "states": state_rows,
+    "experts": expert_rows,
+    "linears": linear_rows,
+    "formulas": formula_rows,
+}
+
+
 def main() -> None:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", nargs="+", choices=GROUPS, default=list(GROUPS), help="groups of rows")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write rows, machine and versions")
     args = parser.parse_args()
     torch.manual_seed(0)
     x, weight = (torch.randn(4096, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    groups = basic_rows, attention_rows, metadata_rows, state_rows, expert_rows, linear_rows, formula_rows
-    rows = [*floors(x, weight), *chain.from_iterable(group() for group in groups)]
+    rows = [*floors(x, weight), *chain.from_iterable(GROUPS[name]() for name in args.only)]
     show(least_times(rows, bare_launch(x), TURNS, ROUNDS, partial(write, args.json)))
 
 
