@@ -6,7 +6,6 @@ collectives that this process began; a collective whose `end` is missing is the 
 
 import contextlib
 import json
-import math
 import os
 import threading
 import time
@@ -17,6 +16,8 @@ from dataclasses import dataclass, fields
 FLIGHT_LENGTH = 256
 ROLL_CALL_SECONDS = 1.5
 """How long a rank whose wait gave up hears who else waits: the others' deadlines end a little later."""
+LONGEST = 1_000_000
+"""Seconds of a wait: the system counts some waits in milliseconds, up to 2**31."""
 LOG_FOLDER_ENV = "SHARDWISE_LOG_DIR"
 
 
@@ -38,13 +39,15 @@ class Deadlines:
     def __post_init__(self):
         for field in fields(self):
             value = getattr(self, field.name)
-            if not (value > 0 and math.isfinite(value)):
-                raise ValueError(f"{env_name(field.name)}={value}: a deadline is a finite number of seconds above 0")
+            if not 0 < value <= LONGEST:
+                raise ValueError(
+                    f"{env_name(field.name)}={value}: a deadline is a number of seconds above 0, at most {LONGEST}"
+                )
 
     @classmethod
     def from_environment(cls, environ=os.environ) -> "Deadlines":
-        """Defaults, overridden by the environment. Raises ValueError for a value that is not a positive number, and for
-        a deadline that is not known."""
+        """Defaults, overridden by the environment. Raises ValueError for a value that no deadline has, and for a
+        deadline that is not known."""
         legal = [env_name(field.name) for field in fields(cls)]
         for name in environ:
             if name.startswith(env_name("")) and name not in legal:

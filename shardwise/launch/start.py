@@ -7,11 +7,11 @@ calls `function(context)` on two new ranks and returns what each of them returne
 
 import inspect
 import json
-import math
 from collections.abc import Callable, Mapping
 from numbers import Real
 from typing import Any
 
+from shardwise.comm.watch import LONGEST
 from shardwise.launch.backend import Backend
 from shardwise.launch.job import Job
 from shardwise.launch.local import Local
@@ -88,8 +88,8 @@ def _require_form(
             raise TypeError(f"environment has {name!r}: {text!r:.60}, expected texts")
         if not name or "=" in name or "\0" in name + text:
             raise ValueError(f"environment has {name!r}: {text!r:.60}, which no variable can be")
-    if deadline is not None and not 0 < deadline < math.inf:
-        raise ValueError(f"deadline is {deadline}: give seconds above 0, or None for no bound")
+    if deadline is not None and not 0 < deadline <= LONGEST:
+        raise ValueError(f"deadline is {deadline}: give seconds above 0, at most {LONGEST}, or None for no bound")
 
 
 def backend(launcher: str, **options: Any) -> Backend:

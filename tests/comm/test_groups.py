@@ -113,7 +113,7 @@ def test_fake_gives_shapes_of_any_world():
 
 def test_deadlines_come_from_the_environment():
     assert Deadlines.from_environment({"SHARDWISE_DEADLINE_COLLECTIVE": "7.5"}).collective == 7.5
-    for text in ("soon", "0", "-1", "nan", "inf"):
+    for text in ("soon", "0", "-1", "nan", "inf", "1e9"):
         with pytest.raises(ValueError, match="SHARDWISE_DEADLINE_LOAD"):
             Deadlines.from_environment({"SHARDWISE_DEADLINE_LOAD": text})
     with pytest.raises(ValueError, match="SHARDWISE_DEADLINE_LOADING is not a deadline; legal: SHARDWISE_DEAD"):

@@ -87,7 +87,8 @@ def test_a_job_of_another_form_is_refused_before_ranks_start(target, payload, er
         ("environment", {"A=B": "x"}, ValueError, "environment has 'A=B': 'x', which no variable can be"),
         ("on_event", 5, TypeError, "on_event is 5, expected a function of one event"),
         ("deadline", "3", TypeError, "deadline is '3', expected a number of seconds"),
-        ("deadline", 0, ValueError, "deadline is 0: give seconds above 0, or None for no bound"),
+        ("deadline", 0, ValueError, "deadline is 0: give seconds above 0, at most 1000000, or None for no bo"),
+        ("deadline", 1e9, ValueError, "deadline is 1000000000.0: give seconds above 0, at most 1000000"),
     ],
 )
 def test_an_argument_that_no_job_can_have_is_one_sentence_at_the_door(monkeypatch, name, value, error, words):
