@@ -9,8 +9,9 @@ import torch
 from shardwise.ops.plan_cache import Tensors, View, view
 from shardwise.ops.triton_support import address_of
 
-READY = 64
-"""Sets of addresses for which a tape keeps the arguments of its launches"""
+READY = 256
+"""Sets of addresses for which a tape keeps the arguments of its launches, 2 KB each: a model's layers have weights of
+their own, and a layer's result takes a few places in turn"""
 
 
 class Slot(NamedTuple):
