@@ -6,6 +6,7 @@ codes, scales stand for groups, channels or tiles, so a rank has read those that
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import prod
 
 import torch
 from torch import Tensor
@@ -30,6 +31,17 @@ class Part:
     ranges: tuple[Ranges, ...]
     """Indices of the stored elements, each dimension."""
     values: Tensor
+    """Those dimensions, a scalar as [1]; of a stack of alike weights with one more before them."""
+
+    @property
+    def lead(self) -> tuple[int, ...]:
+        """Of a stack, the number of weights."""
+        return self.values.shape[: self.values.dim() - max(1, len(self.ranges))]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of one weight."""
+        return self.values.shape[len(self.lead) :]
 
     def of_expert(self, place: int) -> "Part":
         """One matrix of stacked ones."""
@@ -53,7 +65,7 @@ def dequantise(out: Tensor, rows: Ranges, columns: Ranges, parts: Mapping[str, P
 
 
 class CodedMatrix:
-    """One weight as codes, scales and zero points, in the order of its stored dimensions."""
+    """One weight, or a stack of alike ones, as codes, scales and zero points in the order of the stored dimensions."""
 
     def __init__(self, parts: Mapping[str, Part], rows: Ranges, columns: Ranges):
         """Arguments and errors as `dequantise`."""
@@ -62,6 +74,7 @@ class CodedMatrix:
         outputs, inputs = _indices(rows), _indices(columns)
         self.groups = _groups(parts, inputs, dim=0 if self.turned else 1)
         """For each input, the place of its scale."""
+        self.lead = parts["weight"].lead
         self.shape = (len(inputs), len(outputs)) if self.turned else (len(outputs), len(inputs))
         on_device = self.groups.to(parts["weight"].values.device)
 
@@ -73,15 +86,15 @@ class CodedMatrix:
         self.codes = _Codes(parts["weight"], *((inputs, outputs) if self.turned else (outputs, inputs)))
 
     def write(self, out: Tensor) -> None:
-        """The values, into [out, in]."""
-        target = out.t() if self.turned else out
+        """The values, into [.., out, in]."""
+        target = out.mT if self.turned else out
         step = max(1, PIECE_VALUES[out.device.type] // max(1, self.shape[1]))
         for first in range(0, self.shape[0], step):
             piece = slice(first, min(first + step, self.shape[0]))
             values = self.codes.rows(piece)
             values -= self.codes.middle if self.zero is None else self.zero.rows(piece)
             values *= self.scale.rows(piece)
-            target[piece] = values
+            target[..., piece, :] = values
 
 
 class _Codes:
@@ -102,11 +115,11 @@ class _Codes:
         """Of some of the first dimension's values, a new tensor."""
         places = self.first[piece]
         low, high = int(places[0]) // self.count, int(places[-1]) // self.count + 1
-        codes = _codes(replace(self.part, values=self.part.values[low:high]))
+        codes = _codes(replace(self.part, values=self.part.values[..., low:high, :]))
         places = places - low * self.count
-        if len(places) < len(codes):
-            codes = codes.index_select(0, places.to(codes.device))
-        return codes if self.second is None else codes.index_select(1, self.second)
+        if len(places) < codes.shape[-2]:
+            codes = codes.index_select(-2, places.to(codes.device))
+        return codes if self.second is None else codes.index_select(-1, self.second)
 
 
 @dataclass(frozen=True)
@@ -123,22 +136,23 @@ class _Grid:
     @classmethod
     def of(cls, values: Tensor, part: Part, outputs: Tensor, groups: Tensor, turned: bool) -> "_Grid":
         """`values`: those of the part, unpacked."""
-        if values.numel() == 1:
-            return cls(values.view(1, 1), groups, turned)
+        if prod(values.shape[len(part.lead) :]) == 1:
+            return cls(values.view(*part.lead, 1, 1), groups, turned)
         dim = 1 if turned else 0
-        places = None if values.shape[dim] == 1 else _unless_all(_places(part, dim, outputs), part, dim)
-        return cls(values if places is None else values.index_select(dim, places), groups, turned)
+        places = None if values.shape[dim - 2] == 1 else _unless_all(_places(part, dim, outputs), part, dim)
+        return cls(values if places is None else values.index_select(dim - 2, places), groups, turned)
 
     def outputs_first(self) -> Tensor:
-        """[out, groups], either of which may be 1."""
-        return self.values.t() if self.turned else self.values
+        """[.., out, groups], either of which may be 1."""
+        return self.values.mT if self.turned else self.values
 
     def rows(self, piece: slice) -> Tensor:
         """Those of some inputs where inputs come first, else of some outputs."""
+        first, second = self.values.shape[-2:]
         if self.turned:
-            return self.values if len(self.values) == 1 else self.values.index_select(0, self.groups[piece])
-        some = self.values if len(self.values) == 1 else self.values[piece]
-        return some if some.shape[1] == 1 else some.index_select(1, self.groups)
+            return self.values if first == 1 else self.values.index_select(-2, self.groups[piece])
+        some = self.values if first == 1 else self.values[..., piece, :]
+        return some if second == 1 else some.index_select(-1, self.groups)
 
 
 def _scale(parts: Mapping[str, Part]) -> Tensor:
@@ -146,27 +160,46 @@ def _scale(parts: Mapping[str, Part]) -> Tensor:
     part = parts["scale"]
     scale = e8m0_decode(part.values) if part.spec.dtype in EXPONENTS else part.values.float()
     if "global_scale" in parts:
-        scale = scale * parts["global_scale"].values.float()
+        scale = scale * _factor(parts["global_scale"])
     if "global_divisor" in parts:
-        scale = scale / parts["global_divisor"].values.float()
+        scale = scale / _factor(parts["global_divisor"])
     return scale
+
+
+def _factor(part: Part) -> Tensor:
+    """float32, one a weight, to be multiplied with its matrix."""
+    return part.values.float().view(*part.lead, 1, 1) if part.lead else part.values.float()
 
 
 def _groups(parts: Mapping[str, Part], inputs: Tensor, dim: int) -> Tensor:
     """For each input, the place of its scale among those of this rank. `dim`: of the scales, that inputs have."""
     scale, index = parts["scale"], parts.get("group_index")
-    if scale.values.numel() == 1 or scale.values.shape[dim] == 1:
+    if prod(scale.shape) == 1 or scale.shape[dim] == 1:
         return torch.zeros_like(inputs)
-    if index is None or bool((index.values < 0).any()):  # which says that there is no order
+    if index is None:
         return _places(scale, dim, inputs)
-    wanted, held = index.values.cpu().long(), _indices(scale.ranges[dim])
+    orders = index.values.cpu().long().view(-1, *index.shape).unique(dim=0)
+    # Negative: which says that there is no order.
+    first, *others = (_places(scale, dim, inputs) if (o < 0).any() else _held(scale, dim, o, index) for o in orders)
+    if not all(torch.equal(first, other) for other in others):
+        raise _misordered(index)
+    return first
+
+
+def _held(scale: Part, dim: int, wanted: Tensor, index: Part) -> Tensor:
+    """Places of the groups `wanted` among those of this rank; CheckpointError for one that is not."""
+    held = _indices(scale.ranges[dim])
     places = torch.searchsorted(held, wanted).clamp(max=len(held) - 1)
     if not torch.equal(held[places], wanted):
-        raise CheckpointError(
-            f"{index.spec.name}: rows are not in the order of their groups, though the config says so: set desc_act to "
-            "true in its quantization_config, so that every rank keeps all groups"
-        )
+        raise _misordered(index)
     return places
+
+
+def _misordered(index: Part) -> CheckpointError:
+    return CheckpointError(
+        f"{index.spec.name}: rows are not in the order of their groups, though the config says so: set desc_act to "
+        "true in its quantization_config, so that every rank keeps all groups"
+    )
 
 
 def _codes(part: Part) -> Tensor:
@@ -217,7 +250,7 @@ def _places(part: Part, dim: int, wanted: Tensor) -> Tensor:
 
 def _unless_all(places: Tensor, part: Part, dim: int) -> Tensor | None:
     """`places` on the part's device, or None where they are all there are, in order."""
-    packing, length = part.spec.packing, part.values.shape[dim]
+    packing, length = part.spec.packing, part.shape[dim]
     length *= packing.count if packing and packing.dim == dim - 2 else 1
     same = len(places) == length and torch.equal(places, torch.arange(length))
     return None if same else places.to(part.values.device)

@@ -40,12 +40,16 @@ class RandomSource:
 
     def fill(self, out: Tensor, shard: TensorShard, on_bytes: OnBytes) -> None:
         """Uniform around the role's centre; random bits for packed weights. ValueError for types that have no draw."""
-        ranges, shape = shard.ranges or (((0, 1),),), shard.global_shape or (1,)
-        draw, split = _draw_of(shard), _first_column_dim(shape)
+        self.fill_stack(out.unsqueeze(0), [shard], on_bytes)
+
+    def fill_stack(self, out: Tensor, shards: Sequence[TensorShard], on_bytes: OnBytes) -> None:
+        alike = shards[0]
+        ranges, shape = alike.ranges or (((0, 1),),), alike.global_shape or (1,)
+        draw, split = _draw_of(alike), _first_column_dim(shape)
         rows = _places(ranges[:split], shape[:split], out.device)
         columns = _places(ranges[split:], shape[split:], out.device)
-        key = zlib.crc32(shard.name.encode(), self._seed & _WORD)
-        rows = _signed(_mixed((rows * 2 + 1) * _SECOND + key & _WORD))
+        keys = torch.tensor([zlib.crc32(shard.name.encode(), self._seed & _WORD) for shard in shards])
+        rows = _signed(_mixed((rows * 2 + 1) * _SECOND + keys.to(out.device)[:, None] & _WORD)).view(-1)
         columns = _signed(columns * _COLUMN & _WORD)
         step = max(1, CHUNK_ELEMENTS[out.device.type] // max(1, len(columns)))
         flat = (out if out.is_contiguous() else torch.empty_like(out, memory_format=torch.contiguous_format)).view(
@@ -55,7 +59,7 @@ class RandomSource:
             draw(flat[first : first + step], rows[first : first + step, None] + columns)
         if not out.is_contiguous():
             out.copy_(flat.view(out.shape))
-        on_bytes(shard.nbytes)
+        on_bytes(sum(shard.nbytes for shard in shards))
 
     def blocks(self, shard: TensorShard) -> Tensor:
         raise ValueError(f"{shard.name}: random weights have no {shard.dtype} blocks; use --weights dequantised")

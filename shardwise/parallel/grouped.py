@@ -100,7 +100,7 @@ class Joined:
 def require_order(matrix: CodedMatrix, length: int, name: str) -> None:
     """CheckpointError for the weight `name` whose inputs are in another order than the config says."""
     inputs = torch.arange(len(matrix.groups))
-    alone = matrix.scale.outputs_first().shape[1] == 1
+    alone = matrix.scale.outputs_first().shape[-1] == 1
     if not torch.equal(matrix.groups, torch.zeros_like(inputs) if alone else inputs // length):
         raise CheckpointError(
             f"{name}: rows are not in the order of their groups, though the config says so: set desc_act to true in "

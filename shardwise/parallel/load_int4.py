@@ -1,6 +1,7 @@
 """Loads 4-bit integers in groups that stay so on a GPU, where a rank's part of them is made of whole groups."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from math import prod
 
 import torch
 from torch import Tensor
@@ -19,6 +20,8 @@ from shardwise.sharding.tensors import TensorSpec
 _SCALE_TYPES = dict(zip(("F16", "BF16"), SCALES, strict=True))
 LONGEST = max(GROUPS)
 """Longer groups, and whole rows, become several of as many inputs."""
+STACK_VALUES = {"cpu": PIECE_VALUES["cpu"], "cuda": 1 << 26}
+"""Of experts whose codes are unpacked at once. One expert is little work for a GPU: its launches take longer."""
 
 
 def int4_weights(
@@ -54,12 +57,21 @@ def int4_stacks(weights: Weights, block: Moe, layer: int, local: Sequence[int]) 
     def stack(*roles: str) -> Int4Stack:
         joined = Joined.of(weights, block, roles)
         assert joined is not None
-        places = [(expert, *each) for expert in local for each in zip(roles, joined.ranges, strict=True)]
-        found = [_loaded(weights.parts(block, role, layer, expert), *held, joined) for expert, role, held in places]
+        found = []
+        for some in _batches(local, joined, weights.device):
+            held = zip(roles, joined.ranges, strict=True)
+            loaded = [_loaded(weights.stacked_parts(block, role, layer, some), *each, joined) for role, each in held]
+            found.append([torch.cat(each, 1).flatten(0, 1) for each in zip(*loaded, strict=True)])
         codes, scales, zeros = (torch.cat(each) for each in zip(*found, strict=True))
         return Int4Stack(pack_int4(codes, scales, zeros), len(local))
 
     return stack("up", "gate"), stack("down")
+
+
+def _batches(local: Sequence[int], joined: Joined, device: torch.device) -> Iterator[Sequence[int]]:
+    values = max(span(rows) * span(columns) for rows, columns in joined.ranges)
+    count = max(1, STACK_VALUES[device.type] // values)
+    return (local[first : first + count] for first in range(0, len(local), count))
 
 
 def stays(made: Plan, rank: int, block: Moe) -> bool:
@@ -89,19 +101,19 @@ def held_bytes(form: Grouped, weight: TensorSpec, values: Sequence[tuple[Ranges,
 
 
 def _loaded(parts: Mapping[str, Part], rows: Ranges, columns: Ranges, joined: Joined) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes uint8 [out, in], scales and zero points uint8 [out, groups] of at most LONGEST inputs."""
+    """Codes uint8 [.., out, in], scales and zero points uint8 [.., out, groups] of at most LONGEST inputs."""
     matrix = CodedMatrix(parts, rows, columns)
     require_order(matrix, joined.length, parts["weight"].spec.name)
-    codes = torch.empty(matrix.shape, dtype=torch.uint8, device=parts["weight"].values.device)
-    step = max(1, PIECE_VALUES[codes.device.type] // max(1, matrix.shape[1]))
+    codes = torch.empty(*matrix.lead, *matrix.shape, dtype=torch.uint8, device=parts["weight"].values.device)
+    step = max(1, PIECE_VALUES[codes.device.type] // max(1, prod(matrix.lead) * matrix.shape[1]))
     for first in range(0, matrix.shape[0], step):
         piece = slice(first, min(first + step, matrix.shape[0]))
-        codes[piece] = matrix.codes.rows(piece)
-    codes = codes.t() if matrix.turned else codes
-    times, groups = joined.length // min(joined.length, LONGEST), (len(codes), codes.shape[1] // joined.length)
+        codes[..., piece, :] = matrix.codes.rows(piece)
+    codes = codes.mT if matrix.turned else codes
+    times, groups = joined.length // min(joined.length, LONGEST), (codes.shape[-2], codes.shape[-1] // joined.length)
 
     def spread(values: Tensor, dtype: torch.dtype) -> Tensor:
-        return values.expand(groups).repeat_interleave(times, 1).to(dtype)
+        return values.expand(*matrix.lead, *groups).repeat_interleave(times, -1).to(dtype)
 
     zeros = codes.new_full((1, 1), int(matrix.codes.middle)) if matrix.zero is None else matrix.zero.outputs_first()
     scales = spread(matrix.scale.outputs_first(), _SCALE_TYPES[joined.form.scale])

@@ -1,6 +1,6 @@
 """Where a rank's tensors come from: a checkpoint's files."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 import torch
@@ -29,6 +29,9 @@ class TensorSource(Protocol):
 
     def fill(self, out: Tensor, shard: TensorShard, on_bytes: OnBytes) -> None:
         """Write the shard, without padding, into `out`; values are converted to its dtype."""
+
+    def fill_stack(self, out: Tensor, shards: Sequence[TensorShard], on_bytes: OnBytes) -> None:
+        """The same of shards that differ in nothing but their names, into `out` [shards, ..]."""
 
     def blocks(self, shard: TensorShard) -> Tensor:
         """The shard of a block-quantised matrix as it is stored: uint8 [rows, blocks, bytes of a block]."""
@@ -67,6 +70,10 @@ class CheckpointSource:
             out[start:stop].copy_(piece.view(bits) if bits else piece)
             on_bytes(int(array.size * per_element))
         self._reader.release(stored)
+
+    def fill_stack(self, out: Tensor, shards: Sequence[TensorShard], on_bytes: OnBytes) -> None:
+        for one, shard in zip(out, shards, strict=True):
+            self.fill(one, shard, on_bytes)
 
     def blocks(self, shard: TensorShard) -> Tensor:
         return torch.from_numpy(self._reader.blocks(self._stored(shard), shard.ranges))

@@ -1,6 +1,7 @@
 """This rank's weights: the plan's ranges of a checkpoint, or random values in their place, each tensor exactly once."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -172,10 +173,16 @@ class Weights:
 
     def parts(self, block: Block, role: str, layer: int | None = None, expert: int | None = None) -> dict[str, Part]:
         """What this rank holds of a quantised weight and of what belongs to it, by what follows the role."""
-        for part in _UNUSED:
-            self.find(block, f"{role}.{part}", layer=layer, expert=expert)
-        present = [part for part in _PARTS if f"{role}.{part}" in block.roles]
-        return {part: self._part(block.roles[f"{role}.{part}"], layer, expert) for part in present}
+        stacks = self.stacked_parts(block, role, layer, [expert])
+        return {name: replace(stack, values=stack.values[0]) for name, stack in stacks.items()}
+
+    def stacked_parts(
+        self, block: Block, role: str, layer: int | None, experts: Sequence[int | None]
+    ) -> dict[str, Part]:
+        """The same of several experts: values [experts, ..]."""
+        present = [part for part in (*_PARTS, *_UNUSED) if f"{role}.{part}" in block.roles]
+        stacks = {part: self._stack(block.roles[f"{role}.{part}"], layer, experts) for part in present}
+        return {part: stack for part, stack in stacks.items() if part in _PARTS}
 
     def value_ranges(self, block: Block, role: str) -> tuple[Ranges, Ranges]:
         """Indices of the outputs and of the inputs that this rank holds of a weight."""
@@ -195,13 +202,16 @@ class Weights:
         self._dequantised_bytes += out.nbytes
         self._quantised_bytes += sum(self.shard(part.spec, layer, expert).nbytes for part in parts.values())
 
-    def _part(self, spec: TensorSpec, layer: int | None, expert: int | None) -> Part:
+    def _stack(self, spec: TensorSpec, layer: int | None, experts: Sequence[int | None]) -> Part:
         """What is stored, without padding; floats as float32."""
-        shard = self.shard(spec, layer, expert)
-        dtype = torch.float32 if shard.dtype in FLOATS else self._runtime_dtype(shard)
-        values = torch.empty(filled_shape(shard.ranges), dtype=dtype, device=self.device)
-        self._fill(values, shard)
-        return Part(spec, shard.ranges, values)
+        shards = [self.shard(spec, layer, expert) for expert in experts]
+        ranges = shards[0].ranges
+        dtype = torch.float32 if spec.dtype in FLOATS else self._runtime_dtype(shards[0])
+        values = torch.empty(len(shards), *filled_shape(ranges), dtype=dtype, device=self.device)
+        for shard in shards:
+            self._take(shard)
+        self._source.fill_stack(values, shards, self._on_bytes)
+        return Part(spec, ranges, values)
 
     def _runtime_dtype(self, shard: TensorShard) -> torch.dtype:
         if shard.dtype in FLOATS or shard.dtype not in NUMPY:

@@ -88,6 +88,20 @@ def test_a_shard_is_a_part_of_the_whole_tensor(config_file):
             assert torch.equal(weights.take(block, role, layer=0), part), (role, rank)
 
 
+@pytest.mark.parametrize("whole", [True, False], ids=["contiguous", "strided"])
+def test_a_stack_is_drawn_as_its_shards_one_by_one(config_file, whole):
+    made, source = plan(config_file(QWEN_MOE), tp=2), RandomSource(3)
+    shards = [s for s in made.shards(1) if s.name.startswith("model.layers.1.mlp.experts") and "up_proj" in s.name]
+    out = torch.empty(len(shards), 2, *shards[0].local_shape)[:, 0 if whole else 1]
+    out, counted = out.contiguous() if whole else out, []
+    source.fill_stack(out, shards, counted.append)
+    assert counted == [sum(shard.nbytes for shard in shards)] and len(shards) > 1
+    for one, shard in zip(out, shards, strict=True):
+        alone = torch.empty(shard.local_shape)
+        source.fill(alone, shard, counted.append)
+        assert torch.equal(one, alone)
+
+
 def test_weights_deviate_as_at_initialisation_and_norms_are_near_one(config_file):
     weights = rank_weights(config_file(LLAMA | {"hidden_size": 512, "vocab_size": 2000}), ParallelLayout(), 0)
     model = weights.plan.model

@@ -1,5 +1,6 @@
 """4-bit integers that stay so: the tokens of the weights that they stand for, in the engine as a GPU runs it."""
 
+import json
 import zlib
 from dataclasses import replace
 
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from families import NEAR_KIN
+from shapes import QWEN_MOE
 from stored_forms import AwqForm, GptqForm, PackedIntForm, gptq, packed
 from test_decode_step import OPTIONS, few_programs, fused, launches, tokens_of  # noqa: F401
 from test_fitting import ON_GPUS
@@ -17,13 +19,16 @@ from shardwise.comm.rank import current_groups
 from shardwise.ops.linear.int4 import Tile
 from shardwise.ops.moe import int4 as int4_moe
 from shardwise.ops.triton_support import interpreting
+from shardwise.parallel import load_int4
 from shardwise.parallel.engine import Engine
 from shardwise.parallel.fitting import widened_bytes
 from shardwise.parallel.int4_linear import Int4Experts, Int4Linear
 from shardwise.parallel.layers import Linear
 from shardwise.parallel.moe import Experts
 from shardwise.parallel.weight_form import WeightForm
+from shardwise.parallel.weights import Weights
 from shardwise.sharding.checkpoint.header import CheckpointError
+from shardwise.sharding.checkpoint.resolve import random_checkpoint
 from shardwise.sharding.layout import ParallelLayout
 from shardwise.sharding.plan import plan
 from shardwise.testing import run_threads
@@ -145,6 +150,27 @@ def test_tokens_of_experts_equal_those_of_the_values(tmp_path, name, layout):
     assert all(found == expected[:1] for found in run_threads(layout.world, rank, layout=layout))
 
 
+@pytest.mark.parametrize("name", FORMS)
+def test_experts_are_drawn_and_packed_together_as_one_by_one(tmp_path, monkeypatch, name):
+    path = tmp_path / "config.json"
+    sizes = {"hidden_size": 128, "moe_intermediate_size": 128, "quantization_config": FORMS[name].section}
+    path.write_text(json.dumps(QWEN_MOE | sizes))
+    made = plan(path, tp=2, ep=2, attn_dp=2)
+    block = made.model.layers[0].feed_forward[0]
+
+    def stacks(values):
+        monkeypatch.setitem(load_int4.STACK_VALUES, "cpu", values)
+        weights = Weights(
+            random_checkpoint(path), made, 1, dtype=torch.float32, device=torch.device("cpu"), keeps_int4=True
+        )
+        return load_int4.int4_stacks(weights, block, 0, made.experts(1, block.expert_axis))
+
+    together, apart = stacks(1 << 26), stacks(1)
+    assert together[0].matrices > 1
+    for one, other in zip(together, apart, strict=True):
+        assert torch.equal(one.words, other.words) and torch.equal(one.weight.scales, other.weight.scales)
+
+
 def test_experts_whose_rows_are_not_whole_groups_are_dequantised_and_say_so(tmp_path):
     fields = EXPERTS | {"moe_intermediate_size": 48}
     folder, expected = written(tmp_path, FORMS["gptq, whole rows"], "qwen3_moe", **fields)
@@ -207,7 +233,8 @@ def test_dequantised_weights_are_asked_for_by_name(tmp_path):
     assert engine.stats().weights.startswith("float32, asked for by name")
 
 
-def test_an_order_that_the_config_denies_is_refused(tmp_path):
-    folder, _ = written(tmp_path, GptqForm(gptq(group=32), group=32, act_order=True))
+@pytest.mark.parametrize(("model_type", "fields"), [("llama", {}), ("qwen3_moe", EXPERTS)], ids=["linear", "experts"])
+def test_an_order_that_the_config_denies_is_refused(tmp_path, model_type, fields):
+    folder, _ = written(tmp_path, GptqForm(gptq(group=32), group=32, act_order=True), model_type, **fields)
     with pytest.raises(CheckpointError, match="rows are not in the order of their groups, .* set desc_act to true"):
         fused(folder)
