@@ -75,12 +75,11 @@ def run_rank(description: dict, info: RankInfo, make_store: Callable[[RankInfo, 
     link = Link(description["address"], description["token"], info.rank)
     own_guard = Guard(info, Path(description["logs"]), link)
     link.call_when_lost(lambda: os._exit(128 + signal.SIGKILL))
-    served: list[Any] = []  # rank 0's store must outlive its own use of it: the others may still read
 
     def store() -> Any:
         assert make_store is not None
-        served.append(make_store(info, link))
-        return served[-1]
+        _served.append(make_store(info, link))
+        return _served[-1]
 
     def body() -> Any:
         if info.world != description["world"]:
@@ -101,6 +100,10 @@ def run_rank(description: dict, info: RankInfo, make_store: Callable[[RankInfo, 
     link.closing()
     link.send({"event": "done", "value": value})
     link.close()
+
+
+_served: list[Any] = []
+"""Rank 0's store outlives its own work, until the process ends: the others may still read."""
 
 
 def context_here(info: RankInfo, payload: dict, on_event: Callable[[dict], None]) -> RankContext:
