@@ -216,7 +216,7 @@ def _run_prefill(
     def starts():
         return prefill_starts(OP, batch, cu_seqlen_host)
 
-    if host[3][: batch.prefill].sum() > split:  # a sequence continues in the cache
+    if sum(host[3][: batch.prefill].tolist()) > split:  # a sequence continues in the cache
         wrapper = owner.planned(
             ("prefix", parameters),
             lambda: _create_absorbed(owner, None),
