@@ -1,15 +1,18 @@
 """Which Ray cluster a job takes, and where its ranks meet."""
 
+import gc
 import itertools
 import signal
 import socket
 import sys
 import types
+import weakref
 
 import pytest
 
 from shardwise.comm import bootstrap
 from shardwise.comm.rank import RankInfo
+from shardwise.launch import worker
 from shardwise.launch.job import Interrupted, Job, interruptible
 from shardwise.launch.ray import Ray, serve_store
 
@@ -88,6 +91,29 @@ def test_a_sigterm_while_ray_starts_is_whose_it_was(recorder, monkeypatch):
     with pytest.raises(Interrupted, match="SIGTERM"), interruptible():
         Ray()._connect(recorder, 3)
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def make_a_store(context):
+    context.make_store()
+
+
+def test_what_rank_0_serves_outlives_its_work_as_the_others_may_still_read(monkeypatch):
+    """Its process goes on: an actor ends with the job."""
+    link = types.SimpleNamespace(**dict.fromkeys(("call_when_lost", "send"), lambda event: None))
+    link.closing = link.close = lambda: None
+    monkeypatch.setattr(worker, "Link", lambda *_: link)
+    monkeypatch.setattr(worker.env, "prepare_rank", lambda info: None)
+    monkeypatch.setattr(worker, "_served", [])
+    served = []
+
+    class Store:
+        def __init__(self, *_):
+            served.append(weakref.ref(self))
+
+    description = {"world": 1, "payload": {}, "deadlines": {}, "logs": "", "address": "", "token": ""}
+    worker.run_rank({**description, "target": f"{__name__}:make_a_store"}, RankInfo(), Store)
+    gc.collect()
+    assert served[0]() is not None
 
 
 class Line:
