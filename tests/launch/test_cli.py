@@ -225,6 +225,15 @@ def test_a_standard_error_that_is_closed_is_no_reason_to_fail():
     assert (done.returncode, done.stderr) == (0, b"") and done.stdout
 
 
+def test_a_current_folder_that_was_removed_is_one_sentence(tmp_path):
+    script = 'cd "$1" && rmdir "$1" && exec "$2" -m shardwise plan smollm2'
+    words = ["sh", "-c", script, "sh", str(tmp_path / "gone"), sys.executable]
+    (tmp_path / "gone").mkdir()
+    done = subprocess.run(words, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == "shardwise: error: the current folder is gone: change into one that is there\n"
+
+
 def test_debug_shows_the_traceback(capfd):
     assert main(["run", "no-such-model", "--debug"]) == 1
     assert "Traceback" in capfd.readouterr().err

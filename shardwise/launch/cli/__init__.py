@@ -41,6 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if sys.stderr is None:  # closed by the caller: nobody hears what is said there, which is no reason to fail
         sys.stderr = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
     try:
+        _require_folder()
         return _dispatch(words)
     except KeyboardInterrupt:
         return 130
@@ -56,6 +57,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"shardwise: ended by {error}", file=sys.stderr)  # a signal asked us to
         return error.exit_code
+
+
+def _require_folder() -> None:
+    """FileNotFoundError where the current folder was removed: neither torch nor a launcher starts in such a place."""
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        raise FileNotFoundError("the current folder is gone: change into one that is there") from None
 
 
 def _dispatch(words: list[str]) -> int:
