@@ -79,7 +79,7 @@ def run_processes(
     world: int,
     target: str,
     *args: Any,
-    timeout: float = 120.0,
+    timeout: float = 300.0,
     env: Mapping[str, str] | None = None,
     mpi: bool = False,
     may_die: Collection[int] = (),

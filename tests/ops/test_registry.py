@@ -212,5 +212,5 @@ def test_operators_import_without_triton():
         "assert not any(i.availability()[0] for i in ops.operators() if i.backend == 'triton')\n"
         "torch.ops.auto_deploy.torch_rmsnorm(torch.ones(1, 8), torch.ones(8), 1e-5)\n"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr[-2000:]

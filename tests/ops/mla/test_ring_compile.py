@@ -18,7 +18,7 @@ TRITON = importlib.metadata.version("triton") if importlib.util.find_spec("trito
 
 @pytest.mark.skipif(not TRITON.startswith("3.6."), reason="the kernel is written for Triton 3.6")
 def test_products_run_side_by_side_from_tiles_that_fit_a_multiprocessor():
-    rows = json.loads(printed(Path(__file__).parent / "compile_ring.py", timeout=120)[-1])
+    rows = json.loads(printed(Path(__file__).parent / "compile_ring.py", timeout=500)[-1])
     assert [row["heads"] for row in rows] == [16, 128]
     for row in rows:
         assert not row["serialized"] and not row["stack"], row
@@ -51,5 +51,5 @@ def test_the_ring_asks_for_the_language_that_it_is_written_in(version, roles):
         f"import triton; triton.__version__ = {version!r}; from shardwise.ops import gluon_support as g; print(g.ROLES)"
     )
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, env=environment)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=500, env=environment)
     assert done.stdout.strip() == str(roles), done.stderr[-3000:]

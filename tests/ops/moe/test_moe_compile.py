@@ -16,7 +16,7 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reas
 @functools.cache
 def rows_of(program):
     """The JSON list that a program of this folder prints."""
-    return json.loads(printed(HERE / program, timeout=300)[-1])
+    return json.loads(printed(HERE / program, timeout=500)[-1])
 
 
 def test_unpacked_weights_go_straight_to_the_matrix_unit():
