@@ -72,7 +72,7 @@ class DecoderBuilder:
         norms.append(self._norm(model.final_norm, "final_norm", None))
         layers = [self._layer(layer, i, norms[i + 1]) for i, layer in enumerate(model.layers)]
         decoder = Decoder(embedding=embedding, first_norm=norms[0], layers=layers, head=self._head(head))
-        self.weights.finish()
+        self.weights.require_all_taken()
         self.wide.allocate()
         return decoder
 

@@ -4,7 +4,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -122,7 +122,7 @@ class Engine:
             keeps_int4=self._form.keeps_int4,
             on_progress=on_progress,
         )
-        with torch.inference_mode(), self._here():
+        with torch.inference_mode(), self._here(), closing(source):
             builder = DecoderBuilder(source, groups)
             self.decoder = builder.build()
             self.runner = Runner(self.decoder, self.device, decode)

@@ -53,6 +53,7 @@ class ReadAhead:
         cores = len(os.sched_getaffinity(0))
         self._pool = ThreadPoolExecutor(max(LEAST_THREADS, min(THREADS, cores // world)), "shardwise-read")
         self._lanes = threading.local()
+        self._used: list[_Lane] = []
         self._order = deque(order)
         self._pending: dict[str, _Pending] = {}
         self._taken: set[str] = set()
@@ -75,7 +76,10 @@ class ReadAhead:
         return pending.tensor
 
     def close(self) -> None:
+        """Nothing is on its way to the device when this returns: the memory is free for others."""
         self._pool.shutdown(wait=True, cancel_futures=True)
+        for lane in self._used:
+            lane.synchronize()
         self._pending.clear()
 
     def _submit_ahead(self) -> None:
@@ -103,6 +107,7 @@ class ReadAhead:
     def _read(self, stored: StoredTensor, ranges: Ranges, target: Tensor, free: torch.cuda.Event | None):
         if not hasattr(self._lanes, "lane"):
             self._lanes.lane = _Lane(self._device)
+            self._used.append(self._lanes.lane)
         lane: _Lane = self._lanes.lane
         with torch.inference_mode():  # which is a thread's own, and whose tensors may be written in no other
             return lane.move(lambda into: self._reader.read(stored, ranges, into), target, free)
@@ -149,3 +154,8 @@ class _Lane:
             copied = self._copied[0] = torch.cuda.Event()
             copied.record(self._stream)
         return copied
+
+    def synchronize(self) -> None:
+        """Wait until the device has all that was read."""
+        if self._stream is not None:
+            self._stream.synchronize()

@@ -164,11 +164,14 @@ class Weights:
         held, stored = self._dequantised_bytes / 2**20, self._quantised_bytes / 2**20
         return f"{held:.1f} MiB of them dequantised from {stored:.1f} MiB"
 
-    def finish(self) -> None:
+    def require_all_taken(self) -> None:
         """CheckpointError unless every tensor of the plan that this rank holds was given out once."""
         left = [shard.name for shard in self.plan.shards(self.rank) if shard.name not in self._taken]
         if left:
             raise CheckpointError(f"{len(left)} tensors of the model are used by no layer of the runtime: {left[:5]}")
+
+    def close(self) -> None:
+        """Also when the model was not built to its end: files are closed, and nothing is read any more."""
         self._source.close()
 
     def parts(self, block: Block, role: str, layer: int | None = None, expert: int | None = None) -> dict[str, Part]:

@@ -8,12 +8,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import write
 
+from shardwise.comm.rank import current_groups
+from shardwise.parallel.engine import Engine
 from shardwise.parallel.read_ahead import ReadAhead
 from shardwise.parallel.sources import CheckpointSource, load_order
 from shardwise.sharding.checkpoint.header import CheckpointError
 from shardwise.sharding.checkpoint.resolve import open_checkpoint
 from shardwise.sharding.layout import ParallelLayout
 from shardwise.sharding.plan import plan
+from shardwise.testing import run_threads
 
 CPU = torch.device("cpu")
 MOE = dict(num_experts=5, num_experts_per_tok=2, moe_intermediate_size=36, norm_topk_prob=True)
@@ -102,6 +105,20 @@ def test_a_file_that_ends_early_is_named(folder, tmp_path):
     with pytest.raises(CheckpointError, match="model.safetensors: the file ends inside tensor"):
         for shard in made.shards(0):
             ahead.take(shard)
+
+
+def test_a_load_that_fails_reads_no_more(folder, monkeypatch):
+    readers = []
+
+    def read_ahead(*args):
+        readers.append(CheckpointSource(*args, reads_ahead=True))
+        monkeypatch.delitem(readers[0].checkpoint.tensors, "model.norm.weight")
+        return readers[0]
+
+    monkeypatch.setattr("shardwise.parallel.weights.CheckpointSource", read_ahead)
+    with pytest.raises(CheckpointError, match="model.norm.weight is missing"):
+        run_threads(1, lambda: Engine(folder, plan(folder), current_groups()))
+    assert readers[0]._ahead._pool._shutdown and not readers[0]._ahead._pending
 
 
 @pytest.mark.gpu
