@@ -95,7 +95,9 @@ class Builder:
         c = self.config
         vocab = LogicalAxis(Axis.VOCAB, c.integer("vocab_size"))
         tied = options.pop("tied", None)
-        tied = c.flag("tie_word_embeddings", default=tied_default) if tied is None else tied
+        if tied is None:  # where both have a word in it, the whole model's counts before its text decoder's
+            own = c.flag("tie_word_embeddings", default=tied_default)
+            tied = c.outermost.flag("tie_word_embeddings", default=own)
         embed_name = options.pop("embed_name", f"{self.prefix}embed_tokens")
         head_name = options.pop("head_name", "lm_head")
         embed = (self.vector("embed.weight", f"{embed_name}.weight", along(vocab), self.hidden),)

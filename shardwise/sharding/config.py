@@ -40,6 +40,11 @@ class Config:
         self.names: Container[str] | None = names if names is not None else inherited
         """Tensor names of the checkpoint beside the config, where there is one: some families have two spellings."""
 
+    @property
+    def outermost(self) -> "Config":
+        """The config of the whole model, of which this may be a section."""
+        return self.parent.outermost if self.parent else self
+
     def raw(self, *names: str) -> Any:
         """The first of these fields that is present and not null, else None."""
         for name in names:

@@ -81,11 +81,12 @@ def _indexer(b: Builder, module: str, heads: int, dim: int, query_width: int) ->
     return tensors + b.linear("index_weights", f"{module}.weights_proj", fixed(heads), b.hidden, plain=True)
 
 
-def deepseek_moe(b: Builder, module: str, *, correction: bool, **options: Any) -> Moe:
+def deepseek_moe(b: Builder, module: str, *, correction: bool, shared_bias: bool = False, **options: Any) -> Moe:
     """Routed and shared experts as DeepSeek names them: `gate`, `experts.N`, `shared_experts`."""
     c = b.config
     experts, width = c.integer("n_routed_experts", "num_experts"), c.integer("moe_intermediate_size")
-    shared = c.integer("n_shared_experts", "num_shared_experts", default=0, least=0)
+    shared = width * c.integer("n_shared_experts", "num_shared_experts", default=0, least=0)
+    beside = dense_mlp(b, f"{module}.shared_experts", shared, role="shared.", bias=shared_bias) if shared else None
     return moe(
         b,
         module,
@@ -93,7 +94,7 @@ def deepseek_moe(b: Builder, module: str, *, correction: bool, **options: Any) -
         width,
         deepseek_routing(b, experts, correction),
         correction="gate.e_score_correction_bias" if correction else None,
-        shared=dense_mlp(b, f"{module}.shared_experts", width * shared, role="shared.") if shared else None,
+        shared=beside,
         **options,
     )
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from shardwise.sharding.axes import CUTTING, MESH_AXIS, SHARED_BY_RANKS, LogicalAxis, MeshAxis
 from shardwise.sharding.cuts import Cut, CutKind
 from shardwise.sharding.cutting import Grain, axes_of, grain_of, grains_of, largest, user_of
+from shardwise.sharding.layout import MOST_RANKS
 from shardwise.sharding.model import ModelSpec
 from shardwise.sharding.shards import patterns_of
 from shardwise.sharding.tensors import TensorSpec
@@ -40,12 +41,14 @@ def legal_sizes(model: ModelSpec) -> tuple[LegalSizes, ...]:
 
 def _sizes(mesh: MeshAxis, axes: list[tuple[LogicalAxis, Grain]], tensors: tuple[TensorSpec, ...]) -> LegalSizes:
     limit, (axis, grain) = min(((largest(a, g), (a, g)) for a, g in axes), key=lambda row: row[0])
+    bound, limit = limit > MOST_RANKS, min(limit, MOST_RANKS)
     blocks = f" in blocks of {grain.units}" if grain.units > 1 and not axis.groups else ""
     even_of = {a: tuple(n for n in range(1, limit + 1) if _even(a, g, n)) for a, g in axes}
-    even = tuple(n for n in range(1, limit + 1) if all(n in sizes for sizes in even_of.values()))
+    even = sorted(set(range(1, limit + 1)).intersection(*even_of.values()))
     uneven = {f"{a.units} {a.axis}": sizes for a, sizes in even_of.items() if len(sizes) < limit and _binds(a)}
     stopped = f"{user_of(axis, tensors).name}: {axis.units} {axis.axis}{blocks}"
-    return LegalSizes(mesh, limit, even, stopped, tuple(uneven.items()))
+    stopped = "the most ranks of a plan" if bound else stopped
+    return LegalSizes(mesh, limit, tuple(even), stopped, tuple(uneven.items()))
 
 
 def _binds(axis: LogicalAxis) -> bool:

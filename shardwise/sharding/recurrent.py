@@ -18,10 +18,14 @@ def mamba2(
     kernel: int,
     conv_bias: bool,
     proj_bias: bool,
+    out_bias: bool | None = None,
     gated_norm: bool = True,
     **options: Any,
 ) -> Mamba2:
-    """A Mamba-2 mixer. in_proj is [z | x | B | C | dt], the convolution runs over [x | B | C]."""
+    """A Mamba-2 mixer. in_proj is [z | x | B | C | dt], the convolution runs over [x | B | C].
+
+    `out_bias`: of out_proj, where it is not `proj_bias`.
+    """
     if heads % groups:
         raise b.config.error(("n_groups",), groups, f"a divisor of the {heads} SSM heads")
     head_axis = LogicalAxis(Axis.SSM_HEADS, heads, groups)
@@ -35,7 +39,8 @@ def mamba2(
     tensors += tuple(b.vector(role, f"{module}.{role}", per_head) for role in ("A_log", "D", "dt_bias"))
     if gated_norm:
         tensors += (b.vector("norm.weight", f"{module}.norm.weight", inner),)
-    tensors += b.linear("out_proj", f"{module}.out_proj", b.hidden, inner, bias_too=proj_bias)
+    out_bias = proj_bias if out_bias is None else out_bias
+    tensors += b.linear("out_proj", f"{module}.out_proj", b.hidden, inner, bias_too=out_bias)
     return Mamba2(
         tensors,
         head_axis=head_axis,

@@ -10,8 +10,10 @@ from published_models import CONFIGS, model
 from shardwise.launch.cli import main
 from shardwise.sharding.config import ConfigError
 from shardwise.sharding.document import document, document_lines, plan_hash
+from shardwise.sharding.layout import MOST_RANKS
 from shardwise.sharding.plan import plan
 from shardwise.sharding.replay import replay
+from shardwise.sharding.source import load_model
 
 SMOL, MOE, KIMI = "HuggingFaceTB/SmolLM-135M", "Qwen/Qwen3-30B-A3B", "moonshotai/Kimi-K2-Instruct"
 
@@ -174,6 +176,15 @@ def test_legal_sizes(config, capsys):
     rows = {r["mesh"]: r for r in json.loads(capsys.readouterr().out)}
     assert rows["moe_tp"]["most"] == 90 and 4 not in rows["moe_tp"]["even"]
     assert rows["moe_ep"]["most"] == 128
+
+
+def test_legal_sizes_end_at_the_most_ranks_of_a_plan():
+    from shardwise.sharding.legal import legal_sizes
+
+    wide = CONFIGS[MOE] | {"moe_intermediate_size": 1 << 30}
+    _, moe_tp, _ = legal_sizes(load_model(wide))
+    assert moe_tp.most == MOST_RANKS and moe_tp.even == tuple(1 << i for i in range(18))
+    assert moe_tp.stopped_by == "the most ranks of a plan"
 
 
 @pytest.mark.parametrize("name", [SMOL, MOE, "openai/gpt-oss-20b", "deepseek-ai/DeepSeek-V4-Flash"])

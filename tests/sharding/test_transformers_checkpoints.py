@@ -48,6 +48,28 @@ def test_every_byte_of_the_text_model_is_planned(checkpoint):
     assert {s.name: s.nbytes for s in made.shards(0)} == text
 
 
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("falcon-h1", {"mamba_proj_bias": True}),
+        ("falcon-h1", {"projectors_bias": True}),
+        ("bamba", {"mlp_bias": True}),
+        ("nemotron-h", {"use_bias": True, "mlp_bias": True}),
+        ("gemma4", {"attention_bias": True}),
+        ("gemma4", {"tie_word_embeddings": False}),  # the whole model ties them
+        ("qwen3-vl", {"tie_word_embeddings": True}),  # the whole model does not
+        ("deepseek-v2-lite", {"mlp_bias": True, "attention_bias": True}),
+    ],
+    ids=str,
+)
+def test_flags_of_a_config_add_the_tensors_that_transformers_adds(tmp_path, name, changes):
+    write(name, tmp_path, **changes)
+    entries = read_safetensors_folder(tmp_path)
+    text = {name: entry.nbytes for name, entry in entries.items() if not NOT_TEXT.search(name)}
+    for source in (tmp_path, tmp_path / "config.json"):
+        assert {s.name: s.nbytes for s in plan(source).shards(0)} == text
+
+
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_slices_of_all_ranks_are_the_model(checkpoint, layout):
     folder, tensors = checkpoint

@@ -255,16 +255,18 @@ MODELS = {
 """Name -> (Transformers class, config fields over BASE)."""
 
 
-def write(name: str, folder) -> None:
-    """Write the model `name` with random float32 weights to `folder`."""
+def write(name: str, folder, **changes) -> None:
+    """Write the model `name` with random float32 weights to `folder`. `changes`: of its text decoder's config."""
     import torch
     import transformers
 
     architecture, fields = MODELS[name]
     cls = getattr(transformers, architecture, None) or _unlisted(architecture)
     torch.manual_seed(0)
-    base = {} if "text_config" in fields or "n_embd" in fields else BASE
-    merged = {"vocab_size": 96, **base, **fields} if "text_config" not in fields else fields
+    if "text_config" in fields:
+        merged = fields | {"text_config": fields["text_config"] | changes}
+    else:
+        merged = {"vocab_size": 96, **({} if "n_embd" in fields else BASE), **fields, **changes}
     config = cls.config_class.from_dict({k: v for k, v in merged.items() if v is not None})
     model = cls(config).float()
     for parameter in model.parameters():

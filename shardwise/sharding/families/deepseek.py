@@ -20,6 +20,7 @@ def build(config: Config, name: str, architecture: str) -> ModelSpec:
     prefix = f"{nested}model."
     b = Builder(text, name, architecture, prefix=prefix, norm_eps=text.number("rms_norm_eps", default=1e-6))
     module, count = f"{prefix}layers.{{layer}}", text.integer("num_hidden_layers")
+    mlp_bias = architecture == "DeepseekV2ForCausalLM" and text.flag("mlp_bias")
     indexers = [False] * count
     if architecture in INDEXED:
         types = text.list("indexer_types", default=None, length=count, of=str)
@@ -41,9 +42,10 @@ def build(config: Config, name: str, architecture: str) -> ModelSpec:
         else:
             mixer = mla(b, f"{module}.self_attn", indexer=indexer)
         if sparse:
-            feed_forward = deepseek_moe(b, f"{module}.mlp", correction=architecture not in UNCORRECTED)
+            corrected = architecture not in UNCORRECTED
+            feed_forward = deepseek_moe(b, f"{module}.mlp", correction=corrected, shared_bias=mlp_bias)
         else:
-            feed_forward = dense_mlp(b, f"{module}.mlp", text.integer("intermediate_size"))
+            feed_forward = dense_mlp(b, f"{module}.mlp", text.integer("intermediate_size"), bias=mlp_bias)
         return pre_norm_layer(b, mixer, feed_forward, prefix=module)
 
     layers = b.layers(layer, list(zip(sparse_layers(b, count), indexers, strict=True)))

@@ -72,6 +72,7 @@ def _mixer(b: Builder, c: Config, kind: str, head_dim: int, kv: int) -> Attentio
         b,
         f"{LAYER}.self_attn",
         heads=(*head_axes(b, c.integer("num_attention_heads"), kv), head_dim),
+        qkv_bias=c.flag("attention_bias"),
         scale=1.0,
         rope=rope,
         window=None if full else c.integer("sliding_window"),

@@ -32,7 +32,8 @@ def build(config: Config, name: str, architecture: str) -> ModelSpec:
                 prefix=LAYER,
                 residual_multiplier=config.number("residual_multiplier", default=1.0),
             )
-        feed_forward = dense_mlp(b, f"{LAYER}.feed_forward", config.integer("intermediate_size"))
+        width, biased = config.integer("intermediate_size"), config.flag("mlp_bias")
+        feed_forward = dense_mlp(b, f"{LAYER}.feed_forward", width, bias=biased)
         return pre_norm_layer(b, mixer, feed_forward, prefix=LAYER, norms=PRE_FF)
 
     layers = b.layers(layer, _types(b, config, count))
@@ -123,6 +124,7 @@ def _falcon(b: Builder, c: Config, count: int) -> ModelSpec:
         state = _mamba(
             b,
             c,
+            out_bias=c.flag("projectors_bias"),
             gated_norm=c.flag("mamba_rms_norm"),
             norm_before_gate=c.flag("mamba_norm_before_gate", default=True),
             in_multiplier=c.number("ssm_in_multiplier", default=1.0),

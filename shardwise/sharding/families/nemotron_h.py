@@ -60,7 +60,7 @@ def _mamba(b: Builder, c: Config):
         state=c.integer("ssm_state_size"),
         kernel=c.integer("conv_kernel"),
         conv_bias=c.flag("use_conv_bias", default=True),
-        proj_bias=c.flag("mamba_proj_bias", "use_bias"),
+        proj_bias=c.flag("use_bias"),
         chunk=c.integer("chunk_size", default=128),
         activation=c.text("mamba_hidden_act", default="silu"),
         dt_limits=(c.number("time_step_min", "mamba_dt_min", default=0.001), float("inf")),
@@ -83,8 +83,9 @@ def _experts(b: Builder, c: Config) -> Moe:
     shared = c.integer("moe_shared_expert_intermediate_size", default=0, least=0)
     extra: Tensors = ()
     if latent:
-        extra = b.linear("latent_down", f"{MIXER}.fc1_latent_proj", fixed(latent), b.hidden)
-        extra += b.linear("latent_up", f"{MIXER}.fc2_latent_proj", b.hidden, fixed(latent))
+        biased = c.flag("mlp_bias")
+        extra = b.linear("latent_down", f"{MIXER}.fc1_latent_proj", fixed(latent), b.hidden, bias_too=biased)
+        extra += b.linear("latent_up", f"{MIXER}.fc2_latent_proj", b.hidden, fixed(latent), bias_too=biased)
     return moe(
         b,
         MIXER,
