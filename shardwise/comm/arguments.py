@@ -88,7 +88,8 @@ def exchanged_sizes(
 
 def as_bytes(tensor: Tensor) -> Tensor:
     """The memory of a tensor (of its contiguous copy, if it is not contiguous) as flat uint8."""
-    flat = tensor.detach().contiguous().view(-1)
+    flat = (tensor.detach() if tensor.requires_grad else tensor).contiguous()
+    flat = flat if flat.dim() == 1 else flat.view(-1)
     if flat.numel() < 2:  # contiguous with any stride, but bytes are not seen through each
         flat = flat.as_strided(flat.shape, (1,))
     return flat.view(torch.uint8)

@@ -55,14 +55,14 @@ class BaseCommunicator(Member):
         sizes = arguments.gather_sizes(tensor, dim, sizes, self.rank, self.size)
         entry = self._begin("all_gather", tensor.shape, tensor.dtype, "", dim, sizes)
         unit = arguments.unit_elements(tensor, dim)
-        counts = [size * unit for size in sizes]
-        joined = torch.empty(sum(counts), dtype=tensor.dtype, device=tensor.device)
-        if joined.numel():
-            width = tensor.element_size()
-            self._all_gather(as_bytes(tensor), as_bytes(joined), [count * width for count in counts])
+        counts, width = [size * unit for size in sizes], tensor.element_size()
+        bytes_joined = torch.empty(sum(counts) * width, dtype=torch.uint8, device=tensor.device)
+        if bytes_joined.numel():
+            self._all_gather(as_bytes(tensor), bytes_joined, [count * width for count in counts])
         else:
             self._empty_call()
         entry[watch.END] = watch.now()
+        joined = bytes_joined.view(tensor.dtype)
         shape = list(tensor.shape)
         if dim == 0:
             return joined.view(sum(sizes), *shape[1:])
