@@ -154,16 +154,23 @@ def _object(data: object, source: str, where: str) -> dict:
 
 def _build(kind, data: object, source: str, prefix: str):
     record = _object(data, source, prefix.rstrip("."))
-    known = {field.name for field in fields(kind)}
-    unknown = sorted(set(record) - known)
+    known = {field.name: field.type for field in fields(kind)}
+    unknown = sorted(set(record) - known.keys())
     if unknown:
         raise ConfigError(f"{source}: unknown field {prefix}{unknown[0]}; known: {', '.join(sorted(known))}")
     for name, value in record.items():
-        if isinstance(value, str | Device | Link):
-            continue
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
-            raise ConfigError(f"{source}: {prefix}{name} is {value!r}, should be a positive number")
+        if not isinstance(value, Device | Link) and (expected := _expected(known[name], value)):
+            raise ConfigError(f"{source}: {prefix}{name} is {value!r}, should be {expected}")
     try:
         return kind(**record)
     except TypeError as error:
         raise ConfigError(f"{source}: {prefix or 'topology'}: {str(error).split(') ')[-1]}") from None
+
+
+def _expected(kind: object, value: object) -> str | None:
+    """What a field of this type should be, where `value` is not."""
+    if kind is str:
+        return None if isinstance(value, str) else "a text"
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
+        return "a positive number"
+    return "a whole number" if kind is int and value != int(value) else None

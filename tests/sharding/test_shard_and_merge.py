@@ -189,6 +189,14 @@ def test_a_missing_rank_file_is_named_by_count(model, tmp_path):
         merge_shards(tmp_path / "out", tmp_path / "back")
 
 
+def test_a_source_file_without_headers_is_named(model, tmp_path):
+    folder, _ = model
+    write_shards(plan(str(folder), tp=2), open_checkpoint(folder), tmp_path / "out")
+    (tmp_path / "out" / "source.json").write_text('{"model.safetensors": 5}')
+    with pytest.raises(CheckpointError, match="source.json: expected an object of file names and the texts of their"):
+        merge_shards(tmp_path / "out", tmp_path / "back")
+
+
 def test_the_models_own_folder_is_no_target(model):
     folder, _ = model
     with pytest.raises(CheckpointError, match="own folder"):

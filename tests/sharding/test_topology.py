@@ -36,6 +36,9 @@ def test_ranks_that_cannot_lie_on_so_many_nodes_are_refused_with_those_they_can(
     [
         ({"device": 3}, "device is int, should be an object"),
         ({"ranks_per_node": -1}, "ranks_per_node is -1, should be a positive number"),
+        ({"ranks_per_node": 2.5}, "ranks_per_node is 2.5, should be a whole number"),
+        ({"intra": {"latency_seconds": "short"}}, "latency_seconds is 'short', should be a positive number"),
+        ({"source": 5}, "source is 5, should be a text"),
         ({"colour": 1}, "unknown field colour"),
         ({"schema_version": 9}, "schema_version is 9"),
         ({"schema_version": None}, "`shardwise bench comm --calibrate FILE` writes one"),

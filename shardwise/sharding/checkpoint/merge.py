@@ -71,8 +71,8 @@ def _source_headers(folder: Path) -> dict[str, str]:
         raise CheckpointError(f"{folder}: no {SOURCE}: not a folder that `shardwise shard` wrote") from None
     except ValueError as error:
         raise CheckpointError(f"{folder / SOURCE}: not JSON: {error}") from None
-    if not isinstance(headers, dict):
-        raise CheckpointError(f"{folder / SOURCE}: expected an object of file names")
+    if not isinstance(headers, dict) or not all(isinstance(text, str) for text in headers.values()):
+        raise CheckpointError(f"{folder / SOURCE}: expected an object of file names and the texts of their headers")
     return headers
 
 
