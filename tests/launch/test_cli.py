@@ -322,6 +322,14 @@ def test_a_prompt_a_line_may_hold_what_else_ends_lines_of_a_text(tmp_path):
     assert _prompts(argparse.Namespace(prompts=str(file))) == ["one\u2028of two\x0cparts", "two"]
 
 
+@pytest.mark.parametrize("text", ['["a"', "[" * 100_000])
+def test_what_only_begins_like_a_list_of_prompts_is_told_as_that(tmp_path, text):
+    file = tmp_path / "prompts.json"
+    file.write_text(text)
+    with pytest.raises(ValueError, match="prompts.json: begins like a JSON list but is not one: "):
+        _prompts(argparse.Namespace(prompts=str(file)))
+
+
 def test_answers_stream_in_the_order_of_the_prompts(capsys):
     screen = _Screen(["one", "two"])
     seen = []
@@ -413,8 +421,10 @@ def test_a_terminal_without_a_character_shows_its_number_and_json_stays_whole(tm
 
 
 def test_explain_refuses_what_is_no_report(tmp_path, capsys):
-    (tmp_path / "x.json").write_text("[1, 2]")
-    assert main(["explain", str(tmp_path / "x.json")]) == 1
-    assert "not a failure report" in capsys.readouterr().err
+    failed = Failure(rank=0, world=1, host="h", pid=7, phase="run", what=5, trace=5, exit_code=1, time_ns=1)
+    for text in ("[1, 2]", "[" * 100_000, json.dumps(failed.to_json())):
+        (tmp_path / "x.json").write_text(text)
+        assert main(["explain", str(tmp_path / "x.json")]) == 1
+        assert "not a failure report" in capsys.readouterr().err
     assert main(["explain", str(tmp_path)]) == 1
     assert "no rank of that job reported a failure" in capsys.readouterr().err

@@ -33,8 +33,10 @@ def load(path: Path) -> Failure:
             raise FileNotFoundError(f"{path}: no failure-rank-*.json in it, so no rank of that job reported a failure")
         return cause
     try:
-        return Failure.from_json(json.loads(path.read_text()))
-    except (ValueError, KeyError, TypeError, AttributeError):
+        cause = Failure.from_json(json.loads(path.read_text()))
+        _full(cause)  # what can be told has fields of the right types
+        return cause
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise ValueError(
             f"{path}: not a failure report of Shardwise: name a failure.json, or the folder of a failed job's logs"
         ) from None

@@ -230,7 +230,7 @@ def _prompts(args: argparse.Namespace) -> list[str]:
     if text.lstrip().startswith("["):
         try:
             prompts = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{args.prompts}: begins like a JSON list but is not one: {error}") from None
         if not all(isinstance(prompt, str) for prompt in prompts):
             raise ValueError(f"{args.prompts}: a JSON list of texts is expected")
