@@ -5,15 +5,13 @@ from dataclasses import replace
 
 from shardwise.sharding.cost import Workload, memory_of
 from shardwise.sharding.plan import Plan
-from shardwise.sharding.search import Objective, search
+from shardwise.sharding.search import MOST_DEVICES, Objective, search
 from shardwise.sharding.topology import Topology
 
 MOST = 1 << 40
 """Sequences or tokens at which looking ends: a model without a cache takes any number."""
 GROWTH = (1, 2, 4, 8)
 """Times as many devices as the plan has are looked at for a layout that fits."""
-MOST_TRIED = 512
-"""Devices at most: a search of so many takes some seconds."""
 
 
 def most_sequences(plan: Plan, topology: Topology, workload: Workload) -> int:
@@ -43,7 +41,7 @@ def _most(plan: Plan, topology: Topology, of: Callable[[int], Workload]) -> int:
 
 def devices_tried(world: int) -> tuple[int, ...]:
     """Numbers of devices that `remedies` looks at for a plan of so many ranks; none for a plan of too many."""
-    return tuple(world * times for times in GROWTH if world * times <= MOST_TRIED)
+    return tuple(world * times for times in GROWTH if world * times <= MOST_DEVICES)
 
 
 def remedies(plan: Plan, topology: Topology, workload: Workload) -> Iterator[str]:

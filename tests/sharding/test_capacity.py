@@ -45,11 +45,11 @@ def test_remedies_fit_and_begin_with_those_that_keep_the_layout():
 
 @pytest.mark.parametrize(
     "layout, sizes",
-    [({"tp": 8, "ep": 8}, [8, 16, 32, 64]), ({"tp": 8, "attn_dp": 48, "ep": 384}, [384]),
-     ({"tp": 8, "attn_dp": 128, "ep": 256}, [])],
+    [({"tp": 8, "ep": 8}, [8, 16, 32, 64]), ({"tp": 8, "attn_dp": 128, "ep": 256}, [1024, 2048, 4096]),
+     ({"tp": 8, "attn_dp": 640, "ep": 320}, [])],
     ids=str,
 )  # fmt: skip
-def test_what_would_fit_is_looked_for_on_as_many_devices_as_take_seconds(layout, sizes, monkeypatch):
+def test_what_would_fit_is_looked_for_on_as_many_devices_as_a_search_tries(layout, sizes, monkeypatch):
     searched = []
     monkeypatch.setattr(
         capacity, "search", lambda *_, devices, **__: searched.append(devices) or SimpleNamespace(fits=False)
