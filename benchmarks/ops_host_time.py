@@ -26,6 +26,8 @@ from host_time_formulas import formula_rows
 from ops_attention import (
     HEADS,
     KV_HEADS,
+    MLA,
+    PAGE,
     SIZE,
     Batch,
     Pool,
@@ -100,6 +102,7 @@ def attention_rows() -> Iterator[Row]:
     views = partial(_mla_views, *tensors, random(128 * 256, 512))
     beside = {"direct": mla["fi"][0], "views": in_order(views, mla["fi"][0])}
     yield Row("flashinfer_mla_with_cache, decode", mla["fi_operator"][0], 0, beside)
+    yield _latent_prompt(64)
 
 
 def _attention_views(q, k, v) -> None:
@@ -114,6 +117,40 @@ def _mla_views(q_nope, q_pe, compressed_kv, kpe, weight) -> None:
     rows.transpose(0, 1), q_pe.flatten(0, 1), compressed_kv.flatten(0, 1), kpe.flatten(0, 2)
     split_weight(weight, LatentHeads(128, 128, 64, 128, 512))
     rows.new_empty(rows.shape[0], 128, 512), torch.empty_like(q_nope).flatten(0, 1)
+
+
+def _latent_prompt(tokens: int) -> Row:
+    """A prompt of latent attention, and its product, joins and calls of FlashInfer directly."""
+    from flashinfer import BatchPrefillWithRaggedKVCacheWrapper
+    from flashinfer.page import append_paged_mla_kv_cache
+
+    heads, nope, rope, value, rank = MLA
+    arguments, inputs = Batch(1, tokens, tokens).paged()
+    metadata = OPS.flashinfer_mla_prepare_metadata(*inputs)
+    _, bounds, indptr, _, indices, last, _, _ = arguments
+    q_nope, q_pe, latent = random(1, tokens, heads, nope), random(1, tokens, heads, rope), random(1, tokens, rank)
+    kpe, weight = random(1, tokens, 1, rope), random(heads * (nope + value), rank)
+    caches = random(len(indices), PAGE, rank), random(len(indices), PAGE, rope)
+    tensors = q_nope, q_pe, latent, kpe, weight
+    call = partial(OPS.flashinfer_mla_with_cache, *tensors, *arguments, *metadata, *caches, None, rank)
+    wrapper = BatchPrefillWithRaggedKVCacheWrapper(
+        torch.zeros(256 << 20, dtype=torch.uint8, device="cuda"), "NHD", backend="fa2"
+    )
+    wrapper.plan(
+        bounds, bounds, heads, heads, nope + rope, head_dim_vo=value, causal=True, use_fp16_qk_reduction=False,
+        sm_scale=MLA.scale(None), q_data_type=q_nope.dtype,
+    )  # fmt: skip
+    rows, rotated = latent[0], kpe[0].expand(-1, heads, -1)
+    append = partial(append_paged_mla_kv_cache, rows, kpe[0, :, 0], *metadata, *caches, indices, indptr, last)
+    queries, turned, out = q_nope[0], weight.t(), random(tokens, heads, value)
+
+    def direct() -> None:
+        append()
+        keys, values = (rows @ turned).view(-1, heads, nope + value).split((nope, value), -1)
+        key, query = torch.cat((keys, rotated), -1), torch.cat((queries, q_pe[0]), -1)
+        wrapper.run(query, key, values.contiguous(), out=out)
+
+    return Row("flashinfer_mla_with_cache, prefill", call, 0, {"direct": direct})
 
 
 def metadata_rows() -> Iterator[Row]:

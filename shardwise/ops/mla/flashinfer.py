@@ -227,7 +227,9 @@ def _run_prefill(
         wrapper = owner.planned(
             ("ragged", parameters), lambda: _create_ragged(owner), lambda w: _plan_ragged(parameters, w, starts())
         )
-        _run_ragged(plan, wrapper, latent[:split], rotated[:split], *tensors)
+        if batch.decode:
+            latent, rotated = latent[:split], rotated[:split]
+        _run_ragged(plan, wrapper, latent, rotated, *tensors)
 
 
 def _run_absorbed(part: Absorbed, wrapper, q_nope, q_pe, weight, ckv_cache, kpe_cache, out) -> None:
@@ -244,7 +246,8 @@ def _run_ragged(
     """The prefill tokens, whose keys and values are expanded."""
     heads, tokens = plan.parameters.heads, latent.shape[0]
     both = (latent @ weight.t()).view(-1, heads.count, heads.nope + heads.value)
-    key = torch.cat((both[..., : heads.nope], rotated[:, None].expand(-1, heads.count, -1)), dim=-1)
+    keys, values = both.split((heads.nope, heads.value), dim=-1)
+    key = torch.cat((keys, rotated[:, None].expand(-1, heads.count, -1)), dim=-1)
     queries = torch.cat((view(q_nope, *plan.queries), view(q_pe, *plan.prefill.rotated)), dim=-1)
-    rows = out.view(-1, heads.count, heads.value)[:tokens]
-    wrapper.run(queries, key, both[..., heads.nope :].contiguous(), out=rows)
+    rows = view(out, (tokens, heads.count, heads.value), (heads.count * heads.value, heads.value, 1))
+    wrapper.run(queries, key, values.contiguous(), out=rows)
