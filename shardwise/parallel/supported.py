@@ -112,6 +112,10 @@ def _check_structure(model: ModelSpec, layer: Layer, where: str) -> None:
         here = " and ".join(t.__name__ for t in blocks)
         known = ", ".join(t.__name__ for t in (*MIXERS, *FEED_FORWARDS))
         raise UnsupportedModel(f"{model.architecture}, {where}: {here}, the runtime has {known}")
+    if any("latent_up.bias" in block.roles for block in layer.feed_forward):
+        raise UnsupportedModel(
+            f"{model.architecture}, {where}: a bias behind latent experts, which each rank would add"
+        )
 
 
 def _check_options(model: ModelSpec, block: spec.Block | spec.Routing | spec.Rope, where: str) -> None:

@@ -198,7 +198,7 @@ MAMBA = dict(
     mamba_chunk_size=4,
 )
 NEAR_KIN |= {
-    "bamba": ("bamba", dict(MAMBA, mamba_n_groups=1, attn_layer_indices=[1])),
+    "bamba": ("bamba", dict(MAMBA, mamba_n_groups=1, attn_layer_indices=[1], mlp_bias=True)),
     "granite hybrid": (
         "granitemoehybrid",
         dict(
@@ -221,6 +221,7 @@ NEAR_KIN |= {
             num_hidden_layers=2,
             mamba_d_ssm=96,
             mamba_n_groups=2,
+            projectors_bias=True,
             mamba_rms_norm=True,
             mamba_norm_before_gate=True,
             key_multiplier=0.5,

@@ -114,3 +114,20 @@ def test_a_model_without_a_layer_here_is_one_sentence_before_any_rank_starts(tmp
         assert "GPT2LMHeadModel" in ARCHITECTURES and main(words) == 1
         err = capfd.readouterr().err
         assert err.startswith("shardwise: error: GPT2LMHeadModel, ") and err.count("\n") == 1
+
+
+def test_a_bias_behind_latent_experts_is_refused():
+    nemotron = {
+        "architectures": ["NemotronHForCausalLM"],
+        "hidden_size": 48,
+        "vocab_size": 96,
+        "num_attention_heads": 4,
+        "layers_block_type": ["moe"],
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 20,
+        "moe_latent_size": 16,
+    }
+    check_supported(load_model(nemotron))
+    with pytest.raises(UnsupportedModel, match="layer 0: a bias behind latent experts"):
+        check_supported(load_model(nemotron | {"mlp_bias": True}))
