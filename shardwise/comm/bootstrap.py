@@ -99,13 +99,30 @@ class TorchStore:
 
 
 def tcp_store(info: RankInfo, host: str, port: int, timeout: float) -> TorchStore:
-    """Torch's TCPStore at `host:port`, served by rank 0."""
+    """Torch's TCPStore at `host:port`, served by rank 0. CollectiveTimeout where that does not come in time."""
     import torch.distributed as dist
 
+    if info.rank:
+        _await_server(info.rank, host, port, timeout)
     store = dist.TCPStore(
         host, port, info.world, info.rank == 0, timeout=timedelta(seconds=timeout), wait_for_workers=False
     )
     return TorchStore(store)
+
+
+def _await_server(rank: int, host: str, port: int, timeout: float) -> None:
+    """Torch would wait twice as long for it, and then tell where its own C++ was."""
+    end = time.monotonic() + timeout
+    while True:
+        try:
+            socket.create_connection((host, port), max(0.1, end - time.monotonic())).close()
+            return
+        except OSError as error:  # also of a name that nobody knows yet
+            if time.monotonic() > end:
+                where = f"rendezvous at {host}:{port}, rank {rank}"
+                words = f"{where}: rank 0 did not open it within {timeout:g} s ({error})"
+                raise CollectiveTimeout(words, (0,)) from None
+        time.sleep(0.05)
 
 
 def own_address() -> str:

@@ -6,6 +6,7 @@ import os
 import pickle
 import socket
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,6 +22,7 @@ from shardwise.comm.bootstrap import (
     own_address,
     require_reachable,
     store_from_environment,
+    tcp_store,
 )
 from shardwise.comm.rank import RankInfo, current_groups
 from shardwise.comm.sharing import share
@@ -46,6 +48,28 @@ def test_a_rendezvous_names_who_did_not_come(tmp_path):
         meeting.gather("hello", None, 0.2)
     assert caught.value.missing == (0, 2)
     assert time.monotonic() - begin < 20
+
+
+def test_a_rank_0_that_opens_no_store_is_named_without_words_of_torchs_own(capfd):
+    with socket.socket() as deaf:  # bound, but nobody listens
+        deaf.bind(("127.0.0.1", 0))
+        port = deaf.getsockname()[1]
+        with pytest.raises(CollectiveTimeout, match=f"127.0.0.1:{port}, rank 1: rank 0 did not open it") as caught:
+            tcp_store(RankInfo(1, 2, 1, 2), "127.0.0.1", port, 0.2)
+    assert caught.value.missing == (0,) and capfd.readouterr() == ("", "")
+
+
+def test_a_store_that_opens_late_is_waited_for(capfd):
+    with socket.socket() as place:
+        place.bind(("127.0.0.1", 0))
+        port = place.getsockname()[1]
+    with ThreadPoolExecutor(1) as pool:
+        late = pool.submit(tcp_store, RankInfo(1, 2, 1, 2), "127.0.0.1", port, 10.0)
+        time.sleep(0.1)
+        served = tcp_store(RankInfo(0, 2, 0, 2), "127.0.0.1", port, 10.0)
+        served.set("key", b"value")
+        assert late.result().get("key", 10.0) == b"value"
+    assert capfd.readouterr().err == ""
 
 
 class Route:
