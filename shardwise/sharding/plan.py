@@ -239,7 +239,7 @@ class Planner:
         if kv_itemsize not in KV_ITEMSIZES:
             raise ValueError(f"kv_itemsize is {kv_itemsize!r}, expected {', '.join(map(str, KV_ITEMSIZES))}")
         for option, names in (("extras", extras), ("pad", pad)):
-            if isinstance(names, str):
+            if isinstance(names, str) or not isinstance(names, Iterable):
                 raise TypeError(f"{option} is {names!r}: give a list of names")
         extras, self._pad = tuple(extras), tuple(sorted(set(pad)))
         _check_names("extras", extras, (e.name for e in model.extras if e.tensors))

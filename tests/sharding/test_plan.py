@@ -218,6 +218,7 @@ def test_layout_objects_and_sizes_mean_the_same():
     [
         ({"pad": "vocab"}, TypeError, "pad is 'vocab': give a list of names"),
         ({"extras": "mtp"}, TypeError, "extras is 'mtp': give a list of names"),
+        ({"extras": 5}, TypeError, "extras is 5: give a list of names"),
         ({"kv_itemsize": 0}, ValueError, "kv_itemsize is 0, expected 1, 2, 4"),
     ],
     ids=str,
