@@ -121,7 +121,7 @@ def raising(error):
 
 
 def test_a_rank_is_not_seen_before_it_can_tell_sigterm_from_its_death(tmp_path, monkeypatch):
-    seen = {}
+    seen, handler = {}, signal.getsignal(signal.SIGTERM)
     monkeypatch.setattr(neighbours.signal, "signal", lambda *_: seen.update(handler=[*tmp_path.iterdir()]))
     monkeypatch.setattr(neighbours.signal, "set_wakeup_fd", lambda fd, **_: seen.update(pipe=fd))
     monkeypatch.setattr(neighbours.threading.Thread, "start", lambda thread: seen.update(reader=thread._args[0]))
@@ -129,4 +129,4 @@ def test_a_rank_is_not_seen_before_it_can_tell_sigterm_from_its_death(tmp_path, 
     assert seen["handler"] == [] and [path.name for path in tmp_path.iterdir()] == ["rank-0.pid"]
     for descriptor in (seen["reader"], seen["pipe"]):
         os.close(descriptor)
-    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert signal.getsignal(signal.SIGTERM) is handler, "the test's own is not touched"
