@@ -7,7 +7,7 @@ what and why. Such a model can be planned and sharded, not run.
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from shardwise.sharding.axes import Axis, Dim, LogicalAxis, along, concat, fixed
 from shardwise.sharding.checkpoint.header import TensorEntry
@@ -211,13 +211,17 @@ class _Reader:
     def _weight(self, s: _Stored, widths: dict[str, LogicalAxis]) -> tuple[str, TensorSpec, str]:
         """(role, spec, block) of a matrix or of anything else that is not a bias."""
         role = self._role(s)
-        routed = bool(s.experts) or "experts" in s.name and len(s.shape) == 3
-        if routed and s.experts:
+        stacked = not s.experts and len(s.shape) == 3 and "experts" in s.name
+        routed = bool(s.experts) or stacked
+        if s.experts:
             widths.setdefault("experts", LogicalAxis(Axis.EXPERTS, s.experts))
         if s.leaf == "" and not (routed and len(s.shape) == 3):
-            return role, self._keep(s, "no weight of a linear layer", widths), "moe" if s.experts else "rest"
-        if routed and not s.experts:
-            axis = widths.setdefault("experts", LogicalAxis(Axis.EXPERTS, s.shape[0]))
+            return role, self._keep(s, "no weight of a linear layer"), "moe" if s.experts else "rest"
+        if stacked:
+            if "shared" in s.name:
+                return role, self._keep(s, "experts of every token"), "rest"
+            axis = LogicalAxis(Axis.EXPERTS, s.shape[0])
+            widths.setdefault("experts", axis)
             self.cut["stacked experts"] += 1
             return role, self._spec(role or s.module, s, (along(axis), *(fixed(n) for n in s.shape[1:]))), "moe"
         group = (_GROUP_OF.get(role, ""), routed)
@@ -227,10 +231,10 @@ class _Reader:
             if role:
                 fits = group in self.complete
                 reason = "its shape does not fit its name" if fits else "the matrices around it are not known"
-            return role, self._keep(s, reason, widths), "moe" if s.experts else "rest"
+            return role, self._keep(s, reason), "moe" if s.experts else "rest"
         block = "moe" if routed else _GROUP_OF[role]
         self.cut[role] += 1
-        return role, self._spec(f"{role}.weight", s, dims, widths), block
+        return role, self._spec(f"{role}.weight", s, dims), block
 
     def _dims(self, role: str, s: _Stored, widths: dict[str, LogicalAxis], routed: bool) -> tuple[Dim, ...] | None:
         """Dims [out, in] of a recognised matrix; None where the shape contradicts its name."""
@@ -265,7 +269,7 @@ class _Reader:
         head: list[TensorSpec] = []
         rest: list[TensorSpec] = []
         for entry in entries:
-            s = _stored(entry, entry.name)
+            s = replace(_stored(entry, entry.name), name=entry.name, experts=0)
             where, role = (embed, "embed") if s.module in EMBED else (head, "head") if s.module in HEAD else (rest, "")
             if role and len(s.shape) == 2:
                 self.cut[role] += 1
@@ -275,14 +279,14 @@ class _Reader:
                 rest.append(self._keep(s, "outside of the layers"))
         return tuple(embed), tuple(head), tuple(rest)
 
-    def _keep(self, s: _Stored, reason: str, widths: dict[str, LogicalAxis] | None = None) -> TensorSpec:
+    def _keep(self, s: _Stored, reason: str) -> TensorSpec:
         """A tensor that every rank holds whole; those of an expert stay with their expert."""
         if len(s.shape) > 1:
             self.whole.setdefault(reason, []).append(s.name)
-        return self._spec(s.name, s, tuple(fixed(n) for n in s.shape), widths)
+        return self._spec(s.name, s, tuple(fixed(n) for n in s.shape))
 
-    def _spec(self, role: str, s: _Stored, dims: tuple[Dim, ...], widths=None, row_parallel_bias=False) -> TensorSpec:
-        experts = widths.get("experts") if widths and s.experts else None
+    def _spec(self, role: str, s: _Stored, dims: tuple[Dim, ...], row_parallel_bias: bool = False) -> TensorSpec:
+        experts = LogicalAxis(Axis.EXPERTS, s.experts) if s.experts else None
         return TensorSpec(role, s.name, dims, s.dtype, experts=experts, row_parallel_bias=row_parallel_bias)
 
     def report(self, listed: list[str]) -> tuple[str, ...]:

@@ -13,6 +13,7 @@ from published_models import CONFIGS
 from safetensors.numpy import save_file
 
 from shardwise.sharding.checkpoint.header import CheckpointError
+from shardwise.sharding.checkpoint.safetensors import read_safetensors_folder
 from shardwise.sharding.config import ConfigError
 from shardwise.sharding.cutting import IllegalLayout
 from shardwise.sharding.families import UnknownArchitecture
@@ -221,6 +222,29 @@ def test_an_unknown_architecture_plans_from_names_and_shapes(tmp_path):
     for shard in made.shards(1):
         assert shard.ranges == known.shard(1, shard.name).ranges
     assert any("NobodyForCausalLM" in w and "recognised" in w for w in made.warnings)
+
+
+def test_experts_of_an_unknown_architecture_are_counted_group_by_group(tmp_path):
+    """Eight in one tensor, three with tensors and biases of their own, two that every token goes to."""
+
+    def add(tensors):
+        for layer in range(2):
+            base = f"model.layers.{layer}"
+            tensors[f"{base}.mlp.experts.gate_up_proj"] = np.zeros((8, 20, 64), np.float32)
+            tensors[f"{base}.mlp.shared_experts.down_proj"] = np.zeros((2, 64, 10), np.float32)
+            for expert in range(3):
+                for name, shape in (("up_proj", (10, 64)), ("down_proj", (64, 10))):
+                    tensors[f"{base}.side.experts.{expert}.{name}.weight"] = np.zeros(shape, np.float32)
+                    tensors[f"{base}.side.experts.{expert}.{name}.bias"] = np.zeros(shape[:1], np.float32)
+
+    folder = write_llama(tmp_path, add, LLAMA | {"architectures": ["NobodyForCausalLM"]})
+    stored = {name: entry.nbytes for name, entry in read_safetensors_folder(folder).items()}
+    assert {s.name: s.nbytes for s in plan(folder).shards(0)} == stored
+    split = plan(folder, tp=2, ep=2)
+    held = [{s.name: s.local_shape for s in split.shards(rank)} for rank in range(2)]
+    shared, side = "model.layers.1.mlp.shared_experts.down_proj", "model.layers.1.side.experts.{}.up_proj.bias"
+    assert [h[shared] for h in held] == [(2, 64, 10)] * 2
+    assert [[i for i in range(3) if side.format(i) in h] for h in held] == [[0, 1], [2]]
 
 
 def test_what_is_not_recognised_is_whole_and_said(tmp_path):
