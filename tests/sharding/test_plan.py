@@ -264,6 +264,19 @@ def test_options_that_the_model_has_no_use_for_are_refused(options, words):
     assert words in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("name", "section", "fields"),
+    [
+        ("Qwen/Qwen3.5-27B", "text_config", {"num_experts": 8, "num_experts_per_tok": 2}),
+        ("MiniMaxAI/MiniMax-M2.5", None, {"moe_intermediate_size": 20}),
+    ],
+)
+def test_fields_of_kindred_architectures_change_nothing(name, section, fields):
+    config = CONFIGS[name]
+    changed = config | ({section: config[section] | fields} if section else fields)
+    assert plan(changed).ranks == plan(config).ranks
+
+
 def test_expert_parallel_ranks_of_a_dense_model_are_a_warning():
     assert any("no routed experts" in w for w in plan(model(SMOL), tp=3, ep=3).warnings)
 

@@ -53,7 +53,8 @@ def _dense(b: Builder, c: Config, module: str):
 def _experts(b: Builder, c: Config, module: str) -> Moe:
     experts = c.integer("num_local_experts")
     corrected = c.flag("use_routing_bias", default=True)
-    width = c.integer("moe_intermediate_size", "intermediate_size")
+    own = () if b.architecture == "MiniMaxM2ForCausalLM" else ("moe_intermediate_size",)
+    width = c.integer(*own, "intermediate_size")
     shared = c.integer("shared_intermediate_size", default=0, least=0)
     return moe(
         b,

@@ -10,6 +10,9 @@ from shardwise.sharding.mtp import replace_prefix
 from shardwise.sharding.recurrent import qwen_delta
 from shardwise.sharding.spec import Block, Routing
 
+DENSE = ("Qwen3_5ForCausalLM", "Qwen3_5ForConditionalGeneration")
+"""Without experts, whatever fields their configs have."""
+
 
 def build(config: Config, name: str, architecture: str) -> ModelSpec:
     text = config.section("text_config")
@@ -39,7 +42,8 @@ def build(config: Config, name: str, architecture: str) -> ModelSpec:
         feed_forward = _experts(b, text, f"{module}.mlp", per_expert) if sparse else _dense(b, text, f"{module}.mlp")
         return pre_norm_layer(b, mixer, feed_forward, prefix=module)
 
-    sparse = sparse_layers(text, count) if text.has("num_experts") else [False] * count
+    routed = architecture not in DENSE and text.integer("num_experts", default=0, least=0) > 0
+    sparse = sparse_layers(text, count) if routed else [False] * count
     layers = b.layers(layer, list(zip(_types(text, count), sparse, strict=True)))
     _mtp(b, text, layer(("full_attention", sparse[-1])), module, first)
     return b.model(layers)
