@@ -64,6 +64,14 @@ def test_a_wrong_field_is_named_with_its_value(field, value, words, tmp_path):
     assert words in str(error.value) and str(path) in str(error.value)
 
 
+@pytest.mark.parametrize("field", ["hidden_size_per_layer_input", "num_kv_shared_layers"])
+def test_what_a_family_leaves_out_is_refused(field):
+    config = CONFIGS["google/gemma-4-26B-A4B"]
+    assert plan(config).parameters > 0
+    with pytest.raises(ConfigError, match=f"{field} is 4, expected 0: .* are not supported"):
+        plan(config | {"text_config": config["text_config"] | {field: 4}})
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [

@@ -15,6 +15,7 @@ LAYER = f"{PREFIX}layers.{{layer}}"
 
 def build(config: Config, name: str, architecture: str) -> ModelSpec:
     text = config.section("text_config")
+    _refuse_small(text)
     b = Builder(text, name, architecture, prefix=PREFIX, norm_eps=text.number("rms_norm_eps", default=1e-6))
     count = text.integer("num_hidden_layers")
     types = text.list("layer_types", length=count, of=str)
@@ -48,6 +49,15 @@ def build(config: Config, name: str, architecture: str) -> ModelSpec:
         embedding_multiplier=b.hidden_size**0.5,
         softcap=text.number("final_logit_softcapping", default=None),
     )
+
+
+def _refuse_small(c: Config) -> None:
+    """ConfigError for what E2B and E4B have: an embedding for every layer, and layers that use the keys of others."""
+    for name in ("hidden_size_per_layer_input", "num_kv_shared_layers"):
+        if value := c.integer(name, default=0, least=0):
+            raise c.error(
+                (name,), value, "0: inputs of each layer and shared keys (Gemma 4 E2B, E4B) are not supported"
+            )
 
 
 def _heads(c: Config, kind: str, layer: int) -> tuple[int, int]:
