@@ -144,15 +144,19 @@ class Claim:
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """SIGTERM, SIGINT and SIGHUP raise Interrupted inside this block; only the main thread gets signals."""
+    """The first SIGTERM, SIGINT or SIGHUP raises Interrupted inside this block, and the others do not disturb what it
+    ends; only the main thread gets signals."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
+    caught = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
     def interrupt(signum: int, frame: FrameType | None) -> None:
+        for each in caught:
+            signal.signal(each, signal.SIG_IGN)
         raise Interrupted(signum)
 
-    caught = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
     before = {signum: signal.signal(signum, interrupt) for signum in caught}
     try:
         yield

@@ -6,6 +6,7 @@ import errno
 import importlib
 import io
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
@@ -55,6 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BaseException as error:
         if not hasattr(error, "exit_code"):
             raise
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C would meet the interpreter's own end
         print(f"shardwise: ended by {error}", file=sys.stderr)  # a signal asked us to
         return error.exit_code
 
