@@ -13,7 +13,6 @@ from typing import Any
 import torch
 
 from shardwise.comm.rank import Groups
-from shardwise.kernel_start import on_device
 from shardwise.ops.triton_support import interpreting
 from shardwise.parallel import device_cache, paged
 from shardwise.parallel.assemble import DecoderBuilder
@@ -261,7 +260,7 @@ class Engine:
 
     def _here(self) -> AbstractContextManager:
         """Makes the engine's GPU the current one, which each thread that calls has of its own."""
-        return on_device(self.device.index) if self.device.type == "cuda" else nullcontext()
+        return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
 
     def _ahead(self, scheduler: Scheduler, running: "_Running") -> "_Running | None":
         """The step after the running one, launched before that one's tokens are known, where it can be."""

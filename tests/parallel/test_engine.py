@@ -3,7 +3,6 @@
 import random
 import weakref
 from contextlib import contextmanager
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -177,19 +176,20 @@ def test_a_stream_is_refused_from_another_ones_first_moment_to_its_last(engine, 
 def test_steps_run_where_the_engine_is_whichever_thread_calls(engine, monkeypatch):
     """Each thread has a current GPU of its own, the first one unless it says otherwise."""
     launch, use, inside, steps = engine.runner.launch, engine.runner.use, [], []
+    third = torch.device("cuda", 3)
 
     @contextmanager
-    def on_device(index):
-        inside.append(index)
+    def current(device):
+        inside.append(device.index)
         yield
         inside.pop()
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine_module, "on_device", on_device)
-        patch.setattr(engine, "device", SimpleNamespace(type="cuda", index=3))
+        patch.setattr(torch.cuda, "device", current)
+        patch.setattr(engine, "device", third)
         with engine._here():
             assert inside == [3]
-    monkeypatch.setattr(engine, "_here", lambda: on_device(3))
+    monkeypatch.setattr(engine, "_here", lambda: current(third))
     monkeypatch.setattr(engine.runner, "launch", lambda step: steps.append([*inside]) or launch(step))
     monkeypatch.setattr(engine.runner, "use", lambda cache: steps.append([*inside]) or use(cache))
     assert len(engine.generate([[1, 2]], SamplingParams(max_new_tokens=2))[0].token_ids) == 2
