@@ -204,7 +204,7 @@ def missing_rank(info: RankInfo, fallback, folder: str) -> None:
         ) as caught:
             group.synchronize()
         assert caught.value.missing == (1,)
-        assert time.monotonic() - begun < 30
+        assert time.monotonic() - begun < 5
         assert out.isnan().all(), "what did not arrive is not a number"
         with pytest.raises(CommError, match="never received rank 1"):
             group.all_reduce(x)

@@ -67,7 +67,7 @@ def test_a_failing_thread_unblocks_the_others():
     begin = time.monotonic()
     with pytest.raises(KeyError):
         run_threads(3, body, deadlines=Deadlines(collective=60))
-    assert time.monotonic() - begin < 50
+    assert time.monotonic() - begin < 10
 
 
 @pytest.mark.parametrize("how", ["shape", "dtype", "op"])
@@ -104,7 +104,7 @@ def test_a_slow_rank_is_waited_for_and_a_late_one_is_named(transport, tmp_path):
         assert kind == "CollectiveTimeout", text
         assert missing == (2,)
         assert f"all_reduce #3 on group world, rank {rank}: rank(s) 2 did not arrive within 1.5 s" in text
-        assert 1.4 < seconds < 30
+        assert 1.4 < seconds < 10
         assert again[0] == "CommError" and "did not arrive" in again[1]
         assert (last["op"], last["sequence"], last["end"]) == ("all_reduce", 3, 0)
 
@@ -123,7 +123,7 @@ def test_a_dead_rank_is_noticed_long_before_the_deadline(transport):
     results = run_processes(3, "fault_ranks:one_rank_dies", transport, 1, may_die=(1,))
     kind, text, missing, seconds = results[0]
     assert kind == "PeerLost" and "all_reduce #2 on group world, rank 0" in text and "is gone" in text
-    assert seconds < 30  # of 60
+    assert seconds < 15
     if transport == "shm":
         assert missing == (1,)
 
@@ -139,7 +139,7 @@ def test_abort_unblocks_waiting_peers_in_sub_groups_too(transport, tmp_path):
     outcomes = [results[1][0], results[2][0], results[3][0], results[2][1]]
     for kind, text, _, seconds in outcomes:
         assert kind == "CommError" and "rank 0 ran out of ideas" in text
-        assert seconds < 30  # of 60
+        assert seconds < 15
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
@@ -182,7 +182,7 @@ def test_both_calls_are_named_in_check_mode_and_always_where_ranks_meet_in_memor
 def test_two_threads_in_one_group_end_in_bounded_time():
     for seen in run_processes(2, "fault_ranks:two_threads_call_at_once"):
         assert len(seen) == 2 and any(kind != "nothing" for kind, *_ in seen)
-        assert all(seconds < 60 for *_, seconds in seen)
+        assert all(seconds < 20 for *_, seconds in seen)
 
 
 def test_a_failure_dumps_the_flight_record(tmp_path, monkeypatch):

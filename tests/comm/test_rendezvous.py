@@ -47,7 +47,7 @@ def test_a_rendezvous_names_who_did_not_come(tmp_path):
     with pytest.raises(CollectiveTimeout, match=r"rank 1: rank\(s\) 0, 2 did not arrive within 0.2 s") as caught:
         meeting.gather("hello", None, 0.2)
     assert caught.value.missing == (0, 2)
-    assert time.monotonic() - begin < 20
+    assert time.monotonic() - begin < 2
 
 
 def test_a_rank_0_that_opens_no_store_is_named_without_words_of_torchs_own(capfd):

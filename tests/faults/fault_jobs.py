@@ -68,7 +68,7 @@ def job_environment(mark: str, **more: str) -> dict[str, str]:
     return {MARK: mark, "PYTHONPATH": f"{root}{os.pathsep}{HERE}", "OMP_NUM_THREADS": "1", **more}
 
 
-def survivors(mark: str, patience: float = 30.0) -> list[int]:
+def survivors(mark: str, patience: float = 2.0) -> list[int]:
     """Pids of living processes that carry the job's mark in their environment, once `patience` is over."""
     end = time.monotonic() + patience
     while (found := _marked(mark)) and time.monotonic() < end:

@@ -92,7 +92,7 @@ def test_nobody_survives_the_parent(tmp_path, monkeypatch, launcher, signum):
     parent.send_signal(signum)
     code = parent.wait(60)
     assert code == (128 + signum if signum == signal.SIGTERM else -signum)
-    assert survivors(mark) == []
+    assert survivors(mark, patience=5) == []
     assert signum == signal.SIGKILL or list(temporary.iterdir()) == []
 
 

@@ -50,7 +50,7 @@ def test_the_rank_that_failed_is_named(tmp_path, fault, code, what):
     failed = fail(tmp_path, "ray", "crash", {"fault": fault})
     assert (failed.failure.rank, failed.failure.what, failed.error.exit_code) == (1, what, code)
     assert failed.file["phase"] == "run" and failed.file["pid"] > 1
-    assert failed.survivors == [] and failed.seconds < 40
+    assert failed.survivors == [] and failed.seconds < 20
 
 
 def test_an_actor_that_is_killed_amid_collectives_ends_the_job_within_seconds(tmp_path, monkeypatch):
@@ -58,7 +58,7 @@ def test_an_actor_that_is_killed_amid_collectives_ends_the_job_within_seconds(tm
     failed = fail(tmp_path, "ray", "killed_amid_collectives")
     assert (failed.failure.rank, failed.error.exit_code, failed.failure.what) == (1, *KILLED)
     assert [victim.what.split(":")[0] for victim in failed.failure.victims] == ["PeerLost"]
-    assert failed.survivors == [] and failed.seconds < 40
+    assert failed.survivors == [] and failed.seconds < 20
 
 
 def test_an_actor_that_is_killed_while_it_generates_ends_the_call_within_seconds():
@@ -69,7 +69,7 @@ def test_an_actor_that_is_killed_while_it_generates_ends_the_call_within_seconds
         killed = time.monotonic()
         with pytest.raises(JobFailed, match="rank 1 of 2 failed .* while run: ") as failed:
             list(stream)
-        assert time.monotonic() - killed < 40  # the other tokens take minutes
+        assert time.monotonic() - killed < 20  # the other tokens take minutes
         assert (failed.value.exit_code, failed.value.failure.what) == KILLED
         with pytest.raises(RuntimeError, match="the ranks of this LLM have ended, after a failure"):
             llm.generate("Twice")
@@ -90,7 +90,7 @@ def test_no_rank_survives_a_killed_driver(tmp_path):
     assert parent.stdout is not None and parent.stdout.readline() == "ready\n"
     parent.send_signal(signal.SIGKILL)
     assert parent.wait(60) == -signal.SIGKILL
-    end = time.monotonic() + 60
+    end = time.monotonic() + 10
     while (
         ranks := [pid for pid in survivors(mark, patience=0) if "RankActor" in command(pid)]
     ) and time.monotonic() < end:

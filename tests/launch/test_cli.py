@@ -377,13 +377,12 @@ def test_a_signal_ends_a_run_within_a_moment(signum):
         "native",
     ]
     mark = f"{os.getpid()}-{signum}"
-    started = time.monotonic()
     run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "MARK": mark})
     assert run.stdout is not None and run.stdout.read(1)
-    begun = time.monotonic()
     run.send_signal(signum)
+    started = time.monotonic()
     assert run.wait(200) == 128 + signum
-    assert time.monotonic() - begun < begun - started, "less than the start took"
+    assert time.monotonic() - started < 5
     assert not [pid for pid in os.listdir("/proc") if pid.isdigit() and f"MARK={mark}".encode() in environ(pid)]
     run.stdout.close()
     assert run.stderr is not None and b"Traceback" not in run.stderr.read()
