@@ -1,12 +1,14 @@
 """Rows of host times: an eager call beside what calls the same kernels without us. Shared by `ops_host_*.py`."""
 
+import contextlib
 import ctypes
 import json
-from collections.abc import Callable, Mapping, Sequence
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -34,6 +36,17 @@ class Row:
     """In a round, one after another"""
 
 
+class Later(NamedTuple):
+    """A row that may fail to be made, and then alone."""
+
+    name: str
+    make: Callable[[], Row]
+
+
+Failures = dict[str, str]
+"""What raised instead of being measured: its name and error"""
+
+
 def bare_launch(x: torch.Tensor) -> Call:
     """An empty kernel launched as our operators launch theirs."""
     return partial(Kernel(idle_kernel), x.device, (1, 1, 1), (x,), (), (), warps=1)
@@ -55,18 +68,50 @@ def launches(call: Call) -> int:
     return count.value
 
 
+@contextlib.contextmanager
+def noting(name: str, failures: Failures | None) -> Iterator[None]:
+    """Notes and prints what raises, where there are `failures` to note it in."""
+    try:
+        yield
+    except Exception as error:
+        if failures is None:
+            raise
+        failures[name] = f"{type(error).__name__}: {error}"
+        print(f"failed: {name}", flush=True)
+        traceback.print_exc()
+
+
+def made(groups: Mapping[str, Callable[[], Iterable[Row | Later]]], failures: Failures | None = None) -> list[Row]:
+    """The rows of all groups, but for those that raise."""
+    rows: list[Row] = []
+    for name, group in groups.items():
+        with noting(f"the rest of group {name}", failures):
+            for row in group():
+                with noting(row.name, failures):
+                    rows.append(row.make() if isinstance(row, Later) else row)
+    return rows
+
+
 def least_times(
-    rows: Sequence[Row], launch: Call | None, turns: int, rounds: int, after: Callable[[list[dict]], None] | None = None
-) -> list[dict]:
-    """`told` of all rows, which are measured in turns; `after` is called with those so far at the end of each."""
+    rows: Sequence[Row], launch: Call | None, turns: int, rounds: int,
+    after: Callable[[list[dict]], None] | None = None, failures: Failures | None = None,
+) -> list[dict]:  # fmt: skip
+    """`told` of all rows, which are measured in turns; `after` is called with those so far at the end of each.
+
+    With `failures` a row that raises is noted there and called no more; its turns before stay.
+    """
     best: list[dict[str, float]] = [{} for _ in rows]
     table: list[dict] = []
     for _ in range(turns):
         for row, least in zip(rows, best, strict=True):
+            if failures and row.name in failures:
+                continue
             variants = {"call": row.call} | ({"launch": launch} if launch else {}) | dict(row.beside)
-            times = alternating_host_microseconds(variants, calls=row.calls, rounds=rounds)
+            times: dict[str, float] = {}
+            with noting(row.name, failures):
+                times = alternating_host_microseconds(variants, calls=row.calls, rounds=rounds)
             least |= {name: min(time, least.get(name, time)) for name, time in times.items()}
-        table = [told(row, least) for row, least in zip(rows, best, strict=True)]
+        table = [told(row, least) for row, least in zip(rows, best, strict=True) if least]
         if after:
             after(table)
     return table

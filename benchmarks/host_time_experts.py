@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from functools import partial
 
 import torch
-from host_time import Row, launches
+from host_time import Later, Row, launches
 from ops_attention import random
 
 from shardwise.ops.moe.contract import SILU
@@ -17,12 +17,16 @@ RANKS, RANK = 4, 1
 """Of the form for a rank's experts, whose router knows all"""
 
 
-def expert_rows() -> Iterator[Row]:
+def expert_rows() -> Iterator[Later]:
     """Beyond their own launches, as many as a graph counts."""
     for tokens in (1, 128):
         for name, args in _calls(tokens).items():
-            call = partial(getattr(OPS, name), *args)
-            yield Row(f"{name}, {tokens} tokens", call, launches(call))
+            row = f"{name}, {tokens} tokens"
+            yield Later(row, partial(_row, row, partial(getattr(OPS, name), *args)))
+
+
+def _row(name: str, call: partial) -> Row:
+    return Row(name, call, launches(call))
 
 
 def _calls(tokens: int) -> dict[str, tuple]:

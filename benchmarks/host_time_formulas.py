@@ -13,10 +13,10 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from host_time import Row
+from host_time import Later, Row
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from shardwise.ops.registry import operators
+from shardwise.ops.registry import OpInfo, operators
 
 TABLE = Path(__file__).parents[1] / "tests" / "ops"
 OF_RANKS = {"sharded_rmsnorm"}
@@ -35,17 +35,21 @@ class _Noted(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def formula_rows(device: str = "cuda") -> Iterator[Row]:
+def formula_rows(device: str = "cuda") -> Iterator[Later]:
     """One of each reference operator."""
     builders = _builders()
     for info in operators():
         if info.backend == "torch" and info.category != "distributed" and info.name not in OF_RANKS | OF_KERNELS:
-            args = builders[info.qualified_name](device)
-            with _Noted() as noted:
-                info.implementation(*args)
-            name = f"{info.name}, {len(noted.calls)} calls"
-            call = partial(getattr(torch.ops.auto_deploy, info.name), *args)
-            yield Row(name, call, beside={"direct": partial(_repeat, noted.calls)}, calls=2)
+            yield Later(info.name, partial(_row, info, builders, device))
+
+
+def _row(info: OpInfo, builders: dict[str, Callable[[str], tuple]], device: str) -> Row:
+    args = builders[info.qualified_name](device)
+    with _Noted() as noted:
+        info.implementation(*args)
+    name = f"{info.name}, {len(noted.calls)} calls"
+    call = partial(getattr(torch.ops.auto_deploy, info.name), *args)
+    return Row(name, call, beside={"direct": partial(_repeat, noted.calls)}, calls=2)
 
 
 def _builders() -> dict[str, Callable[[str], tuple]]:

@@ -7,20 +7,21 @@ for seconds spoils no row; in every round an operator, what calls the same forei
 kernel launched our way follow one another. `beyond` is what an operator takes on top of its kernels: its time less that
 of the direct call, less one bare launch for each kernel of ours. `views` is a direct call that begins with the
 operator's own tensors, whose views it makes, and its results. All calls are prepared (`functools.partial`), so that
-names looked up and arguments unpacked by this program count nowhere. Floors of the machine: PyTorch's operators, those
+names looked up and arguments unpacked by this program count nowhere. A row that raises is left out; the exit code is
+then 1, after all others are measured and written. Floors of the machine: PyTorch's operators, those
 that do nothing, an empty kernel launched Triton's way, by the driver alone, and, as `launch` beside every row, ours.
 """
 
 import argparse
 import importlib
+import sys
 from collections.abc import Callable, Iterator
 from functools import partial
-from itertools import chain
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from host_time import Row, bare_launch, idle_kernel, launches, least_times, show, write
+from host_time import Failures, Later, Row, bare_launch, idle_kernel, launches, least_times, made, show, write
 from host_time_experts import expert_rows
 from host_time_formulas import formula_rows
 from ops_attention import (
@@ -88,7 +89,7 @@ def basic_rows() -> Iterator[Row]:
     yield Row("triton_utils_fused_gather_scatter", call, 1)
 
 
-def attention_rows() -> Iterator[Row]:
+def attention_rows() -> Iterator[Row | Later]:
     """One step of four sequences or one short prompt."""
     pool = Pool(1 << 26)
     for name, shape, kernels in (("decode", Batch(4, 256, 1), 1), ("prefill", Batch(1, 64, 64), 2)):
@@ -102,7 +103,7 @@ def attention_rows() -> Iterator[Row]:
     views = partial(_mla_views, *tensors, random(128 * 256, 512))
     beside = {"direct": mla["fi"][0], "views": in_order(views, mla["fi"][0])}
     yield Row("flashinfer_mla_with_cache, decode", mla["fi_operator"][0], 0, beside)
-    yield _latent_prompt(64)
+    yield Later("flashinfer_mla_with_cache, prefill", partial(_latent_prompt, 64))
 
 
 def _attention_views(q, k, v) -> None:
@@ -171,7 +172,7 @@ def metadata_rows() -> Iterator[Row]:
             yield Row(f"mamba_ssm_prepare_metadata, {name}", call, 1)
 
 
-def state_rows() -> Iterator[Row]:
+def state_rows() -> Iterator[Row | Later]:
     """State-space, convolution and delta-rule operators."""
     for case in ssm_decode_cases((1,), {"Nemotron-H": NEMOTRON_H}):
         foreign = case.operator.startswith("flashinfer")
@@ -182,7 +183,7 @@ def state_rows() -> Iterator[Row]:
     prefill = next(ssm_prefill_cases((64,)))
     yield Row(f"{prefill.operator}, {prefill.size}", prepared(prefill), 3)
     for case in delta_cases((64,), (1,)):
-        yield _delta_row(case)
+        yield Later(f"{case.operator}, {case.size}", partial(_delta_row, case))
 
 
 def _delta_row(case: Case) -> Row:
@@ -268,8 +269,12 @@ def main() -> None:
     args = parser.parse_args()
     torch.manual_seed(0)
     x, weight = (torch.randn(4096, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    rows = [*floors(x, weight), *chain.from_iterable(GROUPS[name]() for name in args.only)]
-    show(least_times(rows, bare_launch(x), TURNS, ROUNDS, partial(write, args.json)))
+    failures: Failures = {}
+    rows = made({"floors": partial(floors, x, weight)} | {name: GROUPS[name] for name in args.only}, failures)
+    save = partial(write, args.json, failures=failures)
+    show(least_times(rows, bare_launch(x), TURNS, ROUNDS, save, failures))
+    if failures:
+        sys.exit("\n".join(("failed:", *(f"{name}: {error}" for name, error in failures.items()))))
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import json
 import runpy
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -56,12 +57,33 @@ def test_loading_is_measured_beside_cat_on_files_of_a_shape(tmp_path, monkeypatc
 def test_every_reference_operator_has_its_host_time_beside_pytorchs(monkeypatch):
     monkeypatch.syspath_prepend(str(FOLDER))
     formulas, host_time = (importlib.import_module(name) for name in ("host_time_formulas", "host_time"))
-    table = host_time.least_times(list(formulas.formula_rows("cpu")), None, turns=1, rounds=1)
+    rows = partial(formulas.formula_rows, "cpu")
+    table = host_time.least_times(host_time.made({"formulas": rows}), None, turns=1, rounds=1)
     own = [info.name for info in operators() if info.backend == "torch" and info.category != "distributed"]
     measured = [row["call"].partition(",")[0] for row in table]
     assert sorted([*measured, *formulas.OF_RANKS, *formulas.OF_KERNELS]) == sorted(own)
     for row in table:
         assert row["beyond_us"] == row["host_us"]["call"] - row["host_us"]["direct"]
+
+
+def test_rows_that_raise_are_told_and_the_others_measured(monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    host_time = importlib.import_module("host_time")
+    Row, Later, failures = host_time.Row, host_time.Later, {}
+
+    def broken():
+        yield Later("not made", partial(int, "none"))
+        yield Row("fine", list)
+        yield Row("not called", partial(int, "none"))
+        raise ValueError("no more of them")
+
+    rows = host_time.made({"broken": broken, "whole": lambda: [Row("fine too", dict)]}, failures)
+    table = host_time.least_times(rows, None, turns=2, rounds=1, failures=failures)
+    assert [row["call"] for row in table] == ["fine", "fine too"]
+    assert list(failures) == ["not made", "the rest of group broken", "not called"]
+    assert failures["the rest of group broken"] == "ValueError: no more of them"
+    with pytest.raises(ValueError, match="none"):
+        host_time.least_times(rows, None, turns=1, rounds=1)
 
 
 def test_operators_of_several_ranks_are_timed_on_ranks(tmp_path):
