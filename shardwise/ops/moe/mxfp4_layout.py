@@ -162,6 +162,7 @@ class PackedOnce(Generic[Packed]):
         self._near.clear()
 
 
+_NO_VERSION = -1
 _is_gone = torch.UntypedStorage._expired
 _version_of = attrgetter("_version")
 
@@ -183,8 +184,8 @@ class _Made(Generic[Packed]):
     def of(cls, sources: tuple[Tensor, ...], make: Callable[[], Packed]) -> "_Made[Packed]":
         storages = tuple(StorageWeakRef(source.untyped_storage()) for source in sources)
         handles, addresses = tuple(storage.cdata for storage in storages), tuple(map(address_of, sources))
-        tracked = not any(source.is_inference() for source in sources)
-        return cls(storages, handles, addresses, _versions(sources, tracked), tracked, make())
+        versions = _versions(sources, tracked=False)
+        return cls(storages, handles, addresses, versions, _NO_VERSION not in versions, make())
 
     def holds(self, sources: tuple[Tensor, ...], tracked: bool) -> bool:
         # An assignment to a tensor's `data` changes neither its identity nor its version.
@@ -209,7 +210,14 @@ class _Near(NamedTuple, Generic[Packed]):
 def _versions(sources: tuple[Tensor, ...], tracked: bool) -> tuple[int, ...]:
     if tracked:
         return (*map(_version_of, sources),)
-    return tuple([0 if source.is_inference() else source._version for source in sources])
+    return tuple([_NO_VERSION if source.is_inference() else _version_if_any(source) for source in sources])
+
+
+def _version_if_any(source: Tensor) -> int:
+    try:
+        return source._version
+    except RuntimeError:  # a tensor made in inference mode, whose `data` is now memory that was not
+        return _NO_VERSION
 
 
 _PACKED: PackedOnce[PackedMXFP4] = PackedOnce()

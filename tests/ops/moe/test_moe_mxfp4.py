@@ -125,6 +125,16 @@ def test_packing_follows_an_assignment_to_a_tensors_data():
         assert torch.equal(packed.words, pack_mxfp4(blocks, *beside, paired=False).words)
 
 
+def test_weights_made_in_inference_mode_are_packed_again_when_their_data_is_assigned():
+    kept = PackedOnce()
+    with torch.inference_mode():
+        weight, other = torch.zeros(4), torch.ones(4)
+    for data in (weight.data, torch.full((4,), 2.0), other, torch.full((4,), 3.0)):
+        weight.data = data
+        for _ in range(2):
+            assert torch.equal(kept.get((weight,), "", weight.clone), data)
+
+
 def test_what_was_packed_of_weights_that_are_gone_is_given_back():
     made, kept = PackedOnce(), PackedOnce()
     weight, other = torch.zeros(4), torch.zeros(4)
