@@ -18,7 +18,7 @@ A model is described by its blocks' tensors and their logical axes; a layout and
     cost, topology, capacity,   what a plan costs on a machine, what fits, every layout ranked
     search
     report, page/, document,    a plan as text, HTML and JSON; what changed between two; run exactly this one
-    diff, replay
+    plan_file, diff, replay
     tp_export, tp_styles        Transformers' `tp_plan` dictionaries, written and read
     checkpoint/                 safetensors, GGUF and per-rank files: headers, ranges, writing, merging
 """

@@ -3,25 +3,9 @@
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from shardwise.sharding.config import ConfigError, read_config
-from shardwise.sharding.document import SCHEMA_VERSION
 from shardwise.sharding.report import bytes_text, size_text, table
 
 Doc = Mapping[str, Any]
-
-
-def read_document(path) -> dict[str, Any]:
-    """A plan that `shardwise plan --json FILE` wrote. ConfigError says what is wrong with any other file."""
-    data = read_config(path)
-    version = data.get("schema_version")
-    if version is None:
-        raise ConfigError(f"{path}: no plan, it has no schema_version: `shardwise plan MODEL --json FILE` writes one")
-    if version != SCHEMA_VERSION:
-        raise ConfigError(f"{path}: schema_version is {version!r}, this version reads {SCHEMA_VERSION}: plan anew")
-    for key, kind in (("model", dict), ("layout", dict), ("ranks", list), ("collectives", list)):
-        if not isinstance(data.get(key), kind):
-            raise ConfigError(f"{path}: {key} is missing or no {kind.__name__}: not a plan document")
-    return data
 
 
 def diff(old: Doc, new: Doc) -> dict[str, Any]:

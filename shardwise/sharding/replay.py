@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Any
 
 from shardwise.sharding.config import Config, ConfigError
-from shardwise.sharding.diff import read_document
 from shardwise.sharding.document import plan_hash
 from shardwise.sharding.layout import ParallelLayout
 from shardwise.sharding.model import ModelSpec
 from shardwise.sharding.plan import Plan, plan
+from shardwise.sharding.plan_file import read_document
 
 
 def replay(path: str | Path, model: ModelSpec | Mapping[str, Any] | str | Path) -> Plan:
@@ -17,7 +17,7 @@ def replay(path: str | Path, model: ModelSpec | Mapping[str, Any] | str | Path) 
 
     ConfigError when the file is not a plan document, or when config, tensors or cuts of `model` give another hash.
     """
-    document = read_document(Path(path))
+    document = read_document(path)
     fields = Config(document, str(path))
     layout, options = _layout(fields), fields.own("options")
     made = plan(
@@ -40,7 +40,7 @@ def replay(path: str | Path, model: ModelSpec | Mapping[str, Any] | str | Path) 
 
 def layout_in(path: str | Path) -> ParallelLayout:
     """The layout of the plan document `path`; ConfigError when it is none."""
-    return _layout(Config(read_document(Path(path)), str(path)))
+    return _layout(Config(read_document(path), str(path)))
 
 
 def _layout(fields: Config) -> ParallelLayout:
@@ -54,11 +54,10 @@ def _placement(document: Mapping[str, Any], layout: ParallelLayout, source: str)
     """Experts of each moe_ep coordinate, from the ranks that stand there; None without experts."""
     held: dict[int, tuple[int, ...]] = {}
     for rank, row in enumerate(document["ranks"]):
-        if not isinstance(row, Mapping) or rank >= layout.world:
+        if rank >= layout.world:
             raise ConfigError(f"{source}: ranks[{rank}] does not belong to a layout of {layout.world} ranks")
-        experts = row.get("experts")
-        if experts:
-            held[layout.coordinates(rank).moe_ep] = tuple(experts[0])
+        if row["experts"]:
+            held[layout.coordinates(rank).moe_ep] = tuple(row["experts"][0])
     if not held:
         return None
     if sorted(held) != list(range(layout.moe_ep)):

@@ -3,7 +3,6 @@
 import argparse
 import json
 import sys
-from pathlib import Path
 
 from shardwise.launch.cli.layout import layout_of
 from shardwise.launch.cli.output import require_writable, write_lines
@@ -159,11 +158,12 @@ def _search(args: argparse.Namespace) -> int:
 
 
 def _diff(args: argparse.Namespace) -> int:
-    from shardwise.sharding.diff import diff, diff_text, read_document
+    from shardwise.sharding.diff import diff, diff_text
+    from shardwise.sharding.plan_file import read_document
 
     if len(args.files) != 2:
         raise ValueError(f"plan diff takes two plan files, got {len(args.files)}: shardwise plan diff A.json B.json")
-    changes = diff(*(read_document(Path(f)) for f in args.files))
+    changes = diff(*map(read_document, args.files))
     if args.json:
         write_lines([json.dumps(changes, indent=1)], args.json)
     if args.json != "-":
