@@ -7,7 +7,7 @@ from shardwise.sharding.axes import LogicalAxis
 from shardwise.sharding.config import ConfigError, read_json
 
 Placement = tuple[tuple[int, ...], ...]
-"""Experts of each moe_ep coordinate, ascending; every expert at least once, none twice on a rank."""
+"""Experts of each moe_ep coordinate in slot order; every expert at least once, none twice on a rank."""
 
 
 def place_experts(
@@ -31,6 +31,26 @@ def place_experts(
     if load is None:
         return _round_robin(experts, ranks, redundant)
     return _by_load(experts, ranks, redundant, load)
+
+
+def check_placement(placement: Placement, axis: LogicalAxis, ranks: int, *, stacked: bool) -> None:
+    """ValueError for a placement that does not fit `ranks` expert-parallel ranks.
+
+    `stacked`: the checkpoint has experts in one tensor, of which a rank reads its own in ascending order.
+    """
+    if len(placement) != ranks:
+        raise ValueError(f"experts are placed on {len(placement)} ranks, ep is {ranks}: give the experts of each")
+    for rank, held in enumerate(placement):
+        unknown = [expert for expert in held if expert not in range(axis.units)]
+        if unknown:
+            raise ValueError(f"expert {unknown[0]} is placed on ep rank {rank}, the model has {axis.units} experts")
+        if not held or len(set(held)) < len(held):
+            raise ValueError(f"ep rank {rank} gets experts {held}: give it at least one, and each once")
+        if stacked and list(held) != sorted(held):
+            raise ValueError(f"ep rank {rank} gets experts {held}: give them ascending, they are parts of one tensor")
+    missing = set(range(axis.units)).difference(*placement)
+    if missing:
+        raise ValueError(f"expert {min(missing)} is placed on no rank: each of {axis.units} experts needs one")
 
 
 def read_load(path: str | Path) -> tuple[float, ...]:

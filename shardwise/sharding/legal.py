@@ -22,7 +22,7 @@ class LegalSizes:
     most: int
     even: tuple[int, ...]
     stopped_by: str
-    """The tensor and axis that do not fit on more ranks."""
+    """The tensor and axis that do not fit on more ranks; or that no plan has more."""
     uneven: tuple[tuple[str, tuple[int, ...]], ...]
     """What is uneven, with the sizes up to `most` where it is even."""
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from functools import partial
+from itertools import chain
 
 from shardwise.sharding.axes import CUTTING, MESH_AXIS, SHARED_BY_RANKS, Dim, MeshAxis, Range, span
 from shardwise.sharding.checkpoint.header import STORAGE
@@ -34,8 +35,8 @@ def alike_places(mesh: MeshAxis, specs: Iterable[TensorSpec], cuts: Cuts) -> tup
     for axis in (axis for axis in cuts.by_axis if MESH_AXIS[axis.axis] is mesh):
         amounts.append([cuts.share(axis, at).length for at in places])
         if axis in cuts.placement:
-            missing = set(range(axis.units)).difference(*cuts.placement[axis])
-            _require(not missing, f"experts {sorted(missing)} are on no rank")
+            wrong = set(range(axis.units)).symmetric_difference(chain(*cuts.placement[axis]))
+            _require(not wrong, f"experts {sorted(wrong)} are on no rank, or there are none")
     for dim, blocks in _dims_on(mesh, specs).items():
         parts = [dim.local(partial(cuts.share, at=at)) for at in places]
         _check_dim(dim, [ranges for ranges, _ in parts], cuts)

@@ -9,7 +9,7 @@ from typing import Any
 from shardwise.sharding.axes import CUTTING, Axis, LogicalAxis, MeshAxis
 from shardwise.sharding.collectives import Collective, collectives
 from shardwise.sharding.cutting import Cutting, axes_of
-from shardwise.sharding.experts import Placement, place_experts
+from shardwise.sharding.experts import Placement, check_placement, place_experts
 from shardwise.sharding.formats import storage_type
 from shardwise.sharding.holdings import Held, Holdings, by_mesh_axes, total
 from shardwise.sharding.layout import Coordinates, ParallelLayout
@@ -121,7 +121,7 @@ class Plan:
         """The rank with the most weight bytes, the first of equals."""
         ranks = range(self.layout.world)
         kinds = list(self.layout.along(*(self.alike[mesh] for mesh in CUTTING)))
-        first = dict(zip(reversed(kinds), reversed(ranks), strict=True))
+        first = dict(zip(reversed(kinds), reversed(ranks), strict=True))  # of equal kinds the last one stays
         return first[max(first, key=lambda kind: (self._weight_bytes(*kind), -first[kind]))]
 
     def _weight_bytes(self, tp: int, moe_tp: int, moe_ep: int) -> int:
@@ -275,8 +275,12 @@ class Planner:
 
     def _place(self, axis: LogicalAxis, ranks: int) -> Placement:
         if (axis, ranks) not in self._placements:
-            placement = self._placement or place_experts(axis, ranks, self._redundant, self._load)
-            self._placements[axis, ranks] = placement
+            if self._placement is None:
+                self._placements[axis, ranks] = place_experts(axis, ranks, self._redundant, self._load)
+            else:
+                stacked = any(axis in dim.axes for spec in self._specs for dim in spec.dims)
+                check_placement(self._placement, axis, ranks, stacked=stacked)
+                self._placements[axis, ranks] = self._placement
         return self._placements[axis, ranks]
 
     def _alike_on(self, mesh: MeshAxis, cuts: Cuts) -> tuple[int, ...]:

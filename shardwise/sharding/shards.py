@@ -90,7 +90,7 @@ class Cuts:
         return self.by_axis[axis].share(getattr(at, mesh))
 
     def held_experts(self, axis: LogicalAxis, at: Coordinates) -> tuple[int, ...]:
-        """Experts of the rank, ascending, which is their slot order."""
+        """Experts of the rank, in slot order."""
         return self.placement[axis][at.moe_ep]
 
     def shard(self, spec: TensorSpec, at: Coordinates, name: str, expert: int | None = None) -> TensorShard:
