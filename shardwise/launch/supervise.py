@@ -142,8 +142,7 @@ class Supervisor:
         running = True
         if woken:  # asked before the last look at the line: of a rank that has ended all is there to be read
             exits, running = self.backend.exits(), self.backend.running()
-            later, woken = self.hub.wait(0.0)
-            events += later
+            events += self.hub.wait(0.0)[0]  # who wakes us only now is left to the next look
         rest = []
         for event in events:
             kind, rank = event["event"], event["rank"]

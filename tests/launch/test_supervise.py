@@ -96,6 +96,29 @@ def test_a_rank_that_ends_well_while_another_ones_end_is_looked_at_has_not_faile
         assert supervisor.finish() == ["a", "b"]
 
 
+class DiesWhenAsked(EndsWhenAsked):
+    """Rank 1 dies without a word, on a host that nobody watches, while the supervisor asks who has ended."""
+
+    died = False
+
+    def exits(self):
+        known = {0: 0, 1: -9} if self.died else {0: 0}
+        if not self.died:
+            os.eventfd_write(self.ranks[1].ended, 1)
+            self.died = True
+        return known
+
+    def running(self):
+        """As where a third rank is at work: until all are told to end."""
+        return not self.over
+
+
+def test_a_rank_that_dies_while_another_ones_end_is_looked_at_is_not_overlooked():
+    with Supervisor(job(), DiesWhenAsked()) as supervisor:
+        with pytest.raises(JobFailed, match="rank 1 of 2 failed .* killed by SIGKILL"):
+            supervisor.finish(deadline=60)
+
+
 def test_what_has_come_counts_however_late_the_parent_looks():
     with Supervisor(job(start=1e-9), Speakers()) as supervisor:
         supervisor.wait_for_ranks()
