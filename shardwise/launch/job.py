@@ -80,6 +80,11 @@ class Job:
     def store(self) -> Path:
         return self.folder / "store"
 
+    @property
+    def launcher_folder(self) -> Path:
+        """For files that a launcher makes for itself."""
+        return self.folder / "launcher"
+
     def log(self, rank: int) -> Path:
         return self.logs / f"rank-{rank}.log"
 
@@ -112,7 +117,8 @@ class Job:
         if not failed:
             shutil.rmtree(self.folder, ignore_errors=True)
             return
-        shutil.rmtree(self.store, ignore_errors=True)
+        for folder in (self.store, self.launcher_folder):
+            shutil.rmtree(folder, ignore_errors=True)
         (self.folder / "job.json").unlink(missing_ok=True)
         if self.logs.parent != self.folder:
             shutil.rmtree(self.folder, ignore_errors=True)
@@ -150,14 +156,15 @@ def interruptible() -> Iterator[None]:
         yield
         return
 
-    caught = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+    first = True
 
     def interrupt(signum: int, frame: FrameType | None) -> None:
-        for each in caught:
-            signal.signal(each, signal.SIG_IGN)
-        raise Interrupted(signum)
+        nonlocal first
+        if first:
+            first = False
+            raise Interrupted(signum)
 
-    before = {signum: signal.signal(signum, interrupt) for signum in caught}
+    before = {signum: signal.signal(signum, interrupt) for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
     try:
         yield
     finally:

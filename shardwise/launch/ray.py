@@ -5,7 +5,6 @@ import os
 import re
 import signal
 import socket
-import tempfile
 import threading
 import time
 from collections import Counter
@@ -80,9 +79,9 @@ class Ray(Backend):
                 try:
                     ray.init("local", **own, **quiet)  # also beside somebody else's cluster
                 except OSError as error:  # of its files and sockets
-                    raise ValueError(
-                        f"Ray cannot start in {tempfile.gettempdir()} ({error}): set TMPDIR to another folder"
-                    ) from None
+                    name = "RAY_TMPDIR" if "RAY_TMPDIR" in os.environ else "TMPDIR"  # in Ray's order
+                    place = os.environ.get(name, "/tmp")
+                    raise ValueError(f"Ray cannot start in {place} ({error}): set {name} to another folder") from None
         self._own_connection = True
 
     def _resources(self, ray: Any, world: int) -> dict[str, float]:

@@ -23,7 +23,7 @@ class Torchrun(LauncherProcess):
         environment = rank_environment(job)
         environment.setdefault("OMP_NUM_THREADS", "1")  # torchrun sets the same, with a warning
         command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(job.world)]
-        command += ["--log-dir", str(job.folder / "torchrun")]  # its own choice would stay behind when it is ended
+        command += ["--log-dir", str(job.launcher_folder)]  # its own choice would stay behind when it is ended
         self.launch(job, [*command, "-m", "shardwise.launch.worker", str(job.folder)], environment)
 
     def blame(self, text: str) -> dict[int, int | None]:

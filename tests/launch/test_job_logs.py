@@ -47,6 +47,17 @@ def test_the_next_job_clears_what_the_last_one_reported(chosen):
     second.clean(failed=False)
 
 
+def test_of_a_job_that_failed_the_logs_alone_stay(tmp_path, monkeypatch):
+    monkeypatch.delenv("SHARDWISE_LOG_DIR", raising=False)
+    job = Job(target="a:b", payload={}, world=1, folder=tmp_path)
+    job.prepare()
+    job.write({})
+    for folder in (job.store, job.launcher_folder / "attempt_0"):
+        folder.mkdir(parents=True)
+    job.clean(failed=True)
+    assert list(tmp_path.iterdir()) == [job.logs]
+
+
 def test_a_torchrun_that_announces_no_port_is_told_what_to_change():
     environ = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "TORCHELASTIC_USE_AGENT_STORE": "True"}
     with pytest.raises(ValueError, match="MASTER_PORT=0 names no port to meet at: start torchrun with --standalone"):
