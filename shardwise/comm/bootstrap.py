@@ -114,11 +114,12 @@ def _await_server(rank: int, host: str, port: int, timeout: float) -> None:
     """Torch would wait twice as long for it, and then tell where its own C++ was."""
     end = time.monotonic() + timeout
     while True:
+        late = time.monotonic() > end
         try:
             socket.create_connection((host, port), max(0.1, end - time.monotonic())).close()
             return
         except OSError as error:  # also of a name that nobody knows yet
-            if time.monotonic() > end:
+            if late:
                 where = f"rendezvous at {host}:{port}, rank {rank}"
                 words = f"{where}: rank 0 did not open it within {timeout:g} s ({error})"
                 raise CollectiveTimeout(words, (0,)) from None

@@ -20,6 +20,7 @@ from shardwise.comm.collective import BaseCommunicator
 SLICE = timedelta(seconds=0.2)
 GRACE_SECONDS = 1.0
 """What rank 0 has sent may come in for so long after it left, and the store with it."""
+ROLL_LOOK_SECONDS = 0.02
 LOST_SIGNS = (
     "Connection closed by peer",
     "Connection was likely closed",
@@ -103,25 +104,24 @@ class WaitingCommunicator(BaseCommunicator):
     def _late(self, limit: float) -> CommError:
         """Roll call through the store: whoever waits for the same collective answers."""
         place = self._roll
-        missing = []
+        absent = list(range(self.size))
         end = time.monotonic() + watch.ROLL_CALL_SECONDS
         try:
             self.store.set(f"{place}/called", b"")
             self._answer(place)
-            for rank in range(self.size):
-                try:
-                    self.store.get(f"{place}/{rank}", max(0.01, end - time.monotonic()))
-                except TimeoutError:
-                    missing.append(self.ranks[rank])
-        except RuntimeError as error:
+            while absent and time.monotonic() < end:
+                time.sleep(ROLL_LOOK_SECONDS)
+                absent = [rank for rank in absent if not self.store.has(f"{place}/{rank}")]
+        except RuntimeError as error:  # the store is gone, and whoever answers now is not heard
             return self._fail(
                 CollectiveTimeout(
                     f"{self._where(self._last_entry())}: not done within {limit:g} s, no roll call: {error}"
                 )
             )
+        missing = tuple(self.ranks[rank] for rank in absent)
         names = ", ".join(map(str, missing)) or "none; a rank is slow or its call differs"
         text = f"{self._where(self._last_entry())}: rank(s) {names} did not arrive within {limit:g} s"
-        return self._fail(CollectiveTimeout(text, tuple(missing)))
+        return self._fail(CollectiveTimeout(text, missing))
 
     @contextlib.contextmanager
     def _calls(self):

@@ -89,7 +89,7 @@ def test_threads_in_check_mode_name_both_calls(how):
 
 
 def told(world, target, *args, tmp_path, mpi=False, may_die=()):
-    """What the ranks have left for the test (`fault_ranks.leave`): mpirun ends a rank when another one leaves first."""
+    """What the ranks have left for the test (`Board.leave`): mpirun ends a rank when another one leaves first."""
     run_processes(world, target, *args, str(tmp_path), mpi=mpi, may_die=range(world) if mpi else may_die)
     return fault_ranks.left(str(tmp_path), world)
 
@@ -325,6 +325,25 @@ def test_what_rank_0_sent_counts_though_it_left_and_the_store_with_it(monkeypatc
         else:
             with pytest.raises(PeerLost, match="its process is gone: Connection reset by peer"):
                 group.broadcast(torch.ones(2), 0)
+
+
+def test_nobody_is_called_missing_by_a_rank_that_loses_the_store_amid_the_roll_call(monkeypatch):
+    """Rank 0 has called the roll before it, and left."""
+
+    class Leaving:
+        set = staticmethod(lambda key, value: None)
+
+        def check(self, keys):
+            if keys[0].startswith("late/") and not keys[0].endswith("called"):
+                raise RuntimeError("Connection reset by peer")
+            return False
+
+    with gloo_work(monkeypatch, Unfinished()) as group:
+        group.deadlines = Deadlines(collective=0.01)
+        monkeypatch.setattr(group.store, "store", Leaving())
+        with pytest.raises(CollectiveTimeout, match="not done within 0.01 s, no roll call: Connection reset") as caught:
+            group.broadcast(torch.ones(2), 0)
+    assert caught.value.missing == ()
 
 
 def test_gloo_work_that_ends_while_its_rank_was_stopped_is_not_late(monkeypatch):

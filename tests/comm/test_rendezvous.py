@@ -64,12 +64,29 @@ def test_a_store_that_opens_late_is_waited_for(capfd):
         place.bind(("127.0.0.1", 0))
         port = place.getsockname()[1]
     with ThreadPoolExecutor(1) as pool:
-        late = pool.submit(tcp_store, RankInfo(1, 2, 1, 2), "127.0.0.1", port, 10.0)
+        late = pool.submit(tcp_store, RankInfo(1, 2, 1, 2), "127.0.0.1", port, 60.0)
         time.sleep(0.1)
-        served = tcp_store(RankInfo(0, 2, 0, 2), "127.0.0.1", port, 10.0)
+        served = tcp_store(RankInfo(0, 2, 0, 2), "127.0.0.1", port, 60.0)
         served.set("key", b"value")
-        assert late.result().get("key", 10.0) == b"value"
+        assert late.result().get("key", 60.0) == b"value"
     assert capfd.readouterr().err == ""
+
+
+def test_a_store_that_opens_while_its_rank_is_stopped_until_after_the_deadline_is_met(monkeypatch):
+    clock, looks = SimpleNamespace(now=0.0), []
+
+    def connect(place, limit):
+        looks.append(place)
+        if len(looks) == 1:
+            clock.now = 100.0
+            raise ConnectionRefusedError
+        return socket.socket()
+
+    fake = SimpleNamespace(monotonic=lambda: clock.now, sleep=lambda seconds: None)
+    monkeypatch.setattr(bootstrap, "time", fake)
+    monkeypatch.setattr(socket, "create_connection", connect)
+    bootstrap._await_server(1, "node", 5, 1.0)
+    assert looks == [("node", 5)] * 2
 
 
 class Route:
