@@ -31,6 +31,13 @@ def require_ranks(world: int) -> None:
         )
 
 
+def require_bytes(needed: int, what: str, place: str = "") -> None:
+    """DoesNotFit when this host has fewer bytes free; `what` takes them, at `place`, such as " on 2 ranks"."""
+    free = host_memory()[0]
+    if needed > free:
+        raise DoesNotFit(f"{what} take {needed / 2**30:.1f} GiB{place}, and this host has {free / 2**30:.1f} GiB free")
+
+
 def host_memory(root: Path = ROOT) -> tuple[int, int]:
     """(bytes free, bytes in all). Pages of files count as free, since the kernel takes them back, and so does swap."""
     info = _table(root / "proc/meminfo")

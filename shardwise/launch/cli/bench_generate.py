@@ -16,7 +16,7 @@ from shardwise.launch.cli.output import add_json, require_writable, write_json
 from shardwise.launch.job import interruptible
 from shardwise.launch.progress import LoadProgress
 from shardwise.launch.start import launcher_options, run_job
-from shardwise.parallel.host_memory import DoesNotFit, host_memory
+from shardwise.parallel.host_memory import require_bytes
 
 if TYPE_CHECKING:
     from shardwise.comm.rank import RankInfo
@@ -135,12 +135,11 @@ def _check_fit(config: "ModelConfig", load: "Load") -> None:
             raise ValueError(
                 f"--input {load.input} and --output {load.output} make {length} tokens, the {holder} holds {most}"
             )
-    needed, free = config.world * load.batch * length * TOKEN_BYTES, host_memory()[0]
-    if needed > free:
-        raise DoesNotFit(
-            f"--batch {load.batch}: prompts and answers of {length} tokens take {needed / 2**30:.1f} GiB on "
-            f"{config.world} ranks, and this host has {free / 2**30:.1f} GiB free"
-        )
+    require_bytes(
+        config.world * load.batch * length * TOKEN_BYTES,
+        f"--batch {load.batch}: prompts and answers of {length} tokens",
+        f" on {config.world} ranks",
+    )
 
 
 def _show(args: argparse.Namespace, config: "ModelConfig", load: "Load", launcher: str, ranks: list[dict]) -> None:

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from shardwise.ops.attention.batch import Batch
+from shardwise.ops.attention.tiles import power_of_two
 from shardwise.ops.state_batch import prefill_bounds
 
 # FlashInfer asks for 128 MB; large batches of split sequences with 256-wide heads need twice that.
@@ -152,7 +153,7 @@ class Planner:
         """
         key: tuple = ("decode", parameters)
         if self.graphs:
-            key = ("graph", parameters, 1 << max(page_count - 1, 0).bit_length(), batch.decode)
+            key = ("graph", parameters, power_of_two(page_count, least=1), batch.decode)
         return self._planned.get(key) or self._planned_decode(key, family, batch, host)
 
     def _planned_decode(self, key: tuple, family: "DecodeFamily", batch: Batch, host: PagesHost) -> Any:
