@@ -175,6 +175,10 @@ class Hub:
         self._events.clear()
         return events, woken
 
+    def hears(self, rank: int) -> bool:
+        """Whether more may come from this rank: it has reported, and its line has not ended."""
+        return rank in self._peers
+
     def send(self, command: dict) -> None:
         """The same command to every rank that is still connected."""
         text = json.dumps(command).encode() + b"\n"

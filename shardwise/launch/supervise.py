@@ -26,6 +26,9 @@ SETTLE = 0.2
 """Seconds to hear of failures that came before the first one we heard of."""
 VERDICT = 15.0
 """Seconds that a launcher gets to end by itself and say who died; torchrun needs 1 to 3, more on a busy machine."""
+LAST_WORDS = 15.0
+"""Seconds that words of a rank on another host may be under way when its launcher says that it has ended: TCP sends
+lost ones anew after 0.2, 0.4, 0.8 ... seconds. Its line ends behind them, unless that host is gone too."""
 DUMP, QUIET = 3.0, 0.1
 """Seconds that a rank that hangs gets to write its stacks; a log that has grown and then rests for QUIET has them."""
 
@@ -40,6 +43,8 @@ class Supervisor:
         self.results: dict[int, Any] = {}
         self._failed: dict[int, Failure] = {}
         self._died: dict[int, int] = {}
+        self._gone: dict[int, float] = {}
+        """When, on the monotonic clock, each rank was heard to have ended."""
         self._pidfds: dict[int, int] = {}
         self._trouble: float | None = None
         self._kills = postmortem.out_of_memory_kills()
@@ -137,10 +142,11 @@ class Supervisor:
 
     def _take(self, seconds: float) -> list[dict]:
         """Wait once; book what concerns the supervisor, return the rest."""
-        events, woken = self.hub.wait(max(0.0, seconds))
+        patience = [until - time.monotonic() for until in self._words_under_way().values()]
+        events, woken = self.hub.wait(max(0.0, min([seconds, *patience])))
         exits: dict[int, int | None] = {}
         running = True
-        if woken:  # asked before the last look at the line: of a rank that has ended all is there to be read
+        if woken:  # asked before the last look at the line: what a rank of this host said before it ended is there
             exits, running = self.backend.exits(), self.backend.running()
             events += self.hub.wait(0.0)[0]  # who wakes us only now is left to the next look
         rest = []
@@ -163,7 +169,15 @@ class Supervisor:
                 rest.append(event)
         for descriptor in woken:
             self._ended_process(descriptor, exits, running)
+        if self._gone.keys() - self.results.keys() - self._words_under_way().keys():
+            self._trouble = self._trouble or time.monotonic()
         return rest
+
+    def _words_under_way(self) -> dict[int, float]:
+        """Ranks that have ended and may have said more than has come, with the moment until which that is awaited."""
+        far = self._gone.keys() - self.results.keys() - set(self._pidfds.values())
+        until = {rank: self._gone[rank] + LAST_WORDS for rank in far if self.hub.hears(rank)}
+        return {rank: end for rank, end in until.items() if time.monotonic() < end}
 
     def _announce_store(self) -> None:
         """Where rank 0 serves the rendezvous, to all ranks, once all of them are there to hear it."""
@@ -188,11 +202,9 @@ class Supervisor:
         rank = self._pidfds.get(descriptor)
         if rank is not None:
             self._died.setdefault(rank, time.time_ns())
-        dead = [rank] if rank is not None else [*exits]
-        early = [rank for rank in dead if rank not in self.results]
-        launcher_left = rank is None and not running and len(self.results) < self.job.world
-        if early or launcher_left:
-            self._trouble = self._trouble or time.monotonic()
+        dead = [rank] if rank is not None else exits if running else range(self.job.world)
+        for each in dead:
+            self._gone.setdefault(each, time.monotonic())
 
     def _collapse(self) -> None:
         """Hear the others out, end everything, raise the cause."""

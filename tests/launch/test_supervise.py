@@ -104,6 +104,7 @@ class DiesWhenAsked(EndsWhenAsked):
     def exits(self):
         known = {0: 0, 1: -9} if self.died else {0: 0}
         if not self.died:
+            self.ranks[1].line.close()
             os.eventfd_write(self.ranks[1].ended, 1)
             self.died = True
         return known
@@ -116,6 +117,46 @@ class DiesWhenAsked(EndsWhenAsked):
 def test_a_rank_that_dies_while_another_ones_end_is_looked_at_is_not_overlooked():
     with Supervisor(job(), DiesWhenAsked()) as supervisor:
         with pytest.raises(JobFailed, match="rank 1 of 2 failed .* killed by SIGKILL"):
+            supervisor.finish(deadline=60)
+
+
+class EndsAhead(Speakers):
+    """What rank 1 says last is still under way when its launcher, over another line, says that it has ended."""
+
+    def start(self, job, description):
+        super().start(job, description)
+        self.ranks[0].say("done", value="a")
+        os.eventfd_write(self.ranks[1].ended, 1)
+
+    def exits(self):
+        return {1: 0}
+
+    def running(self):
+        return not self.over
+
+
+def test_an_end_that_is_told_ahead_of_the_ranks_last_words_waits_for_them(monkeypatch):
+    with Supervisor(job(), EndsAhead()) as supervisor:
+        rank, look, told = supervisor.backend.ranks[1], supervisor._ended_process, []
+
+        def look_then_hear(*end):
+            look(*end)
+            told.append(end)
+            rank.say("token", text="last")
+            rank.say("done", value="b")
+            rank.line.close()
+            supervisor.backend.over = True
+
+        monkeypatch.setattr(supervisor, "_ended_process", look_then_hear)
+        events = []
+        assert supervisor.finish(events.append) == ["a", "b"]
+        assert len(told) == 1 and [event["text"] for event in events] == ["last"]
+
+
+def test_last_words_of_a_rank_whose_host_is_gone_too_are_not_awaited_for_ever(monkeypatch):
+    monkeypatch.setattr(supervise, "LAST_WORDS", 0.05)
+    with Supervisor(job(), EndsAhead()) as supervisor:
+        with pytest.raises(JobFailed, match="rank 1 of 2 failed .* ended before its work was done, with exit code 0"):
             supervisor.finish(deadline=60)
 
 
