@@ -12,8 +12,9 @@ PACKAGE = Path(__file__).parent.parent / "shardwise"
 MAY_IMPORT = {
     "partition": set(),
     "kernel_start": set(),
-    "comm": {"partition", "kernel_start"},
-    "ops": {"partition", "kernel_start", "comm"},
+    "plan_cache": {"kernel_start"},
+    "comm": {"partition", "kernel_start", "plan_cache"},
+    "ops": {"partition", "kernel_start", "plan_cache", "comm"},
     "sharding": {"partition", "comm"},
     "parallel": {"partition", "comm", "ops", "sharding"},
     "launch": {"partition", "comm", "ops", "sharding", "parallel"},

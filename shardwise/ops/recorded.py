@@ -23,12 +23,12 @@ import torch
 
 from shardwise.kernel_start import current_device, raw_stream
 from shardwise.ops import triton_support
-from shardwise.ops.plan_cache import PlanCache, Tensors
 from shardwise.ops.scratch import capturing
 from shardwise.ops.tape import Tape
 from shardwise.ops.tape_writer import Recorder, Unrecordable, Writer
 from shardwise.ops.triton_support import Kept, address_of, interpreting, odd_addresses
 from shardwise.ops.workspace import Workspace
+from shardwise.plan_cache import PlanCache, Tensors
 
 Operator = Callable[..., torch.Tensor]
 Beside = Callable[..., tuple[Kept, Hashable]]

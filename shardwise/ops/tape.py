@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from shardwise.ops.plan_cache import Tensors, View, view
 from shardwise.ops.triton_support import address_of
+from shardwise.plan_cache import Tensors, View, view
 
 READY = 256
 """Sets of addresses for which a tape keeps the arguments of its launches, 2 KB each: a model's layers have weights of
@@ -61,15 +61,16 @@ class Product(NamedTuple):
 class Tape:
     """What calls of one layout on one stream do: launches, and products that PyTorch computes.
 
-    They know tensors by number: those that are given, the result, a room of bytes, what else the call makes for
+    They know tensors by number: those that are given, the results, a room of bytes, what else the call makes for
     products to read, and the products' results in turn.
     """
 
     steps: tuple[Launch | Product, ...]
     makes: tuple[Callable[[], torch.Tensor] | None, ...]
-    """Allocate the result and the call's own memory, where there is some"""
+    """Allocate the results and the call's own memory, where there is some"""
+    results: int
     final: tuple[int, View | None] | None
-    """Where the result is a product's, or a view of it"""
+    """Where the only result is a product's, or a view of it"""
     kept: tuple[torch.Tensor, ...]
     """Of a `Workspace`, whose addresses stand in the launches"""
     alone: bool
@@ -77,14 +78,14 @@ class Tape:
     ready: dict[tuple[int, ...], list[tuple]] = field(default_factory=dict)
     """Such launches by all addresses: start and arguments"""
 
-    def __call__(self, tensors: Tensors, addresses: list[int]) -> torch.Tensor:
+    def __call__(self, tensors: Tensors, addresses: list[int]) -> torch.Tensor | Tensors:
         """Run on tensors, which lie at these addresses."""
         made: list[Any] = [make and make() for make in self.makes]
         addresses += [0 if tensor is None else address_of(tensor) for tensor in made]
         if self.alone:
             for start, args in self.ready.get((*addresses,)) or self._readied(addresses):
                 start(*args)
-            return made[0]
+            return made[0] if self.results == 1 else tuple(made[: self.results])
         known = [*tensors, *made]
         for step in self.steps:
             if isinstance(step, Launch):
@@ -93,7 +94,7 @@ class Tape:
                 known.append(step.run(known))
                 addresses.append(address_of(known[-1]))
         if self.final is None:
-            return made[0]
+            return made[0] if self.results == 1 else tuple(made[: self.results])
         source, part = self.final
         return known[source] if part is None else view(known[source], *part)
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from threading import get_ident
 from typing import Any
@@ -11,10 +12,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from shardwise.kernel_start import Start, unfold
 from shardwise.ops import triton_support
-from shardwise.ops.plan_cache import Tensors, allocator
+from shardwise.ops.foreign import fill_zeros, foreign_launches
 from shardwise.ops.tape import Launch, Product, Slot, Tape
 from shardwise.ops.triton_support import address_of
 from shardwise.ops.workspace import Workspace
+from shardwise.plan_cache import Tensors, allocator
 
 _ALIGNED = 256
 """Bytes at multiples of which memory of a call's own begins, as an allocation does"""
@@ -32,26 +34,33 @@ class Recorder(TorchDispatchMode):
         self.steps: list[tuple] = []
         self.made: list[torch.Tensor] = []  # held, so that no address comes twice
         self.beside: list[str] = []
+        self._foreign = ExitStack()
 
     def launched(self, start: Start, grid: tuple[int, int, int], args: tuple) -> None:
         """Called by launches."""
         self.steps.append((start, grid, args))
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        result = _ZEROS.get(func, func)(*args, **kwargs)
         if func in _ALLOCATES:
             self.made.append(result)
+        elif func in _ZEROS:
+            self.made.append(result)
+            fill_zeros(result)
         elif func in _PRODUCTS:
-            self.steps.append((_PRODUCTS[func], args, kwargs or {}, result))
+            self.steps.append((_PRODUCTS[func], args, kwargs, result))
         elif not _is_view(func):
             self.beside.append(str(func))
         return result
 
     def __enter__(self):
         triton_support.recorders[get_ident()] = self
+        self._foreign.enter_context(foreign_launches(self.launched))
         return super().__enter__()
 
     def __exit__(self, *error):
+        self._foreign.close()
         del triton_support.recorders[get_ident()]
         return super().__exit__(*error)
 
@@ -64,6 +73,8 @@ _ALLOCATES = {
     _ATEN.new_empty.default,
     _ATEN.new_empty_strided.default,
 }
+# Allocations, with zeros written by a launch.
+_ZEROS = {_ATEN.zeros.default: _ATEN.empty.memory_format, _ATEN.new_zeros.default: _ATEN.new_empty.default}
 # What may stand between launches, by PyTorch's own binding, which costs less than calling the operator.
 _PRODUCTS: dict[Any, Callable[..., torch.Tensor]] = {_ATEN._scaled_mm.default: torch._scaled_mm}
 
@@ -80,7 +91,7 @@ class Writer:
 
     recorder: Recorder
     tensors: Tensors
-    result: torch.Tensor
+    results: Tensors
     stream: int
     """Handle of the stream of all launches"""
     places: dict[int, tuple[int, torch.Tensor, int]] = field(default_factory=dict)
@@ -89,7 +100,7 @@ class Writer:
 
     def tape(self) -> Tape:
         """Raises Unrecordable."""
-        recorder, result = self.recorder, self.result
+        recorder, result = self.recorder, self.results[0]
         if recorder.beside:
             raise Unrecordable(f"it runs {recorder.beside[0]}")
         makes = self._make()
@@ -102,19 +113,20 @@ class Writer:
             source = len(self.tensors) + len(makes) + sum(isinstance(step, Product) for step in steps) - 1
             self.places[_storage(noted[3])] = source, noted[3], 0
         final = None
-        if makes[0] is None:
+        if None in makes[: len(self.results)]:
             source, tensor, _ = self.places.get(_storage(result), (0, None, 0))
-            if tensor is None or tensor.dtype != result.dtype:
+            if tensor is None or tensor.dtype != result.dtype or len(self.results) > 1:
                 raise Unrecordable("its result is not a tensor that it made")
             whole = tensor.shape == result.shape and tensor.stride() == result.stride()
             part = tuple(result.shape), tuple(result.stride()), int(result.storage_offset())
             final = source, None if whole and not part[2] else part
         alone = all(isinstance(step, Launch) for step in steps)
-        return Tape(tuple(steps), makes, final, tuple(self.kept.values()), alone)
+        return Tape(tuple(steps), makes, len(self.results), final, tuple(self.kept.values()), alone)
 
     def _make(self) -> tuple[Callable[[], torch.Tensor] | None, ...]:
         """Finds places for what the call allocated."""
-        first, device, result = len(self.tensors), self.result.device, self.result
+        first, count, device = len(self.tensors), len(self.results), self.results[0].device
+        owned = {_storage(result): number for number, result in enumerate(self.results)}
         given = {_storage(tensor) for tensor in self.tensors}
         read = {
             _storage(arg)
@@ -123,25 +135,26 @@ class Writer:
             for arg in (*noted[1], *noted[2].values())
             if isinstance(arg, torch.Tensor)
         }
-        makes: list[Callable[[], torch.Tensor] | None] = [None, None]
+        makes: list[Callable[[], torch.Tensor] | None] = [None] * (count + 1)
         size = 0
         for tensor in self.recorder.made:
             storage = _storage(tensor)
             if storage in given or Workspace.keeps(tensor):
                 continue
-            if storage == _storage(result):
+            if storage in owned:
+                result = self.results[owned[storage]]
                 if result.storage_offset() or result.numel() * result.element_size() != _bytes(result):
                     raise Unrecordable("its result is a part of a tensor that it made")
-                makes[0] = allocator(tuple(result.shape), result.dtype, device, tuple(result.stride()))
-                self.places[storage] = first, result, 0
+                makes[owned[storage]] = allocator(tuple(result.shape), result.dtype, device, tuple(result.stride()))
+                self.places[storage] = first + owned[storage], result, 0
             elif storage in read:
                 self.places[storage] = first + len(makes), tensor, 0
                 makes.append(allocator(tuple(tensor.shape), tensor.dtype, device, tuple(tensor.stride())))
             else:
-                self.places[storage] = first + 1, tensor, size
+                self.places[storage] = first + count, tensor, size
                 size += math.ceil(_bytes(tensor) / _ALIGNED) * _ALIGNED
         if size:
-            makes[1] = allocator((size,), torch.uint8, device)
+            makes[count] = allocator((size,), torch.uint8, device)
         return tuple(makes)
 
     def _launch(self, start: Start, grid: tuple[int, int, int], args: tuple) -> Launch:

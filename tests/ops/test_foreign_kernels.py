@@ -17,11 +17,11 @@ from shardwise.ops.fla import delta, fla
 from shardwise.ops.mamba import flashinfer as mamba_flashinfer
 from shardwise.ops.mamba import ssm
 from shardwise.ops.mamba.scan import Prefill
-from shardwise.ops.plan_cache import PlanCache
 from shardwise.ops.registry import TRITON
 from shardwise.ops.rope import flashinfer as rope_flashinfer
 from shardwise.ops.scratch import Scratch
 from shardwise.ops.triton_support import interpreting
+from shardwise.plan_cache import PlanCache
 
 DEVICE = "cpu"
 needs_triton = pytest.mark.skipif(not (TRITON.state[0] and interpreting()), reason="needs triton's interpreter")

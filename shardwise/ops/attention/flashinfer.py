@@ -18,9 +18,9 @@ from shardwise.ops.attention.planner import (
     without_padding,
 )
 from shardwise.ops.attention.positions import fake_token_positions, token_positions
-from shardwise.ops.plan_cache import PlanCache, view
 from shardwise.ops.registry import CUDA, FLASHINFER, operator
 from shardwise.ops.vector_access import takes_vectors, with_vectors
+from shardwise.plan_cache import PlanCache, view
 
 
 @operator(fake=fake_token_positions)

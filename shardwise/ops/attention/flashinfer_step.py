@@ -11,8 +11,8 @@ from shardwise.ops.attention.batch import Batch
 from shardwise.ops.attention.checks import Heads, check_tokens, default_scale, shape
 from shardwise.ops.attention.planner import Planner, exact_metadata, planner
 from shardwise.ops.devices import require_one_device
-from shardwise.ops.plan_cache import allocator
 from shardwise.ops.triton_support import dependent_launch
+from shardwise.plan_cache import allocator
 
 OP = "flashinfer_attention_mha_with_cache"
 FP8 = torch.float8_e4m3fn

@@ -8,7 +8,7 @@ from shardwise.ops.attention import tiles
 from shardwise.ops.attention.batch import Batch
 from shardwise.ops.attention.checks import Heads, check_cached, shape
 from shardwise.ops.attention.tiles import Tile
-from shardwise.ops.plan_cache import Tensors
+from shardwise.plan_cache import Tensors
 
 MOST_STRIDE = 2**24  # the kernels reach 128 positions with 32-bit offsets
 

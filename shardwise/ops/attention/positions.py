@@ -8,10 +8,10 @@ from shardwise.ops.attention.batch import Batch
 from shardwise.ops.attention.planner import planner
 from shardwise.ops.devices import require_one_device
 from shardwise.ops.metadata_reports import check_bounds, raise_report, read_at_once, report_word
-from shardwise.ops.plan_cache import PlanCache, allocator
 from shardwise.ops.registry import TRITON
 from shardwise.ops.state_batch import load_bounds, prefill_bounds
 from shardwise.ops.triton_support import Kernel, tl, triton
+from shardwise.plan_cache import PlanCache, allocator
 
 _Make = Callable[..., list[torch.Tensor]]
 """Operator, position_ids, cu_seqlen and seq_len_with_cache -> what `token_positions` gives"""

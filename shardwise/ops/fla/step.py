@@ -10,9 +10,9 @@ from shardwise.ops.attention.batch import Batch
 from shardwise.ops.fla import kernels
 from shardwise.ops.fla.delta import CHUNK
 from shardwise.ops.metadata_reports import report_word
-from shardwise.ops.plan_cache import allocator
 from shardwise.ops.state_batch import token_rows
 from shardwise.ops.triton_support import Kernel, Launch, dependent_launch, multiprocessors
+from shardwise.plan_cache import allocator
 
 # A decode program's numbers of a state and its warps: while there are few programs, and from eight of the second kind a
 # multiprocessor on. A full device reads best in large pieces; below that, small ones put more of it to work.

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from shardwise.ops.attention.batch import Batch, read_batch
 from shardwise.ops.devices import require_one_device
-from shardwise.ops.plan_cache import PlanCache, Tensors, allocator, taken_as_given
 from shardwise.ops.state_batch import check_counts, check_metadata
+from shardwise.plan_cache import PlanCache, Tensors, allocator, taken_as_given
 
 _Launches = TypeVar("_Launches")
 

@@ -12,9 +12,9 @@ from shardwise.kernel_start import on_device
 from shardwise.ops.mamba.conv import ConvBatch, Tensors, block_rows, blocks_of, nothing, run_step
 from shardwise.ops.metadata_reports import report_word
 from shardwise.ops.nvcc import library, stream
-from shardwise.ops.plan_cache import PlanCache
 from shardwise.ops.registry import CUDA, NVCC, operator
 from shardwise.ops.triton_support import dependent_launch, multiprocessors
+from shardwise.plan_cache import PlanCache
 
 _OP = "cuda_cached_causal_conv1d"
 _TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}

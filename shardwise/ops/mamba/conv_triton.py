@@ -8,9 +8,9 @@ import torch
 from shardwise.ops.mamba import conv_kernels as kernels
 from shardwise.ops.mamba.conv import ConvBatch, Tensors, block_rows, blocks_of, nothing, run_step
 from shardwise.ops.metadata_reports import report_word
-from shardwise.ops.plan_cache import PlanCache
 from shardwise.ops.registry import TRITON, operator
 from shardwise.ops.triton_support import Kernel, Launch, dependent_launch
+from shardwise.plan_cache import PlanCache
 
 _OP = "triton_cached_causal_conv1d"
 # Channels of a program for each of its warps: eight of a thread, 16 bytes of a half-precision row.

@@ -12,10 +12,10 @@ from shardwise.ops.mamba import ssd_kernels as kernels
 from shardwise.ops.mamba.scan import Inputs
 from shardwise.ops.mamba.ssm import Backend, like_hidden, run_step
 from shardwise.ops.metadata_reports import report_word
-from shardwise.ops.plan_cache import View, allocator, view
 from shardwise.ops.registry import FLASHINFER, TRITON, operator
 from shardwise.ops.scratch import Scratch
 from shardwise.ops.triton_support import Kept, Kernel, Launch
+from shardwise.plan_cache import View, allocator, view
 
 _ready = Kernel(kernels.ready_kernel)
 BLOCK = 1024

@@ -10,10 +10,10 @@ import torch
 
 from shardwise.ops.attention.batch import Batch, read_batch
 from shardwise.ops.metadata_reports import check_bounds, raise_report, read_at_once, report_word
-from shardwise.ops.plan_cache import PlanCache, allocator
 from shardwise.ops.registry import TRITON, operator
 from shardwise.ops.state_batch import load_bounds, prefill_bounds
 from shardwise.ops.triton_support import Kernel, Launch, tl, triton
+from shardwise.plan_cache import PlanCache, allocator
 
 
 def _metadata(position_ids, batch_info_host, seq_len, cu_seqlen, chunk_size):

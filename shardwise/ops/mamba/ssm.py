@@ -11,8 +11,8 @@ from shardwise.ops.attention.batch import Batch, read_batch
 from shardwise.ops.devices import require_one_device
 from shardwise.ops.mamba.scan import Inputs, Prefill, plan_prefill, prepare
 from shardwise.ops.metadata_reports import looks_first
-from shardwise.ops.plan_cache import PlanCache, allocator, taken_as_given
 from shardwise.ops.state_batch import check_metadata
+from shardwise.plan_cache import PlanCache, allocator, taken_as_given
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,8 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from shardwise.ops.plan_cache import view
 from shardwise.ops.triton_support import Kernel, await_predecessor, dependent_launch, interpreting, tl, triton
+from shardwise.plan_cache import view
 
 Product = Callable[[Tensor, Tensor, Tensor], object]
 """(x, weight, out): x [T, N, K] times the weight's [N, K, J] is written to [T, N, J], at the places planned for"""

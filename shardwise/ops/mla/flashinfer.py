@@ -23,8 +23,8 @@ from shardwise.ops.attention.planner import (
 from shardwise.ops.attention.positions import fake_token_positions, token_positions
 from shardwise.ops.mla.reference import fake_cached_mla
 from shardwise.ops.mla.step import OP, Absorbed, MlaPlan, Parameters, aligned, check_caches, plan_step, readable_copies
-from shardwise.ops.plan_cache import PlanCache, Tensors, view
 from shardwise.ops.registry import CUDA, FLASHINFER, TRITON, operator
+from shardwise.plan_cache import PlanCache, Tensors, view
 
 _PLANS: PlanCache[MlaPlan] = PlanCache()
 

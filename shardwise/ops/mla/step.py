@@ -15,8 +15,8 @@ from shardwise.ops.attention.planner import Planner, exact_metadata, planner
 from shardwise.ops.devices import require_one_device
 from shardwise.ops.mla.absorb import Factor, Product, Rows, head_product
 from shardwise.ops.mla.checks import LatentHeads, check_latent
-from shardwise.ops.plan_cache import View, allocator
 from shardwise.ops.vector_access import takes_vectors
+from shardwise.plan_cache import View, allocator
 
 OP = "flashinfer_mla_with_cache"
 

@@ -7,10 +7,10 @@ from typing import NamedTuple
 import torch
 
 from shardwise.ops.devices import require_one_device
-from shardwise.ops.plan_cache import PlanCache, view
 from shardwise.ops.registry import FLASHINFER, operator
 from shardwise.ops.rope.reference import contiguous_pair
 from shardwise.ops.vector_access import with_vectors
+from shardwise.plan_cache import PlanCache, view
 
 _View = tuple[tuple[int, ...], tuple[int, ...]]
 

@@ -9,8 +9,8 @@ from oracles_attention import Step
 
 from shardwise.ops.attention import triton
 from shardwise.ops.attention.triton import triton_attention_flattened_mha_with_cache
-from shardwise.ops.plan_cache import PlanCache
 from shardwise.ops.triton_support import Form
+from shardwise.plan_cache import PlanCache
 
 pytest.importorskip("triton")
 

@@ -11,9 +11,9 @@ from shardwise.ops import metadata_reports, triton_support
 from shardwise.ops.attention import tiles, triton
 from shardwise.ops.attention.tiles import Tile, choose_splits
 from shardwise.ops.attention.triton import OP
-from shardwise.ops.plan_cache import PlanCache
 from shardwise.ops.registry import operators
 from shardwise.ops.triton_support import tl
+from shardwise.plan_cache import PlanCache
 
 INFO = next(info for info in operators() if info.name == OP)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

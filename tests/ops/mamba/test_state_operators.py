@@ -14,9 +14,9 @@ from shardwise.ops import metadata_reports
 from shardwise.ops.attention.batch import Batch as CountedBatch
 from shardwise.ops.mamba import conv_triton, metadata, scan
 from shardwise.ops.mamba import triton as ssm_triton
-from shardwise.ops.plan_cache import PlanCache
 from shardwise.ops.registry import FLA, TRITON
 from shardwise.ops.triton_support import interpreting
+from shardwise.plan_cache import PlanCache
 
 OPS = torch.ops.auto_deploy
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")

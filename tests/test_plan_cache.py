@@ -6,8 +6,8 @@ import weakref
 import pytest
 import torch
 
-from shardwise.ops import plan_cache
-from shardwise.ops.plan_cache import PlanCache, allocator, taken_as_given, view
+from shardwise import plan_cache
+from shardwise.plan_cache import PlanCache, allocator, taken_as_given, view
 
 CPU = torch.device("cpu")
 

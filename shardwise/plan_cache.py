@@ -1,9 +1,9 @@
-"""Plans: what an operator works out from the layout of a call's tensors, cached for the next call of that layout.
+"""Plans: what an operator or a collective works out from the layout of its tensors, cached for the next such call.
 
 Checking arguments, finding the forms of kernels and cutting grids takes the host several times as long as the
 launches. All of it follows from shapes, strides, dtypes and devices of the tensors and from a few numbers, which repeat
 from layer to layer and from step to step. Nothing of a call's tensors is kept: neither memory nor addresses. What
-kernels of one call write for one another may be, see `scratch.py`.
+kernels of one call write for one another may be, see `ops/scratch.py`.
 
 Layouts are compared, views and new tensors are made by functions that PyTorch's own compiler calls at every run of
 compiled code, since they cost little: on a CPU nine tensors are compared in 0.8 µs, where a dictionary's key of their
