@@ -1,8 +1,9 @@
-"""Host time of reference operators, which are formulas of PyTorch's operators, beside these.
+"""Host time of reference operators, which are formulas of PyTorch's functions, beside these.
 
-`direct` is what PyTorch's dispatcher was given while the formula ran, called again with the same tensors one after
-another. It is a little long, as Python calls an operator's overload more slowly than its usual name; what a formula
-takes beyond it are its own dispatch, its checks and the Python between its calls.
+`direct` is each function and method of PyTorch that the formula called, called again with the same arguments one after
+another, unless it gave PyTorch's dispatcher nothing to do (a size, a conversion to the dtype that is there already).
+What a formula takes beyond it are its own dispatch, its checks and the Python between its calls. Copies from and to the
+host, and waits for the device in them, stand on both sides.
 Arguments are those of the tests' operator table, small and of every operator.
 """
 
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import torch
 from host_time import Later, Row
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from shardwise.ops.registry import OpInfo, operators
@@ -23,16 +25,29 @@ OF_RANKS = {"sharded_rmsnorm"}
 OF_KERNELS = {"mamba_ssm_prepare_metadata"}
 
 
-class _Noted(TorchDispatchMode):
-    """Notes what the dispatcher is given."""
+class _Dispatched(TorchDispatchMode):
+    """Counts what the dispatcher is given."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+class _Noted(TorchFunctionMode):
+    """Notes the calls of PyTorch's functions and methods that give the dispatcher anything."""
 
     def __init__(self) -> None:
         super().__init__()
         self.calls: list[tuple[Callable, tuple, dict]] = []
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.calls.append((func, args, kwargs or {}))
-        return func(*args, **(kwargs or {}))
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        with _Dispatched() as dispatched:
+            result = func(*args, **(kwargs or {}))
+        if dispatched.count:
+            self.calls.append((func, args, kwargs or {}))
+        return result
 
 
 def formula_rows(device: str = "cuda") -> Iterator[Later]:
