@@ -30,21 +30,24 @@ from shardwise.ops.triton_support import Kept, address_of, interpreting, odd_add
 from shardwise.ops.workspace import Workspace
 from shardwise.plan_cache import PlanCache, Tensors
 
-Operator = Callable[..., torch.Tensor]
+Operator = Callable[..., torch.Tensor | Tensors]
 Beside = Callable[..., tuple[Kept, Hashable]]
 LARGEST = 4 << 20
-"""Bytes of a result up to which calls are recorded: the kernels of larger ones take longer than the host, and a second
+"""Bytes of results up to which calls are recorded: the kernels of larger ones take longer than the host, and a second
 run would need their memory twice."""
 _UNTRIED = object()
 _POISON = 0xFF  # NaN in every format of floating point
 
 
-def recorded(*, unread: Collection[str] = (), beside: Beside | None = None) -> Callable[[Operator], Operator]:
-    """Record calls of an operator that writes nothing but its result, one tensor of new memory.
+def recorded(
+    *, unread: Collection[str] = (), beside: Beside | None = None, largest: int | None = None
+) -> Callable[[Operator], Operator]:
+    """Record calls of an operator that writes nothing but its results, tensors of new memory: one, or a tuple of them.
 
-    unread  tensors that it does not look at
-    beside  from its arguments, which an earlier call has found right: other tensors that it reads, and what beside the
-            layout its launches follow from
+    unread   tensors that it does not look at
+    beside   from its arguments, which an earlier call has found right: other tensors that it reads, and what beside the
+             layout its launches follow from
+    largest  bytes, instead of `LARGEST`
     """
 
     def decorate(function: Operator) -> Operator:
@@ -52,7 +55,7 @@ def recorded(*, unread: Collection[str] = (), beside: Beside | None = None) -> C
         layouts: PlanCache[dict[Hashable, Tape | None]] = PlanCache()
 
         @functools.wraps(function)
-        def call(*args: Any, **named: Any) -> torch.Tensor:
+        def call(*args: Any, **named: Any) -> torch.Tensor | Tensors:
             stream = _stream(args[0]) if args and not named else None
             if stream is None:
                 return function(*args, **named)
@@ -63,7 +66,8 @@ def recorded(*, unread: Collection[str] = (), beside: Beside | None = None) -> C
             if layout is None:
                 result = function(*args)
                 compares = len({*map(id, tensors)}) == len(tensors)  # a tensor given twice never does
-                if compares and result.nbytes <= LARGEST:
+                limit = LARGEST if largest is None else largest
+                if compares and sum(each.nbytes for each in _results(result)) <= limit:
                     layouts.keep(key, tensors, {})
                 return result
             if beside is not None:
@@ -118,13 +122,13 @@ def _stream(tensor: torch.Tensor) -> int | None:
 
 
 def _record(
-    call: Callable[[], torch.Tensor], tensors: Tensors, addresses: list[int], stream: int
-) -> tuple[torch.Tensor, Tape | None]:
+    call: Callable[[], torch.Tensor | Tensors], tensors: Tensors, addresses: list[int], stream: int
+) -> tuple[torch.Tensor | Tensors, Tape | None]:
     """The result of a call, and what it launched if that gives the same result again."""
     with Recorder() as recorder:
         result = call()
     try:
-        tape = Writer(recorder, tensors, result, stream).tape()
+        tape = Writer(recorder, tensors, _results(result), stream).tape()
     except Unrecordable:
         return result, None
     for tensor in tape.kept:
@@ -134,8 +138,16 @@ def _record(
         again = _poisoned(tape)(tensors, addresses.copy())
     except torch.OutOfMemoryError:  # of a second call's memory: the result is there
         return result, None
-    same = torch.equal(*(each.contiguous().view(-1).view(torch.uint8) for each in (result, again)))
+    same = all(map(_same_bytes, _results(result), _results(again)))
     return result, tape if same else None
+
+
+def _results(result: torch.Tensor | Tensors) -> Tensors:
+    return (result,) if isinstance(result, torch.Tensor) else result
+
+
+def _same_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return torch.equal(*(each.contiguous().view(-1).view(torch.uint8) for each in (a, b)))
 
 
 def _poisoned(tape: Tape) -> Tape:
