@@ -43,7 +43,6 @@ from ops_attention import (
 from shardwise.kernel_start import start_of
 from shardwise.ops.bench.cases import EPS, Case, norm_cases, rope_cases
 from shardwise.ops.bench.states import CHUNK, NEMOTRON_H, conv_cases, delta_cases, ssm_decode_cases, ssm_prefill_cases
-from shardwise.ops.fla.fla import _chunked
 from shardwise.ops.mla.checks import LatentHeads, split_weight
 from shardwise.ops.quantization.fp8 import quantize_fp8
 from shardwise.ops.registry import _LIBRARIES, _define, _describe
@@ -187,18 +186,12 @@ def state_rows() -> Iterator[Row | Later]:
 
 
 def _delta_row(case: Case) -> Row:
-    """Of decode tokens by our own step; of a prompt beside fla's functions, with our own launches before and after them
-    where there is a cache. Without a gate the operator takes fla's gated steps, which are called directly too."""
-    name = f"{case.operator}, {case.size}"
+    """Of decode tokens by our own step; of a prompt by fla's kernels, which we launch as ours and count with them, and
+    beside it fla's function, which launches them as Triton does."""
+    name, call = f"{case.operator}, {case.size}", prepared(case)
     if case.size.startswith("decode"):
-        return Row(name, prepared(case), 1)
-    gated, cached = "gated" in case.operator, "cached" in case.operator
-    direct = case.peers["fla"]
-    if not gated:
-        q, k, v, beta = case.args[:4]
-        state = torch.zeros_like(case.args[-2]) if cached else None
-        direct = partial(_chunked, q, k, v, None, beta, q.shape[-1] ** -0.5, state)
-    return Row(name, prepared(case), 2 if cached else 0, {"direct": direct}, calls=5)
+        return Row(name, call, 1)
+    return Row(name, call, launches(call), {"fla": case.peers["fla"]})
 
 
 def linear_rows() -> Iterator[Row]:

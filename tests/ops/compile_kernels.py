@@ -21,7 +21,7 @@ from triton.experimental.gluon._runtime import GluonASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 import shardwise.ops as ops
-from shardwise.ops import triton_support
+from shardwise.ops import repeated, triton_support
 from shardwise.ops.attention import planner
 from shardwise.ops.fla import fla
 from shardwise.ops.mamba import flashinfer, metadata
@@ -88,6 +88,11 @@ def call_chain(self, tensors):
         form(grid, pick(tensors), free)
 
 
+def call_repeated(self, pointers):
+    form, grid, free = self._launch
+    form(grid, pointers, free, self._shared)
+
+
 def call_launcher(self, device, key, grid, args, sharing=0, **options):
     compile_for_target(self._kernel, args, options)
 
@@ -102,6 +107,7 @@ def compile_launch(self, *args, grid, warmup, **options):
 def replace_launches():
     triton_support.Form.__call__ = call_form
     triton_support.Chain.__call__ = call_chain
+    repeated.Repeated.__call__ = call_repeated
     triton_support.Launcher.__call__ = call_launcher
     for name, module in list(sys.modules.items()):
         if name.startswith("shardwise.ops.") and hasattr(module, "dependent_launch"):
@@ -110,7 +116,9 @@ def replace_launches():
 
 def replace_packages():
     """Other packages' kernels give something of the right shape; only our kernels around them are looked at."""
-    fla._chunked = lambda q, k, v, g, beta, scale, state=None, *_: (torch.zeros_like(v), state)
+    fla.chunked = lambda q, k, v, g, beta, scale, state=None, *_, **_options: (
+        torch.zeros_like(v) if state is None else (torch.zeros_like(v), state)
+    )
     flashinfer._update = lambda: lambda *_args, **_options: None
     flashinfer_double.install(pytest.MonkeyPatch())
     planner.WORKSPACE_BYTES = 16

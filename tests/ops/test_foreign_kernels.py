@@ -27,14 +27,15 @@ DEVICE = "cpu"
 needs_triton = pytest.mark.skipif(not (TRITON.state[0] and interpreting()), reason="needs triton's interpreter")
 
 
-def chunked(q, k, v, g, beta, scale, state=None, bounds=None, chunks=None):
+def chunked(q, k, v, g, beta, scale, state, bounds=None, chunks=None, offsets=None, *, whole):
     """fla's chunked form: one row of tokens, sequences between `bounds`; o, undefined behind them, and final states."""
     assert q.shape[0] == 1 and state.dtype == torch.float32
     q, k = delta.match_heads(q, k, v)
     cuts = [0, v.shape[1]] if bounds is None else bounds.tolist()
     assert state.shape[0] == len(cuts) - 1
     if bounds is not None:
-        check_chunks(chunks.tolist(), cuts)
+        check_chunks(chunks.tolist(), offsets.tolist(), cuts)
+    assert not whole or cuts[-1] == v.shape[1]
     o, states = torch.full_like(v, float("nan")), []
     for i, (start, stop) in enumerate(zip(cuts, cuts[1:], strict=False)):
         one = [t if t is None else t[:, start:stop] for t in (q, k, v, beta, g)]
@@ -43,11 +44,12 @@ def chunked(q, k, v, g, beta, scale, state=None, bounds=None, chunks=None):
     return o, torch.cat(states)
 
 
-def check_chunks(chunks, cuts):
-    """Every chunk of 64 tokens once and in order, then only some that hold no token."""
+def check_chunks(chunks, offsets, cuts):
+    """Every chunk of 64 tokens once and in order, then only some that hold no token; where each sequence's begin."""
     lengths = [stop - start for start, stop in zip(cuts, cuts[1:], strict=False)]
     expected = [[i, c] for i, length in enumerate(lengths) for c in range(-(-length // 64))]
     assert chunks[: len(expected)] == expected
+    assert offsets == [sum(i < at for i, _ in expected) for at in range(len(cuts))]
     assert all(0 < lengths[i] <= 64 * c for i, c in chunks[len(expected) :])
 
 
@@ -65,7 +67,7 @@ def test_fla_is_given_one_dtype_of_16_bits(changed):
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("name", samples_fla.BATCHES)
 def test_fla_batches_states_and_skipped_slots(monkeypatch, gated, name):
-    monkeypatch.setattr(fla, "_chunked", chunked)
+    monkeypatch.setattr(fla, "chunked", chunked)
     from memory_check import checked_memory
 
     batch = samples_fla.BATCHES[name]
@@ -180,8 +182,6 @@ def test_flashinfer_decode_reads_parts_of_wider_rows(monkeypatch, vectors, decod
 
 @needs_triton
 def test_steps_beside_prompts_of_any_length_share_what_flashinfer_reads(monkeypatch):
-    made = []
-    monkeypatch.setattr(mamba_flashinfer, "Scratch", lambda *args: made.append(args) or Scratch(*args))
     monkeypatch.setattr(mamba_flashinfer, "_update", lambda: selective_state_update)
     mamba_flashinfer._rows_for.cache_clear()
     for length in (5, 9):
@@ -191,7 +191,7 @@ def test_steps_beside_prompts_of_any_length_share_what_flashinfer_reads(monkeypa
         mamba_flashinfer_prefill(monkeypatch, batch, args[-2])
         result = mamba_flashinfer.flashinfer_cached_ssm(*args)
         torch.testing.assert_close(result.double(), expected, rtol=5e-3, atol=2e-2)
-    assert len(made) == 1
+    assert mamba_flashinfer._rows_for.cache_info().currsize == 1
 
 
 def mamba_flashinfer_prefill(monkeypatch, batch, limit):

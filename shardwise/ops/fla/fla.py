@@ -13,6 +13,7 @@ import torch
 from shardwise.ops.attention.batch import Batch, read_batch
 from shardwise.ops.devices import require_one_device
 from shardwise.ops.fla.checks import check_delta
+from shardwise.ops.fla.chunked import chunked
 from shardwise.ops.fla.reference import like_v
 from shardwise.ops.fla.step import Prefill, plan_decode, plan_prefill
 from shardwise.ops.metadata_reports import report_word
@@ -48,32 +49,12 @@ def _half(op: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
         )
 
 
-def _chunked(q, k, v, g, beta, scale, state=None, bounds=None, chunks=None):
-    """o, and the final states where initial ones are given. `chunks` spares fla a look at device memory."""
-    options = {"initial_state": state, "output_final_state": state is not None}
-    cuts = {"cu_seqlens": bounds, "chunk_indices": chunks}
-    if g is not None:
-        from fla.ops.gated_delta_rule import chunk_gated_delta_rule
-
-        return chunk_gated_delta_rule(q, k, v, g, beta, scale=scale, **options, **cuts)
-    # The steps of its gated form, all of which do without a gate. Its plain form wants as many heads of k as of v, and
-    # makes the chunk indices itself; it also takes a launch more and writes what lies between.
-    from fla.ops.common.chunk_delta_h import chunk_gated_delta_rule_fwd_h
-    from fla.ops.common.chunk_o import chunk_fwd_o
-    from fla.ops.gated_delta_rule.chunk_fwd import chunk_gated_delta_rule_fwd_intra
-
-    q, k, v, beta = (t.contiguous() for t in (q, k, v, beta))
-    w, u, _ = chunk_gated_delta_rule_fwd_intra(k, v, beta=beta, **cuts)
-    states, u, final = chunk_gated_delta_rule_fwd_h(k, w, u, **options, **cuts)
-    return chunk_fwd_o(q, k, u, states, scale=scale, **cuts), final
-
-
 def _uncached(op, q, k, v, g, beta, scale):
     check_delta(op, q, k, v, beta, g)
     _half(op, q, k, v)
     if v.numel() == 0:
         return like_v(q, k, v)
-    return _chunked(q, k, v, g, beta, q.shape[-1] ** -0.5 if scale is None else scale)[0].to(v.dtype).contiguous()
+    return chunked(q, k, v, g, beta, q.shape[-1] ** -0.5 if scale is None else scale)
 
 
 @operator(fake=like_v, needs=(FLA,), instead="torch_delta_rule")
@@ -127,8 +108,8 @@ def _cached(op, q, k, v, g, beta, batch_info_host, cu_seqlen, slot_idx, use_init
 
 def _prefill(one: Prefill, q, k, v, beta, g, slots, cache, cu_seqlen, resumes, scale) -> torch.Tensor:
     """Results [1, T, HV, V] of the prefill tokens, their states into the cache."""
-    o, final = _chunked(q, k, v, g, beta, scale, *one.before(cu_seqlen, slots, resumes, cache))
-    out = o.to(v.dtype).contiguous()
+    before = one.before(cu_seqlen, slots, resumes, cache)
+    out, final = chunked(q, k, v, g, beta, scale, *before, whole=one.whole)
     one.after(cu_seqlen, slots, cache, final, out)
     return out
 

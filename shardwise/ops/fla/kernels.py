@@ -55,6 +55,7 @@ def chunks_kernel(
     bounds_ptr,
     safe_ptr,
     chunk_ptr,
+    offset_ptr,
     sequences,
     tokens,
     chunks,
@@ -64,7 +65,7 @@ def chunks_kernel(
     PDL: tl.constexpr,
 ):
     """The bounds made to ascend within the prefill tokens [sequences + 1], which fla trusts them to and good ones do;
-    (sequence, chunk of that sequence) of every chunk [chunks, 2].
+    (sequence, chunk of that sequence) of every chunk [chunks, 2]; chunks before every sequence [sequences + 1].
 
     There is room for as many as there can be; what is left over names a chunk behind the end of the last sequence that
     has tokens, in which fla's kernels find none.
@@ -79,6 +80,9 @@ def chunks_kernel(
         tl.store(safe_ptr, first)
         tl.store(safe_ptr + j + 1, high, mask=j < sequences)
     ends = tl.cumsum(tl.cdiv(high - low, CHUNK), axis=0)
+    if tl.program_id(0) == 0:
+        tl.store(offset_ptr, 0)
+        tl.store(offset_ptr + j + 1, ends.to(tl.int32), mask=j < sequences)
     done = (ends[None, :] <= i[:, None]) & (j < sequences)[None, :]
     sequence = tl.sum(done.to(tl.int32), axis=1)
     chunk = i - tl.max(tl.where(done, ends[None, :], 0), axis=1).to(tl.int32)

@@ -45,23 +45,28 @@ class Prefill:
     """Allocates [sequences + 1]"""
     chunks: Callable[[], Tensor]
     """Allocates int32 [chunks or more, 2]"""
+    offsets: Callable[[], Tensor]
+    """Allocates int32 [sequences + 1]"""
     cut: Launch | None
     """None where one sequence has all tokens: fla needs no bounds"""
     finish: Launch
     word: Tensor
     """For reports"""
+    whole: bool
+    """Whether all tokens of the step are prefill tokens"""
 
     def before(
         self, cu_seqlen: Tensor, slots: Tensor, resumes: Tensor, cache: Tensor
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """States before the first tokens; bounds that fla can trust; (sequence, chunk) of every chunk."""
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        """States before the first tokens; bounds that fla can trust; (sequence, chunk) of every chunk; the number of
+        chunks before every sequence."""
         state = self.states()
         self.load.form(self.load.grid, (cu_seqlen, slots, resumes, cache, state), self.load.free)
         if self.cut is None:
-            return state, None, None
-        bounds, chunks = self.bounds(), self.chunks()
-        self.cut.form(self.cut.grid, (cu_seqlen, bounds, chunks), self.cut.free)
-        return state, bounds, chunks
+            return state, None, None, None
+        bounds, chunks, offsets = self.bounds(), self.chunks(), self.offsets()
+        self.cut.form(self.cut.grid, (cu_seqlen, bounds, chunks, offsets), self.cut.free)
+        return state, bounds, chunks, offsets
 
     def after(self, cu_seqlen: Tensor, slots: Tensor, cache: Tensor, final: Tensor, out: Tensor) -> None:
         """Final states into the cache; zeros for tokens without a state and for padding, in `out` [1, T, HV, V]."""
@@ -98,16 +103,21 @@ def plan_prefill(
     )
     count = min(batch.prefill_tokens, -(-batch.prefill_tokens // CHUNK) + sequences - 1)
     bounds, chunks = allocator((sequences + 1,), cu_seqlen.dtype, device), allocator((count, 2), torch.int32, device)
+    offsets = allocator((sequences + 1,), torch.int32, device)
     alone = sequences == 1 and batch.prefill_tokens == tokens
     cut = None if alone else Launch(
         _chunks.form_for(
-            device, (cu_seqlen, bounds(), chunks()), (CHUNK, max(_power(sequences), 2), 128, pdl), warps=4, pdl=pdl
+            device,
+            (cu_seqlen, bounds(), chunks(), offsets()),
+            (CHUNK, max(_power(sequences), 2), 128, pdl),
+            warps=4,
+            pdl=pdl,
         ),
         (-(-count // 128), 1, 1),
         (sequences, batch.prefill_tokens, count),
     )  # fmt: skip
     make = allocator((sequences, heads, keys, values), torch.float32, device)
-    return Prefill(make, load, bounds, chunks, cut, finish, word)
+    return Prefill(make, load, bounds, chunks, offsets, cut, finish, word, batch.prefill_tokens == tokens)
 
 
 def plan_decode(

@@ -262,7 +262,7 @@ def test_fla_gets_bounds_that_ascend_within_the_prefill_tokens(monkeypatch, kind
     out, batch = torch.zeros(1, 78, 2, 16, device=DEVICE), CountedBatch(SEQUENCES, TOKENS, 3)
     one = plan_prefill("fla_cached_delta_rule", batch, out, bounds, slots, slots > 0, cache)
     with checked(monkeypatch):
-        states, safe, chunks = one.before(bounds, slots, slots > 0, cache)
+        states, safe, chunks, offsets = one.before(bounds, slots, slots > 0, cache)
         one.after(bounds, slots, cache, states, out)
     if kind != "good":
         assert reported().startswith("fla_cached_delta_rule: in an earlier call cu_seqlen holds")
@@ -273,4 +273,5 @@ def test_fla_gets_bounds_that_ascend_within_the_prefill_tokens(monkeypatch, kind
     lengths = [b - a for a, b in zip(cuts, cuts[1:], strict=False)]
     expected = [[i, c] for i, length in enumerate(lengths) for c in range(-(-length // 64))]
     assert chunks[: len(expected)].tolist() == expected
+    assert offsets.diff().tolist() == [-(-length // 64) for length in lengths] and not offsets[0]
     assert all(0 <= i < SEQUENCES and lengths[i] <= 64 * c for i, c in chunks[len(expected) :].tolist())
