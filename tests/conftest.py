@@ -78,6 +78,14 @@ def pytest_runtest_protocol(item):
         return (yield)
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    """Before its fixtures: what a test draws does not depend on the tests before it, and a failure can be repeated."""
+    torch.default_generator.manual_seed(0)  # torch.manual_seed notes a stack for CUDA at each call: 0.4 ms and more
+    if torch.cuda.is_available():
+        torch.cuda.manual_seed_all(0)
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_runtest_teardown(item):
     """End the process when this test broke its CUDA context."""
