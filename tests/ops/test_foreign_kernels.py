@@ -19,7 +19,6 @@ from shardwise.ops.mamba import ssm
 from shardwise.ops.mamba.scan import Prefill
 from shardwise.ops.registry import TRITON
 from shardwise.ops.rope import flashinfer as rope_flashinfer
-from shardwise.ops.scratch import Scratch
 from shardwise.ops.triton_support import interpreting
 from shardwise.plan_cache import PlanCache
 
@@ -27,7 +26,7 @@ DEVICE = "cpu"
 needs_triton = pytest.mark.skipif(not (TRITON.state[0] and interpreting()), reason="needs triton's interpreter")
 
 
-def chunked(q, k, v, g, beta, scale, state, bounds=None, chunks=None, offsets=None, *, whole):
+def chunked(q, k, v, g, beta, scale, tokens, state, bounds=None, chunks=None, offsets=None):
     """fla's chunked form: one row of tokens, sequences between `bounds`; o, undefined behind them, and final states."""
     assert q.shape[0] == 1 and state.dtype == torch.float32
     q, k = delta.match_heads(q, k, v)
@@ -35,7 +34,7 @@ def chunked(q, k, v, g, beta, scale, state, bounds=None, chunks=None, offsets=No
     assert state.shape[0] == len(cuts) - 1
     if bounds is not None:
         check_chunks(chunks.tolist(), offsets.tolist(), cuts)
-    assert not whole or cuts[-1] == v.shape[1]
+    assert cuts[-1] == tokens
     o, states = torch.full_like(v, float("nan")), []
     for i, (start, stop) in enumerate(zip(cuts, cuts[1:], strict=False)):
         one = [t if t is None else t[:, start:stop] for t in (q, k, v, beta, g)]

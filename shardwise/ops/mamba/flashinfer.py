@@ -13,6 +13,7 @@ from shardwise.ops.mamba.scan import Inputs
 from shardwise.ops.mamba.ssm import Backend, like_hidden, run_step
 from shardwise.ops.metadata_reports import report_word
 from shardwise.ops.registry import FLASHINFER, TRITON, operator
+from shardwise.ops.repeated import Repeated
 from shardwise.ops.scratch import Scratch
 from shardwise.ops.triton_support import Kept, Kernel, Launch
 from shardwise.plan_cache import View, allocator, view
@@ -67,8 +68,8 @@ class _Decode:
     at multiples of 16 bytes. For a token without a slot it computes something from an empty state.
     """
 
-    ready: Launch
-    rows: Scratch[_Rows]
+    ready: Scratch[tuple[Repeated, tuple]]
+    """Our kernel, and what FlashInfer's reads"""
     out: View
     """Where the result has the decode tokens, [tokens, H, P]"""
 
@@ -121,23 +122,20 @@ def _plan_decode(op: str, one: Inputs, batch: Batch) -> _Decode:
         + (heads // groups, size, states, 1 << (heads - 1).bit_length(), BLOCK),
         warps=4,
     )
-    parts = -(-max(inner, outer) // BLOCK)
-    return _Decode(
-        Launch(
-            ready,
-            (count, parts, 1),
-            (batch.prefill_tokens, batch.prefill, heads, one.cache.shape[0], one.low, one.high),
-        ),
-        scratch,
-        ((count, heads, size), (inner, size, 1), batch.prefill_tokens * inner),
-    )
+    free = batch.prefill_tokens, batch.prefill, heads, one.cache.shape[0], one.low, one.high
+    launch = Launch(ready, (count, -(-max(inner, outer) // BLOCK), 1), free)
+
+    def make() -> tuple[Repeated, tuple]:
+        made, read = scratch.take()
+        return Repeated(device, launch, made), read
+
+    return _Decode(Scratch(device, count, make), ((count, heads, size), (inner, size, 1), batch.prefill_tokens * inner))
 
 
 def _decode(op: str, plan: _Decode, given: tuple[torch.Tensor, ...], out: torch.Tensor) -> None:
-    form, grid, free = plan.ready
-    made, read = plan.rows.take()
-    form(grid, (*given[:8], out), free, made)
+    launch, read = plan.ready.take()
     cache = given[8]
+    launch((*given[:8], out))
     try:
         _update()(cache, *read, out=view(out, *plan.out))
     except RuntimeError:  # all else that FlashInfer refuses is refused before
