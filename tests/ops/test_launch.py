@@ -1,12 +1,13 @@
 """Cached launches: what makes a new compiled form, and what the compiled form is called with."""
 
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from shardwise import kernel_start
-from shardwise.ops import nvcc, triton_support
+from shardwise.ops import nvcc, repeated, triton_support
 from shardwise.ops.registry import NVCC, OperatorUnavailable
 
 DEVICE = torch.device("cpu")
@@ -146,6 +147,34 @@ def test_a_chain_that_another_thread_is_binding_launches_all_its_kernels(jit, mo
     monkeypatch.setattr(triton_support.Form, "bound", meeting)
     chain(tensors)
     assert met and len(jit.forms[0].calls) == len(second.forms[0].calls) == 1
+
+
+def test_a_repeated_launch_passes_the_addresses_of_each_call(jit, monkeypatch):
+    monkeypatch.setattr(repeated, "current_device", lambda: None)
+    monkeypatch.setattr(repeated, "MOST", 2)
+    form, shared = triton_support.Kernel(jit).form(DEVICE, (16,), warps=4), torch.zeros(8)
+    launch = triton_support.Launch(form, (2, 1, 1), (3,))
+    again = repeated.Repeated(DEVICE, launch, triton_support.Kept((shared,)))
+    tensors = [torch.zeros(8) for _ in range(3)]
+    odd = tensors[0][1:]  # for which the kernel is compiled anew
+    order = [tensors[0], tensors[0], odd, odd, tensors[1], tensors[2], tensors[0], tensors[0]]
+    for x in order:
+        again((x,))
+    assert len(jit.compilations) == 2
+    called = [((2, 1, 1), (x.data_ptr(), shared.data_ptr(), 3, 16)) for x in order]
+    assert jit.forms[0].calls == [called[1], *called[4:]] and jit.forms[1].calls == [called[3]]
+
+
+def test_a_recorder_is_told_of_repeated_launches(jit, monkeypatch):
+    monkeypatch.setattr(repeated, "current_device", lambda: None)
+    form, told = triton_support.Kernel(jit).form(DEVICE, (16,), warps=4), []
+    again = repeated.Repeated(DEVICE, triton_support.Launch(form, (1, 1, 1), ()), triton_support.NONE)
+    x = torch.zeros(8)
+    again((x,))
+    recorder = SimpleNamespace(launched=lambda start, grid, args: told.append((grid, args)))
+    monkeypatch.setitem(triton_support.recorders, threading.get_ident(), recorder)
+    again((x,))
+    assert told == [((1, 1, 1), (x, 16))]
 
 
 def test_a_number_that_outgrows_its_32_bits_is_compiled_for_anew(jit, monkeypatch):
