@@ -1,17 +1,29 @@
 """What every group on the peer-to-peer kernels must do, on GPUs and in Triton's interpreter on the CPU."""
 
 import itertools
+import math
 
 import torch
 
 from shardwise.comm.p2p.fp8 import LANE_VALUES
 from shardwise.comm.p2p.launch import FP8_LANES
+from shardwise.comm.watch import FLIGHT
 
 EPS = 1e-5
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 STRATEGIES = ("ONESHOT", "TWOSHOT", "AUTO", "MIN_LATENCY")
 SHAPES = ((1, 4096), (3, 2880), (1, 7168), (70, 1024), (2, 1003), (9, 24))
 CASES = [(dtype, shape) for dtype in DTYPES for shape in SHAPES]
+GATHERS = [
+    (torch.bfloat16, (1, 4096), 0),
+    (torch.bfloat16, (3, 512), -1),
+    (torch.bfloat16, (3, 8), -1),
+    (torch.int64, (3, 5, 2), 1),
+    (torch.uint8, (13,), 0),
+    (torch.uint8, (2, 7), -1),
+    (torch.float32, (1, 1), -1),
+    (torch.complex64, (5, 3), 0),
+]
 FEW_CASES = [(torch.bfloat16, shape) for shape in ((3, 2880), (70, 1024), (2, 1003))]
 """For ranks that share a process: each compiles its own kernels, one after another."""
 
@@ -88,6 +100,57 @@ def check_fused(group, cases=CASES, strategies=STRATEGIES) -> None:
         assert all(torch.equal(result, results[0]) for result in results), "strategies agree in every bit"
         digests = group.fallback.all_gather_object(results[0].view(torch.uint8).numpy().tobytes())
         assert all(digest == digests[0] for digest in digests), "ranks agree in every bit"
+
+
+def check_repeats(group) -> None:
+    """Calls of one layout: what follows from it is kept, and every call is recorded, also of tensors that begin where
+    the kernels' accesses may not, and after the mode has changed."""
+    weight = torch.ones(96).bfloat16().to(device_of(group))
+    for turn, (first, deterministic) in enumerate(itertools.product((0, 0, 3, 3), (False, True))):
+        parts = everyones(group.size, (2, 96), torch.bfloat16, 500 + turn)
+        expected, group.deterministic = rounded_sum(parts), deterministic
+        x = torch.empty(first + 192, dtype=torch.bfloat16, device=device_of(group))[first:].view(2, 96)
+        x.copy_(parts[group.rank])
+
+        def call(x=x):
+            return group.all_reduce(x), *group.all_reduce_residual_rms_norm(x, x, weight, EPS), group.all_gather(x, 1)
+
+        warm(group, call)
+        before = group.sequence
+        total, normed, stream, joined = call()
+        group.synchronize()
+        assert torch.equal(total.cpu(), expected)
+        assert torch.equal(stream.cpu(), (expected.float() + parts[group.rank].float()).bfloat16())
+        assert_close(normed, torch.nn.functional.rms_norm(stream.cpu().double(), (96,), eps=EPS))
+        assert torch.equal(joined.cpu(), torch.cat(parts, 1))
+        rows = [row for row in FLIGHT.rows() if row["rank"] == group.ranks[group.rank]][-3:]
+        assert [row["op"] for row in rows] == ["all_reduce", "all_reduce_residual_rms_norm", "all_gather"]
+        assert [row["sequence"] for row in rows] == [before + 1, before + 2, before + 3]
+        assert all(row["shape"] == [2, 96] and row["end"] >= row["begin"] for row in rows)
+    group.deterministic = False
+
+
+def check_gathers(group) -> None:
+    """Bytes arrive as they are, whatever they mean, from any address, in any number, again and again."""
+    for i, (dtype, shape, dim) in enumerate(GATHERS):
+        generator = torch.Generator().manual_seed(400 + i)
+        nbytes = math.prod(shape) * dtype.itemsize
+        parts = [torch.randint(256, (nbytes,), generator=generator, dtype=torch.uint8) for _ in range(group.size)]
+        for part in parts:
+            part[: nbytes // 2] = 255
+        expected = torch.cat([part.view(*shape, dtype.itemsize) for part in parts], dim % len(shape))
+        memory = torch.zeros(math.prod(shape) + i % 2, dtype=dtype, device=device_of(group))
+        x = memory[i % 2 :].view(shape)
+        x.copy_(parts[group.rank].view(dtype).view(shape))
+        if i % 3 == 2:
+            x = x.mT.contiguous().mT
+        warm(group, lambda x=x, dim=dim: group.all_gather(x, dim))
+        for _ in range(2):
+            joined = group.all_gather(x, dim)
+            group.synchronize()
+            assert joined.dtype == dtype and joined.is_contiguous()
+            found = joined.cpu().view(-1).view(torch.uint8).view(expected.shape)
+            assert torch.equal(found, expected), (dtype, shape, dim)
 
 
 def check_pieces(group) -> None:

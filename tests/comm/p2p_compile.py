@@ -9,7 +9,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from shardwise.comm.p2p import one_shot, table, two_shot
+from shardwise.comm.p2p import gather, one_shot, table, two_shot
 
 INTEGERS = {"abort": "i64", "records": "i64", "region_bytes": "i64", "deadline_ns": "i64"}
 SIZES = {"rows": "i64", "width": "i32", "total_elements": "i64", "chunks": "i64"}
@@ -31,6 +31,22 @@ def compiled(tuning, world: int, fused: bool, aligned: bool, dtype: str, lanes: 
     if tuning.registers and aligned and lanes == 32 * warps(tuning, lanes):
         options["maxnreg"] = tuning.registers
     return triton.compile(ASTSource(kernel, signature, constants), target=GPUTarget("cuda", 90, 32), options=options)
+
+
+def compiled_gather(world: int):
+    constants = {
+        "WORLD": world,
+        "RANK": world - 1,
+        "LANES": table.GATHER.lanes,
+        "ALIGNED": True,
+        "PAUSING": 0,
+        "PDL": True,
+    }
+    signature = {"x": "*u8", "out": "*u8", "slots": ("i64",) * world, "counters": "*i32", **INTEGERS}
+    signature |= dict.fromkeys(("rows", "stretch", "total"), "i32") | dict.fromkeys(constants, "constexpr")
+    options = {"num_warps": table.GATHER.warps, "launch_pdl": True}
+    source = ASTSource(gather.gather, signature, constants)
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
 
 
 def warps(tuning, lanes: int) -> int:
@@ -63,23 +79,25 @@ def main() -> None:
         if case in seen:
             continue
         seen.add(case)
-        code = compiled(*case)
-        registers, stack = resources(code.asm["cubin"])
-        ptx = code.asm["ptx"]
-        print(
-            json.dumps(
-                {
-                    "case": str(case),
-                    "warps": warps(tuning, lanes),
-                    "registers": registers,
-                    "stack": stack,
-                    "pushes": ptx.count("st.relaxed.sys.global.v4.b32"),
-                    "looks": ptx.count("ld.relaxed.sys.global.v4.b32"),
-                    "dependent_launch": "griddepcontrol.wait" in ptx,
-                    "multicast": "multimem" in ptx,
-                }
-            )
-        )
+        show(str(case), compiled(*case), warps(tuning, lanes))
+    for world in (2, 4, 8):
+        show(f"gather, world {world}", compiled_gather(world), table.GATHER.warps)
+
+
+def show(case: str, code, warps: int) -> None:
+    registers, stack = resources(code.asm["cubin"])
+    ptx = code.asm["ptx"]
+    row = {
+        "case": case,
+        "warps": warps,
+        "registers": registers,
+        "stack": stack,
+        "pushes": ptx.count("st.relaxed.sys.global.v4.b32"),
+        "looks": ptx.count("ld.relaxed.sys.global.v4.b32"),
+        "dependent_launch": "griddepcontrol.wait" in ptx,
+        "multicast": "multimem" in ptx,
+    }
+    print(json.dumps(row))
 
 
 if __name__ == "__main__":

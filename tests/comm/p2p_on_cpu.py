@@ -10,9 +10,11 @@ import pytest
 import torch
 from quick_interpreter import patch_once_a_launch
 
+from shardwise.comm.arguments import as_bytes
 from shardwise.comm.base import CollectiveTimeout, CommError
 from shardwise.comm.p2p import launch
 from shardwise.comm.p2p.communicator import P2PCommunicator
+from shardwise.comm.p2p.gather import gather
 from shardwise.comm.p2p.launch import Launcher
 from shardwise.comm.p2p.table import Tuning
 from shardwise.comm.p2p.workspace import COUNTERS, HEADER_BYTES, RECORDS, SLOTS, P2PUnavailable, Workspace
@@ -74,7 +76,9 @@ class InterpretedLauncher(Launcher):
     def _compiled(self, kernel, positional, options):
         return launch.Ready(kernel, options, (), resident=3)
 
-    def _start(self, ready, grid, tensors, numbers) -> None:
+    def _start(self, ready, grid, tensors, numbers, addresses=None) -> None:
+        if ready.kernel is gather:
+            tensors = map(as_bytes, tensors)
         ready.kernel[(grid,)](*tensors, *self._places, *numbers, **ready.options)
 
 
@@ -125,6 +129,8 @@ def conformance(info: RankInfo, store, folder: str) -> None:
     if not few:
         p2p_checks.check_pieces(group)
         p2p_checks.check_low_precision(group, (2003,), (torch.bfloat16,), in_place=False)
+    p2p_checks.check_gathers(group)
+    p2p_checks.check_repeats(group)
     check_variants(group)
     group.barrier()
     assert group.workspace.all_armed(), "every word that was pushed was taken and armed again"
@@ -213,8 +219,10 @@ def missing_rank(info: RankInfo, fallback, folder: str) -> None:
 def aborted(info: RankInfo, fallback, folder: str) -> None:
     group = join(fallback, folder)
     if info.rank == 0:
-        group.all_reduce(torch.ones(64), strategy="ONESHOT")
-        with pytest.raises(CommError, match="aborted by a rank of the group"):
+        group.all_gather(torch.ones(64))
+        with pytest.raises(
+            CommError, match=r"aborted by a rank of the group; call \d+ \(all-gather\) never received rank 1's"
+        ):
             group.synchronize()
     else:
         time.sleep(0.5)

@@ -14,6 +14,7 @@ from shardwise.comm.p2p.workspace import COUNTERS
 
 tl = pytest.importorskip("triton.language")
 arithmetic = pytest.importorskip("shardwise.comm.p2p.arithmetic")
+gather = pytest.importorskip("shardwise.comm.p2p.gather").gather
 one_shot = pytest.importorskip("shardwise.comm.p2p.one_shot").one_shot
 two_shot = pytest.importorskip("shardwise.comm.p2p.two_shot").two_shot
 asm = pytest.importorskip("shardwise.comm.p2p.asm")
@@ -248,3 +249,44 @@ def test_a_word_that_means_not_arrived_is_sent_as_another_nan():
     assert sent.view(torch.float32)[5].isnan()
     assert out[0, 5].isnan()
     assert out.isnan().sum() == 1
+
+
+def halves(values: torch.Tensor) -> torch.Tensor:
+    """Bytes as a gather sends them, two in a word, eight in a chunk."""
+    padded = torch.zeros(-(-values.numel() // 8) * 8, dtype=torch.uint8)
+    padded[: values.numel()] = values.view(torch.uint8)
+    return padded[0::2].int() | padded[1::2].int() << 8
+
+
+@pytest.mark.parametrize("aligned", [True, False])
+@pytest.mark.parametrize("world, rank", [(2, 0), (4, 2), (8, 5)])
+@pytest.mark.parametrize("total, stretch", [(640, 64), (8, 8), (51, 17)])
+def test_a_gather_lays_every_byte_in_its_place(world, rank, total, stretch, aligned):
+    lanes, call = 32, 3
+    rows = -(-total // (lanes * 8))
+    x = [torch.arange(total).add(source).to(torch.int8) for source in range(world)]
+    x[rank][:8] = -1
+    slots = Slots(world, rows, lanes)
+    for source in set(range(world)) - {rank}:
+        sent = halves(x[source])
+        whole_region(slots, rank, source, call)[: sent.numel()] = sent
+    out, counters = torch.zeros(world * total, dtype=torch.int8), torch.full((COUNTERS,), call, dtype=torch.int32)
+    abort, records = torch.zeros(1, dtype=torch.int32), torch.zeros(world, dtype=torch.int64)
+    gather[(2,)](
+        x[rank], out, slots.addresses, counters, abort.data_ptr(), records.data_ptr(), slots.region_words * 4, 10**9,
+        rows, stretch, total,
+        WORLD=world, RANK=rank, LANES=lanes, ALIGNED=aligned and stretch % 8 == 0, PAUSING=0, PDL=False,
+    )  # fmt: skip
+    assert torch.equal(out, torch.stack([part.view(-1, stretch) for part in x], 1).view(-1))
+    assert slots.memory[rank].eq(ARMED).all(), "what was taken is armed again"
+    assert counters.eq(call + 1).all()
+    for peer in set(range(world)) - {rank}:
+        sent = whole_region(slots, peer, rank, call)
+        count = halves(x[rank]).numel()
+        assert torch.equal(sent[:count], halves(x[rank]))
+        assert sent[count:].eq(ARMED).all(), "nothing is sent past the end"
+
+
+def whole_region(slots: Slots, owner: int, source: int, call: int) -> torch.Tensor:
+    first = slots.row(owner, source, call & 1, 0)
+    return first.as_strided((slots.region_words,), (1,), first.storage_offset())

@@ -7,6 +7,7 @@
     rows.py          what the kernels do with a row
     one_shot.py      every rank gets all contributions; plain, and fused with residual add and RMSNorm
     two_shot.py      each rank sums a part and pushes the sums; the same operations
+    gather.py        one-shot all-gather of any type, along any dimension
     fp8.py           one-shot that sends e4m3 with scales
     cuda.py          the few CUDA runtime calls that PyTorch lacks: plain device memory and its IPC handles
     workspace.py     the buffers, their exchange, what says that a wait gave up

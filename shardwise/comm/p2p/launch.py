@@ -2,17 +2,19 @@
 
 import math
 import threading
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from shardwise.comm.arguments import as_bytes
 from shardwise.comm.p2p import fp8
 from shardwise.comm.p2p.bulk import STAGE_BYTES
+from shardwise.comm.p2p.gather import DATA_BYTES, gather
 from shardwise.comm.p2p.one_shot import one_shot
-from shardwise.comm.p2p.table import Tuning
+from shardwise.comm.p2p.table import GATHER, Tuning
 from shardwise.comm.p2p.two_shot import two_shot
 from shardwise.comm.p2p.workspace import COUNTERS, Workspace
 from shardwise.kernel_start import Start, start_of
@@ -27,6 +29,7 @@ LAST_ROWS = 4
 """Rows that a pushing block of two-shot finishes at the end: with one 256 x 7168 takes 26 us, so 24 (four H200)."""
 KEPT = 4096
 """Calls whose launches are kept; prompts come in many lengths."""
+NO_NORM = (0.0, 0.0)
 _SHARED_RESERVE = 3 << 10
 """What a block takes of it beside the stage: the system's KiB, and sums across warps."""
 
@@ -77,24 +80,26 @@ class Ready:
 
 
 @dataclass(frozen=True)
-class _Piece:
+class Piece:
     """A launch that serves a call or a part of it, but for addresses and deadline."""
 
     ready: Ready
     grid: int
     sizes: tuple[int, ...]
     """Rows, their width, elements, chunks of a row; of two-shot also its blocks that push, and from which turn on these
-    take sums."""
-    extent: slice | None
+    take sums. Of a gather: rows, bytes that stay together, bytes."""
+    extent: slice | None = None
     """Elements of the tensors; None: all."""
+    fused: bool = False
 
-    def of(self, tensors: Sequence[Tensor], fused: bool) -> Sequence[Tensor]:
-        if self.extent is None:
-            return tensors
+    def of(self, tensors: Sequence[Tensor], extent: slice) -> Sequence[Tensor]:
         return [
-            tensor if fused and place == _WEIGHT else tensor.view(-1)[self.extent]
+            tensor if self.fused and place == _WEIGHT else tensor.view(-1)[extent]
             for place, tensor in enumerate(tensors)
         ]
+
+
+Pieces = tuple[Piece, ...]
 
 
 def places(workspace: Workspace) -> tuple:
@@ -123,13 +128,15 @@ class Launcher:
         # Blocks of the next launch that wait where another rank's blocks must run would keep those from starting.
         self.pdl = (properties.major >= 9 if pdl is None else pdl) and workspace.sharers == 1
         self._kernels: dict[tuple, Ready] = {}
-        self._kept: dict[Hashable, tuple[_Piece, ...]] = {}
+        self._kept: dict[Hashable, Pieces] = {}
         self._places = places(workspace)
         self._addresses = tuple(each.data_ptr() if isinstance(each, Tensor) else each for each in self._places)
 
-    def all_reduce(self, x: Tensor, out: Tensor, tuning: Tuning, *, launch: bool = True) -> None:
+    def all_reduce(self, x: Tensor, out: Tensor, tuning: Tuning, *, launch: bool = True) -> Pieces:
         """out = sum of x over the ranks. Same shape and dtype; `out` may be `x`. `launch=False` compiles only."""
-        self._run(x.numel(), (x, x, x, out, out), tuning, 0.0, 0.0, False, launch)
+        tensors = (x, x, x, out, out)
+        pieces = self._pieces(x.numel(), tensors, tuning, False)
+        return self.launch(pieces, tensors, NO_NORM) if launch else pieces
 
     def fused(
         self,
@@ -143,9 +150,11 @@ class Launcher:
         tuning: Tuning,
         *,
         launch: bool = True,
-    ) -> None:
+    ) -> Pieces:
         """residual_out = sum of x over the ranks + residual; out = its RMSNorm times (weight + weight_bias)."""
-        self._run(x.shape, (x, residual, weight, out, residual_out), tuning, eps, weight_bias, True, launch)
+        tensors = (x, residual, weight, out, residual_out)
+        pieces = self._pieces(x.shape, tensors, tuning, True)
+        return self.launch(pieces, tensors, (eps, weight_bias)) if launch else pieces
 
     def low_precision(self, x: Tensor, out: Tensor) -> None:
         """out = sum of x over the ranks, each sent as e4m3 (fp8.py). Flat, bfloat16 or float16; `out` may be `x`."""
@@ -169,6 +178,26 @@ class Launcher:
                 ready = self._kernels[key] = self._compiled(fp8.one_shot_fp8, positional, options)
             self._start(ready, min(rows, ready.resident, COUNTERS), (x, out), numbers)
 
+    def gather(self, x: Tensor, out: Tensor, stretch: int, *, launch: bool = True) -> Pieces:
+        """out [n, ranks, stretch] = the x [n, stretch] of all ranks, both in bytes, of any shapes and type."""
+        tensors = as_bytes(x), as_bytes(out)
+        total = tensors[0].numel()
+        rows = -(-total // (GATHER.lanes * DATA_BYTES))
+        aligned = stretch % DATA_BYTES == 0 and _aligned(tensors)
+        key = (GATHER, aligned)
+        with self.workspace.on_device():
+            ready = self._kernels.get(key)
+            if ready is None:
+                options = self._options(GATHER.lanes, aligned, {}, GATHER.pausing, GATHER.warps)
+                positional = (*tensors, *self._places, self.deadline_ns, rows, stretch, total)
+                ready = self._kernels[key] = self._compiled(gather, positional, options)
+        pieces = (Piece(ready, min(rows, self._room(ready, GATHER)), (rows, stretch, total)),)
+        return self.launch(pieces, tensors) if launch else pieces
+
+    def gathers(self, nbytes: int) -> bool:
+        """True when one call can take `nbytes` of each rank."""
+        return -(-nbytes // DATA_BYTES) * CHUNK_BYTES <= self.workspace.region_bytes
+
     def fits(self, x: Tensor, tuning: Tuning) -> bool:
         """True when a call can take at least one row of x [..., H]."""
         return self.rows_that_fit(-(-x.shape[-1] * x.element_size() // CHUNK_BYTES) * CHUNK_BYTES, tuning.strategy) > 0
@@ -178,24 +207,35 @@ class Launcher:
         rows = self.workspace.region_bytes // row_bytes
         return rows if strategy == "ONESHOT" else rows // 2 * self.workspace.size
 
-    def _run(
-        self, size: Hashable, tensors: Sequence[Tensor], tuning: Tuning, eps: float, weight_bias: float, fused: bool,
-        launch: bool,
-    ) -> None:  # fmt: skip
-        """`size`: number of elements, or the shape when fused."""
-        with self.workspace.on_device():
-            key = (size, tensors[0].dtype, _aligned(tensors), tuning)
-            pieces = self._kept.get(key)
-            if pieces is None:
-                if len(self._kept) >= KEPT:
-                    self._kept.clear()
-                pieces = self._kept[key] = tuple(self._pieces(tensors, tuning, fused, key[2]))
-            if launch:
-                for piece in pieces:
-                    numbers = (self.deadline_ns, *piece.sizes, eps, weight_bias)
-                    self._start(piece.ready, piece.grid, piece.of(tensors, fused), numbers)
+    def launch(
+        self, pieces: Pieces, tensors: Sequence[Tensor], norm: tuple[float, ...] = (),
+        addresses: Sequence[int] | None = None,
+    ) -> Pieces:  # fmt: skip
+        """What a call returned, on tensors of the same layout, whose addresses may be known.
 
-    def _pieces(self, tensors: Sequence[Tensor], tuning: Tuning, fused: bool, aligned: bool) -> Iterator[_Piece]:
+        norm  eps and weight_bias, which gathers have not
+        """
+        with self.workspace.on_device():
+            for piece in pieces:
+                numbers = (self.deadline_ns, *piece.sizes, *norm)
+                if piece.extent is None:
+                    self._start(piece.ready, piece.grid, tensors, numbers, addresses)
+                else:
+                    self._start(piece.ready, piece.grid, piece.of(tensors, piece.extent), numbers)
+        return pieces
+
+    def _pieces(self, size: Hashable, tensors: Sequence[Tensor], tuning: Tuning, fused: bool) -> Pieces:
+        """`size`: number of elements, or the shape when fused."""
+        key = (size, tensors[0].dtype, _aligned(tensors), tuning)
+        pieces = self._kept.get(key)
+        if pieces is None:
+            if len(self._kept) >= KEPT:
+                self._kept.clear()
+            with self.workspace.on_device():
+                pieces = self._kept[key] = tuple(self._cut(tensors, tuning, fused, key[2]))
+        return pieces
+
+    def _cut(self, tensors: Sequence[Tensor], tuning: Tuning, fused: bool, aligned: bool) -> Iterator[Piece]:
         """The launches of a call: one, or as many as the workspace's region asks for."""
         x = tensors[0]
         rows = (
@@ -215,16 +255,20 @@ class Launcher:
             sizes = (rows.count, rows.width, rows.total, rows.chunks, *self._roles(rows.count, 1, tuning)[1])
             numbers = (self.deadline_ns, *sizes, 0.0, 0.0)
             ready = self._kernels[key] = self._ready(rows, tuning, (*tensors, *self._places, *numbers), fused)
-        room = min(ready.resident, tuning.blocks_per_sm * self.multiprocessors, COUNTERS)
+        room = self._room(ready, tuning)
         for first in range(0, rows.count, limit):
             count = min(limit, rows.count - first)
             start, stop = first * rows.width, min(rows.total, (first + count) * rows.width)
             grid, roles = self._roles(count, room, tuning)
             extent = None if count == rows.count else slice(start, stop)
-            yield _Piece(ready, grid, (count, rows.width, stop - start, rows.chunks, *roles), extent)
+            yield Piece(ready, grid, (count, rows.width, stop - start, rows.chunks, *roles), extent, fused)
+
+    def _room(self, ready: Ready, tuning: Tuning) -> int:
+        """Blocks that a launch may have."""
+        return min(ready.resident, tuning.blocks_per_sm * self.multiprocessors, COUNTERS)
 
     def _roles(self, rows: int, room: int, tuning: Tuning) -> tuple[int, tuple[int, ...]]:
-        """(blocks of a launch, at most `room`; of two-shot what its blocks do, as `_Piece.sizes` ends)."""
+        """(blocks of a launch, at most `room`; of two-shot what its blocks do, as `Piece.sizes` ends)."""
         if tuning.strategy == "ONESHOT":
             return min(rows, room), ()
         peers = self.workspace.size - 1
@@ -279,10 +323,12 @@ class Launcher:
             start_of(compiled), options, constants, max(1, per_sm * self.multiprocessors // self.workspace.sharers)
         )
 
-    def _start(self, ready: Ready, grid: int, tensors: Sequence[Tensor], numbers: tuple) -> None:
+    def _start(
+        self, ready: Ready, grid: int, tensors: Sequence[Tensor], numbers: tuple, addresses: Iterable[int] | None = None
+    ) -> None:
         """Past Triton's look-up of the compiled kernel, which takes longer than the rest of a launch. By addresses: of
         each tensor Triton asks the driver where it lies."""
         start, stream_of, rest = ready.kernel
-        addresses = map(Tensor.data_ptr, tensors)
+        addresses = addresses or map(Tensor.data_ptr, tensors)
         stream = stream_of(self.workspace.device)
         start(grid, 1, 1, stream, *rest, *addresses, *self._addresses, *numbers, *ready.constants)

@@ -11,7 +11,7 @@ from shardwise.comm.p2p import arithmetic, bulk, memory, workspace
 from shardwise.comm.p2p.asm import INTERPRET
 
 _COUNTERS = tl.constexpr(workspace.COUNTERS)
-_TOGETHER = tl.constexpr(4)
+TOGETHER = tl.constexpr(4)
 """Ranks whose contributions are waited for at once: with eight, rows of 1024 chunks spill registers."""
 
 
@@ -156,7 +156,7 @@ def finish(
 
 
 @triton.jit
-def _contribution(own, arrived, first: tl.constexpr, source: tl.constexpr, RANK: tl.constexpr):
+def contribution(own, arrived, first: tl.constexpr, source: tl.constexpr, RANK: tl.constexpr):
     """The source's chunk; `arrived` holds those of the peers from rank `first` on."""
     if source == RANK:
         return own
@@ -166,25 +166,38 @@ def _contribution(own, arrived, first: tl.constexpr, source: tl.constexpr, RANK:
 
 
 @triton.jit
+def take(
+    slots, parity, region_bytes, row, chunks, lane, mask, abort, records, what, deadline_ns, first: tl.constexpr,
+    WORLD: tl.constexpr, RANK: tl.constexpr, PAUSING: tl.constexpr,
+):  # fmt: skip
+    """The words of a row from the peers among TOGETHER ranks from `first` on: waited for, their place re-armed."""
+    looks, places, addresses = (), (), ()
+    for source in tl.static_range(first, min(first + TOGETHER, WORLD)):
+        if source != RANK:
+            words = region(slots, RANK, source, parity, region_bytes, WORLD) + row * chunks * 4
+            looks = looks + (memory.peek_chunk(words, lane, mask),)
+            places = places + (words,)
+            addresses = addresses + (records + source * 8,)
+    arrived = memory.wait(looks, places, lane, abort, addresses, what, deadline_ns, PAUSING)
+    for peer in tl.static_range(len(places)):
+        memory.rearm_chunk(places[peer], lane, mask)
+    return arrived
+
+
+@triton.jit
 def sum_in_rank_order(
     own, slots, parity, region_bytes, row, chunks, lane, mask, abort, records, what, deadline_ns,
     WORLD: tl.constexpr, RANK: tl.constexpr, kind: tl.constexpr, PAUSING: tl.constexpr,
 ):  # fmt: skip
-    """Sum of a row over all ranks, rounded and packed. Peers' contributions are waited for and their place re-armed."""
+    """Sum of a row over all ranks, rounded and packed. Peers' contributions are taken."""
     total = ()
-    for first in tl.static_range(0, WORLD, _TOGETHER):
-        looks, places, addresses = (), (), ()
-        for source in tl.static_range(first, min(first + _TOGETHER, WORLD)):
-            if source != RANK:
-                words = region(slots, RANK, source, parity, region_bytes, WORLD) + row * chunks * 4
-                looks = looks + (memory.peek_chunk(words, lane, mask),)
-                places = places + (words,)
-                addresses = addresses + (records + source * 8,)
-        arrived = memory.wait(looks, places, lane, abort, addresses, what, deadline_ns, PAUSING)
-        for peer in tl.static_range(len(places)):
-            memory.rearm_chunk(places[peer], lane, mask)
-        for source in tl.static_range(first, min(first + _TOGETHER, WORLD)):
-            chunk = _contribution(own, arrived, first, source, RANK)
+    for first in tl.static_range(0, WORLD, TOGETHER):
+        arrived = take(
+            slots, parity, region_bytes, row, chunks, lane, mask, abort, records, what, deadline_ns, first,
+            WORLD, RANK, PAUSING,
+        )  # fmt: skip
+        for source in tl.static_range(first, min(first + TOGETHER, WORLD)):
+            chunk = contribution(own, arrived, first, source, RANK)
             if WORLD == 2:
                 total = chunk if source == 0 else add_chunks(total, chunk, kind)
             else:

@@ -5,9 +5,15 @@ that the other needs on another rank. NCCL's kernels wait for other ranks too, s
 """
 
 import threading
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+
+from shardwise.comm import watch
+from shardwise.comm.base import CommError
+
+if TYPE_CHECKING:
+    from shardwise.comm.p2p.communicator import P2PCommunicator
 
 
 class _Used(NamedTuple):
@@ -52,3 +58,26 @@ class StreamOrder:
             if used.stream is not None and used.handle != handle:
                 stream.wait_stream(used.stream)
         self._last = _thread.last[self._device] = _Used(handle, stream)
+
+
+class SingleFlight:
+    """A workspace serves one call at a time, on the host as on the device (`StreamOrder`): another thread inside a call
+    is an error. Replays of a graph and eager calls belong on one stream.
+    """
+
+    def __init__(self, communicator: "P2PCommunicator"):
+        self.communicator = communicator
+        self._flying = threading.Lock()
+
+    def __enter__(self) -> None:
+        communicator = self.communicator
+        if not self._flying.acquire(False):
+            raise CommError(
+                f"two threads are inside calls on group {communicator.name} (p2p): one workspace serves one call at a "
+                "time; give each thread a group of its own (split)"
+            )
+        limit = communicator.deadlines.in_phase(watch.current_phase())
+        communicator.launcher.deadline_ns = int(limit * 1e9)
+
+    def __exit__(self, *error) -> None:
+        self._flying.release()

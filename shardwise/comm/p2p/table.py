@@ -133,6 +133,18 @@ _ENTRIES = {
 }
 
 
+GATHER = Tuning("ONESHOT", warps=8, blocks_per_sm=4, lanes=256)
+GATHER_BYTES = 512 * KIB
+"""Of a rank's tensor, up to which gathers are ours."""
+
+
+def choose_gather(nbytes: int) -> Choice:
+    """For a tensor of `nbytes` on every rank, which the kernel sends as twice as many."""
+    if nbytes > GATHER_BYTES:
+        return Choice(None, "NCCL for any size above")
+    return Choice(GATHER, f"ONESHOT for up to {GATHER_BYTES // KIB} KiB: not measured")
+
+
 @functools.lru_cache(maxsize=4096)
 def choose(world: int, nbytes: int, fused: bool, strategy: str) -> Choice:
     """For a tensor of `nbytes` a rank. `strategy`: AUTO, MIN_LATENCY (never NCCL), ONESHOT or TWOSHOT."""

@@ -34,12 +34,13 @@ RECORDS = 8
 
 _NOTHING_SEEN = bytes(2 * RECORDS * 8)
 
-ONE_SHOT, TWO_SHOT_REDUCE, TWO_SHOT_GATHER, LOW_PRECISION = 1, 2, 3, 4
+ONE_SHOT, TWO_SHOT_REDUCE, TWO_SHOT_GATHER, LOW_PRECISION, ONE_SHOT_GATHER = range(1, 6)
 _PHASES = {
     ONE_SHOT: "one-shot exchange",
     TWO_SHOT_REDUCE: "two-shot reduce-scatter",
     TWO_SHOT_GATHER: "two-shot all-gather",
     LOW_PRECISION: "fp8 exchange",
+    ONE_SHOT_GATHER: "all-gather",
 }
 """What a kernel was waiting for, as its records number it."""
 
@@ -191,7 +192,7 @@ class Workspace:
 
     def _describe(self) -> CommError:
         late = self._waits(self._seen[:RECORDS])
-        where = f"GPU peer-to-peer all-reduce, rank {self.ranks[self.rank]} of group {self.ranks}"
+        where = f"GPU peer-to-peer memory, rank {self.ranks[self.rank]} of group {self.ranks}"
         if not late:
             ended = self._waits(self._seen[RECORDS:])
             return CommError(f"{where}: aborted by a rank of the group; " + "; ".join(ended.values()))
