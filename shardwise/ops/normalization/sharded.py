@@ -29,8 +29,10 @@ def sharded_rmsnorm(input: torch.Tensor, weight: torch.Tensor, eps: float, world
     sums = torch.cat((squares.flatten(), squares.new_full((1,), input.shape[-1])))
     sums = _all_reduce(sums, world_size)
     mean = (sums[:-1] / sums[-1]).view(squares.shape)
-    normed = (wide * torch.rsqrt(mean + eps)).to(input.dtype)
-    return torch.empty_like(input).copy_(normed * weight)
+    result = (wide * torch.rsqrt(mean + eps)).to(input.dtype) * weight
+    if result.dtype == input.dtype and result.stride() == input.stride():
+        return result
+    return torch.empty_like(input).copy_(result)
 
 
 def _all_reduce(sums: torch.Tensor, world_size: int) -> torch.Tensor:
