@@ -6,10 +6,11 @@
 for seconds spoils no row; in every round an operator, what calls the same foreign kernels without us, and an empty
 kernel launched our way follow one another. `beyond` is what an operator takes on top of its kernels: its time less that
 of the direct call, less one bare launch for each kernel of ours. `views` is a direct call that begins with the
-operator's own tensors, whose views it makes, and its results. All calls are prepared (`functools.partial`), so that
-names looked up and arguments unpacked by this program count nowhere. A row that raises is left out; the exit code is
-then 1, after all others are measured and written. Floors of the machine: PyTorch's operators, those
-that do nothing, an empty kernel launched Triton's way, by the driver alone, and, as `launch` beside every row, ours.
+operator's own tensors, whose views it makes, and its results; `fla` is fla's function, whose kernels count as ours,
+since we launch them. All calls are prepared (`functools.partial`), so that names looked up and arguments unpacked by
+this program count nowhere. A row that raises is left out; the exit code is then 1, after all others are measured and
+written. Floors of the machine: PyTorch's operators, those that do nothing, an empty kernel launched Triton's way, by
+the driver alone, and, as `launch` beside every row, ours.
 """
 
 import argparse

@@ -40,7 +40,11 @@ _POISON = 0xFF  # NaN in every format of floating point
 
 
 def recorded(
-    *, unread: Collection[str] = (), beside: Beside | None = None, largest: int | None = None
+    *,
+    unread: Collection[str] = (),
+    beside: Beside | None = None,
+    largest: int | None = None,
+    alike: Callable[..., Tensors] | None = None,
 ) -> Callable[[Operator], Operator]:
     """Record calls of an operator that writes nothing but its results, tensors of new memory: one, or a tuple of them.
 
@@ -48,6 +52,7 @@ def recorded(
     beside   from its arguments, which an earlier call has found right: other tensors that it reads, and what beside the
              layout its launches follow from
     largest  bytes, instead of `LARGEST`
+    alike    from the results and the arguments, what of the results is the same at every call, if not all of them
     """
 
     def decorate(function: Operator) -> Operator:
@@ -80,7 +85,7 @@ def recorded(
             if tape is None:
                 return function(*args)
             layout[kind] = None
-            result, layout[kind] = _record(functools.partial(function, *args), tensors, addresses, stream)
+            result, layout[kind] = _record(functools.partial(function, *args), tensors, addresses, stream, alike)
             return result
 
         call.layouts = layouts  # type: ignore[attr-defined]
@@ -122,7 +127,11 @@ def _stream(tensor: torch.Tensor) -> int | None:
 
 
 def _record(
-    call: Callable[[], torch.Tensor | Tensors], tensors: Tensors, addresses: list[int], stream: int
+    call: functools.partial[torch.Tensor | Tensors],
+    tensors: Tensors,
+    addresses: list[int],
+    stream: int,
+    alike: Callable[..., Tensors] | None,
 ) -> tuple[torch.Tensor | Tensors, Tape | None]:
     """The result of a call, and what it launched if that gives the same result again."""
     with Recorder() as recorder:
@@ -138,8 +147,8 @@ def _record(
         again = _poisoned(tape)(tensors, addresses.copy())
     except torch.OutOfMemoryError:  # of a second call's memory: the result is there
         return result, None
-    same = all(map(_same_bytes, _results(result), _results(again)))
-    return result, tape if same else None
+    both = [_results(each) if alike is None else alike(_results(each), *call.args) for each in (result, again)]
+    return result, tape if all(map(_same_bytes, *both)) else None
 
 
 def _results(result: torch.Tensor | Tensors) -> Tensors:

@@ -116,7 +116,7 @@ def replace_launches():
 
 def replace_packages():
     """Other packages' kernels give something of the right shape; only our kernels around them are looked at."""
-    fla.chunked = lambda q, k, v, g, beta, scale, state=None, *_, **_options: (
+    fla.chunked = lambda q, k, v, g, beta, scale, tokens, state=None, *_: (
         torch.zeros_like(v) if state is None else (torch.zeros_like(v), state)
     )
     flashinfer._update = lambda: lambda *_args, **_options: None

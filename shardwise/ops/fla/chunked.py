@@ -13,6 +13,7 @@ from torch import Tensor
 from shardwise.kernel_start import on_device
 from shardwise.ops.fla.delta import CHUNK
 from shardwise.ops.recorded import recorded
+from shardwise.plan_cache import Tensors
 
 _LARGEST = 64 << 20
 """Bytes of results up to which calls are recorded: the kernels of longer prompts take longer than fla's host side"""
@@ -29,6 +30,7 @@ def _steps(
     chunks: torch.Tensor | None,
     offsets: torch.Tensor | None,
     scale: float,
+    _tokens: int,
 ) -> Tensor | tuple[Tensor, Tensor]:
     from fla.ops.common.chunk_delta_h import chunk_gated_delta_rule_fwd_h
     from fla.ops.common.chunk_o import chunk_fwd_o
@@ -47,7 +49,12 @@ def _steps(
     return o if state is None else (o, final)
 
 
-_replayed = recorded(largest=_LARGEST)(_steps)
+def _written(results: Tensors, *args: Any) -> Tensors:
+    """fla writes nothing for tokens behind the last bound."""
+    return results[0][:, : args[-1]], *results[1:]
+
+
+_replayed = recorded(largest=_LARGEST, alike=_written)(_steps)
 
 
 def chunked(
@@ -57,18 +64,16 @@ def chunked(
     g: Tensor | None,  # [B, T, HV]
     beta: Tensor,
     scale: float,
+    tokens: int,  # of T, which the sequences have
     state: Tensor | None = None,  # float32 [sequences, HV, K, V]
     bounds: Tensor | None = None,  # [sequences + 1]; B = 1
     chunks: Tensor | None = None,  # [chunks, 2]: sequence and chunk of it
     offsets: Tensor | None = None,  # [sequences + 1]: chunks before every sequence
-    *,
-    whole: bool = True,
 ) -> Any:
-    """Results [B, T, HV, V], where states are given also those after the last tokens.
+    """Results [B, T, HV, V], those of other tokens undefined; where states are given also those after the last tokens.
 
-    `chunks` and `offsets` spare fla a look at device memory and launches. With bounds that leave tokens out (not
-    `whole`) fla leaves their results unwritten, so that no two calls give the same bytes: these are not recorded.
+    `chunks` and `offsets` spare fla a look at device memory and launches.
     """
     q, k, v, beta = q.contiguous(), k.contiguous(), v.contiguous(), beta.contiguous()
     g = g if g is None else g.contiguous()
-    return (_replayed if whole else _steps)(q, k, v, beta, g, state, bounds, chunks, offsets, scale)
+    return _replayed(q, k, v, beta, g, state, bounds, chunks, offsets, scale, tokens)

@@ -54,7 +54,7 @@ def _uncached(op, q, k, v, g, beta, scale):
     _half(op, q, k, v)
     if v.numel() == 0:
         return like_v(q, k, v)
-    return chunked(q, k, v, g, beta, q.shape[-1] ** -0.5 if scale is None else scale)
+    return chunked(q, k, v, g, beta, q.shape[-1] ** -0.5 if scale is None else scale, v.shape[1])
 
 
 @operator(fake=like_v, needs=(FLA,), instead="torch_delta_rule")
@@ -109,7 +109,7 @@ def _cached(op, q, k, v, g, beta, batch_info_host, cu_seqlen, slot_idx, use_init
 def _prefill(one: Prefill, q, k, v, beta, g, slots, cache, cu_seqlen, resumes, scale) -> torch.Tensor:
     """Results [1, T, HV, V] of the prefill tokens, their states into the cache."""
     before = one.before(cu_seqlen, slots, resumes, cache)
-    out, final = chunked(q, k, v, g, beta, scale, *before, whole=one.whole)
+    out, final = chunked(q, k, v, g, beta, scale, one.tokens, *before)
     one.after(cu_seqlen, slots, cache, final, out)
     return out
 
@@ -158,10 +158,11 @@ def fla_cached_delta_rule(
 ) -> torch.Tensor:
     """`torch_cached_delta_rule` by fla's chunked kernels for the prefill tokens and our own step for decode.
 
-    Nothing is synchronised: a slot outside the cache counts as -1. fla gets cu_seqlen clamped to the prefill tokens and
-    made to ascend: one that does not ascend from 0 to them gives wrong values for prefill sequences, never an access
-    outside of the tensors. Both raise ValueError in the next call (`metadata_reports.py`), shapes and counts that
-    contradict each other in this one, and a dtype that fla does not take raises TypeError.
+    Nothing is synchronised, except in a layout's second call (`recorded.py`): a slot outside the cache counts as -1.
+    fla gets cu_seqlen clamped to the prefill tokens and made to ascend: one that does not ascend from 0 to them gives
+    wrong values for prefill sequences, never an access outside of the tensors. Both raise ValueError in the next call
+    (`metadata_reports.py`), shapes and counts that contradict each other in this one, and a dtype that fla does not
+    take raises TypeError.
     """
     rest = (batch_info_host, cu_seqlen, slot_idx, use_initial_states, delta_cache, scale)
     return _cached("fla_cached_delta_rule", q, k, v, None, beta, *rest)

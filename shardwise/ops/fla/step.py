@@ -52,8 +52,8 @@ class Prefill:
     finish: Launch
     word: Tensor
     """For reports"""
-    whole: bool
-    """Whether all tokens of the step are prefill tokens"""
+    tokens: int
+    """Of the prefill sequences"""
 
     def before(
         self, cu_seqlen: Tensor, slots: Tensor, resumes: Tensor, cache: Tensor
@@ -117,7 +117,7 @@ def plan_prefill(
         (sequences, batch.prefill_tokens, count),
     )  # fmt: skip
     make = allocator((sequences, heads, keys, values), torch.float32, device)
-    return Prefill(make, load, bounds, chunks, offsets, cut, finish, word, batch.prefill_tokens == tokens)
+    return Prefill(make, load, bounds, chunks, offsets, cut, finish, word, batch.prefill_tokens)
 
 
 def plan_decode(
