@@ -6,7 +6,7 @@ Importing this package does not import torch; ranks import it, their parent neve
     llm, executors,             `LLM`, where its ranks are, its options, and a rank's end of a loaded model
     model_config, session
     env, machine                which rank this process is, and which machine
-    start, job                  `run_job`: one function on several ranks
+    start, job, interrupt       `run_job`: one function on several ranks; signals that end it
     local, torchrun, mpi, ray   who starts the ranks; `backend` is what they have in common
     supervise, failure,         the parent: hears its ranks, sees them die, names the cause
     postmortem, exit_status

@@ -5,16 +5,12 @@ import json
 import os
 import secrets
 import shutil
-import signal
 import sys
 import tempfile
-import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from shardwise.comm import watch
@@ -32,15 +28,6 @@ class JobFailed(RuntimeError):
         self.exit_code = failure.exit_code
         self.path = path
         """The `failure.json`."""
-
-
-class Interrupted(BaseException):
-    """A signal asked this process to end; `exit_code` is 128 + signal."""
-
-    def __init__(self, signum: int):
-        super().__init__(signal.Signals(signum).name)
-        self.signum = signum
-        self.exit_code = 128 + signum
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,30 +133,6 @@ class Claim:
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None
-
-
-@contextmanager
-def interruptible() -> Iterator[None]:
-    """The first SIGTERM, SIGINT or SIGHUP raises Interrupted inside this block, and the others do not disturb what it
-    ends; only the main thread gets signals."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    first = True
-
-    def interrupt(signum: int, frame: FrameType | None) -> None:
-        nonlocal first
-        if first:
-            first = False
-            raise Interrupted(signum)
-
-    before = {signum: signal.signal(signum, interrupt) for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
-    try:
-        yield
-    finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)
 
 
 def rank_environment(job: Job) -> dict[str, str]:

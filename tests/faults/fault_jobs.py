@@ -94,7 +94,7 @@ def start_parent(mark: str, launcher: str, body: str, log_folder: Path) -> subpr
     """A process that runs `fault_bodies:<body>` on two ranks by `launcher`, and prints `ready` once they all are."""
     program = (
         "import sys, fault_jobs\n"
-        "from shardwise.launch.job import interruptible, Interrupted\n"
+        "from shardwise.launch.interrupt import interruptible, Interrupted\n"
         "from shardwise.launch.start import run_job\n"
         "ready = []\n"
         "def seen(event):\n"

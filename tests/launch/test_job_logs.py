@@ -1,13 +1,12 @@
 """Where jobs leave their logs, each its own, and what a job cannot be."""
 
-import signal
 import tempfile
 
 import pytest
 
 from shardwise.comm.bootstrap import store_from_environment
 from shardwise.comm.rank import RankInfo
-from shardwise.launch.job import Interrupted, Job, interruptible
+from shardwise.launch.job import Job
 from shardwise.launch.start import run_job
 
 
@@ -69,17 +68,6 @@ def test_a_folder_that_cannot_be_made_is_named_with_its_variable(tmp_path, monke
     monkeypatch.setenv("SHARDWISE_LOG_DIR", str(tmp_path / "file" / "logs"))
     with pytest.raises(ValueError, match="^SHARDWISE_LOG_DIR .*/file/logs: no folder can be made there: Not a dir"):
         Job(target="a:b", payload={}, world=1).prepare()
-
-
-def test_an_impatient_second_signal_does_not_disturb_the_end():
-    before, ended = signal.getsignal(signal.SIGINT), []
-    with pytest.raises(Interrupted, match="SIGTERM") as caught, interruptible():
-        try:
-            signal.raise_signal(signal.SIGTERM)
-        finally:
-            signal.raise_signal(signal.SIGINT)
-            ended.append(True)
-    assert caught.value.exit_code == 143 and ended and signal.getsignal(signal.SIGINT) is before
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,8 @@ import pytest
 from shardwise.comm import bootstrap
 from shardwise.comm.rank import RankInfo
 from shardwise.launch import worker
-from shardwise.launch.job import Interrupted, Job, interruptible
+from shardwise.launch.interrupt import Interrupted, interruptible
+from shardwise.launch.job import Job
 from shardwise.launch.ray import Ray, serve_store
 
 

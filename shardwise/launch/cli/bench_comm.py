@@ -5,7 +5,7 @@ import re
 import sys
 
 from shardwise.launch.cli.output import add_json, require_writable, table_stream, write_json
-from shardwise.launch.job import interruptible
+from shardwise.launch.interrupt import interruptible
 from shardwise.launch.machine import machine_facts
 from shardwise.parallel.host_memory import host_memory, require_bytes, require_ranks
 from shardwise.parallel.options import RUN_TRANSPORTS

@@ -13,7 +13,7 @@ from shardwise.launch import env
 from shardwise.launch.cli import DONE, UsageError, positive
 from shardwise.launch.cli.grid import add_forms, add_grid, model_config, set_log_folder
 from shardwise.launch.cli.output import add_json, require_writable, write_json
-from shardwise.launch.job import interruptible
+from shardwise.launch.interrupt import interruptible
 from shardwise.launch.progress import LoadProgress
 from shardwise.launch.start import launcher_options, run_job
 from shardwise.parallel.host_memory import require_bytes

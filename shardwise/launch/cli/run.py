@@ -16,7 +16,7 @@ from shardwise.launch import env
 from shardwise.launch.cli import DONE, UsageError
 from shardwise.launch.cli.grid import add_forms, add_grid, model_config, set_log_folder
 from shardwise.launch.cli.output import add_json, require_writable, write_json
-from shardwise.launch.job import interruptible
+from shardwise.launch.interrupt import interruptible
 
 if TYPE_CHECKING:
     from shardwise.launch.llm import LLM
