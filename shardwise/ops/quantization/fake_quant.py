@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from shardwise.ops.quantization.int4 import dequantize_int4_awq, dequantize_int4_gptq
-from shardwise.ops.quantization.nvfp4 import dequantize_nvfp4, quantize_nvfp4
+from shardwise.ops.quantization.nvfp4 import round_nvfp4
 from shardwise.ops.quantization.reference import check_linear, check_one_element, linear_fake, nvfp4_weight
 from shardwise.ops.registry import operator
 
@@ -69,7 +69,7 @@ def torch_fake_quant_nvfp4_linear(
     swizzled, alpha = _element(name, "weight_scale", weight_scale), _element(name, "weight_scale", weight_scale, 1)
     check_one_element(name, **{"input_scale": global_in, "weight_scale[1]": alpha})
     weight = nvfp4_weight(name, weight_quantized, swizzled, input.shape[-1]) * (alpha.float() * global_in)
-    rounded = dequantize_nvfp4(*quantize_nvfp4(input, global_in), global_in)
+    rounded = round_nvfp4(input, global_in) / global_in
     return _linear(input.dtype, rounded, weight, bias)
 
 

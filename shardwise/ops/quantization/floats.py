@@ -31,6 +31,13 @@ def e2m1_encode(values: Tensor) -> Tensor:
     return code | (torch.signbit(values).to(torch.uint8) << 3)
 
 
+def e2m1_round(values: Tensor) -> Tensor:
+    """Values that the codes of `e2m1_encode` stand for, same shape and dtype; NaN becomes zero."""
+    magnitude = values.abs().clamp_(1, E2M1_MAX)
+    step = magnitude / torch.frexp(magnitude).mantissa / 4  # 1/2 up to 2, 1 up to 4, 2 up to 6
+    return (values / step).round_().mul_(step).nan_to_num_(0.0).clamp_(-E2M1_MAX, E2M1_MAX)
+
+
 def e2m1_pack(codes: Tensor) -> Tensor:
     """Codes [..., K] to bytes [..., K/2], the even index in the low nibble."""
     if codes.shape[-1] % 2:

@@ -16,6 +16,7 @@ from shardwise.ops.quantization.floats import (
     e2m1_decode,
     e2m1_encode,
     e2m1_pack,
+    e2m1_round,
     e2m1_unpack,
     e4m3_encode,
 )
@@ -35,13 +36,24 @@ def quantize_nvfp4(values: Tensor, global_scale: Tensor) -> tuple[Tensor, Tensor
 
     A block whose scale rounds to zero is stored with scale 1, so that its codes stay finite (they are zeros).
     """
+    scaled, scales = _scaled("quantize_nvfp4", values, global_scale)
+    return e2m1_pack(e2m1_encode(scaled).flatten(-2)), scales.squeeze(-1).to(torch.float8_e4m3fn)
+
+
+def round_nvfp4(values: Tensor, global_scale: Tensor) -> Tensor:
+    """Float32 code * block scale [..., K] of `quantize_nvfp4`, without its codes, to be divided by `global_scale`."""
+    scaled, scales = _scaled("round_nvfp4", values, global_scale)
+    return (e2m1_round(scaled) * scales).flatten(-2)
+
+
+def _scaled(caller: str, values: Tensor, global_scale: Tensor) -> tuple[Tensor, Tensor]:
+    """(what is to become codes [..., K/16, 16], block scales [..., K/16, 1]), both float32."""
     if values.shape[-1] % BLOCK:
-        raise ValueError(f"quantize_nvfp4: last dimension {values.shape[-1]} is not a multiple of the block of {BLOCK}")
+        raise ValueError(f"{caller}: last dimension {values.shape[-1]} is not a multiple of the block of {BLOCK}")
     grouped = values.float().unflatten(-1, (-1, BLOCK))
-    scales = e4m3_encode(grouped.abs().amax(dim=-1) / E2M1_MAX * global_scale)
-    scales = torch.where(scales.float() == 0, torch.ones_like(scales, dtype=torch.float32), scales.float())
-    codes = e2m1_encode(grouped * (global_scale / scales[..., None]))
-    return e2m1_pack(codes.flatten(-2)), scales.to(torch.float8_e4m3fn)
+    scales = e4m3_encode(grouped.abs().amax(dim=-1, keepdim=True) / E2M1_MAX * global_scale).float()
+    scales = scales.masked_fill(scales == 0, 1.0)
+    return grouped * (global_scale / scales), scales
 
 
 def dequantize_nvfp4(packed: Tensor, scales: Tensor, global_scale: Tensor | None = None) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from shardwise.ops.quantization.floats import e4m3_encode
 from shardwise.ops.quantization.fp8 import BLOCK, dequantize_fp8_blocks
-from shardwise.ops.quantization.nvfp4 import dequantize_nvfp4, quantize_nvfp4, unswizzle_scales
+from shardwise.ops.quantization.nvfp4 import dequantize_nvfp4, round_nvfp4, unswizzle_scales
 from shardwise.ops.registry import operator
 
 _PLAIN = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -213,8 +213,8 @@ def torch_quant_nvfp4_linear(
     check_linear(name, input, bias, weight_fp4.shape[0])
     check_one_element(name, input_scale=input_scale, alpha=alpha)
     weight = nvfp4_weight(name, weight_fp4, weight_scale, input.shape[-1])
-    packed, scales = quantize_nvfp4(input.reshape(-1, input.shape[-1]), input_scale.float())
-    out = dequantize_nvfp4(packed, scales) @ weight.t() * alpha.float()
+    rounded = round_nvfp4(input.reshape(-1, input.shape[-1]), input_scale.float())
+    out = rounded @ weight.t() * alpha.float()
     out = out if bias is None else out + bias
     return out.to(input.dtype).view(*input.shape[:-1], weight_fp4.shape[0])
 

@@ -38,6 +38,14 @@ def test_e2m1_rounds_to_the_nearest_code():
     assert torch.equal((values - floats.e2m1_decode(floats.e2m1_encode(values), torch.float64)).abs(), best)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_e2m1_rounds_every_number_to_what_its_code_stands_for(dtype):
+    values = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
+    got, wanted = floats.e2m1_round(values), floats.e2m1_decode(floats.e2m1_encode(values), dtype)
+    assert got.dtype == dtype and got[values.isnan()].eq(0).all()
+    assert torch.equal(got[~values.isnan()].view(torch.int16), wanted[~values.isnan()].view(torch.int16))
+
+
 def test_e2m1_pairs_hold_the_first_value_in_the_low_nibble():
     codes = torch.tensor([[1, 2, 15, 0]], dtype=torch.uint8)
     assert floats.e2m1_pack(codes).tolist() == [[0x21, 0x0F]]
@@ -128,6 +136,14 @@ def test_nvfp4_error_is_that_of_its_step_and_zero_blocks_stay_zero():
     assert (got - values).abs().le(amax / 5).all()  # half of the widest step (2 of 6), and the scale's rounding
     assert torch.equal(got[3], torch.zeros(64))
     assert nvfp4.nvfp4_global_scale(torch.zeros(4)) == 1
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-3, 1e4])
+def test_nvfp4_rounds_to_what_its_codes_and_scales_stand_for(scale):
+    values = torch.randn(8, 64) * torch.logspace(-6, 0, 8)[:, None] * scale
+    values[3], values[5, 7] = -0.0, float("nan")
+    g = nvfp4.nvfp4_global_scale(values.nan_to_num(0.0))
+    same_bits(nvfp4.round_nvfp4(values, g), nvfp4.dequantize_nvfp4(*nvfp4.quantize_nvfp4(values, g)))
 
 
 def test_fp8_by_tensor_keeps_its_largest_value_and_a_tensor_of_zeros():
