@@ -10,7 +10,7 @@ import shutil
 import pytest
 import torch
 from families import NEAR_KIN
-from tiny import NEW_TOKENS, PROMPTS, expected_tokens, write
+from tiny import NEW_TOKENS, PROMPTS, VOCAB, expected_tokens, write
 
 from shardwise.comm.rank import current_groups
 from shardwise.parallel import engine as engine_module
@@ -103,21 +103,32 @@ def test_ranks_that_share_groups_of_heads_give_the_same_tokens(checkpoint, name,
 
 @pytest.mark.parametrize("name", ["bamba", "nemotron_h", "mamba2", "qwen3_5"])  # without experts, chosen by a rounding
 def test_16_bit_logits_are_as_near_to_those_of_float32_as_the_cpus(checkpoint, name):
+    """Over many rows: both errors of a row sum hundreds of roundings, which later layers magnify, and their ratio is
+    anything from a half to two and more.
+
+    A layer rounds as often on either device, but for the scan's operands, which have 16 bits on a GPU: of all modules'
+    own errors, squared and summed over Bamba's layers, the scan's are 6 % there and 2 % on the CPU. Ratios of 40
+    checkpoints, five rows each, had a mean of 0.96; means over the rows of one prompt spread by 0.17 in the logarithm,
+    so that the one below does by 0.04.
+    """
     folder, _ = checkpoint(name)
 
     def logits(device: str, dtype: str) -> torch.Tensor:
-        return prompt_logits(run_threads(1, lambda: engine_on(folder, dtype, device=device))[0]).cpu()
+        return logits_of_many(run_threads(1, lambda: engine_on(folder, dtype, device=device))[0]).cpu()
 
     exact, on_cpu, on_gpu = logits("cpu", "float32"), logits("cpu", "bfloat16"), logits("cuda", "bfloat16")
-    assert (on_gpu - exact).norm() < 1.5 * (on_cpu - exact).norm()
+    ratios = (on_gpu - exact).norm(dim=1) / (on_cpu - exact).norm(dim=1)
+    assert ratios.log().mean().exp() < 1.2
 
 
-def prompt_logits(engine) -> torch.Tensor:
-    """[steps, V]: of a prompt, and of tokens that follow it one by one."""
+def logits_of_many(engine) -> torch.Tensor:
+    """[16 * steps, V]: of 16 prompts, and of tokens that follow each one by one."""
     engine.generate(PROMPTS[:1], SamplingParams(max_new_tokens=1))
-    cache, rows = engine.cache, []
+    cache, rows, count = engine.cache, [], 16
+    prompts = torch.randint(0, VOCAB, (count, 12), generator=torch.Generator().manual_seed(0)).tolist()
     with torch.inference_mode():
-        assert cache.reserve(0, 20)
-        for past, ids in [(0, PROMPTS[2]), *((12 + step, [step * 7]) for step in range(4))]:
-            rows.append(engine.decoder(Batch([Span(0, past, len(ids))], ids, engine.device), cache))
+        assert all(cache.reserve(slot, 20) for slot in range(count))
+        for past, ids in [(0, prompts), *((12 + step, [[step * 7]] * count) for step in range(4))]:
+            spans = [Span(slot, past, len(own)) for slot, own in enumerate(ids)]
+            rows.append(engine.decoder(Batch(spans, sum(ids, []), engine.device), cache))
     return torch.cat(rows)
