@@ -11,7 +11,9 @@
     fp8.py           one-shot that sends e4m3 with scales
     cuda.py          the few CUDA runtime calls that PyTorch lacks: plain device memory and its IPC handles
     workspace.py     the buffers, their exchange, what says that a wait gave up
+    spread.py        how a tensor falls on rows
     launch.py        from tensors to launches
+    plans.py         calls of one layout, worked out once
     table.py         which strategy and launch for which size, with the measurement that set it
     streams.py       the order of calls on several streams
     delegate.py      a group whose all-reduce runs on own kernels, all else on another group of the same ranks; a group

@@ -4,25 +4,24 @@ A kernel waits at most for the group's deadline. That a wait gave up is seen at 
 after the stream was synchronised, which is also what tells of a captured graph's replays.
 """
 
-import math
-from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from shardwise.comm import watch
+from shardwise.comm import arguments
 from shardwise.comm.base import CollectiveTimeout, CommError
 from shardwise.comm.collective import BaseCommunicator
 from shardwise.comm.p2p import table
 from shardwise.comm.p2p.delegate import FALLBACK_STRATEGIES, Delegating, WithoutKernels
+from shardwise.comm.p2p.plans import Plans, stretch_bytes
 from shardwise.comm.p2p.streams import SingleFlight, StreamOrder
 from shardwise.comm.p2p.table import DTYPES, HALVES, Tuning
 from shardwise.comm.p2p.workspace import P2PUnavailable, Workspace
-from shardwise.plan_cache import PlanCache, allocator
 
 if TYPE_CHECKING:
-    from shardwise.comm.p2p.launch import Launcher, Pieces
+    from shardwise.comm.p2p.launch import Launcher
 
 LOW_PRECISION = "LOWPRECISION"
 _ANY_DTYPE = ("AUTO", *FALLBACK_STRATEGIES)
@@ -33,20 +32,6 @@ KEPT = 4096
 """Shapes whose launch is kept; prompts come in many lengths."""
 SELF_TEST_SECONDS = 10.0
 _SELF_TEST_WORDS = 256
-_ALIGNMENT = 16
-"""Bytes of the kernels' accesses: tensors that begin elsewhere have launches of their own."""
-_NO_NORM = (0.0, 0.0)
-
-
-class _Plan(NamedTuple):
-    """What a call follows from the layout of its tensors: what is recorded of it, results, launches."""
-
-    shape: torch.Size
-    dtype: torch.dtype
-    make: Callable[[], Tensor]
-    """A new result."""
-    pieces: "Pieces"
-    details: tuple = ()
 
 
 class P2PCommunicator(Delegating):
@@ -62,7 +47,7 @@ class P2PCommunicator(Delegating):
         self._device = workspace.counters.device
         self._order = StreamOrder(self._device)
         self._fused_tunings: dict[tuple, Tuning | None] = {}
-        self._sums, self._norms, self._gathers = PlanCache[_Plan](), PlanCache[_Plan](), PlanCache[_Plan]()
+        self._plans = Plans(self)
 
     @classmethod
     def connect(cls, fallback: BaseCommunicator, *, region_bytes: int | None = None) -> "P2PCommunicator":
@@ -97,72 +82,44 @@ class P2PCommunicator(Delegating):
         return table.choose(self.size, payload, op.endswith("norm"), strategy).reason
 
     def all_reduce(self, tensor: Tensor, *, out: Tensor | None = None, strategy: str = "AUTO") -> Tensor:
-        x = tensor.data_ptr()
-        key = strategy, self.deterministic, x % _ALIGNMENT
-        plan = self._sums.get(key, (tensor,)) if out is None else None
-        if plan is not None:
-            total = plan.make()
-            entry = self._begin("all_reduce", plan.shape, plan.dtype, strategy)
-            y = total.data_ptr()
-            with self._flight:
-                self.launcher.launch(plan.pieces, (tensor, tensor, tensor, total, total), _NO_NORM, (x, x, x, y, y))
-            entry[watch.END] = watch.now()
+        total = self._plans.all_reduce(tensor, strategy) if out is None else None
+        if total is not None:
             return total
         if strategy not in _ANY_DTYPE:
             self._require(strategy)
             _require_dtype(tensor, strategy, HALVES if strategy == LOW_PRECISION else DTYPES)
         total = super().all_reduce(tensor, out=out, strategy=strategy)
         tuning = self._tuning(tensor, strategy, fused=False)
-        if out is None and tuning is not None and tensor.is_contiguous() and tensor.numel():
-            pieces = self.launcher.all_reduce(tensor, total, tuning, launch=False)
-            self._sums.keep(key, (tensor,), _Plan(tensor.shape, tensor.dtype, _like(total), pieces))
+        if out is None and tuning is not None:
+            self._plans.keep_all_reduce(tensor, total, strategy, tuning)
         return total
 
     def all_gather(self, tensor: Tensor, dim: int = 0, sizes: Sequence[int] | None = None) -> Tensor:
-        x = tensor.data_ptr()
-        key = dim, None if sizes is None else tuple(sizes), x % _ALIGNMENT
-        plan = self._gathers.get(key, (tensor,))
-        if plan is not None:
-            joined = plan.make()
-            entry = self._begin("all_gather", plan.shape, plan.dtype, "", *plan.details)
-            with self._flight:
-                self.launcher.launch(plan.pieces, (tensor, joined), (), (x, joined.data_ptr()))
-            entry[watch.END] = watch.now()
-            return joined
-        joined = super().all_gather(tensor, dim, sizes)
-        dim = dim % tensor.dim()
-        lengths = (tensor.shape[dim],) * self.size if sizes is None else tuple(sizes)
-        if tensor.is_contiguous() and self._placing(tensor, lengths):
-            pieces = self.launcher.gather(tensor, joined, _stretch(tensor, dim), launch=False)
-            plan = _Plan(tensor.shape, tensor.dtype, _like(joined), pieces, (dim, lengths))
-            self._gathers.keep(key, (tensor,), plan)
+        joined = self._plans.all_gather(tensor, dim, sizes)
+        if joined is None:
+            joined = super().all_gather(tensor, dim, sizes)
+            lengths = arguments.gather_sizes(tensor, dim, sizes, self.rank, self.size)
+            if self._placing(tensor, lengths):
+                self._plans.keep_all_gather(tensor, joined, dim, sizes, lengths)
         return joined
 
     def all_reduce_residual_rms_norm(
         self, tensor, residual, weight, eps, *, weight_bias=0.0, strategy="AUTO", out=None, residual_out=None
     ):
-        tensors = tensor, residual, weight
-        x, carried, gain = tensor.data_ptr(), residual.data_ptr(), weight.data_ptr()
-        key = strategy, self.deterministic, (x | carried | gain) % _ALIGNMENT
-        new = out is None and residual_out is None
-        plan = self._norms.get(key, tensors) if new else None
-        if plan is not None:
-            normed, total = plan.make(), plan.make()
-            entry = self._begin("all_reduce_residual_rms_norm", plan.shape, plan.dtype, strategy, eps, weight_bias)
-            with self._flight:
-                addresses = x, carried, gain, normed.data_ptr(), total.data_ptr()
-                self.launcher.launch(plan.pieces, (*tensors, normed, total), (eps, weight_bias), addresses)
-            entry[watch.END] = watch.now()
-            return normed, total
-        normed, total = super().all_reduce_residual_rms_norm(
-            *tensors, eps, weight_bias=weight_bias, strategy=strategy, out=out, residual_out=residual_out
+        tensors, norm, given = (
+            (tensor, residual, weight),
+            (eps, weight_bias),
+            out is not None or residual_out is not None,
         )
-        tuning = self._fused_tunings.get((tensor.shape, tensor.dtype, strategy))
-        like = weight.dtype == tensor.dtype and all(each.is_contiguous() for each in tensors)
-        if new and tuning is not None and like and tensor.numel():
-            pieces = self.launcher.fused(*tensors, eps, weight_bias, normed, total, tuning, launch=False)
-            self._norms.keep(key, tensors, _Plan(tensor.shape, tensor.dtype, _like(total), pieces))
-        return normed, total
+        results = None if given else self._plans.fused(tensors, norm, strategy)
+        if results is None:
+            results = super().all_reduce_residual_rms_norm(
+                *tensors, eps, weight_bias=weight_bias, strategy=strategy, out=out, residual_out=residual_out
+            )
+            tuning = self._fused_tunings.get((tensor.shape, tensor.dtype, strategy))
+            if not given and tuning is not None and weight.dtype == tensor.dtype:
+                self._plans.keep_fused(tensors, norm, results, strategy, tuning)
+        return results
 
     def _placing(self, tensor, sizes):
         nbytes = tensor.numel() * tensor.element_size()
@@ -171,7 +128,7 @@ class P2PCommunicator(Delegating):
 
     def _gather(self, tensor: Tensor, joined: Tensor, dim: int) -> None:
         with self._flight:
-            self.launcher.gather(tensor, joined, _stretch(tensor, dim))
+            self.launcher.gather(tensor, joined, stretch_bytes(tensor, dim))
 
     def _fused(self, tensor, residual, weight, weight_bias, strategy, out, residual_out):
         key = (tensor.shape, tensor.dtype, strategy)
@@ -316,13 +273,3 @@ def _require_dtype(tensor: Tensor, strategy: str, legal: Iterable[torch.dtype]) 
     if tensor.dtype not in legal:
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in legal)
         raise CommError(f"strategy {strategy} on transport p2p sums {names}, not {tensor.dtype}; use AUTO")
-
-
-def _like(tensor: Tensor) -> Callable[[], Tensor]:
-    """Makes contiguous tensors of this shape and type."""
-    return allocator(tuple(tensor.shape), tensor.dtype, tensor.device)
-
-
-def _stretch(tensor: Tensor, dim: int) -> int:
-    """Bytes of a tensor that stay together where tensors are joined along `dim`."""
-    return math.prod(tensor.shape[dim:]) * tensor.element_size()

@@ -1,6 +1,5 @@
 """From tensors to kernel launches: rows, lanes, warps and grid of a call."""
 
-import math
 import threading
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -14,12 +13,12 @@ from shardwise.comm.p2p import fp8
 from shardwise.comm.p2p.bulk import STAGE_BYTES
 from shardwise.comm.p2p.gather import DATA_BYTES, gather
 from shardwise.comm.p2p.one_shot import one_shot
+from shardwise.comm.p2p.spread import CHUNK_BYTES, Rows, are_aligned, plain_rows, token_rows
 from shardwise.comm.p2p.table import GATHER, Tuning
 from shardwise.comm.p2p.two_shot import two_shot
 from shardwise.comm.p2p.workspace import COUNTERS, Workspace
 from shardwise.kernel_start import Start, start_of
 
-CHUNK_BYTES = 16
 FP8_LANES = 128
 _WEIGHT = 2
 """Place among a kernel's tensors: each piece of a call takes all of it."""
@@ -32,39 +31,6 @@ KEPT = 4096
 NO_NORM = (0.0, 0.0)
 _SHARED_RESERVE = 3 << 10
 """What a block takes of it beside the stage: the system's KiB, and sums across warps."""
-
-
-@dataclass(frozen=True)
-class _Rows:
-    """How the elements of a call fall on rows."""
-
-    count: int
-    width: int
-    total: int
-    chunks: int
-    lanes: int
-    aligned: bool
-
-
-def _next_power_of_two(n: int) -> int:
-    return 1 << (n - 1).bit_length()
-
-
-def _aligned(tensors: Sequence[Tensor]) -> bool:
-    return math.gcd(CHUNK_BYTES, *map(Tensor.data_ptr, tensors)) == CHUNK_BYTES
-
-
-def _plain_rows(total: int, itemsize: int, lanes: int, aligned: bool) -> _Rows:
-    """`aligned`: of the tensors' addresses."""
-    per_chunk = CHUNK_BYTES // itemsize
-    width = lanes * per_chunk
-    return _Rows(-(-total // width), width, total, lanes, lanes, aligned and total % per_chunk == 0)
-
-
-def _token_rows(total: int, hidden: int, itemsize: int, aligned: bool) -> _Rows:
-    chunks = -(-hidden * itemsize // CHUNK_BYTES)
-    aligned = aligned and hidden * itemsize % CHUNK_BYTES == 0
-    return _Rows(total // hidden, hidden, total, chunks, max(32, _next_power_of_two(chunks)), aligned)
 
 
 @dataclass(frozen=True)
@@ -167,7 +133,7 @@ class Launcher:
             self._launch_fp8(part, target, -(-part.numel() // row_values))
 
     def _launch_fp8(self, x: Tensor, out: Tensor, rows: int) -> None:
-        aligned = _aligned((x, out)) and x.numel() * x.element_size() % CHUNK_BYTES == 0
+        aligned = are_aligned((x, out)) and x.numel() * x.element_size() % CHUNK_BYTES == 0
         numbers = (self.deadline_ns, rows, x.numel())
         with self.workspace.on_device():
             key = (x.dtype, aligned)
@@ -183,7 +149,7 @@ class Launcher:
         tensors = as_bytes(x), as_bytes(out)
         total = tensors[0].numel()
         rows = -(-total // (GATHER.lanes * DATA_BYTES))
-        aligned = stretch % DATA_BYTES == 0 and _aligned(tensors)
+        aligned = stretch % DATA_BYTES == 0 and are_aligned(tensors)
         key = (GATHER, aligned)
         with self.workspace.on_device():
             ready = self._kernels.get(key)
@@ -226,7 +192,7 @@ class Launcher:
 
     def _pieces(self, size: Hashable, tensors: Sequence[Tensor], tuning: Tuning, fused: bool) -> Pieces:
         """`size`: number of elements, or the shape when fused."""
-        key = (size, tensors[0].dtype, _aligned(tensors), tuning)
+        key = (size, tensors[0].dtype, are_aligned(tensors), tuning)
         pieces = self._kept.get(key)
         if pieces is None:
             if len(self._kept) >= KEPT:
@@ -239,9 +205,9 @@ class Launcher:
         """The launches of a call: one, or as many as the workspace's region asks for."""
         x = tensors[0]
         rows = (
-            _token_rows(x.numel(), x.shape[-1], x.element_size(), aligned)
+            token_rows(x.numel(), x.shape[-1], x.element_size(), aligned)
             if fused
-            else _plain_rows(x.numel(), x.element_size(), tuning.lanes, aligned)
+            else plain_rows(x.numel(), x.element_size(), tuning.lanes, aligned)
         )
         limit = self.rows_that_fit(rows.chunks * CHUNK_BYTES, tuning.strategy)
         if limit < 1:
@@ -279,7 +245,7 @@ class Launcher:
         late = pushers // peers * LAST_ROWS if self.side_by_side and grid > pushers else 0
         return grid, (pushers, max(0, turns - late))
 
-    def _ready(self, rows: _Rows, tuning: Tuning, positional: tuple, fused: bool) -> Ready:
+    def _ready(self, rows: Rows, tuning: Tuning, positional: tuple, fused: bool) -> Ready:
         kernel = one_shot if tuning.strategy == "ONESHOT" else two_shot
         form = {"FUSED": fused, **self._pushing(rows, tuning)}
         warps = min(tuning.warps, rows.lanes // 32)
@@ -302,7 +268,7 @@ class Launcher:
             "launch_pdl": self.pdl,
         }
 
-    def _pushing(self, rows: _Rows, tuning: Tuning) -> dict[str, int | bool]:
+    def _pushing(self, rows: Rows, tuning: Tuning) -> dict[str, int | bool]:
         """The options that say how a kernel pushes."""
         one = tuning.strategy == "ONESHOT"
         staged = 1 + tuning.ahead if one else 2
