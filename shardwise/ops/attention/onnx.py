@@ -67,16 +67,16 @@ def torch_onnx_attention_plugin(
                   enable_fp8_kv_cache)  # fmt: skip
     batch, sequence = q.shape[:2]
     past = past_key_values.shape[3]
-    start = _lengths(op, "kvcache_start_index", kvcache_start_index, batch, past)
-    total = _lengths(op, "context_lengths", context_lengths, batch, past + sequence)
-    positions = start[:, None] + torch.arange(sequence, device=q.device)
-    query = _rotate(op, q.view(batch, sequence, num_q_heads, head_size), rope_rotary_cos_sin, positions)
-    key = _rotate(op, k.view(batch, sequence, num_kv_heads, head_size), rope_rotary_cos_sin, positions)
+    starts = _lengths(op, "kvcache_start_index", kvcache_start_index, batch, past)
+    _lengths(op, "context_lengths", context_lengths, batch, past + sequence)
+    positions = kvcache_start_index.long().reshape(-1, 1) + torch.arange(sequence, device=q.device)
+    rotating = torch.cat((q, k), dim=-1).view(batch, sequence, num_q_heads + num_kv_heads, head_size)
+    turned = _rotate(rotating, _angles(op, rope_rotary_cos_sin, starts, positions))
+    query, key = turned.split((num_q_heads, num_kv_heads), dim=2)
     new = torch.stack((key, v.view(batch, sequence, num_kv_heads, head_size)), dim=1).transpose(2, 3)
-    present = _append(past_key_values, new, start)
-    hidden = torch.stack([causally_hidden(at, torch.arange(past + sequence, device=q.device), sliding_window_size)
-                          for at in positions])  # fmt: skip
-    hidden |= (positions >= total[:, None])[:, :, None]  # a padding token sees nothing
+    present = _append(past_key_values, new, starts)
+    hidden = causally_hidden(positions, torch.arange(past + sequence, device=q.device), sliding_window_size)
+    hidden |= (positions >= context_lengths.reshape(-1, 1))[:, :, None]  # a padding token sees nothing
     cache = present.to(q.dtype)
     out = torch_attention(query.transpose(1, 2), cache[:, 0], cache[:, 1], attn_mask=~hidden[:, None])
     return out.transpose(1, 2).contiguous(), present
@@ -101,38 +101,41 @@ def _check_plugin(op, q, k, v, past, rope, head_size, num_kv_heads, num_q_heads,
                          f"and at most {head_size}")  # fmt: skip
 
 
-def _lengths(op: str, name: str, lengths: torch.Tensor, batch: int, most: int) -> torch.Tensor:
+def _lengths(op: str, name: str, lengths: torch.Tensor, batch: int, most: int) -> list[int]:
+    """The numbers on the host, checked."""
     if lengths.numel() != batch:
         raise ValueError(f"{op}: {name} has {lengths.numel()} entries; legal: {batch}")
-    if any(not 0 <= length <= most for length in lengths.tolist()):
-        raise ValueError(f"{op}: {name} is {lengths.tolist()}; legal: 0 to {most}")
-    return lengths.reshape(-1).long()
+    numbers = lengths.flatten().tolist()
+    if any(not 0 <= length <= most for length in numbers):
+        raise ValueError(f"{op}: {name} is {numbers}; legal: 0 to {most}")
+    return numbers
 
 
-def _rotate(op: str, heads: torch.Tensor, rope: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """Rotate [B, S, heads, Dh] by the angles of positions [B, S], computed in float32."""
-    if positions.numel() and int(positions.max()) >= rope.shape[1]:
-        raise ValueError(
-            f"{op}: position {int(positions.max())} is beyond rope_rotary_cos_sin's {rope.shape[1]} positions"
-        )
-    half = rope.shape[2] // 2
-    rows = torch.arange(rope.shape[0], device=rope.device)[:, None].expand(positions.shape[0], 1)
-    angles = rope[rows, positions].float()[:, :, None]
-    cos, sin = angles[..., :half], angles[..., half:]
-    first, second = heads[..., :half].float(), heads[..., half : 2 * half].float()
-    turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(heads.dtype)
-    return torch.cat((turned, heads[..., 2 * half :]), dim=-1)
+def _angles(op: str, rope: torch.Tensor, starts: list[int], positions: torch.Tensor) -> torch.Tensor:
+    """Float32 rows [B, S, Dr] of rope [B or 1, max_seq, Dr] at positions [B, S], which begin at `starts`."""
+    last = max(starts, default=0) + positions.shape[1] - 1
+    if positions.numel() and last >= rope.shape[1]:
+        raise ValueError(f"{op}: position {last} is beyond rope_rotary_cos_sin's {rope.shape[1]} positions")
+    return rope.take_along_dim(positions[:, :, None], dim=1).float()
 
 
-def _append(past: torch.Tensor, new: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
-    """past [B, 2, Nkv, past, Dh] followed by room, with new [B, 2, Nkv, S, Dh] written from start [B] on."""
-    room = past.new_empty(*past.shape[:3], new.shape[3], past.shape[4])
-    room.zero_()
-    present = torch.cat((past.view(torch.uint8), room.view(torch.uint8)), dim=3).view(FP8) if past.dtype == FP8 else (
-        torch.cat((past, room), dim=3)
-    )  # fmt: skip
-    for row, at in enumerate(start.tolist()):
-        present[row, :, :, at : at + new.shape[3]] = new[row].to(past.dtype)
+def _rotate(heads: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
+    """Rotate [B, S, heads, Dh] by cosines and sines [B, S, Dr], computed in float32."""
+    half = angles.shape[2] // 2
+    cos, sin = angles[:, :, None].tensor_split(2, dim=-1)
+    first, second, rest = heads.split((half, half, heads.shape[3] - 2 * half), dim=-1)
+    first, second = first.float(), second.float()
+    turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    return torch.cat((turned.to(heads.dtype), rest), dim=-1)
+
+
+def _append(past: torch.Tensor, new: torch.Tensor, starts: list[int]) -> torch.Tensor:
+    """past [B, 2, Nkv, past, Dh] followed by room, with new [B, 2, Nkv, S, Dh] written from `starts` on."""
+    size, more = past.shape[3], new.shape[3]
+    present = past.new_empty(*past.shape[:3], size + more, past.shape[4]).zero_()
+    present[:, :, :, :size] = past
+    for row, start in enumerate(starts):
+        present[row, :, :, start : start + more] = new[row]
     return present
 
 

@@ -13,12 +13,12 @@ def soft_cap(scores: torch.Tensor, cap: float | None) -> torch.Tensor:
 
 
 def causally_hidden(
-    queries: torch.Tensor,  # int [Sq], position of each query
+    queries: torch.Tensor,  # int [..., Sq], position of each query
     keys: torch.Tensor,  # int [Sk]
     window: int | None,
 ) -> torch.Tensor:
-    """bool [Sq, Sk], True where a key is invisible: in the future, or outside the W positions of a window W > 0."""
-    distance = queries[:, None] - keys[None, :]
+    """bool [..., Sq, Sk], True where a key is invisible: in the future, or outside the last W positions for W > 0."""
+    distance = queries[..., None] - keys
     if window is None or window <= 0:
         return distance < 0
     return (distance < 0) | (distance >= window)
