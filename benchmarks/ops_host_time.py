@@ -188,11 +188,11 @@ def state_rows() -> Iterator[Row | Later]:
 
 def _delta_row(case: Case) -> Row:
     """Of decode tokens by our own step; of a prompt by fla's kernels, which we launch as ours and count with them, and
-    beside it fla's function, which launches them as Triton does."""
+    beside it fla's function, which launches them as Triton does; without a gate that has other kernels."""
     name, call = f"{case.operator}, {case.size}", prepared(case)
     if case.size.startswith("decode"):
         return Row(name, call, 1)
-    return Row(name, call, launches(call), {"fla": case.peers["fla"]})
+    return Row(name, call, launches(call), {"fla": case.peers["fla"]} if "gated" in case.operator else {})
 
 
 def linear_rows() -> Iterator[Row]:

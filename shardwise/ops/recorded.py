@@ -2,13 +2,14 @@
 
 Checks, choices and arguments of such a call take the host 50 to 200 µs, and follow from its numbers and from the
 layout of its tensors alone. The first call of a layout runs as it is written; during the second each launch is written
-down: kernel, grid and numbers, and for each pointer where it leads: into a tensor that was given, into the result, into
-memory that the call made for itself or that a `Workspace` keeps. Later calls look up addresses and go to the driver.
+down, also of other packages' Triton kernels: kernel, grid and numbers, and for each pointer where it leads: into a
+tensor that was given, into the result, into memory that the call made for itself or that a `Workspace` keeps. Later
+calls look up addresses and go to the driver.
 
 Nothing is taken on trust: what was recorded is run once more, on memory filled with other bytes, and kept only if the
 result is the same, bit by bit, for which the second call waits for the device. A call of which that cannot be said runs
-on as it is written, and so does one that used PyTorch's kernels, products apart; calls inside of a graph's capture
-always do.
+on as it is written, and so does one that used PyTorch's kernels, products and zeros apart; calls inside of a graph's
+capture always do.
 """
 
 import functools
