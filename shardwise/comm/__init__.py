@@ -11,7 +11,8 @@
     torch_dist, torch_group,    `gloo` and `nccl`, how their groups are made and ranks wait; torch's symmetric memory;
     torch_wait, symmetric,      NCCL's registered windows
     window
-    mpi, mpi_library, arrival   `mpi`, the library beneath, how its ranks wait for each other with a deadline
+    mpi, mpi_library, mpi_wait, `mpi`, the library beneath, how its ranks meet, and wait for each other, with a deadline
+    arrival
     threads, fake               ranks as threads; one process that plays one rank
     p2p/                        `p2p` and `flashinfer`: all-reduce through the memory of the peers' GPUs
     bootstrap, strategy         rendezvous; the choice of a transport

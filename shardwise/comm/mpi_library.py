@@ -12,6 +12,7 @@ import torch
 from shardwise.comm.arrival import free_owned, owned
 from shardwise.comm.base import Unavailable
 from shardwise.comm.bootstrap import Rendezvous
+from shardwise.comm.mpi_wait import bounded
 
 _stays = False
 
@@ -28,10 +29,23 @@ def load():
     except (ImportError, RuntimeError) as error:
         raise Unavailable(f"transport mpi needs mpi4py and an MPI library: {error}") from None
     if not MPI.Is_initialized():
-        MPI.Init_thread(MPI.THREAD_SERIALIZED)
+        _init(MPI)
         atexit.register(_finalize, MPI)
         os.register_at_fork(after_in_child=lambda: atexit.unregister(_finalize))
     return MPI
+
+
+def _init(MPI) -> None:
+    """As mpi4py does it, but with the interpreter's lock released, as MPI_Init waits for the other ranks."""
+    try:
+        init = ctypes.CDLL(MPI.__file__).MPI_Init_thread
+    except (OSError, AttributeError):  # mpi4py has bound the library in another way
+        MPI.Init_thread(MPI.THREAD_SERIALIZED)
+        return
+    if init(None, None, MPI.THREAD_SERIALIZED, ctypes.byref(ctypes.c_int())) != MPI.SUCCESS:
+        raise Unavailable("transport mpi: MPI_Init_thread failed")
+    for comm in (MPI.COMM_WORLD, MPI.COMM_SELF):
+        comm.Set_errhandler(MPI.ERRORS_RETURN)  # which mpi4py turns into exceptions
 
 
 def stay() -> None:
@@ -86,7 +100,8 @@ class MpiRendezvous(Rendezvous):
         self.comm = comm
 
     def gather(self, key: str, value: Any, timeout: float) -> list[Any]:
-        return self.comm.allgather(value)
+        with bounded(self.ranks[self.rank], self.ranks, timeout):
+            return self.comm.allgather(value)
 
 
 def datatypes() -> dict[torch.dtype, Any]:

@@ -119,8 +119,11 @@ class _Request:
     def communicator(self, stays: bool = False):
         """MPI's, over the ranks of `info`. Raises Unavailable where MPI knows other ranks than the launcher does."""
         from shardwise.comm.mpi_library import meeting_place, world_communicator
+        from shardwise.comm.mpi_wait import bounded
 
-        comm, info = self.mpi_comm or (meeting_place() if stays else world_communicator()), self.info
+        info = self.info
+        with bounded(info.rank, range(info.world), self.options["deadlines"].rendezvous):
+            comm = self.mpi_comm or (meeting_place() if stays else world_communicator())
         if (comm.Get_rank(), comm.Get_size()) != (info.rank, info.world):
             raise Unavailable(
                 f"transport mpi needs ranks that the mpirun of its own MPI library started: {info.source} says rank "

@@ -7,11 +7,13 @@ collectives that this process began; a collective whose `end` is missing is the 
 import contextlib
 import json
 import os
+import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
+from typing import NoReturn
 
 FLIGHT_LENGTH = 256
 ROLL_CALL_SECONDS = 1.5
@@ -77,6 +79,15 @@ def _seconds(name: str, text: str) -> float:
     except ValueError:
         raise ValueError(f"{name}={text!r} is not a number of seconds") from None
 
+
+def _say_and_end(error: BaseException) -> NoReturn:
+    print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+    os._exit(124)
+
+
+give_up: Callable[[BaseException], NoReturn] = _say_and_end
+"""Ends this process, whose main thread is inside native code where no exception reaches it; whoever guards a rank
+reports it first."""
 
 _phase = "start"
 

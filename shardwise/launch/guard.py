@@ -47,6 +47,7 @@ class Guard:
 
     def run(self, body: Callable[[], T]) -> T:
         """`body()`. When it raises anything at all this process ends, and with it the job."""
+        watch.give_up = self.fail
         try:
             return body()
         except BaseException as error:
@@ -89,7 +90,7 @@ class Guard:
         elif isinstance(error, KeyboardInterrupt) and not self.debug:
             if self.info.rank == 0:  # the launcher has passed it on to all
                 print("shardwise: ended by SIGINT", file=sys.stderr)
-        elif not for_all and not (found.input_error and self._said_by_rank_0(found)):
+        elif not for_all and not self._said(found):
             self._print(found, path)
         end_job(found.exit_code)
 
@@ -107,19 +108,30 @@ class Guard:
             with contextlib.suppress(OSError):  # the parent may be gone; ending still matters
                 self.link.send(event)
 
+    def _said(self, found: Failure) -> bool:
+        """Whether another rank of this host says it: the cause, the first of those that waited in vain, or rank 0 of a
+        wrong input."""
+        if found.victim:
+            cause = failures.primary(self._reports())
+            return cause is not None and cause.rank != self.info.rank
+        return found.input_error and self._said_by_rank_0(found)
+
     def _said_by_rank_0(self, found: Failure) -> bool:
-        """Whether rank 0 fails alike within ECHO_PAUSE. What is older than the launcher is an earlier job's report."""
-        launcher = os.getppid() or os.getpid()  # 0: it is outside of this rank's container
-        began = time.time_ns() - watch.process_age_ns(launcher)
+        """Whether rank 0 fails alike within ECHO_PAUSE."""
         end = time.monotonic() + ECHO_PAUSE
         while True:
             late = time.monotonic() > end
-            for other in failures.read_all(self.folder):
-                if other.rank == 0 and other.what == found.what and other.time_ns > began:
-                    return True
+            if any(other.rank == 0 and other.what == found.what for other in self._reports()):
+                return True
             if late:
                 return False
             time.sleep(ECHO_LOOK)
+
+    def _reports(self) -> list[Failure]:
+        """Of this job's ranks on this host. What is older than the launcher is an earlier job's."""
+        launcher = os.getppid() or os.getpid()  # 0: it is outside of this rank's container
+        began = time.time_ns() - watch.process_age_ns(launcher)
+        return [each for each in failures.read_all(self.folder) if each.time_ns > began]
 
     def _print(self, found: Failure, path: Path | None) -> None:
         text = failures.report(found, path=path, debug=self.debug)
@@ -191,6 +203,7 @@ def guard_script(info: RankInfo) -> None:
     """For a script that builds its own `LLM` under mpirun or torchrun: an uncaught exception ends the whole job."""
     own_guard = Guard(info, job_folder(info))
     sys.excepthook = lambda kind, error, trace: own_guard.fail(error)
+    watch.give_up = own_guard.fail
 
 
 def finalize(seconds: float, close: Callable[[], None] = lambda: None) -> None:

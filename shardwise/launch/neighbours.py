@@ -91,15 +91,16 @@ class Neighbours:
 
     def _tell(self, path: Path, pidfd: int) -> None:
         """Report the rank of this file, if it went without a word and no other rank reports it."""
+        rank = int(path.stem.removeprefix("rank-"))
         launcher_left = os.getppid() != self._launcher  # then the kernel ends all ranks
-        if launcher_left or any(not each.victim for each in failures.read_all(self.guard.folder)):
+        if launcher_left or any(not each.victim or each.rank == rank for each in failures.read_all(self.guard.folder)):
             return
         pid = json.loads(path.read_text())[0]
         path.unlink()  # FileNotFoundError: that rank ended well, or another one is first to report it
         info, last, code = self.guard.info, self.guard.last_collective(), exit_code(pidfd)
         what = f"its process is gone, {info.source} says of what" if code is None else postmortem.spell(code)
         found = Failure(
-            rank=int(path.stem.removeprefix("rank-")),
+            rank=rank,
             world=info.world,
             host=socket.gethostname(),
             pid=pid,

@@ -1,4 +1,4 @@
-"""The script of a rank that somebody else's launcher starts: python own_rank.py kill|wait|done"""
+"""The script of a rank that somebody else's launcher starts: python own_rank.py kill|wait|done|late"""
 
 import contextlib
 import os
@@ -25,6 +25,8 @@ def watched_by(pid: int) -> bool:
 
 
 def body() -> None:
+    if sys.argv[1] == "late":
+        import shardwise.comm.strategy  # which takes each rank another while
     with watch.phase("load"):
         unfinished = LOGS / f"{INFO.rank}.started"
         unfinished.write_text(str(os.getpid()))
@@ -36,6 +38,8 @@ def body() -> None:
             while not all(map(watched_by, others)):
                 time.sleep(0.01)
             os.kill(os.getpid(), signal.SIGKILL)
+        if sys.argv[1] == "late" and INFO.rank != 1:
+            shardwise.comm.strategy.create(INFO, deadlines=watch.Deadlines(rendezvous=3))
         if sys.argv[1] != "done":
             time.sleep(100)
 

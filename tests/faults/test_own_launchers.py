@@ -65,6 +65,16 @@ def test_a_launcher_that_is_told_to_end_blames_no_rank(start, tmp_path, launcher
     assert survivors(str(tmp_path)) == []
 
 
+def test_a_rank_that_does_not_come_to_mpi_is_named_once_by_the_others(start, tmp_path):
+    """They wait for it inside MPI_Init."""
+    job, logs = start("mpirun", "late")
+    said = [line for line in job.communicate(timeout=200)[1].splitlines() if "shardwise: rank" in line]
+    assert len(said) == 1 and said[0].endswith("rank(s) 1 did not arrive within 3 s") and job.returncode == 124
+    cause = json.loads((logs / "failure.json").read_text())
+    assert (cause["missing"], cause["exit_code"]) == ([1], 124)
+    assert survivors(str(tmp_path)) == []
+
+
 def test_a_job_that_ends_well_leaves_no_trace(start):
     job, logs = start("mpirun", "done")
     assert job.communicate(timeout=200)[1] == "" and job.returncode == 0

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import subprocess
 import sys
 import time
 
@@ -130,3 +131,26 @@ def test_a_rank_is_not_seen_before_it_can_tell_sigterm_from_its_death(tmp_path, 
     for descriptor in (seen["reader"], seen["pipe"]):
         os.close(descriptor)
     assert signal.getsignal(signal.SIGTERM) is handler, "the test's own is not touched"
+
+
+def test_of_ranks_that_wait_in_vain_the_first_one_speaks(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(guard, "VICTIM_PAUSE", 0.0)
+    waited = CollectiveTimeout("rank(s) 2 did not arrive", (2,))
+    for rank in (1, 0):
+        with pytest.raises(SystemExit, match="124"):
+            own(rank, tmp_path).fail(waited)
+    assert capsys.readouterr().err.count("did not arrive") == 1
+
+
+def test_a_rank_that_ended_with_a_word_is_not_told_again(tmp_path, capsys):
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    pidfd, path = os.pidfd_open(process.pid), tmp_path / "rank-1.pid"
+    process.wait()
+    for words in ([], [failed(1, "CollectiveTimeout: rank(s) 2 did not arrive", victim=True)]):
+        path.write_text(json.dumps([process.pid, 1]))
+        for each in words:
+            failures.write(tmp_path, each)
+        Neighbours(own(0, tmp_path))._tell(path, pidfd)
+        assert ("rank 1 of 2 failed" in capsys.readouterr().err) is not bool(words)
+        (tmp_path / "failure-rank-1.json").unlink()
+    os.close(pidfd)
