@@ -1,6 +1,7 @@
 """Mixture of experts in plain PyTorch, on CPU and CUDA: a loop over the experts that have tokens."""
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -105,19 +106,17 @@ def run_experts(
 
 def _routed_sum(x, ids, weights, experts, mlp, on_input) -> Tensor:
     out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
-    for expert in _present(ids, experts):
-        token, slot = (ids == expert).nonzero(as_tuple=True)
-        weight = weights[token, slot].float()[:, None]
+    chosen, order = ids.flatten().sort(stable=True)  # an expert's tokens follow one another, ascending
+    bounds = torch.searchsorted(chosen, torch.arange(experts + 1, dtype=ids.dtype, device=ids.device)).tolist()
+    tokens, factors = order // ids.shape[1], weights.flatten()[order].float()[:, None]
+    for expert, (first, last) in enumerate(pairwise(bounds)):
+        if first == last:
+            continue
+        token, weight = tokens[first:last], factors[first:last]
         rows = (x[token] * weight).to(x.dtype) if on_input else x[token]
         value = mlp(expert, rows).float()
         out.index_add_(0, token, value if on_input else value * weight)
     return out.to(x.dtype)
-
-
-def _present(ids: Tensor, experts: int) -> list[int]:
-    """Local experts that have tokens, ascending."""
-    local = ids[(ids >= 0) & (ids < experts)].long()
-    return torch.bincount(local, minlength=experts).nonzero().squeeze(1).tolist() if local.numel() else []
 
 
 @operator(fake=like_x)
