@@ -5,9 +5,9 @@
 Starts the ranks, one a GPU or all on this machine's CPU, and times on each of them as `ops_host_time.py` does, at sizes
 of one token; ranks make the same calls in the same order, each on cores of its own. A row is that of the rank that
 takes longer beyond its kernels: on GPUs a bare launch for an operator that is a kernel of ours, the library's own call
-where NCCL moves the bytes, and PyTorch's operators with the group's sum for the sharded norm. `group` is the method of
-the communicator, which the operator finds and calls. On CPUs, where a call waits for the other ranks, that method
-stands for the kernel.
+where NCCL moves the bytes, and PyTorch's operators with the group's sum for the sharded norm. `NCCL` is the library's
+call beside a kernel of ours, `group` the method of the communicator, which the operator finds and calls. On CPUs, where
+a call waits for the other ranks, that method stands for the kernel.
 """
 
 import argparse
@@ -37,9 +37,9 @@ def rank_rows(group: Communicator, device: str) -> Iterator[Row]:
         return torch.randn(*shape, dtype=torch.bfloat16, device=device)
 
     def row(operator: str, call: Callable, direct: Callable, method: Callable) -> Row:
-        """Of a sum, one kernel of transport p2p; `direct` is what else it is."""
-        beside = {"group": method} if kernels else {"direct": direct if on_gpu else method, "group": method}
-        return Row(operator, call, kernels, beside)
+        """Of one kernel of transport p2p; `direct` is what else it is."""
+        library = "NCCL" if kernels else "direct"
+        return Row(operator, call, kernels, {library: direct if on_gpu else method, "group": method})
 
     x, residual, weight = draw(1, HIDDEN), draw(1, HIDDEN), draw(HIDDEN)
     summed = partial(torch.distributed.all_reduce, x.clone(), group=_library_group(group)) if on_gpu else None
@@ -53,8 +53,7 @@ def rank_rows(group: Communicator, device: str) -> Iterator[Row]:
         method = partial(group.all_gather, x, dim)
         direct = partial(_gathered, x, _library_group(group), dim) if on_gpu else method
         for name in ("torch_dist_all_gather", "trtllm_dist_all_gather"):
-            beside = {"direct": direct, "group": method}
-            yield Row(f"{name}, dim {dim}", partial(getattr(OPS, name), x, dim), 0, beside)
+            yield row(f"{name}, dim {dim}", partial(getattr(OPS, name), x, dim), direct, method)
     part, gain = draw(1, HIDDEN // group.size), draw(HIDDEN // group.size)
     direct = partial(_sharded_norm, group, part, gain)
     yield Row("sharded_rmsnorm", partial(OPS.sharded_rmsnorm, part, gain, EPS, group.size), 0, {"direct": direct})

@@ -24,7 +24,7 @@ class BaseCommunicator(Member):
     """Base of the transports."""
 
     def explain(self, op: str, payload: int) -> str:
-        """Which algorithm serves `op` on `payload` bytes when the strategy is AUTO, and why."""
+        """Which algorithm serves `op` on `payload` bytes (of a gather: joined) when the strategy is AUTO, and why."""
         if op.startswith("all_reduce") and self.deterministic:
             return "TWOSHOT in fixed rank order: deterministic mode has one algorithm for all sizes"
         return f"the only algorithm of transport {self.transport}"

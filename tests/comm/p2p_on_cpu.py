@@ -139,6 +139,8 @@ def conformance(info: RankInfo, store, folder: str) -> None:
     with pytest.raises(CommError, match="sums bfloat16, float16, float32, not torch.int64"):
         group.all_reduce(integers, strategy="ONESHOT")
     assert " us, NCCL " in group.explain("all_reduce", 1 << 14) or info.world > 2
+    assert group.explain("all_gather", 1 << 14).startswith("ONESHOT")
+    assert group.explain("all_gather", 1 << 24).startswith(f"{group.fallback.transport} serves parts of more than")
 
 
 def check_variants(group: OnCpu) -> None:

@@ -32,3 +32,9 @@ def test_larger_worlds_go_from_one_shot_over_two_shot_to_nccl():
 
 def test_two_ranks_never_need_nccl():
     assert all(table.choose(2, nbytes, fused, "AUTO").tuning for nbytes in SIZES for fused in (False, True))
+
+
+def test_gathers_of_small_parts_are_one_kernel():
+    choices = [table.choose_gather(nbytes) for nbytes in SIZES]
+    assert [choice.tuning for choice in choices] == [table.GATHER] * 3 + [None] * 4
+    assert all(choice.reason for choice in choices)

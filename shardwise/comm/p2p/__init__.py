@@ -1,4 +1,4 @@
-"""All-reduce between GPUs of one host through each other's memory: plain CUDA IPC, kernels in stock Triton.
+"""All-reduce and small gathers between GPUs of one host: plain CUDA IPC, kernels in stock Triton.
 
     memory.py        16-byte chunks: read, written, pushed, awaited
     bulk.py          pushes through shared memory by bulk copies
@@ -16,7 +16,7 @@
     plans.py         calls of one layout, worked out once
     table.py         which strategy and launch for which size, with the measurement that set it
     streams.py       the order of calls on several streams
-    delegate.py      a group whose all-reduce runs on own kernels, all else on another group of the same ranks; a group
+    delegate.py      a group that runs some calls on own kernels, all else on another group of the same ranks; a group
                      without kernels whose sub-groups may have them
     communicator.py  the Communicator on top
     flashinfer.py    the same Communicator over FlashInfer's TRT-LLM kernels

@@ -1,4 +1,4 @@
-"""Transport `p2p`: all-reduce, plain and fused with residual add and RMSNorm, on this package's kernels.
+"""Transport `p2p`: all-reduce, plain and fused with residual add and RMSNorm, and small gathers on our own kernels.
 
 A kernel waits at most for the group's deadline. That a wait gave up is seen at the next call, or by `check_waits()`
 after the stream was synchronised, which is also what tells of a captured graph's replays.
@@ -74,8 +74,8 @@ class P2PCommunicator(Delegating):
 
     def explain(self, op: str, payload: int) -> str:
         if op == "all_gather":
-            choice = table.choose_gather(payload)
-            return choice.reason if choice.tuning else f"{self.fallback.transport}: {choice.reason}"
+            choice = table.choose_gather(payload // self.size)
+            return choice.reason if choice.tuning else f"{self.fallback.transport} {choice.reason}"
         if not op.startswith("all_reduce"):
             return f"{self.fallback.transport}: no kernel of this package does it"
         strategy = "MIN_LATENCY" if self.deterministic else "AUTO"

@@ -1,5 +1,5 @@
-"""A group whose all-reduce runs on its own kernels, and everything else on a fallback group of the same ranks; and one
-whose sub-groups alone may be such.
+"""A group that runs some calls on its own kernels, all else on a fallback group of the same ranks; and one whose
+sub-groups alone may be such.
 """
 
 from collections.abc import Callable, Sequence

@@ -141,8 +141,8 @@ GATHER_BYTES = 512 * KIB
 def choose_gather(nbytes: int) -> Choice:
     """For a tensor of `nbytes` on every rank, which the kernel sends as twice as many."""
     if nbytes > GATHER_BYTES:
-        return Choice(None, "NCCL for any size above")
-    return Choice(GATHER, f"ONESHOT for up to {GATHER_BYTES // KIB} KiB: not measured")
+        return Choice(None, f"serves parts of more than {GATHER_BYTES // KIB} KiB")
+    return Choice(GATHER, f"ONESHOT for parts of up to {GATHER_BYTES // KIB} KiB: not measured")
 
 
 @functools.lru_cache(maxsize=4096)
