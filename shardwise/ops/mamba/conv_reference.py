@@ -81,15 +81,14 @@ def torch_cached_causal_conv1d(
         if span.slot < 0 or not span.length:
             continue
         rows = slice(span.start, span.start + span.length)
-        past = conv_state_cache[span.slot].to(x.dtype) if span.resumes else x.new_zeros(x.shape[1], K)
+        past = conv_state_cache[span.slot, :, 1:].to(x.dtype) if span.resumes else x.new_zeros(x.shape[1], K - 1)
         joined = torch.cat((past, x[rows].T), 1)
-        out[rows] = torch.nn.functional.conv1d(joined[None, :, 1:], weight, bias, groups=groups)[0].T
-        conv_state_cache[span.slot] = joined[:, -K:].to(conv_state_cache.dtype)
-    live = [span for span in spans[batch.prefill :] if span.slot >= 0]
+        out[rows] = torch.nn.functional.conv1d(joined, weight, bias, groups=groups).T
+        conv_state_cache[span.slot] = joined[:, -K:]
+    live = [(span.start, span.slot) for span in spans[batch.prefill :] if span.slot >= 0]
     if live:
-        tokens = torch.tensor([span.start for span in live], device=x.device)
-        slots = torch.tensor([span.slot for span in live], device=x.device)
-        window = torch.cat((conv_state_cache[slots][..., 1:].to(x.dtype), x[tokens, :, None]), -1)
+        tokens, slots = torch.tensor(live, device=x.device).unbind(1)
+        window = torch.cat((conv_state_cache[slots, :, 1:].to(x.dtype), x[tokens, :, None]), -1)
         out[tokens] = torch.nn.functional.conv1d(window, weight, bias, groups=groups)[..., 0]
         conv_state_cache[slots] = window.to(conv_state_cache.dtype)
     return out.view(*input.shape[:2], weight.shape[0])
