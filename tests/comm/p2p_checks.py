@@ -112,7 +112,10 @@ def check_repeats(group) -> None:
         x = torch.empty(first + 192, dtype=torch.bfloat16, device=device_of(group))[first:].view(2, 96)
         x.copy_(parts[group.rank])
 
-        def call(x=x):
+        y = x.clone()
+
+        def call(x=x, y=y):
+            group.all_reduce(y, out=y)
             return group.all_reduce(x), *group.all_reduce_residual_rms_norm(x, x, weight, EPS), group.all_gather(x, 1)
 
         warm(group, call)
@@ -123,9 +126,11 @@ def check_repeats(group) -> None:
         assert torch.equal(stream.cpu(), (expected.float() + parts[group.rank].float()).bfloat16())
         assert_close(normed, torch.nn.functional.rms_norm(stream.cpu().double(), (96,), eps=EPS))
         assert torch.equal(joined.cpu(), torch.cat(parts, 1))
-        rows = [row for row in FLIGHT.rows() if row["rank"] == group.ranks[group.rank]][-3:]
+        y.copy_(x)
+        assert torch.equal(group.all_reduce(y, out=y).cpu(), expected)
+        rows = [row for row in FLIGHT.rows() if row["rank"] == group.ranks[group.rank]][-4:-1]
         assert [row["op"] for row in rows] == ["all_reduce", "all_reduce_residual_rms_norm", "all_gather"]
-        assert [row["sequence"] for row in rows] == [before + 1, before + 2, before + 3]
+        assert [row["sequence"] for row in rows] == [before + 2, before + 3, before + 4]
         assert all(row["shape"] == [2, 96] and row["end"] >= row["begin"] for row in rows)
     group.deterministic = False
 

@@ -82,7 +82,8 @@ class P2PCommunicator(Delegating):
         return table.choose(self.size, payload, op.endswith("norm"), strategy).reason
 
     def all_reduce(self, tensor: Tensor, *, out: Tensor | None = None, strategy: str = "AUTO") -> Tensor:
-        total = self._plans.all_reduce(tensor, strategy) if out is None else None
+        planned = out is None or out is tensor
+        total = self._plans.all_reduce(tensor, strategy, out is tensor) if planned else None
         if total is not None:
             return total
         if strategy not in _ANY_DTYPE:
@@ -90,7 +91,7 @@ class P2PCommunicator(Delegating):
             _require_dtype(tensor, strategy, HALVES if strategy == LOW_PRECISION else DTYPES)
         total = super().all_reduce(tensor, out=out, strategy=strategy)
         tuning = self._tuning(tensor, strategy, fused=False)
-        if out is None and tuning is not None:
+        if planned and tuning is not None:
             self._plans.keep_all_reduce(tensor, total, strategy, tuning)
         return total
 
@@ -106,18 +107,14 @@ class P2PCommunicator(Delegating):
     def all_reduce_residual_rms_norm(
         self, tensor, residual, weight, eps, *, weight_bias=0.0, strategy="AUTO", out=None, residual_out=None
     ):
-        tensors, norm, given = (
-            (tensor, residual, weight),
-            (eps, weight_bias),
-            out is not None or residual_out is not None,
-        )
-        results = None if given else self._plans.fused(tensors, norm, strategy)
+        tensors, norm, planned = (tensor, residual, weight), (eps, weight_bias), out is None and residual_out is None
+        results = self._plans.fused(tensors, norm, strategy) if planned else None
         if results is None:
             results = super().all_reduce_residual_rms_norm(
                 *tensors, eps, weight_bias=weight_bias, strategy=strategy, out=out, residual_out=residual_out
             )
             tuning = self._fused_tunings.get((tensor.shape, tensor.dtype, strategy))
-            if not given and tuning is not None and weight.dtype == tensor.dtype:
+            if planned and tuning is not None and weight.dtype == tensor.dtype:
                 self._plans.keep_fused(tensors, norm, results, strategy, tuning)
         return results
 

@@ -35,21 +35,24 @@ class _Plan(NamedTuple):
 
 
 class Plans:
-    """Of one group's calls without `out`, by kernels of its own, on contiguous tensors."""
+    """Of one group's calls by kernels of its own on contiguous tensors, where results are new, or a sum in its place.
+
+    Keys hold the number of elements: layouts of one key are compared one after another.
+    """
 
     def __init__(self, group: "P2PCommunicator"):
         self._group = group
         self._sums, self._norms, self._gathers = (PlanCache[_Plan]() for _ in range(3))
 
-    def all_reduce(self, tensor: Tensor, strategy: str) -> Tensor | None:
+    def all_reduce(self, tensor: Tensor, strategy: str, in_place: bool) -> Tensor | None:
         """The sum, if there is a plan for it."""
         group, x = self._group, tensor.data_ptr()
-        plan = self._sums.get((strategy, group.deterministic, x % _ALIGNMENT), (tensor,))
+        plan = self._sums.get((tensor.numel(), strategy, group.deterministic, x % _ALIGNMENT), (tensor,))
         if plan is None:
             return None
-        total = plan.make()
-        y = total.data_ptr()
         entry = group._begin("all_reduce", plan.shape, plan.dtype, strategy)
+        total = tensor if in_place else plan.make()
+        y = total.data_ptr()
         with group._flight:
             group.launcher.launch(plan.pieces, (tensor, tensor, tensor, total, total), _NO_NORM, (x, x, x, y, y))
         entry[watch.END] = watch.now()
@@ -59,7 +62,7 @@ class Plans:
         group = self._group
         if tensor.is_contiguous() and tensor.numel():
             pieces = group.launcher.all_reduce(tensor, total, tuning, launch=False)
-            key = strategy, group.deterministic, tensor.data_ptr() % _ALIGNMENT
+            key = tensor.numel(), strategy, group.deterministic, tensor.data_ptr() % _ALIGNMENT
             self._sums.keep(key, (tensor,), _Plan(tensor.shape, tensor.dtype, _like(total), pieces))
 
     def fused(
@@ -71,12 +74,13 @@ class Plans:
         """
         group, (tensor, residual, weight) = self._group, tensors
         x, carried, gain = tensor.data_ptr(), residual.data_ptr(), weight.data_ptr()
-        plan = self._norms.get((strategy, group.deterministic, (x | carried | gain) % _ALIGNMENT), tensors)
+        key = tensor.numel(), strategy, group.deterministic, (x | carried | gain) % _ALIGNMENT
+        plan = self._norms.get(key, tensors)
         if plan is None:
             return None
+        entry = group._begin("all_reduce_residual_rms_norm", plan.shape, plan.dtype, strategy, *norm)
         normed, total = plan.make(), plan.make()
         addresses = x, carried, gain, normed.data_ptr(), total.data_ptr()
-        entry = group._begin("all_reduce_residual_rms_norm", plan.shape, plan.dtype, strategy, *norm)
         with group._flight:
             group.launcher.launch(plan.pieces, (tensor, residual, weight, normed, total), norm, addresses)
         entry[watch.END] = watch.now()
@@ -90,17 +94,18 @@ class Plans:
         if x.numel() and all(each.is_contiguous() for each in tensors):
             pieces = group.launcher.fused(*tensors, *norm, *results, tuning, launch=False)
             begins = [each.data_ptr() for each in tensors]
-            key = strategy, group.deterministic, (begins[0] | begins[1] | begins[2]) % _ALIGNMENT
+            key = x.numel(), strategy, group.deterministic, (begins[0] | begins[1] | begins[2]) % _ALIGNMENT
             self._norms.keep(key, tensors, _Plan(x.shape, x.dtype, _like(results[0]), pieces))
 
     def all_gather(self, tensor: Tensor, dim: int, sizes: Sequence[int] | None) -> Tensor | None:
         """All ranks' tensors joined, if there is a plan for it."""
         group, x = self._group, tensor.data_ptr()
-        plan = self._gathers.get((dim, None if sizes is None else tuple(sizes), x % _ALIGNMENT), (tensor,))
+        key = tensor.numel(), dim, None if sizes is None else tuple(sizes), x % _ALIGNMENT
+        plan = self._gathers.get(key, (tensor,))
         if plan is None:
             return None
-        joined = plan.make()
         entry = group._begin("all_gather", plan.shape, plan.dtype, "", *plan.details)
+        joined = plan.make()
         with group._flight:
             group.launcher.launch(plan.pieces, (tensor, joined), (), (x, joined.data_ptr()))
         entry[watch.END] = watch.now()
@@ -113,7 +118,7 @@ class Plans:
         if tensor.is_contiguous():
             axis = dim % tensor.dim()
             pieces = self._group.launcher.gather(tensor, joined, stretch_bytes(tensor, axis), launch=False)
-            key = dim, None if sizes is None else tuple(sizes), tensor.data_ptr() % _ALIGNMENT
+            key = tensor.numel(), dim, None if sizes is None else tuple(sizes), tensor.data_ptr() % _ALIGNMENT
             plan = _Plan(tensor.shape, tensor.dtype, _like(joined), pieces, (axis, lengths))
             self._gathers.keep(key, (tensor,), plan)
 
