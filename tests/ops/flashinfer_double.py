@@ -100,7 +100,7 @@ class BatchPrefillWithRaggedKVCacheWrapper:
         self.qo_indptr, self.kv_indptr, self.scale = qo_indptr.tolist(), kv_indptr.tolist(), sm_scale
         self.sizes = (head_dim_qk, head_dim_vo)
 
-    def run(self, q, k, v, *, out):
+    def run(self, q, k, v, *, out, enable_pdl):
         assert (q.shape[2], v.shape[2]) == self.sizes
         for i in range(len(self.qo_indptr) - 1):
             mine, keys = (slice(x[i], x[i + 1]) for x in (self.qo_indptr, self.kv_indptr))

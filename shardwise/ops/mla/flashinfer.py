@@ -21,6 +21,7 @@ from shardwise.ops.attention.planner import (
     without_padding,
 )
 from shardwise.ops.attention.positions import fake_token_positions, token_positions
+from shardwise.ops.mla.expand import expand
 from shardwise.ops.mla.reference import fake_cached_mla
 from shardwise.ops.mla.step import OP, Absorbed, MlaPlan, Parameters, aligned, check_caches, plan_step, readable_copies
 from shardwise.ops.registry import CUDA, FLASHINFER, TRITON, operator
@@ -151,11 +152,11 @@ def flashinfer_mla_with_cache(
         (q_nope, q_pe, compressed_kv, kpe, kv_b_proj_weight, ckv_cache, kpe_cache, flashinfer_batch_indices,
          flashinfer_positions, cu_num_pages, last_page_len),
     )  # fmt: skip
-    out, count = plan.out(), batch.tokens
-    if count < plan.tokens:
-        out.view(plan.tokens, -1)[count:].zero_()
-    if count == 0:
-        return out
+    out = plan.out()
+    if not plan.full:
+        out.view(plan.tokens, -1)[batch.tokens :].zero_()
+        if batch.tokens == 0:
+            return out
     latent, rotated = view(given[2], *plan.latent), view(given[3], *plan.rotated)
     metadata = given[7:] if plan.exact else without_padding(batch, *given[7:])
     caches, host = (ckv_cache, kpe_cache), (cu_num_pages_host, cache_loc, last_page_len_host, seq_len_with_cache_host)
@@ -163,12 +164,12 @@ def flashinfer_mla_with_cache(
         latent, rotated, caches, host = _append_quantised(plan, batch, latent, rotated, metadata, caches, host)
     else:
         _append(latent, rotated, metadata, caches, cache_loc)
-    owner, tensors = plan.owner, (*given[:2], kv_b_proj_weight, *caches, out)
+    tensors = given[0], given[1], kv_b_proj_weight, *caches, out
     if batch.prefill_tokens:
-        _run_prefill(plan, owner, batch, cu_seqlen_host, host, latent, rotated, *tensors)
+        _run_prefill(plan, batch, cu_seqlen_host, host, latent, rotated, tensors)
     if batch.decode:
-        wrapper = owner.decode_wrapper(_DECODE, plan.parameters, batch, caches[0].shape[0], host)
-        _run_absorbed(plan.decode, wrapper, *tensors)
+        wrapper = plan.owner.decode_wrapper(_DECODE, plan.parameters, batch, caches[0].shape[0], host)
+        _run_absorbed(plan.decode, wrapper, tensors)
     return out
 
 
@@ -209,45 +210,41 @@ def _append_quantised(plan: MlaPlan, batch: Batch, latent: Tensor, rotated: Tens
 
 
 def _run_prefill(
-    plan: MlaPlan, owner: Planner, batch: Batch, cu_seqlen_host: Tensor, host, latent: Tensor, rotated: Tensor, *tensors
+    plan: MlaPlan, batch: Batch, cu_seqlen_host: Tensor, host, latent: Tensor, rotated: Tensor, tensors: Tensors
 ) -> None:  # fmt: skip
-    parameters, split = plan.parameters, batch.prefill_tokens
+    owner, parameters, split = plan.owner, plan.parameters, batch.prefill_tokens
+    key = "ragged", parameters
+    wrapper = owner.current(key)
+    if wrapper is None:
 
-    def starts():
-        return prefill_starts(OP, batch, cu_seqlen_host)
+        def starts():
+            return prefill_starts(OP, batch, cu_seqlen_host)
 
-    if sum(host[3][: batch.prefill].tolist()) > split:  # a sequence continues in the cache
-        wrapper = owner.planned(
-            ("prefix", parameters),
-            lambda: _create_absorbed(owner, None),
-            lambda w: _plan_absorbed(parameters, True, w, starts(), select_pages(0, batch.prefill, *host)),
-        )
-        _run_absorbed(plan.prefill, wrapper, *tensors)
-    else:
-        wrapper = owner.planned(
-            ("ragged", parameters), lambda: _create_ragged(owner), lambda w: _plan_ragged(parameters, w, starts())
-        )
-        if batch.decode:
-            latent, rotated = latent[:split], rotated[:split]
-        _run_ragged(plan, wrapper, latent, rotated, *tensors)
+        if sum(host[3][: batch.prefill].tolist()) > split:  # a sequence continues in the cache
+            wrapper = owner.planned(
+                ("prefix", parameters),
+                lambda: _create_absorbed(owner, None),
+                lambda w: _plan_absorbed(parameters, True, w, starts(), select_pages(0, batch.prefill, *host)),
+            )
+            _run_absorbed(plan.prefill, wrapper, tensors)
+            return
+        wrapper = owner.planned(key, lambda: _create_ragged(owner), lambda w: _plan_ragged(parameters, w, starts()))
+    if batch.decode:
+        latent, rotated = latent[:split], rotated[:split]
+    _run_ragged(plan, wrapper, latent, rotated, tensors)
 
 
-def _run_absorbed(part: Absorbed, wrapper, q_nope, q_pe, weight, ckv_cache, kpe_cache, out) -> None:
+def _run_absorbed(part: Absorbed, wrapper, tensors: Tensors) -> None:
     """Tokens whose queries and outputs absorb the weight."""
+    q_nope, q_pe, weight, ckv_cache, kpe_cache, out = tensors
     latents = part.latents()
     part.absorb(q_nope, weight, latents)
     mixed = wrapper.run(latents, view(q_pe, *part.rotated), ckv_cache, kpe_cache)
     part.release(mixed, weight, out)
 
 
-def _run_ragged(
-    plan: MlaPlan, wrapper, latent: Tensor, rotated: Tensor, q_nope, q_pe, weight, _ckv_cache, _kpe_cache, out
-) -> None:  # fmt: skip
+def _run_ragged(plan: MlaPlan, wrapper, latent: Tensor, rotated: Tensor, tensors: Tensors) -> None:
     """The prefill tokens, whose keys and values are expanded."""
-    heads, tokens = plan.parameters.heads, latent.shape[0]
-    both = (latent @ weight.t()).view(-1, heads.count, heads.nope + heads.value)
-    keys, values = both.split((heads.nope, heads.value), dim=-1)
-    key = torch.cat((keys, rotated[:, None].expand(-1, heads.count, -1)), dim=-1)
-    queries = torch.cat((view(q_nope, *plan.queries), view(q_pe, *plan.prefill.rotated)), dim=-1)
-    rows = view(out, (tokens, heads.count, heads.value), (heads.count * heads.value, heads.value, 1))
-    wrapper.run(queries, key, values.contiguous(), out=rows)
+    q_nope, q_pe, weight, _, _, out = tensors
+    queries, keys, values = expand(plan.expanded, latent, rotated, q_nope, q_pe, weight)
+    wrapper.run(queries, keys, values, out=view(out, *plan.prompts), enable_pdl=plan.pdl)

@@ -15,6 +15,8 @@ from shardwise.ops.attention.planner import Planner, exact_metadata, planner
 from shardwise.ops.devices import require_one_device
 from shardwise.ops.mla.absorb import Factor, Product, Rows, head_product
 from shardwise.ops.mla.checks import LatentHeads, check_latent
+from shardwise.ops.mla.expand import Expanded, expanding
+from shardwise.ops.triton_support import dependent_launch
 from shardwise.ops.vector_access import takes_vectors
 from shardwise.plan_cache import View, allocator
 
@@ -47,7 +49,8 @@ class Absorbed(NamedTuple):
     """Attention's latents by the weight's [N, R, Dv] into the result"""
 
 
-class MlaPlan(NamedTuple):
+@dataclass(frozen=True, slots=True)  # whose fields are read faster than a named tuple's
+class MlaPlan:
     """What follows from the layout of a step's tensors."""
 
     parameters: Parameters
@@ -55,6 +58,8 @@ class MlaPlan(NamedTuple):
     """Of the tensors' device"""
     tokens: int
     """T, padding included"""
+    full: bool
+    """Whether there are tokens, and no padding"""
     out: Callable[[], torch.Tensor]
     """Allocates the result"""
     exact: bool
@@ -62,12 +67,15 @@ class MlaPlan(NamedTuple):
     readable: bool
     """Whether all are read in place where they are aligned; else copies must be made (`readable_copies`)"""
     quantised: bool
+    pdl: bool
+    """Whether kernels start while their predecessors drain, which FlashInfer would find out again"""
     latent: View
     """compressed_kv as [tokens, R]"""
     rotated: View
     """kpe as [tokens, Dr]"""
-    queries: View
-    """q_nope as [prefill tokens, N, Dn]"""
+    prompts: View
+    """The result of the prefill tokens, [T, N, Dv]"""
+    expanded: Expanded
     prefill: Absorbed
     decode: Absorbed
 
@@ -88,7 +96,7 @@ def plan_step(
         raise ValueError(f"{OP}: batch_info_host counts {count} tokens, q_nope holds {b * s}")
     strides = [_token_stride(each) for each in (q_nope, compressed_kv, kpe)]
     q_t, latent_t, kpe_t = (stride or 0 for stride in strides)
-    queries = Rows(q_t, q_nope.stride(2))
+    queries, quantised = Rows(q_t, q_nope.stride(2)), ckv_cache.dtype == FP8
 
     def absorbed(first: int, tokens: int) -> Absorbed:
         return absorbing(heads, weight, queries._replace(before=first), first, tokens, q_nope)
@@ -97,14 +105,17 @@ def plan_step(
         parameters_of(heads, ckv_cache.shape[1], q_nope.dtype, heads.scale(scale)),
         planner("mla", q_nope.device),
         b * s,
+        0 < count == b * s,
         allocator((b, s, heads.count, heads.value), q_nope.dtype, q_nope.device),
         exact_metadata(batch, indices, positions, indptr, last),
         # Rows of FlashInfer's begin at multiples of 16 bytes; queries are read by a product, from anywhere.
         None not in strides and not (latent_t | kpe_t) % 8 and q_pe.is_contiguous(),
-        ckv_cache.dtype == FP8,
+        quantised,
+        dependent_launch(q_nope.device),
         ((count, heads.rank), (latent_t, 1), 0),
         ((count, heads.rope), (kpe_t, 1), 0),
-        ((batch.prefill_tokens, heads.count, heads.nope), (*queries[:2], 1), 0),
+        ((batch.prefill_tokens, heads.count, heads.value), (heads.count * heads.value, heads.value, 1), 0),
+        expanding(heads, queries, heads.rope if quantised else kpe_t, batch.prefill_tokens, q_nope),
         absorbed(0, batch.prefill_tokens),
         absorbed(batch.prefill_tokens, batch.decode),
     )
