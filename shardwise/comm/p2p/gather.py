@@ -1,8 +1,8 @@
-"""All-gather of any type over peer memory, along any dimension: what NCCL and a concatenation take seven times as long
-for where tensors are small.
+"""One-shot all-gather over peer memory, of any type and along any dimension.
 
 A call works on the flat bytes of a rank's tensor, eight in a chunk: each word carries two of them, so that none equals
-ARMED, which bytes may as well as numbers. Slots, their counting and their re-arming are those of one_shot.py.
+ARMED, which bytes may as well as numbers. Slots, their counting, their re-arming and the order of pushes and waits are
+those of one_shot.py with no row ahead.
 """
 
 # Triton's language, not Python's, where types are concerned.
