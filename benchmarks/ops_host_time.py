@@ -121,7 +121,8 @@ def _mla_views(q_nope, q_pe, compressed_kv, kpe, weight) -> None:
 
 
 def _latent_prompt(tokens: int) -> Row:
-    """A prompt of latent attention, and its product, joins and calls of FlashInfer directly."""
+    """A prompt of latent attention, beside the same by PyTorch and FlashInfer, whose joins one kernel of ours does;
+    `unjoined` are append, product and attention alone, of queries and keys that are joined already."""
     from flashinfer import BatchPrefillWithRaggedKVCacheWrapper
     from flashinfer.page import append_paged_mla_kv_cache
 
@@ -144,14 +145,20 @@ def _latent_prompt(tokens: int) -> Row:
     rows, rotated = latent[0], kpe[0].expand(-1, heads, -1)
     append = partial(append_paged_mla_kv_cache, rows, kpe[0, :, 0], *metadata, *caches, indices, indptr, last)
     queries, turned, out = q_nope[0], weight.t(), random(tokens, heads, value)
+    ready = *(random(tokens, heads, nope + rope) for _ in range(2)), random(tokens, heads, nope + value)[..., nope:]
 
     def direct() -> None:
         append()
         keys, values = (rows @ turned).view(-1, heads, nope + value).split((nope, value), -1)
         key, query = torch.cat((keys, rotated), -1), torch.cat((queries, q_pe[0]), -1)
-        wrapper.run(query, key, values.contiguous(), out=out)
+        wrapper.run(query, key, values, out=out)
 
-    return Row("flashinfer_mla_with_cache, prefill", call, 0, {"direct": direct})
+    def unjoined() -> None:
+        append()
+        torch.matmul(rows, turned)
+        wrapper.run(*ready, out=out)
+
+    return Row("flashinfer_mla_with_cache, prefill", call, 0, {"direct": direct, "unjoined": unjoined})
 
 
 def metadata_rows() -> Iterator[Row]:
