@@ -154,6 +154,22 @@ def test_decode_under_a_cuda_graph_follows_replans():
         torch.testing.assert_close(out.float().cpu(), want, atol=3e-2, rtol=3e-2)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not REAL, reason=WHY)
+def test_layers_of_a_step_share_memory_and_no_results():
+    step = STEPS["mixed"]
+    paged = Paged.of(step, DEVICE)
+    tensors, *caches = build(step, len(paged.cache_loc) + 2)
+    layers = [(tensors, caches), ([-each for each in tensors[:4]] + [tensors[4]], [cache.clone() for cache in caches])]
+    metadata = flashinfer_mla_prepare_metadata(*paged.metadata_inputs(step, DEVICE))
+    want = [reference(step, tensors, Paged.of(step), *caches)[0] for tensors, caches in layers]
+    rounds = [[CALL(*tensors, *paged.arguments(), *metadata, *caches, None, RANK) for tensors, caches in layers]
+              for _ in range(3)]  # fmt: skip
+    for results in rounds:
+        for result, expected in zip(results, want, strict=True):
+            torch.testing.assert_close(result.float().cpu(), expected, atol=3e-2, rtol=3e-2)
+
+
 @runs_anywhere
 def test_bad_arguments():
     step = STEPS["mixed"]
