@@ -94,6 +94,6 @@ def unswizzle_scales(swizzled: Tensor, rows: int, blocks: int, caller: str = "un
             f"{caller}: swizzled block scales of a matrix with {rows} rows and {blocks} blocks a row have "
             f"{swizzled_size(rows, blocks)} elements (rows padded to 128, blocks to 4), got {swizzled.numel()}"
         )
-    tiles = swizzled.reshape(-1).view(torch.uint8).view(-(-rows // 128), -(-blocks // 4), 32, 4, 4)
+    tiles = swizzled.view(torch.uint8).reshape(-(-rows // 128), -(-blocks // 4), 32, 4, 4)
     plain = tiles.permute(0, 3, 2, 1, 4).reshape(-(-rows // 128) * 128, -1)
     return plain[:rows, :blocks].contiguous().view(torch.float8_e4m3fn)

@@ -109,12 +109,13 @@ def check_fp8_linear(
 
 
 def scaled_mm(codes: Tensor, weight: Tensor, s_in: Tensor, s_weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """e4m3 [M, K] x e4m3 [N, K]^T * s_in * s_weight in `dtype`, contiguous, on the GPU's FP8 units if it has them.
+    """e4m3 [M, K] x e4m3 [N, K]^T * s_in * s_weight (one float32 element each) in `dtype`, contiguous, on the GPU's FP8
+    units if it has them.
 
     K and N are padded to the multiples of 16 which those units ask for.
     """
     if codes.shape[0] == 0 or not _native_fp8(codes.device) or dtype == torch.float64:
-        return (codes.float() @ weight.float().t() * (s_in.float() * s_weight.float()).reshape(())).to(dtype)
+        return (codes.float() @ weight.float().t() * (s_in * s_weight).reshape(())).to(dtype)
     columns = weight.shape[0]
     codes, weight = _padded(codes, weight)
     out = torch._scaled_mm(
