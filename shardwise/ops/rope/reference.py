@@ -83,20 +83,20 @@ def _with_heads(
     name: str, q: torch.Tensor, k: torch.Tensor, angles: tuple[torch.Tensor, ...], size: int, unsqueeze_dim: int
 ) -> list[torch.Tensor]:
     """Angles of heads of `size` with a dimension for the heads; ValueError unless they can be shared by q's and k's."""
-    shapes = " and ".join(str(tuple(one.shape)) for one in angles)
     placed = all(unsqueeze_dim in range(-one.dim() - 1, one.dim()) and unsqueeze_dim != -1 for one in angles)
     if not placed or len({*map(_width, angles)}) > 1:
-        raise ValueError(f"{name}: unsqueeze_dim {unsqueeze_dim} does not belong to angles {shapes}")
+        raise ValueError(f"{name}: unsqueeze_dim {unsqueeze_dim} does not belong to angles {_shapes(angles)}")
     wide = [one.unsqueeze(unsqueeze_dim) for one in angles]
+    shared = {one.shape[:-1] for one in wide}
     for label, x in (("q", q), ("k", k)):
         check_float(name, label, x)
         if _width(x) % 2 or _width(x) != size:
             raise ValueError(
                 f"{name}: the head size must be even and match the angles: x {tuple(x.shape)}, angles for size {size}"
             )
-        if any(not _shared(one.shape[:-1], x.shape[:-1]) for one in wide):
+        if not all(_broadcasts(one, x.shape[:-1]) for one in shared):
             raise ValueError(
-                f"{name}: angles {shapes} with unsqueeze_dim {unsqueeze_dim} do not fit x {tuple(x.shape)}; legal: x's "
+                f"{name}: angles {_shapes(angles)} with unsqueeze_dim {unsqueeze_dim} do not fit x {tuple(x.shape)}; legal: x's "
                 "shape without its heads, or 1 where angles are shared"
             )
     return wide
@@ -106,7 +106,11 @@ def _width(x: torch.Tensor) -> int:
     return x.shape[-1] if x.dim() else 1
 
 
-def _shared(small: torch.Size, large: torch.Size) -> bool:
+def _shapes(angles: tuple[torch.Tensor, ...]) -> str:
+    return " and ".join(str(tuple(one.shape)) for one in angles)
+
+
+def _broadcasts(small: torch.Size, large: torch.Size) -> bool:
     """Whether a tensor of the first shape broadcasts to the second."""
     pairs = zip(reversed(small), reversed(large), strict=False)
     return len(small) <= len(large) and all(a in (1, b) for a, b in pairs)
