@@ -96,8 +96,8 @@ def _with_heads(
             )
         if not all(_broadcasts(one, x.shape[:-1]) for one in shared):
             raise ValueError(
-                f"{name}: angles {_shapes(angles)} with unsqueeze_dim {unsqueeze_dim} do not fit x {tuple(x.shape)}; legal: x's "
-                "shape without its heads, or 1 where angles are shared"
+                f"{name}: angles {_shapes(angles)} with unsqueeze_dim {unsqueeze_dim} do not fit x {tuple(x.shape)}; "
+                "legal: x's shape without its heads, or 1 where angles are shared"
             )
     return wide
 
