@@ -1,7 +1,7 @@
 """Collectives among ranks, over the transport that serves them. Run it under a launcher:
 
 torchrun --nproc-per-node 2 examples/collectives.py
-mpirun -n 3 python examples/collectives.py
+mpirun -n 2 python examples/collectives.py
 
 SHARDWISE_CHECK=1 compares the ranks' calls before a byte moves.
 """

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-OPS = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast", "all_reduce_residual_rms_norm")
 HIDDEN = 4096
 """Elements of a row that is normed."""
 

@@ -1,7 +1,8 @@
-"""Names of strategies: which are known, and which no machine runs. Free of torch."""
+"""Names of collectives, and of strategies: which are known, and which no machine runs. Free of torch."""
 
 from shardwise.comm.base import STRATEGIES, Unavailable
 
+OPS = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast", "all_reduce_residual_rms_norm")
 _MULTICAST = "needs NVLink multicast, which is never used here; use AUTO, ONESHOT or TWOSHOT"
 UNUSABLE = {
     "UB": "user buffers reduce through NVLS: " + _MULTICAST,

@@ -179,6 +179,7 @@ def plan_of(config: ModelConfig) -> "Plan":
     """The plan that the ranks run. ValueError for a layout, a plan file or a model that cannot be; needs no torch."""
     from shardwise.parallel.supported import check_supported
     from shardwise.sharding.checkpoint.resolve import require_files
+    from shardwise.sharding.cutting import IllegalLayout
     from shardwise.sharding.plan import plan
     from shardwise.sharding.replay import replay
 
@@ -189,7 +190,8 @@ def plan_of(config: ModelConfig) -> "Plan":
         planned = plan(config.model, ParallelLayout(config.tp, config.attn_dp, config.moe_tp, config.ep))
     check_supported(planned.model)
     if config.ep > 1 and not planned.model.has_experts:
-        raise ValueError(f"ep {config.ep}: {planned.model.name} has no experts that ranks could share; leave ep out")
+        reason = f"ep {config.ep}: {planned.model.name} has no experts that ranks could share; leave ep out"
+        raise IllegalLayout(reason, (reason,))
     if config.random_seed is None:
         require_files(config.model)
     return planned

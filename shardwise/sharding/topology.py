@@ -119,7 +119,7 @@ def load(name_or_file: str) -> Topology:
         return BUILT_IN[name_or_file]
     path = Path(name_or_file)
     if not path.is_file():
-        raise ValueError(f"--device {name_or_file}: neither a file nor one of {', '.join(BUILT_IN)}")
+        raise ValueError(f"{name_or_file}: neither a file nor one of {', '.join(BUILT_IN)}")
     return from_json(read_json(path, dict, "an object"), str(path))
 
 
@@ -148,7 +148,8 @@ def from_json(data: object, source: str) -> Topology:
 
 def _object(data: object, source: str, where: str) -> dict:
     if not isinstance(data, dict):
-        raise ConfigError(f"{source}: {where or 'the file'} is {type(data).__name__}, should be an object")
+        found = "missing" if data is None else type(data).__name__
+        raise ConfigError(f"{source}: {where or 'the file'} is {found}, should be an object")
     return dict(data)
 
 

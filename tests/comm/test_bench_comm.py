@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 
-from shardwise.comm import bench, bench_cases
+from shardwise.comm import bench, bench_cases, names
 from shardwise.comm.rank import current_groups
 from shardwise.launch.cli import bench_comm, main
 from shardwise.parallel.host_memory import host_memory
@@ -45,7 +45,7 @@ def test_json_on_standard_output_is_nothing_but_json(capfd):
     words = ["bench", "comm", "--sizes", "1KiB", "--peers", "none", "--device", "cpu", "--op", "all", "--json"]
     assert main([*words, "--dtype", "bfloat16"]) == 0
     rows = json.loads(capfd.readouterr().out)["rows"]
-    assert [row["op"] for row in rows] == list(bench_cases.OPS)
+    assert [row["op"] for row in rows] == list(names.OPS)
     assert not any(row["wrong"] for row in rows)
     assert {row["op"]: row["bytes"] for row in rows if row["bytes"] != 1024} == {
         "all_reduce_residual_rms_norm": 2 * bench_cases.HIDDEN
@@ -62,7 +62,7 @@ def test_all_operations_are_all_beside_others_too(monkeypatch):
     asked = []
     monkeypatch.setattr(bench_comm, "_measure", lambda body, payload, *_: asked.append(payload["ops"]) or ([], [], []))
     assert main(["bench", "comm", "--op", "all_gather,all", "--device", "cpu", "--peers", "none"]) == 0
-    assert asked == [list(bench_cases.OPS)]
+    assert asked == [list(names.OPS)]
 
 
 def test_wrong_results_are_counted():
@@ -89,7 +89,7 @@ def test_sizes_are_read_with_their_units():
 
 @pytest.mark.parametrize(
     "words",
-    [["--op", "all_shuffle"], ["--world", "0"], ["--transport", "nope"], ["--strategy", "FASTEST"], ["--peers", "me"]],
+    [["--op", "all_shuffle"], ["--transport", "nope"], ["--strategy", "FASTEST"], ["--peers", "me"]],
 )
 def test_bad_words_are_usage_errors(words, capsys):
     assert main(["bench", "comm", *words]) == 2

@@ -95,8 +95,8 @@ def test_inside_torchrun_rank_0_speaks_for_all(shape, tmp_path):
         (["--shape", "x.json"], 2, "--shape names a model without weights: add --dummy-weights"),
         (["smollm2", "--launcher", "warp"], 2, "unknown launcher 'warp'"),
         (["--shape", "/no/such.json", "--dummy-weights"], 1, "/no/such.json"),
-        (["smollm2", "--cache-tokens", "256"], 1, "--output 128 make 384 tokens, the cache holds 256"),
-        (["smollm2", "--input", "8000", "--output", "1000"], 1, "make 9000 tokens, the model's context holds 8192"),
+        (["smollm2", "--cache-tokens", "256"], 2, "--output 128 make 384 tokens, the cache holds 256"),
+        (["smollm2", "--input", "8000", "--output", "1000"], 2, "make 9000 tokens, the model's context holds 8192"),
     ],
 )
 def test_contradictions_are_one_sentence_before_any_rank_starts(capfd, words, code, text):

@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NoReturn
 
 VERBS = {
@@ -74,22 +74,29 @@ def _dispatch(words: list[str]) -> int:
 
     parser = _Parser(prog="shardwise", description="Plan, load and run language models over many ranks.")
     parser.add_argument("--version", action="version", version=f"shardwise {__version__}")
-    table = parser.add_subparsers(title="verbs", dest="verb", metavar="VERB", required=True)
-    for verb, help in VERBS.items():
-        table.add_parser(verb, help=help, add_help=False)
-    chosen, rest = parser.parse_known_args(words[:1])[0].verb, words[1:]
+    chosen = _chosen(parser, "verbs", "VERB", VERBS, words)
     if chosen == "bench":
-        return _bench(rest)
-    return _run_module(f"shardwise {chosen}", chosen, VERBS[chosen], rest)
+        return _bench(words[1:])
+    return _run_module(f"shardwise {chosen}", chosen, VERBS[chosen], words[1:])
 
 
 def _bench(words: list[str]) -> int:
     parser = _Parser(prog="shardwise bench", description=VERBS["bench"])
-    table = parser.add_subparsers(title="what to measure", dest="what", metavar="WHAT", required=True)
-    for what, help in BENCHES.items():
-        table.add_parser(what, help=help, add_help=False)
-    what = parser.parse_args(words[:1]).what
+    what = _chosen(parser, "what to measure", "WHAT", BENCHES, words)
     return _run_module(f"shardwise bench {what}", f"bench_{what}", BENCHES[what], words[1:])
+
+
+def _chosen(parser: "_Parser", title: str, metavar: str, legal: dict[str, str], words: list[str]) -> str:
+    """The first of `words`, one of `legal`; whatever else it may be ends the process."""
+    table = parser.add_subparsers(title=title, dest="chosen", metavar=metavar)
+    for name, help in legal.items():
+        table.add_parser(name, help=help, add_help=False)
+    found, unknown = parser.parse_known_args(words[:1])
+    if unknown:
+        parser.error(f"unrecognized arguments: {unknown[0]}")
+    if found.chosen is None:
+        parser.error(f"the following arguments are required: {metavar}")
+    return found.chosen
 
 
 def _run_module(prog: str, module: str, description: str, words: list[str]) -> int:
@@ -131,6 +138,15 @@ class UsageError(ValueError):
     """The command line asks for something contradictory or unknown; exit code 2."""
 
 
+@contextlib.contextmanager
+def file_of(option: str) -> Iterator[None]:
+    """UsageError for what is wrong with the file that this option names."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{option} {_sentence(error)}") from error
+
+
 def _complain(error: Exception) -> int:
     """One sentence for an error that its text explains, with the name of its type for any other."""
     from shardwise.launch.failure import INPUT_ERRORS
@@ -141,10 +157,9 @@ def _complain(error: Exception) -> int:
     if isinstance(error, JobFailed):  # its report is the text
         print(error, file=sys.stderr)
         return error.exit_code
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = _sentence(error)
     known = type(error).__module__.split(".")[0] == "shardwise" or isinstance(error, (*INPUT_ERRORS, ImportError))
     if isinstance(error, OSError) and error.strerror:
-        text = f"{error.filename}: {error.strerror}" if error.filename is not None else error.strerror
         known = known or error.filename is not None or error.errno == errno.ENOSPC
     print(
         f"shardwise: error: {text if known else f'{type(error).__name__}: {text} (--debug shows where)'}",
@@ -153,3 +168,9 @@ def _complain(error: Exception) -> int:
     if isinstance(error, (UsageError, IllegalLayout)):
         return USAGE
     return getattr(error, "exit_code", FAILED)
+
+
+def _sentence(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename is not None else error.strerror
+    return " ".join(str(error).split()) or type(error).__name__

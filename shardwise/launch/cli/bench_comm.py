@@ -4,6 +4,7 @@ import argparse
 import re
 import sys
 
+from shardwise.launch.cli import UsageError, positive
 from shardwise.launch.cli.output import add_json, require_writable, table_stream, write_json
 from shardwise.launch.interrupt import interruptible
 from shardwise.launch.machine import machine_facts
@@ -22,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--transport", default="auto", metavar="NAME", help="shm, gloo, mpi, nccl, p2p, flashinfer (default auto)"
     )
-    parser.add_argument("-n", "--world", type=int, default=2, metavar="N", help="ranks to start (default 2)")
+    parser.add_argument("-n", "--world", type=positive, default=2, metavar="N", help="ranks to start (default 2)")
     parser.add_argument("--sizes", type=sizes, default=sizes(SWEEP), metavar="LIST", help=f"payloads, default {SWEEP}")
     parser.add_argument(
         "--op", default="all_reduce", metavar="LIST", help="operations, comma separated, or all (default all_reduce)"
@@ -68,20 +69,19 @@ def sizes(text: str) -> list[int]:
 def run(args: argparse.Namespace) -> int:
     """Measure, print the table, write the files; 1 if any result was wrong."""
     from shardwise.comm.base import STRATEGIES
-    from shardwise.comm.bench_cases import OPS
-    from shardwise.launch.cli import UsageError
+    from shardwise.comm.names import OPS
 
     ops = args.op.split(",")
     _require_known("operation", ops, ("all", *OPS))
     _require_known("transport", [args.transport], RUN_TRANSPORTS)
     _require_known("strategy", [args.strategy], STRATEGIES)
-    if args.world < 1:
-        raise UsageError(f"--world {args.world}: a job has at least one rank")
     require_writable(args.json)
     require_writable(args.calibrate, "--calibrate")
-    if args.calibrate and ("all_reduce" not in ops or len(set(args.sizes)) < 2):
-        raise UsageError("--calibrate needs all_reduce at two sizes at least: a small one and a large one")
     ops = list(OPS) if "all" in ops else ops
+    if args.strategy != "AUTO" and not any(op.startswith("all_reduce") for op in ops):
+        raise UsageError(f"--strategy {args.strategy} is of all-reduce: add that to --op, or leave the strategy out")
+    if args.calibrate and (args.world < 2 or "all_reduce" not in ops or len(set(args.sizes)) < 2):
+        raise UsageError("--calibrate needs all_reduce of two ranks at two sizes at least: a small one and a large one")
     device = _device(args)
     peers = _peers(args, device)
     _require_room(args, device)
@@ -118,8 +118,6 @@ def _device(args: argparse.Namespace) -> str:
 
 
 def _require_known(what: str, given: list[str], legal: tuple[str, ...]) -> None:
-    from shardwise.launch.cli import UsageError
-
     for word in given:
         if word not in legal:
             raise UsageError(f"unknown {what} {word!r}; legal: {', '.join(legal)}")

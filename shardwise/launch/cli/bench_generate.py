@@ -132,7 +132,7 @@ def _check_fit(config: "ModelConfig", load: "Load") -> None:
     length = load.input + load.output
     for holder, most in (("model's context", context(plan_of(config).model)), ("cache", config.cache_tokens)):
         if most and length > most:
-            raise ValueError(
+            raise UsageError(
                 f"--input {load.input} and --output {load.output} make {length} tokens, the {holder} holds {most}"
             )
     require_bytes(

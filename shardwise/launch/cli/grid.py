@@ -76,11 +76,14 @@ def add_forms(parser: "argparse.ArgumentParser | argparse._ArgumentGroup") -> No
 def model_config(args: argparse.Namespace, info: "RankInfo", model: str) -> "ModelConfig":
     """The model of the command line. UsageError for what contradicts itself or is unknown."""
     from shardwise.launch import model_config as configs
+    from shardwise.sharding.config import ConfigError
 
     named = {name: getattr(args, name) for name in configs.ModelOptions.__annotations__ if name in args}
     try:
         require_launcher(args.launcher, args.ray_address)
         return configs.model_config(info, args.launcher, model, **{**named, "tp": _tensor_parallel(args)})
+    except ConfigError as error:
+        raise UsageError(f"--plan {error}") from None
     except ValueError as error:
         raise error if type(error) is not ValueError else UsageError(str(error)) from None
 

@@ -4,6 +4,7 @@ import argparse
 import json
 import sys
 
+from shardwise.launch.cli import file_of
 from shardwise.launch.cli.layout import layout_of
 from shardwise.launch.cli.output import require_writable, write_lines
 from shardwise.launch.cli.plan_options import add_arguments, settle
@@ -108,7 +109,9 @@ def _machine(args: argparse.Namespace, device: str, ranks: int):
     from shardwise.sharding.cost import Workload
 
     workload = Workload(batch=args.batch, context=args.context, prompt=args.prompt)
-    return topology.load(device).spread(ranks, args.nodes), workload
+    with file_of("--device"):
+        machine = topology.load(device)
+    return machine.spread(ranks, args.nodes), workload
 
 
 def _legal(args: argparse.Namespace) -> int:
@@ -176,7 +179,8 @@ def _load(path: str | None) -> tuple[float, ...] | None:
         return None
     from shardwise.sharding.experts import read_load
 
-    return read_load(path)
+    with file_of("--expert-load"):
+        return read_load(path)
 
 
 def _styles(path: str | None) -> dict[str, str] | None:
@@ -184,4 +188,5 @@ def _styles(path: str | None) -> dict[str, str] | None:
         return None
     from shardwise.sharding.tp_styles import read_tp_plan
 
-    return read_tp_plan(path)
+    with file_of("--tp-plan"):
+        return read_tp_plan(path)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from shardwise.launch import env
-from shardwise.launch.cli import DONE, UsageError
+from shardwise.launch.cli import DONE, UsageError, file_of
 from shardwise.launch.cli.grid import add_forms, add_grid, model_config, set_log_folder
 from shardwise.launch.cli.output import add_json, require_writable, write_json
 from shardwise.launch.interrupt import interruptible
@@ -222,20 +222,26 @@ def _prompts(args: argparse.Namespace) -> list[str]:
         raise UsageError("--prompts is empty: name a file, or - for standard input")
     if args.prompts == "-" and sys.stdin is None:
         raise ValueError("--prompts - is standard input, which is closed: pipe prompts into it, or name a file")
+    with file_of("--prompts"):
+        return _read_prompts(args.prompts)
+
+
+def _read_prompts(source: str) -> list[str]:
+    """ValueError for what holds no prompts, OSError for what cannot be read."""
     try:
-        text = sys.stdin.read() if args.prompts == "-" else Path(args.prompts).read_text(encoding="utf-8")
+        text = sys.stdin.read() if source == "-" else Path(source).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{args.prompts}: is not UTF-8 text: {error.reason} at byte {error.start}") from None
+        raise ValueError(f"{source}: is not UTF-8 text: {error.reason} at byte {error.start}") from None
     text = text.removeprefix("\ufeff")  # the mark that editors on Windows begin a file with
     if text.lstrip().startswith("["):
         try:
             prompts = json.loads(text)
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"{args.prompts}: begins like a JSON list but is not one: {error}") from None
+            raise ValueError(f"{source}: begins like a JSON list but is not one: {error}") from None
         if not all(isinstance(prompt, str) for prompt in prompts):
-            raise ValueError(f"{args.prompts}: a JSON list of texts is expected")
+            raise ValueError(f"{source}: a JSON list of texts is expected")
     else:
         prompts = [line for line in text.split("\n") if line.strip()]
     if not prompts:
-        raise ValueError(f"{args.prompts}: holds no prompt")
+        raise ValueError(f"{source}: holds no prompt")
     return prompts
