@@ -26,6 +26,8 @@ _PARTNERS = {
 
 NO_BOUND = 1 << 30
 NOTABLE_IMBALANCE = 1e-3
+MORE = 2
+"""How many times the ranks asked for a larger number may be to be named beside smaller ones."""
 PADDABLE = (Axis.VOCAB, Axis.MLP, Axis.EXPERT_MLP)
 
 
@@ -174,11 +176,13 @@ def _imbalance(cut: Cut) -> str:
 
 
 def _even_sizes(cut: Cut) -> list[int]:
-    """Numbers of ranks up to the cut's that would hold the same."""
-    items = (cut.axis.groups or cut.axis.units) // cut.grain
-    return [
-        n for n in range(1, cut.parts) if items * cut.grain == (cut.axis.groups or cut.axis.units) and items % n == 0
-    ] or [1]
+    """Numbers of ranks that would hold the same: all below the cut's, and the next above."""
+    units = cut.axis.groups or cut.axis.units
+    items = units // cut.grain
+    if items * cut.grain != units:
+        return [1]
+    even = [n for n in range(1, min(items, MORE * cut.parts) + 1) if items % n == 0]
+    return [n for n in even if n < cut.parts] + [n for n in even if n > cut.parts][:1]
 
 
 def _reason(axis: LogicalAxis, layout: ParallelLayout, why: str, grain: Grain, tensors: tuple[TensorSpec, ...]) -> str:

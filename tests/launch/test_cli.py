@@ -152,6 +152,7 @@ def test_unusable_command_lines_are_one_sentence_and_exit_with_2(words):
         (["plan", "smollm2", "--expert-load", "/no/such/file"], 2, "--expert-load /no/such/file: no such file"),
         (["plan", "smollm2", "--tp-plan", "/no/such/file"], 2, "--tp-plan /no/such/file: no such file"),
         (["bench", "comm", "-n", "0"], 2, "argument -n/--world: '0' is not a number of at least 1"),
+        (["bench", "moe", "--tokens", "0"], 2, "argument --tokens: '0' is not a number of at least 1"),
         (["--frob"], 2, "shardwise: error: unrecognized arguments: --frob"),
         (
             ["bench", "comm", "--op", "broadcast", "--strategy", "ONESHOT"],

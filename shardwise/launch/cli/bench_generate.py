@@ -34,7 +34,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shape", metavar="CONFIG", help="in place of MODEL: a config.json, with --dummy-weights")
     parser.add_argument("--dummy-weights", action="store_true", help="random weights of the model's shapes and types")
     add_grid(parser)
-    add_forms(parser)
     load = parser.add_argument_group("load")
     load.add_argument(
         "--batch", type=positive, default=1, metavar="N", help="prompts at once, over all ranks (default 1)"
@@ -45,6 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--runs", type=positive, default=3, metavar="N", help="timed runs (default 3); the median is shown"
     )
     load.add_argument("--seed", type=int, default=0, metavar="S", help="of prompts and dummy weights (default 0)")
+    add_forms(load)
     out = parser.add_argument_group("output")
     out.add_argument("--trace", metavar="DIR", help="write a Chrome trace of each rank there, of a run of its own")
     add_json(out, "everything")

@@ -5,7 +5,7 @@ import gc
 from dataclasses import asdict, replace
 from functools import partial
 
-from shardwise.launch.cli import DONE, UsageError
+from shardwise.launch.cli import DONE, UsageError, positive
 from shardwise.launch.cli.output import add_json, require_writable, table_stream, write_json
 from shardwise.launch.machine import machine_facts
 from shardwise.parallel.options import NotOffered
@@ -15,14 +15,27 @@ TOKENS = (1, 4, 16, 64, 256, 1024, 4096, 8192)
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the verb."""
-    parser.add_argument("--layer", metavar="NAME", action="append", help="a model's layer; may be repeated")
-    parser.add_argument("--experts", type=int, metavar="N", help="experts on this rank, as under expert parallelism")
-    parser.add_argument("--tokens", type=int, metavar="T", action="append", help="token count; may be repeated")
+    parser.add_argument(
+        "--layer", metavar="NAME", action="append", help="only this layer, such as gpt-oss-120b; may be repeated"
+    )
+    parser.add_argument(
+        "--experts",
+        type=positive,
+        metavar="N",
+        help="experts on this rank, as under expert parallelism (default: all of the layer)",
+    )
+    parser.add_argument(
+        "--tokens",
+        type=positive,
+        metavar="T",
+        action="append",
+        help=f"token count; may be repeated (default {', '.join(map(str, TOKENS))})",
+    )
     add_json(parser, "machine and rows")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure and print; NotOffered without a CUDA device, UsageError for an unknown layer or a size below 1."""
+    """Measure and print; NotOffered without a CUDA device, UsageError for an unknown layer or too few experts."""
     require_writable(args.json)
     import torch
 
@@ -61,8 +74,6 @@ def _check(args, layers) -> None:
         raise UsageError(f"unknown layer {unknown[0]!r}; legal: {', '.join(layers)}")
     if args.experts is not None and args.experts < max(layers[name].top_k for name in args.layer or layers):
         raise UsageError(f"--experts {args.experts} is fewer than a token chooses; give at least the layer's top-k")
-    if any(tokens < 1 for tokens in args.tokens or ()):
-        raise UsageError(f"--tokens {min(args.tokens)}: give 1 or more")
 
 
 def _line(row) -> str:

@@ -11,7 +11,9 @@ from shardwise.parallel.options import NotOffered
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the verb."""
-    parser.add_argument("--category", metavar="NAME", action="append", help="only this category; may be repeated")
+    parser.add_argument(
+        "--category", metavar="NAME", action="append", help="only this category, such as rope; may be repeated"
+    )
     parser.add_argument("--full", action="store_true", help="the whole sweep of sizes instead of a few")
     add_json(parser, "machine and rows")
 

@@ -35,7 +35,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_layout(layout)
     axes = [str(axis) for axis in Axis]
     layout.add_argument(
-        "--pad", action="append", default=[], metavar="AXIS", choices=axes, help=f"to a legal size: {', '.join(axes)}"
+        "--pad",
+        action="append",
+        default=[],
+        metavar="AXIS",
+        choices=axes,
+        help=f"to a legal size, may be repeated: {', '.join(axes)}",
     )
     layout.add_argument("--redundant-experts", type=int, metavar="N", help="copies of experts, over all ranks")
     layout.add_argument(
@@ -44,7 +49,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     layout.add_argument(
         "--dtype", metavar="NAME", help="as if plain weights were stored so: float32, bfloat16, float16, float8_e4m3fn"
     )
-    layout.add_argument("--extras", action="append", default=[], metavar="NAME", help="load as well: vision, mtp")
+    layout.add_argument(
+        "--extras", action="append", default=[], metavar="NAME", help="load as well, may be repeated: vision, mtp"
+    )
     layout.add_argument("--tp-plan", metavar="FILE", help="a Transformers tp_plan, for an architecture that is unknown")
     cost = parser.add_argument_group("cost")
     cost.add_argument("--device", metavar="NAME", help="h200, h100, b200, a100, mi300x, cpu or a topology file")
