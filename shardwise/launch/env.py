@@ -177,6 +177,12 @@ def explain(environ: Mapping[str, str] | None = None) -> str:
     return "single process: no launcher's variables are set"
 
 
+def slurm_step(environ: Mapping[str, str] | None = None) -> str:
+    """A name of this job step that no other one has, nor the same one of a job that was requeued."""
+    environ = os.environ if environ is None else environ
+    return ".".join(environ.get(name, "0") for name in ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT"))
+
+
 def without_launcher(environ: Mapping[str, str]) -> dict[str, str]:
     """`environ` less every variable by which a launcher numbers processes."""
     dropped = {name for source in SOURCES for name in (source.rank, source.world)} | set(TORCH_NAMES)

@@ -111,7 +111,7 @@ def context_here(info: RankInfo, payload: dict, on_event: Callable[[dict], None]
     env.prepare_rank(info)
     folder = guard.job_folder(info)
     if info.source == "Slurm" and info.world == info.local_world:  # srun brings no rendezvous of its own
-        os.environ.setdefault(STORE_ENV, str(folder / "store"))
+        os.environ.setdefault(STORE_ENV, str(folder / f"store-{env.slurm_step()}"))  # the folder may be of many jobs
     deadlines = Deadlines.from_environment()
     return RankContext(info, payload, deadlines, Guard(info, folder), link=None, on_event=on_event)
 

@@ -1,8 +1,11 @@
 """Which rank this process is, by every launcher's variables, alone and mixed."""
 
+import os
+
 import pytest
 
 from shardwise.comm.rank import RankInfo
+from shardwise.launch import worker
 from shardwise.launch.env import LauncherConflict, detect, explain, rank_variables, without_launcher
 
 TORCHRUN = {
@@ -125,3 +128,16 @@ def test_children_inherit_what_the_user_set_for_open_mpi_but_nothing_of_an_mpiru
     chosen = {"OMPI_MCA_plm_rsh_agent": "", "PRTE_MCA_plm_ssh_agent": "false", "OMPI_OTHER": "1"}
     assert set(without_launcher(chosen)) == {"OMPI_MCA_plm_rsh_agent", "PRTE_MCA_plm_ssh_agent"}
     assert without_launcher({**chosen, **OPEN_MPI}) == {}
+
+
+def test_job_steps_with_one_log_folder_meet_in_stores_of_their_own(monkeypatch, tmp_path):
+    """Else the second one would find what the first one said there."""
+    monkeypatch.setenv("SHARDWISE_LOG_DIR", str(tmp_path))
+    monkeypatch.setattr(worker.env, "prepare_rank", lambda info: None)
+    stores = []
+    for place in ({"SLURM_JOB_ID": "7"}, {"SLURM_JOB_ID": "8"}, {"SLURM_JOB_ID": "8", "SLURM_RESTART_COUNT": "1"}):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "environ", {**os.environ, **SLURM_STEP, "SLURM_STEP_TASKS_PER_NODE": "8", **place})
+            worker.context_here(detect(), {}, lambda event: None)
+            stores.append(os.environ["SHARDWISE_STORE"])
+    assert len(set(stores)) == 3 and {os.path.dirname(store) for store in stores} == {str(tmp_path)}
