@@ -32,7 +32,10 @@ PADDABLE = (Axis.VOCAB, Axis.MLP, Axis.EXPERT_MLP)
 
 
 class IllegalLayout(ValueError):
-    """The model cannot be cut this way; `reasons` has one sentence for each axis that does not fit."""
+    """The model cannot be cut this way; `reasons` has one sentence for each axis that does not fit. `exit_code` is the
+    job's."""
+
+    exit_code = 2
 
     def __init__(self, text: str, reasons: tuple[str, ...]):
         super().__init__(text)

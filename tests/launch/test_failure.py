@@ -5,8 +5,10 @@ import json
 import pytest
 
 from shardwise.comm.base import CollectiveMismatch, CollectiveTimeout, PeerLost, Unavailable
+from shardwise.launch.cli import UsageError
 from shardwise.launch.failure import Failure, from_exception, primary, read_all, report, write
 from shardwise.launch.torchrun import Torchrun
+from shardwise.sharding.cutting import IllegalLayout
 
 
 def failure(rank: int, time_ns: int, **changes) -> Failure:
@@ -38,6 +40,8 @@ def of(error: BaseException) -> Failure:
         (PeerLost("gone", (1,)), 1, True),
         (CollectiveMismatch("shapes differ"), 1, False),
         (Unavailable("transport nccl moves CUDA tensors"), 2, False),
+        (IllegalLayout("tp 99 does not fit", ()), 2, False),
+        (UsageError("--input 9000 is more than the context"), 2, False),
         (ConnectionResetError("reset"), 1, True),
         (RuntimeError("[gloo] Connection closed by peer [127.0.0.1]"), 1, True),
     ],

@@ -135,7 +135,9 @@ def positive(text: str) -> int:
 
 
 class UsageError(ValueError):
-    """The command line asks for something contradictory or unknown; exit code 2."""
+    """The command line asks for something contradictory or unknown."""
+
+    exit_code = USAGE
 
 
 @contextlib.contextmanager
@@ -151,7 +153,6 @@ def _complain(error: Exception) -> int:
     """One sentence for an error that its text explains, with the name of its type for any other."""
     from shardwise.launch.failure import INPUT_ERRORS
     from shardwise.launch.job import JobFailed
-    from shardwise.sharding.cutting import IllegalLayout
 
     _after_rank_0()
     if isinstance(error, JobFailed):  # its report is the text
@@ -165,8 +166,6 @@ def _complain(error: Exception) -> int:
         f"shardwise: error: {text if known else f'{type(error).__name__}: {text} (--debug shows where)'}",
         file=sys.stderr,
     )
-    if isinstance(error, (UsageError, IllegalLayout)):
-        return USAGE
     return getattr(error, "exit_code", FAILED)
 
 
