@@ -27,6 +27,10 @@ In a cluster of the job's own nobody holds any: it gets what ranks get to start.
 _EXIT_CODE = re.compile(r"exit code[ =](\d+)", re.IGNORECASE)
 
 
+class Shortage(RuntimeError):
+    """A cluster has too little for the ranks, or is busy with others."""
+
+
 class Ray(Backend):
     """Uses the Ray that this process is connected to, the cluster at `address` or RAY_ADDRESS, or a new one here."""
 
@@ -100,7 +104,7 @@ class Ray(Backend):
             total = ray.cluster_resources()
             never = any(total.get(name, 0) < amount * world for name, amount in self._bundle.items())
             if never or late:
-                raise RuntimeError(self._shortage(ray, world, "has too little" if never else "is busy"))
+                raise Shortage(self._shortage(ray, world, "has too little" if never else "is busy"))
             late = time.monotonic() > end
 
     def _shortage(self, ray: Any, world: int, why: str) -> str:

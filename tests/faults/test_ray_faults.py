@@ -11,6 +11,7 @@ import pytest
 from fault_jobs import fail, job_environment, kernel_tells, start_parent, survivors
 
 from shardwise import LLM, SamplingParams
+from shardwise.launch.cli import main
 from shardwise.launch.job import JobFailed
 from shardwise.launch.start import run_job
 
@@ -81,6 +82,13 @@ def test_a_cluster_that_is_too_small_is_explained_within_ten_seconds(tmp_path):
     with pytest.raises(RuntimeError, match=r"too little for 5 ranks: wanted 5 CPU, free .* CPU \(nodes: .*: 2 CPU\)"):
         run_job("fault_bodies:echo", world=5, launcher="ray", environment=job_environment(str(tmp_path)))
     assert time.monotonic() - started < 10
+
+
+def test_a_cluster_that_is_too_small_is_one_sentence_for_the_command_line(capfd):
+    assert main(["run", "smollm2", "--tp", "3", "--launcher", "ray"]) == 1
+    err = capfd.readouterr().err
+    assert err.startswith("shardwise: error: the Ray cluster has too little for 3 ranks") and err.count("\n") == 1
+    assert err.endswith("use fewer ranks or a larger cluster\n")
 
 
 def test_no_rank_survives_a_killed_driver(tmp_path):
