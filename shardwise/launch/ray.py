@@ -74,9 +74,10 @@ class Ray(Backend):
                     _knock(self._address)
                     ray.init(address=self._address, **quiet)
                 except (OSError, ValueError) as error:  # ValueError: it has no such form
+                    token = "" if "RAY_AUTH_MODE" in os.environ else "set RAY_AUTH_MODE=token if it wants its token, "
                     raise ValueError(
                         f"no Ray cluster lets us in at the address {self._address!r} ({error}): start one "
-                        "(ray start --head), or leave the address out and one is started for this job"
+                        f"(ray start --head), {token}or leave the address out and one is started for this job"
                     ) from None
             else:
                 own = {"num_cpus": max(world, len(os.sched_getaffinity(0))), "include_dashboard": False}
