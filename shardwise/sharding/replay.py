@@ -12,10 +12,17 @@ from shardwise.sharding.plan import Plan, plan
 from shardwise.sharding.plan_file import read_document
 
 
+class OtherModel(ConfigError):
+    """A plan document was made for another model; `exit_code` is the job's."""
+
+    exit_code = 2
+
+
 def replay(path: str | Path, model: ModelSpec | Mapping[str, Any] | str | Path) -> Plan:
     """The plan in the file `path`, for `model`.
 
-    ConfigError when the file is not a plan document, or when config, tensors or cuts of `model` give another hash.
+    ConfigError when the file is not a plan document, OtherModel when config, tensors or cuts of `model` give another
+    hash.
     """
     document = read_document(path)
     fields = Config(document, str(path))
@@ -31,7 +38,7 @@ def replay(path: str | Path, model: ModelSpec | Mapping[str, Any] | str | Path) 
     found, wanted = plan_hash(made), fields.text("hash")
     if found != wanted:
         name = fields.own("model").text("name", default="its model")
-        raise ConfigError(
+        raise OtherModel(
             f"{path}: made for {name} with hash {wanted}, but {made.model.name} gives {found}: config, tensors or cuts "
             "differ; make a new plan, or use the model that this one was made for"
         )
