@@ -78,6 +78,11 @@ def pytest_runtest_protocol(item):
         return (yield)
 
 
+if torch.cuda.is_available():
+    # A graph that ends as garbage amid the capture of another one ends that too.
+    torch.compiler.config.force_cudagraph_gc = True
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item):
     """Before its fixtures: what a test draws does not depend on the tests before it, and a failure can be repeated."""

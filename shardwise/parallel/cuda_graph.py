@@ -1,6 +1,8 @@
 """Decode steps as CUDA graphs: one captured for each padded batch size, replayed with new inputs."""
 
-from collections.abc import Callable, Sequence
+import contextlib
+import gc
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -110,12 +112,27 @@ class DecodeGraphs:
         stream.synchronize()
         graph = torch.cuda.CUDAGraph()
         # Other threads, of NCCL or of ranks that share this process, may call CUDA meanwhile.
-        with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
+        with (
+            _no_collection(),
+            torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"),
+        ):
             logits = self.step(inputs)
         torch.cuda.current_stream(self._device).wait_stream(stream)
         self.step.last.copy_(last)
         self._pool = self._pool or graph.pool()
         return graph, inputs, logits
+
+
+@contextlib.contextmanager
+def _no_collection() -> Iterator[None]:
+    """No cyclic garbage is collected inside: an older graph that ended there would end a capture too, with an error."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 class _Buffer:

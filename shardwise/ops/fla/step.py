@@ -1,5 +1,6 @@
 """What surrounds fla's chunked kernels, and the decode step: launches; the host reads no device memory."""
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -10,6 +11,7 @@ from shardwise.ops.attention.batch import Batch
 from shardwise.ops.fla import kernels
 from shardwise.ops.fla.delta import CHUNK
 from shardwise.ops.metadata_reports import report_word
+from shardwise.ops.scratch import KEPT_TOKENS, Scratch
 from shardwise.ops.state_batch import token_rows
 from shardwise.ops.triton_support import Kernel, Launch, dependent_launch, multiprocessors
 from shardwise.plan_cache import allocator
@@ -39,7 +41,7 @@ class Prefill:
     """
 
     states: Callable[[], Tensor]
-    """Allocates float32 [sequences, HV, K, V]"""
+    """Gives float32 [sequences, HV, K, V] for this call"""
     load: Launch
     bounds: Callable[[], Tensor]
     """Allocates [sequences + 1]"""
@@ -116,8 +118,16 @@ def plan_prefill(
         (-(-count // 128), 1, 1),
         (sequences, batch.prefill_tokens, count),
     )  # fmt: skip
-    make = allocator((sequences, heads, keys, values), torch.float32, device)
+    one = sequences == 1 and batch.prefill_tokens <= KEPT_TOKENS
+    fresh = allocator((sequences, heads, keys, values), torch.float32, device)
+    make = _one_state(device, heads, keys, values).take if one else fresh
     return Prefill(make, load, bounds, chunks, offsets, cut, finish, word, batch.prefill_tokens)
+
+
+@functools.cache
+def _one_state(device: torch.device, heads: int, keys: int, values: int) -> Scratch[Tensor]:
+    """Of one sequence, which its short prompts share, whatever their lengths."""
+    return Scratch(device, KEPT_TOKENS, allocator((1, heads, keys, values), torch.float32, device))
 
 
 def plan_decode(
