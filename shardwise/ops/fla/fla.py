@@ -108,9 +108,10 @@ def _cached(op, q, k, v, g, beta, batch_info_host, cu_seqlen, slot_idx, use_init
 
 def _prefill(one: Prefill, q, k, v, beta, g, slots, cache, cu_seqlen, resumes, scale) -> torch.Tensor:
     """Results [1, T, HV, V] of the prefill tokens, their states into the cache."""
-    before = one.before(cu_seqlen, slots, resumes, cache)
+    room = None if one.rooms is None else one.rooms.take()
+    before = one.before(room, cu_seqlen, slots, resumes, cache)
     out, final = chunked(q, k, v, g, beta, scale, one.tokens, *before)
-    one.after(cu_seqlen, slots, cache, final, out)
+    one.after(room, cu_seqlen, slots, cache, final, out)
     return out
 
 

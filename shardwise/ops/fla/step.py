@@ -3,6 +3,7 @@
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,9 +12,10 @@ from shardwise.ops.attention.batch import Batch
 from shardwise.ops.fla import kernels
 from shardwise.ops.fla.delta import CHUNK
 from shardwise.ops.metadata_reports import report_word
+from shardwise.ops.repeated import Repeated
 from shardwise.ops.scratch import KEPT_TOKENS, Scratch
 from shardwise.ops.state_batch import token_rows
-from shardwise.ops.triton_support import Kernel, Launch, dependent_launch, multiprocessors
+from shardwise.ops.triton_support import Kept, Kernel, Launch, dependent_launch, multiprocessors
 from shardwise.plan_cache import allocator
 
 # A decode program's numbers of a state and its warps: while there are few programs, and from eight of the second kind a
@@ -40,8 +42,10 @@ class Prefill:
     operator's, without a copy.
     """
 
+    rooms: "Scratch[Room] | None"
+    """Of a short prompt of one sequence"""
     states: Callable[[], Tensor]
-    """Gives float32 [sequences, HV, K, V] for this call"""
+    """Allocates float32 [sequences, HV, K, V] where there is no room"""
     load: Launch
     bounds: Callable[[], Tensor]
     """Allocates [sequences + 1]"""
@@ -58,21 +62,39 @@ class Prefill:
     """Of the prefill sequences"""
 
     def before(
-        self, cu_seqlen: Tensor, slots: Tensor, resumes: Tensor, cache: Tensor
+        self, room: "Room | None", cu_seqlen: Tensor, slots: Tensor, resumes: Tensor, cache: Tensor
     ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
         """States before the first tokens; bounds that fla can trust; (sequence, chunk) of every chunk; the number of
         chunks before every sequence."""
-        state = self.states()
-        self.load.form(self.load.grid, (cu_seqlen, slots, resumes, cache, state), self.load.free)
+        if room is None:
+            state = self.states()
+            self.load.form(self.load.grid, (cu_seqlen, slots, resumes, cache, state), self.load.free)
+        else:
+            state = room.state
+            room.load((cu_seqlen, slots, resumes, cache))
         if self.cut is None:
             return state, None, None, None
         bounds, chunks, offsets = self.bounds(), self.chunks(), self.offsets()
         self.cut.form(self.cut.grid, (cu_seqlen, bounds, chunks, offsets), self.cut.free)
         return state, bounds, chunks, offsets
 
-    def after(self, cu_seqlen: Tensor, slots: Tensor, cache: Tensor, final: Tensor, out: Tensor) -> None:
+    def after(
+        self, room: "Room | None", cu_seqlen: Tensor, slots: Tensor, cache: Tensor, final: Tensor, out: Tensor
+    ) -> None:
         """Final states into the cache; zeros for tokens without a state and for padding, in `out` [1, T, HV, V]."""
-        self.finish.form(self.finish.grid, (cu_seqlen, slots, cache, final, out, self.word), self.finish.free)
+        if room is None:
+            self.finish.form(self.finish.grid, (cu_seqlen, slots, cache, final, out, self.word), self.finish.free)
+        else:
+            room.finish((cu_seqlen, slots, cache, final, out))
+
+
+class Room(NamedTuple):
+    """What calls of one short prompt keep for the next one."""
+
+    state: Tensor
+    """float32 [1, HV, K, V]"""
+    load: Repeated
+    finish: Repeated
 
 
 def plan_prefill(
@@ -118,10 +140,15 @@ def plan_prefill(
         (-(-count // 128), 1, 1),
         (sequences, batch.prefill_tokens, count),
     )  # fmt: skip
-    one = sequences == 1 and batch.prefill_tokens <= KEPT_TOKENS
-    fresh = allocator((sequences, heads, keys, values), torch.float32, device)
-    make = _one_state(device, heads, keys, values).take if one else fresh
-    return Prefill(make, load, bounds, chunks, offsets, cut, finish, word, batch.prefill_tokens)
+    make = allocator((sequences, heads, keys, values), torch.float32, device)
+
+    def room() -> Room:
+        state = _one_state(device, heads, keys, values).take()
+        return Room(state, Repeated(device, load, Kept((state,))), Repeated(device, finish, Kept((word,))))
+
+    one = sequences == 1 and tokens <= KEPT_TOKENS
+    rooms = Scratch(device, tokens, room) if one else None
+    return Prefill(rooms, make, load, bounds, chunks, offsets, cut, finish, word, batch.prefill_tokens)
 
 
 @functools.cache

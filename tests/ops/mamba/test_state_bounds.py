@@ -262,8 +262,8 @@ def test_fla_gets_bounds_that_ascend_within_the_prefill_tokens(monkeypatch, kind
     out, batch = torch.zeros(1, 78, 2, 16, device=DEVICE), CountedBatch(SEQUENCES, TOKENS, 3)
     one = plan_prefill("fla_cached_delta_rule", batch, out, bounds, slots, slots > 0, cache)
     with checked(monkeypatch):
-        states, safe, chunks, offsets = one.before(bounds, slots, slots > 0, cache)
-        one.after(bounds, slots, cache, states, out)
+        states, safe, chunks, offsets = one.before(None, bounds, slots, slots > 0, cache)
+        one.after(None, bounds, slots, cache, states, out)
     if kind != "good":
         assert reported().startswith("fla_cached_delta_rule: in an earlier call cu_seqlen holds")
     metadata_reports.raise_reports()
