@@ -48,7 +48,7 @@ def expand(
     """Queries, keys and values of latents [T, R], rotated keys [T, Dr] and a step's queries; they stay until the next
     call on this stream."""
     both, join, queries, keys, values = part.take()
-    _linear(latent, weight, out=both)
+    _linear(latent, weight.detach() if weight.requires_grad else weight, out=both)
     join((rotated, q_nope, q_pe))
     return queries, keys, values
 

@@ -171,6 +171,20 @@ def test_layers_of_a_step_share_memory_and_no_results():
 
 
 @runs_anywhere
+@pytest.mark.parametrize("name", STEPS)
+def test_a_weight_that_requires_gradients_is_read_as_any_other(name):
+    step = STEPS[name]
+    paged = Paged.of(step, DEVICE)
+    tensors, *caches = build(step, len(paged.cache_loc) + 2)
+    metadata = flashinfer_mla_prepare_metadata(*paged.metadata_inputs(step, DEVICE))
+    plain, asking = (
+        CALL(*tensors[:4], weight, *paged.arguments(), *metadata, *caches, None, RANK)
+        for weight in (tensors[4], tensors[4].clone().requires_grad_())
+    )
+    assert torch.equal(plain, asking) and not asking.requires_grad
+
+
+@runs_anywhere
 def test_bad_arguments():
     step = STEPS["mixed"]
     paged = Paged.of(step, DEVICE)
