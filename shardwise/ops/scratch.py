@@ -1,6 +1,7 @@
 """Memory that a planned call writes between its kernels, kept from call to call; `workspace.py` is for calls without a
 plan, and costs the host some microseconds."""
 
+import functools
 from collections.abc import Callable
 from threading import get_ident
 from typing import Generic, TypeVar
@@ -8,6 +9,7 @@ from typing import Generic, TypeVar
 import torch
 
 from shardwise.kernel_start import raw_stream
+from shardwise.plan_cache import allocator
 
 Value = TypeVar("Value")
 KEPT_TOKENS = 64
@@ -39,3 +41,9 @@ class Scratch(Generic[Value]):
         if kept is None:
             kept = self._kept[owner] = self._make()
         return kept
+
+
+@functools.cache
+def shared(device: torch.device, dtype: torch.dtype, sizes: tuple[int, ...]) -> Scratch[torch.Tensor]:
+    """Memory of these sizes for calls of up to KEPT_TOKENS tokens, whatever their layouts and operators."""
+    return Scratch(device, KEPT_TOKENS, allocator(sizes, dtype, device))

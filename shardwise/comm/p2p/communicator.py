@@ -90,8 +90,8 @@ class P2PCommunicator(Delegating):
             self._require(strategy)
             _require_dtype(tensor, strategy, HALVES if strategy == LOW_PRECISION else DTYPES)
         total = super().all_reduce(tensor, out=out, strategy=strategy)
-        tuning = self._tuning(tensor, strategy, fused=False)
-        if planned and tuning is not None:
+        tuning = self._tuning(tensor, strategy, fused=False) if planned else None
+        if tuning is not None:
             self._plans.keep_all_reduce(tensor, total, strategy, tuning)
         return total
 

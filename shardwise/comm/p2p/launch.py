@@ -28,7 +28,8 @@ LAST_ROWS = 4
 """Rows that a pushing block of two-shot finishes at the end: with one 256 x 7168 takes 26 us, so 24 (four H200)."""
 KEPT = 4096
 """Calls whose launches are kept; prompts come in many lengths."""
-NO_NORM = (0.0, 0.0)
+_NO_NORM = (0.0, 0.0)
+"""What plain sums give for eps and weight_bias."""
 _SHARED_RESERVE = 3 << 10
 """What a block takes of it beside the stage: the system's KiB, and sums across warps."""
 
@@ -51,9 +52,9 @@ class Piece:
 
     ready: Ready
     grid: int
-    sizes: tuple[int, ...]
+    numbers: tuple[float, ...]
     """Rows, their width, elements, chunks of a row; of two-shot also its blocks that push, and from which turn on these
-    take sums. Of a gather: rows, bytes that stay together, bytes."""
+    take sums; `_NO_NORM` of plain ones. Of a gather: rows, bytes that stay together, bytes."""
     extent: slice | None = None
     """Elements of the tensors; None: all."""
     fused: bool = False
@@ -102,7 +103,7 @@ class Launcher:
         """out = sum of x over the ranks. Same shape and dtype; `out` may be `x`. `launch=False` compiles only."""
         tensors = (x, x, x, out, out)
         pieces = self._pieces(x.numel(), tensors, tuning, False)
-        return self.launch(pieces, tensors, NO_NORM) if launch else pieces
+        return self.launch(pieces, tensors) if launch else pieces
 
     def fused(
         self,
@@ -179,11 +180,11 @@ class Launcher:
     ) -> Pieces:  # fmt: skip
         """What a call returned, on tensors of the same layout, whose addresses may be known.
 
-        norm  eps and weight_bias, which gathers have not
+        norm  eps and weight_bias of fused ones
         """
         with self.workspace.on_device():
             for piece in pieces:
-                numbers = (self.deadline_ns, *piece.sizes, *norm)
+                numbers = (self.deadline_ns, *piece.numbers, *norm)
                 if piece.extent is None:
                     self._start(piece.ready, piece.grid, tensors, numbers, addresses)
                 else:
@@ -219,22 +220,22 @@ class Launcher:
         ready = self._kernels.get(key)
         if ready is None:
             sizes = (rows.count, rows.width, rows.total, rows.chunks, *self._roles(rows.count, 1, tuning)[1])
-            numbers = (self.deadline_ns, *sizes, 0.0, 0.0)
+            numbers = (self.deadline_ns, *sizes, *_NO_NORM)
             ready = self._kernels[key] = self._ready(rows, tuning, (*tensors, *self._places, *numbers), fused)
-        room = self._room(ready, tuning)
+        room, norm = self._room(ready, tuning), () if fused else _NO_NORM
         for first in range(0, rows.count, limit):
             count = min(limit, rows.count - first)
             start, stop = first * rows.width, min(rows.total, (first + count) * rows.width)
             grid, roles = self._roles(count, room, tuning)
             extent = None if count == rows.count else slice(start, stop)
-            yield Piece(ready, grid, (count, rows.width, stop - start, rows.chunks, *roles), extent, fused)
+            yield Piece(ready, grid, (count, rows.width, stop - start, rows.chunks, *roles, *norm), extent, fused)
 
     def _room(self, ready: Ready, tuning: Tuning) -> int:
         """Blocks that a launch may have."""
         return min(ready.resident, tuning.blocks_per_sm * self.multiprocessors, COUNTERS)
 
     def _roles(self, rows: int, room: int, tuning: Tuning) -> tuple[int, tuple[int, ...]]:
-        """(blocks of a launch, at most `room`; of two-shot what its blocks do, as `Piece.sizes` ends)."""
+        """(blocks of a launch, at most `room`; of two-shot what its blocks do, as `Piece.numbers` goes on)."""
         if tuning.strategy == "ONESHOT":
             return min(rows, room), ()
         peers = self.workspace.size - 1

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
 _ALIGNMENT = 16
 """Bytes of the kernels' accesses: tensors that begin elsewhere have launches of their own."""
-_NO_NORM = (0.0, 0.0)
 
 
 class _Plan(NamedTuple):
@@ -54,7 +53,7 @@ class Plans:
         total = tensor if in_place else plan.make()
         y = total.data_ptr()
         with group._flight:
-            group.launcher.launch(plan.pieces, (tensor, tensor, tensor, total, total), _NO_NORM, (x, x, x, y, y))
+            group.launcher.launch(plan.pieces, (tensor, tensor, tensor, total, total), addresses=(x, x, x, y, y))
         entry[watch.END] = watch.now()
         return total
 
@@ -107,7 +106,7 @@ class Plans:
         entry = group._begin("all_gather", plan.shape, plan.dtype, "", *plan.details)
         joined = plan.make()
         with group._flight:
-            group.launcher.launch(plan.pieces, (tensor, joined), (), (x, joined.data_ptr()))
+            group.launcher.launch(plan.pieces, (tensor, joined), addresses=(x, joined.data_ptr()))
         entry[watch.END] = watch.now()
         return joined
 

@@ -1,6 +1,5 @@
 """What surrounds fla's chunked kernels, and the decode step: launches; the host reads no device memory."""
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -13,7 +12,7 @@ from shardwise.ops.fla import kernels
 from shardwise.ops.fla.delta import CHUNK
 from shardwise.ops.metadata_reports import report_word
 from shardwise.ops.repeated import Repeated
-from shardwise.ops.scratch import KEPT_TOKENS, Scratch
+from shardwise.ops.scratch import KEPT_TOKENS, Scratch, shared
 from shardwise.ops.state_batch import token_rows
 from shardwise.ops.triton_support import Kept, Kernel, Launch, dependent_launch, multiprocessors
 from shardwise.plan_cache import allocator
@@ -143,18 +142,11 @@ def plan_prefill(
     make = allocator((sequences, heads, keys, values), torch.float32, device)
 
     def room() -> Room:
-        state = _one_state(device, heads, keys, values).take()
+        state = shared(device, torch.float32, (1, heads, keys, values)).take()
         return Room(state, Repeated(device, load, Kept((state,))), Repeated(device, finish, Kept((word,))))
 
-    one = sequences == 1 and tokens <= KEPT_TOKENS
-    rooms = Scratch(device, tokens, room) if one else None
+    rooms = Scratch(device, tokens, room) if sequences == 1 and tokens <= KEPT_TOKENS else None
     return Prefill(rooms, make, load, bounds, chunks, offsets, cut, finish, word, batch.prefill_tokens)
-
-
-@functools.cache
-def _one_state(device: torch.device, heads: int, keys: int, values: int) -> Scratch[Tensor]:
-    """Of one sequence, which its short prompts share, whatever their lengths."""
-    return Scratch(device, KEPT_TOKENS, allocator((1, heads, keys, values), torch.float32, device))
 
 
 def plan_decode(

@@ -4,7 +4,6 @@ One product expands the latents of all heads. A kernel of ours then puts the sha
 key, and rotated queries behind the others; values are read where the product has them.
 """
 
-import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -14,7 +13,7 @@ from torch import Tensor
 from shardwise.ops.mla.absorb import Rows
 from shardwise.ops.mla.checks import LatentHeads
 from shardwise.ops.repeated import Repeated
-from shardwise.ops.scratch import KEPT_TOKENS, Scratch
+from shardwise.ops.scratch import KEPT_TOKENS, Scratch, shared
 from shardwise.ops.triton_support import Kept, Kernel, Launch, await_predecessor, dependent_launch, tl, triton
 from shardwise.plan_cache import allocator, view
 
@@ -62,8 +61,11 @@ def expanding(heads: LatentHeads, q: Rows, kpe_token: int, tokens: int, like: Te
     form = _KERNEL.form_for(device, (like,), fixed, warps=4, pdl=pdl)
     launch = Launch(form, (tokens, -(-count // HEADS), 1), (count,))
     wide, joined = count * (nope + value), count * (nope + rope)
-    elements, few = wide + 2 * joined, tokens <= KEPT_TOKENS
-    memory = _kept(device, like.dtype, elements).take if few else allocator((tokens * elements,), like.dtype, device)
+    elements = wide + 2 * joined
+    if tokens <= KEPT_TOKENS:
+        memory = shared(device, like.dtype, (KEPT_TOKENS * elements,)).take
+    else:
+        memory = allocator((tokens * elements,), like.dtype, device)
 
     def make() -> _Room:
         room = memory()
@@ -74,12 +76,6 @@ def expanding(heads: LatentHeads, q: Rows, kpe_token: int, tokens: int, like: Te
         return _Room(both, Repeated(device, launch, Kept((both, queries, keys))), queries, keys, values)
 
     return Scratch(device, tokens, make)
-
-
-@functools.cache
-def _kept(device: torch.device, dtype: torch.dtype, elements: int) -> Scratch[Tensor]:
-    """Memory of so many elements a token that prompts of up to KEPT_TOKENS share, whatever their lengths."""
-    return Scratch(device, KEPT_TOKENS, allocator((KEPT_TOKENS * elements,), dtype, device))
 
 
 @triton.jit(do_not_specialize=["heads"])
