@@ -3,6 +3,7 @@
 import pytest
 import torch
 from oracles_moe import fp8_stack, gpt_oss_layer, nvfp4_stack, routing, stacked
+from recorded_calls import beside_and_captured, tapes_of
 
 import shardwise.ops  # noqa: F401  (registers the operators)
 from shardwise.ops.quantization.fp8 import quantize_fp8
@@ -58,11 +59,6 @@ CASES = {
 }
 
 
-def tapes(operator):
-    kinds = [kinds for found in operator.layouts._plans.values() for _, kinds in found]
-    return [tape for each in kinds for tape in each.values()]
-
-
 @pytest.mark.parametrize("tokens", [1, 5, 130])
 @pytest.mark.parametrize("name", CASES)
 def test_replays_give_what_the_operator_gives(name, tokens):
@@ -72,7 +68,7 @@ def test_replays_give_what_the_operator_gives(name, tokens):
     for _ in range(5):
         args = CASES[name](tokens)
         kept.append((args, called(*args)))
-    assert tapes(operator) and all(isinstance(tape, Tape) for tape in tapes(operator))
+    assert tapes_of(operator.layouts) and all(isinstance(tape, Tape) for tape in tapes_of(operator.layouts))
     for args, result in kept:
         assert torch.equal(result, operator.__wrapped__(*args))
 
@@ -81,13 +77,7 @@ def test_replays_give_what_the_operator_gives(name, tokens):
 def test_other_streams_and_graphs_have_calls_of_their_own(name):
     called, args = getattr(torch.ops.auto_deploy, name), CASES[name](3)
     expected = [called(*args) for _ in range(3)][-1].clone()
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        beside = [called(*args) for _ in range(4)]
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = called(*args)
+    beside, graph, captured = beside_and_captured(lambda: called(*args))
     args[0].copy_(args[0].flip(0) * 0.5)
     graph.replay()
     torch.cuda.synchronize()

@@ -1,9 +1,12 @@
 """Recorded calls of fla's chunked kernels give what these give as they are written, bit by bit."""
 
+from functools import partial
+
 import pytest
 import samples_fla
 import torch
 from mamba_oracle import Batch
+from recorded_calls import beside_and_captured, tapes_of
 
 import shardwise.ops  # noqa: F401  (registers the operators)
 from shardwise.ops.fla import chunked as module
@@ -36,7 +39,7 @@ def tapes():
     """Of the calls that a test made."""
     layouts = module._replayed.layouts
     layouts.clear()
-    return lambda: [tape for found in layouts._plans.values() for _, kinds in found for tape in kinds.values()]
+    return partial(tapes_of, layouts)
 
 
 def as_written(monkeypatch, operator, args):
@@ -76,13 +79,7 @@ def test_other_streams_and_graphs_have_calls_of_their_own(tapes):
     args = list(samples_fla.plain_args(True, **SIZES)("cuda"))
     operator = torch.ops.auto_deploy.fla_gated_delta_rule
     expected = [operator(*args) for _ in range(3)][-1].clone()
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        beside = [operator(*args) for _ in range(4)]
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = operator(*args)
+    beside, graph, captured = beside_and_captured(lambda: operator(*args))
     args[2].mul_(0.5)
     graph.replay()
     torch.cuda.synchronize()
