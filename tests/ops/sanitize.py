@@ -3,8 +3,9 @@
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 1 \
         python tests/ops/sanitize.py [--share I/N] [part of an operator's name ...]
 
-The samples of the operators' table, then the mixtures in all ways that they are launched. Several processes, each with
-its share, are done sooner; a run without the checker before it leaves the kernels compiled. Without PyTorch's caching
+The samples of the operators' table, then the mixtures in all ways that they are launched, each three times, since calls
+that come again may be recorded and played (shardwise/ops/recorded.py). Several processes, each with its share, are done
+sooner; a run without the checker before it leaves the kernels compiled. Without PyTorch's caching
 every tensor is an allocation of its own, so that the checker knows its end. Prints each call before it is made: after
 an error the CUDA context is gone and the name says whose it was.
 """
@@ -19,20 +20,14 @@ from operator_samples import all_samples
 
 import shardwise.ops as ops
 
-OURS, OTHERS = ("triton", "cuda"), ("flashinfer", "trtllm", "fla")
+ROUNDS = 3  # as it is written, recorded, played
 
 
 def chosen(parts: list[str]) -> list:
-    """The samples of operators that need a device and run here: all of our own kernels, then one of each other."""
-    infos = {info.qualified_name: info for info in ops.operators() if info.needs and info.availability()[0]}
-    samples = [sample for sample in all_samples() if sample.qualified_name in infos]
-    samples = [sample for sample in samples if not parts or any(part in sample.op for part in parts)]
-    ours = [sample for sample in samples if infos[sample.qualified_name].backend in OURS]
-    firsts = {}
-    for sample in samples:
-        if infos[sample.qualified_name].backend in OTHERS:
-            firsts.setdefault(sample.op, sample)
-    return ours + list(firsts.values())
+    """The samples of operators that need a device and run here."""
+    names = {info.qualified_name for info in ops.operators() if info.needs and info.availability()[0]}
+    samples = [sample for sample in all_samples() if sample.qualified_name in names]
+    return [sample for sample in samples if not parts or any(part in sample.op for part in parts)]
 
 
 def calls(parts: list[str], device: str = "cuda"):
@@ -60,7 +55,8 @@ def main() -> int:
     for number, (label, call) in enumerate(calls(args.parts)):
         if number % shares == share - 1:
             print(f"[{time.monotonic() - begin:5.1f} s] {label}", flush=True)
-            call()
+            for _ in range(ROUNDS):
+                call()
             torch.cuda.synchronize()
             count += 1
     print(f"[{time.monotonic() - begin:5.1f} s] {count} calls", flush=True)
