@@ -1,4 +1,4 @@
-"""Causal convolution in place, on our own Triton kernels (`conv_kernels.py`)."""
+"""Causal convolution in place, on our own Triton kernels (`conv_kernels.py`, `conv_step_kernels.py`)."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -7,6 +7,7 @@ import torch
 
 from shardwise.ops.mamba import conv_kernels as kernels
 from shardwise.ops.mamba.conv import ConvBatch, Tensors, block_rows, blocks_of, nothing, run_step
+from shardwise.ops.mamba.conv_step_kernels import decode_dense_kernel, decode_kernel
 from shardwise.ops.metadata_reports import report_word
 from shardwise.ops.registry import TRITON, operator
 from shardwise.ops.triton_support import Kernel, Launch, dependent_launch
@@ -21,8 +22,8 @@ MANY_TOKENS, TOGETHER = 128, 2
 
 _launch_save = Kernel(kernels.save_kernel)
 _launch_prefill = Kernel(kernels.prefill_kernel)
-_launch_decode = Kernel(kernels.decode_kernel)
-_launch_decode_dense = Kernel(kernels.decode_dense_kernel)
+_launch_decode = Kernel(decode_kernel)
+_launch_decode_dense = Kernel(decode_dense_kernel)
 
 
 def _power(n: int) -> int:

@@ -8,8 +8,8 @@ from typing import NamedTuple
 import torch
 
 from shardwise.ops.attention.batch import Batch
-from shardwise.ops.mamba import ssd_kernels as kernels
 from shardwise.ops.mamba.scan import Inputs
+from shardwise.ops.mamba.ssd_step_kernels import ready_kernel
 from shardwise.ops.mamba.ssm import Backend, like_hidden, run_step
 from shardwise.ops.metadata_reports import report_word
 from shardwise.ops.registry import FLASHINFER, TRITON, operator
@@ -18,7 +18,7 @@ from shardwise.ops.scratch import Scratch
 from shardwise.ops.triton_support import Kept, Kernel, Launch
 from shardwise.plan_cache import View, allocator, view
 
-_ready = Kernel(kernels.ready_kernel)
+_ready = Kernel(ready_kernel)
 BLOCK = 1024
 """Numbers of a row that a program copies"""
 
@@ -51,7 +51,7 @@ def flashinfer_cached_ssm(
 
 
 class _Rows(NamedTuple):
-    """What FlashInfer reads, as `ssd_kernels.ready_kernel` makes it."""
+    """What FlashInfer reads, as `ssd_step_kernels.ready_kernel` makes it."""
 
     made: Kept
     """float32 [tokens + 2, H], slots, and [tokens, rows of x, B and C]; and the word for reports"""

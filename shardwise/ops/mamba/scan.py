@@ -10,6 +10,7 @@ from torch import Tensor
 from shardwise.ops.attention.batch import Batch
 from shardwise.ops.mamba import ssd_kernels as kernels
 from shardwise.ops.mamba.checks import check_pieces, check_ssm
+from shardwise.ops.mamba.ssd_step_kernels import decode_kernel
 from shardwise.ops.metadata_reports import report_word
 from shardwise.ops.state_batch import check_counts, token_rows
 from shardwise.ops.triton_support import Chain, Kernel, Launch, cache_bytes, dependent_launch
@@ -28,7 +29,7 @@ MANY = {"elements": 4096, "warps": 1}
 _launch_steps = Kernel(kernels.steps_kernel)
 _launch_states = Kernel(kernels.states_kernel)
 _launch_outputs = Kernel(kernels.outputs_kernel)
-_decode = Kernel(kernels.decode_kernel)
+_decode = Kernel(decode_kernel)
 
 
 class Inputs(NamedTuple):
