@@ -1,12 +1,16 @@
 """Multi-head latent attention and DeepSeek's expert layers, shared by DeepSeek, GLM-5 and Kimi."""
 
 import math
+from dataclasses import replace
 from typing import Any
 
 from shardwise.sharding.axes import Axis, LogicalAxis, along, fixed
 from shardwise.sharding.blocks import dense_mlp, moe
 from shardwise.sharding.builder import Builder, Tensors
 from shardwise.sharding.spec import MlaAttention, Moe, Rope, Routing
+
+UNNORMALIZED = "DeepseekV2ForCausalLM"
+"""Its weights of experts are not made to sum to 1, whatever `norm_topk_prob` says."""
 
 
 def mla(b: Builder, module: str, *, indexer: bool = False, **options: Any) -> MlaAttention:
@@ -56,9 +60,8 @@ def mla(b: Builder, module: str, *, indexer: bool = False, **options: Any) -> Ml
 
 
 def latent_rope(b: Builder, rope_dim: int) -> Rope:
-    """Rotation of the separate rope part of each head, in neighbouring pairs."""
-    base = b.rope(rope_dim, partial=1.0)
-    return Rope(theta=base.theta, dim=rope_dim, interleaved=True, kind=base.kind, scaling=base.scaling)
+    """Rotation of the separate rope part of each head, in neighbouring pairs unless `rope_interleave` is false."""
+    return replace(b.rope(rope_dim, partial=1.0), interleaved=b.config.flag("rope_interleave", default=True))
 
 
 def yarn_scale(rope: Rope) -> float:
@@ -109,7 +112,7 @@ def deepseek_routing(b: Builder, experts: int, correction: bool) -> Routing:
     return Routing(
         top_k=c.integer("num_experts_per_tok", "num_experts_per_token", most=experts),
         score=c.text("scoring_func", "moe_router_activation_func", default="sigmoid" if correction else "softmax"),
-        normalize=c.flag("norm_topk_prob", "moe_renormalize", default=correction),
+        normalize=b.architecture != UNNORMALIZED and c.flag("norm_topk_prob", "moe_renormalize", default=correction),
         bias_correction=correction,
         groups=groups if grouped else 1,
         top_groups=c.integer("topk_group", default=1) if grouped else 1,

@@ -9,10 +9,25 @@ from shardwise.sharding.model import Layer, ModelSpec
 from shardwise.sharding.spec import Rope
 
 LOCAL_THETA = 10000.0
+GEMMA3_DEFAULTS = {
+    "vocab_size": 262208,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "query_pre_attn_scalar": 256,
+    "max_position_embeddings": 131072,
+    "rope_theta": 1e6,
+}
+"""What published configs of Gemma 3 that also sees leave out of their `text_config`."""
 
 
 def build(config: Config, name: str, architecture: str) -> ModelSpec:
     text = config.section("text_config")
+    if text.data:
+        said = {name: value for name, value in text.data.items() if value is not None}
+        text = Config(GEMMA3_DEFAULTS | said, text.source, config)
+    if text.flag("use_bidirectional_attention"):
+        raise text.error(("use_bidirectional_attention",), True, "false: an encoder generates no text")
     nested = "language_model." if architecture == "Gemma3ForConditionalGeneration" else ""
     b = Builder(text, name, architecture, prefix=f"{nested}model.", norm_weight_offset=1.0)
     b.norm_eps = text.number("rms_norm_eps", default=1e-6)
@@ -26,12 +41,13 @@ def build(config: Config, name: str, architecture: str) -> ModelSpec:
             f"{module}.self_attn",
             qkv_bias=text.flag("attention_bias"),
             scale=text.number("query_pre_attn_scalar", default=float(head_dim), above=0.0) ** -0.5,
-            softcap=text.number("attn_logit_softcapping", default=None),
+            softcap=None if third else text.number("attn_logit_softcapping", default=None),
             window=window,
             rope=_rope(b, head_dim, local=third and window is not None),
             qk_norm="head" if third else None,
         )
-        feed_forward = dense_mlp(b, f"{module}.mlp", text.integer("intermediate_size"), activation=_activation(text))
+        width = text.integer("intermediate_size")
+        feed_forward = dense_mlp(b, f"{module}.mlp", width, activation=_activation(text, first))
         norms = {"mixer_norm": "input_layernorm", "feed_forward_norm": "post_attention_layernorm"}
         if not first:
             norms["mixer_post_norm"] = "post_attention_layernorm"
@@ -49,17 +65,23 @@ def build(config: Config, name: str, architecture: str) -> ModelSpec:
     )
 
 
-def _activation(c: Config) -> str:
+def _activation(c: Config, first: bool) -> str:
     """The first Gemma published `gelu` and meant its tanh approximation."""
     named = c.text("hidden_activation", "hidden_act", default="gelu_pytorch_tanh")
-    return "gelu_pytorch_tanh" if named == "gelu" else named
+    return "gelu_pytorch_tanh" if first and named == "gelu" else named
 
 
 def _rope(b: Builder, head_dim: int, local: bool) -> Rope:
-    if local:
-        theta = b.config.number("rope_local_base_freq", default=None)
-        return b.rope(head_dim, theta=theta, scaled=False, kind="sliding_attention", default_theta=LOCAL_THETA)
-    return b.rope(head_dim)
+    """Windowed layers of Gemma 3 have a rotation of their own, stretched only where their own parameters say so."""
+    if not local:
+        return b.rope(head_dim)
+    return b.rope(
+        head_dim,
+        theta=b.config.number("rope_local_base_freq", default=None),
+        scaled=b.config.own("rope_parameters").has("sliding_attention"),
+        kind="sliding_attention",
+        default_theta=LOCAL_THETA,
+    )
 
 
 def _windows(c: Config, architecture: str, count: int) -> list[int | None]:

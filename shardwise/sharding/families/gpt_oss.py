@@ -37,7 +37,7 @@ def build(config: Config, name: str, architecture: str) -> ModelSpec:
             interleaved=True,
             transposed=True,
             limit=config.number("swiglu_limit", default=7.0),
-            alpha=SWIGLU_ALPHA,
+            alpha=config.number("swiglu_alpha", default=SWIGLU_ALPHA),
         )
         return pre_norm_layer(b, mixer, feed_forward, prefix=LAYER)
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from shardwise.sharding.blocks import attention, dense_mlp, pre_norm_layer, stacked_moe
+from shardwise.sharding.blocks import attention, dense_mlp, heads_of, pre_norm_layer, stacked_moe
 from shardwise.sharding.builder import Builder
 from shardwise.sharding.config import Config
 from shardwise.sharding.model import Layer, ModelSpec
@@ -13,6 +13,8 @@ LAYER = "model.layers.{layer}"
 PRE_FF = ("input_layernorm", "pre_ff_layernorm")
 GRANITE = "GraniteMoeHybridForCausalLM"
 FALCON = "FalconH1ForCausalLM"
+BAMBA_PARTIAL = 0.5
+"""The part of a head that is rotated; published configs of Bamba do not say."""
 
 
 def build(config: Config, name: str, architecture: str) -> ModelSpec:
@@ -81,7 +83,9 @@ def _mamba(b: Builder, c: Config, **options) -> Mamba2:
 
 def _attention(b: Builder, c: Config, granite: bool) -> Attention:
     if not granite:
-        return attention(b, f"{LAYER}.self_attn", qkv_bias=c.flag("attention_bias"))
+        said = c.has("partial_rotary_factor") or c.own("rope_parameters").has("partial_rotary_factor")
+        rope = b.rope(heads_of(b)[2], partial=None if said else BAMBA_PARTIAL)
+        return attention(b, f"{LAYER}.self_attn", qkv_bias=c.flag("attention_bias"), rope=rope)
     rotated = c.text("position_embedding_type", default="nope") == "rope"
     scale = c.number("attention_multiplier", default=None)
     options: dict[str, Any] = {} if rotated else {"rope": None}

@@ -51,8 +51,13 @@ def build(config: Config, name: str, architecture: str) -> ModelSpec:
     return b.model(layers, head_name=head, **extra_depth.get("model", {}))
 
 
+MAX_WINDOW_LAYERS = 28
+"""Of Qwen's configs that do not say."""
+
+
 def windows(config: Config, architecture: str, count: int) -> list[int | None]:
-    """Sliding window of every layer. Mistral: all layers; Qwen: layers from `max_window_layers` on, if switched on."""
+    """Sliding window of every layer. Mistral: all layers. Qwen, if switched on: those that `layer_types` names, else
+    the layers from `max_window_layers` on, in Qwen2-MoE every other one before it; in Qwen3-MoE all."""
     window = config.integer("sliding_window", default=0, least=0)
     if architecture in ("LlamaForCausalLM", "MiniCPMForCausalLM") or not window:
         return [None] * count
@@ -60,8 +65,17 @@ def windows(config: Config, architecture: str, count: int) -> list[int | None]:
         return [window] * count
     if not config.flag("use_sliding_window"):
         return [None] * count
-    full = min(config.integer("max_window_layers", default=count, least=0), count)
-    return [None] * full + [window] * (count - full)
+    last = config.integer("max_window_layers", default=MAX_WINDOW_LAYERS, least=0)
+    kinds = config.list("layer_types", default=None, length=count, of=str)
+    if architecture == "Qwen3MoeForCausalLM":
+        windowed = [True] * count
+    elif kinds:
+        windowed = [kind == "sliding_attention" for kind in kinds]
+    elif architecture == "Qwen2MoeForCausalLM":
+        windowed = [i < last and i % 2 == 0 for i in range(count)]
+    else:
+        windowed = [i >= last for i in range(count)]
+    return [window if inside else None for inside in windowed]
 
 
 def _minicpm(c: Config) -> dict[str, dict[str, Any]]:

@@ -19,7 +19,8 @@ def build(config: Config, name: str, architecture: str) -> ModelSpec:
     b.norm_eps = text.number("rms_norm_eps", default=1e-6)
     module, count = f"{b.prefix}layers.{{layer}}", text.integer("num_hidden_layers")
     head_dim = text.integer("head_dim")
-    rotary = text.integer("rotary_dim", default=head_dim)
+    said = text.own("rope_parameters").has("partial_rotary_factor")
+    partial = None if said else text.integer("rotary_dim", default=head_dim) / head_dim
 
     def layer(key: tuple[bool, bool]) -> Layer:
         sparse, indexed = key
@@ -27,7 +28,7 @@ def build(config: Config, name: str, architecture: str) -> ModelSpec:
             b,
             f"{module}.self_attn",
             qk_norm="head" if text.text("qk_norm_type", default="per_layer") == "per_head" else "all_heads",
-            rope=b.rope(head_dim, partial=rotary / head_dim),
+            rope=b.rope(head_dim, partial=partial),
             extra=_indexer(b, text, f"{module}.self_attn") if indexed else (),
             **(_index_fields(text) if indexed else {}),
         )

@@ -7,20 +7,26 @@ from shardwise.sharding.model import Layer, ModelSpec
 from shardwise.sharding.spec import Routing
 
 LAYER = "model.layers.{layer}"
+FULL_EVERY = 4
+"""Of OLMo 3's layers, where `layer_types` does not say: one has no window."""
 
 
 def build(config: Config, name: str, architecture: str) -> ModelSpec:
     b = Builder(config, name, architecture, norm_eps=config.number("rms_norm_eps", default=1e-5))
     count = config.integer("num_hidden_layers")
     window = config.integer("sliding_window", default=None)
-    types = config.list("layer_types", default=None, length=count, of=str)
-    windows = [window if t == "sliding_attention" else None for t in types or ["full_attention"] * count]
+    third = architecture == "Olmo3ForCausalLM"
+    default = ["sliding_attention" if third and (i + 1) % FULL_EVERY else "full_attention" for i in range(count)]
+    types = config.list("layer_types", default=default, length=count, of=str)
+    windows = [window if t == "sliding_attention" else None for t in types]
 
     def layer(window: int | None) -> Layer:
-        # OLMo 3 stretches the rotation of its full-attention layers only.
+        # OLMo 3 stretches the rotation of its full-attention layers; the others may have parameters of their own.
+        own = config.own("rope_parameters").has("sliding_attention")
         rope = b.rope(
             b.config.integer("head_dim", default=b.hidden_size // config.integer("num_attention_heads")),
-            scaled=window is None,
+            scaled=window is None or own,
+            kind="full_attention" if window is None else "sliding_attention",
         )
         mixer = attention(
             b,

@@ -1,0 +1,91 @@
+"""Options of config.json that change the maths of a family: each gives Transformers' tokens, or is refused."""
+
+import json
+
+import pytest
+from families import LATENT, MAMBA, MOE_FAMILIES
+from tiny import expected_tokens, generate, write
+
+from shardwise.sharding.config import ConfigError
+from shardwise.sharding.layout import ParallelLayout
+
+ONE_RANK = ParallelLayout()
+SWITCHED_ON = dict(use_sliding_window=True, sliding_window=3)
+TYPES = dict(layer_types=["sliding_attention", "full_attention", "sliding_attention"])
+QWEN2_MOE, QWEN3_MOE, GPT_OSS = (
+    MOE_FAMILIES[name][1] for name in ("qwen2_moe", "qwen3_moe with a dense layer", "gpt_oss")
+)
+DEEPSEEK = dict(LATENT, q_lora_rank=20)
+ROPES = dict(
+    full_attention=dict(rope_type="linear", factor=8.0, rope_theta=50000.0),
+    sliding_attention=dict(rope_type="linear", factor=2.0, rope_theta=2000.0),
+)
+OPTIONS: dict[str, tuple[str, dict]] = {
+    "Qwen2 names its windowed layers": ("qwen2", dict(SWITCHED_ON, **TYPES)),
+    "Qwen3 counts its full layers": ("qwen3", dict(SWITCHED_ON, max_window_layers=1)),
+    "Qwen2-MoE has windows in every other layer": ("qwen2_moe", dict(QWEN2_MOE, **SWITCHED_ON, max_window_layers=2)),
+    "Qwen3-MoE has windows in all": ("qwen3_moe", dict(QWEN3_MOE, **SWITCHED_ON, max_window_layers=1)),
+    "Gemma 3 caps no scores": ("gemma3_text", dict(attn_logit_softcapping=2.0, query_pre_attn_scalar=16)),
+    "Gemma 3 stretches both rotations": ("gemma3_text", dict(TYPES, sliding_window=3, rope_parameters=ROPES)),
+    "OLMo 3 has two rotations": ("olmo3", dict(TYPES, sliding_window=3, rope_parameters=ROPES)),
+    "gpt-oss has another slope": ("gpt_oss", dict(GPT_OSS, swiglu_alpha=1.1)),
+    "DeepSeek-V3 rotates halves": ("deepseek_v3", dict(DEEPSEEK, rope_interleave=False, n_group=1, topk_group=1)),
+    "DeepSeek-V2 never normalises": ("deepseek_v2", dict(DEEPSEEK, topk_method="greedy", norm_topk_prob=True)),
+    "MiniMax says the part that it rotates": (
+        "minimax_m2",
+        dict(
+            num_local_experts=5,
+            num_experts_per_tok=2,
+            rope_parameters=dict(rope_type="default", rope_theta=10000.0, partial_rotary_factor=0.25),
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_an_option_gives_the_tokens_of_transformers(tmp_path, name):
+    model_type, fields = OPTIONS[name]
+    folder = write(tmp_path, model_type, **fields)
+    (found,) = generate(folder, ONE_RANK)
+    assert [list(answer.token_ids) for answer in found] == expected_tokens(folder)
+
+
+def edit(folder, change):
+    file = folder / "config.json"
+    config = json.loads(file.read_text())
+    change(config)
+    file.write_text(json.dumps(config))
+
+
+def test_half_of_a_head_of_bamba_is_rotated_where_its_config_is_silent(tmp_path):
+    def as_published(config):
+        del config["rope_parameters"]
+        config["rope_theta"] = 10000.0
+
+    folder = write(tmp_path, "bamba", **MAMBA, mamba_n_groups=1, attn_layer_indices=[1])
+    edit(folder, as_published)
+    (found,) = generate(folder, ONE_RANK)
+    assert [list(answer.token_ids) for answer in found] == expected_tokens(folder)
+
+
+def test_what_a_published_gemma_3_leaves_out_of_its_text_config_has_transformers_defaults(tmp_path):
+    written = ("hidden_size", "intermediate_size", "model_type", "num_hidden_layers", "sliding_window", "vocab_size")
+
+    def as_published(config):
+        text = {name: config["text_config"][name] for name in written}
+        config["text_config"] = text | {"rope_scaling": {"factor": 8.0, "rope_type": "linear"}}
+
+    defaults = dict(num_attention_heads=8, num_key_value_heads=4, head_dim=256, query_pre_attn_scalar=256)
+    vision = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
+    folder = write(
+        tmp_path, "gemma3", vision=dict(vision, image_size=28, patch_size=14), **defaults, sliding_window=3, **TYPES
+    )
+    edit(folder, as_published)
+    (found,) = generate(folder, ONE_RANK)
+    assert [list(answer.token_ids) for answer in found] == expected_tokens(folder)
+
+
+def test_an_encoder_with_gemmas_name_is_refused(tmp_path):
+    folder = write(tmp_path, "gemma3_text", use_bidirectional_attention=True, num_hidden_layers=1)
+    with pytest.raises(ConfigError, match="use_bidirectional_attention is true, expected false"):
+        generate(folder, ONE_RANK)
