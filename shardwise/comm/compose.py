@@ -58,14 +58,16 @@ def residual_rms_norm(
 ) -> tuple[Tensor, Tensor]:
     """(rmsnorm(s) * (weight + weight_bias), s), s = reduced + residual. Without `residual_out` s overwrites `reduced`.
 
-    Shapes [..., H], weight [H]. The norm is computed in float32 from s as it is returned (rounded to its dtype).
+    Shapes [..., H], weight [H]. The norm is computed in float32 (of float64 in float64) from s as it is returned
+    (rounded to its dtype).
     """
     total = reduced.add_(residual) if residual_out is None else torch.add(reduced, residual, out=residual_out)
     if weight.dtype == total.dtype and not weight_bias:
         normed = torch.nn.functional.rms_norm(total, weight.shape, weight, eps)
     else:
-        gain = weight.float() + weight_bias  # in float32: a 16-bit 1 + w would lose most of w
-        normed = torch.nn.functional.rms_norm(total.float(), gain.shape, gain, eps).to(total.dtype)
+        wide = torch.promote_types(total.dtype, torch.float32)  # a 16-bit 1 + w would lose most of w
+        gain = weight.to(wide) + weight_bias
+        normed = torch.nn.functional.rms_norm(total.to(wide), gain.shape, gain, eps).to(total.dtype)
     return (normed if out is None else out.copy_(normed)), total
 
 

@@ -1,7 +1,7 @@
 """Transport `mpi`: mpi4py (`mpi_library.py`).
 
 CPU tensors go through the buffer protocol without a copy; bf16 and fp16, which MPI cannot add, are summed as
-float32. CUDA tensors are staged through pinned host memory, unless the library itself says that it takes device
+float32, integers of 8 and 16 bits as int32. CUDA tensors are staged through pinned host memory, unless the library itself says that it takes device
 pointers.
 
 MPI's blocking calls are the fast ones and cannot be left, so ranks meet first (`arrival.py`: with a deadline, and
@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from shardwise.comm import compose, control, mpi_library, watch
+from shardwise.comm import control, mpi_library, watch
 from shardwise.comm.arguments import starts
 from shardwise.comm.arrival import Arrivals, MessageArrivals, SegmentArrivals, free, owned
 from shardwise.comm.base import CommError
@@ -25,6 +25,14 @@ from shardwise.comm.watch import END, FLIGHT, now
 
 PIECE = 1 << 28
 """Elements of one call: MPI counts are 32-bit integers."""
+SUMMED_AS = {
+    torch.bfloat16: torch.float32,
+    torch.float16: torch.float32,
+    torch.int16: torch.int32,
+    torch.int8: torch.int32,
+    torch.uint8: torch.int32,
+}
+"""What MPI has no type for; and small integers: Open MPI's vector instructions saturate where its other code wraps."""
 KEPT_PLANS = 512
 
 
@@ -69,7 +77,8 @@ class MpiCommunicator(BaseCommunicator):
 
     def _all_reduce_any(self, tensor: Tensor, out: Tensor | None, strategy: str) -> Tensor:
         """The general path; tensors that MPI can sum where they lie are planned here for the next time."""
-        if out is tensor and tensor.is_cpu and tensor.dtype in self._types and 0 < tensor.numel() <= PIECE:
+        as_it_lies = tensor.is_cpu and tensor.dtype in self._types and tensor.dtype not in SUMMED_AS
+        if out is tensor and as_it_lies and 0 < tensor.numel() <= PIECE:
             self._plan(tensor)
         return super().all_reduce(tensor, out=out, strategy=strategy)
 
@@ -129,8 +138,8 @@ class MpiCommunicator(BaseCommunicator):
         return [memory, *extra, self._types[tensor.dtype]]
 
     def _all_reduce(self, source: Tensor, target: Tensor) -> None:
-        if source.dtype in compose.HALVES:
-            wide = source.float()
+        if source.dtype in SUMMED_AS:
+            wide = source.to(SUMMED_AS[source.dtype])
             self._all_reduce(wide, wide)
             target.copy_(wide)
             return

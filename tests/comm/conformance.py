@@ -71,6 +71,18 @@ def sums(group):
             assert_sum(group.all_reduce(inputs[group.rank]), inputs)
 
 
+def integers_wrap_around(group):
+    """Also where a library sums with vectors, and in the elements that are left over."""
+    for dtype in INTEGERS:
+        most = torch.iinfo(dtype).max
+        for values in (torch.full((67,), most - 3, dtype=dtype), torch.arange(most - 2, most, dtype=dtype)):
+            expected = values * group.size
+            for strategy in ("AUTO", "ONESHOT", "TWOSHOT"):
+                assert torch.equal(group.all_reduce(values, strategy=strategy), expected)
+            own = values.clone()
+            assert torch.equal(group.all_reduce(own, out=own), expected)
+
+
 def repeated_small_sums(group):
     """The second call of a shape takes the prepared path; slots alternate."""
     for step in range(50):
@@ -235,7 +247,7 @@ def objects(group):
 
 
 def fused_norms(group):
-    for dtype, bias in itertools.product((torch.float32, torch.bfloat16, torch.float16), (0.0, 1.0)):
+    for dtype, bias in itertools.product(FLOATS, (0.0, 1.0)):
         inputs = drawn(group, (3, 48), dtype, 13)
         residual, weight = drawn(group, (3, 48), dtype, 14)[0], drawn(group, (48,), dtype, 15)[0]
         kept = residual.clone()
@@ -308,6 +320,7 @@ def gradients_are_ignored(group):
 
 CASES = (
     sums,
+    integers_wrap_around,
     repeated_small_sums,
     accumulated_sums,
     strided_sums,
