@@ -195,18 +195,21 @@ def _peers_on_cuda(beside: "Peers", group, op: str, size: int, dtype, names: Seq
             notes += [f"peer:{name}: {reason}"] if reason else []
             continue
         times = slowest(time_graph(peer.call, graph_calls(size), group.barrier), group.all_gather_object)
-        wrong = int((peer.total() != expected).sum())
+        wrong = int((peer.result() != expected).sum())
         rows.append(row(op, size, dtype, group.size, f"peer:{name}", "", times, wrong))
     return rows, notes
 
 
 def _peer_makers(beside: "Peers", group, op: str, size: int, dtype: torch.dtype):
-    """(makers by name, the sum of their first inputs)."""
+    """(makers by name, what must come out of their first inputs); none for what our kernels do not do either."""
     count = shared_elements(size, dtype, group.size)
     if op == "all_reduce":
         pattern = torch.arange(count, device="cuda") % 5
         total = pattern * group.size + group.size * (group.size - 1) // 2
         return beside.plain([(pattern + group.rank).to(dtype)]), total.to(dtype)
+    if op == "all_gather":
+        everyone = torch.arange(count, device="cuda") % 5
+        return beside.gathered(everyone.to(dtype).chunk(group.size)[group.rank]), everyone.to(dtype)
     if op == "all_reduce_residual_rms_norm":
         x = torch.ones((max(1, count // HIDDEN), HIDDEN), dtype=dtype, device="cuda")
         weight = torch.ones(HIDDEN, dtype=dtype, device="cuda")

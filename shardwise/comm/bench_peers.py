@@ -1,4 +1,4 @@
-"""What our all-reduces on GPUs are timed beside: NCCL, torch's symmetric memory, FlashInfer, in the same ranks.
+"""What our all-reduces and gathers on GPUs are timed beside, in the same ranks: NCCL, symmetric memory, FlashInfer.
 
 A peer is made for one set of inputs and may be impossible there (no package, another dtype, too large): `make` raises,
 or returns None for a size that is not for it. NCCL averages where it is timed, so that its data stays finite.
@@ -23,10 +23,11 @@ FLASHINFER_TOKENS, FLASHINFER_HIDDEN = 2048, 8192
 
 @dataclass(frozen=True)
 class Peer:
-    """`call(i)` is the i-th of many; `total()` computes the sum (plus the residual) of the first inputs once, anew."""
+    """`call(i)` is the i-th of many; `result()` computes that of the first inputs once, anew: the sum (plus the
+    residual), or what is gathered."""
 
     call: Callable[[int], Any]
-    total: Callable[[], Tensor]
+    result: Callable[[], Tensor]
 
 
 Makers = dict[str, Callable[[], Peer | None]]
@@ -56,6 +57,19 @@ class Peers:
             "flashinfer one-shot": lambda: self._flashinfer_fused(inputs, weight, True),
             "flashinfer two-shot": lambda: self._flashinfer_fused(inputs, weight, False),
         }
+
+    def gathered(self, x: Tensor) -> Makers:
+        """For a flat tensor, of one length on all ranks."""
+        return {"nccl": lambda: self._nccl_gather(x)}
+
+    def _nccl_gather(self, x: Tensor) -> Peer:
+        everyone = x.new_empty(self.world * x.numel())
+
+        def gather() -> Tensor:
+            dist.all_gather_into_tensor(everyone, x, group=self.nccl)
+            return everyone
+
+        return Peer(lambda i: gather(), gather)
 
     def _nccl(self, inputs: Sequence[Tensor]) -> Peer:
         work = [x.clone() for x in inputs]
