@@ -10,7 +10,7 @@ from tokenizers import Tokenizer as Backend
 from shardwise.parallel.chat import render_chat
 from shardwise.sharding.checkpoint.gguf import GgufFile
 from shardwise.sharding.checkpoint.header import CheckpointError
-from shardwise.sharding.checkpoint.resolve import Checkpoint
+from shardwise.sharding.checkpoint.resolve import Checkpoint, has_tokenizer, no_tokenizer
 from shardwise.sharding.config import read_json
 
 
@@ -59,14 +59,19 @@ class Tokenizer:
 
 
 class IdTokenizer:
-    """Of a model that has weights but no words: prompts are token ids, answers have no text."""
+    """Of a model that has weights but no words: prompts are token ids, answers have no text.
+
+    why  it has none, for the CheckpointError of a text
+    """
 
     bos_id = None
-    stop_ids: tuple[int, ...] = ()
     chat_template = None
 
+    def __init__(self, stop_ids: Sequence[int] = (), why: str = "this model has no tokenizer: pass token ids"):
+        self.stop_ids, self._why = tuple(stop_ids), why
+
     def encode(self, text: str, *, special: bool = True) -> list[int]:
-        raise ValueError("this model has no tokenizer: pass token ids")
+        raise CheckpointError(self._why)
 
     def encode_chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
         return self.encode("")
@@ -79,9 +84,9 @@ class IdTokenizer:
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer | IdTokenizer:
-    """The tokenizer that comes with a checkpoint. CheckpointError when it has none or of an unknown kind.
+    """The tokenizer that comes with a checkpoint, CheckpointError when it is of an unknown kind.
 
-    Random weights have an IdTokenizer.
+    Random weights have an IdTokenizer, and so has a folder without any tokenizer.
     """
     if checkpoint.random_seed is not None:
         return IdTokenizer()
@@ -182,11 +187,12 @@ def _prepend(backend: Backend, token: str, token_id: int) -> None:
     backend.post_processor = TemplateProcessing(single=f"{token} $A", special_tokens=[(token, token_id)])
 
 
-def _from_folder(checkpoint: Checkpoint) -> Tokenizer:
+def _from_folder(checkpoint: Checkpoint) -> Tokenizer | IdTokenizer:
     folder = checkpoint.path
-    file = folder / "tokenizer.json"
-    if not file.is_file():
-        raise CheckpointError(f"{folder}: tokenizer.json is missing (other tokenizer formats are not supported)")
+    file, generation = folder / "tokenizer.json", folder / "generation_config.json"
+    stops = _eos_ids(_read_json(generation), generation) or _eos_ids(checkpoint.config, folder / "config.json")
+    if not has_tokenizer(folder):
+        return IdTokenizer(stops, f"{no_tokenizer(folder)}; prompts of token ids need none")
     try:
         backend = Backend.from_file(str(file))
     except Exception as error:  # the library raises nothing narrower
@@ -194,8 +200,6 @@ def _from_folder(checkpoint: Checkpoint) -> Tokenizer:
     settings = folder / "tokenizer_config.json"
     named = _read_json(settings)
     bos, eos = (_id_of(backend, named.get(name), f"{settings}: {name}") for name in ("bos_token", "eos_token"))
-    generation = folder / "generation_config.json"
-    stops = _eos_ids(_read_json(generation), generation) or _eos_ids(checkpoint.config, folder / "config.json")
     return Tokenizer(
         backend,
         bos_id=bos,
@@ -217,7 +221,9 @@ def _id_of(backend: Backend, token: Any, source: str) -> int | None:
 
 
 def _eos_ids(config: Mapping[str, Any], source: Path) -> list[int]:
-    value = config.get("eos_token_id")
+    value, text = config.get("eos_token_id"), config.get("text_config")
+    if value is None and isinstance(text, dict):
+        value = text.get("eos_token_id")
     ids = [] if value is None else value if isinstance(value, list) else [value]
     if not all(isinstance(i, int) for i in ids):
         raise CheckpointError(f"{source}: eos_token_id is {value!r:.60}, expected a token id or a list of them")

@@ -5,12 +5,15 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import write
+from tiny import generate, write
 
 from shardwise.comm.rank import current_groups
 from shardwise.launch.cli import main
 from shardwise.parallel.engine import Engine
 from shardwise.parallel.supported import UnsupportedModel
+from shardwise.sharding.checkpoint.header import CheckpointError
+from shardwise.sharding.checkpoint.resolve import require_files
+from shardwise.sharding.layout import ParallelLayout
 from shardwise.sharding.plan import plan
 from shardwise.testing import run_threads
 
@@ -97,3 +100,20 @@ def test_factors_of_inputs_are_refused_and_not_left_out(folder):
     change_tensors(folder, lambda tensors: tensors.update({"model.layers.0.mlp.act.scales": torch.ones(80)}))
     with pytest.raises(UnsupportedModel, match=r"model.layers.0.mlp.act.scales scales a layer's input, which"):
         run_threads(1, lambda: Engine(folder, plan(folder), current_groups()))
+
+
+def test_a_model_without_any_tokenizer_answers_to_token_ids(folder):
+    (with_words,) = generate(folder, ParallelLayout())
+    without_a_tokenizer(folder)
+    require_files(folder)
+    (answers,) = generate(folder, ParallelLayout())
+    assert [each.token_ids for each in answers] == [each.token_ids for each in with_words]
+    assert all(each.text == "" for each in answers)
+    with pytest.raises(CheckpointError, match="tokenizer.json is missing"):
+        generate(folder, ParallelLayout(), prompts=["a text"])
+
+
+def test_a_model_with_another_kind_of_tokenizer_is_refused(folder):
+    (folder / "tokenizer.json").rename(folder / "tokenizer.model")
+    with pytest.raises(CheckpointError, match="tokenizer.json is missing"):
+        require_files(folder)

@@ -149,9 +149,18 @@ def test_a_gguf_file_whose_tokens_do_not_fit_together_is_named():
         load_tokenizer(checkpoint)
 
 
-def test_a_folder_without_tokenizer_is_refused(tmp_path):
+def test_a_folder_with_another_kind_of_tokenizer_is_refused(tmp_path):
+    (tmp_path / "tokenizer.model").touch()
     with pytest.raises(CheckpointError, match="tokenizer.json is missing"):
         load(tmp_path)
+
+
+def test_a_folder_without_any_tokenizer_takes_ids_and_stops_at_its_own(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": None, "text_config": {"eos_token_id": [0, 5]}}))
+    tokenizer = load_tokenizer(open_checkpoint(tmp_path))
+    assert tokenizer.stop_ids == (0, 5) and tokenizer.stream()(3) == ""
+    with pytest.raises(CheckpointError, match="tokenizer.json is missing .*; prompts of token ids need none"):
+        tokenizer.encode("a text")
 
 
 def test_templates_run_in_a_sandbox_and_speak_for_themselves():

@@ -110,11 +110,13 @@ def _checked_prompts(config: "ModelConfig", texts: list[str], raw: bool, new: in
     from shardwise.parallel.prompts import PromptLimits, checked, encode_fitting
     from shardwise.parallel.supported import context
     from shardwise.parallel.tokenizer import chat_template, load_tokenizer
+    from shardwise.sharding.checkpoint.resolve import has_tokenizer
 
     model, checkpoint = plan_of(config).model, checkpoint_of(config)
     chats = [[{"role": "user", "content": text}] for text in texts]
     prompts = [checked(number, prompt) for number, prompt in enumerate(texts if raw else chats)]
-    if config.cache_tokens is not None or not all(0 < len(text.encode()) <= SHORT for text in texts):
+    short = all(0 < len(text.encode()) <= SHORT for text in texts)
+    if config.cache_tokens is not None or not short or not has_tokenizer(checkpoint.path):
         limits = PromptLimits(model.vocab, context(model), config.cache_tokens)
         encode_fitting(prompts, [new] * len(prompts), load_tokenizer(checkpoint), limits)
     elif not raw:

@@ -24,6 +24,8 @@ _BESIDE = {
     ".pth": _PICKLES,
 }
 """What to say of files that are not a model by themselves."""
+OTHER_TOKENIZERS = ("tokenizer*", "vocab.*", "tekken.json", "spiece.model", "*.tiktoken")
+"""Files of a model whose prompts are texts."""
 
 
 @dataclass(frozen=True)
@@ -76,17 +78,30 @@ def resolve(model: str | Path) -> Path:
 
 
 def require_files(model: str | Path) -> None:
-    """CheckpointError for a folder that has a config but no weights, or no tokenizer."""
+    """CheckpointError for a folder that has a config but no weights, or a tokenizer of a kind that is not read."""
     path = resolve(model)
     if not path.is_dir():
         return
     if not is_per_rank(path) and not any(path.glob("*.safetensors")):
         read_safetensors_folder(path)  # says what is missing
-    if not (path / "tokenizer.json").is_file():
-        raise CheckpointError(
-            f"{path}: tokenizer.json is missing (other tokenizer formats are not supported); Transformers writes one: "
-            "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
-        )
+    has_tokenizer(path)
+
+
+def has_tokenizer(path: Path) -> bool:
+    """Whether a checkpoint comes with a tokenizer; without one its prompts are token ids. CheckpointError for a folder
+    that has one of another kind alone."""
+    if path.is_file() or (path / "tokenizer.json").is_file():
+        return True
+    if any(any(path.glob(pattern)) for pattern in OTHER_TOKENIZERS):
+        raise CheckpointError(no_tokenizer(path))
+    return False
+
+
+def no_tokenizer(folder: Path) -> str:
+    return (
+        f"{folder}: tokenizer.json is missing (other tokenizer formats are not supported); Transformers writes one: "
+        "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
+    )
 
 
 def open_checkpoint(model: str | Path) -> Checkpoint:
