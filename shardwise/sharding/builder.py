@@ -24,7 +24,8 @@ SCALING_NUMBERS = {
     "low_freq_factor",
     "high_freq_factor",
 }
-"""Fields of a rope scaling that must be positive numbers."""
+"""Fields of a rope scaling that must be positive numbers, at most MOST_SCALING."""
+MOST_SCALING = 1e9
 
 
 @dataclass
@@ -39,6 +40,8 @@ class Builder:
     norm_kind: str = "rms"
     norm_bias: bool = False
     norm_weight_offset: float = 0.0
+    head_dim: int = 0
+    """Size of a head where the config does not say, as Transformers has it; 0: the hidden size over the heads."""
     notes: list[str] = field(default_factory=list)
     extras: list[Extra] = field(default_factory=list)
     layer_number: int | None = None
@@ -53,6 +56,8 @@ class Builder:
             raise c.error(("torch_dtype",), declared, " or ".join(DTYPES))
         self.dtype = DTYPES[declared]
         self.quantization: Quantization = quantization_of(c)
+        if not c.has("torch_dtype", "dtype", "quantization_config", "hf_quant_config") and c.names is None:
+            self.notes.append("the config has no torch_dtype: weights count as bfloat16 unless --dtype says otherwise")
 
     def linear(self, role: str, name: str, out: Dim, inner: Dim, *, bias_too: bool = False, **options: Any) -> Tensors:
         """A weight [out, in] as it is stored, and its bias. `options`: lead, experts, transposed, suffix, plain."""
@@ -100,6 +105,7 @@ class Builder:
             tied = c.outermost.flag("tie_word_embeddings", default=own)
         embed_name = options.pop("embed_name", f"{self.prefix}embed_tokens")
         head_name = options.pop("head_name", "lm_head")
+        tied = tied and not c.has_tensor(f"{head_name}.weight")  # what a checkpoint holds counts before the flag
         embed = (self.vector("embed.weight", f"{embed_name}.weight", along(vocab), self.hidden),)
         head = () if tied else self.linear("head", head_name, along(vocab), self.hidden)
         eos = c.raw("eos_token_id")
@@ -127,9 +133,16 @@ class Builder:
             else None,
             eos_token_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
             notes=tuple(self.notes),
-            extras=(*vision_extras(c, self.hidden_size, self.dtype), *self.extras),
+            extras=(*vision_extras(c, self.hidden_size, self.dtype), *self._mtp_extras()),
             **options,
         )
+
+    def _mtp_extras(self) -> list[Extra]:
+        """Those that the family lists; where it lists no MTP layers that the config announces, their number alone."""
+        announced = self.config.integer("num_nextn_predict_layers", "num_mtp_modules", default=0, least=0)
+        if not announced or any(extra.name == "mtp" for extra in self.extras):
+            return self.extras
+        return [*self.extras, Extra(name="mtp", note=f"{announced} layers: bytes are known from headers only")]
 
     def rope(
         self,
@@ -166,7 +179,7 @@ class Builder:
         own = ("rope_type", "type", "rope_theta", "partial_rotary_factor")
         present = {k: v for k, v in fields.data.items() if k not in own and v is not None}
         for name in SCALING_NUMBERS & present.keys():
-            present[name] = fields.number(name, above=0.0)
+            present[name] = fields.number(name, above=0.0, most=MOST_SCALING)
         found = {k: tuple(v) if isinstance(v, list) else v for k, v in present.items()}
         original = self.config.raw("original_max_position_embeddings")
         if original:

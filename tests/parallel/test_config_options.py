@@ -3,8 +3,10 @@
 import json
 
 import pytest
+import torch
 from families import LATENT, MAMBA, MOE_FAMILIES
-from tiny import expected_tokens, generate, write
+from safetensors.torch import load_file, save_file
+from tiny import VOCAB, expected_tokens, generate, write
 
 from shardwise.sharding.config import ConfigError
 from shardwise.sharding.layout import ParallelLayout
@@ -89,3 +91,11 @@ def test_an_encoder_with_gemmas_name_is_refused(tmp_path):
     folder = write(tmp_path, "gemma3_text", use_bidirectional_attention=True, num_hidden_layers=1)
     with pytest.raises(ConfigError, match="use_bidirectional_attention is true, expected false"):
         generate(folder, ONE_RANK)
+
+
+def test_a_head_that_the_files_hold_counts_before_a_flag_that_ties_it(tmp_path):
+    folder = write(tmp_path, "llama", tie_word_embeddings=True)
+    file = folder / "model.safetensors"
+    save_file(load_file(file) | {"lm_head.weight": torch.randn(VOCAB, 48)}, file)
+    (found,) = generate(folder, ONE_RANK)
+    assert [list(answer.token_ids) for answer in found] == expected_tokens(folder)
