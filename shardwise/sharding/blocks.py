@@ -15,7 +15,7 @@ def heads_of(b: Builder) -> tuple[LogicalAxis, LogicalAxis, int]:
     c = b.config
     heads = c.integer("num_attention_heads", "n_head")
     kv = c.integer("num_key_value_heads", default=heads)
-    head_dim = c.integer("head_dim", default=0, least=0)
+    head_dim = c.integer("head_dim", default=b.head_dim, least=0)
     if not head_dim and b.hidden_size % heads:
         raise c.error(("hidden_size",), b.hidden_size, f"a multiple of num_attention_heads {heads}, or a head_dim")
     return *head_axes(b, heads, kv), head_dim or b.hidden_size // heads

@@ -77,8 +77,10 @@ class Config:
             raise self.error(names, value, f"an integer from {least} to {most}")
         return value
 
-    def number(self, *names: str, default: Any = _REQUIRED, above: float | None = None) -> float:
-        """A finite number, greater than `above` where that is given; no epsilon is negative."""
+    def number(
+        self, *names: str, default: Any = _REQUIRED, above: float | None = None, most: float = sys.float_info.max
+    ) -> float:
+        """A finite number, greater than `above` and at most `most` where they are given; no epsilon is negative."""
         value = self._get(names, default)
         if value is default:
             return value
@@ -86,6 +88,8 @@ class Config:
             raise self.error(names, value, "a finite number")
         if above is not None and value <= above:
             raise self.error(names, value, f"a number above {above:g}")
+        if value > most:
+            raise self.error(names, value, f"a number of at most {most:g}")
         if "eps" in names[0] and value < 0:
             raise self.error(names, value, "a number of at least 0")
         return float(value)

@@ -40,6 +40,38 @@ def test_the_mtp_layer_is_what_separates_the_published_total_from_the_decoder():
     assert (decoder + row["parameters"]) / 1e9 == pytest.approx(81.325, abs=0.001)
 
 
+ANNOUNCE_MTP = ("num_nextn_predict_layers", "num_mtp_modules", "mtp_num_hidden_layers")
+
+
+def test_every_announced_mtp_layer_is_listed():
+    announced = [
+        name
+        for name, config in CONFIGS.items()
+        if any(section.get(field) for section in (config, config.get("text_config") or {}) for field in ANNOUNCE_MTP)
+    ]
+    assert len(announced) > 25
+    for name in announced:
+        assert extra(name, "mtp")
+
+
+def test_the_mtp_layer_of_deepseek_v4_is_a_whole_decoder_layer_and_two_projections():
+    name = "deepseek-ai/DeepSeek-V4-Flash"
+    config = CONFIGS[name]
+    longer = config | {"num_hidden_layers": 44, "num_nextn_predict_layers": 0}  # compress_ratios names 44 layers
+    last = plan(longer).parameters - plan(model(name)).parameters
+    hidden, streams = config["hidden_size"], config["hc_mult"]
+    own = 2 * hidden**2 + 3 * hidden + streams**2 * hidden + streams + 1
+    assert extra(name, "mtp")["parameters"] == last + own
+    assert (
+        plan(model(name), tp=8, ep=8, extras=["mtp"]).ranks[0].tensors > plan(model(name), tp=8, ep=8).ranks[0].tensors
+    )
+
+
+def test_mtp_layers_that_are_not_described_are_listed_without_bytes():
+    row = extra("stepfun-ai/Step-3.7-Flash", "mtp")
+    assert row["bytes"] is None and row["note"].startswith("3 layers")
+
+
 def test_a_tower_that_is_not_described_is_listed_without_bytes_and_cannot_be_loaded():
     row = extra("moonshotai/Kimi-K3", "vision")
     assert row["bytes"] is None and "headers" in row["note"]

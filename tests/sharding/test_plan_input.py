@@ -64,6 +64,44 @@ def test_a_wrong_field_is_named_with_its_value(field, value, words, tmp_path):
     assert words in str(error.value) and str(path) in str(error.value)
 
 
+def test_a_pattern_without_layers_is_refused():
+    config = CONFIGS["nvidia/NVIDIA-Nemotron-3-Ultra-550B-A55B-BF16"]
+    with pytest.raises(ConfigError, match=r"layers_block_type is \[\], expected 1 of mamba"):
+        plan(config | {"layers_block_type": []})
+
+
+def test_a_rope_scaling_beyond_reason_is_refused():
+    config = CONFIGS["deepseek-ai/DeepSeek-V3"]
+    with pytest.raises(ConfigError, match="mscale_all_dim is 1e.308, expected a number of at most 1e.09"):
+        plan(config | {"rope_scaling": config["rope_scaling"] | {"mscale_all_dim": 1e308}})
+
+
+# Parameters when Transformers builds the published config without head_dim.
+WITHOUT_HEAD_DIM = {
+    "Qwen/Qwen3-0.6B": 596_049_920,
+    "google/gemma-2-9b": 9_241_705_984,
+    "google/gemma-3-1b-it": 999_885_952,
+    "openai/gpt-oss-20b": 20_914_757_184,
+    "nvidia/NVIDIA-Nemotron-3-Nano-30B-A3B-BF16": 31_577_940_288,
+    "mistralai/Mistral-Small-3.1-24B-Instruct-2503(text)": 24_096_691_200,
+}
+
+
+@pytest.mark.parametrize("name", WITHOUT_HEAD_DIM)
+def test_without_head_dim_the_default_of_the_architecture_holds(name):
+    config = {key: value for key, value in CONFIGS[name].items() if key != "head_dim"}
+    assert plan(config).parameters == WITHOUT_HEAD_DIM[name]
+
+
+def test_without_a_storage_type_the_plan_says_what_it_counts():
+    config = {key: value for key, value in LLAMA.items() if key != "torch_dtype"}
+    assert plan(LLAMA).warnings == ()
+    assert plan(config).warnings == (
+        "the config has no torch_dtype: weights count as bfloat16 unless --dtype says otherwise",
+    )
+    assert plan(config, dtype="float32").ranks == plan(LLAMA).ranks
+
+
 @pytest.mark.parametrize("field", ["hidden_size_per_layer_input", "num_kv_shared_layers"])
 def test_what_a_family_leaves_out_is_refused(field):
     config = CONFIGS["google/gemma-4-26B-A4B"]

@@ -9,7 +9,8 @@ from shardwise.sharding.builder import Builder, Tensors
 from shardwise.sharding.config import Config
 from shardwise.sharding.formats import NVFP4, Fp8, Packed4
 from shardwise.sharding.latent import latent_rope
-from shardwise.sharding.model import Layer, ModelSpec
+from shardwise.sharding.model import Extra, Layer, ModelSpec
+from shardwise.sharding.mtp import replace_prefix
 from shardwise.sharding.quantization import NamePatterns, Quantization
 from shardwise.sharding.spec import Block, CompressedAttention, Moe, Routing
 
@@ -42,17 +43,39 @@ def build(config: Config, name: str, architecture: str) -> ModelSpec:
     if len(keys) != count:
         raise config.error(("compress_ratios",), ratios, f"at least {count} numbers, one a layer")
     multi = config.integer("hc_mult", default=1)
-    ends = tuple(
-        b.vector(f"hyper_head.{part}", f"hc_head_{part}", *dims, dtype="F32")
-        for part, dims in (
-            ("fn", (fixed(multi), fixed(multi * b.hidden_size))),
-            ("base", (fixed(multi),)),
-            ("scale", (fixed(1),)),
-        )
-    )
+    ends = _hyper_head(b, multi, "hyper_head", "")
+    _mtp(b, config, layer((_mtp_ratio(config, count), False)))
     return b.model(
         b.layers(layer, keys), embed_name="embed", head_name="head", final_norm_name="norm", others=(Block(ends),)
     )
+
+
+def _hyper_head(b: Builder, multi: int, role: str, base: str) -> Tensors:
+    """Joins the residual streams before a head."""
+    parts = (("fn", (multi, multi * b.hidden_size)), ("base", (multi,)), ("scale", (1,)))
+    return tuple(
+        b.vector(f"{role}.{part}", f"{base}hc_head_{part}", *map(fixed, shape), dtype="F32") for part, shape in parts
+    )
+
+
+def _mtp_ratio(c: Config, count: int) -> int:
+    """`compress_ratios` goes on with the MTP layer's where it is longer than the decoder."""
+    more = c.list("compress_ratios", default=[], of=int)[count:]
+    return more[0] if more else 0
+
+
+def _mtp(b: Builder, c: Config, like: Layer) -> None:
+    """MTP layers, each a decoder layer `like` behind two norms and two projections, with streams joined of its own."""
+    count, base = c.integer("num_nextn_predict_layers", default=0, least=0), "mtp.{layer}"
+    if not count:
+        return
+    tensors = tuple(replace_prefix(t, LAYER, base) for t in like.tensors)
+    for part, norm in (("e", "enorm"), ("h", "hnorm")):
+        tensors += b.linear(f"mtp.project_{part}", f"{base}.{part}_proj", b.hidden, b.hidden)
+        tensors += (b.vector(f"mtp.{norm}.weight", f"{base}.{norm}.weight", b.hidden),)
+    tensors += (b.vector("mtp.norm.weight", f"{base}.norm.weight", b.hidden),)
+    tensors += _hyper_head(b, c.integer("hc_mult", default=1), "mtp.hyper_head", f"{base}.")
+    b.extras.append(Extra(name="mtp", tensors=tensors, layers=tuple(range(count)), note="names inferred"))
 
 
 def _storage(c: Config) -> Quantization:

@@ -29,11 +29,11 @@ def build(config: Config, name: str, architecture: str) -> ModelSpec:
     if text.flag("use_bidirectional_attention"):
         raise text.error(("use_bidirectional_attention",), True, "false: an encoder generates no text")
     nested = "language_model." if architecture == "Gemma3ForConditionalGeneration" else ""
-    b = Builder(text, name, architecture, prefix=f"{nested}model.", norm_weight_offset=1.0)
+    b = Builder(text, name, architecture, prefix=f"{nested}model.", norm_weight_offset=1.0, head_dim=256)
     b.norm_eps = text.number("rms_norm_eps", default=1e-6)
     module, count = f"{b.prefix}layers.{{layer}}", text.integer("num_hidden_layers")
     first, third = architecture == "GemmaForCausalLM", architecture.startswith("Gemma3")
-    head_dim = text.integer("head_dim", default=256)
+    head_dim = text.integer("head_dim", default=b.head_dim)
 
     def layer(window: int | None) -> Layer:
         mixer = attention(

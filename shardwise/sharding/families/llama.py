@@ -21,6 +21,7 @@ def build(config: Config, name: str, architecture: str) -> ModelSpec:
     elif architecture == "Mistral3ForConditionalGeneration":
         prefix, head = "language_model.model.", "language_model.lm_head"
     b = Builder(text, name, architecture, prefix=prefix, norm_eps=text.number("rms_norm_eps", default=1e-6))
+    b.head_dim = 128 if architecture in HEAD_NORM else 0
     count, width = text.integer("num_hidden_layers"), text.integer("intermediate_size")
     module = f"{prefix}layers.{{layer}}"
     qkv_bias = text.flag("attention_bias") or architecture in QKV_BIAS

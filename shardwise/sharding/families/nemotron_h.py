@@ -17,7 +17,7 @@ SYNONYMS = {"linear_attention": "mamba", "full_attention": "attention"}
 
 def build(config: Config, name: str, architecture: str) -> ModelSpec:
     eps = config.number("layer_norm_epsilon", "norm_eps", "rms_norm_eps", default=1e-5)
-    b = Builder(config, name, architecture, prefix="backbone.", norm_eps=eps)
+    b = Builder(config, name, architecture, prefix="backbone.", norm_eps=eps, head_dim=128)
 
     def layer(kind: str) -> Layer:
         if kind in ("mamba", "attention"):
@@ -39,7 +39,7 @@ def _types(c: Config, pattern: str, listed: str) -> list[str]:
     if unknown:
         raise c.error((pattern,), letters, f"letters of {''.join(LETTERS)}")
     types = [LETTERS[x] for x in letters] or [SYNONYMS.get(t, t) for t in c.list(listed, "layer_types", of=str)]
-    count = c.integer("num_hidden_layers", default=len(types))
+    count = c.integer("num_hidden_layers", default=max(len(types), 1))
     if count != len(types) or set(types) - set(LETTERS.values()):
         raise c.error((pattern, listed), types, f"{count} of {', '.join(LETTERS.values())}")
     return types
