@@ -83,6 +83,13 @@ def test_an_index_joins_its_shards(sharded):
     }
 
 
+def test_what_an_index_forgets_of_its_shards_is_read_too(sharded):
+    folder, index = sharded
+    save_file({"b": torch.zeros(3), "c": torch.zeros(4)}, folder / "two.safetensors")
+    index({"b": "two.safetensors"})
+    assert {name: entry.shape for name, entry in read_safetensors_folder(folder).items()} == {"b": (3,), "c": (4,)}
+
+
 @pytest.mark.parametrize(
     "file", ["../one.safetensors", "/etc/passwd", "sub/one.safetensors", "..", "", 7, None, [], {}]
 )

@@ -69,6 +69,17 @@ def test_merging_gives_back_the_original_files_bit_for_bit(options, model, tmp_p
     assert digests(tmp_path / "back") == digests(folder)
 
 
+def test_a_tensor_that_the_index_forgets_survives_too(model, tmp_path):
+    folder, _ = model
+    path = folder / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    del index["weight_map"]["model.layers.0.self_attn.rotary_emb.inv_freq"]
+    path.write_text(json.dumps(index))
+    write_shards(plan(str(folder), tp=2), open_checkpoint(folder), tmp_path / "out")
+    merge_shards(tmp_path / "out", tmp_path / "back")
+    assert digests(tmp_path / "back") == digests(folder)
+
+
 def test_a_ranks_file_holds_exactly_what_the_plan_says(model, tmp_path):
     folder, tensors = model
     planned = plan(str(folder), tp=2)

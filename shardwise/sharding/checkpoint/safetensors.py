@@ -44,7 +44,7 @@ def read_with_metadata(path: Path) -> tuple[dict[str, TensorEntry], Any]:
 
 
 def read_safetensors_folder(folder: str | Path) -> dict[str, TensorEntry]:
-    """Tensors of `model.safetensors.index.json`'s shards, else of the folder's `.safetensors` files.
+    """Tensors of `model.safetensors.index.json`'s shards, listed or not, else of the folder's `.safetensors` files.
 
     CheckpointError, besides those of `read_safetensors`, when the folder has none, the index points outside of the
     folder or to a tensor that its shard lacks, or two files hold the same tensor.
@@ -84,7 +84,8 @@ def _read_index(folder: Path, index: Path) -> dict[str, TensorEntry]:
         if name not in shards[file]:
             raise CheckpointError(f"{index}: tensor {name} should be in {file}, which lacks it")
         tensors[name] = shards[file][name]
-    return tensors
+    unlisted = {name: entry for shard in shards.values() for name, entry in shard.items() if name not in tensors}
+    return tensors | unlisted  # which are as much of the checkpoint as the others: nothing that a file holds is lost
 
 
 def _shard_path(folder: Path, index: Path, name: str, file: Any) -> Path:
