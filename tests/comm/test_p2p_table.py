@@ -35,6 +35,7 @@ def test_two_ranks_never_need_nccl():
 
 
 def test_gathers_of_small_parts_are_one_kernel():
-    choices = [table.choose_gather(nbytes) for nbytes in SIZES]
-    assert [choice.tuning for choice in choices] == [table.GATHER] * 3 + [None] * 4
-    assert all(choice.reason for choice in choices)
+    for world, ours in ((2, 4), (4, 3), (8, 3)):
+        choices = [table.choose_gather(world, nbytes) for nbytes in SIZES]
+        assert [choice.tuning for choice in choices] == [table.GATHER] * ours + [None] * (len(SIZES) - ours)
+        assert all(choice.reason for choice in choices)

@@ -74,7 +74,7 @@ class P2PCommunicator(Delegating):
 
     def explain(self, op: str, payload: int) -> str:
         if op == "all_gather":
-            choice = table.choose_gather(payload // self.size)
+            choice = table.choose_gather(self.size, payload // self.size)
             return choice.reason if choice.tuning else f"{self.fallback.transport} {choice.reason}"
         if not op.startswith("all_reduce"):
             return f"{self.fallback.transport}: no kernel of this package does it"
@@ -120,7 +120,7 @@ class P2PCommunicator(Delegating):
 
     def _placing(self, tensor, sizes):
         nbytes = tensor.numel() * tensor.element_size()
-        wanted = table.choose_gather(nbytes).tuning is not None and len(set(sizes)) == 1
+        wanted = table.choose_gather(self.size, nbytes).tuning is not None and len(set(sizes)) == 1
         return self._gather if nbytes and wanted and self.launcher.gathers(nbytes) else None
 
     def _gather(self, tensor: Tensor, joined: Tensor, dim: int) -> None:

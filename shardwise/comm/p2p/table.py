@@ -134,15 +134,20 @@ _ENTRIES = {
 
 
 GATHER = Tuning("ONESHOT", warps=8, blocks_per_sm=4, lanes=256)
-GATHER_BYTES = 512 * KIB
-"""Of a rank's tensor, up to which gathers are ours."""
+_GATHERS = {
+    2: (4 * MIB, "4 MiB 28 us, NCCL 36; 8 MiB 56, NCCL 54"),
+    4: (512 * KIB, _UNMEASURED),
+    8: (512 * KIB, _UNMEASURED),
+}
+"""By ranks: bytes of a rank's tensor up to which gathers are ours."""
 
 
-def choose_gather(nbytes: int) -> Choice:
+def choose_gather(world: int, nbytes: int) -> Choice:
     """For a tensor of `nbytes` on every rank, which the kernel sends as twice as many."""
-    if nbytes > GATHER_BYTES:
-        return Choice(None, f"serves parts of more than {GATHER_BYTES // KIB} KiB")
-    return Choice(GATHER, f"ONESHOT for parts of up to {GATHER_BYTES // KIB} KiB: not measured")
+    limit, measured = _GATHERS[world]
+    if nbytes > limit:
+        return Choice(None, f"serves parts of more than {limit // KIB} KiB: {measured}")
+    return Choice(GATHER, f"ONESHOT for parts of up to {limit // KIB} KiB: {measured}")
 
 
 @functools.lru_cache(maxsize=4096)
