@@ -154,7 +154,7 @@ class DeviceCache(KvCache):
         shape = self.layers[layer]
         key = (shape, weights.nope, weights.value_up.shape[2])
         if key not in self._choices:
-            self._choices[key] = choose_latent(self.attention, shape, weights, self.dtype)
+            self._choices[key] = choose_latent(self.attention, shape, weights)
         return self._choices[key]
 
     def _attend_single_latents(

@@ -59,7 +59,7 @@ def choose(wanted: str, shape: LayerShape, masking: Masking, dtype: torch.dtype)
     return Choice(wanted, "asked for by name")
 
 
-def choose_latent(wanted: str, shape: LayerShape, weights: LatentWeights, dtype: torch.dtype) -> Choice:
+def choose_latent(wanted: str, shape: LayerShape, weights: LatentWeights) -> Choice:
     """As `choose`, for a layer with latent attention: kernels of ours for prompts and single tokens, or PyTorch's."""
     value, rope = weights.value_up.shape[2], shape.width - weights.rank
     reason = latent_decode.reason_against(weights.nope, weights.rank, rope) or latent_prefill.reason_against(
