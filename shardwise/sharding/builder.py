@@ -42,6 +42,9 @@ class Builder:
     norm_weight_offset: float = 0.0
     head_dim: int = 0
     """Size of a head where the config does not say, as Transformers has it; 0: the hidden size over the heads."""
+    rope_theta: float = 10000.0
+    rope_partial: float = 1.0
+    """Base of the rotation, and the part of a head that it turns, where the config does not say."""
     notes: list[str] = field(default_factory=list)
     extras: list[Extra] = field(default_factory=list)
     layer_number: int | None = None
@@ -165,10 +168,10 @@ class Builder:
             fields = fields.own(kind)
         if theta is None:
             theta = fields.number("rope_theta", default=default_theta, above=0.0)
-            theta = theta or c.number("rope_theta", default=10000.0, above=0.0)
+            theta = theta or c.number("rope_theta", default=self.rope_theta, above=0.0)
         if partial is None:
             partial = fields.fraction("partial_rotary_factor", default=None)
-            partial = c.fraction("partial_rotary_factor", default=1.0) if partial is None else partial
+            partial = c.fraction("partial_rotary_factor", default=self.rope_partial) if partial is None else partial
         name = fields.text("rope_type", "type", default="default") if scaled else "default"
         return Rope(theta=theta, dim=int(head_dim * partial), kind=name, scaling=self._scaling(fields, name))
 

@@ -59,13 +59,28 @@ def edit(folder, change):
     file.write_text(json.dumps(config))
 
 
-def test_half_of_a_head_of_bamba_is_rotated_where_its_config_is_silent(tmp_path):
-    def as_published(config):
-        del config["rope_parameters"]
-        config["rope_theta"] = 10000.0
+SILENT = {
+    "bamba": dict(MAMBA, mamba_n_groups=1, attn_layer_indices=[1]),
+    "cohere": dict(logit_scale=0.5),
+    "gemma3_text": dict(TYPES, sliding_window=3, query_pre_attn_scalar=16),
+    "glm4_moe": dict(
+        n_routed_experts=6,
+        n_shared_experts=1,
+        moe_intermediate_size=36,
+        num_experts_per_tok=2,
+        first_k_dense_replace=1,
+        n_group=1,
+        topk_group=1,
+    ),
+    "minimax_m2": dict(num_local_experts=5, num_experts_per_tok=2),
+    "mixtral": MOE_FAMILIES["mixtral"][1],
+}
 
-    folder = write(tmp_path, "bamba", **MAMBA, mamba_n_groups=1, attn_layer_indices=[1])
-    edit(folder, as_published)
+
+@pytest.mark.parametrize("model_type", SILENT)
+def test_a_config_that_is_silent_about_rotation_means_transformers_default(tmp_path, model_type):
+    folder = write(tmp_path, model_type, **SILENT[model_type])
+    edit(folder, lambda config: config.pop("rope_parameters"))
     (found,) = generate(folder, ONE_RANK)
     assert [list(answer.token_ids) for answer in found] == expected_tokens(folder)
 

@@ -19,6 +19,7 @@ def build(config: Config, name: str, architecture: str) -> ModelSpec:
     nested = "language_model." if architecture == "KimiK25ForConditionalGeneration" else ""
     prefix = f"{nested}model."
     b = Builder(text, name, architecture, prefix=prefix, norm_eps=text.number("rms_norm_eps", default=1e-6))
+    b.rope_partial = 0.5 if architecture == "Glm4MoeForCausalLM" else 1.0
     module, count = f"{prefix}layers.{{layer}}", text.integer("num_hidden_layers")
     mlp_bias = architecture == "DeepseekV2ForCausalLM" and text.flag("mlp_bias")
     indexers = [False] * count

@@ -12,12 +12,12 @@ THETA = 5e5
 
 
 def build(config: Config, name: str, architecture: str) -> ModelSpec:
-    b = Builder(config, name, architecture, norm_eps=config.number("rms_norm_eps", default=1e-5))
-    rope = b.rope(heads_of(b)[2], default_theta=None if config.has("rope_theta") else THETA)
+    b = Builder(config, name, architecture, norm_eps=config.number("rms_norm_eps", default=1e-5), rope_theta=THETA)
+    rope = replace(b.rope(heads_of(b)[2]), interleaved=True)
     biased, width = config.flag("use_bias"), config.integer("intermediate_size")
 
     def layer(_: int) -> Layer:
-        mixer = attention(b, f"{LAYER}.self_attn", qkv_bias=biased, rope=replace(rope, interleaved=True))
+        mixer = attention(b, f"{LAYER}.self_attn", qkv_bias=biased, rope=rope)
         return pre_norm_layer(b, mixer, dense_mlp(b, f"{LAYER}.mlp", width, bias=biased), prefix=LAYER)
 
     return b.model(b.layers(layer, [0] * config.integer("num_hidden_layers")), tied_default=True)

@@ -8,7 +8,7 @@ from shardwise.sharding.config import Config
 from shardwise.sharding.model import Layer, ModelSpec
 from shardwise.sharding.spec import Rope
 
-LOCAL_THETA = 10000.0
+THIRD_THETA, LOCAL_THETA = 1e6, 10000.0
 GEMMA3_DEFAULTS = {
     "vocab_size": 262208,
     "num_attention_heads": 8,
@@ -16,7 +16,6 @@ GEMMA3_DEFAULTS = {
     "head_dim": 256,
     "query_pre_attn_scalar": 256,
     "max_position_embeddings": 131072,
-    "rope_theta": 1e6,
 }
 """What published configs of Gemma 3 that also sees leave out of their `text_config`."""
 
@@ -34,6 +33,7 @@ def build(config: Config, name: str, architecture: str) -> ModelSpec:
     module, count = f"{b.prefix}layers.{{layer}}", text.integer("num_hidden_layers")
     first, third = architecture == "GemmaForCausalLM", architecture.startswith("Gemma3")
     head_dim = text.integer("head_dim", default=b.head_dim)
+    b.rope_theta = THIRD_THETA if third else b.rope_theta
 
     def layer(window: int | None) -> Layer:
         mixer = attention(

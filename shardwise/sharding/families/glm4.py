@@ -19,9 +19,9 @@ NORMS = {
 
 
 def build(config: Config, name: str, architecture: str) -> ModelSpec:
-    b = Builder(config, name, architecture, norm_eps=config.number("rms_norm_eps", default=1.5625e-7))
-    said = config.has("partial_rotary_factor") or config.own("rope_parameters").has("partial_rotary_factor")
-    rope = replace(b.rope(heads_of(b)[2], partial=None if said else PARTIAL), interleaved=True)
+    eps = config.number("rms_norm_eps", default=1.5625e-7)
+    b = Builder(config, name, architecture, norm_eps=eps, rope_partial=PARTIAL)
+    rope = replace(b.rope(heads_of(b)[2]), interleaved=True)
 
     def layer(_: int) -> Layer:
         biased = config.flag("attention_bias", default=True)

@@ -8,10 +8,12 @@ from shardwise.sharding.spec import Routing
 
 LAYER = "model.layers.{layer}"
 SWIGLU_ALPHA = 1.702
+THETA = 150000.0
 
 
 def build(config: Config, name: str, architecture: str) -> ModelSpec:
-    b = Builder(config, name, architecture, norm_eps=config.number("rms_norm_eps", default=1e-5), head_dim=64)
+    eps = config.number("rms_norm_eps", default=1e-5)
+    b = Builder(config, name, architecture, norm_eps=eps, head_dim=64, rope_theta=THETA)
     experts, count = config.integer("num_local_experts", "num_experts"), config.integer("num_hidden_layers")
     top_k = config.integer("num_experts_per_tok", "experts_per_token", most=experts)
     window = config.integer("sliding_window", default=None)

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from shardwise.sharding.blocks import attention, dense_mlp, heads_of, pre_norm_layer, stacked_moe
+from shardwise.sharding.blocks import attention, dense_mlp, pre_norm_layer, stacked_moe
 from shardwise.sharding.builder import Builder
 from shardwise.sharding.config import Config
 from shardwise.sharding.model import Layer, ModelSpec
@@ -13,12 +13,13 @@ LAYER = "model.layers.{layer}"
 PRE_FF = ("input_layernorm", "pre_ff_layernorm")
 GRANITE = "GraniteMoeHybridForCausalLM"
 FALCON = "FalconH1ForCausalLM"
+BAMBA = "BambaForCausalLM"
 BAMBA_PARTIAL = 0.5
-"""The part of a head that is rotated; published configs of Bamba do not say."""
 
 
 def build(config: Config, name: str, architecture: str) -> ModelSpec:
     b = Builder(config, name, architecture, norm_eps=config.number("rms_norm_eps", default=1e-5))
+    b.rope_partial = BAMBA_PARTIAL if architecture == BAMBA else 1.0
     count = config.integer("num_hidden_layers")
     if architecture == FALCON:
         return _falcon(b, config, count)
@@ -83,9 +84,7 @@ def _mamba(b: Builder, c: Config, **options) -> Mamba2:
 
 def _attention(b: Builder, c: Config, granite: bool) -> Attention:
     if not granite:
-        said = c.has("partial_rotary_factor") or c.own("rope_parameters").has("partial_rotary_factor")
-        rope = b.rope(heads_of(b)[2], partial=None if said else BAMBA_PARTIAL)
-        return attention(b, f"{LAYER}.self_attn", qkv_bias=c.flag("attention_bias"), rope=rope)
+        return attention(b, f"{LAYER}.self_attn", qkv_bias=c.flag("attention_bias"))
     rotated = c.text("position_embedding_type", default="nope") == "rope"
     scale = c.number("attention_multiplier", default=None)
     options: dict[str, Any] = {} if rotated else {"rope": None}
@@ -96,7 +95,7 @@ def _granite_experts(b: Builder, c: Config):
     """All experts and a shared MLP, both with gate and up in one projection."""
     width = c.integer("shared_intermediate_size")
     shared: dict[str, Any] = {"fused": "input_linear", "names": ("", "", "output_linear")}
-    experts = c.integer("num_local_experts", default=0, least=0)
+    experts = c.integer("num_local_experts", least=0)
     if not experts:
         return dense_mlp(b, f"{LAYER}.shared_mlp", width, **shared)
     block: Moe = stacked_moe(

@@ -10,17 +10,18 @@ from shardwise.sharding.latent import sparse_layers
 from shardwise.sharding.model import Layer, ModelSpec
 from shardwise.sharding.spec import Moe, Routing
 
+THETA = 5e6
+
 
 def build(config: Config, name: str, architecture: str) -> ModelSpec:
     text = config.section("text_config")
     nested = "language_model." if architecture == "MiniMaxM3SparseForConditionalGeneration" else ""
     offset = 1.0 if text.flag("use_gemma_norm") else 0.0
-    b = Builder(text, name, architecture, prefix=f"{nested}model.", norm_weight_offset=offset)
+    b = Builder(text, name, architecture, prefix=f"{nested}model.", norm_weight_offset=offset, rope_theta=THETA)
     b.norm_eps = text.number("rms_norm_eps", default=1e-6)
     module, count = f"{b.prefix}layers.{{layer}}", text.integer("num_hidden_layers")
     head_dim = text.integer("head_dim")
-    said = text.own("rope_parameters").has("partial_rotary_factor")
-    partial = None if said else text.integer("rotary_dim", default=head_dim) / head_dim
+    b.rope_partial = text.integer("rotary_dim", default=head_dim) / head_dim
 
     def layer(key: tuple[bool, bool]) -> Layer:
         sparse, indexed = key
@@ -28,7 +29,7 @@ def build(config: Config, name: str, architecture: str) -> ModelSpec:
             b,
             f"{module}.self_attn",
             qk_norm="head" if text.text("qk_norm_type", default="per_layer") == "per_head" else "all_heads",
-            rope=b.rope(head_dim, partial=partial),
+            rope=b.rope(head_dim),
             extra=_indexer(b, text, f"{module}.self_attn") if indexed else (),
             **(_index_fields(text) if indexed else {}),
         )

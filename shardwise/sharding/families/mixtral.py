@@ -11,7 +11,7 @@ W1_W3_W2 = ("w1", "w3", "w2")
 
 
 def build(config: Config, name: str, architecture: str) -> ModelSpec:
-    b = Builder(config, name, architecture, norm_eps=config.number("rms_norm_eps", default=1e-5))
+    b = Builder(config, name, architecture, norm_eps=config.number("rms_norm_eps", default=1e-5), rope_theta=1e6)
     experts, width = config.integer("num_local_experts"), config.integer("intermediate_size")
     routing = Routing(top_k=config.integer("num_experts_per_tok", most=experts))
     window = config.integer("sliding_window", default=None)

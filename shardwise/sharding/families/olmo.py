@@ -7,6 +7,7 @@ from shardwise.sharding.model import Layer, ModelSpec
 from shardwise.sharding.spec import Routing
 
 LAYER = "model.layers.{layer}"
+THIRD_THETA = 5e5
 FULL_EVERY = 4
 """Of OLMo 3's layers, where `layer_types` does not say: one has no window."""
 
@@ -16,6 +17,7 @@ def build(config: Config, name: str, architecture: str) -> ModelSpec:
     count = config.integer("num_hidden_layers")
     window = config.integer("sliding_window", default=None)
     third = architecture == "Olmo3ForCausalLM"
+    b.rope_theta = THIRD_THETA if third else b.rope_theta
     default = ["sliding_attention" if third and (i + 1) % FULL_EVERY else "full_attention" for i in range(count)]
     types = config.list("layer_types", default=default, length=count, of=str)
     windows = [window if t == "sliding_attention" else None for t in types]

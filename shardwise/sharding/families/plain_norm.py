@@ -16,6 +16,7 @@ def build(config: Config, name: str, architecture: str) -> ModelSpec:
     cohere = architecture.startswith("Cohere")
     eps = config.number("layer_norm_eps", "norm_epsilon", default=1e-5)
     b = Builder(config, name, architecture, norm_kind="layer", norm_bias=not cohere, norm_eps=eps)
+    b.rope_theta = 5e5 if architecture == "CohereForCausalLM" else b.rope_theta
     count, width = config.integer("num_hidden_layers"), config.integer("intermediate_size")
     if not cohere:
         biased = config.flag("use_bias", default=True)

@@ -10,6 +10,7 @@ from shardwise.sharding.mtp import replace_prefix
 from shardwise.sharding.recurrent import qwen_delta
 from shardwise.sharding.spec import Block, Routing
 
+PARTIAL = 0.25
 DENSE = ("Qwen3_5ForCausalLM", "Qwen3_5ForConditionalGeneration")
 """Without experts, whatever fields their configs have."""
 
@@ -18,7 +19,7 @@ def build(config: Config, name: str, architecture: str) -> ModelSpec:
     text = config.section("text_config")
     first = architecture == "Qwen3NextForCausalLM"
     prefix = "model.language_model." if architecture.endswith("ForConditionalGeneration") else "model."
-    b = Builder(text, name, architecture, prefix=prefix, norm_weight_offset=1.0)
+    b = Builder(text, name, architecture, prefix=prefix, norm_weight_offset=1.0, rope_partial=PARTIAL)
     b.norm_eps = text.number("rms_norm_eps", default=1e-6)
     module, count = f"{prefix}layers.{{layer}}", text.integer("num_hidden_layers")
 
@@ -37,22 +38,16 @@ def build(config: Config, name: str, architecture: str) -> ModelSpec:
                 qkv_bias=text.flag("attention_bias"),
                 qk_norm="head",
                 output_gate="per_element" if text.flag("attn_output_gate", default=True) else None,
-                rope=b.rope(text.integer("head_dim"), partial=_partial(text)),
+                rope=b.rope(text.integer("head_dim")),
             )
         feed_forward = _experts(b, text, f"{module}.mlp", per_expert) if sparse else _dense(b, text, f"{module}.mlp")
         return pre_norm_layer(b, mixer, feed_forward, prefix=module)
 
-    routed = architecture not in DENSE and text.integer("num_experts", default=0, least=0) > 0
+    routed = architecture not in DENSE and text.integer("num_experts", least=0) > 0
     sparse = sparse_layers(text, count) if routed else [False] * count
     layers = b.layers(layer, list(zip(_types(text, count), sparse, strict=True)))
     _mtp(b, text, layer(("full_attention", sparse[-1])), module, first)
     return b.model(layers)
-
-
-def _partial(c: Config) -> float:
-    return c.fraction(
-        "partial_rotary_factor", default=c.own("rope_parameters").fraction("partial_rotary_factor", default=0.25)
-    )
 
 
 def _types(c: Config, count: int) -> list[str]:

@@ -10,8 +10,8 @@ THETA = 2e6
 
 
 def build(config: Config, name: str, architecture: str) -> ModelSpec:
-    b = Builder(config, name, architecture, norm_eps=config.number("rms_norm_eps", default=1e-6))
-    rope = b.rope(heads_of(b)[2], default_theta=None if config.has("rope_theta") else THETA)
+    b = Builder(config, name, architecture, norm_eps=config.number("rms_norm_eps", default=1e-6), rope_theta=THETA)
+    rope = b.rope(heads_of(b)[2])
 
     def layer(key: tuple[bool, int | None]) -> Layer:
         rotated, window = key
