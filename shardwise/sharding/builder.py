@@ -59,7 +59,7 @@ class Builder:
             raise c.error(("torch_dtype",), declared, " or ".join(DTYPES))
         self.dtype = DTYPES[declared]
         self.quantization: Quantization = quantization_of(c)
-        if not c.has("torch_dtype", "dtype", "quantization_config", "hf_quant_config") and c.names is None:
+        if self.quantization.name == "none" and not c.has("torch_dtype", "dtype") and c.names is None:
             self.notes.append("the config has no torch_dtype: weights count as bfloat16 unless --dtype says otherwise")
 
     def linear(self, role: str, name: str, out: Dim, inner: Dim, *, bias_too: bool = False, **options: Any) -> Tensors:

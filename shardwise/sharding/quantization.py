@@ -105,7 +105,8 @@ def quantization_of(config: Config) -> Quantization:
 
 
 def _quantization_of(config: Config) -> Quantization:
-    section = config.own("quantization_config")
+    first = config.has("compression_config") and not config.has("quantization_config")  # compressed-tensors' first name
+    section = config.own("compression_config" if first else "quantization_config")
     modelopt = config.own("hf_quant_config").own("quantization")
     method = section.text("quant_method", default="").lower()
     algorithm = modelopt.text("quant_algo", default="") or section.text("quant_algo", default="")

@@ -203,6 +203,11 @@ def test_heads_smaller_than_a_block_share_it_and_say_so():
     assert not any("share a quantisation block" in w for w in plan(config, tp=2).warnings)
 
 
+def test_the_first_name_of_compressed_tensors_section_counts():
+    section = compressed(INT4, "pack-quantized")
+    assert plan(LLAMA | {"compression_config": section}).ranks == plan(LLAMA | {"quantization_config": section}).ranks
+
+
 def test_the_head_is_plain_unless_it_is_named():
     plain = plan(config_of("gptq")).shard(0, "lm_head.weight")
     assert plain.dtype == "BF16"

@@ -93,6 +93,21 @@ def test_without_head_dim_the_default_of_the_architecture_holds(name):
     assert plan(config).parameters == WITHOUT_HEAD_DIM[name]
 
 
+@pytest.mark.parametrize(
+    ("name", "field"),
+    [
+        ("Qwen/Qwen3-Next-80B-A3B-Instruct", "num_experts"),
+        ("ibm-granite/granite-4.0-h-small", "num_local_experts"),
+    ],
+)
+def test_a_mixture_that_does_not_say_how_many_experts_is_not_taken_for_a_dense_model(name, field):
+    config = CONFIGS[name]
+    with pytest.raises(ConfigError, match=f"{field} is missing"):
+        plan({key: value for key, value in config.items() if key != field})
+    dense = plan(config | {field: 0, "intermediate_size": 512})
+    assert dense.parameters < plan(config).parameters and not dense.model.has_experts
+
+
 def test_without_a_storage_type_the_plan_says_what_it_counts():
     config = {key: value for key, value in LLAMA.items() if key != "torch_dtype"}
     assert plan(LLAMA).warnings == ()
