@@ -139,10 +139,50 @@ def _gemma4(v: Config, hidden: int) -> tuple[list[Row], list[Row], int]:
     return ends, layer, v.integer("num_hidden_layers")
 
 
+def _siglip(v: Config, hidden: int) -> tuple[list[Row], list[Row], int]:
+    """Gemma 3."""
+    h, inner, patch = v.integer("hidden_size"), v.integer("intermediate_size"), v.integer("patch_size")
+    base, project = "vision_tower.vision_model", "multi_modal_projector"
+    patches = (v.integer("image_size") // patch) ** 2
+    window = (h, v.integer("num_channels", default=3), patch, patch)
+    ends: list[Row] = [(f"{base}.embeddings.patch_embedding.weight", window)]
+    ends += [(f"{base}.embeddings.patch_embedding.bias", (h,))]
+    ends += [(f"{base}.embeddings.position_embedding.weight", (patches, h)), *norm(f"{base}.post_layernorm", h)]
+    ends += [(f"{project}.mm_input_projection_weight", (h, hidden)), (f"{project}.mm_soft_emb_norm.weight", (h,))]
+    block = f"{base}.encoder.layers.{{layer}}"
+    layer = norm(f"{block}.layer_norm1", h) + norm(f"{block}.layer_norm2", h)
+    for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
+        layer += linear(f"{block}.self_attn.{name}", h, h)
+    layer += linear(f"{block}.mlp.fc1", inner, h) + linear(f"{block}.mlp.fc2", h, inner)
+    return ends, layer, v.integer("num_hidden_layers")
+
+
+def _llama4(v: Config, hidden: int) -> tuple[list[Row], list[Row], int]:
+    h, inner, patch = v.integer("hidden_size"), v.integer("intermediate_size"), v.integer("patch_size")
+    wide, out = v.integer("projector_input_dim"), v.integer("projector_output_dim")
+    base, places = "vision_model", (v.integer("image_size") // patch) ** 2 + 1
+    pixels = v.integer("num_channels", default=3) * patch**2
+    ends: list[Row] = [(f"{base}.class_embedding", (h,)), (f"{base}.positional_embedding_vlm", (places, h))]
+    ends += [(f"{base}.patch_embedding.linear.weight", (h, pixels))]
+    ends += norm(f"{base}.layernorm_pre", h) + norm(f"{base}.layernorm_post", h)
+    merged = int(h / v.fraction("pixel_shuffle_ratio", default=0.5) ** 2)
+    ends += [(f"{base}.vision_adapter.mlp.fc1.weight", (wide, merged))]
+    ends += [(f"{base}.vision_adapter.mlp.fc2.weight", (out, wide))]
+    ends += [("multi_modal_projector.linear_1.weight", (hidden, v.integer("vision_output_dim", default=out)))]
+    block = f"{base}.model.layers.{{layer}}"
+    layer = norm(f"{block}.input_layernorm", h) + norm(f"{block}.post_attention_layernorm", h)
+    for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+        layer += linear(f"{block}.self_attn.{name}", h, h)
+    layer += linear(f"{block}.mlp.fc1", inner, h) + linear(f"{block}.mlp.fc2", h, inner)
+    return ends, layer, v.integer("num_hidden_layers")
+
+
 TOWERS: dict[str, Tower] = {
     **dict.fromkeys(("qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe"), _qwen),
     "clip_vision_model": _clip,
     "pixtral": _pixtral,
     "gemma4_vision": _gemma4,
+    "siglip_vision_model": _siglip,
+    "llama4_vision_model": _llama4,
 }
 """By the `model_type` of the vision config, which may end in `_vision` beside."""

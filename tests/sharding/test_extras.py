@@ -80,6 +80,54 @@ def test_a_tower_that_is_not_described_is_listed_without_bytes_and_cannot_be_loa
         plan(model("moonshotai/Kimi-K3"), extras=["vision"])
 
 
+GEMMA3_VISION = {
+    "hidden_size": 1152,
+    "image_size": 896,
+    "intermediate_size": 4304,
+    "model_type": "siglip_vision_model",
+    "num_attention_heads": 16,
+    "num_hidden_layers": 27,
+    "patch_size": 14,
+    "vision_use_head": False,
+}
+GEMMA3_TEXT = {"hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 34, "sliding_window": 1024}
+LLAMA4_VISION = {
+    "hidden_size": 1408,
+    "image_size": 336,
+    "intermediate_size": 5632,
+    "model_type": "llama4_vision_model",
+    "num_hidden_layers": 34,
+    "patch_size": 14,
+    "pixel_shuffle_ratio": 0.5,
+    "projector_input_dim": 4096,
+    "projector_output_dim": 4096,
+    "vision_output_dim": 4096,
+}
+SCOUT = CONFIGS["meta-llama/Llama-4-Scout-17B-16E-Instruct"]
+
+
+@pytest.mark.parametrize(
+    ("config", "total"),
+    [
+        (
+            {
+                "architectures": ["Gemma3ForConditionalGeneration"],
+                "torch_dtype": "bfloat16",
+                "text_config": GEMMA3_TEXT,
+                "vision_config": GEMMA3_VISION,
+            },
+            4_300_079_472,
+        ),
+        (SCOUT | {"vision_config": LLAMA4_VISION}, 108_641_793_536),
+    ],
+    ids=["gemma-3-4b", "llama-4-scout"],
+)
+def test_decoder_and_tower_make_up_the_published_total(config, total):
+    planned = plan(config)
+    (tower,) = extras(planned)
+    assert planned.parameters + tower["parameters"] == total
+
+
 def test_every_announced_tower_is_listed():
     announced = [name for name, config in CONFIGS.items() if config.get("vision_config")]
     assert len(announced) > 15
