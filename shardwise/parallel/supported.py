@@ -67,7 +67,7 @@ def context(model: ModelSpec) -> int:
     it is run up to there.
     """
     mixers = [mixer for layer, _ in model.layer_groups() for mixer in layer.mixers]
-    ropes = [mixer.rope for mixer in mixers if isinstance(mixer, spec.Attention) and mixer.rope]
+    ropes = [m.rope for m in mixers if isinstance(m, spec.Attention | spec.MlaAttention) and m.rope]
     originals = [rope.parameters["original_max_position_embeddings"] for rope in ropes if rope.kind == "longrope"]
     return min(filter(None, (model.max_positions, *originals)), default=0)
 

@@ -85,6 +85,14 @@ def test_a_config_that_is_silent_about_rotation_means_transformers_default(tmp_p
     assert [list(answer.token_ids) for answer in found] == expected_tokens(folder)
 
 
+@pytest.mark.parametrize(("model_type", "field"), [("starcoder2", "hidden_act"), ("gemma2", "query_pre_attn_scalar")])
+def test_a_config_that_is_silent_about_a_field_means_transformers_default(tmp_path, model_type, field):
+    folder = write(tmp_path, model_type)
+    edit(folder, lambda config: config.pop(field))
+    (found,) = generate(folder, ONE_RANK)
+    assert [list(answer.token_ids) for answer in found] == expected_tokens(folder)
+
+
 def test_what_a_published_gemma_3_leaves_out_of_its_text_config_has_transformers_defaults(tmp_path):
     written = ("hidden_size", "intermediate_size", "model_type", "num_hidden_layers", "sliding_window", "vocab_size")
 

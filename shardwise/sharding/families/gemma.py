@@ -14,7 +14,6 @@ GEMMA3_DEFAULTS = {
     "num_attention_heads": 8,
     "num_key_value_heads": 4,
     "head_dim": 256,
-    "query_pre_attn_scalar": 256,
     "max_position_embeddings": 131072,
 }
 """What published configs of Gemma 3 that also sees leave out of their `text_config`."""
@@ -33,6 +32,7 @@ def build(config: Config, name: str, architecture: str) -> ModelSpec:
     module, count = f"{b.prefix}layers.{{layer}}", text.integer("num_hidden_layers")
     first, third = architecture == "GemmaForCausalLM", architecture.startswith("Gemma3")
     head_dim = text.integer("head_dim", default=b.head_dim)
+    scored = float(head_dim) if first else 256.0
     b.rope_theta = THIRD_THETA if third else b.rope_theta
 
     def layer(window: int | None) -> Layer:
@@ -40,7 +40,7 @@ def build(config: Config, name: str, architecture: str) -> ModelSpec:
             b,
             f"{module}.self_attn",
             qkv_bias=text.flag("attention_bias"),
-            scale=text.number("query_pre_attn_scalar", default=float(head_dim), above=0.0) ** -0.5,
+            scale=text.number("query_pre_attn_scalar", default=scored, above=0.0) ** -0.5,
             softcap=None if third else text.number("attn_logit_softcapping", default=None),
             window=window,
             rope=_rope(b, head_dim, local=third and window is not None),

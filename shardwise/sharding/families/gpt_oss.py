@@ -16,7 +16,7 @@ def build(config: Config, name: str, architecture: str) -> ModelSpec:
     b = Builder(config, name, architecture, norm_eps=eps, head_dim=64, rope_theta=THETA)
     experts, count = config.integer("num_local_experts", "num_experts"), config.integer("num_hidden_layers")
     top_k = config.integer("num_experts_per_tok", "experts_per_token", most=experts)
-    window = config.integer("sliding_window", default=None)
+    window = config.integer("sliding_window", default=128)
     types = config.list("layer_types", length=count, of=str, default=["sliding_attention", "full_attention"] * count)
 
     def layer(kind: str) -> Layer:

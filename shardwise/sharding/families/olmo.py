@@ -15,7 +15,7 @@ FULL_EVERY = 4
 def build(config: Config, name: str, architecture: str) -> ModelSpec:
     b = Builder(config, name, architecture, norm_eps=config.number("rms_norm_eps", default=1e-5))
     count = config.integer("num_hidden_layers")
-    window = config.integer("sliding_window", default=None)
+    window = config.integer("sliding_window", default=4096)
     third = architecture == "Olmo3ForCausalLM"
     b.rope_theta = THIRD_THETA if third else b.rope_theta
     default = ["sliding_attention" if third and (i + 1) % FULL_EVERY else "full_attention" for i in range(count)]

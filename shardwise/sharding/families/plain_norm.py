@@ -23,7 +23,15 @@ def build(config: Config, name: str, architecture: str) -> ModelSpec:
 
         def coder(window: int | None) -> Layer:
             mixer = attention(b, f"{LAYER}.self_attn", qkv_bias=biased, window=window)
-            mlp = dense_mlp(b, f"{LAYER}.mlp", width, bias=biased, gated=False, names=("", "c_fc", "c_proj"))
+            mlp = dense_mlp(
+                b,
+                f"{LAYER}.mlp",
+                width,
+                activation=config.text("hidden_act", default="gelu_pytorch_tanh"),
+                bias=biased,
+                gated=False,
+                names=("", "c_fc", "c_proj"),
+            )
             return pre_norm_layer(b, mixer, mlp, prefix=LAYER)
 
         return b.model(b.layers(coder, windows(config, "MistralForCausalLM", count)), tied_default=True)
