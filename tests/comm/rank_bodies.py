@@ -94,10 +94,15 @@ def adopt_process_group(info, store):
         result[transport] = group.why()
         group.close()
     sums.append(torch.ops.auto_deploy.torch_dist_all_reduce(x, "AUTO").item())
+    expert = [torch.eye(2)], [torch.eye(2) * (info.rank + 1)], []
+    routing, mapping = torch.tensor([[1.0, 10.0]]), '{"enable_attention_dp": true, "moe_ep_size": 2}'
+    ids = torch.tensor([[0, 1]])
+    routed = torch.ops.auto_deploy.torch_moe(torch.ones(1, 2), ids, routing, *expert, False, 8, mapping)
     with FakeTensorMode() as mode:
         fake = torch.ops.auto_deploy.torch_dist_all_gather(mode.from_tensor(torch.ones(1, 2)))
     dist.barrier()
-    return {**result, "sums": sums, "fake": tuple(fake.shape), "still there": dist.is_initialized()}
+    result |= {"sums": sums, "routed": routed.tolist(), "fake": tuple(fake.shape)}
+    return {**result, "still there": dist.is_initialized()}
 
 
 def adopt_group_of_another_backend(info, store):

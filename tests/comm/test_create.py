@@ -121,6 +121,7 @@ def test_an_existing_process_group_is_ridden_on():
             "gloo": "group world of 2: gloo (asked for by name)",
             "auto": "group world of 2: shm (2 ranks on one host, Linux on x86-64)",
             "sums": [3.0, 3.0, 3.0],
+            "routed": [[21.0, 21.0]],
             "fake": (2, 2),
             "still there": True,
         }

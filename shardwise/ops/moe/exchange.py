@@ -12,6 +12,7 @@ from torch import Tensor
 
 from shardwise.comm.base import Communicator
 from shardwise.comm.rank import current_groups
+from shardwise.comm.strategy import default_group
 from shardwise.ops.moe.contract import ExpertMapping, check_routing, parse_mapping
 from shardwise.partition import extent
 
@@ -52,7 +53,7 @@ def exchange_tokens(
     compute: Compute,
 ) -> Tensor:
     """Sum over all ranks' experts for this rank's tokens, [T, H] in x's dtype. A collective of the moe_ep group."""
-    group = _group(name, mapping)
+    group = _group(name, mapping, x.device.type)
     start, _ = mapping.local_range(local_experts, group.rank)
     total = mapping.num_experts or local_experts * group.size
     if max_num_tokens:
@@ -64,19 +65,16 @@ def exchange_tokens(
     )
 
 
-def _group(name: str, mapping: ExpertMapping) -> Communicator:
+def _group(name: str, mapping: ExpertMapping, device: str) -> Communicator:
+    """The current moe_ep group; without one torch.distributed's default group, if it has the mapping's size."""
     groups = current_groups()
-    if groups is None:
-        raise RuntimeError(
-            f"{name}: mapping_config asks for a token exchange over {mapping.moe_ep_size} ranks, but no groups are "
-            "set; run inside shardwise.comm.rank.use_groups(...)"
-        )
-    if groups.moe_ep.size != mapping.moe_ep_size:
+    group = groups.moe_ep if groups is not None else default_group(device)
+    if group.size != mapping.moe_ep_size:
         raise ValueError(
-            f"{name}: mapping_config says moe_ep_size={mapping.moe_ep_size}, the current moe_ep group has "
-            f"{groups.moe_ep.size} ranks"
+            f"{name}: mapping_config says moe_ep_size={mapping.moe_ep_size}, but the current moe_ep group has "
+            f"{group.size} ranks; run inside shardwise.comm.rank.use_groups or initialise torch.distributed"
         )
-    return groups.moe_ep
+    return group
 
 
 def _gather_and_scatter(name, group, limit, start, x, ids, weights, compute) -> Tensor:

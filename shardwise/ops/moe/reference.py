@@ -44,7 +44,8 @@ def torch_moe(
     w1_weight, w3_weight   E tensors [I, H] (gate, up), w3_weight empty when not gated; w2_weight: E tensors [H, I]
     act_fn            4 Silu, 5 Swiglu (the same), 8 Relu2
     mapping_config    JSON of the mapping; with enable_attention_dp and moe_ep_size > 1 ids are global and tokens
-                      travel to their experts over the current moe_ep group, padded to max_num_tokens if given
+                      travel to their experts over the current moe_ep group (without one, torch.distributed's
+                      default group), padded to max_num_tokens if given
     Returns x's shape and dtype; experts are summed in float32.
     """
     name = "torch_moe"
