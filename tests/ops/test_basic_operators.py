@@ -225,6 +225,12 @@ def test_a_rotation_reads_heads_that_begin_at_any_element():
         torch.testing.assert_close(result, torch.view_as_real(pairs).flatten(-2))
 
 
+def test_a_complex_rotation_by_real_numbers_is_refused():
+    x = torch.randn(1, 3, 2, 8)
+    with pytest.raises(TypeError, match="torch_rope_with_complex_freqs: freqs_cis is torch.float32; legal: complex64"):
+        OPS.torch_rope_with_complex_freqs(x, x, torch.randn(1, 3, 4))
+
+
 @pytest.mark.parametrize("words", REFUSED)
 def test_bad_arguments_are_refused_in_words(words):
     name, build = REFUSED[words]

@@ -36,3 +36,20 @@ def test_integers_are_refused_by_name(sample: Sample):
     name = sample.op.split("::")[-1]
     with pytest.raises(TypeError, match=f"^{name}: .*(legal|must be)"):
         sample.overload(*tree_map(whole, sample.build("cpu")))
+
+
+CACHES = [
+    pytest.param(SAMPLES[info.qualified_name], cache, id=f"{info.name}-{cache}")
+    for info in ops.operators()
+    for cache in info.mutates
+    if cache.endswith("cache") and all(need.state[0] and need.on_cpu() for need in info.needs)
+]
+
+
+@pytest.mark.parametrize("sample,cache", CACHES)
+def test_a_cache_of_integers_is_refused_by_name(sample: Sample, cache: str):
+    names = [argument.name for argument in sample.overload._schema.arguments]
+    args = list(sample.build("cpu"))
+    args[names.index(cache)] = args[names.index(cache)].to(torch.int8)
+    with pytest.raises(TypeError, match=f"^{sample.op.split('::')[-1]}: {cache} is torch.int8; legal: floating point"):
+        sample.overload(*args)

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import torch
 
-from shardwise.ops.dtypes import check_float
+from shardwise.ops.dtypes import check_cache, check_float
 
 
 class Heads(NamedTuple):
@@ -56,6 +56,8 @@ def check_cached(op, q, k, v, k_cache, v_cache, sinks) -> Heads:
     if k_cache.dim() != 4 or v_cache.dim() != 4 or k_cache.shape[:3] != v_cache.shape[:3]:
         raise ValueError(f"{op}: k_cache {shape(k_cache)} and v_cache {shape(v_cache)}; "
                          "legal: [slots, max_seq, Nkv, D] and [slots, max_seq, Nkv, Dv]")  # fmt: skip
+    check_cache(op, "k_cache", k_cache)
+    check_cache(op, "v_cache", v_cache)
     kv_heads, size, value_size = k_cache.shape[2], k_cache.shape[3], v_cache.shape[3]
     heads = Heads(check_tokens(op, "q", q.shape, q.shape, size), kv_heads, size, value_size)
     for name, tensor, width in (("k", k, size), ("v", v, value_size)):

@@ -2,6 +2,8 @@
 
 from torch import Tensor
 
+from shardwise.ops.dtypes import check_cache
+
 
 def check_delta(
     op: str, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, cache: Tensor | None = None
@@ -21,6 +23,8 @@ def check_delta(
     if cache is not None and (cache.dim() != 4 or cache.shape != (cache.shape[0], v_heads, key, value)):
         states = f"[slots, {v_heads}, {key}, {value}]"
         raise ValueError(f"{op}: delta_cache must be [slots, HV, K, V] = {states}, got {tuple(cache.shape)}")
+    if cache is not None:
+        check_cache(op, "delta_cache", cache)
 
 
 def _heads_complaint(q: Tensor, k: Tensor, v: Tensor) -> str:

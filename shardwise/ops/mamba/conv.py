@@ -7,6 +7,7 @@ from torch import Tensor
 
 from shardwise.ops.attention.batch import Batch, read_batch
 from shardwise.ops.devices import require_one_device
+from shardwise.ops.dtypes import check_cache, check_float
 from shardwise.ops.state_batch import check_counts, check_metadata
 from shardwise.plan_cache import PlanCache, Tensors, allocator, taken_as_given
 
@@ -89,6 +90,8 @@ def prepare(op: str, batch: Batch, input, weight, bias, cu_seqlen, slot_idx, res
         raise ValueError(
             f"{op}: conv_state_cache must be [slots, C = {channels}, K - 1 = {K - 1}], got {tuple(cache.shape)}"
         )
+    check_float(op, "input", input)
+    check_cache(op, "conv_state_cache", cache)
     if bias is not None and bias.shape != (channels,):
         raise ValueError(f"{op}: bias must be [{channels}], got {tuple(bias.shape)}")
     rows = shape[0] * shape[1]

@@ -3,7 +3,7 @@
 import torch
 
 from shardwise.ops.attention.batch import read_batch
-from shardwise.ops.dtypes import check_float
+from shardwise.ops.dtypes import check_cache, check_float
 from shardwise.ops.registry import operator
 from shardwise.ops.state_batch import read_state_spans
 
@@ -112,6 +112,7 @@ def _check_cached(op, input, weight, cache, stride, dilation, padding_mode) -> N
             f"{op}: only stride 1, dilation 1 and padding_mode 'zeros' continue from a cache, "
             f"got {stride}, {dilation}, {padding_mode!r}"
         )
+    check_cache(op, "conv_state_cache", cache)
     if tuple(cache.shape[1:]) != (input.shape[-1], weight.shape[-1]):
         raise ValueError(
             f"{op}: conv_state_cache must be [slots, C = {input.shape[-1]}, K = {weight.shape[-1]}], "

@@ -18,8 +18,8 @@ from shardwise.plan_cache import PlanCache, allocator
 
 def _metadata(position_ids, batch_info_host, seq_len, cu_seqlen, chunk_size):
     tokens = position_ids.numel() if position_ids.dim() == 2 and position_ids.shape[1] > 1 else 0
-    make = torch.empty
-    return [make(shape, dtype=torch.int32, device=cu_seqlen.device) for shape in ((tokens,), (tokens,), (1, tokens))]
+    device = (position_ids if cu_seqlen is None else cu_seqlen).device
+    return [torch.empty(shape, dtype=torch.int32, device=device) for shape in ((tokens,), (tokens,), (1, tokens))]
 
 
 @operator(fake=_metadata)
@@ -31,7 +31,8 @@ def mamba_ssm_prepare_metadata(
     chunk_size: int,
 ) -> list[torch.Tensor]:
     """int32 chunk_indices and chunk_offsets (the physical chunk of every piece, and where in it the piece begins)
-    and seq_idx_prefill [1, prefill tokens] (the sequence of every token), on cu_seqlen's device.
+    and seq_idx_prefill [1, prefill tokens] (the sequence of every token), on cu_seqlen's device. A step without prefill
+    tokens reads neither seq_len nor cu_seqlen, which may be None.
 
     On a CUDA device nothing is synchronised: the first two have the length min(tokens, cdiv(tokens, chunk_size) +
     sequences - 1), which no batch exceeds, and -1 where there is no piece. The fake gives upper bounds.
@@ -43,11 +44,13 @@ def mamba_ssm_prepare_metadata(
     op = "mamba_ssm_prepare_metadata"
     if chunk_size < 1:
         raise ValueError(f"{op}: chunk_size must be positive, got {chunk_size}")
-    batch, on_device = read_batch(op, batch_info_host), cu_seqlen.is_cuda and TRITON.state[0]
+    batch = read_batch(op, batch_info_host)
+    on_device = cu_seqlen is not None and cu_seqlen.is_cuda and TRITON.state[0]
     if on_device:
         raise_report(op)
     if not batch.prefill_tokens:
-        return [torch.empty(shape, dtype=torch.int32, device=cu_seqlen.device) for shape in ((0,), (0,), (1, 0))]
+        device = (position_ids if cu_seqlen is None else cu_seqlen).device
+        return [torch.empty(shape, dtype=torch.int32, device=device) for shape in ((0,), (0,), (1, 0))]
     if not on_device or read_at_once(cu_seqlen):
         bounds = prefill_bounds(op, batch, cu_seqlen)
     return _on_device(op, batch, cu_seqlen, chunk_size) if on_device else _on_host(bounds, chunk_size, cu_seqlen.device)

@@ -3,7 +3,7 @@
 import torch
 
 from shardwise.ops.attention.batch import read_batch
-from shardwise.ops.dtypes import check_float
+from shardwise.ops.dtypes import check_cache, check_float
 from shardwise.ops.mamba.checks import check_ssm
 from shardwise.ops.mamba.ssd import scan, step, time_steps
 from shardwise.ops.registry import operator
@@ -68,6 +68,7 @@ def torch_cached_ssm(
     op = "torch_cached_ssm"
     check_ssm(op, hidden_states, A, B, C, D, dt, dt_bias, time_step_limit, chunk_size, ssm_state_cache)
     check_float(op, "hidden_states", hidden_states)
+    check_cache(op, "ssm_state_cache", ssm_state_cache)
     x, B, C, dt = (t.flatten(0, 1) for t in (hidden_states, B, C, dt))
     batch = read_batch(op, batch_info_host)
     spans = read_state_spans(op, batch, x.shape[0], cu_seqlen, slot_idx, use_initial_states, ssm_state_cache.shape[0])

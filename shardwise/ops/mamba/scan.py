@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from shardwise.ops.attention.batch import Batch
+from shardwise.ops.dtypes import check_cache, check_float
 from shardwise.ops.mamba import ssd_kernels as kernels
 from shardwise.ops.mamba.checks import check_pieces, check_ssm
 from shardwise.ops.mamba.ssd_step_kernels import decode_kernel
@@ -68,6 +69,8 @@ def prepare(
     """Check the arguments, in the order of `Inputs.taken`, and make the result, zeroed where tokens are padding."""
     hidden_states, dt, dt_bias, A, B, C, D, slot_idx, cache = given
     check_ssm(op, hidden_states, A, B, C, D, dt, dt_bias, limit, chunk, cache)
+    check_float(op, "hidden_states", hidden_states)
+    check_cache(op, "ssm_state_cache", cache)
     if cache.stride(-1) != 1:
         raise ValueError(
             f"{op}: the last dimension of ssm_state_cache must be contiguous, got strides {cache.stride()}"
@@ -115,8 +118,12 @@ _OUTPUTS = ("x", "B", "C", "D", "index", "offset", "owner", "bounds", "slots", "
 
 
 def plan_prefill(op: str, one: Inputs, batch: Batch, metadata: tuple[Tensor, ...], chunk: int) -> Prefill:
-    """Checks the lengths of the metadata, see `Prefill.launches`."""
+    """Checks dtypes and the lengths of the metadata, see `Prefill.launches`."""
     bounds, _, index, offset, owner = metadata
+    if not one.x.dtype == one.B.dtype == one.C.dtype:  # they meet in matrix products
+        raise TypeError(
+            f"{op}: hidden_states, B and C are {one.x.dtype}, {one.B.dtype} and {one.C.dtype}; legal: one dtype"
+        )
     check_pieces(op, batch, bounds, index, offset, owner)
     tokens, (heads, P), (groups, N) = batch.prefill_tokens, one.x.shape[2:], one.B.shape[2:]
     pieces, ratio, exact = index.numel(), heads // groups, one.x.dtype == torch.float32

@@ -10,6 +10,7 @@ import torch
 from shardwise.ops.attention.batch import Span, read_batch, read_spans
 from shardwise.ops.attention.checks import shape
 from shardwise.ops.attention.scores import causally_hidden, compute_dtype
+from shardwise.ops.dtypes import check_cache
 from shardwise.ops.mla.checks import LatentHeads, check_latent, split_weight
 from shardwise.ops.registry import operator
 
@@ -121,6 +122,7 @@ def torch_cached_mla_with_cache(
         raise ValueError(f"{op}: compressed_kv {shape(compressed_kv)}, kv_lora_rank {kv_lora_rank}, mla_cache "
                          f"{shape(mla_cache)}; legal: R = kv_lora_rank and [slots, max_seq, R + Dr]")  # fmt: skip
     tokens = q_nope.shape[0] * q_nope.shape[1]
+    check_cache(op, "mla_cache", mla_cache)
     spans = read_spans(op, read_batch(op, batch_info_host), tokens, seq_len, input_pos, slot_idx, mla_cache.shape)
     wide = compute_dtype(q_nope.dtype)
     query = torch.cat((q_nope, q_pe), dim=-1).flatten(0, 1).to(wide) * heads.scale(scale)

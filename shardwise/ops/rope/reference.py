@@ -36,7 +36,7 @@ def torch_rope_with_explicit_cos_sin(
 
     q, k [B, N, S, D] with unsqueeze_dim 1 or [B, S, N, D] with 2; cos, sin [B, S, D], halves duplicated.
     """
-    cos, sin = _with_heads("torch_rope_with_explicit_cos_sin", q, k, (cos, sin), cos.shape[-1], unsqueeze_dim)
+    cos, sin = _with_heads("torch_rope_with_explicit_cos_sin", q, k, (cos, sin), _width(cos), unsqueeze_dim)
     cos, sin = cos.to(q.dtype), sin.to(q.dtype)
     return _turn(q, cos, sin), _turn(k, cos, sin)
 
@@ -49,7 +49,9 @@ def torch_rope_with_complex_freqs(
 
     xq, xk [B, S, N, D] with unsqueeze_dim 2 or [B, N, S, D] with 1; freqs_cis complex64 [B, S, D/2].
     """
-    size = 2 * freqs_cis.shape[-1]
+    if not freqs_cis.is_complex():
+        raise TypeError(f"torch_rope_with_complex_freqs: freqs_cis is {freqs_cis.dtype}; legal: complex64, cos + i sin")
+    size = 2 * _width(freqs_cis)
     (freqs,) = _with_heads("torch_rope_with_complex_freqs", xq, xk, (freqs_cis,), size, unsqueeze_dim)
 
     def turn(x):
@@ -68,7 +70,7 @@ def torch_rope_with_qk_interleaving(
     q, k [T, N, D] or 4-D, channels interleaved; cos, sin without the head dimension, halves duplicated,
     used in their own dtype.
     """
-    cos, sin = _with_heads("torch_rope_with_qk_interleaving", q, k, (cos, sin), cos.shape[-1], unsqueeze_dim)
+    cos, sin = _with_heads("torch_rope_with_qk_interleaving", q, k, (cos, sin), _width(cos), unsqueeze_dim)
 
     def turn(x):
         split = torch.cat((x[..., 0::2], x[..., 1::2]), dim=-1)

@@ -183,6 +183,21 @@ def test_a_decode_token_without_a_slot_gives_zeros_and_changes_no_state(monkeypa
             metadata_reports.raise_reports()
 
 
+def test_a_decode_step_is_cut_without_lengths_and_bounds():
+    positions, info = torch.zeros(2, 1, dtype=torch.int64, device=DEVICE), torch.tensor([0, 0, 2], dtype=torch.int32)
+    pieces = OPS.mamba_ssm_prepare_metadata(positions, info, None, None, 4)
+    assert [tuple(one.shape) for one in pieces] == [(0,), (0,), (1, 0)]
+    assert all(one.device.type == DEVICE and one.dtype == torch.int32 for one in pieces)
+
+
+@needs_triton
+def test_a_prompt_of_two_dtypes_is_refused_in_words():
+    x, A, B, *rest = samples_mamba.ssm_inputs(4, 4, 2, 16, 16, torch.float32, DEVICE)
+    state = torch.zeros(1, 4, 16, 16, device=DEVICE)
+    with pytest.raises(TypeError, match="hidden_states, B and C are torch.float32, torch.float16 and torch.float32"):
+        run_ssm("triton_cached_ssm", (x, A, B.half(), *rest), Batch((4,), 0, (0,), (False,)), state, 8)
+
+
 IN_PLACE = [sample for sample in samples_mamba.SAMPLES if sample.op.startswith("triton_")]
 
 
