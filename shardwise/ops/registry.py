@@ -227,7 +227,7 @@ def _guarded(info: OpInfo, function: Callable, on_cpu: bool) -> Callable:
             checked = True
         try:
             return function(*args)
-        except (AttributeError, TypeError, ValueError, RuntimeError) as error:
+        except (AttributeError, IndexError, TypeError, ValueError, RuntimeError) as error:
             named = _named(info, args, error)
             if named is None:
                 raise
@@ -238,7 +238,8 @@ def _guarded(info: OpInfo, function: Callable, on_cpu: bool) -> Callable:
 
 def _named(info: OpInfo, args: tuple, error: Exception) -> Exception | None:
     """An error that names the operator, in place of one that does not; PyTorch lets None pass for any tensor, which
-    shows where its attributes are missing, and tensors on different devices, which shows at the first product."""
+    shows where its attributes are missing, tensors on different devices, which shows at the first product, and tensors
+    of any rank, which shows where a dimension is missing."""
     if info.name in str(error):
         return None
     schema = getattr(getattr(torch.ops, info.namespace), info.name).default._schema
@@ -250,6 +251,11 @@ def _named(info: OpInfo, args: tuple, error: Exception) -> Exception | None:
     if type(error) is RuntimeError and len({tensor.device for tensor in tensors}) > 1:
         places = ", ".join(sorted({str(tensor.device) for tensor in tensors}))
         return ValueError(f"{info.name}: tensors lie on {places}; legal: one device for all but those named *_host")
+    if type(error) is IndexError:
+        shapes = ", ".join(f"{name} {list(t.shape)}" for name, t in given.items() if isinstance(t, torch.Tensor))
+        return ValueError(
+            f"{info.name}: a tensor has too few dimensions, or an index leaves its tensor ({error}): {shapes}"
+        )
     return type(error)(f"{info.name}: {error}") if type(error) in (TypeError, ValueError) else None
 
 

@@ -80,6 +80,11 @@ def test_cpu_tensors_of_a_device_operator_are_refused_in_words():
     [
         ("torch_linear_simple", (torch.zeros(2, 3), None, None), "torch_linear_simple: weight is None; legal: a "),
         ("gather_tokens", (torch.zeros(1, 2, 3), torch.arange(2), None), "gather_tokens: batch_info_host is None"),
+        (
+            "torch_swiglu_mlp",
+            (torch.tensor(0.0), *[torch.zeros(2, 2)] * 3, *[None] * 3),
+            "torch_swiglu_mlp: a tensor has too few",
+        ),
         ("torch_dist_all_reduce", (torch.zeros(2), "FASTEST"), "torch_dist_all_reduce: unknown strategy 'FASTEST'"),
     ],
 )

@@ -31,7 +31,8 @@ def torch_fake_quant_fp8_linear(
 ) -> Tensor:
     """Linear with an e4m3 weight [N, K] and an input rounded to e4m3: scales are element 0 of each list.
 
-    The input is cast plainly, so a value beyond 464 times the scale becomes NaN. Zero points are not used.
+    The input is cast plainly: a value beyond 464 times the scale becomes NaN or saturates, as PyTorch's cast does on
+    the device. Zero points are not used.
     """
     name = "torch_fake_quant_fp8_linear"
     if weight_quantized.dtype != torch.float8_e4m3fn:

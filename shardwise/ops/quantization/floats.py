@@ -66,5 +66,5 @@ def e8m0_encode(values: Tensor) -> Tensor:
 
 
 def e4m3_encode(values: Tensor) -> Tensor:
-    """float8_e4m3fn nearest to `values`, saturating at 448 (a plain cast gives NaN there); NaN stays NaN."""
+    """float8_e4m3fn nearest to `values`, saturating at 448 (a plain cast may give NaN there); NaN stays NaN."""
     return values.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)

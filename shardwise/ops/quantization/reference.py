@@ -40,12 +40,17 @@ def _same_shape(x, scale):
 def torch_quant_fn(x: Tensor, scale: Tensor) -> Tensor:
     """Fake int8 quantisation: clamp(round(x / scale), -128, 127) * scale, ties to even; x's shape and dtype.
 
-    scale has one element; float32 or wider.
+    scale has one element, or is shared by x along its dimensions of 1 (a scale a channel); float32 or wider.
     """
     if x.dtype not in _PLAIN:
         raise TypeError(f"torch_quant_fn: x must be floating point, got {x.dtype}")
-    check_one_element("torch_quant_fn", scale=scale)
-    wide, scale = x.to(torch.promote_types(x.dtype, torch.float32)), scale.reshape(())
+    if scale.numel() == 1:
+        scale = scale.reshape(())
+    elif scale.dim() > x.dim() or any(a not in (1, b) for a, b in zip(scale.shape[::-1], x.shape[::-1], strict=False)):
+        raise ValueError(
+            f"torch_quant_fn: scale {tuple(scale.shape)} must have one element or broadcast to x {tuple(x.shape)}"
+        )
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
     return (torch.clamp(torch.round(wide / scale), -128, 127) * scale).to(x.dtype)
 
 

@@ -80,7 +80,11 @@ CASES = {
         (X, torch.zeros(4, 8, dtype=torch.int32), None, [], [torch.ones(1, 8)], [], [torch.ones(1, 1)]),
     ),
     "x must be floating point": ("torch_quant_fn", TypeError, (X.int(), ONE)),
-    r"scale must have one element, got \(32,\)": ("torch_quant_fn", ValueError, (X, torch.ones(32))),
+    r"scale \(3,\) must have one element or broadcast to x \(3, 32\)": (
+        "torch_quant_fn",
+        ValueError,
+        (X, torch.ones(3)),
+    ),
     "weight_zp needs 1": (
         "torch_fake_quant_int4_gptq_linear",
         ValueError,

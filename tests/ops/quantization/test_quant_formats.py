@@ -210,3 +210,13 @@ def test_int8_codes_of_half_precision_are_those_of_float32(shape):
     x, scale = torch.randn(4096).bfloat16(), torch.full(shape, 0.03)
     want = torch.ops.auto_deploy.torch_quant_fn(x.float(), scale).bfloat16()
     assert torch.equal(torch.ops.auto_deploy.torch_quant_fn(x, scale), want)
+
+
+@pytest.mark.parametrize("shape", [(8,), (3, 1), (1, 8)])
+def test_int8_codes_take_a_scale_of_every_channel(shape):
+    x, scale = torch.randn(3, 8), torch.rand(shape) / 100 + 0.01
+    got, scales = torch.ops.auto_deploy.torch_quant_fn(x, scale), scale.expand(3, 8)
+    for row in range(3):
+        for column in range(8):
+            alone = torch.ops.auto_deploy.torch_quant_fn(x[row, column], scales[row, column])
+            assert torch.equal(got[row, column], alone)
