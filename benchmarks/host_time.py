@@ -14,7 +14,8 @@ import torch
 
 from shardwise.launch.machine import machine_facts
 from shardwise.ops.bench.measure import alternating_host_microseconds
-from shardwise.ops.triton_support import Kernel, triton
+from shardwise.ops.kernel_launch import Kernel
+from shardwise.ops.triton_support import triton
 
 Call = Callable[[], object]
 

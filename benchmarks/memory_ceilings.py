@@ -15,7 +15,8 @@ import torch
 
 from shardwise.launch.machine import machine_facts
 from shardwise.ops.bench.measure import device_microseconds
-from shardwise.ops.triton_support import Kernel, await_predecessor, tl, triton
+from shardwise.ops.kernel_launch import Kernel
+from shardwise.ops.triton_support import await_predecessor, tl, triton
 
 SIZES = tuple(1 << power for power in (22, 24, 26, 28, 30, 32, 34))  # bytes read and written by a copy
 

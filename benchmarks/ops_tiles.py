@@ -15,10 +15,10 @@ from unittest import mock
 
 from shardwise.ops.bench import measure, states
 from shardwise.ops.fla import fla, step
+from shardwise.ops.kernel_launch import Form
 from shardwise.ops.mamba import conv_cuda, conv_triton, scan
 from shardwise.ops.mamba import triton as ssm_triton
 from shardwise.ops.registry import FLA
-from shardwise.ops.triton_support import Form
 
 TOKENS = 8192
 KERNELS = ("_launch_steps", "_launch_states", "_launch_outputs")

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from shardwise.kernel_start import Start, start_of
-from shardwise.ops.triton_support import Kernel, tl, triton
+from shardwise.ops.kernel_launch import Kernel
+from shardwise.ops.triton_support import tl, triton
 
 Note = Callable[[Start, tuple[int, int, int], tuple], None]
 _OURS = __name__.partition(".")[0] + "."

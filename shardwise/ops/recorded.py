@@ -23,11 +23,11 @@ from typing import Any
 import torch
 
 from shardwise.kernel_start import current_device, raw_stream
-from shardwise.ops import triton_support
+from shardwise.ops.kernel_launch import Kept, address_of, odd_addresses, recorders
 from shardwise.ops.scratch import capturing
 from shardwise.ops.tape import Tape
 from shardwise.ops.tape_writer import Recorder, Unrecordable, Writer
-from shardwise.ops.triton_support import Kept, address_of, interpreting, odd_addresses
+from shardwise.ops.triton_support import interpreting
 from shardwise.ops.workspace import Workspace
 from shardwise.plan_cache import PlanCache, Tensors
 
@@ -121,7 +121,7 @@ def _stream(tensor: torch.Tensor) -> int | None:
     """Handle of the current stream of a tensor's GPU; None where calls run as they are written: on another device than
     the current one, inside of a call that is being recorded, in the capture of a graph."""
     device = tensor.get_device()
-    if device < 0 or interpreting() or device != current_device() or get_ident() in triton_support.recorders:
+    if device < 0 or interpreting() or device != current_device() or get_ident() in recorders:
         return None
     stream = raw_stream()(device)
     return None if stream and capturing() else stream

@@ -11,7 +11,8 @@ from functools import partial
 import torch
 
 from shardwise.kernel_start import current_device
-from shardwise.ops.triton_support import Kept, Launch, address_of, interpreting, recorders
+from shardwise.ops.kernel_launch import Kept, Launch, address_of, recorders
+from shardwise.ops.triton_support import interpreting
 
 MOST = 256
 """Sets of addresses for which arguments are kept, 1 KB each"""

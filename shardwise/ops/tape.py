@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from shardwise.ops.triton_support import address_of
+from shardwise.ops.kernel_launch import address_of
 from shardwise.plan_cache import Tensors, View, view
 
 READY = 256

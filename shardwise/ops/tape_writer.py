@@ -11,10 +11,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from shardwise.kernel_start import Start, unfold
-from shardwise.ops import triton_support
 from shardwise.ops.foreign import fill_zeros, foreign_launches
+from shardwise.ops.kernel_launch import address_of, recorders
 from shardwise.ops.tape import Launch, Product, Slot, Tape
-from shardwise.ops.triton_support import address_of
 from shardwise.ops.workspace import Workspace
 from shardwise.plan_cache import Tensors, allocator
 
@@ -55,13 +54,13 @@ class Recorder(TorchDispatchMode):
         return result
 
     def __enter__(self):
-        triton_support.recorders[get_ident()] = self
+        recorders[get_ident()] = self
         self._foreign.enter_context(foreign_launches(self.launched))
         return super().__enter__()
 
     def __exit__(self, *error):
         self._foreign.close()
-        del triton_support.recorders[get_ident()]
+        del recorders[get_ident()]
         return super().__exit__(*error)
 
 

@@ -21,7 +21,7 @@ from triton.experimental.gluon._runtime import GluonASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 import shardwise.ops as ops
-from shardwise.ops import repeated, triton_support
+from shardwise.ops import kernel_launch, repeated
 from shardwise.ops.attention import planner
 from shardwise.ops.fla import fla
 from shardwise.ops.mamba import flashinfer, metadata
@@ -79,7 +79,7 @@ def compile_for_target(kernel, arguments, options):
         failures.append({"kernel": kernel.__name__, "reason": f"{shared} bytes of shared memory"})
 
 
-def call_form(self, grid, pointers, free, kept=triton_support.NONE):
+def call_form(self, grid, pointers, free, kept=kernel_launch.NONE):
     compile_for_target(self._kernel, (*pointers, *kept.tensors, *free, *self._fixed), self._options)
 
 
@@ -105,10 +105,10 @@ def compile_launch(self, *args, grid, warmup, **options):
 
 
 def replace_launches():
-    triton_support.Form.__call__ = call_form
-    triton_support.Chain.__call__ = call_chain
+    kernel_launch.Form.__call__ = call_form
+    kernel_launch.Chain.__call__ = call_chain
     repeated.Repeated.__call__ = call_repeated
-    triton_support.Launcher.__call__ = call_launcher
+    kernel_launch.Launcher.__call__ = call_launcher
     for name, module in list(sys.modules.items()):
         if name.startswith("shardwise.ops.") and hasattr(module, "dependent_launch"):
             module.dependent_launch = lambda device: True

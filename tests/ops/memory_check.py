@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from triton.runtime.interpreter import InterpreterBuilder
 
-from shardwise.ops.triton_support import NONE, Form, Launcher
+from shardwise.ops.kernel_launch import NONE, Form, Launcher
 
 
 class OutOfBounds(AssertionError):

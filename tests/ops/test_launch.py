@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from shardwise import kernel_start
-from shardwise.ops import nvcc, repeated, triton_support
+from shardwise.ops import kernel_launch, nvcc, repeated
 from shardwise.ops.registry import NVCC, OperatorUnavailable
 
 DEVICE = torch.device("cpu")
@@ -72,15 +72,15 @@ class Jit:
 @pytest.fixture(params=[(True, 0), (True, 128), (False, 0)], ids=["direct", "with scratch memory", "through Triton"])
 def jit(monkeypatch, request):
     direct, scratch = request.param
-    monkeypatch.setattr(triton_support, "_INTERPRETING", False)
+    monkeypatch.setattr(kernel_launch, "_INTERPRETING", False)
     monkeypatch.setattr(kernel_start, "DIRECT", direct)
     monkeypatch.setattr(kernel_start, "raw_stream", lambda: lambda device: f"stream of {device}")
-    monkeypatch.setattr(triton_support, "current_device", lambda: None)
+    monkeypatch.setattr(kernel_launch, "current_device", lambda: None)
     return Jit(scratch)
 
 
 def test_equal_launches_compile_once_and_pass_addresses(jit):
-    kernel = triton_support.Kernel(jit)
+    kernel = kernel_launch.Kernel(jit)
     x = torch.zeros(8)
     kernel(DEVICE, (2, 1, 1), (x,), (3, 0.5), (16, True), warps=4, pdl=True)
     kernel(DEVICE, (5, 1, 1), (x,), (7, 1.5), (16, True), warps=4, pdl=True)
@@ -91,7 +91,7 @@ def test_equal_launches_compile_once_and_pass_addresses(jit):
 
 
 def test_a_form_is_launched_without_its_key(jit):
-    form = triton_support.Kernel(jit).form(DEVICE, (16,), warps=4)
+    form = kernel_launch.Kernel(jit).form(DEVICE, (16,), warps=4)
     x = torch.zeros(8)
     for grid, count in (((2, 1, 1), 3), ((5, 1, 1), 7), ((0, 1, 1), 9)):
         form(grid, (x,), (count,))
@@ -102,9 +102,9 @@ def test_a_form_is_launched_without_its_key(jit):
 
 def test_a_chain_launches_its_kernels_in_order_with_the_addresses_of_their_tensors(jit):
     second = Jit()
-    forms = [triton_support.Kernel(kernel).form(DEVICE, (16,), warps=4) for kernel in (jit, second)]
-    launches = [triton_support.Launch(form, (n, 1, 1), (10 * n,)) for n, form in enumerate(forms, 1)]
-    chain = triton_support.Chain(DEVICE, "abc", (launches[0], "ac"), (launches[1], "bca"))
+    forms = [kernel_launch.Kernel(kernel).form(DEVICE, (16,), warps=4) for kernel in (jit, second)]
+    launches = [kernel_launch.Launch(form, (n, 1, 1), (10 * n,)) for n, form in enumerate(forms, 1)]
+    chain = kernel_launch.Chain(DEVICE, "abc", (launches[0], "ac"), (launches[1], "bca"))
     order = []
     for _ in range(3):
         a, b, c = (torch.zeros(8) for _ in range(3))
@@ -119,9 +119,9 @@ def test_a_chain_launches_its_kernels_in_order_with_the_addresses_of_their_tenso
 
 def test_a_chain_compiles_anew_only_what_reads_a_tensor_at_an_odd_address(jit):
     second = Jit()
-    forms = [triton_support.Kernel(kernel).form(DEVICE, (16,), warps=4) for kernel in (jit, second)]
-    launches = [triton_support.Launch(form, (1, 1, 1), ()) for form in forms]
-    chain = triton_support.Chain(DEVICE, "abc", (launches[0], "ab"), (launches[1], "ac"))
+    forms = [kernel_launch.Kernel(kernel).form(DEVICE, (16,), warps=4) for kernel in (jit, second)]
+    launches = [kernel_launch.Launch(form, (1, 1, 1), ()) for form in forms]
+    chain = kernel_launch.Chain(DEVICE, "abc", (launches[0], "ab"), (launches[1], "ac"))
     a, b, c = (torch.zeros(8) for _ in range(3))
     for tensors in ((a, b, c), (a, b[1:], c), (a, b[1:], c)):
         chain(tensors)
@@ -132,9 +132,9 @@ def test_a_chain_compiles_anew_only_what_reads_a_tensor_at_an_odd_address(jit):
 
 def test_a_chain_that_another_thread_is_binding_launches_all_its_kernels(jit, monkeypatch):
     second = Jit()
-    forms = [triton_support.Kernel(kernel).form(DEVICE, (16,), warps=4) for kernel in (jit, second)]
-    chain = triton_support.Chain(DEVICE, "ab", *((triton_support.Launch(form, (1, 1, 1), ()), "ab") for form in forms))
-    tensors, bound, met = (torch.zeros(8), torch.zeros(8)), triton_support.Form.bound, []
+    forms = [kernel_launch.Kernel(kernel).form(DEVICE, (16,), warps=4) for kernel in (jit, second)]
+    chain = kernel_launch.Chain(DEVICE, "ab", *((kernel_launch.Launch(form, (1, 1, 1), ()), "ab") for form in forms))
+    tensors, bound, met = (torch.zeros(8), torch.zeros(8)), kernel_launch.Form.bound, []
 
     def meeting(form, *args):
         if form is forms[1] and not met:
@@ -144,7 +144,7 @@ def test_a_chain_that_another_thread_is_binding_launches_all_its_kernels(jit, mo
             thread.join()
         return bound(form, *args)
 
-    monkeypatch.setattr(triton_support.Form, "bound", meeting)
+    monkeypatch.setattr(kernel_launch.Form, "bound", meeting)
     chain(tensors)
     assert met and len(jit.forms[0].calls) == len(second.forms[0].calls) == 1
 
@@ -152,9 +152,9 @@ def test_a_chain_that_another_thread_is_binding_launches_all_its_kernels(jit, mo
 def test_a_repeated_launch_passes_the_addresses_of_each_call(jit, monkeypatch):
     monkeypatch.setattr(repeated, "current_device", lambda: None)
     monkeypatch.setattr(repeated, "MOST", 2)
-    form, shared = triton_support.Kernel(jit).form(DEVICE, (16,), warps=4), torch.zeros(8)
-    launch = triton_support.Launch(form, (2, 1, 1), (3,))
-    again = repeated.Repeated(DEVICE, launch, triton_support.Kept((shared,)))
+    form, shared = kernel_launch.Kernel(jit).form(DEVICE, (16,), warps=4), torch.zeros(8)
+    launch = kernel_launch.Launch(form, (2, 1, 1), (3,))
+    again = repeated.Repeated(DEVICE, launch, kernel_launch.Kept((shared,)))
     tensors = [torch.zeros(8) for _ in range(3)]
     odd = tensors[0][1:]  # for which the kernel is compiled anew
     order = [tensors[0], tensors[0], odd, odd, tensors[1], tensors[2], tensors[0], tensors[0]]
@@ -167,18 +167,18 @@ def test_a_repeated_launch_passes_the_addresses_of_each_call(jit, monkeypatch):
 
 def test_a_recorder_is_told_of_repeated_launches(jit, monkeypatch):
     monkeypatch.setattr(repeated, "current_device", lambda: None)
-    form, told = triton_support.Kernel(jit).form(DEVICE, (16,), warps=4), []
-    again = repeated.Repeated(DEVICE, triton_support.Launch(form, (1, 1, 1), ()), triton_support.NONE)
+    form, told = kernel_launch.Kernel(jit).form(DEVICE, (16,), warps=4), []
+    again = repeated.Repeated(DEVICE, kernel_launch.Launch(form, (1, 1, 1), ()), kernel_launch.NONE)
     x = torch.zeros(8)
     again((x,))
     recorder = SimpleNamespace(launched=lambda start, grid, args: told.append((grid, args)))
-    monkeypatch.setitem(triton_support.recorders, threading.get_ident(), recorder)
+    monkeypatch.setitem(kernel_launch.recorders, threading.get_ident(), recorder)
     again((x,))
     assert told == [((1, 1, 1), (x, 16))]
 
 
 def test_a_number_that_outgrows_its_32_bits_is_compiled_for_anew(jit, monkeypatch):
-    form = triton_support.Kernel(jit).form(DEVICE, (16,), warps=4)
+    form = kernel_launch.Kernel(jit).form(DEVICE, (16,), warps=4)
     x = torch.zeros(8)
     form((1, 1, 1), (x,), (3,))
     form((1, 1, 1), (x,), (2**31 + 5,))
@@ -189,7 +189,7 @@ def test_a_number_that_outgrows_its_32_bits_is_compiled_for_anew(jit, monkeypatc
 
 
 def test_a_launcher_compiles_once_for_a_key(jit):
-    launch, x = triton_support.Launcher(jit), torch.zeros(8)
+    launch, x = kernel_launch.Launcher(jit), torch.zeros(8)
     for key, count in (("a", 1), ("a", 2), ("b", 3), ("a", 4)):
         launch(DEVICE, key, (count, 1, 1), (x, count), num_warps=2)
     assert [grid[0] for grid, _, _ in jit.compilations] == [1, 3]
@@ -197,7 +197,7 @@ def test_a_launcher_compiles_once_for_a_key(jit):
 
 
 def test_dtype_alignment_constants_and_warps_make_new_forms(jit):
-    kernel = triton_support.Kernel(jit)
+    kernel = kernel_launch.Kernel(jit)
     x, y = torch.zeros(8), torch.zeros(8)
     variants = [
         ((x, y), (16,), 4),
@@ -215,7 +215,7 @@ def test_dtype_alignment_constants_and_warps_make_new_forms(jit):
 
 
 def test_an_empty_grid_is_no_launch(jit):
-    triton_support.Kernel(jit)(DEVICE, (0, 1, 1), (torch.zeros(1),), (), (), warps=1)
+    kernel_launch.Kernel(jit)(DEVICE, (0, 1, 1), (torch.zeros(1),), (), (), warps=1)
     assert not jit.compilations
 
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from shardwise.kernel_start import Start
+from shardwise.ops import kernel_launch, tape_writer, workspace
 from shardwise.ops import recorded as module
-from shardwise.ops import tape_writer, triton_support, workspace
+from shardwise.ops.kernel_launch import Kept
 from shardwise.ops.recorded import recorded
-from shardwise.ops.triton_support import Kept
 from shardwise.ops.workspace import Workspace
 
 COUNT = 6
@@ -29,12 +29,12 @@ START = Start(doubled, lambda device: 0, ())
 def launch(source, target, added=0.0):
     args = source, target, source.numel(), added
     doubled(1, 1, 1, 0, source.data_ptr(), target.data_ptr(), *args[2:])
-    triton_support._note(START, (1, 1, 1), args)
+    kernel_launch._note(START, (1, 1, 1), args)
 
 
 @pytest.fixture(autouse=True)
 def one_device(monkeypatch):
-    monkeypatch.setattr(module, "_stream", lambda tensor: None if get_ident() in triton_support.recorders else 0)
+    monkeypatch.setattr(module, "_stream", lambda tensor: None if get_ident() in kernel_launch.recorders else 0)
     monkeypatch.setattr(workspace, "_THREAD", type(workspace._THREAD)())
 
 
@@ -151,7 +151,7 @@ def test_scratch_memory_of_a_workspace_is_used_and_counters_keep_their_zeros():
         inner, counters, out = space.take("inner", (COUNT,), torch.float32), space.counters(2), torch.empty(COUNT)
         launch(x, inner)
         launch(inner, out)
-        triton_support._note(Start(lambda *args: None, lambda device: 0, ()), (1, 1, 1), (counters,))
+        kernel_launch._note(Start(lambda *args: None, lambda device: 0, ()), (1, 1, 1), (counters,))
         assert not counters.any()
         return out
 

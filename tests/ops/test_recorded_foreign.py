@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from shardwise.kernel_start import Start
-from shardwise.ops import foreign, tape_writer, triton_support
+from shardwise.ops import foreign, kernel_launch, tape_writer
 from shardwise.ops import recorded as module
 from shardwise.ops.recorded import recorded
 from shardwise.ops.registry import TRITON
+from shardwise.ops.triton_support import interpreting
 
 pytestmark = pytest.mark.skipif(not TRITON.state[0], reason=TRITON.state[1])
 COUNT = 6
@@ -42,14 +43,14 @@ def run(self, *args, grid, warmup, num_warps=4, **named):
 def fill_zeros(out):
     out.view(-1).numpy()[:] = 0  # as a kernel would: PyTorch sees nothing of it
     start = Start(lambda x, y, z, stream, address: ctypes.memset(address, 0, out.nbytes), lambda device: 0, ())
-    triton_support._note(start, (1, 1, 1), (out,))
+    kernel_launch._note(start, (1, 1, 1), (out,))
 
 
 @pytest.fixture(autouse=True)
 def foreign_kernel(monkeypatch):
     from triton.runtime.jit import JITFunction
 
-    busy = triton_support.recorders
+    busy = kernel_launch.recorders
     monkeypatch.setattr(module, "_stream", lambda tensor: None if threading.get_ident() in busy else 0)
     monkeypatch.setattr(JITFunction, "run", run)
     monkeypatch.setattr(foreign, "start_of", lambda compiled: Start(added, lambda device: 0, ()))
@@ -125,7 +126,7 @@ def test_results_of_one_memory_run_as_they_are_written(foreign_kernel):
     assert len(calls) == 3
 
 
-@pytest.mark.skipif(not triton_support.interpreting(), reason="needs triton's interpreter")
+@pytest.mark.skipif(not interpreting(), reason="needs triton's interpreter")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.int64])
 def test_zeros_are_written_to_the_last_element(dtype):
     memory = torch.ones(2, 4099, dtype=dtype)

@@ -93,7 +93,7 @@ def replace_launches():
     compile_kernels.replace_launches()
     compile_kernels.ASTSource = source_of
     JITFunction.run = GluonJITFunction.run = compile_launch
-    for kind in (compile_kernels.triton_support.Form, compile_kernels.triton_support.Launcher):
+    for kind in (compile_kernels.kernel_launch.Form, compile_kernels.kernel_launch.Launcher):
         kind.__call__ = named(kind.__call__)
     load_experts.pack_mxfp4 = packed
     dequantise.PIECE_VALUES["meta"] = 1 << 30

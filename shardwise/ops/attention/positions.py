@@ -7,10 +7,11 @@ import torch
 from shardwise.ops.attention.batch import Batch
 from shardwise.ops.attention.planner import planner
 from shardwise.ops.devices import require_one_device
+from shardwise.ops.kernel_launch import Kernel
 from shardwise.ops.metadata_reports import check_bounds, raise_report, read_at_once, report_word
 from shardwise.ops.registry import TRITON
 from shardwise.ops.state_batch import load_bounds, prefill_bounds
-from shardwise.ops.triton_support import Kernel, tl, triton
+from shardwise.ops.triton_support import tl, triton
 from shardwise.plan_cache import PlanCache, allocator
 
 _Make = Callable[..., list[torch.Tensor]]

@@ -17,9 +17,10 @@ from shardwise.ops.attention.kernels.decode import flattened_decode_kernel, redu
 from shardwise.ops.attention.kernels.prefill import prefill_kernel
 from shardwise.ops.attention.layout import Shapes, readable
 from shardwise.ops.devices import require_one_device
+from shardwise.ops.kernel_launch import Form, Kernel, Launch
 from shardwise.ops.metadata_reports import raise_report, read_at_once, report_word
 from shardwise.ops.registry import TRITON, operator
-from shardwise.ops.triton_support import Form, Kernel, Launch, dependent_launch, multiprocessors
+from shardwise.ops.triton_support import dependent_launch, multiprocessors
 from shardwise.plan_cache import PlanCache, Tensors, allocator
 
 OP = "triton_attention_flattened_mha_with_cache"

@@ -16,10 +16,10 @@ from shardwise.ops.fla.checks import check_delta
 from shardwise.ops.fla.chunked import chunked
 from shardwise.ops.fla.reference import like_v
 from shardwise.ops.fla.step import Prefill, plan_decode, plan_prefill
+from shardwise.ops.kernel_launch import Launch
 from shardwise.ops.metadata_reports import report_word
 from shardwise.ops.registry import FLA, TRITON, operator
 from shardwise.ops.state_batch import check_counts, check_metadata, token_rows
-from shardwise.ops.triton_support import Launch
 from shardwise.plan_cache import PlanCache, allocator, taken_as_given
 
 

@@ -10,11 +10,12 @@ from torch import Tensor
 from shardwise.ops.attention.batch import Batch
 from shardwise.ops.fla import kernels
 from shardwise.ops.fla.delta import CHUNK
+from shardwise.ops.kernel_launch import Kept, Kernel, Launch
 from shardwise.ops.metadata_reports import report_word
 from shardwise.ops.repeated import Repeated
 from shardwise.ops.scratch import KEPT_TOKENS, Scratch, shared
 from shardwise.ops.state_batch import token_rows
-from shardwise.ops.triton_support import Kept, Kernel, Launch, dependent_launch, multiprocessors
+from shardwise.ops.triton_support import dependent_launch, multiprocessors
 from shardwise.plan_cache import allocator
 
 # A decode program's numbers of a state and its warps: while there are few programs, and from eight of the second kind a

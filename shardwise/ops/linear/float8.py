@@ -14,10 +14,11 @@ from dataclasses import dataclass
 
 import torch
 
+from shardwise.ops.kernel_launch import Launcher, aligned
 from shardwise.ops.linear.float8_kernels import few_float8_kernel, skinny_float8_kernel
 from shardwise.ops.quantization.float8 import TILE, Float8Weight
 from shardwise.ops.tensor_memory import matrix_tiles
-from shardwise.ops.triton_support import Launcher, aligned, dependent_launch, interpreting, multiprocessors, triton
+from shardwise.ops.triton_support import dependent_launch, interpreting, multiprocessors, triton
 from shardwise.ops.workspace import Workspace
 
 MAX_SKINNY, MAX_FEW = 4, 64

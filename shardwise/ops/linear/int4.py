@@ -12,9 +12,10 @@ from dataclasses import dataclass
 import torch
 
 from shardwise.ops.gluon_support import GLUON
+from shardwise.ops.kernel_launch import Launcher, aligned
 from shardwise.ops.linear.int4_kernels import few_int4_kernel
 from shardwise.ops.quantization.int4_weight import SLAB, Int4Weight, tile_columns
-from shardwise.ops.triton_support import Launcher, aligned, dependent_launch, interpreting, triton
+from shardwise.ops.triton_support import dependent_launch, interpreting, triton
 
 MAX_FEW = 64
 """Most tokens."""

@@ -11,20 +11,13 @@ from dataclasses import dataclass
 
 import torch
 
+from shardwise.ops.kernel_launch import Launcher, aligned
 from shardwise.ops.linear.decode import gated_activation
 from shardwise.ops.linear.int4 import MAX_FEW, few_int4
 from shardwise.ops.linear.int4_many_kernels import many_int4_kernel, turn_kernel
 from shardwise.ops.quantization.int4_weight import Int4Weight
 from shardwise.ops.tensor_memory import matrix_tiles
-from shardwise.ops.triton_support import (
-    Launcher,
-    aligned,
-    asynchronous_products,
-    dependent_launch,
-    interpreting,
-    multiprocessors,
-    triton,
-)
+from shardwise.ops.triton_support import asynchronous_products, dependent_launch, interpreting, multiprocessors, triton
 from shardwise.ops.workspace import Workspace
 
 FEW = 32

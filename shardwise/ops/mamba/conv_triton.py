@@ -5,12 +5,13 @@ from typing import NamedTuple
 
 import torch
 
+from shardwise.ops.kernel_launch import Kernel, Launch
 from shardwise.ops.mamba import conv_kernels as kernels
 from shardwise.ops.mamba.conv import ConvBatch, Tensors, block_rows, blocks_of, nothing, run_step
 from shardwise.ops.mamba.conv_step_kernels import decode_dense_kernel, decode_kernel
 from shardwise.ops.metadata_reports import report_word
 from shardwise.ops.registry import TRITON, operator
-from shardwise.ops.triton_support import Kernel, Launch, dependent_launch
+from shardwise.ops.triton_support import dependent_launch
 from shardwise.plan_cache import PlanCache
 
 _OP = "triton_cached_causal_conv1d"

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 
 from shardwise.ops.attention.batch import Batch
+from shardwise.ops.kernel_launch import Kept, Kernel, Launch
 from shardwise.ops.mamba.scan import Inputs
 from shardwise.ops.mamba.ssd_step_kernels import ready_kernel
 from shardwise.ops.mamba.ssm import Backend, like_hidden, run_step
@@ -15,7 +16,6 @@ from shardwise.ops.metadata_reports import report_word
 from shardwise.ops.registry import FLASHINFER, TRITON, operator
 from shardwise.ops.repeated import Repeated
 from shardwise.ops.scratch import Scratch
-from shardwise.ops.triton_support import Kept, Kernel, Launch
 from shardwise.plan_cache import View, allocator, view
 
 _ready = Kernel(ready_kernel)

@@ -9,10 +9,11 @@ from typing import NamedTuple
 import torch
 
 from shardwise.ops.attention.batch import Batch, read_batch
+from shardwise.ops.kernel_launch import Kernel, Launch
 from shardwise.ops.metadata_reports import check_bounds, raise_report, read_at_once, report_word
 from shardwise.ops.registry import TRITON, operator
 from shardwise.ops.state_batch import load_bounds, prefill_bounds
-from shardwise.ops.triton_support import Kernel, Launch, tl, triton
+from shardwise.ops.triton_support import tl, triton
 from shardwise.plan_cache import PlanCache, allocator
 
 

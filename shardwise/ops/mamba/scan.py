@@ -9,12 +9,13 @@ from torch import Tensor
 
 from shardwise.ops.attention.batch import Batch
 from shardwise.ops.dtypes import check_cache, check_float
+from shardwise.ops.kernel_launch import Chain, Kernel, Launch
 from shardwise.ops.mamba import ssd_kernels as kernels
 from shardwise.ops.mamba.checks import check_pieces, check_ssm
 from shardwise.ops.mamba.ssd_step_kernels import decode_kernel
 from shardwise.ops.metadata_reports import report_word
 from shardwise.ops.state_batch import check_counts, token_rows
-from shardwise.ops.triton_support import Chain, Kernel, Launch, cache_bytes, dependent_launch
+from shardwise.ops.triton_support import cache_bytes, dependent_launch
 from shardwise.plan_cache import allocator
 
 # Tile sizes, warps and pipeline stages, for half precision and states of up to 8192 numbers (see `_output_tiles`).

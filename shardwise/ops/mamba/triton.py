@@ -2,11 +2,11 @@
 
 import torch
 
+from shardwise.ops.kernel_launch import Launch
 from shardwise.ops.mamba.scan import plan_decode
 from shardwise.ops.mamba.ssm import Backend, like_hidden, run_step
 from shardwise.ops.metadata_reports import report_word
 from shardwise.ops.registry import TRITON, operator
-from shardwise.ops.triton_support import Launch
 
 
 @operator(fake=like_hidden, mutates=("ssm_state_cache",), needs=(TRITON,), instead="torch_cached_ssm")

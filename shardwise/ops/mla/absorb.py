@@ -11,7 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from shardwise.ops.triton_support import Kernel, await_predecessor, dependent_launch, interpreting, tl, triton
+from shardwise.ops.kernel_launch import Kernel
+from shardwise.ops.triton_support import await_predecessor, dependent_launch, interpreting, tl, triton
 from shardwise.plan_cache import view
 
 Product = Callable[[Tensor, Tensor, Tensor], object]

@@ -19,10 +19,11 @@ import torch
 from torch import Tensor
 
 from shardwise.ops.gluon_support import ROLES, swizzled_tiles
+from shardwise.ops.kernel_launch import Launcher, aligned
 from shardwise.ops.mla.absorb import Factor, Rows, head_product, tile_for
 from shardwise.ops.mla.decode_kernels import absorb_kernel, attend_kernel, join_kernel
 from shardwise.ops.mla.decode_ring import ring_kernel
-from shardwise.ops.triton_support import Launcher, aligned, asynchronous_products, interpreting, multiprocessors, triton
+from shardwise.ops.triton_support import asynchronous_products, interpreting, multiprocessors, triton
 
 MOST_SEQUENCES = 128
 _NAME = "latent_decode_attention"

@@ -10,11 +10,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from shardwise.ops.kernel_launch import Kept, Kernel, Launch
 from shardwise.ops.mla.absorb import Rows
 from shardwise.ops.mla.checks import LatentHeads
 from shardwise.ops.repeated import Repeated
 from shardwise.ops.scratch import KEPT_TOKENS, Scratch, shared
-from shardwise.ops.triton_support import Kept, Kernel, Launch, await_predecessor, dependent_launch, tl, triton
+from shardwise.ops.triton_support import await_predecessor, dependent_launch, tl, triton
 from shardwise.plan_cache import allocator, view
 
 HEADS = 16

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from shardwise.ops.triton_support import Kernel, await_predecessor, dependent_launch, tl, triton
+from shardwise.ops.kernel_launch import Kernel
+from shardwise.ops.triton_support import await_predecessor, dependent_launch, tl, triton
 
 MOST_EXPERTS = 1024
 SCORES = ("softmax", "sigmoid")

@@ -5,11 +5,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from shardwise.ops.kernel_launch import Launcher, aligned
 from shardwise.ops.moe.contract import FP8Scales, WeightScales
 from shardwise.ops.moe.few_kernels import few_down, few_up
 from shardwise.ops.moe.grouped_plan import FewPlan
 from shardwise.ops.moe.routing import power_of_two
-from shardwise.ops.triton_support import Launcher, aligned, dependent_launch, interpreting
+from shardwise.ops.triton_support import dependent_launch, interpreting
 from shardwise.ops.workspace import Workspace
 
 _up, _down = Launcher(few_up), Launcher(few_down)

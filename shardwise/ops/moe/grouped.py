@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from shardwise.ops.gluon_support import ROLES, swizzled_tiles
+from shardwise.ops.kernel_launch import Launcher, aligned
 from shardwise.ops.moe.contract import FP8Scales, WeightScales
 from shardwise.ops.moe.few import few_moe
 from shardwise.ops.moe.grouped_gemm import gather_rows, grouped_gemm
@@ -19,14 +20,7 @@ from shardwise.ops.moe.wide_float8 import wide_float8
 from shardwise.ops.moe.wide_gemm import wide_gemm
 from shardwise.ops.quantization.triton_fp8 import quantize
 from shardwise.ops.tensor_memory import matrix_tiles
-from shardwise.ops.triton_support import (
-    Launcher,
-    aligned,
-    asynchronous_products,
-    dependent_launch,
-    interpreting,
-    multiprocessors,
-)
+from shardwise.ops.triton_support import asynchronous_products, dependent_launch, interpreting, multiprocessors
 from shardwise.ops.workspace import Workspace
 
 _gemm, _gather, _wide, _wide_float8 = (

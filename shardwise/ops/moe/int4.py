@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from shardwise.ops.kernel_launch import Launcher, aligned
 from shardwise.ops.moe.int4_kernels import grouped_int4
 from shardwise.ops.moe.routing import Routing, combine, most_blocks, routed
 from shardwise.ops.quantization.int4_weight import SLAB, Int4Stack, tile_columns
-from shardwise.ops.triton_support import Launcher, aligned, dependent_launch, interpreting, triton
+from shardwise.ops.triton_support import dependent_launch, interpreting, triton
 from shardwise.ops.workspace import Workspace
 
 PAIRS_OF_EXPERT = 32

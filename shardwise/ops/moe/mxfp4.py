@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from shardwise.ops.gluon_support import GLUON
+from shardwise.ops.kernel_launch import Launcher, aligned
 from shardwise.ops.moe.mxfp4_few import mxfp4_few
 from shardwise.ops.moe.mxfp4_gemm import mxfp4_gemm
 from shardwise.ops.moe.mxfp4_layout import TILE, PackedMXFP4
@@ -17,14 +18,7 @@ from shardwise.ops.moe.mxfp4_plan import choose_plan
 from shardwise.ops.moe.mxfp4_stream import mxfp4_stream
 from shardwise.ops.moe.routing import WIDE_TOKENS, Routing, combine, most_blocks, route_tokens, routed, turn_rows
 from shardwise.ops.moe.tiles import Plan, Stream, Tiles
-from shardwise.ops.triton_support import (
-    Launcher,
-    aligned,
-    asynchronous_products,
-    dependent_launch,
-    interpreting,
-    multiprocessors,
-)
+from shardwise.ops.triton_support import asynchronous_products, dependent_launch, interpreting, multiprocessors
 from shardwise.ops.workspace import Workspace
 
 _gemm, _few, _stream = Launcher(mxfp4_gemm), Launcher(mxfp4_few), Launcher(mxfp4_stream)

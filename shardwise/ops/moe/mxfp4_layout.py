@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from shardwise.ops.triton_support import address_of
+from shardwise.ops.kernel_launch import address_of
 
 Packed = TypeVar("Packed")
 TILE = 64

@@ -5,9 +5,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from shardwise.ops.kernel_launch import Launcher, aligned
 from shardwise.ops.moe.grouping_kernels import count_kernel, group_few_kernel, place_kernel
 from shardwise.ops.moe.routing_kernels import combine_kernel, route_kernel, turn_kernel
-from shardwise.ops.triton_support import Launcher, aligned, dependent_launch, interpreting, multiprocessors
+from shardwise.ops.triton_support import dependent_launch, interpreting, multiprocessors
 from shardwise.ops.workspace import Workspace
 
 _route, _combine, _turn = Launcher(route_kernel), Launcher(combine_kernel), Launcher(turn_kernel)

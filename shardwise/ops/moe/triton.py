@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from shardwise.ops.devices import require_one_device
+from shardwise.ops.kernel_launch import Kept
 from shardwise.ops.moe.contract import (
     RELU2,
     SILU,
@@ -23,7 +24,7 @@ from shardwise.ops.moe.mxfp4_layout import PackedOnce, packed_once
 from shardwise.ops.moe.reference import check_mxfp4_moe
 from shardwise.ops.recorded import recorded
 from shardwise.ops.registry import TRITON, operator
-from shardwise.ops.triton_support import Kept, interpreting
+from shardwise.ops.triton_support import interpreting
 from shardwise.partition import extent
 
 _READ: PackedOnce[tuple[Kept, tuple[str, str]]] = PackedOnce()

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from shardwise.ops.devices import require_one_device
+from shardwise.ops.kernel_launch import Kept
 from shardwise.ops.moe.contract import (
     FP8Scales,
     activation,
@@ -32,7 +33,6 @@ from shardwise.ops.moe.nvfp4 import Weight, nvfp4_moe, packed_once
 from shardwise.ops.quantization.triton_fp8 import quantize
 from shardwise.ops.recorded import recorded
 from shardwise.ops.registry import TRITON, Need, operator
-from shardwise.ops.triton_support import Kept
 from shardwise.ops.vector_access import with_vectors
 
 

@@ -8,7 +8,8 @@ Not registered operators: the runtime's state-space layers call them directly. C
 
 import torch
 
-from shardwise.ops.triton_support import Kernel, await_predecessor, dependent_launch, interpreting, tl, triton
+from shardwise.ops.kernel_launch import Kernel
+from shardwise.ops.triton_support import await_predecessor, dependent_launch, interpreting, tl, triton
 
 
 @triton.jit(do_not_specialize=["eps", "number"])

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 
 from shardwise.ops.devices import one_device
+from shardwise.ops.kernel_launch import Form, Kernel
 from shardwise.ops.normalization.reference import (
     add_norm_fake,
     check_add_norm,
@@ -15,15 +16,7 @@ from shardwise.ops.normalization.reference import (
 )
 from shardwise.ops.ptx import silu
 from shardwise.ops.registry import TRITON, operator
-from shardwise.ops.triton_support import (
-    Form,
-    Kernel,
-    await_predecessor,
-    dependent_launch,
-    multiprocessors,
-    tl,
-    triton,
-)
+from shardwise.ops.triton_support import await_predecessor, dependent_launch, multiprocessors, tl, triton
 
 
 @triton.jit(do_not_specialize=["eps", "groups"])

@@ -5,16 +5,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from shardwise.ops.kernel_launch import Launcher, aligned
 from shardwise.ops.tensor_memory import matrix_tiles, prefetch
-from shardwise.ops.triton_support import (
-    Launcher,
-    aligned,
-    await_predecessor,
-    dependent_launch,
-    interpreting,
-    tl,
-    triton,
-)
+from shardwise.ops.triton_support import await_predecessor, dependent_launch, interpreting, tl, triton
 
 MOST_FEW_ROWS = 64
 """Rows up to which the kernel below beats quantising and the library's product, or is within 2 us of it (H100)."""

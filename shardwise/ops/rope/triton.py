@@ -10,10 +10,11 @@ from typing import NamedTuple
 import torch
 
 from shardwise.ops.devices import one_device
+from shardwise.ops.kernel_launch import Form, Kernel
 from shardwise.ops.registry import TRITON, operator
 from shardwise.ops.rope.kernels import flat_kernel, halves_kernel, interleaved_kernel
 from shardwise.ops.rope.reference import contiguous_pair
-from shardwise.ops.triton_support import Form, Kernel, dependent_launch
+from shardwise.ops.triton_support import dependent_launch
 
 LAYOUTS = ("bsnd", "bnsd", "sbnd", "snbd", "nbsd", "nsbd")
 _halves, _flat, _interleaved = Kernel(halves_kernel), Kernel(flat_kernel), Kernel(interleaved_kernel)

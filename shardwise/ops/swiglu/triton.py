@@ -3,9 +3,10 @@
 import torch
 from torch.nn.functional import linear
 
+from shardwise.ops.kernel_launch import Kernel
 from shardwise.ops.registry import TRITON, operator
 from shardwise.ops.swiglu.reference import check_separate, like_input
-from shardwise.ops.triton_support import Kernel, await_predecessor, dependent_launch, tl, triton
+from shardwise.ops.triton_support import await_predecessor, dependent_launch, tl, triton
 
 _BLOCK = 1024
 

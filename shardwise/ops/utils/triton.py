@@ -3,8 +3,9 @@
 import torch
 
 from shardwise.ops.devices import require_one_device
+from shardwise.ops.kernel_launch import Kernel
 from shardwise.ops.registry import TRITON, operator
-from shardwise.ops.triton_support import Kernel, await_predecessor, dependent_launch, tl, triton
+from shardwise.ops.triton_support import await_predecessor, dependent_launch, tl, triton
 from shardwise.ops.utils.reference import check_pairs, nothing
 
 _BLOCK = 1024

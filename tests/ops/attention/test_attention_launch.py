@@ -9,7 +9,7 @@ from oracles_attention import Step
 
 from shardwise.ops.attention import triton
 from shardwise.ops.attention.triton import triton_attention_flattened_mha_with_cache
-from shardwise.ops.triton_support import Form
+from shardwise.ops.kernel_launch import Form
 from shardwise.plan_cache import PlanCache
 
 pytest.importorskip("triton")

@@ -11,6 +11,7 @@ from shardwise.ops import metadata_reports, triton_support
 from shardwise.ops.attention import tiles, triton
 from shardwise.ops.attention.tiles import Tile, choose_splits
 from shardwise.ops.attention.triton import OP
+from shardwise.ops.kernel_launch import Launcher
 from shardwise.ops.registry import operators
 from shardwise.ops.triton_support import tl
 from shardwise.plan_cache import PlanCache
@@ -221,7 +222,7 @@ def test_the_memory_checker_notices_one_element_too_many(monkeypatch):
     from memory_check import checked_memory
     from triton.runtime.errors import InterpreterError
 
-    launch, memory = triton_support.Launcher(_copy_kernel), torch.zeros(2, 64)
+    launch, memory = Launcher(_copy_kernel), torch.zeros(2, 64)
     for x, out in ((memory[0, :15], memory[1, :16]), (memory[0, :16], memory[1, :15])):
         with checked_memory(monkeypatch), pytest.raises(InterpreterError, match="OutOfBounds.*1 of 16"):
             launch(memory.device, None, (1, 1, 1), (x, out, 16))

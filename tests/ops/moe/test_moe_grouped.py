@@ -9,12 +9,13 @@ import torch
 from oracles_moe import e4m3_step, fp8_block_stack, fp8_stack, nvfp4_stack, relative, routed_oracle, routing, stacked
 
 from shardwise.comm.rank import current_groups
+from shardwise.ops.kernel_launch import Launcher
 from shardwise.ops.moe import triton, trtllm
 from shardwise.ops.moe.contract import FP8Scales
 from shardwise.ops.moe.grouped import grouped_moe
 from shardwise.ops.moe.grouped_plan import FewPlan, FewShape, GroupedPlan, Shape, choose_few, choose_plan
 from shardwise.ops.moe.nvfp4 import nvfp4_moe
-from shardwise.ops.triton_support import Launcher, interpreting
+from shardwise.ops.triton_support import interpreting
 from shardwise.partition import extent
 from shardwise.sharding.layout import ParallelLayout
 from shardwise.testing import run_threads
