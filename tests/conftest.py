@@ -32,9 +32,9 @@ if not torch.cuda.is_available() and importlib.util.find_spec("triton") and "TRI
     triton.knobs.propagate_env = True
     del os.environ["TRITON_INTERPRET"]
 
-    from quick_interpreter import patch_once_a_launch
+    from quick_interpreter import make_quick
 
-    patch_once_a_launch()
+    make_quick()
 
 if not torch.cuda.is_available():
     # Ranks are threads or processes here, more of them than cores: with several threads each they take twice as long.

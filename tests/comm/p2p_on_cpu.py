@@ -8,7 +8,7 @@ from pathlib import Path
 import p2p_checks
 import pytest
 import torch
-from quick_interpreter import patch_once_a_launch
+from quick_interpreter import make_quick
 
 from shardwise.comm.arguments import as_bytes
 from shardwise.comm.base import CollectiveTimeout, CommError
@@ -23,7 +23,7 @@ from shardwise.comm.strategy import create, make_groups
 from shardwise.comm.watch import Deadlines
 from shardwise.sharding.layout import ParallelLayout
 
-patch_once_a_launch()
+make_quick()
 REGION = 1 << 15
 
 
