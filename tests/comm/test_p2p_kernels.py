@@ -18,6 +18,7 @@ gather = pytest.importorskip("shardwise.comm.p2p.gather").gather
 one_shot = pytest.importorskip("shardwise.comm.p2p.one_shot").one_shot
 two_shot = pytest.importorskip("shardwise.comm.p2p.two_shot").two_shot
 asm = pytest.importorskip("shardwise.comm.p2p.asm")
+rounded_sum = pytest.importorskip("p2p_checks").rounded_sum
 
 interpreted = pytest.mark.skipif(not asm.INTERPRET.value, reason="kernels of this process are compiled for a GPU")
 pytestmark = [
@@ -80,13 +81,6 @@ def launch(
     assert abort.item() == bool(missing)
 
 
-def ordered_sum(parts: list[torch.Tensor]) -> torch.Tensor:
-    total = parts[0].float()
-    for part in parts[1:]:
-        total = total + part.float()
-    return total.to(parts[0].dtype)
-
-
 def check_close(found: torch.Tensor, expected: torch.Tensor) -> None:
     """The interpreter truncates float32 to bfloat16, so a value may be one unit in the last place off, twice."""
     unit = {torch.float32: 2**-22, torch.float16: 2**-10, torch.bfloat16: 2**-6}[found.dtype]
@@ -118,7 +112,7 @@ def test_one_shot_sums_pushes_and_rearms(world, rank, dtype, ahead, bulk):
     tensors = (x[rank], x[rank], x[rank], out, out)
     launch(one_shot, world, rank, slots, tensors, rows, width, rows * width, chunks,
            fused=False, call=call, ahead=ahead, bulk=bulk)  # fmt: skip
-    check_close(out, ordered_sum(x))
+    check_close(out, rounded_sum(x))
     assert slots.memory[rank].eq(ARMED).all(), "what was taken is armed again"
     for peer in set(range(world)) - {rank}:
         for row in range(rows):
@@ -145,7 +139,7 @@ def test_fused_equals_the_three_steps(kernel, world, rank, rows, width, aligned)
     chunks = -(-width * 2 // 16)
     x = random_rows(world, rows, width, dtype)
     residual, weight = random_rows(1, rows, width, dtype)[0], random_rows(1, 1, width, dtype)[0][0]
-    total = ordered_sum(x)
+    total = rounded_sum(x)
     slots = Slots(world, rows + world, chunks)
     lay_peers = lay_one_shot if kernel is one_shot else lay_two_shot
     lay_peers(slots, world, rank, x, total, call & 1)
@@ -174,7 +168,7 @@ def test_sums_over_a_block_that_follow_each_other_take_places_by_turns(kernel, m
     x = random_rows(world, rows, width, torch.float32)
     slots = Slots(world, rows + world, width // 4)
     lay_peers = lay_one_shot if kernel is one_shot else lay_two_shot
-    lay_peers(slots, world, rank, x, ordered_sum(x), 0)
+    lay_peers(slots, world, rank, x, rounded_sum(x), 0)
     out, total = torch.empty_like(x[0]), torch.empty_like(x[0])
     launch(kernel, world, rank, slots, (x[rank], x[0], x[0][0], out, total), rows, width,
            rows * width, width // 4, fused=True, call=0, grid=1)  # fmt: skip
@@ -208,7 +202,7 @@ def test_two_shot_pushes_contributions_and_sums(grid, pushers, share, bulk):
     world, rank, rows, width, call = 4, 1, 10, 32, 3
     chunks = width * 4 // 16
     x = random_rows(world, rows, width, torch.float32)
-    total = ordered_sum(x)
+    total = rounded_sum(x)
     slots = Slots(world, rows + world, chunks)
     lay_two_shot(slots, world, rank, x, total, call & 1)
     out = torch.full_like(total, float("nan"))
