@@ -10,6 +10,7 @@ from tiny import VOCAB, expected_tokens, generate, write
 
 from shardwise.sharding.config import ConfigError
 from shardwise.sharding.layout import ParallelLayout
+from shardwise.sharding.plan import plan
 
 ONE_RANK = ParallelLayout()
 SWITCHED_ON = dict(use_sliding_window=True, sliding_window=3)
@@ -122,3 +123,10 @@ def test_a_head_that_the_files_hold_counts_before_a_flag_that_ties_it(tmp_path):
     save_file(load_file(file) | {"lm_head.weight": torch.randn(VOCAB, 48)}, file)
     (found,) = generate(folder, ONE_RANK)
     assert [list(answer.token_ids) for answer in found] == expected_tokens(folder)
+
+
+def test_a_window_in_one_block_of_a_searched_architecture_is_refused():
+    block = {"attention": {"n_heads_in_group": 2, "window_length": 64}, "ffn": {"ffn_mult": 2.0}}
+    config = dict(hidden_size=96, num_hidden_layers=1, num_attention_heads=6, vocab_size=VOCAB, block_configs=[block])
+    with pytest.raises(ConfigError, match="block_configs.attention.window_length is 64, expected null"):
+        plan(config | {"architectures": ["DeciLMForCausalLM"]})

@@ -9,6 +9,8 @@ from shardwise.sharding.model import Layer, ModelSpec
 
 LAYER = "model.layers.{layer}"
 WIDTH_STEP = 256
+FULL_ATTENTION = ("window_length", "num_sink_tokens", "sparsify")
+"""Fields that would make attention another one."""
 
 
 def build(config: Config, name: str, architecture: str) -> ModelSpec:
@@ -42,6 +44,9 @@ def _key(block: Config) -> tuple[int, float]:
     for half in (mixer, mlp):
         if half.flag("replace_with_linear"):
             raise half.error(("block_configs.replace_with_linear",), True, "false: such blocks are not supported")
+    for name in FULL_ATTENTION:
+        if mixer.has(name):
+            raise mixer.error((f"block_configs.attention.{name}",), mixer.raw(name), "null: attention is to all tokens")
     group = 0 if mixer.flag("no_op") else mixer.integer("n_heads_in_group")
     return group, 0.0 if mlp.flag("no_op") else mlp.number("ffn_mult")
 
