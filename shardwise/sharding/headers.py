@@ -61,7 +61,7 @@ def part_of(name: str) -> str:
 
 
 def _part(name: str, layers: int) -> str:
-    number = re.search(r"layers\.(\d+)\.", name)
+    number = re.search(r"layers\.(\d{1,9})\.", name)
     past_the_end = number is not None and int(number[1]) >= layers
     part = part_of(name)
     return "mtp" if part == "other" and past_the_end else part

@@ -1,7 +1,7 @@
 """Styles of Transformers' `tp_plan` dictionaries (module globs to styles), as far as a planner can follow them."""
 
 import fnmatch
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from shardwise.sharding.config import ConfigError, read_json
@@ -29,6 +29,17 @@ def read_tp_plan(path: str | Path) -> dict[str, str]:
 def style_of(module: str, styles: Mapping[str, str]) -> str:
     """`column`, `row`, `whole` or nothing, of a module by the first glob that its name ends with."""
     for glob, style in styles.items():
-        if fnmatch.fnmatchcase(module, glob) or fnmatch.fnmatchcase(module, f"*.{glob}"):
+        if _matches(module, glob):
             return "column" if style in COLUMN else "row" if style in ROW else "" if style in EXPERTS else "whole"
     return ""
+
+
+def unmatched(styles: Mapping[str, str], names: Iterable[str]) -> tuple[str, ...]:
+    """A note of the globs that no tensor of these names, and no module around one, matches."""
+    modules = {".".join(parts[:n]) for name in names for parts in [name.split(".")] for n in range(1, len(parts) + 1)}
+    globs = [glob for glob in styles if not any(_matches(module, glob) for module in modules)]
+    return (f"the tp_plan's {', '.join(globs)} matches no module of the checkpoint",) if globs else ()
+
+
+def _matches(module: str, glob: str) -> bool:
+    return fnmatch.fnmatchcase(module, glob) or fnmatch.fnmatchcase(module, f"*.{glob}")

@@ -10,16 +10,18 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from shardwise.sharding.axes import Axis, Dim, LogicalAxis, along, concat, fixed
-from shardwise.sharding.checkpoint.header import TensorEntry
+from shardwise.sharding.checkpoint.header import CheckpointError, TensorEntry
 from shardwise.sharding.config import Config
 from shardwise.sharding.headers import leftovers, part_of
 from shardwise.sharding.model import Layer, ModelSpec
 from shardwise.sharding.spec import Attention, Block, DenseMlp, Embedding, Head, Moe, Norm, Routing
 from shardwise.sharding.tensors import TensorSpec
-from shardwise.sharding.tp_styles import style_of
+from shardwise.sharding.tp_styles import style_of, unmatched
 
-_LAYER = re.compile(r"^(.*?\b(?:layers|layer|blocks|block|h)\.)(\d+)(\..*)$")
-_EXPERT = re.compile(r"^(.*\bexperts\.)(\d+)(\..*)$")
+_NUMBER = r"(0|[1-9]\d{0,4})"
+"""Of a layer or an expert; no model has as many as a longer one would say, which is then a name like any other."""
+_LAYER = re.compile(rf"^(.*?\b(?:layers|layer|blocks|block|h)\.){_NUMBER}(\..*)$")
+_EXPERT = re.compile(rf"^(.*\bexperts\.){_NUMBER}(\..*)$")
 EMBED = {"embed_tokens", "wte", "word_embeddings", "tok_embeddings", "embed_in", "embeddings", "embedding"}
 HEAD = {"lm_head", "output", "embed_out", "head"}
 ROLES = {
@@ -62,6 +64,7 @@ def model_from_headers(
     """A ModelSpec of what the headers show; `config` gives head counts where it has them.
 
     `styles`: a tp_plan (module globs to styles), which says how modules with uncommon names are cut.
+    CheckpointError for experts that are not numbered from 0 on, or differ in shape or type.
     """
     text = config.section("text_config")
     listed = config.list("architectures", default=[], of=str)
@@ -80,9 +83,10 @@ def model_from_headers(
     made: dict[tuple[_Stored, ...], Layer] = {}
     stack = []
     for number in range(max(layers, default=-1) + 1):
-        key = tuple(_fold(layers.get(number, [])))
+        key = tuple(_fold(layers.get(number, []), config.source))
         stack.append(made.setdefault(key, reader.layer(key)) if key not in made else made[key])
     embed, head, rest = reader.ends(ends)
+    names = [s.name for key in made for s in key] + [entry.name for entry in ends]
     vocab = embed[0].shape[0] if embed else text.integer("vocab_size", default=1)
     return ModelSpec(
         name=name,
@@ -97,7 +101,7 @@ def model_from_headers(
         quantization="as stored",
         extras=leftovers(extra, len(stack)),
         others=(Block(rest),),
-        notes=reader.report(listed) + _cache_note(stack),
+        notes=reader.report(listed) + unmatched(styles or {}, names) + _cache_note(stack),
     )
 
 
@@ -120,13 +124,18 @@ def _stored(entry: TensorEntry, name: str) -> _Stored:
     return _Stored(name, module.rpartition(".")[2], leaf, entry.shape, entry.dtype, experts)
 
 
-def _fold(stored: list[_Stored]) -> Iterator[_Stored]:
+def _fold(stored: list[_Stored], source: str) -> Iterator[_Stored]:
     """One row a pattern, `experts` being the number of experts that have it."""
-    rows: dict[tuple, int] = {}
+    rows: dict[tuple[str, str, str, tuple[int, ...], str], list[int]] = {}
     for s in stored:
-        key = (s.name, s.module, s.leaf, s.shape, s.dtype)
-        rows[key] = max(rows.get(key, 0), s.experts)
-    for key, experts in rows.items():
+        rows.setdefault((s.name, s.module, s.leaf, s.shape, s.dtype), []).append(s.experts)
+    for key, numbers in rows.items():
+        experts = max(numbers)
+        if experts and len(numbers) != experts:
+            raise CheckpointError(
+                f"{source}: {key[0]} is there {len(numbers)} times as {key[4]} {list(key[3])}, but numbered up to "
+                f"{experts - 1}: the experts of a layer must be numbered from 0 on and have one shape and type"
+            )
         yield _Stored(*key, experts)
 
 

@@ -308,6 +308,34 @@ def test_experts_of_an_unknown_architecture_are_counted_group_by_group(tmp_path)
     assert [[i for i in range(3) if side.format(i) in h] for h in held] == [[0, 1], [2]]
 
 
+@pytest.mark.parametrize(
+    ("numbers", "words"),
+    [((3,), "is there 1 times as F32 [10, 64], but numbered up to 3"), ((0, 2), "2 times"), ((99999,), "up to 99999")],
+)
+def test_experts_of_an_unknown_architecture_with_gaps_are_refused(numbers, words, tmp_path):
+    def add(tensors):
+        for number in numbers:
+            tensors[f"model.layers.1.mlp.experts.{number}.up_proj.weight"] = np.zeros((10, 64), np.float32)
+
+    folder = write_llama(tmp_path, add, LLAMA | {"architectures": ["NobodyForCausalLM"]})
+    with pytest.raises(CheckpointError) as error:
+        plan(folder)
+    assert words in str(error.value) and str(folder) in str(error.value)
+
+
+@pytest.mark.parametrize("number", ["999999999", "9" * 5000, "007"])
+def test_a_number_that_no_layer_has_is_a_name_like_any_other(number, tmp_path):
+    name = f"model.layers.{number}.mlp.experts.{number}.weight"
+
+    def add(tensors):
+        tensors[name] = np.zeros((10, 64), np.float32)
+
+    made = plan(write_llama(tmp_path, add, LLAMA | {"architectures": ["NobodyForCausalLM"]}), tp=2)
+    assert made.shard(1, name).whole and len(made.model.layers) == 2
+    known = plan(write_llama(tmp_path, add))
+    assert [t.name for extra in known.model.extras for t in extra.tensors] == [name]
+
+
 def test_what_is_not_recognised_is_whole_and_said(tmp_path):
     def rename(tensors):
         for layer in range(2):

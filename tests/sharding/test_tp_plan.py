@@ -114,6 +114,15 @@ def test_styles_cut_what_names_do_not_tell(tmp_path, capsys):
     assert exported["model.layers.*.ff.widen"] == "colwise" and exported["model.layers.*.ff.narrow"] == "rowwise"
 
 
+def test_a_glob_that_matches_nothing_is_said(tmp_path):
+    folder = unknown_model(tmp_path)
+    styles = {"layers.*.ff.widen": "colwise", "layers.*.ff": "gather", "layers.*.mlp.up_proj": "colwise"}
+    notes = plan(folder, tp=2, tp_plan=styles).warnings
+    assert [note for note in notes if "tp_plan" in note] == [
+        "the tp_plan's layers.*.mlp.up_proj matches no module of the checkpoint"
+    ]
+
+
 def test_a_described_architecture_takes_no_styles(tmp_path):
     config = {
         "architectures": ["LlamaForCausalLM"],
