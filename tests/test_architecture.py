@@ -20,7 +20,8 @@ MAY_IMPORT = {
     "launch": {"partition", "comm", "ops", "sharding", "parallel"},
     "testing": {"partition", "comm", "ops", "sharding", "parallel", "launch"},
 }
-LISTED = ("comm", "comm/p2p", "sharding", "parallel", "launch")
+LISTED_OPS = ("ops", "ops/attention", "ops/fla", "ops/mamba", "ops/mla", "ops/normalization")
+LISTED = ("comm", "comm/p2p", "sharding", "parallel", "launch", *LISTED_OPS)
 """Packages whose docstring says what each of their files is for."""
 COMM_USERS_IN_OPS = {"distributed", "normalization", "moe"}
 RANK_TYPES = {"shardwise.comm.rank", "shardwise.comm.base"}
