@@ -124,7 +124,7 @@ def estimate(plan: Plan, topology: Topology, workload: Workload) -> Estimate:
     """Memory and time of `plan` on `topology`."""
     rank = plan.fullest_rank
     traffic = traffic_of(plan, rank)
-    sequences = -(-workload.batch // plan.layout.attn_dp)
+    sequences = sequences_of(plan, workload)
     return Estimate(
         memory_of(plan, topology, workload, rank),
         _decode(plan, topology, workload, traffic, rank, sequences),
@@ -135,7 +135,7 @@ def estimate(plan: Plan, topology: Topology, workload: Workload) -> Estimate:
 
 def memory_of(plan: Plan, topology: Topology, workload: Workload, rank: int) -> Memory:
     """Weights, cache of the rank's sequences, activations of one prefill chunk and logits of one step."""
-    sequences = -(-workload.batch // plan.layout.attn_dp)
+    sequences = sequences_of(plan, workload)
     tokens = min(workload.chunk, sequences * workload.prompt)
     vectors = HIDDEN_VECTORS * plan.model.hidden + INNER_VECTORS * _widest(plan, rank)
     return Memory(
@@ -144,6 +144,16 @@ def memory_of(plan: Plan, topology: Topology, workload: Workload, rank: int) -> 
         plan.cache_bytes(rank, max(workload.context, workload.prompt), sequences),
         tokens * vectors * ACTIVATION_BYTES + sequences * plan.model.vocab * 4,
     )
+
+
+def sequences_of(plan: Plan, workload: Workload) -> int:
+    """Sequences of the workload that a rank serves: those of its data-parallel group."""
+    return -(-workload.batch // plan.layout.attn_dp)
+
+
+def cached_bytes(plan: Plan, workload: Workload, rank: int) -> int:
+    """Cache of the rank when its sequences have reached the workload's context."""
+    return plan.cache_bytes(rank, workload.context, sequences_of(plan, workload))
 
 
 def _widest(plan: Plan, rank: int) -> int:

@@ -25,10 +25,13 @@ def document(plan: Plan, *, per_tensor: bool = False) -> dict[str, Any]:
     return {**_head(plan, None), "ranks": ranks}
 
 
-def document_lines(plan: Plan, *, per_tensor: bool = False, cost: "Cost | None" = None) -> Iterator[str]:
+def document_lines(
+    plan: Plan, *, per_tensor: bool = False, cost: "Cost | None" = None, workload: "Workload | None" = None
+) -> Iterator[str]:
     """The text of `document`, line by line: one field, rank or tensor a line, never all tensors in memory at once.
 
-    `cost`: (topology, workload, estimate) of `cost.estimate`, which then has its own field.
+    `cost`: (topology, workload, estimate) of `cost.estimate`, which then has its own field. `workload`: what every
+    rank's `cache_bytes` are for, which are left out without it.
     """
     yield "{"
     for key, value in _head(plan, cost).items():
@@ -36,7 +39,7 @@ def document_lines(plan: Plan, *, per_tensor: bool = False, cost: "Cost | None" 
     yield ' "ranks": ['
     for rank in range(plan.layout.world):
         yield "  {"
-        for key, value in _totals(plan, rank).items():
+        for key, value in (_totals(plan, rank) | _cached(plan, workload, rank)).items():
             yield f'   "{key}": {json.dumps(value)},'
         yield '   "tensors": ['
         yield from _separated(_tensors(plan, rank, per_tensor))
@@ -156,6 +159,14 @@ def _totals(plan: Plan, rank: int) -> dict[str, Any]:
         "state_bytes_per_sequence": totals.state_bytes_per_sequence,
         "experts": [list(plan.experts(rank, axis)) for axis in plan.cuts.placement],
     }
+
+
+def _cached(plan: Plan, workload: "Workload | None", rank: int) -> dict[str, int]:
+    if workload is None:
+        return {}
+    from shardwise.sharding.cost import cached_bytes
+
+    return {"cache_bytes": cached_bytes(plan, workload, rank)}
 
 
 def _tensors(plan: Plan, rank: int, per_tensor: bool) -> Iterator[dict[str, Any]]:

@@ -18,19 +18,23 @@ _STEP = ("weights", "cache", "compute", "communication", "launch")
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
 
-def text_report(plan: Plan, cost: "Cost | None" = None) -> str:
-    """The whole plan, a line for each tensor pattern, rank and collective; with its cost where that is given."""
+def text_report(plan: Plan, cost: "Cost | None" = None, workload: "Workload | None" = None) -> str:
+    """The whole plan, a line for each tensor pattern, rank and collective; with its cost where that is given.
+
+    `workload`: what a column for the cache of each rank is for.
+    """
     model, layout = plan.model, plan.layout
     head = (
         f"{model.name}  {model.architecture}  {count_text(plan.parameters)} parameters, {len(model.layers)} layers, "
         f"quantization {model.quantization}\nlayout: {layout}  (world {layout.world})"
     )
-    parts = [head, tensor_table(plan), rank_table(plan) + _imbalance(plan)]
+    parts = [head, tensor_table(plan), rank_table(plan, workload) + _imbalance(plan)]
     if plan.collectives:
         parts.append(collective_table(plan))
     if cost is not None:
         parts.append(cost_text(plan, *cost))
-    warnings = plan.warnings + (_beyond(plan, cost[1]) if cost is not None else ())
+    asked = cost[1] if cost is not None else workload
+    warnings = plan.warnings + (_beyond(plan, asked, cost is not None) if asked is not None else ())
     notes = [_extra_line(row) for row in extras(plan)] + [f"warning: {w}" for w in warnings]
     return "\n\n".join(parts + (["\n".join(notes)] if notes else []))
 
@@ -43,8 +47,9 @@ def _imbalance(plan: Plan) -> str:
     )
 
 
-def _beyond(plan: Plan, workload: "Workload") -> tuple[str, ...]:
-    most, wanted = plan.model.max_positions, max(workload.context, workload.prompt)
+def _beyond(plan: Plan, workload: "Workload", prompted: bool) -> tuple[str, ...]:
+    most = plan.model.max_positions
+    wanted = max(workload.context, workload.prompt) if prompted else workload.context
     return (f"{wanted} tokens a sequence are more than the model's {most} positions",) if 0 < most < wanted else ()
 
 
@@ -139,17 +144,24 @@ def tensor_table(plan: Plan) -> str:
     return table(("tensor", "count", "global", "cut", "local (rank 0)", "type", "bytes (rank 0)"), rows)
 
 
-def rank_table(plan: Plan) -> str:
-    """One line a rank; ranks that hold the same amounts share a line."""
+def rank_table(plan: Plan, workload: "Workload | None" = None) -> str:
+    """One line a rank; ranks that hold the same amounts share a line. With the cache of the workload, if any."""
     groups: dict[tuple[int, ...], list[int]] = {}
     for r in plan.ranks:
         key = (r.weight_bytes, r.kv_bytes_per_token, r.state_bytes_per_sequence, r.tensors)
         groups.setdefault(key, []).append(r.rank)
+    head = ["rank", "weights", "tensors", "KV cache a token", "state a sequence"]
     rows = [
-        (_ranks(ranks), size_text(weights), str(tensors), bytes_text(kv), size_text(state) if state else "-")
+        [_ranks(ranks), size_text(weights), str(tensors), bytes_text(kv), size_text(state) if state else "-"]
         for (weights, kv, state, tensors), ranks in groups.items()
     ]
-    return table(("rank", "weights", "tensors", "KV cache a token", "state a sequence"), rows)
+    if workload is not None:
+        from shardwise.sharding.cost import cached_bytes, sequences_of
+
+        head.append(f"cache, {sequences_of(plan, workload)} x {workload.context} tokens")
+        for row, (first, *_) in zip(rows, groups.values(), strict=True):
+            row.append(size_text(cached_bytes(plan, workload, first)))
+    return table(head, rows)
 
 
 def collective_table(plan: Plan) -> str:

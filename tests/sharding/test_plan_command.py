@@ -184,12 +184,28 @@ def test_search_and_what_would_fit_take_the_type_of_weights_and_cache_into_accou
     assert main(["plan", config(MOE), "--search", "--gpus", str(int(gpus) // 2), *workload, "--kv-bytes", "1"]) == 3
 
 
+def test_the_cache_of_a_context_needs_no_machine(config, capsys):
+    asked = ["plan", config(MOE), "--tp", "8", "--ep", "8", "--context", "32k", "--batch", "16"]
+    a_rank = 16 * 32768 * 48 * 1 * 2 * 128 * 2  # sequences, tokens, layers, KV heads, keys and values, head size, bytes
+    assert main([*asked, "--json"]) == 0
+    assert {rank["cache_bytes"] for rank in json.loads(capsys.readouterr().out)["ranks"]} == {a_rank}
+    assert main(asked) == 0
+    table = capsys.readouterr().out
+    assert "cache, 16 x 32768 tokens" in table and f"{a_rank / 2**30:.3f} GiB" in table
+    assert main(["plan", config(MOE), "--attn-dp", "8", "--ep", "8", "--context", "1m", "--batch", "9", "--json"]) == 0
+    two_sequences = 2 * 2**20 * 48 * 4 * 2 * 128 * 2
+    assert json.loads(capsys.readouterr().out)["ranks"][0]["cache_bytes"] == two_sequences
+    assert main(["plan", config(MOE), "--context", "1m"]) == 0
+    assert "1048576 tokens a sequence are more than the model's" in capsys.readouterr().out
+    assert main(["plan", config(MOE), "--json"]) == 0
+    assert "cache_bytes" not in json.loads(capsys.readouterr().out)["ranks"][0]
+
+
 @pytest.mark.parametrize(
     "arguments, words",
     [
-        ("--tp 2 --batch 4", "--batch is for the cost on a machine: add --device NAME"),
-        ("--context 32k", "--context is for the cost on a machine"),
-        ("--nodes 2", "--nodes is for the cost on a machine"),
+        ("--tp 2 --nodes 2", "--nodes is for the cost on a machine: add --device NAME"),
+        ("--context 32k --nodes 2", "--nodes is for the cost on a machine"),
         ("--prompt 1k", "--prompt is for the cost on a machine"),
         ("--per-tensor", "--per-tensor is for --json: add that"),
         ("--gpus 4", "--gpus is for --search: add that"),

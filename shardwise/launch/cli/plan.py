@@ -59,10 +59,11 @@ def _plan(args: argparse.Namespace) -> int:
         write_lines([json.dumps(styles, indent=1)], args.export_tp_plan)
         return DONE
     cost = _cost(args, planned)
+    workload = _workload(args) if args.cached else None
     if args.json:
         from shardwise.sharding.document import document_lines
 
-        write_lines(document_lines(planned, per_tensor=args.per_tensor, cost=cost), args.json)
+        write_lines(document_lines(planned, per_tensor=args.per_tensor, cost=cost, workload=workload), args.json)
     if args.html:
         from shardwise.sharding.page.page import page
 
@@ -71,7 +72,7 @@ def _plan(args: argparse.Namespace) -> int:
     if args.json != "-":
         from shardwise.sharding.report import text_report
 
-        print(text_report(planned, cost))
+        print(text_report(planned, cost, workload))
     if cost and not cost[2].memory.fits:
         print(_misfit(args, planned, cost[1], -cost[2].memory.left), file=sys.stderr)
         return DOES_NOT_FIT
@@ -106,12 +107,17 @@ def _cost(args: argparse.Namespace, planned, device: str | None = None):
 
 def _machine(args: argparse.Namespace, device: str, ranks: int):
     from shardwise.sharding import topology
-    from shardwise.sharding.cost import Workload
 
-    workload = Workload(batch=args.batch, context=args.context, prompt=args.prompt)
+    workload = _workload(args)
     with file_of("--device"):
         machine = topology.load(device)
     return machine.spread(ranks, args.nodes), workload
+
+
+def _workload(args: argparse.Namespace):
+    from shardwise.sharding.cost import Workload
+
+    return Workload(batch=args.batch, context=args.context, prompt=args.prompt)
 
 
 def _legal(args: argparse.Namespace) -> int:

@@ -18,7 +18,8 @@ DEFAULTS: dict[str, int | str] = {
 }
 """Of options that the parser leaves at None, so that options that were given differ from those that were not."""
 _PLAN = {*SIZES, "pad", "redundant_experts", "expert_load", "dtype", "extras", "tp_plan"}
-_WORKLOAD = {"nodes", "context", "batch", "prompt"}
+_CACHED = {"context", "batch"}
+_WORKLOAD = {"nodes", "prompt"} | _CACHED
 _SEARCH = {"gpus", "objective"}
 _UNITS = {"k": 1 << 10, "m": 1 << 20}
 
@@ -75,8 +76,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def settle(args: argparse.Namespace) -> None:
-    """Fill in the defaults. ValueError for an option without an effect: it would be left out without a word."""
+    """Fill in the defaults; `cached`: whether a cache was asked for. ValueError for an option without an effect."""
     _refuse_unused(args)
+    args.cached = any(getattr(args, name) is not None for name in _CACHED)
     for name, value in DEFAULTS.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -110,7 +112,7 @@ def _mode(args: argparse.Namespace) -> tuple[str, set[str]]:
     if args.export_tp_plan:
         return "--export-tp-plan", set(_PLAN)
     has_cost = args.device or args.html
-    used = _PLAN | {"kv_bytes", "device", "html", "json"} | (_WORKLOAD if has_cost else set())
+    used = _PLAN | _CACHED | {"kv_bytes", "device", "html", "json"} | (_WORKLOAD if has_cost else set())
     return "", used | ({"per_tensor"} if args.json else set())
 
 
