@@ -2,7 +2,7 @@
 
 Blocks compute partial sums; `layers.ResidualNorm` and the experts of `moe` add them up over the ranks.
 
-    engine                      loads a rank's part of a model and generates; every rank calls it alike
+    engine, step_loop           loads a rank's part of a model and generates; every rank calls it alike
     scheduler, batch, requests  continuous batching: which tokens of which requests make the next step
     runner                      runs a step by the fastest code that serves it, and says which and why
     decoder, assemble,          the stack of layers, built from the blocks of a ModelSpec

@@ -3,9 +3,8 @@
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -32,14 +31,14 @@ from shardwise.parallel.paged import PagedCache
 from shardwise.parallel.prompts import Prompt, PromptLimits
 from shardwise.parallel.requests import RequestContext, make_requests
 from shardwise.parallel.results import Completion, CompletionCollector, RankStats, TokenEvent
-from shardwise.parallel.runner import Launched, Runner
+from shardwise.parallel.runner import Runner
 from shardwise.parallel.sampler import SamplingParams
-from shardwise.parallel.scheduler import Request, Scheduler, Step
+from shardwise.parallel.scheduler import Request, Scheduler
 from shardwise.parallel.sizing import activation_bytes, pages_for, slots_for
+from shardwise.parallel.step_loop import StepLoop
 from shardwise.parallel.storage import left_out
 from shardwise.parallel.supported import context
 from shardwise.parallel.tokenizer import IdTokenizer, Tokenizer, load_tokenizer
-from shardwise.parallel.trace import DECODE, PREFILL, SAMPLE, SCHEDULE, span
 from shardwise.parallel.weight_form import WeightForm
 from shardwise.parallel.weights import Progress, Weights
 from shardwise.sharding.checkpoint.resolve import Checkpoint, open_checkpoint
@@ -224,75 +223,15 @@ class Engine:
         try:
             with self._here():
                 cache = self._cache_for(requests)
-            yield from self._steps(requests, cache)
+            scheduler = Scheduler(cache=cache, step_tokens=STEP_TOKENS, max_length=self.max_length, device=self.device)
+            loop = StepLoop(self.groups, self.runner, scheduler, self.tokenizer, self.max_length, self._here)
+            yield from loop.run(requests)
         finally:
             self._running = False
-
-    def _steps(self, requests: list[Request], cache: KvCache) -> Iterator[TokenEvent]:
-        own = requests[self.groups.attn_dp.rank :: self.groups.attn_dp.size]
-        scheduler = Scheduler(cache=cache, step_tokens=STEP_TOKENS, max_length=self.max_length, device=self.device)
-        scheduler.add(own)
-        unfinished = {request.number for request in requests}
-        running: _Running | None = None
-        try:
-            while unfinished:
-                running = running or self._launch(scheduler.next_step)
-                following = self._ahead(scheduler, running)
-                for number, token in self._read(running):
-                    if number not in unfinished:  # it ended in the step before, when this one was under way
-                        continue
-                    event = self._accept(requests[number], token)
-                    if event.finished:
-                        unfinished.remove(number)
-                        scheduler.finish(requests[number])
-                    yield event
-                running = following
-        finally:
-            for request in own:
-                scheduler.finish(request)
-
-    def _launch(self, schedule: Callable[[], Step]) -> "_Running":
-        with span(SCHEDULE):
-            step = schedule()
-        # Entered for each step: a generator that is suspended inside would leave its caller in inference mode.
-        with self._here(), span(PREFILL if step.batch.prefills else DECODE), torch.inference_mode():
-            return _Running(step, self.runner.launch(step))
 
     def _here(self) -> AbstractContextManager:
         """Makes the engine's GPU the current one, which each thread that calls has of its own."""
         return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
-
-    def _ahead(self, scheduler: Scheduler, running: "_Running") -> "_Running | None":
-        """The step after the running one, launched before that one's tokens are known, where it can be."""
-        greedy = all(request.params.temperature == 0 for request in running.step.sampled)
-        if not self.runner.runs_ahead or not greedy or running.step.batch.prefills or self.groups.attn_dp.size > 1:
-            return None
-        if not scheduler.may_go_ahead(running.step):
-            return None
-        return self._launch(lambda: scheduler.next_ahead(running.step))
-
-    def _read(self, running: "_Running") -> list[tuple[int, int]]:
-        """(request, token) pairs of all data-parallel groups; a group without work takes part with no token."""
-        with span(SAMPLE):
-            tokens = running.launched.tokens()
-        self.groups.check_waits()
-        pairs = [(request.number, token) for request, token in zip(running.step.sampled, tokens, strict=True)]
-        if self.groups.attn_dp.size == 1:
-            return pairs
-        return [pair for group in self.groups.attn_dp.all_gather_object(pairs) for pair in group]
-
-    def _accept(self, request: Request, token: int) -> TokenEvent:
-        params = request.params
-        request.tokens.append(token)
-        if token in params.stop_token_ids or (token in self.tokenizer.stop_ids and not params.ignore_eos):
-            return TokenEvent(request.number, token, request.text.flush(), True, "stop", in_answer=False)
-        text = request.text.push(token)
-        if request.text.stopped:
-            return TokenEvent(request.number, token, text, True, "stop")
-        length = len(request.prompt) + len(request.tokens)
-        if len(request.tokens) == params.max_new_tokens or length == self.max_length:
-            return TokenEvent(request.number, token, text + request.text.flush(), True, "length")
-        return TokenEvent(request.number, token, text)
 
     def _cache_for(self, requests: list[Request]) -> KvCache:
         """The cache for these requests, which the data-parallel groups share out in turn: rows as long as the longest
@@ -341,14 +280,6 @@ class Engine:
             device=self.device,
             attention=self._attention,
         )
-
-
-@dataclass(frozen=True)
-class _Running:
-    """A step under way."""
-
-    step: Step
-    launched: Launched
 
 
 def _numbered(device: torch.device) -> torch.device:
