@@ -24,6 +24,7 @@ ROPES: dict[str, tuple[str, ...]] = {
     "longrope": ("short_factor", "original_max_position_embeddings"),
 }
 """Kinds of rotary embedding, with the fields without which they cannot be computed."""
+SCALED_QUERIES = "llama_4_scaling_beta"
 ACTIVATIONS = ("silu", "swish", "gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "relu2")
 SCORES = ("softmax", "sigmoid", "sqrtsoftplus")
 
@@ -63,12 +64,13 @@ is refused until somebody has implemented it."""
 def context(model: ModelSpec) -> int:
     """Tokens that prompt and answer may have together; 0: any number.
 
-    LongRoPE turns all keys of a sequence otherwise, once it outgrows the original context, also those that are cached:
-    it is run up to there.
+    LongRoPE turns all keys of a sequence otherwise, once it outgrows the original context, also those that are cached;
+    some models of Mistral scale their queries by position from there on. Both are run up to there.
     """
     mixers = [mixer for layer, _ in model.layer_groups() for mixer in layer.mixers]
     ropes = [m.rope for m in mixers if isinstance(m, spec.Attention | spec.MlaAttention) and m.rope]
-    originals = [rope.parameters["original_max_position_embeddings"] for rope in ropes if rope.kind == "longrope"]
+    limited = [rope.parameters for rope in ropes if rope.kind == "longrope" or SCALED_QUERIES in rope.parameters]
+    originals = [fields.get("original_max_position_embeddings", 0) for fields in limited]
     return min(filter(None, (model.max_positions, *originals)), default=0)
 
 

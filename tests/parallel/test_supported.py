@@ -92,9 +92,11 @@ def test_an_option_without_an_implementation_is_named_with_what_has_one(model, c
         check_supported(replace(model, layers=(model.layers[0], layer)))
 
 
-def test_long_rope_is_run_up_to_its_original_context(model):
-    scaling = (("original_max_position_embeddings", 64), ("short_factor", (1.0,) * 8))
-    rope = spec.Rope(theta=1.0, dim=16, kind="longrope", scaling=scaling)
+@pytest.mark.parametrize(
+    ("kind", "field"), [("longrope", ("short_factor", (1.0,) * 8)), ("yarn", ("llama_4_scaling_beta", 0.1))]
+)
+def test_what_changes_beyond_the_original_context_is_run_up_to_there(model, kind, field):
+    rope = spec.Rope(theta=1.0, dim=16, kind=kind, scaling=(field, ("original_max_position_embeddings", 64)))
     layer = replace(model.layers[0], mixers=(replace(model.layers[0].mixers[0], rope=rope),))
     assert (supported.context(model), model.max_positions) == (0, 0)
     assert supported.context(replace(model, max_positions=4096, layers=(layer,))) == 64
