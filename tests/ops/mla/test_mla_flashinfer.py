@@ -18,7 +18,7 @@ INFO = next(info for info in operators() if info.name == "flashinfer_mla_with_ca
 REAL, WHY = INFO.availability()
 DEVICE = "cuda" if REAL else "cpu"
 CALL = OP if REAL else flashinfer_mla_with_cache
-HEADS, NOPE, ROPE, VALUE, RANK = 16, 128, 64, 128, 512
+HEADS, NOPE, ROPE, VALUE, RANK = 16 if REAL else 4, 128, 64, 128, 512
 STEPS = {
     "prefill": Step([33, 5], [0, 0], [0, 1]),
     "chunked prefill": Step([7, 20], [30, 0], [0, 1]),
