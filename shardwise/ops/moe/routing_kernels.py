@@ -179,6 +179,6 @@ def combine_kernel(
             at = value_ptr + (split * pairs + pair) * columns + column
             value += tl.load(at, mask=inside & held, other=0.0).to(tl.float32)
         if WEIGHTED:
-            value *= tl.load(weight_ptr + pair).to(tl.float32)
+            value *= tl.load(weight_ptr + pair, mask=held, other=0.0).to(tl.float32)
         total += value
     tl.store(out_ptr + token * columns + column, total.to(out_ptr.dtype.element_ty), mask=inside)

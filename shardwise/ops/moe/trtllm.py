@@ -111,7 +111,7 @@ def _merged(ids: Tensor, weights: Tensor, experts: int) -> tuple[Tensor, Tensor]
     """
     same = ids[:, :, None] == ids[:, None, :]
     again = same.tril(-1).any(2)
-    return torch.where(again, experts, ids), (same * weights[:, None, :]).sum(2)
+    return torch.where(again, experts, ids), torch.where(same, weights[:, None, :], 0.0).sum(2)
 
 
 def _check_exchange(name: str, mapping_config: str, max_num_tokens: int) -> None:

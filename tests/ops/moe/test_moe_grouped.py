@@ -88,6 +88,15 @@ def test_repeated_ids_foreign_ids_and_tokens_without_experts():
     assert relative(got, routed_oracle(x, ids, weights, *stacks)) < EXACT
     assert got[3].eq(0).all()
     assert torch.equal(got, OPS.triton_moe_fused(x, ids.int(), weights, *stacks, True, 4))
+    weights[(ids < 0) | (ids >= 3)] = float("nan")
+    assert torch.equal(got, OPS.triton_moe_fused(x, ids, weights, *stacks, True, 4)), "a skipped pair's weight counts"
+
+
+def test_equal_ids_are_merged_and_the_weight_of_another_pair_is_left_out():
+    ids, weights = torch.tensor([[1, 1, -1], [0, 2, 0]]), torch.tensor([[0.5, 0.25, float("nan")], [1.0, 2.0, 3.0]])
+    merged, sums = trtllm._merged(ids, weights, 3)
+    assert merged.tolist() == [[1, 3, -1], [0, 2, 3]]
+    assert sums[0, 0] == 0.75 and sums[1].tolist() == [4.0, 2.0, 4.0]
 
 
 @pytest.mark.parametrize("skew", [True, False])
