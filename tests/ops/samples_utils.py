@@ -4,11 +4,11 @@ import torch
 from operator_samples import Sample
 
 
-def gather_scatter_args(count, dtype=torch.int64, index=torch.int32):
+def gather_scatter_args(count, dtype=torch.int64, index=torch.int32, spare=0):
     def build(device):
         source = torch.randint(0, 1000, (3 * count,), device=device).to(dtype)
         gather = torch.randint(0, 3 * count, (count,), device=device, dtype=index)
-        scatter = torch.randperm(2 * count, device=device)[:count].to(index)
+        scatter = torch.randperm(2 * count, device=device)[: count + spare].to(index)
         return source, gather, scatter, torch.zeros(2, count, device=device, dtype=dtype)
 
     return build
@@ -16,7 +16,7 @@ def gather_scatter_args(count, dtype=torch.int64, index=torch.int32):
 
 def gather_scatter(source, gather, scatter, out):
     flat = out.flatten().clone()
-    flat[scatter.long()] = source.flatten()[gather.long()]
+    flat[scatter[: len(gather)].long()] = source.flatten()[gather.long()]
     return (flat.view_as(out),)
 
 
@@ -72,6 +72,7 @@ SAMPLES = [
         for build, oracle, note in (
             (gather_scatter_args(50), gather_scatter, ""),
             (gather_scatter_args(1500, torch.bfloat16, torch.int64), gather_scatter, "two programs"),
+            (gather_scatter_args(7, spare=3), gather_scatter, "spare places"),
             (out_of_range, skipping, "out of range"),
         )
     ),

@@ -208,9 +208,9 @@ REFUSED_BY_KERNELS = {
         "triton_rope_on_interleaved_qk_inputs",
         lambda: (*cached_args()[:4], cached_args()[4][:1]),
     ),
-    "2 gather_ids but 3 mask_indices": (
+    "3 gather_ids but 2 mask_indices": (
         "triton_utils_fused_gather_scatter",
-        lambda: (on(DEVICE, 4), *(torch.zeros(n, dtype=torch.int64, device=DEVICE) for n in (2, 3)), on(DEVICE, 4)),
+        lambda: (on(DEVICE, 4), *(torch.zeros(n, dtype=torch.int64, device=DEVICE) for n in (3, 2)), on(DEVICE, 4)),
     ),
 }
 

@@ -121,9 +121,10 @@ _OUTPUTS = ("x", "B", "C", "D", "index", "offset", "owner", "bounds", "slots", "
 def plan_prefill(op: str, one: Inputs, batch: Batch, metadata: tuple[Tensor, ...], chunk: int) -> Prefill:
     """Checks dtypes and the lengths of the metadata, see `Prefill.launches`."""
     bounds, _, index, offset, owner = metadata
-    if not one.x.dtype == one.B.dtype == one.C.dtype:  # they meet in matrix products
+    if not one.x.dtype == one.B.dtype == one.C.dtype != torch.float64:  # they meet in matrix products
         raise TypeError(
-            f"{op}: hidden_states, B and C are {one.x.dtype}, {one.B.dtype} and {one.C.dtype}; legal: one dtype"
+            f"{op}: hidden_states, B and C are {one.x.dtype}, {one.B.dtype} and {one.C.dtype}; legal: one dtype of 16 "
+            "or 32 bits"
         )
     check_pieces(op, batch, bounds, index, offset, owner)
     tokens, (heads, P), (groups, N) = batch.prefill_tokens, one.x.shape[2:], one.B.shape[2:]

@@ -74,8 +74,10 @@ def check_pairs(op: str, gather_ids: torch.Tensor, mask_indices: torch.Tensor, o
     for name, index in (("gather_ids", gather_ids), ("mask_indices", mask_indices)):
         if index.dtype not in (torch.int32, torch.int64):
             raise TypeError(f"{op}: {name} must be int32 or int64, got {index.dtype}")
-    if gather_ids.numel() != mask_indices.numel():
-        raise ValueError(f"{op}: {gather_ids.numel()} gather_ids but {mask_indices.numel()} mask_indices")
+    if gather_ids.numel() > mask_indices.numel():
+        raise ValueError(
+            f"{op}: {gather_ids.numel()} gather_ids but {mask_indices.numel()} mask_indices; legal: no fewer"
+        )
     if not out.is_contiguous():
         raise ValueError(f"{op}: out is written in place and must be contiguous, got strides {out.stride()}")
 
@@ -86,10 +88,11 @@ def torch_utils_fused_gather_scatter(
 ) -> None:
     """out.view(-1)[mask_indices[i]] = ungathered_input.view(-1)[gather_ids[i]], in place.
 
-    gather_ids, mask_indices: int32 or int64, of one length. Pairs with an index out of range are skipped.
+    gather_ids, mask_indices: int32 or int64; entries of mask_indices behind the last of gather_ids are not read. Pairs
+    with an index out of range are skipped.
     """
     check_pairs("torch_utils_fused_gather_scatter", gather_ids, mask_indices, out)
     source, target = ungathered_input.reshape(-1), out.view(-1)
-    gather, scatter = gather_ids.reshape(-1).long(), mask_indices.reshape(-1).long()
+    gather, scatter = gather_ids.reshape(-1).long(), mask_indices.reshape(-1)[: gather_ids.numel()].long()
     valid = (gather >= 0) & (gather < len(source)) & (scatter >= 0) & (scatter < len(target))
     target[scatter[valid]] = source[gather[valid]].to(out.dtype)

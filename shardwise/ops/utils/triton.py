@@ -40,7 +40,8 @@ def triton_utils_fused_gather_scatter(
 ) -> None:
     """out.view(-1)[mask_indices[i]] = ungathered_input.view(-1)[gather_ids[i]], in place.
 
-    gather_ids, mask_indices: int32 or int64, of one length. Pairs with an index out of range are skipped.
+    gather_ids, mask_indices: int32 or int64; entries of mask_indices behind the last of gather_ids are not read. Pairs
+    with an index out of range are skipped.
     """
     op = "triton_utils_fused_gather_scatter"
     check_pairs(op, gather_ids, mask_indices, out)
