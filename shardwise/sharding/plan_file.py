@@ -25,6 +25,7 @@ _EXPERTS = _Kind("lists of integers", lambda value: _LIST.fits(value) and all(ma
 _DOCUMENT = {
     "model": _OBJECT,
     "layout": _OBJECT,
+    "options": _OBJECT,
     "ranks": _LIST,
     "collectives": _LIST,
     "warnings": _LIST,
@@ -54,6 +55,9 @@ def read_document(path: str | Path) -> dict[str, Any]:
     if not data["ranks"]:
         raise ConfigError(f"{path}: ranks is empty: plan anew")
     _check_rows(path, "ranks", data["ranks"], _RANK)
+    for row in data["ranks"]:
+        if not _INTEGER.fits(row.setdefault("cache_bytes", 0)):  # of no workload, where it is left out
+            raise ConfigError(f"{path}: ranks[{row['rank']}].cache_bytes is not {_INTEGER.words}: plan anew")
     _check_rows(path, "ranks[0].tensors", data["ranks"][0]["tensors"], _TENSOR)
     _check_rows(path, "collectives", data["collectives"], _COLLECTIVE)
     return data

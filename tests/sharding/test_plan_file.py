@@ -60,6 +60,32 @@ def test_diff_says_what_moved(tmp_path, capsys):
     assert main(["plan", "diff", files[0], config]) == 1
 
 
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        (["--kv-bytes", "1"], ["options kv_itemsize: 2 -> 1", "24576 B -> 12288 B"]),
+        (["--context", "64k"], ["rank  weights    KV cache a token  cache", "768.000 MiB -> 1.500 GiB"]),
+        (["--device", "h100"], ["cost device: h200 -> h100", "cost decode.total: 0.00"]),
+        (["--redundant-experts", "8"], ["rank 1, experts added: 0; removed: none"]),
+    ],
+)
+def test_diff_sees_what_is_beside_weights_and_layout(changed, words, tmp_path, capsys):
+    base = {"--tp": "8", "--ep": "8", "--context": "32k", "--device": "h200"}
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(CONFIGS["Qwen/Qwen3-30B-A3B"]))
+    files = []
+    for options in (base, base | {changed[0]: changed[1]}):
+        files.append(str(tmp_path / f"{len(files)}.json"))
+        arguments = [word for option in options.items() for word in option]
+        assert main(["plan", str(config), *arguments, "--json", files[-1]]) == 0
+    capsys.readouterr()
+    assert main(["plan", "diff", *files]) == 0
+    text = capsys.readouterr().out
+    assert all(word in text for word in words), text
+    assert main(["plan", "diff", *files, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["same"] is False
+
+
 def test_diff_takes_no_layout(capsys):
     assert main(["plan", "diff", "a.json", "b.json", "--tp", "2"]) == 2
     assert "--tp has no effect with diff" in capsys.readouterr().err
