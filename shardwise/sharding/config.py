@@ -2,9 +2,12 @@
 
 import json
 import sys
-from collections.abc import Container, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from shardwise.sharding.checkpoint.header import TensorEntry
 
 MAX_CONFIG_BYTES = 64 << 20
 """Published files are below 100 KB; long ignore lists reach 2 MB."""
@@ -33,12 +36,12 @@ class Config:
         data: Mapping[str, Any],
         source: str,
         parent: "Config | None" = None,
-        names: Container[str] | None = None,
+        names: Mapping[str, "TensorEntry"] | None = None,
     ):
         self.data, self.source, self.parent = data, source, parent
         inherited = parent.names if parent is not None else None
-        self.names: Container[str] | None = names if names is not None else inherited
-        """Tensor names of the checkpoint beside the config, where there is one: some families have two spellings."""
+        self.names: Mapping[str, TensorEntry] | None = names if names is not None else inherited
+        """Tensors of the checkpoint beside the config, where there is one: some families have two spellings."""
 
     @property
     def outermost(self) -> "Config":
@@ -58,6 +61,10 @@ class Config:
     def has_tensor(self, name: str) -> bool:
         """Whether a checkpoint is known and holds this tensor."""
         return self.names is not None and name in self.names
+
+    def shape_of(self, name: str) -> tuple[int, ...] | None:
+        """As the checkpoint has this tensor, where one is known and has it."""
+        return self.names[name].shape if self.names is not None and name in self.names else None
 
     def integer(self, *names: str, default: Any = _REQUIRED, least: int = 1, most: int | None = None) -> int:
         """An integer in `[least, most]`; whole floats are accepted, as some exporters write them.

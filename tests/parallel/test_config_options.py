@@ -111,6 +111,26 @@ def test_what_a_published_gemma_3_leaves_out_of_its_text_config_has_transformers
     assert [list(answer.token_ids) for answer in found] == expected_tokens(folder)
 
 
+@pytest.mark.parametrize("published", [True, False])
+def test_stacked_experts_of_qwen3_vl_lie_either_way(tmp_path, published):
+    folder = write(tmp_path, "qwen3_moe", **QWEN3_MOE)
+    expected, file = expected_tokens(folder), folder / "model.safetensors"
+    tensors = {name.replace("model.", "model.language_model."): tensor for name, tensor in load_file(file).items()}
+    for layer in (0, 2):
+        base = f"model.language_model.layers.{layer}.mlp.experts"
+        gate, up, down = (
+            torch.stack([tensors.pop(f"{base}.{i}.{part}_proj.weight") for i in range(QWEN3_MOE["num_experts"])])
+            for part in ("gate", "up", "down")
+        )
+        for name, rows in (("gate_up_proj", torch.cat((gate, up), 1)), ("down_proj", down)):
+            tensors[f"{base}.{name}"] = rows.transpose(1, 2).contiguous() if published else rows
+    save_file(tensors, file)
+    edit(folder, lambda config: config.pop("norm_topk_prob"))
+    edit(folder, lambda config: config.update(architectures=["Qwen3VLMoeForConditionalGeneration"]))
+    (found,) = generate(folder, ONE_RANK)
+    assert [list(answer.token_ids) for answer in found] == expected
+
+
 def test_an_encoder_with_gemmas_name_is_refused(tmp_path):
     folder = write(tmp_path, "gemma3_text", use_bidirectional_attention=True, num_hidden_layers=1)
     with pytest.raises(ConfigError, match="use_bidirectional_attention is true, expected false"):

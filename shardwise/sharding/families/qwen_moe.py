@@ -29,9 +29,11 @@ def build(config: Config, name: str, architecture: str) -> ModelSpec:
             window=window,
         )
         dense = None if sparse else dense_mlp(b, f"{module}.mlp", text.integer("intermediate_size"))
-        return pre_norm_layer(b, mixer, dense or _experts(b, text, f"{module}.mlp", nested), prefix=module)
+        return pre_norm_layer(b, mixer, dense or _experts(b, text, f"{module}.mlp", nested, first), prefix=module)
 
-    keys = list(zip(sparse_layers(text, count), windows(text, architecture, count), strict=True))
+    sparse = sparse_layers(text, count)
+    first = f"{prefix}layers.{sparse.index(True) if True in sparse else 0}.mlp"
+    keys = list(zip(sparse, windows(text, architecture, count), strict=True))
     return b.model(b.layers(layer, keys))
 
 
@@ -42,12 +44,15 @@ def sparse_layers(c: Config, count: int) -> list[bool]:
     return [i not in dense and (i + 1) % step == 0 for i in range(count)]
 
 
-def _experts(b: Builder, c: Config, module: str, stacked: bool) -> Moe:
+def _experts(b: Builder, c: Config, module: str, stacked: bool, first: str) -> Moe:
+    """`first`: `module` in the first layer that has experts."""
     experts = c.integer("num_experts", "num_local_experts")
-    routing = Routing(top_k=c.integer("num_experts_per_tok", most=experts), normalize=c.flag("norm_topk_prob"))
+    normalize = c.flag("norm_topk_prob", default=stacked)
+    routing = Routing(top_k=c.integer("num_experts_per_tok", most=experts), normalize=normalize)
     width = c.integer("moe_intermediate_size")
-    if stacked:
-        return stacked_moe(b, module, experts, width, routing, transposed=True)
+    if stacked:  # published [E, in, out]; Transformers writes models of its own as [E, out, in]
+        transposed = c.shape_of(f"{first}.experts.gate_up_proj") != (experts, 2 * width, b.hidden_size)
+        return stacked_moe(b, module, experts, width, routing, transposed=transposed)
     shared = c.integer("shared_expert_intermediate_size", default=0, least=0)
     if not shared:
         return moe(b, module, experts, width, routing)
