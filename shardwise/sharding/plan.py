@@ -203,6 +203,8 @@ def plan(
         raise TypeError(f"layout is {layout!r}: give a ParallelLayout, or the sizes by name: plan(model, tp=2)")
     spec = model if isinstance(model, ModelSpec) else load_model(model, tp_plan)
     spec = spec.stored_as(storage_type(dtype)) if dtype else spec
+    if moe_tp == ep == 1 and not spec.has_experts:  # tables of layouts say so of dense models
+        moe_tp = 0
     sizes = ParallelLayout(tp, attn_dp, moe_tp, ep)
     if layout is not None and sizes != ParallelLayout():
         raise ValueError(f"a layout ({layout}) and sizes of mesh axes ({sizes}) are given: drop one of them")

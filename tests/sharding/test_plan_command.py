@@ -184,6 +184,13 @@ def test_search_and_what_would_fit_take_the_type_of_weights_and_cache_into_accou
     assert main(["plan", config(MOE), "--search", "--gpus", str(int(gpus) // 2), *workload, "--kv-bytes", "1"]) == 3
 
 
+def test_one_rank_an_expert_is_no_contradiction_where_there_are_none(config, capsys):
+    assert main(["plan", config(SMOL), "--tp", "3", "--ep", "1", "--moe-tp", "1", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["layout"]["world"] == 3
+    assert main(["plan", config(MOE), "--tp", "4", "--ep", "1", "--moe-tp", "1"]) == 2
+    assert "tp * attn_dp = world = moe_tp * ep does not hold" in capsys.readouterr().err
+
+
 def test_the_cache_of_a_context_needs_no_machine(config, capsys):
     asked = ["plan", config(MOE), "--tp", "8", "--ep", "8", "--context", "32k", "--batch", "16"]
     a_rank = 16 * 32768 * 48 * 1 * 2 * 128 * 2  # sequences, tokens, layers, KV heads, keys and values, head size, bytes

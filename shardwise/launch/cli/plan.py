@@ -5,7 +5,6 @@ import json
 import sys
 
 from shardwise.launch.cli import file_of
-from shardwise.launch.cli.layout import layout_of
 from shardwise.launch.cli.output import require_writable, write_lines
 from shardwise.launch.cli.plan_options import add_arguments, settle
 
@@ -41,7 +40,10 @@ def _plan(args: argparse.Namespace) -> int:
 
     planned = plan(
         args.model,
-        layout_of(args),
+        tp=args.tp or 1,
+        ep=args.ep or 1,
+        moe_tp=args.moe_tp or 0,
+        attn_dp=args.attn_dp or 1,
         pad=args.pad,
         extras=args.extras,
         dtype=args.dtype,
