@@ -7,15 +7,7 @@ as many as let all programs end together.
 
 from shardwise.ops.moe.mxfp4_convert import dequantize_tile
 from shardwise.ops.ptx import finish_products, prefetch_to_l2
-from shardwise.ops.triton_support import tl, triton
-
-
-@triton.jit
-def _await(PDL: tl.constexpr):
-    """Wait for the kernels before; only then may the next one start, which thus may read what those wrote."""
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+from shardwise.ops.triton_support import await_and_trigger, tl, triton
 
 
 @triton.jit
@@ -259,7 +251,7 @@ def mxfp4_gemm(
     SLABS: tl.constexpr = BN // 16
     SCALES: tl.constexpr = 64 if FORMAT == "nvfp4" else 32
     if not EARLY:
-        _await(PDL)
+        await_and_trigger(PDL)
     blocks = tl.load(block_ptr, cache_modifier=".cg")
     slabs = tiles_n * 4
     count = _chunks(blocks, slabs, tl.num_programs(0), SPLITS, SLABS) if BT <= 32 else tl.cdiv(slabs, SLABS)
@@ -272,7 +264,7 @@ def mxfp4_gemm(
         k, _ = _first_k(split, tiles_k, SPLITS, BK // 64)
         _ask(word_ptr, scale_ptr, expert, first, stop, k, tiles_n, tiles_k, SLABS, AHEAD, SCALES)
     if EARLY:
-        _await(PDL)
+        await_and_trigger(PDL)
     for index in tl.range(program, total, programs, num_stages=1):
         # While a tile is computed the next one's first weights are on their way, and what the one behind it is.
         if index + programs < total:

@@ -96,7 +96,7 @@ def store_results(
 
 @jit
 def await_before(PDL: tl.constexpr):
-    """As in `mxfp4_gemm`."""
+    """`await_and_trigger` of `triton_support.py`, in Gluon."""
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
