@@ -54,9 +54,9 @@ class Builder:
         c = self.config
         self.hidden_size = c.integer("hidden_size", "n_embd")
         self.hidden = fixed(self.hidden_size)
-        declared = c.text("torch_dtype", "dtype", default="bfloat16")
+        declared = c.text("dtype", "torch_dtype", default="bfloat16")
         if declared not in DTYPES:
-            raise c.error(("torch_dtype",), declared, " or ".join(DTYPES))
+            raise c.error(("dtype", "torch_dtype"), declared, " or ".join(DTYPES))
         self.dtype = DTYPES[declared]
         self.quantization: Quantization = quantization_of(c)
         if self.quantization.name == "none" and not c.has("torch_dtype", "dtype") and c.names is None:

@@ -43,7 +43,8 @@ LLAMA = {
         ("num_hidden_layers", 0, "num_hidden_layers is 0"),
         ("num_hidden_layers", None, "num_hidden_layers is missing"),
         ("vocab_size", [100], "expected an integer"),
-        ("torch_dtype", "int3", "bfloat16 or float16"),
+        ("torch_dtype", "int3", 'dtype / torch_dtype is "int3", expected bfloat16 or float16'),
+        ("dtype", "auto", 'dtype / torch_dtype is "auto", expected bfloat16 or float16'),
         ("rms_norm_eps", "small", "expected a finite number"),
         ("rms_norm_eps", 10**400, "expected a finite number"),
         ("rms_norm_eps", -1e-6, "expected a number of at least 0"),
@@ -106,6 +107,10 @@ def test_a_mixture_that_does_not_say_how_many_experts_is_not_taken_for_a_dense_m
         plan({key: value for key, value in config.items() if key != field})
     dense = plan(config | {field: 0, "intermediate_size": 512})
     assert dense.parameters < plan(config).parameters and not dense.model.has_experts
+
+
+def test_of_two_storage_types_the_newer_field_counts():
+    assert plan(LLAMA | {"dtype": "bfloat16"}).ranks == plan(LLAMA | {"torch_dtype": "bfloat16"}).ranks
 
 
 def test_without_a_storage_type_the_plan_says_what_it_counts():
