@@ -40,6 +40,23 @@ def test_the_mtp_layer_is_what_separates_the_published_total_from_the_decoder():
     assert (decoder + row["parameters"]) / 1e9 == pytest.approx(81.325, abs=0.001)
 
 
+# Elements in the headers of the published files, scales left out.
+WITH_MTP = {
+    "deepseek-ai/DeepSeek-V3": 684_489_845_504,
+    "zai-org/GLM-4.5": 358_337_791_296,
+    "zai-org/GLM-4.5-Air": 110_468_824_832,
+    "zai-org/GLM-5": 753_864_139_008,
+    "XiaomiMiMo/MiMo-7B-Base": 7_833_409_536,
+}
+
+
+@pytest.mark.parametrize("name", WITH_MTP)
+def test_decoder_and_mtp_layers_make_up_the_published_total(name):
+    planned = plan(CONFIGS[name] | {"num_nextn_predict_layers": 1})  # which the GLM-4.5 configs here leave out
+    (row,) = extras(planned)
+    assert planned.parameters + row["parameters"] == WITH_MTP[name]
+
+
 ANNOUNCE_MTP = ("num_nextn_predict_layers", "num_mtp_modules", "mtp_num_hidden_layers")
 
 

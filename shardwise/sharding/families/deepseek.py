@@ -2,7 +2,7 @@
 
 from shardwise.sharding.axes import Axis, LogicalAxis, along
 from shardwise.sharding.blocks import attention, dense_mlp, pre_norm_layer
-from shardwise.sharding.builder import Builder
+from shardwise.sharding.builder import Builder, Tensors
 from shardwise.sharding.config import Config
 from shardwise.sharding.latent import deepseek_moe, mla, sparse_layers
 from shardwise.sharding.model import Layer, ModelSpec
@@ -12,6 +12,8 @@ from shardwise.sharding.spec import Block
 GQA = ("DeepseekForCausalLM", "Glm4MoeForCausalLM")
 INDEXED = ("DeepseekV32ForCausalLM", "GlmMoeDsaForCausalLM")
 UNCORRECTED = ("DeepseekForCausalLM", "DeepseekV2ForCausalLM")
+SHARED_ENDS = ("GlmMoeDsaForCausalLM",)
+"""Whose MTP layers are published without copies of the embedding and the head."""
 
 
 def build(config: Config, name: str, architecture: str) -> ModelSpec:
@@ -50,10 +52,15 @@ def build(config: Config, name: str, architecture: str) -> ModelSpec:
         return pre_norm_layer(b, mixer, feed_forward, prefix=module)
 
     layers = b.layers(layer, list(zip(sparse_layers(b, count), indexers, strict=True)))
-    vocab = along(LogicalAxis(Axis.VOCAB, text.integer("vocab_size")))
-    copies = (
+    copies = () if architecture in SHARED_ENDS else _copied_ends(b, module)
+    mtp_layers(b, text, layers[-1], module, first=count, more=copies)
+    return b.model(layers, head_name=f"{nested}lm_head")
+
+
+def _copied_ends(b: Builder, module: str) -> Tensors:
+    """Embedding and head as an MTP layer holds them once more."""
+    vocab = along(LogicalAxis(Axis.VOCAB, b.config.integer("vocab_size")))
+    return (
         b.vector("mtp.embed.weight", f"{module}.embed_tokens.weight", vocab, b.hidden),
         b.vector("mtp.head.weight", f"{module}.shared_head.head.weight", vocab, b.hidden),
     )
-    mtp_layers(b, text, layers[-1], module, first=count, more=copies)
-    return b.model(layers, head_name=f"{nested}lm_head")
