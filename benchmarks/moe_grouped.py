@@ -23,7 +23,7 @@ def main() -> None:
     parser.add_argument("--json", default=str(RESULTS), metavar="FILE")
     args = parser.parse_args()
     if args.build_peer:
-        from shardwise.ops.moe.trtllm import build_cutlass_moe
+        from shardwise.ops.moe.cutlass import build_cutlass_moe
 
         build_cutlass_moe()
     bench_moe.run(argparse.Namespace(layer=LAYERS, experts=None, tokens=TOKENS, json=args.json))

@@ -1,8 +1,8 @@
 """Mixture-of-experts operators, and what serves the runtime's experts.
 
 Operators: `reference.py` and `reference_quantized.py` (plain PyTorch), `triton.py` (our kernels), `trtllm.py`
-(TRT-LLM's, as FlashInfer ships them). `contract.py` is what all agree on; `exchange.py` moves tokens to the ranks of
-their experts.
+(TRT-LLM's, as FlashInfer ships them: `cutlass.py`). `contract.py` is what all agree on; `exchange.py` moves tokens to
+the ranks of their experts.
 
 Who computes depends on the weights and on how many tokens an expert gets:
 

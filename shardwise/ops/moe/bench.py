@@ -6,8 +6,8 @@ from functools import partial
 
 import torch
 
+from shardwise.ops.moe import cutlass
 from shardwise.ops.moe import triton as kernels
-from shardwise.ops.moe import trtllm
 from shardwise.ops.moe.bench_peers import CutlassMixture, Raw, TritonKernels, triton_kernels_found
 from shardwise.ops.moe.contract import SILU
 from shardwise.ops.moe.mxfp4 import mxfp4_moe
@@ -177,7 +177,7 @@ def _stacked_calls(layer: Layer, device: str):
             found = {"ours": each(fp8), "ours in bf16": each(bf16)}
         else:
             found = {"ours": each(bf16), LOOP: each(lambda x, i, w: torch_moe_fused(x, i, w, first, second))}
-        if trtllm.cutlass_ready():
+        if cutlass.cutlass_ready():
             peer = CutlassMixture(*(codes or [first, second]))
             found["flashinfer"] = [partial(peer, x, ids.int(), w) for x, ids, w in inputs]
         return found

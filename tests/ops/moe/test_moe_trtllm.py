@@ -8,7 +8,7 @@ import pytest
 import torch
 from oracles_moe import e4m3_step, fp8_stack, relative, routed_oracle, routing, stacked
 
-from shardwise.ops.moe import trtllm
+from shardwise.ops.moe import cutlass, trtllm
 
 EXPERTS, HIDDEN, SIZE = 4, 32, 48
 
@@ -65,7 +65,7 @@ def test_weights_ids_and_activation(gated):
     x, (ids, weights) = torch.randn(6 * HIDDEN + 1)[1:].view(6, HIDDEN), routing(6, 3, EXPERTS)
     ids[0], ids[1] = torch.tensor([2, 2, 2]), torch.tensor([-1, EXPERTS, -1])
     stacks = stacked(EXPERTS, HIDDEN, SIZE, gated)
-    got = trtllm.cutlass_moe(x, ids, weights, *stacks, "silu" if gated else "relu2", torch.float32, [])
+    got = cutlass.cutlass_moe(x, ids, weights, *stacks, "silu" if gated else "relu2", torch.float32, [])
     assert relative(got, routed_oracle(x, ids, weights, *stacks, gated)) < 1e-6
 
 
@@ -97,13 +97,13 @@ def test_the_module_is_used_only_where_it_applies(monkeypatch):
         x = torch.empty(rows, sizes[0], dtype=dtype).as_subclass(kind)
         weights = [torch.empty(4 * sizes[0] * sizes[1] + 16, dtype=codes)[begin:] for begin in begins]
         first, second = weights[0][: 4 * sizes[0] * sizes[1]], weights[1][: 4 * sizes[0] * sizes[1]]
-        return trtllm.on_cutlass(x, first.view(4, sizes[1], sizes[0]), second.view(4, *sizes), on_input)
+        return cutlass.on_cutlass(x, first.view(4, sizes[1], sizes[0]), second.view(4, *sizes), on_input)
 
-    monkeypatch.setattr(trtllm, "cutlass_ready", lambda: True)
+    monkeypatch.setattr(cutlass, "cutlass_ready", lambda: True)
     assert taken() and taken(dtype=torch.float16) and taken(sizes=(32, 8)) and taken(codes=torch.float8_e4m3fn)
     assert not taken(kind=torch.Tensor) and not taken(0) and not taken(on_input=True)
     assert not taken(dtype=torch.float32) and not taken(sizes=(32, 12)) and not taken(sizes=(44, 48))
     assert not taken(sizes=(32, 8), codes=torch.float8_e4m3fn)
     assert taken(begins=(8, 8)) and not taken(begins=(1, 0)) and not taken(begins=(0, 4))
-    monkeypatch.setattr(trtllm, "cutlass_ready", lambda: False)
+    monkeypatch.setattr(cutlass, "cutlass_ready", lambda: False)
     assert not taken()
