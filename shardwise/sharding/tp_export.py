@@ -57,7 +57,7 @@ def _experts(plan: Plan, spec: TensorSpec, moe: Moe) -> dict[str, str]:
     for cut in (axis, moe.mlp_axis):
         _refuse_kind(spec, plan.cuts.by_axis[cut].kind, f"{cut.units} {cut.axis}", plan.cuts.by_axis[cut].parts)
     if sum(map(len, plan.cuts.placement[axis])) > axis.units:
-        raise ValueError(f"{spec.name}: redundant experts have no tp_plan style")
+        raise ValueError(f"{spec.name}: redundant experts have no tp_plan style; export a layout without them")
     holder = _glob(spec.name).split(".experts.")[0] + ".experts"
     if layout.moe_ep > 1:
         return {f"{holder}.{part}": "grouped_gemm" for part in _parts(spec, moe)} | {holder: "ep_dispatch_experts"}
@@ -96,7 +96,10 @@ def _style(plan: Plan, spec: TensorSpec) -> str:
         return "colwise"
     if {s.axis for s in dim.segments} == {dim.axes[0]}:
         return "packed_colwise"
-    raise ValueError(f"{spec.name}: parts of different axes in one projection are cut, which no tp_plan style can say")
+    raise ValueError(
+        f"{spec.name}: parts of different axes in one projection are cut, which no tp_plan style can say; "
+        "take the plan itself (--json)"
+    )
 
 
 def _refuse_kind(spec: TensorSpec, kind: CutKind, units: str, parts: int) -> None:
