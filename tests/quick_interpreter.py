@@ -1,10 +1,12 @@
 """Triton's interpreter without its repetitions, which take more than half of a kernel's time.
 
 The interpreter replaces the functions of triton.language by its own, one by one: at every launch, and again at every
-call of a device function inside it. Here each language module is patched once a launch. And every value that a kernel
-computes works out anew what follows from its shape and type alone; here that is worked out once.
+call of a device function inside it. Here each language module is patched once a launch. Every value that a kernel
+computes works out anew what follows from its shape and type alone; here that is worked out once. And sums of integers
+are computed a second time, in 64 bits, for a check that is left out unless options.debug is set.
 """
 
+import dataclasses
 import math
 from functools import cache
 
@@ -19,6 +21,8 @@ def make_quick() -> None:
     patch_once_a_launch()
     if triton.__version__.startswith("3.6."):  # what is replaced is known of these versions alone
         share_types()
+        builder = interpreter.interpreter_builder
+        builder.options = dataclasses.replace(builder.options, sanitize_overflow=builder.options.debug)
 
 
 def patch_once_a_launch() -> None:
