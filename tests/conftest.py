@@ -43,6 +43,10 @@ if not torch.cuda.is_available():
 
 LOCKS = pytest.StashKey[tempfile.TemporaryDirectory]()
 STARTS_PROCESSES = ("tests/comm/", "tests/faults/", "tests/launch/")
+IN_ONE_PROCESS = tuple(
+    f"tests/comm/test_{name}.py" for name in ("conformance_threads", "p2p_compile", "p2p_kernels", "p2p_model")
+)
+"""The longest files of these folders whose ranks, if any, are threads."""
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -52,7 +56,8 @@ def pytest_xdist_make_scheduler(config, log):
 
     class Scheduling(LoadFileScheduling):
         def _split_scope(self, nodeid):
-            return "processes" if nodeid.startswith(STARTS_PROCESSES) else super()._split_scope(nodeid)
+            together = nodeid.startswith(STARTS_PROCESSES) and not nodeid.startswith(IN_ONE_PROCESS)
+            return "processes" if together else super()._split_scope(nodeid)
 
     return Scheduling(config, log) if config.option.dist == "loadfile" else None
 
