@@ -209,7 +209,22 @@ def _define(info: OpInfo, function: Callable, fake: Callable) -> None:
     library.define(info.name + info.schema, tags=(torch.Tag.pt2_compliant_tag,))
     library.impl(info.name, _guarded(info, function, on_cpu=True), "CPU")
     library.impl(info.name, _guarded(info, function, on_cpu=False), "CUDA")
+    for device in ("cpu", "cuda"):
+        library.impl(info.name, _apart_from_autocast(info, device), f"Autocast{device.upper()}")
     torch.library.register_fake(info.qualified_name, fake, lib=library)
+
+
+def _apart_from_autocast(info: OpInfo, device: str) -> Callable:
+    """The operator as it is outside of `torch.autocast`, which would round its products and leave the fake's dtype.
+
+    PyTorch calls this where autocast is on, and nothing where it is off.
+    """
+
+    def call(*args):
+        with torch.autocast(device, enabled=False):
+            return getattr(getattr(torch.ops, info.namespace), info.name).default(*args)
+
+    return call
 
 
 def _guarded(info: OpInfo, function: Callable, on_cpu: bool) -> Callable:

@@ -112,6 +112,30 @@ def test_an_error_of_another_kind_is_left_alone(monkeypatch):
         torch.ops.auto_deploy.torch_moe_router(torch.zeros(1, 2), torch.zeros(2, 2), torch.zeros(2))
 
 
+def test_autocast_changes_no_operator():
+    x, weight = torch.randn(1, 5, 3), torch.randn(3, 1, 4)
+    ints = [torch.tensor(values, dtype=torch.int32) for values in ([1, 5, 0], [5], [0, 5], [0])]
+    step = *ints, torch.zeros(1, dtype=torch.bool)
+
+    def results():
+        conv = torch.ops.auto_deploy.torch_cached_causal_conv1d
+        kept = conv(x, weight, None, *step, torch.zeros(1, 3, 4), 1, 3, 1, 3, "zeros")
+        heads = x[:, None].expand(1, 2, 5, 3)
+        return kept, torch.ops.auto_deploy.torch_attention(heads, heads, heads, is_causal=True)
+
+    plain = results()
+    with torch.autocast("cpu", torch.bfloat16):
+        for one, other in zip(results(), plain, strict=True):
+            assert torch.equal(one, other)
+        program = torch.export.export(_Linear(), (x[0], torch.randn(2, 3)))
+    assert [node.target for node in program.graph.nodes][2] is torch.ops.auto_deploy.torch_linear_simple.default
+
+
+class _Linear(torch.nn.Module):
+    def forward(self, x, weight):
+        return torch.ops.auto_deploy.torch_linear_simple(x, weight, None)
+
+
 def test_a_cache_keeps_no_history_of_what_is_written_to_it():
     x, weight = torch.randn(2, 1, 3, requires_grad=True), torch.randn(3, 1, 4, requires_grad=True)
     ints = [torch.tensor(values, dtype=torch.int32) for values in ([0, 0, 2], [1, 1], [0, 1, 2], [1, 0])]
