@@ -11,8 +11,8 @@
     torch_dist, torch_group,    `gloo` and `nccl`, how their groups are made and ranks wait; torch's symmetric memory;
     torch_wait, symmetric,      NCCL's registered windows
     window
-    mpi, mpi_library, mpi_wait, `mpi`, the library beneath, how its ranks meet, and wait for each other, with a deadline
-    arrival
+    mpi, mpi_library, mpi_wait, `mpi`, the library beneath, how its ranks meet, wait for each other, with a deadline,
+    arrival, leaving            and end
     threads, fake               ranks as threads; one process that plays one rank
     p2p/                        `p2p` and `flashinfer`: all-reduce through the memory of the peers' GPUs
     bootstrap, strategy         rendezvous; the choice of a transport

@@ -11,13 +11,14 @@ from array import array
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from shardwise.comm import leaving
 from shardwise.comm.bootstrap import Rendezvous
 from shardwise.comm.control import FRAME_BYTES, framed, unframed
 from shardwise.comm.segment import LONG_SLEEP, SHORT_SLEEP, YIELD_SECONDS, Segment, WaitFailed
 from shardwise.comm.sharing import one_host, share
 from shardwise.comm.watch import ROLL_CALL_SECONDS
 
-LATE_TAG, ABORT_TAG = 1, 2
+LATE_TAG, ABORT_TAG, LEFT_TAG = 1, 2, 3
 EMPTY_HALF = 64
 """Bytes of a half of a segment in which ranks only meet: nothing is written there."""
 
@@ -60,8 +61,9 @@ class Arrivals(ABC):
     def abort(self, reason: str) -> None:
         """End all present and later meetings of all ranks."""
 
-    def close(self) -> None:  # noqa: B027  (shared memory goes with its last user)
-        """Give back what MPI holds for it."""
+    @abstractmethod
+    def close(self) -> None:
+        """Come to no more meetings, and give back what MPI holds for them."""
 
     @abstractmethod
     def split(self, comm, members: Sequence[int]) -> "Arrivals":
@@ -103,6 +105,9 @@ class SegmentArrivals(Arrivals):
     def abort(self, reason: str) -> None:
         self.segment.abort(reason)
 
+    def close(self) -> None:
+        self.segment.leave()
+
     def split(self, comm, members: Sequence[int]) -> "SegmentArrivals":
         segment = share(
             self.gather,
@@ -128,6 +133,10 @@ class MessageArrivals(Arrivals):
         """The meeting of which this rank has said last that it waits there."""
         self._sent: list = []
         """Requests hold the memory that MPI may still read or write."""
+        self._left: dict[int, int] = {}
+        """Peers that have left, with the number of meetings that they came to."""
+        self.whole = True
+        leaving.register(self)
 
     def meet(self, limit: float, call: int) -> None:
         self.count += 1
@@ -152,6 +161,8 @@ class MessageArrivals(Arrivals):
                 self._look(waited, limit)  # of the last turn: all may have come while this rank was not running
             except WaitFailed:
                 self._sent.append(request)
+                self.whole = False
+                leaving.stay()
                 raise
             waited = time.monotonic() - begin
             if waited > YIELD_SECONDS:  # as on one host: a rank that waits for long leaves its core to others
@@ -164,6 +175,9 @@ class MessageArrivals(Arrivals):
             raise WaitFailed("aborted", (), self.comm.recv(tag=ABORT_TAG))
         if self._answered != self.count and self.comm.Iprobe(tag=LATE_TAG):
             self._answer()
+        leavers = tuple(peer for peer, count in self._all_left().items() if count < self.count)
+        if leavers:
+            raise WaitFailed("lost", leavers, "has closed the group or ended its program")
         if waited > limit:
             present = self._roll_call()
             missing = tuple(rank for rank in range(self.size) if rank not in present)
@@ -194,11 +208,36 @@ class MessageArrivals(Arrivals):
     def _tell(self, tag: int, value: Any) -> None:
         self._sent += [self.comm.isend(value, dest=peer, tag=tag) for peer in range(self.size) if peer != self.rank]
 
+    def _all_left(self) -> dict[int, int]:
+        for peer in range(self.size):
+            if peer != self.rank and peer not in self._left and self.comm.Iprobe(source=peer, tag=LEFT_TAG):
+                self._left[peer] = self.comm.recv(source=peer, tag=LEFT_TAG)
+        return self._left
+
+    def leave(self) -> None:
+        """Tell the peers how many meetings this rank came to."""
+        if self.comm is not None and self.rank not in self._left:
+            self._left[self.rank] = self.count
+            self._tell(LEFT_TAG, self.count)
+
+    def end(self) -> None:
+        self.leave()
+
+    def peers_left(self) -> bool | None:
+        """None where one calls the roll: it waits for this rank."""
+        if self.comm is None or len(self._all_left()) == self.size:
+            return True
+        return None if self.comm.Iprobe(tag=LATE_TAG) else False
+
     def abort(self, reason: str) -> None:
+        self.whole = False
+        leaving.stay()
         self._tell(ABORT_TAG, reason)
 
     def close(self) -> None:
+        self.leave()
         free(self.comm)
+        self.comm = None
 
     def split(self, comm, members: Sequence[int]) -> "MessageArrivals":
         return MessageArrivals(comm)

@@ -12,9 +12,9 @@ MESSAGE_BYTES = 256
 _LENGTH_BYTES = 8
 FRAME_BYTES = _LENGTH_BYTES + MESSAGE_BYTES
 CALL_BITS = 20
-EXCHANGE, DIFFERENCE, FREE_NUMBERS = range(3)
-"""Call numbers of control messages, and of the round in which ranks that differ name their calls. Collectives have
-numbers from FREE_NUMBERS on."""
+EXCHANGE, DIFFERENCE, LEFT, FREE_NUMBERS = range(4)
+"""Call numbers of control messages, of the round in which ranks that differ name their calls, and of a rank that comes
+to no more rounds. Collectives have numbers from FREE_NUMBERS on."""
 
 
 def framed(message: bytes) -> bytearray:

@@ -1,8 +1,8 @@
 """Transport `mpi`: mpi4py (`mpi_library.py`).
 
-CPU tensors go through the buffer protocol without a copy; bf16 and fp16, which MPI cannot add, are summed as
-float32, integers of 8 and 16 bits as int32. CUDA tensors are staged through pinned host memory, unless the library itself says that it takes device
-pointers.
+CPU tensors go through the buffer protocol without a copy; bf16 and fp16, which MPI cannot add, are summed as float32,
+integers of 8 and 16 bits as int32. CUDA tensors are staged through pinned host memory, unless the library itself says
+that it takes device pointers.
 
 MPI's blocking calls are the fast ones and cannot be left, so ranks meet first (`arrival.py`: with a deadline, and
 naming who is missing) and only then enter the library together. Non-blocking and persistent forms, which could be left,
@@ -113,7 +113,6 @@ class MpiCommunicator(BaseCommunicator):
             raise self._missing(error) from None
 
     def _missing(self, error: WaitFailed) -> CommError:
-        mpi_library.stay()
         if error.kind == "differs":  # every rank has seen it, or will at its arrival
             limit = self.deadlines.in_phase(watch.current_phase())
             try:
@@ -235,7 +234,6 @@ class MpiCommunicator(BaseCommunicator):
             free(self.comm)
 
     def _abort(self, reason: str) -> None:
-        mpi_library.stay()
         self._arrivals.abort(reason)
 
 

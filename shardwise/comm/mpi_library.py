@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 
+from shardwise.comm import leaving
 from shardwise.comm.arrival import free_owned, owned
 from shardwise.comm.base import Unavailable
 from shardwise.comm.bootstrap import Rendezvous
 from shardwise.comm.mpi_wait import bounded
-
-_stays = False
+from shardwise.comm.watch import Deadlines
 
 
 @functools.cache
@@ -48,14 +48,8 @@ def _init(MPI) -> None:
         comm.Set_errhandler(MPI.ERRORS_RETURN)  # which mpi4py turns into exceptions
 
 
-def stay() -> None:
-    """A collective failed, and finalising would wait for ranks that will not come: MPI ends with the process."""
-    global _stays
-    _stays = True
-
-
 def _finalize(MPI) -> None:
-    if not _stays and not MPI.Is_finalized():
+    if not MPI.Is_finalized() and leaving.leave_all(Deadlines.from_environment().stop):
         free_owned()
         MPI.Finalize()
 

@@ -17,14 +17,16 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from shardwise.comm import watch
+from shardwise.comm import leaving, watch
 from shardwise.comm.base import CollectiveTimeout, CommError, PeerLost
-from shardwise.comm.control import CALL_BITS, DIFFERENCE, EXCHANGE
+from shardwise.comm.control import CALL_BITS, DIFFERENCE, EXCHANGE, LEFT
 
 if TYPE_CHECKING:
     from shardwise.comm.sharing import Identity
 
 LINE = 64
+ENDED = 2
+"""Beside a rank's two flags, the word that is 1 when its program has ended."""
 PAGE = 4096
 FRAME = 512
 """Bytes of a control frame: its length in 8 bytes, then the message."""
@@ -39,6 +41,8 @@ SHORT_SLEEP, LONG_SLEEP = 50e-6, 1e-3
 THREADS = "two threads of a rank were in calls on this group at once; split one off for each thread"
 LOOK_SECONDS = 0.05
 """How often a waiting rank looks whether its peers still live."""
+END_SECONDS = 2.0
+"""What a peer that has left gets to end, with an exit code of its own, before this rank says that it is missing."""
 
 
 class WaitFailed(Exception):
@@ -69,7 +73,7 @@ class Segment:
     """One group's memory: page 0 is common, then a control page for each rank, then two halves for each rank.
 
     The first word of page 0 is 0, or after an abort 1 + the rank that gave the reason. A control page has the rank's
-    flags of even and odd rounds, its frames of such, and its reason of an abort.
+    flags of even and odd rounds, whether it has ended, its frames of rounds, and its reason of an abort.
     """
 
     def __init__(
@@ -97,6 +101,15 @@ class Segment:
         self.peer_words = tuple(tuple(word + parity for _, word in self.others) for parity in (0, 1))
         """The peers' flags in even and in odd rounds."""
         self.spins = 0 if crowded else SPINS
+        self.failed = False
+        """A wait of this rank ended in WaitFailed."""
+        self.left = False
+        self._process = os.getpid()  # a fork of it leaves nothing
+        leaving.register(self)
+
+    def __del__(self):
+        if hasattr(self, "_process"):
+            self.leave()
 
     @staticmethod
     def length(size: int, half: int) -> int:
@@ -147,8 +160,43 @@ class Segment:
             while words[word] != shown:
                 spins -= 1
                 if spins < 0:
-                    self._wait(shown, limit)
+                    try:
+                        self._wait(shown, limit)
+                    except WaitFailed:
+                        self.failed = True
+                        raise
                     return
+
+    @property
+    def whole(self) -> bool:
+        """Neither aborted nor did a wait of this rank fail."""
+        return not (self.failed or self.words[0] or self.root.words[0])
+
+    def leave(self) -> None:
+        """Show the peers that this rank comes to no more rounds; who waits for it is told so."""
+        if self.whole and not self.left and self._process == os.getpid():
+            self.left = True
+            self.epoch += 1
+            self.words[self.flag + (self.epoch & 1)] = self.epoch << CALL_BITS | LEFT
+
+    def end(self) -> None:
+        """`leave`, also a group that is broken: this rank's program has ended."""
+        self.leave()
+        self.words[self.flag + ENDED] = 1
+
+    def peers_left(self) -> bool | None:
+        """After `end`: whether all peers have left too, or have ended where the group is broken. None: one never will,
+        it waits for this rank or is gone."""
+        leavers = self._leavers()
+        if not self.whole:
+            here = [peer for peer, word in self.others if not self.words[word + ENDED]]
+        elif any(self._here(flag) for peer, flag in self._shown().items() if peer not in leavers):
+            return None
+        else:
+            here = [peer for peer, _ in self.others if peer not in leavers]
+        if not all(watch.process_alive(self.members[peer].pid, self.members[peer].started) for peer in here):
+            return None
+        return not here
 
     def frame_round(self, blob: bytes, limit: float, call: int = EXCHANGE) -> list[bytes]:
         """A round that carries one small message from each rank, in the control pages."""
@@ -205,14 +253,21 @@ class Segment:
         """By peer: its flag of this round."""
         return {peer: self.words[word + (self.epoch & 1)] for peer, word in self.others}
 
+    def _here(self, flag: int) -> bool:
+        return flag >> CALL_BITS >= self.epoch
+
     def _absent(self) -> list[int]:
-        return [peer for peer, flag in self._shown().items() if flag >> CALL_BITS < self.epoch]
+        return [peer for peer, flag in self._shown().items() if not self._here(flag)]
+
+    def _leavers(self) -> tuple[int, ...]:
+        """Peers that left instead of coming to this round."""
+        return tuple(peer for peer, flag in self._shown().items() if flag == self.epoch << CALL_BITS | LEFT)
 
     def _compare(self, shown: int) -> None:
         """Once all are here: a rank that left for the next round earlier could overwrite a flag before all saw it."""
         flags = self._shown()
         other = tuple(peer for peer, flag in flags.items() if flag != shown)
-        if other and all(flag >> CALL_BITS == self.epoch for flag in flags.values()):
+        if other and not self._leavers() and all(flag >> CALL_BITS == self.epoch for flag in flags.values()):
             raise WaitFailed("differs", other, "called something else")
 
     def _look(self, waited: float, limit: float) -> None:
@@ -222,7 +277,20 @@ class Segment:
         if gone:
             pids = ", ".join(str(self.members[peer].pid) for peer in gone)
             raise WaitFailed("lost", tuple(gone), f"process {pids} is gone")
+        if leavers := self._leavers():
+            raise WaitFailed("lost", leavers, self._end_of(leavers))
         if waited > limit and absent:
             raise WaitFailed("late", tuple(absent), f"did not arrive within {limit:g} s")
         if waited > limit and max(self._shown().values()) >> CALL_BITS > self.epoch:  # ahead of a rank that waits
             raise WaitFailed("confused", (), THREADS)
+
+    def _end_of(self, peers: Sequence[int]) -> str:
+        """What became of peers that have left: one at the end of its program is gone soon."""
+        end = time.monotonic() + END_SECONDS
+        alive = [self.members[peer] for peer in peers]
+        while alive and time.monotonic() < end:
+            time.sleep(LONG_SLEEP)
+            alive = [member for member in alive if watch.process_alive(member.pid, member.started)]
+        if alive:
+            return "has closed the group or ended its program"
+        return f"process {', '.join(str(self.members[peer].pid) for peer in peers)} has ended"

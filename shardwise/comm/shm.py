@@ -282,6 +282,7 @@ class ShmCommunicator(ChunkedCommunicator):
 
     def close(self) -> None:
         super().close()
+        self.segment.leave()
         self._plans.clear()
         self._halves = ()
         self._scratch = None

@@ -20,11 +20,11 @@ from torch import Tensor
 
 from shardwise.comm import compose, symmetric, window
 from shardwise.comm.arguments import starts
-from shardwise.comm.base import Unavailable
+from shardwise.comm.base import CommError, Unavailable
 from shardwise.comm.bootstrap import Rendezvous, TorchStore
 from shardwise.comm.collective import BaseCommunicator
 from shardwise.comm.control import FRAME_BYTES, framed, unframed
-from shardwise.comm.torch_group import ProcessGroupRendezvous, leave, new_group, served_store, serves
+from shardwise.comm.torch_group import ProcessGroupRendezvous, bound_end, leave, new_group, served_store, serves
 from shardwise.comm.torch_wait import SLICE, WaitingCommunicator
 
 _gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -214,6 +214,11 @@ class TorchDistCommunicator(WaitingCommunicator):
         )
         part._own_group = True
         return part
+
+    def _fail(self, error: CommError) -> CommError:
+        if self.transport == "gloo" and self.broken is None:
+            bound_end(self.deadlines.stop)
+        return super()._fail(error)
 
     def _abort(self, reason: str) -> None:
         with contextlib.suppress(RuntimeError):  # rank 0 may be gone, and the store with it

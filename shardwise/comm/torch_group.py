@@ -1,5 +1,8 @@
 """Groups of torch.distributed: rendezvous through one, its store, what it can move, making and destroying one."""
 
+import atexit
+import faulthandler
+import functools
 import os
 import socket
 import threading
@@ -101,3 +104,11 @@ def leave(limit: float, group: dist.ProcessGroup | None = None) -> bool:
     leaving.start()
     leaving.join(limit)
     return not leaving.is_alive()
+
+
+@functools.cache
+def bound_end(seconds: float) -> None:
+    """Have this process end within `seconds` of its program's end, with code 1 then: a group of gloo is broken, and its
+    destructor waits for calls that peers may never answer, until torch's own limit, which is that of loading."""
+    atexit.register(faulthandler.dump_traceback_later, seconds, exit=True)
+    os.register_at_fork(after_in_child=lambda: atexit.unregister(faulthandler.dump_traceback_later))

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NoReturn, TypeVar
 
-from shardwise.comm import watch
+from shardwise.comm import leaving, watch
 from shardwise.comm.rank import RankInfo
 from shardwise.launch import failure as failures
 from shardwise.launch.failure import Failure
@@ -209,15 +209,20 @@ def guard_script(info: RankInfo) -> None:
 def finalize(seconds: float, close: Callable[[], None] = lambda: None) -> None:
     """`close()` and MPI_Finalize, which both may wait for peers.
 
-    A rank whose peers do not come along within `seconds` (one of them left by sys.exit, say) shows its stack and
-    ends with code 1. mpi4py would finalize behind the interpreter's own end, where nothing of Python's could bound it.
+    A rank that does not get done with `close` within `seconds` shows its stack and ends with code 1. Peers that have
+    work of their own left are waited for however long that takes; where one waits for this rank, or its groups are
+    broken, MPI is not finalised. mpi4py would do so behind the interpreter's own end, where nothing bounds it.
     """
-    faulthandler.dump_traceback_later(seconds, exit=True)
-    close()
+
+    def close_in_time() -> None:
+        faulthandler.dump_traceback_later(seconds, exit=True)
+        close()
+        faulthandler.cancel_dump_traceback_later()
+
+    good = leaving.leave_all(seconds, close_in_time)
     mpi = sys.modules.get("mpi4py.MPI")
-    if mpi is not None and mpi.Is_initialized() and not mpi.Is_finalized():
+    if good and mpi is not None and mpi.Is_initialized() and not mpi.Is_finalized():
         mpi.Finalize()
-    faulthandler.cancel_dump_traceback_later()
 
 
 def _collective(row: dict | None) -> str | None:
