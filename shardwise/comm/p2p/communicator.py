@@ -99,9 +99,10 @@ class P2PCommunicator(Delegating):
         joined = self._plans.all_gather(tensor, dim, sizes)
         if joined is None:
             joined = super().all_gather(tensor, dim, sizes)
-            lengths = arguments.gather_sizes(tensor, dim, sizes, self.rank, self.size)
-            if self._placing(tensor, lengths):
-                self._plans.keep_all_gather(tensor, joined, dim, sizes, lengths)
+            if self._gathers(tensor):
+                lengths = arguments.gather_sizes(tensor, dim, sizes, self.rank, self.size)
+                if self._placing(tensor, lengths):
+                    self._plans.keep_all_gather(tensor, joined, dim, sizes, lengths)
         return joined
 
     def all_reduce_residual_rms_norm(
@@ -113,22 +114,26 @@ class P2PCommunicator(Delegating):
             results = super().all_reduce_residual_rms_norm(
                 *tensors, eps, weight_bias=weight_bias, strategy=strategy, out=out, residual_out=residual_out
             )
-            tuning = self._fused_tunings.get((tensor.shape, tensor.dtype, strategy))
+            tuning = self._fused_tunings.get(self._fused_key(tensor, strategy))
             if planned and tuning is not None and weight.dtype == tensor.dtype:
                 self._plans.keep_fused(tensors, norm, results, strategy, tuning)
         return results
 
-    def _placing(self, tensor, sizes):
+    def _gathers(self, tensor: Tensor) -> bool:
+        """Whether our kernel takes tensors of this size, where all ranks' are of one."""
         nbytes = tensor.numel() * tensor.element_size()
-        wanted = table.choose_gather(self.size, nbytes).tuning is not None and len(set(sizes)) == 1
-        return self._gather if nbytes and wanted and self.launcher.gathers(nbytes) else None
+        wanted = table.choose_gather(self.size, nbytes).tuning is not None
+        return wanted and nbytes > 0 and self.launcher.gathers(nbytes)
+
+    def _placing(self, tensor, sizes):
+        return self._gather if len(set(sizes)) == 1 and self._gathers(tensor) else None
 
     def _gather(self, tensor: Tensor, joined: Tensor, dim: int) -> None:
         with self._flight:
             self.launcher.gather(tensor, joined, stretch_bytes(tensor, dim))
 
     def _fused(self, tensor, residual, weight, weight_bias, strategy, out, residual_out):
-        key = (tensor.shape, tensor.dtype, strategy)
+        key = self._fused_key(tensor, strategy)
         try:
             tuning = self._fused_tunings[key]
         except KeyError:
@@ -141,6 +146,9 @@ class P2PCommunicator(Delegating):
                 self.launcher.fused(x, residual, weight, eps, weight_bias, normed, total, tuning)
 
         return kernel
+
+    def _fused_key(self, tensor: Tensor, strategy: str) -> tuple:
+        return tensor.shape, tensor.dtype, strategy, self.deterministic
 
     def _fused_tuning(self, tensor: Tensor, strategy: str) -> Tuning | None:
         """How a fused call is launched; None where no kernel takes it."""
