@@ -1,5 +1,7 @@
 """The real model at several layouts: the same greedy tokens as Transformers, and no rank with more than its part."""
 
+from functools import cache
+
 import pytest
 import torch
 
@@ -34,9 +36,21 @@ def run(request, smollm2_path):
     return made, run_threads(request.param, rank)
 
 
-def test_greedy_tokens_equal_transformers(run, transformers_model, transformers_tokenizer):
-    # One pass over prompt + answer gives Transformers' choice behind every prefix: all equal means that its greedy
-    # decoding, which starts from the same prompt, takes the same path.
+@pytest.fixture(scope="module")
+def choices(transformers_model):
+    """(prompt, answer) -> Transformers' most likely token behind the prompt, and behind each token of the answer but
+    the last. One pass gives all: where they are the answer, its greedy decoding takes the same path."""
+
+    @cache
+    def made(prompt, answer):
+        with torch.inference_mode():
+            logits = transformers_model(torch.tensor([prompt + answer])).logits[0]
+        return logits[len(prompt) - 1 : -1].argmax(-1).tolist()
+
+    return made
+
+
+def test_greedy_tokens_equal_transformers(run, choices, transformers_tokenizer):
     _, ranks = run
     prompts, completions, _, _ = ranks[0]
     for question, prompt, completion in zip(QUESTIONS, prompts, completions, strict=True):
@@ -45,9 +59,7 @@ def test_greedy_tokens_equal_transformers(run, transformers_model, transformers_
         assert prompt == list(reference["input_ids"])
         tokens = list(completion.token_ids)
         assert len(tokens) == NEW_TOKENS
-        with torch.inference_mode():
-            logits = transformers_model(torch.tensor([prompt + tokens])).logits[0]
-        assert logits[len(prompt) - 1 : -1].argmax(-1).tolist() == tokens
+        assert choices(tuple(prompt), tuple(tokens)) == tokens
 
 
 def test_every_rank_has_the_same_result(run):
