@@ -10,7 +10,7 @@ from oracles_moe import e4m3_step, fp8_block_stack, fp8_stack, nvfp4_stack, rela
 
 from shardwise.comm.rank import current_groups
 from shardwise.ops.kernel_launch import Launcher
-from shardwise.ops.moe import triton, trtllm
+from shardwise.ops.moe import cutlass, triton, trtllm
 from shardwise.ops.moe.contract import FP8Scales
 from shardwise.ops.moe.grouped import grouped_moe
 from shardwise.ops.moe.grouped_plan import FewPlan, FewShape, GroupedPlan, Shape, choose_few, choose_plan
@@ -94,7 +94,7 @@ def test_repeated_ids_foreign_ids_and_tokens_without_experts():
 
 def test_equal_ids_are_merged_and_the_weight_of_another_pair_is_left_out():
     ids, weights = torch.tensor([[1, 1, -1], [0, 2, 0]]), torch.tensor([[0.5, 0.25, float("nan")], [1.0, 2.0, 3.0]])
-    merged, sums = trtllm._merged(ids, weights, 3)
+    merged, sums = cutlass._merged(ids, weights, 3)
     assert merged.tolist() == [[1, 3, -1], [0, 2, 3]]
     assert sums[0, 0] == 0.75 and sums[1].tolist() == [4.0, 2.0, 4.0]
 
