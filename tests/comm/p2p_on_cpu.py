@@ -5,6 +5,7 @@ import ctypes
 import time
 from pathlib import Path
 
+import conformance as cases
 import p2p_checks
 import pytest
 import torch
@@ -134,10 +135,8 @@ def conformance(info: RankInfo, store, folder: str) -> None:
     check_variants(group)
     group.barrier()
     assert group.workspace.all_armed(), "every word that was pushed was taken and armed again"
-    integers = torch.arange(6) * (info.rank + 1)
-    assert torch.equal(group.all_reduce(integers), torch.arange(6) * sum(range(1, info.world + 1)))
-    with pytest.raises(CommError, match="sums bfloat16, float16, float32, not torch.int64"):
-        group.all_reduce(integers, strategy="ONESHOT")
+    cases.integers_wrap_around(group)
+    cases.fused_norms(group)
     assert " us, NCCL " in group.explain("all_reduce", 1 << 14) or info.world > 2
     assert group.explain("all_gather", 1 << 14).startswith("ONESHOT")
     assert group.explain("all_gather", 1 << 24).startswith(f"{group.fallback.transport} serves parts of more than")
