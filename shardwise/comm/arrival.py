@@ -134,7 +134,7 @@ class MessageArrivals(Arrivals):
         self._sent: list = []
         """Requests hold the memory that MPI may still read or write."""
         self._left: dict[int, int] = {}
-        """Peers that have left, with the number of meetings that they came to."""
+        """Ranks that have left, with the number of meetings that they came to."""
         self.whole = True
         leaving.register(self)
 
@@ -209,16 +209,16 @@ class MessageArrivals(Arrivals):
         self._sent += [self.comm.isend(value, dest=peer, tag=tag) for peer in range(self.size) if peer != self.rank]
 
     def _all_left(self) -> dict[int, int]:
-        for peer in range(self.size):
-            if peer != self.rank and peer not in self._left and self.comm.Iprobe(source=peer, tag=LEFT_TAG):
-                self._left[peer] = self.comm.recv(source=peer, tag=LEFT_TAG)
+        while self.comm.Iprobe(tag=LEFT_TAG):
+            peer, count = self.comm.recv(tag=LEFT_TAG)
+            self._left[peer] = count
         return self._left
 
     def leave(self) -> None:
         """Tell the peers how many meetings this rank came to."""
         if self.comm is not None and self.rank not in self._left:
             self._left[self.rank] = self.count
-            self._tell(LEFT_TAG, self.count)
+            self._tell(LEFT_TAG, (self.rank, self.count))
 
     def end(self) -> None:
         self.leave()
