@@ -40,7 +40,7 @@ def test_the_mtp_layer_is_what_separates_the_published_total_from_the_decoder():
     assert (decoder + row["parameters"]) / 1e9 == pytest.approx(81.325, abs=0.001)
 
 
-# Totals of the published checkpoints, scales left out; GLM-5 as the plan counts it.
+# Totals of the published checkpoints, scales left out.
 WITH_MTP = {
     "deepseek-ai/DeepSeek-V3": 684_489_845_504,
     "zai-org/GLM-4.5": 358_337_791_296,
