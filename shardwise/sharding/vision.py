@@ -67,6 +67,14 @@ def _qwen(v: Config, _: int) -> tuple[list[Row], list[Row], int]:
     return ends, layer, v.integer("depth")
 
 
+def _transformer_layer(block: str, h: int, inner: int, norms: tuple[str, str], out: str) -> list[Row]:
+    """Of CLIP's shape: two norms, projections of attention with biases, two of the MLP."""
+    layer = norm(f"{block}.{norms[0]}", h) + norm(f"{block}.{norms[1]}", h)
+    for name in ("q_proj", "k_proj", "v_proj", out):
+        layer += linear(f"{block}.self_attn.{name}", h, h)
+    return layer + linear(f"{block}.mlp.fc1", inner, h) + linear(f"{block}.mlp.fc2", h, inner)
+
+
 def _clip(v: Config, hidden: int) -> tuple[list[Row], list[Row], int]:
     """MiniMax M3."""
     h, inner, patch = v.integer("hidden_size"), v.integer("intermediate_size"), v.integer("patch_size")
@@ -79,11 +87,7 @@ def _clip(v: Config, hidden: int) -> tuple[list[Row], list[Row], int]:
         "multi_modal_projector.linear_2", hidden, hidden
     )
     ends += linear("patch_merge_mlp.linear_1", hidden, wide) + linear("patch_merge_mlp.linear_2", hidden, hidden)
-    block = f"{base}.encoder.layers.{{layer}}"
-    layer = norm(f"{block}.layer_norm1", h) + norm(f"{block}.layer_norm2", h)
-    for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
-        layer += linear(f"{block}.self_attn.{name}", h, h)
-    layer += linear(f"{block}.mlp.fc1", inner, h) + linear(f"{block}.mlp.fc2", h, inner)
+    layer = _transformer_layer(f"{base}.encoder.layers.{{layer}}", h, inner, ("layer_norm1", "layer_norm2"), "out_proj")
     return ends, layer, v.integer("num_hidden_layers")
 
 
@@ -149,11 +153,7 @@ def _siglip(v: Config, hidden: int) -> tuple[list[Row], list[Row], int]:
     ends += [(f"{base}.embeddings.patch_embedding.bias", (h,))]
     ends += [(f"{base}.embeddings.position_embedding.weight", (patches, h)), *norm(f"{base}.post_layernorm", h)]
     ends += [(f"{project}.mm_input_projection_weight", (h, hidden)), (f"{project}.mm_soft_emb_norm.weight", (h,))]
-    block = f"{base}.encoder.layers.{{layer}}"
-    layer = norm(f"{block}.layer_norm1", h) + norm(f"{block}.layer_norm2", h)
-    for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
-        layer += linear(f"{block}.self_attn.{name}", h, h)
-    layer += linear(f"{block}.mlp.fc1", inner, h) + linear(f"{block}.mlp.fc2", h, inner)
+    layer = _transformer_layer(f"{base}.encoder.layers.{{layer}}", h, inner, ("layer_norm1", "layer_norm2"), "out_proj")
     return ends, layer, v.integer("num_hidden_layers")
 
 
@@ -169,11 +169,8 @@ def _llama4(v: Config, hidden: int) -> tuple[list[Row], list[Row], int]:
     ends += [(f"{base}.vision_adapter.mlp.fc1.weight", (wide, merged))]
     ends += [(f"{base}.vision_adapter.mlp.fc2.weight", (out, wide))]
     ends += [("multi_modal_projector.linear_1.weight", (hidden, v.integer("vision_output_dim", default=out)))]
-    block = f"{base}.model.layers.{{layer}}"
-    layer = norm(f"{block}.input_layernorm", h) + norm(f"{block}.post_attention_layernorm", h)
-    for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
-        layer += linear(f"{block}.self_attn.{name}", h, h)
-    layer += linear(f"{block}.mlp.fc1", inner, h) + linear(f"{block}.mlp.fc2", h, inner)
+    norms = ("input_layernorm", "post_attention_layernorm")
+    layer = _transformer_layer(f"{base}.model.layers.{{layer}}", h, inner, norms, "o_proj")
     return ends, layer, v.integer("num_hidden_layers")
 
 
