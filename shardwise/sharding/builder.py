@@ -108,7 +108,9 @@ class Builder:
             tied = c.outermost.flag("tie_word_embeddings", default=own)
         embed_name = options.pop("embed_name", f"{self.prefix}embed_tokens")
         head_name = options.pop("head_name", "lm_head")
-        tied = tied and not c.has_tensor(f"{head_name}.weight")  # what a checkpoint holds counts before the flag
+        if tied and c.has_tensor(f"{head_name}.weight"):  # what a checkpoint holds counts before the flag
+            self.notes.append(f"the config ties {head_name} to the embedding, but the checkpoint has both: both count")
+            tied = False
         embed = (self.vector("embed.weight", f"{embed_name}.weight", along(vocab), self.hidden),)
         head = () if tied else self.linear("head", head_name, along(vocab), self.hidden)
         eos = c.raw("eos_token_id")

@@ -141,6 +141,8 @@ def test_a_head_that_the_files_hold_counts_before_a_flag_that_ties_it(tmp_path):
     folder = write(tmp_path, "llama", tie_word_embeddings=True)
     file = folder / "model.safetensors"
     save_file(load_file(file) | {"lm_head.weight": torch.randn(VOCAB, 48)}, file)
+    (note,) = (n for n in plan(folder).warnings if "ties" in n)
+    assert note == "the config ties lm_head to the embedding, but the checkpoint has both: both count"
     (found,) = generate(folder, ONE_RANK)
     assert [list(answer.token_ids) for answer in found] == expected_tokens(folder)
 
