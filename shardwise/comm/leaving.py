@@ -39,7 +39,7 @@ def register(meeting: Meeting) -> None:
 
 
 def stay() -> None:
-    """MPI has calls under way that no peer will answer: it cannot be finalised."""
+    """MPI has calls under way that no peer will answer, or peers that never leave: it cannot be finalised."""
     global _unusable
     _unusable = True
 
@@ -61,6 +61,7 @@ def leave_all(seconds: float, close: Callable[[], None] = lambda: None) -> bool:
         answers = [meeting.peers_left() for meeting in left]
         late = time.monotonic() > end and not all(meeting.whole for meeting in left)
         if None in answers or late:
+            stay()  # a launcher's end asks first, then that of the library: it need not wait once more
             return False
         left = [meeting for meeting, gone in zip(left, answers, strict=True) if not gone]
         if left:
