@@ -208,8 +208,8 @@ def _peer_makers(beside: "Peers", group, op: str, size: int, dtype: torch.dtype)
         total = pattern * group.size + group.size * (group.size - 1) // 2
         return beside.plain([(pattern + group.rank).to(dtype)]), total.to(dtype)
     if op == "all_gather":
-        everyone = torch.arange(count, device="cuda") % 5
-        return beside.gathered(everyone.to(dtype).chunk(group.size)[group.rank]), everyone.to(dtype)
+        everyone = (torch.arange(count, device="cuda") % 5).to(dtype)
+        return beside.gathered(everyone.chunk(group.size)[group.rank]), everyone
     if op == "all_reduce_residual_rms_norm":
         x = torch.ones((max(1, count // HIDDEN), HIDDEN), dtype=dtype, device="cuda")
         weight = torch.ones(HIDDEN, dtype=dtype, device="cuda")
